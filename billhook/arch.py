@@ -1,0 +1,261 @@
+"""The table of architectures. Only this file knows module names; a new architecture is one row, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from billhook.errors import ModelError, nearest
+from billhook.plan import PARTS, Anatomy, Part, Rest, Site, SiteSize
+
+Config = Any  # a transformers config; its classes share no useful static type
+
+
+def _never(config: Config) -> bool:
+    return False
+
+
+def _nothing(config: Config) -> str | None:
+    return None
+
+
+def _kv_heads(config: Config) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Where an architecture keeps its parts.
+
+    `mlp` names the modules whose parameters are the site: the last one gives the output, the others feed it. Norms
+    belong to a site if nothing else reads them; names that a block does not have are passed over. `parallel`: both
+    parts of a block read the same residual stream. `shared_norm`: they also share its norm, which then stays.
+    The head is the output embedding (its bias counts), times `config.<head_scale>`, then soft-capped by
+    `config.<head_softcap>`. `refuse` gives a reason why a config of this type cannot be pruned.
+    """
+
+    blocks: str = "model.layers"
+    attention: str = "self_attn"
+    mlp: tuple[str, ...] = ("mlp",)
+    attention_norms: tuple[str, ...] = ("input_layernorm",)
+    mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
+    mlp_outputs: int = 1  # 2: the MLP returns a pair, as attention does everywhere
+    parallel: Callable[[Config], bool] = _never
+    shared_norm: Callable[[Config], bool] = _never
+    kv_heads: Callable[[Config], int] = _kv_heads
+    head_scale: str | None = None
+    head_softcap: str | None = None
+    refuse: Callable[[Config], str | None] = _nothing
+
+    def parts(self, block: nn.Module, config: Config) -> dict[str, dict[str, Any]]:
+        """What removing a part of `block` takes: module names to `zero`, to `drop`, and how many `outputs` to give."""
+        own = not self.shared_norm(config)
+
+        def norms(names: tuple[str, ...]) -> list[str]:
+            return [name for name in names if own and getattr(block, name, None) is not None]
+
+        return {
+            "attention": {"zero": [self.attention], "drop": norms(self.attention_norms), "outputs": 2},
+            "mlp": {
+                "zero": [self.mlp[-1]],
+                "drop": [*self.mlp[:-1], *norms(self.mlp_norms)],
+                "outputs": self.mlp_outputs,
+            },
+        }
+
+
+def _refuse_gpt2(config: Config) -> str | None:
+    if config.scale_attn_by_inverse_layer_idx:
+        return "scale_attn_by_inverse_layer_idx makes a block's meaning depend on its position"
+    return "add_cross_attention is set" if config.add_cross_attention else None
+
+
+def _refuse_opt(config: Config) -> str | None:
+    if not config.do_layer_norm_before:
+        return "do_layer_norm_before=false normalises the residual stream itself, so no site can be taken out of it"
+    return None
+
+
+_LLAMA = Row()
+_SANDWICH = replace(
+    _LLAMA,
+    attention_norms=("input_layernorm", "post_attention_layernorm"),
+    mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    head_softcap="final_logit_softcapping",
+)
+
+
+def _always(config: Config) -> bool:
+    return True
+
+
+ROWS: dict[str, Row] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "qwen3_moe": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _SANDWICH,
+    "gemma3_text": _SANDWICH,
+    "phi": replace(_LLAMA, parallel=_always, shared_norm=_always),
+    "phi3": _LLAMA,
+    "mixtral": _LLAMA,
+    "olmo2": replace(
+        _LLAMA, attention_norms=("post_attention_layernorm",), mlp_norms=("post_feedforward_layernorm",)
+    ),
+    "stablelm": replace(
+        _LLAMA,
+        parallel=lambda config: bool(config.use_parallel_residual),
+        shared_norm=lambda config: bool(config.use_parallel_residual),
+    ),
+    "cohere": replace(_LLAMA, parallel=_always, shared_norm=_always, head_scale="logit_scale"),
+    "gpt_oss": replace(_LLAMA, mlp_outputs=2),
+    "nemotron": _LLAMA,
+    "gpt2": Row(
+        blocks="transformer.h", attention="attn", attention_norms=("ln_1",), mlp_norms=("ln_2",), refuse=_refuse_gpt2
+    ),
+    "opt": Row(
+        blocks="model.decoder.layers",
+        mlp=("fc1", "fc2"),
+        attention_norms=("self_attn_layer_norm",),
+        mlp_norms=("final_layer_norm",),
+        refuse=_refuse_opt,
+    ),
+    "falcon": Row(
+        blocks="transformer.h",
+        attention="self_attention",
+        attention_norms=("ln_attn", "input_layernorm"),
+        mlp_norms=("ln_mlp", "post_attention_layernorm"),
+        parallel=lambda config: bool(config.new_decoder_architecture or config.parallel_attn),
+        shared_norm=lambda config: bool(
+            (config.new_decoder_architecture and config.num_ln_in_parallel_attn == 1)
+            or (config.parallel_attn and not config.new_decoder_architecture)
+        ),
+        kv_heads=lambda config: int(
+            config.num_kv_heads
+            if config.new_decoder_architecture
+            else (1 if config.multi_query else config.num_attention_heads)
+        ),
+    ),
+    "gpt_neox": Row(
+        blocks="gpt_neox.layers",
+        attention="attention",
+        parallel=lambda config: bool(config.use_parallel_residual),
+    ),
+}
+
+
+def row_of(config: Config) -> Row:
+    """The row of a config's model type; a type `billhook-llama` has the row of `llama`.
+
+    Raises ModelError for a type without a row, or for a config of a known type that cannot be pruned.
+    """
+    model_type = base_type(config.model_type)
+    if model_type == "gemma3":
+        raise ModelError("gemma3 is multimodal and not supported. Save its text model alone, as type gemma3_text.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{model_type} is an encoder-decoder. Billhook prunes decoder-only language models.")
+    if model_type not in ROWS:
+        near = nearest(model_type, ROWS)
+        guess = f" (the nearest known type is {near})" if near else ""
+        raise ModelError(
+            f"There is no row for the architecture {model_type!r}{guess}. Known: {', '.join(sorted(ROWS))}."
+        )
+    reason = ROWS[model_type].refuse(config)
+    if reason:
+        raise ModelError(f"This {model_type} model cannot be pruned: {reason}.")
+    return ROWS[model_type]
+
+
+def base_type(model_type: str) -> str:
+    """The stock type behind one of ours: `llama` for `billhook-llama`."""
+    return model_type.removeprefix("billhook-")
+
+
+def suggest_row(model: nn.Module, config: Config) -> str:
+    """The row that is probably missing for an unknown model, as text: only a suggestion, never used."""
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+    ]
+    if len(found) != 1:
+        return f"it has {len(found)} lists of {config.num_hidden_layers} blocks, so no row suggests itself"
+    path, blocks = found[0]
+    names = [name for name, _ in blocks[0].named_children()]
+    attention = next((n for n in names if "att" in n and "norm" not in n), "?")
+    mlp = next((n for n in names if n in ("mlp", "ffn", "feed_forward") or "mlp" in n and "norm" not in n), "?")
+    norms = [n for n in names if "norm" in n or n.startswith("ln")]
+    return (
+        f'"{config.model_type}": Row(blocks="{path}", attention="{attention}", mlp=("{mlp}",), '
+        f"attention_norms=…, mlp_norms=…)   # norms of a block: {', '.join(norms) or 'none'}"
+    )
+
+
+def blocks_of(model: nn.Module, row: Row) -> nn.ModuleList:
+    """The list of decoder blocks. Raises ModelError if the model does not have what its row says."""
+    try:
+        blocks = model.get_submodule(row.blocks)
+    except AttributeError as error:
+        raise ModelError(f"The model has no {row.blocks}, where its architecture keeps the blocks: {error}.") from error
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
+
+
+def site_modules(block: nn.Module, part: Part, row: Row, config: Config) -> list[nn.Module]:
+    """The modules whose parameters are the site, norms of its own included."""
+    names = row.parts(block, config)[part]
+    return [getattr(block, name) for name in (*names["zero"], *names["drop"])]
+
+
+def anatomy(
+    model: nn.Module, config: Config, positions: Iterable[int], removed: Iterable[Site], blocks: int, item_bytes: int
+) -> Anatomy:
+    """The sites of a loaded model and their sizes.
+
+    `positions`: where the model's blocks stood in the unpruned model of `blocks` blocks; `removed`: sites that it
+    already lacks; `item_bytes`: bytes of one parameter or cache entry in the checkpoint's dtype.
+    """
+    row, gone = row_of(config), set(removed)
+    heads = row.kv_heads(config)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_bytes = 2 * heads * width * item_bytes
+    sizes: list[SiteSize] = []
+    owned: set[int] = set()
+    for position, block in zip(positions, blocks_of(model, row), strict=True):
+        for part in PARTS:
+            site = Site(position, part)
+            if site in gone:
+                continue
+            parameters = _parameters(site_modules(block, part, row, config))
+            owned |= {id(p) for p in parameters}
+            count = sum(p.numel() for p in parameters)
+            kv = kv_bytes if part == "attention" else 0
+            sizes.append(SiteSize(site, count, count * item_bytes, kv, _flops(parameters, config)))
+    rest = [p for p in _parameters([model]) if id(p) not in owned]
+    count = sum(p.numel() for p in rest)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    head_flops = 2 * int(head.weight.numel()) if head is not None else 0
+    return Anatomy(base_type(config.model_type), blocks, tuple(sizes), Rest(count, count * item_bytes, head_flops))
+
+
+def _parameters(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
+    """Every parameter once, tied ones too."""
+    return list({id(p): p for module in modules for p in module.parameters()}.values())
+
+
+def _flops(parameters: list[torch.Tensor], config: Config) -> int:
+    """2 per weight that one token meets; of the experts (3-d weights) only those that the router picks."""
+    picked = getattr(config, "num_experts_per_tok", None) or 1
+    flops = 0
+    for p in parameters:
+        if p.dim() == 3:
+            flops += 2 * p.numel() * picked // p.shape[0]
+        elif p.dim() == 2:
+            flops += 2 * p.numel()
+    return flops

@@ -1,0 +1,93 @@
+"""How Billhook fails.
+
+    BillhookError                exit  what it means
+    ├── UsageError                2    the command, the recipe or the plan is wrong
+    │   ├── BudgetError                the budget cannot be read, or cannot be met
+    │   ├── PlanError                  the plan names sites that do not exist, or removes too much
+    │   ├── UnknownName                a method, model row or option that does not exist
+    │   └── RunError                   no such run, a finished one, or one that another process holds
+    ├── RefusedError              3    the model or the data must not be used
+    │   ├── ModelError                 a checkpoint that is damaged, foreign, quantised, unknown …
+    │   ├── DataError                  calibration or evaluation text that cannot be used
+    │   └── FingerprintError           something that was made for another model, tokenizer or data
+    ├── ResourceError             5    the machine lacks memory or disk
+    └── MissingExtra              2    an optional package is not installed
+
+Every message says what was wrong, what is allowed and what to type next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BillhookError(Exception):
+    """The root of the tree. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(BillhookError):
+    """The command, the recipe or the plan is wrong; nothing was computed."""
+
+    exit_code = 2
+
+
+class BudgetError(UsageError):
+    """A budget that cannot be read or cannot be met."""
+
+
+class PlanError(UsageError):
+    """A plan that names sites which do not exist, or removes what must stay."""
+
+
+class RunError(UsageError):
+    """A run that does not exist, is finished, or is held by another process."""
+
+
+class UnknownName(UsageError):
+    """A name that nothing is registered under. The message lists the nearest ones."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        choices = sorted(known)
+        near = nearest(name, choices)
+        guess = f" Did you mean {near!r}?" if near else ""
+        super().__init__(f"There is no {kind} called {name!r}.{guess} Known: {', '.join(choices)}.{hint}")
+
+
+class MissingExtra(UsageError):
+    """An optional package is missing. The message holds the line that installs it."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs an optional package. Install it with: pip install 'billhook[{extra}]'")
+
+
+class RefusedError(BillhookError):
+    """The model or the data is not usable as it is."""
+
+    exit_code = 3
+
+
+class ModelError(RefusedError):
+    """A checkpoint that Billhook will not read."""
+
+
+class DataError(RefusedError):
+    """Text that cannot be used for calibration or evaluation."""
+
+
+class FingerprintError(RefusedError):
+    """Something that was made for another model, tokenizer, data or recipe."""
+
+
+class ResourceError(BillhookError):
+    """The machine lacks memory or disk."""
+
+    exit_code = 5
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, or None if none is close."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return found[0] if found else None

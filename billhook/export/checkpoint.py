@@ -1,0 +1,153 @@
+"""A Hugging Face checkpoint: written aside, loaded back, compared, then renamed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from transformers.core_model_loading import revert_weight_conversion
+
+from billhook import arch, modeling_billhook
+from billhook.errors import BillhookError, ResourceError, UsageError
+from billhook.load import Teacher, load
+from billhook.plan import Plan
+from billhook.records import Event, Watch, silent
+
+MANIFEST = "billhook.json"
+SHARD_BYTES = 4 * 10**9
+
+
+def check_target(folder: Path, source: Path, needed_bytes: int = 0) -> None:
+    """Raises UsageError or ResourceError unless a checkpoint can be written to `folder`."""
+    if folder.resolve() == source.resolve() or source.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"--out {folder} is the input model's own folder. Choose another one.")
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"--out {folder} is not empty. Choose another folder, or delete it: rm -r {folder}")
+    parent = folder.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    probe = parent / f".billhook-{folder.name}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be written ({error.strerror}). Choose another folder.") from error
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise ResourceError(
+            f"--out {folder} needs {needed_bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left. Free some "
+            "space, or choose a folder on another disk."
+        )
+
+
+def aside_of(folder: Path, run: str) -> Path:
+    """Where a folder is built before it appears; a run finds what an earlier attempt of its own left there."""
+    return folder.resolve().with_name(f".{folder.resolve().name}.{run}.partial")
+
+
+def save(
+    student: Any, tokenizer: Any | None, plan: Plan, folder: Path, *, teacher: Teacher, watch: Watch = silent
+) -> list[Path]:
+    """Write the student to the new `folder`: weights, config, tokenizer, generation config, and the plan.
+
+    `plan` is what went from `teacher` (a `teacher` that was pruned before adds its own removals). Weights that equal
+    the teacher's are copied from its files bit for bit, others are cast to the checkpoint's dtype. Returns the files.
+    """
+    folder.mkdir(parents=True)
+    state = _on_disk(student, teacher)
+    watch(Event("save", note=f"{len(state)} tensors"))
+    tied = list((student._tied_weights_keys or {}) if student.config.tie_word_embeddings else ())
+    save_torch_state_dict(
+        state, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"}, shared_tensors_to_discard=tied
+    )
+    _save_config(student, teacher, folder)
+    if student.can_generate() and student.generation_config is not None:
+        student.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    whole = Plan(teacher.removed.removed | plan.removed)
+    manifest = {"model": teacher.fingerprint, "blocks": teacher.anatomy.blocks, "removed": whole.names()}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return sorted(folder.iterdir())
+
+
+def _save_config(student: Any, teacher: Teacher, folder: Path) -> None:
+    fields = student.config.to_dict()
+    fields["dtype"] = str(teacher.dtype).removeprefix("torch.")
+    fields["architectures"] = [type(student).__name__]
+    fields.pop("_name_or_path", None)
+    fields.pop("auto_map", None)
+    if student.config.model_type.startswith("billhook-"):
+        stock_config, stock_model = type(student.config).__base__, type(student).__base__
+        config_name, model_name = type(student.config).__name__, type(student).__name__
+        fields["auto_map"] = {
+            "AutoConfig": f"modeling_billhook.{config_name}",
+            "AutoModelForCausalLM": f"modeling_billhook.{model_name}",
+        }
+        assert stock_config is not None and stock_model is not None
+        code = Path(modeling_billhook.__file__).read_text(encoding="utf-8")
+        names = (stock_config.__name__, stock_model.__name__)
+        tail = f"\n\n{config_name}, {model_name} = pruned_classes(\n    transformers.{names[0]}, transformers.{names[1]}\n)\n"
+        (folder / "modeling_billhook.py").write_text(code + tail, encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def _on_disk(student: Any, teacher: Teacher) -> dict[str, torch.Tensor]:
+    """The student's tensors under the Hub's names, in the checkpoint's dtype.
+
+    A tensor that says the same as the source's in the compute dtype is the source's, bit for bit.
+    """
+    with torch.no_grad():
+        state = revert_weight_conversion(student, student.state_dict())
+    tail = re.escape(teacher.row.blocks.rsplit(".", 1)[-1])
+    kept = student.config.billhook["kept_blocks"]
+    back = {new: teacher.positions.index(old) for new, old in enumerate(kept)}
+
+    def source_name(name: str) -> str:
+        return re.sub(rf"(^|\.){tail}\.(\d+)\.", lambda m: f"{m[1]}{tail}.{back[int(m[2])]}.", name, count=1)
+
+    source = _Source(teacher)
+    done: dict[int, torch.Tensor] = {}
+    result = {}
+    for name, tensor in state.items():
+        if tensor.data_ptr() not in done or tensor.data_ptr() == 0:
+            there = source.get(source_name(name))
+            same = there is not None and there.shape == tensor.shape and torch.equal(there.to(tensor), tensor)
+            dtype = there.dtype if there is not None else teacher.dtype
+            cast = tensor.cpu().to(dtype) if tensor.is_floating_point() else tensor.cpu()
+            done[tensor.data_ptr()] = there if there is not None and same else cast.contiguous()
+        result[name] = done[tensor.data_ptr()]
+    return result
+
+
+class _Source:
+    """The tensors of the teacher's shards by name, read when asked for."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._files = {}
+        for shard in sorted(teacher.folder.glob("*.safetensors")):
+            file = safe_open(shard, framework="pt")
+            self._files.update(dict.fromkeys(file.keys(), file))
+
+    def get(self, name: str) -> torch.Tensor | None:
+        file = self._files.get(name)
+        return None if file is None else file.get_tensor(name)
+
+
+@torch.inference_mode()
+def check_equal(student: Any, folder: Path, rows: torch.Tensor, watch: Watch = silent) -> None:
+    """Load `folder` back and compare logits on `rows` [rows, time] bit for bit. Raises BillhookError on any difference."""
+    watch(Event("save", note="loading it back"))
+    again = load(folder, device=str(student.device), dtype=str(student.dtype).removeprefix("torch."))
+    rows = rows.to(student.device)
+    mine, other = student(rows, use_cache=False).logits, again.model(rows, use_cache=False).logits
+    if not torch.equal(mine, other):
+        gap = (mine - other).abs().max().item()
+        raise BillhookError(f"The saved checkpoint does not load back equal (logits differ by {gap:g}); it was deleted.")
+    assert arch.base_type(again.model.config.model_type) == arch.base_type(student.config.model_type)

@@ -1,0 +1,103 @@
+"""A causal language model with removed sublayers. Made by Billhook; copied into the checkpoints that need it.
+
+Needs transformers and torch only. `per_layer_config` in config.json says which blocks lack their `attention` or
+`mlp`; the `billhook` section names the modules that make up a part (`zero` returns zeros in the place of the part,
+`drop` passes its input through: norms that served the part alone).
+"""
+
+import copy
+import functools
+
+import torch
+from torch import nn
+import transformers
+from transformers import conversion_mapping
+
+
+class Zero(nn.Module):
+    """Stands where a sublayer was and adds nothing to the residual stream: zeros of [batch, time, width]."""
+
+    layer_idx = None
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.outputs = outputs  # 1: a tensor; 2: a pair (tensor, None), as attention returns
+
+    def forward(self, hidden_states=None, *args, **kwargs):
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, None) if self.outputs == 2 else zeros
+
+
+def remove_part(block, names):
+    """Take one part out of `block` in place; returns what stood there, {name: module}, for whoever wants it back."""
+    stood = {name: getattr(block, name) for name in (*names["zero"], *names["drop"])}
+    for name in names["drop"]:
+        setattr(block, name, nn.Identity())
+    for name in names["zero"]:
+        setattr(block, name, Zero(names["outputs"]))
+    return stood
+
+
+def skipped(config):
+    """{block index: parts that it lacks} from `per_layer_config` in whichever form this transformers keeps it."""
+    raw = config.to_dict().get("per_layer_config") or {}
+    return {int(index): tuple(entry.get("skip", ())) for index, entry in raw.items()}
+
+
+def number_caches(blocks, missing):
+    """Number the attentions that are left 0, 1, 2 …: each has one layer of the KV cache, and no other block has."""
+    cached = 0
+    for index, block in enumerate(blocks):
+        for module in block.modules():
+            if getattr(module, "layer_idx", None) is not None:
+                module.layer_idx = cached
+        cached += "attention" not in missing.get(index, ())
+
+
+def strip(model):
+    """Remove the skipped parts of a whole model in place."""
+    blocks = model.get_submodule(model.config.billhook["blocks_path"])
+    missing = skipped(model.config)
+    for index, parts in missing.items():
+        for part in parts:
+            remove_part(blocks[index], model.config.billhook["parts"][part])
+    number_caches(blocks, missing)
+
+
+@functools.cache
+def pruned_classes(config_class, model_class):
+    """Config and model of `billhook-<base type>`, subclasses of the stock ones."""
+
+    def get_text_config(self, decoder=None, encoder=None):
+        # Every cache is built from get_text_config(decoder=True): give it a stock config of the attentions that are left.
+        if not decoder or "billhook" not in self.__dict__:
+            return self
+        missing = skipped(self)
+        keep = [i for i in range(self.num_hidden_layers) if "attention" not in missing.get(i, ())]
+        fields = copy.deepcopy(self.to_dict())
+        for name in ("per_layer_config", "billhook", "auto_map", "model_type"):
+            fields.pop(name, None)
+        if fields.get("layer_types"):
+            fields["layer_types"] = [fields["layer_types"][i] for i in keep]
+        fields[self.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(keep)
+        return config_class.from_dict(fields)
+
+    def __init__(self, config, *args, **kwargs):
+        model_class.__init__(self, config, *args, **kwargs)
+        strip(self)
+
+    stem = "Billhook" + model_class.__name__
+    new_config = type(
+        "Billhook" + config_class.__name__,
+        (config_class,),
+        {"model_type": "billhook-" + config_class.model_type, "get_text_config": get_text_config, "__module__": __name__},
+    )
+    new_model = type(
+        stem, (model_class,), {"config_class": new_config, "__init__": __init__, "__module__": __name__}
+    )
+    # The Hub's tensor names stay (mixtral, qwen3_moe, gpt_neox …): transformers keeps them by model type or by class.
+    for ours, theirs in ((new_config.model_type, config_class.model_type), (stem, model_class.__name__)):
+        renamings = conversion_mapping.get_checkpoint_conversion_mapping(theirs)
+        if renamings is not None:
+            conversion_mapping.register_checkpoint_conversion_mapping(ours, renamings, overwrite=True)
+    return new_config, new_model

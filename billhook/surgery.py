@@ -1,0 +1,103 @@
+"""apply(teacher, plan) -> student: the model that is saved. Blocks renumbered, config trimmed, tensors shared."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from billhook import arch
+from billhook.load import Teacher, stock_classes
+from billhook.modeling_billhook import number_caches, pruned_classes, strip
+from billhook.plan import Plan, Site
+
+# Lists in a config that hold one entry a block.
+PER_BLOCK_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "kv_sharing_modes")
+
+
+def apply(teacher: Teacher, plan: Plan, *, stock: bool = False) -> Any:
+    """The teacher's model without the plan's sites, as a transformers model that can be saved and generates.
+
+    A block that loses both sites goes and the rest are renumbered; `config.billhook["kept_blocks"]` lists the original
+    positions. Where only whole blocks are missing the class is the stock one; where single sites are missing it is
+    `billhook-<type>`, or with `stock=True` the stock one whose removed sites hold zeros (equal outputs, no speed-up).
+    The student shares its tensors with the teacher. Raises PlanError if the plan does not fit the teacher.
+    """
+    teacher.anatomy.check(plan)
+    row = teacher.row
+    removed = Plan(teacher.removed.removed | plan.removed)
+    gone = set(removed.blocks())
+    kept = [p for p in teacher.positions if p not in gone]
+    lacking = [s for s in removed.sites() if s.block not in gone]
+
+    student = _shared_copy(teacher.model)
+    config, path = student.config, row.blocks
+    parts = row.parts(arch.blocks_of(student, row)[0], config)
+    _set_blocks(student, path, [teacher.positions.index(p) for p in kept])
+    told: dict[str, Any] = {"blocks": teacher.anatomy.blocks, "kept_blocks": kept}
+    base = arch.base_type(config.model_type)
+    if stock or not lacking:
+        config.__class__, student.__class__ = stock_classes(base)
+        config.per_layer_config = None
+        number_caches(student.get_submodule(path), {})
+        if lacking:
+            told["zeroed"] = [str(s) for s in lacking]
+            _zero(student, path, kept, lacking, parts)
+        config.billhook = told
+    else:
+        told |= {"blocks_path": path, "parts": _named(parts, teacher, path)}
+        config.__class__, student.__class__ = pruned_classes(*stock_classes(base))
+        skip = {kept.index(b): [s.part for s in lacking if s.block == b] for b in {s.block for s in lacking}}
+        config.per_layer_config = {index: {"skip": skip[index]} for index in sorted(skip)}
+        config.billhook = told
+        strip(student)
+    return student
+
+
+def _shared_copy(model: nn.Module) -> Any:
+    """A new tree of modules and a new config over the same tensors."""
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
+    memo |= {id(b): b for b in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def _named(parts: dict[str, dict[str, Any]], teacher: Teacher, path: str) -> dict[str, dict[str, Any]]:
+    """`parts`, or the description that a teacher pruned before already carries."""
+    earlier = getattr(teacher.model.config, "billhook", None) or {}
+    return dict(earlier.get("parts") or parts)
+
+
+def _set_blocks(student: Any, path: str, indices: list[int]) -> None:
+    """Keep the blocks at `indices`, and trim everything in the config that speaks of blocks."""
+    config = student.config
+    blocks = student.get_submodule(path)
+    if len(indices) == len(blocks):
+        return
+    owner, _, name = path.rpartition(".")
+    setattr(student.get_submodule(owner), name, nn.ModuleList(blocks[i] for i in indices))
+    config.per_layer_config = None
+    trimmed = {k: [getattr(config, k)[i] for i in indices] for k in PER_BLOCK_LISTS if getattr(config, k, None)}
+    if getattr(config, "mlp_only_layers", None) is not None:  # qwen3_moe: say which blocks are dense, one by one
+        step = config.decoder_sparse_step
+        experts = getattr(config, "num_experts", 0)
+        dense = [i in config.mlp_only_layers or not (experts > 0 and (i + 1) % step == 0) for i in range(len(blocks))]
+        trimmed |= {"mlp_only_layers": [new for new, old in enumerate(indices) if dense[old]], "decoder_sparse_step": 1}
+    if getattr(config, "max_window_layers", None) is not None:  # the first so many blocks see everything
+        trimmed["max_window_layers"] = sum(i < config.max_window_layers for i in indices)
+    config.num_hidden_layers = len(indices)
+    for key, value in trimmed.items():
+        setattr(config, key, value)
+
+
+def _zero(student: Any, path: str, kept: list[int], sites: list[Site], parts: dict[str, dict[str, Any]]) -> None:
+    """New zero tensors in the place of every weight of `sites`; their norms stay. The teacher's are not touched."""
+    blocks = student.get_submodule(path)
+    for site in sites:
+        names = parts[site.part]
+        inner = [n for n in names["drop"] if "norm" not in n and not n.startswith("ln")]
+        for name in (*names["zero"], *inner):
+            for module in getattr(blocks[kept.index(site.block)], name).modules():
+                for key, tensor in list(module.named_parameters(recurse=False)):
+                    setattr(module, key, nn.Parameter(torch.zeros_like(tensor), requires_grad=False))
