@@ -4,6 +4,7 @@
     ├── UsageError                2    the command, the recipe or the plan is wrong
     │   ├── BudgetError                the budget cannot be read, or cannot be met
     │   ├── PlanError                  the plan names sites that do not exist, or removes too much
+    │   ├── RecipeError                a recipe with an unknown, repeated or contradicting key
     │   ├── UnknownName                a method, model row or option that does not exist
     │   └── RunError                   no such run, a finished one, or one that another process holds
     ├── RefusedError              3    the model or the data must not be used
@@ -40,6 +41,10 @@ class BudgetError(UsageError):
 
 class PlanError(UsageError):
     """A plan that names sites which do not exist, or removes what must stay."""
+
+
+class RecipeError(UsageError):
+    """A recipe with an unknown, repeated or contradicting key, or a value of the wrong kind."""
 
 
 class RunError(UsageError):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from billhook.load import Teacher
+from billhook.loading import Teacher
 from billhook.modeling_billhook import remove_part
 from billhook.plan import Plan
 

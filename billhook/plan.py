@@ -120,7 +120,7 @@ class Anatomy:
         """`plan` itself. Raises PlanError if it names a site that is not there, or removes what must stay."""
         alive = set(self.alive())
         for site in plan.sites():
-            if site.block >= self.blocks:
+            if not 0 <= site.block < self.blocks:
                 raise PlanError(f"There is no {site}: the model has blocks 0 to {self.blocks - 1}.")
             if site not in alive:
                 raise PlanError(f"{site} is already gone from this model. `billhook inspect` lists what is left.")
@@ -193,7 +193,7 @@ class Budget:
         return Budget(amount, unit, bool(percent))
 
     def __str__(self) -> str:
-        number = f"{float(self.amount):.12g}"
+        number = str(self.amount) if self.amount.denominator == 1 else f"{float(self.amount):.12g}"
         return f"{number}%{self.unit}" if self.share else f"{number}{self.unit}"
 
     def spent(self, anatomy: Anatomy, plan: Plan) -> int:
@@ -230,7 +230,8 @@ class Problem:
         return self.budget.met(self.anatomy, plan)
 
     def moves(self, plan: Plan) -> list[tuple[Site, ...]]:
-        """What may go next, in order: single sites or whole blocks, as the unit counts; never the last of a part."""
+        """What may go next, in order: single sites or whole blocks, as the unit counts; never the last of a part, nor
+        what would put the budget out of reach."""
         unit = UNITS[self.budget.unit]
         left = [size for size in self.anatomy.sites if size.site not in plan.removed]
         if unit.whole_blocks:
@@ -239,7 +240,26 @@ class Problem:
         else:
             groups = [(size.site,) for size in left if unit.cost(size) > 0]
         scarce = {part for part in PARTS if sum(size.site.part == part for size in left) == 1}
-        return [g for g in groups if not any(s in self.protected or s.part in scarce for s in g)]
+        free = [g for g in groups if not any(s in self.protected or s.part in scarce for s in g)]
+        needed = self.budget.needed(self.anatomy)
+        return [g for g in free if self.most(plan.without(*g)) >= needed]
+
+    def most(self, plan: Plan = Plan()) -> int:  # noqa: B008 - an immutable value
+        """The most that can go, in the budget's unit, if `plan` does: one attention, one mlp, all protected stay."""
+        unit = UNITS[self.budget.unit]
+        total = self.budget.spent(self.anatomy, plan)
+        left = [size for size in self.anatomy.sites if size.site not in plan.removed]
+        if unit.whole_blocks:
+            held = {size.site.block for size in left if size.site in self.protected}
+            missing = set(PARTS) - {size.site.part for size in left if size.site.block in held}
+            blocks = sorted({size.site.block for size in left} - held)
+            free = [{size.site.part for size in left if size.site.block == block} for block in blocks]
+            return total + len(free) - min(len(missing), 1 if any(missing <= parts for parts in free) else 2)
+        for part in PARTS:  # all that is not protected, but for the smallest where nothing is
+            sizes = [size for size in left if size.site.part == part]
+            costs = [unit.cost(size) for size in sizes if size.site not in self.protected]
+            total += sum(costs) - (min(costs, default=0) if len(costs) == len(sizes) else 0)
+        return total
 
     def cost(self, sites: Iterable[Site]) -> int:
         """What removing `sites` is worth in the budget's unit; whole blocks count as one."""
@@ -249,15 +269,10 @@ class Problem:
 
     def check(self) -> Problem:
         """The problem itself. Raises BudgetError, with the most that can go, if no plan meets the budget."""
-        plan = Plan()
-        while moves := self.moves(plan):
-            if self.met(plan):
-                return self
-            plan = plan.without(*max(moves, key=self.cost))
-        if not self.met(plan):
-            most, need = self.budget.spent(self.anatomy, plan), math.ceil(self.budget.needed(self.anatomy))
+        most, needed = self.most(), math.ceil(self.budget.needed(self.anatomy))
+        if most < needed:
             raise BudgetError(
-                f"{self.budget} cannot be met: it asks for {need:,} {self.budget.unit}, and at most {most:,} can go "
+                f"{self.budget} cannot be met: it asks for {needed:,} {self.budget.unit}, and at most {most:,} can go "
                 "while one attention, one mlp and everything protected stay. Ask for less, or protect less."
             )
         return self

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from billhook import arch
-from billhook.load import Teacher, stock_classes
+from billhook.loading import Teacher, stock_classes
 from billhook.modeling_billhook import number_caches, pruned_classes, strip
 from billhook.plan import Plan, Site
 

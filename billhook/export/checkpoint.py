@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from billhook import arch, modeling_billhook
 from billhook.errors import BillhookError, ResourceError, UsageError
-from billhook.load import Teacher, load
+from billhook.loading import Teacher, load
 from billhook.plan import Plan
 from billhook.records import Event, Watch, silent
 

@@ -17,8 +17,12 @@ def oneshot(problem: Problem) -> Search:
     et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), the same for sublayers.
     """
     moves = problem.moves(Plan())
-    losses = yield Ask(tuple(Plan().without(*move) for move in moves))
-    price = {move: loss.mean / problem.cost(move) for move, loss in zip(moves, losses, strict=True)}
+    losses = yield Ask((Plan(), *(Plan().without(*move) for move in moves)))
+    dense = losses[0].mean
+    price = {}
+    for move, loss in zip(moves, losses[1:], strict=True):
+        rise, cost = loss.mean - dense, problem.cost(move)
+        price[move] = rise / cost if rise > 0 else rise * cost
     plan, path = Plan(), []
     while not problem.met(plan):
         plan = plan.without(*min(problem.moves(plan), key=lambda move: price[move]))

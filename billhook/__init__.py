@@ -1,0 +1,65 @@
+"""Billhook prunes large language models in depth and in width.
+
+The public names; importing any of them is what imports torch, not `import billhook`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from billhook.api import evaluate_model, inspect, measure_speed, methods, prune, resume, runs, show
+    from billhook.errors import BillhookError
+    from billhook.loading import Teacher, load, register
+    from billhook.mask import masked
+    from billhook.plan import Anatomy, Budget, Plan, Site
+    from billhook.recipe import Recipe
+    from billhook.records import Event
+    from billhook.surgery import apply
+
+__all__ = [
+    "Anatomy",
+    "BillhookError",
+    "Budget",
+    "Event",
+    "Plan",
+    "Recipe",
+    "Site",
+    "Teacher",
+    "apply",
+    "evaluate_model",
+    "inspect",
+    "load",
+    "masked",
+    "measure_speed",
+    "methods",
+    "prune",
+    "register",
+    "resume",
+    "runs",
+    "show",
+]
+_HOMES = {
+    **dict.fromkeys(("evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume", "runs", "show"), "api"),
+    **dict.fromkeys(("Teacher", "load", "register"), "loading"),
+    **dict.fromkeys(("Anatomy", "Budget", "Plan", "Site"), "plan"),
+    "BillhookError": "errors",
+    "Event": "records",
+    "Recipe": "recipe",
+    "apply": "surgery",
+    "masked": "mask",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'billhook' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"billhook.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,166 @@
+"""The functions behind the commands: what `billhook prune` does, `billhook.prune` does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from billhook import pipeline
+from billhook import speed as timing
+from billhook.errors import FingerprintError, RunError
+from billhook.evaluate import EVALUATIONS
+from billhook.loading import Teacher, load
+from billhook.losses import LOSSES
+from billhook.recipe import Recipe, recipe_from
+from billhook.records import Watch, silent
+from billhook.search import SEARCHES
+from billhook.speed import Protocol
+from billhook.stats import mean_interval
+from billhook.store import Run, Store
+
+STORE = "billhook.db"
+
+
+def prune(
+    model: str = "demo",
+    *,
+    out: str | Path | None = None,
+    store: str | Path = STORE,
+    watch: Watch = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Prune a model and prove it; returns the result that report.json holds.
+
+    `model`: a folder, a .gguf file, a Hugging Face name, or `demo`. `options`: the fields of `Recipe`; one of `remove`
+    and `plan` is needed. The checkpoint and its report appear at `out` (default: pruned/<run>), whole or not at all.
+    Measurements that `store` holds are not repeated. Raises BillhookError; nothing half-written remains.
+    """
+    recipe = recipe_from({"model": model, **options}, "The call")
+    opened = Store(Path(store))
+    where = str(out) if out is not None else str(Path("pruned") / "{run}")
+    run = opened.new_run(recipe.model_dump(), asdict(pipeline.environment(recipe.device)), where)
+    return pipeline.execute(opened, opened.run(run), watch)
+
+
+def resume(
+    run: str | None = None, *, store: str | Path = STORE, watch: Watch = silent, recipe: Recipe | None = None
+) -> dict[str, Any]:
+    """Go on with an unfinished run (the newest one if none is named); nothing that was measured is measured again.
+
+    Raises RunError if there is none, FingerprintError if `recipe` is given and is not the run's.
+    """
+    opened = Store(Path(store))
+    chosen = opened.run(run) if run else _newest_unfinished(opened)
+    if chosen.state == "done":
+        raise RunError(f"Run {chosen.id} is done; its checkpoint is {chosen.out}. `billhook show {chosen.id}` tells more.")
+    if recipe is not None and recipe.model_dump() != chosen.recipe:
+        differ = [k for k, v in recipe.model_dump().items() if chosen.recipe.get(k) != v]
+        raise FingerprintError(
+            f"Run {chosen.id} was begun with another recipe ({', '.join(differ)} differ). Resume it without options, "
+            "or begin a new run: what was measured is reused wherever it fits."
+        )
+    return pipeline.execute(opened, chosen, watch)
+
+
+def _newest_unfinished(store: Store) -> Run:
+    for run in store.runs():
+        if run.state != "done" and store.free(run.id):
+            return run
+    raise RunError(f"{store.path} holds no unfinished run. `billhook runs` lists what it holds.")
+
+
+def inspect(model: str | Path | Teacher = "demo", **options: Any) -> dict[str, Any]:
+    """The anatomy of a model: every site with parameters, bytes, KV-cache bytes and FLOPs per token, and totals.
+
+    `model`: as for `load`, whose options are passed on, or a loaded Teacher.
+    """
+    teacher = model if isinstance(model, Teacher) else load(model, **options)
+    kinds = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token")
+    return {
+        "model": teacher.name,
+        "type": teacher.model.config.model_type,
+        "fingerprint": teacher.fingerprint,
+        "dtype": str(teacher.dtype).removeprefix("torch."),
+        "already_removed": teacher.removed.names(),
+        **pipeline.anatomy_json(teacher.anatomy),
+        "total": {kind: teacher.anatomy.total(kind) for kind in kinds},
+    }
+
+
+def evaluate_model(model: str | Path = "demo", *, watch: Watch = silent, **options: Any) -> dict[str, Any]:
+    """Perplexity of one model on held-out text, with its 95% interval over texts.
+
+    `options`: the fields of `Recipe` that concern model, text and seed; the text is the one on which `prune` with the
+    same options proves its student, so that the two can be compared.
+    """
+    recipe = recipe_from({"model": str(model), "remove": "1sites", **options}, "The call")
+    teacher = load(
+        recipe.model, device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, watch=watch
+    )
+    _, tokens = pipeline.tokens_for(recipe, teacher)
+    result = EVALUATIONS["perplexity"](teacher.model, tokens, watch=watch, who=teacher.name)
+    spread = mean_interval(result, recipe.seed)
+    return {
+        "model": teacher.name,
+        "perplexity": math.exp(spread.value),
+        "ci95": [math.exp(spread.low), math.exp(spread.high)],
+        "n": spread.n,
+        "clusters": spread.clusters,
+        "reliable": spread.reliable,
+        "note": spread.note,
+        "data": tokens.describe(),
+    }
+
+
+def measure_speed(
+    model: str | Path = "demo",
+    other: str | Path | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    protocol: Protocol = Protocol(),  # noqa: B008 - an immutable value
+    watch: Watch = silent,
+) -> dict[str, Any]:
+    """Prefill and decode speed and peak memory of one model, or of two timed in turn (A B A B)."""
+    teachers = [load(name, device=device, dtype=dtype, watch=watch) for name in (model, other) if name is not None]
+    models = [teacher.model for teacher in teachers]
+    timings = timing.time_in_turn(models, [t.folder for t in teachers], protocol, watch=watch)
+    told: dict[str, Any] = {
+        "models": [
+            {"model": teacher.name, **timing.rates(measured)}
+            for teacher, measured in zip(teachers, timings, strict=True)
+        ],
+        "protocol": asdict(protocol),
+        "environment": asdict(pipeline.environment(str(models[0].device))),
+    }
+    return told | ({"ratio": timing.ratio(*timings)} if other is not None else {})
+
+
+def runs(store: str | Path = STORE) -> list[dict[str, Any]]:
+    """The runs of a store, the newest first."""
+    opened = Store(Path(store))
+    return [
+        {"run": r.id, "created": r.created, "state": r.state, "model": r.recipe["model"],
+         "remove": r.recipe["remove"] or r.recipe["plan"], "search": r.recipe["search"], "out": r.out,
+         "losses": opened.count_losses(r.id)}
+        for r in opened.runs()
+    ]  # fmt: skip
+
+
+def show(run: str, store: str | Path = STORE) -> dict[str, Any]:
+    """All that the store holds of one run: recipe, state, events, how much was measured, and its result if it is done."""
+    opened = Store(Path(store))
+    found = opened.run(run)
+    return asdict(found) | {
+        "losses": opened.count_losses(run),
+        "events": [{"at": at, **asdict(event)} for at, event in opened.events(run)],
+    }
+
+
+def methods() -> list[dict[str, str]]:
+    """Every registered method: family, name, what it does, source."""
+    return [row for registry in (LOSSES, SEARCHES, EVALUATIONS) for row in registry.describe()]
+
+

@@ -1,0 +1,269 @@
+"""The command line: reads options, calls the functions of the same names, shows what they return."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+
+from billhook.errors import BillhookError
+from billhook.records import Watch
+
+app = typer.Typer(
+    name="billhook",
+    help="Prune large language models in depth: score, search, remove, prove, save.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also what libraries log, and tracebacks")]
+StoreFile = Annotated[Path, typer.Option("--store", help="The run store, one SQLite file")]
+DEFAULT_STORE = Path("billhook.db")
+
+# The fields of `Recipe` with their defaults and help texts, so that `--help` needs no pydantic; a test compares them.
+RECIPE: dict[str, tuple[Any, str]] = {
+    "remove": (None, "What must go: 25% (of all parameters), 25%sites, 15sites, 8attention, 4mlp, 3blocks"),
+    "plan": (None, "No search, remove this: attention.7,mlp.16, a plan file, a drop list of LLM-Drop or EvoPress"),
+    "search": ("greedy", "How to search: greedy or oneshot"),
+    "loss": ("kl", "What to keep low: kl, js or nll"),
+    "protect": ("", "Sites that stay: attention.0,mlp.27-29, or blocks: 0-3"),
+    "data": ("pydoc", "Calibration text: pydoc, a .txt, .jsonl or .parquet file, self, or a data set's name"),
+    "eval_data": (None, "Held-out text; left out, it is split off --data"),
+    "field": ("text", "The field of a .jsonl row that holds the text"),
+    "tokens": (2048, "Calibration tokens"),
+    "length": (128, "Tokens a calibration sequence"),
+    "eval_tokens": (16384, "Held-out tokens"),
+    "eval_length": (512, "Tokens a held-out sequence"),
+    "stock": (False, "Keep the stock shape: removed sites hold zeros, no speed-up"),
+    "seed": (0, "Seed of all that is drawn"),
+    "device": ("auto", "auto, cpu, cuda, cuda:1, mps"),
+    "dtype": ("auto", "Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
+    "trust_remote_code": (False, "Run Python code that the checkpoint brings"),
+}
+TEXT_OPTIONS = ("data", "eval_data", "field", "eval_tokens", "eval_length", "seed", "device", "dtype", "trust_remote_code")
+
+
+def _with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the named fields of the recipe as options; it gets those that were typed in `options`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def run(**values: Any) -> None:
+            options = {name: values.pop(name) for name in names}
+            command(**values, options={k: v for k, v in options.items() if v is not None})
+
+        own = [p for n, p in inspect.signature(command, eval_str=True).parameters.items() if n != "options"]
+        extra = []
+        for name in names:
+            default, text = RECIPE[name]
+            kind: Any = bool if isinstance(default, bool) else int if isinstance(default, int) else str
+            shown = f" [default: {default}]" if default and not isinstance(default, bool) else ""
+            flag = typer.Option("--" + name.replace("_", "-"), help=text + shown, show_default=False)
+            annotation = Annotated[kind | None, flag]
+            extra.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        run.__signature__ = inspect.Signature(parameters + extra)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters + extra}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+Model = Annotated[str | None, typer.Argument(help="Folder, .gguf file, Hugging Face name, or demo [default: demo]")]
+
+
+@app.command()
+@_with_options(*RECIPE)
+def prune(
+    *,
+    model: Model = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write [default: pruned/<run>]")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with any of these options; typed ones win")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest unfinished run")] = False,
+    run: Annotated[str | None, typer.Option(help="With --resume: which run")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be measured, memory and time")] = False,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Remove the sites that a model can lose, prove what that cost and gained, and save the rest."""
+    with _face(as_json, quiet, verbose, f"billhook prune --resume --store {store}") as face:
+        from billhook import api, pipeline
+        from billhook.recipe import read_yaml, recipe_from
+
+        given = (read_yaml(recipe) if recipe else {}) | ({"model": model} if model else {}) | options
+        if resume:
+            asked = recipe_from(given) if given else None
+            result = api.resume(run, store=store, watch=face.watch, recipe=asked)
+        elif dry_run:
+            return face.show(pipeline.dry_run(recipe_from(given), face.watch), "plan_of_work")
+        else:
+            given.pop("model", None) if given.get("model") == "demo" else None
+            result = api.prune(out=out, store=store, watch=face.watch, **given)
+        face.show(result, "result")
+
+
+@app.command(name="inspect")
+@_with_options("device", "dtype", "trust_remote_code")
+def inspect_model(
+    *, model: Model = None, as_json: Json = False, verbose: Verbose = False, options: dict[str, Any]
+) -> None:
+    """Show a model's anatomy: every site with its parameters, bytes, KV-cache bytes and FLOPs per token."""
+    with _face(as_json, False, verbose) as face:
+        from billhook import api
+
+        face.show(api.inspect(model or "demo", watch=face.watch, **options), "anatomy")
+
+
+@app.command(name="eval")
+@_with_options(*TEXT_OPTIONS)
+def eval_model(
+    *, model: Model = None, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:  # fmt: skip
+    """Measure perplexity on held-out text: the text on which `prune` with the same options proves its student."""
+    with _face(as_json, quiet, verbose) as face:
+        from billhook import api
+
+        face.show(api.evaluate_model(model or "demo", watch=face.watch, **options), "evaluation")
+
+
+@app.command()
+@_with_options("device", "dtype")
+def speed(
+    *,
+    model: Model = None,
+    other: Annotated[str | None, typer.Argument(help="A second model, timed in turn with the first")] = None,
+    batch: Annotated[int, typer.Option(help="Prompts at a time", min=1)] = 1,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens a prompt", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded", min=1)] = 32,
+    repeats: Annotated[int, typer.Option(help="Counted runs of each", min=2)] = 9,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Measure prefill and decode speed and peak memory of one model, or of two in turn (A B A B)."""
+    with _face(as_json, quiet, verbose) as face:
+        from billhook import api
+        from billhook.speed import Protocol
+
+        protocol = Protocol(prompt_tokens, new_tokens, batch, repeats)
+        told = api.measure_speed(model or "demo", other, protocol=protocol, watch=face.watch, **options)
+        face.show(told, "speed")
+
+
+@app.command()
+def runs(*, store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False) -> None:
+    """List the runs of a store, the newest first."""
+    with _face(as_json, True, verbose) as face:
+        from billhook import api
+
+        face.show({"runs": api.runs(_existing(store))}, "runs")
+
+
+@app.command()
+def show(
+    *, run: Annotated[str, typer.Argument(help="The run's id, as `billhook runs` lists it")],
+    store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Show all that the store holds of one run."""
+    with _face(as_json, True, verbose) as face:
+        from billhook import api
+
+        face.show(api.show(run, _existing(store)), "run")
+
+
+@app.command()
+def methods(*, as_json: Json = False, verbose: Verbose = False) -> None:
+    """List every registered loss, search and evaluation with its source."""
+    with _face(as_json, True, verbose) as face:
+        from billhook import api
+
+        face.show({"methods": api.methods()}, "methods")
+
+
+def _existing(store: Path) -> Path:
+    """Reading commands make no new store."""
+    if not store.is_file():
+        raise typer.BadParameter(f"There is no store {store}. Give the file that `billhook prune` wrote with --store.")
+    return store
+
+
+class _face:  # noqa: N801 - used as a statement
+    """What a command shows, and how it fails: a message and an exit code, never a traceback unless asked for."""
+
+    def __init__(self, as_json: bool, quiet: bool, verbose: bool, resume: str = "") -> None:
+        self.as_json, self.quiet, self.verbose, self.resume = as_json, quiet, verbose, resume
+        self.watch: Watch
+        self._close: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> _face:
+        from billhook import terminal
+
+        signal.signal(signal.SIGTERM, _interrupt)
+        terminal.quieten(self.verbose)
+        self.watch, self._close = terminal.progress(quiet=self.quiet)
+        return self
+
+    def show(self, value: dict[str, Any], kind: str) -> None:
+        from billhook import terminal
+
+        self._close()
+        if self.as_json:
+            print(json.dumps(value, indent=2))
+        else:
+            terminal.show(value, kind)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._close()
+        if error is None or isinstance(error, click.exceptions.ClickException | click.exceptions.Exit):
+            return
+        if self.verbose:
+            traceback.print_exception(error)
+        if isinstance(error, KeyboardInterrupt):
+            hint = f" Nothing measured is lost. Go on with: {self.resume}" if self.resume else ""
+            _leave(f"Interrupted.{hint}", 130)
+        if isinstance(error, BillhookError):
+            _leave(str(error), error.exit_code)
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            _leave(f"Out of memory: {error}. Use fewer --tokens, a shorter --length, or --dtype bfloat16.", 5)
+        if isinstance(error, OSError) and error.errno == 28:
+            _leave(f"The disk is full: {error}. Free some space and run it again.", 5)
+        if not self.verbose and error is not None:
+            traceback.print_exception(error)
+        _leave("This is a bug in Billhook. Please report it with the lines above.", 1)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    os._exit(code) if code == 130 else sys.exit(code)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

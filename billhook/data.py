@@ -1,0 +1,326 @@
+"""Calibration and evaluation tokens: read texts, split them into documents, pick rows, hash."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from billhook.errors import DataError, MissingExtra, UsageError, nearest
+
+DOCUMENT_TOKENS = 1024  # longer texts are split; the text stays the cluster for statistics
+MIN_ROW = 8  # a row of fewer tokens tells nothing and costs as much padding as it saves
+_TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Rows of tokens, none of which crosses from one document into the next.
+
+    `rows`: [rows, time] int64, padded on the right; `lengths[r]` tokens of row r count. `documents[r]` is the document
+    that row r belongs to, counted from 0; `clusters[d]` names the text of document d. `hash` is of all of these.
+    """
+
+    rows: torch.Tensor
+    lengths: tuple[int, ...]
+    documents: tuple[int, ...]
+    clusters: tuple[int, ...]
+    source: str
+    hash: str
+    digests: tuple[str, ...]  # of each document, whole
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "tokens": self.tokens,
+            "sequences": len(self.lengths),
+            "documents": len(self.clusters),
+            "texts": len(set(self.clusters)),
+            "hash": self.hash,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Up to 1,024 tokens of one text; `text` counts the texts of its source."""
+
+    text: int
+    ids: tuple[int, ...]
+
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self.ids).encode()).hexdigest()[:16]
+
+
+# -- texts ----------------------------------------------------------------------------------------------------------
+
+
+def read_texts(source: str, field: str, tokenizer: Any) -> list[str]:
+    """The texts of `pydoc`, a .txt, .jsonl or .parquet file (.gz too), or a Hugging Face data set.
+
+    Rows of .jsonl, .parquet and data sets give their `field`, or their `messages` through the chat template. Raises
+    DataError for text that is empty, not UTF-8 or without the field, and MissingExtra where `datasets` is needed.
+    """
+    if source == "pydoc":
+        from pydoc_data.topics import topics
+
+        return [topics[name] for name in sorted(topics)]
+    path = Path(source).expanduser()
+    if path.is_file():
+        texts = _read_file(path, field, tokenizer)
+    elif path.exists() or any(suffix in path.suffixes for suffix in _TEXT_SUFFIXES):
+        kind = "a folder" if path.is_dir() else "missing"
+        raise DataError(f"--data {source} is {kind}. Give a .txt, .jsonl or .parquet file, pydoc, self, or a data set.")
+    else:
+        texts = _read_hub(source, field, tokenizer)
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise DataError(f"--data {source} holds no text.")
+    return texts
+
+
+def _read_file(path: Path, field: str, tokenizer: Any) -> list[str]:
+    suffixes = [s for s in path.suffixes if s != ".gz"]
+    kind = suffixes[-1] if suffixes else ""
+    if kind == ".parquet":
+        return _rows_to_texts(_dataset(path.suffix[1:], data_files=str(path)), field, tokenizer, str(path))
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = raw.decode("utf-8")
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}). Convert it: iconv -t UTF-8 {path.name}") from error
+    if kind in (".jsonl", ".json"):
+        rows = []
+        for number, line in enumerate(content.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}, is not JSON ({error.msg}). One object a line, please.") from error
+        return _rows_to_texts(rows, field, tokenizer, str(path))
+    return [content]
+
+
+def _read_hub(source: str, field: str, tokenizer: Any) -> list[str]:
+    """`name`, `name:config` or `name:config:split` (split `train` if not given)."""
+    name, config, split = (*source.split(":"), None, None)[:3]
+    return _rows_to_texts(_dataset(name or "", config or None, split=split or "train"), field, tokenizer, source)
+
+
+def _dataset(name: str, config: str | None = None, **options: Any) -> Iterable[dict[str, Any]]:
+    if importlib.util.find_spec("datasets") is None:
+        raise MissingExtra(f"Reading the data set {name!r}", "data")
+    import datasets
+
+    try:
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, config, **({"split": "train"} | options))
+    except Exception as error:  # the hub's and the library's own exceptions, of many kinds
+        reason = str(error).strip().split("\n")[0][:200]
+        raise DataError(
+            f"There is no file {name!r}, and the data set cannot be loaded ({type(error).__name__}: {reason}). Give a "
+            "local .txt, .jsonl or .parquet file, or check the name."
+        ) from error
+    return rows
+
+
+def _rows_to_texts(rows: Iterable[dict[str, Any]], field: str, tokenizer: Any, source: str) -> list[str]:
+    texts = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{source}, row {number}, is no object with a field {field!r}.")
+        if field in row and isinstance(row[field], str):
+            texts.append(row[field])
+        elif isinstance(row.get("messages"), list):
+            if not getattr(tokenizer, "chat_template", None):
+                raise DataError(f"{source} holds chats, and this model's tokenizer has no chat template.")
+            texts.append(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+        else:
+            near = nearest(field, row)
+            guess = f" Did you mean --field {near}?" if near else ""
+            raise DataError(f"{source}, row {number}, has no text field {field!r}.{guess} It has: {', '.join(row)}.")
+    return texts
+
+
+@torch.inference_mode()
+def sample_texts(model: Any, tokenizer: Any, tokens: int, seed: int, length: int = 256, batch: int = 16) -> list[str]:
+    """Texts that the model writes by itself from its beginning-of-text token, sampled at temperature 1, seeded."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise DataError("The tokenizer has neither a BOS nor an EOS token to start from. Give --data a file instead.")
+    length = min(length, getattr(model.config, "max_position_embeddings", length))
+    texts: list[str] = []
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        while len(texts) * length < tokens:
+            rows = torch.full((batch, 1), start, device=model.device)
+            written = model.generate(
+                rows,
+                attention_mask=torch.ones_like(rows),
+                max_new_tokens=length - 1,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start,
+            )
+            texts += [text for text in tokenizer.batch_decode(written, skip_special_tokens=True) if text.strip()]
+    return texts
+
+
+# -- documents ------------------------------------------------------------------------------------------------------
+
+
+def documents(texts: list[str], tokenizer: Any, seed: int) -> list[Document]:
+    """Texts as documents of at most 1,024 tokens, in a seeded order that takes every text once before any twice."""
+    order = list(range(len(texts)))
+    random.Random(seed).shuffle(order)
+    encoded = tokenizer([texts[i] for i in order], add_special_tokens=False, verbose=False)["input_ids"]
+    split = [
+        (start // DOCUMENT_TOKENS, rank, Document(text, tuple(ids[start : start + DOCUMENT_TOKENS])))
+        for rank, (text, ids) in enumerate(zip(order, encoded, strict=True))
+        for start in range(0, len(ids), DOCUMENT_TOKENS)
+    ]
+    return [document for _, _, document in sorted(split, key=lambda entry: entry[:2]) if len(document.ids) >= MIN_ROW]
+
+
+def prefix_of(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text of its own accord (a BOS token, or nothing)."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    return list(full[: len(full) - len(bare)]) if full[-len(bare) :] == bare else []
+
+
+def pick(found: list[Document], tokens: int, length: int, prefix: list[int], source: str) -> TokenSet:
+    """Rows of at most `length` tokens until `tokens` are reached: first one row of every document, then a second one.
+
+    Every row begins with `prefix`. Fewer tokens come back if the documents hold no more.
+    """
+    body = length - len(prefix)
+    chosen: list[tuple[int, int, tuple[int, ...]]] = []  # document, start, tokens
+    total, start = 0, 0
+    while total < tokens and any(len(d.ids) - start >= MIN_ROW for d in found):
+        for index, document in enumerate(found):
+            piece = document.ids[start : start + min(body, max(tokens - total - len(prefix), MIN_ROW))]
+            if len(piece) >= MIN_ROW and total < tokens:
+                chosen.append((index, start, (*prefix, *piece)))
+                total += len(prefix) + len(piece)
+        start += body
+    chosen.sort()
+    used = sorted({index for index, _, _ in chosen})
+    return _token_set(
+        [ids for _, _, ids in chosen],
+        [used.index(index) for index, _, _ in chosen],
+        [found[index].text for index in used],
+        [found[index].digest() for index in used],
+        source,
+    )
+
+
+def first(tokens: TokenSet, count: int) -> TokenSet:
+    """The first rows of a token set that hold at least `count` tokens, or all of it."""
+    total, rows = 0, []
+    for row, length in zip(tokens.rows, tokens.lengths, strict=True):
+        if total >= count:
+            break
+        rows.append(tuple(row[:length].tolist()))
+        total += length
+    documents = tokens.documents[: len(rows)]
+    kept = max(documents) + 1
+    return _token_set(rows, documents, tokens.clusters[:kept], tokens.digests[:kept], tokens.source)
+
+
+def _token_set(
+    rows: Sequence[tuple[int, ...]],
+    documents: Sequence[int],
+    clusters: Sequence[int],
+    digests: Sequence[str],
+    source: str,
+) -> TokenSet:
+    """Pad and hash."""
+    lengths = tuple(map(len, rows))
+    padded = torch.zeros(len(rows), max(lengths, default=0), dtype=torch.int64)
+    for r, ids in enumerate(rows):
+        padded[r, : len(ids)] = torch.tensor(ids)
+    digest = hashlib.sha256(json.dumps([lengths, list(documents), list(clusters)]).encode())
+    digest.update(padded.numpy().tobytes())
+    key = digest.hexdigest()[:16]
+    return TokenSet(padded, lengths, tuple(documents), tuple(clusters), source, key, tuple(digests))
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Where tokens come from and how many: calibration from `data`, evaluation from `eval_data` or from what is left."""
+
+    data: str
+    eval_data: str | None
+    field: str
+    tokens: int
+    length: int
+    eval_tokens: int
+    eval_length: int
+    seed: int
+
+
+def token_sets(wanted: Wanted, model: Any, tokenizer: Any) -> tuple[TokenSet, TokenSet]:
+    """Calibration and evaluation tokens, disjoint by document.
+
+    Raises DataError if a text is too short, or if a document is in both; UsageError if a sequence is longer than the
+    model's positions.
+    """
+    if tokenizer is None:
+        raise DataError("The model has no tokenizer, so no text can be read. Put its tokenizer files into its folder.")
+    check_length(wanted.length, model.config)
+    prefix = prefix_of(tokenizer)
+    eval_length = min(wanted.eval_length, getattr(model.config, "max_position_embeddings", wanted.eval_length))
+    same = wanted.data != "self" and wanted.eval_data in (None, wanted.data)
+    if wanted.data == "self":
+        texts = sample_texts(model, tokenizer, 2 * wanted.tokens, wanted.seed)
+    else:
+        texts = read_texts(wanted.data, wanted.field, tokenizer)
+    found = documents(texts, tokenizer, wanted.seed)
+    half = max(1, len(found) // 2)
+    mine = found[:half] if same else found
+    calibration = pick(mine, wanted.tokens, wanted.length, prefix, wanted.data)
+    if calibration.tokens < wanted.tokens:
+        where = " in the half of it that is not kept for evaluation" if same else ""
+        raise DataError(
+            f"--data {wanted.data} is too short: {wanted.tokens:,} calibration tokens are wanted, and it holds "
+            f"{calibration.tokens:,}{where}. Give more text, or --tokens {max(MIN_ROW, calibration.tokens)}."
+        )
+    if same:
+        held, seen = wanted.data, {document.ids for document in mine}
+        rest = [document for document in found[half:] if document.ids not in seen]
+    else:
+        held = wanted.eval_data or "pydoc"
+        rest = documents(read_texts(held, wanted.field, tokenizer), tokenizer, wanted.seed)
+    evaluation = pick(rest, wanted.eval_tokens, eval_length, prefix, held)
+    if evaluation.tokens < 2 * MIN_ROW:
+        raise DataError(f"Too little is left of {held} for evaluation. Give more text, or --eval-data FILE.")
+    twice = len(set(calibration.digests) & set(evaluation.digests))
+    if twice:
+        raise DataError(
+            f"{twice} documents of --eval-data {held} are in the calibration text too, so the proof would be worth "
+            "nothing. Give other text, or leave --eval-data out: then evaluation text is split off --data."
+        )
+    return calibration, evaluation
+
+
+def check_length(length: int, config: Any) -> None:
+    """Raises UsageError for a sequence length that the model has no positions for."""
+    most = getattr(config, "max_position_embeddings", None)
+    if length < 2 * MIN_ROW:
+        raise UsageError(f"--length {length} is too short. Use at least {2 * MIN_ROW} tokens a sequence.")
+    if most is not None and length > most:
+        raise UsageError(f"--length {length} is longer than the model's {most} positions. Use at most {most}.")

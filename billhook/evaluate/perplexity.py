@@ -1,0 +1,35 @@
+"""Perplexity on held-out text, document by document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from billhook.data import TokenSet
+from billhook.evaluate import evaluation
+from billhook.losses import nll
+from billhook.probe import batches, by_document
+from billhook.records import EvalResult, Event, Watch, silent
+
+
+@evaluation
+@torch.inference_mode()
+def perplexity(model: Any, tokens: TokenSet, *, watch: Watch = silent, who: str = "") -> EvalResult:
+    """Negative log-likelihood of every document in nats; exp of its mean per token is the perplexity.
+
+    Every row of `tokens` is read on its own from its first token (no sliding window), so that numbers depend on the
+    row length: compare only what was measured on the same token set.
+
+    Source: Jelinek et al. 1977; the window rule is ours.
+    """
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    per_row = [0.0] * len(tokens.lengths)
+    done = 0
+    for batch in batches(tokens, vocabulary, model.device):
+        logits = model(input_ids=batch.ids, use_cache=False).logits
+        for i, (row, n) in enumerate(zip(batch.rows, batch.lengths, strict=True)):
+            per_row[row] = float(nll(logits[i, :n], logits[i, :n], batch.targets[i, :n]).double().sum())
+        done += sum(batch.lengths)
+        watch(Event("evaluate", done, tokens.tokens, who))
+    return EvalResult("perplexity", tokens.hash, *by_document(tokens, per_row, True), tokens.clusters)

@@ -1,0 +1,58 @@
+"""How far a student is from its teacher, or from the data, token by token. Registered; nats; accumulated in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+
+from billhook.registry import Registry
+
+TokenLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+LOSSES: Registry[TokenLoss] = Registry("loss")
+loss = LOSSES.add
+
+
+@loss
+def kl(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) of the next-token distributions, in nats; the default.
+
+    `teacher`, `student`: logits [tokens, vocabulary]; `targets`: [tokens] (not used). Returns [tokens], each at
+    least 0 up to rounding. Deviation from EvoPress: over the whole vocabulary, not the top k.
+
+    Source: Kullback and Leibler 1951; as a pruning objective, Sieberling et al. 2024, EvoPress (arXiv 2410.14649).
+    """
+    p, q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@loss
+def js(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Jensen-Shannon divergence of the next-token distributions, in nats, between 0 and log 2; symmetric.
+
+    `teacher`, `student`: logits [tokens, vocabulary]; `targets`: [tokens] (not used). Returns [tokens]. Deviation:
+    the textbook definition; FinerCut's code computes KL(M || P) in the place of KL(P || M).
+
+    Source: Lin 1991; as a pruning objective, Zhang et al. 2024, FinerCut (arXiv 2405.18218).
+    """
+    p, q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
+    return 0.5 * ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1))
+
+
+@loss
+def nll(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of the next token, in nats; its exponential is the perplexity.
+
+    `teacher`: not used; `student`: logits [tokens, vocabulary]; `targets`: [tokens], -100 where there is no next token.
+    Returns [tokens], 0 where there is no target.
+
+    Source: Kim et al. 2024, Shortened LLaMA (arXiv 2402.02834), as perplexity; Song et al. 2024, SLEB (arXiv
+    2402.09025).
+    """
+    return F.cross_entropy(student.float(), targets, reduction="none", ignore_index=-100)
+
+
+COUNTS_TARGETS = frozenset({"nll"})  # losses over predicted tokens: the last token of a row has none
+NEEDS_TEACHER = frozenset({"kl", "js"})

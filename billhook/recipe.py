@@ -1,0 +1,172 @@
+"""Recipe <-> YAML through one schema: what a pruning run is told. Every option of `billhook prune` is a field here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from billhook.errors import FingerprintError, PlanError, RecipeError, nearest
+from billhook.plan import Anatomy, Budget, Plan, Site
+
+
+class Recipe(BaseModel):
+    """What a pruning run is told. Frozen; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: Annotated[str, Field(description="Folder, .gguf file, Hugging Face name, or demo")] = "demo"
+    remove: Annotated[
+        str | None,
+        Field(description="What must go: 25% (of all parameters), 25%sites, 15sites, 8attention, 4mlp, 3blocks"),
+    ] = None
+    plan: Annotated[
+        str | None,
+        Field(description="No search, remove this: attention.7,mlp.16, a plan file, a drop list of LLM-Drop or EvoPress"),
+    ] = None
+    search: Annotated[str, Field(description="How to search: greedy or oneshot")] = "greedy"
+    loss: Annotated[str, Field(description="What to keep low: kl, js or nll")] = "kl"
+    protect: Annotated[str, Field(description="Sites that stay: attention.0,mlp.27-29, or blocks: 0-3")] = ""
+    data: Annotated[
+        str, Field(description="Calibration text: pydoc, a .txt, .jsonl or .parquet file, self, or a data set's name")
+    ] = "pydoc"
+    eval_data: Annotated[str | None, Field(description="Held-out text; left out, it is split off --data")] = None
+    field: Annotated[str, Field(description="The field of a .jsonl row that holds the text")] = "text"
+    tokens: Annotated[int, Field(description="Calibration tokens", ge=16)] = 2048
+    length: Annotated[int, Field(description="Tokens a calibration sequence", ge=16)] = 128
+    eval_tokens: Annotated[int, Field(description="Held-out tokens", ge=64)] = 16384
+    eval_length: Annotated[int, Field(description="Tokens a held-out sequence", ge=16)] = 512
+    stock: Annotated[bool, Field(description="Keep the stock shape: removed sites hold zeros, no speed-up")] = False
+    seed: Annotated[int, Field(description="Seed of all that is drawn", ge=0)] = 0
+    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, mps")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
+    ] = "auto"
+    trust_remote_code: Annotated[bool, Field(description="Run Python code that the checkpoint brings")] = False
+
+    @field_validator("remove", mode="before")
+    @classmethod
+    def _readable(cls, value: object) -> object:
+        if value is None:
+            return None
+        return str(Budget.parse(str(value)))
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Recipe:
+        if (self.remove is None) == (self.plan is None):
+            both = "both remove and plan" if self.remove else "neither remove nor plan"
+            raise RecipeError(f"The recipe has {both}. Give one: --remove 25%sites, or --plan attention.7,mlp.16.")
+        return self
+
+    def to_yaml(self) -> str:
+        """This recipe as YAML, without what is at its default."""
+        return yaml.safe_dump(self.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
+
+
+def recipe_from(values: dict[str, Any], where: str = "The recipe") -> Recipe:
+    """A Recipe from plain values. Raises RecipeError that names the key, what it holds, and the nearest right key."""
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "?"
+        if first["type"] == "extra_forbidden":
+            near = nearest(key, Recipe.model_fields)
+            guess = f" Did you mean {near}?" if near else ""
+            raise RecipeError(
+                f"{where} has the unknown key {key!r}.{guess} Known: {', '.join(Recipe.model_fields)}."
+            ) from error
+        raise RecipeError(f"{where} has {key}: {first['input']!r}. {first['msg']}.") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The values of a recipe file. Raises RecipeError if it cannot be read, or holds a key twice."""
+    if not path.is_file():
+        raise RecipeError(f"There is no recipe {path}. Give a YAML file with keys such as model and remove.")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} holds no keys. A recipe looks like:\nmodel: demo\nremove: 25%sites")
+    return values
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe YAML in which a key may stand only once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise RecipeError(f"The recipe has {key!r} twice{node.start_mark}. Keep one of them.")
+        return dict(super().construct_mapping(node, deep))
+
+
+# -- plans written by people and by other tools ---------------------------------------------------------------------
+
+
+def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
+    """A plan from `attention.7,mlp.16`, from our billhook.json or report.json, or from a drop list of another tool.
+
+    LLM-Drop: JSON with `drop_attn_list` and `drop_mlp_list` (indices, or a boolean a block). EvoPress: a line a block,
+    none, attn, mlp or attn+mlp. Raises PlanError if it cannot be read or does not fit, FingerprintError if it was made
+    for another model.
+    """
+    path = Path(text).expanduser()
+    if not path.is_file():
+        if "/" in text or path.suffix in (".json", ".txt", ".yaml"):
+            raise PlanError(f"There is no plan file {text}. Give a file, or sites: attention.7,mlp.16.")
+        return anatomy.check(Plan.of(piece for piece in text.split(",") if piece.strip()))
+    content = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        value = json.loads(content)
+    except json.JSONDecodeError:
+        return anatomy.check(_from_lines(content, path, anatomy))
+    if isinstance(value, list):
+        return anatomy.check(Plan.of(map(str, value)))
+    if not isinstance(value, dict):
+        raise PlanError(f"{path} holds no plan.")
+    if "drop_attn_list" in value or "drop_mlp_list" in value:
+        attention = _indices(value.get("drop_attn_list") or [], path, anatomy)
+        mlp = _indices(value.get("drop_mlp_list") or [], path, anatomy)
+        sites = {Site(i, "attention") for i in attention} | {Site(i, "mlp") for i in mlp}
+        return anatomy.check(Plan(frozenset(sites)))
+    made_for = value["model"]["fingerprint"] if isinstance(value.get("model"), dict) else value.get("model")
+    removed = value["plan"]["removed"] if isinstance(value.get("plan"), dict) else value.get("removed")
+    if not isinstance(removed, list):
+        raise PlanError(f"{path} holds no plan: it has neither `removed` nor drop lists.")
+    if made_for is not None and made_for != fingerprint:
+        raise FingerprintError(
+            f"{path} was made for another model (fingerprint {made_for}, this one is {fingerprint}). To use its sites "
+            f"all the same, name them: --plan {','.join(map(str, removed[:3]))},…"
+        )
+    return anatomy.check(Plan.of(map(str, removed)))
+
+
+def _from_lines(content: str, path: Path, anatomy: Anatomy) -> Plan:
+    words = {"none": (), "attn": ("attention",), "mlp": ("mlp",), "attn+mlp": ("attention", "mlp")}
+    lines = content.splitlines()
+    wrong = next((line for line in lines if line.strip() not in words), None)
+    if wrong is not None or len(lines) != anatomy.blocks:
+        what = f"the line {wrong!r}" if wrong is not None else f"{len(lines)} lines"
+        raise PlanError(
+            f"{path} holds no plan: {what}. A drop list has {anatomy.blocks} lines (one a block), each none, attn, mlp "
+            "or attn+mlp."
+        )
+    return Plan.of(f"{part}.{i}" for i, line in enumerate(lines) for part in words[line.strip()])
+
+
+def _indices(entries: list[Any], path: Path, anatomy: Anatomy) -> list[int]:
+    """Block indices from a list of indices or of one boolean a block."""
+    if entries and all(isinstance(e, bool) for e in entries):
+        if len(entries) != anatomy.blocks:
+            raise PlanError(f"{path} lists {len(entries)} blocks, the model has {anatomy.blocks}.")
+        return [i for i, gone in enumerate(entries) if gone]
+    if not all(isinstance(e, int) and e >= 0 for e in entries) or len(set(entries)) != len(entries):
+        raise PlanError(f"{path} has a drop list with negative, repeated or non-integer entries: {entries}.")
+    return list(entries)

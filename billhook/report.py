@@ -1,0 +1,394 @@
+"""One run, told: the table that terminal, model card and page share, the card, and one self-contained HTML page.
+
+Nothing is measured here: every number comes from the run's result, a plain JSON object. The page carries plotly's
+script, asks the network for nothing (its Content-Security-Policy forbids it) and escapes every string of the result.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from billhook.plan import PARTS, Plan, Site
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the run's table, as short strings."""
+
+    label: str
+    teacher: str
+    student: str
+    change: str
+
+
+def rows(result: Result) -> list[Row]:
+    """The table of the run. What was not measured has no row; `notes` says so."""
+    told: list[Row] = []
+    if quality := result["perplexity"]:
+        change = f"{_times(quality['ratio'])} {_span(quality['ci95'], _times)}"
+        told.append(Row("Held-out perplexity", _short(quality["teacher"]), _short(quality["student"]), change))
+    for label, key, unit in (
+        ("Parameters", "parameters", ""),
+        ("On disk", "bytes", "B"),
+        ("KV cache / token", "kv_bytes_per_token", "B"),
+        ("FLOPs / token", "flops_per_token", ""),
+    ):
+        told.append(_sizes(label, result[key]["teacher"], result[key]["student"], unit))
+    if speed := result["speed"]:
+        for label, phase in (("Prefill tokens/s", "prefill"), ("Decode tokens/s", "decode")):
+            sides = [_median(speed[side][f"{phase}_tokens_per_s"]) for side in ("teacher", "student")]
+            predicted = (speed.get("predicted") or {}).get(phase)
+            change = _median(speed["ratio"][phase], _times) + (f", predicted {_times(predicted)}" if predicted else "")
+            told.append(Row(label, sides[0], sides[1], change))
+        peaks = speed["teacher"]["peak_bytes"], speed["student"]["peak_bytes"]
+        if any(peaks):
+            told.append(_sizes("Peak memory", *peaks, "B"))
+    return told
+
+
+def notes(result: Result) -> list[str]:
+    """What a reader of the numbers must know: the result's own notes, and what was not measured."""
+    told = [str(result["note"])] if result.get("note") else []
+    for key in ("perplexity", "speed"):
+        if not result[key]:
+            told.append(f"{key.capitalize()} was not measured.")
+        elif result[key]["note"]:
+            told.append(f"{key.capitalize()}: {result[key]['note']}")
+    quality = result["perplexity"]
+    if quality and not quality["reliable"] and not quality["note"]:
+        told.append(f"Perplexity: the interval rests on {quality['clusters']} texts only and is not reliable.")
+    return told
+
+
+def verdict(result: Result) -> str:
+    """The run in one sentence of plain words."""
+    plan, alive = Plan.of(result["plan"]["removed"]), len(result["anatomy"]["sites"])
+    whole = f" ({_count(len(plan.blocks()), 'whole block')})" if plan.blocks() else ""
+    was, now = result["parameters"]["teacher"], result["parameters"]["student"]
+    facts = [f"{1 - now / was:.1%} fewer parameters" if now < was else "as many parameters as before"]
+    if quality := result["perplexity"]:
+        low, high = (_times(end)[1:] for end in quality["ci95"])
+        values = f"{_short(quality['teacher'])} → {_short(quality['student'])}"
+        facts.append(f"perplexity {values} ({_times(quality['ratio'])}, 95% interval {low} to {high})")
+    if result["speed"]:
+        middle, low, high = (_times(result["speed"]["ratio"]["decode"][key]) for key in ("median", "low", "high"))
+        facts.append(f"decoding speed {middle} ({low[1:]} to {high[1:]})")
+    return f"{len(plan.removed)} of {_count(alive, 'site')} removed{whole}: {', '.join(facts)}."
+
+
+# -- numbers and words -------------------------------------------------------------------------------------------------
+
+
+def _short(x: float | None, unit: str = "") -> str:
+    """Three significant digits, four from 1,000 to 9,999, and k, M, G, T beyond; `–` for what is not known."""
+    if x is None:
+        return "–"
+    gap = " " if unit else ""
+    if not math.isfinite(x) or x == 0 or (isinstance(x, int) and abs(x) < 1000):
+        return f"{x:g}{gap}{unit}".replace("inf", "∞")
+    size = abs(float(f"{x:.3g}"))
+    if 1000 <= size < 10_000 and not unit:
+        return f"{x:,.0f}"
+    scale, prefix = next(((s, p) for s, p in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if size >= s), (1.0, ""))
+    digits = max(0, 2 - math.floor(math.log10(size / scale)))
+    return f"{x / scale:.{digits}f}{gap}{prefix}{unit}".replace("-", "−")
+
+
+def _times(x: float) -> str:
+    """A ratio, two decimals."""
+    return f"×{x:.2f}" if abs(x) < 100 else f"×{_short(x)}"
+
+
+def _span(ends: Sequence[float], spell: Callable[[float], str] = _short) -> str:
+    return f"({spell(ends[0])}–{spell(ends[1])})".replace("×", "")
+
+
+def _median(value: Mapping[str, float], spell: Callable[[float], str] = _short) -> str:
+    low, middle, high = (float(value[key]) for key in ("low", "median", "high"))
+    return f"{spell(middle)} {_span((low, high), spell)}"
+
+
+def _sizes(label: str, teacher: float | None, student: float | None, unit: str) -> Row:
+    change = "–"
+    if teacher and student is not None:
+        change = "unchanged" if teacher == student else f"{student / teacher - 1:+.1%}".replace("-", "−")
+    return Row(label, _short(teacher, unit), _short(student, unit), change)
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _plain(value: object) -> str:
+    """A value of a recipe, of data or of the environment, for readers."""
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) and value > 9999 else str(value)
+
+
+def _yaml(values: Mapping[str, object]) -> str:
+    """One `key: value` line each, the value as JSON, which YAML reads; what cannot be printed is escaped."""
+    lines = (f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
+    return "\n".join("".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in line) for line in lines)
+
+
+def _removed_in_words(names: Iterable[str]) -> list[str]:
+    """`attention of blocks 3, 5` and `mlp of block 2`."""
+    sites = Plan.of(names).sites()
+    told = []
+    for part in PARTS:
+        blocks = [str(site.block) for site in sites if site.part == part]
+        if blocks:
+            told.append(f"{part} of block{'s' if len(blocks) > 1 else ''} {', '.join(blocks)}")
+    return told
+
+
+def _gone(result: Result) -> list[str]:
+    """Sites of the unpruned model that were not there any more when this run began."""
+    alive = {size["site"] for size in result["anatomy"]["sites"]}
+    every = (str(Site(block, part)) for block in range(result["anatomy"]["blocks"]) for part in PARTS)
+    return [name for name in every if name not in alive]
+
+
+# -- the model card ----------------------------------------------------------------------------------------------------
+
+
+def card(result: Result) -> str:
+    """README.md of the checkpoint: Markdown with the YAML front matter of the Hugging Face hub."""
+    front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- billhook\n- pruned\n---"
+    removed = _removed_in_words(result["plan"]["removed"]) or ["nothing"]
+    if gone := _gone(result):
+        removed.append(f"gone before this run: {'; '.join(_removed_in_words(gone))}")
+    lines = [f"| {r.label} | {r.teacher} | {r.student} | {r.change} |" for r in rows(result)]
+    table = "\n".join(["| | teacher | student | change |", "|---|---|---|---|", *lines])
+    data = [
+        f"- {use}: {_md(about['source'])}, {about['tokens']:,} tokens in {_count(about['documents'], 'document')}"
+        for use, about in result["data"].items()
+        if about
+    ]
+    where = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
+    return "\n\n".join(
+        [
+            front,
+            f"# {_md(result['model']['name'])}, pruned",
+            verdict(result),
+            "\n".join(f"> {_md(note)}\n>" for note in notes(result)).removesuffix("\n>"),
+            "## What was removed",
+            "\n".join(f"- {words}" for words in removed) + "\n\nBlocks are counted from 0 in the unpruned model.",
+            "## Measured",
+            table + "\n\nIn brackets: 95% intervals. The teacher is the model before this pruning.",
+            f"## How to load it\n\n{_loading(result['kind'])}",
+            f"## Recipe\n\n```yaml\n{_yaml(result['recipe'])}\n```",
+            "## Data\n\n" + "\n".join(data),
+            f"## Environment\n\n{_md(where)}",
+            f"Made with Billhook {_md(result['billhook'])}, run {_md(result['run'])}, {_md(result['created'])}.\n",
+        ]
+    ).replace("\n\n\n\n", "\n\n")
+
+
+def _md(value: object) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", " ".join(str(value).split()))
+
+
+def _loading(kind: str) -> str:
+    ours, trust = kind.startswith("billhook-"), ""
+    told = "A stock checkpoint: plain transformers loads it, and so does whatever reads this architecture."
+    if "zeroed" in kind:
+        told = (
+            "A stock checkpoint with the output projections of the removed sites set to zero: loadable by anything, "
+            "**no speed-up** and no memory saved."
+        )
+    if ours:
+        trust = ", trust_remote_code=True"
+        told = (
+            "Single sites were removed, which no stock class can express: the checkpoint brings its own small class. "
+            "Trust it as below, or install Billhook and call `import billhook; billhook.register()` first. Without "
+            "either it fails to load."
+        )
+    return (
+        f"{told}\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # where this file is\n'
+        f"model = AutoModelForCausalLM.from_pretrained(folder{trust})\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
+    )
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def page(result: Result) -> str:
+    """One self-contained HTML page. The frame, its style and its small script are in report.html."""
+    charts = _loss_chart(result), _speed_chart(result)
+    when = re.sub(r"T(\d\d:\d\d).*\+00:00$", r" \1 UTC", result["created"])
+    made = f"Billhook {result['billhook']} · run {result['run']} · {when} · {result['kind']}"
+    measured = _table(
+        ("Measure", "Teacher", "Student", "Change"), [(r.label, r.teacher, r.student, r.change) for r in rows(result)]
+    )
+    facts = dict(result["environment"]) | {f"model {key}": value for key, value in result["model"].items()}
+    facts |= {key: result[key] for key in ("kind", "out", "created")}
+    data = {use: about for use, about in result["data"].items() if about}
+    keys = list(dict.fromkeys(key for about in data.values() for key in about))
+    seconds = {**result["seconds"], "total": math.fsum(result["seconds"].values())}
+    frame = Template(files("billhook").joinpath("report.html").read_text(encoding="utf-8"))
+    return frame.substitute(
+        title=_e(f"{result['model']['name']}, pruned"),
+        made=_e(made),
+        verdict=_e(verdict(result)),
+        notes="".join(f'<p class="note">{_e(note)}</p>' for note in notes(result)),
+        table=re.sub(r"\(.*?\)", r'<span class="span">\g<0></span>', measured),
+        map=_map(result),
+        removals=_removals(result),
+        charts="".join(charts),
+        answers=_answers(result["answers"]),
+        recipe=_e(_yaml(result["recipe"])),
+        data=_table(("", *data), [(key, *(_plain(about.get(key)) for about in data.values())) for key in keys]),
+        environment=_table(("Name", "Value"), [(key.replace("_", " "), _plain(value)) for key, value in facts.items()]),
+        seconds=_table(("Stage", "Time"), [(stage, _duration(spent)) for stage, spent in seconds.items()]),
+        plotly=get_plotlyjs() if any(charts) else "",
+    )
+
+
+def _e(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Headings on top and on the left; every cell escaped."""
+    top = "".join(f'<th scope="col">{_e(cell)}</th>' if cell else "<td></td>" for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{_e(first)}</th>{"".join(f"<td>{_e(cell)}</td>" for cell in rest)}</tr>'
+        for first, *rest in lines
+    )
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cells(result: Result) -> dict[str, tuple[str, str, str]]:
+    """Every site of the unpruned model: its state (kept, removed or gone), its mark on the map and its description."""
+    steps, sizes = result["steps"], {size["site"]: size for size in result["anatomy"]["sites"]}
+    turn = {site: (number, step) for number, step in enumerate(steps, 1) for site in step["sites"]}
+    cells = {name: ("gone", "", f"{name}: gone before this run") for name in _gone(result)}
+    for name in sizes:
+        about = f"{name}: {sizes[name]['parameters']:,} parameters, "
+        if name not in result["plan"]["removed"]:
+            cells[name] = ("kept", "", about + "kept")
+        elif name in turn:
+            number, step = turn[name]
+            told = f"removal {number} of {len(steps)}, loss {step['loss']:.4g} after it"
+            cells[name] = ("removed", str(number), about + told)
+        else:
+            cells[name] = ("removed", "×", about + "removed by the given plan")
+    return cells
+
+
+def _map(result: Result) -> str:
+    """Blocks from left to right, ten to a table, so that narrow screens can stack the tables; attention above mlp."""
+    cells, blocks, told = _cells(result), result["anatomy"]["blocks"], []
+    for start in range(0, blocks, 10):
+        span = range(start, min(start + 10, blocks))
+        lines = f"<tr><th>block</th>{''.join(f'<th scope=col>{block}</th>' for block in span)}</tr>"
+        for part in PARTS:
+            lines += f"<tr><th scope=row>{part}</th>"
+            for name in (str(Site(block, part)) for block in span):
+                state, mark, about = cells[name]
+                stop = 0 if name == "attention.0" else -1
+                button = f'class="{state}" data-site="{name}" tabindex="{stop}" aria-label="{_e(about)}"'
+                lines += f'<td><button type="button" {button}>{mark}</button></td>'
+            lines += "</tr>"
+        told.append(f'<table style="--n:{len(span)}">{lines}</table>')
+    return f'<div class="map{" long" if blocks > 30 else ""}">{"".join(told)}</div>'
+
+
+def _removals(result: Result) -> str:
+    """The removals as a table: what the map and the chart show, for reading and for screen readers."""
+    if not result["steps"]:
+        return "<p>A given plan was applied without a search, so its removals have no order and no losses.</p>"
+    sizes = {size["site"]: size["parameters"] for size in result["anatomy"]["sites"]}
+    lines = [
+        (
+            str(number),
+            ", ".join(step["sites"]),
+            _short(sum(sizes.get(site, 0) for site in step["sites"])),
+            f"{step['loss']:.4g}",
+            _short(step["gap"]) + ("" if step["gap_se"] is None else f" ± {_short(1.96 * step['gap_se'])}"),
+        )
+        for number, step in enumerate(result["steps"], 1)
+    ]
+    table = _table(("No.", "Site", "Parameters", "Loss", "Gap ± 95%"), lines)
+    return f"<details><summary>The removals in order, as a table</summary>{table}</details>"
+
+
+def _chart(kind: str, title: str, label: str, caption: str, numbers: Mapping[str, list[Any]]) -> str:
+    """A figure that report.html draws from `numbers`; `label` tells a screen reader what is to be seen."""
+    height = {"loss": 420, "speed": 230}[kind]
+    finite = {k: [None if isinstance(x, float) and not math.isfinite(x) else x for x in v] for k, v in numbers.items()}
+    box = f'class="chart" data-kind="{kind}" style="height:{height}px" data-numbers="{_e(json.dumps(finite))}"'
+    return (
+        f'<section class="{kind}"><h2>{_e(title)}</h2><div role="img" aria-label="{_e(label)}" {box}></div>'
+        f"<p>{_e(caption)}</p></section>"
+    )
+
+
+def _loss_chart(result: Result) -> str:
+    """The loss after every removal, and the gap to the second best with its 95% interval."""
+    steps = result["steps"]
+    if not steps:
+        return ""
+    errors = [None if step["gap_se"] is None else 1.96 * step["gap_se"] for step in steps]
+    known = [(step["gap"], error) for step, error in zip(steps, errors, strict=True) if step["gap"] is not None]
+    clear = sum(error is not None and gap > error for gap, error in known)
+    label = f"Loss after each of {len(steps)} removals: from {steps[0]['loss']:.4g} to {steps[-1]['loss']:.4g}."
+    caption = (
+        f"Above: the loss ({result['loss']}, nats per token, lower is better) after each removal. Below: how much "
+        "worse the second-best choice was, with its 95% interval over documents (1.96 standard errors). Where it "
+        f"reaches zero (hollow), the choice may be noise. Clear of zero: {clear} of {_count(len(known), 'choice')}."
+    )
+    numbers: dict[str, list[Any]] = {"sites": [", ".join(step["sites"]) for step in steps], "error": errors}
+    numbers |= {key: [step[key] for step in steps] for key in ("loss", "gap")}
+    return _chart("loss", "Loss along the removals", label, caption, numbers)
+
+
+def _speed_chart(result: Result) -> str:
+    """Speed of the student over that of the teacher: measured with its interval, and predicted."""
+    speed = result["speed"]
+    if not speed:
+        return ""
+    predicted, phases = speed.get("predicted") or {}, ("prefill", "decode")
+    told = [row for row in rows(result) if row.label.endswith("tokens/s")]
+    label = "Student's speed over teacher's. " + "; ".join(f"{row.label}: {row.change}" for row in told) + "."
+    caption = "Dots: measured, with 95% intervals. Diamonds: predicted. "
+    caption += (
+        "Protocol: "
+        + ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in speed["protocol"].items())
+        + "."
+    )
+    numbers = {key: [speed["ratio"][phase][key] for phase in phases] for key in ("median", "low", "high")}
+    return _chart("speed", "Speed-up", label, caption, {**numbers, "predicted": [predicted.get(p) for p in phases]})
+
+
+def _answers(answers: Sequence[Mapping[str, str]]) -> str:
+    told = []
+    for answer in answers:
+        same = "<small>the same words</small>" if answer["teacher"] == answer["student"] else ""
+        sides = "".join(
+            f"<div><h4>{who.capitalize()}</h4><p>{_e(answer[who])}</p></div>" for who in ("teacher", "student")
+        )
+        told.append(f'<article><h3>{_e(answer["prompt"])} {same}</h3><div class="pair">{sides}</div></article>')
+    return "".join(told) or "<p>No prompts were answered.</p>"

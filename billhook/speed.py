@@ -1,0 +1,185 @@
+"""Latency, throughput and memory, measured. Two models are timed in turn, so that a drifting machine hits both."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from billhook.loading import DTYPES, register
+from billhook.plan import Anatomy, Plan
+from billhook.records import Event, Timing, Watch, silent
+from billhook.stats import median_interval
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """`batch` random prompts of `prompt_tokens`, `new_tokens` decoded greedily with the KV cache, `repeats` times."""
+
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    batch: int = 1
+    repeats: int = 9
+
+
+@torch.inference_mode()
+def time_in_turn(
+    models: Sequence[Any], folders: Sequence[Path], protocol: Protocol, seed: int = 0, watch: Watch = silent
+) -> list[Timing]:
+    """One Timing a model. Order A B A B …; one uncounted warm-up each; wall seconds with the device synchronised.
+
+    `folders[i]` holds model i's checkpoint: its peak memory is that of a process of its own which loads it and answers
+    one prompt.
+    """
+    config = models[0].config
+    room = getattr(config, "max_position_embeddings", None)
+    prompt = min(protocol.prompt_tokens, room - protocol.new_tokens) if room else protocol.prompt_tokens
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, config.vocab_size, (protocol.batch, prompt), generator=draw)
+    prefill: list[list[float]] = [[] for _ in models]
+    decode: list[list[float]] = [[] for _ in models]
+    total = (protocol.repeats + 1) * len(models)
+    for repeat in range(protocol.repeats + 1):
+        for i, model in enumerate(models):
+            seconds = _once(model, ids.to(model.device), protocol.new_tokens)
+            if repeat:
+                prefill[i].append(seconds[0])
+                decode[i].append(seconds[1])
+            watch(Event("speed", repeat * len(models) + i + 1, total))
+    dtype = str(models[0].dtype).removeprefix("torch.")
+    peaks = [peak_bytes(folder, str(models[0].device), dtype, prompt, protocol.new_tokens) for folder in folders]
+    return [
+        Timing(tuple(p), tuple(d), prompt, protocol.new_tokens, protocol.batch, peak)
+        for p, d, peak in zip(prefill, decode, peaks, strict=True)
+    ]
+
+
+def _once(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of one prefill of `ids` [batch, time] and of `new_tokens` decoding steps."""
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    start = _now(model.device)
+    out = model(input_ids=ids, use_cache=True, **last_only)
+    middle = _now(model.device)
+    for _ in range(new_tokens):
+        token = out.logits[:, -1:].argmax(-1)
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+    return middle - start, _now(model.device) - middle
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def peak_bytes(folder: Path, device: str, dtype: str, prompt: int, new_tokens: int) -> int | None:
+    """Peak memory of a fresh process that loads `folder` and answers: resident on a CPU, allocated on a GPU.
+
+    None where the process fails, for example because the memory does not hold a second copy.
+    """
+    command = [sys.executable, "-m", "billhook.speed", str(folder), device, dtype, str(prompt), str(new_tokens)]
+    try:
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return int(json.loads(done.stdout)["peak_bytes"]) if done.returncode == 0 else None
+
+
+def _child(folder: str, device: str, dtype: str, prompt: str, new_tokens: str) -> None:
+    register()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True).to(device)
+    with torch.inference_mode():
+        _once(model.eval(), torch.zeros(1, int(prompt), dtype=torch.int64, device=device), int(new_tokens))
+    if model.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(model.device)
+    elif model.device.type == "mps":
+        peak = torch.mps.driver_allocated_memory()
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    print(json.dumps({"peak_bytes": peak}))
+
+
+def rates(timing: Timing) -> dict[str, Any]:
+    """Tokens per second, median and 95% interval of the median, and the peak memory."""
+    sizes = {"prefill": timing.prompt_tokens * timing.batch, "decode": timing.new_tokens * timing.batch}
+    told: dict[str, Any] = {}
+    for kind, seconds in (("prefill", timing.prefill_s), ("decode", timing.decode_s)):
+        median, low, high = median_interval(tuple(sizes[kind] / s for s in seconds))
+        told[f"{kind}_tokens_per_s"] = {"median": median, "low": low, "high": high}
+    return told | {"peak_bytes": timing.peak_bytes}
+
+
+def ratio(teacher: Timing, student: Timing) -> dict[str, Any]:
+    """How many times faster the student is, from the pairs that ran one after the other."""
+    told = {}
+    for kind in ("prefill", "decode"):
+        pairs = zip(getattr(teacher, f"{kind}_s"), getattr(student, f"{kind}_s"), strict=True)
+        median, low, high = median_interval(tuple(a / b for a, b in pairs))
+        told[kind] = {"median": median, "low": low, "high": high}
+    return told
+
+
+def predicted(anatomy: Anatomy, plan: Plan) -> dict[str, float]:
+    """What the anatomy promises: speed in proportion to the weights that a token meets.
+
+    Prefill computes the head for one token of the prompt only, decoding for every token.
+    """
+    head = anatomy.rest.flops_per_token
+    dense, left = anatomy.total("flops_per_token"), anatomy.total("flops_per_token", plan)
+    return {"prefill": (dense - head) / max(left - head, 1), "decode": dense / left}
+
+
+def what_dominates(teacher: Timing, anatomy: Anatomy, told: dict[str, Any], device: torch.device, itemsize: int) -> str:
+    """Why measured speed differs from the predicted one, where it does by more than 15%; else the empty string.
+
+    `told` holds `ratio` and `predicted`. Reading the weights once a token at the measured memory bandwidth is the
+    least that decoding takes; what is above it is the fixed cost of the calls, which goes with the number of
+    sublayers, whatever their size.
+    """
+    off = {k: told["ratio"][k]["median"] / told["predicted"][k] for k in ("prefill", "decode")}
+    far = [k for k, value in off.items() if abs(value - 1) > 0.15]
+    if not far:
+        return ""
+    step_ms = 1000 * statistics.median(teacher.decode_s) / teacher.new_tokens
+    read_ms = 1000 * anatomy.total("flops_per_token") / 2 * itemsize / bandwidth(device)
+    kinds = " and ".join(f"{k} (×{told['ratio'][k]['median']:.2f}, predicted ×{told['predicted'][k]:.2f})" for k in far)
+    return (
+        f"Measured and predicted differ by more than 15% in {kinds}. The prediction counts weights only. At batch "
+        f"{teacher.batch} a decoding step of the teacher takes {step_ms:.1f} ms, of which reading the weights accounts "
+        f"for about {read_ms:.1f} ms at this machine's measured memory bandwidth; the rest is the fixed cost of calling "
+        "each sublayer, attention over the context and the machine's noise, so speed follows the number and kind of "
+        "the removed sublayers rather than their weights."
+    )
+
+
+@torch.inference_mode()
+def bandwidth(device: torch.device, size_bytes: int = 2**28) -> float:
+    """Bytes per second at which a matrix-vector product streams a matrix from memory; the median of 5."""
+    matrix = torch.zeros(size_bytes // 4 // 4096, 4096, device=device)
+    vector = torch.zeros(4096, device=device)
+    seconds = []
+    for _ in range(6):
+        start = _now(device)
+        matrix @ vector
+        seconds.append(_now(device) - start)
+    return size_bytes / statistics.median(seconds[1:])
+
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])

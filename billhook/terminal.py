@@ -1,0 +1,207 @@
+"""What a terminal shows: progress while it works, tables when it is done. Plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from billhook.records import Event, Watch, silent
+
+PLAIN_SECONDS = 5.0  # without a terminal, at most one line in so many seconds
+
+
+def quieten(verbose: bool) -> None:
+    """Keep transformers' own bars and warnings off the screen, unless asked for."""
+    if not verbose:
+        import os
+
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def progress(*, quiet: bool) -> tuple[Watch, Callable[[], None]]:
+    """A watcher that shows stages on stderr with rate and ETA, and how to close it."""
+    if quiet:
+        return silent, lambda: None
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return _plain(), lambda: None
+    bars = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.fields[stage]:<9}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("[dim]{task.fields[note]}"),
+        console=console,
+        transient=False,
+    )
+    return _Bars(bars), bars.stop
+
+
+class _Bars:
+    """One bar a stage; a stage that starts over (a search round) starts its bar over."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars, self._tasks = bars, {}  # type: ignore[var-annotated]
+        self._since: dict[str, tuple[float, int]] = {}
+        bars.start()
+
+    def __call__(self, event: Event) -> None:
+        if event.stage not in self._tasks:
+            self._tasks[event.stage] = self._bars.add_task("", stage=event.stage, rate="", note="", total=event.total)
+        task = self._tasks[event.stage]
+        shown = self._bars.tasks[self._bars.task_ids.index(task)]
+        if event.done < shown.completed:
+            self._bars.reset(task)
+            self._since.pop(event.stage, None)
+        start, first = self._since.setdefault(event.stage, (time.monotonic(), event.done))
+        self._bars.update(
+            task, completed=event.done, total=event.total, note=event.note[:60], rate=_rate(event, start, first)
+        )
+
+
+def _rate(event: Event, start: float, first: int) -> str:
+    passed = time.monotonic() - start
+    return f"{(event.done - first) / passed:.1f}/s" if passed > 1 and event.done > first else ""
+
+
+def _plain() -> Watch:
+    """Lines on stderr: a new stage at once, the same stage every few seconds and when it is complete."""
+    last: dict[str, Any] = {"stage": "", "at": 0.0, "start": 0.0, "first": 0}
+
+    def watch(event: Event) -> None:
+        now = time.monotonic()
+        fresh = event.stage != last["stage"]
+        if fresh:
+            last.update(stage=event.stage, start=now, first=event.done)
+        if not fresh and now - last["at"] < PLAIN_SECONDS:
+            return
+        last["at"] = now
+        count = f" {event.done}/{event.total}" if event.total else ""
+        rate, left = _rate(event, last["start"], last["first"]), ""
+        if rate and event.total:
+            left = f", {(event.total - event.done) * (now - last['start']) / (event.done - last['first']):.0f} s left"
+        print(f"{event.stage}{count} {event.note} {rate}{left}".rstrip(), file=sys.stderr, flush=True)
+
+    return watch
+
+
+# -- results --------------------------------------------------------------------------------------------------------
+
+
+def show(value: dict[str, Any], kind: str) -> None:
+    """Print a result of a command as tables."""
+    console = Console(soft_wrap=False)
+    {"result": _result, "anatomy": _anatomy, "plan_of_work": _plan_of_work, "evaluation": _evaluation,
+     "speed": _speed, "runs": _runs, "run": _run, "methods": _methods}[kind](console, value)  # fmt: skip
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    return table
+
+
+def _result(console: Console, value: dict[str, Any]) -> None:
+    from billhook import report
+
+    removed = value["plan"]["removed"]
+    console.print(f"Removed {len(removed)} of {len(value['anatomy']['sites'])} sites: {', '.join(removed)}")
+    table = _table("", "teacher", "student", "change")
+    for row in report.rows(value):
+        table.add_row(row.label, row.teacher, row.student, row.change)
+    console.print(table)
+    for note in filter(None, (value["note"], value["perplexity"]["note"], value["speed"]["note"])):
+        console.print(note, style="dim")
+    console.print(f"Checkpoint and report: {value['out']} (open {value['out']}/report.html)")
+
+
+def _anatomy(console: Console, value: dict[str, Any]) -> None:
+    console.print(f"{value['model']}: {value['type']}, {value['blocks']} blocks, {value['dtype']}")
+    table = _table("site", "parameters", "bytes", "KV B/token", "FLOPs/token")
+    rows = [*value["sites"], {"site": "the rest", **value["rest"]}, {"site": "total", **value["total"]}]
+    for row in rows:
+        numbers = (row["parameters"], row["bytes"], row["kv_bytes_per_token"], row["flops_per_token"])
+        table.add_row(row["site"], *(f"{n:,}" for n in numbers))
+    console.print(table)
+    if value["already_removed"]:
+        console.print(f"Removed before: {', '.join(value['already_removed'])}")
+
+
+def _plan_of_work(console: Console, value: dict[str, Any]) -> None:
+    table = _table("", "")
+    calibration, held_out = value["data"]["calibration"], value["data"]["evaluation"]
+    memory, seconds = value["memory_bytes"], value["expected_seconds"]
+    for label, text in (
+        ("remove", f"{value['remove']} of {value['model']}"),
+        ("losses to measure", f"{value['losses']:,}"),
+        ("calibration", f"{calibration['tokens']:,} tokens of {calibration['source']}"),
+        ("held out", f"{held_out['tokens']:,} tokens of {held_out['source']}"),
+        ("memory", f"{memory['weights'] / 1e9:.2f} GB weights, {memory['kept_for_the_search'] / 1e9:.2f} GB kept"),
+        ("disk", f"at most {value['disk_bytes'] / 1e9:.2f} GB"),
+        ("time", f"search at most {seconds['search_at_most']:,.0f} s, evaluation {seconds['evaluate']:,.0f} s"),
+    ):
+        table.add_row(label, text)
+    console.print(table)
+
+
+def _evaluation(console: Console, value: dict[str, Any]) -> None:
+    low, high = value["ci95"]
+    console.print(
+        f"{value['model']}: perplexity {value['perplexity']:.3f} (95% interval {low:.3f} to {high:.3f}; "
+        f"{value['n']} documents of {value['clusters']} texts, {value['data']['tokens']:,} tokens of "
+        f"{value['data']['source']})"
+    )
+    if value["note"]:
+        console.print(f"The interval is unreliable: it {value['note']}.", style="dim")
+
+
+def _speed(console: Console, value: dict[str, Any]) -> None:
+    table = _table("model", "prefill tok/s", "decode tok/s", "peak memory")
+    for row in value["models"]:
+        cells = [row[f"{kind}_tokens_per_s"] for kind in ("prefill", "decode")]
+        peak = f"{row['peak_bytes'] / 1e9:.2f} GB" if row["peak_bytes"] else "not measured"
+        table.add_row(row["model"], *(f"{c['median']:.1f} ({c['low']:.1f}–{c['high']:.1f})" for c in cells), peak)
+    console.print(table)
+    if "ratio" in value:
+        told = (f"{k} ×{r['median']:.2f} ({r['low']:.2f}–{r['high']:.2f})" for k, r in value["ratio"].items())
+        console.print(f"The second is faster by: {', '.join(told)}")
+    p = value["protocol"]
+    console.print(
+        f"{p['repeats']} runs after a warm-up, batch {p['batch']}, {p['prompt_tokens']} tokens in, {p['new_tokens']} "
+        f"out, {value['environment']['machine']}; median (95% interval of the median)",
+        style="dim",
+    )
+
+
+def _runs(console: Console, value: dict[str, Any]) -> None:
+    table = _table("run", "state", "model", "remove", "search", "losses", "out")
+    for row in value["runs"]:
+        cells = [row[k] for k in ("run", "state", "model", "remove", "search")]
+        table.add_row(*map(str, cells), f"{row['losses']:,}", row["out"])
+    console.print(table if value["runs"] else "No runs yet. Start one: billhook prune --remove 25%sites")
+
+
+def _run(console: Console, value: dict[str, Any]) -> None:
+    console.print(f"{value['id']}: {value['state']}, {value['losses']:,} losses measured, out: {value['out']}")
+    for event in value["events"]:
+        at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
+        count = f" {event['done']}/{event['total']}" if event["total"] else ""
+        console.print(f"{at} {event['stage']}{count} {event['note']}", style="dim", highlight=False)
+    if value["result"]:
+        _result(console, value["result"])
+
+
+def _methods(console: Console, value: dict[str, Any]) -> None:
+    for row in value["methods"]:
+        console.print(f"[bold]{row['name']}[/] ({row['family']}): {row['summary']}", highlight=False)
+        console.print(f"    {row['source']}", style="dim", highlight=False)

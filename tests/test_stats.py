@@ -1,0 +1,220 @@
+"""Intervals: their symmetries, their coverage in simulation, and the binomial definition of the median's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import accumulate
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from billhook.records import EvalResult
+from billhook.stats import FEW_CLUSTERS, bca, mean_interval, median_interval, paired_difference
+
+
+def results(texts: int, seed: int, per_text: int = 3, shuffle: bool = True) -> tuple[EvalResult, EvalResult]:
+    """Two paired results over `texts` texts with odd, uneven names and lengths."""
+    rng = np.random.default_rng(seed)
+    clusters = np.repeat(rng.choice(10_000, texts, replace=False), per_text)
+    if shuffle:
+        clusters = rng.permutation(clusters)
+    counts = rng.integers(5, 200, len(clusters))
+    means = rng.gamma(9, 0.3, len(clusters))
+    a = EvalResult("perplexity", "t", tuple(means * counts), tuple(counts.tolist()), tuple(clusters.tolist()))
+    change = rng.normal(0.1, 0.4, len(clusters)) + 0.2 * np.sin(clusters)
+    return a, replace(a, sums=tuple((means + change) * counts))
+
+
+def shifted(result: EvalResult, by: float) -> EvalResult:
+    return replace(result, sums=tuple(s + by * c for s, c in zip(result.sums, result.counts, strict=True)))
+
+
+# --- paired differences ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("texts", [1, 2, 7, 31])
+def test_the_value_is_the_difference_of_the_means_and_lies_within(texts: int) -> None:
+    a, b = results(texts, seed=texts)
+    found = paired_difference(a, b)
+    assert found.value == pytest.approx(b.mean - a.mean)
+    assert found.low < found.value < found.high
+    assert found.n == len(a.sums)
+
+
+@pytest.mark.parametrize("texts", [1, 2, 7, 31])
+def test_swapping_the_two_turns_the_interval_round(texts: int) -> None:
+    a, b = results(texts, seed=40 + texts)
+    one, other = paired_difference(a, b, seed=9), paired_difference(b, a, seed=9)
+    assert (other.value, other.low, other.high) == pytest.approx((-one.value, -one.high, -one.low), abs=1e-9)
+
+
+@given(st.floats(-5, 5), st.floats(-5, 5), st.sampled_from([1, 2, 9]))
+@settings(max_examples=15, deadline=None)
+def test_a_shift_of_b_moves_the_interval_and_one_of_both_does_not(by: float, both: float, texts: int) -> None:
+    a, b = results(texts, seed=3)
+    still, moved = paired_difference(a, b), paired_difference(shifted(a, both), shifted(b, both + by))
+    expected = (still.value + by, still.low + by, still.high + by)
+    assert (moved.value, moved.low, moved.high) == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize("texts", [1, 2, 30])
+def test_identical_results_differ_by_exactly_nothing(texts: int) -> None:
+    a, _ = results(texts, seed=1)
+    found = paired_difference(a, a)
+    assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_constant_difference_has_no_width(seed: int) -> None:
+    """Also where rounding makes the texts differ in the last digit: found by chance, a division of 0 by 0."""
+    a, _ = results(2 + seed % 5, seed)
+    by = float(np.random.default_rng(seed).uniform(-9, 9))
+    found = paired_difference(a, shifted(a, by))
+    assert (found.value, found.low, found.high) == pytest.approx((by, by, by), abs=1e-9)
+
+
+def test_results_over_other_items_are_refused() -> None:
+    a, b = results(4, seed=2)
+    longer = replace(b, counts=(b.counts[0] + 1, *b.counts[1:]))
+    for other in (replace(b, tokens="u"), longer, replace(b, sums=b.sums[1:], counts=b.counts[1:])):
+        with pytest.raises(ValueError, match="not over the same items"):
+            paired_difference(a, other)
+
+
+def test_the_order_and_the_names_of_items_do_not_matter() -> None:
+    a, b = results(12, seed=6)
+    order = np.random.default_rng(0).permutation(len(a.sums))
+
+    def reordered(result: EvalResult) -> EvalResult:
+        sums, counts, clusters = (tuple(np.array(v)[order].tolist()) for v in (result.sums, result.counts, a.clusters))
+        return replace(result, sums=sums, counts=counts, clusters=tuple(c + 17 for c in clusters))
+
+    one, other = paired_difference(a, b, seed=4), paired_difference(reordered(a), reordered(b), seed=4)
+    assert (one.value, one.low, one.high) == pytest.approx((other.value, other.low, other.high), abs=1e-9)
+    assert paired_difference(a, b, seed=4) == one != paired_difference(a, b, seed=5)
+
+
+@pytest.mark.parametrize("texts", [2, FEW_CLUSTERS - 1, FEW_CLUSTERS, FEW_CLUSTERS + 7])
+def test_reliability_counts_texts_and_not_items(texts: int) -> None:
+    found = paired_difference(*results(texts, seed=8, per_text=5))
+    assert (found.clusters, found.n) == (texts, 5 * texts)
+    assert found.reliable == (texts >= FEW_CLUSTERS) == (found.note == "")
+    assert found.reliable or f"{texts} texts" in found.note
+
+
+def test_items_of_one_text_are_resampled_but_never_called_reliable() -> None:
+    one = results(1, seed=5, per_text=60)
+    own = tuple(replace(result, clusters=tuple(range(60))) for result in one)
+    found, apart = paired_difference(*one), paired_difference(*own)
+    assert (found.low, found.high) == (apart.low, apart.high)
+    assert apart.reliable
+    assert not found.reliable
+    assert "60 documents of one text" in found.note
+
+
+def test_a_single_item_tells_nothing() -> None:
+    found = paired_difference(*results(1, seed=5, per_text=1))
+    assert (found.low, found.high, found.reliable) == (-math.inf, math.inf, False)
+
+
+def test_texts_that_move_together_widen_the_interval() -> None:
+    """50 items a text that all change alike hold no more than one item: the width must not shrink by sqrt(50)."""
+    rng = np.random.default_rng(12)
+    change = rng.normal(0, 1, 40)
+
+    def width(per_text: int) -> float:
+        counts, clusters = (10,) * 40 * per_text, tuple(np.repeat(np.arange(40), per_text).tolist())
+        a = EvalResult("perplexity", "t", (0.0,) * len(counts), counts, clusters)
+        found = paired_difference(a, replace(a, sums=tuple(10 * np.repeat(change, per_text))))
+        return found.high - found.low
+
+    assert width(50) == pytest.approx(width(1), rel=1e-6)
+
+
+@pytest.mark.parametrize("texts", [1, 7, 31])
+def test_the_interval_of_a_mean_is_that_of_its_difference_to_nothing(texts: int) -> None:
+    _, b = results(texts, seed=texts)
+    nothing = replace(b, sums=(0.0,) * len(b.sums))
+    assert mean_interval(b, seed=2) == paired_difference(nothing, b, seed=2)
+    assert mean_interval(b).value == pytest.approx(b.mean)
+
+
+# --- bca ---------------------------------------------------------------------------------------------------------
+
+
+def test_bca_covers_the_truth_as_often_as_it_says() -> None:
+    """Exponential changes a token times uneven lengths, independent of them, so that the true ratio is their mean."""
+    rng, sets, missed_low, missed_high = np.random.default_rng(2024), 300, 0, 0
+    for seed in range(sets):
+        counts = rng.integers(20, 200, 50).astype(float)
+        low, high = bca((rng.exponential(1, 50) - 0.7) * counts, counts, seed, resamples=1_000)
+        missed_low += high < 0.3
+        missed_high += low > 0.3
+    assert 0.90 <= 1 - (missed_low + missed_high) / sets <= 0.99
+    assert max(missed_low, missed_high) < 0.08 * sets  # and errs on both sides
+
+
+def test_bca_agrees_with_the_normal_interval_where_there_is_no_skew() -> None:
+    normal = np.random.default_rng(1).normal(0.2, 1, 200)
+    values = np.concatenate([normal, 0.4 - normal])  # symmetric about 0.2
+    low, high = bca(values, np.ones(400), seed=3)
+    half = 1.96 * values.std(ddof=1) / 20
+    assert (low, high) == pytest.approx((0.2 - half, 0.2 + half), abs=0.06 * half)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_bca_follows_its_definition_where_the_data_lean(sign: int) -> None:
+    """Efron 1987: the quantiles at Φ(b + (b + z) / (1 - a (b + z))), by other replicas and the moments of the data."""
+    values, normal = sign * np.random.default_rng(7).exponential(1, 60), NormalDist()
+    replicas = np.random.default_rng(1).choice(values, (100_000, 60)).mean(1)
+    bias = normal.inv_cdf(float(np.mean(replicas < values.mean())))
+    lean = float(((values - values.mean()) ** 3).mean() / values.std() ** 3 / 6 / math.sqrt(60))
+    ends = [bias + z for z in (-1.96, 1.96)]
+    expected = np.quantile(replicas, [normal.cdf(bias + z / (1 - lean * z)) for z in ends])
+    error = values.std() / math.sqrt(60)
+    assert bca(values, np.ones(60), seed=0, resamples=100_000) == pytest.approx(tuple(expected), abs=0.025 * error)
+    assert np.min(sign * (expected - np.quantile(replicas, (0.025, 0.975)))) > 0.12 * error  # plain percentiles fail
+
+
+def test_a_higher_level_gives_a_wider_interval() -> None:
+    values = np.random.default_rng(7).exponential(1, 60)
+    low, high = bca(values, np.ones(60), seed=0)
+    wider = bca(values, np.ones(60), seed=0, level=0.99)
+    assert wider[0] < low < high < wider[1]
+
+
+@given(st.floats(0.01, 100), st.integers(2, 12))
+@settings(max_examples=20, deadline=None)
+def test_bca_scales_with_its_data(scale: float, n: int) -> None:
+    rng = np.random.default_rng(n)
+    sums, counts = rng.normal(1, 2, n), rng.integers(1, 9, n).astype(float)
+    low, high = bca(sums, counts, seed=1, resamples=500)
+    assert bca(sums * scale, counts, seed=1, resamples=500) == pytest.approx((low * scale, high * scale), rel=1e-6)
+    assert bca(sums, counts * scale, seed=1, resamples=500) == pytest.approx((low / scale, high / scale), rel=1e-6)
+
+
+# --- the median --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [*range(1, 40), 101, 1_000, 2_001])
+def test_the_median_is_enclosed_by_the_narrowest_pair_that_the_binomial_allows(n: int) -> None:
+    """P(x_(i) <= median < x_(n+1-i)) = 1 - 2 P(Binomial(n, 1/2) < i); the largest i that keeps 95% is asked for."""
+    fewer = accumulate(math.comb(n, j) for j in range(n // 2))  # ways to have 0, 0..1, 0..2 … values below the median
+    enough = [i for i, ways in enumerate(fewer, start=1) if 2 * ways * 20 <= 2**n]
+    rank = max(enough, default=1)
+    values = np.random.default_rng(n).permutation(np.arange(1, n + 1) ** 2.0)
+    middle, low, high = median_interval(values)
+    assert (low, high) == (rank**2, (n + 1 - rank) ** 2)
+    assert middle == np.median(values)
+    assert bool(enough) == (n >= 6)
+
+
+def test_the_interval_of_the_median_covers_it_in_simulation() -> None:
+    rng = np.random.default_rng(3)
+    found = [median_interval(rng.exponential(1, 15)) for _ in range(2_000)]
+    covered = np.mean([low <= math.log(2) <= high for _, low, high in found])
+    assert 0.945 <= covered <= 0.98  # 96.5% for 15 values
