@@ -43,7 +43,9 @@ __all__ = [
     "show",
 ]
 _HOMES = {
-    **dict.fromkeys(("evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume", "runs", "show"), "api"),
+    **dict.fromkeys(
+        ("evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume", "runs", "show"), "api"
+    ),
     **dict.fromkeys(("Teacher", "load", "register"), "loading"),
     **dict.fromkeys(("Anatomy", "Budget", "Plan", "Site"), "plan"),
     "BillhookError": "errors",

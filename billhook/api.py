@@ -54,7 +54,9 @@ def resume(
     opened = Store(Path(store))
     chosen = opened.run(run) if run else _newest_unfinished(opened)
     if chosen.state == "done":
-        raise RunError(f"Run {chosen.id} is done; its checkpoint is {chosen.out}. `billhook show {chosen.id}` tells more.")
+        raise RunError(
+            f"Run {chosen.id} is done; its checkpoint is {chosen.out}. `billhook show {chosen.id}` tells more."
+        )
     if recipe is not None and recipe.model_dump() != chosen.recipe:
         differ = [k for k, v in recipe.model_dump().items() if chosen.recipe.get(k) != v]
         raise FingerprintError(
@@ -150,7 +152,7 @@ def runs(store: str | Path = STORE) -> list[dict[str, Any]]:
 
 
 def show(run: str, store: str | Path = STORE) -> dict[str, Any]:
-    """All that the store holds of one run: recipe, state, events, how much was measured, and its result if it is done."""
+    """All that the store holds of one run: recipe, state, events, how many losses it measured, and its result."""
     opened = Store(Path(store))
     found = opened.run(run)
     return asdict(found) | {
@@ -162,5 +164,3 @@ def show(run: str, store: str | Path = STORE) -> dict[str, Any]:
 def methods() -> list[dict[str, str]]:
     """Every registered method: family, name, what it does, source."""
     return [row for registry in (LOSSES, SEARCHES, EVALUATIONS) for row in registry.describe()]
-
-

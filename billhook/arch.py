@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from billhook.errors import ModelError, nearest
-from billhook.plan import PARTS, Anatomy, Part, Rest, Site, SiteSize
+from billhook.plan import PARTS, Anatomy, Part, Rest, Shared, Site, SiteSize
 
 Config = Any  # a transformers config; its classes share no useful static type
 
@@ -25,6 +25,10 @@ def _nothing(config: Config) -> str | None:
 
 def _kv_heads(config: Config) -> int:
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def _all_heads(config: Config) -> int:
+    return int(config.num_attention_heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +109,7 @@ ROWS: dict[str, Row] = {
     "phi": replace(_LLAMA, parallel=_always, shared_norm=_always),
     "phi3": _LLAMA,
     "mixtral": _LLAMA,
-    "olmo2": replace(
-        _LLAMA, attention_norms=("post_attention_layernorm",), mlp_norms=("post_feedforward_layernorm",)
-    ),
+    "olmo2": replace(_LLAMA, attention_norms=("post_attention_layernorm",), mlp_norms=("post_feedforward_layernorm",)),
     "stablelm": replace(
         _LLAMA,
         parallel=lambda config: bool(config.use_parallel_residual),
@@ -117,13 +119,19 @@ ROWS: dict[str, Row] = {
     "gpt_oss": replace(_LLAMA, mlp_outputs=2),
     "nemotron": _LLAMA,
     "gpt2": Row(
-        blocks="transformer.h", attention="attn", attention_norms=("ln_1",), mlp_norms=("ln_2",), refuse=_refuse_gpt2
+        blocks="transformer.h",
+        attention="attn",
+        attention_norms=("ln_1",),
+        mlp_norms=("ln_2",),
+        kv_heads=_all_heads,
+        refuse=_refuse_gpt2,
     ),
     "opt": Row(
         blocks="model.decoder.layers",
         mlp=("fc1", "fc2"),
         attention_norms=("self_attn_layer_norm",),
         mlp_norms=("final_layer_norm",),
+        kv_heads=_all_heads,
         refuse=_refuse_opt,
     ),
     "falcon": Row(
@@ -136,15 +144,15 @@ ROWS: dict[str, Row] = {
             (config.new_decoder_architecture and config.num_ln_in_parallel_attn == 1)
             or (config.parallel_attn and not config.new_decoder_architecture)
         ),
+        # The new decoder repeats its groups before they are cached.
         kv_heads=lambda config: int(
-            config.num_kv_heads
-            if config.new_decoder_architecture
-            else (1 if config.multi_query else config.num_attention_heads)
+            1 if config.multi_query and not config.new_decoder_architecture else config.num_attention_heads
         ),
     ),
     "gpt_neox": Row(
         blocks="gpt_neox.layers",
         attention="attention",
+        kv_heads=_all_heads,
         parallel=lambda config: bool(config.use_parallel_residual),
     ),
 }
@@ -189,7 +197,7 @@ def suggest_row(model: nn.Module, config: Config) -> str:
     path, blocks = found[0]
     names = [name for name, _ in blocks[0].named_children()]
     attention = next((n for n in names if "att" in n and "norm" not in n), "?")
-    mlp = next((n for n in names if n in ("mlp", "ffn", "feed_forward") or "mlp" in n and "norm" not in n), "?")
+    mlp = next((n for n in names if n in ("mlp", "ffn", "feed_forward") or ("mlp" in n and "norm" not in n)), "?")
     norms = [n for n in names if "norm" in n or n.startswith("ln")]
     return (
         f'"{config.model_type}": Row(blocks="{path}", attention="{attention}", mlp=("{mlp}",), '
@@ -214,7 +222,7 @@ def site_modules(block: nn.Module, part: Part, row: Row, config: Config) -> list
 
 
 def anatomy(
-    model: nn.Module, config: Config, positions: Iterable[int], removed: Iterable[Site], blocks: int, item_bytes: int
+    model: nn.Module, config: Config, *, positions: Iterable[int], removed: Iterable[Site], blocks: int, item_bytes: int
 ) -> Anatomy:
     """The sites of a loaded model and their sizes.
 
@@ -226,6 +234,7 @@ def anatomy(
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_bytes = 2 * heads * width * item_bytes
     sizes: list[SiteSize] = []
+    shared: list[Shared] = []
     owned: set[int] = set()
     for position, block in zip(positions, blocks_of(model, row), strict=True):
         for part in PARTS:
@@ -237,11 +246,17 @@ def anatomy(
             count = sum(p.numel() for p in parameters)
             kv = kv_bytes if part == "attention" else 0
             sizes.append(SiteSize(site, count, count * item_bytes, kv, _flops(parameters, config)))
+        common = [p for p in _parameters([block]) if id(p) not in owned]
+        owned |= {id(p) for p in common}
+        if common:
+            count = sum(p.numel() for p in common)
+            shared.append(Shared(position, count, count * item_bytes))
     rest = [p for p in _parameters([model]) if id(p) not in owned]
     count = sum(p.numel() for p in rest)
     head = model.get_output_embeddings()  # type: ignore[operator]
     head_flops = 2 * int(head.weight.numel()) if head is not None else 0
-    return Anatomy(base_type(config.model_type), blocks, tuple(sizes), Rest(count, count * item_bytes, head_flops))
+    others = Rest(count, count * item_bytes, head_flops)
+    return Anatomy(base_type(config.model_type), blocks, tuple(sizes), others, tuple(shared))
 
 
 def _parameters(modules: Iterable[nn.Module]) -> list[torch.Tensor]:

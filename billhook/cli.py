@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import json
-import os
 import signal
 import sys
 import traceback
@@ -53,7 +53,17 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "dtype": ("auto", "Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
     "trust_remote_code": (False, "Run Python code that the checkpoint brings"),
 }
-TEXT_OPTIONS = ("data", "eval_data", "field", "eval_tokens", "eval_length", "seed", "device", "dtype", "trust_remote_code")
+TEXT_OPTIONS = (
+    "data",
+    "eval_data",
+    "field",
+    "eval_tokens",
+    "eval_length",
+    "seed",
+    "device",
+    "dtype",
+    "trust_remote_code",
+)
 
 
 def _with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -94,7 +104,9 @@ def prune(
     recipe: Annotated[Path | None, typer.Option(help="YAML file with any of these options; typed ones win")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest unfinished run")] = False,
     run: Annotated[str | None, typer.Option(help="With --resume: which run")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be measured, memory and time")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be measured, memory and time")
+    ] = False,
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -217,6 +229,7 @@ class _face:  # noqa: N801 - used as a statement
         from billhook import terminal
 
         signal.signal(signal.SIGTERM, _interrupt)
+        _keep_pages()
         terminal.quieten(self.verbose)
         self.watch, self._close = terminal.progress(quiet=self.quiet)
         return self
@@ -250,14 +263,22 @@ class _face:  # noqa: N801 - used as a statement
         _leave("This is a bug in Billhook. Please report it with the lines above.", 1)
 
 
+def _keep_pages() -> None:
+    """Keep glibc from giving large buffers back after every forward pass and faulting them in anew (LOG.md, 1)."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def _interrupt(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
 def _leave(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr)
-    sys.stdout.flush()
-    os._exit(code) if code == 130 else sys.exit(code)
+    sys.exit(code)
 
 
 def main() -> None:

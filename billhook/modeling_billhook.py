@@ -10,7 +10,6 @@ import functools
 
 import torch
 from torch import nn
-import transformers
 from transformers import conversion_mapping
 
 
@@ -69,7 +68,7 @@ def pruned_classes(config_class, model_class):
     """Config and model of `billhook-<base type>`, subclasses of the stock ones."""
 
     def get_text_config(self, decoder=None, encoder=None):
-        # Every cache is built from get_text_config(decoder=True): give it a stock config of the attentions that are left.
+        # Every cache is built from get_text_config(decoder=True): a stock config of the attentions that are left.
         if not decoder or "billhook" not in self.__dict__:
             return self
         missing = skipped(self)
@@ -82,7 +81,7 @@ def pruned_classes(config_class, model_class):
         fields[self.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(keep)
         return config_class.from_dict(fields)
 
-    def __init__(self, config, *args, **kwargs):
+    def build(self, config, *args, **kwargs):
         model_class.__init__(self, config, *args, **kwargs)
         strip(self)
 
@@ -90,11 +89,13 @@ def pruned_classes(config_class, model_class):
     new_config = type(
         "Billhook" + config_class.__name__,
         (config_class,),
-        {"model_type": "billhook-" + config_class.model_type, "get_text_config": get_text_config, "__module__": __name__},
+        {
+            "model_type": "billhook-" + config_class.model_type,
+            "get_text_config": get_text_config,
+            "__module__": __name__,
+        },
     )
-    new_model = type(
-        stem, (model_class,), {"config_class": new_config, "__init__": __init__, "__module__": __name__}
-    )
+    new_model = type(stem, (model_class,), {"config_class": new_config, "__init__": build, "__module__": __name__})
     # The Hub's tensor names stay (mixtral, qwen3_moe, gpt_neox …): transformers keeps them by model type or by class.
     for ours, theirs in ((new_config.model_type, config_class.model_type), (stem, model_class.__name__)):
         renamings = conversion_mapping.get_checkpoint_conversion_mapping(theirs)

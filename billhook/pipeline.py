@@ -37,7 +37,7 @@ from billhook.search import SEARCHES, settle
 from billhook.speed import Protocol
 from billhook.stats import paired_difference
 from billhook.store import Run, Store
-from billhook.surgery import apply
+from billhook.surgery import apply, leaves
 
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -138,7 +138,7 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
             "data": {"calibration": calibration.describe(), "evaluation": held_out.describe()},
             "steps": [step.to_json() for step in told],
             "perplexity": perplexity,
-            **_sizes(teacher.anatomy, plan),
+            **_sizes(teacher.anatomy, leaves(teacher, plan, recipe.stock)),
             "speed": timed,
             "answers": answers,
             "seconds": job.seconds,
@@ -277,17 +277,12 @@ def _speed(job: Job, teacher: Teacher, student: Any, plan: Plan, aside: Path) ->
         timings = speed.time_in_turn((teacher.model, student), (teacher.folder, aside), protocol, watch=job.watch)
         for key, timing in zip(keys, timings, strict=True):
             job.store.add_timing(key, timing, job.run)
-    promised = speed.predicted(teacher.anatomy, Plan() if job.recipe.stock and not _whole(plan) else plan)
+    promised = speed.predicted(teacher.anatomy, leaves(teacher, plan, job.recipe.stock))
     told: dict[str, Any] = {"teacher": speed.rates(timings[0]), "student": speed.rates(timings[1])}
     told |= {"ratio": speed.ratio(*timings), "predicted": promised, "protocol": asdict(protocol)}
     model = teacher.model
     note = speed.what_dominates(timings[0], teacher.anatomy, told, model.device, model.dtype.itemsize)
     return told | {"note": note}
-
-
-def _whole(plan: Plan) -> bool:
-    """Whether a plan removes whole blocks only."""
-    return 2 * len(plan.blocks()) == len(plan.removed)
 
 
 # -- the report -----------------------------------------------------------------------------------------------------

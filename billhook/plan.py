@@ -90,6 +90,17 @@ class SiteSize:
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """What both sites of a block use and neither owns (a norm that they share): it goes with the whole block."""
+
+    block: int
+    parameters: int
+    bytes: int
+    kv_bytes_per_token: int = 0
+    flops_per_token: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Rest:
     """What no site owns: embeddings, final norm, head; tied parameters once. Units as in SiteSize."""
 
@@ -107,14 +118,17 @@ class Anatomy:
     blocks: int  # of the unpruned model
     sites: tuple[SiteSize, ...]
     rest: Rest
+    shared: tuple[Shared, ...] = ()
 
     def alive(self) -> tuple[Site, ...]:
         return tuple(size.site for size in self.sites)
 
-    def total(self, what: str, plan: Plan = Plan()) -> int:  # noqa: B008 - an immutable value
+    def total(self, what: str, plan: Plan = Plan()) -> int:
         """Sum of `parameters`, `bytes`, `kv_bytes_per_token` or `flops_per_token` over what `plan` leaves."""
-        kept = (size for size in self.sites if size.site not in plan.removed)
-        return int(getattr(self.rest, what)) + sum(int(getattr(size, what)) for size in kept)
+        kept = [size for size in self.sites if size.site not in plan.removed]
+        blocks = {size.site.block for size in kept}
+        held = [*kept, *(shared for shared in self.shared if shared.block in blocks), self.rest]
+        return sum(int(getattr(size, what)) for size in held)
 
     def check(self, plan: Plan, protected: frozenset[Site] = frozenset()) -> Plan:
         """`plan` itself. Raises PlanError if it names a site that is not there, or removes what must stay."""
@@ -244,7 +258,7 @@ class Problem:
         needed = self.budget.needed(self.anatomy)
         return [g for g in free if self.most(plan.without(*g)) >= needed]
 
-    def most(self, plan: Plan = Plan()) -> int:  # noqa: B008 - an immutable value
+    def most(self, plan: Plan = Plan()) -> int:
         """The most that can go, in the budget's unit, if `plan` does: one attention, one mlp, all protected stay."""
         unit = UNITS[self.budget.unit]
         total = self.budget.spent(self.anatomy, plan)

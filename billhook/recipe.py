@@ -25,7 +25,9 @@ class Recipe(BaseModel):
     ] = None
     plan: Annotated[
         str | None,
-        Field(description="No search, remove this: attention.7,mlp.16, a plan file, a drop list of LLM-Drop or EvoPress"),
+        Field(
+            description="No search, remove this: attention.7,mlp.16, a plan file, a drop list of LLM-Drop or EvoPress"
+        ),
     ] = None
     search: Annotated[str, Field(description="How to search: greedy or oneshot")] = "greedy"
     loss: Annotated[str, Field(description="What to keep low: kl, js or nll")] = "kl"

@@ -148,8 +148,8 @@ def _gap(previous: Plan, plan: Plan, rounds: list[Round]) -> tuple[float | None,
                 for p, loss in full.items()
                 if p.removed > start.removed and not (p.removed - start.removed) & plan.removed
             ]
-            if chosen in full and rivals:
-                return difference(min(rivals, key=lambda loss: loss.mean), full[chosen])
+            if chosen in full:
+                return difference(min(rivals, key=lambda loss: loss.mean), full[chosen]) if rivals else (None, None)
     return None, None
 
 

@@ -92,13 +92,15 @@ def verdict(result: Result) -> str:
 
 
 def _short(x: float | None, unit: str = "") -> str:
-    """Three significant digits, four from 1,000 to 9,999, and k, M, G, T beyond; `–` for what is not known."""
+    """Three significant digits, four from 1,000 to 9,999, then k, M, G, T, then powers; `–` for what is not known."""
     if x is None:
         return "–"
     gap = " " if unit else ""
     if not math.isfinite(x) or x == 0 or (isinstance(x, int) and abs(x) < 1000):
         return f"{x:g}{gap}{unit}".replace("inf", "∞")
     size = abs(float(f"{x:.3g}"))
+    if size >= 1e15 or size < 1e-6:
+        return f"{x:.2e}"
     if 1000 <= size < 10_000 and not unit:
         return f"{x:,.0f}"
     scale, prefix = next(((s, p) for s, p in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if size >= s), (1.0, ""))

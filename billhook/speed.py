@@ -102,7 +102,8 @@ def peak_bytes(folder: Path, device: str, dtype: str, prompt: int, new_tokens: i
 
 def _child(folder: str, device: str, dtype: str, prompt: str, new_tokens: str) -> None:
     register()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True).to(device)
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True).to(device)
     with torch.inference_mode():
         _once(model.eval(), torch.zeros(1, int(prompt), dtype=torch.int64, device=device), int(new_tokens))
     if model.device.type == "cuda":
@@ -161,10 +162,10 @@ def what_dominates(teacher: Timing, anatomy: Anatomy, told: dict[str, Any], devi
     kinds = " and ".join(f"{k} (×{told['ratio'][k]['median']:.2f}, predicted ×{told['predicted'][k]:.2f})" for k in far)
     return (
         f"Measured and predicted differ by more than 15% in {kinds}. The prediction counts weights only. At batch "
-        f"{teacher.batch} a decoding step of the teacher takes {step_ms:.1f} ms, of which reading the weights accounts "
-        f"for about {read_ms:.1f} ms at this machine's measured memory bandwidth; the rest is the fixed cost of calling "
-        "each sublayer, attention over the context and the machine's noise, so speed follows the number and kind of "
-        "the removed sublayers rather than their weights."
+        f"{teacher.batch} a decoding step of the teacher takes {step_ms:.1f} ms, of which reading the weights "
+        f"accounts for about {read_ms:.1f} ms at this machine's measured memory bandwidth; the rest is the fixed cost "
+        "of calling each sublayer, attention over the context and the machine's noise, so speed follows the number and "
+        "kind of the removed sublayers rather than their weights."
     )
 
 

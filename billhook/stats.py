@@ -37,12 +37,20 @@ def _clustered(values: Floats, weight: Floats, clusters: tuple[int, ...], seed: 
     single_text = int(groups.max()) == 0
     if single_text:
         groups = np.arange(len(values))
-    sums, counts = np.bincount(groups, values), np.bincount(groups, weight)
+    sums = np.bincount(groups, values).astype(np.float64)
+    counts = np.bincount(groups, weight).astype(np.float64)
     low, high = bca(sums, counts, seed)
     n = len(sums)
     reliable = n >= FEW_CLUSTERS and not single_text
-    note = "" if reliable else f"rests on {n} {'documents of one text' if single_text else 'texts'}; wants {FEW_CLUSTERS}"
+    note = (
+        "" if reliable else f"rests on {n} {'documents of one text' if single_text else 'texts'}; wants {FEW_CLUSTERS}"
+    )
     return Interval(float(sums.sum() / counts.sum()), low, high, len(values), n, reliable, note)
+
+
+def _few(n: int, single_text: bool) -> str:
+    what = "documents of one text" if single_text else "texts"
+    return f"The interval is unreliable: it rests on {n} {what}, and wants {FEW_CLUSTERS} texts."
 
 
 def bca(

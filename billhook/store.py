@@ -90,7 +90,9 @@ class Store:
             self._db.execute("PRAGMA foreign_keys = ON")
             self._migrate()
         except (sqlite3.DatabaseError, OSError) as error:
-            raise UsageError(f"--store {path} cannot be used ({error}). Give another file, or move this one.") from error
+            raise UsageError(
+                f"--store {path} cannot be used ({error}). Give another file, or move this one."
+            ) from error
 
     def close(self) -> None:
         self._db.close()
@@ -222,8 +224,8 @@ class Store:
         ).fetchone()
         if not row:
             return None
-        fields = json.loads(row[0])
-        return Timing(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(row[0]).items()}
+        return Timing(**fields)
 
     def add_timing(self, key: tuple[str, str, str, str, str, str], timing: Timing, run: str) -> None:
         with self._write():
@@ -245,11 +247,9 @@ class Store:
 
 
 def _run(row: tuple[Any, ...]) -> Run:
-    parsed = [json.loads(text) if text else None for text in row[4:]]
-    return Run(row[0], row[1], row[2], row[3], *parsed)
+    told: list[Any] = [json.loads(text) if text else None for text in row[4:]]
+    return Run(row[0], row[1], row[2], row[3], told[0], told[1], told[2], told[3])
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
-
-

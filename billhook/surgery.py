@@ -36,6 +36,7 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False) -> Any:
     config, path = student.config, row.blocks
     parts = row.parts(arch.blocks_of(student, row)[0], config)
     _set_blocks(student, path, [teacher.positions.index(p) for p in kept])
+    config.__dict__.pop("model_type", None)  # left by from_pretrained; the class says it
     told: dict[str, Any] = {"blocks": teacher.anatomy.blocks, "kept_blocks": kept}
     base = arch.base_type(config.model_type)
     if stock or not lacking:
@@ -54,6 +55,12 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False) -> Any:
         config.billhook = told
         strip(student)
     return student
+
+
+def leaves(teacher: Teacher, plan: Plan, stock: bool) -> Plan:
+    """The part of `plan` that leaves the checkpoint: all of it, or with `stock` only whole blocks."""
+    gone = set(Plan(teacher.removed.removed | plan.removed).blocks())
+    return Plan(frozenset(s for s in plan.removed if s.block in gone)) if stock else plan
 
 
 def _shared_copy(model: nn.Module) -> Any:
@@ -78,7 +85,8 @@ def _set_blocks(student: Any, path: str, indices: list[int]) -> None:
     owner, _, name = path.rpartition(".")
     setattr(student.get_submodule(owner), name, nn.ModuleList(blocks[i] for i in indices))
     config.per_layer_config = None
-    trimmed = {k: [getattr(config, k)[i] for i in indices] for k in PER_BLOCK_LISTS if getattr(config, k, None)}
+    lists = {name: getattr(config, name, None) for name in PER_BLOCK_LISTS}
+    trimmed: dict[str, Any] = {name: [old[i] for i in indices] for name, old in lists.items() if old}
     if getattr(config, "mlp_only_layers", None) is not None:  # qwen3_moe: say which blocks are dense, one by one
         step = config.decoder_sparse_step
         experts = getattr(config, "num_experts", 0)

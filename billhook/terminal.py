@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,8 +20,6 @@ PLAIN_SECONDS = 5.0  # without a terminal, at most one line in so many seconds
 def quieten(verbose: bool) -> None:
     """Keep transformers' own bars and warnings off the screen, unless asked for."""
     if not verbose:
-        import os
-
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -120,7 +119,7 @@ def _result(console: Console, value: dict[str, Any]) -> None:
     for row in report.rows(value):
         table.add_row(row.label, row.teacher, row.student, row.change)
     console.print(table)
-    for note in filter(None, (value["note"], value["perplexity"]["note"], value["speed"]["note"])):
+    for note in report.notes(value):
         console.print(note, style="dim")
     console.print(f"Checkpoint and report: {value['out']} (open {value['out']}/report.html)")
 
@@ -162,7 +161,7 @@ def _evaluation(console: Console, value: dict[str, Any]) -> None:
         f"{value['data']['source']})"
     )
     if value["note"]:
-        console.print(f"The interval is unreliable: it {value['note']}.", style="dim")
+        console.print(value["note"], style="dim")
 
 
 def _speed(console: Console, value: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ HOUSE = ROOT / "billhook"
 FILES = sorted(HOUSE.rglob("*.py"))
 FLOORS = (  # each floor imports from those above it, and each name from those before it on its own floor
     ("errors", "plan", "registry", "records", "stats"),
-    ("arch", "modeling_billhook", "loading", "data", "losses", "mask", "probe", "surgery", "width", "speed"),
+    ("arch", "modeling_billhook", "vet", "loading", "data", "losses", "mask", "probe", "surgery", "width", "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),
     ("recipe", "store", "execute", "compare", "report", "pipeline"),
     ("api", "terminal", "cli", "dashboard"),

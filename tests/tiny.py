@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,12 @@ _OWN: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 96},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
 }
+TYPES = (
+    *("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "mixtral"),
+    *("olmo2", "stablelm", "cohere", "gpt_oss", "nemotron", "gpt2", "opt", "falcon", "gpt_neox"),
+)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in (
-        "llama mistral qwen2 qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 mixtral olmo2 stablelm cohere gpt_oss "
-        "nemotron gpt2 opt falcon gpt_neox"
-    ).split()},
+    **{name: (name, {}) for name in TYPES},
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
     "stablelm_parallel": ("stablelm", {"use_parallel_residual": True}),
     "gpt_neox_serial": ("gpt_neox", {"use_parallel_residual": False}),
@@ -72,3 +75,30 @@ def saved(folder: Path, variant: str, dtype: torch.dtype = torch.float32, **over
 def tokens(rows: int, length: int, seed: int = 1) -> torch.Tensor:
     """Random tokens, none of them special: [rows, length]."""
     return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+WORDS = [f"w{i}" for i in range(60)]
+
+
+def with_tokenizer(folder: Path, variant: str = "llama", **overrides: Any) -> Path:
+    """A tiny checkpoint with a word-level tokenizer over `WORDS`, and a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    saved(folder, variant, **overrides)
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_texts(path: Path, count: int, words: int = 40, seed: int = 0, field: str = "text") -> Path:
+    """A .jsonl file of `count` random texts."""
+    draw = random.Random(seed)
+    rows = [json.dumps({field: " ".join(draw.choices(WORDS, k=words))}) for _ in range(count)]
+    path.write_text("\n".join(rows) + "\n")
+    return path

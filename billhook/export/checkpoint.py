@@ -27,7 +27,7 @@ def check_target(folder: Path, source: Path, needed_bytes: int = 0) -> None:
     """Raises UsageError or ResourceError unless a checkpoint can be written to `folder`."""
     if folder.resolve() == source.resolve() or source.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"--out {folder} is the input model's own folder. Choose another one.")
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UsageError(f"--out {folder} is not empty. Choose another folder, or delete it: rm -r {folder}")
     parent = folder.resolve().parent
     while not parent.exists():
@@ -78,22 +78,22 @@ def save(
 
 
 def _save_config(student: Any, teacher: Teacher, folder: Path) -> None:
-    fields = student.config.to_dict()
+    fields = json.loads(student.config.to_json_string())
     fields["dtype"] = str(teacher.dtype).removeprefix("torch.")
     fields["architectures"] = [type(student).__name__]
     fields.pop("_name_or_path", None)
     fields.pop("auto_map", None)
     if student.config.model_type.startswith("billhook-"):
-        stock_config, stock_model = type(student.config).__base__, type(student).__base__
+        stock = (
+            f"transformers.{type(student.config).__mro__[1].__name__}, transformers.{type(student).__mro__[1].__name__}"
+        )
         config_name, model_name = type(student.config).__name__, type(student).__name__
         fields["auto_map"] = {
             "AutoConfig": f"modeling_billhook.{config_name}",
             "AutoModelForCausalLM": f"modeling_billhook.{model_name}",
         }
-        assert stock_config is not None and stock_model is not None
         code = Path(modeling_billhook.__file__).read_text(encoding="utf-8")
-        names = (stock_config.__name__, stock_model.__name__)
-        tail = f"\n\n{config_name}, {model_name} = pruned_classes(\n    transformers.{names[0]}, transformers.{names[1]}\n)\n"
+        tail = f"\n\nfrom transformers import {stock}\n\n{config_name}, {model_name} = pruned_classes({stock})\n"
         (folder / "modeling_billhook.py").write_text(code + tail, encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
@@ -113,16 +113,16 @@ def _on_disk(student: Any, teacher: Teacher) -> dict[str, torch.Tensor]:
         return re.sub(rf"(^|\.){tail}\.(\d+)\.", lambda m: f"{m[1]}{tail}.{back[int(m[2])]}.", name, count=1)
 
     source = _Source(teacher)
-    done: dict[int, torch.Tensor] = {}
+    done: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied tensors once
     result = {}
     for name, tensor in state.items():
-        if tensor.data_ptr() not in done or tensor.data_ptr() == 0:
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in done:
             there = source.get(source_name(name))
             same = there is not None and there.shape == tensor.shape and torch.equal(there.to(tensor), tensor)
             dtype = there.dtype if there is not None else teacher.dtype
-            cast = tensor.cpu().to(dtype) if tensor.is_floating_point() else tensor.cpu()
-            done[tensor.data_ptr()] = there if there is not None and same else cast.contiguous()
-        result[name] = done[tensor.data_ptr()]
+            done[key] = there if there is not None and same else tensor.to("cpu", dtype, copy=True)
+        result[name] = done[key]
     return result
 
 
@@ -142,12 +142,17 @@ class _Source:
 
 @torch.inference_mode()
 def check_equal(student: Any, folder: Path, rows: torch.Tensor, watch: Watch = silent) -> None:
-    """Load `folder` back and compare logits on `rows` [rows, time] bit for bit. Raises BillhookError on any difference."""
+    """Load `folder` back and compare logits on `rows` [rows, time] bit for bit.
+
+    Raises BillhookError on any difference.
+    """
     watch(Event("save", note="loading it back"))
     again = load(folder, device=str(student.device), dtype=str(student.dtype).removeprefix("torch."))
     rows = rows.to(student.device)
     mine, other = student(rows, use_cache=False).logits, again.model(rows, use_cache=False).logits
     if not torch.equal(mine, other):
         gap = (mine - other).abs().max().item()
-        raise BillhookError(f"The saved checkpoint does not load back equal (logits differ by {gap:g}); it was deleted.")
+        raise BillhookError(
+            f"The saved checkpoint does not load back equal (logits differ by {gap:g}); it was deleted."
+        )
     assert arch.base_type(again.model.config.model_type) == arch.base_type(student.config.model_type)

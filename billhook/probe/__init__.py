@@ -53,7 +53,9 @@ def batches(tokens: TokenSet, vocabulary: int, device: torch.device) -> Iterator
         start += count
 
 
-def by_document(tokens: TokenSet, per_row: list[float], counts_targets: bool) -> tuple[tuple[float, ...], tuple[int, ...]]:
+def by_document(
+    tokens: TokenSet, per_row: list[float], counts_targets: bool
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
     """Sums and token counts of the documents, from the sums of the rows."""
     sums, counts = [0.0] * len(tokens.clusters), [0] * len(tokens.clusters)
     for document, value, length in zip(tokens.documents, per_row, tokens.lengths, strict=True):

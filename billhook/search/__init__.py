@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 
-from billhook.plan import Ask, Plan, Problem
+from billhook.plan import Ask, Plan
 from billhook.records import Loss
 from billhook.registry import Registry
 

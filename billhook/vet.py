@@ -1,0 +1,187 @@
+"""What is refused before a checkpoint is loaded: damaged, foreign, quantised, unknown or dangerous ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+
+from billhook import arch
+from billhook.errors import ModelError
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors writes them
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def inspect_folder(folder: Path, trust_remote_code: bool = False) -> tuple[dict[str, Any], dict[str, tuple[str, int]]]:
+    """Check a model folder without loading it: its raw config, and {tensor: (dtype, elements)}.
+
+    Raises ModelError for everything that must not be loaded.
+    """
+    raw = _read_json(folder, "config.json")
+    _check_config(raw, trust_remote_code)
+    tensors = _tensors(folder)
+    _check_depth(raw, tensors)
+    return raw, tensors
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        raise ModelError(f"{folder} has no {name}, so it is no Hugging Face checkpoint. Give the folder that holds it.")
+    _inside(folder, path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not valid JSON ({error}). Download the file again.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} does not hold a JSON object. Download the file again.")
+    return value
+
+
+def _check_config(raw: dict[str, Any], trust_remote_code: bool) -> None:
+    model_type = str(raw.get("model_type", ""))
+    ours = model_type.startswith("billhook-")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ModelError(
+            f"The checkpoint is quantised ({method}). Prune the unquantised one, and quantise the result afterwards."
+        )
+    foreign = [k for k in ("block_configs", "per_layer_config") if raw.get(k)]
+    if foreign and not ours:
+        raise ModelError(
+            f"Another tool pruned this model (config.json has {foreign[0]}), in a form that transformers does not load "
+            "faithfully. Start from the model that it was made of."
+        )
+    if raw.get("auto_map") and not ours and not trust_remote_code:
+        raise ModelError(
+            "The checkpoint brings its own Python code (auto_map in config.json), which is not run unasked. If you "
+            "trust it, add --trust-remote-code."
+        )
+    if not model_type:
+        raise ModelError("config.json names no model_type, so its architecture is unknown.")
+    try:
+        config = transformers.AutoConfig.for_model(arch.base_type(model_type), **_stock_fields(raw))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if arch.base_type(model_type) in arch.ROWS:
+            raise ModelError(f"transformers does not accept this config.json: {error}") from error
+        raise ModelError(
+            f"There is no row for the architecture {model_type!r}, and transformers {transformers.__version__} does "
+            f"not know it. Known here: {', '.join(sorted(arch.ROWS))}."
+        ) from error
+    layer_types = raw.get("layer_types")
+    if isinstance(layer_types, list) and len(layer_types) != config.num_hidden_layers:
+        raise ModelError(
+            f"config.json says num_hidden_layers={config.num_hidden_layers} but lists {len(layer_types)} layer_types. "
+            "One of them is wrong; download config.json again."
+        )
+    try:
+        arch.row_of(config)
+    except ModelError as error:
+        if arch.base_type(model_type) in arch.ROWS or model_type == "gemma3" or "num_hidden_layers" not in raw:
+            raise
+        raise ModelError(f"{error} The row that is probably missing: {_suggestion(config)}") from error
+
+
+def _stock_fields(raw: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in raw.items() if k not in ("model_type", "per_layer_config", "auto_map", "billhook")}
+
+
+def _suggestion(config: Any) -> str:
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # a foreign architecture may fail in any way; the suggestion is a courtesy
+        return f"none suggests itself ({type(error).__name__})"
+    return arch.suggest_row(model, config)
+
+
+def _inside(folder: Path, path: Path) -> None:
+    """Raises ModelError if `path` leads out of the model's folder (the Hub's own cache, which is links, is allowed)."""
+    home = folder.resolve()
+    if home.parent.name == "snapshots":
+        home = home.parent.parent
+    if not path.resolve().is_relative_to(home):
+        raise ModelError(f"{path} is a link out of the model's folder, to {path.resolve()}. Copy the file itself.")
+
+
+def _tensors(folder: Path) -> dict[str, tuple[str, int]]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _read_json(folder, index.name).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError(f"{index} has no weight_map. Download the file again.")
+        shards = sorted({str(name) for name in weight_map.values()})
+        for shard in shards:
+            if Path(shard).name != shard:
+                raise ModelError(f"{index} names {shard!r}, a path. Shards must lie beside the index.")
+            if not (folder / shard).is_file():
+                raise ModelError(f"{index} names {shard}, which is missing. Download it again.")
+    elif (folder / "model.safetensors").is_file():
+        shards = ["model.safetensors"]
+    else:
+        pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"{folder} holds pickle weights ({pickles[0]}), which can run code when read. Only safetensors and "
+                "GGUF are read. Convert it with transformers: save_pretrained writes safetensors."
+            )
+        raise ModelError(f"{folder} holds no model.safetensors. Only safetensors and GGUF are read.")
+    tensors: dict[str, tuple[str, int]] = {}
+    for shard in shards:
+        _inside(folder, folder / shard)
+        try:
+            with safe_open(folder / shard, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    piece = file.get_slice(name)
+                    elements = 1
+                    for size in piece.get_shape():
+                        elements *= size
+                    tensors[name] = (piece.get_dtype(), elements)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{folder / shard} is damaged ({error}). Download it again.") from error
+    return tensors
+
+
+def _check_depth(raw: dict[str, Any], tensors: dict[str, tuple[str, int]]) -> None:
+    model_type = str(raw["model_type"])
+    row = arch.ROWS[arch.base_type(model_type)]
+    tail = row.blocks.rsplit(".", 1)[-1]
+    found = {int(m[1]) for name in tensors if (m := re.search(rf"(?:^|\.){tail}\.(\d+)\.", name))}
+    config = transformers.AutoConfig.for_model(arch.base_type(model_type), **_stock_fields(raw))
+    if (found and max(found) + 1 != config.num_hidden_layers) or len(found) != max(found, default=-1) + 1:
+        raise ModelError(
+            f"config.json says num_hidden_layers={config.num_hidden_layers}, but the weights hold {len(found)} blocks. "
+            "One of them is wrong; download the checkpoint again."
+        )
+
+
+def stored_dtype(raw: dict[str, Any], tensors: dict[str, tuple[str, int]]) -> torch.dtype:
+    """The dtype that holds most of the checkpoint's elements."""
+    elements: dict[str, int] = {}
+    for dtype, count in tensors.values():
+        elements[dtype] = elements.get(dtype, 0) + count
+    most = max(elements, key=lambda d: elements[d])
+    if most not in DTYPES:
+        raise ModelError(f"The weights are stored as {most}. Billhook prunes float32, bfloat16 and float16 weights.")
+    return DTYPES[most]
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits of a checkpoint: its config, and of every shard the size, the header and 4 KiB of every MiB."""
+    digest = hashlib.sha256()
+    digest.update((folder / "config.json").read_bytes())
+    for shard in sorted(folder.glob("*.safetensors")):
+        size = shard.stat().st_size
+        digest.update(f"{shard.name}:{size}".encode())
+        with shard.open("rb") as file:
+            for start in range(0, size, 1 << 20):
+                file.seek(start)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]

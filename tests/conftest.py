@@ -1,0 +1,46 @@
+"""Fixtures: tiny checkpoints, made once a session, and a tokenizer for them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import tiny
+import torch
+import transformers
+
+torch.set_num_threads(2)
+transformers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """checkpoint(variant): the folder of a tiny random model, written once. Read only."""
+    home = tmp_path_factory.mktemp("models")
+
+    def folder(variant: str) -> Path:
+        path = home / variant
+        return path if path.exists() else tiny.saved(path, variant)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with a tokenizer: what `billhook prune` takes. Read only."""
+    return tiny.with_tokenizer(tmp_path_factory.mktemp("model") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl of 80 short texts for calibration and evaluation."""
+    return tiny.write_texts(tmp_path_factory.mktemp("text") / "texts.jsonl", 80)
