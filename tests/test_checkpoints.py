@@ -157,14 +157,6 @@ def test_kept_tensors_are_the_sources_bit_for_bit(variant: str, compute: str, tm
     by_bits = {(t.dtype, t.shape, t.view(torch.int16).numpy().tobytes()) for t in before.values()}
     for name, tensor in after.items():
         assert (tensor.dtype, tensor.shape, tensor.view(torch.int16).numpy().tobytes()) in by_bits, name
-    kinds = {
-        name.replace(".0.", ".N.").replace(".1.", ".N.").replace(".2.", ".N.").replace(".3.", ".N.") for name in after
-    }
-    assert all(
-        any(kind == n.replace(f".{i}.", ".N.") for n in before for i in range(4)) or kind in before
-        for kind in kinds
-        if "experts" not in kind
-    )
 
 
 @pytest.mark.parametrize("variant", ["llama", "gemma3_text", "phi", "opt", "gpt_oss", "mixtral", "gpt2", "falcon"])
@@ -242,7 +234,7 @@ auto = transformers.AutoModelForCausalLM
 if sys.argv[2] == "register":
     import billhook
     billhook.register()
-trust = {"trust": True, "plain": False, "register": None}[sys.argv[2]]
+trust = dict(trust=True, plain=False, register=None)[sys.argv[2]]
 model, told = auto.from_pretrained(sys.argv[1], output_loading_info=True, trust_remote_code=trust)
 assert not told["missing_keys"] and not told["unexpected_keys"], told
 assert sys.argv[2] == "register" or "billhook" not in sys.modules

@@ -84,9 +84,7 @@ def _save_config(student: Any, teacher: Teacher, folder: Path) -> None:
     fields.pop("_name_or_path", None)
     fields.pop("auto_map", None)
     if student.config.model_type.startswith("billhook-"):
-        stock = (
-            f"transformers.{type(student.config).__mro__[1].__name__}, transformers.{type(student).__mro__[1].__name__}"
-        )
+        stock = ", ".join(kind.__mro__[1].__name__ for kind in (type(student.config), type(student)))
         config_name, model_name = type(student.config).__name__, type(student).__name__
         fields["auto_map"] = {
             "AutoConfig": f"modeling_billhook.{config_name}",
