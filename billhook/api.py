@@ -11,9 +11,9 @@ from billhook import pipeline
 from billhook import speed as timing
 from billhook.errors import FingerprintError, RunError
 from billhook.evaluate import EVALUATIONS
-from billhook.loading import Teacher, load
+from billhook.loading import Teacher, load, pick_device
 from billhook.losses import LOSSES
-from billhook.recipe import Recipe, recipe_from
+from billhook.recipe import recipe_from
 from billhook.records import Watch, silent
 from billhook.search import SEARCHES
 from billhook.speed import Protocol
@@ -38,18 +38,19 @@ def prune(
     Measurements that `store` holds are not repeated. Raises BillhookError; nothing half-written remains.
     """
     recipe = recipe_from({"model": model, **options}, "The call")
+    device = str(pick_device(recipe.device))
     opened = Store(Path(store))
     where = str(out) if out is not None else str(Path("pruned") / "{run}")
-    run = opened.new_run(recipe.model_dump(), asdict(pipeline.environment(recipe.device)), where)
+    run = opened.new_run(recipe.model_dump(), asdict(pipeline.environment(device)), where)
     return pipeline.execute(opened, opened.run(run), watch)
 
 
 def resume(
-    run: str | None = None, *, store: str | Path = STORE, watch: Watch = silent, recipe: Recipe | None = None
+    run: str | None = None, *, store: str | Path = STORE, watch: Watch = silent, **options: Any
 ) -> dict[str, Any]:
     """Go on with an unfinished run (the newest one if none is named); nothing that was measured is measured again.
 
-    Raises RunError if there is none, FingerprintError if `recipe` is given and is not the run's.
+    Raises RunError if there is none, FingerprintError if `options`, fields of `Recipe`, are not the run's.
     """
     opened = Store(Path(store))
     chosen = opened.run(run) if run else _newest_unfinished(opened)
@@ -57,8 +58,11 @@ def resume(
         raise RunError(
             f"Run {chosen.id} is done; its checkpoint is {chosen.out}. `billhook show {chosen.id}` tells more."
         )
-    if recipe is not None and recipe.model_dump() != chosen.recipe:
-        differ = [k for k, v in recipe.model_dump().items() if chosen.recipe.get(k) != v]
+    rivals = {"remove": "plan", "plan": "remove"}
+    dropped = {rivals[name]: None for name in options if name in rivals}
+    asked = recipe_from({**chosen.recipe, **dropped, **options}, "The call").model_dump()
+    differ = [name for name in options if asked[name] != chosen.recipe.get(name)]
+    if differ:
         raise FingerprintError(
             f"Run {chosen.id} was begun with another recipe ({', '.join(differ)} differ). Resume it without options, "
             "or begin a new run: what was measured is reused wherever it fits."

@@ -164,10 +164,8 @@ def row_of(config: Config) -> Row:
     Raises ModelError for a type without a row, or for a config of a known type that cannot be pruned.
     """
     model_type = base_type(config.model_type)
-    if model_type == "gemma3":
-        raise ModelError("gemma3 is multimodal and not supported. Save its text model alone, as type gemma3_text.")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{model_type} is an encoder-decoder. Billhook prunes decoder-only language models.")
+    if model_type not in ROWS and (reason := unlike(config)):
+        raise ModelError(reason)
     if model_type not in ROWS:
         near = nearest(model_type, ROWS)
         guess = f" (the nearest known type is {near})" if near else ""
@@ -178,6 +176,23 @@ def row_of(config: Config) -> Row:
     if reason:
         raise ModelError(f"This {model_type} model cannot be pruned: {reason}.")
     return ROWS[model_type]
+
+
+def unlike(config: Config) -> str | None:
+    """Why no row would help a type that has none: it is not a stack of blocks with an attention and an MLP each."""
+    text = getattr(getattr(config, "text_config", None), "model_type", "")
+    if text in ROWS:
+        return f"{config.model_type} is multimodal and not supported. Save its text model alone, as type {text}."
+    if text:
+        kind = "multimodal"
+    elif getattr(config, "is_encoder_decoder", False):
+        kind = "an encoder-decoder"
+    elif not hasattr(config, "num_attention_heads") or any(k.startswith(("mamba_", "ssm_")) for k in config.to_dict()):
+        kind = "a state-space or recurrent model"
+    else:
+        return None
+    guide = "Billhook prunes decoder-only language models of attention and MLP blocks, of these types"
+    return f"{config.model_type} is {kind}. {guide}: {', '.join(sorted(ROWS))}."
 
 
 def base_type(model_type: str) -> str:

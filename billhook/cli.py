@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import json
+import shlex
 import signal
 import sys
 import traceback
@@ -114,14 +115,18 @@ def prune(
     options: dict[str, Any],
 ) -> None:
     """Remove the sites that a model can lose, prove what that cost and gained, and save the rest."""
-    with _face(as_json, quiet, verbose, f"billhook prune --resume --store {store}") as face:
+    with _face(as_json, quiet, verbose, f"billhook prune --resume --store {shlex.quote(str(store))}") as face:
         from billhook import api, pipeline
+        from billhook.errors import UsageError
         from billhook.recipe import read_yaml, recipe_from
 
         given = (read_yaml(recipe) if recipe else {}) | ({"model": model} if model else {}) | options
+        if run and not resume:
+            raise UsageError(f"--run {run} goes with --resume. Add --resume, or leave --run out.")
+        if resume and (out or dry_run):
+            raise UsageError("--resume goes on as the run was begun. Leave --out and --dry-run out.")
         if resume:
-            asked = recipe_from(given) if given else None
-            result = api.resume(run, store=store, watch=face.watch, recipe=asked)
+            result = api.resume(run, store=_existing(store), watch=face.watch, **given)
         elif dry_run:
             return face.show(pipeline.dry_run(recipe_from(given), face.watch), "plan_of_work")
         else:
@@ -254,7 +259,8 @@ class _face:  # noqa: N801 - used as a statement
             _leave(f"Interrupted.{hint}", 130)
         if isinstance(error, BillhookError):
             _leave(str(error), error.exit_code)
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        full = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # a GPU's, a CPU's
+        if isinstance(error, MemoryError) or full:
             _leave(f"Out of memory: {error}. Use fewer --tokens, a shorter --length, or --dtype bfloat16.", 5)
         if isinstance(error, OSError) and error.errno == 28:
             _leave(f"The disk is full: {error}. Free some space and run it again.", 5)

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import random
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from billhook.errors import DataError, MissingExtra, UsageError, nearest
 
 DOCUMENT_TOKENS = 1024  # longer texts are split; the text stays the cluster for statistics
 MIN_ROW = 8  # a row of fewer tokens tells nothing and costs as much padding as it saves
+SPLIT_BY_TEXT = 60  # with so many texts both halves hold enough of them for an interval
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
 
@@ -81,12 +83,12 @@ def read_texts(source: str, field: str, tokenizer: Any) -> list[str]:
         texts = _read_file(path, field, tokenizer)
     elif path.exists() or any(suffix in path.suffixes for suffix in _TEXT_SUFFIXES):
         kind = "a folder" if path.is_dir() else "missing"
-        raise DataError(f"--data {source} is {kind}. Give a .txt, .jsonl or .parquet file, pydoc, self, or a data set.")
+        raise DataError(f"{source} is {kind}. Give a .txt, .jsonl or .parquet file, pydoc, self, or a data set.")
     else:
         texts = _read_hub(source, field, tokenizer)
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise DataError(f"--data {source} holds no text.")
+        raise DataError(f"{source} holds no text. Give another .txt, .jsonl or .parquet file, or pydoc.")
     return texts
 
 
@@ -94,15 +96,17 @@ def _read_file(path: Path, field: str, tokenizer: Any) -> list[str]:
     suffixes = [s for s in path.suffixes if s != ".gz"]
     kind = suffixes[-1] if suffixes else ""
     if kind == ".parquet":
-        return _rows_to_texts(_dataset(path.suffix[1:], data_files=str(path)), field, tokenizer, str(path))
+        return _rows_to_texts(_dataset(kind[1:], data_files=str(path)), field, tokenizer, str(path))
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        content = raw.decode("utf-8")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        content = raw.decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is no gzip file, or a damaged one ({error}). Compress the text again.") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}). Convert it: iconv -t UTF-8 {path.name}") from error
     if kind in (".jsonl", ".json"):
         rows = []
-        for number, line in enumerate(content.splitlines(), 1):
+        for number, line in enumerate(content.split("\n"), 1):  # a text may hold U+2028
             if not line.strip():
                 continue
             try:
@@ -130,6 +134,8 @@ def _dataset(name: str, config: str | None = None, **options: Any) -> Iterable[d
         rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, config, **({"split": "train"} | options))
     except Exception as error:  # the hub's and the library's own exceptions, of many kinds
         reason = str(error).strip().split("\n")[0][:200]
+        if file := options.get("data_files"):
+            raise DataError(f"{file} cannot be read as .{name} ({reason}). Write or download it again.") from error
         raise DataError(
             f"There is no file {name!r}, and the data set cannot be loaded ({type(error).__name__}: {reason}). Give a "
             "local .txt, .jsonl or .parquet file, or check the name."
@@ -285,6 +291,8 @@ def token_sets(wanted: Wanted, model: Any, tokenizer: Any) -> tuple[TokenSet, To
     """
     if tokenizer is None:
         raise DataError("The model has no tokenizer, so no text can be read. Put its tokenizer files into its folder.")
+    if wanted.eval_data == "self":
+        raise DataError("--eval-data self would prove the model on its own words. Give a file, or leave it out.")
     check_length(wanted.length, model.config)
     prefix = prefix_of(tokenizer)
     eval_length = min(wanted.eval_length, getattr(model.config, "max_position_embeddings", wanted.eval_length))
@@ -294,20 +302,17 @@ def token_sets(wanted: Wanted, model: Any, tokenizer: Any) -> tuple[TokenSet, To
     else:
         texts = read_texts(wanted.data, wanted.field, tokenizer)
     found = documents(texts, tokenizer, wanted.seed)
-    half = max(1, len(found) // 2)
-    mine = found[:half] if same else found
+    mine, rest = _split(found) if same else (found, [])
     calibration = pick(mine, wanted.tokens, wanted.length, prefix, wanted.data)
     if calibration.tokens < wanted.tokens:
         where = " in the half of it that is not kept for evaluation" if same else ""
+        fewer = f", or --tokens {calibration.tokens}" if calibration.tokens >= 2 * MIN_ROW else ""
         raise DataError(
             f"--data {wanted.data} is too short: {wanted.tokens:,} calibration tokens are wanted, and it holds "
-            f"{calibration.tokens:,}{where}. Give more text, or --tokens {max(MIN_ROW, calibration.tokens)}."
+            f"{calibration.tokens:,}{where}. Give more text{fewer}."
         )
-    if same:
-        held, seen = wanted.data, {document.ids for document in mine}
-        rest = [document for document in found[half:] if document.ids not in seen]
-    else:
-        held = wanted.eval_data or "pydoc"
+    held = wanted.data if same else wanted.eval_data or "pydoc"
+    if not same:
         rest = documents(read_texts(held, wanted.field, tokenizer), tokenizer, wanted.seed)
     evaluation = pick(rest, wanted.eval_tokens, eval_length, prefix, held)
     if evaluation.tokens < 2 * MIN_ROW:
@@ -319,6 +324,17 @@ def token_sets(wanted: Wanted, model: Any, tokenizer: Any) -> tuple[TokenSet, To
             "nothing. Give other text, or leave --eval-data out: then evaluation text is split off --data."
         )
     return calibration, evaluation
+
+
+def _split(found: list[Document]) -> tuple[list[Document], list[Document]]:
+    """Every second text for calibration, the others for evaluation, whatever amount of them is wanted; where texts are
+    few, every second document. A document that is a copy of one for calibration is in neither."""
+    texts = {text: rank for rank, text in enumerate(dict.fromkeys(document.text for document in found))}
+    by_text = len(texts) >= SPLIT_BY_TEXT
+    odd = [bool((texts[d.text] if by_text else i) % 2) for i, d in enumerate(found)]
+    mine = [document for document, held in zip(found, odd, strict=True) if not held]
+    seen = {document.ids for document in mine}
+    return mine, [d for d, held in zip(found, odd, strict=True) if held and d.ids not in seen]
 
 
 def check_length(length: int, config: Any) -> None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 
 from billhook import arch, vet
-from billhook.errors import MissingExtra, ModelError, UsageError
+from billhook.errors import MissingExtra, ModelError, ResourceError, UsageError
 from billhook.modeling_billhook import pruned_classes, skipped
 from billhook.plan import Anatomy, Part, Plan, Site
 from billhook.records import Event, Watch, silent
@@ -82,6 +83,7 @@ def load(
     raw, tensors = vet.inspect_folder(folder, trust_remote_code)
     stored = vet.stored_dtype(raw, tensors)
     compute = _pick_dtype(dtype, place, stored)
+    check_memory(sum(elements for _, elements in tensors.values()) * compute.itemsize, place)
     model = _build(folder, compute, place, trust_remote_code)
     check_finite(model)
     config = model.config
@@ -92,7 +94,7 @@ def load(
     gone |= {Site(kept[i], _part(p)) for i, parts in skipped(config).items() for p in parts}
     gone |= set(map(Site.parse, ours.get("zeroed", ())))
     sizes = arch.anatomy(model, config, positions=kept, removed=gone, blocks=blocks, item_bytes=stored.itemsize)
-    tokenizer = _tokenizer(folder, model)
+    tokenizer = _tokenizer(folder, model, trust_remote_code)
     print_ = vet.fingerprint(folder)
     watch(Event("load", 1, 1, note=str(name)))
     dtypes = {key: vet.DTYPES[kind] for key, (kind, _) in tensors.items() if kind in vet.DTYPES}
@@ -175,8 +177,11 @@ def convert_gguf(path: Path, watch: Watch = silent) -> Path:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             str(path.parent), gguf_file=path.name, dtype=torch.float32
         )
-    except (ValueError, KeyError, RuntimeError, OSError) as error:
-        raise ModelError(f"transformers cannot read {path}: {error}. Give a safetensors folder instead.") from error
+    except Exception as error:  # the reader trusts the file: a damaged one fails in any way
+        raise ModelError(
+            f"transformers cannot read {path} ({type(error).__name__}: {error}). Download it again, or give a "
+            "safetensors folder instead."
+        ) from error
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     aside = target.with_name(f"{target.name}.{os.getpid()}.partial")
@@ -214,6 +219,19 @@ def _pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.d
     return DTYPES[name]
 
 
+def check_memory(needed_bytes: int, device: torch.device) -> None:
+    """Raises ResourceError if weights of `needed_bytes` do not fit into what the device has free."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if needed_bytes > free:
+        raise ResourceError(
+            f"The weights take {needed_bytes / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free. Use --dtype "
+            "bfloat16, another --device, or a machine with more memory."
+        )
+
+
 def _build(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
     register()
     auto: Any = transformers.AutoModelForCausalLM
@@ -224,12 +242,13 @@ def _build(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # so that they are told, and refused below
         )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise ModelError(f"transformers cannot load {folder}: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if told.get(kind):
-            names = sorted(map(str, told[kind]))
+            names = sorted(key[0] if isinstance(key, tuple) else str(key) for key in told[kind])
             raise ModelError(
                 f"The weights do not fit the architecture: {len(names)} {kind.replace('_', ' ')}, such as {names[0]}. "
                 "Nothing is filled with random numbers; download the checkpoint again."
@@ -244,12 +263,14 @@ def check_finite(model: torch.nn.Module) -> None:
             raise ModelError(f"{name} holds NaN or infinite weights. Download the checkpoint again, or train it anew.")
 
 
-def _tokenizer(folder: Path, model: Any) -> Any | None:
+def _tokenizer(folder: Path, model: Any, trust_remote_code: bool) -> Any | None:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
     if not any((folder / name).is_file() for name in names):
         return None
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ModelError(f"transformers cannot read the tokenizer in {folder}: {error}") from error
     rows = model.get_input_embeddings().weight.shape[0]

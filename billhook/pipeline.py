@@ -17,13 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 
 import billhook
 from billhook import report, speed
 from billhook.data import TokenSet, Wanted, token_sets
-from billhook.errors import FingerprintError
+from billhook.errors import FingerprintError, PlanError
 from billhook.evaluate import EVALUATIONS
 from billhook.execute import Executor
 from billhook.export.checkpoint import aside_of, check_equal, check_target, save
@@ -159,6 +160,8 @@ def targets(recipe: Recipe, teacher: Teacher) -> tuple[Problem | None, Plan | No
     protected = protection(recipe.protect, teacher.anatomy)
     if recipe.plan is not None:
         plan = read_plan(recipe.plan, teacher.anatomy, teacher.fingerprint)
+        if not plan.removed:
+            raise PlanError(f"--plan {recipe.plan!r} removes nothing. Name sites to remove: attention.7,mlp.16.")
         return None, teacher.anatomy.check(plan, protected)
     assert recipe.remove is not None
     return Problem(teacher.anatomy, Budget.parse(recipe.remove), protected, recipe.seed).check(), None
@@ -194,27 +197,32 @@ def find(
         assert given is not None
         path = [given]
     else:
-        path = settle(SEARCHES[job.recipe.search](problem), partial(_measure_and_tell, job, problem, measure))
-    if not path:
+        total = count_losses(job.recipe.search, problem, job.recipe.seed)
+        path = settle(SEARCHES[job.recipe.search](problem), partial(_round, job, problem, measure, total))
+    if not path or not path[-1].removed:
         return Plan(), []
     rounds = [(ask.plans, losses) for ask, losses in measure.rounds]
-    return path[-1], steps(path, rounds, measure(Ask(tuple(path))))
+    told = partial(_tell, job, "along the path", 0, len(path))
+    measured = {plan for plans, _ in rounds for plan in plans}
+    on_path = measure(Ask(tuple(path)), *([] if measured.issuperset(path) else [told]))
+    return path[-1], steps(path, rounds, on_path)
 
 
-def _measure_and_tell(job: Job, problem: Problem, measure: Executor, ask: Ask) -> list[Loss]:
-    """Measure one Ask and show how far the search is."""
-    base = Plan(frozenset.intersection(*(plan.removed for plan in ask.plans)))
+def _round(job: Job, problem: Problem, measure: Executor, total: int, ask: Ask) -> list[Loss]:
+    """Measure one Ask of a search that has `total` losses to measure, and show how far it is."""
+    common = Plan(frozenset.intersection(*(plan.removed for plan in ask.plans)))
     need = math.ceil(problem.budget.needed(problem.anatomy))
-    sofar = f"{problem.budget.spent(problem.anatomy, base):,} of {need:,} {problem.budget.unit} removed"
-
-    def told(done: int, total: int, best: float) -> None:
-        job.watch(Event("search", done, total, f"{sofar}, lowest {job.recipe.loss} {best:.4f}"))
-
-    losses = measure(ask, told)
+    sofar = f"{problem.budget.spent(problem.anatomy, common):,} of {need:,} {problem.budget.unit} gone"
+    before = sum(len(earlier.plans) for earlier, _ in measure.rounds)
+    losses = measure(ask, partial(_tell, job, sofar, before, total))
     best = min((loss for loss in losses if not loss.bound), key=lambda loss: loss.mean)
     chosen = ask.plans[losses.index(best)]
-    job.store.add_event(job.run, Event("search", len(ask.plans), len(ask.plans), f"{chosen}: {best.mean:.6f}"))
+    job.store.add_event(job.run, Event("search", before + len(losses), total, f"{chosen}: {best.mean:.6f}"))
     return losses
+
+
+def _tell(job: Job, sofar: str, before: int, total: int, done: int, of: int, best: float) -> None:
+    job.watch(Event("search", before + done, total, f"{sofar}, lowest {job.recipe.loss} {best:.4f}"))
 
 
 def _perplexity(job: Job, teacher: Teacher, student: Any, plan: Plan, tokens: TokenSet) -> dict[str, Any]:
@@ -358,7 +366,11 @@ def dry_run(recipe: Recipe, watch: Watch) -> dict[str, Any]:
         "remove": recipe.remove or str(given),
         "losses": count,
         "data": {"calibration": calibration.describe(), "evaluation": held_out.describe()},
-        "memory_bytes": {"weights": weights, "kept_for_the_search": probe.kept_bytes()},
+        "memory_bytes": {
+            "weights": weights,
+            "kept_for_the_search": probe.kept_bytes(),
+            "free": psutil.virtual_memory().available,
+        },
         "disk_bytes": teacher.anatomy.total("bytes"),
         "expected_seconds": {"search_at_most": round(count * one, 1), "evaluate": round(evaluation, 1)},
     }

@@ -77,16 +77,18 @@ def recipe_from(values: dict[str, Any], where: str = "The recipe") -> Recipe:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "?"
         if first["type"] == "extra_forbidden":
-            near = nearest(key, Recipe.model_fields)
-            guess = f" Did you mean {near}?" if near else ""
-            raise RecipeError(
-                f"{where} has the unknown key {key!r}.{guess} Known: {', '.join(Recipe.model_fields)}."
-            ) from error
+            raise _unknown_key(key, where) from error
         raise RecipeError(f"{where} has {key}: {first['input']!r}. {first['msg']}.") from error
 
 
+def _unknown_key(key: str, where: str) -> RecipeError:
+    near = nearest(key, Recipe.model_fields)
+    guess = f" Did you mean {near}?" if near else ""
+    return RecipeError(f"{where} has the unknown key {key!r}.{guess} Known: {', '.join(Recipe.model_fields)}.")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The values of a recipe file. Raises RecipeError if it cannot be read, or holds a key twice."""
+    """The values of a recipe file. Raises RecipeError if it cannot be read, or holds an unknown key or one twice."""
     if not path.is_file():
         raise RecipeError(f"There is no recipe {path}. Give a YAML file with keys such as model and remove.")
     try:
@@ -95,6 +97,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds no keys. A recipe looks like:\nmodel: demo\nremove: 25%sites")
+    for key in map(str, values):
+        if key not in Recipe.model_fields:
+            raise _unknown_key(key, str(path))
     return values
 
 
@@ -102,10 +107,12 @@ class _UniqueKeys(yaml.SafeLoader):
     """Safe YAML in which a key may stand only once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise RecipeError(f"The recipe has {key!r} twice{node.start_mark}. Keep one of them.")
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                both = f"lines {lines[key.value]} and {line}"
+                raise RecipeError(f"The recipe has {key.value!r} twice, in {both}. Keep one of them.")
         return dict(super().construct_mapping(node, deep))
 
 
@@ -132,16 +139,18 @@ def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
     if isinstance(value, list):
         return anatomy.check(Plan.of(map(str, value)))
     if not isinstance(value, dict):
-        raise PlanError(f"{path} holds no plan.")
+        raise PlanError(f"{path} holds no plan. Give a billhook.json, a report.json or a drop list.")
     if "drop_attn_list" in value or "drop_mlp_list" in value:
         attention = _indices(value.get("drop_attn_list") or [], path, anatomy)
         mlp = _indices(value.get("drop_mlp_list") or [], path, anatomy)
         sites = {Site(i, "attention") for i in attention} | {Site(i, "mlp") for i in mlp}
         return anatomy.check(Plan(frozenset(sites)))
-    made_for = value["model"]["fingerprint"] if isinstance(value.get("model"), dict) else value.get("model")
-    removed = value["plan"]["removed"] if isinstance(value.get("plan"), dict) else value.get("removed")
+    made_for = value["model"].get("fingerprint") if isinstance(value.get("model"), dict) else value.get("model")
+    removed = value["plan"].get("removed") if isinstance(value.get("plan"), dict) else value.get("removed")
     if not isinstance(removed, list):
-        raise PlanError(f"{path} holds no plan: it has neither `removed` nor drop lists.")
+        raise PlanError(
+            f"{path} holds no plan: neither `removed` nor drop lists. Name sites instead: attention.7,mlp.16."
+        )
     if made_for is not None and made_for != fingerprint:
         raise FingerprintError(
             f"{path} was made for another model (fingerprint {made_for}, this one is {fingerprint}). To use its sites "
@@ -163,8 +172,10 @@ def _from_lines(content: str, path: Path, anatomy: Anatomy) -> Plan:
     return Plan.of(f"{part}.{i}" for i, line in enumerate(lines) for part in words[line.strip()])
 
 
-def _indices(entries: list[Any], path: Path, anatomy: Anatomy) -> list[int]:
+def _indices(entries: Any, path: Path, anatomy: Anatomy) -> list[int]:
     """Block indices from a list of indices or of one boolean a block."""
+    if not isinstance(entries, list):
+        raise PlanError(f"{path} has a drop list that is no list: {entries!r}. Give indices, or a boolean a block.")
     if entries and all(isinstance(e, bool) for e in entries):
         if len(entries) != anatomy.blocks:
             raise PlanError(f"{path} lists {len(entries)} blocks, the model has {anatomy.blocks}.")

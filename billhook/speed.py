@@ -111,9 +111,17 @@ def _child(folder: str, device: str, dtype: str, prompt: str, new_tokens: str) -
     elif model.device.type == "mps":
         peak = torch.mps.driver_allocated_memory()
     else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = _resident_peak()
     print(json.dumps({"peak_bytes": peak}))
+
+
+def _resident_peak() -> int:
+    """Bytes of this process at most. Linux keeps the parent's peak in ru_maxrss across a fork, so not from there."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def rates(timing: Timing) -> dict[str, Any]:

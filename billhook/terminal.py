@@ -74,13 +74,14 @@ def _rate(event: Event, start: float, first: int) -> str:
 
 def _plain() -> Watch:
     """Lines on stderr: a new stage at once, the same stage every few seconds and when it is complete."""
-    last: dict[str, Any] = {"stage": "", "at": 0.0, "start": 0.0, "first": 0}
+    last: dict[str, Any] = {"stage": "", "at": 0.0, "start": 0.0, "first": 0, "done": 0}
 
     def watch(event: Event) -> None:
         now = time.monotonic()
         fresh = event.stage != last["stage"]
-        if fresh:
+        if fresh or event.done < last["done"]:
             last.update(stage=event.stage, start=now, first=event.done)
+        last["done"] = event.done
         if not fresh and now - last["at"] < PLAIN_SECONDS:
             return
         last["at"] = now
@@ -139,13 +140,14 @@ def _anatomy(console: Console, value: dict[str, Any]) -> None:
 def _plan_of_work(console: Console, value: dict[str, Any]) -> None:
     table = _table("", "")
     calibration, held_out = value["data"]["calibration"], value["data"]["evaluation"]
-    memory, seconds = value["memory_bytes"], value["expected_seconds"]
+    weights, kept, free = (value["memory_bytes"][k] / 1e9 for k in ("weights", "kept_for_the_search", "free"))
+    seconds = value["expected_seconds"]
     for label, text in (
         ("remove", f"{value['remove']} of {value['model']}"),
         ("losses to measure", f"{value['losses']:,}"),
         ("calibration", f"{calibration['tokens']:,} tokens of {calibration['source']}"),
         ("held out", f"{held_out['tokens']:,} tokens of {held_out['source']}"),
-        ("memory", f"{memory['weights'] / 1e9:.2f} GB weights, {memory['kept_for_the_search'] / 1e9:.2f} GB kept"),
+        ("memory", f"{weights:.2f} GB weights, {kept:.2f} GB kept for the search, {free:.1f} GB free"),
         ("disk", f"at most {value['disk_bytes'] / 1e9:.2f} GB"),
         ("time", f"search at most {seconds['search_at_most']:,.0f} s, evaluation {seconds['evaluate']:,.0f} s"),
     ):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from billhook import arch
@@ -48,8 +49,8 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 def _check_config(raw: dict[str, Any], trust_remote_code: bool) -> None:
     model_type = str(raw.get("model_type", ""))
     ours = model_type.startswith("billhook-")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    if quantised := raw.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
         raise ModelError(
             f"The checkpoint is quantised ({method}). Prune the unquantised one, and quantise the result afterwards."
         )
@@ -65,26 +66,29 @@ def _check_config(raw: dict[str, Any], trust_remote_code: bool) -> None:
             "trust it, add --trust-remote-code."
         )
     if not model_type:
-        raise ModelError("config.json names no model_type, so its architecture is unknown.")
+        raise ModelError("config.json names no model_type, so its architecture is unknown. Download the file again.")
+    blocks, layer_types = raw.get("num_hidden_layers"), raw.get("layer_types")
+    if isinstance(layer_types, list) and isinstance(blocks, int) and len(layer_types) != blocks:
+        raise ModelError(
+            f"config.json says num_hidden_layers={blocks} but lists {len(layer_types)} layer_types. One of them is "
+            "wrong; download config.json again."
+        )
     try:
         config = transformers.AutoConfig.for_model(arch.base_type(model_type), **_stock_fields(raw))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if arch.base_type(model_type) in arch.ROWS:
-            raise ModelError(f"transformers does not accept this config.json: {error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        if arch.base_type(model_type) in transformers.CONFIG_MAPPING:
+            reason = " ".join(str(error).split())
+            raise ModelError(
+                f"transformers does not accept this config.json: {reason} Download the file again."
+            ) from error
         raise ModelError(
             f"There is no row for the architecture {model_type!r}, and transformers {transformers.__version__} does "
             f"not know it. Known here: {', '.join(sorted(arch.ROWS))}."
         ) from error
-    layer_types = raw.get("layer_types")
-    if isinstance(layer_types, list) and len(layer_types) != config.num_hidden_layers:
-        raise ModelError(
-            f"config.json says num_hidden_layers={config.num_hidden_layers} but lists {len(layer_types)} layer_types. "
-            "One of them is wrong; download config.json again."
-        )
     try:
         arch.row_of(config)
     except ModelError as error:
-        if arch.base_type(model_type) in arch.ROWS or model_type == "gemma3" or "num_hidden_layers" not in raw:
+        if arch.base_type(model_type) in arch.ROWS or arch.unlike(config) or "num_hidden_layers" not in raw:
             raise
         raise ModelError(f"{error} The row that is probably missing: {_suggestion(config)}") from error
 

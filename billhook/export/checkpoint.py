@@ -28,7 +28,8 @@ def check_target(folder: Path, source: Path, needed_bytes: int = 0) -> None:
     if folder.resolve() == source.resolve() or source.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"--out {folder} is the input model's own folder. Choose another one.")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UsageError(f"--out {folder} is not empty. Choose another folder, or delete it: rm -r {folder}")
+        what = "is a file" if folder.is_file() else "is not empty"
+        raise UsageError(f"--out {folder} {what}. Choose a folder that is not there yet, such as {folder}-pruned.")
     parent = folder.resolve().parent
     while not parent.exists():
         parent = parent.parent

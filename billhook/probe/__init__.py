@@ -163,16 +163,18 @@ class Probe:
 
         handles = [self.teacher.block(p).register_forward_hook(look(p)) for p in self.teacher.positions]
         try:
-            with masked(self.teacher, plan):
-                for batch in self._batches:
-                    self.teacher.model(input_ids=batch.ids, use_cache=False)
+            for removed in (plan, Plan()):  # the student's own, or the teacher's that it is compared with
+                with masked(self.teacher, removed):
+                    for batch in self._batches:
+                        self.teacher.model(input_ids=batch.ids, use_cache=False)
+                if bad:
+                    break
         finally:
             for handle in handles:
                 handle.remove()
         dtype = str(self.teacher.model.dtype).removeprefix("torch.")
         where = f"block {min(bad)}" if bad else "the head"
-        removed = f" with {plan} removed" if plan.removed else ""
-        return (
-            f"Activations are NaN or infinite from {where} on{removed}, in {dtype}. Try --dtype float32; if it stays, "
-            "the checkpoint itself is broken."
-        )
+        without = f" with {removed} removed" if removed.removed else ""
+        broken = "the checkpoint itself is broken: download it again."
+        advice = f"Try --dtype float32; if it stays, {broken}" if dtype != "float32" else broken.capitalize()
+        return f"Activations are NaN or infinite from {where} on{without}, in {dtype}. {advice}"

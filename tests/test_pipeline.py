@@ -1,0 +1,226 @@
+"""The main job on a tiny model: its figures are true, its runs resume, and nothing half-written remains."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+import billhook
+from billhook.data import Wanted, token_sets
+from billhook.mask import masked
+from billhook.plan import Plan
+from billhook.records import Event, Watch
+from billhook.store import Store
+
+OPTIONS: dict[str, Any] = {"remove": "3sites", "tokens": 240, "length": 24, "eval_tokens": 600, "eval_length": 32}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def events() -> list[Event]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def result(model: Path, text: Path, home: Path, events: list[Event]) -> dict[str, Any]:
+    return billhook.prune(
+        str(model), data=str(text), out=home / "out", store=home / "runs.db", watch=events.append, **OPTIONS
+    )
+
+
+def perplexity(model: Any, text: Path, teacher: Any) -> float:
+    """Written out: every held-out row alone, float64."""
+    wanted = Wanted(str(text), None, "text", 240, 24, 600, 32, 0)
+    _, tokens = token_sets(wanted, teacher.model, teacher.tokenizer)
+    nll, count = 0.0, 0
+    for row, length in zip(tokens.rows, tokens.lengths, strict=True):
+        with torch.inference_mode():
+            log_p = model(input_ids=row[None, :length], use_cache=False).logits[0].double().log_softmax(-1)
+        nll -= float(log_p[torch.arange(length - 1), row[1:length]].sum())
+        count += length - 1
+    return math.exp(nll / count)
+
+
+def test_the_figures_are_those_of_the_saved_folder(result: dict[str, Any], model: Path, text: Path) -> None:
+    teacher, student = billhook.load(model), billhook.load(result["out"])
+    assert student.removed.names() == result["plan"]["removed"]
+    assert len(student.removed.removed) == 3
+    for who, loaded in (("teacher", teacher), ("student", student)):
+        assert result["perplexity"][who] == pytest.approx(perplexity(loaded.model, text, teacher), rel=1e-5)
+        assert result["parameters"][who] == sum(p.numel() for p in loaded.model.parameters())
+        size = sum(t.numel() * t.element_size() for t in load_file(loaded.folder / "model.safetensors").values())
+        assert result["bytes"][who] == size
+        assert result["kv_bytes_per_token"][who] == loaded.anatomy.total("kv_bytes_per_token")
+    assert result["perplexity"]["ratio"] == pytest.approx(
+        result["perplexity"]["student"] / result["perplexity"]["teacher"], rel=1e-6
+    )
+    low, high = result["perplexity"]["ci95"]
+    assert low < result["perplexity"]["ratio"] < high
+
+
+def test_the_steps_are_those_of_a_greedy_search_by_hand(result: dict[str, Any], model: Path, text: Path) -> None:
+    teacher = billhook.load(model)
+    tokens, _ = token_sets(Wanted(str(text), None, "text", 240, 24, 600, 32, 0), teacher.model, teacher.tokenizer)
+    ids = torch.stack([row for row, n in zip(tokens.rows, tokens.lengths, strict=True) if n == 24])
+    assert len(ids) == len(tokens.lengths), "rows of one length, so that the mean is over all positions"
+    with torch.inference_mode():
+        p = teacher.model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+
+    def kl(plan: Plan) -> float:
+        with torch.inference_mode(), masked(teacher, plan):
+            q = teacher.model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    plan = Plan()
+    for step in result["steps"]:
+        tried = {site: kl(plan.without(site)) for site in teacher.anatomy.alive() if site not in plan.removed}
+        ranked = sorted(tried, key=lambda site: tried[site])
+        assert step["sites"] == [str(ranked[0])]
+        assert step["loss"] == pytest.approx(tried[ranked[0]], rel=1e-4)
+        assert step["gap"] == pytest.approx(tried[ranked[1]] - tried[ranked[0]], rel=1e-2, abs=1e-6)
+        plan = plan.without(ranked[0])
+    assert plan.names() == result["plan"]["removed"]
+
+
+def test_what_is_written_is_what_is_returned(result: dict[str, Any]) -> None:
+    out = Path(result["out"])
+    written, returned = json.loads((out / "report.json").read_text()), json.loads(json.dumps(result))
+    assert returned.pop("seconds").items() > written.pop("seconds").items()  # all but that of the report itself
+    assert written == returned
+    assert {"README.md", "report.html", "billhook.json", "config.json", "tokenizer.json", "modeling_billhook.py"} <= {
+        path.name for path in out.iterdir()
+    }
+    assert [path.name for path in out.parent.iterdir() if "partial" in path.name or "lock" in path.name] == []
+
+
+def test_progress_is_told_for_every_stage(result: dict[str, Any], events: list[Event]) -> None:
+    stages = list(dict.fromkeys(event.stage for event in events))
+    assert stages == ["load", "search", "evaluate", "save", "speed"]
+    searched = [event for event in events if event.stage == "search"]
+    assert searched[-1].done == searched[-1].total == 8 + 7 + 6
+    assert [event.done for event in searched] == sorted(event.done for event in searched)
+    assert "2 of 3 sites gone, lowest kl" in [event.note for event in searched if event.done == 18][-1]
+
+
+def test_a_second_run_measures_nothing(result: dict[str, Any], model: Path, text: Path, home: Path) -> None:
+    again = billhook.prune(str(model), data=str(text), out=home / "again", store=home / "runs.db", **OPTIONS)
+    store = Store(home / "runs.db")
+    assert (store.count_losses(result["run"]), store.count_losses(again["run"])) == (21, 0)
+    for key in ("plan", "steps", "perplexity", "speed"):
+        assert again[key] == result[key]
+
+
+def test_blocks_make_a_stock_checkpoint(model: Path, text: Path, home: Path) -> None:
+    options = OPTIONS | {"remove": "1blocks", "search": "oneshot", "loss": "nll"}
+    result = billhook.prune(str(model), data=str(text), out=home / "blocks", store=home / "runs.db", **options)
+    assert result["kind"] == "llama"
+    config = json.loads((home / "blocks" / "config.json").read_text())
+    assert (config["model_type"], config["num_hidden_layers"]) == ("llama", 3)
+    assert "auto_map" not in config
+    assert len(config["billhook"]["kept_blocks"]) == 3
+    assert len(result["steps"]) == 1
+    assert len(result["steps"][0]["sites"]) == 2
+
+
+# -- interrupted and resumed ----------------------------------------------------------------------------------------
+
+CHILD = """
+import json, os, signal, sys
+import billhook
+stage, at, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+def watch(event):
+    global at
+    at -= event.stage == stage
+    if at == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[4] == "resume":
+    billhook.resume(store=options["store"], watch=watch)
+else:
+    billhook.prune(watch=watch, **options)
+"""
+
+
+def test_killed_at_any_moment_it_goes_on_and_measures_nothing_twice(
+    result: dict[str, Any], model: Path, text: Path, tmp_path: Path
+) -> None:
+    options = OPTIONS | {
+        "model": str(model), "data": str(text), "store": str(tmp_path / "runs.db"), "out": str(tmp_path / "out")
+    }  # fmt: skip
+    moments = [("search", 2), ("search", 9), ("evaluate", 3), ("save", 2), ("speed", 2)]
+    for attempt, (stage, count) in enumerate(moments):
+        way = "resume" if attempt else "new"
+        command = [sys.executable, "-c", CHILD, stage, str(count), json.dumps(options), way]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert not (tmp_path / "out").exists()
+    assert list(tmp_path.glob(".out.*.partial")), "it was killed inside saving"
+    resumed = billhook.resume(store=tmp_path / "runs.db")
+    assert not list(tmp_path.glob(".out.*"))
+    store = Store(tmp_path / "runs.db")
+    assert len(store.runs()) == 1
+    assert store.count_losses() == 21
+    assert store.runs()[0].state == "done"
+    assert (resumed["plan"], resumed["steps"], resumed["perplexity"]) == (
+        result["plan"], result["steps"], result["perplexity"]
+    )  # fmt: skip
+
+
+def interrupt_at(stage: str, done: int) -> Watch:
+    def watch(event: Event) -> None:
+        if event.stage == stage and event.done >= done:
+            raise KeyboardInterrupt
+
+    return watch
+
+
+@pytest.mark.parametrize("stage", ["search", "evaluate", "save", "speed"])
+def test_interrupted_it_leaves_nothing_half_written(
+    stage: str, model: Path, text: Path, home: Path, tmp_path: Path, result: dict[str, Any]
+) -> None:
+    store = home / "runs.db" if stage != "speed" else tmp_path / "runs.db"
+    options = OPTIONS | {"search": "oneshot"} if stage == "speed" else OPTIONS
+    if stage == "evaluate":
+        options = options | {"eval_tokens": 500}
+    with pytest.raises(KeyboardInterrupt):
+        billhook.prune(
+            str(model), data=str(text), out=tmp_path / "out", store=store, watch=interrupt_at(stage, 0), **options
+        )
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("runs.db")] == []
+    assert Store(store).runs()[0].state == "interrupted"
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_out_defaults_to_a_folder_of_the_run(model: Path, text: Path, nowhere: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        billhook.prune(str(model), data=str(text), watch=interrupt_at("search", 1), **OPTIONS)
+    (run,) = Store(nowhere / "billhook.db").runs()
+    assert run.out == os.path.join("pruned", run.id)  # noqa: PTH118 - as it is stored
+
+
+def test_generation_of_the_saved_model_is_the_students(result: dict[str, Any]) -> None:
+    student = billhook.load(result["out"]).model
+    rows = tiny.tokens(2, 6)
+    kept = student.generate(rows, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert torch.equal(
+        kept, student.generate(rows, max_new_tokens=12, do_sample=False, pad_token_id=0, use_cache=False)
+    )
