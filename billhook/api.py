@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from billhook import pipeline
+from billhook import pipeline, proof
 from billhook import speed as timing
 from billhook.errors import FingerprintError, RunError
 from billhook.evaluate import EVALUATIONS
@@ -41,7 +41,7 @@ def prune(
     device = str(pick_device(recipe.device))
     opened = Store(Path(store))
     where = str(out) if out is not None else str(Path("pruned") / "{run}")
-    run = opened.new_run(recipe.model_dump(), asdict(pipeline.environment(device)), where)
+    run = opened.new_run(recipe.model_dump(), asdict(proof.environment(device)), where)
     return pipeline.execute(opened, opened.run(run), watch)
 
 
@@ -71,9 +71,10 @@ def resume(
 
 
 def _newest_unfinished(store: Store) -> Run:
-    for run in store.runs():
-        if run.state != "done" and store.free(run.id):
-            return run
+    unfinished = [run for run in store.runs() if run.state != "done"]
+    free = [run for run in unfinished if store.free(run.id)]
+    if unfinished:
+        return (free or unfinished)[0]  # one that another process holds is refused by name
     raise RunError(f"{store.path} holds no unfinished run. `billhook runs` lists what it holds.")
 
 
@@ -101,7 +102,8 @@ def evaluate_model(model: str | Path = "demo", *, watch: Watch = silent, **optio
     `options`: the fields of `Recipe` that concern model, text and seed; the text is the one on which `prune` with the
     same options proves its student, so that the two can be compared.
     """
-    recipe = recipe_from({"model": str(model), "remove": "1sites", **options}, "The call")
+    least = {"remove": "1sites", "tokens": 16, "length": 16}  # of calibration, on which held-out text does not depend
+    recipe = recipe_from({"model": str(model), **least, **options}, "The call")
     teacher = load(
         recipe.model, device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, watch=watch
     )
@@ -139,7 +141,7 @@ def measure_speed(
             for teacher, measured in zip(teachers, timings, strict=True)
         ],
         "protocol": asdict(protocol),
-        "environment": asdict(pipeline.environment(str(models[0].device))),
+        "environment": asdict(proof.environment(str(models[0].device))),
     }
     return told | ({"ratio": timing.ratio(*timings)} if other is not None else {})
 

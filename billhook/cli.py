@@ -13,10 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
-from billhook.errors import BillhookError
+from billhook.errors import BillhookError, UsageError
 from billhook.records import Watch
 
 app = typer.Typer(
@@ -117,15 +116,16 @@ def prune(
     """Remove the sites that a model can lose, prove what that cost and gained, and save the rest."""
     with _face(as_json, quiet, verbose, f"billhook prune --resume --store {shlex.quote(str(store))}") as face:
         from billhook import api, pipeline
-        from billhook.errors import UsageError
         from billhook.recipe import read_yaml, recipe_from
 
         given = (read_yaml(recipe) if recipe else {}) | ({"model": model} if model else {}) | options
         if run and not resume:
             raise UsageError(f"--run {run} goes with --resume. Add --resume, or leave --run out.")
-        if resume and (out or dry_run):
-            raise UsageError("--resume goes on as the run was begun. Leave --out and --dry-run out.")
+        if resume and dry_run:
+            raise UsageError("--dry-run is of a new run, and --resume goes on with one. Leave one of them out.")
         if resume:
+            if out is not None:
+                raise UsageError("--out belongs to a new run; a resumed one keeps its own. Leave --out away.")
             result = api.resume(run, store=_existing(store), watch=face.watch, **given)
         elif dry_run:
             return face.show(pipeline.dry_run(recipe_from(given), face.watch), "plan_of_work")
@@ -218,7 +218,7 @@ def methods(*, as_json: Json = False, verbose: Verbose = False) -> None:
 def _existing(store: Path) -> Path:
     """Reading commands make no new store."""
     if not store.is_file():
-        raise typer.BadParameter(f"There is no store {store}. Give the file that `billhook prune` wrote with --store.")
+        raise UsageError(f"There is no store {store}. Give the file that `billhook prune` wrote with --store.")
     return store
 
 
@@ -250,7 +250,7 @@ class _face:  # noqa: N801 - used as a statement
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._close()
-        if error is None or isinstance(error, click.exceptions.ClickException | click.exceptions.Exit):
+        if error is None:
             return
         if self.verbose:
             traceback.print_exception(error)
@@ -264,7 +264,7 @@ class _face:  # noqa: N801 - used as a statement
             _leave(f"Out of memory: {error}. Use fewer --tokens, a shorter --length, or --dtype bfloat16.", 5)
         if isinstance(error, OSError) and error.errno == 28:
             _leave(f"The disk is full: {error}. Free some space and run it again.", 5)
-        if not self.verbose and error is not None:
+        if not self.verbose:
             traceback.print_exception(error)
         _leave("This is a bug in Billhook. Please report it with the lines above.", 1)
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ class Teacher:
     removed: Plan  # what an earlier pruning took, in positions of the unpruned model
     fingerprint: str
     stored: dict[str, torch.dtype]  # the checkpoint's tensors by their names there
+
+    def __iter__(self) -> Iterator[Any]:
+        """`model, tokenizer = billhook.load(folder)`."""
+        return iter((self.model, self.tokenizer))
 
     @property
     def row(self) -> arch.Row:

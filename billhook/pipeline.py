@@ -5,84 +5,32 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
-import platform
 import random
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-import transformers
 
 import billhook
-from billhook import report, speed
+from billhook import proof, report
 from billhook.data import TokenSet, Wanted, token_sets
 from billhook.errors import FingerprintError, PlanError
-from billhook.evaluate import EVALUATIONS
-from billhook.execute import Executor
+from billhook.execute import Executor, Told
 from billhook.export.checkpoint import aside_of, check_equal, check_target, save
 from billhook.loading import Teacher, load
 from billhook.losses import LOSSES
 from billhook.plan import Anatomy, Ask, Budget, Plan, Problem, protection
 from billhook.probe import Probe
+from billhook.proof import Job
 from billhook.recipe import Recipe, read_plan
-from billhook.records import Environment, EvalResult, Event, Loss, Step, Watch, steps
+from billhook.records import Event, Loss, Step, Watch, steps
 from billhook.search import SEARCHES, settle
-from billhook.speed import Protocol
-from billhook.stats import paired_difference
 from billhook.store import Run, Store
 from billhook.surgery import apply, leaves
-
-PROMPTS = (
-    "What is the capital of France, and what is it known for?",
-    "Write a short story about a gardener who finds an old tool.",
-    "Explain in two sentences why the sky is blue.",
-)
-ANSWER_TOKENS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What every stage of one run shares."""
-
-    recipe: Recipe
-    store: Store
-    run: str
-    out: Path
-    watch: Watch
-    seconds: dict[str, float]
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time one stage, and tell and file that it began."""
-        self.store.add_event(self.run, Event(name))
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-        self.store.add_event(self.run, Event(name, 1, 1, f"{self.seconds[name]:.1f} s"))
-
-
-def environment(device: str) -> Environment:
-    """Where numbers of this process are measured."""
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    if device.startswith("cuda"):
-        machine = torch.cuda.get_device_name(device)
-    return Environment(
-        billhook.__version__,
-        platform.python_version(),
-        torch.__version__,
-        transformers.__version__,
-        device,
-        machine,
-        torch.get_num_threads(),
-    )
 
 
 def execute(store: Store, run: Run, watch: Watch) -> dict[str, Any]:
@@ -93,6 +41,10 @@ def execute(store: Store, run: Run, watch: Watch) -> dict[str, Any]:
     job = Job(Recipe(**run.recipe), store, run.id, Path(run.out), watch, {})
     aside = aside_of(job.out, job.run)
     with store.hold(run.id):
+        finished = _finished(job)
+        if finished is not None:
+            store.update(run.id, state="done", result=finished)
+            return finished
         store.update(run.id, state="running")
         shutil.rmtree(aside, ignore_errors=True)
         try:
@@ -103,6 +55,13 @@ def execute(store: Store, run: Run, watch: Watch) -> dict[str, Any]:
             raise
         store.update(run.id, state="done", result=result)
     return result
+
+
+def _finished(job: Job) -> dict[str, Any] | None:
+    """The result of a run that was killed after its folder appeared and before the store knew."""
+    told = job.out / "report.json"
+    result: dict[str, Any] = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
+    return result if result.get("run") == job.run else None
 
 
 def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
@@ -125,14 +84,14 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
     with job.stage("apply"):
         student = apply(teacher, plan, stock=recipe.stock)
     with job.stage("evaluate"):
-        perplexity = _perplexity(job, teacher, student, plan, held_out)
-        answers = [_answers(teacher.tokenizer, teacher.model, student, prompt, job.watch) for prompt in PROMPTS]
+        perplexity = proof.perplexity(job, teacher, student, plan, held_out)
+        answers = proof.answers(teacher, student, job.watch)
     with job.stage("save"):
         save(student, teacher.tokenizer, plan, aside, teacher=teacher, watch=job.watch)
         probe_row = calibration.rows[:1, : calibration.lengths[0]]
         check_equal(student, aside, probe_row, job.watch)
     with job.stage("speed"):
-        timed = _speed(job, teacher, student, plan, aside)
+        timed = proof.measured_speed(job, teacher, student, plan, aside)
     with job.stage("report"):
         result = {
             **_describe(job, teacher, student, plan),
@@ -202,7 +161,7 @@ def find(
     if not path or not path[-1].removed:
         return Plan(), []
     rounds = [(ask.plans, losses) for ask, losses in measure.rounds]
-    told = partial(_tell, job, "along the path", 0, len(path))
+    told = _teller(job, "along the path", before=0, total=len(path))
     measured = {plan for plans, _ in rounds for plan in plans}
     on_path = measure(Ask(tuple(path)), *([] if measured.issuperset(path) else [told]))
     return path[-1], steps(path, rounds, on_path)
@@ -214,83 +173,20 @@ def _round(job: Job, problem: Problem, measure: Executor, total: int, ask: Ask) 
     need = math.ceil(problem.budget.needed(problem.anatomy))
     sofar = f"{problem.budget.spent(problem.anatomy, common):,} of {need:,} {problem.budget.unit} gone"
     before = sum(len(earlier.plans) for earlier, _ in measure.rounds)
-    losses = measure(ask, partial(_tell, job, sofar, before, total))
+    losses = measure(ask, _teller(job, sofar, before=before, total=total))
     best = min((loss for loss in losses if not loss.bound), key=lambda loss: loss.mean)
     chosen = ask.plans[losses.index(best)]
     job.store.add_event(job.run, Event("search", before + len(losses), total, f"{chosen}: {best.mean:.6f}"))
     return losses
 
 
-def _tell(job: Job, sofar: str, before: int, total: int, done: int, of: int, best: float) -> None:
-    job.watch(Event("search", before + done, total, f"{sofar}, lowest {job.recipe.loss} {best:.4f}"))
+def _teller(job: Job, sofar: str, *, before: int, total: int) -> Told:
+    """Shows every loss of one Ask: `before` of `total` losses were known when it began."""
 
+    def told(done: int, of: int, lowest: float) -> None:
+        job.watch(Event("search", before + done, total, f"{sofar}, lowest {job.recipe.loss} {lowest:.4f}"))
 
-def _perplexity(job: Job, teacher: Teacher, student: Any, plan: Plan, tokens: TokenSet) -> dict[str, Any]:
-    dtype = str(teacher.model.dtype).removeprefix("torch.")
-    results: list[EvalResult] = []
-    for who, model, which in (("teacher", teacher.model, Plan()), ("student", student, plan)):
-        found = job.store.evaluation(teacher.fingerprint, which, "perplexity", tokens.hash, dtype)
-        if found is None:
-            found = EVALUATIONS["perplexity"](model, tokens, watch=job.watch, who=who)
-            job.store.add_evaluation(teacher.fingerprint, which, dtype, found, job.run)
-        results.append(found)
-    change = paired_difference(results[0], results[1], job.recipe.seed)
-    return {
-        "teacher": math.exp(results[0].mean),
-        "student": _exp(results[1].mean),
-        "ratio": _exp(change.value),
-        "ci95": [_exp(change.low), _exp(change.high)],
-        "n": change.n,
-        "clusters": change.clusters,
-        "reliable": change.reliable,
-        "note": change.note,
-    }
-
-
-def _exp(nats: float) -> float:
-    """exp, with a finite answer for a model that is broken beyond what a float holds."""
-    return math.exp(min(nats, 700.0))
-
-
-@torch.inference_mode()
-def _answers(tokenizer: Any, teacher: Any, student: Any, prompt: str, watch: Watch) -> dict[str, str]:
-    """What both models make of one prompt, greedily."""
-    text = prompt
-    if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(teacher.device)
-    told = {"prompt": prompt}
-    for who, model in (("teacher", teacher), ("student", student)):
-        watch(Event("evaluate", note=f"{who} answers"))
-        fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        written = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=fill)
-        told[who] = tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     return told
-
-
-def _speed(job: Job, teacher: Teacher, student: Any, plan: Plan, aside: Path) -> dict[str, Any]:
-    """Speed of both models, timed in turn; a pair that the store holds for this environment is not timed again."""
-    protocol = Protocol()
-    where = json.dumps(asdict(environment(str(teacher.model.device))), sort_keys=True)
-    dtype = str(teacher.model.dtype).removeprefix("torch.")
-    shape = "stock" if job.recipe.stock else ""
-    keys = [
-        (teacher.fingerprint, mine.key(), other.key(), where, dtype, json.dumps(asdict(protocol)) + shape)
-        for mine, other in ((Plan(), plan), (plan, Plan()))
-    ]
-    timings = [found for key in keys if (found := job.store.timing(key)) is not None]
-    if len(timings) != 2:
-        timings = speed.time_in_turn((teacher.model, student), (teacher.folder, aside), protocol, watch=job.watch)
-        for key, timing in zip(keys, timings, strict=True):
-            job.store.add_timing(key, timing, job.run)
-    promised = speed.predicted(teacher.anatomy, leaves(teacher, plan, job.recipe.stock))
-    told: dict[str, Any] = {"teacher": speed.rates(timings[0]), "student": speed.rates(timings[1])}
-    told |= {"ratio": speed.ratio(*timings), "predicted": promised, "protocol": asdict(protocol)}
-    model = teacher.model
-    note = speed.what_dominates(timings[0], teacher.anatomy, told, model.device, model.dtype.itemsize)
-    return told | {"note": note}
 
 
 # -- the report -----------------------------------------------------------------------------------------------------
@@ -316,7 +212,7 @@ def _describe(job: Job, teacher: Teacher, student: Any, plan: Plan) -> dict[str,
         },
         "out": str(job.out),
         "recipe": job.recipe.model_dump(),
-        "environment": asdict(environment(device)),
+        "environment": asdict(proof.environment(device)),
         "anatomy": anatomy_json(teacher.anatomy),
         "already_removed": teacher.removed.names(),
         "plan": {"removed": plan.names(), "key": plan.key()},

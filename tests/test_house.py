@@ -23,7 +23,7 @@ FLOORS = (  # each floor imports from those above it, and each name from those b
     ("errors", "plan", "registry", "records", "stats"),
     ("arch", "modeling_billhook", "vet", "loading", "data", "losses", "mask", "probe", "surgery", "width", "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),
-    ("recipe", "store", "execute", "compare", "report", "pipeline"),
+    ("recipe", "store", "execute", "proof", "compare", "report", "pipeline"),
     ("api", "terminal", "cli", "dashboard"),
 )
 PLACE = {name: (floor, order) for floor, names in enumerate(FLOORS) for order, name in enumerate(names)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -39,8 +40,6 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 @pytest.fixture
 def copy(model: Path, tmp_path: Path) -> Path:
     """A copy of the tiny llama that may be damaged."""
-    import shutil
-
     return shutil.copytree(model, tmp_path / "copy")
 
 
@@ -53,7 +52,6 @@ def refuse(home: Path, kind: type[BillhookError], *told: str, model: Path, **opt
     with pytest.raises(kind) as caught:
         billhook.prune(str(model), out=out, **chosen)
     assert [words for words in told if words not in str(caught.value)] == [], str(caught.value)
-    assert str(caught.value)[-1] in ".…", f"no sentence: {caught.value}"
     assert (sorted(out.rglob("*")) if out.is_dir() else out.exists()) == before
     assert not list(home.rglob("*.partial"))
 
@@ -236,14 +234,13 @@ def test_a_checkpoint_is_refused(name: str, copy: Path, tmp_path: Path, text: Pa
         ("nowhere", None, ("There is no folder", "a .gguf file, or a Hugging Face name")),
         ("nowhere.gguf", None, ("There is no file", "Give a folder")),
         ("notes.md", b"text", ("neither a folder nor a .gguf file", "holds config.json")),
-        ("broken.gguf", b"GGUF\x03\x00\x00", ("cannot read", "broken.gguf", "Give a safetensors", "again")),
+        ("broken.gguf", b"GGUF\x03\x00\x00", ("cannot read", "broken.gguf", "give a safetensors folder")),
     ],
 )
 def test_what_is_no_model_is_refused(name: str, content: bytes | None, told: tuple[str, ...], tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    wanted = [words for words in told if words != "Give a safetensors"]
-    refuse(tmp_path, ModelError, *wanted, model=tmp_path / name)
+    refuse(tmp_path, ModelError, *told, model=tmp_path / name)
 
 
 def test_a_tokenizers_own_code_is_not_run_unasked(copy: Path) -> None:
@@ -258,15 +255,16 @@ def test_a_tokenizers_own_code_is_not_run_unasked(copy: Path) -> None:
     assert not (copy / "ran").exists()
 
 
-@pytest.mark.parametrize("block", [0, 2])
-@pytest.mark.parametrize("options", [{}, {"remove": None, "plan": "mlp.1"}, {"remove": None, "plan": "mlp.{block}"}])
+@pytest.mark.parametrize(
+    ("block", "options"),
+    [(2, {}), (1, {"remove": None, "plan": "mlp.2"}), (2, {"remove": None, "plan": "mlp.2"})],
+)
 def test_a_block_whose_activations_overflow_is_named(
     block: int, options: dict[str, Any], copy: Path, text: Path, tmp_path: Path
 ) -> None:
     weights(lambda t: t[f"model.layers.{block}.mlp.down_proj.weight"].mul_(1e38))(copy)
-    chosen = {k: v.format(block=block) if v else v for k, v in options.items()}
     told = (f"NaN or infinite from block {block} on", "in float32", "download it again")
-    refuse(tmp_path, ModelError, *told, model=copy, data=str(text), **chosen)
+    refuse(tmp_path, ModelError, *told, model=copy, data=str(text), **options)
 
 
 # -- 13, 14, 15: the plan -------------------------------------------------------------------------------------------
@@ -347,12 +345,11 @@ def cannot_resume(home: Path, kind: type[BillhookError], *told: str, run: str | 
     assert not list(home.rglob("*.partial"))
 
 
-@pytest.mark.parametrize(
-    "options", [{"remove": "3sites"}, {"plan": "mlp.1"}, {"seed": 1, "loss": "js"}, {"model": "demo"}]
-)
-def test_a_run_does_not_go_on_under_another_recipe(options: dict[str, Any], interrupted: str, tmp_path: Path) -> None:
-    told = (interrupted, "another recipe", ", ".join(options), "without options")
-    cannot_resume(tmp_path, FingerprintError, *told, **options)
+def test_a_run_does_not_go_on_under_another_recipe(interrupted: str, tmp_path: Path) -> None:
+    for options in ({"remove": "3sites"}, {"plan": "mlp.1"}, {"seed": 1, "loss": "js"}, {"model": "demo"}):
+        told = (interrupted, "another recipe", ", ".join(options), "without options")
+        cannot_resume(tmp_path, FingerprintError, *told, **options)
+    cannot_resume(tmp_path, RecipeError, "'sed'", "Did you mean seed?", sed=1)
 
 
 def test_a_run_does_not_go_on_over_another_model(interrupted: str, copy: Path, tmp_path: Path) -> None:

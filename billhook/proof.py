@@ -1,0 +1,145 @@
+"""What a run proves: held-out perplexity in pairs, answers side by side, speed in turn. The store is asked first."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import billhook
+from billhook import speed
+from billhook.data import TokenSet
+from billhook.evaluate import EVALUATIONS
+from billhook.loading import Teacher
+from billhook.plan import Plan
+from billhook.recipe import Recipe
+from billhook.records import Environment, EvalResult, Event, Watch
+from billhook.speed import Protocol
+from billhook.stats import paired_difference
+from billhook.store import Store
+from billhook.surgery import leaves
+
+PROMPTS = (
+    "What is the capital of France, and what is it known for?",
+    "Write a short story about a gardener who finds an old tool.",
+    "Explain in two sentences why the sky is blue.",
+)
+ANSWER_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every stage of one run shares."""
+
+    recipe: Recipe
+    store: Store
+    run: str
+    out: Path
+    watch: Watch
+    seconds: dict[str, float]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one stage, and tell and file that it began."""
+        self.store.add_event(self.run, Event(name))
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+        self.store.add_event(self.run, Event(name, 1, 1, f"{self.seconds[name]:.1f} s"))
+
+
+def environment(device: str) -> Environment:
+    """Where numbers of this process are measured."""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    if device.startswith("cuda"):
+        machine = torch.cuda.get_device_name(device)
+    return Environment(
+        billhook.__version__,
+        platform.python_version(),
+        torch.__version__,
+        transformers.__version__,
+        device,
+        machine,
+        torch.get_num_threads(),
+    )
+
+
+def perplexity(job: Job, teacher: Teacher, student: Any, plan: Plan, tokens: TokenSet) -> dict[str, Any]:
+    """Held-out perplexity of teacher and student, and their ratio with its interval over texts."""
+    dtype = str(teacher.model.dtype).removeprefix("torch.")
+    results: list[EvalResult] = []
+    for who, model, which in (("teacher", teacher.model, Plan()), ("student", student, plan)):
+        found = job.store.evaluation(teacher.fingerprint, which, "perplexity", tokens.hash, dtype)
+        if found is None:
+            found = EVALUATIONS["perplexity"](model, tokens, watch=job.watch, who=who)
+            job.store.add_evaluation(teacher.fingerprint, which, dtype, found, job.run)
+        results.append(found)
+    change = paired_difference(results[0], results[1], job.recipe.seed)
+    return {
+        "teacher": math.exp(results[0].mean),
+        "student": _exp(results[1].mean),
+        "ratio": _exp(change.value),
+        "ci95": [_exp(change.low), _exp(change.high)],
+        "n": change.n,
+        "clusters": change.clusters,
+        "reliable": change.reliable,
+        "note": change.note,
+    }
+
+
+def _exp(nats: float) -> float:
+    """exp, with a finite answer for a model that is broken beyond what a float holds."""
+    return math.exp(min(nats, 700.0))
+
+
+@torch.inference_mode()
+def answers(teacher: Teacher, student: Any, watch: Watch) -> list[dict[str, str]]:
+    """What both models make of `PROMPTS`, greedily."""
+    tokenizer = teacher.tokenizer
+    assert tokenizer is not None, "token_sets refuses a model without one"
+    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    told = [{"prompt": prompt} for prompt in PROMPTS]
+    for who, model in (("teacher", teacher.model), ("student", student)):
+        for row in told:
+            watch(Event("evaluate", note=f"{who} answers"))
+            text = row["prompt"]
+            if getattr(tokenizer, "chat_template", None):
+                chat = [{"role": "user", "content": text}]
+                text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
+            written = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=fill)
+            row[who] = tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return told
+
+
+def measured_speed(job: Job, teacher: Teacher, student: Any, plan: Plan, aside: Path) -> dict[str, Any]:
+    """Speed of both models, timed in turn; a pair that the store holds for this environment is not timed again."""
+    protocol = Protocol()
+    where = json.dumps(asdict(environment(str(teacher.model.device))), sort_keys=True)
+    dtype = str(teacher.model.dtype).removeprefix("torch.")
+    shape = "stock" if job.recipe.stock else ""
+    keys = [
+        (teacher.fingerprint, mine.key(), other.key(), where, dtype, json.dumps(asdict(protocol)) + shape)
+        for mine, other in ((Plan(), plan), (plan, Plan()))
+    ]
+    timings = [found for key in keys if (found := job.store.timing(key)) is not None]
+    if len(timings) != 2:
+        timings = speed.time_in_turn((teacher.model, student), (teacher.folder, aside), protocol, watch=job.watch)
+        for key, timing in zip(keys, timings, strict=True):
+            job.store.add_timing(key, timing, job.run)
+    promised = speed.predicted(teacher.anatomy, leaves(teacher, plan, job.recipe.stock))
+    told: dict[str, Any] = {"teacher": speed.rates(timings[0]), "student": speed.rates(timings[1])}
+    told |= {"ratio": speed.ratio(*timings), "predicted": promised, "protocol": asdict(protocol)}
+    model = teacher.model
+    note = speed.what_dominates(timings[0], teacher.anatomy, told, model.device, model.dtype.itemsize)
+    return told | {"note": note}
