@@ -1,4 +1,4 @@
-"""Billhook prunes large language models in depth and in width.
+"""Billhook prunes large language models in depth.
 
 The public names; importing any of them is what imports torch, not `import billhook`.
 """
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from billhook.api import evaluate_model, inspect, measure_speed, methods, prune, resume, runs, show
+    from billhook.api import dry_run, evaluate_model, inspect, measure_speed, methods, prune, resume, runs, show
     from billhook.errors import BillhookError
+    from billhook.export.checkpoint import save
     from billhook.loading import Teacher, load, register
     from billhook.mask import masked
     from billhook.plan import Anatomy, Budget, Plan, Site
@@ -30,6 +31,7 @@ __all__ = [
     "Site",
     "Teacher",
     "apply",
+    "dry_run",
     "evaluate_model",
     "inspect",
     "load",
@@ -40,12 +42,12 @@ __all__ = [
     "register",
     "resume",
     "runs",
+    "save",
     "show",
 ]
+_API = ("dry_run", "evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume", "runs", "show")
 _HOMES = {
-    **dict.fromkeys(
-        ("evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume", "runs", "show"), "api"
-    ),
+    **dict.fromkeys(_API, "api"),
     **dict.fromkeys(("Teacher", "load", "register"), "loading"),
     **dict.fromkeys(("Anatomy", "Budget", "Plan", "Site"), "plan"),
     "BillhookError": "errors",
@@ -53,6 +55,7 @@ _HOMES = {
     "Recipe": "recipe",
     "apply": "surgery",
     "masked": "mask",
+    "save": "export.checkpoint",
 }
 
 

@@ -45,6 +45,11 @@ def prune(
     return pipeline.execute(opened, opened.run(run), watch)
 
 
+def dry_run(model: str = "demo", *, watch: Watch = silent, **options: Any) -> dict[str, Any]:
+    """What `prune` with the same options would do: losses to measure, memory, disk and time. Writes nothing."""
+    return pipeline.dry_run(recipe_from({"model": model, **options}, "The call"), watch)
+
+
 def resume(
     run: str | None = None, *, store: str | Path = STORE, watch: Watch = silent, **options: Any
 ) -> dict[str, Any]:

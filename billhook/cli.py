@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import json
+import os
 import shlex
 import signal
 import sys
@@ -130,7 +131,6 @@ def prune(
         elif dry_run:
             return face.show(pipeline.dry_run(recipe_from(given), face.watch), "plan_of_work")
         else:
-            given.pop("model", None) if given.get("model") == "demo" else None
             result = api.prune(out=out, store=store, watch=face.watch, **given)
         face.show(result, "result")
 
@@ -257,6 +257,9 @@ class _face:  # noqa: N801 - used as a statement
         if isinstance(error, KeyboardInterrupt):
             hint = f" Nothing measured is lost. Go on with: {self.resume}" if self.resume else ""
             _leave(f"Interrupted.{hint}", 130)
+        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
         if isinstance(error, BillhookError):
             _leave(str(error), error.exit_code)
         full = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # a GPU's, a CPU's

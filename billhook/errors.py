@@ -6,13 +6,13 @@
     │   ├── PlanError                  the plan names sites that do not exist, or removes too much
     │   ├── RecipeError                a recipe with an unknown, repeated or contradicting key
     │   ├── UnknownName                a method, model row or option that does not exist
+    │   ├── MissingExtra               an optional package is not installed
     │   └── RunError                   no such run, a finished one, or one that another process holds
     ├── RefusedError              3    the model or the data must not be used
     │   ├── ModelError                 a checkpoint that is damaged, foreign, quantised, unknown …
     │   ├── DataError                  calibration or evaluation text that cannot be used
     │   └── FingerprintError           something that was made for another model, tokenizer or data
-    ├── ResourceError             5    the machine lacks memory or disk
-    └── MissingExtra              2    an optional package is not installed
+    └── ResourceError             5    the machine lacks memory or disk
 
 Every message says what was wrong, what is allowed and what to type next.
 """

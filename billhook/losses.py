@@ -55,4 +55,3 @@ def nll(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> 
 
 
 COUNTS_TARGETS = frozenset({"nll"})  # losses over predicted tokens: the last token of a row has none
-NEEDS_TEACHER = frozenset({"kl", "js"})

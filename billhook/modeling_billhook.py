@@ -5,7 +5,6 @@ Needs transformers and torch only. `per_layer_config` in config.json says which 
 `drop` passes its input through: norms that served the part alone).
 """
 
-import copy
 import functools
 
 import torch
@@ -73,7 +72,7 @@ def pruned_classes(config_class, model_class):
             return self
         missing = skipped(self)
         keep = [i for i in range(self.num_hidden_layers) if "attention" not in missing.get(i, ())]
-        fields = copy.deepcopy(self.to_dict())
+        fields = self.to_dict()
         for name in ("per_layer_config", "billhook", "auto_map", "model_type"):
             fields.pop(name, None)
         if fields.get("layer_types"):

@@ -1,4 +1,4 @@
-"""The main job, in order: load, calibrate, search, apply, evaluate, time, save, report."""
+"""The main job, in order: load, calibrate, search, apply, evaluate, save, time, report."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def find(
     told = _teller(job, "along the path", before=0, total=len(path))
     measured = {plan for plans, _ in rounds for plan in plans}
     on_path = measure(Ask(tuple(path)), *([] if measured.issuperset(path) else [told]))
-    return path[-1], steps(path, rounds, on_path)
+    return path[-1], steps(path, rounds, on_path, problem.cost if problem else len)
 
 
 def _round(job: Job, problem: Problem, measure: Executor, total: int, ask: Ask) -> list[Loss]:

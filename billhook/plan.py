@@ -243,6 +243,10 @@ class Problem:
     def met(self, plan: Plan) -> bool:
         return self.budget.met(self.anatomy, plan)
 
+    def missing(self, plan: Plan) -> float:
+        """What must still go, in the budget's unit."""
+        return float(self.budget.needed(self.anatomy) - self.budget.spent(self.anatomy, plan))
+
     def moves(self, plan: Plan) -> list[tuple[Site, ...]]:
         """What may go next, in order: single sites or whole blocks, as the unit counts; never the last of a part, nor
         what would put the budget out of reach."""

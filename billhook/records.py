@@ -119,25 +119,27 @@ def silent(event: Event) -> None:
     """A watcher that looks away."""
 
 
+Cost = Callable[[frozenset[Site]], int]
 Round = tuple[tuple[Plan, ...], list[Loss]]  # the plans of one Ask and their losses
 
 
-def steps(path: list[Plan], rounds: list[Round], on_path: list[Loss]) -> list[Step]:
+def steps(path: list[Plan], rounds: list[Round], on_path: list[Loss], cost: Cost = len) -> list[Step]:
     """The path of a search as removals, each with its loss and the gap to the plan that came second.
 
-    The rivals of a step are the plans measured in the same round that extend the same predecessor; where a ranking of
+    Rivals are worth the same (`cost`): a gap between a small and a large site says nothing about noise. The rivals of
+    a step are the plans measured in the same round that extend the same predecessor; where a ranking of
     single removals decided (one-shot), they are the single removals that were still to come.
     """
     told: list[Step] = []
     previous = Plan()
     for plan, loss in zip(path, on_path, strict=True):
-        gap, error = _gap(previous, plan, rounds)
+        gap, error = _gap(previous, plan, rounds, cost)
         told.append(Step(tuple(sorted(plan.removed - previous.removed)), loss.mean, gap, error))
         previous = plan
     return told
 
 
-def _gap(previous: Plan, plan: Plan, rounds: list[Round]) -> tuple[float | None, float | None]:
+def _gap(previous: Plan, plan: Plan, rounds: list[Round], cost: Cost) -> tuple[float | None, float | None]:
     move = plan.removed - previous.removed
     for start in (previous, Plan()):
         chosen = start.without(*move)
@@ -146,7 +148,9 @@ def _gap(previous: Plan, plan: Plan, rounds: list[Round]) -> tuple[float | None,
             rivals = [
                 loss
                 for p, loss in full.items()
-                if p.removed > start.removed and not (p.removed - start.removed) & plan.removed
+                if p.removed > start.removed
+                and not (p.removed - start.removed) & plan.removed
+                and cost(p.removed - start.removed) == cost(move)
             ]
             if chosen in full:
                 return difference(min(rivals, key=lambda loss: loss.mean), full[chosen]) if rivals else (None, None)

@@ -42,9 +42,7 @@ def _clustered(values: Floats, weight: Floats, clusters: tuple[int, ...], seed: 
     low, high = bca(sums, counts, seed)
     n = len(sums)
     reliable = n >= FEW_CLUSTERS and not single_text
-    note = (
-        "" if reliable else f"rests on {n} {'documents of one text' if single_text else 'texts'}; wants {FEW_CLUSTERS}"
-    )
+    note = "" if reliable else _few(n, single_text)
     return Interval(float(sums.sum() / counts.sum()), low, high, len(values), n, reliable, note)
 
 

@@ -230,6 +230,22 @@ def test_greedy_asks_for_all_that_are_left_round_by_round(rounds: int) -> None:
     assert len(path) == rounds
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_greedy_takes_the_smallest_rise_per_parameter_that_is_still_needed(seed: int) -> None:
+    problem, score = problem_of("25params", blocks=7), tangled(seed)
+    sizes = {size.site: size.parameters for size in problem.anatomy.sites}
+    plan, missing = Plan(), 25
+    for after in run("greedy", problem, score):
+        prices = {}
+        for (site,) in problem.moves(plan):
+            rise, worth = score(plan.without(site)) - score(plan), min(sizes[site], missing)
+            prices[site] = rise / worth if rise > 0 else rise * worth
+        (gone,) = after.removed - plan.removed
+        assert prices[gone] == min(prices.values())
+        plan, missing = after, missing - sizes[gone]
+    assert missing <= 0
+
+
 @pytest.mark.parametrize(("budget", "protected"), COUNTED)
 def test_greedy_takes_the_best_of_every_round(budget: str, protected: str) -> None:
     problem, score = problem_of(budget, protected), tangled(9)

@@ -53,13 +53,14 @@ def aside_of(folder: Path, run: str) -> Path:
 
 
 def save(
-    student: Any, tokenizer: Any | None, plan: Plan, folder: Path, *, teacher: Teacher, watch: Watch = silent
+    student: Any, tokenizer: Any | None, plan: Plan, folder: str | Path, *, teacher: Teacher, watch: Watch = silent
 ) -> list[Path]:
     """Write the student to the new `folder`: weights, config, tokenizer, generation config, and the plan.
 
     `plan` is what went from `teacher` (a `teacher` that was pruned before adds its own removals). Weights that equal
     the teacher's are copied from its files bit for bit, others are cast to the checkpoint's dtype. Returns the files.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True)
     state = _on_disk(student, teacher)
     watch(Event("save", note=f"{len(state)} tensors"))

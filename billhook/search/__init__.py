@@ -28,4 +28,12 @@ def settle(steps: Search, measure: Callable[[Ask], list[Loss]]) -> list[Plan]:
         return path
 
 
+def price(rise: float, worth: float) -> float:
+    """What a move costs per unit of the budget that it frees: the rise of the loss, divided by what it is worth.
+
+    A removal that lowers the loss is the better, the more it frees. Lower goes first.
+    """
+    return rise / worth if rise > 0 else rise * worth
+
+
 from billhook.search import greedy, oneshot  # noqa: E402, F401 - importing a method files it under its name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from billhook.plan import Ask, Plan, Problem
-from billhook.search import Search, search
+from billhook.search import Search, price, search
 
 
 @search
@@ -19,12 +19,9 @@ def oneshot(problem: Problem) -> Search:
     moves = problem.moves(Plan())
     losses = yield Ask((Plan(), *(Plan().without(*move) for move in moves)))
     dense = losses[0].mean
-    price = {}
-    for move, loss in zip(moves, losses[1:], strict=True):
-        rise, cost = loss.mean - dense, problem.cost(move)
-        price[move] = rise / cost if rise > 0 else rise * cost
+    prices = {m: price(loss.mean - dense, problem.cost(m)) for m, loss in zip(moves, losses[1:], strict=True)}
     plan, path = Plan(), []
     while not problem.met(plan):
-        plan = plan.without(*min(problem.moves(plan), key=lambda move: price[move]))
+        plan = plan.without(*min(problem.moves(plan), key=lambda move: prices[move]))
         path.append(plan)
     return path
