@@ -77,9 +77,9 @@ def resume(
 
 def _newest_unfinished(store: Store) -> Run:
     unfinished = [run for run in store.runs() if run.state != "done"]
-    free = [run for run in unfinished if store.free(run.id)]
-    if unfinished:
-        return (free or unfinished)[0]  # one that another process holds is refused by name
+    free = sorted((run for run in unfinished if store.free(run.id)), key=lambda run: run.state == "failed")
+    if unfinished:  # a run that was refused comes after those that were cut off; a held one is refused by name
+        return (free or unfinished)[0]
     raise RunError(f"{store.path} holds no unfinished run. `billhook runs` lists what it holds.")
 
 
@@ -112,7 +112,7 @@ def evaluate_model(model: str | Path = "demo", *, watch: Watch = silent, **optio
     teacher = load(
         recipe.model, device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, watch=watch
     )
-    _, tokens = pipeline.tokens_for(recipe, teacher)
+    _, tokens = pipeline.tokens_for(recipe, teacher, watch)
     result = EVALUATIONS["perplexity"](teacher.model, tokens, watch=watch, who=teacher.name)
     spread = mean_interval(result, recipe.seed)
     return {

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from billhook.errors import DataError, MissingExtra, UsageError, nearest
+from billhook.records import Event, Watch, silent
 
 DOCUMENT_TOKENS = 1024  # longer texts are split; the text stays the cluster for statistics
 MIN_ROW = 8  # a row of fewer tokens tells nothing and costs as much padding as it saves
@@ -163,7 +164,14 @@ def _rows_to_texts(rows: Iterable[dict[str, Any]], field: str, tokenizer: Any, s
 
 @torch.inference_mode()
 def sample_texts(
-    model: Any, tokenizer: Any, tokens: int, seed: int, *, length: int = 256, batch: int = 16
+    model: Any,
+    tokenizer: Any,
+    tokens: int,
+    seed: int,
+    *,
+    length: int = 256,
+    batch: int = 16,
+    watch: Watch = silent,
 ) -> list[str]:
     """Texts that the model writes by itself from its beginning-of-text token, sampled at temperature 1, seeded."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -171,13 +179,20 @@ def sample_texts(
         raise DataError("The tokenizer has neither a BOS nor an EOS token to start from. Give --data a file instead.")
     length = min(length, getattr(model.config, "max_position_embeddings", length))
     texts: list[str] = []
+    written_tokens, rounds, most = 0, 0, 8 + 8 * tokens // (batch * length)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        while len(texts) * length < tokens:
-            rows = torch.full((batch, 1), start, device=model.device)
+        while written_tokens < tokens:
+            if rounds == most:
+                raise DataError(
+                    f"The model wrote only {written_tokens:,} tokens in {rounds} rounds of {batch} texts, and "
+                    f"{tokens:,} are wanted: it stops at once. Give --data a file instead."
+                )
+            rounds += 1
+            starts = torch.full((batch, 1), start, device=model.device)
             written = model.generate(
-                rows,
-                attention_mask=torch.ones_like(rows),
+                starts,
+                attention_mask=torch.ones_like(starts),
                 max_new_tokens=length - 1,
                 do_sample=True,
                 temperature=1.0,
@@ -185,7 +200,10 @@ def sample_texts(
                 top_p=1.0,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start,
             )
-            texts += [text for text in tokenizer.batch_decode(written, skip_special_tokens=True) if text.strip()]
+            fresh = [text for text in tokenizer.batch_decode(written, skip_special_tokens=True) if text.strip()]
+            texts += fresh
+            written_tokens += sum(map(len, tokenizer(fresh, add_special_tokens=False)["input_ids"])) if fresh else 0
+            watch(Event("calibrate", min(written_tokens, tokens), tokens, "the model writes text"))
     return texts
 
 
@@ -283,7 +301,7 @@ class Wanted:
     seed: int
 
 
-def token_sets(wanted: Wanted, model: Any, tokenizer: Any) -> tuple[TokenSet, TokenSet]:
+def token_sets(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent) -> tuple[TokenSet, TokenSet]:
     """Calibration and evaluation tokens, disjoint by document.
 
     Raises DataError if a text is too short, or if a document is in both; UsageError if a sequence is longer than the
@@ -298,7 +316,7 @@ def token_sets(wanted: Wanted, model: Any, tokenizer: Any) -> tuple[TokenSet, To
     eval_length = min(wanted.eval_length, getattr(model.config, "max_position_embeddings", wanted.eval_length))
     same = wanted.data != "self" and wanted.eval_data in (None, wanted.data)
     if wanted.data == "self":
-        texts = sample_texts(model, tokenizer, 2 * wanted.tokens, wanted.seed)
+        texts = sample_texts(model, tokenizer, 2 * wanted.tokens, wanted.seed, watch=watch)
     else:
         texts = read_texts(wanted.data, wanted.field, tokenizer)
     found = documents(texts, tokenizer, wanted.seed)

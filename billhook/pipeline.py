@@ -77,7 +77,7 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
         problem, given = targets(recipe, teacher)
         check_target(job.out, teacher.folder, int(1.05 * teacher.anatomy.total("bytes")))
     with job.stage("calibrate"):
-        calibration, held_out = tokens_for(recipe, teacher)
+        calibration, held_out = tokens_for(recipe, teacher, job.watch)
         _bind(job, bound, teacher, calibration)
     with job.stage("search"):
         plan, told = find(job, teacher, calibration, problem, given)
@@ -126,13 +126,13 @@ def targets(recipe: Recipe, teacher: Teacher) -> tuple[Problem | None, Plan | No
     return Problem(teacher.anatomy, Budget.parse(recipe.remove), protected, recipe.seed).check(), None
 
 
-def tokens_for(recipe: Recipe, teacher: Teacher) -> tuple[TokenSet, TokenSet]:
+def tokens_for(recipe: Recipe, teacher: Teacher, watch: Watch) -> tuple[TokenSet, TokenSet]:
     """Calibration and held-out tokens of a recipe."""
     wanted = Wanted(
         *(recipe.data, recipe.eval_data, recipe.field),
         *(recipe.tokens, recipe.length, recipe.eval_tokens, recipe.eval_length, recipe.seed),
     )
-    return token_sets(wanted, teacher.model, teacher.tokenizer)
+    return token_sets(wanted, teacher.model, teacher.tokenizer, watch)
 
 
 def _bind(job: Job, bound: dict[str, str], teacher: Teacher, calibration: TokenSet) -> None:
@@ -248,7 +248,7 @@ def dry_run(recipe: Recipe, watch: Watch) -> dict[str, Any]:
         recipe.model, device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, watch=watch
     )
     problem, given = targets(recipe, teacher)
-    calibration, held_out = tokens_for(recipe, teacher)
+    calibration, held_out = tokens_for(recipe, teacher, watch)
     count = 1 if problem is None else count_losses(recipe.search, problem, recipe.seed)
     probe = Probe(teacher, calibration, recipe.loss)
     list(probe.losses([Plan()]))
