@@ -274,7 +274,7 @@ def _tokenizer(folder: Path, model: Any, trust_remote_code: bool) -> Any | None:
         return None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+            str(folder), trust_remote_code=trust_remote_code
         )
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ModelError(f"transformers cannot read the tokenizer in {folder}: {error}") from error

@@ -215,7 +215,7 @@ def _loading(kind: str) -> str:
     told = "A stock checkpoint: plain transformers loads it, and so does whatever reads this architecture."
     if "zeroed" in kind:
         told = (
-            "A stock checkpoint with the output projections of the removed sites set to zero: loadable by anything, "
+            "A stock checkpoint whose removed sites hold zeros: whatever reads this architecture loads it, "
             "**no speed-up** and no memory saved."
         )
     if ours:
@@ -229,7 +229,7 @@ def _loading(kind: str) -> str:
         f"{told}\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "."  # where this file is\n'
         f"model = AutoModelForCausalLM.from_pretrained(folder{trust})\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})\n```"
     )
 
 
