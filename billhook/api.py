@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,10 @@ def prune(
     """
     recipe = recipe_from({"model": model, **options}, "The call")
     device = str(pick_device(recipe.device))
-    opened = Store(Path(store))
     where = str(out) if out is not None else str(Path("pruned") / "{run}")
-    run = opened.new_run(recipe.model_dump(), asdict(proof.environment(device)), where)
-    return pipeline.execute(opened, opened.run(run), watch)
+    with closing(Store(Path(store))) as opened:
+        run = opened.new_run(recipe.model_dump(), asdict(proof.environment(device)), where)
+        return pipeline.execute(opened, opened.run(run), watch)
 
 
 def dry_run(model: str = "demo", *, watch: Watch = silent, **options: Any) -> dict[str, Any]:
@@ -57,22 +58,27 @@ def resume(
 
     Raises RunError if there is none, FingerprintError if `options`, fields of `Recipe`, are not the run's.
     """
-    opened = Store(Path(store))
-    chosen = opened.run(run) if run else _newest_unfinished(opened)
-    if chosen.state == "done":
-        raise RunError(
-            f"Run {chosen.id} is done; its checkpoint is {chosen.out}. `billhook show {chosen.id}` tells more."
-        )
+    with closing(Store(Path(store))) as opened:
+        chosen = opened.run(run) if run else _newest_unfinished(opened)
+        if chosen.state == "done":
+            raise RunError(
+                f"Run {chosen.id} is done; its checkpoint is {chosen.out}. `billhook show {chosen.id}` tells more."
+            )
+        _same_recipe(chosen, options)
+        return pipeline.execute(opened, chosen, watch)
+
+
+def _same_recipe(run: Run, options: dict[str, Any]) -> None:
+    """Raises FingerprintError unless `options` are what the run was begun with."""
     rivals = {"remove": "plan", "plan": "remove"}
     dropped = {rivals[name]: None for name in options if name in rivals}
-    asked = recipe_from({**chosen.recipe, **dropped, **options}, "The call").model_dump()
-    differ = [name for name in options if asked[name] != chosen.recipe.get(name)]
+    asked = recipe_from({**run.recipe, **dropped, **options}, "The call").model_dump()
+    differ = [name for name in options if asked[name] != run.recipe.get(name)]
     if differ:
         raise FingerprintError(
-            f"Run {chosen.id} was begun with another recipe ({', '.join(differ)} differ). Resume it without options, "
+            f"Run {run.id} was begun with another recipe ({', '.join(differ)} differ). Resume it without options, "
             "or begin a new run: what was measured is reused wherever it fits."
         )
-    return pipeline.execute(opened, chosen, watch)
 
 
 def _newest_unfinished(store: Store) -> Run:
@@ -153,23 +159,21 @@ def measure_speed(
 
 def runs(store: str | Path = STORE) -> list[dict[str, Any]]:
     """The runs of a store, the newest first."""
-    opened = Store(Path(store))
-    return [
-        {"run": r.id, "created": r.created, "state": r.state, "model": r.recipe["model"],
-         "remove": r.recipe["remove"] or r.recipe["plan"], "search": r.recipe["search"], "out": r.out,
-         "losses": opened.count_losses(r.id)}
-        for r in opened.runs()
-    ]  # fmt: skip
+    with closing(Store(Path(store))) as opened:
+        return [
+            {"run": r.id, "created": r.created, "state": r.state, "model": r.recipe["model"],
+             "remove": r.recipe["remove"] or r.recipe["plan"], "search": r.recipe["search"], "out": r.out,
+             "losses": opened.count_losses(r.id)}
+            for r in opened.runs()
+        ]  # fmt: skip
 
 
 def show(run: str, store: str | Path = STORE) -> dict[str, Any]:
     """All that the store holds of one run: recipe, state, events, how many losses it measured, and its result."""
-    opened = Store(Path(store))
-    found = opened.run(run)
-    return asdict(found) | {
-        "losses": opened.count_losses(run),
-        "events": [{"at": at, **asdict(event)} for at, event in opened.events(run)],
-    }
+    with closing(Store(Path(store))) as opened:
+        found = opened.run(run)
+        events = [{"at": at, **asdict(event)} for at, event in opened.events(run)]
+        return asdict(found) | {"losses": opened.count_losses(run), "events": events}
 
 
 def methods() -> list[dict[str, str]]:

@@ -273,9 +273,7 @@ def _tokenizer(folder: Path, model: Any, trust_remote_code: bool) -> Any | None:
     if not any((folder / name).is_file() for name in names):
         return None
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ModelError(f"transformers cannot read the tokenizer in {folder}: {error}") from error
     rows = model.get_input_embeddings().weight.shape[0]

@@ -105,7 +105,10 @@ def test_what_is_written_is_what_is_returned(result: dict[str, Any]) -> None:
     assert {"README.md", "report.html", "billhook.json", "config.json", "tokenizer.json", "modeling_billhook.py"} <= {
         path.name for path in out.iterdir()
     }
-    assert [path.name for path in out.parent.iterdir() if "partial" in path.name or "lock" in path.name] == []
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "out",
+        "runs.db",
+    ]  # no lock, no journal, nothing aside
 
 
 def test_progress_is_told_for_every_stage(result: dict[str, Any], events: list[Event]) -> None:
