@@ -109,9 +109,10 @@ def answers(teacher: Teacher, student: Any, watch: Watch) -> list[dict[str, str]
     assert tokenizer is not None, "token_sets refuses a model without one"
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     told = [{"prompt": prompt} for prompt in PROMPTS]
+    done = 0
     for who, model in (("teacher", teacher.model), ("student", student)):
         for row in told:
-            watch(Event("evaluate", note=f"{who} answers"))
+            watch(Event("answer", done, 2 * len(told), who))
             text = row["prompt"]
             if getattr(tokenizer, "chat_template", None):
                 chat = [{"role": "user", "content": text}]
@@ -119,6 +120,8 @@ def answers(teacher: Teacher, student: Any, watch: Watch) -> list[dict[str, str]
             inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
             written = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=fill)
             row[who] = tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+            done += 1
+            watch(Event("answer", done, 2 * len(told), who))
     return told
 
 

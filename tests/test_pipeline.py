@@ -113,7 +113,7 @@ def test_what_is_written_is_what_is_returned(result: dict[str, Any]) -> None:
 
 def test_progress_is_told_for_every_stage(result: dict[str, Any], events: list[Event]) -> None:
     stages = list(dict.fromkeys(event.stage for event in events))
-    assert stages == ["load", "search", "evaluate", "save", "speed"]
+    assert stages == ["load", "search", "evaluate", "answer", "save", "speed"]
     searched = [event for event in events if event.stage == "search"]
     assert searched[-1].done == searched[-1].total == 8 + 7 + 6
     assert [event.done for event in searched] == sorted(event.done for event in searched)
@@ -164,7 +164,7 @@ def test_killed_at_any_moment_it_goes_on_and_measures_nothing_twice(
     options = OPTIONS | {
         "model": str(model), "data": str(text), "store": str(tmp_path / "runs.db"), "out": str(tmp_path / "out")
     }  # fmt: skip
-    moments = [("search", 2), ("search", 9), ("evaluate", 3), ("save", 2), ("speed", 2)]
+    moments = [("search", 2), ("search", 9), ("answer", 1), ("save", 2), ("speed", 2)]
     for attempt, (stage, count) in enumerate(moments):
         way = "resume" if attempt else "new"
         command = [sys.executable, "-c", CHILD, stage, str(count), json.dumps(options), way]

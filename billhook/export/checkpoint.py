@@ -63,7 +63,7 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True)
     state = _on_disk(student, teacher)
-    watch(Event("save", note=f"{len(state)} tensors"))
+    watch(Event("save", 1, 3, f"{len(state)} tensors"))
     tied = list((student._tied_weights_keys or {}) if student.config.tie_word_embeddings else ())
     save_torch_state_dict(
         state, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"}, shared_tensors_to_discard=tied
@@ -146,7 +146,7 @@ def check_equal(student: Any, folder: Path, rows: torch.Tensor, watch: Watch = s
 
     Raises BillhookError on any difference.
     """
-    watch(Event("save", note="loading it back"))
+    watch(Event("save", 2, 3, "loading it back"))
     again = load(folder, device=str(student.device), dtype=str(student.dtype).removeprefix("torch."))
     rows = rows.to(student.device)
     mine, other = student(rows, use_cache=False).logits, again.model(rows, use_cache=False).logits
@@ -155,4 +155,5 @@ def check_equal(student: Any, folder: Path, rows: torch.Tensor, watch: Watch = s
         raise BillhookError(
             f"The saved checkpoint does not load back equal (logits differ by {gap:g}); it was deleted."
         )
+    watch(Event("save", 3, 3, "loads back equal"))
     assert arch.base_type(again.model.config.model_type) == arch.base_type(student.config.model_type)
