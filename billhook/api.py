@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import shlex
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from billhook import pipeline, proof
 from billhook import speed as timing
-from billhook.errors import FingerprintError, RunError
+from billhook.errors import FingerprintError, RunError, UsageError
 from billhook.evaluate import EVALUATIONS
 from billhook.loading import Teacher, load, pick_device
 from billhook.losses import LOSSES
@@ -25,7 +25,7 @@ STORE = "billhook.db"
 
 
 def prune(
-    model: str = "demo",
+    model: str | Path = "demo",
     *,
     out: str | Path | None = None,
     store: str | Path = STORE,
@@ -38,17 +38,18 @@ def prune(
     and `plan` is needed. The checkpoint and its report appear at `out` (default: pruned/<run>), whole or not at all.
     Measurements that `store` holds are not repeated. Raises BillhookError; nothing half-written remains.
     """
-    recipe = recipe_from({"model": model, **options}, "The call")
+    recipe = recipe_from({"model": str(model), **options}, "The call")
     device = str(pick_device(recipe.device))
     where = str(out) if out is not None else str(Path("pruned") / "{run}")
     with closing(Store(Path(store))) as opened:
-        run = opened.new_run(recipe.model_dump(), asdict(proof.environment(device)), where)
+        here = asdict(proof.environment(device)) | {"folder": str(Path.cwd())}
+        run = opened.new_run(recipe.model_dump(), here, where)
         return pipeline.execute(opened, opened.run(run), watch)
 
 
-def dry_run(model: str = "demo", *, watch: Watch = silent, **options: Any) -> dict[str, Any]:
+def dry_run(model: str | Path = "demo", *, watch: Watch = silent, **options: Any) -> dict[str, Any]:
     """What `prune` with the same options would do: losses to measure, memory, disk and time. Writes nothing."""
-    return pipeline.dry_run(recipe_from({"model": model, **options}, "The call"), watch)
+    return pipeline.dry_run(recipe_from({"model": str(model), **options}, "The call"), watch)
 
 
 def resume(
@@ -64,6 +65,9 @@ def resume(
             raise RunError(
                 f"Run {chosen.id} is done; its checkpoint is {chosen.out}. `billhook show {chosen.id}` tells more."
             )
+        begun = chosen.environment.get("folder", str(Path.cwd()))
+        if begun != str(Path.cwd()):  # its model, data and out may be paths from there
+            raise RunError(f"Run {chosen.id} was begun in another folder. Go there first: cd {shlex.quote(begun)}")
         _same_recipe(chosen, options)
         return pipeline.execute(opened, chosen, watch)
 
@@ -82,10 +86,11 @@ def _same_recipe(run: Run, options: dict[str, Any]) -> None:
 
 
 def _newest_unfinished(store: Store) -> Run:
-    unfinished = [run for run in store.runs() if run.state != "done"]
-    free = sorted((run for run in unfinished if store.free(run.id)), key=lambda run: run.state == "failed")
-    if unfinished:  # a run that was refused comes after those that were cut off; a held one is refused by name
-        return (free or unfinished)[0]
+    # A run that was refused before it had model and tokens has nothing to go on with.
+    unfinished = [run for run in store.runs() if run.state != "done" and (run.bound or run.state != "failed")]
+    free = [run for run in unfinished if store.free(run.id)]
+    if unfinished:
+        return (free or unfinished)[0]  # one that another process holds is refused by name
     raise RunError(f"{store.path} holds no unfinished run. `billhook runs` lists what it holds.")
 
 
@@ -123,8 +128,8 @@ def evaluate_model(model: str | Path = "demo", *, watch: Watch = silent, **optio
     spread = mean_interval(result, recipe.seed)
     return {
         "model": teacher.name,
-        "perplexity": math.exp(spread.value),
-        "ci95": [math.exp(spread.low), math.exp(spread.high)],
+        "perplexity": proof.exp(spread.value),
+        "ci95": [proof.exp(spread.low), proof.exp(spread.high)],
         "n": spread.n,
         "clusters": spread.clusters,
         "reliable": spread.reliable,
@@ -145,6 +150,9 @@ def measure_speed(
     """Prefill and decode speed and peak memory of one model, or of two timed in turn (A B A B)."""
     teachers = [load(name, device=device, dtype=dtype, watch=watch) for name in (model, other) if name is not None]
     models = [teacher.model for teacher in teachers]
+    most, asked = timing.room(models), protocol.prompt_tokens + protocol.new_tokens
+    if most is not None and asked > most:
+        raise UsageError(f"{asked} tokens of prompt and answer are more than the {most} positions. Ask for fewer.")
     timings = timing.time_in_turn(models, [t.folder for t in teachers], protocol, watch=watch)
     told: dict[str, Any] = {
         "models": [

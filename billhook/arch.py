@@ -256,11 +256,12 @@ def anatomy(
             site = Site(position, part)
             if site in gone:
                 continue
-            parameters = _parameters(site_modules(block, part, row, config))
+            modules = site_modules(block, part, row, config)
+            parameters = _parameters(modules)
             owned |= {id(p) for p in parameters}
             count = sum(p.numel() for p in parameters)
             kv = kv_bytes if part == "attention" else 0
-            sizes.append(SiteSize(site, count, count * item_bytes, kv, _flops(parameters, config)))
+            sizes.append(SiteSize(site, count, count * item_bytes, kv, _flops(modules, config)))
         common = [p for p in _parameters([block]) if id(p) not in owned]
         owned |= {id(p) for p in common}
         if common:
@@ -279,13 +280,14 @@ def _parameters(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
     return list({id(p): p for module in modules for p in module.parameters()}.values())
 
 
-def _flops(parameters: list[torch.Tensor], config: Config) -> int:
+def _flops(modules: Iterable[nn.Module], config: Config) -> int:
     """2 per weight that one token meets; of the experts (3-d weights) only those that the router picks."""
     picked = getattr(config, "num_experts_per_tok", None) or 1
     flops = 0
-    for p in parameters:
-        if p.dim() == 3:
-            flops += 2 * p.numel() * picked // p.shape[0]
-        elif p.dim() == 2:
-            flops += 2 * p.numel()
+    for module in modules:
+        for name, p in module.named_parameters():
+            if p.dim() == 3:
+                flops += 2 * p.numel() * picked // p.shape[0]
+            elif p.dim() == 2 and not name.endswith("bias"):
+                flops += 2 * p.numel()
     return flops

@@ -242,8 +242,9 @@ def pick(found: list[Document], tokens: int, length: int, prefix: list[int], sou
         for index, document in enumerate(found):
             piece = document.ids[start : start + min(body, max(tokens - total - len(prefix), MIN_ROW))]
             if len(piece) >= MIN_ROW and total < tokens:
-                chosen.append((index, start, (*prefix, *piece)))
-                total += len(prefix) + len(piece)
+                row = piece if list(piece[: len(prefix)]) == prefix else (*prefix, *piece)  # chats begin with BOS
+                chosen.append((index, start, row))
+                total += len(row)
         start += body
     chosen.sort()
     used = sorted({index for index, _, _ in chosen})
@@ -333,7 +334,7 @@ def token_sets(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent
     if not same:
         rest = documents(read_texts(held, wanted.field, tokenizer), tokenizer, wanted.seed)
     evaluation = pick(rest, wanted.eval_tokens, eval_length, prefix, held)
-    if evaluation.tokens < 2 * MIN_ROW:
+    if evaluation.tokens < 2 * MIN_ROW or len(evaluation.clusters) < 2:
         raise DataError(f"Too little is left of {held} for evaluation. Give more text, or --eval-data FILE.")
     twice = len(set(calibration.digests) & set(evaluation.digests))
     if twice:

@@ -32,8 +32,7 @@ class Executor:
         """
         probe = self._probe(ask.tokens)
         teacher = probe.teacher
-        dtype = str(teacher.model.dtype).removeprefix("torch.")
-        of = Measured(teacher.fingerprint, probe.tokens.hash, probe.loss, dtype)
+        of = Measured(teacher.fingerprint, probe.tokens.hash, probe.loss, teacher.compute)
         known = {plan: loss for plan in ask.plans if (loss := self._store.loss(of, plan)) is not None}
         missing = [plan for plan in dict.fromkeys(ask.plans) if plan not in known]
         lowest = min((loss.mean for loss in known.values()), default=float("inf"))

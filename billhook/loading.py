@@ -39,11 +39,15 @@ class Teacher:
     positions: tuple[int, ...]  # where its blocks stood in the unpruned model
     removed: Plan  # what an earlier pruning took, in positions of the unpruned model
     fingerprint: str
-    stored: dict[str, torch.dtype]  # the checkpoint's tensors by their names there
 
     def __iter__(self) -> Iterator[Any]:
         """`model, tokenizer = billhook.load(folder)`."""
         return iter((self.model, self.tokenizer))
+
+    @property
+    def compute(self) -> str:
+        """What losses are filed under: the compute dtype and the kind of device."""
+        return f"{str(self.model.dtype).removeprefix('torch.')} on {self.model.device.type}"
 
     @property
     def row(self) -> arch.Row:
@@ -97,13 +101,11 @@ def load(
     blocks = int(ours.get("blocks", config.num_hidden_layers))
     gone = {Site(b, part) for b in range(blocks) if b not in kept for part in ("attention", "mlp")}
     gone |= {Site(kept[i], _part(p)) for i, parts in skipped(config).items() for p in parts}
-    gone |= set(map(Site.parse, ours.get("zeroed", ())))
     sizes = arch.anatomy(model, config, positions=kept, removed=gone, blocks=blocks, item_bytes=stored.itemsize)
     tokenizer = _tokenizer(folder, model, trust_remote_code)
     print_ = vet.fingerprint(folder)
     watch(Event("load", 1, 1, note=str(name)))
-    dtypes = {key: vet.DTYPES[kind] for key, (kind, _) in tensors.items() if kind in vet.DTYPES}
-    return Teacher(model, tokenizer, str(name), folder, stored, sizes, kept, Plan(frozenset(gone)), print_, dtypes)
+    return Teacher(model, tokenizer, str(name), folder, stored, sizes, kept, Plan(frozenset(gone)), print_)
 
 
 def _part(name: str) -> Part:
@@ -135,9 +137,10 @@ def locate(name: str, watch: Watch = silent) -> Path:
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
+    unwanted = ["*/*", "consolidated*", "*.fp16.*"]  # other formats of the same weights
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # the hub's own exceptions, of many kinds; all mean the same to the reader
         reason = str(error).strip().split("\n")[0][:200]
         raise ModelError(
@@ -258,6 +261,12 @@ def _build(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_
                 f"The weights do not fit the architecture: {len(names)} {kind.replace('_', ' ')}, such as {names[0]}. "
                 "Nothing is filled with random numbers; download the checkpoint again."
             )
+    if type(model).__module__.startswith("transformers_modules"):
+        raise ModelError(
+            f"The checkpoint's own code makes it a {type(model).__name__}, which Billhook cannot cut: it knows the "
+            "classes of transformers. If the stock class of the type computes the same, delete auto_map from "
+            "config.json."
+        )
     return model.eval().to(device)
 
 
@@ -274,10 +283,15 @@ def _tokenizer(folder: Path, model: Any, trust_remote_code: bool) -> Any | None:
         return None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise ModelError(
+            f"The tokenizer in {folder} needs a package that is not installed. Try: pip install sentencepiece protobuf"
+        ) from error
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise ModelError(f"transformers cannot read the tokenizer in {folder}: {error}") from error
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if any(index >= rows and index not in special for index in tokenizer.get_vocab().values()):
         raise ModelError(
             f"The tokenizer has {len(tokenizer):,} entries, the embedding only {rows:,} rows. They belong to different "
             "models; bring the right tokenizer."

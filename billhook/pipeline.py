@@ -20,7 +20,7 @@ from billhook import proof, report
 from billhook.data import TokenSet, Wanted, token_sets
 from billhook.errors import FingerprintError, PlanError
 from billhook.execute import Executor, Told
-from billhook.export.checkpoint import aside_of, check_equal, check_target, save
+from billhook.export.checkpoint import appear, aside_of, check_equal, check_target, write
 from billhook.loading import Teacher, load
 from billhook.losses import LOSSES
 from billhook.plan import Anatomy, Ask, Budget, Plan, Problem, protection
@@ -66,6 +66,8 @@ def _finished(job: Job) -> dict[str, Any] | None:
 
 def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
     recipe = job.recipe
+    given_folder = Path(recipe.model).expanduser()
+    check_target(job.out, given_folder if given_folder.is_dir() else None)
     with job.stage("load"):
         teacher = load(
             recipe.model,
@@ -87,7 +89,7 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
         perplexity = proof.perplexity(job, teacher, student, plan, held_out)
         answers = proof.answers(teacher, student, job.watch)
     with job.stage("save"):
-        save(student, teacher.tokenizer, plan, aside, teacher=teacher, watch=job.watch)
+        write(student, teacher.tokenizer, plan, aside, teacher=teacher, watch=job.watch)
         probe_row = calibration.rows[:1, : calibration.lengths[0]]
         check_equal(student, aside, probe_row, job.watch)
     with job.stage("speed"):
@@ -104,9 +106,7 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
             "seconds": job.seconds,
         }
         _write_report(result, aside)
-        if job.out.exists():
-            job.out.rmdir()  # empty: checked before anything was computed, and rmdir refuses anything else
-        aside.rename(job.out)
+        appear(aside, job.out)
     return result
 
 
@@ -117,6 +117,12 @@ def targets(recipe: Recipe, teacher: Teacher) -> tuple[Problem | None, Plan | No
     """The problem to solve, or the plan that was given. Raises UsageError before anything is computed."""
     LOSSES[recipe.loss], SEARCHES[recipe.search]
     protected = protection(recipe.protect, teacher.anatomy)
+    lost = sorted(site for site in teacher.removed.removed if site.block in teacher.positions)
+    if recipe.stock and lost:
+        raise PlanError(
+            f"--stock needs weights for every site that stays in the shape, and {', '.join(map(str, lost))} went in an "
+            "earlier pruning. Leave --stock out, or start from the unpruned model."
+        )
     if recipe.plan is not None:
         plan = read_plan(recipe.plan, teacher.anatomy, teacher.fingerprint)
         if not plan.removed:

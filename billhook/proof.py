@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def environment(device: str) -> Environment:
 
 def perplexity(job: Job, teacher: Teacher, student: Any, plan: Plan, tokens: TokenSet) -> dict[str, Any]:
     """Held-out perplexity of teacher and student, and their ratio with its interval over texts."""
-    dtype = str(teacher.model.dtype).removeprefix("torch.")
+    dtype = teacher.compute
     results: list[EvalResult] = []
     for who, model, which in (("teacher", teacher.model, Plan()), ("student", student, plan)):
         found = job.store.evaluation(teacher.fingerprint, which, "perplexity", tokens.hash, dtype)
@@ -87,9 +87,9 @@ def perplexity(job: Job, teacher: Teacher, student: Any, plan: Plan, tokens: Tok
     change = paired_difference(results[0], results[1], job.recipe.seed)
     return {
         "teacher": math.exp(results[0].mean),
-        "student": _exp(results[1].mean),
-        "ratio": _exp(change.value),
-        "ci95": [_exp(change.low), _exp(change.high)],
+        "student": exp(results[1].mean),
+        "ratio": exp(change.value),
+        "ci95": [exp(change.low), exp(change.high)],
         "n": change.n,
         "clusters": change.clusters,
         "reliable": change.reliable,
@@ -97,7 +97,7 @@ def perplexity(job: Job, teacher: Teacher, student: Any, plan: Plan, tokens: Tok
     }
 
 
-def _exp(nats: float) -> float:
+def exp(nats: float) -> float:
     """exp, with a finite answer for a model that is broken beyond what a float holds."""
     return math.exp(min(nats, 700.0))
 
@@ -114,10 +114,13 @@ def answers(teacher: Teacher, student: Any, watch: Watch) -> list[dict[str, str]
         for row in told:
             watch(Event("answer", done, 2 * len(told), who))
             text = row["prompt"]
-            if getattr(tokenizer, "chat_template", None):
+            chatty = bool(getattr(tokenizer, "chat_template", None))  # the template writes BOS by itself
+            if chatty:
                 chat = [{"role": "user", "content": text}]
                 text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
+            inputs = tokenizer(
+                text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=not chatty
+            ).to(model.device)
             written = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=fill)
             row[who] = tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
             done += 1
@@ -128,8 +131,12 @@ def answers(teacher: Teacher, student: Any, watch: Watch) -> list[dict[str, str]
 def measured_speed(job: Job, teacher: Teacher, student: Any, plan: Plan, aside: Path) -> dict[str, Any]:
     """Speed of both models, timed in turn; a pair that the store holds for this environment is not timed again."""
     protocol = Protocol()
+    most = speed.room((teacher.model,))
+    if most is not None:  # a model of few positions gets a shorter prompt, and the report says how short
+        new = min(protocol.new_tokens, most // 2)
+        protocol = replace(protocol, new_tokens=new, prompt_tokens=min(protocol.prompt_tokens, most - new))
     where = json.dumps(asdict(environment(str(teacher.model.device))), sort_keys=True)
-    dtype = str(teacher.model.dtype).removeprefix("torch.")
+    dtype = teacher.compute
     shape = "stock" if job.recipe.stock else ""
     keys = [
         (teacher.fingerprint, mine.key(), other.key(), where, dtype, json.dumps(asdict(protocol)) + shape)

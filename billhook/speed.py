@@ -33,6 +33,12 @@ class Protocol:
     repeats: int = 9
 
 
+def room(models: Sequence[Any]) -> int | None:
+    """How many positions all of the models have, or None where none of them sets a limit."""
+    limits = [getattr(model.config, "max_position_embeddings", None) for model in models]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 @torch.inference_mode()
 def time_in_turn(
     models: Sequence[Any], folders: Sequence[Path], protocol: Protocol, seed: int = 0, watch: Watch = silent
@@ -42,11 +48,10 @@ def time_in_turn(
     `folders[i]` holds model i's checkpoint: its peak memory is that of a process of its own which loads it and answers
     one prompt.
     """
-    config = models[0].config
-    room = getattr(config, "max_position_embeddings", None)
-    prompt = min(protocol.prompt_tokens, room - protocol.new_tokens) if room else protocol.prompt_tokens
+    prompt = protocol.prompt_tokens
     draw = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, config.vocab_size, (protocol.batch, prompt), generator=draw)
+    vocabulary = min(model.config.vocab_size for model in models)
+    ids = torch.randint(0, vocabulary, (protocol.batch, prompt), generator=draw)
     prefill: list[list[float]] = [[] for _ in models]
     decode: list[list[float]] = [[] for _ in models]
     total = (protocol.repeats + 1) * len(models)
@@ -57,8 +62,10 @@ def time_in_turn(
                 prefill[i].append(seconds[0])
                 decode[i].append(seconds[1])
             watch(Event("speed", repeat * len(models) + i + 1, total))
-    dtype = str(models[0].dtype).removeprefix("torch.")
-    peaks = [peak_bytes(folder, str(models[0].device), dtype, prompt, protocol.new_tokens) for folder in folders]
+    peaks = [
+        peak_bytes(folder, str(m.device), str(m.dtype).removeprefix("torch."), prompt, protocol.new_tokens)
+        for folder, m in zip(folders, models, strict=True)
+    ]
     return [
         Timing(tuple(p), tuple(d), prompt, protocol.new_tokens, protocol.batch, peak)
         for p, d, peak in zip(prefill, decode, peaks, strict=True)

@@ -12,6 +12,7 @@ from billhook.records import EvalResult, Interval
 Floats = NDArray[np.float64]
 FEW_CLUSTERS = 30
 RESAMPLES = 10_000
+CHUNK = 500  # resamples at a time: 500 × clusters numbers in memory
 
 
 def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0) -> Interval:
@@ -59,8 +60,11 @@ def bca(
     centre = sums.sum() / counts.sum()
     if n < 2 or np.allclose(sums / counts, centre, rtol=0, atol=1e-15):
         return (float(centre), float(centre)) if n > 1 else (float("-inf"), float("inf"))
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)  # [resamples, clusters]
-    replicas = np.sort((draws @ sums) / (draws @ counts))
+    random, pieces = np.random.default_rng(seed), []
+    for start in range(0, resamples, CHUNK):
+        draws = random.multinomial(n, np.full(n, 1 / n), size=min(CHUNK, resamples - start))  # [chunk, clusters]
+        pieces.append((draws @ sums) / (draws @ counts))
+    replicas = np.sort(np.concatenate(pieces))
     left_out = (sums.sum() - sums) / (counts.sum() - counts)
     spread = left_out.mean() - left_out
     power = (spread**2).sum() ** 1.5  # 0 where the texts differ by rounding errors only

@@ -26,7 +26,7 @@ class Measured:
     model: str  # fingerprint
     tokens: str  # hash of the token set
     loss: str
-    dtype: str  # the compute dtype
+    dtype: str  # the compute dtype and the kind of device
     treatment: str = ""  # a repair applied inside the search; none yet applied is the empty string
 
 
@@ -45,8 +45,7 @@ class Run:
 
 
 def _first(db: sqlite3.Connection) -> None:
-    db.executescript(
-        """
+    script = """
         CREATE TABLE runs (
             id TEXT PRIMARY KEY, created REAL NOT NULL, state TEXT NOT NULL, out TEXT NOT NULL, recipe TEXT NOT NULL,
             environment TEXT NOT NULL, bound TEXT NOT NULL, result TEXT
@@ -71,8 +70,9 @@ def _first(db: sqlite3.Connection) -> None:
             note TEXT NOT NULL
         );
         CREATE INDEX events_by_run ON events (run, at);
-        """
-    )
+    """
+    for statement in script.split(";"):  # one by one: executescript would commit before it begins
+        db.execute(statement)
 
 
 MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_first]
@@ -124,7 +124,7 @@ class Store:
     def new_run(self, recipe: dict[str, Any], environment: dict[str, Any], out: str) -> str:
         """File a new run; `out` may hold `{run}`. Returns its id."""
         run = "r" + secrets.token_hex(3)
-        values = (run, time.time(), "running", out.format(run=run), _json(recipe), _json(environment), "{}")
+        values = (run, time.time(), "running", out.replace("{run}", run), _json(recipe), _json(environment), "{}")
         with self._write():
             self._db.execute(f"INSERT INTO runs VALUES ({','.join('?' * 7)}, NULL)", values)
         return run

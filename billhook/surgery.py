@@ -94,6 +94,8 @@ def _set_blocks(student: Any, path: str, indices: list[int]) -> None:
         trimmed |= {"mlp_only_layers": [new for new, old in enumerate(indices) if dense[old]], "decoder_sparse_step": 1}
     if getattr(config, "max_window_layers", None) is not None:  # the first so many blocks see everything
         trimmed["max_window_layers"] = sum(i < config.max_window_layers for i in indices)
+    for name in ("sliding_window_pattern", "_sliding_window_pattern"):  # layer_types says it block by block
+        config.__dict__.pop(name, None)
     config.num_hidden_layers = len(indices)
     for key, value in trimmed.items():
         setattr(config, key, value)

@@ -82,7 +82,8 @@ def _plain() -> Watch:
         if fresh or event.done < last["done"]:
             last.update(stage=event.stage, start=now, first=event.done)
         last["done"] = event.done
-        if not fresh and now - last["at"] < PLAIN_SECONDS:
+        complete = event.total is not None and event.done == event.total
+        if not fresh and not complete and now - last["at"] < PLAIN_SECONDS:
             return
         last["at"] = now
         count = f" {event.done}/{event.total}" if event.total else ""
@@ -99,7 +100,7 @@ def _plain() -> Watch:
 
 def show(value: dict[str, Any], kind: str) -> None:
     """Print a result of a command as tables."""
-    console = Console(soft_wrap=False)
+    console = Console(soft_wrap=False, markup=False)
     {"result": _result, "anatomy": _anatomy, "plan_of_work": _plan_of_work, "evaluation": _evaluation,
      "speed": _speed, "runs": _runs, "run": _run, "methods": _methods}[kind](console, value)  # fmt: skip
 
@@ -204,5 +205,5 @@ def _run(console: Console, value: dict[str, Any]) -> None:
 
 def _methods(console: Console, value: dict[str, Any]) -> None:
     for row in value["methods"]:
-        console.print(f"[bold]{row['name']}[/] ({row['family']}): {row['summary']}", highlight=False)
+        console.print(f"{row['name']} ({row['family']}): {row['summary']}", highlight=False, style="bold")
         console.print(f"    {row['source']}", style="dim", highlight=False)

@@ -115,20 +115,24 @@ def _inside(folder: Path, path: Path) -> None:
         raise ModelError(f"{path} is a link out of the model's folder, to {path.resolve()}. Copy the file itself.")
 
 
-def _tensors(folder: Path) -> dict[str, tuple[str, int]]:
+def shards(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files that make up a checkpoint, and no others that lie beside them.
+
+    Raises ModelError if one is missing or lies elsewhere, or if there are only pickles.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = _read_json(folder, index.name).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ModelError(f"{index} has no weight_map. Download the file again.")
-        shards = sorted({str(name) for name in weight_map.values()})
-        for shard in shards:
+        names = sorted({str(name) for name in weight_map.values()})
+        for shard in names:
             if Path(shard).name != shard:
                 raise ModelError(f"{index} names {shard!r}, a path. Shards must lie beside the index.")
             if not (folder / shard).is_file():
                 raise ModelError(f"{index} names {shard}, which is missing. Download it again.")
     elif (folder / "model.safetensors").is_file():
-        shards = ["model.safetensors"]
+        names = ["model.safetensors"]
     else:
         pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
         if pickles:
@@ -137,19 +141,26 @@ def _tensors(folder: Path) -> dict[str, tuple[str, int]]:
                 "GGUF are read. Convert it with transformers: save_pretrained writes safetensors."
             )
         raise ModelError(f"{folder} holds no model.safetensors. Only safetensors and GGUF are read.")
+    for name in names:
+        _inside(folder, folder / name)
+    return tuple(folder / name for name in names)
+
+
+def _tensors(folder: Path) -> dict[str, tuple[str, int]]:
+    """{name: (dtype, elements)} of the floating-point tensors; masks and counters of old checkpoints do not count."""
     tensors: dict[str, tuple[str, int]] = {}
-    for shard in shards:
-        _inside(folder, folder / shard)
+    for shard in shards(folder):
         try:
-            with safe_open(folder / shard, framework="pt") as file:
+            with safe_open(shard, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     piece = file.get_slice(name)
                     elements = 1
                     for size in piece.get_shape():
                         elements *= size
-                    tensors[name] = (piece.get_dtype(), elements)
+                    if piece.get_dtype()[0] in "FB" and piece.get_dtype() != "BOOL":
+                        tensors[name] = (piece.get_dtype(), elements)
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{folder / shard} is damaged ({error}). Download it again.") from error
+            raise ModelError(f"{shard} is damaged ({error}). Download it again.") from error
     return tensors
 
 
@@ -171,21 +182,16 @@ def stored_dtype(raw: dict[str, Any], tensors: dict[str, tuple[str, int]]) -> to
     elements: dict[str, int] = {}
     for dtype, count in tensors.values():
         elements[dtype] = elements.get(dtype, 0) + count
-    most = max(elements, key=lambda d: elements[d])
+    most = max(elements, key=lambda d: elements[d], default="nothing")
     if most not in DTYPES:
         raise ModelError(f"The weights are stored as {most}. Billhook prunes float32, bfloat16 and float16 weights.")
     return DTYPES[most]
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits of a checkpoint: its config, and of every shard the size, the header and 4 KiB of every MiB."""
-    digest = hashlib.sha256()
-    digest.update((folder / "config.json").read_bytes())
-    for shard in sorted(folder.glob("*.safetensors")):
-        size = shard.stat().st_size
-        digest.update(f"{shard.name}:{size}".encode())
+    """16 hex digits of a checkpoint: of its config and of every byte of its shards."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for shard in shards(folder):
         with shard.open("rb") as file:
-            for start in range(0, size, 1 << 20):
-                file.seek(start)
-                digest.update(file.read(4096))
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -184,7 +184,12 @@ def test_stock_shape_holds_zeros_and_says_the_same(variant: str, checkpoint: Fol
     assert again.model.config.model_type == teacher.anatomy.model_type
     assert again.model.config.num_hidden_layers == 3
     assert torch.equal(logits(again.model), reference)
-    assert again.removed == plan
+    assert again.removed == Plan.of(["attention.2", "mlp.2"])  # zeros are still sites: they take room and time
+    assert again.anatomy.total("parameters") == sum(p.numel() for p in again.model.parameters())
+    zeros = Plan.of(["attention.0", "mlp.1"])
+    save(apply(again, zeros), None, zeros, tmp_path / "t", teacher=again)
+    assert load(tmp_path / "t").removed == plan
+    assert torch.equal(logits(load(tmp_path / "t").model), reference)
 
 
 def test_pruning_again_composes_in_positions_of_the_unpruned_model(checkpoint: Folder, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
-from billhook import arch, modeling_billhook
-from billhook.errors import BillhookError, ResourceError, UsageError
+from billhook import arch, modeling_billhook, vet
+from billhook.errors import BillhookError, ModelError, ResourceError, UsageError
 from billhook.loading import Teacher, load
 from billhook.plan import Plan
 from billhook.records import Event, Watch, silent
@@ -23,9 +24,9 @@ MANIFEST = "billhook.json"
 SHARD_BYTES = 4 * 10**9
 
 
-def check_target(folder: Path, source: Path, needed_bytes: int = 0) -> None:
+def check_target(folder: Path, source: Path | None = None, needed_bytes: int = 0) -> None:
     """Raises UsageError or ResourceError unless a checkpoint can be written to `folder`."""
-    if folder.resolve() == source.resolve() or source.resolve().is_relative_to(folder.resolve()):
+    if source is not None and source.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"--out {folder} is the input model's own folder. Choose another one.")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         what = "is a file" if folder.is_file() else "is not empty"
@@ -55,12 +56,37 @@ def aside_of(folder: Path, run: str) -> Path:
 def save(
     student: Any, tokenizer: Any | None, plan: Plan, folder: str | Path, *, teacher: Teacher, watch: Watch = silent
 ) -> list[Path]:
+    """`write` to a folder that appears whole or not at all: built aside, loaded back, compared, renamed.
+
+    Raises UsageError or ResourceError if `folder` cannot be written, BillhookError if it does not load back equal.
+    """
+    target = Path(folder)
+    check_target(target, teacher.folder, teacher.anatomy.total("bytes"))
+    aside = aside_of(target, secrets.token_hex(3))
+    try:
+        write(student, tokenizer, plan, aside, teacher=teacher, watch=watch)
+        check_equal(student, aside, torch.arange(16)[None] % student.config.vocab_size, watch)
+        appear(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return sorted(target.iterdir())
+
+
+def appear(aside: Path, target: Path) -> None:
+    """Give a finished folder its name. An empty folder may stand there; anything else is kept and raises OSError."""
+    if target.exists():
+        target.rmdir()
+    aside.rename(target)
+
+
+def write(
+    student: Any, tokenizer: Any | None, plan: Plan, folder: Path, *, teacher: Teacher, watch: Watch = silent
+) -> list[Path]:
     """Write the student to the new `folder`: weights, config, tokenizer, generation config, and the plan.
 
     `plan` is what went from `teacher` (a `teacher` that was pruned before adds its own removals). Weights that equal
     the teacher's are copied from its files bit for bit, others are cast to the checkpoint's dtype. Returns the files.
     """
-    folder = Path(folder)
     folder.mkdir(parents=True)
     state = _on_disk(student, teacher)
     watch(Event("save", 1, 3, f"{len(state)} tensors"))
@@ -73,8 +99,12 @@ def save(
         student.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    whole = Plan(teacher.removed.removed | plan.removed)
-    manifest = {"model": teacher.fingerprint, "blocks": teacher.anatomy.blocks, "removed": whole.names()}
+    manifest = {
+        "model": teacher.fingerprint,
+        "blocks": teacher.anatomy.blocks,
+        "removed": plan.names(),
+        "already_removed": teacher.removed.names(),
+    }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return sorted(folder.iterdir())
 
@@ -113,17 +143,26 @@ def _on_disk(student: Any, teacher: Teacher) -> dict[str, torch.Tensor]:
         return re.sub(rf"(^|\.){tail}\.(\d+)\.", lambda m: f"{m[1]}{tail}.{back[int(m[2])]}.", name, count=1)
 
     source = _Source(teacher)
-    done: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied tensors once
-    result = {}
+    done: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied tensors once, under whichever name the source has
     for name, tensor in state.items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in done:
-            there = source.get(source_name(name))
-            same = there is not None and there.shape == tensor.shape and torch.equal(there.to(tensor), tensor)
-            dtype = there.dtype if there is not None else teacher.dtype
-            done[key] = there if there is not None and same else tensor.to("cpu", dtype, copy=True)
-        result[name] = done[key]
-    return result
+        there = source.get(source_name(name))
+        if there is not None:
+            same = there.shape == tensor.shape and torch.equal(there.to(tensor), tensor)
+            done[_place(tensor)] = there if same else tensor.to("cpu", there.dtype, copy=True)
+    for name, tensor in state.items():
+        if _place(tensor) not in done:
+            if tensor.dtype.itemsize < teacher.dtype.itemsize:
+                raise ModelError(
+                    f"{name} is not among the source's tensors by any known name, and the copy in memory is rounded to "
+                    f"{str(tensor.dtype).removeprefix('torch.')}. Use --dtype float32."
+                )
+            done[_place(tensor)] = tensor.to("cpu", teacher.dtype, copy=True)
+    return {name: done[_place(tensor)] for name, tensor in state.items()}
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, torch.Size]:
+    """Equal for tied tensors."""
+    return tensor.data_ptr(), tensor.shape
 
 
 class _Source:
@@ -131,13 +170,17 @@ class _Source:
 
     def __init__(self, teacher: Teacher) -> None:
         self._files = {}
-        for shard in sorted(teacher.folder.glob("*.safetensors")):
+        for shard in vet.shards(teacher.folder):
             file = safe_open(shard, framework="pt")
             self._files.update(dict.fromkeys(file.keys(), file))
+        self._prefix = f"{teacher.model.base_model_prefix}."  # which old checkpoints leave out
 
     def get(self, name: str) -> torch.Tensor | None:
-        file = self._files.get(name)
-        return None if file is None else file.get_tensor(name)
+        for spelling in (name, name.removeprefix(self._prefix), self._prefix + name):
+            if spelling in self._files:
+                tensor: torch.Tensor = self._files[spelling].get_tensor(spelling)
+                return tensor
+        return None
 
 
 @torch.inference_mode()
