@@ -63,7 +63,8 @@ def _check_config(raw: dict[str, Any], trust_remote_code: bool) -> None:
     if raw.get("auto_map") and not ours and not trust_remote_code:
         raise ModelError(
             "The checkpoint brings its own Python code (auto_map in config.json), which is not run unasked. If you "
-            "trust it, add --trust-remote-code."
+            "trust it, add --trust-remote-code; if transformers' own class of the type computes the same, delete "
+            "auto_map from config.json instead."
         )
     if not model_type:
         raise ModelError("config.json names no model_type, so its architecture is unknown. Download the file again.")

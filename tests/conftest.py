@@ -1,4 +1,4 @@
-"""Fixtures: tiny checkpoints, made once a session, and a tokenizer for them."""
+"""Fixtures: tiny checkpoints, made once a test run, and a tokenizer for them."""
 
 from __future__ import annotations
 

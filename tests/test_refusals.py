@@ -1,4 +1,4 @@
-"""What is refused, point by point of DESIGN.md's list: the message, the exit code, and that nothing is left behind."""
+"""What is refused, point by point: the message, the exit code, and that nothing is left behind."""
 
 from __future__ import annotations
 
