@@ -120,9 +120,7 @@ def evaluate_model(model: str | Path = "demo", *, watch: Watch = silent, **optio
     """
     least = {"remove": "1sites", "tokens": 16, "length": 16}  # of calibration, on which held-out text does not depend
     recipe = recipe_from({"model": str(model), **least, **options}, "The call")
-    teacher = load(
-        recipe.model, device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, watch=watch
-    )
+    teacher = pipeline.teacher_of(recipe, watch)
     _, tokens = pipeline.tokens_for(recipe, teacher, watch)
     result = EVALUATIONS["perplexity"](teacher.model, tokens, watch=watch, who=teacher.name)
     spread = mean_interval(result, recipe.seed)

@@ -69,13 +69,7 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
     given_folder = Path(recipe.model).expanduser()
     check_target(job.out, given_folder if given_folder.is_dir() else None)
     with job.stage("load"):
-        teacher = load(
-            recipe.model,
-            device=recipe.device,
-            dtype=recipe.dtype,
-            trust_remote_code=recipe.trust_remote_code,
-            watch=job.watch,
-        )
+        teacher = teacher_of(recipe, job.watch)
         problem, given = targets(recipe, teacher)
         check_target(job.out, teacher.folder, int(1.05 * teacher.anatomy.total("bytes")))
     with job.stage("calibrate"):
@@ -111,6 +105,13 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
 
 
 # -- the stages -----------------------------------------------------------------------------------------------------
+
+
+def teacher_of(recipe: Recipe, watch: Watch) -> Teacher:
+    """The model of a recipe, loaded as the recipe says."""
+    return load(
+        recipe.model, device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, watch=watch
+    )
 
 
 def targets(recipe: Recipe, teacher: Teacher) -> tuple[Problem | None, Plan | None]:
@@ -250,9 +251,7 @@ def _write_report(result: dict[str, Any], folder: Path) -> None:
 
 def dry_run(recipe: Recipe, watch: Watch) -> dict[str, Any]:
     """What a run would do: losses to measure, memory, time. Loads the model and times two losses; writes nothing."""
-    teacher = load(
-        recipe.model, device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, watch=watch
-    )
+    teacher = teacher_of(recipe, watch)
     problem, given = targets(recipe, teacher)
     calibration, held_out = tokens_for(recipe, teacher, watch)
     count = 1 if problem is None else count_losses(recipe.search, problem, recipe.seed)

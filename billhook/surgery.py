@@ -48,7 +48,7 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False) -> Any:
             _zero(student, path, kept, lacking, parts)
         config.billhook = told
     else:
-        told |= {"blocks_path": path, "parts": _named(parts, teacher, path)}
+        told |= {"blocks_path": path, "parts": parts}
         config.__class__, student.__class__ = pruned_classes(*stock_classes(base))
         skip = {kept.index(b): [s.part for s in lacking if s.block == b] for b in {s.block for s in lacking}}
         config.per_layer_config = {index: {"skip": skip[index]} for index in sorted(skip)}
@@ -68,12 +68,6 @@ def _shared_copy(model: nn.Module) -> Any:
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
     memo |= {id(b): b for b in model.buffers()}
     return copy.deepcopy(model, memo)
-
-
-def _named(parts: dict[str, dict[str, Any]], teacher: Teacher, path: str) -> dict[str, dict[str, Any]]:
-    """`parts`, or the description that a teacher pruned before already carries."""
-    earlier = getattr(teacher.model.config, "billhook", None) or {}
-    return dict(earlier.get("parts") or parts)
 
 
 def _set_blocks(student: Any, path: str, indices: list[int]) -> None:
