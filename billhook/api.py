@@ -20,6 +20,7 @@ from billhook.search import SEARCHES
 from billhook.speed import Protocol
 from billhook.stats import mean_interval
 from billhook.store import Run, Store
+from billhook.vet import dtype_name
 
 STORE = "billhook.db"
 
@@ -105,7 +106,7 @@ def inspect(model: str | Path | Teacher = "demo", **options: Any) -> dict[str, A
         "model": teacher.name,
         "type": teacher.model.config.model_type,
         "fingerprint": teacher.fingerprint,
-        "dtype": str(teacher.dtype).removeprefix("torch."),
+        "dtype": dtype_name(teacher.dtype),
         "already_removed": teacher.removed.names(),
         **pipeline.anatomy_json(teacher.anatomy),
         "total": {kind: teacher.anatomy.total(kind) for kind in kinds},

@@ -47,7 +47,7 @@ class Teacher:
     @property
     def compute(self) -> str:
         """What losses are filed under: the compute dtype and the kind of device."""
-        return f"{str(self.model.dtype).removeprefix('torch.')} on {self.model.device.type}"
+        return f"{vet.dtype_name(self.model.dtype)} on {self.model.device.type}"
 
     @property
     def row(self) -> arch.Row:

@@ -31,6 +31,7 @@ from billhook.records import Event, Loss, Step, Watch, steps
 from billhook.search import SEARCHES, settle
 from billhook.store import Run, Store
 from billhook.surgery import apply, leaves
+from billhook.vet import dtype_name
 
 
 def execute(store: Store, run: Run, watch: Watch) -> dict[str, Any]:
@@ -213,8 +214,8 @@ def _describe(job: Job, teacher: Teacher, student: Any, plan: Plan) -> dict[str,
             "type": teacher.anatomy.model_type,
             "fingerprint": teacher.fingerprint,
             "blocks": teacher.anatomy.blocks,
-            "dtype": str(teacher.dtype).removeprefix("torch."),
-            "compute_dtype": str(teacher.model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(teacher.dtype),
+            "compute_dtype": dtype_name(teacher.model.dtype),
             "device": device,
         },
         "out": str(job.out),

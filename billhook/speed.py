@@ -21,6 +21,7 @@ from billhook.loading import DTYPES, register
 from billhook.plan import Anatomy, Plan
 from billhook.records import Event, Timing, Watch, silent
 from billhook.stats import median_interval
+from billhook.vet import dtype_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def time_in_turn(
                 decode[i].append(seconds[1])
             watch(Event("speed", repeat * len(models) + i + 1, total))
     peaks = [
-        peak_bytes(folder, str(m.device), str(m.dtype).removeprefix("torch."), prompt, protocol.new_tokens)
+        peak_bytes(folder, str(m.device), dtype_name(m.dtype), prompt, protocol.new_tokens)
         for folder, m in zip(folders, models, strict=True)
     ]
     return [

@@ -189,6 +189,11 @@ def stored_dtype(raw: dict[str, Any], tensors: dict[str, tuple[str, int]]) -> to
     return DTYPES[most]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16: what options, configs and reports say."""
+    return str(dtype).removeprefix("torch.")
+
+
 def fingerprint(folder: Path) -> str:
     """16 hex digits of a checkpoint: of its config and of every byte of its shards."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())

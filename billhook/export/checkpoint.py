@@ -111,7 +111,7 @@ def write(
 
 def _save_config(student: Any, teacher: Teacher, folder: Path) -> None:
     fields = json.loads(student.config.to_json_string())
-    fields["dtype"] = str(teacher.dtype).removeprefix("torch.")
+    fields["dtype"] = vet.dtype_name(teacher.dtype)
     fields["architectures"] = [type(student).__name__]
     fields.pop("_name_or_path", None)
     fields.pop("auto_map", None)
@@ -154,7 +154,7 @@ def _on_disk(student: Any, teacher: Teacher) -> dict[str, torch.Tensor]:
             if tensor.dtype.itemsize < teacher.dtype.itemsize:
                 raise ModelError(
                     f"{name} is not among the source's tensors by any known name, and the copy in memory is rounded to "
-                    f"{str(tensor.dtype).removeprefix('torch.')}. Use --dtype float32."
+                    f"{vet.dtype_name(tensor.dtype)}. Use --dtype float32."
                 )
             done[_place(tensor)] = tensor.to("cpu", teacher.dtype, copy=True)
     return {name: done[_place(tensor)] for name, tensor in state.items()}
@@ -190,7 +190,7 @@ def check_equal(student: Any, folder: Path, rows: torch.Tensor, watch: Watch = s
     Raises BillhookError on any difference.
     """
     watch(Event("save", 2, 3, "loading it back"))
-    again = load(folder, device=str(student.device), dtype=str(student.dtype).removeprefix("torch."))
+    again = load(folder, device=str(student.device), dtype=vet.dtype_name(student.dtype))
     rows = rows.to(student.device)
     mine, other = student(rows, use_cache=False).logits, again.model(rows, use_cache=False).logits
     if not torch.equal(mine, other):

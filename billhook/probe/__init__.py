@@ -21,6 +21,7 @@ from billhook.mask import masked
 from billhook.plan import Plan
 from billhook.probe.replay import recorded, replayed
 from billhook.records import Loss
+from billhook.vet import dtype_name
 
 BATCH_LOGITS_BYTES = 2**28  # logits of one batch, in float32
 CACHE_BYTES = 2**30  # teacher's logits kept across plans
@@ -172,7 +173,7 @@ class Probe:
         finally:
             for handle in handles:
                 handle.remove()
-        dtype = str(self.teacher.model.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.teacher.model.dtype)
         where = f"block {min(bad)}" if bad else "the head"
         without = f" with {removed} removed" if removed.removed else ""
         broken = "the checkpoint itself is broken: download it again."
