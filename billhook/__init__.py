@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from billhook.api import dry_run, evaluate_model, inspect, measure_speed, methods, prune, resume, runs, show
+    from billhook.api import dry_run, evaluate_model, inspect, measure_speed, methods, prune, resume, runs, score, show
     from billhook.errors import BillhookError
     from billhook.export.checkpoint import save
     from billhook.loading import Teacher, load, register
@@ -43,9 +43,10 @@ __all__ = [
     "resume",
     "runs",
     "save",
+    "score",
     "show",
 ]
-_API = ("dry_run", "evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume", "runs", "show")
+_API = ("dry_run", "evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume", "runs", "score", "show")
 _HOMES = {
     **dict.fromkeys(_API, "api"),
     **dict.fromkeys(("Teacher", "load", "register"), "loading"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 
 from billhook import pipeline, proof
 from billhook import speed as timing
-from billhook.errors import FingerprintError, RunError, UsageError
+from billhook.errors import FingerprintError, ResourceError, RunError, UsageError
 from billhook.evaluate import EVALUATIONS
 from billhook.loading import Teacher, load, pick_device
 from billhook.losses import LOSSES
+from billhook.metrics import METRICS
+from billhook.plan import Plan, Site
 from billhook.recipe import recipe_from
 from billhook.records import Watch, silent
 from billhook.search import SEARCHES
@@ -123,7 +126,10 @@ def evaluate_model(model: str | Path = "demo", *, watch: Watch = silent, **optio
     recipe = recipe_from({"model": str(model), **least, **options}, "The call")
     teacher = pipeline.teacher_of(recipe, watch)
     _, tokens = pipeline.tokens_for(recipe, teacher, watch)
-    result = EVALUATIONS["perplexity"](teacher.model, tokens, watch=watch, who=teacher.name)
+    if teacher.weights is not None:
+        result = proof.streamed_perplexity(teacher, [Plan()], tokens, recipe.memory_bytes)[0]
+    else:
+        result = EVALUATIONS["perplexity"](teacher.model, tokens, watch=watch, who=teacher.name)
     spread = mean_interval(result, recipe.seed)
     return {
         "model": teacher.name,
@@ -134,6 +140,42 @@ def evaluate_model(model: str | Path = "demo", *, watch: Watch = silent, **optio
         "reliable": spread.reliable,
         "note": spread.note,
         "data": tokens.describe(),
+    }
+
+
+def score(
+    model: str | Path | Teacher = "demo", metric: str = "cosine", *, watch: Watch = silent, **options: Any
+) -> dict[str, Any]:
+    """How much every site and block matters by one metric: `sites` and `blocks`, each with value and standard error.
+
+    `model`: as for `load`, or a loaded Teacher. `options`: the fields of `Recipe` that concern model, memory, text and
+    seed. Higher = removal hurts more. A model larger than the memory is read once, block by block.
+    """
+    METRICS[metric]
+    known = model if isinstance(model, Teacher) else None
+    name = known.name if known is not None else str(model)
+    least = {"remove": "1sites", "eval_tokens": 64, "eval_length": 16}  # of held-out text, which is not looked at
+    recipe = recipe_from({"model": name, **least, **options}, "The call")
+    teacher = known if known is not None else pipeline.teacher_of(recipe, watch)
+    calibration, _ = pipeline.tokens_for(recipe, teacher, watch)
+    start = time.perf_counter()
+    scores = METRICS[metric](pipeline.probe_of(recipe, teacher, calibration))
+    told: dict[str, list[dict[str, Any]]] = {"sites": [], "blocks": []}
+    for unit, value in scores.items():
+        row = {"value": value.value, "se": value.se}
+        if isinstance(unit, Site):
+            told["sites"].append({"site": str(unit), **row})
+        else:
+            told["blocks"].append({"block": unit, **row})
+    return {
+        "model": teacher.name,
+        "fingerprint": teacher.fingerprint,
+        "metric": metric,
+        **told,
+        "data": calibration.describe(),
+        "streamed": teacher.weights is not None,
+        "bytes_read": teacher.weights.bytes_read if teacher.weights is not None else 0,
+        "seconds": round(time.perf_counter() - start, 3),
     }
 
 
@@ -148,6 +190,8 @@ def measure_speed(
 ) -> dict[str, Any]:
     """Prefill and decode speed and peak memory of one model, or of two timed in turn (A B A B)."""
     teachers = [load(name, device=device, dtype=dtype, watch=watch) for name in (model, other) if name is not None]
+    if large := [teacher.name for teacher in teachers if teacher.weights is not None]:
+        raise ResourceError(f"{large[0]} is larger than the memory that is free, so it cannot be timed here.")
     models = [teacher.model for teacher in teachers]
     most, asked = timing.room(models), protocol.prompt_tokens + protocol.new_tokens
     if most is not None and asked > most:
@@ -185,4 +229,4 @@ def show(run: str, store: str | Path = STORE) -> dict[str, Any]:
 
 def methods() -> list[dict[str, str]]:
     """Every registered method: family, name, what it does, source."""
-    return [row for registry in (LOSSES, SEARCHES, EVALUATIONS) for row in registry.describe()]
+    return [row for registry in (METRICS, LOSSES, SEARCHES, EVALUATIONS) for row in registry.describe()]

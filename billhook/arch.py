@@ -38,6 +38,7 @@ class Row:
     `mlp` names the modules whose parameters are the site: the last one gives the output, the others feed it. Norms
     belong to a site if nothing else reads them; names that a block does not have are passed over. `parallel`: both
     parts of a block read the same residual stream. `shared_norm`: they also share its norm, which then stays.
+    `final`: what stands between the last block and the head, in order.
     The head is the output embedding (its bias counts), times `config.<head_scale>`, then soft-capped by
     `config.<head_softcap>`. `refuse` gives a reason why a config of this type cannot be pruned.
     """
@@ -48,6 +49,8 @@ class Row:
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
     mlp_outputs: int = 1  # 2: the MLP returns a pair, as attention does everywhere
+    block_outputs: int = 1  # 2: the block returns a pair
+    final: tuple[str, ...] = ("model.norm",)
     parallel: Callable[[Config], bool] = _never
     shared_norm: Callable[[Config], bool] = _never
     kv_heads: Callable[[Config], int] = _kv_heads
@@ -106,7 +109,7 @@ ROWS: dict[str, Row] = {
     "gemma": _LLAMA,
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
-    "phi": replace(_LLAMA, parallel=_always, shared_norm=_always),
+    "phi": replace(_LLAMA, parallel=_always, shared_norm=_always, final=("model.final_layernorm",)),
     "phi3": _LLAMA,
     "mixtral": _LLAMA,
     "olmo2": replace(_LLAMA, attention_norms=("post_attention_layernorm",), mlp_norms=("post_feedforward_layernorm",)),
@@ -124,6 +127,7 @@ ROWS: dict[str, Row] = {
         attention_norms=("ln_1",),
         mlp_norms=("ln_2",),
         kv_heads=_all_heads,
+        final=("transformer.ln_f",),
         refuse=_refuse_gpt2,
     ),
     "opt": Row(
@@ -132,6 +136,7 @@ ROWS: dict[str, Row] = {
         attention_norms=("self_attn_layer_norm",),
         mlp_norms=("final_layer_norm",),
         kv_heads=_all_heads,
+        final=("model.decoder.final_layer_norm", "model.decoder.project_out"),
         refuse=_refuse_opt,
     ),
     "falcon": Row(
@@ -139,6 +144,8 @@ ROWS: dict[str, Row] = {
         attention="self_attention",
         attention_norms=("ln_attn", "input_layernorm"),
         mlp_norms=("ln_mlp", "post_attention_layernorm"),
+        block_outputs=2,
+        final=("transformer.ln_f",),
         parallel=lambda config: bool(config.new_decoder_architecture or config.parallel_attn),
         shared_norm=lambda config: bool(
             (config.new_decoder_architecture and config.num_ln_in_parallel_attn == 1)
@@ -153,6 +160,7 @@ ROWS: dict[str, Row] = {
         blocks="gpt_neox.layers",
         attention="attention",
         kv_heads=_all_heads,
+        final=("gpt_neox.final_layer_norm",),
         parallel=lambda config: bool(config.use_parallel_residual),
     ),
 }

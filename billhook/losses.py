@@ -55,3 +55,4 @@ def nll(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> 
 
 
 COUNTS_TARGETS = frozenset({"nll"})  # losses over predicted tokens: the last token of a row has none
+NEVER_NEGATIVE = frozenset({"kl", "js", "nll"})  # of any token: a sum over some documents bounds the whole

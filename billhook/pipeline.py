@@ -17,14 +17,15 @@ import psutil
 
 import billhook
 from billhook import proof, report
+from billhook.audit import audited, conduct
 from billhook.data import TokenSet, Wanted, token_sets
 from billhook.errors import FingerprintError, PlanError
 from billhook.execute import Executor, Told
-from billhook.export.checkpoint import appear, aside_of, check_equal, check_target, write
+from billhook.export.checkpoint import appear, aside_of, check_equal, check_streamed, check_target, write
 from billhook.loading import Teacher, load
 from billhook.losses import LOSSES
 from billhook.plan import Anatomy, Ask, Budget, Plan, Problem, protection
-from billhook.probe import Probe
+from billhook.probe import Fast, Probe
 from billhook.proof import Job
 from billhook.recipe import Recipe, read_plan
 from billhook.records import Event, Loss, Step, Watch, steps
@@ -32,6 +33,9 @@ from billhook.search import SEARCHES, settle
 from billhook.store import Run, Store
 from billhook.surgery import apply, leaves
 from billhook.vet import dtype_name
+
+ZEROED = "The removed sites hold zeros: equal outputs everywhere, no speed-up."
+STREAMED = "The model was larger than the memory that it might use: read block by block, it was not timed nor asked."
 
 
 def execute(store: Store, run: Run, watch: Watch) -> dict[str, Any]:
@@ -72,28 +76,33 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
     with job.stage("load"):
         teacher = teacher_of(recipe, job.watch)
         problem, given = targets(recipe, teacher)
+        streamed = teacher.weights is not None
         check_target(job.out, teacher.folder, int(1.05 * teacher.anatomy.total("bytes")))
     with job.stage("calibrate"):
         calibration, held_out = tokens_for(recipe, teacher, job.watch)
         _bind(job, bound, teacher, calibration)
     with job.stage("search"):
-        plan, told = find(job, teacher, calibration, problem, given)
+        plan, told, conducted = find(job, teacher, calibration, problem, given)
     with job.stage("apply"):
         student = apply(teacher, plan, stock=recipe.stock)
     with job.stage("evaluate"):
         perplexity = proof.perplexity(job, teacher, student, plan, held_out)
-        answers = proof.answers(teacher, student, job.watch)
+        answers = [] if streamed else proof.answers(teacher, student, job.watch)
     with job.stage("save"):
         write(student, teacher.tokenizer, plan, aside, teacher=teacher, watch=job.watch)
         probe_row = calibration.rows[:1, : calibration.lengths[0]]
-        check_equal(student, aside, probe_row, job.watch)
+        if streamed:
+            check_streamed(teacher, plan, aside, probe_row, job.watch)
+        else:
+            check_equal(student, aside, probe_row, job.watch)
     with job.stage("speed"):
-        timed = proof.measured_speed(job, teacher, student, plan, aside)
+        timed = None if streamed else proof.measured_speed(job, teacher, student, plan, aside)
     with job.stage("report"):
         result = {
             **_describe(job, teacher, student, plan),
             "data": {"calibration": calibration.describe(), "evaluation": held_out.describe()},
             "steps": [step.to_json() for step in told],
+            "search": conducted,
             "perplexity": perplexity,
             **_sizes(teacher.anatomy, leaves(teacher, plan, recipe.stock)),
             "speed": timed,
@@ -111,8 +120,9 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
 def teacher_of(recipe: Recipe, watch: Watch) -> Teacher:
     """The model of a recipe, loaded as the recipe says."""
     return load(
-        recipe.model, device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, watch=watch
-    )
+        recipe.model, device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code,
+        memory=recipe.memory_bytes, watch=watch,
+    )  # fmt: skip
 
 
 def targets(recipe: Recipe, teacher: Teacher) -> tuple[Problem | None, Plan | None]:
@@ -157,22 +167,48 @@ def _bind(job: Job, bound: dict[str, str], teacher: Teacher, calibration: TokenS
 
 def find(
     job: Job, teacher: Teacher, calibration: TokenSet, problem: Problem | None, given: Plan | None
-) -> tuple[Plan, list[Step]]:
-    """The plan and the steps to it: by search, or the given one as a single step."""
-    measure = Executor(Probe(teacher, calibration, job.recipe.loss), job.store, job.run)
+) -> tuple[Plan, list[Step], dict[str, Any]]:
+    """The plan, the steps to it, and how the search decided: by search, or the given plan as a single step."""
+    probe = probe_of(job.recipe, teacher, calibration)
+    measure = Executor(probe, job.store, job.run)
     if problem is None:
         assert given is not None
         path = [given]
     else:
         total = count_losses(job.recipe.search, problem, job.recipe.seed)
         path = settle(SEARCHES[job.recipe.search](problem), partial(_round, job, problem, measure, total))
+    rounds = list(measure.rounds)
+    count = len(probe.tally)
+    checked = _audit(job, teacher, calibration, rounds) if job.recipe.audit and job.recipe.fast else None
     if not path or not path[-1].removed:
-        return Plan(), []
-    rounds = [(ask.plans, losses) for ask, losses in measure.rounds]
+        return Plan(), [], conduct(probe, count, checked)
     told = _teller(job, "along the path", before=0, total=len(path))
-    measured = {plan for plans, _ in rounds for plan in plans}
+    measured = {plan for ask, losses in rounds for plan, loss in zip(ask.plans, losses, strict=True) if not loss.bound}
     on_path = measure(Ask(tuple(path)), *([] if measured.issuperset(path) else [told]))
-    return path[-1], steps(path, rounds, on_path, problem.cost if problem else len)
+    found = steps(path, [(ask.plans, losses) for ask, losses in rounds], on_path, problem.cost if problem else len)
+    return path[-1], found, conduct(probe, count, checked)
+
+
+def probe_of(recipe: Recipe, teacher: Teacher, calibration: TokenSet) -> Probe:
+    """The measuring engine as a recipe wants it."""
+    fast = Fast(recipe.shortlist, recipe.risk) if recipe.fast else None
+    return Probe(teacher, calibration, recipe.loss, memory=recipe.memory_bytes, fast=fast)
+
+
+def _audit(
+    job: Job, teacher: Teacher, calibration: TokenSet, rounds: list[tuple[Ask, list[Loss]]]
+) -> list[dict[str, Any]]:
+    """Every round again, exactly."""
+    exact = Executor(Probe(teacher, calibration, job.recipe.loss, memory=job.recipe.memory_bytes), job.store, job.run)
+    numbered = iter(range(len(rounds)))
+
+    def measure(ask: Ask) -> list[Loss]:
+        job.watch(Event("audit", next(numbered), len(rounds), "every candidate again"))
+        return exact(ask)
+
+    told = audited(rounds, measure)
+    job.watch(Event("audit", len(rounds), len(rounds), "done"))
+    return told
 
 
 def _round(job: Job, problem: Problem, measure: Executor, total: int, ask: Ask) -> list[Loss]:
@@ -201,14 +237,14 @@ def _teller(job: Job, sofar: str, *, before: int, total: int) -> Told:
 
 
 def _describe(job: Job, teacher: Teacher, student: Any, plan: Plan) -> dict[str, Any]:
-    device = str(teacher.model.device)
+    device = str(teacher.device)
     zeroed = student.config.billhook.get("zeroed")
     return {
         "billhook": billhook.__version__,
         "run": job.run,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "kind": student.config.model_type + (", zeroed: no speed-up" if zeroed else ""),
-        "note": "The removed sites hold zeros: equal outputs everywhere, no speed-up." if zeroed else "",
+        "note": " ".join(([ZEROED] if zeroed else []) + ([STREAMED] if teacher.weights is not None else [])),
         "model": {
             "name": teacher.name,
             "type": teacher.anatomy.model_type,
@@ -256,10 +292,10 @@ def dry_run(recipe: Recipe, watch: Watch) -> dict[str, Any]:
     problem, given = targets(recipe, teacher)
     calibration, held_out = tokens_for(recipe, teacher, watch)
     count = 1 if problem is None else count_losses(recipe.search, problem, recipe.seed)
-    probe = Probe(teacher, calibration, recipe.loss)
-    list(probe.losses([Plan()]))
+    probe = probe_of(recipe, teacher, calibration)
+    probe.losses([Plan()])
     start = time.perf_counter()
-    list(probe.losses([Plan()]))
+    probe.losses([Plan(frozenset(teacher.anatomy.alive()[:1]))])
     one = time.perf_counter() - start
     weights = sum(p.numel() * p.element_size() for p in teacher.model.parameters())
     evaluation = 2 * one * held_out.tokens / calibration.tokens
@@ -270,7 +306,7 @@ def dry_run(recipe: Recipe, watch: Watch) -> dict[str, Any]:
         "data": {"calibration": calibration.describe(), "evaluation": held_out.describe()},
         "memory_bytes": {
             "weights": weights,
-            "kept_for_the_search": probe.kept_bytes(),
+            "kept_for_the_search": probe.layout.kept,
             "free": psutil.virtual_memory().available,
         },
         "disk_bytes": teacher.anatomy.total("bytes"),

@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from billhook.data import TokenSet
 from billhook.evaluate import EVALUATIONS
 from billhook.loading import Teacher
 from billhook.plan import Plan
+from billhook.probe import Probe
 from billhook.recipe import Recipe
 from billhook.records import Environment, EvalResult, Event, Watch
 from billhook.speed import Protocol
@@ -75,15 +76,22 @@ def environment(device: str) -> Environment:
 
 
 def perplexity(job: Job, teacher: Teacher, student: Any, plan: Plan, tokens: TokenSet) -> dict[str, Any]:
-    """Held-out perplexity of teacher and student, and their ratio with its interval over texts."""
+    """Held-out perplexity of teacher and student, and their ratio with its interval over texts.
+
+    Of a streamed teacher both come from one pass over its file, the student as what the plan leaves of it.
+    """
     dtype = teacher.compute
-    results: list[EvalResult] = []
-    for who, model, which in (("teacher", teacher.model, Plan()), ("student", student, plan)):
-        found = job.store.evaluation(teacher.fingerprint, which, "perplexity", tokens.hash, dtype)
-        if found is None:
-            found = EVALUATIONS["perplexity"](model, tokens, watch=job.watch, who=who)
-            job.store.add_evaluation(teacher.fingerprint, which, dtype, found, job.run)
-        results.append(found)
+    which = (Plan(), plan)
+    stored = [job.store.evaluation(teacher.fingerprint, p, "perplexity", tokens.hash, dtype) for p in which]
+    missing = [p for p, found in zip(which, stored, strict=True) if found is None]
+    if teacher.weights is not None:
+        fresh = streamed_perplexity(teacher, missing, tokens, job.recipe.memory_bytes)
+    else:
+        sides = {Plan(): ("teacher", teacher.model), plan: ("student", student)}
+        fresh = [EVALUATIONS["perplexity"](sides[p][1], tokens, watch=job.watch, who=sides[p][0]) for p in missing]
+    for p, found in zip(missing, fresh, strict=True):
+        job.store.add_evaluation(teacher.fingerprint, p, dtype, found, job.run)
+    results = [fresh.pop(0) if found is None else found for found in stored]
     change = paired_difference(results[0], results[1], job.recipe.seed)
     return {
         "teacher": math.exp(results[0].mean),
@@ -95,6 +103,14 @@ def perplexity(job: Job, teacher: Teacher, student: Any, plan: Plan, tokens: Tok
         "reliable": change.reliable,
         "note": change.note,
     }
+
+
+def streamed_perplexity(
+    teacher: Teacher, plans: Sequence[Plan], tokens: TokenSet, memory: int | None
+) -> list[EvalResult]:
+    """Perplexity of what each plan leaves of the teacher, by the measuring engine."""
+    losses = Probe(teacher, tokens, "nll", memory=memory).losses(plans)
+    return [EvalResult("perplexity", tokens.hash, loss.sums, loss.counts, tokens.clusters) for loss in losses]
 
 
 def exp(nats: float) -> float:
@@ -135,7 +151,7 @@ def measured_speed(job: Job, teacher: Teacher, student: Any, plan: Plan, aside: 
     if most is not None:  # a model of few positions gets a shorter prompt, and the report says how short
         new = min(protocol.new_tokens, most // 2)
         protocol = replace(protocol, new_tokens=new, prompt_tokens=min(protocol.prompt_tokens, most - new))
-    where = json.dumps(asdict(environment(str(teacher.model.device))), sort_keys=True)
+    where = json.dumps(asdict(environment(str(teacher.device))), sort_keys=True)
     dtype = teacher.compute
     shape = "stock" if job.recipe.stock else ""
     keys = [

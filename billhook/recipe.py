@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +32,19 @@ class Recipe(BaseModel):
     ] = None
     search: Annotated[str, Field(description="How to search: greedy or oneshot")] = "greedy"
     loss: Annotated[str, Field(description="What to keep low: kl, js or nll")] = "kl"
+    fast: Annotated[bool, Field(description="Race a round's candidates instead of proving which is best")] = False
+    shortlist: Annotated[
+        int, Field(description="With --fast: candidates a round, by the ranking of the rounds before", ge=2)
+    ] = 12
+    risk: Annotated[
+        float, Field(description="With --fast: risk of dropping the best candidate at one comparison", gt=0, lt=0.5)
+    ] = 0.05
+    audit: Annotated[bool, Field(description="With --fast: measure every round again in full, state the regret")] = (
+        False
+    )
+    memory: Annotated[
+        str | None, Field(description="Memory for weights and activations, such as 4GB; less streams the model")
+    ] = None
     protect: Annotated[str, Field(description="Sites that stay: attention.0,mlp.27-29, or blocks: 0-3")] = ""
     data: Annotated[
         str, Field(description="Calibration text: pydoc, a .txt, .jsonl or .parquet file, self, or a data set's name")
@@ -57,6 +71,11 @@ class Recipe(BaseModel):
             return None
         return str(Budget.parse(str(value)))
 
+    @field_validator("memory")
+    @classmethod
+    def _bytes(cls, value: str | None) -> str | None:
+        return value if value is None or read_bytes(value) else None
+
     @model_validator(mode="after")
     def _one_target(self) -> Recipe:
         if (self.remove is None) == (self.plan is None):
@@ -64,9 +83,23 @@ class Recipe(BaseModel):
             raise RecipeError(f"The recipe has {both}. Give one: --remove 25%sites, or --plan attention.7,mlp.16.")
         return self
 
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory budget in bytes, if there is one."""
+        return None if self.memory is None else read_bytes(self.memory)
+
     def to_yaml(self) -> str:
         """This recipe as YAML, without what is at its default."""
         return yaml.safe_dump(self.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
+
+
+def read_bytes(text: str) -> int:
+    """`4GB`, `500MB` or `2.5GiB` in bytes. Raises RecipeError with the allowed spellings."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG])(i?)B\s*", text)
+    if not match or float(match[1]) == 0:
+        raise RecipeError(f"--memory {text!r} is not an amount of memory. Write for example 4GB, 500MB or 2.5GiB.")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** {"M": 2, "G": 3}[match[2]])
 
 
 def recipe_from(values: dict[str, Any], where: str = "The recipe") -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from billhook.plan import Plan, Site
@@ -30,6 +30,20 @@ class Loss:
     def per_document(self) -> tuple[float, ...]:
         """Nats per token of each document."""
         return tuple(total / count for total, count in zip(self.sums, self.counts, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A metric's estimate for one site or block; higher = removal hurts more. `se`: standard error over documents."""
+
+    value: float
+    se: float | None = None
+
+    @staticmethod
+    def of(sums: Sequence[float], counts: Sequence[float]) -> Score:
+        """The mean per token from sums and token counts of documents."""
+        mean = math.fsum(sums) / math.fsum(counts)
+        return Score(mean, _ratio_se([s - mean * c for s, c in zip(sums, counts, strict=True)], math.fsum(counts)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +173,12 @@ def _gap(previous: Plan, plan: Plan, rounds: list[Round], cost: Cost) -> tuple[f
 
 def difference(a: Loss, b: Loss) -> tuple[float, float | None]:
     """Mean of a - b in nats per token, paired by document, and its standard error (None for one document)."""
-    total, n = sum(a.counts), len(a.counts)
+    total = sum(a.counts)
     gap = (math.fsum(a.sums) - math.fsum(b.sums)) / total
-    if n < 2:
-        return gap, None
-    # A ratio estimator: residuals of the per-document sums around the mean gap.
-    rest = [x - y - gap * c for x, y, c in zip(a.sums, b.sums, a.counts, strict=True)]
-    return gap, math.sqrt(n / (n - 1) * math.fsum(r * r for r in rest)) / total
+    return gap, _ratio_se([x - y - gap * c for x, y, c in zip(a.sums, b.sums, a.counts, strict=True)], total)
+
+
+def _ratio_se(residuals: Sequence[float], total: float) -> float | None:
+    """Standard error of a ratio of sums over documents, from the residuals around the mean; None for one document."""
+    n = len(residuals)
+    return math.sqrt(n / (n - 1) * math.fsum(r * r for r in residuals)) / total if n > 1 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 
 import numpy as np
@@ -95,3 +96,30 @@ def median_interval(values: tuple[float, ...] | Floats) -> tuple[float, float, f
         ways = ways * (n - k) // (k + 1)
     k = max(k, 0)
     return float(np.median(ordered)), float(ordered[k]), float(ordered[n - 1 - k])
+
+
+def student_quantile(p: float, degrees: int) -> float:
+    """The p-quantile of Student's t with so many degrees of freedom, 0.5 <= p < 1.
+
+    Source: the distribution function in closed form for whole degrees, Abramowitz and Stegun 1964, 26.7.3 and 26.7.4.
+    """
+    low, high = 0.0, 1.0
+    while _student(high, degrees) < p:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student(middle, degrees) < p else (low, middle)
+    return high
+
+
+def _student(t: float, degrees: int) -> float:
+    """P(T <= t) for t >= 0."""
+    angle = math.atan2(t, math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term = total = (cosine if odd else 1.0) if degrees > 1 else 0.0
+    for k in range(2 + odd, degrees, 2):
+        term *= cosine * cosine * (k - 1) / k
+        total += term
+    central = 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return 0.5 + central / 2

@@ -8,7 +8,7 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,7 +75,16 @@ def _first(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
-MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_first]
+def _pieces(db: sqlite3.Connection) -> None:
+    """Sums of document groups: what is known of plans that were dropped, or not finished."""
+    db.execute(
+        "CREATE TABLE pieces (model TEXT, tokens TEXT, loss TEXT, dtype TEXT, treatment TEXT, plan TEXT, quality TEXT, "
+        "documents TEXT, sums TEXT NOT NULL, run TEXT NOT NULL REFERENCES runs (id), "
+        "PRIMARY KEY (model, tokens, loss, dtype, treatment, plan, quality, documents)) WITHOUT ROWID"
+    )
+
+
+MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_first, _pieces]
 
 
 class Store:
@@ -193,6 +202,38 @@ class Store:
         )
         with self._write():
             self._db.execute(f"INSERT OR IGNORE INTO losses VALUES ({','.join('?' * 10)})", values)
+            self._db.execute(
+                "DELETE FROM pieces WHERE model = ? AND tokens = ? AND loss = ? AND dtype = ? AND treatment = ? "
+                "AND plan = ? AND quality = 'full'",
+                values[:6],
+            )
+
+    def pieces(self, of: Measured, plan: Plan) -> dict[str, dict[tuple[int, ...], tuple[float, ...]]]:
+        """Quality -> documents of a group -> nats of each, of a plan that may not be known in full."""
+        rows = self._db.execute(
+            "SELECT quality, documents, sums FROM pieces WHERE model = ? AND tokens = ? AND loss = ? AND dtype = ? "
+            "AND treatment = ? AND plan = ?",
+            (of.model, of.tokens, of.loss, of.dtype, of.treatment, plan.key()),
+        )
+        told: dict[str, dict[tuple[int, ...], tuple[float, ...]]] = {}
+        for quality, documents, sums in rows:
+            told.setdefault(quality, {})[tuple(json.loads(documents))] = tuple(json.loads(sums))
+        return told
+
+    def add_pieces(
+        self,
+        of: Measured,
+        quality: str,
+        found: Mapping[tuple[Plan, tuple[int, ...]], tuple[float, ...]],
+        run: str,
+    ) -> None:
+        """File nats of document groups, all at once. Lower bounds and estimates have a quality of their own."""
+        key = (of.model, of.tokens, of.loss, of.dtype, of.treatment)
+        rows = [
+            (*key, plan.key(), quality, _json(documents), _json(sums), run) for (plan, documents), sums in found.items()
+        ]
+        with self._write():
+            self._db.executemany(f"INSERT OR IGNORE INTO pieces VALUES ({','.join('?' * 10)})", rows)
 
     def count_losses(self, run: str | None = None) -> int:
         """How many losses are stored: in all, or those that one run measured itself."""

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from billhook import arch
 from billhook.loading import Teacher, stock_classes
 from billhook.modeling_billhook import number_caches, pruned_classes, strip
 from billhook.plan import Plan, Site
+from billhook.records import Event, Watch
+from billhook.stream import Weights
 
+COPY_BYTES = 5 * 10**8  # of a shard of a model that is never in memory as a whole
 # Lists in a config that hold one entry a block.
 PER_BLOCK_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "kv_sharing_modes")
 
@@ -105,3 +112,57 @@ def _zero(student: Any, path: str, kept: list[int], sites: list[Site], parts: di
             for module in getattr(blocks[kept.index(site.block)], name).modules():
                 for key, tensor in list(module.named_parameters(recurse=False)):
                     setattr(module, key, nn.Parameter(torch.zeros_like(tensor), requires_grad=False))
+
+
+# -- file to file ------------------------------------------------------------------------------------------------------
+
+
+def copy_shards(student: Any, teacher: Teacher, weights: Weights, folder: Path, watch: Watch) -> None:
+    """Copy what the student keeps from the source's shards, bit for bit, a small shard at a time."""
+    tail = re.escape(teacher.row.blocks.rsplit(".", 1)[-1])
+    kept = student.config.billhook["kept_blocks"]
+
+    def renumbered(name: str) -> str | None:
+        """The student's name for one of the teacher's; None where its block is gone."""
+        found = re.search(rf"(?:^|\.){tail}\.(\d+)\.", name)
+        if found is None:
+            return name
+        position = teacher.positions[int(found[1])]
+        return f"{name[: found.start(1)]}{kept.index(position)}{name[found.end(1) :]}" if position in kept else None
+
+    has = student.state_dict(keep_vars=True)
+    own = {id(p) for p in teacher.model.parameters()} | {id(b) for b in teacher.model.buffers()}
+    jobs: list[tuple[str, str, bool]] = []  # name in the source, new name, whether it holds zeros now
+    for name, targets in weights.targets().items():
+        new = renumbered(name)
+        there = [has[t] for t in map(renumbered, targets) if t in has]
+        if new is not None and there:
+            jobs.append((name, new, not any(id(tensor) in own for tensor in there)))
+    sizes = {new: weights.source_bytes(name) for name, new, _ in jobs}
+    shards = _packed(sizes, COPY_BYTES)
+    files: dict[str, str] = {}
+    by_new = {new: (name, zeroed) for name, new, zeroed in jobs}
+    for i, names in enumerate(shards, 1):
+        watch(Event("save", i, len(shards) + 2, "copying shards"))
+        tensors = {new: weights.source(by_new[new][0]) for new in names}
+        for new in names:
+            if by_new[new][1]:
+                tensors[new].zero_()
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _packed(sizes: dict[str, int], most: int) -> list[list[str]]:
+    """Names in order, in portions of at most `most` bytes unless one alone is larger."""
+    portions: list[list[str]] = []
+    held = most + 1
+    for name, size in sizes.items():
+        if held + size > most:
+            portions.append([])
+            held = 0
+        portions[-1].append(name)
+        held += size
+    return portions

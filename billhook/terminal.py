@@ -102,7 +102,8 @@ def show(value: dict[str, Any], kind: str) -> None:
     """Print a result of a command as tables."""
     console = Console(soft_wrap=False, markup=False)
     {"result": _result, "anatomy": _anatomy, "plan_of_work": _plan_of_work, "evaluation": _evaluation,
-     "speed": _speed, "runs": _runs, "run": _run, "methods": _methods}[kind](console, value)  # fmt: skip
+     "speed": _speed, "scores": _scores, "runs": _runs, "run": _run, "methods": _methods,
+     }[kind](console, value)  # fmt: skip
 
 
 def _table(*columns: str) -> Table:
@@ -136,6 +137,32 @@ def _anatomy(console: Console, value: dict[str, Any]) -> None:
     console.print(table)
     if value["already_removed"]:
         console.print(f"Removed before: {', '.join(value['already_removed'])}")
+
+
+def _scores(console: Console, value: dict[str, Any]) -> None:
+    """A line a block: its score and those of its sites, the least important marked."""
+    sites = {row["site"]: row for row in value["sites"]}
+    positions = sorted({int(name.split(".")[1]) for name in sites} | {row["block"] for row in value["blocks"]})
+    blocks = {row["block"]: row for row in value["blocks"]}
+    table = _table("block", "whole block", "attention", "mlp")
+    for position in positions:
+        rows = (blocks.get(position), sites.get(f"attention.{position}"), sites.get(f"mlp.{position}"))
+        table.add_row(str(position), *(_score(row) for row in rows))
+    data = value["data"]
+    console.print(f"{value['metric']} of {value['model']}, higher = removal hurts more (± one standard error)")
+    console.print(table)
+    least = sorted(value["sites"], key=lambda row: row["value"])[:5]
+    console.print(f"Least important sites: {', '.join(row['site'] for row in least)}")
+    read = f", {value['bytes_read'] / 1e9:.2f} GB read from disk" if value["streamed"] else ""
+    console.print(
+        f"{data['tokens']:,} tokens of {data['source']}, one pass in {value['seconds']:.1f} s{read}", style="dim"
+    )
+
+
+def _score(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "gone"
+    return f"{row['value']:.4f}" + (f" ± {row['se']:.4f}" if row["se"] is not None else "")
 
 
 def _plan_of_work(console: Console, value: dict[str, Any]) -> None:

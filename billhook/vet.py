@@ -194,6 +194,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def item_bytes(name: str) -> int:
+    """Bytes of one element of a dtype as safetensors writes it: 2 for BF16."""
+    bits = re.search(r"\d+", name)
+    return int(bits[0]) // 8 if bits else 1  # BOOL
+
+
 def fingerprint(folder: Path) -> str:
     """16 hex digits of a checkpoint: of its config and of every byte of its shards."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())

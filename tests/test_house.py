@@ -21,11 +21,12 @@ HOUSE = ROOT / "billhook"
 FILES = sorted(HOUSE.rglob("*.py"))
 FLOORS = (  # each floor imports from those above it, and each name from those before it on its own floor
     ("errors", "plan", "registry", "records", "stats"),
-    ("arch", "modeling_billhook", "vet", "loading", "data", "losses", "mask", "probe", "surgery", "width", "speed"),
+    ("arch", "modeling_billhook", "vet", "stream", "loading", "data", "losses", "mask", "probe", "surgery", "width",
+     "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),
-    ("recipe", "store", "execute", "proof", "compare", "report", "pipeline"),
+    ("recipe", "store", "execute", "audit", "proof", "compare", "report", "pipeline"),
     ("api", "terminal", "cli", "dashboard"),
-)
+)  # fmt: skip
 PLACE = {name: (floor, order) for floor, names in enumerate(FLOORS) for order, name in enumerate(names)}
 METHODS = 2  # the floor whose folders never import each other
 TORCHLESS = {*FLOORS[0], "search", "dashboard"}

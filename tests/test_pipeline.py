@@ -6,8 +6,10 @@ import json
 import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +119,23 @@ def test_progress_is_told_for_every_stage(result: dict[str, Any], events: list[E
     searched = [event for event in events if event.stage == "search"]
     assert searched[-1].done == searched[-1].total == 8 + 7 + 6
     assert [event.done for event in searched] == sorted(event.done for event in searched)
-    assert "2 of 3 sites gone, lowest kl" in [event.note for event in searched if event.done == 18][-1]
+    assert any("2 of 3 sites gone, lowest kl" in event.note for event in searched)
+
+
+def measured(store: Path, run: str) -> tuple[int, int]:
+    """How many losses, and how many pieces of others, a run has measured itself."""
+    with closing(sqlite3.connect(store)) as db:
+        return tuple(
+            db.execute(f"SELECT count(*) FROM {table} WHERE run = ?", (run,)).fetchone()[0]
+            for table in ("losses", "pieces")
+        )
 
 
 def test_a_second_run_measures_nothing(result: dict[str, Any], model: Path, text: Path, home: Path) -> None:
     again = billhook.prune(str(model), data=str(text), out=home / "again", store=home / "runs.db", **OPTIONS)
-    store = Store(home / "runs.db")
-    assert (store.count_losses(result["run"]), store.count_losses(again["run"])) == (21, 0)
+    first, second = (measured(home / "runs.db", run["run"]) for run in (result, again))
+    assert first[0] > 2 * 3, "the best two of three rounds, and what a bound did not rule out"
+    assert second == (0, 0)
     for key in ("plan", "steps", "perplexity", "speed"):
         assert again[key] == result[key]
 
@@ -159,7 +171,7 @@ else:
 
 
 def test_killed_at_any_moment_it_goes_on_and_measures_nothing_twice(
-    result: dict[str, Any], model: Path, text: Path, tmp_path: Path
+    result: dict[str, Any], model: Path, text: Path, home: Path, tmp_path: Path
 ) -> None:
     options = OPTIONS | {
         "model": str(model), "data": str(text), "store": str(tmp_path / "runs.db"), "out": str(tmp_path / "out")
@@ -176,7 +188,7 @@ def test_killed_at_any_moment_it_goes_on_and_measures_nothing_twice(
     assert not list(tmp_path.glob(".out.*"))
     store = Store(tmp_path / "runs.db")
     assert len(store.runs()) == 1
-    assert store.count_losses() == 21
+    assert measured(tmp_path / "runs.db", resumed["run"]) == measured(home / "runs.db", result["run"])
     assert store.runs()[0].state == "done"
     assert (resumed["plan"], resumed["steps"], resumed["perplexity"]) == (
         result["plan"], result["steps"], result["perplexity"]

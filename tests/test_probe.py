@@ -1,23 +1,32 @@
-"""The measuring engine gives what a plain forward pass gives, for every architecture, in every order of asking."""
+"""The measuring engine gives what a plain forward pass gives: every architecture, walk and order, streamed or not."""
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_checkpoints import hooked
 
 from billhook.data import Document, TokenSet, pick
 from billhook.errors import ModelError
+from billhook.export.checkpoint import save
 from billhook.loading import Teacher, load
 from billhook.losses import LOSSES
-from billhook.plan import Plan
-from billhook.probe import Probe
+from billhook.plan import Plan, Site
+from billhook.probe import Fast, NoMemo, Probe
+from billhook.probe.choose import Quality, Sums
+from billhook.probe.measure import Bench, waves
+from billhook.probe.table import Documents, Known
 from billhook.records import Loss
+from billhook.surgery import apply
 
 Folder = Callable[[str], Path]
 
@@ -55,64 +64,336 @@ def close(a: Loss, b: Loss) -> None:
     assert a.sums == pytest.approx(b.sums, rel=1e-4, abs=1e-6 * max(a.counts))
 
 
+PLANS = [
+    Plan.of(["attention.0", "mlp.2", *more])
+    for more in ([], ["mlp.3"], ["attention.1"], ["attention.2", "attention.3"], ["mlp.0"])
+]
+
+
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
 def test_losses_equal_the_plain_pass(variant: str, checkpoint: Folder) -> None:
+    """Both walks, in memory and streamed, several plans removed beforehand, every loss."""
     teacher, tokens = load(checkpoint(variant)), token_set()
-    base = ["attention.0", "mlp.2"]
-    plans = [
-        Plan.of(base + more) for more in ([], ["mlp.3"], ["attention.1"], ["attention.2", "attention.3"], ["mlp.0"])
-    ]
+    streamed = load(checkpoint(variant), memory=0)
+    assert streamed.weights is not None
     for loss in LOSSES:
-        for measured, plan in zip(Probe(teacher, tokens, loss).losses(plans), plans, strict=True):
-            close(measured, plain(teacher, tokens, plan, loss))
+        reference = [plain(teacher, tokens, plan, loss) for plan in PLANS]
+        for which in (teacher, streamed):
+            for walk in ("layers", "depth-first"):
+                for measured, expected in zip(
+                    Probe(which, tokens, loss, walk=walk).losses(PLANS), reference, strict=True
+                ):
+                    close(measured, expected)
 
 
-def test_the_order_of_asking_changes_nothing(checkpoint: Folder) -> None:
-    teacher, tokens, draw = load(checkpoint("llama")), token_set(), random.Random(3)
-    sites = [str(site) for site in teacher.anatomy.alive()]
-    plans = [Plan.of(draw.sample(sites, draw.randrange(4))) for _ in range(24)]
-    alone = {plan: next(Probe(teacher, tokens, "kl").losses([plan])) for plan in plans}
+@pytest.mark.parametrize("variant", ["llama", "phi", "falcon", "gpt_oss"])
+def test_a_model_that_was_pruned_before(variant: str, checkpoint: Folder, tmp_path: Path) -> None:
+    """Positions stay those of the unpruned model, in memory and streamed."""
+    dense, gone = load(checkpoint(variant)), Plan.of(["attention.0", "mlp.0", "attention.2"])
+    save(apply(dense, gone), None, gone, tmp_path / "once", teacher=dense)
+    plan = Plan.of(["mlp.1", "mlp.2"])
+    tokens = token_set()
+    expected = Probe(load(tmp_path / "once"), tokens, "nll").losses([plan])[0]
+    close(expected, plain(dense, tokens, Plan(gone.removed | plan.removed), "nll"))
+    close(Probe(load(tmp_path / "once", memory=0), tokens, "nll").losses([plan])[0], expected)
+
+
+@functools.cache
+def _reference(folder: Path, loss: str) -> Callable[[Plan], Loss]:
+    teacher = load(folder)
+    return functools.cache(lambda plan: plain(teacher, token_set(), plan, loss))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.parametrize("variant", ["llama", "phi", "falcon", "gemma2", "mixtral"])
+def test_random_batches_of_plans(variant: str, checkpoint: Folder, data: st.DataObject) -> None:
+    """Whatever is asked, in whatever batches, and however little may be kept from one to the next."""
+    teacher = load(checkpoint(variant))
+    sites = st.sets(st.sampled_from(teacher.anatomy.alive()), max_size=6).map(lambda s: Plan(frozenset(s)))
+    loss = data.draw(st.sampled_from(["kl", "js", "nll"]))
+    probe = Probe(teacher, token_set(), loss, walk=data.draw(st.sampled_from(["layers", "depth-first"])))
+    probe._bench._limit = data.draw(st.sampled_from([0, 20_000, 200_000, 10**9]))
+    for batch in data.draw(st.lists(st.lists(sites, min_size=1, max_size=6), min_size=1, max_size=4)):
+        for plan, measured in zip(batch, probe.losses(batch), strict=True):
+            close(measured, _reference(checkpoint(variant), loss)(plan))
+
+
+# -- how much is computed -------------------------------------------------------------------------------------------
+
+
+def histories(plans: Sequence[Plan], sites: Sequence[Site], parallel: bool) -> Counter[str]:
+    """By brute force: how many distinct histories of kept and removed sites every site is computed after."""
+    seen: set[tuple[Site, frozenset[Site]]] = set()
+    for plan in plans:
+        for site in sites:
+            if site not in plan.removed:
+                before = {s for s in plan.removed if s < site}
+                if parallel:  # both parts of a block read the same stream
+                    before = {s for s in before if s.block < site.block}
+                seen.add((site, frozenset(before)))
+    return Counter(site.part for site, _ in seen)
+
+
+@pytest.mark.parametrize("walk", ["layers", "depth-first"])
+@pytest.mark.parametrize("variant", ["llama", "phi", "gpt_neox", "qwen3_moe"])
+def test_every_distinct_prefix_is_computed_once(variant: str, walk: str, checkpoint: Folder) -> None:
+    teacher, draw = load(checkpoint(variant)), random.Random(variant + walk)
+    sites = teacher.anatomy.alive()
+    tokens = pick([Document(0, tuple(range(3, 35)))], 32, 32, [], "one row")
+    coalitions = [Plan(frozenset(draw.sample(sites, draw.randrange(7)))) for _ in range(20)]
+    for plans in ([Plan(), *(Plan(frozenset([site])) for site in sites)], coalitions):
+        counted: Counter[str] = Counter()
+        names = {"attention": teacher.row.attention, "mlp": teacher.row.mlp[-1]}
+        handles = [
+            getattr(teacher.block(s.block), names[s.part]).register_forward_hook(counter(counted, s.part))
+            for s in sites
+        ]
+        bench = Bench(teacher, tokens, "nll", walk=walk)
+        with torch.inference_mode():
+            list(bench.walk.run([(0, bench.mask(plan)) for plan in dict.fromkeys(plans)], walk == "layers"))
+        for handle in handles:
+            handle.remove()
+        assert counted == histories(plans, sites, bench.trunk.parallel)
+        assert bench.trunk.computed == counted.total() * 32
+
+
+def counter(counted: Counter[str], part: str) -> Callable[..., None]:
+    """A hook that counts the rows that go through a sublayer."""
+
+    def hook(module: object, args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        counted[part] += len(output[0] if isinstance(output, tuple) else output)
+
+    return hook
+
+
+@pytest.mark.parametrize("variant", ["llama", "phi"])
+def test_a_greedy_round_costs_half_of_all_sites_squared(variant: str, checkpoint: Folder) -> None:
+    """n(n+1)/2 sites with the dense path; blocks with parallel parts save one of the two in their own block."""
+    teacher = load(checkpoint(variant))
+    sites = teacher.anatomy.alive()
+    n = len(sites)
+    tokens = token_set()
+    bench = Bench(teacher, tokens, "kl")
+    jobs = [(g, bench.mask(plan)) for g in range(len(bench.groups)) for plan in
+            [Plan(), *(Plan(frozenset([site])) for site in sites)]]  # fmt: skip
+    with torch.inference_mode():
+        list(bench.walk.run(jobs, True))
+    rounds = bench.trunk.computed / sum(group.ids.numel() for group in bench.groups)
+    assert rounds == n * (n + 1) / 2 - (n / 2 if bench.trunk.parallel else 0)
+
+
+def test_a_branch_before_the_removed_site_resumes_after_it(checkpoint: Folder) -> None:
+    teacher = load(checkpoint("llama"))
+    sites, tokens = teacher.anatomy.alive(), token_set()
     probe = Probe(teacher, tokens, "kl")
-    for _ in range(3):  # several rounds, so that kept states are of another base each time
-        draw.shuffle(plans)
-        size = draw.randrange(2, 9)
-        for start in range(0, len(plans), size):
-            batch = plans[start : start + size]
-            for measured, plan in zip(probe.losses(batch), batch, strict=True):
-                assert measured == alone[plan]
-
-
-def test_what_does_not_fit_is_computed_again(checkpoint: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher, tokens = load(checkpoint("gemma2")), token_set()
-    plans = [Plan.of([name]) for name in ("attention.0", "mlp.1", "attention.3")]
-    roomy = list(Probe(teacher, tokens, "kl").losses(plans))
-    monkeypatch.setattr("billhook.probe.CACHE_BYTES", 0)
-    monkeypatch.setattr("billhook.probe.BATCH_LOGITS_BYTES", 1)
-    tight = Probe(teacher, tokens, "kl")
-    for a, b in zip(roomy, tight.losses(plans), strict=True):
-        close(a, b)
-    assert tight.kept_bytes() == 0
+    probe.losses([Plan(frozenset([site])) for site in sites])
+    before = probe.site_evaluations
+    again = [Plan(frozenset([Site(2, "mlp"), site])) for site in sites if site != Site(2, "mlp")]
+    found = probe.losses(again)
+    # Every branch has only blocks 2 and 3 to go at most: attention.2 and both of block 3, and none is walked from 0.
+    assert probe.site_evaluations - before <= 3 * len(again)
+    for plan, loss in zip(again, found, strict=True):
+        close(loss, plain(teacher, tokens, plan, "kl"))
 
 
 def test_removed_sublayers_are_not_computed(checkpoint: Folder) -> None:
     teacher, tokens = load(checkpoint("llama")), token_set()
     calls: list[str] = []
+    probe = Probe(teacher, tokens, "kl")
+    probe.losses([Plan()])
     for name, module in teacher.model.named_modules():
         if name.endswith(("self_attn", "mlp")):
             module.register_forward_hook(lambda m, a, o, name=name: calls.append(name))
-    probe = Probe(teacher, tokens, "kl")
-    list(probe.losses([Plan.of(["attention.1"])]))
-    calls.clear()
-    list(probe.losses([Plan.of(["attention.1", "mlp.2"])]))
+    probe.losses([Plan.of(["attention.1", "mlp.2"])])
     assert "model.layers.1.self_attn" not in calls
     assert "model.layers.2.mlp" not in calls
     assert "model.layers.2.self_attn" in calls
 
 
+# -- only the best --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def peaked(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    """A llama that uses a quarter of its words, in which some sites matter much less than others."""
+    model = tiny.build("llama", num_hidden_layers=6)
+    with torch.no_grad():
+        model.lm_head.weight[:16].mul_(5)
+        model.lm_head.weight[16:].mul_(0.02)
+        for i, block in enumerate(model.model.layers):
+            block.self_attn.o_proj.weight.mul_(0.006 * 2**i)
+            block.mlp.down_proj.weight.mul_(0.009 * 2**i)
+    model.save_pretrained(folder := tmp_path_factory.mktemp("peaked") / "m")
+    return load(folder)
+
+
+def documents(count: int, length: int = 24, seed: int = 0) -> TokenSet:
+    draw = random.Random(seed)
+    found = [Document(i, tuple(draw.choices(range(3, 64), k=length))) for i in range(count)]
+    return pick(found, count * length, length, [], "made up")
+
+
+@pytest.mark.parametrize("loss", ["kl", "js", "nll"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_best_are_those_of_a_full_search_and_the_others_bounds(loss: str, streamed: bool, peaked: Teacher) -> None:
+    teacher = load(peaked.folder, memory=0) if streamed else peaked
+    tokens = documents(12)
+    plans = [Plan(frozenset([site])) for site in teacher.anatomy.alive()]
+    full = Probe(peaked, tokens, loss).losses(plans)
+    probe = Probe(teacher, tokens, loss)
+    found = probe.losses(plans, best=2)
+    order = sorted(range(len(plans)), key=lambda i: full[i].mean)
+    for i in order[:2]:
+        assert not found[i].bound
+        close(found[i], full[i])
+    dropped = [i for i in order if found[i].bound]
+    assert dropped or loss == "nll" or streamed, "nothing was abandoned"
+    for i in dropped:
+        assert full[order[1]].mean * (1 - 1e-4) <= found[i].mean <= full[i].mean * (1 + 1e-5) + 1e-6
+    assert probe.tally == [Counter(full=len(plans) - len(dropped), bound=len(dropped))]
+
+
+def test_the_cheap_bound_of_kl_is_below_it_and_close(peaked: Teacher) -> None:
+    bench = Bench(peaked, documents(6), "kl")
+    sites = peaked.anatomy.alive()
+    jobs = [(g, bench.mask(Plan(frozenset([site])))) for g in range(len(bench.groups)) for site in sites]
+    with torch.inference_mode():
+        assert bench.bounds
+        assert bench._head._rows is not None
+        assert len(bench._head._rows) < bench._head.words / 2
+        full, cheap = bench.measure("full", jobs), bench.measure("cheap", jobs)
+    for job in jobs:
+        assert sum(cheap[job]) <= sum(full[job]) + 1e-5
+        assert sum(cheap[job]) >= 0.5 * sum(full[job])
+
+
+def test_racing_keeps_a_planted_winner_and_says_how_it_decided(peaked: Teacher) -> None:
+    model = tiny.build("llama", num_hidden_layers=6)
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight.mul_(1e-3)  # hardly missed
+    tokens = documents(32)
+    folder = peaked.folder.with_name("planted")
+    model.save_pretrained(folder)
+    teacher = load(folder)
+    probe = Probe(teacher, tokens, "kl", fast=Fast(shortlist=3, risk=0.05))
+    plans = [Plan(frozenset([site])) for site in teacher.anatomy.alive()]
+    found = probe.losses(plans, best=2)
+    best = min((loss.mean, i) for i, loss in enumerate(found) if not loss.bound)[1]
+    assert plans[best] == Plan.of(["mlp.3"])
+    assert probe.tally[0]["raced"] > 0
+    then = [Plan.of(["mlp.3"]).without(site) for site in teacher.anatomy.alive() if str(site) != "mlp.3"]
+    found = probe.losses(then, best=2)
+    assert probe.tally[1]["skipped"] == len(then) - 3, "the shortlist comes from the round before"
+    reference = Probe(teacher, tokens, "kl").losses(then)
+    for plan, loss, full in zip(then, found, reference, strict=True):
+        if not loss.bound:
+            close(loss, full)
+        assert plan.removed
+
+
+# -- killed and resumed ---------------------------------------------------------------------------------------------
+
+
+class Diary(NoMemo):
+    """Remembers pieces; dies at a chosen moment."""
+
+    def __init__(self, dies_after: int | None = None) -> None:
+        self.pieces: dict[tuple[Plan, Quality, Documents], Sums] = {}
+        self.written: Counter[tuple[Plan, Quality, Documents]] = Counter()
+        self.left = dies_after
+
+    def recall(self, plans: Sequence[Plan]) -> list[Known]:
+        told = []
+        for plan in plans:
+            own: dict[Quality, dict[Documents, Sums]] = {"full": {}, "cheap": {}}
+            for (which, quality, documents), sums in self.pieces.items():
+                if which == plan:
+                    own[quality][documents] = sums
+            told.append(Known(pieces=own))
+        return told
+
+    def keep(self, quality: Quality, found: Mapping[tuple[Plan, Documents], Sums]) -> None:
+        if self.left is not None:
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+        for (plan, documents), sums in found.items():
+            self.pieces[plan, quality, documents] = sums
+            self.written[plan, quality, documents] += 1
+
+
+@pytest.mark.parametrize("fast", [None, Fast(shortlist=4)])
+def test_what_was_measured_before_a_kill_is_not_measured_again(fast: Fast | None, peaked: Teacher) -> None:
+    tokens, sites = documents(16), peaked.anatomy.alive()
+
+    def search(diary: Diary) -> list[tuple[Plan, float]]:
+        probe, plan, path = Probe(peaked, tokens, "kl", fast=fast), Plan(), []
+        for _ in range(3):
+            plans = [plan.without(site) for site in sites if site not in plan.removed]
+            found = dict(probe.decide(plans, 2, diary))
+            plan = min((loss.mean, str(p), p) for p, loss in found.items() if not loss.bound)[2]
+            path.append((plan, found[plan].mean))
+        return path
+
+    whole = Diary()
+    expected = search(whole)
+    for moment in range(0, whole.written.total(), 7):
+        diary = Diary(moment)
+        try:
+            search(diary)
+        except KeyboardInterrupt:
+            diary.left = None
+            resumed = search(diary)
+        else:
+            break
+        assert [plan for plan, _ in resumed] == [plan for plan, _ in expected]
+        assert [loss for _, loss in resumed] == pytest.approx([loss for _, loss in expected], rel=1e-5)
+        assert max(diary.written.values()) == 1, "a piece was measured twice"
+        assert diary.pieces.keys() == whole.pieces.keys()
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_layout_follows_the_memory(checkpoint: Folder) -> None:
+    teacher, tokens = load(checkpoint("gemma2")), token_set()
+    plans = [Plan.of([name]) for name in ("attention.0", "mlp.1", "attention.3")]
+    roomy, tight = Probe(teacher, tokens, "kl"), Probe(teacher, tokens, "kl", memory=1)
+    for a, b in zip(roomy.losses(plans), tight.losses(plans), strict=True):
+        close(a, b)
+    assert (roomy.layout.walk, roomy.layout.every) == ("layers", 1)
+    assert (tight.layout.walk, tight.layout.every, tight.layout.kept) == ("depth-first", 0, 0)
+    assert "layer by layer" in str(roomy.layout)
+    assert "depth-first" in str(tight.layout)
+    assert "no streams kept" in str(tight.layout)
+
+
+def test_kept_streams_stay_within_their_bytes(checkpoint: Folder) -> None:
+    teacher = load(checkpoint("llama"))
+    bench = Bench(teacher, token_set(), "kl")
+    limit = bench.walk.streams.limit = 30_000
+    with torch.inference_mode():
+        for site in teacher.anatomy.alive():
+            list(bench.walk.run([(0, bench.mask(Plan(frozenset([site]))))], True))
+            assert bench.walk.streams.size <= limit
+            assert bench.walk.streams.size == sum(x.nbytes for x in bench.walk.streams._kept.values())
+
+
+def test_waves_hold_whole_groups() -> None:
+    jobs = [(g, mask) for g in range(4) for mask in range(3)]
+    told = list(waves(jobs, [10, 10, 40, 10], 60))
+    assert [job for wave in told for job in wave] == jobs
+    assert [sorted({g for g, _ in wave}) for wave in told] == [[0, 1], [2], [3]]
+
+
+# -- losses ---------------------------------------------------------------------------------------------------------
+
+
 def test_no_divergence_from_oneself_and_the_symmetry_of_js(checkpoint: Folder) -> None:
     teacher, tokens = load(checkpoint("qwen3")), token_set()
     for loss in ("kl", "js"):
-        assert abs(next(Probe(teacher, tokens, loss).losses([Plan()])).mean) < 1e-6
+        assert abs(Probe(teacher, tokens, loss).losses([Plan()])[0].mean) < 1e-6
     logits = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0)) * 3
     none = torch.zeros(50, dtype=torch.int64)
     forth, back = LOSSES["js"](logits[0], logits[1], none), LOSSES["js"](logits[1], logits[0], none)
@@ -127,6 +408,6 @@ def test_an_overflowing_block_is_named(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.fill_(3e38)
     model.save_pretrained(tmp_path / "m")
-    teacher = load(tmp_path / "m")
-    with pytest.raises(ModelError, match=r"NaN or infinite from block 2 on, in float32.*download it again"):
-        list(Probe(teacher, token_set(), "kl").losses([Plan()]))
+    for teacher in (load(tmp_path / "m"), load(tmp_path / "m", memory=0)):
+        with pytest.raises(ModelError, match=r"NaN or infinite from block 2 on, in float32.*download it again"):
+            Probe(teacher, token_set(), "kl").losses([Plan()])

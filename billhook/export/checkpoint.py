@@ -18,7 +18,9 @@ from billhook import arch, modeling_billhook, vet
 from billhook.errors import BillhookError, ModelError, ResourceError, UsageError
 from billhook.loading import Teacher, load
 from billhook.plan import Plan
+from billhook.probe import logits
 from billhook.records import Event, Watch, silent
+from billhook.surgery import copy_shards
 
 MANIFEST = "billhook.json"
 SHARD_BYTES = 4 * 10**9
@@ -65,7 +67,11 @@ def save(
     aside = aside_of(target, secrets.token_hex(3))
     try:
         write(student, tokenizer, plan, aside, teacher=teacher, watch=watch)
-        check_equal(student, aside, torch.arange(16)[None] % student.config.vocab_size, watch)
+        rows = torch.arange(16)[None] % student.config.vocab_size
+        if teacher.weights is not None:
+            check_streamed(teacher, plan, aside, rows, watch)
+        else:
+            check_equal(student, aside, rows, watch)
         appear(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -88,12 +94,15 @@ def write(
     the teacher's are copied from its files bit for bit, others are cast to the checkpoint's dtype. Returns the files.
     """
     folder.mkdir(parents=True)
-    state = _on_disk(student, teacher)
-    watch(Event("save", 1, 3, f"{len(state)} tensors"))
-    tied = list((student._tied_weights_keys or {}) if student.config.tie_word_embeddings else ())
-    save_torch_state_dict(
-        state, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"}, shared_tensors_to_discard=tied
-    )
+    if teacher.weights is not None:
+        copy_shards(student, teacher, teacher.weights, folder, watch)
+    else:
+        state = _on_disk(student, teacher)
+        watch(Event("save", 1, 3, f"{len(state)} tensors"))
+        tied = list((student._tied_weights_keys or {}) if student.config.tie_word_embeddings else ())
+        save_torch_state_dict(
+            state, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"}, shared_tensors_to_discard=tied
+        )
     _save_config(student, teacher, folder)
     if student.can_generate() and student.generation_config is not None:
         student.generation_config.save_pretrained(folder)
@@ -183,6 +192,22 @@ class _Source:
         return None
 
 
+def check_streamed(teacher: Teacher, plan: Plan, folder: Path, rows: torch.Tensor, watch: Watch = silent) -> None:
+    """`check_equal` for a teacher that is streamed: what the plan leaves of it against `folder`, streamed as well."""
+    watch(Event("save", 2, 3, "loading it back"))
+    again = load(folder, device=str(teacher.device), dtype=vet.dtype_name(teacher.model.dtype), memory=0)
+    _same(logits(teacher, plan, rows), logits(again, Plan(), rows))
+    watch(Event("save", 3, 3, "loads back equal"))
+
+
+def _same(mine: torch.Tensor, other: torch.Tensor) -> None:
+    if not torch.equal(mine, other):
+        gap = (mine - other).abs().max().item()
+        raise BillhookError(
+            f"The saved checkpoint does not load back equal (logits differ by {gap:g}); it was deleted."
+        )
+
+
 @torch.inference_mode()
 def check_equal(student: Any, folder: Path, rows: torch.Tensor, watch: Watch = silent) -> None:
     """Load `folder` back and compare logits on `rows` [rows, time] bit for bit.
@@ -193,10 +218,6 @@ def check_equal(student: Any, folder: Path, rows: torch.Tensor, watch: Watch = s
     again = load(folder, device=str(student.device), dtype=vet.dtype_name(student.dtype))
     rows = rows.to(student.device)
     mine, other = student(rows, use_cache=False).logits, again.model(rows, use_cache=False).logits
-    if not torch.equal(mine, other):
-        gap = (mine - other).abs().max().item()
-        raise BillhookError(
-            f"The saved checkpoint does not load back equal (logits differ by {gap:g}); it was deleted."
-        )
+    _same(mine, other)
     watch(Event("save", 3, 3, "loads back equal"))
     assert arch.base_type(again.model.config.model_type) == arch.base_type(student.config.model_type)

@@ -1,181 +1,205 @@
-"""The measuring engine: losses of plans over a token set.
+"""The measuring engine: losses of many plans at once, as cheaply as they can be had.
 
-One forward pass of the model's own code a plan, which starts at the first block where the plan differs from what the
-plans asked for together have in common: the outputs of the blocks before it are kept.
+Plans are walked as a prefix trie over the model's own blocks (`walk`, `trunk`), their losses come without logits of
+the whole set (`head`), and where only the best are wanted, plans are dropped as soon as that is certain (`choose`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 
-from billhook.arch import blocks_of
-from billhook.data import TokenSet
-from billhook.errors import ModelError
+from billhook.data import TokenSet, token_set
 from billhook.loading import Teacher
-from billhook.losses import COUNTS_TARGETS, LOSSES
-from billhook.mask import masked
-from billhook.plan import Plan
-from billhook.probe.replay import recorded, replayed
-from billhook.records import Loss
-from billhook.vet import dtype_name
+from billhook.losses import COUNTS_TARGETS, NEVER_NEGATIVE
+from billhook.plan import Plan, Site
+from billhook.probe import choose
+from billhook.probe.choose import Ballot, Choice, Quality, Sums
+from billhook.probe.measure import WAVE, Bench, Layout, waves
+from billhook.probe.table import Documents, Known, Table
+from billhook.records import Loss, Score
 
-BATCH_LOGITS_BYTES = 2**28  # logits of one batch, in float32
-CACHE_BYTES = 2**30  # teacher's logits kept across plans
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Some rows of a token set: `ids` [rows, time], `targets` [rows, time] (-100: none), and their row numbers."""
-
-    ids: torch.Tensor
-    targets: torch.Tensor
-    rows: tuple[int, ...]
-    lengths: tuple[int, ...]
+FADING = 0.8  # of what a round says about the next one, for moves that are not measured again
 
 
-def batches(tokens: TokenSet, vocabulary: int, device: torch.device) -> Iterator[Batch]:
-    """The rows of a token set, longest first, as many at a time as keep the logits within bounds."""
-    order = sorted(range(len(tokens.lengths)), key=lambda r: (-tokens.lengths[r], r))
-    start = 0
-    while start < len(order):
-        time = tokens.lengths[order[start]]
-        count = max(1, BATCH_LOGITS_BYTES // (4 * vocabulary * time))
-        rows = tuple(order[start : start + count])
-        lengths = tuple(tokens.lengths[r] for r in rows)
-        ids = tokens.rows[list(rows), :time].to(device)
-        targets = torch.full_like(ids, -100)
-        for i, n in enumerate(lengths):
-            targets[i, : n - 1] = ids[i, 1:n]
-        yield Batch(ids, targets, rows, lengths)
-        start += count
+class Memo(Protocol):
+    """What was measured before, and where to keep what is measured now."""
+
+    def recall(self, plans: Sequence[Plan]) -> list[Known]:
+        """All that is known of each plan."""
+
+    def keep(self, quality: Quality, found: Mapping[tuple[Plan, Documents], Sums]) -> None:
+        """File what was just measured: nats of each document of a group."""
 
 
-def by_document(
-    tokens: TokenSet, per_row: list[float], counts_targets: bool
-) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Sums and token counts of the documents, from the sums of the rows."""
-    sums, counts = [0.0] * len(tokens.clusters), [0] * len(tokens.clusters)
-    for document, value, length in zip(tokens.documents, per_row, tokens.lengths, strict=True):
-        sums[document] += value
-        counts[document] += length - int(counts_targets)
-    return tuple(sums), tuple(counts)
+class NoMemo:
+    """Remembers nothing."""
+
+    def recall(self, plans: Sequence[Plan]) -> list[Known]:
+        return [Known() for _ in plans]
+
+    def keep(self, quality: Quality, found: Mapping[tuple[Plan, Documents], Sums]) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Fast:
+    """Racing: `shortlist` plans a round, by the ranking of the rounds before; `risk` as in `choose.race`."""
+
+    shortlist: int = 12
+    risk: float = 0.05
 
 
 class Probe:
-    """Measures plans of one teacher on one token set under one loss. Keeps what helps the next plan, where it fits."""
+    """Measures plans of one teacher on one token set under one loss, and keeps what helps the next plans.
 
-    def __init__(self, teacher: Teacher, tokens: TokenSet, loss: str) -> None:
-        self.teacher, self.tokens, self.loss = teacher, tokens, loss
-        self._token_loss = LOSSES[loss]
-        model = teacher.model
-        self._blocks = blocks_of(model, teacher.row)
-        self._vocabulary = int(model.get_output_embeddings().weight.shape[0])
-        self._batches = list(batches(tokens, self._vocabulary, model.device))
-        self._fits = 4 * self._vocabulary * tokens.tokens <= CACHE_BYTES
-        self._references: dict[int, torch.Tensor] = {}  # by batch: the teacher's logits
-        state_bytes = model.get_input_embeddings().weight.shape[1] * model.dtype.itemsize
-        self._states_fit = len(self._blocks) * tokens.rows.numel() * state_bytes <= CACHE_BYTES
-        self._base: Plan | None = None
-        self._states: list[list[Any]] = []  # by batch, by block: the base plan's outputs
+    `memory`: bytes for weights and activations together (None: half of what the machine has free). `fast`: racing, for
+    asks that want only the best. `walk`: `layers` or `depth-first`, instead of choosing it by memory.
+    """
 
-    @torch.inference_mode()
-    def losses(self, plans: Sequence[Plan]) -> Iterator[Loss]:
-        """The loss of each plan, in full, in the order asked.
+    def __init__(
+        self,
+        teacher: Teacher,
+        tokens: TokenSet,
+        loss: str,
+        *,
+        memory: int | None = None,
+        fast: Fast | None = None,
+        walk: str | None = None,
+    ) -> None:
+        self.teacher, self.tokens, self.loss, self.fast, self.memory = teacher, tokens, loss, fast, memory
+        self._bench = Bench(teacher, tokens, loss, memory=memory, walk=walk)
+        self._hardness: list[float] = []  # of each group, by the best plan of the last round
+        self._rises: dict[int, tuple[float, int]] = {}  # by move: how much worse than the best, and in which round
+        self._round = 0
+        self.tally: list[Counter[str]] = []  # of each batch: how many plans were decided how
+
+    @property
+    def layout(self) -> Layout:
+        """How the last batch was arranged in memory."""
+        return self._bench.layout
+
+    @property
+    def site_evaluations(self) -> float:
+        """Sublayers computed so far, each over the whole token set counting as one."""
+        return self._bench.trunk.computed / sum(group.ids.numel() for group in self._bench.groups)
+
+    def losses(self, plans: Sequence[Plan], best: int | None = None) -> list[Loss]:
+        """The loss of each plan in the order asked; with `best=k` all but the k lowest may be bounds.
 
         Raises ModelError, naming the block, if activations are not finite.
         """
-        if len(plans) > 1 and self._states_fit:
-            self._rebase(Plan(frozenset.intersection(*(plan.removed for plan in plans))))
-        for plan in plans:
-            yield self._measure(plan)
+        found = dict(self.decide(plans, best))
+        return [found[plan] for plan in plans]
 
-    def kept_bytes(self) -> int:
-        """What stays in memory between plans besides the weights: teacher's logits and block outputs."""
-        model, tokens = self.teacher.model, self.tokens.tokens
-        width = int(model.get_input_embeddings().weight.shape[1])
-        logits = self._vocabulary * tokens if self._fits else 0
-        return int(model.dtype.itemsize) * (logits + (len(self._blocks) * tokens * width if self._states_fit else 0))
-
-    def _measure(self, plan: Plan) -> Loss:
-        per_row = [0.0] * len(self.tokens.lengths)
-        for index, batch in enumerate(self._batches):
-            reference = self._reference(index)
-            logits = self._forward(index, plan).logits
-            for i, (row, n) in enumerate(zip(batch.rows, batch.lengths, strict=True)):
-                values = self._token_loss(reference[i, :n], logits[i, :n], batch.targets[i, :n])
-                per_row[row] = float(values.double().sum())
-        result = Loss(self.loss, *by_document(self.tokens, per_row, self.loss in COUNTS_TARGETS))
-        if not result.mean < float("inf"):
-            raise ModelError(self._where_not_finite(plan))
-        return result
-
-    def _forward(self, index: int, plan: Plan) -> Any:
-        """One batch through the masked model, from the first block that the base plan does not already answer for."""
-        known = self._known(plan)
-        with masked(self.teacher, plan):
-            ids = self._batches[index].ids
-            if not known:
-                return self.teacher.model(input_ids=ids, use_cache=False)
-            with replayed(self._blocks, self._states[index][known - 1], known):
-                return self.teacher.model(input_ids=ids, use_cache=False)
-
-    def _known(self, plan: Plan) -> int:
-        """How many blocks do under `plan` what they did under the base plan."""
-        if self._base is None:
-            return 0
-        differ = {site.block for site in plan.removed ^ self._base.removed}
-        return next((i for i, p in enumerate(self.teacher.positions) if p in differ), len(self._blocks))
-
-    def _rebase(self, plan: Plan) -> None:
-        """Keep the outputs of every block under `plan`."""
-        if plan == self._base:
+    @torch.inference_mode()
+    def decide(
+        self,
+        plans: Sequence[Plan],
+        best: int | None = None,
+        memo: Memo = NoMemo(),  # noqa: B008 - it has no state
+        told: Callable[[int], None] = lambda done: None,
+    ) -> Iterator[tuple[Plan, Loss]]:
+        """(plan, loss) as soon as it is decided. `told` hears how many plans' worth of work is done."""
+        plans = list(dict.fromkeys(plans))
+        if not plans:
             return
-        known, states = self._known(plan), []
-        for index in range(len(self._batches)):
-            with recorded(self._blocks) as outputs:
-                self._forward(index, plan)
-            states.append(self._states[index][:known] + outputs[known:] if known else outputs)
-        self._base, self._states = plan, states
-
-    def _reference(self, index: int) -> torch.Tensor:
-        """The teacher's logits for one batch."""
-        if index in self._references:
-            return self._references[index]
-        logits: torch.Tensor = self.teacher.model(input_ids=self._batches[index].ids, use_cache=False).logits
-        if self._fits:
-            self._references[index] = logits
-        return logits
-
-    def _where_not_finite(self, plan: Plan) -> str:
-        """Which block first gives NaN or infinity."""
-        bad: list[int] = []
-
-        def look(position: int) -> Callable[..., None]:
-            def hook(module: object, args: object, output: object) -> None:
-                tensor = output[0] if isinstance(output, tuple) else output
-                if isinstance(tensor, torch.Tensor) and not bool(torch.isfinite(tensor).all()):
-                    bad.append(position)
-
-            return hook
-
-        handles = [self.teacher.block(p).register_forward_hook(look(p)) for p in self.teacher.positions]
+        bench, masks = self._bench, [self._bench.mask(plan) for plan in plans]
+        base = masks[0]
+        for mask in masks[1:]:
+            base &= mask
+        if len(plans) > 1:
+            bench.walk.streams.forget(base)
+        bench.layout = bench.arrange(len(plans))
+        table = Table([group.documents for group in bench.groups], memo.recall(plans))
+        choice = self._choice(masks, base, best)
+        done: set[int] = set()
         try:
-            for removed in (plan, Plan()):  # the student's own, or the teacher's that it is compared with
-                with masked(self.teacher, removed):
-                    for batch in self._batches:
-                        self.teacher.model(input_ids=batch.ids, use_cache=False)
-                if bad:
-                    break
-        finally:
-            for handle in handles:
-                handle.remove()
-        dtype = dtype_name(self.teacher.model.dtype)
-        where = f"block {min(bad)}" if bad else "the head"
-        without = f" with {removed} removed" if removed.removed else ""
-        broken = "the checkpoint itself is broken: download it again."
-        advice = f"Try --dtype float32; if it stays, {broken}" if dtype != "float32" else broken.capitalize()
-        return f"Activations are NaN or infinite from {where} on{without}, in {dtype}. {advice}"
+            want = next(choice)
+            while True:
+                missing = [(g, masks[p]) for p, g in want.pieces if table.known(want.quality, (p, g)) is None]
+                number = {mask: plan for plan, mask in enumerate(masks)}
+                for wave in waves(missing, [group.tokens for group in bench.groups], bench.layout.wave):
+                    found = bench.measure(want.quality, wave)
+                    table.add(want.quality, {(number[mask], g): sums for (g, mask), sums in found.items()})
+                    fresh = {(plans[number[m]], bench.groups[g].documents): sums for (g, m), sums in found.items()}
+                    memo.keep(want.quality, fresh)
+                    told(max(len(done), int(len(plans) * table.share())))
+                for plan in sorted(table.complete() - done):
+                    done.add(plan)
+                    yield plans[plan], self._loss(table.by_document("full", plan), bound=False)
+                want = choice.send({piece: table.sums(want.quality, piece) for piece in want.pieces})
+        except StopIteration as end:
+            verdicts: list[choose.Verdict] = end.value
+        self.tally.append(Counter("full" if p in done else verdict for p, verdict in enumerate(verdicts)))
+        self._learn(masks, base, table)
+        for plan in sorted(set(range(len(plans))) - done):
+            yield plans[plan], self._loss(table.by_document("cheap", plan), bound=True)
+
+    def _choice(self, masks: list[int], base: int, best: int | None) -> Choice:
+        groups = self._bench.groups
+        order = sorted(range(len(groups)), key=lambda g: (-self._hardness[g] if self._hardness else 0, g))
+        tokens = tuple(group.tokens for group in groups)
+        least = self.layout.wave if self.teacher.weights is not None else WAVE // 4
+        ballot = Ballot(len(masks), best or len(masks), tuple(order), tokens, least)
+        if ballot.best >= len(masks) or (self.fast is None and self.loss not in NEVER_NEGATIVE):
+            return choose.everything(ballot)
+        if self.fast is None:
+            return choose.exact(ballot, self._bench.bounds)
+        rises = [self._expected(mask & ~base) for mask in masks]
+        few = self.fast.shortlist + sum(rise == -1.0 for rise in rises)
+        shortlist = sorted(sorted(range(len(masks)), key=lambda p: (rises[p], p))[:few])
+        return choose.race(ballot, shortlist, self.fast.risk, self._bench.bounds and self.loss in NEVER_NEGATIVE)
+
+    def _expected(self, move: int) -> float:
+        """How much worse than the best a move is likely to be; -1, so that it comes first, if it was never measured.
+
+        What was not measured in the last rounds counts less and less, so that nothing is passed over for ever.
+        """
+        if move not in self._rises:
+            return -1.0
+        rise, when = self._rises[move]
+        return rise * FADING ** (self._round - when)
+
+    def _learn(self, masks: list[int], base: int, table: Table) -> None:
+        """What this batch says about the next one: which groups are hard, which moves promise most."""
+        complete = sorted(table.complete(), key=lambda p: (table.total(p), p))
+        if len(masks) < 2 or not complete:
+            return
+        leader = complete[0]
+        self._round += 1
+        self._hardness = [sum(table.sums("full", (leader, g))) for g in range(len(self._bench.groups))]
+        for plan, mask in enumerate(masks):
+            if (rise := table.rise(plan, leader)) is not None:
+                self._rises[mask & ~base] = max(0.0, rise), self._round
+
+    def _loss(self, sums: Mapping[int, float], bound: bool) -> Loss:
+        counts = [0] * len(self.tokens.clusters)
+        for document, length in zip(self.tokens.documents, self.tokens.lengths, strict=True):
+            counts[document] += length - int(self.loss in COUNTS_TARGETS)
+        return Loss(self.loss, tuple(sums.get(d, 0.0) for d in range(len(counts))), tuple(counts), bound)
+
+    @torch.inference_mode()
+    def mean_over_tokens(
+        self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> dict[Site | int, Score]:
+        """Mean over tokens of function(x, y), for every site and every block (by position), in one pass.
+
+        x, y: [tokens, width], float32, the residual stream before and after; function gives [tokens].
+        """
+        return self._bench.mean_over_tokens(function)
+
+
+@torch.inference_mode()
+def logits(teacher: Teacher, plan: Plan, rows: torch.Tensor) -> torch.Tensor:
+    """Logits [rows, time, vocabulary], float32, of what `plan` leaves of a teacher, on token ids [rows, time].
+
+    For few rows: of a streamed teacher every block is read once.
+    """
+    count = len(rows)
+    tokens = token_set([tuple(row) for row in rows.tolist()], [0] * count, [0], [""], "rows")
+    return Bench(teacher, tokens, "nll").logits(plan)

@@ -1,0 +1,63 @@
+"""How a search decided, and what its shortcuts cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from billhook.plan import Ask, Plan
+from billhook.probe import Probe
+from billhook.records import Loss, difference
+
+
+def conduct(probe: Probe, rounds: int, audit: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """What a report says of the search: mode, how the candidates of its rounds were decided, and the audit."""
+    tally = sum(probe.tally[:rounds], Counter())
+    decided = {kind: tally[kind] for kind in ("full", "bound", "raced", "skipped")}
+    mode = "exact" if probe.fast is None else "fast"
+    told = {"mode": mode, "decided": decided, "layout": str(probe.layout), "audit": audit}
+    return told | {"told": _in_words(told)}
+
+
+def _in_words(told: dict[str, Any]) -> str:
+    decided = told["decided"]
+    words = {
+        "full": "measured in full",
+        "bound": "dropped as soon as they were certain to lose",
+        "raced": "dropped as significantly worse",
+        "skipped": "not measured, by the ranking of the rounds before",
+    }
+    parts = [f"{decided[kind]:,} {text}" for kind, text in words.items() if decided[kind]]
+    sentence = f"{told['mode'].capitalize()} search, {sum(decided.values()):,} candidates: {', '.join(parts)}."
+    if told["audit"] is not None:
+        missed = [row for row in told["audit"] if row["regret"] > 0]
+        worst = max((row["regret"] for row in told["audit"]), default=0.0)
+        sentence += f" Audit: {len(missed)} of {len(told['audit'])} rounds missed the best candidate"
+        sentence += f", by at most {worst:.3g} nats per token." if missed else "."
+    return sentence
+
+
+def audited(rounds: Iterable[tuple[Ask, list[Loss]]], measure: Callable[[Ask], list[Loss]]) -> list[dict[str, Any]]:
+    """Every round of a search again, exactly: what it chose, what was best, and the regret in nats per token.
+
+    `regret`: loss of the chosen candidate minus that of the best one, with its standard error over documents.
+    """
+    told = []
+    for ask, losses in rounds:
+        if ask.best is None or len(ask.plans) <= ask.best:
+            continue
+        chosen = _lowest(ask.plans, losses)
+        again = measure(Ask(ask.plans, best=ask.best, tokens=ask.tokens))
+        best = _lowest(ask.plans, again)
+        known = dict(zip(ask.plans, losses, strict=True)) | {
+            plan: loss for plan, loss in zip(ask.plans, again, strict=True) if not loss.bound
+        }
+        regret, error = difference(known[chosen], known[best])
+        told.append({"chosen": chosen.names(), "best": best.names(), "regret": regret, "regret_se": error})
+    return told
+
+
+def _lowest(plans: tuple[Plan, ...], losses: list[Loss]) -> Plan:
+    return min((loss.mean, i, plan) for i, (plan, loss) in enumerate(zip(plans, losses, strict=True))
+               if not loss.bound)[2]  # fmt: skip

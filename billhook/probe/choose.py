@@ -1,0 +1,162 @@
+"""Which pieces of a batch of plans have to be measured. Pure: no torch; generators that want pieces and get their sums.
+
+A piece is one plan on one document group. Two qualities: `full`, the loss, and `cheap`, which costs less of the head
+(a lower bound of KL, or every few positions of other losses). What a generator returns says how each plan was decided.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from billhook.stats import student_quantile
+
+Quality = Literal["full", "cheap"]
+Verdict = Literal["full", "bound", "raced", "skipped"]
+Piece = tuple[int, int]  # plan, document group
+Sums = tuple[float, ...]  # nats of each document of the group
+Nats = dict[int, float]  # of each group, of one plan
+Choice = Generator["Want", dict[Piece, Sums], list[Verdict]]
+RELATIVE, ABSOLUTE = 1e-5, 1e-6  # rounding that a bound may exceed a loss by; the second in nats per token
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """Pieces to measure next, all at once."""
+
+    quality: Quality
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """What is to be decided. `order`: document groups, the most telling first; `tokens`: of each group by number.
+
+    `best`: how many of `plans` are wanted in full. `wave`: pieces of at least so many tokens are wanted at a time.
+    """
+
+    plans: int
+    best: int
+    order: tuple[int, ...]
+    tokens: tuple[int, ...]
+    wave: int
+
+
+def everything(ballot: Ballot) -> Choice:
+    """All plans in full."""
+    yield Want("full", [(plan, group) for group in ballot.order for plan in range(ballot.plans)])
+    return ["full"] * ballot.plans
+
+
+def exact(ballot: Ballot, bounds: bool) -> Choice:
+    """The `best` lowest plans in full; the others only as far as proves that they are not among them.
+
+    Losses are never negative, so that the sum over some groups, and over a lower bound, is a lower bound of the total:
+    a plan beyond the best-th lowest total is out. `bounds`: whether a cheap piece is a lower bound.
+    """
+    quality: Quality = "cheap" if bounds else "full"
+    known: list[Nats] = [{} for _ in range(ballot.plans)]
+    full: dict[int, Nats] = {}
+    alive = list(range(ballot.plans))
+    left, seen = list(ballot.order), []
+    while left and alive:
+        groups = _next_wave(left, len(alive), ballot)
+        told = yield Want(quality, [(p, g) for g in groups for p in alive])
+        for plan in alive:
+            known[plan] |= {g: math.fsum(told[plan, g]) for g in groups}
+        seen += groups
+        # The most promising are finished at once: their totals are what the others are held against.
+        ranked = sorted(alive, key=lambda p: (_total(known[p]), p))
+        for plan in ranked[: ballot.best]:
+            rivals = sorted(math.fsum(nats[g] for g in seen) for nats in full.values())
+            if len(rivals) < ballot.best or _total(known[plan]) < rivals[ballot.best - 1]:
+                yield from _finish([plan], ballot, full, known)
+        limit = _limit(full, ballot)
+        alive = [p for p in ranked if p not in full and _total(known[p]) <= limit]
+    yield from _finish(alive, ballot, full, known)
+    return ["full" if plan in full else "bound" for plan in range(ballot.plans)]
+
+
+def _total(nats: Nats) -> float:
+    return math.fsum(nats.values())
+
+
+def _finish(
+    plans: list[int], ballot: Ballot, full: dict[int, Nats], bounds: Sequence[Nats]
+) -> Generator[Want, dict[Piece, Sums], None]:
+    """Measure plans in full, in order, into `full`; only those that by their bounds may still be among the best.
+
+    In two halves where that costs nothing: what is known in full replaces its bound, and the total rises.
+    """
+    cut = len(ballot.order) if ballot.wave >= sum(ballot.tokens) * ballot.plans else len(ballot.order) // 2
+    for plan in plans:
+        nats = dict(bounds[plan])
+        for groups in (ballot.order[:cut], ballot.order[cut:]):
+            if _total(nats) > _limit(full, ballot):
+                break
+            told = yield Want("full", [(plan, g) for g in groups])
+            nats |= {g: math.fsum(told[plan, g]) for g in groups}
+        else:
+            full[plan] = nats
+
+
+def _limit(full: dict[int, Nats], ballot: Ballot) -> float:
+    """What a bound must exceed to be out: the best-th lowest total, and what rounding may add."""
+    lowest = sorted(map(_total, full.values()))
+    if len(lowest) < ballot.best:
+        return math.inf
+    return lowest[ballot.best - 1] * (1 + RELATIVE) + ABSOLUTE * sum(ballot.tokens)
+
+
+def _next_wave(left: list[int], alive: int, ballot: Ballot) -> list[int]:
+    """Take groups off `left`: as many as give `ballot.wave` tokens at once."""
+    groups: list[int] = []
+    while left and (not groups or alive * sum(ballot.tokens[g] for g in groups) < ballot.wave):
+        groups.append(left.pop(0))
+    return groups
+
+
+def race(ballot: Ballot, shortlist: Sequence[int], risk: float, bounds: bool) -> Choice:
+    """The likely best of a shortlist in full; the others are dropped as soon as they are significantly worse.
+
+    After 2, 4, 8 … groups each plan is compared with the one that leads, document by document: it goes if the mean
+    difference exceeds the (1 - risk) quantile of Student's t, times its standard error. `risk`: of dropping, at one
+    comparison, a plan that is as good as the leader. Source: racing of Maron and Moore 1994 (Hoeffding races), here
+    with paired differences.
+    """
+    verdicts: list[Verdict] = ["skipped"] * ballot.plans
+    alive = list(shortlist)
+    seen: dict[int, list[float]] = {plan: [] for plan in alive}
+    known: list[Nats] = [{} for _ in range(ballot.plans)]
+    taken = 0
+    while taken < len(ballot.order):
+        groups = ballot.order[taken : max(2, 2 * taken)]
+        taken += len(groups)
+        told = yield Want("cheap", [(p, g) for g in groups for p in alive])
+        for plan in alive:
+            seen[plan] += [x for g in groups for x in told[plan, g]]
+            known[plan] |= {g: math.fsum(told[plan, g]) for g in groups}
+        ranked = sorted(alive, key=lambda p: (math.fsum(seen[p]), p))
+        leader = seen[ranked[0]]
+        for plan in ranked[ballot.best :]:
+            if _worse([a - b for a, b in zip(seen[plan], leader, strict=True)], risk):
+                verdicts[plan] = "raced"
+        alive = [p for p in ranked if verdicts[p] != "raced"]
+        if len(alive) <= ballot.best:
+            break
+    full: dict[int, Nats] = {}
+    yield from _finish(alive, ballot, full, known if bounds else [{} for _ in known])
+    for plan in alive:
+        verdicts[plan] = "full" if plan in full else "bound"
+    return verdicts
+
+
+def _worse(differences: list[float], risk: float) -> bool:
+    n = len(differences)
+    if n < 2:
+        return False
+    error = statistics.stdev(differences) / math.sqrt(n)
+    return statistics.fmean(differences) > student_quantile(1 - risk, n - 1) * error

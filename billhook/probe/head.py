@@ -1,0 +1,269 @@
+"""From what the head reads to losses, without the logits of the whole set.
+
+For a linear head z = W h + b the divergence needs no logits of the teacher; u_t = Wᵀ softmax(z_p) is a row of floats:
+
+    KL_t = lse(z_q) - lse(z_p) - u_t · (h_q - h_p)
+
+and lse(z_q) is summed up over pieces of the vocabulary. Over the words S that hold nearly all of the teacher's
+probability it costs a fraction, and the rest of the vocabulary has, by Jensen's inequality, at least
+
+    Σ_{v not in S} exp(z_q,v) ≥ m_t · exp(lse(z_p) + ū_t · (h_q - h_p)),
+
+m_t = the teacher's probability outside S, ū_t its mean row of W there: a lower bound of KL for d floats a token more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+
+from billhook.loading import Teacher
+from billhook.losses import LOSSES
+
+VOCABULARY_AT_A_TIME = 8192
+TOKENS_AT_A_TIME = 1024
+LOGITS_BYTES = 2**26  # of one document's logits, where a loss needs them whole
+COVERED = 0.98  # of the teacher's probability, by the words that a bound looks at
+LEAST_OUTSIDE = 1e-3  # of the probability
+WORTH_BOUNDING = 0.5  # the largest share of the vocabulary for which a bound is cheaper than the loss
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What losses need to know of the teacher on one document group; all over its counted tokens, in float32."""
+
+    hidden: torch.Tensor  # [tokens, width], what its head read
+    targets: torch.Tensor  # [tokens], -100 where there is none
+    lse: torch.Tensor | None = None  # [tokens]
+    mean_row: torch.Tensor | None = None  # u: [tokens, width]
+    rest: torch.Tensor | None = None  # log of the probability outside the bound's words, plus lse: [tokens]
+    rest_row: torch.Tensor | None = None  # ū: [tokens, width]
+
+    def at(self, picked: slice) -> Reference:
+        """The reference of some of the tokens."""
+        parts = (self.hidden, self.targets, self.lse, self.mean_row, self.rest, self.rest_row)
+        return Reference(*(None if x is None else x[picked] for x in parts))  # type: ignore[arg-type]
+
+
+Batch = tuple[torch.Tensor, Reference]  # what the heads of some students read [plans, tokens, width], and the teacher
+
+
+class Head:
+    """The output embedding of one teacher and the losses that it knows a short way for."""
+
+    def __init__(self, teacher: Teacher, loss: str) -> None:
+        model, row = teacher.model, teacher.row
+        self._teacher, self.loss = teacher, loss
+        self._embedding = model.get_output_embeddings()
+        self.words, self.width = map(int, self._embedding.weight.shape)
+        bias = getattr(self._embedding, "bias", None)
+        self._bias = None if bias is None else bias.float()
+        self._scale = float(getattr(model.config, row.head_scale)) if row.head_scale else 1.0
+        self._cap: float | None = getattr(model.config, row.head_softcap, None) if row.head_softcap else None
+        self._picked: torch.Tensor | None = None  # words of the bound
+        self._rows: torch.Tensor | None = None  # their rows of W
+
+    @property
+    def bounds(self) -> bool:
+        """Whether `bound` is cheaper than `losses`."""
+        return self._rows is not None
+
+    # -- logits -----------------------------------------------------------------------------------------------------
+
+    def _pieces(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first word, rows of W in float32 [words, width]) over the vocabulary, in order."""
+        weights = self._teacher.weights
+        first = 0
+        streamed = weights is not None
+        whole = weights.head(VOCABULARY_AT_A_TIME) if weights else self._embedding.weight.split(VOCABULARY_AT_A_TIME)
+        for piece in whole:
+            yield first, piece.float() if streamed or piece.dtype != torch.float32 else piece
+            first += len(piece)
+
+    def _logits(self, hidden: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        z = F.linear(hidden, rows, bias)
+        z = z * self._scale if self._scale != 1.0 else z
+        return self._cap * torch.tanh(z / self._cap) if self._cap else z
+
+    def _bias_of(self, first: int, count: int) -> torch.Tensor | None:
+        return None if self._bias is None else self._bias[first : first + count]
+
+    def _lse(self, all_hidden: list[torch.Tensor]) -> list[torch.Tensor]:
+        """log Σ exp of the logits of each [tokens, width]: [tokens] each. Reads the head once."""
+        sizes = [len(hidden) for hidden in all_hidden]
+        if len(sizes) > 1 and sum(sizes) <= 4 * TOKENS_AT_A_TIME:  # small ones are faster together
+            return list(self._lse([torch.cat(all_hidden)])[0].split(sizes))
+        totals = [torch.full(hidden.shape[:1], -torch.inf, device=hidden.device) for hidden in all_hidden]
+        for first, rows in self._pieces():
+            bias = self._bias_of(first, len(rows))
+            for hidden, total in zip(all_hidden, totals, strict=True):
+                for h, out in zip(hidden.split(TOKENS_AT_A_TIME), total.split(TOKENS_AT_A_TIME), strict=True):
+                    torch.logaddexp(out, self._logits(h, rows, bias).logsumexp(-1), out=out)
+        return totals
+
+    # -- the teacher ------------------------------------------------------------------------------------------------
+
+    def references(self, hidden: list[torch.Tensor], targets: list[torch.Tensor]) -> list[Reference]:
+        """The teacher's side, from what its head read on each document group ([tokens, width]) and the targets."""
+        if self.loss not in ("kl", "js"):
+            return [Reference(h, t) for h, t in zip(hidden, targets, strict=True)]
+        if self.loss == "js" or self._cap is not None:
+            return [Reference(*each) for each in zip(hidden, targets, self._lse(hidden), strict=True)]
+        sizes = [len(h) for h in hidden]
+        everything = torch.cat(hidden)
+        lse = self._lse([everything])[0]
+        mean_row = torch.zeros_like(everything)
+        mass = torch.zeros(self.words, device=everything.device)
+        for first, rows in self._pieces():
+            bias = self._bias_of(first, len(rows))
+            for h, at, u in zip(*(x.split(TOKENS_AT_A_TIME) for x in (everything, lse, mean_row)), strict=True):
+                p = (self._logits(h, rows, bias) - at[:, None]).exp()
+                u += p @ rows
+                mass[first : first + len(rows)] += p.sum(0)
+        rest, rest_row = self._choose_words(everything, lse, mean_row, mass)
+        parts = [x.split(sizes) if x is not None else [None] * len(sizes) for x in (lse, mean_row, rest, rest_row)]
+        return [Reference(*each) for each in zip(hidden, targets, *parts, strict=True)]
+
+    def _choose_words(
+        self, hidden: torch.Tensor, lse: torch.Tensor, mean_row: torch.Tensor, mass: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Pick the words of the bound; log of what is outside and the mean row there, or nothing if it is not worth it.
+
+        `mass` [words]: the teacher's probability of every word, summed over the tokens.
+        """
+        order = mass.argsort(descending=True)
+        covered = mass[order].double().cumsum(0) / mass.double().sum()
+        count = int((covered < COVERED).sum()) + 1
+        if count > WORTH_BOUNDING * self.words:
+            return None, None
+        self._picked = order[:count].sort().values
+        weights = self._teacher.weights
+        rows = self._embedding.weight[self._picked] if weights is None else weights.head_rows(self._picked)
+        self._rows = rows.float()
+        bias = None if self._bias is None else self._bias[self._picked]
+        rest, rest_row = torch.empty_like(lse), torch.empty_like(mean_row)
+        for h, at, u, m, r in zip(*(x.split(TOKENS_AT_A_TIME) for x in (hidden, lse, mean_row, rest, rest_row)),
+                                  strict=True):  # fmt: skip
+            p = (self._logits(h, self._rows, bias) - at[:, None]).exp()
+            outside = (1 - p.sum(-1, dtype=torch.float64)).float()
+            some = outside > LEAST_OUTSIDE  # below, what is left of the differences is rounding: the bound does without
+            r[:] = torch.where(some[:, None], (u - p @ self._rows) / outside[:, None], 0.0)
+            m[:] = torch.where(some, outside.log() + at, -torch.inf)
+        return rest, rest_row
+
+    # -- students ---------------------------------------------------------------------------------------------------
+
+    def bound(self, hidden: torch.Tensor, reference: Reference) -> torch.Tensor:
+        """A lower bound of every token's KL, up to rounding: `hidden` [plans, tokens, width] -> [plans, tokens]."""
+        assert self._rows is not None
+        assert self._picked is not None
+        bias = None if self._bias is None else self._bias[self._picked]
+        flat = hidden.flatten(0, 1)
+        logits = [self._logits(h, self._rows, bias).logsumexp(-1) for h in flat.split(TOKENS_AT_A_TIME)]
+        inside = torch.cat(logits).view(hidden.shape[:2])
+        assert reference.lse is not None
+        assert reference.mean_row is not None
+        assert reference.rest is not None
+        assert reference.rest_row is not None
+        along, outside = self._moved(hidden, reference, reference.mean_row, reference.rest_row)
+        return torch.logaddexp(inside, reference.rest + outside) - reference.lse - along
+
+    def _moved(self, hidden: torch.Tensor, reference: Reference, *rows: torch.Tensor) -> list[torch.Tensor]:
+        """(h_q - h_p) times each of `rows` [tokens, width], scaled as the head scales: [plans, tokens] each."""
+        found = _dots(hidden - reference.hidden, *rows)
+        return found if self._scale == 1.0 else [x * self._scale for x in found]
+
+    def losses(self, batches: list[Batch]) -> list[torch.Tensor]:
+        """The loss of every token of each batch ([plans, tokens, width] and its reference): [plans, tokens]."""
+        if self.loss == "kl" and self._cap is not None:
+            return self._capped_kl(batches)
+        if self.loss not in ("kl", "js", "nll"):
+            return [self._plainly(hidden, reference) for hidden, reference in batches]
+        flat = self._lse([hidden.flatten(0, 1) for hidden, _ in batches])
+        lse = [x.view(hidden.shape[:2]) for x, (hidden, _) in zip(flat, batches, strict=True)]
+        if self.loss == "js":
+            return self._js(batches, lse)
+        one = self._kl if self.loss == "kl" else self._nll
+        return [one(hidden, reference, x) for (hidden, reference), x in zip(batches, lse, strict=True)]
+
+    def _kl(self, hidden: torch.Tensor, reference: Reference, lse: torch.Tensor) -> torch.Tensor:
+        assert reference.lse is not None
+        assert reference.mean_row is not None
+        return lse - reference.lse - self._moved(hidden, reference, reference.mean_row)[0]
+
+    def _nll(self, hidden: torch.Tensor, reference: Reference, lse: torch.Tensor) -> torch.Tensor:
+        ids = reference.targets.clamp(min=0)
+        weights = self._teacher.weights
+        rows = (self._embedding.weight[ids] if weights is None else weights.head_rows(ids)).float()
+        z = _dots(hidden, rows)[0]
+        z = (z if self._bias is None else z + self._bias[ids]) * self._scale
+        z = self._cap * torch.tanh(z / self._cap) if self._cap else z
+        return (lse - z).masked_fill(reference.targets < 0, 0.0)
+
+    def _both(self, batches: list[Batch]) -> Iterator[tuple[int, int, slice, torch.Tensor, torch.Tensor]]:
+        """Logits of teacher and student, piece by piece: (batch, plan, tokens, z_p, z_q), z: [tokens, words]."""
+        for first, rows in self._pieces():
+            bias = self._bias_of(first, len(rows))
+            for number, (hidden, reference) in enumerate(batches):
+                for start in range(0, hidden.shape[1], TOKENS_AT_A_TIME):
+                    at = slice(start, start + TOKENS_AT_A_TIME)
+                    teacher = self._logits(reference.hidden[at], rows, bias)
+                    for plan, student in enumerate(hidden[:, at]):
+                        yield number, plan, at, teacher, self._logits(student, rows, bias)
+
+    def _capped_kl(self, batches: list[Batch]) -> list[torch.Tensor]:
+        """KL through a head that is not linear: the same sums, over logits of both sides."""
+        lse = [torch.full(hidden.shape[:2], -torch.inf, device=hidden.device) for hidden, _ in batches]
+        along = [torch.zeros(hidden.shape[:2], device=hidden.device) for hidden, _ in batches]
+        for i, plan, at, teacher, student in self._both(batches):
+            reference = batches[i][1].lse
+            assert reference is not None
+            lse[i][plan, at] = torch.logaddexp(lse[i][plan, at], student.logsumexp(-1))
+            along[i][plan, at] += ((teacher - reference[at, None]).exp() * (student - teacher)).sum(-1)
+        for total, (_, known) in zip(lse, batches, strict=True):
+            assert known.lse is not None
+            total -= known.lse
+        return [x - y for x, y in zip(lse, along, strict=True)]
+
+    def _js(self, batches: list[Batch], lse: list[torch.Tensor]) -> list[torch.Tensor]:
+        values = [torch.zeros(hidden.shape[:2], device=hidden.device) for hidden, _ in batches]
+        half = torch.log(torch.tensor(2.0))
+        for i, plan, at, teacher, student in self._both(batches):
+            reference = batches[i][1].lse
+            assert reference is not None
+            p, q = teacher - reference[at, None], student - lse[i][plan, at, None]
+            middle = torch.logaddexp(p, q) - half
+            values[i][plan, at] += 0.5 * (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(-1)
+        return values
+
+    def _plainly(self, hidden: torch.Tensor, reference: Reference) -> torch.Tensor:
+        """Any registered loss, from logits of a few tokens at a time."""
+        token_loss = LOSSES[self.loss]
+        values = torch.empty(hidden.shape[:2], device=hidden.device)
+        few = max(1, min(TOKENS_AT_A_TIME, LOGITS_BYTES // (4 * self.words)))
+        for start in range(0, hidden.shape[1], few):
+            at = slice(start, start + few)
+            teacher, targets = self.logits(reference.hidden[at]), reference.targets[at]
+            together = max(1, TOKENS_AT_A_TIME // len(targets))
+            for students, out in zip(hidden.split(together), values.split(together), strict=True):
+                logits = self.logits(students[:, at].flatten(0, 1)).split(len(targets))
+                for i, student in enumerate(logits):
+                    out[i, at] = token_loss(teacher, student, targets)
+        return values
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[tokens, vocabulary], for few tokens."""
+        logits = torch.empty(len(hidden), self.words, device=hidden.device)
+        for first, rows in self._pieces():
+            logits[:, first : first + len(rows)] = self._logits(hidden, rows, self._bias_of(first, len(rows)))
+        return logits
+
+
+def _dots(hidden: torch.Tensor, *rows: torch.Tensor) -> list[torch.Tensor]:
+    """`hidden` [plans, tokens, width] times each of `rows` [tokens, width], token by token: [plans, tokens] each."""
+    together = torch.stack(rows, dim=-1)  # [tokens, width, kinds]
+    found = torch.bmm(hidden.transpose(0, 1), together)  # [tokens, plans, kinds]: reads `hidden` once
+    return [found[:, :, k].T for k in range(len(rows))]

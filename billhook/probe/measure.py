@@ -1,0 +1,262 @@
+"""Pieces measured: the walk over the blocks, the head, and how both are laid out in the memory that there is."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from billhook.data import TokenSet
+from billhook.errors import ModelError
+from billhook.loading import Teacher
+from billhook.plan import PARTS, Plan, Site
+from billhook.probe.choose import Quality, Sums
+from billhook.probe.groups import document_groups
+from billhook.probe.head import TOKENS_AT_A_TIME, VOCABULARY_AT_A_TIME, Head, Reference
+from billhook.probe.trunk import KEPT, NO_ATTENTION, NO_MLP, Trunk
+from billhook.probe.walk import Job, Walk
+from billhook.records import Score
+from billhook.vet import dtype_name
+
+CHUNK = {"cpu": 512, "cuda": 16384, "mps": 4096}  # tokens that go through a block at a time
+WAVE = 4096  # tokens times plans at a time where a model is in memory
+EVERY = 4  # of the positions, where a cheap piece takes some of them
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the work is arranged under a memory budget."""
+
+    walk: str  # "layers" or "depth-first"
+    streamed: bool
+    groups: int
+    every: int  # streams are kept after every so many blocks; 0: after none
+    limit: int  # bytes for kept streams
+    kept: int  # bytes of them that are expected
+    wave: int  # tokens times plans that are measured, and stored, at a time
+
+    def __str__(self) -> str:
+        weights = "blocks from disk, " if self.streamed else ""
+        often = "every block" if self.every == 1 else f"every {self.every} blocks"
+        kept = f"streams kept after {often}, at most {self.limit / 1e9:.1f} GB" if self.every else "no streams kept"
+        order = "layer by layer" if self.walk == "layers" else "depth-first"
+        return f"{weights}{order}, {self.groups} document groups, {kept}"
+
+
+class Bench:
+    """Measures jobs of one teacher on one token set under one loss.
+
+    `memory`: bytes for weights and activations together; None is half of what the machine has free. `walk` fixes the
+    order of the walk instead of choosing it by memory.
+    """
+
+    def __init__(
+        self, teacher: Teacher, tokens: TokenSet, loss: str, *, memory: int | None = None, walk: str | None = None
+    ) -> None:
+        self.teacher, self.loss = teacher, loss
+        self.groups = document_groups(tokens, teacher.device)
+        self.trunk = Trunk(teacher, CHUNK.get(teacher.device.type, 1024))
+        self._head = Head(teacher, loss)
+        self._fixed = walk
+        self._limit = self._room(memory)
+        self.walk = Walk(self.trunk, [group.ids for group in self.groups], self._limit)
+        self._references: list[Reference] = []
+        self._bits = {
+            Site(position, part): 1 << 2 * index + k
+            for index, position in enumerate(teacher.positions)
+            for k, part in enumerate(PARTS)
+        }
+        self.layout = self.arrange(1)
+
+    def mask(self, plan: Plan) -> int:
+        """A plan as the walk sees it."""
+        return sum(self._bits[site] for site in plan.removed)
+
+    # -- memory -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _token_bytes(self) -> int:
+        """Of one token's residual stream."""
+        return int(self.teacher.model.config.hidden_size) * int(self.teacher.model.dtype.itemsize)
+
+    def _room(self, memory: int | None) -> int:
+        """Bytes that are left for residual streams."""
+        device = self.teacher.device
+        if memory is None:
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+            return int(free) // 2
+        config = self.teacher.model.config
+        wide = max(int(getattr(config, "intermediate_size", None) or 0), 4 * int(config.hidden_size))
+        working = 4 * (self.trunk.chunk * 4 * wide + TOKENS_AT_A_TIME * VOCABULARY_AT_A_TIME)
+        tokens = sum(group.tokens for group in self.groups)
+        reference = 4 * tokens * (3 * int(config.hidden_size) + 2)
+        return max(0, memory - self.teacher.weight_bytes - working - reference)
+
+    def arrange(self, plans: int) -> Layout:
+        """Choose walk and checkpoints for a batch of so many plans."""
+        largest = max(group.ids.numel() for group in self.groups)
+        everything = sum(group.ids.numel() for group in self.groups)
+        live = 2 * (plans + 1) * largest * self._token_bytes  # before and after a block
+        if self.teacher.weights is not None:
+            live = max(live, min(self._limit // 2, 2 * (plans + 1) * everything * self._token_bytes))
+        walk = self._fixed or ("layers" if live <= self._limit // 2 else "depth-first")
+        if self.teacher.weights is not None and self._fixed is None:
+            walk = "layers"
+        left = max(0, self._limit - (live if walk == "layers" else 0))
+        depth = self.trunk.depth
+        wanted = (plans + 1) * depth * everything * self._token_bytes // 2  # a branch begins half way, on average
+        every = 0 if left < wanted / depth else -(-wanted // left) if left else 0
+        ends = frozenset({depth})
+        self.walk.checkpoints = ends | frozenset(range(every, depth, every)) if every else ends
+        self.walk.streams.limit = left
+        wave = WAVE if self.teacher.weights is None else max(1, self._limit // (4 * self._token_bytes))
+        kept = min(left, wanted // every) if every else 0
+        return Layout(walk, self.teacher.weights is not None, len(self.groups), every, left, kept, wave)
+
+    # -- measuring --------------------------------------------------------------------------------------------------
+
+    @property
+    def bounds(self) -> bool:
+        """Whether a cheap piece is a lower bound."""
+        self._refer()
+        return self._head.bounds
+
+    def measure(self, quality: Quality, jobs: Sequence[Job]) -> dict[Job, Sums]:
+        """Nats of every document of each job's group."""
+        self._refer()
+        found: dict[Job, Sums] = {}
+        waiting: dict[int, list[tuple[Job, torch.Tensor]]] = defaultdict(list)
+        for job, stream in self.walk.run(jobs, self.layout.walk == "layers"):
+            group = self.groups[job[0]]
+            waiting[job[0]].append((job, self.trunk.final(stream)[group.counted]))
+            if self.teacher.weights is None and len(waiting[job[0]]) * group.tokens >= TOKENS_AT_A_TIME:
+                found |= self._sums(quality, [waiting.pop(job[0])])
+        return found | self._sums(quality, list(waiting.values()))  # a streamed head is read once for all
+
+    def _sums(self, quality: Quality, waiting: list[list[tuple[Job, torch.Tensor]]]) -> dict[Job, Sums]:
+        """Nats by document, from what the heads read; each list is of one document group."""
+        numbers = [held[0][0][0] for held in waiting]
+        stacked = [torch.stack([h for _, h in held]) for held in waiting]
+        batches = [(hidden, self._references[g]) for hidden, g in zip(stacked, numbers, strict=True)]
+        of = [self.groups[g].of.cpu() for g in numbers]
+        share = [1.0] * len(waiting)
+        if quality == "cheap" and self._head.bounds:
+            values = [self._head.bound(hidden, reference) for hidden, reference in batches]
+        elif quality == "cheap":
+            picked = [slice(g % EVERY, None, EVERY) for g in numbers]
+            some = [(hidden[:, at], reference.at(at)) for (hidden, reference), at in zip(batches, picked, strict=True)]
+            share = [EVERY] * len(waiting)
+            of = [documents[at] for documents, at in zip(of, picked, strict=True)]
+            values = self._head.losses(some)
+        else:
+            values = self._head.losses(batches)
+        found: dict[Job, Sums] = {}
+        for held, g, documents, value, times in zip(waiting, numbers, of, values, share, strict=True):
+            sums = torch.zeros(len(held), len(self.groups[g].documents), dtype=torch.float64)
+            sums.index_add_(1, documents, value.double().cpu()).mul_(times)
+            for (job, _), row in zip(held, sums.tolist(), strict=True):
+                if not all(math.isfinite(x) for x in row):
+                    raise ModelError(self._where_not_finite(job))
+                found[job] = tuple(row)
+        return found
+
+    def _refer(self) -> None:
+        """The teacher's side, once."""
+        if self._references:
+            return
+        jobs = [(g, 0) for g in range(len(self.groups))]
+        final = {job[0]: self.trunk.final(stream) for job, stream in self.walk.run(jobs, layers=True)}
+        hidden = [final[g][group.counted] for g, group in enumerate(self.groups)]
+        for g, h in enumerate(hidden):
+            if not bool(torch.isfinite(h).all()):
+                raise ModelError(self._where_not_finite((g, 0)))
+        self._references = self._head.references(hidden, [group.targets for group in self.groups])
+
+    def _where_not_finite(self, job: Job) -> str:
+        """Which block first gives NaN or infinity."""
+        bad: list[int] = []
+
+        def look(depth: int, streams: Sequence[torch.Tensor]) -> None:
+            if not all(bool(torch.isfinite(stream).all()) for stream in streams):
+                bad.append(self.teacher.positions[depth])
+
+        walk = Walk(self.trunk, self.walk.ids, 0)
+        walk.look = look
+        list(walk.run([job], layers=True))
+        names = {bit: site for site, bit in self._bits.items()}
+        plan = Plan(frozenset(site for bit, site in names.items() if bit & job[1]))
+        dtype = dtype_name(self.teacher.model.dtype)
+        where = f"block {min(bad)}" if bad else "the head"
+        without = f" with {plan} removed" if plan.removed else ""
+        broken = "the checkpoint itself is broken: download it again."
+        advice = f"Try --dtype float32; if it stays, {broken}" if dtype != "float32" else broken.capitalize()
+        return f"Activations are NaN or infinite from {where} on{without}, in {dtype}. {advice}"
+
+    def logits(self, plan: Plan) -> torch.Tensor:
+        """Logits [rows, time, vocabulary] of all rows under a plan, in float32."""
+        ((_, stream),) = self.walk.run([(0, self.mask(plan))], layers=True)
+        hidden = self.trunk.final(stream)
+        return self._head.logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+
+    # -- statistics of one pass -------------------------------------------------------------------------------------
+
+    def mean_over_tokens(
+        self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> dict[Site | int, Score]:
+        """Mean over tokens of function(x, y), x and y [tokens, width] in float32 before and after a site or a block.
+
+        One pass over the model. Keys are sites, and block positions for whole blocks.
+        """
+        counts = torch.zeros(sum(len(g.documents) for g in self.groups), dtype=torch.float64)
+        sums: dict[Site | int, torch.Tensor] = defaultdict(lambda: torch.zeros_like(counts))
+        first = 0
+        starts = []
+        for group in self.groups:
+            starts.append(first)
+            counts.index_add_(0, first + group.of.cpu(), torch.ones(group.tokens, dtype=torch.float64))
+            first += len(group.documents)
+        streams = [self.trunk.enter(group.ids) for group in self.groups]
+        wanted = {KEPT, NO_MLP, NO_ATTENTION} if self.trunk.parallel else {KEPT, NO_MLP}
+        for index, block in enumerate(self.trunk.blocks(range(self.trunk.depth))):
+            done = self.trunk.step(index, block, [(x, wanted) for x in streams])
+            for g, (x, after) in enumerate(zip(streams, done, strict=True)):
+                group, position = self.groups[g], self.teacher.positions[index]
+                for unit, before, then in self._units(position, x, after):
+                    values = function(before[group.counted].float(), then[group.counted].float())
+                    sums[unit].index_add_(0, starts[g] + group.of.cpu(), values.double().cpu())
+            streams = [after[KEPT] for after in done]
+        return {unit: Score.of(total.tolist(), counts.tolist()) for unit, total in sums.items()}
+
+    def _units(
+        self, position: int, x: torch.Tensor, after: dict[int, torch.Tensor]
+    ) -> Iterable[tuple[Site | int, torch.Tensor, torch.Tensor]]:
+        """(site or block, stream before, stream after) of one block."""
+        alive = set(self.teacher.anatomy.alive())
+        units: list[tuple[Site | int, torch.Tensor, torch.Tensor]] = [
+            (Site(position, "attention"), x, after[NO_MLP]),
+            (Site(position, "mlp"), x, after[NO_ATTENTION])
+            if self.trunk.parallel
+            else (Site(position, "mlp"), after[NO_MLP], after[KEPT]),
+        ]
+        return [*(unit for unit in units if unit[0] in alive), (position, x, after[KEPT])]
+
+
+def waves(jobs: Sequence[Job], sizes: Sequence[int], most: int) -> Iterator[list[Job]]:
+    """Jobs in portions of whole document groups, each of at most `most` tokens unless one group is larger."""
+    by_group: dict[int, list[Job]] = defaultdict(list)
+    for job in jobs:
+        by_group[job[0]].append(job)
+    wave: list[Job] = []
+    held = 0
+    for group, of in by_group.items():
+        if wave and held + len(of) * sizes[group] > most:
+            yield wave
+            wave, held = [], 0
+        wave += of
+        held += len(of) * sizes[group]
+    if wave:
+        yield wave

@@ -1,0 +1,81 @@
+"""What is known of one batch of plans, piece by piece. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from billhook.probe.choose import Piece, Quality, Sums
+from billhook.records import Loss
+
+Documents = tuple[int, ...]  # of one group
+Pieces = Mapping[Quality, Mapping[Documents, Sums]]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What was known of a plan before: its loss, or sums of some document groups by quality."""
+
+    loss: Loss | None = None
+    pieces: Pieces = field(default_factory=dict)
+
+
+class Table:
+    """Sums of pieces by quality. `documents[g]`: the documents of group g; `recalled[p]`: what was known of plan p."""
+
+    def __init__(self, documents: Sequence[Documents], recalled: Sequence[Known]) -> None:
+        self._documents, self._plans = documents, len(recalled)
+        self._sums: dict[Quality, dict[Piece, Sums]] = {"full": {}, "cheap": {}}
+        for plan, known in enumerate(recalled):
+            for quality, by_group in known.pieces.items():
+                for group, members in enumerate(documents):
+                    if members in by_group:
+                        self._sums[quality][plan, group] = by_group[members]
+            if known.loss is not None:
+                for group, members in enumerate(documents):
+                    self._sums["full"][plan, group] = tuple(known.loss.sums[d] for d in members)
+
+    def known(self, quality: Quality, piece: Piece) -> Sums | None:
+        """A piece in the quality asked for; for a cheap one that is unknown, the full one does as well."""
+        found = self._sums[quality].get(piece)
+        return self._sums["full"].get(piece) if found is None else found
+
+    def sums(self, quality: Quality, piece: Piece) -> Sums:
+        """A piece that is known."""
+        found = self.known(quality, piece)
+        assert found is not None
+        return found
+
+    def add(self, quality: Quality, found: Mapping[Piece, Sums]) -> None:
+        self._sums[quality].update(found)
+
+    def complete(self) -> set[int]:
+        """Plans that are known in full."""
+        groups = range(len(self._documents))
+        return {p for p in range(self._plans) if all((p, g) in self._sums["full"] for g in groups)}
+
+    def share(self) -> float:
+        """Of all pieces, how many are known in either quality."""
+        return len(self._sums["full"].keys() | self._sums["cheap"].keys()) / (self._plans * len(self._documents))
+
+    def by_document(self, quality: Quality, plan: int) -> dict[int, float]:
+        """Nats by document of one plan, of the groups that are known."""
+        told: dict[int, float] = {}
+        for group, members in enumerate(self._documents):
+            sums = self.known(quality, (plan, group))
+            told |= dict(zip(members, sums, strict=True)) if sums is not None else {}
+        return told
+
+    def total(self, plan: int) -> float:
+        """Nats of a plan that is complete."""
+        return math.fsum(x for g in range(len(self._documents)) for x in self._sums["full"][plan, g])
+
+    def rise(self, plan: int, leader: int) -> float | None:
+        """How much a plan is above another, in nats per group, over the groups in which both are known alike."""
+        for quality in ("cheap", "full"):
+            sums = self._sums[quality]
+            both = [g for g in range(len(self._documents)) if (plan, g) in sums and (leader, g) in sums]
+            if both:
+                return math.fsum(math.fsum(sums[plan, g]) - math.fsum(sums[leader, g]) for g in both) / len(both)
+        return None
