@@ -334,7 +334,8 @@ def _removals(result: Result) -> str:
         for number, step in enumerate(result["steps"], 1)
     ]
     table = _table(("No.", "Site", "Parameters", "Loss", "Gap ± 95%"), lines)
-    return f"<details><summary>The removals in order, as a table</summary>{table}</details>"
+    told = f"<p>{_e(result['search']['told'])}</p>"
+    return f"{told}<details><summary>The removals in order, as a table</summary>{table}</details>"
 
 
 def _chart(kind: str, title: str, label: str, caption: str, numbers: Mapping[str, list[Any]]) -> str:

@@ -19,7 +19,7 @@ from billhook.plan import Plan, Site
 from billhook.records import Event, Watch
 from billhook.stream import Weights
 
-COPY_BYTES = 5 * 10**8  # of a shard of a model that is never in memory as a whole
+COPY_BYTES = 3 * 10**8  # of a shard of a model that is never in memory as a whole
 # Lists in a config that hold one entry a block.
 PER_BLOCK_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "kv_sharing_modes")
 

@@ -122,7 +122,7 @@ def _result(console: Console, value: dict[str, Any]) -> None:
     for row in report.rows(value):
         table.add_row(row.label, row.teacher, row.student, row.change)
     console.print(table)
-    for note in report.notes(value):
+    for note in (value["search"]["told"], *report.notes(value)):
         console.print(note, style="dim")
     console.print(f"Checkpoint and report: {value['out']} (open {value['out']}/report.html)")
 

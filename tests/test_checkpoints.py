@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import billhook
-from billhook.errors import ModelError
+from billhook.errors import BillhookError, ModelError
 from billhook.export.checkpoint import check_equal, save
 from billhook.loading import Teacher, load
 from billhook.mask import masked
@@ -293,3 +294,49 @@ def test_a_checkpoint_that_lost_a_tensor_does_not_load(checkpoint: Folder, tmp_p
     save_file(weights, tmp_path / "s" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"1 missing keys, such as model.layers.1.mlp.up_proj.weight"):
         load(tmp_path / "s")
+
+
+# -- larger than memory ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_a_streamed_model_is_cut_and_saved_as_one_in_memory(variant: str, checkpoint: Folder, tmp_path: Path) -> None:
+    """File to file, without the weights: the same tensors under the same names, and the same logits."""
+    resident, streamed = load(checkpoint(variant)), load(checkpoint(variant), memory=0)
+    for name, stock in (("mixed", False), ("whole_block", False), ("one", True)):
+        plan = Plan.of(PLANS[name].split(","))
+        folders = []
+        for teacher in (resident, streamed):
+            folders.append(tmp_path / f"{name}-{teacher is streamed}")
+            save(apply(teacher, plan, stock=stock), None, plan, folders[-1], teacher=teacher)
+        saved = [{k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+                 for folder in folders]  # fmt: skip
+        assert saved[0].keys() == saved[1].keys()
+        assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+        configs = [json.loads((folder / "config.json").read_text()) for folder in folders]
+        assert configs[0] == configs[1]
+        assert torch.equal(logits(load(folders[1]).model), logits(load(folders[0]).model))
+
+
+def test_a_streamed_checkpoint_that_does_not_load_back_equal_is_deleted(
+    checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed, plan = load(checkpoint("llama"), memory=0), Plan.of(["mlp.1"])
+    assert streamed.weights is not None
+    honest = streamed.weights.source
+    monkeypatch.setattr(streamed.weights, "source", lambda name: honest(name) + ("layers.2.mlp" in name) * 1e-3)
+    with pytest.raises(BillhookError, match="does not load back equal"):
+        save(apply(streamed, plan), None, plan, tmp_path / "out", teacher=streamed)
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_of_a_streamed_model_are_small(
+    checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("billhook.surgery.COPY_BYTES", 20_000)
+    streamed, plan = load(checkpoint("mixtral"), memory=0), Plan.of(["mlp.1"])
+    files = save(apply(streamed, plan), None, plan, tmp_path / "out", teacher=streamed)
+    shards = [file for file in files if file.suffix == ".safetensors"]
+    assert len(shards) > 4
+    assert shards[-1].name == f"model-{len(shards):05d}-of-{len(shards):05d}.safetensors"
+    check_equal(apply(load(checkpoint("mixtral")), plan), tmp_path / "out", ROWS)

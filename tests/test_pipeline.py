@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 import billhook
 from billhook.data import Wanted, token_sets
+from billhook.errors import UsageError
 from billhook.mask import masked
 from billhook.plan import Plan
 from billhook.records import Event, Watch
@@ -150,6 +152,67 @@ def test_blocks_make_a_stock_checkpoint(model: Path, text: Path, home: Path) -> 
     assert len(config["billhook"]["kept_blocks"]) == 3
     assert len(result["steps"]) == 1
     assert len(result["steps"][0]["sites"]) == 2
+
+
+# -- larger than memory ---------------------------------------------------------------------------------------------
+
+
+def test_a_model_larger_than_its_memory_ends_as_the_same_checkpoint(
+    result: dict[str, Any], model: Path, text: Path, home: Path, tmp_path: Path
+) -> None:
+    options = OPTIONS | {"data": str(text), "memory": "0.1MB", "store": tmp_path / "runs.db", "out": tmp_path / "out"}
+    told = billhook.prune(str(model), **options)
+    assert told["plan"] == result["plan"]
+    assert [step["loss"] for step in told["steps"]] == pytest.approx([step["loss"] for step in result["steps"]], 1e-4)
+    assert told["perplexity"]["ratio"] == pytest.approx(result["perplexity"]["ratio"], rel=1e-5)
+    assert (told["speed"], told["answers"]) == (None, [])
+    assert "read block by block" in told["note"]
+    assert "blocks from disk" in told["search"]["layout"]
+    mine, other = ({k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+                   for folder in (tmp_path / "out", Path(result["out"])))  # fmt: skip
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+    assert "was not timed" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_streamed_model_is_evaluated_and_refuses_what_needs_it_whole(model: Path, text: Path) -> None:
+    options = {"data": str(text), "eval_tokens": 600, "eval_length": 32}
+    whole, streamed = (billhook.evaluate_model(str(model), **options, **more) for more in ({}, {"memory": "0.1MB"}))
+    assert streamed["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-5)
+    assert streamed["ci95"] == pytest.approx(whole["ci95"], rel=1e-5)
+    with pytest.raises(UsageError, match="--data self lets the model write"):
+        billhook.score(str(model), data="self", length=24, memory="0.1MB")
+
+
+# -- racing ---------------------------------------------------------------------------------------------------------
+
+
+def test_racing_says_what_it_did_and_an_audit_what_that_cost(model: Path, text: Path, tmp_path: Path) -> None:
+    options = OPTIONS | {"data": str(text), "fast": True, "shortlist": 3, "audit": True}
+    told = billhook.prune(str(model), out=tmp_path / "out", store=tmp_path / "runs.db", **options)["search"]
+    assert told["mode"] == "fast"
+    assert sum(told["decided"].values()) == 8 + 7 + 6
+    assert told["decided"]["skipped"] == 4 + 3
+    assert len(told["audit"]) == 3
+    for row in told["audit"]:
+        assert row["regret"] >= 0
+        assert (row["regret"] == 0) == (row["chosen"] == row["best"])
+    assert "Fast search, 21 candidates" in told["told"]
+    assert "Audit: " in told["told"]
+    assert told["told"] in html.unescape((tmp_path / "out" / "report.html").read_text())
+
+
+def test_estimates_are_never_filed_as_losses(model: Path, text: Path, tmp_path: Path) -> None:
+    """An exact search over the store of a racing one ends as one over a store of its own."""
+    options = OPTIONS | {"data": str(text)}
+    billhook.prune(str(model), out=tmp_path / "a", store=tmp_path / "one.db", fast=True, **options)
+    over, own = (
+        billhook.prune(str(model), out=tmp_path / name, store=tmp_path / store, **options)
+        for name, store in (("b", "one.db"), ("c", "two.db"))
+    )
+    assert over["plan"] == own["plan"]
+    assert [s["loss"] for s in over["steps"]] == pytest.approx([s["loss"] for s in own["steps"]], rel=1e-5)
+    assert [s["gap"] for s in over["steps"]] == pytest.approx([s["gap"] for s in own["steps"]], rel=1e-3)
 
 
 # -- interrupted and resumed ----------------------------------------------------------------------------------------

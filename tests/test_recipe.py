@@ -186,3 +186,13 @@ def test_a_plan_is_of_sites_that_are_left() -> None:
     left = Anatomy("llama", BLOCKS, tuple(s for s in SITES if s.site != Site(2, "mlp")), ANATOMY.rest)
     with pytest.raises(PlanError, match=r"mlp\.2 is already gone from this model\. `billhook inspect`"):
         read_plan("mlp.2", left, MINE)
+
+
+def test_memory_is_an_amount_with_a_unit() -> None:
+    spelled = {"4GB": 4 * 10**9, "500MB": 5 * 10**8, "2.5GiB": 5 * 2**29, "1MiB": 2**20}
+    for text, count in spelled.items():
+        assert recipe_from({"remove": "1sites", "memory": text}).memory_bytes == count
+    assert recipe_from({"remove": "1sites"}).memory_bytes is None
+    for wrong in ("4", "4 gigs", "0GB", "-1GB", "lots"):
+        with pytest.raises(RecipeError, match="Write for example 4GB"):
+            recipe_from({"remove": "1sites", "memory": wrong})

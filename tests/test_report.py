@@ -56,6 +56,7 @@ def a_result(seed: int = 0, blocks: int = 30, removals: int = 15, *, gone: tuple
     return {
         "billhook": "0.1.0", "run": "r3fa9c1", "created": "2026-11-22T07:00:00+00:00", "kind": "billhook-llama",
         "note": "", "out": "build/demo", "loss": "kl", "steps": steps,
+        "search": {"mode": "exact", "decided": {}, "layout": "", "audit": None, "told": "Exact: <b>."},
         "model": {"name": "demo", "type": "llama", "fingerprint": "0123456789abcdef", "blocks": blocks},
         "recipe": {"model": "demo", "remove": "25%sites", "data": "pydoc", "eval_data": None, "tokens": 512,
                    "seed": seed, "loss": "kl", "search": "greedy", "protect": "", "plan": None, "stock": False},

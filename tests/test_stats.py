@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from billhook.records import EvalResult
-from billhook.stats import FEW_CLUSTERS, bca, mean_interval, median_interval, paired_difference
+from billhook.stats import FEW_CLUSTERS, bca, mean_interval, median_interval, paired_difference, student_quantile
 
 
 def results(texts: int, seed: int, per_text: int = 3, shuffle: bool = True) -> tuple[EvalResult, EvalResult]:
@@ -218,3 +218,23 @@ def test_the_interval_of_the_median_covers_it_in_simulation() -> None:
     found = [median_interval(rng.exponential(1, 15)) for _ in range(2_000)]
     covered = np.mean([low <= math.log(2) <= high for _, low, high in found])
     assert 0.945 <= covered <= 0.98  # 96.5% for 15 values
+
+
+# -- Student's t ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.5, 0.6, 0.9, 0.975, 0.999])
+def test_quantiles_of_student_in_closed_form(p: float) -> None:
+    """One and two degrees by their formulas, many by the normal distribution."""
+    assert student_quantile(p, 1) == pytest.approx(math.tan(math.pi * (p - 0.5)), abs=1e-9)
+    a = 2 * p - 1
+    assert student_quantile(p, 2) == pytest.approx(a * math.sqrt(2 / (1 - a * a)), abs=1e-9)
+    assert student_quantile(p, 100_000) == pytest.approx(NormalDist().inv_cdf(p), abs=1e-3)
+
+
+@pytest.mark.parametrize("degrees", [3, 4, 7, 12, 31])
+def test_quantiles_of_student_by_summing_the_density(degrees: int) -> None:
+    constant = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(degrees * math.pi)
+    x = np.linspace(0, student_quantile(0.95, degrees), 200_001)
+    density = constant * (1 + x * x / degrees) ** (-(degrees + 1) / 2)
+    assert 0.5 + np.trapezoid(density, x) == pytest.approx(0.95, abs=1e-8)

@@ -1,0 +1,130 @@
+"""Which pieces are measured: exact search finds the best two and proves it; racing keeps clear winners."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from billhook.probe.choose import Ballot, Choice, Piece, Sums, Verdict, everything, exact, race
+
+Table = list[list[list[float]]]  # [plan][group][document]
+
+
+def run(choice: Choice, full: Table, share: float = 1.0) -> tuple[list[Verdict], list[tuple[str, Piece]]]:
+    """Answer a choice from a table; cheap pieces are `share` of the full ones. Gives verdicts and what was asked."""
+    asked: list[tuple[str, Piece]] = []
+    try:
+        want = next(choice)
+        while True:
+            asked += [(want.quality, piece) for piece in want.pieces]
+            factor = share if want.quality == "cheap" else 1.0
+            told: dict[Piece, Sums] = {(p, g): tuple(factor * x for x in full[p][g]) for p, g in want.pieces}
+            want = choice.send(told)
+    except StopIteration as end:
+        return end.value, asked
+
+
+def ballot(full: Table, best: int = 2, wave: int = 1) -> Ballot:
+    groups = len(full[0])
+    return Ballot(len(full), best, tuple(reversed(range(groups))), tuple(10 for _ in range(groups)), wave)
+
+
+def table(draw: random.Random, plans: int, groups: int, documents: int = 1) -> Table:
+    scales = [draw.lognormvariate(0, 1) for _ in range(plans)]
+    return [[[scale * draw.gammavariate(4, 0.25) for _ in range(documents)] for _ in range(groups)] for scale in scales]
+
+
+def total(plan: list[list[float]]) -> float:
+    return math.fsum(x for group in plan for x in group)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(0, 10**9), st.integers(1, 9), st.integers(1, 6), st.integers(1, 3), st.integers(1, 300),
+       st.sampled_from([None, 0.3, 0.97, 1.0]))  # fmt: skip
+def test_exact_gives_the_best_in_full_whatever_the_bound(
+    seed: int, plans: int, groups: int, best: int, wave: int, share: float | None
+) -> None:
+    full = table(random.Random(seed), plans, groups)
+    verdicts, asked = run(exact(ballot(full, best, wave), bounds=share is not None), full, share or 1.0)
+    order = sorted(range(plans), key=lambda p: total(full[p]))
+    assert all(verdicts[p] == "full" for p in order[:best])
+    measured = {piece for quality, piece in asked if quality == "full"}
+    for plan, verdict in enumerate(verdicts):
+        if verdict == "full":
+            assert {(plan, g) for g in range(groups)} <= measured
+        else:
+            # What was seen of it, and nothing else, already exceeds the loss of the last that was wanted.
+            seen = {}
+            for quality, (p, g) in asked:
+                if p == plan:
+                    value = math.fsum(full[p][g])
+                    seen[g] = max(seen.get(g, 0.0), value if quality == "full" else value * (share or 1.0))
+            assert math.fsum(seen.values()) > total(full[order[best - 1]])
+
+
+def test_exact_measures_less_than_everything_and_asks_nothing_twice() -> None:
+    full = table(random.Random(1), 40, 16)
+    _, asked = run(exact(ballot(full), bounds=True), full, 0.97)
+    assert len(asked) == len(set(asked))
+    assert sum(quality == "cheap" for quality, _ in asked) < 0.6 * 40 * 16
+    assert sum(quality == "full" for quality, _ in asked) < 0.3 * 40 * 16
+    verdicts, asked = run(everything(ballot(full)), full)
+    assert verdicts == ["full"] * 40
+    assert len(asked) == 40 * 16
+
+
+def test_exact_takes_the_groups_in_the_order_given() -> None:
+    full = table(random.Random(2), 3, 5)
+    _, asked = run(exact(ballot(full), bounds=True), full)
+    groups = [g for quality, (_, g) in asked if quality == "cheap"]
+    assert groups == sorted(groups, reverse=True)
+
+
+def noisy(draw: random.Random, plans: int, groups: int, gap: float) -> Table:
+    """Documents that differ much, plans that differ by `gap` and a little noise: what pairing is for."""
+    hard = [[draw.lognormvariate(0, 1) for _ in range(2)] for _ in range(groups)]
+    return [[[h + gap * p + draw.gauss(0, 0.02) for h in documents] for documents in hard] for p in range(plans)]
+
+
+def test_racing_drops_what_is_clearly_worse_early() -> None:
+    full = noisy(random.Random(3), 10, 16, 0.5)
+    verdicts, asked = run(race(ballot(full), range(10), 0.05, bounds=True), full)
+    assert verdicts == ["full", "full", *["raced"] * 8]
+    cheap = [piece for quality, piece in asked if quality == "cheap"]
+    assert len(cheap) < 10 * 6, "after two groups, that is four documents, hardly any is left"
+
+
+def test_racing_looks_at_the_shortlist_only() -> None:
+    full = noisy(random.Random(4), 6, 8, 0.5)
+    verdicts, asked = run(race(ballot(full), [2, 4, 5], 0.05, bounds=False), full)
+    assert verdicts == ["skipped", "skipped", "full", "skipped", "full", "raced"]
+    assert {p for _, (p, _) in asked} == {2, 4, 5}
+
+
+@pytest.mark.parametrize("risk", [0.01, 0.2])
+def test_the_risk_of_dropping_an_equal_is_about_what_was_asked_for(risk: float) -> None:
+    """Three plans alike but for noise: how often is one of them, not the leader and not protected, dropped?"""
+    draw, dropped, trials = random.Random(5), 0, 400
+    for _ in range(trials):
+        full = noisy(draw, 3, 4, 0.0)
+        verdicts, _ = run(race(ballot(full, best=1), range(3), risk, bounds=False), full)
+        dropped += verdicts.count("raced")
+    # Two of three are compared, with whichever leads, in two heats: more than the risk of one comparison.
+    assert dropped / trials <= 14 * risk
+    if risk == 0.2:
+        assert dropped > 0
+
+
+def counted(choice: Callable[[], Choice], full: Table) -> int:
+    return len(run(choice(), full)[1])
+
+
+def test_a_higher_risk_costs_less() -> None:
+    full = noisy(random.Random(6), 12, 16, 0.02)
+    careful, bold = (counted(lambda r=r: race(ballot(full), range(12), r, bounds=False), full) for r in (0.001, 0.3))
+    assert bold < careful
