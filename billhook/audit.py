@@ -11,13 +11,17 @@ from billhook.probe import Probe
 from billhook.records import Loss, difference
 
 
-def conduct(probe: Probe, rounds: int, audit: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """What a report says of the search: mode, how the candidates of its rounds were decided, and the audit."""
-    tally = sum(probe.tally[:rounds], Counter())
+def conduct(probe: Probe) -> dict[str, Any]:
+    """What a report says of the search so far: mode, how its candidates were decided, how the work was arranged."""
+    tally = sum(probe.tally, Counter())
     decided = {kind: tally[kind] for kind in ("full", "bound", "raced", "skipped")}
     mode = "exact" if probe.fast is None else "fast"
-    told = {"mode": mode, "decided": decided, "layout": str(probe.layout), "audit": audit}
-    return told | {"told": _in_words(told)}
+    return {"mode": mode, "decided": decided, "layout": str(probe.layout), "audit": None}
+
+
+def with_words(told: dict[str, Any]) -> dict[str, Any]:
+    """The same with a sentence `told`, empty where there was nothing to decide."""
+    return told | {"told": _in_words(told) if sum(told["decided"].values()) else ""}
 
 
 def _in_words(told: dict[str, Any]) -> str:
@@ -29,7 +33,8 @@ def _in_words(told: dict[str, Any]) -> str:
         "skipped": "not measured, by the ranking of the rounds before",
     }
     parts = [f"{decided[kind]:,} {text}" for kind, text in words.items() if decided[kind]]
-    sentence = f"{told['mode'].capitalize()} search, {sum(decided.values()):,} candidates: {', '.join(parts)}."
+    sentence = f"{told['mode'].capitalize()} search, {sum(decided.values()):,} candidates: {', '.join(parts)}. "
+    sentence += f"Measured {told['layout']}."
     if told["audit"] is not None:
         missed = [row for row in told["audit"] if row["regret"] > 0]
         worst = max((row["regret"] for row in told["audit"]), default=0.0)

@@ -112,7 +112,7 @@ def prune(
 ) -> None:
     """Remove the sites that a model can lose, prove what that cost and gained, and save the rest."""
     again = f"billhook prune --resume --store {shlex.quote(str(store))}"
-    with _face(as_json, quiet, verbose, again, tight="memory" in options) as face:
+    with _face(as_json, quiet, verbose, again) as face:
         from billhook import api, pipeline
         from billhook.recipe import read_yaml, recipe_from
 
@@ -156,7 +156,7 @@ def score(
     options: dict[str, Any],
 ) -> None:
     """Score every site and block: how much it seems to matter, from one pass over the model."""
-    with _face(as_json, quiet, verbose, tight="memory" in options) as face:
+    with _face(as_json, quiet, verbose) as face:
         from billhook import api
 
         face.show(api.score(model or "demo", metric, watch=face.watch, **options), "scores")
@@ -169,7 +169,7 @@ def eval_model(
     options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Measure perplexity on held-out text: the text on which `prune` with the same options proves its student."""
-    with _face(as_json, quiet, verbose, tight="memory" in options) as face:
+    with _face(as_json, quiet, verbose) as face:
         from billhook import api
 
         face.show(api.evaluate_model(model or "demo", watch=face.watch, **options), "evaluation")
@@ -240,8 +240,8 @@ def _existing(store: Path) -> Path:
 class _face:  # noqa: N801 - used as a statement
     """What a command shows, and how it fails: a message and an exit code, never a traceback unless asked for."""
 
-    def __init__(self, as_json: bool, quiet: bool, verbose: bool, resume: str = "", *, tight: bool = False) -> None:
-        self.as_json, self.quiet, self.verbose, self.resume, self.tight = as_json, quiet, verbose, resume, tight
+    def __init__(self, as_json: bool, quiet: bool, verbose: bool, resume: str = "") -> None:
+        self.as_json, self.quiet, self.verbose, self.resume = as_json, quiet, verbose, resume
         self.watch: Watch
         self._close: Callable[[], None] = lambda: None
 
@@ -249,7 +249,7 @@ class _face:  # noqa: N801 - used as a statement
         from billhook import terminal
 
         signal.signal(signal.SIGTERM, _interrupt)
-        keep_pages(self.tight)
+        keep_pages()
         terminal.quieten(self.verbose)
         self.watch, self._close = terminal.progress(quiet=self.quiet)
         return self
@@ -287,16 +287,13 @@ class _face:  # noqa: N801 - used as a statement
         _leave("This is a bug in Billhook. Please report it with the lines above.", 1)
 
 
-def keep_pages(tight: bool = False) -> None:
-    """Keep glibc from giving large buffers back after every forward pass and faulting them in anew (LOG.md, 1).
-
-    `tight`, for a memory budget: only those of moderate size, not weights.
-    """
+def keep_pages() -> None:
+    """Keep glibc from giving large buffers back after every forward pass and faulting them in anew (LOG.md, 1)."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 2**26 if tight else 2**30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2**27 if tight else 2**31 - 1)  # M_TRIM_THRESHOLD
+            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

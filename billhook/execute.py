@@ -62,6 +62,7 @@ class Executor:
             whole = self._probes[None]
             assert tokens is not None
             part = first(whole.tokens, tokens)
+            whole.rest()  # both together would exceed the memory that one may have
             self._probes[tokens] = Probe(whole.teacher, part, whole.loss, memory=whole.memory, fast=whole.fast)
         return self._probes[tokens]
 

@@ -20,7 +20,7 @@ from billhook.errors import MissingExtra, ModelError, UsageError
 from billhook.modeling_billhook import pruned_classes, skipped
 from billhook.plan import Anatomy, Part, Plan, Site
 from billhook.records import Event, Watch, silent
-from billhook.stream import Weights, check_finite, check_fit, skeleton
+from billhook.stream import Weights, check_finite, check_fit, give_back_pages, skeleton
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOADED_WRONG = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -263,6 +263,7 @@ def free_memory(device: torch.device) -> int:
 def _streamed(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Weights]:
     """The model of `folder` without its blocks and embeddings, and where those are read from."""
     register()
+    give_back_pages()
     model = skeleton(folder, dtype, device)
     weights = Weights(folder, model, arch.row_of(model.config).blocks, dtype, device)
     weights.fill()

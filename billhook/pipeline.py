@@ -17,7 +17,7 @@ import psutil
 
 import billhook
 from billhook import proof, report
-from billhook.audit import audited, conduct
+from billhook.audit import audited, conduct, with_words
 from billhook.data import TokenSet, Wanted, token_sets
 from billhook.errors import FingerprintError, PlanError
 from billhook.execute import Executor, Told
@@ -177,16 +177,18 @@ def find(
     else:
         total = count_losses(job.recipe.search, problem, job.recipe.seed)
         path = settle(SEARCHES[job.recipe.search](problem), partial(_round, job, problem, measure, total))
-    rounds = list(measure.rounds)
-    count = len(probe.tally)
-    checked = _audit(job, teacher, calibration, rounds) if job.recipe.audit and job.recipe.fast else None
+    rounds, conducted = list(measure.rounds), conduct(probe)
+    if job.recipe.audit:
+        probe.rest()
+        conducted["audit"] = _audit(job, teacher, calibration, rounds)
+    conducted = with_words(conducted)
     if not path or not path[-1].removed:
-        return Plan(), [], conduct(probe, count, checked)
+        return Plan(), [], conducted
     told = _teller(job, "along the path", before=0, total=len(path))
     measured = {plan for ask, losses in rounds for plan, loss in zip(ask.plans, losses, strict=True) if not loss.bound}
     on_path = measure(Ask(tuple(path)), *([] if measured.issuperset(path) else [told]))
     found = steps(path, [(ask.plans, losses) for ask, losses in rounds], on_path, problem.cost if problem else len)
-    return path[-1], found, conduct(probe, count, checked)
+    return path[-1], found, conducted
 
 
 def probe_of(recipe: Recipe, teacher: Teacher, calibration: TokenSet) -> Probe:
@@ -213,6 +215,8 @@ def _audit(
 
 def _round(job: Job, problem: Problem, measure: Executor, total: int, ask: Ask) -> list[Loss]:
     """Measure one Ask of a search that has `total` losses to measure, and show how far it is."""
+    if not ask.plans:
+        return measure(ask)
     common = Plan(frozenset.intersection(*(plan.removed for plan in ask.plans)))
     need = math.ceil(problem.budget.needed(problem.anatomy))
     sofar = f"{problem.budget.spent(problem.anatomy, common):,} of {need:,} {problem.budget.unit} gone"
@@ -228,7 +232,8 @@ def _teller(job: Job, sofar: str, *, before: int, total: int) -> Told:
     """Shows every loss of one Ask: `before` of `total` losses were known when it began."""
 
     def told(done: int, of: int, lowest: float) -> None:
-        job.watch(Event("search", before + done, total, f"{sofar}, lowest {job.recipe.loss} {lowest:.4f}"))
+        known = f", lowest {job.recipe.loss} {lowest:.4f}" if math.isfinite(lowest) else ""
+        job.watch(Event("search", before + done, total, sofar + known))
 
     return told
 
@@ -297,7 +302,7 @@ def dry_run(recipe: Recipe, watch: Watch) -> dict[str, Any]:
     start = time.perf_counter()
     probe.losses([Plan(frozenset(teacher.anatomy.alive()[:1]))])
     one = time.perf_counter() - start
-    weights = sum(p.numel() * p.element_size() for p in teacher.model.parameters())
+    layout = probe.arrange(len(teacher.anatomy.sites))
     evaluation = 2 * one * held_out.tokens / calibration.tokens
     return {
         "model": teacher.name,
@@ -305,10 +310,11 @@ def dry_run(recipe: Recipe, watch: Watch) -> dict[str, Any]:
         "losses": count,
         "data": {"calibration": calibration.describe(), "evaluation": held_out.describe()},
         "memory_bytes": {
-            "weights": weights,
-            "kept_for_the_search": probe.layout.kept,
+            "weights": teacher.weight_bytes,
+            "kept_for_the_search": layout.kept,
             "free": psutil.virtual_memory().available,
         },
+        "layout": str(layout),
         "disk_bytes": teacher.anatomy.total("bytes"),
         "expected_seconds": {"search_at_most": round(count * one, 1), "evaluate": round(evaluation, 1)},
     }

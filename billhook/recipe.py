@@ -81,6 +81,8 @@ class Recipe(BaseModel):
         if (self.remove is None) == (self.plan is None):
             both = "both remove and plan" if self.remove else "neither remove nor plan"
             raise RecipeError(f"The recipe has {both}. Give one: --remove 25%sites, or --plan attention.7,mlp.16.")
+        if self.audit and not self.fast:
+            raise RecipeError("--audit states what --fast cost. Add --fast, or leave --audit out.")
         return self
 
     @property

@@ -7,6 +7,8 @@ one an expert), which parameters keep float32, and what is passed over. This fil
 from __future__ import annotations
 
 import copy
+import ctypes
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -68,6 +70,16 @@ def skeleton(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     for name, buffer in list(model.named_buffers()):
         _put(model, name, buffer.to(device))
     return model.eval()
+
+
+def give_back_pages() -> None:
+    """Make glibc return what large tensors leave behind: a streamed model frees its weights all the time.
+
+    For the whole process: undoes what keeps buffers for a model in memory, but for those of moderate size.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 2**26)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**27)  # M_TRIM_THRESHOLD
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
@@ -318,8 +330,8 @@ class Weights:
         return self._bytes[name]
 
     def source(self, name: str) -> torch.Tensor:
-        """A tensor of the file as it is stored, on the CPU, by its name in the file."""
-        tensor = self._mapped([name])[name].clone()
+        """A tensor of the file as it is stored, in its memory map, by its name in the file. Not to be written to."""
+        tensor = self._mapped([name])[name]
         self._count(tensor.nbytes)
         return tensor
 

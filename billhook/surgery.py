@@ -144,10 +144,10 @@ def copy_shards(student: Any, teacher: Teacher, weights: Weights, folder: Path, 
     by_new = {new: (name, zeroed) for name, new, zeroed in jobs}
     for i, names in enumerate(shards, 1):
         watch(Event("save", i, len(shards) + 2, "copying shards"))
-        tensors = {new: weights.source(by_new[new][0]) for new in names}
+        tensors = {}
         for new in names:
-            if by_new[new][1]:
-                tensors[new].zero_()
+            tensor = weights.source(by_new[new][0])
+            tensors[new] = torch.zeros_like(tensor) if by_new[new][1] else tensor
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         files |= dict.fromkeys(names, file)

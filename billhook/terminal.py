@@ -122,7 +122,7 @@ def _result(console: Console, value: dict[str, Any]) -> None:
     for row in report.rows(value):
         table.add_row(row.label, row.teacher, row.student, row.change)
     console.print(table)
-    for note in (value["search"]["told"], *report.notes(value)):
+    for note in filter(None, (value["search"]["told"], *report.notes(value))):
         console.print(note, style="dim")
     console.print(f"Checkpoint and report: {value['out']} (open {value['out']}/report.html)")
 
@@ -176,6 +176,7 @@ def _plan_of_work(console: Console, value: dict[str, Any]) -> None:
         ("calibration", f"{calibration['tokens']:,} tokens of {calibration['source']}"),
         ("held out", f"{held_out['tokens']:,} tokens of {held_out['source']}"),
         ("memory", f"{weights:.2f} GB weights, {kept:.2f} GB kept for the search, {free:.1f} GB free"),
+        ("measured", value["layout"]),
         ("disk", f"at most {value['disk_bytes'] / 1e9:.2f} GB"),
         ("time", f"search at most {seconds['search_at_most']:,.0f} s, evaluation {seconds['evaluate']:,.0f} s"),
     ):

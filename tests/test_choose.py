@@ -16,13 +16,13 @@ Table = list[list[list[float]]]  # [plan][group][document]
 
 
 def run(choice: Choice, full: Table, share: float = 1.0) -> tuple[list[Verdict], list[tuple[str, Piece]]]:
-    """Answer a choice from a table; cheap pieces are `share` of the full ones. Gives verdicts and what was asked."""
+    """Answer a choice from a table; other pieces are `share` of the full ones. Gives verdicts and what was asked."""
     asked: list[tuple[str, Piece]] = []
     try:
         want = next(choice)
         while True:
             asked += [(want.quality, piece) for piece in want.pieces]
-            factor = share if want.quality == "cheap" else 1.0
+            factor = 1.0 if want.quality == "full" else share
             told: dict[Piece, Sums] = {(p, g): tuple(factor * x for x in full[p][g]) for p, g in want.pieces}
             want = choice.send(told)
     except StopIteration as end:
@@ -71,7 +71,7 @@ def test_exact_measures_less_than_everything_and_asks_nothing_twice() -> None:
     full = table(random.Random(1), 40, 16)
     _, asked = run(exact(ballot(full), bounds=True), full, 0.97)
     assert len(asked) == len(set(asked))
-    assert sum(quality == "cheap" for quality, _ in asked) < 0.6 * 40 * 16
+    assert sum(quality != "full" for quality, _ in asked) < 0.6 * 40 * 16
     assert sum(quality == "full" for quality, _ in asked) < 0.3 * 40 * 16
     verdicts, asked = run(everything(ballot(full)), full)
     assert verdicts == ["full"] * 40
@@ -81,7 +81,7 @@ def test_exact_measures_less_than_everything_and_asks_nothing_twice() -> None:
 def test_exact_takes_the_groups_in_the_order_given() -> None:
     full = table(random.Random(2), 3, 5)
     _, asked = run(exact(ballot(full), bounds=True), full)
-    groups = [g for quality, (_, g) in asked if quality == "cheap"]
+    groups = [g for quality, (_, g) in asked if quality != "full"]
     assert groups == sorted(groups, reverse=True)
 
 
@@ -95,7 +95,7 @@ def test_racing_drops_what_is_clearly_worse_early() -> None:
     full = noisy(random.Random(3), 10, 16, 0.5)
     verdicts, asked = run(race(ballot(full), range(10), 0.05, bounds=True), full)
     assert verdicts == ["full", "full", *["raced"] * 8]
-    cheap = [piece for quality, piece in asked if quality == "cheap"]
+    cheap = [piece for quality, piece in asked if quality != "full"]
     assert len(cheap) < 10 * 6, "after two groups, that is four documents, hardly any is left"
 
 

@@ -115,11 +115,11 @@ def test_imports_go_down_only(name: str) -> None:
 def test_the_rule_of_floors_tells_right_from_wrong() -> None:
     allowed = [
         "plan errors", "loading arch", "search.greedy plan", "search.greedy search", "search search.greedy", "cli ",
-        "cli pipeline", "export.checkpoint loading", "probe.replay mask", "probe probe.replay", " cli",
+        "cli pipeline", "export.checkpoint loading", "probe.walk mask", "probe probe.walk", " cli",
     ]  # fmt: skip
     refused = [
         "errors plan", "arch loading", "plan search", "search.greedy search.oneshot", "search.greedy evaluate", "mask ",
-        "store pipeline", "pipeline cli", "evaluate.perplexity metrics", "losses probe.replay", "recover.lora search",
+        "store pipeline", "pipeline cli", "evaluate.perplexity metrics", "losses probe.walk", "recover.lora search",
     ]  # fmt: skip
     for verdict, pairs in ((True, allowed), (False, refused)):
         for pair in pairs:

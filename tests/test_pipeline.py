@@ -233,12 +233,15 @@ else:
 """
 
 
+@pytest.mark.parametrize("fast", [False, True])
 def test_killed_at_any_moment_it_goes_on_and_measures_nothing_twice(
-    result: dict[str, Any], model: Path, text: Path, home: Path, tmp_path: Path
+    fast: bool, model: Path, text: Path, tmp_path: Path
 ) -> None:
     options = OPTIONS | {
-        "model": str(model), "data": str(text), "store": str(tmp_path / "runs.db"), "out": str(tmp_path / "out")
+        "model": str(model), "data": str(text), "store": str(tmp_path / "runs.db"), "out": str(tmp_path / "out"),
+        "fast": fast, "shortlist": 4,
     }  # fmt: skip
+    result = billhook.prune(**options | {"store": tmp_path / "whole.db", "out": tmp_path / "whole"})
     moments = [("search", 2), ("search", 9), ("answer", 1), ("save", 2), ("speed", 2)]
     for attempt, (stage, count) in enumerate(moments):
         way = "resume" if attempt else "new"
@@ -251,7 +254,8 @@ def test_killed_at_any_moment_it_goes_on_and_measures_nothing_twice(
     assert not list(tmp_path.glob(".out.*"))
     store = Store(tmp_path / "runs.db")
     assert len(store.runs()) == 1
-    assert measured(tmp_path / "runs.db", resumed["run"]) == measured(home / "runs.db", result["run"])
+    assert measured(tmp_path / "runs.db", resumed["run"]) == measured(tmp_path / "whole.db", result["run"])
+    assert resumed["search"]["decided"] == result["search"]["decided"]
     assert store.runs()[0].state == "done"
     assert (resumed["plan"], resumed["steps"], resumed["perplexity"]) == (
         result["plan"], result["steps"], result["perplexity"]

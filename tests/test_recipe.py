@@ -196,3 +196,9 @@ def test_memory_is_an_amount_with_a_unit() -> None:
     for wrong in ("4", "4 gigs", "0GB", "-1GB", "lots"):
         with pytest.raises(RecipeError, match="Write for example 4GB"):
             recipe_from({"remove": "1sites", "memory": wrong})
+
+
+def test_an_audit_is_of_a_race() -> None:
+    assert recipe_from({"remove": "1sites", "fast": True, "audit": True}).audit
+    with pytest.raises(RecipeError, match="Add --fast"):
+        recipe_from({"remove": "1sites", "audit": True})

@@ -83,6 +83,10 @@ class Probe:
         """How the last batch was arranged in memory."""
         return self._bench.layout
 
+    def arrange(self, plans: int) -> Layout:
+        """How a batch of so many plans would be arranged."""
+        return self._bench.arrange(plans)
+
     @property
     def site_evaluations(self) -> float:
         """Sublayers computed so far, each over the whole token set counting as one."""
@@ -115,14 +119,14 @@ class Probe:
         if len(plans) > 1:
             bench.walk.streams.forget(base)
         bench.layout = bench.arrange(len(plans))
-        table = Table([group.documents for group in bench.groups], memo.recall(plans))
+        table = Table([group.documents for group in bench.groups], memo.recall(plans), instead=self.fast is None)
+        number = {mask: plan for plan, mask in enumerate(masks)}
         choice = self._choice(masks, base, best)
         done: set[int] = set()
         try:
             want = next(choice)
             while True:
-                missing = [(g, masks[p]) for p, g in want.pieces if table.known(want.quality, (p, g)) is None]
-                number = {mask: plan for plan, mask in enumerate(masks)}
+                missing = [(g, masks[p]) for p, g in table.take(want.quality, want.pieces)]
                 for wave in waves(missing, [group.tokens for group in bench.groups], bench.layout.wave):
                     found = bench.measure(want.quality, wave)
                     table.add(want.quality, {(number[mask], g): sums for (g, mask), sums in found.items()})
@@ -131,29 +135,30 @@ class Probe:
                     told(max(len(done), int(len(plans) * table.share())))
                 for plan in sorted(table.complete() - done):
                     done.add(plan)
-                    yield plans[plan], self._loss(table.by_document("full", plan), bound=False)
+                    yield plans[plan], self._loss(table.by_document(plan), bound=False)
                 want = choice.send({piece: table.sums(want.quality, piece) for piece in want.pieces})
         except StopIteration as end:
             verdicts: list[choose.Verdict] = end.value
         self.tally.append(Counter("full" if p in done else verdict for p, verdict in enumerate(verdicts)))
         self._learn(masks, base, table)
         for plan in sorted(set(range(len(plans))) - done):
-            yield plans[plan], self._loss(table.by_document("cheap", plan), bound=True)
+            yield plans[plan], self._loss(table.by_document(plan), bound=True)
 
     def _choice(self, masks: list[int], base: int, best: int | None) -> Choice:
         groups = self._bench.groups
         order = sorted(range(len(groups)), key=lambda g: (-self._hardness[g] if self._hardness else 0, g))
         tokens = tuple(group.tokens for group in groups)
-        least = self.layout.wave if self.teacher.weights is not None else WAVE // 4
-        ballot = Ballot(len(masks), best or len(masks), tuple(order), tokens, least)
-        if ballot.best >= len(masks) or (self.fast is None and self.loss not in NEVER_NEGATIVE):
+        streamed, positive = self.teacher.weights is not None, self.loss in NEVER_NEGATIVE
+        least = self.layout.wave if streamed else WAVE // 4
+        ballot = Ballot(len(masks), best or len(masks), tuple(order), tokens, least, streamed, positive)
+        if ballot.best >= len(masks) or (self.fast is None and not positive):
             return choose.everything(ballot)
         if self.fast is None:
             return choose.exact(ballot, self._bench.bounds)
         rises = [self._expected(mask & ~base) for mask in masks]
-        few = self.fast.shortlist + sum(rise == -1.0 for rise in rises)
+        few = max(ballot.best, self.fast.shortlist) + sum(rise == -1.0 for rise in rises)
         shortlist = sorted(sorted(range(len(masks)), key=lambda p: (rises[p], p))[:few])
-        return choose.race(ballot, shortlist, self.fast.risk, self._bench.bounds and self.loss in NEVER_NEGATIVE)
+        return choose.race(ballot, shortlist, self.fast.risk, self._bench.bounds)
 
     def _expected(self, move: int) -> float:
         """How much worse than the best a move is likely to be; -1, so that it comes first, if it was never measured.
@@ -182,6 +187,10 @@ class Probe:
         for document, length in zip(self.tokens.documents, self.tokens.lengths, strict=True):
             counts[document] += length - int(self.loss in COUNTS_TARGETS)
         return Loss(self.loss, tuple(sums.get(d, 0.0) for d in range(len(counts))), tuple(counts), bound)
+
+    def rest(self) -> None:
+        """Let go of the kept streams; what is needed again is computed again."""
+        self._bench.walk.streams.clear()
 
     @torch.inference_mode()
     def mean_over_tokens(

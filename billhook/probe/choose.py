@@ -1,7 +1,8 @@
 """Which pieces of a batch of plans have to be measured. Pure: no torch; generators that want pieces and get their sums.
 
-A piece is one plan on one document group. Two qualities: `full`, the loss, and `cheap`, which costs less of the head
-(a lower bound of KL, or every few positions of other losses). What a generator returns says how each plan was decided.
+A piece is one plan on one document group, in one of three qualities: `full`, the loss; `bound`, a lower bound of it
+that costs less of the head; `sample`, an estimate from some positions. What a generator returns says how each plan was
+decided.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Literal
 
 from billhook.stats import student_quantile
 
-Quality = Literal["full", "cheap"]
+Quality = Literal["full", "bound", "sample"]
 Verdict = Literal["full", "bound", "raced", "skipped"]
 Piece = tuple[int, int]  # plan, document group
 Sums = tuple[float, ...]  # nats of each document of the group
@@ -36,6 +37,8 @@ class Ballot:
     """What is to be decided. `order`: document groups, the most telling first; `tokens`: of each group by number.
 
     `best`: how many of `plans` are wanted in full. `wave`: pieces of at least so many tokens are wanted at a time.
+    `together`: every Want costs a pass over a file, so that few large ones are better. `positive`: losses never are
+    negative.
     """
 
     plans: int
@@ -43,6 +46,8 @@ class Ballot:
     order: tuple[int, ...]
     tokens: tuple[int, ...]
     wave: int
+    together: bool = False
+    positive: bool = True
 
 
 def everything(ballot: Ballot) -> Choice:
@@ -55,9 +60,9 @@ def exact(ballot: Ballot, bounds: bool) -> Choice:
     """The `best` lowest plans in full; the others only as far as proves that they are not among them.
 
     Losses are never negative, so that the sum over some groups, and over a lower bound, is a lower bound of the total:
-    a plan beyond the best-th lowest total is out. `bounds`: whether a cheap piece is a lower bound.
+    a plan beyond the best-th lowest total is out. `bounds`: whether there are pieces of that quality.
     """
-    quality: Quality = "cheap" if bounds else "full"
+    quality: Quality = "bound" if bounds else "full"
     known: list[Nats] = [{} for _ in range(ballot.plans)]
     full: dict[int, Nats] = {}
     alive = list(range(ballot.plans))
@@ -70,10 +75,9 @@ def exact(ballot: Ballot, bounds: bool) -> Choice:
         seen += groups
         # The most promising are finished at once: their totals are what the others are held against.
         ranked = sorted(alive, key=lambda p: (_total(known[p]), p))
-        for plan in ranked[: ballot.best]:
-            rivals = sorted(math.fsum(nats[g] for g in seen) for nats in full.values())
-            if len(rivals) < ballot.best or _total(known[plan]) < rivals[ballot.best - 1]:
-                yield from _finish([plan], ballot, full, known)
+        rivals = sorted(math.fsum(nats[g] for g in seen) for nats in full.values())
+        most = rivals[ballot.best - 1] if len(rivals) >= ballot.best else math.inf
+        yield from _finish([p for p in ranked[: ballot.best] if _total(known[p]) < most], ballot, full, known)
         limit = _limit(full, ballot)
         alive = [p for p in ranked if p not in full and _total(known[p]) <= limit]
     yield from _finish(alive, ballot, full, known)
@@ -89,18 +93,28 @@ def _finish(
 ) -> Generator[Want, dict[Piece, Sums], None]:
     """Measure plans in full, in order, into `full`; only those that by their bounds may still be among the best.
 
-    In two halves where that costs nothing: what is known in full replaces its bound, and the total rises.
+    One by one and in two halves, since what is known in full replaces its bound and the total rises; or all at once.
     """
-    cut = len(ballot.order) if ballot.wave >= sum(ballot.tokens) * ballot.plans else len(ballot.order) // 2
+    if ballot.together:
+        left = [p for p in plans if not _out(bounds[p], ballot, full)]
+        told = yield Want("full", [(p, g) for g in ballot.order for p in left])
+        full |= {p: {g: math.fsum(told[p, g]) for g in ballot.order} for p in left}
+        return
+    cut = len(ballot.order) // 2
     for plan in plans:
         nats = dict(bounds[plan])
         for groups in (ballot.order[:cut], ballot.order[cut:]):
-            if _total(nats) > _limit(full, ballot):
+            if _out(nats, ballot, full):
                 break
             told = yield Want("full", [(plan, g) for g in groups])
             nats |= {g: math.fsum(told[plan, g]) for g in groups}
         else:
             full[plan] = nats
+
+
+def _out(nats: Nats, ballot: Ballot, full: dict[int, Nats]) -> bool:
+    """Whether what is known of a plan proves that it is not among the best."""
+    return ballot.positive and _total(nats) > _limit(full, ballot)
 
 
 def _limit(full: dict[int, Nats], ballot: Ballot) -> float:
@@ -122,20 +136,21 @@ def _next_wave(left: list[int], alive: int, ballot: Ballot) -> list[int]:
 def race(ballot: Ballot, shortlist: Sequence[int], risk: float, bounds: bool) -> Choice:
     """The likely best of a shortlist in full; the others are dropped as soon as they are significantly worse.
 
-    After 2, 4, 8 … groups each plan is compared with the one that leads, document by document: it goes if the mean
+    After 2, 3, 4, 6, 9 … groups each plan is compared with the leader, document by document: it goes if the mean
     difference exceeds the (1 - risk) quantile of Student's t, times its standard error. `risk`: of dropping, at one
     comparison, a plan that is as good as the leader. Source: racing of Maron and Moore 1994 (Hoeffding races), here
-    with paired differences.
+    with paired differences. `bounds`: whether cheap pieces are lower bounds, and not samples.
     """
+    cheap: Quality = "bound" if bounds else "sample"
     verdicts: list[Verdict] = ["skipped"] * ballot.plans
     alive = list(shortlist)
     seen: dict[int, list[float]] = {plan: [] for plan in alive}
     known: list[Nats] = [{} for _ in range(ballot.plans)]
     taken = 0
     while taken < len(ballot.order):
-        groups = ballot.order[taken : max(2, 2 * taken)]
+        groups = ballot.order[taken : max(2, taken + max(1, taken // 2))]
         taken += len(groups)
-        told = yield Want("cheap", [(p, g) for g in groups for p in alive])
+        told = yield Want(cheap, [(p, g) for g in groups for p in alive])
         for plan in alive:
             seen[plan] += [x for g in groups for x in told[plan, g]]
             known[plan] |= {g: math.fsum(told[plan, g]) for g in groups}

@@ -35,7 +35,7 @@ WORTH_BOUNDING = 0.5  # the largest share of the vocabulary for which a bound is
 class Reference:
     """What losses need to know of the teacher on one document group; all over its counted tokens, in float32."""
 
-    hidden: torch.Tensor  # [tokens, width], what its head read
+    hidden: torch.Tensor  # [tokens, width], what its head read; [0, width] where the loss does not ask the teacher
     targets: torch.Tensor  # [tokens], -100 where there is none
     lse: torch.Tensor | None = None  # [tokens]
     mean_row: torch.Tensor | None = None  # u: [tokens, width]
@@ -54,9 +54,10 @@ Batch = tuple[torch.Tensor, Reference]  # what the heads of some students read [
 class Head:
     """The output embedding of one teacher and the losses that it knows a short way for."""
 
-    def __init__(self, teacher: Teacher, loss: str) -> None:
+    def __init__(self, teacher: Teacher, loss: str, room: int) -> None:
+        """`room`: bytes that a copy of the bound's rows may take."""
         model, row = teacher.model, teacher.row
-        self._teacher, self.loss = teacher, loss
+        self._teacher, self.loss, self._room = teacher, loss, room
         self._embedding = model.get_output_embeddings()
         self.words, self.width = map(int, self._embedding.weight.shape)
         bias = getattr(self._embedding, "bias", None)
@@ -135,9 +136,10 @@ class Head:
         `mass` [words]: the teacher's probability of every word, summed over the tokens.
         """
         order = mass.argsort(descending=True)
-        covered = mass[order].double().cumsum(0) / mass.double().sum()
+        sorted_mass = mass[order].cpu().double()
+        covered = sorted_mass.cumsum(0) / sorted_mass.sum()
         count = int((covered < COVERED).sum()) + 1
-        if count > WORTH_BOUNDING * self.words:
+        if count > WORTH_BOUNDING * self.words or 4 * count * self.width > self._room:
             return None, None
         self._picked = order[:count].sort().values
         weights = self._teacher.weights
@@ -148,7 +150,7 @@ class Head:
         for h, at, u, m, r in zip(*(x.split(TOKENS_AT_A_TIME) for x in (hidden, lse, mean_row, rest, rest_row)),
                                   strict=True):  # fmt: skip
             p = (self._logits(h, self._rows, bias) - at[:, None]).exp()
-            outside = (1 - p.sum(-1, dtype=torch.float64)).float()
+            outside = 1 - p.sum(-1)
             some = outside > LEAST_OUTSIDE  # below, what is left of the differences is rounding: the bound does without
             r[:] = torch.where(some[:, None], (u - p @ self._rows) / outside[:, None], 0.0)
             m[:] = torch.where(some, outside.log() + at, -torch.inf)
@@ -247,7 +249,7 @@ class Head:
         for start in range(0, hidden.shape[1], few):
             at = slice(start, start + few)
             teacher, targets = self.logits(reference.hidden[at]), reference.targets[at]
-            together = max(1, TOKENS_AT_A_TIME // len(targets))
+            together = max(1, few // len(targets))
             for students, out in zip(hidden.split(together), values.split(together), strict=True):
                 logits = self.logits(students[:, at].flatten(0, 1)).split(len(targets))
                 for i, student in enumerate(logits):

@@ -60,9 +60,9 @@ class Bench:
         self.teacher, self.loss = teacher, loss
         self.groups = document_groups(tokens, teacher.device)
         self.trunk = Trunk(teacher, CHUNK.get(teacher.device.type, 1024))
-        self._head = Head(teacher, loss)
         self._fixed = walk
         self._limit = self._room(memory)
+        self._head = Head(teacher, loss, self._limit // 8)
         self.walk = Walk(self.trunk, [group.ids for group in self.groups], self._limit)
         self._references: list[Reference] = []
         self._bits = {
@@ -92,6 +92,8 @@ class Bench:
         config = self.teacher.model.config
         wide = max(int(getattr(config, "intermediate_size", None) or 0), 4 * int(config.hidden_size))
         working = 4 * (self.trunk.chunk * 4 * wide + TOKENS_AT_A_TIME * VOCABULARY_AT_A_TIME)
+        if self.teacher.weights is not None:  # a piece of the head as it is stored, and in float32
+            working += 6 * VOCABULARY_AT_A_TIME * int(config.hidden_size)
         tokens = sum(group.tokens for group in self.groups)
         reference = 4 * tokens * (3 * int(config.hidden_size) + 2)
         return max(0, memory - self.teacher.weight_bytes - working - reference)
@@ -100,28 +102,28 @@ class Bench:
         """Choose walk and checkpoints for a batch of so many plans."""
         largest = max(group.ids.numel() for group in self.groups)
         everything = sum(group.ids.numel() for group in self.groups)
+        streamed = self.teacher.weights is not None
+        width = int(self.teacher.model.config.hidden_size)
+        wave = max(1, self._limit // (2 * (self._token_bytes + 4 * width))) if streamed else WAVE  # and what heads read
         live = 2 * (plans + 1) * largest * self._token_bytes  # before and after a block
-        if self.teacher.weights is not None:
-            live = max(live, min(self._limit // 2, 2 * (plans + 1) * everything * self._token_bytes))
-        walk = self._fixed or ("layers" if live <= self._limit // 2 else "depth-first")
-        if self.teacher.weights is not None and self._fixed is None:
-            walk = "layers"
+        if streamed:
+            live = 2 * min(wave, (plans + 1) * everything) * self._token_bytes
+        walk = self._fixed or ("layers" if streamed or live <= self._limit // 2 else "depth-first")
         left = max(0, self._limit - (live if walk == "layers" else 0))
         depth = self.trunk.depth
         wanted = (plans + 1) * depth * everything * self._token_bytes // 2  # a branch begins half way, on average
-        every = 0 if left < wanted / depth else -(-wanted // left) if left else 0
+        every = 0 if left < wanted / depth else -(-wanted // left)
         ends = frozenset({depth})
         self.walk.checkpoints = ends | frozenset(range(every, depth, every)) if every else ends
         self.walk.streams.limit = left
-        wave = WAVE if self.teacher.weights is None else max(1, self._limit // (4 * self._token_bytes))
         kept = min(left, wanted // every) if every else 0
-        return Layout(walk, self.teacher.weights is not None, len(self.groups), every, left, kept, wave)
+        return Layout(walk, streamed, len(self.groups), every, left, kept, wave)
 
     # -- measuring --------------------------------------------------------------------------------------------------
 
     @property
     def bounds(self) -> bool:
-        """Whether a cheap piece is a lower bound."""
+        """Whether there are pieces that are lower bounds."""
         self._refer()
         return self._head.bounds
 
@@ -135,30 +137,34 @@ class Bench:
             waiting[job[0]].append((job, self.trunk.final(stream)[group.counted]))
             if self.teacher.weights is None and len(waiting[job[0]]) * group.tokens >= TOKENS_AT_A_TIME:
                 found |= self._sums(quality, [waiting.pop(job[0])])
-        return found | self._sums(quality, list(waiting.values()))  # a streamed head is read once for all
+        rest = list(waiting.values())
+        waiting.clear()
+        return found | self._sums(quality, rest)  # a streamed head is read once for all, for the losses of our own
 
     def _sums(self, quality: Quality, waiting: list[list[tuple[Job, torch.Tensor]]]) -> dict[Job, Sums]:
         """Nats by document, from what the heads read; each list is of one document group."""
         numbers = [held[0][0][0] for held in waiting]
-        stacked = [torch.stack([h for _, h in held]) for held in waiting]
-        batches = [(hidden, self._references[g]) for hidden, g in zip(stacked, numbers, strict=True)]
+        jobs = [[job for job, _ in held] for held in waiting]
+        batches = []
+        for number in numbers:  # what was stacked is let go
+            batches.append((torch.stack([h for _, h in waiting.pop(0)]), self._references[number]))
         of = [self.groups[g].of.cpu() for g in numbers]
-        share = [1.0] * len(waiting)
-        if quality == "cheap" and self._head.bounds:
+        share = [1.0] * len(numbers)
+        if quality == "bound":
             values = [self._head.bound(hidden, reference) for hidden, reference in batches]
-        elif quality == "cheap":
+        elif quality == "sample":
             picked = [slice(g % EVERY, None, EVERY) for g in numbers]
             some = [(hidden[:, at], reference.at(at)) for (hidden, reference), at in zip(batches, picked, strict=True)]
-            share = [EVERY] * len(waiting)
+            share = [float(EVERY)] * len(numbers)
             of = [documents[at] for documents, at in zip(of, picked, strict=True)]
             values = self._head.losses(some)
         else:
             values = self._head.losses(batches)
         found: dict[Job, Sums] = {}
-        for held, g, documents, value, times in zip(waiting, numbers, of, values, share, strict=True):
+        for held, g, documents, value, times in zip(jobs, numbers, of, values, share, strict=True):
             sums = torch.zeros(len(held), len(self.groups[g].documents), dtype=torch.float64)
-            sums.index_add_(1, documents, value.double().cpu()).mul_(times)
-            for (job, _), row in zip(held, sums.tolist(), strict=True):
+            sums.index_add_(1, documents, value.cpu().double()).mul_(times)
+            for job, row in zip(held, sums.tolist(), strict=True):
                 if not all(math.isfinite(x) for x in row):
                     raise ModelError(self._where_not_finite(job))
                 found[job] = tuple(row)
@@ -168,13 +174,18 @@ class Bench:
         """The teacher's side, once."""
         if self._references:
             return
+        targets = [group.targets for group in self.groups]
+        if self.loss == "nll":  # asks the data, not the teacher
+            nothing = torch.empty(0, self._head.width, device=self.teacher.device)
+            self._references = [Reference(nothing, each) for each in targets]
+            return
         jobs = [(g, 0) for g in range(len(self.groups))]
         final = {job[0]: self.trunk.final(stream) for job, stream in self.walk.run(jobs, layers=True)}
         hidden = [final[g][group.counted] for g, group in enumerate(self.groups)]
         for g, h in enumerate(hidden):
             if not bool(torch.isfinite(h).all()):
                 raise ModelError(self._where_not_finite((g, 0)))
-        self._references = self._head.references(hidden, [group.targets for group in self.groups])
+        self._references = self._head.references(hidden, targets)
 
     def _where_not_finite(self, job: Job) -> str:
         """Which block first gives NaN or infinity."""
@@ -227,8 +238,11 @@ class Bench:
                 group, position = self.groups[g], self.teacher.positions[index]
                 for unit, before, then in self._units(position, x, after):
                     values = function(before[group.counted].float(), then[group.counted].float())
-                    sums[unit].index_add_(0, starts[g] + group.of.cpu(), values.double().cpu())
+                    sums[unit].index_add_(0, starts[g] + group.of.cpu(), values.cpu().double())
             streams = [after[KEPT] for after in done]
+        for number, (group, stream) in enumerate(zip(self.groups, streams, strict=True)):
+            if not bool(torch.isfinite(stream[group.counted]).all()):
+                raise ModelError(self._where_not_finite((number, 0)))
         return {unit: Score.of(total.tolist(), counts.tolist()) for unit, total in sums.items()}
 
     def _units(
@@ -246,17 +260,19 @@ class Bench:
 
 
 def waves(jobs: Sequence[Job], sizes: Sequence[int], most: int) -> Iterator[list[Job]]:
-    """Jobs in portions of whole document groups, each of at most `most` tokens unless one group is larger."""
+    """Jobs in portions of at most `most` tokens, or of one job: whole document groups where they fit."""
     by_group: dict[int, list[Job]] = defaultdict(list)
     for job in jobs:
         by_group[job[0]].append(job)
     wave: list[Job] = []
     held = 0
     for group, of in by_group.items():
-        if wave and held + len(of) * sizes[group] > most:
-            yield wave
-            wave, held = [], 0
-        wave += of
-        held += len(of) * sizes[group]
+        step = max(1, most // sizes[group])
+        for part in (of[start : start + step] for start in range(0, len(of), step)):
+            if wave and held + len(part) * sizes[group] > most:
+                yield wave
+                wave, held = [], 0
+            wave += part
+            held += len(part) * sizes[group]
     if wave:
         yield wave

@@ -22,24 +22,37 @@ class Known:
 
 
 class Table:
-    """Sums of pieces by quality. `documents[g]`: the documents of group g; `recalled[p]`: what was known of plan p."""
+    """Sums of pieces by quality. `documents[g]`: the documents of group g; `recalled[p]`: what was known of plan p.
 
-    def __init__(self, documents: Sequence[Documents], recalled: Sequence[Known]) -> None:
-        self._documents, self._plans = documents, len(recalled)
-        self._sums: dict[Quality, dict[Piece, Sums]] = {"full": {}, "cheap": {}}
+    What was recalled counts only when it is asked for, so that a search decides as if it had measured it. `instead`: a
+    full piece may stand for a bound, which changes nothing that is exact.
+    """
+
+    def __init__(self, documents: Sequence[Documents], recalled: Sequence[Known], instead: bool) -> None:
+        self._documents, self._plans, self._instead = documents, len(recalled), instead
+        self._sums: dict[Quality, dict[Piece, Sums]] = {"full": {}, "bound": {}, "sample": {}}
+        self._recalled: dict[Quality, dict[Piece, Sums]] = {"full": {}, "bound": {}, "sample": {}}
         for plan, known in enumerate(recalled):
             for quality, by_group in known.pieces.items():
                 for group, members in enumerate(documents):
                     if members in by_group:
-                        self._sums[quality][plan, group] = by_group[members]
+                        self._recalled[quality][plan, group] = by_group[members]
             if known.loss is not None:
                 for group, members in enumerate(documents):
-                    self._sums["full"][plan, group] = tuple(known.loss.sums[d] for d in members)
+                    self._recalled["full"][plan, group] = tuple(known.loss.sums[d] for d in members)
+
+    def take(self, quality: Quality, pieces: Sequence[Piece]) -> list[Piece]:
+        """Let in what was recalled of `pieces`; returns those that must be measured."""
+        for piece in pieces:
+            for kind in (quality, "full") if self._instead else (quality,):
+                if piece in self._recalled[kind]:
+                    self._sums[kind][piece] = self._recalled[kind][piece]
+        return [piece for piece in pieces if self.known(quality, piece) is None]
 
     def known(self, quality: Quality, piece: Piece) -> Sums | None:
-        """A piece in the quality asked for; for a cheap one that is unknown, the full one does as well."""
+        """A piece in the quality asked for, or the full one where that may stand for it."""
         found = self._sums[quality].get(piece)
-        return self._sums["full"].get(piece) if found is None else found
+        return self._sums["full"].get(piece) if found is None and self._instead else found
 
     def sums(self, quality: Quality, piece: Piece) -> Sums:
         """A piece that is known."""
@@ -56,15 +69,16 @@ class Table:
         return {p for p in range(self._plans) if all((p, g) in self._sums["full"] for g in groups)}
 
     def share(self) -> float:
-        """Of all pieces, how many are known in either quality."""
-        return len(self._sums["full"].keys() | self._sums["cheap"].keys()) / (self._plans * len(self._documents))
+        """Of all pieces, how many are known in some quality."""
+        known = self._sums["full"].keys() | self._sums["bound"].keys() | self._sums["sample"].keys()
+        return len(known) / (self._plans * len(self._documents))
 
-    def by_document(self, quality: Quality, plan: int) -> dict[int, float]:
-        """Nats by document of one plan, of the groups that are known."""
+    def by_document(self, plan: int) -> dict[int, float]:
+        """Nats by document of one plan, of the groups that are known, each in its best quality."""
         told: dict[int, float] = {}
         for group, members in enumerate(self._documents):
-            sums = self.known(quality, (plan, group))
-            told |= dict(zip(members, sums, strict=True)) if sums is not None else {}
+            found = [kind[plan, group] for kind in self._sums.values() if (plan, group) in kind]
+            told |= dict(zip(members, found[0], strict=True)) if found else {}
         return told
 
     def total(self, plan: int) -> float:
@@ -73,7 +87,7 @@ class Table:
 
     def rise(self, plan: int, leader: int) -> float | None:
         """How much a plan is above another, in nats per group, over the groups in which both are known alike."""
-        for quality in ("cheap", "full"):
+        for quality in ("bound", "sample", "full"):
             sums = self._sums[quality]
             both = [g for g in range(len(self._documents)) if (plan, g) in sums and (leader, g) in sums]
             if both:

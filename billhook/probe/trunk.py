@@ -108,12 +108,15 @@ class Trunk:
             yield from (self._blocks[index] for index in indices)
 
     def step(
-        self, index: int, block: nn.Module, items: list[tuple[torch.Tensor, set[int]]]
+        self, index: int, block: nn.Module | None, items: list[tuple[torch.Tensor, set[int]]]
     ) -> list[dict[int, torch.Tensor]]:
         """Each residual stream after block `index`, in each of the variants asked for (KEPT, NO_ATTENTION …).
 
-        A sublayer runs once on a stream, however many variants use it, and not at all where it is removed.
+        A sublayer runs once on a stream, however many variants use it, and not at all where it is removed; without any
+        part of it, the block itself is not needed.
         """
+        if block is None:
+            return [{NEITHER: x} for x, _ in items]
         done: list[dict[int, torch.Tensor]] = [{NEITHER: x} if NEITHER in wanted else {} for x, wanted in items]
         whole = [i for i, (_, wanted) in enumerate(items) if wanted == {KEPT}]
         first = [i for i, (_, wanted) in enumerate(items) if wanted != {KEPT} and wanted & {KEPT, NO_MLP}]

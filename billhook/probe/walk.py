@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from billhook.probe.trunk import Trunk
+from billhook.probe.trunk import NEITHER, Trunk
 
 Job = tuple[int, int]  # a document group, a plan's mask
 Node = tuple[int, int, int]  # a document group, a depth in blocks, the mask of what went before
@@ -51,6 +51,11 @@ class Streams:
             if old[1] > 0:
                 self.size -= self._kept.pop(old).nbytes
 
+    def clear(self) -> None:
+        """Drop all streams."""
+        self._kept.clear()
+        self.size = 0
+
     def forget(self, base: int) -> None:
         """Drop what no plan that removes at least `base` can start from."""
         for node in [node for node in self._kept if before(base, node[1]) & ~node[2]]:
@@ -68,6 +73,9 @@ class Walk:
 
     def run(self, jobs: Sequence[Job], layers: bool) -> Iterator[tuple[Job, torch.Tensor]]:
         """(job, residual stream after the last block [rows, time, width]) of every job, in no particular order."""
+        for group in sorted({group for group, _ in jobs}):  # before the starts are chosen: what is put in may evict
+            if (group, 0, 0) not in self.streams:
+                self.streams.put((group, 0, 0), self.trunk.enter(self.ids[group]))
         starts = {job: self._start(job) for job in jobs}
         kept = [job for job in jobs if starts[job] == self.trunk.depth]
         for group, mask in kept:
@@ -82,8 +90,6 @@ class Walk:
         for depth in range(self.trunk.depth, 0, -1):
             if (group, depth, before(mask, depth)) in self.streams:
                 return depth
-        if (group, 0, 0) not in self.streams:
-            self.streams.put((group, 0, 0), self.trunk.enter(self.ids[group]))
         return 0
 
     def _layers(self, starts: dict[Job, int]) -> Iterator[tuple[Job, torch.Tensor]]:
@@ -97,13 +103,15 @@ class Walk:
         known = {node: self.streams.get(node) for node in sorted(roots)}  # whatever the walk drops meanwhile
         live: dict[tuple[int, int], torch.Tensor] = {}
         first = min(starts.values())
-        for depth, block in zip(range(first, depth_of), self.trunk.blocks(range(first, depth_of)), strict=True):
+        needed = [d for d in range(first, depth_of) if any(v != {NEITHER} for v in wanted[d].values())]
+        blocks = self.trunk.blocks(needed)  # the others are removed from every plan, and not even read
+        for depth in range(first, depth_of):
             nodes = list(wanted[depth])
             for group, mask in nodes:
                 if (group, mask) not in live:
                     live[group, mask] = known.pop((group, depth, mask))
             items = [(live.pop(node), wanted[depth][node]) for node in nodes]
-            done = self.trunk.step(depth, block, items)
+            done = self.trunk.step(depth, next(blocks) if depth in needed else None, items)
             del items
             for (group, mask), variants in zip(nodes, done, strict=True):
                 for variant, stream in variants.items():
@@ -112,6 +120,7 @@ class Walk:
             for (group, mask), stream in live.items():
                 if depth + 1 in self.checkpoints or mask == before(shared, depth + 1):
                     self.streams.put((group, depth + 1, mask), stream)
+        next(blocks, None)  # a streamed block goes back
         for (group, mask), stream in live.items():
             yield (group, mask), stream
 
@@ -129,9 +138,9 @@ class Walk:
             branches: dict[int, list[int]] = defaultdict(list)
             for plan in masks:
                 branches[plan >> 2 * depth & 3].append(plan)
-            block = self.trunk.blocks([depth])
-            done = self.trunk.step(depth, next(block), [(stream, set(branches))])[0]
-            next(block, None)  # a streamed block goes back
+            blocks = self.trunk.blocks([depth] if set(branches) != {NEITHER} else [])
+            done = self.trunk.step(depth, next(blocks, None), [(stream, set(branches))])[0]
+            next(blocks, None)
             self.look(depth, list(done.values()))
             for variant in sorted(branches, reverse=True):
                 node = (group, depth + 1, mask | variant << 2 * depth)

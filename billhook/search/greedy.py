@@ -20,17 +20,20 @@ def greedy(problem: Problem) -> Search:
     plan, path = Plan(), []
     now: float | None = None  # the loss of `plan`; needed only where sizes differ
     while not problem.met(plan):
-        moves = problem.moves(plan)
-        plans = tuple(plan.without(*move) for move in moves)
-        worth = [min(problem.cost(move), problem.missing(plan)) for move in moves]
-        if len(set(worth)) == 1:
-            losses = yield Ask(plans, best=2)
-            best = min((loss.mean, i) for i, loss in enumerate(losses) if not loss.bound)[1]
-        else:
-            if now is None:
-                now = (yield Ask((plan,)))[0].mean
-            losses = yield Ask(plans)
-            best = min((price(loss.mean - now, worth[i]), i) for i, loss in enumerate(losses))[1]
-        plan, now = plans[best], losses[best].mean
+        alike: dict[float, list[Plan]] = {}  # of moves that are worth the same, only the best two matter
+        for move in problem.moves(plan):
+            worth = min(problem.cost(move), problem.missing(plan))
+            alike.setdefault(worth, []).append(plan.without(*move))
+        if len(alike) > 1 and now is None:
+            now = (yield Ask((plan,)))[0].mean
+        best: tuple[float, float, Plan] | None = None  # price, loss, plan
+        for worth, plans in alike.items():
+            losses = yield Ask(tuple(plans), best=2)
+            loss, i = min((loss.mean, i) for i, loss in enumerate(losses) if not loss.bound)
+            cost = price(loss - now, worth) if now is not None else loss
+            if best is None or cost < best[0]:
+                best = cost, loss, plans[i]
+        assert best is not None, "a problem that can be met has a move"
+        now, plan = best[1], best[2]
         path.append(plan)
     return path
