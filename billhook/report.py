@@ -390,8 +390,7 @@ def _answers(answers: Sequence[Mapping[str, str]]) -> str:
     told = []
     for answer in answers:
         same = "<small>the same words</small>" if answer["teacher"] == answer["student"] else ""
-        sides = "".join(
-            f"<div><h4>{who.capitalize()}</h4><p>{_e(answer[who])}</p></div>" for who in ("teacher", "student")
-        )
+        words = {who: _e(answer[who]) or "<small>(nothing: it ended at once)</small>" for who in ("teacher", "student")}
+        sides = "".join(f"<div><h4>{who.capitalize()}</h4><p>{text}</p></div>" for who, text in words.items())
         told.append(f'<article><h3>{_e(answer["prompt"])} {same}</h3><div class="pair">{sides}</div></article>')
     return "".join(told) or "<p>No prompts were answered.</p>"
