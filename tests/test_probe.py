@@ -427,9 +427,10 @@ def test_blocks_that_every_plan_removes_are_not_read(checkpoint: Folder) -> None
 
 def test_waves_hold_whole_groups() -> None:
     jobs = [(g, mask) for g in range(4) for mask in range(3)]
-    told = list(waves(jobs, [10, 10, 40, 10], 60))
-    assert [job for wave in told for job in wave] == jobs
-    assert [sorted({g for g, _ in wave}) for wave in told] == [[0, 1], [2], [2], [2], [3]]
+    for split, expected in ((True, [[0, 1], [2], [2], [2], [3]]), (False, [[0, 1], [2], [3]])):
+        told = list(waves(jobs, [10, 10, 40, 10], 60, split=split))
+        assert [job for wave in told for job in wave] == jobs
+        assert [sorted({g for g, _ in wave}) for wave in told] == expected
 
 
 # -- losses ---------------------------------------------------------------------------------------------------------

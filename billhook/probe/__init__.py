@@ -121,13 +121,14 @@ class Probe:
         bench.layout = bench.arrange(len(plans))
         table = Table([group.documents for group in bench.groups], memo.recall(plans), instead=self.fast is None)
         number = {mask: plan for plan, mask in enumerate(masks)}
+        sizes = [group.tokens for group in bench.groups]
         choice = self._choice(masks, base, best)
         done: set[int] = set()
         try:
             want = next(choice)
             while True:
                 missing = [(g, masks[p]) for p, g in table.take(want.quality, want.pieces)]
-                for wave in waves(missing, [group.tokens for group in bench.groups], bench.layout.wave):
+                for wave in waves(missing, sizes, bench.layout.wave, split=bench.layout.streamed):
                     found = bench.measure(want.quality, wave)
                     table.add(want.quality, {(number[mask], g): sums for (g, mask), sums in found.items()})
                     fresh = {(plans[number[m]], bench.groups[g].documents): sums for (g, m), sums in found.items()}

@@ -259,15 +259,15 @@ class Bench:
         return [*(unit for unit in units if unit[0] in alive), (position, x, after[KEPT])]
 
 
-def waves(jobs: Sequence[Job], sizes: Sequence[int], most: int) -> Iterator[list[Job]]:
-    """Jobs in portions of at most `most` tokens, or of one job: whole document groups where they fit."""
+def waves(jobs: Sequence[Job], sizes: Sequence[int], most: int, *, split: bool) -> Iterator[list[Job]]:
+    """Jobs in portions of at most `most` tokens, of whole document groups; larger ones are `split` or stay whole."""
     by_group: dict[int, list[Job]] = defaultdict(list)
     for job in jobs:
         by_group[job[0]].append(job)
     wave: list[Job] = []
     held = 0
     for group, of in by_group.items():
-        step = max(1, most // sizes[group])
+        step = max(1, most // sizes[group]) if split else len(of)
         for part in (of[start : start + step] for start in range(0, len(of), step)):
             if wave and held + len(part) * sizes[group] > most:
                 yield wave
