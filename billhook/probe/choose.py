@@ -21,6 +21,7 @@ Piece = tuple[int, int]  # plan, document group
 Sums = tuple[float, ...]  # nats of each document of the group
 Nats = dict[int, float]  # of each group, of one plan
 Choice = Generator["Want", dict[Piece, Sums], list[Verdict]]
+LEADERS = 4  # of a race are never dropped: so few documents tell little of plans that are nearly as good
 RELATIVE, ABSOLUTE = 1e-5, 1e-6  # rounding that a bound may exceed a loss by; the second in nats per token
 
 
@@ -138,8 +139,10 @@ def race(ballot: Ballot, shortlist: Sequence[int], risk: float, bounds: bool) ->
 
     After 2, 3, 4, 6, 9 … groups each plan is compared with the leader, document by document: it goes if the mean
     difference exceeds the (1 - risk) quantile of Student's t, times its standard error. `risk`: of dropping, at one
-    comparison, a plan that is as good as the leader. Source: racing of Maron and Moore 1994 (Hoeffding races), here
-    with paired differences. `bounds`: whether cheap pieces are lower bounds, and not samples.
+    comparison, a plan that is as good as the leader; the four that lead are not dropped. `bounds`: whether cheap
+    pieces are lower bounds, and not samples.
+
+    Source: racing of Maron and Moore 1994 (Hoeffding races), here with paired differences.
     """
     cheap: Quality = "bound" if bounds else "sample"
     verdicts: list[Verdict] = ["skipped"] * ballot.plans
@@ -156,7 +159,7 @@ def race(ballot: Ballot, shortlist: Sequence[int], risk: float, bounds: bool) ->
             known[plan] |= {g: math.fsum(told[plan, g]) for g in groups}
         ranked = sorted(alive, key=lambda p: (math.fsum(seen[p]), p))
         leader = seen[ranked[0]]
-        for plan in ranked[ballot.best :]:
+        for plan in ranked[max(ballot.best, LEADERS) :]:
             if _worse([a - b for a, b in zip(seen[plan], leader, strict=True)], risk):
                 verdicts[plan] = "raced"
         alive = [p for p in ranked if verdicts[p] != "raced"]
