@@ -56,11 +56,11 @@ class Trunk:
 
     def enter(self, ids: torch.Tensor) -> torch.Tensor:
         """The residual stream [rows, time, width] before the first block, of token ids [rows, time]."""
-        found, inside = torch.unique(ids, return_inverse=True)
-        embedding = self.model.get_input_embeddings()
         weights = self.teacher.weights
         if weights is None:
             return self._record(ids)
+        found, inside = torch.unique(ids, return_inverse=True)
+        embedding = self.model.get_input_embeddings()
         whole, padding = embedding.weight, getattr(embedding, "padding_idx", None)
         embedding.weight, embedding.padding_idx = nn.Parameter(weights.rows(found), requires_grad=False), None
         try:  # the model's own forward, on an embedding that holds only the rows it needs
