@@ -117,9 +117,8 @@ class Store:
 
     @contextmanager
     def _write(self) -> Iterator[None]:
-        if self._db.in_transaction:
-            yield
-            return
+        if self._db.in_transaction:  # an interrupt came between two lines of an earlier write
+            self._db.execute("ROLLBACK")
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield

@@ -140,3 +140,14 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
     Store(tmp_path / "new.db")._db.execute("PRAGMA user_version = 99")
     with pytest.raises(UsageError, match="written by a newer Billhook"):
         Store(tmp_path / "new.db")
+
+
+def test_a_write_that_an_interrupt_left_open_is_undone_and_the_next_one_counts(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs.db")
+    run = new(store)
+    unfinished = store._write()
+    unfinished.__enter__()  # as if the interrupt came before anything was written, and nobody left the block
+    store._db.execute("UPDATE runs SET out = 'lost'")
+    store.update(run, state="interrupted")
+    other = Store(tmp_path / "runs.db")
+    assert (other.run(run).state, other.run(run).out) == ("interrupted", f"out/{run}")
