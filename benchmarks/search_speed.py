@@ -28,7 +28,9 @@ import torch
 from billhook.cli import keep_pages
 from billhook.data import TokenSet, documents, pick, prefix_of, read_texts, token_set
 from billhook.loading import Teacher, load
-from billhook.plan import Ask, Budget, Plan, Problem
+from billhook.budget import read_budgets
+from billhook.plan import Ask, Plan
+from billhook.problem import Problem
 from billhook.probe import Fast, Probe
 from billhook.records import Loss
 from billhook.search import SEARCHES, settle
@@ -88,7 +90,7 @@ def _side(given: argparse.Namespace) -> dict[str, Any]:
         plans = json.loads(given.plans)
         losses = probe.losses([Plan.of(names) for names in plans.values()])
         return {side: loss.mean for side, loss in zip(plans, losses, strict=True)}
-    problem = Problem(teacher.anatomy, Budget.parse(given.remove)).check()
+    problem = Problem(teacher.anatomy, read_budgets(given.remove)).check()
     return _plain(given, teacher, calibration, problem) if given.side == "plain" else _ours(
         given, teacher, calibration, problem
     )  # fmt: skip

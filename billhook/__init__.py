@@ -12,11 +12,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from billhook.api import dry_run, evaluate_model, inspect, measure_speed, methods, prune, resume, runs, score, show
+    from billhook.budget import Budget
     from billhook.errors import BillhookError
     from billhook.export.checkpoint import save
     from billhook.loading import Teacher, load, register
     from billhook.mask import masked
-    from billhook.plan import Anatomy, Budget, Plan, Site
+    from billhook.plan import Anatomy, Plan, Site
     from billhook.recipe import Recipe
     from billhook.records import Event
     from billhook.surgery import apply
@@ -50,8 +51,9 @@ _API = ("dry_run", "evaluate_model", "inspect", "measure_speed", "methods", "pru
 _HOMES = {
     **dict.fromkeys(_API, "api"),
     **dict.fromkeys(("Teacher", "load", "register"), "loading"),
-    **dict.fromkeys(("Anatomy", "Budget", "Plan", "Site"), "plan"),
+    **dict.fromkeys(("Anatomy", "Plan", "Site"), "plan"),
     "BillhookError": "errors",
+    "Budget": "budget",
     "Event": "records",
     "Recipe": "recipe",
     "apply": "surgery",

@@ -18,14 +18,16 @@ import psutil
 import billhook
 from billhook import proof, report
 from billhook.audit import audited, conduct, with_words
+from billhook.budget import read_budgets
 from billhook.data import TokenSet, Wanted, token_sets
 from billhook.errors import FingerprintError, PlanError
 from billhook.execute import Executor, Told
 from billhook.export.checkpoint import appear, aside_of, check_equal, check_streamed, check_target, write
 from billhook.loading import Teacher, load
 from billhook.losses import LOSSES
-from billhook.plan import Anatomy, Ask, Budget, Plan, Problem, protection
+from billhook.plan import Anatomy, Ask, Plan
 from billhook.probe import Fast, Probe
+from billhook.problem import Problem, protection
 from billhook.proof import Job
 from billhook.recipe import Recipe, read_plan
 from billhook.records import Event, Loss, Step, Watch, steps
@@ -141,7 +143,7 @@ def targets(recipe: Recipe, teacher: Teacher) -> tuple[Problem | None, Plan | No
             raise PlanError(f"--plan {recipe.plan!r} removes nothing. Name sites to remove: attention.7,mlp.16.")
         return None, teacher.anatomy.check(plan, protected)
     assert recipe.remove is not None
-    return Problem(teacher.anatomy, Budget.parse(recipe.remove), protected, recipe.seed).check(), None
+    return Problem(teacher.anatomy, read_budgets(recipe.remove), protected, recipe.seed).check(), None
 
 
 def tokens_for(recipe: Recipe, teacher: Teacher, watch: Watch) -> tuple[TokenSet, TokenSet]:
@@ -218,8 +220,8 @@ def _round(job: Job, problem: Problem, measure: Executor, total: int, ask: Ask) 
     if not ask.plans:
         return measure(ask)
     common = Plan(frozenset.intersection(*(plan.removed for plan in ask.plans)))
-    need = math.ceil(problem.budget.needed(problem.anatomy))
-    sofar = f"{problem.budget.spent(problem.anatomy, common):,} of {need:,} {problem.budget.unit} gone"
+    each = zip(problem.budgets, problem.spent(common), problem.needed, strict=True)
+    sofar = ", ".join(f"{b.show(spent).split()[0]} of {b.show(need)} gone" for b, spent, need in each)
     before = sum(len(earlier.plans) for earlier, _ in measure.rounds)
     losses = measure(ask, _teller(job, sofar, before=before, total=total))
     best = min((loss for loss in losses if not loss.bound), key=lambda loss: loss.mean)

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from billhook.budget import read_budgets
 from billhook.errors import FingerprintError, PlanError, RecipeError, nearest
-from billhook.plan import Anatomy, Budget, Plan, Site
+from billhook.plan import Anatomy, Plan, Site
 
 
 class Recipe(BaseModel):
@@ -69,7 +70,8 @@ class Recipe(BaseModel):
     def _readable(cls, value: object) -> object:
         if value is None:
             return None
-        return str(Budget.parse(str(value)))
+        pieces = value if isinstance(value, list | tuple) else [value]
+        return ",".join(map(str, read_budgets(",".join(map(str, pieces)))))
 
     @field_validator("memory")
     @classmethod

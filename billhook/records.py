@@ -133,7 +133,7 @@ def silent(event: Event) -> None:
     """A watcher that looks away."""
 
 
-Cost = Callable[[frozenset[Site]], int]
+Cost = Callable[[frozenset[Site]], object]
 Round = tuple[tuple[Plan, ...], list[Loss]]  # the plans of one Ask and their losses
 
 

@@ -9,7 +9,8 @@ out, it is the prose that comes with Python. The checkpoint and its report appea
 import sys
 
 import billhook
-from billhook.plan import Ask, Plan, Problem
+from billhook.plan import Ask, Plan
+from billhook.problem import Problem
 from billhook.search import Search, search
 
 

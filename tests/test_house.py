@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HOUSE = ROOT / "billhook"
 FILES = sorted(HOUSE.rglob("*.py"))
 FLOORS = (  # each floor imports from those above it, and each name from those before it on its own floor
-    ("errors", "plan", "registry", "records", "stats"),
+    ("errors", "plan", "budget", "problem", "registry", "records", "stats", "margin"),
     ("arch", "modeling_billhook", "vet", "stream", "loading", "data", "losses", "mask", "probe", "surgery", "width",
      "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),

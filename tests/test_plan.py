@@ -13,7 +13,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from billhook.errors import BudgetError, PlanError
-from billhook.plan import PARTS, UNITS, Anatomy, Budget, Plan, Problem, Rest, Site, SiteSize, protection
+from billhook.budget import UNITS, Budget, read_budgets
+from billhook.plan import PARTS, Anatomy, Plan, Rest, Site, SiteSize
+from billhook.problem import Problem, protection
 
 SITES = st.builds(Site, st.integers(0, 120), st.sampled_from(PARTS))
 

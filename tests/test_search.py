@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from test_plan import plain, solvable
 
 from billhook.errors import UnknownName
-from billhook.plan import PARTS, UNITS, Anatomy, Ask, Budget, Plan, Problem, Site, protection
+from billhook.budget import UNITS, Budget, read_budgets
+from billhook.plan import PARTS, Anatomy, Ask, Plan, Site
+from billhook.problem import Problem, protection
 from billhook.records import Loss
 from billhook.registry import Registry
 from billhook.search import SEARCHES, settle

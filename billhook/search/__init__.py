@@ -1,14 +1,18 @@
 """Searches: generators that yield Asks, are sent their losses and return the path of plans to the answer.
 
 A search sees a Problem and losses: no model, no file, no clock, no torch. The returned path starts with the first
-removal and ends with the plan that meets the budget.
+removal and ends with the plan that meets the budgets; a search without an order returns its answer alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from fractions import Fraction
 
-from billhook.plan import Ask, Plan
+from billhook.errors import UsageError
+from billhook.plan import Ask, Plan, Site
+from billhook.problem import Move, Problem
 from billhook.records import Loss
 from billhook.registry import Registry
 
@@ -28,12 +32,102 @@ def settle(steps: Search, measure: Callable[[Ask], list[Loss]]) -> list[Plan]:
         return path
 
 
-def price(rise: float, worth: float) -> float:
+# -- what several searches do ---------------------------------------------------------------------------------------
+
+
+def price(rise: float, worth: float | Fraction) -> float:
     """What a move costs per unit of the budget that it frees: the rise of the loss, divided by what it is worth.
 
     A removal that lowers the loss is the better, the more it frees. Lower goes first.
     """
-    return rise / worth if rise > 0 else rise * worth
+    return rise / float(worth) if rise > 0 else rise * float(worth)
 
 
-from billhook.search import greedy, oneshot  # noqa: E402, F401 - importing a method files it under its name
+def lowest(plans: Sequence[Plan], losses: Sequence[Loss]) -> tuple[float, Plan]:
+    """The lowest loss that is known in full, and its plan; of equal ones the first."""
+    found = [(loss.mean, i) for i, loss in enumerate(losses) if not loss.bound]
+    loss, i = min(found)
+    return loss, plans[i]
+
+
+def restricted(problem: Problem, parts: str, early: int = 0, latter: int = 0) -> Problem:
+    """The problem with fewer moves: `parts` mix, mha or mlp; the first `early` and the last `latter` blocks stay.
+
+    Raises UsageError for another word, BudgetError if the budget cannot be met so.
+    """
+    kept = {"mix": (), "mha": ("mlp",), "mlp": ("attention",)}.get(parts)
+    if kept is None:
+        raise UsageError(f"parts={parts!r} is none of mix, mha and mlp.")
+    alive, blocks = problem.anatomy.alive(), problem.anatomy.blocks
+    stay = {s for s in alive if s.part in kept or s.block < early or s.block >= blocks - latter}
+    return replace(problem, protected=problem.protected | stay).check() if stay else problem
+
+
+def singles(problem: Problem) -> list[Move]:
+    """Every group that may go, alone: what rankings are made of."""
+    return problem.moves(Plan())
+
+
+def given_scores(problem: Problem, moves: Sequence[Move]) -> dict[Move, float] | None:
+    """What a metric says of each move, a block by its own score; None where there is no metric.
+
+    Raises UsageError if the metric scores no such things.
+    """
+    if problem.scores is None:
+        return None
+    keys: dict[Move, Site | int] = {move: move[0].block if problem.whole_blocks else move[0] for move in moves}
+    if missing := [key for key in keys.values() if key not in problem.scores]:
+        kind = "blocks" if problem.whole_blocks else "sites"
+        raise UsageError(
+            f"The metric gives no score for {missing[0]}, and this budget removes {kind}. Take another metric, such as "
+            "cosine, or the search span for a metric of runs."
+        )
+    return {move: problem.scores[key] for move, key in keys.items()}
+
+
+def exchanges(problem: Problem, plan: Plan) -> Generator[Ask, list[Loss], tuple[Plan, float]]:
+    """The best single exchange (one group comes back, another goes), again and again until none helps.
+
+    The plan that is reached, and its loss. What only comes back counts too, where the budgets stay met. Most exchanges
+    are dropped early: they are held against the plan as it is, those first that look best by what each half does alone.
+    """
+    groups = problem.groups()
+    while True:
+        inside = [g for g in groups if set(g) <= plan.removed]
+        outside = [g for g in groups if not set(g) & plan.removed and problem.legal(Plan(frozenset(g)))]
+        less = {g: Plan(plan.removed - set(g)) for g in inside}
+        more = {h: p for h in outside if problem.legal(p := plan.without(*h))}
+        pairs: dict[Plan, tuple[Move, Move | None]] = {p: (g, None) for g, p in less.items() if problem.met(p)}
+        for g, without in less.items():
+            pairs |= {p: (g, h) for h in outside if problem.met(p := without.without(*h)) and problem.legal(p)}
+        halves = (plan, *less.values(), *more.values())
+        losses = dict(zip(halves, (yield Ask(halves)), strict=True))
+        now = losses[plan].mean
+        gain = {g: losses[p].mean - now for g, p in less.items()}
+        rise = {h: losses[p].mean - now for h, p in more.items()}
+        hopeful = sorted(pairs, key=lambda p: (_expected(pairs[p], gain, rise), p.key()))
+        plans = (plan, *hopeful)
+        hints = tuple(_expected(pairs[p], gain, rise) for p in hopeful)
+        loss, best = lowest(plans, (yield Ask(plans, best=1, hints=(0.0, *hints)))) if hopeful else (now, plan)
+        if best == plan or loss >= now:
+            return plan, now
+        plan = best
+
+
+def _expected(pair: tuple[Move, Move | None], gain: dict[Move, float], rise: dict[Move, float]) -> float:
+    """How much an exchange is likely to add to the loss, if its halves did not act together."""
+    back, gone = pair
+    return gain[back] + (rise.get(gone, 0.0) if gone is not None else 0.0)
+
+
+def trimmed(problem: Problem, plan: Plan, order: Sequence[Move]) -> Plan:
+    """A plan that meets the budgets without what it need not remove: groups come back in `order` while they may."""
+    for group in order:
+        back = Plan(plan.removed - set(group))
+        if set(group) <= plan.removed and problem.met(back):
+            plan = back
+    return plan
+
+
+# Importing a method files it under its name.
+from billhook.search import beam, evolve, exhaustive, greedy, oneshot, solve, span, swap  # noqa: E402, F401

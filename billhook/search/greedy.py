@@ -2,38 +2,61 @@
 
 from __future__ import annotations
 
-from billhook.plan import Ask, Plan, Problem
-from billhook.search import Search, price, search
+from fractions import Fraction
+
+from billhook.plan import Ask, Plan
+from billhook.problem import Move, Problem
+from billhook.search import Search, lowest, price, restricted, search
 
 
 @search
-def greedy(problem: Problem) -> Search:
+def greedy(
+    problem: Problem,
+    *,
+    weigh: bool = True,
+    parts: str = "mix",
+    front: float = 0.0,
+    early_barrier: int = 0,
+    latter_barrier: int = 0,
+) -> Search:
     """Remove the site that costs least, re-measure all that are left, until the budget is met.
 
     n + (n-1) + … losses, n(n+1)/2 - r(r+1)/2 of them when r of n sites are left. Where all moves are worth the same in
     the budget's unit, the cheapest is the one that leaves the lowest loss; where they are not (parameters), the one
-    with the smallest rise of the loss per unit that is still needed.
+    with the smallest rise of the loss per unit that is still needed; with `weigh=False` the lowest loss, whatever the
+    sizes. `front`: that share of the sites, from the first on, stays until as many others are gone (FinerCut's 0.4).
+    `early_barrier`, `latter_barrier`: first and last blocks that stay (SLEB's 1 and 1). `parts`: mix, mha or mlp, what
+    may go (BlockPruner).
 
-    Source: Zhang et al. 2024, FinerCut (arXiv 2405.18218). Deviations: no protected front unless asked for; the loss
-    is KL(teacher || student) by default; the search ends at the budget; sizes count where the budget counts them.
+    Source: Zhang et al. 2024, FinerCut (arXiv 2405.18218); for blocks Song et al. 2024, SLEB (arXiv 2402.09025); by
+    perplexity Zhong et al. 2024, BlockPruner (arXiv 2406.10594). Deviations: no protected front unless asked for; the
+    loss is KL(teacher || student) by default; the search ends at the budget; sizes count where the budget counts them.
     """
+    problem = restricted(problem, parts, early_barrier, latter_barrier)
     plan, path = Plan(), []
     now: float | None = None  # the loss of `plan`; needed only where sizes differ
     while not problem.met(plan):
-        alike: dict[float, list[Plan]] = {}  # of moves that are worth the same, only the best two matter
-        for move in problem.moves(plan):
-            worth = min(problem.cost(move), problem.missing(plan))
+        alike: dict[Fraction, list[Plan]] = {}  # of moves that are worth the same, only the best two matter
+        for move in _free(problem, plan, front):
+            worth = problem.worth(move, plan) if weigh else Fraction(1)
             alike.setdefault(worth, []).append(plan.without(*move))
         if len(alike) > 1 and now is None:
             now = (yield Ask((plan,)))[0].mean
         best: tuple[float, float, Plan] | None = None  # price, loss, plan
         for worth, plans in alike.items():
-            losses = yield Ask(tuple(plans), best=2)
-            loss, i = min((loss.mean, i) for i, loss in enumerate(losses) if not loss.bound)
+            loss, which = lowest(plans, (yield Ask(tuple(plans), best=2)))
             cost = price(loss - now, worth) if now is not None else loss
             if best is None or cost < best[0]:
-                best = cost, loss, plans[i]
+                best = cost, loss, which
         assert best is not None, "a problem that can be met has a move"
         now, plan = best[1], best[2]
         path.append(plan)
     return path
+
+
+def _free(problem: Problem, plan: Plan, front: float) -> list[Move]:
+    """The moves, without the front of the model for as long as it is protected and others are left."""
+    moves, sites = problem.moves(plan), len(problem.anatomy.sites)
+    if not front or len(plan.removed) > int(sites * front):
+        return moves
+    return [move for move in moves if move[0].block > int(sites * front / 2)] or moves

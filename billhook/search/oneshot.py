@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from billhook.plan import Ask, Plan, Problem
-from billhook.search import Search, price, search
+from billhook.plan import Ask, Plan
+from billhook.problem import Problem
+from billhook.search import Search, given_scores, price, restricted, search, singles
 
 
 @search
-def oneshot(problem: Problem) -> Search:
-    """Rank all sites by the loss of removing each alone, then remove in that order.
+def oneshot(problem: Problem, *, weigh: bool = True, parts: str = "mix") -> Search:
+    """Rank all sites by a metric, or by the loss of removing each alone, then remove in that order.
 
-    n losses for n sites. Blind to how removals act together. Where sites differ in what they are worth in the
-    budget's unit (parameters), the rank is the loss per unit. Deviation: the papers do not weigh by size.
+    n losses for n sites, or none with a metric. Blind to how removals act together. Where sites differ in what they are
+    worth in the budget's unit (parameters), the rank is the score per unit, unless `weigh=False`. `parts`: mix, mha or
+    mlp, what may go.
 
-    Source: Kim et al. 2024, Shortened LLaMA (arXiv 2402.02834), one-shot removal of blocks by perplexity; Siddiqui
-    et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), the same for sublayers.
+    Source: Kim et al. 2024, Shortened LLaMA (arXiv 2402.02834), one-shot removal of blocks by perplexity; Men et al.
+    2024, ShortGPT (arXiv 2403.03853), by block influence; Siddiqui et al. 2024, A deeper look at depth pruning of LLMs
+    (arXiv 2407.16286), the same for sublayers. Deviation: the papers do not weigh by size.
     """
-    moves = problem.moves(Plan())
-    losses = yield Ask((Plan(), *(Plan().without(*move) for move in moves)))
-    dense = losses[0].mean
-    prices = {m: price(loss.mean - dense, problem.cost(m)) for m, loss in zip(moves, losses[1:], strict=True)}
+    problem = restricted(problem, parts)
+    moves = singles(problem)
+    scores = given_scores(problem, moves)
+    if scores is None:
+        losses = yield Ask((Plan(), *(Plan().without(*move) for move in moves)))
+        scores = {move: loss.mean - losses[0].mean for move, loss in zip(moves, losses[1:], strict=True)}
+    prices = {move: price(score, problem.weight(move)) if weigh else score for move, score in scores.items()}
     plan, path = Plan(), []
     while not problem.met(plan):
         plan = plan.without(*min(problem.moves(plan), key=lambda move: prices[move]))

@@ -1,0 +1,48 @@
+"""Greedy with several plans kept."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from billhook.plan import Ask, Plan
+from billhook.problem import Problem
+from billhook.search import Search, price, search
+
+
+@search
+def beam(problem: Problem, *, width: int = 4) -> Search:
+    """Keep the `width` best plans of every round, extend each by every move, until all that are kept meet the budget.
+
+    About `width` times the losses of greedy. Plans of one round are ranked by the rise of the loss per share of the
+    budget that they have freed; of those that meet it the lowest loss wins.
+
+    Source: beam search, Lowerre 1976, over the moves of FinerCut (arXiv 2405.18218); for layers ours.
+    """
+    dense = (yield Ask((Plan(),)))[0].mean
+    kept, parents = [Plan()], dict[Plan, Plan]()
+    finished: dict[Plan, float] = {}
+    while kept:
+        alike: dict[Fraction, list[Plan]] = {}
+        for plan in kept:
+            for move in problem.moves(plan):
+                after = plan.without(*move)
+                if parents.setdefault(after, plan) == plan:
+                    alike.setdefault(_freed(problem, after), []).append(after)
+        ranked: list[tuple[float, str, Plan, float]] = []
+        for freed, plans in alike.items():
+            losses = yield Ask(tuple(plans), best=width)
+            full = [(plan, loss.mean) for plan, loss in zip(plans, losses, strict=True) if not loss.bound]
+            ranked += [(price(loss - dense, freed), plan.key(), plan, loss) for plan, loss in full]
+        best = sorted(ranked, key=lambda row: row[:2])[:width]
+        finished |= {plan: loss for _, _, plan, loss in best if problem.met(plan)}
+        kept = [plan for _, _, plan, _ in best if not problem.met(plan)]
+    plan = min(finished, key=lambda plan: (finished[plan], plan.key()))
+    path = [plan]
+    while parents[path[0]].removed:
+        path.insert(0, parents[path[0]])
+    return path
+
+
+def _freed(problem: Problem, plan: Plan) -> Fraction:
+    """How much of what the budgets need a plan has freed, summed over them."""
+    return sum((min(Fraction(s), n) / n for s, n in zip(problem.spent(plan), problem.needed, strict=True)), Fraction(0))

@@ -1,0 +1,44 @@
+"""All plans, for small models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from billhook.errors import UsageError
+from billhook.plan import Ask, Plan
+from billhook.problem import Move, Problem
+from billhook.search import Search, lowest, search
+
+
+@search
+def exhaustive(problem: Problem, *, most: int = 20_000) -> Search:
+    """Measure every plan that meets the budget and removes nothing that it need not; the optimum.
+
+    n choose k losses to remove k of n sites, most of them dropped early. Refused where there are more than `most`.
+
+    Source: enumeration; as the yardstick of other searches, ours.
+    """
+    groups = [g for g in problem.groups() if not set(g) & problem.protected]
+    plans: list[Plan] = []
+    for plan in _minimal(problem, groups, Plan()):
+        plans.append(plan)
+        if len(plans) > most:
+            raise UsageError(
+                f"The search exhaustive would measure more than {most:,} plans. Protect more, remove less, raise it "
+                f"with --set most={10 * most}, or take the search swap."
+            )
+    return [lowest(plans, (yield Ask(tuple(plans), best=2)))[1]]
+
+
+def _minimal(problem: Problem, groups: list[Move], plan: Plan) -> Iterator[Plan]:
+    """The legal plans that extend `plan` by some of `groups`, meet the budgets, and do so with nothing to spare."""
+    if problem.met(plan):
+        gone = [g for g in problem.groups() if set(g) <= plan.removed]
+        if not any(problem.met(Plan(plan.removed - set(g))) for g in gone):
+            yield plan
+        return
+    for i, group in enumerate(groups):
+        after = plan.without(*group)
+        rest = frozenset(site for later in groups[i + 1 :] for site in later)
+        if problem.legal(after) and problem.met(Plan(after.removed | rest)):
+            yield from _minimal(problem, groups[i + 1 :], after)

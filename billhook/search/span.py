@@ -1,0 +1,43 @@
+"""One run of blocks."""
+
+from __future__ import annotations
+
+from billhook.errors import BudgetError, UsageError
+from billhook.plan import Ask, Plan
+from billhook.problem import Problem
+from billhook.search import Search, lowest, search
+
+
+@search
+def span(problem: Problem, *, run: str = "best", keep_last: int = 0) -> Search:
+    """Remove one contiguous run of whole blocks: the best by a metric of runs, or by the loss.
+
+    No losses with a metric such as angular_span; without one a loss for every start. `run=last`: the last blocks, but
+    for `keep_last` of them, a baseline that is hard to beat once the model is trained again.
+
+    Source: Gromov et al. 2024, The unreasonable ineffectiveness of the deeper layers (arXiv 2403.17887); the last
+    blocks: Lu et al. 2024, Reassessing layer pruning in LLMs (arXiv 2411.15558).
+    """
+    alive = problem.anatomy.alive()
+    blocks = sorted({site.block for site in alive})
+    runs: dict[tuple[int, int], Plan] = {}
+    for start in range(len(blocks)):
+        for end in range(start, len(blocks) - keep_last):
+            plan = Plan(frozenset(site for site in alive if site.block in blocks[start : end + 1]))
+            if problem.met(plan):
+                if problem.legal(plan):
+                    runs[blocks[start], blocks[end]] = plan
+                break
+    if not runs:
+        raise BudgetError("No single run of blocks meets the budget and leaves what must stay. Try the search greedy.")
+    if run == "last":
+        return [runs[max(runs, key=lambda ends: (ends[1], ends[0]))]]
+    if run != "best":
+        raise UsageError(f"run={run!r} is neither best nor last.")
+    scores = problem.scores or {}
+    if all(ends in scores for ends in runs):
+        return [runs[min(runs, key=lambda ends: (scores[ends], ends))]]
+    if scores:
+        raise UsageError("The search span wants a metric of runs, such as angular_span, or none.")
+    plans = tuple(runs.values())
+    return [lowest(plans, (yield Ask(plans, best=2)))[1]]
