@@ -16,7 +16,8 @@ def conduct(probe: Probe) -> dict[str, Any]:
     tally = sum(probe.tally, Counter())
     decided = {kind: tally[kind] for kind in ("full", "bound", "raced", "skipped")}
     mode = "exact" if probe.fast is None else "fast"
-    return {"mode": mode, "decided": decided, "layout": str(probe.layout), "audit": None}
+    return {"mode": mode, "decided": decided, "layout": str(probe.layout), "audit": None,
+            "site_evaluations": round(probe.site_evaluations, 1)}  # fmt: skip
 
 
 def with_words(told: dict[str, Any]) -> dict[str, Any]:

@@ -36,16 +36,21 @@ DEFAULT_STORE = Path("billhook.db")
 
 # The fields of `Recipe` with their defaults and help texts, so that `--help` needs no pydantic; a test compares them.
 RECIPE: dict[str, tuple[Any, str]] = {
-    "remove": (None, "What must go: 25% (of all parameters), 25%sites, 15sites, 8attention, 4mlp, 3blocks"),
+    "remove": (None, "What must go: 25% (of the parameters), 15sites, 3blocks, 30%kv, 20%ms …; repeatable"),
     "plan": (None, "No search, remove this: attention.7,mlp.16, a plan file, a drop list of LLM-Drop or EvoPress"),
-    "search": ("greedy", "How to search: greedy or oneshot"),
-    "loss": ("kl", "What to keep low: kl, js or nll"),
+    "within": (None, "As much as can go within a margin: 3%ppl, or 1pp:FILE (accuracy on a task)"),
+    "search": ("greedy", "How to search; `billhook methods` lists the searches"),
+    "metric": (None, "How to score sites first, for the searches oneshot, solve and span"),
+    "loss": ("kl", "What to keep low: kl, js, nll …, or task:FILE for a multiple-choice task"),
+    "set": ({}, "An option of the search or the metric, such as front=0.4; repeatable"),
     "fast": (False, "Race a round's candidates instead of proving which is best"),
     "shortlist": (12, "With --fast: candidates a round, by the ranking of the rounds before"),
     "risk": (0.05, "With --fast: risk of dropping the best candidate at one comparison"),
     "audit": (False, "With --fast: measure every round again in full, state the regret"),
     "memory": (None, "Memory for weights and activations, such as 4GB; less streams the model"),
-    "protect": ("", "Sites that stay: attention.0,mlp.27-29, or blocks: 0-3"),
+    "protect": ("", "Sites that stay: attention.0,mlp.27-29, or blocks: 0-3,last2"),
+    "batch": (1, "With a budget in ms: sequences at a time"),
+    "context": (128, "With a budget in ms: tokens before the one that is timed"),
     "data": ("pydoc", "Calibration text: pydoc, a .txt, .jsonl or .parquet file, self, or a data set's name"),
     "eval_data": (None, "Held-out text; left out, it is split off --data"),
     "field": ("text", "The field of a .jsonl row that holds the text"),
@@ -59,6 +64,7 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "dtype": ("auto", "Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
     "trust_remote_code": (False, "Run Python code that the checkpoint brings"),
 }
+REPEATABLE = ("remove", "set")
 TEXT_OPTIONS = ("data", "eval_data", "field", "eval_tokens", "eval_length", "memory", "seed", "device", "dtype",
                 "trust_remote_code")  # fmt: skip
 
@@ -69,13 +75,14 @@ def _with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def run(**values: Any) -> None:
             options = {name: values.pop(name) for name in names}
-            command(**values, options={k: v for k, v in options.items() if v is not None})
+            command(**values, options={k: v for k, v in options.items() if v is not None and v != []})
 
         own = [p for n, p in inspect.signature(command, eval_str=True).parameters.items() if n != "options"]
         extra = []
         for name in names:
             default, text = RECIPE[name]
             kind: Any = type(default) if isinstance(default, bool | int | float) else str
+            kind = list[str] if name in REPEATABLE else kind
             shown = f" [default: {default}]" if default and not isinstance(default, bool) else ""
             flag = typer.Option("--" + name.replace("_", "-"), help=text + shown, show_default=False)
             annotation = Annotated[kind | None, flag]
@@ -98,7 +105,9 @@ def prune(
     *,
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write [default: pruned/<run>]")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file with any of these options; typed ones win")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A YAML file of options, or one of ours by name; typed ones win")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest unfinished run")] = False,
     run: Annotated[str | None, typer.Option(help="With --resume: which run")] = None,
     dry_run: Annotated[
@@ -114,9 +123,9 @@ def prune(
     again = f"billhook prune --resume --store {shlex.quote(str(store))}"
     with _face(as_json, quiet, verbose, again) as face:
         from billhook import api, pipeline
-        from billhook.recipe import read_yaml, recipe_from
+        from billhook.recipe import combined, recipe_from
 
-        given = (read_yaml(recipe) if recipe else {}) | ({"model": model} if model else {}) | options
+        given = combined(recipe, **({"model": model} if model else {}), **options)
         if run and not resume:
             raise UsageError(f"--run {run} goes with --resume. Add --resume, or leave --run out.")
         if resume and dry_run:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
-from billhook.data import first
+from billhook.data import TokenSet, first
+from billhook.loading import Teacher
 from billhook.plan import Ask, Plan
-from billhook.probe import Probe
+from billhook.probe import Memos, Probe
 from billhook.probe.choose import Quality, Sums
 from billhook.probe.table import Documents, Known, Pieces
 from billhook.records import Loss
@@ -21,11 +22,10 @@ def _nobody(done: int, total: int, best: float) -> None:
 
 
 class Executor:
-    """Answers Asks. Whatever is measured is stored at once, and not measured again."""
+    """Answers Asks by a probe, and keeps what was asked and answered."""
 
-    def __init__(self, probe: Probe, store: Store, run: str) -> None:
+    def __init__(self, probe: Probe) -> None:
         self._probes: dict[int | None, Probe] = {None: probe}
-        self._store, self._run = store, run
         self.rounds: list[tuple[Ask, list[Loss]]] = []
 
     def __call__(self, ask: Ask, told: Told = _nobody) -> list[Loss]:
@@ -35,8 +35,6 @@ class Executor:
         is called as the work goes on.
         """
         probe = self._probe(ask.tokens)
-        teacher = probe.teacher
-        of = Measured(teacher.fingerprint, probe.tokens.hash, probe.loss, teacher.compute)
         found: dict[Plan, Loss] = {}
         lowest, total, furthest = float("inf"), len(ask.plans), 0
 
@@ -45,10 +43,9 @@ class Executor:
             furthest = max(furthest, done, len(found))
             told(furthest, total, lowest)
 
-        for plan, loss in probe.decide(ask.plans, ask.best, _Memo(self._store, of, self._run), working):
+        for plan, loss in probe.decide(ask.plans, ask.best, hints=ask.hints, told=working):
             found[plan] = loss
             if not loss.bound:
-                self._store.add_loss(of, plan, loss, self._run)
                 lowest = min(lowest, loss.mean)
                 working(len(found))
         losses = [found[plan] for plan in ask.plans]
@@ -58,17 +55,26 @@ class Executor:
 
     def _probe(self, tokens: int | None) -> Probe:
         """The probe over all calibration tokens, or over the first `tokens` of them."""
+        whole = self._probes[None]
+        if tokens is not None and tokens >= whole.tokens.tokens:
+            return whole
         if tokens not in self._probes:
-            whole = self._probes[None]
             assert tokens is not None
-            part = first(whole.tokens, tokens)
-            whole.rest()  # both together would exceed the memory that one may have
-            self._probes[tokens] = Probe(whole.teacher, part, whole.loss, memory=whole.memory, fast=whole.fast)
+            self._probes[tokens] = whole.under(whole.loss, first(whole.tokens, tokens))
         return self._probes[tokens]
 
 
+def memos(store: Store, run: str, teacher: Teacher) -> Memos:
+    """Keeps measurements of a teacher in a store, in the name of a run."""
+
+    def memo(tokens: TokenSet, loss: str) -> _Memo:
+        return _Memo(store, Measured(teacher.fingerprint, tokens.hash, loss, teacher.compute), run)
+
+    return memo
+
+
 class _Memo:
-    """The store as the probe sees it."""
+    """The store as the probe sees it: whatever is measured is stored at once, and not measured again."""
 
     def __init__(self, store: Store, of: Measured, run: str) -> None:
         self._store, self._of, self._run = store, of, run
@@ -80,3 +86,6 @@ class _Memo:
 
     def keep(self, quality: Quality, found: Mapping[tuple[Plan, Documents], Sums]) -> None:
         self._store.add_pieces(self._of, quality, found, self._run)
+
+    def settle(self, plan: Plan, loss: Loss) -> None:
+        self._store.add_loss(self._of, plan, loss, self._run)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
-import random
 import shutil
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +14,22 @@ import psutil
 
 import billhook
 from billhook import proof, report
-from billhook.audit import audited, conduct, with_words
 from billhook.budget import read_budgets
-from billhook.data import TokenSet, Wanted, token_sets
-from billhook.errors import FingerprintError, PlanError
-from billhook.execute import Executor, Told
+from billhook.data import MIN_ROW, TokenSet, Wanted
+from billhook.errors import FingerprintError
 from billhook.export.checkpoint import appear, aside_of, check_equal, check_streamed, check_target, write
 from billhook.loading import Teacher, load
-from billhook.losses import LOSSES
-from billhook.plan import Anatomy, Ask, Plan
-from billhook.probe import Fast, Probe
-from billhook.problem import Problem, protection
+from billhook.losses import split_loss
+from billhook.margin import Margin
+from billhook.plan import Anatomy, Plan
+from billhook.portions import halves, mixed_sets
 from billhook.proof import Job
-from billhook.recipe import Recipe, read_plan
-from billhook.records import Event, Loss, Step, Watch, steps
-from billhook.search import SEARCHES, settle
+from billhook.recipe import Recipe
+from billhook.records import Watch
+from billhook.searching import check, count_losses, find, probe_of, problem_of
 from billhook.store import Run, Store
 from billhook.surgery import apply, leaves
+from billhook.tasks import task_tokens
 from billhook.vet import dtype_name
 
 ZEROED = "The removed sites hold zeros: equal outputs everywhere, no speed-up."
@@ -77,18 +73,20 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
     check_target(job.out, given_folder if given_folder.is_dir() else None)
     with job.stage("load"):
         teacher = teacher_of(recipe, job.watch)
-        problem, given = targets(recipe, teacher)
+        given = check(recipe, teacher)
         streamed = teacher.weights is not None
         check_target(job.out, teacher.folder, int(1.05 * teacher.anatomy.total("bytes")))
     with job.stage("calibrate"):
         calibration, held_out = tokens_for(recipe, teacher, job.watch)
         _bind(job, bound, teacher, calibration)
     with job.stage("search"):
-        plan, told, conducted = find(job, teacher, calibration, problem, given)
+        found = find(job, teacher, calibration, held_out, given)
+        plan, proof_text = found.plan, proof_of(recipe, held_out)
     with job.stage("apply"):
         student = apply(teacher, plan, stock=recipe.stock)
     with job.stage("evaluate"):
-        perplexity = proof.perplexity(job, teacher, student, plan, held_out)
+        perplexity = proof.perplexity(job, teacher, student, plan, proof_text)
+        tasks = [proof.task(job, teacher, plan, file) for file in task_files(recipe)]
         answers = [] if streamed else proof.answers(teacher, student, job.watch)
     with job.stage("save"):
         write(student, teacher.tokenizer, plan, aside, teacher=teacher, watch=job.watch)
@@ -102,10 +100,12 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
     with job.stage("report"):
         result = {
             **_describe(job, teacher, student, plan),
-            "data": {"calibration": calibration.describe(), "evaluation": held_out.describe()},
-            "steps": [step.to_json() for step in told],
-            "search": conducted,
+            "data": {"calibration": calibration.describe(), "evaluation": proof_text.describe()},
+            "steps": [step.to_json() for step in found.steps],
+            "search": found.conducted,
+            "within": found.within,
             "perplexity": perplexity,
+            "tasks": tasks,
             **_sizes(teacher.anatomy, leaves(teacher, plan, recipe.stock)),
             "speed": timed,
             "answers": answers,
@@ -127,32 +127,31 @@ def teacher_of(recipe: Recipe, watch: Watch) -> Teacher:
     )  # fmt: skip
 
 
-def targets(recipe: Recipe, teacher: Teacher) -> tuple[Problem | None, Plan | None]:
-    """The problem to solve, or the plan that was given. Raises UsageError before anything is computed."""
-    LOSSES[recipe.loss], SEARCHES[recipe.search]
-    protected = protection(recipe.protect, teacher.anatomy)
-    lost = sorted(site for site in teacher.removed.removed if site.block in teacher.positions)
-    if recipe.stock and lost:
-        raise PlanError(
-            f"--stock needs weights for every site that stays in the shape, and {', '.join(map(str, lost))} went in an "
-            "earlier pruning. Leave --stock out, or start from the unpruned model."
-        )
-    if recipe.plan is not None:
-        plan = read_plan(recipe.plan, teacher.anatomy, teacher.fingerprint)
-        if not plan.removed:
-            raise PlanError(f"--plan {recipe.plan!r} removes nothing. Name sites to remove: attention.7,mlp.16.")
-        return None, teacher.anatomy.check(plan, protected)
-    assert recipe.remove is not None
-    return Problem(teacher.anatomy, read_budgets(recipe.remove), protected, recipe.seed).check(), None
-
-
 def tokens_for(recipe: Recipe, teacher: Teacher, watch: Watch) -> tuple[TokenSet, TokenSet]:
-    """Calibration and held-out tokens of a recipe."""
+    """Calibration and held-out tokens of a recipe; where its loss is a task's, calibration is that task's."""
+    file = split_loss(recipe.loss)[1]
     wanted = Wanted(
         *(recipe.data, recipe.eval_data, recipe.field),
-        *(recipe.tokens, recipe.length, recipe.eval_tokens, recipe.eval_length, recipe.seed),
+        *(recipe.tokens if file is None else 2 * MIN_ROW, recipe.length),
+        *(recipe.eval_tokens, recipe.eval_length, recipe.seed),
     )
-    return token_sets(wanted, teacher.model, teacher.tokenizer, watch)
+    calibration, held_out = mixed_sets(wanted, teacher.model, teacher.tokenizer, watch)
+    if file is not None:
+        calibration = task_tokens(
+            file, teacher.tokenizer, limit_tokens=recipe.tokens, seed=recipe.seed, part="calibration"
+        )
+    return calibration, held_out
+
+
+def proof_of(recipe: Recipe, held_out: TokenSet) -> TokenSet:
+    """The held-out text on which a run proves its student: what no choice has seen."""
+    return halves(held_out)[1] if recipe.within is not None and recipe.within.endswith("ppl") else held_out
+
+
+def task_files(recipe: Recipe) -> list[str]:
+    """The tasks that a recipe is about."""
+    files = [split_loss(recipe.loss)[1], Margin.parse(recipe.within).file if recipe.within else None]
+    return sorted({file for file in files if file is not None})
 
 
 def _bind(job: Job, bound: dict[str, str], teacher: Teacher, calibration: TokenSet) -> None:
@@ -165,79 +164,6 @@ def _bind(job: Job, bound: dict[str, str], teacher: Teacher, calibration: TokenS
             "a new run: leave --resume out."
         )
     job.store.update(job.run, bound=now)
-
-
-def find(
-    job: Job, teacher: Teacher, calibration: TokenSet, problem: Problem | None, given: Plan | None
-) -> tuple[Plan, list[Step], dict[str, Any]]:
-    """The plan, the steps to it, and how the search decided: by search, or the given plan as a single step."""
-    probe = probe_of(job.recipe, teacher, calibration)
-    measure = Executor(probe, job.store, job.run)
-    if problem is None:
-        assert given is not None
-        path = [given]
-    else:
-        total = count_losses(job.recipe.search, problem, job.recipe.seed)
-        path = settle(SEARCHES[job.recipe.search](problem), partial(_round, job, problem, measure, total))
-    rounds, conducted = list(measure.rounds), conduct(probe)
-    if job.recipe.audit:
-        probe.rest()
-        conducted["audit"] = _audit(job, teacher, calibration, rounds)
-    conducted = with_words(conducted)
-    if not path or not path[-1].removed:
-        return Plan(), [], conducted
-    told = _teller(job, "along the path", before=0, total=len(path))
-    measured = {plan for ask, losses in rounds for plan, loss in zip(ask.plans, losses, strict=True) if not loss.bound}
-    on_path = measure(Ask(tuple(path)), *([] if measured.issuperset(path) else [told]))
-    found = steps(path, [(ask.plans, losses) for ask, losses in rounds], on_path, problem.cost if problem else len)
-    return path[-1], found, conducted
-
-
-def probe_of(recipe: Recipe, teacher: Teacher, calibration: TokenSet) -> Probe:
-    """The measuring engine as a recipe wants it."""
-    fast = Fast(recipe.shortlist, recipe.risk) if recipe.fast else None
-    return Probe(teacher, calibration, recipe.loss, memory=recipe.memory_bytes, fast=fast)
-
-
-def _audit(
-    job: Job, teacher: Teacher, calibration: TokenSet, rounds: list[tuple[Ask, list[Loss]]]
-) -> list[dict[str, Any]]:
-    """Every round again, exactly."""
-    exact = Executor(Probe(teacher, calibration, job.recipe.loss, memory=job.recipe.memory_bytes), job.store, job.run)
-    numbered = iter(range(len(rounds)))
-
-    def measure(ask: Ask) -> list[Loss]:
-        job.watch(Event("audit", next(numbered), len(rounds), "every candidate again"))
-        return exact(ask)
-
-    told = audited(rounds, measure)
-    job.watch(Event("audit", len(rounds), len(rounds), "done"))
-    return told
-
-
-def _round(job: Job, problem: Problem, measure: Executor, total: int, ask: Ask) -> list[Loss]:
-    """Measure one Ask of a search that has `total` losses to measure, and show how far it is."""
-    if not ask.plans:
-        return measure(ask)
-    common = Plan(frozenset.intersection(*(plan.removed for plan in ask.plans)))
-    each = zip(problem.budgets, problem.spent(common), problem.needed, strict=True)
-    sofar = ", ".join(f"{b.show(spent).split()[0]} of {b.show(need)} gone" for b, spent, need in each)
-    before = sum(len(earlier.plans) for earlier, _ in measure.rounds)
-    losses = measure(ask, _teller(job, sofar, before=before, total=total))
-    best = min((loss for loss in losses if not loss.bound), key=lambda loss: loss.mean)
-    chosen = ask.plans[losses.index(best)]
-    job.store.add_event(job.run, Event("search", before + len(losses), total, f"{chosen}: {best.mean:.6f}"))
-    return losses
-
-
-def _teller(job: Job, sofar: str, *, before: int, total: int) -> Told:
-    """Shows every loss of one Ask: `before` of `total` losses were known when it began."""
-
-    def told(done: int, of: int, lowest: float) -> None:
-        known = f", lowest {job.recipe.loss} {lowest:.4f}" if math.isfinite(lowest) else ""
-        job.watch(Event("search", before + done, total, sofar + known))
-
-    return told
 
 
 # -- the report -----------------------------------------------------------------------------------------------------
@@ -296,9 +222,9 @@ def _write_report(result: dict[str, Any], folder: Path) -> None:
 def dry_run(recipe: Recipe, watch: Watch) -> dict[str, Any]:
     """What a run would do: losses to measure, memory, time. Loads the model and times two losses; writes nothing."""
     teacher = teacher_of(recipe, watch)
-    problem, given = targets(recipe, teacher)
+    given = check(recipe, teacher)
     calibration, held_out = tokens_for(recipe, teacher, watch)
-    count = 1 if problem is None else count_losses(recipe.search, problem, recipe.seed)
+    count = 1 if given is not None else _count(recipe, teacher)
     probe = probe_of(recipe, teacher, calibration)
     probe.losses([Plan()])
     start = time.perf_counter()
@@ -308,7 +234,7 @@ def dry_run(recipe: Recipe, watch: Watch) -> dict[str, Any]:
     evaluation = 2 * one * held_out.tokens / calibration.tokens
     return {
         "model": teacher.name,
-        "remove": recipe.remove or str(given),
+        "remove": recipe.remove or recipe.within or str(given),
         "losses": count,
         "data": {"calibration": calibration.describe(), "evaluation": held_out.describe()},
         "memory_bytes": {
@@ -322,14 +248,9 @@ def dry_run(recipe: Recipe, watch: Watch) -> dict[str, Any]:
     }
 
 
-def count_losses(search: str, problem: Problem, seed: int) -> int:
-    """How many losses a search asks for, by running it on losses drawn at random."""
-    draw = random.Random(seed)
-    seen: set[Plan] = set()
-
-    def pretend(ask: Ask) -> list[Loss]:
-        seen.update(ask.plans)
-        return [Loss("pretended", (draw.random(),), (1,)) for _ in ask.plans]
-
-    settle(SEARCHES[search](problem), pretend)
-    return len(seen)
+def _count(recipe: Recipe, teacher: Teacher) -> int:
+    """How many losses the search asks for; where a margin or a time decides how much goes, for half of the sites."""
+    budgets = read_budgets(recipe.remove) if recipe.remove else ()
+    if not budgets or any(budget.unit == "ms" for budget in budgets):
+        budgets = read_budgets("50%sites")
+    return count_losses(recipe, problem_of(recipe, teacher.anatomy, budgets))

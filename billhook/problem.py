@@ -149,6 +149,19 @@ def _parts(groups: Iterable[tuple[tuple[int, ...], frozenset[Part]]]) -> set[Par
     return {part for _, parts in groups for part in parts}
 
 
+def unit_name(unit: Unit) -> str:
+    """`attention.3`, `3` for a block, `3-7` for a run of blocks."""
+    return "-".join(map(str, unit)) if isinstance(unit, tuple) else str(unit)
+
+
+def read_unit(text: str) -> Unit:
+    """The unit that `unit_name` wrote."""
+    ends = text.split("-")
+    if len(ends) == 2:
+        return int(ends[0]), int(ends[1])
+    return int(text) if text.isdigit() else Site.parse(text)
+
+
 def protection(text: str, anatomy: Anatomy) -> frozenset[Site]:
     """Sites that must stay, from `attention.0,mlp.27-29,5-7,first4,last2`: a site, a range of one part, whole blocks.
 

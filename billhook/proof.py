@@ -20,6 +20,7 @@ import billhook
 from billhook import speed
 from billhook.data import TokenSet
 from billhook.evaluate import EVALUATIONS
+from billhook.evaluate.choices import outcomes
 from billhook.loading import Teacher
 from billhook.plan import Plan
 from billhook.probe import Probe
@@ -29,6 +30,7 @@ from billhook.speed import Protocol
 from billhook.stats import paired_difference
 from billhook.store import Store
 from billhook.surgery import leaves
+from billhook.tasks import task_tokens
 
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -100,6 +102,43 @@ def perplexity(job: Job, teacher: Teacher, student: Any, plan: Plan, tokens: Tok
         "ci95": [exp(change.low), exp(change.high)],
         "n": change.n,
         "clusters": change.clusters,
+        "reliable": change.reliable,
+        "note": change.note,
+    }
+
+
+_NAMES = {"ppl": "perplexity", "pp": "acc"}
+
+
+def evaluated(job: Job, teacher: Teacher, plans: Sequence[Plan], tokens: TokenSet, kind: str) -> list[EvalResult]:
+    """Perplexity (`ppl`) or accuracy (`pp`) of what each plan leaves of a teacher, by the engine; stored."""
+    name, dtype = _NAMES[kind], teacher.compute
+    known = [job.store.evaluation(teacher.fingerprint, p, name, tokens.hash, dtype) for p in plans]
+    missing = [p for p, found in zip(plans, known, strict=True) if found is None]
+    if missing and kind == "ppl":
+        fresh = streamed_perplexity(teacher, missing, tokens, job.recipe.memory_bytes)
+    elif missing:
+        sums = Probe(teacher, tokens, "task", memory=job.recipe.memory_bytes).row_sums(missing)
+        fresh = [outcomes(tokens, of_one)[name] for of_one in sums]
+    else:
+        fresh = []
+    for p, result in zip(missing, fresh, strict=True):
+        job.store.add_evaluation(teacher.fingerprint, p, dtype, result, job.run)
+    return [fresh.pop(0) if found is None else found for found in known]
+
+
+def task(job: Job, teacher: Teacher, plan: Plan, file: str) -> dict[str, Any]:
+    """Accuracy of teacher and student on those items of a task that no search looks at, and what it lost."""
+    tokens = task_tokens(file, teacher.tokenizer, part="evaluation", seed=job.recipe.seed)
+    before, after = evaluated(job, teacher, [Plan(), plan], tokens, "pp")
+    change = paired_difference(before, after, job.recipe.seed)
+    return {
+        "file": file,
+        "teacher": before.mean,
+        "student": after.mean,
+        "change": change.value,
+        "ci95": [change.low, change.high],
+        "n": change.n,
         "reliable": change.reliable,
         "note": change.note,
     }

@@ -12,7 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from billhook.budget import read_budgets
 from billhook.errors import FingerprintError, PlanError, RecipeError, nearest
+from billhook.margin import Margin
 from billhook.plan import Anatomy, Plan, Site
+
+OURS = Path(__file__).parent / "recipes"
+TARGETS = ("remove", "plan", "within")  # of which a recipe has one
 
 
 class Recipe(BaseModel):
@@ -20,10 +24,11 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    about: Annotated[str, Field(description="What a recipe takes from its paper, and what it cannot know")] = ""
     model: Annotated[str, Field(description="Folder, .gguf file, Hugging Face name, or demo")] = "demo"
     remove: Annotated[
         str | None,
-        Field(description="What must go: 25% (of all parameters), 25%sites, 15sites, 8attention, 4mlp, 3blocks"),
+        Field(description="What must go: 25% (of the parameters), 15sites, 3blocks, 30%kv, 20%ms …; repeatable"),
     ] = None
     plan: Annotated[
         str | None,
@@ -31,8 +36,21 @@ class Recipe(BaseModel):
             description="No search, remove this: attention.7,mlp.16, a plan file, a drop list of LLM-Drop or EvoPress"
         ),
     ] = None
-    search: Annotated[str, Field(description="How to search: greedy or oneshot")] = "greedy"
-    loss: Annotated[str, Field(description="What to keep low: kl, js or nll")] = "kl"
+    within: Annotated[
+        str | None,
+        Field(description="As much as can go within a margin: 3%ppl, or 1pp:FILE (accuracy on a task)"),
+    ] = None
+    search: Annotated[str, Field(description="How to search; `billhook methods` lists the searches")] = "greedy"
+    metric: Annotated[
+        str | None, Field(description="How to score sites first, for the searches oneshot, solve and span")
+    ] = None
+    loss: Annotated[
+        str, Field(description="What to keep low: kl, js, nll …, or task:FILE for a multiple-choice task")
+    ] = "kl"
+    set: Annotated[
+        dict[str, bool | int | float | str],
+        Field(description="An option of the search or the metric, such as front=0.4; repeatable"),
+    ] = {}
     fast: Annotated[bool, Field(description="Race a round's candidates instead of proving which is best")] = False
     shortlist: Annotated[
         int, Field(description="With --fast: candidates a round, by the ranking of the rounds before", ge=2)
@@ -46,7 +64,9 @@ class Recipe(BaseModel):
     memory: Annotated[
         str | None, Field(description="Memory for weights and activations, such as 4GB; less streams the model")
     ] = None
-    protect: Annotated[str, Field(description="Sites that stay: attention.0,mlp.27-29, or blocks: 0-3")] = ""
+    protect: Annotated[str, Field(description="Sites that stay: attention.0,mlp.27-29, or blocks: 0-3,last2")] = ""
+    batch: Annotated[int, Field(description="With a budget in ms: sequences at a time", ge=1)] = 1
+    context: Annotated[int, Field(description="With a budget in ms: tokens before the one that is timed", ge=1)] = 128
     data: Annotated[
         str, Field(description="Calibration text: pydoc, a .txt, .jsonl or .parquet file, self, or a data set's name")
     ] = "pydoc"
@@ -73,6 +93,21 @@ class Recipe(BaseModel):
         pieces = value if isinstance(value, list | tuple) else [value]
         return ",".join(map(str, read_budgets(",".join(map(str, pieces)))))
 
+    @field_validator("within")
+    @classmethod
+    def _margin(cls, value: str | None) -> str | None:
+        return None if value is None else str(Margin.parse(value))
+
+    @field_validator("set", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        if not isinstance(value, list | tuple):
+            return value
+        pairs = [str(piece).partition("=") for piece in value]
+        if wrong := next((name for name, equals, _ in pairs if not name or not equals), None):
+            raise RecipeError(f"--set {wrong!r} has no value. Write NAME=VALUE, such as --set front=0.4.")
+        return {name.strip(): text.strip() for name, _, text in pairs}
+
     @field_validator("memory")
     @classmethod
     def _bytes(cls, value: str | None) -> str | None:
@@ -80,9 +115,12 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _one_target(self) -> Recipe:
-        if (self.remove is None) == (self.plan is None):
-            both = "both remove and plan" if self.remove else "neither remove nor plan"
-            raise RecipeError(f"The recipe has {both}. Give one: --remove 25%sites, or --plan attention.7,mlp.16.")
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = " and ".join(given) if given else "neither remove nor plan nor within"
+            raise RecipeError(
+                f"The recipe has {what}. Give one: --remove 25%sites, --plan attention.7,mlp.16, or --within 3%ppl."
+            )
         if self.audit and not self.fast:
             raise RecipeError("--audit states what --fast cost. Add --fast, or leave --audit out.")
         return self
@@ -124,10 +162,31 @@ def _unknown_key(key: str, where: str) -> RecipeError:
     return RecipeError(f"{where} has the unknown key {key!r}.{guess} Known: {', '.join(Recipe.model_fields)}.")
 
 
+def recipe_names() -> list[str]:
+    """The recipes that come with Billhook: one a published method, and our own."""
+    return sorted(path.stem for path in OURS.glob("*.yaml"))
+
+
+def combined(recipe: str | Path | None, **given: Any) -> dict[str, Any]:
+    """The values of a recipe, by file or by name, overruled by what is `given`; a new target drops the recipe's."""
+    values = {} if recipe is None else read_yaml(Path(recipe))
+    if any(given.get(name) is not None for name in TARGETS):
+        values = {name: value for name, value in values.items() if name not in TARGETS}
+    return values | given
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The values of a recipe file. Raises RecipeError if it cannot be read, or holds an unknown key or one twice."""
+    """The values of a recipe file, or of a recipe of ours by its name.
+
+    Raises RecipeError if it cannot be read, or holds an unknown key or one twice.
+    """
+    if not path.is_file() and (OURS / f"{path}.yaml").is_file():
+        path = OURS / f"{path}.yaml"
     if not path.is_file():
-        raise RecipeError(f"There is no recipe {path}. Give a YAML file with keys such as model and remove.")
+        names = recipe_names()
+        near = nearest(str(path), names)
+        guess = f" Did you mean {near}?" if near else ""
+        raise RecipeError(f"There is no recipe {path}.{guess} Give a YAML file, or one of ours: {', '.join(names)}.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

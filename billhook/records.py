@@ -34,10 +34,15 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A metric's estimate for one site or block; higher = removal hurts more. `se`: standard error over documents."""
+    """A metric's estimate for one site or block; higher = removal hurts more.
+
+    `se`: standard error over documents, or over random draws where a metric makes some; `degrees`: of freedom, for the
+    interval, where they are few.
+    """
 
     value: float
     se: float | None = None
+    degrees: int | None = None
 
     @staticmethod
     def of(sums: Sequence[float], counts: Sequence[float]) -> Score:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from billhook.errors import UnknownName
+from billhook.errors import UnknownName, UsageError, nearest
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -49,6 +51,48 @@ class Registry(Generic[F]):
         for entry in entry_points(group=f"billhook.{self.family}"):
             if entry.name not in self._entries:
                 self._entries[entry.name] = entry.load()
+
+
+def options(function: Callable[..., object]) -> dict[str, Any]:
+    """The options of a method with their defaults: its keyword-only parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+
+
+def chosen(given: dict[str, Any], *functions: Callable[..., object]) -> list[dict[str, Any]]:
+    """For each method those of the `given` options that it takes, as values of its own kinds.
+
+    Raises UsageError for an option that none of them takes, with the nearest one, or for a value of another kind.
+    """
+    known = [options(function) for function in functions]
+    every = {name: default for of_one in known for name, default in of_one.items()}
+    for name in given:
+        if name not in every:
+            near = nearest(name, every)
+            guess = f" Did you mean {near}?" if near else ""
+            names = " and ".join(function.__name__ for function in functions)
+            takes = f"takes {', '.join(sorted(every))}" if every else "takes no options"
+            raise UsageError(f"There is no option {name!r}.{guess} {names} {takes}.")
+    return [{name: _value(name, given[name], of_one[name]) for name in given if name in of_one} for of_one in known]
+
+
+def _value(name: str, value: Any, default: Any) -> Any:
+    """`value`, typed or read from a file, as a value of the kind of `default`."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if isinstance(default, bool):
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in words:
+            return words[str(value).lower()]
+    elif isinstance(default, int) and re.fullmatch(r"-?\d+", str(value)):
+        return int(value)
+    elif isinstance(default, float):
+        with suppress(ValueError):
+            return float(value)
+    elif isinstance(default, str):
+        return str(value)
+    kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
+    raise UsageError(f"The option {name} is {kind}, not {value!r}. Its default is {default}.")
 
 
 def summary(function: Callable[..., object]) -> str:

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from billhook.loading import DTYPES, register
-from billhook.plan import Anatomy, Plan
+from billhook.errors import ResourceError
+from billhook.loading import DTYPES, Teacher, register
+from billhook.plan import Anatomy, Plan, Site
 from billhook.records import Event, Timing, Watch, silent
 from billhook.stats import median_interval
+from billhook.surgery import apply
 from billhook.vet import dtype_name
 
 
@@ -130,6 +132,42 @@ def _resident_peak() -> int:
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@torch.inference_mode()
+def cost_table(
+    teacher: Teacher, batch: int, context: int, watch: Watch = silent, *, steps: int = 8, repeats: int = 9
+) -> dict[str, int]:
+    """Nanoseconds that each site takes of one decoding step of `batch` sequences after `context` tokens, and the rest.
+
+    Sites of one kind (part and size) cost the same: the median over `repeats` of the step with and without as many of
+    them as can go, timed in turn, divided by their number. Keys: site names, and `rest`. Raises ResourceError for a
+    streamed teacher.
+
+    As Park et al. 2025, SPRINT (arXiv 2506.03510) measure a sublayer's latency; by kind, and with all of them gone.
+    """
+    if teacher.weights is not None:
+        raise ResourceError("A model larger than its memory cannot be timed here. Count the budget in flops instead.")
+    kinds: dict[tuple[str, int, int], list[Site]] = {}
+    for size in teacher.anatomy.sites:
+        kinds.setdefault((size.site.part, size.parameters, size.kv_bytes_per_token), []).append(size.site)
+    alive = teacher.anatomy.alive()
+    gone = {kind: sites[int(len(sites) == sum(s.part == kind[0] for s in alive)) :] for kind, sites in kinds.items()}
+    models = [teacher.model, *(apply(teacher, Plan(frozenset(sites))) for sites in gone.values())]
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, teacher.model.config.vocab_size, (batch, context), generator=draw).to(teacher.device)
+    seconds: list[list[float]] = [[] for _ in models]
+    for repeat in range(repeats + 1):
+        for i, model in enumerate(models):
+            watch(Event("cost", repeat * len(models) + i, (repeats + 1) * len(models), "time of a decoding step"))
+            decode = _once(model, ids, steps)[1] / steps
+            if repeat:  # the first is a warm-up
+                seconds[i].append(decode)
+    table: dict[str, int] = {}
+    for (kind, sites), without in zip(gone.items(), seconds[1:], strict=True):
+        saved = statistics.median(a - b for a, b in zip(seconds[0], without, strict=True)) / max(1, len(sites))
+        table |= dict.fromkeys(map(str, kinds[kind]), max(1, round(saved * 1e9)))
+    return table | {"rest": max(0, round(statistics.median(seconds[0]) * 1e9) - sum(table.values()))}
 
 
 def rates(timing: Timing) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -16,8 +17,8 @@ RESAMPLES = 10_000
 CHUNK = 500  # resamples at a time: 500 × clusters numbers in memory
 
 
-def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0) -> Interval:
-    """Mean of b - a per token, in nats, with a 95% BCa interval over the texts that the items come from.
+def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0, level: float = 0.95) -> Interval:
+    """Mean of b - a per token, in nats, with a BCa interval (95% by default) over the texts of the items.
 
     The token-weighted mean is a ratio of two sums over texts; both are resampled together (Efron 1987, BCa; the
     acceleration from the jackknife). Where all items come from one text, items are resampled instead. Below 30
@@ -26,7 +27,7 @@ def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0) -> Interval:
     if (a.tokens, a.counts) != (b.tokens, b.counts):
         raise ValueError("These two results are not over the same items, so they cannot be paired.")
     change = np.asarray(b.sums) - np.asarray(a.sums)
-    return _clustered(change, np.asarray(a.counts, dtype=np.float64), a.clusters, seed)
+    return _clustered(change, np.asarray(a.counts, dtype=np.float64), a.clusters, seed, level)
 
 
 def mean_interval(result: EvalResult, seed: int = 0) -> Interval:
@@ -34,14 +35,14 @@ def mean_interval(result: EvalResult, seed: int = 0) -> Interval:
     return _clustered(np.asarray(result.sums), np.asarray(result.counts, dtype=np.float64), result.clusters, seed)
 
 
-def _clustered(values: Floats, weight: Floats, clusters: tuple[int, ...], seed: int) -> Interval:
+def _clustered(values: Floats, weight: Floats, clusters: tuple[int, ...], seed: int, level: float = 0.95) -> Interval:
     groups = np.unique(np.asarray(clusters), return_inverse=True)[1]
     single_text = int(groups.max()) == 0
     if single_text:
         groups = np.arange(len(values))
     sums = np.bincount(groups, values).astype(np.float64)
     counts = np.bincount(groups, weight).astype(np.float64)
-    low, high = bca(sums, counts, seed)
+    low, high = bca(sums, counts, seed, level)
     n = len(sums)
     reliable = n >= FEW_CLUSTERS and not single_text
     note = "" if reliable else _few(n, single_text)
@@ -123,3 +124,17 @@ def _student(t: float, degrees: int) -> float:
         total += term
     central = 2 / math.pi * (angle + sine * total) if odd else sine * total
     return 0.5 + central / 2
+
+
+def ranks(values: Sequence[float]) -> Floats:
+    """Rank of each value from 0; equal ones share their mean rank."""
+    _, which, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    middle = np.cumsum(counts) - (counts + 1) / 2
+    return np.asarray(middle[which], dtype=np.float64)
+
+
+def correlation(a: Floats, b: Floats) -> float:
+    """Pearson's correlation; of ranks it is Spearman's. Of constant values 0."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])

@@ -84,7 +84,15 @@ def _pieces(db: sqlite3.Connection) -> None:
     )
 
 
-MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_first, _pieces]
+def _facts(db: sqlite3.Connection) -> None:
+    """What is measured once of a model and is neither loss nor evaluation: scores of a metric, costs of sites."""
+    db.execute(
+        "CREATE TABLE facts (model TEXT, what TEXT, of TEXT, value TEXT NOT NULL, "
+        "run TEXT NOT NULL REFERENCES runs (id), PRIMARY KEY (model, what, of)) WITHOUT ROWID"
+    )
+
+
+MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_first, _pieces, _facts]
 
 
 class Store:
@@ -271,6 +279,19 @@ class Store:
         with self._write():
             self._db.execute(
                 f"INSERT OR REPLACE INTO timings VALUES ({','.join('?' * 8)})", (*key, _json(asdict(timing)), run)
+            )
+
+    def fact(self, model: str, what: str, of: dict[str, Any]) -> Any | None:
+        """What is known of a model: `what`, such as `scores`, `of` everything that it depends on."""
+        row = self._db.execute(
+            "SELECT value FROM facts WHERE model = ? AND what = ? AND of = ?", (model, what, _json(of))
+        ).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def add_fact(self, model: str, what: str, of: dict[str, Any], value: Any, run: str) -> None:
+        with self._write():
+            self._db.execute(
+                "INSERT OR IGNORE INTO facts VALUES (?, ?, ?, ?, ?)", (model, what, _json(of), _json(value), run)
             )
 
     def add_event(self, run: str, event: Event) -> None:

@@ -21,10 +21,10 @@ HOUSE = ROOT / "billhook"
 FILES = sorted(HOUSE.rglob("*.py"))
 FLOORS = (  # each floor imports from those above it, and each name from those before it on its own floor
     ("errors", "plan", "budget", "problem", "registry", "records", "stats", "margin"),
-    ("arch", "modeling_billhook", "vet", "stream", "loading", "data", "losses", "mask", "probe", "surgery", "width",
+    ("arch", "modeling_billhook", "vet", "stream", "loading", "data", "portions", "losses", "mask", "probe", "surgery", "width",
      "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),
-    ("recipe", "store", "execute", "audit", "proof", "compare", "report", "pipeline"),
+    ("recipe", "store", "execute", "audit", "proof", "searching", "lab", "compare", "report", "pipeline"),
     ("api", "terminal", "cli", "dashboard"),
 )  # fmt: skip
 PLACE = {name: (floor, order) for floor, names in enumerate(FLOORS) for order, name in enumerate(names)}

@@ -328,10 +328,11 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(fast: Fast | None
     tokens, sites = documents(16), peaked.anatomy.alive()
 
     def search(diary: Diary) -> list[tuple[Plan, float]]:
-        probe, plan, path = Probe(peaked, tokens, "kl", fast=fast), Plan(), []
+        probe = Probe(peaked, tokens, "kl", fast=fast, memos=lambda *of: diary)
+        plan, path = Plan(), list[tuple[Plan, float]]()
         for _ in range(3):
             plans = [plan.without(site) for site in sites if site not in plan.removed]
-            found = dict(probe.decide(plans, 2, diary))
+            found = dict(probe.decide(plans, 2))
             plan = min((loss.mean, str(p), p) for p, loss in found.items() if not loss.bound)[2]
             path.append((plan, found[plan].mean))
         return path
@@ -358,8 +359,11 @@ def test_what_is_in_the_store_does_not_change_how_a_race_is_run(peaked: Teacher)
     tokens, sites = documents(16), peaked.anatomy.alive()
     plans = [Plan(frozenset([site])) for site in sites]
     empty, full = Diary(), Diary()
-    list(Probe(peaked, tokens, "kl").decide(plans, None, full))
-    found = [dict(Probe(peaked, tokens, "kl", fast=Fast()).decide(plans, 2, diary)) for diary in (empty, full)]
+    list(Probe(peaked, tokens, "kl", memos=lambda *of: full).decide(plans))
+    found = [
+        dict(Probe(peaked, tokens, "kl", fast=Fast(), memos=lambda *of, diary=diary: diary).decide(plans, 2))  # type: ignore[misc]
+        for diary in (empty, full)
+    ]
     assert {plan: loss.bound for plan, loss in found[0].items()} == {
         plan: loss.bound for plan, loss in found[1].items()
     }

@@ -1,18 +1,30 @@
 """Metrics: how much each site and block seems to matter, without trying every removal.
 
-A metric is a function of a probe that gives {site, or block position: Score}; higher = removal hurts more.
+A metric is a function of a probe, with options, that gives {unit: Score}; higher = removal hurts more. A unit is a
+site, a block by its position, or a run of blocks. `probe.losses` measures plans, and keeps them like those of a search.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from billhook.plan import Site
+from billhook.errors import UsageError
+from billhook.probe import Probe
+from billhook.problem import Unit
 from billhook.records import Score
 from billhook.registry import Registry
 
-Metric = Callable[..., dict[Site | int, Score]]
+Metric = Callable[..., dict[Unit, Score]]
 METRICS: Registry[Metric] = Registry("metric")
 metric = METRICS.add
 
-from billhook.metrics import activations  # noqa: E402, F401 - importing a method files it under its name
+
+def on_task(probe: Probe) -> Probe:
+    """The probe itself, if its tokens are a task's. Raises UsageError otherwise."""
+    if probe.tokens.choices is None:
+        raise UsageError("This metric looks at a multiple-choice task. Name one: --loss task:FILE.")
+    return probe
+
+
+# Importing a method files it under its name.
+from billhook.metrics import ablation, activations, coalitions  # noqa: E402, F401

@@ -35,6 +35,9 @@ class Memo(Protocol):
     def keep(self, quality: Quality, found: Mapping[tuple[Plan, Documents], Sums]) -> None:
         """File what was just measured: nats of each document of a group."""
 
+    def settle(self, plan: Plan, loss: Loss) -> None:
+        """File a loss that is known in full."""
+
 
 class NoMemo:
     """Remembers nothing."""
@@ -44,6 +47,16 @@ class NoMemo:
 
     def keep(self, quality: Quality, found: Mapping[tuple[Plan, Documents], Sums]) -> None:
         pass
+
+    def settle(self, plan: Plan, loss: Loss) -> None:
+        pass
+
+
+Memos = Callable[[TokenSet, str], Memo]  # the memo of a token set and a loss
+
+
+def _no_memo(tokens: TokenSet, loss: str) -> Memo:
+    return NoMemo()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +71,8 @@ class Probe:
     """Measures plans of one teacher on one token set under one loss, and keeps what helps the next plans.
 
     `memory`: bytes for weights and activations together (None: half of what the machine has free). `fast`: racing, for
-    asks that want only the best. `walk`: `layers` or `depth-first`, instead of choosing it by memory.
+    asks that want only the best. `walk`: `layers` or `depth-first`, instead of choosing it by memory. `memos`: where
+    measurements are kept.
     """
 
     def __init__(
@@ -70,8 +84,10 @@ class Probe:
         memory: int | None = None,
         fast: Fast | None = None,
         walk: str | None = None,
+        memos: Memos = _no_memo,
     ) -> None:
         self.teacher, self.tokens, self.loss, self.fast, self.memory = teacher, tokens, loss, fast, memory
+        self._memos = memos
         self._bench = Bench(teacher, tokens, loss, memory=memory, walk=walk)
         self._hardness: list[float] = []  # of each group, by the best plan of the last round
         self._rises: dict[int, tuple[float, int]] = {}  # by move: how much worse than the best, and in which round
@@ -105,13 +121,19 @@ class Probe:
         self,
         plans: Sequence[Plan],
         best: int | None = None,
-        memo: Memo = NoMemo(),  # noqa: B008 - it has no state
+        *,
+        hints: Sequence[float] | None = None,
         told: Callable[[int], None] = lambda done: None,
     ) -> Iterator[tuple[Plan, Loss]]:
-        """(plan, loss) as soon as it is decided. `told` hears how many plans' worth of work is done."""
+        """(plan, loss) as soon as it is decided. `told` hears how many plans' worth of work is done.
+
+        `hints`: what is expected of each plan, lower = better; racing begins with those.
+        """
+        expected = dict(zip(plans, hints, strict=True)) if hints is not None else {}
         plans = list(dict.fromkeys(plans))
         if not plans:
             return
+        memo = self._memos(self.tokens, self.loss)
         bench, masks = self._bench, [self._bench.mask(plan) for plan in plans]
         base = masks[0]
         for mask in masks[1:]:
@@ -122,7 +144,7 @@ class Probe:
         table = Table([group.documents for group in bench.groups], memo.recall(plans), instead=self.fast is None)
         number = {mask: plan for plan, mask in enumerate(masks)}
         sizes = [group.tokens for group in bench.groups]
-        choice = self._choice(masks, base, best)
+        choice = self._choice(masks, base, best, [expected[plan] for plan in plans] if expected else None)
         done: set[int] = set()
         try:
             want = next(choice)
@@ -136,7 +158,9 @@ class Probe:
                     told(max(len(done), int(len(plans) * table.share())))
                 for plan in sorted(table.complete() - done):
                     done.add(plan)
-                    yield plans[plan], self._loss(table.by_document(plan), bound=False)
+                    loss = self._loss(table.by_document(plan), bound=False)
+                    memo.settle(plans[plan], loss)
+                    yield plans[plan], loss
                 want = choice.send({piece: table.sums(want.quality, piece) for piece in want.pieces})
         except StopIteration as end:
             verdicts: list[choose.Verdict] = end.value
@@ -145,7 +169,7 @@ class Probe:
         for plan in sorted(set(range(len(plans))) - done):
             yield plans[plan], self._loss(table.by_document(plan), bound=True)
 
-    def _choice(self, masks: list[int], base: int, best: int | None) -> Choice:
+    def _choice(self, masks: list[int], base: int, best: int | None, hints: Sequence[float] | None) -> Choice:
         groups = self._bench.groups
         order = sorted(range(len(groups)), key=lambda g: (-self._hardness[g] if self._hardness else 0, g))
         tokens = tuple(group.tokens for group in groups)
@@ -156,8 +180,9 @@ class Probe:
             return choose.everything(ballot)
         if self.fast is None:
             return choose.exact(ballot, self._bench.bounds)
-        rises = [self._expected(mask & ~base) for mask in masks]
-        few = max(ballot.best, self.fast.shortlist) + sum(rise == -1.0 for rise in rises)
+        rises = list(hints) if hints is not None else [self._expected(mask & ~base) for mask in masks]
+        unknown = 0 if hints is not None else sum(rise == -1.0 for rise in rises)
+        few = max(ballot.best, self.fast.shortlist) + unknown
         shortlist = sorted(sorted(range(len(masks)), key=lambda p: (rises[p], p))[:few])
         return choose.race(ballot, shortlist, self.fast.risk, self._bench.bounds)
 
@@ -188,6 +213,14 @@ class Probe:
         for document, length in zip(self.tokens.documents, self.tokens.lengths, strict=True):
             counts[document] += length - int(self.loss in COUNTS_TARGETS)
         return Loss(self.loss, tuple(sums.get(d, 0.0) for d in range(len(counts))), tuple(counts), bound)
+
+    def under(self, loss: str, tokens: TokenSet | None = None) -> Probe:
+        """A probe of the same teacher under another loss, or on other tokens; this one lets go of its streams."""
+        tokens = self.tokens if tokens is None else tokens
+        if loss == self.loss and tokens.hash == self.tokens.hash:
+            return self
+        self.rest()
+        return Probe(self.teacher, tokens, loss, memory=self.memory, fast=self.fast, memos=self._memos)
 
     def rest(self) -> None:
         """Let go of the kept streams; what is needed again is computed again."""

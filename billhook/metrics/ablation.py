@@ -1,0 +1,89 @@
+"""Metrics that remove one site or block at a time: a loss for each, by the measuring engine, kept like a search's."""
+
+from __future__ import annotations
+
+import math
+
+from billhook.metrics import Unit, metric, on_task
+from billhook.plan import Plan
+from billhook.probe import Probe
+from billhook.records import Loss, Score, difference
+
+
+def left_out(probe: Probe) -> tuple[Loss, dict[Unit, Loss]]:
+    """The loss of the dense model, and of the model without each site and each block."""
+    anatomy = probe.teacher.anatomy
+    alone: dict[Unit, Plan] = {site: Plan(frozenset([site])) for site in anatomy.alive()}
+    for block in sorted({site.block for site in anatomy.alive()}):
+        alone[block] = Plan(frozenset(site for site in anatomy.alive() if site.block == block))
+    dense, *losses = probe.losses([Plan(), *alone.values()])
+    return dense, dict(zip(alone, losses, strict=True))
+
+
+def _rises(probe: Probe) -> dict[Unit, Score]:
+    dense, without = left_out(probe)
+    return {unit: Score(*difference(loss, dense)) for unit, loss in without.items()}
+
+
+@metric
+def loo_nll(probe: Probe) -> dict[Unit, Score]:
+    """How much the negative log-likelihood rises without the site or block, in nats per token.
+
+    A loss for each. Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), whose code
+    calls it a Shapley value. Deviation: the rise over the dense model, with its standard error over documents.
+    """
+    return _rises(probe.under("nll"))
+
+
+@metric
+def loo_ppl(probe: Probe) -> dict[Unit, Score]:
+    """The perplexity without the site or block; not in nats: the lower, the less it matters.
+
+    A loss for each. Source: Kim et al. 2024, Shortened LLaMA (arXiv 2402.02834). The standard error is that of the
+    rise over the dense model, by the delta method.
+    """
+    dense, without = left_out(probe.under("nll"))
+    scores: dict[Unit, Score] = {}
+    for unit, loss in without.items():
+        value, error = math.exp(min(loss.mean, 700.0)), difference(loss, dense)[1]
+        scores[unit] = Score(value, None if error is None else value * error)
+    return scores
+
+
+@metric
+def loo_kl(probe: Probe) -> dict[Unit, Score]:
+    """KL(teacher || student) without the site or block, in nats per token.
+
+    A loss for each. Source: the objective of Sieberling et al. 2024, EvoPress (arXiv 2410.14649), for single removals.
+    """
+    return _rises(probe.under("kl"))
+
+
+@metric
+def loo_js(probe: Probe) -> dict[Unit, Score]:
+    """Jensen-Shannon divergence from the teacher without the site or block, in nats per token.
+
+    A loss for each. Source: the objective of Zhang et al. 2024, FinerCut (arXiv 2405.18218), in its one-shot ablation.
+    """
+    return _rises(probe.under("js"))
+
+
+@metric
+def loo_logits(probe: Probe) -> dict[Unit, Score]:
+    """Mean over tokens of the L2 distance of the logits without the site or block from the teacher's.
+
+    A loss for each. Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), the logit
+    influence that its code computes by leaving one out.
+    """
+    return _rises(probe.under("norm"))
+
+
+@metric
+def loo_task(probe: Probe) -> dict[Unit, Score]:
+    """How much the loss of a multiple-choice task rises without the site or block; wants a loss task:FILE.
+
+    With task:FILE in nats per item, with task_error:FILE in shares of the items. A loss for each.
+
+    Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), adaptive metrics.
+    """
+    return _rises(on_task(probe))

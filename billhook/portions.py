@@ -1,0 +1,115 @@
+"""Token sets cut and joined: halves for a choice and its proof, disjoint portions, mixtures of several texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from billhook.data import TokenSet, Wanted, token_set, token_sets
+from billhook.errors import DataError, UsageError
+from billhook.records import Watch, silent
+
+JOINT = "+"  # between the sources of a mixture
+
+
+def picked(tokens: TokenSet, documents: Sequence[int]) -> TokenSet:
+    """Some documents of a token set of text, in their order."""
+    number = {document: i for i, document in enumerate(sorted(documents))}
+    rows = [r for r, document in enumerate(tokens.documents) if document in number]
+    return token_set(
+        [tuple(tokens.rows[r, : tokens.lengths[r]].tolist()) for r in rows],
+        [number[tokens.documents[r]] for r in rows],
+        [tokens.clusters[d] for d in number],
+        [tokens.digests[d] for d in number],
+        tokens.source,
+    )
+
+
+def halves(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
+    """Every second text of a token set, and the others; every second document, where it has one text only.
+
+    Raises UsageError if there is nothing to halve.
+    """
+    texts = list(dict.fromkeys(tokens.clusters))
+    second = {text for i, text in enumerate(texts) if i % 2}
+    sides: tuple[list[int], list[int]] = ([], [])
+    for document, text in enumerate(tokens.clusters):
+        sides[(text in second) if len(texts) > 1 else document % 2].append(document)
+    if not all(sides):
+        raise UsageError("Held-out text of one document cannot be halved. Give more text, or more --eval-tokens.")
+    return picked(tokens, sides[0]), picked(tokens, sides[1])
+
+
+def parted(tokens: TokenSet, size: int, count: int) -> list[TokenSet]:
+    """`count` portions of at least `size` tokens each that share no document, in order.
+
+    Raises DataError if the tokens do not suffice.
+    """
+    lengths = [0] * len(tokens.clusters)
+    for document, length in zip(tokens.documents, tokens.lengths, strict=True):
+        lengths[document] += length
+    portions: list[list[int]] = [[]]
+    held = 0
+    for document, length in enumerate(lengths):
+        if held >= size:
+            portions.append([])
+            held = 0
+        portions[-1].append(document)
+        held += length
+    whole = portions if held >= size else portions[:-1]
+    if len(whole) < count:
+        raise DataError(
+            f"{tokens.source} gives {len(whole)} portions of {size:,} tokens that share no document, and {count} are "
+            "wanted. Give more text, or ask for fewer or smaller ones."
+        )
+    return [picked(tokens, documents) for documents in whole[:count]]
+
+
+def joined(sets: Sequence[TokenSet], source: str) -> TokenSet:
+    """Several token sets of text as one, in turn; texts of different sets stay different texts."""
+    order = sorted(
+        (d, s) for s, tokens in enumerate(sets) for d in range(len(tokens.clusters))
+    )  # so that any beginning
+    texts: dict[tuple[int, int], int] = {}  # of the whole is a mixture too
+    for d, s in order:
+        texts.setdefault((s, sets[s].clusters[d]), len(texts))
+    number = {place: i for i, place in enumerate(order)}
+    rows = sorted(
+        (number[tokens.documents[r], s], r, s) for s, tokens in enumerate(sets) for r in range(len(tokens.lengths))
+    )
+    return token_set(
+        [tuple(sets[s].rows[r, : sets[s].lengths[r]].tolist()) for _, r, s in rows],
+        [document for document, _, _ in rows],
+        [texts[s, sets[s].clusters[d]] for d, s in order],
+        [sets[s].digests[d] for d, s in order],
+        source,
+    )
+
+
+def mixed_sets(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent) -> tuple[TokenSet, TokenSet]:
+    """As `token_sets`, where `data` may name several sources: `my.jsonl+self`. Each gives as many tokens.
+
+    Without held-out text of its own, each source but `self` gives its share of that too.
+    """
+    sources = wanted.data.split(JOINT)
+    if len(sources) == 1 or Path(wanted.data).exists():
+        return token_sets(wanted, model, tokenizer, watch)
+    if not all(sources):
+        raise UsageError(f"--data {wanted.data} mixes sources, and one of them is empty. Write my.jsonl+self.")
+    texts = [source for source in sources if source != "self"]
+    own = wanted.eval_data is None and bool(texts)
+    share = replace(wanted, tokens=-(-wanted.tokens // len(sources)))
+    if own:
+        share = replace(share, eval_tokens=-(-wanted.eval_tokens // len(texts)))
+    found = [token_sets(replace(share, data=source), model, tokenizer, watch) for source in sources]
+    calibration = joined([mine for mine, _ in found], wanted.data)
+    held = [rest for source, (_, rest) in zip(sources, found, strict=True) if not own or source != "self"]
+    evaluation = joined(held, JOINT.join(texts)) if own else held[0]
+    if twice := len(set(calibration.digests) & set(evaluation.digests)):
+        raise DataError(
+            f"{twice} documents of --data {wanted.data} are in more than one source, and would be in the proof too. "
+            "Name each text once."
+        )
+    return calibration, evaluation

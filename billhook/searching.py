@@ -1,0 +1,304 @@
+"""What goes: scores, then a search, or as much as a margin allows. Everything that is measured is kept in the store."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+from billhook import speed
+from billhook.audit import audited, conduct, with_words
+from billhook.budget import Budget, read_budgets
+from billhook.data import TokenSet
+from billhook.errors import BudgetError, PlanError, UsageError
+from billhook.execute import Executor, Told, memos
+from billhook.loading import Teacher
+from billhook.losses import split_loss
+from billhook.margin import Kept, Margin
+from billhook.metrics import METRICS
+from billhook.plan import Anatomy, Ask, Plan
+from billhook.portions import halves
+from billhook.probe import Fast, Probe
+from billhook.problem import Problem, Unit, protection, read_unit, unit_name
+from billhook.proof import Job, environment, evaluated
+from billhook.recipe import Recipe, read_plan
+from billhook.records import Event, Loss, Score, Step, steps
+from billhook.registry import chosen
+from billhook.search import SEARCHES, Search, settle
+from billhook.tasks import task_tokens
+
+FINEST = Fraction(1, 2)  # percent of the parameters, between what stays within a margin and what does not
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run decided to remove, and how. `within`: what the margin said of each trial, where there was one."""
+
+    plan: Plan
+    steps: list[Step]
+    conducted: dict[str, Any]
+    within: dict[str, Any] | None = None
+
+
+def check(recipe: Recipe, teacher: Teacher) -> Plan | None:
+    """The plan that a recipe gives, if it gives one. Raises UsageError before anything is computed."""
+    split_loss(recipe.loss)
+    _options(recipe)
+    protected = protection(recipe.protect, teacher.anatomy)
+    lost = sorted(site for site in teacher.removed.removed if site.block in teacher.positions)
+    if recipe.stock and lost:
+        raise PlanError(
+            f"--stock needs weights for every site that stays in the shape, and {', '.join(map(str, lost))} went in an "
+            "earlier pruning. Leave --stock out, or start from the unpruned model."
+        )
+    if recipe.plan is not None:
+        plan = read_plan(recipe.plan, teacher.anatomy, teacher.fingerprint)
+        if not plan.removed:
+            raise PlanError(f"--plan {recipe.plan!r} removes nothing. Name sites to remove: attention.7,mlp.16.")
+        return teacher.anatomy.check(plan, protected)
+    if recipe.remove is not None and "ms" not in {budget.unit for budget in read_budgets(recipe.remove)}:
+        problem_of(recipe, teacher.anatomy, read_budgets(recipe.remove))
+    return None
+
+
+def problem_of(recipe: Recipe, anatomy: Anatomy, budgets: tuple[Budget, ...]) -> Problem:
+    """The problem of a recipe. Raises BudgetError if it cannot be met."""
+    return Problem(anatomy, budgets, protection(recipe.protect, anatomy), recipe.seed).check()
+
+
+def _options(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the search and of the metric."""
+    methods: list[Callable[..., Any]] = [SEARCHES[recipe.search]]
+    methods += [METRICS[recipe.metric]] if recipe.metric else []
+    found = chosen(recipe.set, *methods)
+    return found[0], found[1] if recipe.metric else {}
+
+
+def search_of(recipe: Recipe, problem: Problem) -> Search:
+    """The search of a recipe, with its options, on a problem."""
+    return SEARCHES[recipe.search](problem, **_options(recipe)[0])
+
+
+# -- the whole of it ------------------------------------------------------------------------------------------------
+
+
+def find(
+    job: Job, teacher: Teacher, calibration: TokenSet, held_out: TokenSet | None = None, given: Plan | None = None
+) -> Found:
+    """The plan of a run: given, searched for, or the largest within a margin, which is judged on `held_out` text."""
+    recipe = job.recipe
+    probe = probe_of(recipe, teacher, calibration, job)
+    measure = Executor(probe)
+    within: dict[str, Any] | None = None
+    problem: Problem | None = None
+    if given is not None:
+        path = [given]
+    else:
+        scores = scored(job, probe)
+        anatomy = teacher.anatomy
+        if recipe.within is not None:
+            assert held_out is not None
+            problem, path, within = _most_within(job, teacher, measure, scores, held_out)
+        else:
+            assert recipe.remove is not None
+            budgets = read_budgets(recipe.remove)
+            if any(budget.unit == "ms" for budget in budgets):
+                anatomy = timed(job, teacher)
+            problem = replace(problem_of(recipe, anatomy, budgets), scores=scores)
+            path = searched(job, problem, measure)
+    rounds, conducted = list(measure.rounds), conduct(probe)
+    if recipe.audit:
+        probe.rest()
+        conducted["audit"] = _audit(job, probe, rounds)
+    conducted = with_words(conducted)
+    if not path or not path[-1].removed:
+        return Found(Plan(), [], conducted, within)
+    told = _teller(job, "along the path", before=0, total=len(path))
+    measured = {plan for ask, losses in rounds for plan, loss in zip(ask.plans, losses, strict=True) if not loss.bound}
+    on_path = measure(Ask(tuple(path)), *([] if measured.issuperset(path) else [told]))
+    whole = [(ask.plans, losses) for ask, losses in rounds if ask.tokens is None]
+    return Found(path[-1], steps(path, whole, on_path, problem.cost if problem else len), conducted, within)
+
+
+def probe_of(recipe: Recipe, teacher: Teacher, calibration: TokenSet, job: Job | None = None) -> Probe:
+    """The measuring engine as a recipe wants it; measurements are kept in the store of a job."""
+    fast = Fast(recipe.shortlist, recipe.risk) if recipe.fast else None
+    loss = split_loss(recipe.loss)[0]
+    if job is None:
+        return Probe(teacher, calibration, loss, memory=recipe.memory_bytes, fast=fast)
+    kept = memos(job.store, job.run, teacher)
+    return Probe(teacher, calibration, loss, memory=recipe.memory_bytes, fast=fast, memos=kept)
+
+
+def scored(job: Job, probe: Probe) -> Mapping[Unit, float] | None:
+    """What the metric of a recipe says, from the store if it was asked before."""
+    recipe = job.recipe
+    if recipe.metric is None:
+        return None
+    options = _options(recipe)[1]
+    of = {"metric": recipe.metric, "options": options, "tokens": probe.tokens.hash, "loss": probe.loss,
+          "dtype": probe.teacher.compute}  # fmt: skip
+    known = job.store.fact(probe.teacher.fingerprint, "scores", of)
+    if known is None:
+        job.watch(Event("score", 0, None, recipe.metric))
+        scores: dict[Unit, Score] = METRICS[recipe.metric](probe, **options)
+        known = {unit_name(unit): score.value for unit, score in scores.items()}
+        job.store.add_fact(probe.teacher.fingerprint, "scores", of, known, job.run)
+    return {read_unit(name): value for name, value in known.items()}
+
+
+def searched(job: Job, problem: Problem, measure: Executor) -> list[Plan]:
+    """The path of the recipe's search on one problem."""
+    total = count_losses(job.recipe, problem)
+    return settle(search_of(job.recipe, problem), partial(_round, job, problem, measure, total))
+
+
+# -- progress -------------------------------------------------------------------------------------------------------
+
+
+def _round(job: Job, problem: Problem, measure: Executor, total: int, ask: Ask) -> list[Loss]:
+    """Measure one Ask of a search that has about `total` losses to measure, and show how far it is."""
+    if not ask.plans:
+        return measure(ask)
+    common = Plan(frozenset.intersection(*(plan.removed for plan in ask.plans)))
+    each = zip(problem.budgets, problem.spent(common), problem.needed, strict=True)
+    sofar = ", ".join(f"{b.show(spent).split()[0]} of {b.show(need)} gone" for b, spent, need in each)
+    before = sum(len(earlier.plans) for earlier, _ in measure.rounds)
+    total = max(total, before + len(ask.plans))
+    losses = measure(ask, _teller(job, sofar, before=before, total=total))
+    best = min((loss for loss in losses if not loss.bound), key=lambda loss: loss.mean)
+    which = ask.plans[losses.index(best)]
+    job.store.add_event(job.run, Event("search", before + len(losses), total, f"{which}: {best.mean:.6f}"))
+    return losses
+
+
+def _teller(job: Job, sofar: str, *, before: int, total: int) -> Told:
+    """Shows every loss of one Ask: `before` of `total` losses were known when it began."""
+
+    def told(done: int, of: int, lowest: float) -> None:
+        known = f", lowest {job.recipe.loss} {lowest:.4f}" if math.isfinite(lowest) else ""
+        job.watch(Event("search", before + done, max(total, before + of), sofar + known))
+
+    return told
+
+
+def count_losses(recipe: Recipe, problem: Problem) -> int:
+    """About how many losses a search asks for: run on losses that are drawn at random, plan by plan."""
+    draw = random.Random(recipe.seed)
+    seen: dict[Plan, Loss] = {}
+    asked: set[tuple[Plan, int | None]] = set()
+
+    def pretend(ask: Ask) -> list[Loss]:
+        asked.update((plan, ask.tokens) for plan in ask.plans)
+        return [seen.setdefault(plan, Loss("pretended", (draw.random(),), (1,))) for plan in ask.plans]
+
+    settle(search_of(recipe, replace(problem, scores=_pretended(recipe, problem, draw))), pretend)
+    return len(asked)
+
+
+def _pretended(recipe: Recipe, problem: Problem, draw: random.Random) -> Mapping[Unit, float] | None:
+    if recipe.metric is None or problem.scores is not None:
+        return problem.scores
+    blocks = sorted({site.block for site in problem.anatomy.alive()})
+    runs = [(first, last) for first in blocks for last in blocks if first <= last]
+    wants: list[Unit] = [*runs] if recipe.search == "span" else [*problem.anatomy.alive(), *blocks]
+    return {unit: draw.random() for unit in wants}
+
+
+def _audit(job: Job, probe: Probe, rounds: list[tuple[Ask, list[Loss]]]) -> list[dict[str, Any]]:
+    """Every round again, exactly."""
+    exact = Executor(probe_of(job.recipe.model_copy(update={"fast": False}), probe.teacher, probe.tokens, job))
+    numbered = iter(range(len(rounds)))
+
+    def measure(ask: Ask) -> list[Loss]:
+        job.watch(Event("audit", next(numbered), len(rounds), "every candidate again"))
+        return exact(ask)
+
+    told = audited(rounds, measure)
+    job.watch(Event("audit", len(rounds), len(rounds), "done"))
+    return told
+
+
+# -- time as a budget -----------------------------------------------------------------------------------------------
+
+
+def timed(job: Job, teacher: Teacher) -> Anatomy:
+    """The anatomy with the time that each site takes of a decoding step, measured once and kept."""
+    recipe, where = job.recipe, environment(str(teacher.device))
+    of = {"batch": recipe.batch, "context": recipe.context, "dtype": teacher.compute, "machine": where.machine,
+          "threads": where.threads, "torch": where.torch}  # fmt: skip
+    known = job.store.fact(teacher.fingerprint, "ns", of)
+    if known is None:
+        known = speed.cost_table(teacher, recipe.batch, recipe.context, job.watch)
+        job.store.add_fact(teacher.fingerprint, "ns", of, known, job.run)
+    sites = tuple(replace(size, ns_per_token=known[str(size.site)]) for size in teacher.anatomy.sites)
+    return replace(teacher.anatomy, sites=sites, rest=replace(teacher.anatomy.rest, ns_per_token=known["rest"]))
+
+
+# -- as much as a margin allows -------------------------------------------------------------------------------------
+
+
+def _most_within(
+    job: Job, teacher: Teacher, measure: Executor, scores: Mapping[Unit, float] | None, held_out: TokenSet
+) -> tuple[Problem, list[Plan], dict[str, Any]]:
+    """The largest share of the parameters whose removal stays within the recipe's margin on validation items.
+
+    Shares are doubled until one is too much, then halved between; each has a search of its own, which reuses what the
+    others measured. Assumes that less is safer; every trial is told.
+    """
+    recipe = job.recipe
+    assert recipe.within is not None
+    margin = Margin.parse(recipe.within)
+    validation = validation_of(recipe, margin, teacher, held_out)
+    everything = teacher.anatomy.total("parameters")
+    smallest = min(size.parameters for size in teacher.anatomy.sites) * Fraction(100, everything)
+    low, high = Fraction(0), Fraction(100)
+    best: tuple[Problem, list[Plan], Kept] | None = None
+    trials: list[dict[str, Any]] = []
+    share = max(FINEST, smallest)
+    while share < 100 and high - low > max(FINEST, smallest):
+        try:
+            problem = replace(problem_of(recipe, teacher.anatomy, (Budget(share, "params", True),)), scores=scores)
+        except BudgetError:
+            high, share = share, (low + share) / 2
+            continue
+        path = searched(job, problem, measure)
+        kept = margin.judge(*evaluated(job, teacher, [Plan(), path[-1]], validation, margin.kind), recipe.seed)
+        spent = Fraction(problem.spent(path[-1])[0] * 100, everything)
+        trials.append({"percent": float(spent), "within": kept.within, **_in_words(kept, margin)})
+        if kept.within:
+            low, best = spent, (problem, path, kept)
+        else:
+            high = share
+        share = 2 * share if high == 100 and low < 25 else (low + high) / 2
+    told = {"margin": str(margin), "unit": _UNITS[margin.kind], "trials": trials, "data": validation.describe()}
+    if best is None:
+        least = min(trials, key=lambda trial: trial["percent"])
+        raise UsageError(
+            f"Nothing can go within {margin}: removing {least['percent']:.2f}% of the parameters may already lose "
+            f"{least['high']:.2f} {_UNITS[margin.kind]}. Allow more, or take more --eval-tokens."
+        )
+    return best[0], best[1], told
+
+
+_UNITS = {"ppl": "percent of the perplexity", "pp": "percentage points of accuracy"}
+
+
+def _in_words(kept: Kept, margin: Margin) -> dict[str, float]:
+    lost = kept.in_units(margin.kind)
+    return {"lost": lost.value, "low": lost.low, "high": lost.high}
+
+
+def validation_of(recipe: Recipe, margin: Margin, teacher: Teacher, held_out: TokenSet) -> TokenSet:
+    """The items on which a margin is judged: half of the held-out text, or half of the items of its task.
+
+    The other half is the proof, which no choice has seen.
+    """
+    if margin.kind == "ppl":
+        return halves(held_out)[0]
+    assert margin.file is not None
+    return task_tokens(margin.file, teacher.tokenizer, part="evaluation", seed=recipe.seed)
