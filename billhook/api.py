@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import shlex
 import time
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from billhook import pipeline, proof
+from billhook import lab, lab_page, pipeline, proof, searching
 from billhook import speed as timing
 from billhook.errors import FingerprintError, ResourceError, RunError, UsageError
 from billhook.evaluate import EVALUATIONS
+from billhook.export.checkpoint import check_target
 from billhook.loading import Teacher, load, pick_device
-from billhook.losses import LOSSES
+from billhook.losses import ITEM_LOSSES, LOSSES
 from billhook.metrics import METRICS
 from billhook.plan import Plan, Site
-from billhook.recipe import recipe_from
+from billhook.recipe import TARGETS, Recipe, combined, recipe_from
 from billhook.records import Watch, silent
 from billhook.search import SEARCHES
 from billhook.speed import Protocol
@@ -31,6 +33,7 @@ STORE = "billhook.db"
 def prune(
     model: str | Path = "demo",
     *,
+    recipe: str | Path | None = None,
     out: str | Path | None = None,
     store: str | Path = STORE,
     watch: Watch = silent,
@@ -38,17 +41,20 @@ def prune(
 ) -> dict[str, Any]:
     """Prune a model and prove it; returns the result that report.json holds.
 
-    `model`: a folder, a .gguf file, a Hugging Face name, or `demo`. `options`: the fields of `Recipe`; one of `remove`
-    and `plan` is needed. The checkpoint and its report appear at `out` (default: pruned/<run>), whole or not at all.
+    `model`: a folder, a .gguf file, a Hugging Face name, or `demo`. `recipe`: a YAML file, or the name of one of ours.
+    `options`: the fields of `Recipe`, which overrule it; one of `remove`, `plan` and `within` is needed. The checkpoint and its report appear at `out` (default: pruned/<run>), whole or not at all.
     Measurements that `store` holds are not repeated. Raises BillhookError; nothing half-written remains.
     """
-    recipe = recipe_from({"model": str(model), **options}, "The call")
-    device = str(pick_device(recipe.device))
+    asked = recipe_from(combined(recipe, model=str(model), **options), "The call")
     where = str(out) if out is not None else str(Path("pruned") / "{run}")
     with closing(Store(Path(store))) as opened:
-        here = asdict(proof.environment(device)) | {"folder": str(Path.cwd())}
-        run = opened.new_run(recipe.model_dump(), here, where)
+        run = opened.new_run(asked.model_dump(), _here(asked), where)
         return pipeline.execute(opened, opened.run(run), watch)
+
+
+def _here(recipe: Recipe) -> dict[str, Any]:
+    """Where a run is measured."""
+    return asdict(proof.environment(str(pick_device(recipe.device)))) | {"folder": str(Path.cwd())}
 
 
 def dry_run(model: str | Path = "demo", *, watch: Watch = silent, **options: Any) -> dict[str, Any]:
@@ -78,8 +84,7 @@ def resume(
 
 def _same_recipe(run: Run, options: dict[str, Any]) -> None:
     """Raises FingerprintError unless `options` are what the run was begun with."""
-    rivals = {"remove": "plan", "plan": "remove"}
-    dropped = {rivals[name]: None for name in options if name in rivals}
+    dropped = dict.fromkeys(TARGETS) if any(name in TARGETS for name in options) else {}
     asked = recipe_from({**run.recipe, **dropped, **options}, "The call").model_dump()
     differ = [name for name in options if asked[name] != run.recipe.get(name)]
     if differ:
@@ -91,7 +96,8 @@ def _same_recipe(run: Run, options: dict[str, Any]) -> None:
 
 def _newest_unfinished(store: Store) -> Run:
     # A run that was refused before it had model and tokens has nothing to go on with.
-    unfinished = [run for run in store.runs() if run.state != "done" and (run.bound or run.state != "failed")]
+    prunings = [run for run in store.runs() if "laboratory" not in run.environment]
+    unfinished = [run for run in prunings if run.state != "done" and (run.bound or run.state != "failed")]
     free = [run for run in unfinished if store.free(run.id)]
     if unfinished:
         return (free or unfinished)[0]  # one that another process holds is refused by name
@@ -124,7 +130,7 @@ def evaluate_model(model: str | Path = "demo", *, watch: Watch = silent, **optio
     """
     least = {"remove": "1sites", "tokens": 16, "length": 16}  # of calibration, on which held-out text does not depend
     recipe = recipe_from({"model": str(model), **least, **options}, "The call")
-    teacher = pipeline.teacher_of(recipe, watch)
+    teacher = searching.teacher_of(recipe, watch)
     _, tokens = pipeline.tokens_for(recipe, teacher, watch)
     if teacher.weights is not None:
         result = proof.streamed_perplexity(teacher, [Plan()], tokens, recipe.memory_bytes)[0]
@@ -156,10 +162,10 @@ def score(
     name = known.name if known is not None else str(model)
     least = {"remove": "1sites", "eval_tokens": 64, "eval_length": 16}  # of held-out text, which is not looked at
     recipe = recipe_from({"model": name, **least, **options}, "The call")
-    teacher = known if known is not None else pipeline.teacher_of(recipe, watch)
+    teacher = known if known is not None else searching.teacher_of(recipe, watch)
     calibration, _ = pipeline.tokens_for(recipe, teacher, watch)
     start = time.perf_counter()
-    scores = METRICS[metric](pipeline.probe_of(recipe, teacher, calibration))
+    scores = METRICS[metric](searching.probe_of(recipe, teacher, calibration))
     told: dict[str, list[dict[str, Any]]] = {"sites": [], "blocks": []}
     for unit, value in scores.items():
         row = {"value": value.value, "se": value.se}
@@ -213,7 +219,8 @@ def runs(store: str | Path = STORE) -> list[dict[str, Any]]:
     with closing(Store(Path(store))) as opened:
         return [
             {"run": r.id, "created": r.created, "state": r.state, "model": r.recipe["model"],
-             "remove": r.recipe["remove"] or r.recipe["plan"], "search": r.recipe["search"], "out": r.out,
+             "remove": r.recipe["remove"] or r.recipe["plan"] or r.recipe.get("within"),
+             "search": r.environment.get("laboratory", r.recipe["search"]), "out": r.out,
              "losses": opened.count_losses(r.id)}
             for r in opened.runs()
         ]  # fmt: skip
@@ -229,4 +236,100 @@ def show(run: str, store: str | Path = STORE) -> dict[str, Any]:
 
 def methods() -> list[dict[str, str]]:
     """Every registered method: family, name, what it does, source."""
-    return [row for registry in (METRICS, LOSSES, SEARCHES, EVALUATIONS) for row in registry.describe()]
+    return [row for registry in (METRICS, LOSSES, ITEM_LOSSES, SEARCHES, EVALUATIONS) for row in registry.describe()]
+
+
+# -- the laboratory -------------------------------------------------------------------------------------------------
+
+
+def sweep(
+    model: str | Path = "demo",
+    recipes: Sequence[str] = ("billhook",),
+    *,
+    remove: Sequence[str] = ("10%", "20%", "30%"),
+    data: Sequence[str] = ("pydoc",),
+    eval_data: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    items: int = 200,
+    out: str | Path | None = None,
+    store: str | Path = STORE,
+    watch: Watch = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Recipes against each other at several sizes on several calibration texts; a page, and the table behind it.
+
+    `recipes`: names of ours, or YAML files. `eval_data`: held-out texts (default: those of `data`); `tasks`: files of
+    multiple-choice items, of which `items` are measured. `options`: fields of `Recipe` that overrule every recipe, such
+    as `tokens`. Nothing that `store` holds is measured again, so that a sweep which was killed goes on.
+    """
+    grid = lab.Grid(tuple(recipes), tuple(remove), tuple(data), tuple(eval_data or data), tuple(tasks), items)
+    first = lab.recipes_of(grid, str(model), options)[0][1]
+    with _laboratory("sweep", first, Path(store), out, watch) as (bench, folder):
+        return lab.filed(lab.sweep(bench, grid, options), folder, lab_page.sweep_page)
+
+
+def trade(
+    model: str | Path = "demo",
+    tasks: Sequence[str] = (),
+    *,
+    items: int = 200,
+    out: str | Path | None = None,
+    store: str | Path = STORE,
+    watch: Watch = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """What adapting to one task costs on others: pruned for each of `tasks`, measured on each, with paired intervals.
+
+    `tasks`: files of multiple-choice items, of which `items` are measured and others calibrated on. `options`: fields
+    of `Recipe`; `remove` is needed.
+    """
+    if not tasks:
+        raise UsageError("There is no task to trade. Name files of multiple-choice items: --tasks a.jsonl,b.jsonl.")
+    first = recipe_from({"model": str(model), **options}, "The call")
+    with _laboratory("trade", first, Path(store), out, watch) as (bench, folder):
+        return lab.filed(lab.trade(bench, tuple(tasks), items, options), folder, lab_page.trade_page)
+
+
+def stability(
+    model: str | Path = "demo",
+    metric: str = "loo_kl",
+    *,
+    sizes: Sequence[int] = (512, 2048),
+    draws: int = 4,
+    out: str | Path | None = None,
+    store: str | Path = STORE,
+    watch: Watch = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """How far scores and plans depend on the calibration text: `draws` sets of each of `sizes` tokens, disjoint.
+
+    Rank correlation of a metric's scores of sites, and overlap of the plans of the recipe's search. `options`: fields
+    of `Recipe`; `remove` is needed.
+    """
+    METRICS[metric]
+    if draws < 2 or not sizes:
+        raise UsageError("Stability compares sets: ask for at least 2 --draws and one of --sizes.")
+    first = recipe_from({"model": str(model), **options}, "The call")
+    with _laboratory("stability", first, Path(store), out, watch) as (bench, folder):
+        told = lab.stability(bench, metric, tuple(sizes), draws, options)
+        return lab.filed(told, folder, lab_page.stability_page)
+
+
+@contextmanager
+def _laboratory(
+    kind: str, recipe: Recipe, store: Path, out: str | Path | None, watch: Watch
+) -> Iterator[tuple[lab.Bench, Path]]:
+    """A run of the store, the loaded teacher, and the folder that will hold page and table."""
+    with closing(Store(store)) as opened:
+        where = str(out) if out is not None else str(Path("lab") / "{run}")
+        run = opened.new_run(recipe.model_dump(), _here(recipe) | {"laboratory": kind}, where)
+        folder = Path(opened.run(run).out)
+        check_target(folder, None)
+        with opened.hold(run):
+            try:
+                teacher = searching.teacher_of(recipe, watch)
+                yield lab.Bench(opened, run, teacher, watch), folder
+            except BaseException as error:
+                opened.update(run, state="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                raise
+            opened.update(run, state="done", result={"laboratory": kind, "page": str(folder / "index.html")})

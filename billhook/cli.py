@@ -154,7 +154,8 @@ def inspect_model(
 
 
 @app.command()
-@_with_options("data", "field", "tokens", "length", "memory", "seed", "device", "dtype", "trust_remote_code")
+@_with_options("set", "loss", "data", "field", "tokens", "length", "memory", "seed", "device", "dtype",
+               "trust_remote_code")  # fmt: skip
 def score(
     *,
     model: Model = None,
@@ -169,6 +170,99 @@ def score(
         from billhook import api
 
         face.show(api.score(model or "demo", metric, watch=face.watch, **options), "scores")
+
+
+LAB_OPTIONS = ("search", "metric", "loss", "set", "fast", "shortlist", "risk", "memory", "protect", "batch", "context",
+               "field", "tokens", "length", "eval_tokens", "eval_length", "seed", "device", "dtype",
+               "trust_remote_code")  # fmt: skip
+Out = Annotated[Path | None, typer.Option(help="Folder for page and table [default: lab/<run>]")]
+Items = Annotated[int, typer.Option(help="Items of each task that are measured", min=2)]
+
+
+@app.command()
+@_with_options(*LAB_OPTIONS)
+def sweep(
+    *,
+    model: Model = None,
+    recipes: Annotated[str, typer.Option(help="Recipes by name or file, separated by commas")] = "billhook",
+    remove: Annotated[str, typer.Option(help="Sizes, separated by commas")] = "10%,20%,30%",
+    data: Annotated[str, typer.Option(help="Calibration texts, separated by commas")] = "pydoc",
+    eval_data: Annotated[str, typer.Option(help="Held-out texts; left out, those of --data")] = "",
+    tasks: Annotated[str, typer.Option(help="Files of multiple-choice items to measure, separated by commas")] = "",
+    items: Items = 200,
+    out: Out = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Compare recipes at several sizes and on several calibration texts: one table, one page, through one store."""
+    with _face(as_json, quiet, verbose) as face:
+        from billhook import api
+
+        lists = {"remove": _pieces(remove), "data": _pieces(data), "eval_data": _pieces(eval_data)}
+        told = api.sweep(
+            model or "demo", _pieces(recipes), tasks=_pieces(tasks), items=items, out=out, store=store,
+            watch=face.watch, **lists, **options,
+        )  # fmt: skip
+        face.show(told, "sweep")
+
+
+@app.command()
+@_with_options("remove", "data", "eval_data", *LAB_OPTIONS)
+def trade(
+    *,
+    model: Model = None,
+    tasks: Annotated[str, typer.Option(help="Files of multiple-choice items, separated by commas")],
+    items: Items = 200,
+    out: Out = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Show what adapting to one task costs on others: pruned for each task, measured on each."""
+    with _face(as_json, quiet, verbose) as face:
+        from billhook import api
+
+        told = api.trade(
+            model or "demo", _pieces(tasks), items=items, out=out, store=store, watch=face.watch, **options
+        )
+        face.show(told, "trade")
+
+
+@app.command()
+@_with_options("remove", "data", *(name for name in LAB_OPTIONS if name not in ("tokens", "metric")))
+def stability(
+    *,
+    model: Model = None,
+    metric: Annotated[str, typer.Option(help="Whose scores are compared")] = "loo_kl",
+    sizes: Annotated[str, typer.Option(help="Calibration tokens, separated by commas")] = "512,2048",
+    draws: Annotated[int, typer.Option(help="Disjoint calibration sets of each size", min=2)] = 4,
+    out: Out = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Show how far scores and plans depend on the calibration text: disjoint sets of several sizes."""
+    with _face(as_json, quiet, verbose) as face:
+        from billhook import api
+
+        if wrong := [piece for piece in _pieces(sizes) if not piece.isdigit()]:
+            raise UsageError(f"--sizes {wrong[0]} is no number of tokens. Write for example 512,2048.")
+        told = api.stability(
+            model or "demo", metric, sizes=[int(piece) for piece in _pieces(sizes)], draws=draws, out=out,
+            store=store, watch=face.watch, **options,
+        )  # fmt: skip
+        face.show(told, "stability")
+
+
+def _pieces(text: str) -> list[str]:
+    return [piece.strip() for piece in text.split(",") if piece.strip()]
 
 
 @app.command(name="eval")

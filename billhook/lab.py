@@ -7,9 +7,11 @@ and a laboratory that was killed goes on where it stopped.
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 from billhook import stats
 from billhook.data import TokenSet, Wanted
 from billhook.errors import BudgetError, DataError
+from billhook.export.checkpoint import appear, aside_of
 from billhook.loading import Teacher
 from billhook.plan import Anatomy, Plan, Site
 from billhook.portions import mixed_sets, parted
@@ -342,3 +345,15 @@ def _spearman(a: Mapping[Site, float], b: Mapping[Site, float]) -> float:
     sites = sorted(a)
     ranks = [stats.ranks([scores[site] for site in sites]) for scores in (a, b)]
     return stats.correlation(*ranks)
+
+
+def filed(told: dict[str, Any], folder: Path, page: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
+    """Write a result and its page, whole or not at all; the result with the place of the page."""
+    told = told | {"page": str(folder / "index.html")}
+    aside = aside_of(folder, "laboratory")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    (aside / "result.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    (aside / "index.html").write_text(page(told), encoding="utf-8")
+    appear(aside, folder)
+    return told

@@ -18,7 +18,7 @@ from billhook.budget import read_budgets
 from billhook.data import MIN_ROW, TokenSet, Wanted
 from billhook.errors import FingerprintError
 from billhook.export.checkpoint import appear, aside_of, check_equal, check_streamed, check_target, write
-from billhook.loading import Teacher, load
+from billhook.loading import Teacher
 from billhook.losses import split_loss
 from billhook.margin import Margin
 from billhook.plan import Anatomy, Plan
@@ -26,7 +26,7 @@ from billhook.portions import halves, mixed_sets
 from billhook.proof import Job
 from billhook.recipe import Recipe
 from billhook.records import Watch
-from billhook.searching import check, count_losses, find, probe_of, problem_of
+from billhook.searching import check, count_losses, find, probe_of, problem_of, teacher_of
 from billhook.store import Run, Store
 from billhook.surgery import apply, leaves
 from billhook.tasks import task_tokens
@@ -117,14 +117,6 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
 
 
 # -- the stages -----------------------------------------------------------------------------------------------------
-
-
-def teacher_of(recipe: Recipe, watch: Watch) -> Teacher:
-    """The model of a recipe, loaded as the recipe says."""
-    return load(
-        recipe.model, device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code,
-        memory=recipe.memory_bytes, watch=watch,
-    )  # fmt: skip
 
 
 def tokens_for(recipe: Recipe, teacher: Teacher, watch: Watch) -> tuple[TokenSet, TokenSet]:

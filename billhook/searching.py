@@ -16,7 +16,7 @@ from billhook.budget import Budget, read_budgets
 from billhook.data import TokenSet
 from billhook.errors import BudgetError, PlanError, UsageError
 from billhook.execute import Executor, Told, memos
-from billhook.loading import Teacher
+from billhook.loading import Teacher, load
 from billhook.losses import split_loss
 from billhook.margin import Kept, Margin
 from billhook.metrics import METRICS
@@ -26,7 +26,7 @@ from billhook.probe import Fast, Probe
 from billhook.problem import Problem, Unit, protection, read_unit, unit_name
 from billhook.proof import Job, environment, evaluated
 from billhook.recipe import Recipe, read_plan
-from billhook.records import Event, Loss, Score, Step, steps
+from billhook.records import Event, Loss, Score, Step, Watch, steps
 from billhook.registry import chosen
 from billhook.search import SEARCHES, Search, settle
 from billhook.tasks import task_tokens
@@ -42,6 +42,14 @@ class Found:
     steps: list[Step]
     conducted: dict[str, Any]
     within: dict[str, Any] | None = None
+
+
+def teacher_of(recipe: Recipe, watch: Watch) -> Teacher:
+    """The model of a recipe, loaded as the recipe says."""
+    return load(
+        recipe.model, device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code,
+        memory=recipe.memory_bytes, watch=watch,
+    )  # fmt: skip
 
 
 def check(recipe: Recipe, teacher: Teacher) -> Plan | None:
