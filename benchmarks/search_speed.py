@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from billhook.cli import keep_pages
+from billhook.face import keep_pages
 from billhook.data import TokenSet, documents, pick, prefix_of, read_texts, token_set
 from billhook.loading import Teacher, load
 from billhook.budget import read_budgets

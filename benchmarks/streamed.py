@@ -22,7 +22,7 @@ from typing import Any
 
 ROUND = """
 import json, sys, time, torch
-from billhook.cli import keep_pages
+from billhook.face import keep_pages
 from billhook.data import token_set
 from billhook.loading import load
 from billhook.plan import Plan

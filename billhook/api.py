@@ -42,7 +42,8 @@ def prune(
     """Prune a model and prove it; returns the result that report.json holds.
 
     `model`: a folder, a .gguf file, a Hugging Face name, or `demo`. `recipe`: a YAML file, or the name of one of ours.
-    `options`: the fields of `Recipe`, which overrule it; one of `remove`, `plan` and `within` is needed. The checkpoint and its report appear at `out` (default: pruned/<run>), whole or not at all.
+    `options`: the fields of `Recipe`, which overrule it; one of `remove`, `plan` and `within` is needed. The checkpoint
+    and its report appear at `out` (default: pruned/<run>), whole or not at all.
     Measurements that `store` holds are not repeated. Raises BillhookError; nothing half-written remains.
     """
     asked = recipe_from(combined(recipe, model=str(model), **options), "The call")

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import inspect
-import json
-import os
 import shlex
-import signal
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from billhook.errors import BillhookError, UsageError
-from billhook.records import Watch
+from billhook.errors import UsageError
+from billhook.face import Face
 
 app = typer.Typer(
     name="billhook",
@@ -121,7 +115,7 @@ def prune(
 ) -> None:
     """Remove the sites that a model can lose, prove what that cost and gained, and save the rest."""
     again = f"billhook prune --resume --store {shlex.quote(str(store))}"
-    with _face(as_json, quiet, verbose, again) as face:
+    with Face(as_json, quiet, verbose, again) as face:
         from billhook import api, pipeline
         from billhook.recipe import combined, recipe_from
 
@@ -147,7 +141,7 @@ def inspect_model(
     *, model: Model = None, as_json: Json = False, verbose: Verbose = False, options: dict[str, Any]
 ) -> None:
     """Show a model's anatomy: every site with its parameters, bytes, KV-cache bytes and FLOPs per token."""
-    with _face(as_json, False, verbose) as face:
+    with Face(as_json, False, verbose) as face:
         from billhook import api
 
         face.show(api.inspect(model or "demo", watch=face.watch, **options), "anatomy")
@@ -166,7 +160,7 @@ def score(
     options: dict[str, Any],
 ) -> None:
     """Score every site and block: how much it seems to matter, from one pass over the model."""
-    with _face(as_json, quiet, verbose) as face:
+    with Face(as_json, quiet, verbose) as face:
         from billhook import api
 
         face.show(api.score(model or "demo", metric, watch=face.watch, **options), "scores")
@@ -198,7 +192,7 @@ def sweep(
     options: dict[str, Any],
 ) -> None:
     """Compare recipes at several sizes and on several calibration texts: one table, one page, through one store."""
-    with _face(as_json, quiet, verbose) as face:
+    with Face(as_json, quiet, verbose) as face:
         from billhook import api
 
         lists = {"remove": _pieces(remove), "data": _pieces(data), "eval_data": _pieces(eval_data)}
@@ -224,7 +218,7 @@ def trade(
     options: dict[str, Any],
 ) -> None:
     """Show what adapting to one task costs on others: pruned for each task, measured on each."""
-    with _face(as_json, quiet, verbose) as face:
+    with Face(as_json, quiet, verbose) as face:
         from billhook import api
 
         told = api.trade(
@@ -249,7 +243,7 @@ def stability(
     options: dict[str, Any],
 ) -> None:
     """Show how far scores and plans depend on the calibration text: disjoint sets of several sizes."""
-    with _face(as_json, quiet, verbose) as face:
+    with Face(as_json, quiet, verbose) as face:
         from billhook import api
 
         if wrong := [piece for piece in _pieces(sizes) if not piece.isdigit()]:
@@ -272,7 +266,7 @@ def eval_model(
     options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Measure perplexity on held-out text: the text on which `prune` with the same options proves its student."""
-    with _face(as_json, quiet, verbose) as face:
+    with Face(as_json, quiet, verbose) as face:
         from billhook import api
 
         face.show(api.evaluate_model(model or "demo", watch=face.watch, **options), "evaluation")
@@ -294,7 +288,7 @@ def speed(
     options: dict[str, Any],
 ) -> None:
     """Measure prefill and decode speed and peak memory of one model, or of two in turn (A B A B)."""
-    with _face(as_json, quiet, verbose) as face:
+    with Face(as_json, quiet, verbose) as face:
         from billhook import api
         from billhook.speed import Protocol
 
@@ -306,7 +300,7 @@ def speed(
 @app.command()
 def runs(*, store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False) -> None:
     """List the runs of a store, the newest first."""
-    with _face(as_json, True, verbose) as face:
+    with Face(as_json, True, verbose) as face:
         from billhook import api
 
         face.show({"runs": api.runs(_existing(store))}, "runs")
@@ -318,7 +312,7 @@ def show(
     store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Show all that the store holds of one run."""
-    with _face(as_json, True, verbose) as face:
+    with Face(as_json, True, verbose) as face:
         from billhook import api
 
         face.show(api.show(run, _existing(store)), "run")
@@ -327,7 +321,7 @@ def show(
 @app.command()
 def methods(*, as_json: Json = False, verbose: Verbose = False) -> None:
     """List every registered metric, loss, search and evaluation with its source."""
-    with _face(as_json, True, verbose) as face:
+    with Face(as_json, True, verbose) as face:
         from billhook import api
 
         face.show({"methods": api.methods()}, "methods")
@@ -338,74 +332,6 @@ def _existing(store: Path) -> Path:
     if not store.is_file():
         raise UsageError(f"There is no store {store}. Give the file that `billhook prune` wrote with --store.")
     return store
-
-
-class _face:  # noqa: N801 - used as a statement
-    """What a command shows, and how it fails: a message and an exit code, never a traceback unless asked for."""
-
-    def __init__(self, as_json: bool, quiet: bool, verbose: bool, resume: str = "") -> None:
-        self.as_json, self.quiet, self.verbose, self.resume = as_json, quiet, verbose, resume
-        self.watch: Watch
-        self._close: Callable[[], None] = lambda: None
-
-    def __enter__(self) -> _face:
-        from billhook import terminal
-
-        signal.signal(signal.SIGTERM, _interrupt)
-        keep_pages()
-        terminal.quieten(self.verbose)
-        self.watch, self._close = terminal.progress(quiet=self.quiet)
-        return self
-
-    def show(self, value: dict[str, Any], kind: str) -> None:
-        from billhook import terminal
-
-        self._close()
-        if self.as_json:
-            print(json.dumps(value, indent=2))
-        else:
-            terminal.show(value, kind)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._close()
-        if error is None:
-            return
-        if self.verbose:
-            traceback.print_exception(error)
-        if isinstance(error, KeyboardInterrupt):
-            hint = f" Nothing measured is lost. Go on with: {self.resume}" if self.resume else ""
-            _leave(f"Interrupted.{hint}", 130)
-        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
-        if isinstance(error, BillhookError):
-            _leave(str(error), error.exit_code)
-        full = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # a GPU's, a CPU's
-        if isinstance(error, MemoryError) or full:
-            _leave(f"Out of memory: {error}. Use fewer --tokens, a shorter --length, or --dtype bfloat16.", 5)
-        if isinstance(error, OSError) and error.errno == 28:
-            _leave(f"The disk is full: {error}. Free some space and run it again.", 5)
-        if not self.verbose:
-            traceback.print_exception(error)
-        _leave("This is a bug in Billhook. Please report it with the lines above.", 1)
-
-
-def keep_pages() -> None:
-    """Keep glibc from giving large buffers back after every forward pass and faulting them in anew (LOG.md, 1)."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr)
-    sys.exit(code)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ FLOORS = (  # each floor imports from those above it, and each name from those b
      "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),
     ("recipe", "store", "execute", "audit", "proof", "searching", "lab", "compare", "report", "lab_page", "pipeline"),
-    ("api", "terminal", "cli", "dashboard"),
+    ("api", "terminal", "face", "cli", "dashboard"),
 )  # fmt: skip
 PLACE = {name: (floor, order) for floor, names in enumerate(FLOORS) for order, name in enumerate(names)}
 METHODS = 2  # the floor whose folders never import each other
