@@ -1,0 +1,171 @@
+"""Every recipe on the demo model, calibrated on the same text: what docs/results.md shows.
+
+    python benchmarks/methods.py --data DATA --work build/methods      # hours on two cores; begin again to go on
+    python benchmarks/methods.py --data DATA --work build/methods --only table,draws
+
+DATA holds text/c4_en.jsonl.gz, text/wikitext2_validation.jsonl.gz and tasks/*.jsonl.gz. Nothing that the store in
+--work holds is measured again. With all parts done, docs/results.md is written anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import billhook
+from billhook import lab, searching
+from billhook.face import keep_pages
+from billhook.recipe import OURS, read_yaml, recipe_from, recipe_names
+from billhook.records import Event
+from billhook.search import SEARCHES
+from billhook.store import Store
+
+TOKENS, LENGTH = 4096, 128
+SIZES = ("10%", "20%", "30%")
+TASKS = ("piqa_validation", "arc_easy_test", "winogrande_validation")
+# What ten minutes a search allow on two cores; everything else is as published, but for the common calibration.
+SCALED: dict[str, dict[str, Any]] = {
+    "billhook": {"fast": True},
+    "finercut": {"fast": True},
+    "blockpruner": {"fast": True},
+    "sleb": {"fast": True},
+    "evopress": {"set": {"generations": 16, "offspring": 16, "tokens": 512}},
+}
+FINALISTS = ("billhook", "finercut", "blockpruner", "evopress")
+PARTS = ("table", "draws", "calibration", "regret")
+
+
+def main() -> None:
+    """Run the parts that are asked for, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("build/methods"))
+    parser.add_argument("--only", default=",".join(PARTS))
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "docs" / "results.md")
+    given = parser.parse_args()
+    keep_pages()
+    given.work.mkdir(parents=True, exist_ok=True)
+    texts = texts_of(given.data, given.work)
+    for part in given.only.split(","):
+        start = time.perf_counter()
+        {"table": table, "draws": draws, "calibration": calibration, "regret": regret}[part](given, texts)
+        print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
+    if all((given.work / part / "result.json").is_file() for part in PARTS):
+        from results import page  # the file beside this one
+
+        given.results.write_text(page(given.work, SCALED), encoding="utf-8")
+        print(f"{given.results} is written.")
+
+
+def texts_of(data: Path, work: Path) -> dict[str, str]:
+    """The texts by name: C4 as it is, WikiText-2 as whole articles, so that an article is one text."""
+    articles: dict[str, list[str]] = {}
+    with gzip.open(data / "text" / "wikitext2_validation.jsonl.gz", "rt", encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            articles.setdefault(str(row["doc"]), []).append(row["text"])
+    whole = work / "wikitext2.jsonl"
+    whole.write_text("".join(json.dumps({"text": "\n\n".join(lines)}) + "\n" for lines in articles.values()))
+    c4 = work / "c4.jsonl.gz"
+    shutil.copyfile(data / "text" / "c4_en.jsonl.gz", c4)
+    return {"c4": str(c4), "wikitext2": str(whole)}
+
+
+def recipe_files(work: Path, names: Sequence[str]) -> list[str]:
+    """The recipes as they are run here: as published, but for `SCALED`."""
+    folder = work / "recipes"
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        values = read_yaml(OURS / f"{name}.yaml")
+        for key, value in SCALED.get(name, {}).items():
+            values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    return [str(folder / f"{name}.yaml") for name in names]
+
+
+def sweep(given: argparse.Namespace, part: str, recipes: Sequence[str], **options: Any) -> dict[str, Any]:
+    """One sweep into --work, through the store that all parts share."""
+    shutil.rmtree(given.work / part, ignore_errors=True)
+    common = {"tokens": TOKENS, "length": LENGTH, "eval_tokens": 16384, "eval_length": 512} | options
+    return billhook.sweep(
+        "demo", recipe_files(given.work, recipes), out=given.work / part, store=given.work / "billhook.db", watch=tell,
+        **common,
+    )  # fmt: skip
+
+
+def tell(event: Event) -> None:
+    """Only what begins."""
+    if event.stage == "sweep" or event.done == event.total:
+        print(f"{time.strftime('%H:%M:%S')} {event.stage} {event.done}/{event.total} {event.note}", file=sys.stderr)
+
+
+def table(given: argparse.Namespace, texts: dict[str, str]) -> None:
+    """All recipes at all sizes, two texts, three tasks."""
+    tasks = [str(given.data / "tasks" / f"{name}.jsonl.gz") for name in TASKS]
+    sweep(given, "table", recipe_names(), remove=SIZES, data=[texts["c4"]], eval_data=list(texts.values()), tasks=tasks)
+
+
+def draws(given: argparse.Namespace, texts: dict[str, str]) -> None:
+    """The strongest recipes on other draws of the calibration text."""
+    told = []
+    for seed in (1, 2):
+        told.append(
+            sweep(
+                given, "draw", FINALISTS, remove=["20%"], data=[texts["c4"]], eval_data=list(texts.values()), seed=seed
+            )
+            | {"seed": seed}
+        )
+    file_result(given.work / "draws", {"draws": told})
+
+
+def calibration(given: argparse.Namespace, texts: dict[str, str]) -> None:
+    """The default recipe on other calibration texts."""
+    c4, wiki = texts["c4"], texts["wikitext2"]
+    datas = [c4, wiki, "pydoc", "self", f"{c4}+self", f"{c4}+{wiki}"]
+    sweep(given, "calibration", ["billhook"], remove=["20%"], data=datas, eval_data=[c4, wiki])
+
+
+def regret(given: argparse.Namespace, texts: dict[str, str]) -> None:
+    """Every search against the optimum: 4 of the 16 sites of the middle blocks, 512 tokens, in nats per token."""
+    searches: dict[str, dict[str, Any]] = {name: {"search": name} for name in SEARCHES if name != "span"}
+    searches |= {
+        "oneshot by cosine": {"search": "oneshot", "metric": "cosine"},
+        "solve without exchanges": {"search": "solve", "set": {"polish": False}},
+        "evolve from random plans": {"search": "evolve", "set": {"start": "random"}},
+        "greedy, racing": {"search": "greedy", "fast": True},
+    }
+    common = {
+        "model": "demo", "remove": "4sites", "protect": "0-10,19-29", "data": texts["c4"], "tokens": 512, "length": 64
+    }  # fmt: skip
+    with closing(Store(given.work / "billhook.db")) as store:
+        run = store.new_run(recipe_from(common).model_dump(), {"laboratory": "regret"}, str(given.work))
+        bench = lab.Bench(store, run, billhook.load("demo"), tell)
+        rows = []
+        for number, (name, own) in enumerate(searches.items()):
+            tell(Event("sweep", number, len(searches), name))
+            recipe = recipe_from(common | own)
+            trial = lab.tried(bench, name, recipe, tokens := lab.calibration_of(bench, recipe))
+            loss = searching.probe_of(recipe, bench.teacher, tokens, bench.job(recipe)).losses([trial.plan])[0].mean
+            rows.append({"search": name, "loss": loss, "removed": trial.plan.names(), "seconds": trial.seconds,
+                         "site_evaluations": trial.site_evaluations})  # fmt: skip
+        store.update(run, state="done")
+    best = min(row["loss"] for row in rows)
+    file_result(given.work / "regret", {"rows": [row | {"regret": row["loss"] - best} for row in rows]})
+
+
+def file_result(folder: Path, told: dict[str, Any]) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Writes docs/results.md from what benchmarks/methods.py measured. No number is typed in."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HEAD = """# Results
+
+Written by `benchmarks/methods.py` from what it measured; no number in here is typed in.
+
+"""
+
+
+def page(work: Path, scaled: Mapping[str, Any]) -> str:
+    """The whole page, from the results of all parts in `work`."""
+    table, draws, calibration, regret = (
+        json.loads((work / part / "result.json").read_text()) for part in ("table", "draws", "calibration", "regret")
+    )
+    sections = [HEAD, _setting(table, scaled)]
+    for remove in dict.fromkeys(row["remove"] for row in table["rows"]):
+        sections.append(_size(table, remove))
+    sections += [_winners(table), _draws(draws["draws"]), _calibration(calibration), _regret(regret["rows"])]
+    return "\n".join(sections)
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _name(source: str) -> str:
+    """`c4`, `wikitext2`, `piqa`, of a path; `c4 + self` of a mixture."""
+    return " + ".join(Path(piece).name.partition(".")[0].partition("_")[0] for piece in source.split("+"))
+
+
+def _setting(table: Mapping[str, Any], scaled: Mapping[str, Any]) -> str:
+    calibration, texts = table["calibration"][0], table["evaluation"]
+    told = [
+        f"Model: {table['model']}, {table['sizes']['parameters']:,} parameters, in float32. Calibration: "
+        f"{calibration['tokens']:,} tokens of {_name(calibration['source'])} in {calibration['sequences']} rows, the "
+        "same for every recipe, from texts that no evaluation sees. The published sizes stand in the recipes; other "
+        "settings are as published, except for these, so that a search takes about ten minutes on two cores:\n",
+    ]
+    told += [f"- {name}: {_words(values)}" for name, values in scaled.items()]
+    told += ["\nHeld out:\n"]
+    for name, each in texts.items():
+        what = f"{each['items']} items" if "items" in each else f"{each['tokens']:,} tokens of {each['texts']} texts"
+        value = table["teacher"][name]
+        told.append(f"- {_name(name)}: {what}; the unpruned model has {value['kind']} {_value(value)}")
+    told.append(
+        "\nIntervals are 95% bootstraps over texts or items. *Above best*: nats per token above the lowest row of the same "
+        "size on that text, paired; an interval that holds 0 means that the two are not told apart. No model was trained "
+        "after pruning.\n"
+    )
+    return "\n".join(told)
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    flat = {
+        k: v for key, value in values.items() for k, v in (value.items() if isinstance(value, dict) else [(key, value)])
+    }
+    return ", ".join(f"{key} = {str(value).lower()}" for key, value in flat.items())
+
+
+def _value(value: Mapping[str, Any]) -> str:
+    scale, digits = (1, 1) if value["kind"] == "perplexity" else (100, 1)
+    middle, low, high = (f"{scale * min(value[key], 1e6):,.{digits}f}" for key in ("value", "low", "high"))
+    return f"{middle} ({low}–{high})" if value["kind"] == "perplexity" else f"{middle}% ({low}–{high})"
+
+
+def _gap(row: Mapping[str, Any], text: str) -> str:
+    gap = row["results"][text].get("above_best")
+    if gap is None:
+        return ""
+    if gap["value"] == 0:
+        return "**best**"
+    return f"{gap['value']:.3f} ({gap['low']:.3f}–{gap['high']:.3f})"
+
+
+def _size(table: Mapping[str, Any], remove: str) -> str:
+    texts = [name for name, value in table["teacher"].items() if value["kind"] == "perplexity"]
+    tasks = [name for name in table["teacher"] if name not in texts]
+    rows = [row for row in table["rows"] if row["remove"] == remove]
+    rows.sort(key=lambda row: math.fsum(row["results"][text]["nats"] for text in texts))
+    head = ["recipe", "att + mlp", "params", "KV"]
+    head += [cell for text in texts for cell in (f"{_name(text)} perplexity", "above best")]
+    head += [_name(task) for task in tasks] + ["search", "site evaluations"]
+    lines = []
+    for row in rows:
+        left = [row["sizes"][size] / table["sizes"][size] for size in ("parameters", "kv_bytes_per_token")]
+        line = [f"`{row['recipe']}`", f"{row['attention']} + {row['mlp']}", *(f"{share:.1%}" for share in left)]
+        line += [cell for text in texts for cell in (_value(row["results"][text]), _gap(row, text))]
+        line += [_value(row["results"][task]) for task in tasks]
+        lines.append([*line, f"{row['search_seconds']:,.0f} s", f"{row['site_evaluations']:,.0f}"])
+    told = f"## {remove.removesuffix('params')} of the parameters\n\n{_markdown(head, lines)}"
+    refused = [each for each in table["refused"] if each["remove"] == remove]
+    return told + "".join(f"\n`{each['recipe']}` is missing: {each['why']}\n" for each in refused)
+
+
+def _winners(table: Mapping[str, Any]) -> str:
+    """For each size and text, which recipes are best or not told apart from the best."""
+    lines = []
+    texts = [name for name, value in table["teacher"].items() if value["kind"] == "perplexity"]
+    for remove in dict.fromkeys(row["remove"] for row in table["rows"]):
+        for text in texts:
+            alike = [row for row in table["rows"] if row["remove"] == remove]
+            gaps = {row["recipe"]: row["results"][text]["above_best"] for row in alike}
+            best = min(gaps, key=lambda name: gaps[name]["value"])
+            near = [name for name, gap in gaps.items() if name != best and gap["low"] <= 0]
+            ours = gaps.get("billhook")
+            told = "" if ours is None else "best" if best == "billhook" else f"{ours['value']:.3f} above"
+            lines.append(
+                [remove.removesuffix("params"), _name(text), f"`{best}`", ", ".join(map(_code, near)) or "none", told]
+            )
+    head = ["size", "text", "lowest loss", "not told apart from it", "`billhook`, the default"]
+    return f"## Who has the lowest loss\n\n{_markdown(head, lines)}"
+
+
+def _code(name: str) -> str:
+    return f"`{name}`"
+
+
+def _draws(draws: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    for told in draws:
+        texts = [name for name, value in told["teacher"].items() if value["kind"] == "perplexity"]
+        for row in told["rows"]:
+            left = row["sizes"]["parameters"] / told["sizes"]["parameters"]
+            cells = [cell for text in texts for cell in (_value(row["results"][text]), _gap(row, text))]
+            lines.append([str(told["seed"]), f"`{row['recipe']}`", f"{left:.1%}", *cells])
+    head = ["seed", "recipe", "params"] + [c for text in texts for c in (f"{_name(text)} perplexity", "above best")]
+    return f"## Other draws of the calibration text\n\n{_markdown(head, lines)}"
+
+
+def _calibration(told: Mapping[str, Any]) -> str:
+    texts = list(told["teacher"])
+    lines = []
+    for row in told["rows"]:
+        left = row["sizes"]["parameters"] / told["sizes"]["parameters"]
+        lines.append([_name(row["data"]), f"{left:.1%}", *(_value(row["results"][text]) for text in texts)])
+    head = ["calibrated on", "params", *(f"{_name(text)} perplexity" for text in texts)]
+    return f"## The default recipe on other calibration texts\n\n{_markdown(head, lines)}"
+
+
+def _regret(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        [f"`{row['search']}`" if " " not in row["search"] else row["search"], f"{row['loss']:.4f}", f"{row['regret']:.4f}",
+         f"{row['site_evaluations']:,.0f}", f"{row['seconds']:,.0f} s"]
+        for row in sorted(rows, key=lambda row: row["regret"])
+    ]  # fmt: skip
+    return (
+        "## Regret against the optimum\n\n4 of the 16 sites of blocks 11 to 18, the others protected; KL on the 512 "
+        "calibration tokens that the searches saw, so that this is about the search and not about the text.\n\n"
+        + _markdown(["search", "loss", "regret, nats", "site evaluations", "search time"], lines)
+    )
