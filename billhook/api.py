@@ -14,7 +14,7 @@ from billhook import speed as timing
 from billhook.errors import FingerprintError, ResourceError, RunError, UsageError
 from billhook.evaluate import EVALUATIONS
 from billhook.loading import Teacher, load, pick_device
-from billhook.losses import LOSSES
+from billhook.losses import ITEM_LOSSES, LOSSES
 from billhook.metrics import METRICS
 from billhook.plan import Plan, Site
 from billhook.recipe import recipe_from
@@ -229,4 +229,4 @@ def show(run: str, store: str | Path = STORE) -> dict[str, Any]:
 
 def methods() -> list[dict[str, str]]:
     """Every registered method: family, name, what it does, source."""
-    return [row for registry in (METRICS, LOSSES, SEARCHES, EVALUATIONS) for row in registry.describe()]
+    return [row for registry in (METRICS, LOSSES, ITEM_LOSSES, SEARCHES, EVALUATIONS) for row in registry.describe()]
