@@ -8,7 +8,7 @@ import importlib.util
 import json
 import random
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,26 @@ SPLIT_BY_TEXT = 60  # with so many texts both halves hold enough of them for an 
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
 
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What makes the rows of a token set the choices of items; an item is a document, its rows stand together.
+
+    `first[r]`: where in row r the choice begins, at least 1; `characters[r]` of its text, without the blank before it.
+    `gold[d]`: which of the rows of document d is right, counted from 0.
+    """
+
+    first: tuple[int, ...]
+    characters: tuple[int, ...]
+    gold: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class TokenSet:
     """Rows of tokens, none of which crosses from one document into the next.
 
     `rows`: [rows, time] int64, padded on the right; `lengths[r]` tokens of row r count. `documents[r]` is the document
-    that row r belongs to, counted from 0; `clusters[d]` names the text of document d. `hash` is of all of these.
+    that row r belongs to, counted from 0; `clusters[d]` names the text of document d. `choices`, where rows are choices
+    of items. `hash` is of all of these.
     """
 
     rows: torch.Tensor
@@ -39,6 +53,7 @@ class TokenSet:
     source: str
     hash: str
     digests: tuple[str, ...]  # of each document, whole
+    choices: Choices | None = None
 
     @property
     def tokens(self) -> int:
@@ -52,7 +67,7 @@ class TokenSet:
             "documents": len(self.clusters),
             "texts": len(set(self.clusters)),
             "hash": self.hash,
-        }
+        } | ({} if self.choices is None else {"items": len(self.choices.gold)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,26 +113,33 @@ def _read_file(path: Path, field: str, tokenizer: Any) -> list[str]:
     kind = suffixes[-1] if suffixes else ""
     if kind == ".parquet":
         return _rows_to_texts(_dataset(kind[1:], data_files=str(path)), field, tokenizer, str(path))
+    content = file_text(path)
+    if kind in (".jsonl", ".json"):
+        return _rows_to_texts([row for _, row in json_lines(content, str(path))], field, tokenizer, str(path))
+    return [content]
+
+
+def file_text(path: Path) -> str:
+    """The UTF-8 text of a file, unpacked if it ends in .gz. Raises DataError."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        content = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is no gzip file, or a damaged one ({error}). Compress the text again.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}). Convert it: iconv -t UTF-8 {path.name}") from error
-    if kind in (".jsonl", ".json"):
-        rows = []
-        for number, line in enumerate(content.split("\n"), 1):  # a text may hold U+2028
-            if not line.strip():
-                continue
+
+
+def json_lines(content: str, source: str) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of every line of .jsonl text that is not blank. Raises DataError."""
+    for number, line in enumerate(content.split("\n"), 1):  # a text may hold U+2028
+        if line.strip():
             try:
-                rows.append(json.loads(line))
+                yield number, json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(
-                    f"{path}, line {number}, is not JSON ({error.msg}). One object a line, please."
+                    f"{source}, line {number}, is not JSON ({error.msg}). One object a line, please."
                 ) from error
-        return _rows_to_texts(rows, field, tokenizer, str(path))
-    return [content]
 
 
 def _read_hub(source: str, field: str, tokenizer: Any) -> list[str]:
@@ -258,16 +280,19 @@ def pick(found: list[Document], tokens: int, length: int, prefix: list[int], sou
 
 
 def first(tokens: TokenSet, count: int) -> TokenSet:
-    """The first rows of a token set that hold at least `count` tokens, or all of it."""
+    """The first rows of a token set that hold at least `count` tokens, or all of it; of choices, whole items."""
     total, rows = 0, []
-    for row, length in zip(tokens.rows, tokens.lengths, strict=True):
-        if total >= count:
+    for r, (row, length) in enumerate(zip(tokens.rows, tokens.lengths, strict=True)):
+        if total >= count and not (tokens.choices and tokens.documents[r] == tokens.documents[r - 1]):
             break
         rows.append(tuple(row[:length].tolist()))
         total += length
     documents = tokens.documents[: len(rows)]
     kept = max(documents) + 1
-    return token_set(rows, documents, tokens.clusters[:kept], tokens.digests[:kept], tokens.source)
+    part = tokens.choices
+    if part is not None:
+        part = Choices(part.first[: len(rows)], part.characters[: len(rows)], part.gold[:kept])
+    return token_set(rows, documents, tokens.clusters[:kept], tokens.digests[:kept], tokens.source, choices=part)
 
 
 def token_set(
@@ -276,6 +301,8 @@ def token_set(
     clusters: Sequence[int],
     digests: Sequence[str],
     source: str,
+    *,
+    choices: Choices | None = None,
 ) -> TokenSet:
     """Pad and hash."""
     lengths = tuple(map(len, rows))
@@ -284,8 +311,10 @@ def token_set(
         padded[r, : len(ids)] = torch.tensor(ids)
     digest = hashlib.sha256(json.dumps([lengths, list(documents), list(clusters)]).encode())
     digest.update(padded.numpy().tobytes())
+    if choices is not None:
+        digest.update(json.dumps([choices.first, choices.characters, choices.gold]).encode())
     key = digest.hexdigest()[:16]
-    return TokenSet(padded, lengths, tuple(documents), tuple(clusters), source, key, tuple(digests))
+    return TokenSet(padded, lengths, tuple(documents), tuple(clusters), source, key, tuple(digests), choices)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from billhook.plan import Plan, Site
 class Loss:
     """How far one plan's outputs are from the teacher's or from the data. Lower is better; nats per token.
 
-    `sums[d]` is the sum over the counted tokens of document d, `counts[d]` their number. `bound=True`: a lower bound
-    or an estimate, never stored as a loss.
+    `sums[d]` is the sum over the counted tokens of document d, `counts[d]` their number; of a task a document is an
+    item, and counts once. `bound=True`: a lower bound or an estimate, never stored as a loss.
     """
 
     name: str
@@ -56,6 +56,7 @@ class EvalResult:
     """One evaluation of one model: an outcome per item, in a fixed order, so that two runs can be paired.
 
     For `perplexity` an item is a document: `sums` of negative log-likelihood in nats over `counts` predicted tokens.
+    For `acc` and `acc_norm` it is a question: 1 or 0, counted once.
     `clusters[i]` names the text that item i comes from; statistics resample those.
     """
 

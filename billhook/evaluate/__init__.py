@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+import torch
+
+from billhook.data import TokenSet
 from billhook.records import EvalResult
 from billhook.registry import Registry
 
 EVALUATIONS: Registry[Callable[..., EvalResult]] = Registry("evaluation")
 evaluation = EVALUATIONS.add
+BATCH_LOGITS_BYTES = 2**28  # logits of one batch, in float32
 
-from billhook.evaluate import perplexity  # noqa: E402, F401 - importing a method files it under its name
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of a token set: `ids` [rows, time], `targets` [rows, time] (-100: none), and their row numbers."""
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+
+def batches(tokens: TokenSet, vocabulary: int, device: torch.device) -> Iterator[Batch]:
+    """The rows of a token set, longest first, as many at a time as keep the logits within bounds."""
+    order = sorted(range(len(tokens.lengths)), key=lambda r: (-tokens.lengths[r], r))
+    start = 0
+    while start < len(order):
+        time = tokens.lengths[order[start]]
+        count = max(1, BATCH_LOGITS_BYTES // (4 * vocabulary * time))
+        rows = tuple(order[start : start + count])
+        lengths = tuple(tokens.lengths[r] for r in rows)
+        ids = tokens.rows[list(rows), :time].to(device)
+        targets = torch.full_like(ids, -100)
+        for i, n in enumerate(lengths):
+            targets[i, : n - 1] = ids[i, 1:n]
+        yield Batch(ids, targets, rows, lengths)
+        start += count
+
+
+from billhook.evaluate import choices, perplexity  # noqa: E402, F401 - importing a method files it under its name

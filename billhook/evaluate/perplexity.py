@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from billhook.data import TokenSet
-from billhook.evaluate import evaluation
+from billhook.evaluate import batches, evaluation
 from billhook.losses import nll
 from billhook.records import EvalResult, Event, Watch, silent
-
-BATCH_LOGITS_BYTES = 2**28  # logits of one batch, in float32
 
 
 @evaluation
@@ -29,40 +25,13 @@ def perplexity(model: Any, tokens: TokenSet, *, watch: Watch = silent, who: str 
     vocabulary = int(model.get_output_embeddings().weight.shape[0])
     per_row = [0.0] * len(tokens.lengths)
     done = 0
-    for batch in _batches(tokens, vocabulary, model.device):
+    for batch in batches(tokens, vocabulary, model.device):
         logits = model(input_ids=batch.ids, use_cache=False).logits
         for i, (row, n) in enumerate(zip(batch.rows, batch.lengths, strict=True)):
             per_row[row] = float(nll(logits[i, :n], logits[i, :n], batch.targets[i, :n]).double().sum())
         done += sum(batch.lengths)
         watch(Event("evaluate", done, tokens.tokens, who))
     return EvalResult("perplexity", tokens.hash, *_by_document(tokens, per_row), tokens.clusters)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Some rows of a token set: `ids` [rows, time], `targets` [rows, time] (-100: none), and their row numbers."""
-
-    ids: torch.Tensor
-    targets: torch.Tensor
-    rows: tuple[int, ...]
-    lengths: tuple[int, ...]
-
-
-def _batches(tokens: TokenSet, vocabulary: int, device: torch.device) -> Iterator[_Batch]:
-    """The rows of a token set, longest first, as many at a time as keep the logits within bounds."""
-    order = sorted(range(len(tokens.lengths)), key=lambda r: (-tokens.lengths[r], r))
-    start = 0
-    while start < len(order):
-        time = tokens.lengths[order[start]]
-        count = max(1, BATCH_LOGITS_BYTES // (4 * vocabulary * time))
-        rows = tuple(order[start : start + count])
-        lengths = tuple(tokens.lengths[r] for r in rows)
-        ids = tokens.rows[list(rows), :time].to(device)
-        targets = torch.full_like(ids, -100)
-        for i, n in enumerate(lengths):
-            targets[i, : n - 1] = ids[i, 1:n]
-        yield _Batch(ids, targets, rows, lengths)
-        start += count
 
 
 def _by_document(tokens: TokenSet, per_row: list[float]) -> tuple[tuple[float, ...], tuple[int, ...]]:

@@ -149,19 +149,20 @@ class Probe:
         try:
             want = next(choice)
             while True:
-                missing = [(g, masks[p]) for p, g in table.take(want.quality, want.pieces)]
+                quality = bench.affordable(want.quality)
+                missing = [(g, masks[p]) for p, g in table.take(quality, want.pieces)]
                 for wave in waves(missing, sizes, bench.layout.wave, split=bench.layout.streamed):
-                    found = bench.measure(want.quality, wave)
-                    table.add(want.quality, {(number[mask], g): sums for (g, mask), sums in found.items()})
+                    found = bench.measure(quality, wave)
+                    table.add(quality, {(number[mask], g): sums for (g, mask), sums in found.items()})
                     fresh = {(plans[number[m]], bench.groups[g].documents): sums for (g, m), sums in found.items()}
-                    memo.keep(want.quality, fresh)
+                    memo.keep(quality, fresh)
                     told(max(len(done), int(len(plans) * table.share())))
                 for plan in sorted(table.complete() - done):
                     done.add(plan)
                     loss = self._loss(table.by_document(plan), bound=False)
                     memo.settle(plans[plan], loss)
                     yield plans[plan], loss
-                want = choice.send({piece: table.sums(want.quality, piece) for piece in want.pieces})
+                want = choice.send({piece: table.sums(quality, piece) for piece in want.pieces})
         except StopIteration as end:
             verdicts: list[choose.Verdict] = end.value
         self.tally.append(Counter("full" if p in done else verdict for p, verdict in enumerate(verdicts)))
@@ -210,6 +211,9 @@ class Probe:
 
     def _loss(self, sums: Mapping[int, float], bound: bool) -> Loss:
         counts = [0] * len(self.tokens.clusters)
+        if self.tokens.choices is not None:
+            counts = [1] * len(counts)  # of items
+            return Loss(self.loss, tuple(sums.get(d, 0.0) for d in range(len(counts))), tuple(counts), bound)
         for document, length in zip(self.tokens.documents, self.tokens.lengths, strict=True):
             counts[document] += length - int(self.loss in COUNTS_TARGETS)
         return Loss(self.loss, tuple(sums.get(d, 0.0) for d in range(len(counts))), tuple(counts), bound)
@@ -221,6 +225,24 @@ class Probe:
             return self
         self.rest()
         return Probe(self.teacher, tokens, loss, memory=self.memory, fast=self.fast, memos=self._memos)
+
+    @torch.inference_mode()
+    def row_sums(self, plans: Sequence[Plan]) -> list[list[float]]:
+        """Log-probability in nats of the choice in every row of the token set, under each plan, in the order asked.
+
+        For token sets with choices. What evaluations of many plans need, from one walk and without a student.
+        """
+        assert self.tokens.choices is not None, "only rows that are choices have sums of their own"
+        bench, masks = self._bench, [self._bench.mask(plan) for plan in plans]
+        bench.layout = bench.arrange(len(set(masks)))
+        found = {mask: [0.0] * len(self.tokens.lengths) for mask in masks}
+        jobs = [(g, mask) for g in range(len(bench.groups)) for mask in found]
+        sizes = [group.tokens for group in bench.groups]
+        for wave in waves(jobs, sizes, bench.layout.wave, split=bench.layout.streamed):
+            for (g, mask), nats in bench.row_nats("full", wave).items():
+                for row, value in zip(bench.groups[g].rows, nats, strict=True):
+                    found[mask][row] = -value
+        return [list(found[mask]) for mask in masks]
 
     def rest(self) -> None:
         """Let go of the kept streams; what is needed again is computed again."""

@@ -14,17 +14,24 @@ LEAST_TOKENS = 64  # of a group
 
 @dataclass(frozen=True)
 class DocumentGroup:
-    """All rows of some documents. `counted`: which positions are tokens and not padding."""
+    """All rows of some documents. `counted`: which positions are tokens and not padding.
+
+    `read`: at which positions the head reads, those counted; of choices, those before the tokens of a choice.
+    """
 
     documents: tuple[int, ...]
     ids: torch.Tensor  # [rows, time]
     counted: torch.Tensor  # [rows, time], bool
-    targets: torch.Tensor  # [tokens]: the next token, -100 where there is none
+    read: torch.Tensor  # [rows, time], bool
+    targets: torch.Tensor  # [read]: the next token, -100 where there is none
     of: torch.Tensor  # [tokens]: index into `documents`
+    rows: tuple[int, ...]  # of the token set; those of one document stand together
+    row_of: torch.Tensor  # [read]: index into `rows`
+    items: tuple[tuple[slice, int], ...] = ()  # of choices: where in `rows` each document is, and its right one
 
     @property
     def tokens(self) -> int:
-        return len(self.targets)
+        return len(self.of)
 
 
 def document_groups(tokens: TokenSet, device: torch.device) -> list[DocumentGroup]:
@@ -55,7 +62,16 @@ def _group(tokens: TokenSet, documents: list[int], rows: dict[int, list[int]], d
     targets[:, :-1] = ids[:, 1:]
     targets[places >= (lengths - 1)[:, None]] = -100
     counted = places < lengths[:, None]
+    read, items = counted, []
+    if tokens.choices is not None:
+        first = torch.tensor([tokens.choices.first[r] for r in picked])[:, None]
+        read = (first - 1 <= places) & (places < (lengths - 1)[:, None])
+        for document in documents:
+            start = picked.index(rows[document][0])
+            items.append((slice(start, start + len(rows[document])), tokens.choices.gold[document]))
     of = torch.tensor([documents.index(tokens.documents[r]) for r in picked])[:, None].expand_as(ids)
+    row_of = torch.arange(len(picked))[:, None].expand_as(ids)
     return DocumentGroup(
-        tuple(documents), ids.to(device), counted.to(device), targets[counted].to(device), of[counted].to(device)
-    )
+        tuple(documents), ids.to(device), counted.to(device), read.to(device), targets[read].to(device),
+        of[counted].to(device), tuple(picked), row_of[read].to(device), tuple(items),
+    )  # fmt: skip

@@ -11,8 +11,9 @@ import psutil
 import torch
 
 from billhook.data import TokenSet
-from billhook.errors import ModelError
+from billhook.errors import ModelError, UsageError
 from billhook.loading import Teacher
+from billhook.losses import ITEM_LOSSES
 from billhook.plan import PARTS, Plan, Site
 from billhook.probe.choose import Quality, Sums
 from billhook.probe.groups import document_groups
@@ -57,6 +58,10 @@ class Bench:
     def __init__(
         self, teacher: Teacher, tokens: TokenSet, loss: str, *, memory: int | None = None, walk: str | None = None
     ) -> None:
+        self._item_loss = ITEM_LOSSES[loss] if loss in tuple(ITEM_LOSSES) else None
+        if (self._item_loss is None) != (tokens.choices is None):
+            raise UsageError(_unfit(loss, tokens))
+        loss = loss if self._item_loss is None else "nll"  # of the tokens of the choices
         self.teacher, self.loss = teacher, loss
         self.groups = document_groups(tokens, teacher.device)
         self.trunk = Trunk(teacher, CHUNK.get(teacher.device.type, 1024))
@@ -127,28 +132,48 @@ class Bench:
         self._refer()
         return self._head.bounds
 
+    def affordable(self, quality: Quality) -> Quality:
+        """The quality in which pieces of a kind can be had: items cannot be sampled position by position."""
+        return quality if self._item_loss is None else "full"
+
     def measure(self, quality: Quality, jobs: Sequence[Job]) -> dict[Job, Sums]:
-        """Nats of every document of each job's group."""
+        """Nats of every document of each job's group; of a task, the loss of every item."""
+        found = self.row_nats(self.affordable(quality), jobs)
+        if self._item_loss is None:
+            return found
+        by_item: dict[Job, Sums] = {}
+        by_group: dict[int, list[Job]] = defaultdict(list)
+        for job in jobs:
+            by_group[job[0]].append(job)
+        for g, of in by_group.items():
+            likely = -torch.tensor([found[job] for job in of], dtype=torch.float64)  # [plans, rows]
+            values = [self._item_loss(likely[:, rows], gold) for rows, gold in self.groups[g].items]
+            by_item |= dict(zip(of, map(tuple, torch.stack(values, 1).tolist()), strict=True))
+        return by_item
+
+    def row_nats(self, quality: Quality, jobs: Sequence[Job]) -> dict[Job, Sums]:
+        """Nats of every document of each job's group; where rows are choices, of every row."""
         self._refer()
         found: dict[Job, Sums] = {}
         waiting: dict[int, list[tuple[Job, torch.Tensor]]] = defaultdict(list)
         for job, stream in self.walk.run(jobs, self.layout.walk == "layers"):
             group = self.groups[job[0]]
-            waiting[job[0]].append((job, self.trunk.final(stream)[group.counted]))
-            if self.teacher.weights is None and len(waiting[job[0]]) * group.tokens >= TOKENS_AT_A_TIME:
+            waiting[job[0]].append((job, self.trunk.final(stream)[group.read]))
+            if self.teacher.weights is None and len(waiting[job[0]]) * len(group.targets) >= TOKENS_AT_A_TIME:
                 found |= self._sums(quality, [waiting.pop(job[0])])
         rest = list(waiting.values())
         waiting.clear()
         return found | self._sums(quality, rest)  # a streamed head is read once for all, for the losses of our own
 
     def _sums(self, quality: Quality, waiting: list[list[tuple[Job, torch.Tensor]]]) -> dict[Job, Sums]:
-        """Nats by document, from what the heads read; each list is of one document group."""
+        """Nats by document, or by row of choices, from what the heads read; each list is of one document group."""
         numbers = [held[0][0][0] for held in waiting]
         jobs = [[job for job, _ in held] for held in waiting]
         batches = []
         for number in numbers:  # what was stacked is let go
             batches.append((torch.stack([h for _, h in waiting.pop(0)]), self._references[number]))
-        of = [self.groups[g].of.cpu() for g in numbers]
+        by_row = self._item_loss is not None
+        of = [(self.groups[g].row_of if by_row else self.groups[g].of).cpu() for g in numbers]
         share = [1.0] * len(numbers)
         if quality == "bound":
             values = [self._head.bound(hidden, reference) for hidden, reference in batches]
@@ -162,7 +187,8 @@ class Bench:
             values = self._head.losses(batches)
         found: dict[Job, Sums] = {}
         for held, g, documents, value, times in zip(jobs, numbers, of, values, share, strict=True):
-            sums = torch.zeros(len(held), len(self.groups[g].documents), dtype=torch.float64)
+            size = len(self.groups[g].rows if by_row else self.groups[g].documents)
+            sums = torch.zeros(len(held), size, dtype=torch.float64)
             sums.index_add_(1, documents, value.cpu().double()).mul_(times)
             for job, row in zip(held, sums.tolist(), strict=True):
                 if not all(math.isfinite(x) for x in row):
@@ -257,6 +283,14 @@ class Bench:
             else (Site(position, "mlp"), after[NO_MLP], after[KEPT]),
         ]
         return [*(unit for unit in units if unit[0] in alive), (position, x, after[KEPT])]
+
+
+def _unfit(loss: str, tokens: TokenSet) -> str:
+    """What to type where a loss and a token set do not belong together."""
+    if tokens.choices is None:
+        return f"--loss {loss} scores multiple-choice items, and {tokens.source} is text. Type --loss {loss}:FILE.jsonl"
+    names = " or ".join(f"{name}:{tokens.source}" for name in ITEM_LOSSES)
+    return f"--loss {loss} reads text, and {tokens.source} holds multiple-choice items. Type --loss {names}"
 
 
 def waves(jobs: Sequence[Job], sizes: Sequence[int], most: int, *, split: bool) -> Iterator[list[Job]]:
