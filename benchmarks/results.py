@@ -52,9 +52,9 @@ def _setting(table: Mapping[str, Any], scaled: Mapping[str, Any]) -> str:
         value = table["teacher"][name]
         told.append(f"- {_name(name)}: {what}; the unpruned model has {value['kind']} {_value(value)}")
     told.append(
-        "\nIntervals are 95% bootstraps over texts or items. *Above best*: nats per token above the lowest row of the same "
-        "size on that text, paired; an interval that holds 0 means that the two are not told apart. No model was trained "
-        "after pruning.\n"
+        "\nIntervals are 95% bootstraps over texts or items. *Above best*: nats per token above the lowest row of the "
+        "same size on that text, paired; an interval that holds 0 means that the two are not told apart. No model was "
+        "trained after pruning.\n"
     )
     return "\n".join(told)
 
@@ -148,7 +148,7 @@ def _calibration(told: Mapping[str, Any]) -> str:
 
 def _regret(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        [f"`{row['search']}`" if " " not in row["search"] else row["search"], f"{row['loss']:.4f}", f"{row['regret']:.4f}",
+        [row["search"], f"{row['loss']:.4f}", f"{row['regret']:.4f}",
          f"{row['site_evaluations']:,.0f}", f"{row['seconds']:,.0f} s"]
         for row in sorted(rows, key=lambda row: row["regret"])
     ]  # fmt: skip

@@ -28,7 +28,7 @@ from billhook.recipe import Recipe, combined, recipe_from
 from billhook.records import EvalResult, Event, Watch
 from billhook.searching import find, probe_of, scored, timed
 from billhook.store import Store
-from billhook.tasks import task_tokens
+from billhook.tasks import items_of
 
 TOGETHER = 6  # plans that are evaluated, and filed, at a time
 SIZES = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token", "ns_per_token")
@@ -64,8 +64,7 @@ def calibration_of(bench: Bench, recipe: Recipe) -> TokenSet:
     """The calibration tokens of a recipe, from the half of its text that is not kept for evaluation."""
     if recipe.loss.startswith(("task:", "task_error:")):
         file = recipe.loss.partition(":")[2]
-        part = {"limit_tokens": recipe.tokens, "seed": recipe.seed, "part": "calibration"}
-        return task_tokens(file, bench.teacher.tokenizer, **part)  # type: ignore[arg-type]
+        return items_of(file, bench.teacher, "calibration", tokens=recipe.tokens, seed=recipe.seed)
     wanted = Wanted(recipe.data, None, recipe.field, recipe.tokens, recipe.length, 64, 16, recipe.seed)
     return mixed_sets(wanted, bench.teacher.model, bench.teacher.tokenizer, bench.watch)[0]
 
@@ -80,7 +79,7 @@ def evaluation_sets(bench: Bench, grid: Grid, recipe: Recipe) -> dict[str, Token
     """Evaluation tokens by name: texts, and the halves of tasks that no search looks at."""
     sets = {source: held_out_of(bench, source, recipe) for source in grid.texts}
     for file in grid.tasks:
-        sets[file] = task_tokens(file, bench.teacher.tokenizer, limit_items=grid.items, part="evaluation")
+        sets[file] = items_of(file, bench.teacher, "evaluation", items=grid.items)
     return sets
 
 
@@ -272,9 +271,7 @@ def trade(bench: Bench, tasks: Sequence[str], items: int, common: Mapping[str, A
         names[file]: recipe_from(given | {"loss": f"task:{file}"}) for file in tasks
     }
     base = recipes["text"]
-    sets = {
-        names[file]: task_tokens(file, bench.teacher.tokenizer, limit_items=items, part="evaluation") for file in tasks
-    }
+    sets = {names[file]: items_of(file, bench.teacher, "evaluation", items=items) for file in tasks}
     trials = []
     for number, (name, recipe) in enumerate(recipes.items()):
         bench.watch(Event("trade", number, len(recipes), f"pruned for {name}"))

@@ -29,7 +29,7 @@ from billhook.records import Watch
 from billhook.searching import check, count_losses, find, probe_of, problem_of, teacher_of
 from billhook.store import Run, Store
 from billhook.surgery import apply, leaves
-from billhook.tasks import task_tokens
+from billhook.tasks import items_of
 from billhook.vet import dtype_name
 
 ZEROED = "The removed sites hold zeros: equal outputs everywhere, no speed-up."
@@ -129,9 +129,7 @@ def tokens_for(recipe: Recipe, teacher: Teacher, watch: Watch) -> tuple[TokenSet
     )
     calibration, held_out = mixed_sets(wanted, teacher.model, teacher.tokenizer, watch)
     if file is not None:
-        calibration = task_tokens(
-            file, teacher.tokenizer, limit_tokens=recipe.tokens, seed=recipe.seed, part="calibration"
-        )
+        calibration = items_of(file, teacher, "calibration", tokens=recipe.tokens, seed=recipe.seed)
     return calibration, held_out
 
 

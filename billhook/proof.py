@@ -30,7 +30,7 @@ from billhook.speed import Protocol
 from billhook.stats import paired_difference
 from billhook.store import Store
 from billhook.surgery import leaves
-from billhook.tasks import task_tokens
+from billhook.tasks import items_of
 
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -129,7 +129,7 @@ def evaluated(job: Job, teacher: Teacher, plans: Sequence[Plan], tokens: TokenSe
 
 def task(job: Job, teacher: Teacher, plan: Plan, file: str) -> dict[str, Any]:
     """Accuracy of teacher and student on those items of a task that no search looks at, and what it lost."""
-    tokens = task_tokens(file, teacher.tokenizer, part="evaluation", seed=job.recipe.seed)
+    tokens = items_of(file, teacher, "evaluation", seed=job.recipe.seed)
     before, after = evaluated(job, teacher, [Plan(), plan], tokens, "pp")
     change = paired_difference(before, after, job.recipe.seed)
     return {

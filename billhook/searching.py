@@ -29,7 +29,7 @@ from billhook.recipe import Recipe, read_plan
 from billhook.records import Event, Loss, Score, Step, Watch, steps
 from billhook.registry import chosen
 from billhook.search import SEARCHES, Search, settle
-from billhook.tasks import task_tokens
+from billhook.tasks import items_of
 
 FINEST = Fraction(1, 2)  # percent of the parameters, between what stays within a margin and what does not
 
@@ -275,7 +275,8 @@ def _most_within(
             high, share = share, (low + share) / 2
             continue
         path = searched(job, problem, measure)
-        kept = margin.judge(*evaluated(job, teacher, [Plan(), path[-1]], validation, margin.kind), recipe.seed)
+        dense, student = evaluated(job, teacher, [Plan(), path[-1]], validation, margin.kind)
+        kept = margin.judge(dense, student, recipe.seed)
         spent = Fraction(problem.spent(path[-1])[0] * 100, everything)
         trials.append({"percent": float(spent), "within": kept.within, **_in_words(kept, margin)})
         if kept.within:
@@ -309,4 +310,4 @@ def validation_of(recipe: Recipe, margin: Margin, teacher: Teacher, held_out: To
     if margin.kind == "ppl":
         return halves(held_out)[0]
     assert margin.file is not None
-    return task_tokens(margin.file, teacher.tokenizer, part="evaluation", seed=recipe.seed)
+    return items_of(margin.file, teacher, "evaluation", seed=recipe.seed)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from billhook.data import Choices, TokenSet, file_text, json_lines, prefix_of, token_set
 from billhook.errors import DataError, nearest
+from billhook.loading import Teacher
 
 SUBJECT = "The following are multiple choice questions (with answers) about {}.\n\n"
 EXAMPLE = '{"query": "…", "choices": ["…", "…"], "gold": 0}'
@@ -157,6 +158,22 @@ def _start(tokenizer: Any, where: str) -> int:
 
 
 # -- token sets -----------------------------------------------------------------------------------------------------
+
+
+def items_of(
+    path: str | Path,
+    teacher: Teacher,
+    part: Part,
+    *,
+    items: int | None = None,
+    tokens: int | None = None,
+    seed: int = 0,
+) -> TokenSet:
+    """As `task_tokens`, for one model: its tokenizer and its positions; at most so many items, or tokens."""
+    positions = getattr(teacher.model.config, "max_position_embeddings", None)
+    return task_tokens(
+        path, teacher.tokenizer, limit_tokens=tokens, limit_items=items, seed=seed, positions=positions, part=part
+    )
 
 
 def task_tokens(

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from billhook.budget import UNITS, Budget
 from billhook.errors import BudgetError, PlanError
-from billhook.budget import UNITS, Budget, read_budgets
 from billhook.plan import PARTS, Anatomy, Plan, Rest, Site, SiteSize
 from billhook.problem import Problem, protection
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import plain, solvable
 
+from billhook.budget import UNITS, Budget
 from billhook.errors import UnknownName
-from billhook.budget import UNITS, Budget, read_budgets
 from billhook.plan import PARTS, Anatomy, Ask, Plan, Site
 from billhook.problem import Problem, protection
 from billhook.records import Loss

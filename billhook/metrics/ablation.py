@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-from billhook.metrics import Unit, metric, on_task
+from billhook.metrics import metric, on_task
 from billhook.plan import Plan
 from billhook.probe import Probe
+from billhook.problem import Unit
 from billhook.records import Loss, Score, difference
 
 

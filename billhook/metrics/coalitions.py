@@ -8,9 +8,10 @@ import statistics
 from collections.abc import Sequence
 
 from billhook.errors import UsageError
-from billhook.metrics import Unit, metric, on_task
+from billhook.metrics import metric, on_task
 from billhook.plan import Plan, Site
 from billhook.probe import Probe
+from billhook.problem import Unit
 from billhook.records import Score
 
 
@@ -91,9 +92,9 @@ def _shapley(probe: Probe, pairs: int, players: str, seed: int) -> dict[Unit, Sc
     for order, chain in zip(orders, chains, strict=True):
         for unit, before, after in zip(order, chain, chain[1:], strict=False):
             rises[unit].append(means[after] - means[before])
-    values = {
-        _unit(unit, players): [statistics.fmean(both) for both in zip(each[::2], each[1::2], strict=True)]
-        for unit, each in rises.items()
+    values: dict[Unit, list[float]] = {
+        _unit(player, players): [statistics.fmean(both) for both in zip(each[::2], each[1::2], strict=True)]
+        for player, each in rises.items()
     }
     blocks: dict[int, list[list[float]]] = {}
     for unit, each in values.items():
