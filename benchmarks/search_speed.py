@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 
+from billhook.budget import read_budgets
 from billhook.cli import keep_pages
 from billhook.data import TokenSet, documents, pick, prefix_of, read_texts, token_set
 from billhook.loading import Teacher, load
-from billhook.budget import read_budgets
 from billhook.plan import Ask, Plan
-from billhook.problem import Problem
 from billhook.probe import Fast, Probe
+from billhook.problem import Problem
 from billhook.records import Loss
 from billhook.search import SEARCHES, settle
 
