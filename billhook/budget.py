@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 
 from billhook.errors import BudgetError, nearest
@@ -85,7 +86,7 @@ class Budget:
         return Budget(amount, unit, bool(percent))
 
     def __str__(self) -> str:
-        number = str(self.amount) if self.amount.denominator == 1 else f"{float(self.amount):.12g}"
+        number = f"{Decimal(self.amount.numerator) / self.amount.denominator:f}"
         return f"{number}%{self.unit}" if self.share else f"{number}{self.unit}"
 
     def cost(self, anatomy: Anatomy, sites: Iterable[Site]) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, groupby
 from typing import cast
 
 from billhook.budget import UNITS, Budget
@@ -16,6 +17,7 @@ from billhook.plan import PARTS, Anatomy, Part, Plan, Site
 
 NOTHING = Plan()
 Move = tuple[Site, ...]
+Kind = tuple[tuple[int, ...], frozenset[Part]]  # what a group is worth to each budget, and its parts
 Unit = Site | int | tuple[int, int]  # what a score is of: a site, a block, or a run of blocks from first to last
 _NAMED = {"shortened-llama": "first4,last2", "sleb": "first1,last1"}  # protection of the papers
 
@@ -35,12 +37,12 @@ class Problem:
     scores: Mapping[Unit, float] | None = None
 
     def met(self, plan: Plan) -> bool:
-        return all(spent >= needed for spent, needed in zip(self.spent(plan), self.needed, strict=True))
+        return self._suffices(self.spent(plan))
 
     def legal(self, plan: Plan) -> bool:
         """Whether a plan leaves one attention, one mlp and all that is protected."""
-        left = {site.part for site in self.anatomy.alive() if site not in plan.removed}
-        return left == set(PARTS) and not plan.removed & self.protected
+        one_left = (any(s.part == part and s not in plan.removed for s in self._costs) for part in PARTS)
+        return all(one_left) and plan.removed.isdisjoint(self.protected)
 
     @cached_property
     def needed(self) -> tuple[Fraction, ...]:
@@ -51,7 +53,7 @@ class Problem:
     def _costs(self) -> dict[Site, tuple[int, ...]]:
         return {
             size.site: tuple(0 if UNITS[b.unit].whole_blocks else UNITS[b.unit].cost(size) for b in self.budgets)
-            for size in self.anatomy.sites
+            for size in sorted(self.anatomy.sites, key=lambda size: size.site)
         }
 
     # -- moves ------------------------------------------------------------------------------------------------------
@@ -62,23 +64,30 @@ class Problem:
         return any(UNITS[budget.unit].whole_blocks for budget in self.budgets)
 
     def groups(self, plan: Plan = NOTHING) -> list[Move]:
-        """What may move at all, in order: sites or whole blocks that `plan` leaves and some budget counts."""
-        left = [site for site in self.anatomy.alive() if site not in plan.removed]
+        """What may move at all, sorted: sites or whole blocks that `plan` leaves and some budget counts."""
+        left = [site for site in self._costs if site not in plan.removed]
         if self.whole_blocks:
-            blocks = sorted({site.block for site in left})
-            return [tuple(site for site in left if site.block == block) for block in blocks]
+            return [tuple(sites) for _, sites in groupby(left, key=lambda site: site.block)]
         return [(site,) for site in left if any(self.cost((site,)))]
+
+    def gone(self, plan: Plan) -> list[Move]:
+        """What a plan removes, as groups that may come back; what no budget counts, site by site."""
+        groups = [group for group in self.groups() if set(group) <= plan.removed]
+        counted = {site for group in groups for site in group}
+        return groups + [(site,) for site in plan.sites() if site not in counted]
 
     def moves(self, plan: Plan) -> list[Move]:
         """What may go next, in order: groups that help a budget which is not met; never the last of a part, nor what
         would put the budgets out of reach."""
-        left = [site for site in self.anatomy.alive() if site not in plan.removed]
-        scarce = {part for part in PARTS if sum(site.part == part for site in left) == 1}
-        free = [g for g in self.groups(plan) if not any(s in self.protected or s.part in scarce for s in g)]
         short = [spent < needed for spent, needed in zip(self.spent(plan), self.needed, strict=True)]
-        if any(short):
-            free = [g for g in free if any(cost for cost, s in zip(self.cost(g), short, strict=True) if s)]
-        return [g for g in free if self._in_reach(plan.without(*g))]
+        free = {group: self._kind(group) for group in self._free(plan)}
+        count = Counter(free.values())
+        enough = [set(keep) for keep, most in self._last(plan) if self._suffices(most)]
+        if not enough:
+            return []
+        stays = {kind for kind in set.intersection(*enough) if count[kind] == 1}  # whatever else goes
+        helps = {kind: not any(short) or any(c for c, s in zip(kind[0], short, strict=True) if s) for kind in count}
+        return [group for group, kind in free.items() if helps[kind] and kind not in stays]
 
     def cost(self, sites: Iterable[Site]) -> tuple[int, ...]:
         """What a move of `sites` is worth to each budget, in its unit."""
@@ -104,36 +113,36 @@ class Problem:
 
     # -- what can be reached ----------------------------------------------------------------------------------------
 
-    def _most(self, plan: Plan) -> Iterator[tuple[int, ...]]:
-        """What each budget gets if all goes that can: one for every choice of what stays as the last of its part."""
-        free: list[Move] = []
-        held: set[Part] = set()
-        groups = self.groups(plan)
-        moving = {site for group in groups for site in group}
-        for group in groups:
-            if any(site in self.protected for site in group):
-                held |= {site.part for site in group}
-            else:
-                free.append(group)
-        held |= {s.part for s in self.anatomy.alive() if s not in plan.removed and s not in moving}
-        total = [spent + sum(self.cost(g)[i] for g in free) for i, spent in enumerate(self.spent(plan))]
-        missing = set(PARTS) - held
-        kinds = sorted({(self.cost(g), frozenset(s.part for s in g)) for g in free}, key=lambda kind: kind[0])
-        # Two of a kind never stay for two different parts, unless a block lacks a part.
-        enough = [keep for n in range(3) for keep in combinations(kinds, n) if missing <= _parts(keep)]
-        for keep in enough:
-            yield tuple(t - sum(cost[i] for cost, _ in keep) for i, t in enumerate(total))
+    def _free(self, plan: Plan) -> list[Move]:
+        return [group for group in self.groups(plan) if not any(site in self.protected for site in group)]
 
-    def _in_reach(self, plan: Plan) -> bool:
-        return any(all(m >= n for m, n in zip(most, self.needed, strict=True)) for most in self._most(plan))
+    def _kind(self, group: Move) -> Kind:
+        return self.cost(group), frozenset(site.part for site in group)
+
+    def _last(self, plan: Plan) -> Iterator[tuple[tuple[Kind, ...], tuple[int, ...]]]:
+        """Every choice of what stays as the last of its part, and what each budget gets if all else goes that can."""
+        free = self._free(plan)
+        going = {site for group in free for site in group} | plan.removed
+        missing = set(PARTS) - {site.part for site in self._costs if site not in going}
+        total = self.spent(plan.without(*going))
+        kinds = list(dict.fromkeys(map(self._kind, free)))  # two of a kind never stay for two different parts
+        for keep in (keep for n in range(len(missing) + 1) for keep in combinations(kinds, n)):
+            if missing <= {part for _, parts in keep for part in parts}:
+                yield keep, tuple(t - sum(cost[i] for cost, _ in keep) for i, t in enumerate(total))
+
+    def _suffices(self, spent: Iterable[int]) -> bool:
+        return all(s >= n for s, n in zip(spent, self.needed, strict=True))
 
     def most(self, plan: Plan = NOTHING) -> tuple[int, ...]:
         """The most that each budget alone can get, if `plan` goes: one attention, one mlp, all protected stay."""
-        return tuple(max(of_one) for of_one in zip(*self._most(plan), strict=True))
+        return tuple(max(of_one) for of_one in zip(*(most for _, most in self._last(plan)), strict=True))
 
     def check(self) -> Problem:
         """The problem itself. Raises BudgetError, with the most that can go, if no plan meets the budgets."""
-        if self._in_reach(Plan()):
+        for budget, needed in zip(self.budgets, self.needed, strict=True):
+            if not needed:
+                raise BudgetError(f"{budget} asks for nothing: this model has no {budget.unit} to remove.")
+        if any(self._suffices(most) for _, most in self._last(NOTHING)):
             return self
         stay = "while one attention, one mlp and everything protected stay. Ask for less, or protect less."
         for budget, most, needed in zip(self.budgets, self.most() or [0] * len(self.budgets), self.needed, strict=True):
@@ -143,10 +152,6 @@ class Problem:
                     f"go {stay}"
                 )
         raise BudgetError(f"{', '.join(map(str, self.budgets))} cannot all be met {stay}")
-
-
-def _parts(groups: Iterable[tuple[tuple[int, ...], frozenset[Part]]]) -> set[Part]:
-    return {part for _, parts in groups for part in parts}
 
 
 def unit_name(unit: Unit) -> str:

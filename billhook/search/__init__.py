@@ -77,9 +77,9 @@ def given_scores(problem: Problem, moves: Sequence[Move]) -> dict[Move, float] |
         return None
     keys: dict[Move, Site | int] = {move: move[0].block if problem.whole_blocks else move[0] for move in moves}
     if missing := [key for key in keys.values() if key not in problem.scores]:
-        kind = "blocks" if problem.whole_blocks else "sites"
+        one, all_ = (f"block {missing[0]}", "blocks") if problem.whole_blocks else (missing[0], "sites")
         raise UsageError(
-            f"The metric gives no score for {missing[0]}, and this budget removes {kind}. Take another metric, such as "
+            f"The metric gives no score for {one}, and this budget removes {all_}. Take another metric, such as "
             "cosine, or the search span for a metric of runs."
         )
     return {move: problem.scores[key] for move, key in keys.items()}
@@ -93,9 +93,8 @@ def exchanges(problem: Problem, plan: Plan) -> Generator[Ask, list[Loss], tuple[
     """
     groups = problem.groups()
     while True:
-        inside = [g for g in groups if set(g) <= plan.removed]
         outside = [g for g in groups if not set(g) & plan.removed and problem.legal(Plan(frozenset(g)))]
-        less = {g: Plan(plan.removed - set(g)) for g in inside}
+        less = {g: Plan(plan.removed - set(g)) for g in problem.gone(plan)}
         more = {h: p for h in outside if problem.legal(p := plan.without(*h))}
         pairs: dict[Plan, tuple[Move, Move | None]] = {p: (g, None) for g, p in less.items() if problem.met(p)}
         for g, without in less.items():

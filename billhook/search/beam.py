@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from billhook.errors import UsageError
 from billhook.plan import Ask, Plan
 from billhook.problem import Problem
 from billhook.search import Search, price, search
@@ -18,6 +19,8 @@ def beam(problem: Problem, *, width: int = 4) -> Search:
 
     Source: beam search, Lowerre 1976, over the moves of FinerCut (arXiv 2405.18218); for layers ours.
     """
+    if width < 1:
+        raise UsageError(f"width={width} keeps no plan. Keep 1 at least; width=1 is greedy.")
     dense = (yield Ask((Plan(),)))[0].mean
     kept, parents = [Plan()], dict[Plan, Plan]()
     finished: dict[Plan, float] = {}

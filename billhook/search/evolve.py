@@ -39,6 +39,8 @@ def evolve(
     """
     if split not in ("free", "fixed"):
         raise UsageError(f"split={split!r} is neither free nor fixed.")
+    if offspring < 1 or survivors < 1:
+        raise UsageError(f"offspring={offspring}, survivors={survivors}: a generation needs 1 of each at least.")
     draw = random.Random(problem.seed)
     parent = yield from _begin(problem, start, draw, tokens)
     gone = len([g for g in problem.groups() if set(g) <= parent.removed])
@@ -67,22 +69,29 @@ def _begin(problem: Problem, start: str, draw: random.Random, tokens: int) -> Ge
         if not problem.met(plan):
             raise UsageError(f"start={start!r} does not meet the budget. Name more sites, or begin with greedy.")
         return plan
+    if start not in SEARCHES:
+        known = ", ".join(SEARCHES)
+        raise UsageError(f"start={start!r} is not random, no site such as attention.3,mlp.7, and none of {known}.")
     path = yield from SEARCHES[start](problem)
     return path[-1]
 
 
 def _mutant(problem: Problem, parent: Plan, split: str, draw: random.Random) -> Plan:
-    """A parent after one to three exchanges, repaired so that it meets the budgets and removes nothing to spare."""
+    """A parent after one to three exchanges, repaired so that it meets the budgets and removes nothing to spare.
+
+    With a fixed split there is no repair: a mutant that misses a budget, sizes being uneven, is the parent again.
+    """
     plan = parent
     for _ in range(min(draw.randint(1, 3), draw.randint(1, 3))):
-        inside = [g for g in problem.groups() if set(g) <= plan.removed]
-        back = draw.choice(inside)
+        back = draw.choice(problem.gone(plan))
         less = Plan(plan.removed - set(back))
         others = [g for g in _free(problem, less) if g != back]
         if split == "fixed":
             others = [g for g in others if [s.part for s in g] == [s.part for s in back]]
         if others:
             plan = less.without(*draw.choice(others))
+    if split == "fixed":
+        return plan if problem.met(plan) else parent
     return _repaired(problem, plan, draw)
 
 
@@ -92,7 +101,7 @@ def _repaired(problem: Problem, plan: Plan, draw: random.Random) -> Plan:
         if not moves:  # an exchange gave away what the budgets need: begin with what must go at any rate
             return _repaired(problem, Plan(), draw)
         plan = plan.without(*draw.choice(moves))
-    order = problem.groups()
+    order = problem.gone(plan)
     draw.shuffle(order)
     return trimmed(problem, plan, order)
 

@@ -4,37 +4,43 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from billhook.errors import MissingExtra
 from billhook.plan import PARTS, Ask, Plan
 from billhook.problem import Move, Problem
-from billhook.search import Search, exchanges, given_scores, search, singles
+from billhook.search import Search, exchanges, given_scores, search, singles, trimmed
 
 
 @search
 def solve(problem: Problem, *, polish: bool = True) -> Search:
     """Choose what goes by an integer programme over additive scores (HiGHS), then by measured exchanges.
 
-    The scores are a metric's, or the losses of removing each site alone: n losses. The programme meets every budget,
-    several at once too, at the least sum of scores. `polish`: exchange sites afterwards as the search swap does.
+    The scores are a metric's, or the rises of the loss by removing each site alone: n losses. The programme meets every
+    budget, several at once too, at the least sum of scores, and removes nothing to spare. `polish`: exchange sites
+    afterwards as the search swap does.
 
     Source: Bercovich et al. 2024, Puzzle (arXiv 2411.19146), mixed-integer programming over replace-one-block scores;
     Huangfu and Hall 2018, HiGHS. Deviations: sites are kept or removed, nothing in between; the exchanges are ours.
     """
-    moves = sorted(singles(problem))
+    moves = singles(problem)
     scores = given_scores(problem, moves)
     if scores is None:
         losses = yield Ask((Plan(), *(Plan().without(*move) for move in moves)))
         scores = {move: loss.mean - losses[0].mean for move, loss in zip(moves, losses[1:], strict=True)}
-    plan = _programme(problem, moves, [scores[move] for move in moves])
+    plan = _programme(problem, scores)
+    plan = trimmed(problem, plan, sorted(problem.gone(plan), key=lambda move: -scores[move]))
     if polish:
         plan, _ = yield from exchanges(problem, plan)
     return [plan]
 
 
-def _programme(problem: Problem, moves: Sequence[Move], scores: Sequence[float]) -> Plan:
-    """The moves of the least total score that meet every budget and leave one of each part."""
+def _programme(problem: Problem, scores: Mapping[Move, float]) -> Plan:
+    """The moves of the least total score that meet every budget and leave one of each part.
+
+    What a removal seems to gain is no reason to remove more than is needed: where scores are below 0, whatever a plan
+    frees costs as much as the best of them gains with it, which is the same for all plans that free the same.
+    """
     if importlib.util.find_spec("highspy") is None:
         raise MissingExtra("The search solve", "solve")
     import highspy
@@ -44,6 +50,7 @@ def _programme(problem: Problem, moves: Sequence[Move], scores: Sequence[float])
     model.setOptionValue("mip_rel_gap", 0.0)
     model.setOptionValue("mip_abs_gap", 0.0)
     model.setOptionValue("threads", 1)
+    moves = list(scores)
     goes = [model.addBinary() for _ in moves]
     for number, needed in enumerate(problem.needed):
         costs = [problem.cost(move)[number] for move in moves]
@@ -54,10 +61,15 @@ def _programme(problem: Problem, moves: Sequence[Move], scores: Sequence[float])
         stays = sum(site.part == part for site in alive) - 1
         counts = [sum(site.part == part for site in move) for move in moves]
         model.addConstr(sum(x * c for x, c in zip(goes, counts, strict=True)) <= stays)
-    # What a removal seems to gain is not a reason to remove more than is needed.
-    scale = max((abs(score) for score in scores), default=0.0) or 1.0
-    model.minimize(sum(x * max(score / scale, 1e-6) for x, score in zip(goes, scores, strict=True)))
-    chosen = [move for move, x in zip(moves, goes, strict=True) if model.val(x) > 0.5]
-    plan = Plan(frozenset(site for move in chosen for site in move))
-    assert problem.met(plan), "the programme's constraints are the budgets"
-    return plan
+    scale = max(map(abs, scores.values())) or 1.0
+    worth = {move: float(problem.weight(move)) for move in moves}
+    gain = max(0.0, *(-score / worth[move] for move, score in scores.items()))
+    prices = [(score + gain * worth[move]) / scale for move, score in scores.items()]
+    while True:
+        model.minimize(sum(x * price for x, price in zip(goes, prices, strict=True)))
+        chosen = [move for move, x in zip(moves, goes, strict=True) if model.val(x) > 0.5]
+        plan = Plan(frozenset(site for move in chosen for site in move))
+        if problem.met(plan):
+            return plan
+        # Short by less than the solver's tolerance: nor is a part of this plan enough, so something else must go.
+        model.addConstr(sum(x for move, x in zip(moves, goes, strict=True) if move not in chosen) >= 1)

@@ -18,6 +18,8 @@ def span(problem: Problem, *, run: str = "best", keep_last: int = 0) -> Search:
     Source: Gromov et al. 2024, The unreasonable ineffectiveness of the deeper layers (arXiv 2403.17887); the last
     blocks: Lu et al. 2024, Reassessing layer pruning in LLMs (arXiv 2411.15558).
     """
+    if run not in ("best", "last"):
+        raise UsageError(f"run={run!r} is neither best nor last.")
     alive = problem.anatomy.alive()
     blocks = sorted({site.block for site in alive})
     runs: dict[tuple[int, int], Plan] = {}
@@ -32,8 +34,6 @@ def span(problem: Problem, *, run: str = "best", keep_last: int = 0) -> Search:
         raise BudgetError("No single run of blocks meets the budget and leaves what must stay. Try the search greedy.")
     if run == "last":
         return [runs[max(runs, key=lambda ends: (ends[1], ends[0]))]]
-    if run != "best":
-        raise UsageError(f"run={run!r} is neither best nor last.")
     scores = problem.scores or {}
     if all(ends in scores for ends in runs):
         return [runs[min(runs, key=lambda ends: (scores[ends], ends))]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from billhook.problem import Problem
-from billhook.search import SEARCHES, Search, exchanges, search, trimmed
+from billhook.search import SEARCHES, Search, exchanges, search
 
 
 @search
@@ -17,6 +17,5 @@ def swap(problem: Problem, *, start: str = "greedy") -> Search:
     Source: local search by 1-exchanges, Nemhauser, Wolsey and Fisher 1978, for sets of one size; for layers ours.
     """
     path = yield from SEARCHES[start](problem)
-    plan = trimmed(problem, path[-1], problem.groups())
-    plan, _ = yield from exchanges(problem, plan)
+    plan, _ = yield from exchanges(problem, path[-1])
     return path if plan == path[-1] else [plan]
