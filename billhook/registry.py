@@ -40,12 +40,9 @@ class Registry(Generic[F]):
         self._load_entry_points()
         return iter(sorted(self._entries))
 
-    def describe(self) -> list[dict[str, str]]:
-        """One row an entry: family, name, what it does (first line of its docstring), source."""
-        return [
-            {"family": self.family, "name": name, "summary": summary(self[name]), "source": source(self[name])}
-            for name in self
-        ]
+    def describe(self) -> list[dict[str, Any]]:
+        """One row an entry: family, name, and what its docstring and its signature tell: see `told`."""
+        return [{"family": self.family, "name": name, **told(self[name])} for name in self]
 
     def _load_entry_points(self) -> None:
         for entry in entry_points(group=f"billhook.{self.family}"):
@@ -95,12 +92,17 @@ def _value(name: str, value: Any, default: Any) -> Any:
     raise UsageError(f"The option {name} is {kind}, not {value!r}. Its default is {default}.")
 
 
-def summary(function: Callable[..., object]) -> str:
-    """The first line of a docstring."""
-    return (inspect.getdoc(function) or "").split("\n", 1)[0]
+def told(function: Callable[..., object]) -> dict[str, Any]:
+    """What a docstring tells: `summary`, its first line; `text`; and what stands behind Formula:, Cost:, Source: and
+    Deviation: or Deviations:. Besides, the `options` with their defaults."""
+    lines = (inspect.getdoc(function) or "").split("\n", 1)
+    pieces = re.split(r"(?:^|\s)(Formula|Cost|Source|Deviations?):\s", lines[1] if len(lines) > 1 else "")
+    found = {"text": pieces[0], "Formula": "", "Cost": "", "Source": "", "Deviation": ""}
+    found |= {mark.removesuffix("s"): piece for mark, piece in zip(pieces[1::2], pieces[2::2], strict=True)}
+    flat = {mark.lower(): " ".join(piece.split()) for mark, piece in found.items()}
+    return {"summary": lines[0], **flat, "options": options(function)}
 
 
 def source(function: Callable[..., object]) -> str:
     """What a docstring gives under `Source:`, on one line."""
-    text = inspect.getdoc(function) or ""
-    return " ".join(text.split("Source:", 1)[1].split()) if "Source:" in text else ""
+    return str(told(function)["source"])

@@ -189,14 +189,15 @@ def task_tokens(
     """The items of a task file as a token set: a row a choice, a document an item, each item a text of its own.
 
     Items come in a seeded order, of which `limit_items`, or as many as hold `limit_tokens`, are taken. `positions`: of
-    the model. `part`: every second item is for calibration, the others for evaluation; with one seed they share none,
-    whatever the limits. An item that is a copy of one for calibration is in neither. Raises DataError.
+    the model. `part`: every second item is for calibration, the others for evaluation; they share none, whatever seeds
+    and limits. An item that is a copy of one for calibration is in neither. Raises DataError.
     """
     if tokenizer is None:
         raise DataError("The model has no tokenizer, so no task can be read. Put its tokenizer files into its folder.")
     items = read_items(path)
-    random.Random(seed).shuffle(items)
+    random.Random(0).shuffle(items)  # which items are for what does not depend on the seed
     items = items if part is None else _part(items, part, str(path))
+    random.Random(seed).shuffle(items)
     prefix = prefix_of(tokenizer)
     taken: list[tuple[Item, list[_Row]]] = []
     total = 0

@@ -30,7 +30,9 @@ def _rises(probe: Probe) -> dict[Unit, Score]:
 def loo_nll(probe: Probe) -> dict[Unit, Score]:
     """How much the negative log-likelihood rises without the site or block, in nats per token.
 
-    A loss for each. Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), whose code
+    Formula: NLL(without) - NLL(dense).
+    Cost: a loss for each site and block, about half a forward pass each.
+    Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), whose code
     calls it a Shapley value. Deviation: the rise over the dense model, with its standard error over documents.
     """
     return _rises(probe.under("nll"))
@@ -40,8 +42,9 @@ def loo_nll(probe: Probe) -> dict[Unit, Score]:
 def loo_ppl(probe: Probe) -> dict[Unit, Score]:
     """The perplexity without the site or block; not in nats: the lower, the less it matters.
 
-    A loss for each. Source: Kim et al. 2024, Shortened LLaMA (arXiv 2402.02834). The standard error is that of the
-    rise over the dense model, by the delta method.
+    Formula: exp(NLL(without)); its standard error is that of the rise over the dense model, by the delta method.
+    Cost: a loss for each site and block, about half a forward pass each.
+    Source: Kim et al. 2024, Shortened LLaMA (arXiv 2402.02834).
     """
     dense, without = left_out(probe.under("nll"))
     scores: dict[Unit, Score] = {}
@@ -55,7 +58,9 @@ def loo_ppl(probe: Probe) -> dict[Unit, Score]:
 def loo_kl(probe: Probe) -> dict[Unit, Score]:
     """KL(teacher || student) without the site or block, in nats per token.
 
-    A loss for each. Source: the objective of Sieberling et al. 2024, EvoPress (arXiv 2410.14649), for single removals.
+    Formula: mean over tokens of KL(p || q), p the teacher, q the student.
+    Cost: a loss for each site and block, about half a forward pass each.
+    Source: the objective of Sieberling et al. 2024, EvoPress (arXiv 2410.14649), for single removals.
     """
     return _rises(probe.under("kl"))
 
@@ -64,7 +69,9 @@ def loo_kl(probe: Probe) -> dict[Unit, Score]:
 def loo_js(probe: Probe) -> dict[Unit, Score]:
     """Jensen-Shannon divergence from the teacher without the site or block, in nats per token.
 
-    A loss for each. Source: the objective of Zhang et al. 2024, FinerCut (arXiv 2405.18218), in its one-shot ablation.
+    Formula: mean over tokens of (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2.
+    Cost: a loss for each site and block, about half a forward pass each.
+    Source: the objective of Zhang et al. 2024, FinerCut (arXiv 2405.18218), in its one-shot ablation.
     """
     return _rises(probe.under("js"))
 
@@ -73,7 +80,9 @@ def loo_js(probe: Probe) -> dict[Unit, Score]:
 def loo_logits(probe: Probe) -> dict[Unit, Score]:
     """Mean over tokens of the L2 distance of the logits without the site or block from the teacher's.
 
-    A loss for each. Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), the logit
+    Formula: mean over tokens of ||z_p - z_q||_2.
+    Cost: a loss for each site and block, about half a forward pass each.
+    Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), the logit
     influence that its code computes by leaving one out.
     """
     return _rises(probe.under("norm"))
@@ -83,8 +92,10 @@ def loo_logits(probe: Probe) -> dict[Unit, Score]:
 def loo_task(probe: Probe) -> dict[Unit, Score]:
     """How much the loss of a multiple-choice task rises without the site or block; wants a loss task:FILE.
 
-    With task:FILE in nats per item, with task_error:FILE in shares of the items. A loss for each.
+    With task:FILE in nats per item, with task_error:FILE in shares of the items.
 
+    Formula: L(without) - L(dense).
+    Cost: a loss for each site and block, about half a forward pass each.
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), adaptive metrics.
     """
     return _rises(on_task(probe))

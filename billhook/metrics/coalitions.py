@@ -19,7 +19,11 @@ from billhook.records import Score
 def shapley_nll(probe: Probe, *, pairs: int = 8, players: str = "sites", seed: int = 0) -> dict[Unit, Score]:
     """Shapley values of the negative log-likelihood, in nats per token: they sum to the rise when everything goes.
 
-    As `shapley_kl`. Source: Shapley 1953; Mitchell et al. 2022 (arXiv 2104.12199), antithetic permutations. What
+    Otherwise as `shapley_kl`.
+
+    Formula: mean over orders π of L(before s in π, and s) - L(before s in π), L of what is removed.
+    Cost: 2 · pairs · n losses for n players, about half a forward pass each.
+    Source: Shapley 1953; Mitchell et al. 2022 (arXiv 2104.12199), antithetic permutations. What
     Siddiqui et al. 2024 (arXiv 2407.16286) call so is `loo_nll` and `present_absent` here.
     """
     return _shapley(probe.under("nll"), pairs, players, seed)
@@ -29,10 +33,11 @@ def shapley_nll(probe: Probe, *, pairs: int = 8, players: str = "sites", seed: i
 def shapley_kl(probe: Probe, *, pairs: int = 8, players: str = "sites", seed: int = 0) -> dict[Unit, Score]:
     """Shapley values of KL(teacher || student), in nats per token: they sum to the loss when everything goes.
 
-    Monte Carlo over `pairs` of random orders of removal and their reverses (antithetic): 2·pairs·n losses for n
-    players; the interval is over the pairs, not over documents. `players`: sites, or blocks. A block's value is the sum
+    Monte Carlo over `pairs` of random orders of removal and their reverses (antithetic); the interval is over the pairs, not over documents. `players`: sites, or blocks. A block's value is the sum
     of its sites' where sites play.
 
+    Formula: mean over orders π of L(before s in π, and s) - L(before s in π), L of what is removed.
+    Cost: 2 · pairs · n losses for n players, about half a forward pass each.
     Source: Shapley 1953; Mitchell et al. 2022 (arXiv 2104.12199), antithetic permutations. The game is ours.
     """
     return _shapley(probe.under("kl"), pairs, players, seed)
@@ -42,7 +47,11 @@ def shapley_kl(probe: Probe, *, pairs: int = 8, players: str = "sites", seed: in
 def shapley_task(probe: Probe, *, pairs: int = 8, players: str = "sites", seed: int = 0) -> dict[Unit, Score]:
     """Shapley values of the loss of a multiple-choice task; wants a loss task:FILE or task_error:FILE.
 
-    As `shapley_kl`. Source: Shapley 1953; Mitchell et al. 2022 (arXiv 2104.12199); for tasks Siddiqui et al. 2024
+    Otherwise as `shapley_kl`.
+
+    Formula: mean over orders π of L(before s in π, and s) - L(before s in π), L of what is removed.
+    Cost: 2 · pairs · n losses for n players, about half a forward pass each.
+    Source: Shapley 1953; Mitchell et al. 2022 (arXiv 2104.12199); for tasks Siddiqui et al. 2024
     (arXiv 2407.16286), by another estimator: `present_absent`.
     """
     return _shapley(on_task(probe), pairs, players, seed)
@@ -55,8 +64,11 @@ def present_absent(
     """Mean loss of random sub-networks without the site minus that of those with it, under the probe's loss.
 
     `draws` sub-networks, each player kept with a probability of `keep`. Not a Shapley value: coalitions of about one
-    size, and the noise of all other players in every value. Deviation: every sub-network sees all tokens.
+    size, and the noise of all other players in every value.
 
+    Formula: mean of L over the draws without s - mean of L over the draws with s.
+    Cost: `draws` losses.
+    Deviation: every sub-network sees all tokens.
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), its random sub-networks:
     half kept for losses, nine tenths for tasks.
     """

@@ -14,8 +14,11 @@ from billhook.search import Search, price, search
 def beam(problem: Problem, *, width: int = 4) -> Search:
     """Keep the `width` best plans of every round, extend each by every move, until all that are kept meet the budget.
 
-    About `width` times the losses of greedy. Plans of one round are ranked by the rise of the loss per share of the
+    Plans of one round are ranked by the rise of the loss per share of the
     budget that they have freed; of those that meet it the lowest loss wins.
+
+    Formula: of all plans of a round the `width` with the lowest (L(R) - L(nothing)) / share of the budget freed.
+    Cost: about `width` times the losses of greedy.
 
     Source: beam search, Lowerre 1976, over the moves of FinerCut (arXiv 2405.18218); for layers ours.
     """

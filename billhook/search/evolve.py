@@ -33,6 +33,10 @@ def evolve(
     random, the best of 64. `split`: free, or fixed: an attention only for an attention. `generations=0`: as published,
     k(n-k)/1.5 for k of n sites.
 
+    Formula: the lowest L of a parent and its mutants, generation by generation.
+    Cost: those of `start`, and per generation `offspring` losses on `tokens` and `survivors` on all, shared beginnings
+    once.
+
     Source: Sieberling et al. 2024, EvoPress (arXiv 2410.14649). Deviations: warm start by default; the split between
     attention and MLP is free by default; budgets in any unit, mutants being repaired to meet them; the tokens of the
     first stage are the same in every generation.

@@ -14,7 +14,10 @@ from billhook.search import Search, lowest, search
 def exhaustive(problem: Problem, *, most: int = 20_000) -> Search:
     """Measure every plan that meets the budget and removes nothing that it need not; the optimum.
 
-    n choose k losses to remove k of n sites, most of them dropped early. Refused where there are more than `most`.
+    Refused where there are more than `most`.
+
+    Formula: argmin of L over all minimal plans that meet the budget.
+    Cost: n choose k losses to remove k of n sites, most of them dropped early.
 
     Source: enumeration; as the yardstick of other searches, ours.
     """

@@ -11,9 +11,12 @@ from billhook.search import Search, given_scores, price, restricted, search, sin
 def oneshot(problem: Problem, *, weigh: bool = True, parts: str = "mix") -> Search:
     """Rank all sites by a metric, or by the loss of removing each alone, then remove in that order.
 
-    n losses for n sites, or none with a metric. Blind to how removals act together. Where sites differ in what they are
+    Blind to how removals act together. Where sites differ in what they are
     worth in the budget's unit (parameters), the rank is the score per unit, unless `weigh=False`. `parts`: mix, mha or
     mlp, what may go.
+
+    Formula: the sites of the lowest score, or L(s) - L(nothing), divided by what s is worth, until the budget is met.
+    Cost: n losses for n sites, or none besides the metric's.
 
     Source: Kim et al. 2024, Shortened LLaMA (arXiv 2402.02834), one-shot removal of blocks by perplexity; Men et al.
     2024, ShortGPT (arXiv 2403.03853), by block influence; Siddiqui et al. 2024, A deeper look at depth pruning of LLMs

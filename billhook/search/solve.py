@@ -16,9 +16,12 @@ from billhook.search import Search, exchanges, given_scores, search, singles, tr
 def solve(problem: Problem, *, polish: bool = True) -> Search:
     """Choose what goes by an integer programme over additive scores (HiGHS), then by measured exchanges.
 
-    The scores are a metric's, or the rises of the loss by removing each site alone: n losses. The programme meets every
+    The scores are a metric's, or the rises of the loss by removing each site alone. The programme meets every
     budget, several at once too, at the least sum of scores, and removes nothing to spare. `polish`: exchange sites
     afterwards as the search swap does.
+
+    Formula: min Σ x_s · score(s), subject to Σ x_s · cost_b(s) ≥ what budget b needs, one of each part kept, x binary.
+    Cost: n losses, or none besides the metric's; with `polish` those of swap after its start.
 
     Source: Bercovich et al. 2024, Puzzle (arXiv 2411.19146), mixed-integer programming over replace-one-block scores;
     Huangfu and Hall 2018, HiGHS. Deviations: sites are kept or removed, nothing in between; the exchanges are ours.

@@ -12,8 +12,11 @@ from billhook.search import Search, lowest, search
 def span(problem: Problem, *, run: str = "best", keep_last: int = 0) -> Search:
     """Remove one contiguous run of whole blocks: the best by a metric of runs, or by the loss.
 
-    No losses with a metric such as angular_span; without one a loss for every start. `run=last`: the last blocks, but
+    `run=last`: the last blocks, but
     for `keep_last` of them, a baseline that is hard to beat once the model is trained again.
+
+    Formula: argmin over starts l of the score of the run, or of L, for the shortest run from l that meets the budget.
+    Cost: none besides the metric's (angular_span: one pass); without a metric a loss for every start.
 
     Source: Gromov et al. 2024, The unreasonable ineffectiveness of the deeper layers (arXiv 2403.17887); the last
     blocks: Lu et al. 2024, Reassessing layer pruning in LLMs (arXiv 2411.15558).
