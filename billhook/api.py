@@ -6,19 +6,20 @@ import shlex
 import time
 from contextlib import closing
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from billhook import pipeline, proof
 from billhook import speed as timing
-from billhook.errors import FingerprintError, ResourceError, RunError, UsageError
+from billhook.errors import FingerprintError, ResourceError, RunError, UsageError, nearest
 from billhook.evaluate import EVALUATIONS
 from billhook.loading import Teacher, load, pick_device
 from billhook.losses import LOSSES
 from billhook.metrics import METRICS
 from billhook.plan import Plan, Site
 from billhook.recipe import recipe_from
-from billhook.records import Watch, silent
+from billhook.records import Score, Unit, Watch, silent
 from billhook.search import SEARCHES
 from billhook.speed import Protocol
 from billhook.stats import mean_interval
@@ -144,39 +145,74 @@ def evaluate_model(model: str | Path = "demo", *, watch: Watch = silent, **optio
 
 
 def score(
-    model: str | Path | Teacher = "demo", metric: str = "cosine", *, watch: Watch = silent, **options: Any
+    model: str | Path | Teacher = "demo",
+    metric: str = "cosine",
+    *,
+    options: dict[str, Any] | None = None,
+    watch: Watch = silent,
+    **fields: Any,
 ) -> dict[str, Any]:
-    """How much every site and block matters by one metric: `sites` and `blocks`, each with value and standard error.
+    """How much sites, blocks and spans of blocks matter, by one metric or by several with commas between their names.
 
-    `model`: as for `load`, or a loaded Teacher. `options`: the fields of `Recipe` that concern model, memory, text and
-    seed. Higher = removal hurts more. A model larger than the memory is read once, block by block.
+    `model`: as for `load`, or a loaded Teacher. `options`: of the metrics, such as {"kind": "vector"}; each is given
+    those that it takes. `fields`: those of `Recipe` that concern model, memory, text and seed. Higher = removal hurts
+    more. Returns `sites`, `blocks` and `spans`, each with value and standard error, under `scores` by metric; of a
+    single metric also at the top. A model larger than the memory is read block by block, once for all metrics that
+    share a pass.
     """
-    METRICS[metric]
+    names = list(dict.fromkeys(name.strip() for name in metric.split(",")))
+    given = _options_of(names, options or {})
     known = model if isinstance(model, Teacher) else None
     name = known.name if known is not None else str(model)
     least = {"remove": "1sites", "eval_tokens": 64, "eval_length": 16}  # of held-out text, which is not looked at
-    recipe = recipe_from({"model": name, **least, **options}, "The call")
+    recipe = recipe_from({"model": name, **least, **fields}, "The call")
     teacher = known if known is not None else pipeline.teacher_of(recipe, watch)
     calibration, _ = pipeline.tokens_for(recipe, teacher, watch)
     start = time.perf_counter()
-    scores = METRICS[metric](pipeline.probe_of(recipe, teacher, calibration))
-    told: dict[str, list[dict[str, Any]]] = {"sites": [], "blocks": []}
-    for unit, value in scores.items():
-        row = {"value": value.value, "se": value.se}
-        if isinstance(unit, Site):
-            told["sites"].append({"site": str(unit), **row})
-        else:
-            told["blocks"].append({"block": unit, **row})
+    probe = pipeline.probe_of(recipe, teacher, calibration)
+    scores = {name: _by_kind(teacher, METRICS[name](probe, **given[name])) for name in names}
     return {
         "model": teacher.name,
         "fingerprint": teacher.fingerprint,
-        "metric": metric,
-        **told,
+        "metric": ",".join(names),
+        "options": options or {},
+        **(scores[names[0]] if len(names) == 1 else {}),
+        "scores": scores,
         "data": calibration.describe(),
         "streamed": teacher.weights is not None,
         "bytes_read": teacher.weights.bytes_read if teacher.weights is not None else 0,
         "seconds": round(time.perf_counter() - start, 3),
     }
+
+
+def _options_of(names: list[str], options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Those of the options that each metric takes. Raises UnknownName for a metric that is not there, and UsageError
+    for an option that no metric takes."""
+    takes = {name: list(signature(METRICS[name]).parameters)[1:] for name in names}
+    every = sorted({option for known in takes.values() for option in known})
+    for option in options:
+        if option not in every:
+            near = nearest(option, every)
+            guess = f" Did you mean {near!r}?" if near else ""
+            raise UsageError(
+                f"{', '.join(names)} takes no option {option!r}.{guess} Known: {', '.join(every) or 'none'}."
+            )
+    return {name: {k: v for k, v in options.items() if k in known} for name, known in takes.items()}
+
+
+def _by_kind(teacher: Teacher, scores: dict[Unit, Score]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of sites, of blocks and of spans of blocks; `length` counts the blocks that a span still has."""
+    told: dict[str, list[dict[str, Any]]] = {"sites": [], "blocks": [], "spans": []}
+    for unit, score in scores.items():
+        row = {"value": score.value, "se": score.se}
+        if isinstance(unit, Site):
+            told["sites"].append({"site": str(unit), **row})
+        elif isinstance(unit, int):
+            told["blocks"].append({"block": unit, **row})
+        else:
+            first, last = (teacher.positions.index(position) for position in unit)
+            told["spans"].append({"first": unit[0], "last": unit[1], "length": last - first + 1, **row})
+    return told
 
 
 def measure_speed(

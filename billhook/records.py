@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 from billhook.plan import Plan, Site
 
+# What a score is of: a site, a block, or a span of blocks, what is left from its first to its last; by their positions
+# in the unpruned model.
+Unit = Site | int | tuple[int, int]
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
@@ -34,7 +38,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A metric's estimate for one site or block; higher = removal hurts more. `se`: standard error over documents."""
+    """A metric's estimate for one `Unit`; higher = removal hurts more. `se`: standard error over documents, if any."""
 
     value: float
     se: float | None = None
