@@ -19,8 +19,10 @@ from billhook.loading import Teacher, load, pick_device
 from billhook.losses import ITEM_LOSSES, LOSSES
 from billhook.metrics import METRICS
 from billhook.plan import Plan, Site
+from billhook.problem import Unit
 from billhook.recipe import TARGETS, Recipe, combined, recipe_from
-from billhook.records import Watch, silent
+from billhook.records import Score, Watch, silent
+from billhook.registry import chosen
 from billhook.search import SEARCHES
 from billhook.speed import Protocol
 from billhook.stats import mean_interval
@@ -151,39 +153,60 @@ def evaluate_model(model: str | Path = "demo", *, watch: Watch = silent, **optio
 
 
 def score(
-    model: str | Path | Teacher = "demo", metric: str = "cosine", *, watch: Watch = silent, **options: Any
+    model: str | Path | Teacher = "demo",
+    metric: str = "cosine",
+    *,
+    set: dict[str, Any] | list[str] | None = None,
+    watch: Watch = silent,
+    **fields: Any,
 ) -> dict[str, Any]:
-    """How much every site and block matters by one metric: `sites` and `blocks`, each with value and standard error.
+    """How much sites, blocks and spans of blocks matter, by one metric or by several with commas between their names.
 
-    `model`: as for `load`, or a loaded Teacher. `options`: the fields of `Recipe` that concern model, memory, text and
-    seed. Higher = removal hurts more. A model larger than the memory is read once, block by block.
+    `model`: as for `load`, or a loaded Teacher. `set`: options of the metrics, such as {"kind": "vector"}; each is
+    given those that it takes. `fields`: those of `Recipe` that concern model, memory, text and seed. Higher = removal
+    hurts more. Returns `sites`, `blocks` and `spans`, each with value and standard error, under `scores` by metric; of a
+    single metric also at the top. A model larger than the memory is read block by block, once for all metrics that
+    share a pass.
     """
-    METRICS[metric]
+    names = list(dict.fromkeys(name.strip() for name in metric.split(",")))
+    options = Recipe(remove="1sites", set=set or {}).set  # read as in a recipe
+    given = dict(zip(names, chosen(options, *(METRICS[name] for name in names)), strict=True))
     known = model if isinstance(model, Teacher) else None
     name = known.name if known is not None else str(model)
     least = {"remove": "1sites", "eval_tokens": 64, "eval_length": 16}  # of held-out text, which is not looked at
-    recipe = recipe_from({"model": name, **least, **options}, "The call")
+    recipe = recipe_from({"model": name, **least, **fields}, "The call")
     teacher = known if known is not None else searching.teacher_of(recipe, watch)
     calibration, _ = pipeline.tokens_for(recipe, teacher, watch)
     start = time.perf_counter()
-    scores = METRICS[metric](searching.probe_of(recipe, teacher, calibration))
-    told: dict[str, list[dict[str, Any]]] = {"sites": [], "blocks": []}
-    for unit, value in scores.items():
-        row = {"value": value.value, "se": value.se}
-        if isinstance(unit, Site):
-            told["sites"].append({"site": str(unit), **row})
-        else:
-            told["blocks"].append({"block": unit, **row})
+    probe = searching.probe_of(recipe, teacher, calibration)
+    scores = {name: _by_kind(teacher, METRICS[name](probe, **given[name])) for name in names}
     return {
         "model": teacher.name,
         "fingerprint": teacher.fingerprint,
-        "metric": metric,
-        **told,
+        "metric": ",".join(names),
+        "set": options,
+        **(scores[names[0]] if len(names) == 1 else {}),
+        "scores": scores,
         "data": calibration.describe(),
         "streamed": teacher.weights is not None,
         "bytes_read": teacher.weights.bytes_read if teacher.weights is not None else 0,
         "seconds": round(time.perf_counter() - start, 3),
     }
+
+
+def _by_kind(teacher: Teacher, scores: dict[Unit, Score]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of sites, of blocks and of spans of blocks; `length` counts the blocks that a span still has."""
+    told: dict[str, list[dict[str, Any]]] = {"sites": [], "blocks": [], "spans": []}
+    for unit, score in scores.items():
+        row = {"value": score.value, "se": score.se}
+        if isinstance(unit, Site):
+            told["sites"].append({"site": str(unit), **row})
+        elif isinstance(unit, int):
+            told["blocks"].append({"block": unit, **row})
+        else:
+            first, last = (teacher.positions.index(position) for position in unit)
+            told["spans"].append({"first": unit[0], "last": unit[1], "length": last - first + 1, **row})
+    return told
 
 
 def measure_speed(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from billhook.errors import ModelError, nearest
 from billhook.plan import PARTS, Anatomy, Part, Rest, Shared, Site, SiteSize
@@ -242,6 +243,26 @@ def site_modules(block: nn.Module, part: Part, row: Row, config: Config) -> list
     """The modules whose parameters are the site, norms of its own included."""
     names = row.parts(block, config)[part]
     return [getattr(block, name) for name in (*names["zero"], *names["drop"])]
+
+
+def owners(block: nn.Module, row: Row, config: Config) -> dict[str, Part | None]:
+    """{parameter of a block: the part that it belongs to, or None where both parts share it}."""
+    of = {
+        id(p): part for part in PARTS for module in site_modules(block, part, row, config) for p in module.parameters()
+    }
+    return {name: of.get(id(p)) for name, p in block.named_parameters()}
+
+
+def by_output(block: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
+    """A view of `value`, shaped like the parameter `name` of a block, as [..., outputs, inputs].
+
+    A bias, and the weight of a norm, have one input an output.
+    """
+    module = block.get_submodule(name.rpartition(".")[0])
+    if value.dim() < 2 or name.endswith("bias"):
+        return value[..., None]
+    transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)  # of GPT-2; experts of GPT-OSS
+    return value.transpose(-1, -2) if transposed else value
 
 
 def anatomy(

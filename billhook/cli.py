@@ -153,13 +153,15 @@ def inspect_model(
 def score(
     *,
     model: Model = None,
-    metric: Annotated[str, typer.Option(help="How to score; `billhook methods` lists the metrics")] = "cosine",
+    metric: Annotated[
+        str, typer.Option(help="How to score, several as cosine,l2; `billhook methods` lists the metrics")
+    ] = "cosine",
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     options: dict[str, Any],
 ) -> None:
-    """Score every site and block: how much it seems to matter, from one pass over the model."""
+    """Score every site and block, or every span of blocks: how much it seems to matter, without removing it."""
     with Face(as_json, quiet, verbose) as face:
         from billhook import api
 

@@ -18,7 +18,9 @@ from billhook.plan import PARTS, Anatomy, Part, Plan, Site
 NOTHING = Plan()
 Move = tuple[Site, ...]
 Kind = tuple[tuple[int, ...], frozenset[Part]]  # what a group is worth to each budget, and its parts
-Unit = Site | int | tuple[int, int]  # what a score is of: a site, a block, or a run of blocks from first to last
+# What a score is of: a site, a block, or a span of blocks, what is left from its first to its last; by their positions
+# in the unpruned model.
+Unit = Site | int | tuple[int, int]
 _NAMED = {"shortened-llama": "first4,last2", "sleb": "first1,last1"}  # protection of the papers
 
 

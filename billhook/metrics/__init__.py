@@ -1,4 +1,4 @@
-"""Metrics: how much each site and block seems to matter, without trying every removal.
+"""Metrics: how much sites, blocks and spans of blocks seem to matter, without trying every removal.
 
 A metric is a function of a probe, with options, that gives {unit: Score}; higher = removal hurts more. A unit is a
 site, a block by its position, or a run of blocks. `probe.losses` measures plans, and keeps them like those of a search.
@@ -27,4 +27,4 @@ def on_task(probe: Probe) -> Probe:
 
 
 # Importing a method files it under its name.
-from billhook.metrics import ablation, activations, coalitions  # noqa: E402, F401
+from billhook.metrics import ablation, activations, coalitions, gradients, weights  # noqa: E402, F401

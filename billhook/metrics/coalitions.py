@@ -33,8 +33,8 @@ def shapley_nll(probe: Probe, *, pairs: int = 8, players: str = "sites", seed: i
 def shapley_kl(probe: Probe, *, pairs: int = 8, players: str = "sites", seed: int = 0) -> dict[Unit, Score]:
     """Shapley values of KL(teacher || student), in nats per token: they sum to the loss when everything goes.
 
-    Monte Carlo over `pairs` of random orders of removal and their reverses (antithetic); the interval is over the pairs, not over documents. `players`: sites, or blocks. A block's value is the sum
-    of its sites' where sites play.
+    Monte Carlo over `pairs` of random orders of removal and their reverses (antithetic); the interval is over the
+    pairs, not over documents. `players`: sites, or blocks. A block's value is the sum of its sites' where sites play.
 
     Formula: mean over orders π of L(before s in π, and s) - L(before s in π), L of what is removed.
     Cost: 2 · pairs · n losses for n players, about half a forward pass each.
@@ -109,9 +109,9 @@ def _shapley(probe: Probe, pairs: int, players: str, seed: int) -> dict[Unit, Sc
         for player, each in rises.items()
     }
     blocks: dict[int, list[list[float]]] = {}
-    for unit, each in values.items():
-        if isinstance(unit, Site):
-            blocks.setdefault(unit.block, []).append(each)
+    for one, each in values.items():
+        if isinstance(one, Site):
+            blocks.setdefault(one.block, []).append(each)
     together = {block: [math.fsum(pair) for pair in zip(*each, strict=True)] for block, each in blocks.items()}
     return {unit: _mean(each) for unit, each in (values | together).items()}
 

@@ -16,11 +16,12 @@ import torch
 from billhook.data import TokenSet, token_set
 from billhook.loading import Teacher
 from billhook.losses import COUNTS_TARGETS, NEVER_NEGATIVE
-from billhook.plan import Plan, Site
-from billhook.probe import choose
+from billhook.plan import Plan
+from billhook.probe import choose, gradients, passes
 from billhook.probe.choose import Ballot, Choice, Quality, Sums
 from billhook.probe.measure import WAVE, Bench, Layout, waves
 from billhook.probe.table import Documents, Known, Table
+from billhook.problem import Unit
 from billhook.records import Loss, Score
 
 FADING = 0.8  # of what a round says about the next one, for moves that are not measured again
@@ -92,6 +93,7 @@ class Probe:
         self._hardness: list[float] = []  # of each group, by the best plan of the last round
         self._rises: dict[int, tuple[float, int]] = {}  # by move: how much worse than the best, and in which round
         self._round = 0
+        self._means: dict[str, tuple[passes.Statistic, dict[Unit, Score]]] = {}
         self.tally: list[Counter[str]] = []  # of each batch: how many plans were decided how
 
     @property
@@ -248,15 +250,52 @@ class Probe:
         """Let go of the kept streams; what is needed again is computed again."""
         self._bench.walk.streams.clear()
 
-    @torch.inference_mode()
-    def mean_over_tokens(
-        self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    ) -> dict[Site | int, Score]:
-        """Mean over tokens of function(x, y), for every site and every block (by position), in one pass.
+    # -- what metrics ask -------------------------------------------------------------------------------------------
 
-        x, y: [tokens, width], float32, the residual stream before and after; function gives [tokens].
+    @torch.inference_mode()
+    def mean_over_tokens(self, statistics: Mapping[str, passes.Statistic]) -> dict[str, dict[Unit, Score]]:
+        """Mean over tokens of each statistic(x, y) of every site and block, all in one pass, which is not repeated.
+
+        x, y: [tokens, width], float32, the residual stream before and after; a statistic gives [tokens].
         """
-        return self._bench.mean_over_tokens(function)
+        known = self._means
+        fresh = {name: of for name, of in statistics.items() if name not in known or known[name][0] is not of}
+        if fresh:
+            found = passes.mean_over_tokens(self._bench, fresh)
+            known |= {name: (fresh[name], scores) for name, scores in found.items()}
+        return {name: dict(known[name][1]) for name in statistics}
+
+    @torch.inference_mode()
+    def mean_over_spans(self, distance: passes.Statistic, *, last: bool) -> dict[Unit, Score]:
+        """Mean of distance(x, y) over the last tokens of rows, or over all tokens, of every span of blocks; one pass.
+
+        x, y: [tokens, width], float32, the residual stream before and after the span. Raises ResourceError if all the
+        streams between the blocks do not fit into the probe's memory.
+        """
+        return passes.mean_over_spans(self._bench, distance, last)
+
+    @torch.inference_mode()
+    def mean_at_next_mlp(self, error: passes.Statistic) -> dict[Unit, Score]:
+        """Mean over tokens of error(f, g) of every site and block, in one pass.
+
+        f, g: [tokens, width], float32: what the next MLP adds to the residual stream, with and without the site or
+        block; where there is no MLP behind it, the residual stream after the last block.
+        """
+        return passes.mean_at_next_mlp(self._bench, error)
+
+    @torch.inference_mode()
+    def sum_over_weights(self, function: passes.OfWeight) -> dict[Unit, Score]:
+        """Sum of function(w) over the weights of every site and block. w: [..., outputs, inputs], float32."""
+        return passes.sum_over_weights(self._bench, function)
+
+    def sum_over_gradients(self, function: gradients.OfGradient, *, fisher: bool = False) -> dict[Unit, Score]:
+        """Sum of function(w, g, f) over the weights of every site and block, with the gradients of one block at a time.
+
+        All [..., outputs, inputs], float32. g: gradient of the mean negative log-likelihood of a predicted token; f,
+        if `fisher` (else None): mean over rows, weighted by predicted tokens, of the squared gradient of a row's own
+        mean. Raises ResourceError if the streams between the blocks do not fit into the probe's memory.
+        """
+        return gradients.sum_over_gradients(self._bench, function, fisher)
 
 
 @torch.inference_mode()

@@ -205,6 +205,25 @@ class Head:
         z = self._cap * torch.tanh(z / self._cap) if self._cap else z
         return (lse - z).masked_fill(reference.targets < 0, 0.0)
 
+    def nll_gradients(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """d nll / d hidden of every token: [tokens, width], as `hidden`. Each has a target: [tokens].
+
+        A streamed head is read twice.
+        """
+        found = torch.zeros_like(hidden)
+        lse = self._lse([hidden])[0]
+        for first, rows in self._pieces():
+            bias = self._bias_of(first, len(rows))
+            for parts in zip(*(x.split(TOKENS_AT_A_TIME) for x in (hidden, lse, targets, found)), strict=True):
+                h, at, target, out = parts
+                z = self._logits(h, rows, bias)
+                slope = (z - at[:, None]).exp()  # of the loss by the logits: [tokens, words]
+                here = ((target >= first) & (target < first + len(rows))).nonzero()[:, 0]
+                slope[here, target[here] - first] -= 1
+                slope *= self._scale * (1 - (z / self._cap) ** 2 if self._cap else 1.0)
+                out += slope @ rows
+        return found
+
     def _both(self, batches: list[Batch]) -> Iterator[tuple[int, int, slice, torch.Tensor, torch.Tensor]]:
         """Logits of teacher and student, piece by piece: (batch, plan, tokens, z_p, z_q), z: [tokens, words]."""
         for first, rows in self._pieces():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -18,9 +18,8 @@ from billhook.plan import PARTS, Plan, Site
 from billhook.probe.choose import Quality, Sums
 from billhook.probe.groups import document_groups
 from billhook.probe.head import TOKENS_AT_A_TIME, VOCABULARY_AT_A_TIME, Head, Reference
-from billhook.probe.trunk import KEPT, NO_ATTENTION, NO_MLP, Trunk
+from billhook.probe.trunk import Trunk
 from billhook.probe.walk import Job, Walk
-from billhook.records import Score
 from billhook.vet import dtype_name
 
 CHUNK = {"cpu": 512, "cuda": 16384, "mps": 4096}  # tokens that go through a block at a time
@@ -82,6 +81,11 @@ class Bench:
         return sum(self._bits[site] for site in plan.removed)
 
     # -- memory -----------------------------------------------------------------------------------------------------
+
+    @property
+    def room(self) -> int:
+        """Bytes for residual streams."""
+        return self._limit
 
     @property
     def _token_bytes(self) -> int:
@@ -213,6 +217,12 @@ class Bench:
                 raise ModelError(self._where_not_finite((g, 0)))
         self._references = self._head.references(hidden, targets)
 
+    def check_finite(self, streams: Sequence[torch.Tensor]) -> None:
+        """Raises ModelError, naming the block, unless the streams after the last block, one a group, are finite."""
+        for number, (group, stream) in enumerate(zip(self.groups, streams, strict=True)):
+            if not bool(torch.isfinite(stream[group.counted]).all()):
+                raise ModelError(self._where_not_finite((number, 0)))
+
     def _where_not_finite(self, job: Job) -> str:
         """Which block first gives NaN or infinity."""
         bad: list[int] = []
@@ -238,51 +248,6 @@ class Bench:
         ((_, stream),) = self.walk.run([(0, self.mask(plan))], layers=True)
         hidden = self.trunk.final(stream)
         return self._head.logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
-
-    # -- statistics of one pass -------------------------------------------------------------------------------------
-
-    def mean_over_tokens(
-        self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    ) -> dict[Site | int, Score]:
-        """Mean over tokens of function(x, y), x and y [tokens, width] in float32 before and after a site or a block.
-
-        One pass over the model. Keys are sites, and block positions for whole blocks.
-        """
-        counts = torch.zeros(sum(len(g.documents) for g in self.groups), dtype=torch.float64)
-        sums: dict[Site | int, torch.Tensor] = defaultdict(lambda: torch.zeros_like(counts))
-        first = 0
-        starts = []
-        for group in self.groups:
-            starts.append(first)
-            counts.index_add_(0, first + group.of.cpu(), torch.ones(group.tokens, dtype=torch.float64))
-            first += len(group.documents)
-        streams = [self.trunk.enter(group.ids) for group in self.groups]
-        wanted = {KEPT, NO_MLP, NO_ATTENTION} if self.trunk.parallel else {KEPT, NO_MLP}
-        for index, block in enumerate(self.trunk.blocks(range(self.trunk.depth))):
-            done = self.trunk.step(index, block, [(x, wanted) for x in streams])
-            for g, (x, after) in enumerate(zip(streams, done, strict=True)):
-                group, position = self.groups[g], self.teacher.positions[index]
-                for unit, before, then in self._units(position, x, after):
-                    values = function(before[group.counted].float(), then[group.counted].float())
-                    sums[unit].index_add_(0, starts[g] + group.of.cpu(), values.cpu().double())
-            streams = [after[KEPT] for after in done]
-        for number, (group, stream) in enumerate(zip(self.groups, streams, strict=True)):
-            if not bool(torch.isfinite(stream[group.counted]).all()):
-                raise ModelError(self._where_not_finite((number, 0)))
-        return {unit: Score.of(total.tolist(), counts.tolist()) for unit, total in sums.items()}
-
-    def _units(
-        self, position: int, x: torch.Tensor, after: dict[int, torch.Tensor]
-    ) -> Iterable[tuple[Site | int, torch.Tensor, torch.Tensor]]:
-        """(site or block, stream before, stream after) of one block."""
-        alive = set(self.teacher.anatomy.alive())
-        units: list[tuple[Site | int, torch.Tensor, torch.Tensor]] = [
-            (Site(position, "attention"), x, after[NO_MLP]),
-            (Site(position, "mlp"), x, after[NO_ATTENTION])
-            if self.trunk.parallel
-            else (Site(position, "mlp"), after[NO_MLP], after[KEPT]),
-        ]
-        return [*(unit for unit in units if unit[0] in alive), (position, x, after[KEPT])]
 
 
 def _unfit(loss: str, tokens: TokenSet) -> str:

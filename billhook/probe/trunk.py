@@ -6,7 +6,7 @@ in which the blocks pass their input through, so that every architecture compute
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,7 +81,8 @@ class Trunk:
         for block in self._blocks:
             block.forward = passing
         try:
-            self.model.base_model(input_ids=ids, use_cache=False)
+            with torch.no_grad():
+                self.model.base_model(input_ids=ids, use_cache=False)
         finally:
             for block in self._blocks:
                 del block.forward
@@ -168,7 +169,7 @@ class Trunk:
             for part, name in stood.items():
                 setattr(block, name, _Known(heard[part][i]))
             try:
-                done[i][KEPT] = self._call(index, block, items[i][0])
+                done[i][KEPT] = self.call(index, block, items[i][0])
             finally:
                 for name, module in modules.items():
                     setattr(block, name, module)
@@ -187,7 +188,7 @@ class Trunk:
         with self._lacking(block, without):
             for chunk in self._chunks(streams, stack):
                 x = streams[chunk[0]] if len(chunk) == 1 else torch.cat([streams[i] for i in chunk])
-                y = self._call(index, block, x)
+                y = self.call(index, block, x)
                 for i, piece in zip(chunk, y.split([streams[i].shape[0] for i in chunk]), strict=True):
                     outputs[i] = piece
                 self.computed += x.shape[0] * x.shape[1] * len(self._alive[index] - set(without))
@@ -219,7 +220,8 @@ class Trunk:
             for name, module in stood.items():
                 setattr(block, name, module)
 
-    def _call(self, index: int, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def call(self, index: int, block: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+        """The stream [rows, time, width] after block `index`, computed by `block`: itself, or what stands for it."""
         shape = (x.shape[0], x.shape[1])
         if shape not in self._calls:
             self.enter(torch.zeros(shape, dtype=torch.int64, device=x.device))

@@ -23,9 +23,9 @@ def greedy(
 
     Where all moves are worth the same in the budget's unit, the cheapest is the one that leaves the lowest loss; where
     they are not (parameters), the one with the smallest rise of the loss per unit that is still needed; with
-    `weigh=False` the lowest loss, whatever the sizes. `front`: that share of the sites, from the first on, stays until as many others are gone (FinerCut's 0.4).
-    `early_barrier`, `latter_barrier`: first and last blocks that stay (SLEB's 1 and 1). `parts`: mix, mha or mlp, what
-    may go (BlockPruner).
+    `weigh=False` the lowest loss, whatever the sizes. `front`: that share of the sites, from the first on, stays until
+    as many others are gone (FinerCut's 0.4). `early_barrier`, `latter_barrier`: first and last blocks that stay (SLEB's
+    1 and 1). `parts`: mix, mha or mlp, what may go (BlockPruner).
 
     Formula: argmin over sites s of (L(R ∪ s) - L(R)) / min(worth of s, what is needed), again and again.
     Cost: n + (n-1) + … losses, n(n+1)/2 - r(r+1)/2 of them when r of n sites are left; about half a forward pass each,

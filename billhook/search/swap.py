@@ -10,8 +10,8 @@ from billhook.search import SEARCHES, Search, exchanges, search
 def swap(problem: Problem, *, start: str = "greedy") -> Search:
     """Begin as another search ends, then exchange single sites as long as one exchange lowers the loss.
 
-    `start`: the search to begin with. Nothing is left that one exchange would improve; what is lost with two removals that only
-    matter together comes back.
+    `start`: the search to begin with. Nothing is left that one exchange would improve; what is lost with two removals
+    that only matter together comes back.
 
     Formula: argmin over pairs (i in R, j not in R) of L(R - i + j), until that is no lower than L(R).
     Cost: those of `start`; then, for r sites removed and s left, r + s losses and r·s exchanges a round, nearly all of

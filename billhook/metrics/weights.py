@@ -1,0 +1,19 @@
+"""Metrics that see the weights alone: the text does not matter."""
+
+from __future__ import annotations
+
+from billhook.metrics import metric
+from billhook.probe import Probe
+from billhook.problem import Unit
+from billhook.records import Score
+
+
+@metric
+def magnitude(probe: Probe) -> dict[Unit, Score]:
+    """Sum of |w| over the weights of every site and block, norms and biases included.
+
+    A norm that both sites of a block share counts for the block alone. Large sites score high for their size.
+
+    Source: Kim et al. 2024, Shortened LLaMA (arXiv 2402.02834), for blocks. Deviation: of sites as well.
+    """
+    return probe.sum_over_weights(lambda w: w.abs().sum())
