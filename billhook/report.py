@@ -37,8 +37,8 @@ def rows(result: Result) -> list[Row]:
     """The table of the run. What was not measured has no row; `notes` says so."""
     told: list[Row] = []
     if quality := result["perplexity"]:
-        change = f"{_times(quality['ratio'])} {_span(quality['ci95'], _times)}"
-        told.append(Row("Held-out perplexity", _short(quality["teacher"]), _short(quality["student"]), change))
+        change = f"{times(quality['ratio'])} {_span(quality['ci95'], times)}"
+        told.append(Row("Held-out perplexity", short(quality["teacher"]), short(quality["student"]), change))
     for label, key, unit in (
         ("Parameters", "parameters", ""),
         ("On disk", "bytes", "B"),
@@ -50,7 +50,7 @@ def rows(result: Result) -> list[Row]:
         for label, phase in (("Prefill tokens/s", "prefill"), ("Decode tokens/s", "decode")):
             sides = [_median(speed[side][f"{phase}_tokens_per_s"]) for side in ("teacher", "student")]
             predicted = (speed.get("predicted") or {}).get(phase)
-            change = _median(speed["ratio"][phase], _times) + (f", predicted {_times(predicted)}" if predicted else "")
+            change = _median(speed["ratio"][phase], times) + (f", predicted {times(predicted)}" if predicted else "")
             told.append(Row(label, sides[0], sides[1], change))
         peaks = speed["teacher"]["peak_bytes"], speed["student"]["peak_bytes"]
         if any(peaks):
@@ -75,23 +75,23 @@ def notes(result: Result) -> list[str]:
 def verdict(result: Result) -> str:
     """The run in one sentence of plain words."""
     plan, alive = Plan.of(result["plan"]["removed"]), len(result["anatomy"]["sites"])
-    whole = f" ({_count(len(plan.blocks()), 'whole block')})" if plan.blocks() else ""
+    whole = f" ({count(len(plan.blocks()), 'whole block')})" if plan.blocks() else ""
     was, now = result["parameters"]["teacher"], result["parameters"]["student"]
     facts = [f"{1 - now / was:.1%} fewer parameters" if now < was else "as many parameters as before"]
     if quality := result["perplexity"]:
-        low, high = (_times(end)[1:] for end in quality["ci95"])
-        values = f"{_short(quality['teacher'])} → {_short(quality['student'])}"
-        facts.append(f"perplexity {values} ({_times(quality['ratio'])}, 95% interval {low} to {high})")
+        low, high = (times(end)[1:] for end in quality["ci95"])
+        values = f"{short(quality['teacher'])} → {short(quality['student'])}"
+        facts.append(f"perplexity {values} ({times(quality['ratio'])}, 95% interval {low} to {high})")
     if result["speed"]:
-        middle, low, high = (_times(result["speed"]["ratio"]["decode"][key]) for key in ("median", "low", "high"))
+        middle, low, high = (times(result["speed"]["ratio"]["decode"][key]) for key in ("median", "low", "high"))
         facts.append(f"decoding speed {middle} ({low[1:]} to {high[1:]})")
-    return f"{len(plan.removed)} of {_count(alive, 'site')} removed{whole}: {', '.join(facts)}."
+    return f"{len(plan.removed)} of {count(alive, 'site')} removed{whole}: {', '.join(facts)}."
 
 
 # -- numbers and words -------------------------------------------------------------------------------------------------
 
 
-def _short(x: float | None, unit: str = "") -> str:
+def short(x: float | None, unit: str = "") -> str:
     """Three significant digits, four from 1,000 to 9,999, then k, M, G, T, then powers; `–` for what is not known."""
     if x is None:
         return "–"
@@ -108,16 +108,16 @@ def _short(x: float | None, unit: str = "") -> str:
     return f"{x / scale:.{digits}f}{gap}{prefix}{unit}".replace("-", "−")
 
 
-def _times(x: float) -> str:
+def times(x: float) -> str:
     """A ratio, two decimals."""
-    return f"×{x:.2f}" if abs(x) < 100 else f"×{_short(x)}"
+    return f"×{x:.2f}" if abs(x) < 100 else f"×{short(x)}"
 
 
-def _span(ends: Sequence[float], spell: Callable[[float], str] = _short) -> str:
+def _span(ends: Sequence[float], spell: Callable[[float], str] = short) -> str:
     return f"({spell(ends[0])}–{spell(ends[1])})".replace("×", "")
 
 
-def _median(value: Mapping[str, float], spell: Callable[[float], str] = _short) -> str:
+def _median(value: Mapping[str, float], spell: Callable[[float], str] = short) -> str:
     low, middle, high = (float(value[key]) for key in ("low", "median", "high"))
     return f"{spell(middle)} {_span((low, high), spell)}"
 
@@ -126,14 +126,16 @@ def _sizes(label: str, teacher: float | None, student: float | None, unit: str) 
     change = "–"
     if teacher and student is not None:
         change = "unchanged" if teacher == student else f"{student / teacher - 1:+.1%}".replace("-", "−")
-    return Row(label, _short(teacher, unit), _short(student, unit), change)
+    return Row(label, short(teacher, unit), short(student, unit), change)
 
 
-def _count(n: int, noun: str) -> str:
+def count(n: int, noun: str) -> str:
+    """`1 site`, `2 sites`."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`59.9 s`, `6 min 40 s`, `23 h 59 min`."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -181,7 +183,7 @@ def card(result: Result) -> str:
     lines = [f"| {r.label} | {r.teacher} | {r.student} | {r.change} |" for r in rows(result)]
     table = "\n".join(["| | teacher | student | change |", "|---|---|---|---|", *lines])
     data = [
-        f"- {use}: {_md(about['source'])}, {about['tokens']:,} tokens in {_count(about['documents'], 'document')}"
+        f"- {use}: {_md(about['source'])}, {about['tokens']:,} tokens in {count(about['documents'], 'document')}"
         for use, about in result["data"].items()
         if about
     ]
@@ -241,7 +243,7 @@ def page(result: Result) -> str:
     charts = _loss_chart(result), _speed_chart(result)
     when = re.sub(r"T(\d\d:\d\d).*\+00:00$", r" \1 UTC", result["created"])
     made = f"Billhook {result['billhook']} · run {result['run']} · {when} · {result['kind']}"
-    measured = _table(
+    measured = listed(
         ("Measure", "Teacher", "Student", "Change"), [(r.label, r.teacher, r.student, r.change) for r in rows(result)]
     )
     facts = dict(result["environment"]) | {f"model {key}": value for key, value in result["model"].items()}
@@ -261,9 +263,9 @@ def page(result: Result) -> str:
         charts="".join(charts),
         answers=_answers(result["answers"]),
         recipe=_e(_yaml(result["recipe"])),
-        data=_table(("", *data), [(key, *(_plain(about.get(key)) for about in data.values())) for key in keys]),
-        environment=_table(("Name", "Value"), [(key.replace("_", " "), _plain(value)) for key, value in facts.items()]),
-        seconds=_table(("Stage", "Time"), [(stage, _duration(spent)) for stage, spent in seconds.items()]),
+        data=listed(("", *data), [(key, *(_plain(about.get(key)) for about in data.values())) for key in keys]),
+        environment=listed(("Name", "Value"), [(key.replace("_", " "), _plain(value)) for key, value in facts.items()]),
+        seconds=listed(("Stage", "Time"), [(stage, duration(spent)) for stage, spent in seconds.items()]),
         plotly=get_plotlyjs() if any(charts) else "",
     )
 
@@ -272,7 +274,7 @@ def _e(value: object) -> str:
     return html.escape(str(value))
 
 
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def listed(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """Headings on top and on the left; every cell escaped."""
     top = "".join(f'<th scope="col">{_e(cell)}</th>' if cell else "<td></td>" for cell in head)
     body = "".join(
@@ -327,13 +329,13 @@ def _removals(result: Result) -> str:
         (
             str(number),
             ", ".join(step["sites"]),
-            _short(sum(sizes.get(site, 0) for site in step["sites"])),
+            short(sum(sizes.get(site, 0) for site in step["sites"])),
             f"{step['loss']:.4g}",
-            _short(step["gap"]) + ("" if step["gap_se"] is None else f" ± {_short(1.96 * step['gap_se'])}"),
+            short(step["gap"]) + ("" if step["gap_se"] is None else f" ± {short(1.96 * step['gap_se'])}"),
         )
         for number, step in enumerate(result["steps"], 1)
     ]
-    table = _table(("No.", "Site", "Parameters", "Loss", "Gap ± 95%"), lines)
+    table = listed(("No.", "Site", "Parameters", "Loss", "Gap ± 95%"), lines)
     told = f"<p>{_e(result['search']['told'])}</p>"
     return f"{told}<details><summary>The removals in order, as a table</summary>{table}</details>"
 
@@ -361,7 +363,7 @@ def _loss_chart(result: Result) -> str:
     caption = (
         f"Above: the loss ({result['loss']}, nats per token, lower is better) after each removal. Below: how much "
         "worse the second-best choice was, with its 95% interval over documents (1.96 standard errors). Where it "
-        f"reaches zero (hollow), the choice may be noise. Clear of zero: {clear} of {_count(len(known), 'choice')}."
+        f"reaches zero (hollow), the choice may be noise. Clear of zero: {clear} of {count(len(known), 'choice')}."
     )
     numbers: dict[str, list[Any]] = {"sites": [", ".join(step["sites"]) for step in steps], "error": errors}
     numbers |= {key: [step[key] for step in steps] for key in ("loss", "gap")}

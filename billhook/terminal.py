@@ -103,6 +103,7 @@ def show(value: dict[str, Any], kind: str) -> None:
     console = Console(soft_wrap=False, markup=False)
     {"result": _result, "anatomy": _anatomy, "plan_of_work": _plan_of_work, "evaluation": _evaluation,
      "speed": _speed, "scores": _scores, "runs": _runs, "run": _run, "methods": _methods,
+     "sweep": _sweep, "trade": _trade, "stability": _stability,
      }[kind](console, value)  # fmt: skip
 
 
@@ -252,3 +253,126 @@ def _methods(console: Console, value: dict[str, Any]) -> None:
     for row in value["methods"]:
         console.print(f"{row['name']} ({row['family']}): {row['summary']}", highlight=False, style="bold")
         console.print(f"    {row['source']}", style="dim", highlight=False)
+
+
+# -- the laboratory -------------------------------------------------------------------------------------------------
+
+
+def _sweep(console: Console, value: dict[str, Any]) -> None:
+    """A table a text, the best of each size first; then the tasks, three to a table."""
+    from billhook import lab_words as words
+    from billhook import report
+
+    names, rows = words.named(value["teacher"]), words.ordered(value)
+    console.print(f"{words.shown(value['model'])}: {words.sweep_verdict(value)}", highlight=False)
+    for text in words.texts_of(value) if rows else ():
+        teacher = value["teacher"][text]
+        whole = f"{words.perplexity(teacher['value'])} ({words.span(teacher, words.perplexity)})"
+        table = _table("recipe", "left", "perplexity", "above best", "search")
+        for place, alike in _places(value, words.ordered(value, text)):
+            table.add_row(place, style="bold")
+            for row in alike:
+                told, left = row["results"][text], words.left(value, row)
+                measured = f"{words.perplexity(told['value'])} ({words.span(told, words.perplexity)})".replace(
+                    " ()", ""
+                )
+                cells = f"{left:.1%}", measured, _above(told, alike), report.duration(row["search_seconds"])
+                table.add_row(f" {words.shown(row['recipe'])}", *cells)
+        console.print(f"\nPerplexity on {names[text]}; the teacher's: {whole}", highlight=False)
+        console.print(table)
+    for some in _threes(words.tasks_of(value) if rows else []):
+        table = _table("recipe", *(f"{names[task]}, %" for task in some))
+        for place, alike in _places(value, rows):
+            table.add_row(place, style="bold")
+            for row in alike:
+                table.add_row(f" {words.shown(row['recipe'])}", *(_share(row["results"][task]) for task in some))
+        table.add_row("the teacher", *(_share(value["teacher"][task]) for task in some))
+        console.print("\nAccuracy on tasks")
+        console.print(table)
+    for each in value["refused"]:
+        console.print(f"Refused: {words.shown(' '.join(each[key] for key in ('recipe', 'remove', 'data', 'why')))}")
+    told = "left: parameters; above best: nats, ≈ where not told apart; in brackets: 95% intervals"
+    _foot(console, value, [told, *words.unreliable(value)])
+
+
+def _above(told: Any, alike: list[Any]) -> str:
+    """How far a row is above the best of those alike, in nats."""
+    from billhook import lab_words as words
+
+    state = words.standing(told["above_best"])
+    far = words.nats(told["above_best"]["value"]) + (" ≈" if state else "  ")
+    return "–" if len(alike) == 1 else "best" if state == "best" else far
+
+
+def _places(value: dict[str, Any], rows: list[Any]) -> list[tuple[str, list[Any]]]:
+    """Rows by size and calibration text, which is named where there are several."""
+    from billhook import lab_words as words
+
+    datas = words.named(row["data"] for row in value["rows"])
+    told: dict[str, list[Any]] = {}
+    for row in rows:
+        place = words.shown(row["remove"]) + (f", by {datas[row['data']]}" if len(datas) > 1 else "")
+        told.setdefault(place, []).append(row)
+    return list(told.items())
+
+
+def _threes(names: list[str]) -> list[list[str]]:
+    return [names[start : start + 3] for start in range(0, len(names), 3)]
+
+
+def _share(told: Any) -> str:
+    from billhook import lab_words as words
+
+    return f"{words.accuracy(told['value'])} ({words.span(told, words.accuracy)})".replace("%", "")
+
+
+def _trade(console: Console, value: dict[str, Any]) -> None:
+    """Changes against the teacher and against text, in points, three tasks to a table."""
+    from billhook import lab_words as words
+
+    def cell(change: float, low: float, high: float) -> str:
+        whole = words.between({"low": low, "high": high}, lambda x: f"{100 * x:+.0f}".replace("-", "−"))
+        return f"{words.points(change)} ({whole})"
+
+    console.print(f"{words.shown(value['model'])}: {words.trade_verdict(value)}", highlight=False)
+    for some in _threes(list(value["teacher"])):
+        table = _table("pruned for", *map(words.shown, some))
+        table.add_row("the teacher, %", *(_share(value["teacher"][task]) for task in some))
+        table.add_row("against the teacher", style="bold")
+        for row in value["rows"]:
+            told = [row["results"][task] for task in some]
+            cells = (cell(each["change"], each["change_low"], each["change_high"]) for each in told)
+            table.add_row(f" {words.shown(row['pruned_for'])}", *cells)
+        table.add_row("against text", style="bold")
+        for row in value["rows"][1:]:
+            told = [row["results"][task]["against_text"] for task in some]
+            cells = (cell(each["value"], each["low"], each["high"]) for each in told)
+            table.add_row(f" {words.shown(row['pruned_for'])}", *cells)
+        console.print(table)
+    _foot(console, value, ["in points of accuracy; in brackets: 95% intervals", *words.unreliable(value)])
+
+
+def _stability(console: Console, value: dict[str, Any]) -> None:
+    from billhook import lab_words as words
+
+    console.print(
+        f"{words.shown(value['model'])}, {value['metric']}: {words.stability_verdict(value)}", highlight=False
+    )
+    table = _table("tokens", "sets", "rank correlation", "overlap of plans", "in all", "in some")
+    for told in value["sizes"]:
+        ranks, overlap, votes = told["rank_correlation"], told["overlap"], words.shares(told)
+        always = sum(n == told["sets"] for n in votes.values())
+        cells = [f"{words.rank(ranks['mean'])} ({words.between(ranks, words.rank)})"]
+        cells += [f"{words.share(overlap['mean'])} ({words.between(overlap, words.share)})", str(always)]
+        table.add_row(f"{told['tokens']:,}", str(told["sets"]), *cells, str(len(votes) - always))
+    console.print(table)
+    _foot(console, value, ["in brackets: lowest and highest pair of sets; in all, in some: sites by plans"])
+
+
+def _foot(console: Console, value: dict[str, Any], notes: list[str]) -> None:
+    from billhook import lab_words
+
+    for note in notes:
+        console.print(note, style="dim", highlight=False)
+    if "page" in value:
+        console.print(f"Page: {lab_words.shown(value['page'])}", highlight=False, soft_wrap=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
+import browser
 import tiny
 import torch
 import transformers
@@ -44,3 +45,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A .jsonl of 80 short texts for calibration and evaluation."""
     return tiny.write_texts(tmp_path_factory.mktemp("text") / "texts.jsonl", 80)
+
+
+@pytest.fixture(scope="session")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Tab]:
+    """One tab of a headless Chromium."""
+    if browser.CHROMIUM is None:
+        pytest.skip("chromium is missing: apt-get install chromium")
+    with browser.opened(tmp_path_factory.mktemp("chromium")) as tab:
+        yield tab
