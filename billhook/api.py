@@ -169,7 +169,7 @@ def score(
     share a pass.
     """
     names = list(dict.fromkeys(name.strip() for name in metric.split(",")))
-    options = Recipe(remove="1sites", set=set or {}).set  # read as in a recipe
+    options = recipe_from({"remove": "1sites", "set": set or {}}, "The call").set
     given = dict(zip(names, chosen(options, *(METRICS[name] for name in names)), strict=True))
     known = model if isinstance(model, Teacher) else None
     name = known.name if known is not None else str(model)

@@ -25,7 +25,8 @@ from billhook.loading import Teacher, load
 from billhook.metrics import METRICS
 from billhook.plan import PARTS, Plan, Site
 from billhook.probe import Probe
-from billhook.records import Score, Unit
+from billhook.problem import Unit
+from billhook.records import Score
 from billhook.surgery import apply
 
 Folder = Callable[[str], Path]
