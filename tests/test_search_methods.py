@@ -263,6 +263,19 @@ def test_swap_begins_where_another_search_ends(start: str) -> None:
         assert score(last) <= min(score(run(start, problem, score)[-1]), *map(score, exchanged(problem, last)))
 
 
+def test_swap_gives_nothing_back_that_lowers_the_loss() -> None:
+    small = Site(0, "mlp")
+    anatomy = anatomy_of({site: 5 if site == small else 10 for site in plain(3).alive()}, 3)
+    problem = Problem(anatomy, read_budgets("10params"))  # small is not needed: each of the others is enough
+
+    def score(plan: Plan) -> float:
+        return sum(1.0 if s != small else -0.5 for s in plan.sites()) + 3
+
+    first, last = run("greedy", problem, score)[-1], run("swap", problem, score)[-1]
+    assert small in first.removed
+    assert score(last) <= score(first) == 3.5
+
+
 def test_swap_brings_back_what_the_budget_does_not_count() -> None:
     problem = problem_of("2attention")
     assert {s.part for s in run("span", problem, additive(2))[-1].removed} == set(PARTS)
