@@ -68,8 +68,8 @@ def chosen(given: dict[str, Any], *functions: Callable[..., object]) -> list[dic
             near = nearest(name, every)
             guess = f" Did you mean {near}?" if near else ""
             names = " and ".join(function.__name__ for function in functions)
-            takes = f"takes {', '.join(sorted(every))}" if every else "takes no options"
-            raise UsageError(f"There is no option {name!r}.{guess} {names} {takes}.")
+            known_names = ", ".join(sorted(every)) or "none"
+            raise UsageError(f"There is no option {name!r} of {names}.{guess} Known: {known_names}.")
     return [{name: _value(name, given[name], of_one[name]) for name in given if name in of_one} for of_one in known]
 
 

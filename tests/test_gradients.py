@@ -22,7 +22,7 @@ from billhook.metrics import METRICS
 from billhook.plan import PARTS, Plan, Site
 from billhook.probe import Probe
 from billhook.probe.head import Head
-from billhook.records import Unit
+from billhook.problem import Unit
 from billhook.surgery import apply
 
 Folder = Callable[[str], Path]

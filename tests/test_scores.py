@@ -342,20 +342,20 @@ def test_score_gives_values_with_their_spread(model: Path, text: Path) -> None:
 
 def test_score_of_several_metrics_with_options(model: Path, text: Path) -> None:
     text_options = {"data": str(text), "tokens": 240, "length": 24}
-    told = billhook.score(str(model), "cosine, taylor,cosine", options={"kind": "vector"}, **text_options)
-    assert (told["metric"], told["options"]) == ("cosine,taylor", {"kind": "vector"})
+    told = billhook.score(str(model), "cosine, taylor,cosine", set={"kind": "vector"}, **text_options)
+    assert (told["metric"], told["set"]) == ("cosine,taylor", {"kind": "vector"})
     assert "sites" not in told
     for name, options in (("cosine", {}), ("taylor", {"kind": "vector"})):
-        alone = billhook.score(str(model), name, options=options, **text_options)
+        alone = billhook.score(str(model), name, set=options, **text_options)
         assert told["scores"][name] == alone["scores"][name]
     for metric, options, message in (
-        ("cosine,taylor", {"knid": 1}, "cosine, taylor takes no option 'knid'. Did you mean 'kind'.* Known: kind"),
-        ("cosine", {"kind": "vector"}, "cosine takes no option 'kind'. Known: none"),
+        ("cosine,taylor", {"knid": 1}, "no option 'knid' of cosine and taylor. Did you mean kind.* Known: kind"),
+        ("cosine", {"kind": "vector"}, "no option 'kind' of cosine. Known: none"),
         ("taylor", {"kind": "third"}, "There is no kind of taylor called 'third'.*element, second, vector"),
         ("cosine,", {}, "There is no metric called ''"),
     ):
         with pytest.raises(UsageError, match=message):
-            billhook.score(str(model), metric, options=options, **text_options)
+            billhook.score(str(model), metric, set=options, **text_options)
 
 
 def test_spans_of_blocks_are_told_by_their_ends(

@@ -24,7 +24,7 @@ from billhook.data import TokenSet, first
 from billhook.errors import DataError, ModelError, UnknownName, UsageError
 from billhook.evaluate import EVALUATIONS
 from billhook.evaluate.choices import log_probabilities, outcomes
-from billhook.execute import Executor
+from billhook.execute import Executor, memos
 from billhook.loading import Teacher, load
 from billhook.losses import ITEM_LOSSES, LOSSES, split_loss
 from billhook.plan import Ask, Plan
@@ -377,8 +377,8 @@ def test_a_race_measures_items_whole_and_no_piece_twice(checkpoint: Folder, file
     teacher, tokens, diary = load(checkpoint("llama")), task_tokens(file, tokenizer), Diary()
     plans = [Plan(frozenset([site])) for site in teacher.anatomy.alive()]
     full = dict(zip(plans, Probe(teacher, tokens, "task").losses(plans), strict=True))
-    probe = Probe(teacher, tokens, "task", fast=Fast(shortlist=6, risk=0.05))
-    found = dict(probe.decide(plans, 2, diary))
+    probe = Probe(teacher, tokens, "task", fast=Fast(shortlist=6, risk=0.05), memos=lambda *of: diary)
+    found = dict(probe.decide(plans, 2))
     assert probe.tally[0]["raced"] > 0
     assert sum(not loss.bound for loss in found.values()) >= 2
     for plan, loss in found.items():
@@ -396,8 +396,9 @@ def test_what_is_stored_comes_back_also_of_the_first_tokens(
     with closing(Store(tmp_path / "runs.db")) as store:
         told, sites = [], []
         for _ in range(2):
-            run, probe = store.new_run({}, {}, "out"), Probe(teacher, tokens, "task")
-            execute = Executor(probe, store, run)
+            kept = memos(store, store.new_run({}, {}, "out"), teacher)
+            probe = Probe(teacher, tokens, "task", memos=kept)
+            execute = Executor(probe)
             told.append([execute(each) for each in ask])
             sites.append(probe.site_evaluations)
         assert told[0] == told[1]
