@@ -87,7 +87,7 @@ def tried(bench: Bench, name: str, recipe: Recipe, calibration: TokenSet) -> Tri
     """Search by a recipe, or recall what an earlier one found."""
     fingerprint = bench.teacher.fingerprint
     passed = {"about": "", "model": "", "eval_data": None, "eval_tokens": 64, "eval_length": 16}
-    of = {"recipe": recipe.model_copy(update=passed).model_dump(), "tokens": calibration.hash}
+    of = {"recipe": recipe.model_copy(update=passed).model_dump(exclude_defaults=True), "tokens": calibration.hash}
     known = bench.store.fact(fingerprint, "plan", of)
     if known is None:
         start = time.perf_counter()

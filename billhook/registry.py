@@ -51,9 +51,10 @@ class Registry(Generic[F]):
 
 
 def options(function: Callable[..., object]) -> dict[str, Any]:
-    """The options of a method with their defaults: its keyword-only parameters."""
+    """The options of a method with their defaults: its keyword-only parameters of plain kinds."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+    named = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {name: default for name, default in named.items() if isinstance(default, bool | int | float | str)}
 
 
 def chosen(given: dict[str, Any], *functions: Callable[..., object]) -> list[dict[str, Any]]:

@@ -252,7 +252,10 @@ def _run(console: Console, value: dict[str, Any]) -> None:
 def _methods(console: Console, value: dict[str, Any]) -> None:
     for row in value["methods"]:
         console.print(f"{row['name']} ({row['family']}): {row['summary']}", highlight=False, style="bold")
-        console.print(f"    {row['source']}", style="dim", highlight=False)
+        options = ", ".join(f"{name}={default}" for name, default in row["options"].items())
+        for text in (row["cost"] and f"Cost: {row['cost']}", options and f"Options: {options}", row["source"]):
+            if text:
+                console.print(f"    {text}", style="dim", highlight=False)
 
 
 # -- the laboratory -------------------------------------------------------------------------------------------------

@@ -34,9 +34,42 @@ def help_texts() -> str:
 
 
 def methods() -> str:
-    """One row a registered method."""
-    rows = [(row["family"], f"`{row['name']}`", row["summary"], row["source"]) for row in billhook.methods()]
-    return _table(("family", "name", "what it does", "source"), rows)
+    """A section a family, and in it one of every registered method."""
+    told, family = [], ""
+    for row in billhook.methods():
+        if row["family"] != family:
+            family = row["family"]
+            told.append(f"\n## {HEADINGS[family]}\n")
+        told.append(f"\n### `{row['name']}`\n\n{row['summary']}\n")
+        if row["text"]:
+            told.append(f"\n{row['text']}\n")
+        options = ", ".join(f"`{name}` = `{_shown(default)}`" for name, default in row["options"].items())
+        lines = [
+            ("Formula", _code(row["formula"])),
+            ("Cost", row["cost"]),
+            ("Options", options if row["family"] in SET else ""),
+        ]
+        lines += [("Source", row["source"]), ("Deviations", row["deviation"])]
+        told.append("\n" + "".join(f"- {name}: {text}\n" for name, text in lines if text))
+    return "".join(told) + "\n"
+
+
+HEADINGS = {
+    "metric": "Metrics",
+    "loss": "Losses",
+    "task_loss": "Losses on tasks",
+    "search": "Searches",
+    "evaluation": "Evaluations",
+}
+SET = ("metric", "search")  # whose options are typed as --set NAME=VALUE
+
+
+def _shown(default: object) -> str:
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _code(formula: str) -> str:
+    return f"`{formula}`" if formula and "`" not in formula else formula
 
 
 def architectures() -> str:

@@ -35,6 +35,8 @@ def cosine(probe: Probe) -> dict[Unit, Score]:
 
     Of every site and, by position, of every block. Range [0, 2]; 0: nothing is turned.
 
+    Formula: mean over tokens of 1 - x·y / (||x||₂ ||y||₂)
+    Cost: one forward pass, shared by cosine, l1, l2, relative_l1 and relative_l2.
     Source: Men et al. 2024, ShortGPT (arXiv 2403.03853), for blocks; Siddiqui et al. 2024, A deeper look at depth
     pruning of LLMs (arXiv 2407.16286), for attention and MLP as well. Deviation: in parallel blocks each site is
     judged by what it alone adds to the block's input.
@@ -48,6 +50,8 @@ def l1(probe: Probe) -> dict[Unit, Score]:
 
     Of every site and block. Streams grow with depth, so that it ranks late blocks high.
 
+    Formula: mean over tokens of ||y - x||₁
+    Cost: one forward pass, shared by cosine, l1, l2, relative_l1 and relative_l2.
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286). Deviation: its code names
     this metric and does not compute it; the formula is inferred.
     """
@@ -60,6 +64,8 @@ def l2(probe: Probe) -> dict[Unit, Score]:
 
     Of every site and block. Streams grow with depth, so that it ranks late blocks high.
 
+    Formula: mean over tokens of ||y - x||₂
+    Cost: one forward pass, shared by cosine, l1, l2, relative_l1 and relative_l2.
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286). Deviation: its code names
     this metric and does not compute it; the formula is inferred.
     """
@@ -72,6 +78,8 @@ def relative_l1(probe: Probe) -> dict[Unit, Score]:
 
     x and y are the residual stream before and after every site and block.
 
+    Formula: mean over tokens of ||y - x||₁ / ||x||₁
+    Cost: one forward pass, shared by cosine, l1, l2, relative_l1 and relative_l2.
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286). Deviation: its code names
     this metric and does not compute it; the formula, with x and not y below, is inferred.
     """
@@ -84,6 +92,8 @@ def relative_l2(probe: Probe) -> dict[Unit, Score]:
 
     x and y are the residual stream before and after every site and block.
 
+    Formula: mean over tokens of ||y - x||₂ / ||x||₂
+    Cost: one forward pass, shared by cosine, l1, l2, relative_l1 and relative_l2.
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286). Deviation: its code names
     this metric and does not compute it; the formula, with x and not y below, is inferred.
     """
@@ -98,6 +108,8 @@ def sprint_local(probe: Probe) -> dict[Unit, Score]:
     for an MLP, for a block, and for an attention whose MLP runs in parallel. Behind the last MLP, f is the residual
     stream after the last block. Both sides see the unpruned model but for the site or block itself.
 
+    Formula: mean over tokens of ||g - f||₂ / ||f||₂
+    Cost: about three forward passes: every block on several streams, its weights touched once.
     Source: Park et al. 2025, SPRINT (arXiv 2506.03510). Deviations: not divided by the latency of the site, and no MLP
     is fitted anew before the judgement; Euclidean norms of tokens, where its code has L1 norms of sentences; blocks as
     well; an MLP that adds nothing to any token is passed over.
@@ -109,12 +121,14 @@ TOKENS = ("last", "all")
 
 
 @metric
-def angular_span(probe: Probe, tokens: str = "last") -> dict[Unit, Score]:
+def angular_span(probe: Probe, *, tokens: str = "last") -> dict[Unit, Score]:
     """Angular distance, arccos(cos(x, y)) / π, between the residual stream before and after every span of blocks.
 
     Keys are (first, last) positions, for all lengths but that of the whole model. The mean over the last token of each
     row, or with `tokens="all"` over all tokens, for which the streams between all blocks have to fit into memory.
 
+    Formula: mean over tokens of arccos(x·y / (||x||₂ ||y||₂)) / π
+    Cost: one forward pass.
     Source: Gromov et al. 2024, The unreasonable ineffectiveness of the deeper layers (arXiv 2403.17887). Deviation: the
     angle is computed as 2 atan2(||u - v||, ||u + v||) of unit vectors, which is exact for small ones too.
     """

@@ -28,17 +28,16 @@ KINDS = {"element": _element, "vector": _vector, "second": _second}
 
 
 @metric
-def taylor(probe: Probe, kind: str = "element") -> dict[Unit, Score]:
+def taylor(probe: Probe, *, kind: str = "element") -> dict[Unit, Score]:
     """How much the loss would move, by its Taylor series, if the weights of a site or block were zero.
 
-    The loss is the mean negative log-likelihood of a predicted token, w a weight and g its gradient:
+    The loss is the mean negative log-likelihood of a predicted token, w a weight and g its gradient. Rows count by their predicted tokens in f (the diagonal of the Fisher matrix, for that of the Hessian). Biases and
+    norms are weights, one an output. Of Llama-2-7B it ranks the first block lowest, which must not go: protect it.
 
-        element   sum over weights of |g w|
-        vector    sum over the outputs of every matrix of |sum over its inputs of g w|
-        second    sum over weights of |g w - f w² / 2|, f = mean over rows of (gradient of the row's own mean loss)²
-
-    Rows count by their predicted tokens in f (the diagonal of the Fisher matrix, for that of the Hessian). Biases and
-    norms are weights, one an output. It is known to rank the first block low, which must not go: protect it.
+    Formula: `element`: sum over weights of |g w|; `vector`: sum over the outputs of every matrix of |sum over its
+    inputs of g w|; `second`: sum over weights of |g w - f w² / 2|, f = mean over rows of (gradient of the row's own
+    mean loss)²
+    Cost: about three forward passes: one forward, then block by block forward and backward.
 
     Source: Kim et al. 2024, Shortened LLaMA (arXiv 2402.02834), `element`, for blocks; Ma et al. 2023, LLM-Pruner
     (arXiv 2305.11627), `vector` and `second`. Deviations: of sites as well; LLM-Pruner scores heads and channels, takes

@@ -14,6 +14,8 @@ def magnitude(probe: Probe) -> dict[Unit, Score]:
 
     A norm that both sites of a block share counts for the block alone. Large sites score high for their size.
 
+    Formula: sum over weights of |w|
+    Cost: none; the weights are read once.
     Source: Kim et al. 2024, Shortened LLaMA (arXiv 2402.02834), for blocks. Deviation: of sites as well.
     """
     return probe.sum_over_weights(lambda w: w.abs().sum())
