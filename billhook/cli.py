@@ -39,7 +39,7 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "remove": (None, "What must go: 25% (of all parameters), 25%sites, 15sites, 8attention, 4mlp, 3blocks"),
     "plan": (None, "No search, remove this: attention.7,mlp.16, a plan file, a drop list of LLM-Drop or EvoPress"),
     "search": ("greedy", "How to search: greedy or oneshot"),
-    "loss": ("kl", "What to keep low: kl, js or nll"),
+    "loss": ("kl", "What to keep low: kl, js, nll or another of billhook methods"),
     "fast": (False, "Race a round's candidates instead of proving which is best"),
     "shortlist": (12, "With --fast: candidates a round, by the ranking of the rounds before"),
     "risk": (0.05, "With --fast: risk of dropping the best candidate at one comparison"),

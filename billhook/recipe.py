@@ -31,7 +31,7 @@ class Recipe(BaseModel):
         ),
     ] = None
     search: Annotated[str, Field(description="How to search: greedy or oneshot")] = "greedy"
-    loss: Annotated[str, Field(description="What to keep low: kl, js or nll")] = "kl"
+    loss: Annotated[str, Field(description="What to keep low: kl, js, nll or another of billhook methods")] = "kl"
     fast: Annotated[bool, Field(description="Race a round's candidates instead of proving which is best")] = False
     shortlist: Annotated[
         int, Field(description="With --fast: candidates a round, by the ranking of the rounds before", ge=2)
