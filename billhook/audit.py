@@ -40,12 +40,12 @@ def _in_words(told: dict[str, Any]) -> str:
         missed = [row for row in told["audit"] if row["regret"] > 0]
         worst = max((row["regret"] for row in told["audit"]), default=0.0)
         sentence += f" Audit: {len(missed)} of {len(told['audit'])} rounds missed the best candidate"
-        sentence += f", by at most {worst:.3g} nats per token." if missed else "."
+        sentence += f", by at most {worst:.3g} per token." if missed else "."
     return sentence
 
 
 def audited(rounds: Iterable[tuple[Ask, list[Loss]]], measure: Callable[[Ask], list[Loss]]) -> list[dict[str, Any]]:
-    """Every round of a search again, exactly: what it chose, what was best, and the regret in nats per token.
+    """Every round of a search again, exactly: what it chose, what was best, and the regret per token.
 
     `regret`: loss of the chosen candidate minus that of the best one, with its standard error over documents.
     """

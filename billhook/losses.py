@@ -1,7 +1,11 @@
-"""How far a student is from its teacher, or from the data, token by token. Registered; nats; accumulated in float32."""
+"""How far a student is from its teacher, or from the data, token by token. Registered; accumulated in float32.
+
+In nats, but for `angular` (radians) and `norm` (logits).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +20,7 @@ loss = LOSSES.add
 ItemLoss = Callable[[torch.Tensor, int], torch.Tensor]
 ITEM_LOSSES: Registry[ItemLoss] = Registry("task_loss")
 item_loss = ITEM_LOSSES.add
+TOP_K = 512  # tokens that `topk_kl` tells apart
 
 
 @loss
@@ -40,9 +45,87 @@ def js(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> t
 
     Source: Lin 1991; as a pruning objective, Zhang et al. 2024, FinerCut (arXiv 2405.18218).
     """
-    p, q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
-    middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
-    return 0.5 * ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1))
+    return js_terms(teacher.float().log_softmax(-1), student.float().log_softmax(-1)).sum(-1)
+
+
+def js_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """What every word adds to `js`, from log-probabilities of both sides, [tokens, words]."""
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return 0.5 * (p.exp() * (p - middle) + q.exp() * (q - middle))
+
+
+@loss
+def finercut_js(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """FinerCut's Jensen-Shannon: (KL(M || P) + KL(M || Q)) / 2, M = (P + Q) / 2, in nats; symmetric.
+
+    `teacher`, `student`: logits [tokens, vocabulary]; `targets`: [tokens] (not used). Returns [tokens], each at least 0
+    up to rounding. What FinerCut's code computes: against the textbook (`js`) the arguments of both KL are swapped, so
+    that it has no upper bound. Deviation: summed over the vocabulary, where the code takes the mean over tokens and
+    vocabulary; the ranking is the same.
+
+    Source: Zhang et al. 2024, FinerCut (arXiv 2405.18218), its `js_divergence`.
+    """
+    return finercut_js_terms(teacher.float().log_softmax(-1), student.float().log_softmax(-1)).sum(-1)
+
+
+def finercut_js_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """What every word adds to `finercut_js`, from log-probabilities of both sides, [tokens, words]."""
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return middle.exp() * (middle - 0.5 * (p + q))
+
+
+@loss
+def topk_kl(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) over the teacher's 512 likeliest tokens and one bucket of all others, in nats.
+
+    `teacher`, `student`: logits [tokens, vocabulary]; `targets`: [tokens] (not used). Returns [tokens], each at least 0
+    up to rounding, and at most `kl`: merging tokens only loses information (the data-processing inequality). Of a
+    vocabulary under 1,024 the likelier half. Deviation from EvoPress, which leaves the other tokens out and normalises
+    both sides over the top k: that is no bound of `kl`, and does not see probability that leaves the top k.
+
+    Source: Sieberling et al. 2024, EvoPress (arXiv 2410.14649); the bucket is ours.
+    """
+    top = teacher.topk(top_count(teacher.shape[-1])).indices
+    return kl(bucketed(teacher.float(), top), bucketed(student.float(), top), targets)
+
+
+def top_count(words: int) -> int:
+    """How many tokens of a vocabulary of `words` `topk_kl` tells apart; some are always left for the bucket."""
+    return min(TOP_K, words // 2)
+
+
+def bucketed(logits: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """Logits [tokens, words] of the words `top` [tokens, k] and, last, of all others together: [tokens, k + 1]."""
+    others = logits.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat((logits.gather(-1, top), others), -1)
+
+
+@loss
+def angular(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Angle between the logits of teacher and student, arccos of the cosine clamped to [0, 1], in radians.
+
+    `teacher`, `student`: logits [tokens, vocabulary]; `targets`: [tokens] (not used). Returns [tokens], between 0 and
+    pi / 2. Deviation: computed as 2 atan2(|u - v|, |u + v|) of the normalised logits, the same angle, but precise also
+    where they are almost parallel, where arccos is not.
+
+    Source: Zhang et al. 2024, FinerCut (arXiv 2405.18218), its `angular_distance`.
+    """
+    u, v = F.normalize(teacher.float(), dim=-1), F.normalize(student.float(), dim=-1)
+    angle = 2 * torch.atan2(torch.linalg.vector_norm(u - v, dim=-1), torch.linalg.vector_norm(u + v, dim=-1))
+    return angle.clamp(max=math.pi / 2)
+
+
+@loss
+def norm(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """L2 norm, over the vocabulary, of the difference between the logits of teacher and student, in logits.
+
+    `teacher`, `student`: logits [tokens, vocabulary]; `targets`: [tokens] (not used). Returns [tokens], each at least
+    0; their mean is D of the paper. It sees a shift of all logits, which changes no probability. Deviation from
+    FinerCut's `norm`: that is the Frobenius norm over all tokens of a sample, this the mean of the norms of its tokens.
+
+    Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286).
+    """
+    return (teacher.float() - student.float()).square().sum(-1).sqrt()
 
 
 @loss
@@ -59,7 +142,10 @@ def nll(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> 
 
 
 COUNTS_TARGETS = frozenset({"nll"})  # losses over predicted tokens: the last token of a row has none
-NEVER_NEGATIVE = frozenset({"kl", "js", "nll", "task", "task_error"})  # a sum over some documents bounds the whole
+# Of any token: a sum over some documents bounds the whole.
+NEVER_NEGATIVE = frozenset({"kl", "js", "nll", "finercut_js", "topk_kl", "angular", "norm", "task", "task_error"})
+SUMS_OVER_WORDS = {"js": js_terms, "finercut_js": finercut_js_terms}  # of log-probabilities of both sides
+ROTATION_FREE = frozenset({"angular", "norm"})  # the same if both sides' logits are rotated: of inner products alone
 
 
 # -- losses over the items of a multiple-choice task ----------------------------------------------------------------

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 
 from billhook.plan import Plan, Site
 
+LOSS_UNITS = {"angular": "radians", "norm": "logits"}  # of losses that are not in nats
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
     """How far one plan's outputs are from the teacher's or from the data. Lower is better; nats per token.
 
-    `sums[d]` is the sum over the counted tokens of document d, `counts[d]` their number; of a task a document is an
-    item, and counts once. `bound=True`: a lower bound or an estimate, never stored as a loss.
+    Some are in other units: `LOSS_UNITS`. `sums[d]` is the sum over the counted tokens of document d, `counts[d]` their
+    number; of a task a document is an item, and counts once. `bound=True`: a lower bound or an estimate, never stored
+    as a loss.
     """
 
     name: str
@@ -24,11 +27,11 @@ class Loss:
 
     @property
     def mean(self) -> float:
-        """Nats per token over all documents, each weighted by its tokens."""
+        """Per token, over all documents, each weighted by its tokens."""
         return math.fsum(self.sums) / sum(self.counts)
 
     def per_document(self) -> tuple[float, ...]:
-        """Nats per token of each document."""
+        """Per token, of each document."""
         return tuple(total / count for total, count in zip(self.sums, self.counts, strict=True))
 
 

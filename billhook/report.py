@@ -19,6 +19,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from billhook.plan import PARTS, Plan, Site
+from billhook.records import LOSS_UNITS
 
 Result = Mapping[str, Any]
 
@@ -360,8 +361,9 @@ def _loss_chart(result: Result) -> str:
     known = [(step["gap"], error) for step, error in zip(steps, errors, strict=True) if step["gap"] is not None]
     clear = sum(error is not None and gap > error for gap, error in known)
     label = f"Loss after each of {len(steps)} removals: from {steps[0]['loss']:.4g} to {steps[-1]['loss']:.4g}."
+    unit = LOSS_UNITS.get(result["loss"], "nats")
     caption = (
-        f"Above: the loss ({result['loss']}, nats per token, lower is better) after each removal. Below: how much "
+        f"Above: the loss ({result['loss']}, {unit} per token, lower is better) after each removal. Below: how much "
         "worse the second-best choice was, with its 95% interval over documents (1.96 standard errors). Where it "
         f"reaches zero (hollow), the choice may be noise. Clear of zero: {clear} of {count(len(known), 'choice')}."
     )

@@ -23,8 +23,10 @@ import typer
 import billhook
 from billhook import errors
 from billhook.arch import ROWS
+from billhook.losses import LOSSES
 from billhook.plan import UNITS, Budget
 from billhook.recipe import Recipe
+from billhook.records import LOSS_UNITS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -110,8 +112,15 @@ def test_the_architectures_that_are_said_to_be_tested_are() -> None:
     assert set(ROWS) == set(tiny.TYPES)
 
 
+def test_every_loss_is_explained_with_its_unit() -> None:
+    section = read(DOCS / "how-it-works.md").partition("## Losses")[2].partition("\n## ")[0]
+    table = dict(re.findall(r"^\| `(\w+)`.* \| (\w+) \|$", section, re.MULTILINE))
+    assert table == {loss: LOSS_UNITS.get(loss, "nats") for loss in LOSSES}
+
+
 def test_every_budget_that_the_docs_name_can_be_read() -> None:
-    table = re.findall(r"^\| `(\w+)` \| (.*?) \|", read(DOCS / "how-it-works.md"), re.MULTILINE)
+    section = read(DOCS / "how-it-works.md").partition("## Budgets")[2]
+    table = re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.MULTILINE)
     assert {unit for unit, _ in table} == set(UNITS)
     for unit, cell in table:
         assert [Budget.parse(text).unit for text in inline(cell)] == [unit] * len(inline(cell))

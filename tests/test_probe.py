@@ -19,10 +19,11 @@ from billhook.data import Document, TokenSet, pick
 from billhook.errors import ModelError
 from billhook.export.checkpoint import save
 from billhook.loading import Teacher, load
-from billhook.losses import LOSSES
+from billhook.losses import LOSSES, ROTATION_FREE
 from billhook.plan import Plan, Site
 from billhook.probe import Fast, NoMemo, Probe
 from billhook.probe.choose import Quality, Sums
+from billhook.probe.head import VOCABULARY_AT_A_TIME
 from billhook.probe.measure import Bench, waves
 from billhook.probe.table import Documents, Known
 from billhook.records import Loss
@@ -44,15 +45,30 @@ def plain(teacher: Teacher, tokens: TokenSet, plan: Plan, loss: str) -> Loss:
     sums, counts = [0.0] * len(tokens.clusters), [0] * len(tokens.clusters)
     for row, length, document in zip(tokens.rows, tokens.lengths, tokens.documents, strict=True):
         ids = row[None, :length]
-        p = teacher.model(input_ids=ids, use_cache=False).logits[0].double().softmax(-1)
+        z_p = teacher.model(input_ids=ids, use_cache=False).logits[0].double()
         with hooked(teacher, plan):
-            q = teacher.model(input_ids=ids, use_cache=False).logits[0].double().softmax(-1)
+            z_q = teacher.model(input_ids=ids, use_cache=False).logits[0].double()
+        p, q = z_p.softmax(-1), z_q.softmax(-1)
         if loss == "kl":
             value = (p * (p / q).log()).sum()
         elif loss == "js":
             m = (p + q) / 2
             value = ((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2
+        elif loss == "finercut_js":
+            m = (p + q) / 2
+            value = ((m * (m / p).log()).sum() + (m * (m / q).log()).sum()) / 2
+        elif loss == "topk_kl":  # the likelier half of the words, at most 512, and all others together
+            likeliest = p.argsort(1, descending=True)[:, : min(512, p.shape[1] // 2)]
+            top = torch.zeros_like(p, dtype=torch.bool).scatter_(1, likeliest, True)
+            others = (p * ~top).sum(1), (q * ~top).sum(1)
+            value = (p * (p / q).log() * top).sum() + (others[0] * (others[0] / others[1]).log()).sum()
+        elif loss == "angular":
+            cosine = (z_p * z_q).sum(1) / (z_p.square().sum(1) * z_q.square().sum(1)).sqrt()
+            value = cosine.clamp(0, 1).arccos().sum()
+        elif loss == "norm":
+            value = (z_p - z_q).square().sum(1).sqrt().sum()
         else:
+            assert loss == "nll"
             value = -q[torch.arange(length - 1), ids[0, 1:]].log().sum()
         sums[document] += float(value)
         counts[document] += length - (loss == "nll")
@@ -86,6 +102,32 @@ def test_losses_equal_the_plain_pass(variant: str, checkpoint: Folder) -> None:
                     close(measured, expected)
 
 
+@pytest.mark.parametrize("variant", ["phi", "gemma2", "cohere"])
+def test_a_vocabulary_that_is_read_in_pieces(variant: str, tmp_path: Path) -> None:
+    """Three pieces, the last one small; heads with a bias, with a soft cap, and with a scale."""
+    tiny.saved(tmp_path, variant, vocab_size=2 * VOCABULARY_AT_A_TIME + 5)
+    teacher, streamed, tokens = load(tmp_path), load(tmp_path, memory=0), token_set()
+    for loss in LOSSES:
+        reference = [plain(teacher, tokens, plan, loss) for plan in PLANS[:1]]
+        for which in (teacher, streamed):
+            for measured, expected in zip(Probe(which, tokens, loss).losses(PLANS[:1]), reference, strict=True):
+                close(measured, expected)
+
+
+@pytest.mark.parametrize("variant", ["llama", "phi"])
+def test_a_head_of_less_than_full_rank(variant: str, tmp_path: Path) -> None:
+    """Lengths and angles of its logits come from a matrix that is singular."""
+    model = tiny.build(variant)
+    with torch.no_grad():
+        model.lm_head.weight[:, 5] = 0
+        model.lm_head.weight[:, 7] = model.lm_head.weight[:, 3]
+    model.save_pretrained(tmp_path)
+    teacher, tokens = load(tmp_path), token_set()
+    for loss in sorted(ROTATION_FREE):
+        for plan, measured in zip(PLANS, Probe(teacher, tokens, loss).losses(PLANS), strict=True):
+            close(measured, plain(teacher, tokens, plan, loss))
+
+
 @pytest.mark.parametrize("variant", ["llama", "phi", "falcon", "gpt_oss"])
 def test_a_model_that_was_pruned_before(variant: str, checkpoint: Folder, tmp_path: Path) -> None:
     """Positions stay those of the unpruned model, in memory and streamed."""
@@ -111,7 +153,7 @@ def test_random_batches_of_plans(variant: str, checkpoint: Folder, data: st.Data
     """Whatever is asked, in whatever batches, and however little may be kept from one to the next."""
     teacher = load(checkpoint(variant))
     sites = st.sets(st.sampled_from(teacher.anatomy.alive()), max_size=6).map(lambda s: Plan(frozenset(s)))
-    loss = data.draw(st.sampled_from(["kl", "js", "nll"]))
+    loss = data.draw(st.sampled_from(sorted(LOSSES)))
     probe = Probe(teacher, token_set(), loss, walk=data.draw(st.sampled_from(["layers", "depth-first"])))
     probe._bench._limit = data.draw(st.sampled_from([0, 20_000, 200_000, 10**9]))
     for batch in data.draw(st.lists(st.lists(sites, min_size=1, max_size=6), min_size=1, max_size=4)):
@@ -234,7 +276,7 @@ def documents(count: int, length: int = 24, seed: int = 0) -> TokenSet:
     return pick(found, count * length, length, [], "made up")
 
 
-@pytest.mark.parametrize("loss", ["kl", "js", "nll"])
+@pytest.mark.parametrize("loss", sorted(LOSSES))
 @pytest.mark.parametrize("streamed", [False, True])
 def test_the_best_are_those_of_a_full_search_and_the_others_bounds(loss: str, streamed: bool, peaked: Teacher) -> None:
     teacher = load(peaked.folder, memory=0) if streamed else peaked
@@ -442,7 +484,7 @@ def test_waves_hold_whole_groups() -> None:
 
 def test_no_divergence_from_oneself_and_the_symmetry_of_js(checkpoint: Folder) -> None:
     teacher, tokens = load(checkpoint("qwen3")), token_set()
-    for loss in ("kl", "js"):
+    for loss in set(LOSSES) - {"nll"}:
         assert abs(Probe(teacher, tokens, loss).losses([Plan()])[0].mean) < 1e-6
     logits = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0)) * 3
     none = torch.zeros(50, dtype=torch.int64)

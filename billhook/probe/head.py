@@ -10,18 +10,21 @@ probability it costs a fraction, and the rest of the vocabulary has, by Jensen's
     Σ_{v not in S} exp(z_q,v) ≥ m_t · exp(lse(z_p) + ū_t · (h_q - h_p)),
 
 m_t = the teacher's probability outside S, ū_t its mean row of W there: a lower bound of KL for d floats a token more.
+
+Losses that only see lengths of logits and angles between them are computed from R h, where RᵀR = WᵀW: as many numbers
+as h has, in the place of the vocabulary, with the same lengths and angles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
 from billhook.loading import Teacher
-from billhook.losses import LOSSES
+from billhook.losses import LOSSES, ROTATION_FREE, SUMS_OVER_WORDS, bucketed, top_count
 
 VOCABULARY_AT_A_TIME = 8192
 TOKENS_AT_A_TIME = 1024
@@ -39,12 +42,14 @@ class Reference:
     targets: torch.Tensor  # [tokens], -100 where there is none
     lse: torch.Tensor | None = None  # [tokens]
     mean_row: torch.Tensor | None = None  # u: [tokens, width]
-    rest: torch.Tensor | None = None  # log of the probability outside the bound's words, plus lse: [tokens]
+    rest: torch.Tensor | None = None  # lse over the words that are not in the bound, or not in `top`: [tokens]
     rest_row: torch.Tensor | None = None  # ū: [tokens, width]
+    top: torch.Tensor | None = None  # the likeliest words: [tokens, k]
+    top_logits: torch.Tensor | None = None  # theirs: [tokens, k]
 
     def at(self, picked: slice) -> Reference:
         """The reference of some of the tokens."""
-        parts = (self.hidden, self.targets, self.lse, self.mean_row, self.rest, self.rest_row)
+        parts = (getattr(self, field.name) for field in fields(self))
         return Reference(*(None if x is None else x[picked] for x in parts))  # type: ignore[arg-type]
 
 
@@ -66,6 +71,7 @@ class Head:
         self._cap: float | None = getattr(model.config, row.head_softcap, None) if row.head_softcap else None
         self._picked: torch.Tensor | None = None  # words of the bound
         self._rows: torch.Tensor | None = None  # their rows of W
+        self._rotated: tuple[torch.Tensor, torch.Tensor | None] | None = None  # R, and what it makes of the bias
 
     @property
     def bounds(self) -> bool:
@@ -109,9 +115,13 @@ class Head:
 
     def references(self, hidden: list[torch.Tensor], targets: list[torch.Tensor]) -> list[Reference]:
         """The teacher's side, from what its head read on each document group ([tokens, width]) and the targets."""
-        if self.loss not in ("kl", "js"):
+        if self.loss == "topk_kl":
+            return self._with_top(hidden, targets)
+        if self.loss in ROTATION_FREE and self._cap is None:
+            self._rotated = self._rotate()
+        if self.loss != "kl" and self.loss not in SUMS_OVER_WORDS:
             return [Reference(h, t) for h, t in zip(hidden, targets, strict=True)]
-        if self.loss == "js" or self._cap is not None:
+        if self.loss != "kl" or self._cap is not None:
             return [Reference(*each) for each in zip(hidden, targets, self._lse(hidden), strict=True)]
         sizes = [len(h) for h in hidden]
         everything = torch.cat(hidden)
@@ -156,6 +166,51 @@ class Head:
             m[:] = torch.where(some, outside.log() + at, -torch.inf)
         return rest, rest_row
 
+    def _with_top(self, hidden: list[torch.Tensor], targets: list[torch.Tensor]) -> list[Reference]:
+        """References that know the likeliest words: the best of every piece and of those so far are kept."""
+        everything = torch.cat(hidden)
+        chunks = everything.split(TOKENS_AT_A_TIME)
+        best = [(h.new_empty(len(h), 0), h.new_empty(len(h), 0, dtype=torch.int64)) for h in chunks]
+        rest = torch.full(everything.shape[:1], -torch.inf, device=everything.device)
+        for first, rows in self._pieces():
+            words = torch.arange(first, first + len(rows), device=everything.device)
+            for i, (h, others) in enumerate(zip(chunks, rest.split(TOKENS_AT_A_TIME), strict=True)):
+                known, ids = best[i]
+                values = torch.cat((known, self._logits(h, rows, self._bias_of(first, len(rows)))), -1)
+                ids = torch.cat((ids, words.expand(len(h), -1)), -1)
+                picked = values.topk(top_count(self.words)).indices
+                kept = bucketed(values, picked)
+                best[i] = kept[:, :-1], ids.gather(-1, picked)
+                torch.logaddexp(others, kept[:, -1], out=others)
+        logits, top = (torch.cat(parts) for parts in zip(*best, strict=True))
+        lse = torch.logaddexp(logits.logsumexp(-1), rest)
+        parts = [x.split([len(h) for h in hidden]) for x in (lse, rest, top, logits)]
+        return [
+            Reference(h, t, lse=total, rest=others, top=ids, top_logits=z)
+            for h, t, total, others, ids, z in zip(hidden, targets, *parts, strict=True)
+        ]
+
+    def _rotate(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """R [n, width] and c [n] such that R h + c has for all h the lengths and angles of W h + b; n <= width + 1.
+
+        Summed and factored in float64, on the CPU where the device has none.
+        """
+        device = self._embedding.weight.device if self._teacher.weights is None else self._teacher.device
+        place = torch.device("cpu") if device.type == "mps" else device
+        size = self.width + (self._bias is not None)
+        gram = torch.zeros(size, size, dtype=torch.float64, device=place)
+        for first, rows in self._pieces():
+            bias = self._bias_of(first, len(rows))
+            whole = rows if bias is None else torch.cat((rows, bias[:, None]), -1)
+            whole = whole.to(place).double()
+            gram.addmm_(whole.T, whole)
+        factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
+        if failed:  # W has less than full rank: slower, the same up to rounding
+            values, vectors = torch.linalg.eigh(gram)
+            factor = values.clamp(min=0).sqrt()[:, None] * vectors.T
+        factor = factor.float().to(device)
+        return factor[:, : self.width].contiguous(), None if self._bias is None else factor[:, -1].contiguous()
+
     # -- students ---------------------------------------------------------------------------------------------------
 
     def bound(self, hidden: torch.Tensor, reference: Reference) -> torch.Tensor:
@@ -182,12 +237,14 @@ class Head:
         """The loss of every token of each batch ([plans, tokens, width] and its reference): [plans, tokens]."""
         if self.loss == "kl" and self._cap is not None:
             return self._capped_kl(batches)
-        if self.loss not in ("kl", "js", "nll"):
+        if self.loss == "topk_kl":
+            return self._topk_kl(batches)
+        if self.loss not in ("kl", "nll", *SUMS_OVER_WORDS):
             return [self._plainly(hidden, reference) for hidden, reference in batches]
         flat = self._lse([hidden.flatten(0, 1) for hidden, _ in batches])
         lse = [x.view(hidden.shape[:2]) for x, (hidden, _) in zip(flat, batches, strict=True)]
-        if self.loss == "js":
-            return self._js(batches, lse)
+        if self.loss in SUMS_OVER_WORDS:
+            return self._over_words(batches, lse)
         one = self._kl if self.loss == "kl" else self._nll
         return [one(hidden, reference, x) for (hidden, reference), x in zip(batches, lse, strict=True)]
 
@@ -224,16 +281,21 @@ class Head:
                 out += slope @ rows
         return found
 
+    def _walk(self, batches: list[Batch]) -> Iterator[tuple[int, torch.Tensor, int, slice]]:
+        """Every piece of the head with some tokens of every batch: (first word, rows of W, batch, tokens)."""
+        for first, rows in self._pieces():
+            for number, (hidden, _) in enumerate(batches):
+                for start in range(0, hidden.shape[1], TOKENS_AT_A_TIME):
+                    yield first, rows, number, slice(start, start + TOKENS_AT_A_TIME)
+
     def _both(self, batches: list[Batch]) -> Iterator[tuple[int, int, slice, torch.Tensor, torch.Tensor]]:
         """Logits of teacher and student, piece by piece: (batch, plan, tokens, z_p, z_q), z: [tokens, words]."""
-        for first, rows in self._pieces():
+        for first, rows, number, at in self._walk(batches):
             bias = self._bias_of(first, len(rows))
-            for number, (hidden, reference) in enumerate(batches):
-                for start in range(0, hidden.shape[1], TOKENS_AT_A_TIME):
-                    at = slice(start, start + TOKENS_AT_A_TIME)
-                    teacher = self._logits(reference.hidden[at], rows, bias)
-                    for plan, student in enumerate(hidden[:, at]):
-                        yield number, plan, at, teacher, self._logits(student, rows, bias)
+            hidden, reference = batches[number]
+            teacher = self._logits(reference.hidden[at], rows, bias)
+            for plan, student in enumerate(hidden[:, at]):
+                yield number, plan, at, teacher, self._logits(student, rows, bias)
 
     def _capped_kl(self, batches: list[Batch]) -> list[torch.Tensor]:
         """KL through a head that is not linear: the same sums, over logits of both sides."""
@@ -249,31 +311,64 @@ class Head:
             total -= known.lse
         return [x - y for x, y in zip(lse, along, strict=True)]
 
-    def _js(self, batches: list[Batch], lse: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _over_words(self, batches: list[Batch], lse: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Losses that are sums over words, from log-probabilities of both sides."""
         values = [torch.zeros(hidden.shape[:2], device=hidden.device) for hidden, _ in batches]
-        half = torch.log(torch.tensor(2.0))
+        terms = SUMS_OVER_WORDS[self.loss]
         for i, plan, at, teacher, student in self._both(batches):
             reference = batches[i][1].lse
             assert reference is not None
-            p, q = teacher - reference[at, None], student - lse[i][plan, at, None]
-            middle = torch.logaddexp(p, q) - half
-            values[i][plan, at] += 0.5 * (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(-1)
+            values[i][plan, at] += terms(teacher - reference[at, None], student - lse[i][plan, at, None]).sum(-1)
         return values
 
+    def _topk_kl(self, batches: list[Batch]) -> list[torch.Tensor]:
+        """lse(z_q) - lse(z_p) - the mean under the teacher of z_q - z_p; of the other words, z is the lse of theirs."""
+        top = [torch.full(hidden.shape[:2], -torch.inf, device=hidden.device) for hidden, _ in batches]
+        rest = [each.clone() for each in top]
+        along = [torch.zeros_like(each) for each in top]
+        for first, rows, i, at in self._walk(batches):
+            hidden, reference = batches[i][0], batches[i][1].at(at)
+            assert reference.top is not None
+            assert reference.top_logits is not None
+            assert reference.lse is not None
+            token, place = ((reference.top >= first) & (reference.top < first + len(rows))).nonzero(as_tuple=True)
+            word, before = reference.top[token, place] - first, reference.top_logits[token, place]
+            p = (before - reference.lse[token]).exp()
+            for plan, student in enumerate(hidden[:, at]):
+                z = self._logits(student, rows, self._bias_of(first, len(rows)))
+                inside = torch.full_like(reference.top_logits, -torch.inf)
+                inside[token, place] = after = z[token, word]
+                z[token, word] = -torch.inf
+                top[i][plan, at] = torch.logaddexp(top[i][plan, at], inside.logsumexp(-1))
+                rest[i][plan, at] = torch.logaddexp(rest[i][plan, at], z.logsumexp(-1))
+                along[i][plan, at] = along[i][plan, at].index_add(0, token, p * (after - before))
+        found = []
+        for inside, outside, moved, (_, reference) in zip(top, rest, along, batches, strict=True):
+            assert reference.lse is not None
+            assert reference.rest is not None
+            others = (reference.rest - reference.lse).exp() * (outside - reference.rest)
+            found.append(torch.logaddexp(inside, outside) - reference.lse - moved - others)
+        return found
+
     def _plainly(self, hidden: torch.Tensor, reference: Reference) -> torch.Tensor:
-        """Any registered loss, from logits of a few tokens at a time."""
+        """Any registered loss, from logits, or what stands for them, of a few tokens at a time."""
         token_loss = LOSSES[self.loss]
         values = torch.empty(hidden.shape[:2], device=hidden.device)
-        few = max(1, min(TOKENS_AT_A_TIME, LOGITS_BYTES // (4 * self.words)))
+        words = self.words if self._rotated is None else len(self._rotated[0])
+        few = max(1, min(TOKENS_AT_A_TIME, LOGITS_BYTES // (4 * words)))
         for start in range(0, hidden.shape[1], few):
             at = slice(start, start + few)
-            teacher, targets = self.logits(reference.hidden[at]), reference.targets[at]
+            teacher, targets = self._seen(reference.hidden[at]), reference.targets[at]
             together = max(1, few // len(targets))
             for students, out in zip(hidden.split(together), values.split(together), strict=True):
-                logits = self.logits(students[:, at].flatten(0, 1)).split(len(targets))
+                logits = self._seen(students[:, at].flatten(0, 1)).split(len(targets))
                 for i, student in enumerate(logits):
                     out[i, at] = token_loss(teacher, student, targets)
         return values
+
+    def _seen(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits, or numbers of the same lengths and angles if the loss is content with these: [tokens, any]."""
+        return self.logits(hidden) if self._rotated is None else self._logits(hidden, *self._rotated)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[tokens, vocabulary], for few tokens."""

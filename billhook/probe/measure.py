@@ -13,7 +13,7 @@ import torch
 from billhook.data import TokenSet
 from billhook.errors import ModelError, UsageError
 from billhook.loading import Teacher
-from billhook.losses import ITEM_LOSSES
+from billhook.losses import ITEM_LOSSES, ROTATION_FREE
 from billhook.plan import PARTS, Plan, Site
 from billhook.probe.choose import Quality, Sums
 from billhook.probe.groups import document_groups
@@ -103,6 +103,8 @@ class Bench:
         working = 4 * (self.trunk.chunk * 4 * wide + TOKENS_AT_A_TIME * VOCABULARY_AT_A_TIME)
         if self.teacher.weights is not None:  # a piece of the head as it is stored, and in float32
             working += 6 * VOCABULARY_AT_A_TIME * int(config.hidden_size)
+        if self.loss in ROTATION_FREE:  # in float64: WᵀW, its factor and a piece of the head
+            working += 8 * int(config.hidden_size) * (2 * int(config.hidden_size) + VOCABULARY_AT_A_TIME)
         tokens = sum(group.tokens for group in self.groups)
         reference = 4 * tokens * (3 * int(config.hidden_size) + 2)
         return max(0, memory - self.teacher.weight_bytes - working - reference)
