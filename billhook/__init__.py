@@ -11,7 +11,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from billhook.api import dry_run, evaluate_model, inspect, measure_speed, methods, prune, resume, runs, score, show
+    from billhook.api import (
+        dry_run,
+        evaluate_model,
+        inspect,
+        measure_speed,
+        methods,
+        prune,
+        resume,
+        runs,
+        score,
+        show,
+        stability,
+        sweep,
+        trade,
+    )
     from billhook.budget import Budget
     from billhook.errors import BillhookError
     from billhook.export.checkpoint import save
@@ -46,8 +60,12 @@ __all__ = [
     "save",
     "score",
     "show",
+    "stability",
+    "sweep",
+    "trade",
 ]
-_API = ("dry_run", "evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume", "runs", "score", "show")
+_API = ("dry_run", "evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume", "runs", "score", "show",
+        "stability", "sweep", "trade")  # fmt: skip
 _HOMES = {
     **dict.fromkeys(_API, "api"),
     **dict.fromkeys(("Teacher", "load", "register"), "loading"),

@@ -30,6 +30,8 @@ def kl(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> t
     `teacher`, `student`: logits [tokens, vocabulary]; `targets`: [tokens] (not used). Returns [tokens], each at
     least 0 up to rounding. Deviation from EvoPress: over the whole vocabulary, not the top k.
 
+    Formula: Σ_v p_v log(p_v / q_v)
+    Cost: the head once; no logits of the teacher.
     Source: Kullback and Leibler 1951; as a pruning objective, Sieberling et al. 2024, EvoPress (arXiv 2410.14649).
     """
     p, q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
@@ -43,6 +45,8 @@ def js(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> t
     `teacher`, `student`: logits [tokens, vocabulary]; `targets`: [tokens] (not used). Returns [tokens]. Deviation:
     the textbook definition; FinerCut's code computes KL(M || P) in the place of KL(P || M).
 
+    Formula: (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2
+    Cost: the head four times: logits of both sides, twice.
     Source: Lin 1991; as a pruning objective, Zhang et al. 2024, FinerCut (arXiv 2405.18218).
     """
     return js_terms(teacher.float().log_softmax(-1), student.float().log_softmax(-1)).sum(-1)
@@ -63,6 +67,8 @@ def finercut_js(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Ten
     that it has no upper bound. Deviation: summed over the vocabulary, where the code takes the mean over tokens and
     vocabulary; the ranking is the same.
 
+    Formula: (KL(m || p) + KL(m || q)) / 2, m = (p + q) / 2
+    Cost: the head four times, as js.
     Source: Zhang et al. 2024, FinerCut (arXiv 2405.18218), its `js_divergence`.
     """
     return finercut_js_terms(teacher.float().log_softmax(-1), student.float().log_softmax(-1)).sum(-1)
@@ -83,6 +89,8 @@ def topk_kl(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor)
     vocabulary under 1,024 the likelier half. Deviation from EvoPress, which leaves the other tokens out and normalises
     both sides over the top k: that is no bound of `kl`, and does not see probability that leaves the top k.
 
+    Formula: Σ over the teacher's top k words, and one bucket of the rest, of p log(p / q)
+    Cost: the head once, as kl.
     Source: Sieberling et al. 2024, EvoPress (arXiv 2410.14649); the bucket is ours.
     """
     top = teacher.topk(top_count(teacher.shape[-1])).indices
@@ -108,6 +116,8 @@ def angular(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor)
     pi / 2. Deviation: computed as 2 atan2(|u - v|, |u + v|) of the normalised logits, the same angle, but precise also
     where they are almost parallel, where arccos is not.
 
+    Formula: arccos(clamp(z_p·z_q / (||z_p|| ||z_q||), 0, 1))
+    Cost: width² a token, through the inner products of the head's rows; the whole head where it is soft-capped.
     Source: Zhang et al. 2024, FinerCut (arXiv 2405.18218), its `angular_distance`.
     """
     u, v = F.normalize(teacher.float(), dim=-1), F.normalize(student.float(), dim=-1)
@@ -123,6 +133,8 @@ def norm(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) ->
     0; their mean is D of the paper. It sees a shift of all logits, which changes no probability. Deviation from
     FinerCut's `norm`: that is the Frobenius norm over all tokens of a sample, this the mean of the norms of its tokens.
 
+    Formula: ||z_p - z_q||₂
+    Cost: as angular.
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286).
     """
     return (teacher.float() - student.float()).square().sum(-1).sqrt()
@@ -135,6 +147,8 @@ def nll(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> 
     `teacher`: not used; `student`: logits [tokens, vocabulary]; `targets`: [tokens], -100 where there is no next token.
     Returns [tokens], 0 where there is no target.
 
+    Formula: -log q_target
+    Cost: the head once.
     Source: Kim et al. 2024, Shortened LLaMA (arXiv 2402.02834), as perplexity; Song et al. 2024, SLEB (arXiv
     2402.09025).
     """
@@ -159,6 +173,8 @@ def task(log_probabilities: torch.Tensor, gold: int) -> torch.Tensor:
     one. Returns [plans], at least 0. Deviation: the paper has the 0-1 loss, `task_error`; this one moves before an
     answer does.
 
+    Formula: -log softmax over the choices of Σ log q of their tokens, at the right one
+    Cost: the head once, for the tokens of choices.
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), the loss of a task.
     """
     return -log_probabilities.log_softmax(-1)[..., gold]
@@ -172,6 +188,8 @@ def task_error(log_probabilities: torch.Tensor, gold: int) -> torch.Tensor:
     one. Returns [plans]. Of equal choices the first is the answer. Deviation: any items, whose choices may have many
     tokens; the paper asks MMLU, 5-shot, for one letter.
 
+    Formula: 1 if the likeliest choice is not the right one, else 0
+    Cost: as task.
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), zero-one loss.
     """
     return (log_probabilities.argmax(-1) != gold).to(log_probabilities.dtype)

@@ -23,8 +23,8 @@ import typer
 import billhook
 from billhook import errors
 from billhook.arch import ROWS
+from billhook.budget import UNITS, Budget, read_budgets
 from billhook.losses import LOSSES
-from billhook.plan import UNITS, Budget
 from billhook.recipe import Recipe
 from billhook.records import LOSS_UNITS
 
@@ -201,7 +201,7 @@ def check_values(arguments: list[str], where: str) -> None:
     known = {family: {row["name"] for row in billhook.methods() if row["family"] == family} for family in FAMILIES}
     for option, value in pairwise(arguments):
         if option == "--remove":
-            Budget.parse(value)
+            read_budgets(value)
         elif option.removeprefix("--") in FAMILIES:
             assert value in known[option.removeprefix("--")], f"{where}: {option} {value}"
 

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from billhook.registry import Registry, source
+from billhook.registry import Registry, told
 
 ROOT = Path(__file__).resolve().parents[1]
 HOUSE = ROOT / "billhook"
@@ -197,11 +197,13 @@ def test_everything_public_says_what_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "name"), [pair for pair in FAMILIES if pair[0] in NAMES])
-def test_every_registered_method_names_its_source(family: str, name: str) -> None:
+def test_every_registered_method_tells_formula_cost_and_source(family: str, name: str) -> None:
     registry: Registry = getattr(module(family), name)
     assert list(registry)
     for name in registry:
-        assert source(registry[name]), f"{family} {name!r} has no `Source:` in its docstring"
+        found = told(registry[name])
+        missing = [mark for mark in ("formula", "cost", "source") if not found[mark]]
+        assert not missing, f"{family} {name!r} lacks {missing} in its docstring"
 
 
 # --- the front door ----------------------------------------------------------------------------------------------
