@@ -51,7 +51,7 @@ def audited(rounds: Iterable[tuple[Ask, list[Loss]]], measure: Callable[[Ask], l
     """
     told = []
     for ask, losses in rounds:
-        if ask.best is None or len(ask.plans) <= ask.best:
+        if ask.best is None or len(ask.plans) <= ask.best or all(loss.bound for loss in losses):
             continue
         chosen = _lowest(ask.plans, losses)
         again = measure(Ask(ask.plans, best=ask.best, tokens=ask.tokens))

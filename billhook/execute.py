@@ -43,7 +43,7 @@ class Executor:
             furthest = max(furthest, done, len(found))
             told(furthest, total, lowest)
 
-        for plan, loss in probe.decide(ask.plans, ask.best, hints=ask.hints, told=working):
+        for plan, loss in probe.decide(ask.plans, ask.best, hints=ask.hints, below=ask.below, told=working):
             found[plan] = loss
             if not loss.bound:
                 lowest = min(lowest, loss.mean)

@@ -154,10 +154,12 @@ class Ask:
     """What a search wants measured. `best=k`: the k lowest losses in full, the others may come back as bounds.
 
     `tokens=n`: only the first n calibration tokens. `hints`: what the search expects of each plan, lower = better, in
-    any unit; only their order counts, and only for what is measured first.
+    any unit; only their order counts, and only for what is measured first. `below`: nats of every
+    document; a plan that has more in all may come back as a bound, even if it is among the best.
     """
 
     plans: tuple[Plan, ...]
     best: int | None = None
     tokens: int | None = None
     hints: tuple[float, ...] | None = None
+    below: tuple[float, ...] | None = None

@@ -178,9 +178,9 @@ def _round(job: Job, problem: Problem, measure: Executor, total: int, ask: Ask) 
     before = sum(len(earlier.plans) for earlier, _ in measure.rounds)
     total = max(total, before + len(ask.plans))
     losses = measure(ask, _teller(job, sofar, before=before, total=total))
-    best = min((loss for loss in losses if not loss.bound), key=lambda loss: loss.mean)
-    which = ask.plans[losses.index(best)]
-    job.store.add_event(job.run, Event("search", before + len(losses), total, f"{which}: {best.mean:.6f}"))
+    full = [(loss.mean, str(plan)) for plan, loss in zip(ask.plans, losses, strict=True) if not loss.bound]
+    if full:
+        job.store.add_event(job.run, Event("search", before + len(losses), total, "{1}: {0:.6f}".format(*min(full))))
     return losses
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,6 +65,40 @@ def test_exact_gives_the_best_in_full_whatever_the_bound(
                     value = math.fsum(full[p][g])
                     seen[g] = max(seen.get(g, 0.0), value if quality == "full" else value * (share or 1.0))
             assert math.fsum(seen.values()) > total(full[order[best - 1]])
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(0, 10**9), st.integers(1, 9), st.integers(1, 6), st.floats(0.3, 3), st.sampled_from([None, 0.9]))
+def test_under_a_ceiling_only_what_is_below_it_matters(
+    seed: int, plans: int, groups: int, height: float, share: float | None
+) -> None:
+    """Of the plans below the ceiling the two best are in full; the others may be, but what is dropped is proven out."""
+    draw = random.Random(seed)
+    full = table(draw, plans, groups)
+    ceiling = {g: (height * draw.uniform(0.5, 1.5),) for g in range(groups)}
+    most = math.fsum(x for each in ceiling.values() for x in each)
+    verdicts, asked = run(exact(replace(ballot(full), ceiling=ceiling), bounds=share is not None), full, share or 1.0)
+    order = sorted(range(plans), key=lambda p: total(full[p]))
+    assert all(verdicts[p] == "full" for p in order[:2] if total(full[p]) < most)
+    limit = min(most, total(full[order[1]]) if plans > 1 else math.inf)
+    for plan, verdict in enumerate(verdicts):
+        if verdict != "full":
+            assert total(full[plan]) > limit * (1 - 1e-9)
+    _, asked_plain = run(exact(ballot(full), bounds=share is not None), full, share or 1.0)
+    if most < total(full[order[0]]) / 3:
+        assert len(asked) <= len(asked_plain)
+
+
+def test_a_race_under_a_ceiling_drops_whatever_is_far_above_it() -> None:
+    """Ten plans that are alike: without a ceiling the four that lead are never dropped."""
+    full = [[[1.0 + 0.01 * p + 0.001 * g] for g in range(12)] for p in range(10)]
+    low = {g: (0.5 + 0.001 * (g % 3),) for g in range(12)}
+    verdicts, asked = run(race(replace(ballot(full), ceiling=low), range(10), 0.05, bounds=True), full)
+    assert set(verdicts) == {"raced"}
+    assert not [piece for quality, piece in asked if quality == "full"]
+    high = {g: (2.0 + 0.001 * (g % 3),) for g in range(12)}
+    open_verdicts, _ = run(race(replace(ballot(full), ceiling=high), range(10), 0.05, bounds=True), full)
+    assert open_verdicts == run(race(ballot(full), range(10), 0.05, bounds=True), full)[0]
 
 
 def test_exact_measures_less_than_everything_and_asks_nothing_twice() -> None:

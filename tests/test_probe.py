@@ -457,7 +457,7 @@ def test_activations_that_overflow_in_a_statistic_are_refused(tmp_path: Path) ->
         model.model.layers[1].mlp.down_proj.weight.fill_(3e38)
     model.save_pretrained(tmp_path / "m")
     with pytest.raises(ModelError, match="NaN or infinite from block 1 on"):
-        Probe(load(tmp_path / "m"), token_set(), "kl").mean_over_tokens(lambda x, y: x.sum(-1))
+        Probe(load(tmp_path / "m"), token_set(), "kl").mean_over_tokens({"sum": lambda x, y: x.sum(-1)})
 
 
 def test_blocks_that_every_plan_removes_are_not_read(checkpoint: Folder) -> None:

@@ -78,7 +78,8 @@ def constant(plan: Plan) -> float:
 
 
 def executor(score: Score, log: list[Ask] | None = None, bounds: bool = False) -> Measure:
-    """Measures by `score`, over three documents. With `bounds`, all but the `best` come back as lower bounds.
+    """Measures by `score`, over three documents. With `bounds`, all but the `best`, and what is
+    not wanted, come back as lower bounds.
 
     On few tokens another order comes out than on all.
     """
@@ -88,6 +89,7 @@ def executor(score: Score, log: list[Ask] | None = None, bounds: bool = False) -
             log.append(ask)
         values = [score(plan) + (int(plan.key()[:4], 16) / 2**14 if ask.tokens else 0) for plan in ask.plans]
         limit = sorted(values)[ask.best - 1] if bounds and ask.best and ask.best <= len(values) else float("inf")
+        limit = min(limit, sum(ask.below) / 18) if bounds and ask.below else limit
         return [_loss(value) if value <= limit else _loss(value / 9, bound=True) for value in values]
 
     return measure

@@ -419,8 +419,8 @@ def test_a_loss_and_a_token_set_must_fit(checkpoint: Folder, file: Path, tokeniz
 
 def test_a_metric_sees_the_tokens_of_a_task(checkpoint: Folder, file: Path, tokenizer: Any) -> None:
     teacher, tokens = load(checkpoint("llama")), task_tokens(file, tokenizer)
-    ones = Probe(teacher, tokens, "task").mean_over_tokens(lambda x, y: torch.ones(len(x)))
-    assert {score.value for score in ones.values()} == {1.0}
+    ones = Probe(teacher, tokens, "task").mean_over_tokens({"one": lambda x, y: torch.ones(len(x))})
+    assert {score.value for score in ones["one"].values()} == {1.0}
 
 
 def test_how_a_loss_is_spelled() -> None:

@@ -125,11 +125,13 @@ class Probe:
         best: int | None = None,
         *,
         hints: Sequence[float] | None = None,
+        below: Sequence[float] | None = None,
         told: Callable[[int], None] = lambda done: None,
     ) -> Iterator[tuple[Plan, Loss]]:
         """(plan, loss) as soon as it is decided. `told` hears how many plans' worth of work is done.
 
-        `hints`: what is expected of each plan, lower = better; racing begins with those.
+        `hints`: what is expected of each plan, lower = better; racing begins with those. `below`: nats of each
+        document; a plan with more in all is not wanted.
         """
         expected = dict(zip(plans, hints, strict=True)) if hints is not None else {}
         plans = list(dict.fromkeys(plans))
@@ -146,7 +148,7 @@ class Probe:
         table = Table([group.documents for group in bench.groups], memo.recall(plans), instead=self.fast is None)
         number = {mask: plan for plan, mask in enumerate(masks)}
         sizes = [group.tokens for group in bench.groups]
-        choice = self._choice(masks, base, best, [expected[plan] for plan in plans] if expected else None)
+        choice = self._choice(masks, base, best, [expected[plan] for plan in plans] if expected else None, below)
         done: set[int] = set()
         try:
             want = next(choice)
@@ -172,14 +174,22 @@ class Probe:
         for plan in sorted(set(range(len(plans))) - done):
             yield plans[plan], self._loss(table.by_document(plan), bound=True)
 
-    def _choice(self, masks: list[int], base: int, best: int | None, hints: Sequence[float] | None) -> Choice:
+    def _choice(
+        self,
+        masks: list[int],
+        base: int,
+        best: int | None,
+        hints: Sequence[float] | None,
+        below: Sequence[float] | None,
+    ) -> Choice:
         groups = self._bench.groups
         order = sorted(range(len(groups)), key=lambda g: (-self._hardness[g] if self._hardness else 0, g))
         tokens = tuple(group.tokens for group in groups)
         streamed, positive = self.teacher.weights is not None, self.loss in NEVER_NEGATIVE
         least = self.layout.wave if streamed else WAVE // 4
-        ballot = Ballot(len(masks), best or len(masks), tuple(order), tokens, least, streamed, positive)
-        if ballot.best >= len(masks) or (self.fast is None and not positive):
+        ceiling = None if below is None else {g: tuple(below[d] for d in of.documents) for g, of in enumerate(groups)}
+        ballot = Ballot(len(masks), best or len(masks), tuple(order), tokens, least, streamed, positive, ceiling)
+        if (ballot.best >= len(masks) and below is None) or (self.fast is None and not positive):
             return choose.everything(ballot)
         if self.fast is None:
             return choose.exact(ballot, self._bench.bounds)
@@ -201,12 +211,13 @@ class Probe:
 
     def _learn(self, masks: list[int], base: int, table: Table) -> None:
         """What this batch says about the next one: which groups are hard, which moves promise most."""
-        complete = sorted(table.complete(), key=lambda p: (table.total(p), p))
-        if len(masks) < 2 or not complete:
+        if len(masks) < 2:
             return
-        leader = complete[0]
         self._round += 1
-        self._hardness = [sum(table.sums("full", (leader, g))) for g in range(len(self._bench.groups))]
+        complete = sorted(table.complete(), key=lambda p: (table.total(p), p))
+        leader = complete[0] if complete else table.furthest()
+        if complete:
+            self._hardness = [sum(table.sums("full", (leader, g))) for g in range(len(self._bench.groups))]
         for plan, mask in enumerate(masks):
             if (rise := table.rise(plan, leader)) is not None:
                 self._rises[mask & ~base] = max(0.0, rise), self._round

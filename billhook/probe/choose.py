@@ -39,7 +39,7 @@ class Ballot:
 
     `best`: how many of `plans` are wanted in full. `wave`: pieces of at least so many tokens are wanted at a time.
     `together`: every Want costs a pass over a file, so that few large ones are better. `positive`: losses never are
-    negative.
+    negative. `ceiling`: nats of each document of each group; who has more in all is not wanted.
     """
 
     plans: int
@@ -49,6 +49,7 @@ class Ballot:
     wave: int
     together: bool = False
     positive: bool = True
+    ceiling: dict[int, Sums] | None = None
 
 
 def everything(ballot: Ballot) -> Choice:
@@ -77,7 +78,7 @@ def exact(ballot: Ballot, bounds: bool) -> Choice:
         # The most promising are finished at once: their totals are what the others are held against.
         ranked = sorted(alive, key=lambda p: (_total(known[p]), p))
         rivals = sorted(math.fsum(nats[g] for g in seen) for nats in full.values())
-        most = rivals[ballot.best - 1] if len(rivals) >= ballot.best else math.inf
+        most = min(rivals[ballot.best - 1] if len(rivals) >= ballot.best else math.inf, _ceiling(ballot, seen))
         yield from _finish([p for p in ranked[: ballot.best] if _total(known[p]) < most], ballot, full, known)
         limit = _limit(full, ballot)
         alive = [p for p in ranked if p not in full and _total(known[p]) <= limit]
@@ -121,9 +122,13 @@ def _out(nats: Nats, ballot: Ballot, full: dict[int, Nats]) -> bool:
 def _limit(full: dict[int, Nats], ballot: Ballot) -> float:
     """What a bound must exceed to be out: the best-th lowest total, and what rounding may add."""
     lowest = sorted(map(_total, full.values()))
-    if len(lowest) < ballot.best:
-        return math.inf
-    return lowest[ballot.best - 1] * (1 + RELATIVE) + ABSOLUTE * sum(ballot.tokens)
+    limit = lowest[ballot.best - 1] if len(lowest) >= ballot.best else math.inf
+    return min(limit, _ceiling(ballot, ballot.order)) * (1 + RELATIVE) + ABSOLUTE * sum(ballot.tokens)
+
+
+def _ceiling(ballot: Ballot, groups: Sequence[int]) -> float:
+    """What the ceiling allows over some groups."""
+    return math.inf if ballot.ceiling is None else math.fsum(math.fsum(ballot.ceiling[g]) for g in groups)
 
 
 def _next_wave(left: list[int], alive: int, ballot: Ballot) -> list[int]:
@@ -139,8 +144,8 @@ def race(ballot: Ballot, shortlist: Sequence[int], risk: float, bounds: bool) ->
 
     After 2, 3, 4, 6, 9 … groups each plan is compared with the leader, document by document: it goes if the mean
     difference exceeds the (1 - risk) quantile of Student's t, times its standard error. `risk`: of dropping, at one
-    comparison, a plan that is as good as the leader; the four that lead are not dropped. `bounds`: whether cheap
-    pieces are lower bounds, and not samples.
+    comparison, a plan that is as good as the leader; the four that lead are not dropped. Under a ceiling whatever
+    is above it goes, at a tenth of the risk. `bounds`: whether cheap pieces are lower bounds, and not samples.
 
     Source: racing of Maron and Moore 1994 (Hoeffding races), here with paired differences.
     """
@@ -162,6 +167,11 @@ def race(ballot: Ballot, shortlist: Sequence[int], risk: float, bounds: bool) ->
         for plan in ranked[max(ballot.best, LEADERS) :]:
             if _worse([a - b for a, b in zip(seen[plan], leader, strict=True)], risk):
                 verdicts[plan] = "raced"
+        if ballot.ceiling is not None:
+            most = [x for g in ballot.order[:taken] for x in ballot.ceiling[g]]
+            for plan in ranked:
+                if _worse([a - b for a, b in zip(seen[plan], most, strict=True)], risk / 10):
+                    verdicts[plan] = "raced"
         alive = [p for p in ranked if verdicts[p] != "raced"]
         if len(alive) <= ballot.best:
             break

@@ -85,6 +85,11 @@ class Table:
         """Nats of a plan that is complete."""
         return math.fsum(x for g in range(len(self._documents)) for x in self._sums["full"][plan, g])
 
+    def furthest(self) -> int:
+        """The plan that was measured on the most groups; of several the one with the fewest nats."""
+        told = [self.by_document(plan) for plan in range(self._plans)]
+        return min(range(self._plans), key=lambda p: (-len(told[p]), math.fsum(told[p].values()), p))
+
     def rise(self, plan: int, leader: int) -> float | None:
         """How much a plan is above another, in nats per group, over the groups in which both are known alike."""
         for quality in ("bound", "sample", "full"):

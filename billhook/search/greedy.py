@@ -6,7 +6,8 @@ from fractions import Fraction
 
 from billhook.plan import Ask, Plan
 from billhook.problem import Move, Problem
-from billhook.search import Search, lowest, price, restricted, search
+from billhook.records import Loss
+from billhook.search import Search, price, restricted, search
 
 
 @search
@@ -37,24 +38,34 @@ def greedy(
     """
     problem = restricted(problem, parts, early_barrier, latter_barrier)
     plan, path = Plan(), []
-    now: float | None = None  # the loss of `plan`; needed only where sizes differ
+    now: Loss | None = None  # of `plan`; needed only where sizes differ
+    won = Fraction(0)  # what the last move was worth: its likes go first
     while not problem.met(plan):
         alike: dict[Fraction, list[Plan]] = {}  # of moves that are worth the same, only the best two matter
         for move in _free(problem, plan, front):
             worth = problem.worth(move, plan) if weigh else Fraction(1)
             alike.setdefault(worth, []).append(plan.without(*move))
         if len(alike) > 1 and now is None:
-            now = (yield Ask((plan,)))[0].mean
-        best: tuple[float, float, Plan] | None = None  # price, loss, plan
-        for worth, plans in alike.items():
-            loss, which = lowest(plans, (yield Ask(tuple(plans), best=2)))
-            cost = price(loss - now, worth) if now is not None else loss
-            if best is None or cost < best[0]:
-                best = cost, loss, which
+            now = (yield Ask((plan,)))[0]
+        best: tuple[float, Loss, Plan] | None = None  # price, loss, plan
+        for worth in sorted(alike, key=lambda worth: (worth != won, -worth)):
+            plans = tuple(alike[worth])
+            below = None if best is None or now is None else _below(now, best[0], worth)
+            losses = yield Ask(plans, best=2, below=below)
+            for loss, after in zip(losses, plans, strict=True):
+                cost = loss.mean if now is None else price(loss.mean - now.mean, worth)
+                if not loss.bound and (best is None or cost < best[0]):
+                    best, won = (cost, loss, after), worth
         assert best is not None, "a problem that can be met has a move"
         now, plan = best[1], best[2]
         path.append(plan)
     return path
+
+
+def _below(now: Loss, best: float, worth: Fraction) -> tuple[float, ...]:
+    """Nats of every document with which a move of so much worth has the price `best`."""
+    rise = best * float(worth) if best > 0 else best / float(worth)
+    return tuple(total + rise * count for total, count in zip(now.sums, now.counts, strict=True))
 
 
 def _free(problem: Problem, plan: Plan, front: float) -> list[Move]:
