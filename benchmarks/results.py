@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+PARTS = ("table", "draws", "calibration", "regret")
 HEAD = """# Results
 
 Written by `benchmarks/methods.py` from what it measured; no number in here is typed in.
@@ -16,14 +17,21 @@ Written by `benchmarks/methods.py` from what it measured; no number in here is t
 
 
 def page(work: Path, scaled: Mapping[str, Any]) -> str:
-    """The whole page, from the results of all parts in `work`."""
-    table, draws, calibration, regret = (
-        json.loads((work / part / "result.json").read_text()) for part in ("table", "draws", "calibration", "regret")
-    )
-    sections = [HEAD, _setting(table, scaled)]
-    for remove in dict.fromkeys(row["remove"] for row in table["rows"]):
-        sections.append(_size(table, remove))
-    sections += [_winners(table), _draws(draws["draws"]), _calibration(calibration), _regret(regret["rows"])]
+    """The page, from the results of the parts that `work` holds."""
+    found = {
+        part: json.loads((work / part / "result.json").read_text())
+        for part in PARTS
+        if (work / part / "result.json").is_file()
+    }
+    sections = [HEAD]
+    if table := found.get("table"):
+        sizes = dict.fromkeys(row["remove"] for row in table["rows"])
+        sections += [_setting(table, scaled), _winners(table), *(_size(table, remove) for remove in sizes)]
+    sections += [_draws(found["draws"]["draws"])] if "draws" in found else []
+    sections += [_calibration(found["calibration"])] if "calibration" in found else []
+    sections += [_regret(found["regret"]["rows"])] if "regret" in found else []
+    if missing := [part for part in PARTS if part not in found]:
+        sections.append(f"Not measured yet: {', '.join(missing)}.\n")
     return "\n".join(sections)
 
 

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import combinations
-from math import ceil, comb
+from math import ceil, comb, inf
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import allowed, anatomy_of, ends, groups_of, plain, solvable, worth
-from test_search import COUNTED, SHOWN, UNEVEN, Score, additive, crooked, problem_of, run, stretches, tangled, walked
+from test_search import (
+    COUNTED,
+    SHOWN,
+    UNEVEN,
+    Score,
+    additive,
+    crooked,
+    executor,
+    problem_of,
+    run,
+    stretches,
+    tangled,
+    walked,
+)
 
 from billhook.budget import read_budgets
 from billhook.errors import BudgetError, PlanError, UsageError
 from billhook.plan import PARTS, Ask, Plan, Site
 from billhook.problem import Move, Problem
-from billhook.search import SEARCHES
+from billhook.search import FEW, SEARCHES
 
 
 def asked(log: list[Ask]) -> list[Plan]:
@@ -287,16 +300,21 @@ def test_swap_measures_halves_first_and_the_likeliest_exchanges_before_others() 
     problem, score, log = problem_of("3sites"), additive(4), list[Ask]()
     greedy = len(asked(run_log("greedy", problem, score)))
     run("swap", problem, score, log)
-    halves, pairs = [ask for ask in log if sum(len(a.plans) for a in log[: log.index(ask)]) >= greedy]
+    alone, halves, pairs = [ask for ask in log if sum(len(a.plans) for a in log[: log.index(ask)]) >= greedy]
+    assert len(alone.plans) == 1, "what an exchange must beat"
     n, r = 10, 3
     assert len(halves.plans) == 1 + n
     assert pairs.best == 1
     assert len(pairs.plans) == 1 + r * (n - r)
     assert pairs.hints is not None
-    assert pairs.hints[0] == 0
+    assert (halves.tokens, pairs.tokens) == (FEW, None)
+    assert pairs.hints[0] == -inf, "the plan as it is takes part in any race"
     assert list(pairs.hints[1:]) == sorted(pairs.hints[1:])
-    rises = [score(plan) - score(pairs.plans[0]) for plan in pairs.plans]
-    assert rises == pytest.approx(list(pairs.hints))  # exact where removals do not act together
+    few = dict(zip(halves.plans, (loss.mean for loss in executor(score)(halves)), strict=True))
+    now = pairs.plans[0]
+    for plan, hint in zip(pairs.plans[1:], pairs.hints[1:], strict=True):
+        (back,), (gone,) = now.removed - plan.removed, plan.removed - now.removed
+        assert hint == pytest.approx(few[Plan(now.removed - {back})] + few[now.without(gone)] - 2 * few[now])
 
 
 def run_log(search: str, problem: Problem, score: Score) -> list[Ask]:

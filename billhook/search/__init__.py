@@ -6,6 +6,7 @@ removal and ends with the plan that meets the budgets; a search without an order
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -17,6 +18,7 @@ from billhook.records import Loss
 from billhook.registry import Registry
 
 Search = Generator[Ask, list[Loss], list[Plan]]
+FEW = 1024  # tokens, for what only decides where to look first
 SEARCHES: Registry[Callable[..., Search]] = Registry("search")
 search = SEARCHES.add
 
@@ -88,10 +90,12 @@ def given_scores(problem: Problem, moves: Sequence[Move]) -> dict[Move, float] |
 def exchanges(problem: Problem, plan: Plan) -> Generator[Ask, list[Loss], tuple[Plan, float]]:
     """The best single exchange (one group comes back, another goes), again and again until none helps.
 
-    The plan that is reached, and its loss. What only comes back counts too, where the budgets stay met. Most exchanges
-    are dropped early: they are held against the plan as it is, those first that look best by what each half does alone.
+    The plan that is reached, and its loss. What only comes back counts too, where the budgets stay met. All exchanges
+    are held against the plan as it is, and most are dropped early; where candidates race, those take part that look
+    best by what each half does alone, on few tokens.
     """
     groups = problem.groups()
+    now = (yield Ask((plan,)))[0].mean
     while True:
         outside = [g for g in groups if not set(g) & plan.removed and problem.legal(Plan(frozenset(g)))]
         less = {g: Plan(plan.removed - set(g)) for g in problem.gone(plan)}
@@ -100,17 +104,16 @@ def exchanges(problem: Problem, plan: Plan) -> Generator[Ask, list[Loss], tuple[
         for g, without in less.items():
             pairs |= {p: (g, h) for h in outside if problem.met(p := without.without(*h)) and problem.legal(p)}
         halves = (plan, *less.values(), *more.values())
-        losses = dict(zip(halves, (yield Ask(halves)), strict=True))
-        now = losses[plan].mean
-        gain = {g: losses[p].mean - now for g, p in less.items()}
-        rise = {h: losses[p].mean - now for h, p in more.items()}
+        few = {p: loss.mean for p, loss in zip(halves, (yield Ask(halves, tokens=FEW)), strict=True)}
+        gain = {g: few[p] - few[plan] for g, p in less.items()}
+        rise = {h: few[p] - few[plan] for h, p in more.items()}
         hopeful = sorted(pairs, key=lambda p: (_expected(pairs[p], gain, rise), p.key()))
         plans = (plan, *hopeful)
-        hints = tuple(_expected(pairs[p], gain, rise) for p in hopeful)
-        loss, best = lowest(plans, (yield Ask(plans, best=1, hints=(0.0, *hints)))) if hopeful else (now, plan)
+        hints = (-math.inf, *(_expected(pairs[p], gain, rise) for p in hopeful))
+        loss, best = lowest(plans, (yield Ask(plans, best=1, hints=hints)))
         if best == plan or loss >= now:
             return plan, now
-        plan = best
+        now, plan = loss, best
 
 
 def _expected(pair: tuple[Move, Move | None], gain: dict[Move, float], rise: dict[Move, float]) -> float:

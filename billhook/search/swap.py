@@ -14,8 +14,8 @@ def swap(problem: Problem, *, start: str = "greedy") -> Search:
     that only matter together comes back.
 
     Formula: argmin over pairs (i in R, j not in R) of L(R - i + j), until that is no lower than L(R).
-    Cost: those of `start`; then, for r sites removed and s left, r + s losses and r·s exchanges a round, nearly all of
-    which are dropped early.
+    Cost: those of `start`; then, for r sites removed and s left, r + s losses on 1,024 tokens and r·s exchanges a
+    round, nearly all of which are dropped early.
 
     Source: local search by 1-exchanges, Nemhauser, Wolsey and Fisher 1978, for sets of one size; for layers ours.
     """
