@@ -42,7 +42,7 @@ SCALED: dict[str, dict[str, Any]] = {
     "sleb": {"fast": True},
     "evopress": {"set": {"generations": 16, "offspring": 16, "tokens": 512}},
 }
-FINALISTS = ("billhook", "finercut", "blockpruner", "evopress")
+FINALISTS = ("billhook", "finercut", "evopress")
 
 
 def main() -> None:
@@ -127,7 +127,7 @@ def calibration(given: argparse.Namespace, texts: dict[str, str]) -> None:
     """The default recipe on other calibration texts."""
     c4, wiki = texts["c4"], texts["wikitext2"]
     datas = [c4, wiki, "pydoc", "self", f"{c4}+self", f"{c4}+{wiki}"]
-    sweep(given, "calibration", ["billhook"], remove=["20%"], data=datas, eval_data=[c4, wiki])
+    sweep(given, "calibration", ["billhook"], remove=["10%"], data=datas, eval_data=[c4, wiki])
 
 
 def regret(given: argparse.Namespace, texts: dict[str, str]) -> None:

@@ -62,8 +62,8 @@ def _setting(table: Mapping[str, Any], scaled: Mapping[str, Any]) -> str:
     told.append(
         "\nIntervals are 95% bootstraps over texts or items. *Above best*: nats per token above the lowest row of the "
         "same size on that text, paired; an interval that holds 0 means that the two are not told apart. No model was "
-        "trained after pruning. *Search* and *site evaluations* are what a size took beyond what the smaller sizes of the "
-        "same recipe had measured.\n"
+        "trained after pruning. *Search* and *site evaluations* are what a size took beyond what the smaller sizes of "
+        "the same recipe had measured.\n"
     )
     return "\n".join(told)
 

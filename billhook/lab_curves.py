@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from billhook.lab_words import Result, left, named, shown, sizes_of, tasks_of, texts_of
-from billhook.report import count
+from billhook.summary import count
 
 COLOURS = ("#d9691b", "#3b82b0", "#3c9a54", "#9a68d0", "#cf4d8d", "#a08318", "#1c9a9c", "#808b97")  # on both grounds
 SYMBOLS = {  # plotly's names, and their outlines for the key, 16 × 16

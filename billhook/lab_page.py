@@ -43,7 +43,8 @@ from billhook.lab_words import (
     unreliable,
 )
 from billhook.plan import PARTS, Plan, Site
-from billhook.report import count, duration, listed, short
+from billhook.report import listed
+from billhook.summary import count, duration, short
 
 # -- the frame ---------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from billhook.plan import Plan
-from billhook.report import count, short, times
+from billhook.summary import count, short, times
 
 Result = Mapping[str, Any]
 Spell = Callable[[float], str]

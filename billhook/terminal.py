@@ -115,15 +115,15 @@ def _table(*columns: str) -> Table:
 
 
 def _result(console: Console, value: dict[str, Any]) -> None:
-    from billhook import report
+    from billhook import summary
 
     removed = value["plan"]["removed"]
     console.print(f"Removed {len(removed)} of {len(value['anatomy']['sites'])} sites: {', '.join(removed)}")
     table = _table("", "teacher", "student", "change")
-    for row in report.rows(value):
+    for row in summary.rows(value):
         table.add_row(row.label, row.teacher, row.student, row.change)
     console.print(table)
-    for note in filter(None, (value["search"]["told"], *report.notes(value))):
+    for note in filter(None, (value["search"]["told"], *summary.notes(value))):
         console.print(note, style="dim")
     console.print(f"Checkpoint and report: {value['out']} (open {value['out']}/report.html)")
 
@@ -264,7 +264,7 @@ def _methods(console: Console, value: dict[str, Any]) -> None:
 def _sweep(console: Console, value: dict[str, Any]) -> None:
     """A table a text, the best of each size first; then the tasks, three to a table."""
     from billhook import lab_words as words
-    from billhook import report
+    from billhook import summary
 
     names, rows = words.named(value["teacher"]), words.ordered(value)
     console.print(f"{words.shown(value['model'])}: {words.sweep_verdict(value)}", highlight=False)
@@ -279,7 +279,7 @@ def _sweep(console: Console, value: dict[str, Any]) -> None:
                 measured = f"{words.perplexity(told['value'])} ({words.span(told, words.perplexity)})".replace(
                     " ()", ""
                 )
-                cells = f"{left:.1%}", measured, _above(told, alike), report.duration(row["search_seconds"])
+                cells = f"{left:.1%}", measured, _above(told, alike), summary.duration(row["search_seconds"])
                 table.add_row(f" {words.shown(row['recipe'])}", *cells)
         console.print(f"\nPerplexity on {names[text]}; the teacher's: {whole}", highlight=False)
         console.print(table)

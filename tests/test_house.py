@@ -24,8 +24,8 @@ FLOORS = (  # each floor imports from those above it, and each name from those b
     ("arch", "modeling_billhook", "vet", "stream", "loading", "data", "portions", "tasks", "losses", "mask", "probe",
      "surgery", "width", "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),
-    ("recipe", "store", "execute", "audit", "proof", "searching", "lab", "compare", "report", "lab_words", "lab_curves",
-     "lab_page", "pipeline"),
+    ("recipe", "store", "execute", "audit", "proof", "searching", "lab", "compare", "summary", "report",
+     "lab_words", "lab_curves", "lab_page", "pipeline"),
     ("api", "terminal", "face", "cli", "dashboard"),
 )  # fmt: skip
 PLACE = {name: (floor, order) for floor, names in enumerate(FLOORS) for order, name in enumerate(names)}

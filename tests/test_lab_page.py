@@ -13,7 +13,7 @@ import pytest
 from browser import HOSTILE, OVERFLOW, Elements, Tab
 from lab_results import OURS, a_stability, a_sweep, a_trade
 
-from billhook import lab_page, lab_words, report, terminal
+from billhook import lab_page, lab_words, summary, terminal
 from billhook.lab_curves import looks_of
 
 FEW = ("shortgpt", "sleb", "übermäßig-groß")
@@ -79,7 +79,7 @@ def test_the_table_of_a_sweep_has_every_row_and_number(name: str) -> None:
         for text in lab_words.texts_of(result):
             each = row["results"][text]
             known = each["value"] < 1e300
-            wanted.append(f"{report.short(each['value'])}|{report.short(each['low'])}–{report.short(each['high'])}")
+            wanted.append(f"{summary.short(each['value'])}|{summary.short(each['low'])}–{summary.short(each['high'])}")
             wanted[-1] = wanted[-1] if known else "over 1e304"
             gap = each["above_best"]
             far = lab_words.nats(gap["value"]) + (" |not told apart|" if gap["low"] <= 0 else "")
@@ -88,7 +88,7 @@ def test_the_table_of_a_sweep_has_every_row_and_number(name: str) -> None:
         for task in lab_words.tasks_of(result):
             each = row["results"][task]
             wanted.append(f"{each['value']:.1%}|{100 * each['low']:.1f}–{each['high']:.1%}")
-        wanted += [report.duration(row["search_seconds"]), report.short(row["site_evaluations"])]
+        wanted += [summary.duration(row["search_seconds"]), summary.short(row["site_evaluations"])]
         assert len(line) == len(wanted)
         for cell, want in zip(line, wanted, strict=True):
             assert want is None or cell == want
@@ -167,7 +167,7 @@ def test_the_page_of_a_trade_has_every_number(tasks: tuple[str, ...]) -> None:
     assert sum("own" in kind for kind in kinds) == 2 * len(tasks)
     assert all(f"{each['value']:.1%}" in page for each in result["teacher"].values())
     own = sum(row["results"][row["pruned_for"]]["against_text"]["low"] > 0 for row in result["rows"][1:])
-    assert f"in {own} of {report.count(len(tasks), 'case')}" in lab_words.trade_verdict(result)
+    assert f"in {own} of {summary.count(len(tasks), 'case')}" in lab_words.trade_verdict(result)
 
 
 @pytest.mark.parametrize(("sizes", "sets"), [((256,), 2), ((256, 1024, 4096), 5)])

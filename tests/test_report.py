@@ -17,7 +17,7 @@ from browser import HOSTILE, OVERFLOW, Elements, Tab
 from rich.console import Console
 from rich.table import Table
 
-from billhook import report
+from billhook import report, summary
 
 
 def a_result(seed: int = 0, blocks: int = 30, removals: int = 15, *, gone: tuple[str, ...] = (), **more: Any) -> Any:
@@ -103,7 +103,7 @@ def number(text: str) -> float:
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_say_what_was_measured(seed: int) -> None:
     result = a_result(seed)
-    told = {row.label: row for row in report.rows(result)}
+    told = {row.label: row for row in summary.rows(result)}
     sizes = {"Parameters": "parameters", "On disk": "bytes", "KV cache / token": "kv_bytes_per_token"}
     for label, key in {**sizes, "FLOPs / token": "flops_per_token"}.items():
         row, was, now = told[label], result[key]["teacher"], result[key]["student"]
@@ -125,7 +125,7 @@ def test_rows_say_what_was_measured(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_fit_a_terminal_of_80_columns(seed: int) -> None:
     table = Table("", "teacher", "student", "change")
-    told = report.rows(a_result(seed))
+    told = summary.rows(a_result(seed))
     for row in told:
         table.add_row(row.label, row.teacher, row.student, row.change)
     screen = Console(file=StringIO(), width=80)
@@ -138,18 +138,40 @@ def test_rows_fit_a_terminal_of_80_columns(seed: int) -> None:
     assert len(drawn.splitlines()) <= 2 * len(told) + 4
 
 
+def test_tasks_and_margins_are_told() -> None:
+    task = {"file": "x/piqa_validation.jsonl.gz", "teacher": 0.682, "student": 0.551, "change": -0.131,
+            "ci95": [-0.16, -0.1], "n": 900, "reliable": True, "note": ""}  # fmt: skip
+    trials = [
+        {"percent": 4.2, "within": True, "lost": 1.1, "low": 0.5, "high": 1.9},
+        {"percent": 8.9, "within": False, "lost": 3.0, "low": 2.0, "high": 4.1},
+        {"percent": 6.3, "within": True, "lost": 2.05, "low": 1.0, "high": 2.96},
+    ]
+    within = {"margin": "3%ppl", "unit": "percent of the perplexity", "trials": trials, "data": {"tokens": 8192}}
+    result = a_result(tasks=[task], within=within)
+    (row,) = [row for row in summary.rows(result) if row.label == "Accuracy, piqa_validation"]
+    assert (row.teacher, row.student, row.change) == ("68.2%", "55.1%", "−13.1pp (−16.0pp–−10.0pp)")
+    (note,) = [note for note in summary.notes(result) if note.startswith("Within 3%ppl")]
+    assert "6.3% of the parameters can go, for 2.05 percent of the perplexity, at most 2.96" in note
+    assert note.endswith("8.9% would lose more.")
+
+
 def test_what_was_not_measured_has_no_row_and_a_note() -> None:
     skipped = a_result(perplexity=None, speed=None)
-    assert [row.label for row in report.rows(skipped)] == ["Parameters", "On disk", "KV cache / token", "FLOPs / token"]
-    assert report.notes(skipped) == ["Perplexity was not measured.", "Speed was not measured."]
+    assert [row.label for row in summary.rows(skipped)] == [
+        "Parameters",
+        "On disk",
+        "KV cache / token",
+        "FLOPs / token",
+    ]
+    assert summary.notes(skipped) == ["Perplexity was not measured.", "Speed was not measured."]
     unknown = a_result()
     unknown["speed"]["teacher"]["peak_bytes"] = None
-    assert report.rows(unknown)[-1] == report.Row("Peak memory", "–", "1.10 GB", "–")
+    assert summary.rows(unknown)[-1] == summary.Row("Peak memory", "–", "1.10 GB", "–")
     unknown["speed"]["student"]["peak_bytes"] = None
-    assert report.rows(unknown)[-1].label == "Decode tokens/s"
+    assert summary.rows(unknown)[-1].label == "Decode tokens/s"
     for result in (skipped, unknown):
         assert "None" not in report.card(result).split("## Recipe")[0]
-        assert "nan" not in report.verdict(result)
+        assert "nan" not in summary.verdict(result)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +184,11 @@ def test_what_was_not_measured_has_no_row_and_a_note() -> None:
     ],
 )  # fmt: skip
 def test_short_numbers(value: float | None, unit: str, text: str) -> None:
-    assert report.short(value, unit) == text
+    assert summary.short(value, unit) == text
 
 
 def test_seconds_and_minutes_never_reach_sixty() -> None:
-    told = [report.duration(s) for s in (0.1, 59.96, 60, 400, 3599.7, 3600, 86399)]
+    told = [summary.duration(s) for s in (0.1, 59.96, 60, 400, 3599.7, 3600, 86399)]
     assert told == ["0.1 s", "1 min 0 s", "1 min 0 s", "6 min 40 s", "1 h 0 min", "1 h 0 min", "23 h 59 min"]
 
 
@@ -174,19 +196,19 @@ def test_notes_are_shown_everywhere() -> None:
     result = a_result(note="the first note")
     result["perplexity"] |= {"reliable": False, "note": "rests on 3 texts"}
     result["speed"]["note"] = "the machine was busy"
-    told = report.notes(result)
+    told = summary.notes(result)
     assert len(told) == 3
     for note in told:
         assert note in report.card(result).replace("\\", "")
         assert note in report.page(result)
     result["perplexity"]["note"] = ""
-    assert any("not reliable" in note for note in report.notes(result))
+    assert any("not reliable" in note for note in summary.notes(result))
 
 
 def test_the_verdict_counts_whole_blocks() -> None:
     result = a_result(3, blocks=12, removals=0)
     result["plan"]["removed"] = ["attention.4", "mlp.4", "mlp.9"]
-    assert report.verdict(result).startswith("3 of 24 sites removed (1 whole block): as many parameters as before, ")
+    assert summary.verdict(result).startswith("3 of 24 sites removed (1 whole block): as many parameters as before, ")
 
 
 # -- the card ----------------------------------------------------------------------------------------------------------
@@ -202,7 +224,7 @@ def test_the_card_is_yaml_and_markdown(result: Any) -> None:
     assert meta["tags"] == ["billhook", "pruned"]
     recipe = re.findall(r"^```yaml\n(.*?)\n```$", body, re.DOTALL | re.MULTILINE)
     assert [yaml.safe_load(text) for text in recipe] == [result["recipe"]]
-    for row in report.rows(result):
+    for row in summary.rows(result):
         assert f"| {row.label} | {row.teacher} | {row.student} | {row.change} |" in body
     assert not re.search(r"(?<!\\)<\w", re.sub(r"```.*?```", "", body, flags=re.DOTALL))  # no element gets through
 

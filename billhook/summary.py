@@ -1,0 +1,162 @@
+"""One run in rows and sentences, and numbers as people read them: what terminal, model card and pages share.
+
+Nothing is measured here: every number comes from the run's result, a plain JSON object.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from billhook.plan import Plan
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the run's table, as short strings."""
+
+    label: str
+    teacher: str
+    student: str
+    change: str
+
+
+def rows(result: Result) -> list[Row]:
+    """The table of the run. What was not measured has no row; `notes` says so."""
+    told: list[Row] = []
+    if quality := result["perplexity"]:
+        change = f"{times(quality['ratio'])} {_span(quality['ci95'], times)}"
+        told.append(Row("Held-out perplexity", short(quality["teacher"]), short(quality["student"]), change))
+    for task in result.get("tasks", ()):
+        teacher, student = (f"{100 * task[side]:.1f}%" for side in ("teacher", "student"))
+        change = f"{_points(task['change'])} {_span(task['ci95'], _points)}"
+        told.append(Row(f"Accuracy, {_stem(task['file'])}", teacher, student, change))
+    for label, key, unit in (
+        ("Parameters", "parameters", ""),
+        ("On disk", "bytes", "B"),
+        ("KV cache / token", "kv_bytes_per_token", "B"),
+        ("FLOPs / token", "flops_per_token", ""),
+    ):
+        told.append(_sizes(label, result[key]["teacher"], result[key]["student"], unit))
+    if speed := result["speed"]:
+        for label, phase in (("Prefill tokens/s", "prefill"), ("Decode tokens/s", "decode")):
+            sides = [_median(speed[side][f"{phase}_tokens_per_s"]) for side in ("teacher", "student")]
+            predicted = (speed.get("predicted") or {}).get(phase)
+            change = _median(speed["ratio"][phase], times) + (f", predicted {times(predicted)}" if predicted else "")
+            told.append(Row(label, sides[0], sides[1], change))
+        peaks = speed["teacher"]["peak_bytes"], speed["student"]["peak_bytes"]
+        if any(peaks):
+            told.append(_sizes("Peak memory", *peaks, "B"))
+    return told
+
+
+def notes(result: Result) -> list[str]:
+    """What a reader of the numbers must know: the result's own notes, and what was not measured."""
+    told = [str(result["note"])] if result.get("note") else []
+    for key in ("perplexity", "speed"):
+        if not result[key]:
+            told.append(f"{key.capitalize()} was not measured.")
+        elif result[key]["note"]:
+            told.append(f"{key.capitalize()}: {result[key]['note']}")
+    quality = result["perplexity"]
+    if quality and not quality["reliable"] and not quality["note"]:
+        told.append(f"Perplexity: the interval rests on {quality['clusters']} texts only and is not reliable.")
+    if within := result.get("within"):
+        told.append(_within_in_words(within))
+    return told
+
+
+def _within_in_words(within: Mapping[str, Any]) -> str:
+    """Which sizes a margin was asked about, and what it said of the one that was taken."""
+    taken = max((t for t in within["trials"] if t["within"]), key=lambda t: float(t["percent"]))
+    refused = [f"{t['percent']:.1f}%" for t in within["trials"] if not t["within"]]
+    more = f" {', '.join(refused)} would lose more." if refused else ""
+    return (
+        f"Within {within['margin']}, judged on {within['data']['tokens']:,} tokens that the proof does not use: "
+        f"{taken['percent']:.1f}% of the parameters can go, for {taken['lost']:.2f} {within['unit']}, at most "
+        f"{taken['high']:.2f} with 95% confidence.{more}"
+    )
+
+
+def verdict(result: Result) -> str:
+    """The run in one sentence of plain words."""
+    plan, alive = Plan.of(result["plan"]["removed"]), len(result["anatomy"]["sites"])
+    whole = f" ({count(len(plan.blocks()), 'whole block')})" if plan.blocks() else ""
+    was, now = result["parameters"]["teacher"], result["parameters"]["student"]
+    facts = [f"{1 - now / was:.1%} fewer parameters" if now < was else "as many parameters as before"]
+    if quality := result["perplexity"]:
+        low, high = (times(end)[1:] for end in quality["ci95"])
+        values = f"{short(quality['teacher'])} → {short(quality['student'])}"
+        facts.append(f"perplexity {values} ({times(quality['ratio'])}, 95% interval {low} to {high})")
+    if result["speed"]:
+        middle, low, high = (times(result["speed"]["ratio"]["decode"][key]) for key in ("median", "low", "high"))
+        facts.append(f"decoding speed {middle} ({low[1:]} to {high[1:]})")
+    return f"{len(plan.removed)} of {count(alive, 'site')} removed{whole}: {', '.join(facts)}."
+
+
+# -- numbers and words -------------------------------------------------------------------------------------------------
+
+
+def short(x: float | None, unit: str = "") -> str:
+    """Three significant digits, four from 1,000 to 9,999, then k, M, G, T, then powers; `–` for what is not known."""
+    if x is None:
+        return "–"
+    gap = " " if unit else ""
+    if not math.isfinite(x) or x == 0 or (isinstance(x, int) and abs(x) < 1000):
+        return f"{x:g}{gap}{unit}".replace("inf", "∞")
+    size = abs(float(f"{x:.3g}"))
+    if size >= 1e15 or size < 1e-6:
+        return f"{x:.2e}"
+    if 1000 <= size < 10_000 and not unit:
+        return f"{x:,.0f}"
+    scale, prefix = next(((s, p) for s, p in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if size >= s), (1.0, ""))
+    digits = max(0, 2 - math.floor(math.log10(size / scale)))
+    return f"{x / scale:.{digits}f}{gap}{prefix}{unit}".replace("-", "−")
+
+
+def times(x: float) -> str:
+    """A ratio, two decimals."""
+    return f"×{x:.2f}" if abs(x) < 100 else f"×{short(x)}"
+
+
+def _points(x: float) -> str:
+    """A difference of two shares, in percentage points."""
+    return f"{100 * x:+.1f}pp".replace("-", "−")
+
+
+def _stem(path: str) -> str:
+    """The name of a file without folder and endings."""
+    return path.rsplit("/", 1)[-1].partition(".")[0]
+
+
+def _span(ends: Sequence[float], spell: Callable[[float], str] = short) -> str:
+    return f"({spell(ends[0])}–{spell(ends[1])})".replace("×", "")
+
+
+def _median(value: Mapping[str, float], spell: Callable[[float], str] = short) -> str:
+    low, middle, high = (float(value[key]) for key in ("low", "median", "high"))
+    return f"{spell(middle)} {_span((low, high), spell)}"
+
+
+def _sizes(label: str, teacher: float | None, student: float | None, unit: str) -> Row:
+    change = "–"
+    if teacher and student is not None:
+        change = "unchanged" if teacher == student else f"{student / teacher - 1:+.1%}".replace("-", "−")
+    return Row(label, short(teacher, unit), short(student, unit), change)
+
+
+def count(n: int, noun: str) -> str:
+    """`1 site`, `2 sites`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """`59.9 s`, `6 min 40 s`, `23 h 59 min`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
