@@ -25,7 +25,7 @@ from billhook.records import Score, Watch, silent
 from billhook.registry import chosen
 from billhook.search import SEARCHES
 from billhook.speed import Protocol
-from billhook.stats import mean_interval
+from billhook.stats import mean_interval, score_interval
 from billhook.store import Run, Store
 from billhook.vet import dtype_name
 
@@ -164,7 +164,7 @@ def score(
 
     `model`: as for `load`, or a loaded Teacher. `set`: options of the metrics, such as {"kind": "vector"}; each is
     given those that it takes. `fields`: those of `Recipe` that concern model, memory, text and seed. Higher = removal
-    hurts more. Returns `sites`, `blocks` and `spans`, each with value and standard error, under `scores` by metric; of
+    hurts more. Returns `sites`, `blocks` and `spans`, each with value, standard error and 95% interval, under `scores` by metric; of
     a single metric also at the top. A model larger than the memory is read block by block, once for all metrics that
     share a pass.
     """
@@ -198,7 +198,8 @@ def _by_kind(teacher: Teacher, scores: dict[Unit, Score]) -> dict[str, list[dict
     """Rows of sites, of blocks and of spans of blocks; `length` counts the blocks that a span still has."""
     told: dict[str, list[dict[str, Any]]] = {"sites": [], "blocks": [], "spans": []}
     for unit, score in scores.items():
-        row = {"value": score.value, "se": score.se}
+        low, high = score_interval(score)
+        row = {"value": score.value, "se": score.se, "low": low, "high": high}
         if isinstance(unit, Site):
             told["sites"].append({"site": str(unit), **row})
         elif isinstance(unit, int):

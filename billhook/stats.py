@@ -9,7 +9,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from billhook.records import EvalResult, Interval
+from billhook.records import EvalResult, Interval, Score
 
 Floats = NDArray[np.float64]
 FEW_CLUSTERS = 30
@@ -124,6 +124,14 @@ def _student(t: float, degrees: int) -> float:
         total += term
     central = 2 / math.pi * (angle + sine * total) if odd else sine * total
     return 0.5 + central / 2
+
+
+def score_interval(score: Score) -> tuple[float | None, float | None]:
+    """The 95% interval of a metric's score: by Student's t where its degrees of freedom are few, else by the normal."""
+    if score.se is None:
+        return None, None
+    wide = NormalDist().inv_cdf(0.975) if score.degrees is None else student_quantile(0.975, score.degrees)
+    return score.value - wide * score.se, score.value + wide * score.se
 
 
 def ranks(values: Sequence[float]) -> Floats:

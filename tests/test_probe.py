@@ -412,6 +412,19 @@ def test_what_is_in_the_store_does_not_change_how_a_race_is_run(peaked: Teacher)
     assert any(loss.bound for loss in found[0].values())
 
 
+def test_the_work_of_other_losses_and_fewer_tokens_counts(checkpoint: Folder) -> None:
+    teacher, tokens = load(checkpoint("llama")), documents(8)
+    probe = Probe(teacher, tokens, "kl")
+    probe.losses([Plan()])
+    dense = probe.site_evaluations
+    assert dense == 8
+    probe.under("nll").losses([Plan()])
+    assert probe.site_evaluations == 2 * dense
+    probe.under("kl", documents(2)).losses([Plan()])
+    assert probe.site_evaluations == pytest.approx(2.25 * dense)
+    assert probe.under("kl") is probe
+
+
 # -- memory ---------------------------------------------------------------------------------------------------------
 
 

@@ -12,8 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from billhook.records import EvalResult
-from billhook.stats import FEW_CLUSTERS, bca, mean_interval, median_interval, paired_difference, student_quantile
+from billhook.records import EvalResult, Score
+from billhook.stats import (
+    FEW_CLUSTERS,
+    bca,
+    correlation,
+    mean_interval,
+    median_interval,
+    paired_difference,
+    ranks,
+    score_interval,
+    student_quantile,
+)
 
 
 def results(texts: int, seed: int, per_text: int = 3, shuffle: bool = True) -> tuple[EvalResult, EvalResult]:
@@ -238,3 +248,21 @@ def test_quantiles_of_student_by_summing_the_density(degrees: int) -> None:
     x = np.linspace(0, student_quantile(0.95, degrees), 200_001)
     density = constant * (1 + x * x / degrees) ** (-(degrees + 1) / 2)
     assert 0.5 + np.trapezoid(density, x) == pytest.approx(0.95, abs=1e-8)
+
+
+def test_the_interval_of_a_score_is_wider_where_few_draws_made_it() -> None:
+    assert score_interval(Score(1.0)) == (None, None)
+    low, high = score_interval(Score(1.0, 0.5))
+    assert (low, high) == pytest.approx((1 - 1.959964 * 0.5, 1 + 1.959964 * 0.5), abs=1e-5)
+    few = score_interval(Score(1.0, 0.5, 2))
+    assert few == pytest.approx((1 - 4.302653 * 0.5, 1 + 4.302653 * 0.5), abs=1e-4)  # t(2), any table of it
+
+
+@given(st.lists(st.integers(-5, 5), min_size=2, max_size=12))
+def test_ranks_are_those_of_sorting_and_ties_share_theirs(values: list[int]) -> None:
+    found = ranks([float(v) for v in values])
+    for value, rank in zip(values, found, strict=True):
+        below, equal = sum(v < value for v in values), sum(v == value for v in values)
+        assert rank == below + (equal - 1) / 2
+    assert correlation(found, found) == pytest.approx(1.0 if len(set(values)) > 1 else 0.0)
+    assert correlation(found, -found) == pytest.approx(-1.0 if len(set(values)) > 1 else 0.0)

@@ -27,7 +27,8 @@ from billhook.evaluate.choices import log_probabilities, outcomes
 from billhook.execute import Executor, memos
 from billhook.loading import Teacher, load
 from billhook.losses import ITEM_LOSSES, LOSSES, split_loss
-from billhook.plan import Ask, Plan
+from billhook.metrics import METRICS
+from billhook.plan import Ask, Plan, Site
 from billhook.probe import Fast, Probe
 from billhook.records import Loss
 from billhook.store import Store
@@ -415,6 +416,20 @@ def test_a_loss_and_a_token_set_must_fit(checkpoint: Folder, file: Path, tokeniz
             UsageError, match=rf"--loss {loss} reads text, and .*items\. Type --loss task:.*task_error:"
         ):
             Probe(teacher, task_tokens(file, tokenizer), loss)
+
+
+def test_metrics_of_a_task_are_the_rises_of_its_loss(checkpoint: Folder, file: Path, tokenizer: Any) -> None:
+    teacher, tokens = load(checkpoint("llama")), task_tokens(file, tokenizer, limit_items=12)
+    for loss in ITEM_LOSSES:
+        probe = Probe(teacher, tokens, loss)
+        scores = METRICS["loo_task"](probe)
+        dense, *without = probe.losses([Plan(), *(Plan(frozenset([s])) for s in teacher.anatomy.alive())])
+        for site, measured in zip(teacher.anatomy.alive(), without, strict=True):
+            assert scores[site].value == pytest.approx(measured.mean - dense.mean, abs=1e-5)
+        values = METRICS["shapley_task"](probe, pairs=2)
+        nothing = probe.losses([Plan(frozenset(teacher.anatomy.alive()))])[0]
+        total = sum(score.value for unit, score in values.items() if isinstance(unit, Site))
+        assert total == pytest.approx(nothing.mean - dense.mean, rel=1e-4, abs=1e-6)
 
 
 def test_a_metric_sees_the_tokens_of_a_task(checkpoint: Folder, file: Path, tokenizer: Any) -> None:

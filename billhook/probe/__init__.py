@@ -90,6 +90,7 @@ class Probe:
         self.teacher, self.tokens, self.loss, self.fast, self.memory = teacher, tokens, loss, fast, memory
         self._memos = memos
         self._bench = Bench(teacher, tokens, loss, memory=memory, walk=walk)
+        self._trunks = [self._bench.trunk]  # whose work is counted as this probe's
         self._hardness: list[float] = []  # of each group, by the best plan of the last round
         self._rises: dict[int, tuple[float, int]] = {}  # by move: how much worse than the best, and in which round
         self._round = 0
@@ -107,8 +108,8 @@ class Probe:
 
     @property
     def site_evaluations(self) -> float:
-        """Sublayers computed so far, each over the whole token set counting as one."""
-        return self._bench.trunk.computed / sum(group.ids.numel() for group in self._bench.groups)
+        """Sublayers computed so far, each over the whole token set counting as one; those of `under` too."""
+        return sum(trunk.computed for trunk in self._trunks) / sum(group.ids.numel() for group in self._bench.groups)
 
     def losses(self, plans: Sequence[Plan], best: int | None = None) -> list[Loss]:
         """The loss of each plan in the order asked; with `best=k` all but the k lowest may be bounds.
@@ -237,7 +238,9 @@ class Probe:
         if loss == self.loss and tokens.hash == self.tokens.hash:
             return self
         self.rest()
-        return Probe(self.teacher, tokens, loss, memory=self.memory, fast=self.fast, memos=self._memos)
+        probe = Probe(self.teacher, tokens, loss, memory=self.memory, fast=self.fast, memos=self._memos)
+        self._trunks.append(probe._bench.trunk)
+        return probe
 
     @torch.inference_mode()
     def row_sums(self, plans: Sequence[Plan]) -> list[list[float]]:
