@@ -164,8 +164,8 @@ def score(
 
     `model`: as for `load`, or a loaded Teacher. `set`: options of the metrics, such as {"kind": "vector"}; each is
     given those that it takes. `fields`: those of `Recipe` that concern model, memory, text and seed. Higher = removal
-    hurts more. Returns `sites`, `blocks` and `spans`, each with value, standard error and 95% interval, under `scores` by metric; of
-    a single metric also at the top. A model larger than the memory is read block by block, once for all metrics that
+    hurts more. Returns `sites`, `blocks` and `spans`, each with value, standard error and 95% interval, under `scores`
+    by metric; of a single metric also at the top. A model larger than the memory is read block by block, once for all metrics that
     share a pass.
     """
     names = list(dict.fromkeys(name.strip() for name in metric.split(",")))
