@@ -165,8 +165,8 @@ def score(
     `model`: as for `load`, or a loaded Teacher. `set`: options of the metrics, such as {"kind": "vector"}; each is
     given those that it takes. `fields`: those of `Recipe` that concern model, memory, text and seed. Higher = removal
     hurts more. Returns `sites`, `blocks` and `spans`, each with value, standard error and 95% interval, under `scores`
-    by metric; of a single metric also at the top. A model larger than the memory is read block by block, once for all metrics that
-    share a pass.
+    by metric; of a single metric also at the top. A model larger than the memory is read block by block, once for all
+    metrics that share a pass.
     """
     names = list(dict.fromkeys(name.strip() for name in metric.split(",")))
     options = recipe_from({"remove": "1sites", "set": set or {}}, "The call").set
