@@ -269,12 +269,12 @@ def methods() -> list[dict[str, str]]:
 
 def sweep(
     model: str | Path = "demo",
-    recipes: Sequence[str] = ("billhook",),
+    recipes: str | Sequence[str] = ("billhook",),
     *,
-    remove: Sequence[str] = ("10%", "20%", "30%"),
-    data: Sequence[str] = ("pydoc",),
-    eval_data: Sequence[str] = (),
-    tasks: Sequence[str] = (),
+    remove: str | Sequence[str] = ("10%", "20%", "30%"),
+    data: str | Sequence[str] = ("pydoc",),
+    eval_data: str | Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     items: int = 200,
     out: str | Path | None = None,
     store: str | Path = STORE,
@@ -287,7 +287,10 @@ def sweep(
     multiple-choice items, of which `items` are measured. `options`: fields of `Recipe` that overrule every recipe, such
     as `tokens`. Nothing that `store` holds is measured again, so that a sweep which was killed goes on.
     """
-    grid = lab.Grid(tuple(recipes), tuple(remove), tuple(data), tuple(eval_data or data), tuple(tasks), items)
+    texts = _several(data)
+    grid = lab.Grid(
+        _several(recipes), _several(remove), texts, _several(eval_data) or texts, _several(tasks), items
+    )  # fmt: skip
     first = lab.recipes_of(grid, str(model), options)[0][1]
     with _laboratory("sweep", first, Path(store), out, watch) as (bench, folder):
         return lab.filed(lab.sweep(bench, grid, options), folder, lab_page.sweep_page)
@@ -295,7 +298,7 @@ def sweep(
 
 def trade(
     model: str | Path = "demo",
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     *,
     items: int = 200,
     out: str | Path | None = None,
@@ -312,7 +315,7 @@ def trade(
         raise UsageError("There is no task to trade. Name files of multiple-choice items: --tasks a.jsonl,b.jsonl.")
     first = recipe_from({"model": str(model), **options}, "The call")
     with _laboratory("trade", first, Path(store), out, watch) as (bench, folder):
-        return lab.filed(lab.trade(bench, tuple(tasks), items, options), folder, lab_page.trade_page)
+        return lab.filed(lab.trade(bench, _several(tasks), items, options), folder, lab_page.trade_page)
 
 
 def stability(
@@ -338,6 +341,11 @@ def stability(
     with _laboratory("stability", first, Path(store), out, watch) as (bench, folder):
         told = lab.stability(bench, metric, tuple(sizes), draws, options)
         return lab.filed(told, folder, lab_page.stability_page)
+
+
+def _several(values: str | Sequence[str]) -> tuple[str, ...]:
+    """One name, or several."""
+    return (values,) if isinstance(values, str) else tuple(values)
 
 
 @contextmanager

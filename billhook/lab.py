@@ -266,7 +266,8 @@ def trade(bench: Bench, tasks: Sequence[str], items: int, common: Mapping[str, A
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286).
     """
     given = {"model": bench.teacher.name, **common}
-    names = {file: Path(file).name.partition(".")[0] for file in tasks}
+    stems = [Path(file).name.partition(".")[0] for file in tasks]
+    names = {file: stem if stems.count(stem) == 1 else file for file, stem in zip(tasks, stems, strict=True)}
     recipes = {"text": recipe_from(given)} | {
         names[file]: recipe_from(given | {"loss": f"task:{file}"}) for file in tasks
     }

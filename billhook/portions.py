@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from billhook.data import TokenSet, Wanted, token_set, token_sets
+from billhook.data import Choices, TokenSet, Wanted, token_set, token_sets
 from billhook.errors import DataError, UsageError
 from billhook.records import Watch, silent
 
@@ -15,15 +15,21 @@ JOINT = "+"  # between the sources of a mixture
 
 
 def picked(tokens: TokenSet, documents: Sequence[int]) -> TokenSet:
-    """Some documents of a token set of text, in their order."""
+    """Some documents of a token set, in their order."""
     number = {document: i for i, document in enumerate(sorted(documents))}
     rows = [r for r, document in enumerate(tokens.documents) if document in number]
+    of = tokens.choices
+    if of is not None:
+        of = Choices(
+            tuple(of.first[r] for r in rows), tuple(of.characters[r] for r in rows), tuple(of.gold[d] for d in number)
+        )
     return token_set(
         [tuple(tokens.rows[r, : tokens.lengths[r]].tolist()) for r in rows],
         [number[tokens.documents[r]] for r in rows],
         [tokens.clusters[d] for d in number],
         [tokens.digests[d] for d in number],
         tokens.source,
+        choices=of,
     )
 
 

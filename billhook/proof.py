@@ -22,7 +22,9 @@ from billhook.data import TokenSet
 from billhook.evaluate import EVALUATIONS
 from billhook.evaluate.choices import outcomes
 from billhook.loading import Teacher
+from billhook.margin import Margin
 from billhook.plan import Plan
+from billhook.portions import halves
 from billhook.probe import Probe
 from billhook.recipe import Recipe
 from billhook.records import Environment, EvalResult, Event, Watch
@@ -128,8 +130,10 @@ def evaluated(job: Job, teacher: Teacher, plans: Sequence[Plan], tokens: TokenSe
 
 
 def task(job: Job, teacher: Teacher, plan: Plan, file: str) -> dict[str, Any]:
-    """Accuracy of teacher and student on those items of a task that no search looks at, and what it lost."""
+    """Accuracy of teacher and student on those items of a task that no search or choice looks at, and what it lost."""
     tokens = items_of(file, teacher, "evaluation", seed=job.recipe.seed)
+    if job.recipe.within and Margin.parse(job.recipe.within).file == file:
+        tokens = halves(tokens)[1]  # the choice was made on the others
     before, after = evaluated(job, teacher, [Plan(), plan], tokens, "pp")
     change = paired_difference(before, after, job.recipe.seed)
     return {

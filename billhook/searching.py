@@ -31,6 +31,7 @@ from billhook.registry import chosen
 from billhook.search import SEARCHES, Search, settle
 from billhook.tasks import items_of
 
+GROWTH = Fraction(3, 2)  # of the share that goes, from trial to trial: a search far beyond the margin costs the most
 FINEST = Fraction(1, 2)  # percent of the parameters, between what stays within a margin and what does not
 
 
@@ -255,8 +256,8 @@ def _most_within(
 ) -> tuple[Problem, list[Plan], dict[str, Any]]:
     """The largest share of the parameters whose removal stays within the recipe's margin on validation items.
 
-    Shares are doubled until one is too much, then halved between; each has a search of its own, which reuses what the
-    others measured. Assumes that less is safer; every trial is told.
+    Shares grow by half until one is too much, then the gap is halved; each has a search of its own, which reuses what
+    the others measured. Assumes that less is safer; every trial is told.
     """
     recipe = job.recipe
     assert recipe.within is not None
@@ -283,8 +284,11 @@ def _most_within(
             low, best = spent, (problem, path, kept)
         else:
             high = share
-        share = 2 * share if high == 100 and low < 25 else (low + high) / 2
+        share = GROWTH * max(share, low) if high == 100 else (low + high) / 2
     told = {"margin": str(margin), "unit": _UNITS[margin.kind], "trials": trials, "data": validation.describe()}
+    told["note"] = "" if best is None else best[2].lost.note
+    if not trials:
+        raise BudgetError("Nothing can go: one attention, one mlp and everything protected stay. Protect less.")
     if best is None:
         least = min(trials, key=lambda trial: trial["percent"])
         raise UsageError(
@@ -310,4 +314,4 @@ def validation_of(recipe: Recipe, margin: Margin, teacher: Teacher, held_out: To
     if margin.kind == "ppl":
         return halves(held_out)[0]
     assert margin.file is not None
-    return items_of(margin.file, teacher, "evaluation", seed=recipe.seed)
+    return halves(items_of(margin.file, teacher, "evaluation", seed=recipe.seed))[0]

@@ -78,7 +78,7 @@ def _within_in_words(within: Mapping[str, Any]) -> str:
     return (
         f"Within {within['margin']}, judged on {within['data']['tokens']:,} tokens that the proof does not use: "
         f"{taken['percent']:.1f}% of the parameters can go, for {taken['lost']:.2f} {within['unit']}, at most "
-        f"{taken['high']:.2f} with 95% confidence.{more}"
+        f"{taken['high']:.2f} with 95% confidence.{more} {within.get('note') or ''}".rstrip()
     )
 
 

@@ -208,6 +208,10 @@ def test_calibration_text_is_an_axis(six: Path, texts: Path, tmp_path: Path) -> 
         str(six), ["shortgpt"], remove=["10%"], data=[str(texts), str(other), f"{texts}+{other}"],
         eval_data=[str(texts), str(other)], out=tmp_path / "lab", store=tmp_path / "runs.db", **SMALL,
     )  # fmt: skip
+    alone = billhook.sweep(
+        str(six), "shortgpt", remove="10%", data=str(texts), out=tmp_path / "alone", store=tmp_path / "runs.db", **SMALL
+    )
+    assert [row["removed"] for row in alone["rows"]] == [told["rows"][0]["removed"]], "one name is a list of one"
     assert [row["data"] for row in told["rows"]] == [str(texts), str(other), f"{texts}+{other}"]
     assert set(told["teacher"]) == {str(texts), str(other)}
 
@@ -313,6 +317,8 @@ def test_as_much_as_a_margin_allows(model: Path, texts: Path, tasks: list[Path],
         str(model), within=f"90pp:{tasks[0]}", loss=f"task:{tasks[0]}", out=tmp_path / "three", **small
     )
     assert task["within"]["unit"].startswith("percentage points")
-    assert [each["file"] for each in task["tasks"]] == [str(tasks[0])]
+    (proof,) = task["tasks"]
+    assert proof["file"] == str(tasks[0])
+    assert proof["n"] + task["within"]["data"]["items"] == 20, "half of the items are for searches"
     with pytest.raises(UsageError, match="Nothing can go within 0%ppl"):
         billhook.prune(str(model), within="0%ppl", out=tmp_path / "four", **small)

@@ -12,7 +12,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from billhook.data import Document, TokenSet, Wanted, first, pick
+from billhook.data import Choices, Document, TokenSet, Wanted, first, pick
+from billhook.data import token_set as token_set_of
 from billhook.errors import DataError, UsageError
 from billhook.loading import load
 from billhook.portions import halves, joined, mixed_sets, parted, picked
@@ -85,6 +86,15 @@ def test_a_mixture_holds_all_and_begins_with_both(a: int, b: int, seed: int) -> 
 def test_too_few_documents_for_portions_are_refused() -> None:
     with pytest.raises(DataError, match="gives 2 portions of 50 tokens that share no document, and 9 are wanted"):
         parted(pick([Document(i, tuple(range(3, 63))) for i in range(2)], 10**9, 16, [], "made up"), 50, 9)
+
+
+def test_halves_of_items_keep_what_makes_them_choices() -> None:
+    rows = [(5, 6, 7), (5, 8), (9, 10), (9, 11), (9, 12, 13)]
+    of = Choices((1, 1, 1, 1, 1), (4, 3, 2, 5, 6), (1, 2))
+    whole = token_set_of(rows, [0, 0, 1, 1, 1], [3, 8], ["a", "b"], "made up", choices=of)
+    one, other = halves(whole)
+    assert (one.choices, other.choices) == (Choices((1, 1), (4, 3), (1,)), Choices((1, 1, 1), (2, 5, 6), (2,)))
+    assert (one.digests, other.digests) == (("a",), ("b",))
 
 
 def test_picking_everything_changes_nothing() -> None:
