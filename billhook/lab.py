@@ -91,7 +91,7 @@ def tried(bench: Bench, name: str, recipe: Recipe, calibration: TokenSet) -> Tri
     known = bench.store.fact(fingerprint, "plan", of)
     if known is None:
         start = time.perf_counter()
-        found = find(bench.job(recipe), bench.teacher, calibration)
+        found = find(bench.job(recipe), bench.teacher, calibration, along=False)
         known = {
             "removed": found.plan.names(),
             "seconds": round(time.perf_counter() - start, 1),

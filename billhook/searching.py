@@ -96,9 +96,18 @@ def search_of(recipe: Recipe, problem: Problem) -> Search:
 
 
 def find(
-    job: Job, teacher: Teacher, calibration: TokenSet, held_out: TokenSet | None = None, given: Plan | None = None
+    job: Job,
+    teacher: Teacher,
+    calibration: TokenSet,
+    held_out: TokenSet | None = None,
+    given: Plan | None = None,
+    *,
+    along: bool = True,
 ) -> Found:
-    """The plan of a run: given, searched for, or the largest within a margin, which is judged on `held_out` text."""
+    """The plan of a run: given, searched for, or the largest within a margin, which is judged on `held_out` text.
+
+    `along`: with the loss after every step, which a search by scores has not measured itself.
+    """
     recipe = job.recipe
     probe = probe_of(recipe, teacher, calibration, job)
     measure = Executor(probe)
@@ -126,6 +135,8 @@ def find(
     conducted = with_words(conducted)
     if not path or not path[-1].removed:
         return Found(Plan(), [], conducted, within)
+    if not along:
+        return Found(path[-1], [], conducted, within)
     told = _teller(job, "along the path", before=0, total=len(path))
     measured = {plan for ask, losses in rounds for plan, loss in zip(ask.plans, losses, strict=True) if not loss.bound}
     on_path = measure(Ask(tuple(path)), *([] if measured.issuperset(path) else [told]))
