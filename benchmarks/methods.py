@@ -144,7 +144,7 @@ def regret(given: argparse.Namespace, texts: dict[str, str]) -> None:
     }  # fmt: skip
     with closing(Store(given.work / "billhook.db")) as store:
         run = store.new_run(recipe_from(common).model_dump(), {"laboratory": "regret"}, str(given.work))
-        bench = lab.Bench(store, run, billhook.load("demo"), tell)
+        bench = lab.Lab(store, run, billhook.load("demo"), tell)
         rows = []
         for number, (name, own) in enumerate(searches.items()):
             tell(Event("sweep", number, len(searches), name))

@@ -25,7 +25,7 @@ from billhook.records import Score, Watch, silent
 from billhook.registry import chosen
 from billhook.search import SEARCHES
 from billhook.speed import Protocol
-from billhook.stats import mean_interval, score_interval
+from billhook.stats import exp, mean_interval, score_interval
 from billhook.store import Run, Store
 from billhook.vet import dtype_name
 
@@ -142,8 +142,8 @@ def evaluate_model(model: str | Path = "demo", *, watch: Watch = silent, **optio
     spread = mean_interval(result, recipe.seed)
     return {
         "model": teacher.name,
-        "perplexity": proof.exp(spread.value),
-        "ci95": [proof.exp(spread.low), proof.exp(spread.high)],
+        "perplexity": exp(spread.value),
+        "ci95": [exp(spread.low), exp(spread.high)],
         "n": spread.n,
         "clusters": spread.clusters,
         "reliable": spread.reliable,
@@ -351,7 +351,7 @@ def _several(values: str | Sequence[str]) -> tuple[str, ...]:
 @contextmanager
 def _laboratory(
     kind: str, recipe: Recipe, store: Path, out: str | Path | None, watch: Watch
-) -> Iterator[tuple[lab.Bench, Path]]:
+) -> Iterator[tuple[lab.Lab, Path]]:
     """A run of the store, the loaded teacher, and the folder that will hold page and table."""
     with closing(Store(store)) as opened:
         where = str(out) if out is not None else str(Path("lab") / "{run}")
@@ -361,7 +361,7 @@ def _laboratory(
         with opened.hold(run):
             try:
                 teacher = searching.teacher_of(recipe, watch)
-                yield lab.Bench(opened, run, teacher, watch), folder
+                yield lab.Lab(opened, run, teacher, watch), folder
             except BaseException as error:
                 opened.update(run, state="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
                 raise

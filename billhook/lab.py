@@ -12,21 +12,22 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from billhook import stats
-from billhook.data import TokenSet, Wanted
+from billhook.data import TokenSet
 from billhook.errors import BudgetError, DataError
 from billhook.export.checkpoint import appear, aside_of
 from billhook.loading import Teacher
+from billhook.losses import split_loss
 from billhook.plan import Anatomy, Plan, Site
 from billhook.portions import mixed_sets, parted
 from billhook.proof import Job, evaluated
 from billhook.recipe import Recipe, combined, recipe_from
 from billhook.records import EvalResult, Event, Watch
-from billhook.searching import find, probe_of, scored, timed
+from billhook.searching import find, probe_of, scored, task_calibration, timed, wanted_of
 from billhook.store import Store
 from billhook.tasks import items_of
 
@@ -35,7 +36,7 @@ SIZES = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token", "ns_per
 
 
 @dataclass(frozen=True)
-class Bench:
+class Lab:
     """What every experiment of a laboratory shares."""
 
     store: Store
@@ -60,53 +61,53 @@ class Trial:
     results: dict[str, EvalResult] = field(default_factory=dict)  # by evaluation set
 
 
-def calibration_of(bench: Bench, recipe: Recipe) -> TokenSet:
+def calibration_of(lab: Lab, recipe: Recipe) -> TokenSet:
     """The calibration tokens of a recipe, from the half of its text that is not kept for evaluation."""
-    if recipe.loss.startswith(("task:", "task_error:")):
-        file = recipe.loss.partition(":")[2]
-        return items_of(file, bench.teacher, "calibration", tokens=recipe.tokens, seed=recipe.seed)
-    wanted = Wanted(recipe.data, None, recipe.field, recipe.tokens, recipe.length, 64, 16, recipe.seed)
-    return mixed_sets(wanted, bench.teacher.model, bench.teacher.tokenizer, bench.watch)[0]
+    task = task_calibration(recipe, lab.teacher)
+    if task is not None:
+        return task
+    wanted = replace(wanted_of(recipe), eval_data=None, eval_tokens=64, eval_length=16)
+    return mixed_sets(wanted, lab.teacher.model, lab.teacher.tokenizer, lab.watch)[0]
 
 
-def held_out_of(bench: Bench, source: str, recipe: Recipe) -> TokenSet:
+def held_out_of(lab: Lab, source: str, recipe: Recipe) -> TokenSet:
     """Held-out tokens of a text, from the half of it that is never calibration."""
-    wanted = Wanted(source, None, recipe.field, 16, 16, recipe.eval_tokens, recipe.eval_length, 0)
-    return mixed_sets(wanted, bench.teacher.model, bench.teacher.tokenizer, bench.watch)[1]
+    wanted = replace(wanted_of(recipe), data=source, eval_data=None, tokens=16, length=16, seed=0)
+    return mixed_sets(wanted, lab.teacher.model, lab.teacher.tokenizer, lab.watch)[1]
 
 
-def evaluation_sets(bench: Bench, grid: Grid, recipe: Recipe) -> dict[str, TokenSet]:
+def evaluation_sets(lab: Lab, grid: Grid, recipe: Recipe) -> dict[str, TokenSet]:
     """Evaluation tokens by name: texts, and the halves of tasks that no search looks at."""
-    sets = {source: held_out_of(bench, source, recipe) for source in grid.texts}
+    sets = {source: held_out_of(lab, source, recipe) for source in grid.texts}
     for file in grid.tasks:
-        sets[file] = items_of(file, bench.teacher, "evaluation", items=grid.items)
+        sets[file] = items_of(file, lab.teacher, "evaluation", items=grid.items)
     return sets
 
 
-def tried(bench: Bench, name: str, recipe: Recipe, calibration: TokenSet) -> Trial:
+def tried(lab: Lab, name: str, recipe: Recipe, calibration: TokenSet) -> Trial:
     """Search by a recipe, or recall what an earlier one found."""
-    fingerprint = bench.teacher.fingerprint
+    fingerprint = lab.teacher.fingerprint
     passed = {"about": "", "model": "", "eval_data": None, "eval_tokens": 64, "eval_length": 16}
     of = {"recipe": recipe.model_copy(update=passed).model_dump(exclude_defaults=True), "tokens": calibration.hash}
-    known = bench.store.fact(fingerprint, "plan", of)
+    known = lab.store.fact(fingerprint, "plan", of)
     if known is None:
         start = time.perf_counter()
-        found = find(bench.job(recipe), bench.teacher, calibration, along=False)
+        found = find(lab.job(recipe), lab.teacher, calibration, along=False)
         known = {
             "removed": found.plan.names(),
             "seconds": round(time.perf_counter() - start, 1),
             "site_evaluations": found.conducted["site_evaluations"],
         }
-        bench.store.add_fact(fingerprint, "plan", of, known, bench.run)
+        lab.store.add_fact(fingerprint, "plan", of, known, lab.run)
     plan = Plan.of(known["removed"])
     return Trial(name, str(recipe.remove), recipe.data, plan, known["seconds"], known["site_evaluations"])
 
 
 def evaluate(
-    bench: Bench, recipe: Recipe, trials: Sequence[Trial], sets: Mapping[str, TokenSet]
+    lab: Lab, recipe: Recipe, trials: Sequence[Trial], sets: Mapping[str, TokenSet]
 ) -> dict[str, EvalResult]:
     """Fill in the results of all trials; returns those of the teacher."""
-    job = bench.job(recipe)
+    job = lab.job(recipe)
     plans = list(dict.fromkeys([Plan(), *(trial.plan for trial in trials)]))
     teacher: dict[str, EvalResult] = {}
     for name, tokens in sets.items():
@@ -114,8 +115,8 @@ def evaluate(
         found: dict[Plan, EvalResult] = {}
         for start in range(0, len(plans), TOGETHER):
             some = plans[start : start + TOGETHER]
-            found |= zip(some, evaluated(job, bench.teacher, some, tokens, kind), strict=True)
-            bench.watch(Event("evaluate", len(found), len(plans), Path(name).name))
+            found |= zip(some, evaluated(job, lab.teacher, some, tokens, kind), strict=True)
+            lab.watch(Event("evaluate", len(found), len(plans), Path(name).name))
         teacher[name] = found[Plan()]
         for trial in trials:
             trial.results[name] = found[trial.plan]
@@ -149,36 +150,36 @@ def recipes_of(grid: Grid, model: str, common: Mapping[str, Any]) -> list[tuple[
     return told
 
 
-def sweep(bench: Bench, grid: Grid, common: Mapping[str, Any]) -> dict[str, Any]:
+def sweep(lab: Lab, grid: Grid, common: Mapping[str, Any]) -> dict[str, Any]:
     """Every recipe at every size on every calibration text: losses, sizes, times, with intervals, and the front.
 
     A recipe that cannot meet a size (a run of blocks that would be the whole model) has a row that says why.
     """
-    combinations = recipes_of(grid, bench.teacher.name, common)
+    combinations = recipes_of(grid, lab.teacher.name, common)
     base = combinations[0][1]
-    sets = evaluation_sets(bench, grid, base)
+    sets = evaluation_sets(lab, grid, base)
     tokens: dict[tuple[Any, ...], TokenSet] = {}
     trials: list[Trial] = []
     refused: list[dict[str, str]] = []
     for number, (name, recipe) in enumerate(combinations):
-        bench.watch(Event("sweep", number, len(combinations), f"{name}, {recipe.remove}, {Path(recipe.data).name}"))
-        key = (recipe.data, recipe.loss.partition(":")[2], recipe.tokens, recipe.length, recipe.seed, recipe.field)
+        lab.watch(Event("sweep", number, len(combinations), f"{name}, {recipe.remove}, {Path(recipe.data).name}"))
+        key = (recipe.data, split_loss(recipe.loss)[1], recipe.tokens, recipe.length, recipe.seed, recipe.field)
         if key not in tokens:
-            tokens[key] = calibration_of(bench, recipe)
+            tokens[key] = calibration_of(lab, recipe)
             _apart(tokens[key], sets)
         try:
-            trials.append(tried(bench, name, recipe, tokens[key]))
+            trials.append(tried(lab, name, recipe, tokens[key]))
         except BudgetError as error:
             refused.append({"recipe": name, "remove": str(recipe.remove), "data": recipe.data, "why": str(error)})
-    teacher = evaluate(bench, base, trials, sets)
-    anatomy = bench.teacher.anatomy if bench.teacher.weights is not None else timed(bench.job(base), bench.teacher)
+    teacher = evaluate(lab, base, trials, sets)
+    anatomy = lab.teacher.anatomy if lab.teacher.weights is not None else timed(lab.job(base), lab.teacher)
     rows = [_row(trial, teacher, sets, anatomy, base.seed) for trial in trials]
     _against_the_best(rows, trials, grid, base.seed)
     for row in rows:
         row["front"] = [size for size in SIZES if not any(_dominates(other, row, size) for other in rows)]
     return {
-        "model": bench.teacher.name,
-        "fingerprint": bench.teacher.fingerprint,
+        "model": lab.teacher.name,
+        "fingerprint": lab.teacher.fingerprint,
         "teacher": {name: _interval(result, name, sets, base.seed) for name, result in teacher.items()},
         "sizes": {size: anatomy.total(size) for size in SIZES},
         "rows": rows,
@@ -203,7 +204,7 @@ def _interval(result: EvalResult, name: str, sets: Mapping[str, TokenSet], seed:
     """Perplexity or accuracy with its 95% interval."""
     spread = stats.mean_interval(result, seed)
     text = sets[name].choices is None
-    value, low, high = (math.exp(min(x, 700.0)) if text else x for x in (spread.value, spread.low, spread.high))
+    value, low, high = (stats.exp(x) if text else x for x in (spread.value, spread.low, spread.high))
     kind = "perplexity" if text else "accuracy"
     return {"kind": kind, "value": value, "low": low, "high": high, "nats": result.mean if text else None}
 
@@ -258,34 +259,34 @@ def _dominates(a: Mapping[str, Any], b: Mapping[str, Any], size: str) -> bool:
 # -- tasks against each other ---------------------------------------------------------------------------------------
 
 
-def trade(bench: Bench, tasks: Sequence[str], items: int, common: Mapping[str, Any]) -> dict[str, Any]:
+def trade(lab: Lab, tasks: Sequence[str], items: int, common: Mapping[str, Any]) -> dict[str, Any]:
     """Pruned for task A, measured on task B: the accuracy of each pair, and what it lost, paired, with intervals.
 
     The first row is pruned by the loss of the recipe on text. Items that a search looks at are never measured.
 
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286).
     """
-    given = {"model": bench.teacher.name, **common}
+    given = {"model": lab.teacher.name, **common}
     stems = [Path(file).name.partition(".")[0] for file in tasks]
     names = {file: stem if stems.count(stem) == 1 else file for file, stem in zip(tasks, stems, strict=True)}
     recipes = {"text": recipe_from(given)} | {
         names[file]: recipe_from(given | {"loss": f"task:{file}"}) for file in tasks
     }
     base = recipes["text"]
-    sets = {names[file]: items_of(file, bench.teacher, "evaluation", items=items) for file in tasks}
+    sets = {names[file]: items_of(file, lab.teacher, "evaluation", items=items) for file in tasks}
     trials = []
     for number, (name, recipe) in enumerate(recipes.items()):
-        bench.watch(Event("trade", number, len(recipes), f"pruned for {name}"))
-        trials.append(tried(bench, name, recipe, calibration_of(bench, recipe)))
-    teacher = evaluate(bench, base, trials, sets)
-    rows = [_row(trial, teacher, sets, bench.teacher.anatomy, base.seed) for trial in trials]
+        lab.watch(Event("trade", number, len(recipes), f"pruned for {name}"))
+        trials.append(tried(lab, name, recipe, calibration_of(lab, recipe)))
+    teacher = evaluate(lab, base, trials, sets)
+    rows = [_row(trial, teacher, sets, lab.teacher.anatomy, base.seed) for trial in trials]
     for trial, row in zip(trials, rows, strict=True):
         row["pruned_for"] = trial.recipe
         for name in sets:
             other = stats.paired_difference(trials[0].results[name], trial.results[name], base.seed)
             row["results"][name]["against_text"] = {"value": other.value, "low": other.low, "high": other.high}
     return {
-        "model": bench.teacher.name,
+        "model": lab.teacher.name,
         "remove": base.remove,
         "teacher": {name: _interval(result, name, sets, base.seed) for name, result in teacher.items()},
         "rows": rows,
@@ -296,26 +297,26 @@ def trade(bench: Bench, tasks: Sequence[str], items: int, common: Mapping[str, A
 # -- how far a result can be trusted --------------------------------------------------------------------------------
 
 
-def stability(bench: Bench, metric: str, sizes: Sequence[int], draws: int, common: Mapping[str, Any]) -> dict[str, Any]:
+def stability(lab: Lab, metric: str, sizes: Sequence[int], draws: int, common: Mapping[str, Any]) -> dict[str, Any]:
     """Scores and plans over disjoint calibration sets: `draws` sets of each of `sizes` tokens, seed by seed.
 
     For each size: the mean Spearman correlation between the scores of two sets, and the mean overlap (Jaccard) of the
     plans that they lead to, with the range over the pairs.
     """
     told = []
-    recipes = [recipe_from({"model": bench.teacher.name, **common, "tokens": size}) for size in sizes]
+    recipes = [recipe_from({"model": lab.teacher.name, **common, "tokens": size}) for size in sizes]
     largest = recipes[sizes.index(max(sizes))].model_copy(update={"tokens": draws * max(sizes)})
-    whole = calibration_of(bench, largest)
+    whole = calibration_of(lab, largest)
     for size, recipe in zip(sizes, recipes, strict=True):
         sets = parted(whole, size, draws)
         scores, plans = [], []
         for number, tokens in enumerate(sets):
-            bench.watch(Event("stability", number, draws, f"{size} tokens"))
-            asked = recipe.model_copy(update={"metric": metric})
-            scored_by = scored(bench.job(asked), probe_of(asked, bench.teacher, tokens, bench.job(asked)))
+            lab.watch(Event("stability", number, draws, f"{size} tokens"))
+            job = lab.job(recipe.model_copy(update={"metric": metric}))
+            scored_by = scored(job, probe_of(job.recipe, lab.teacher, tokens, job))
             assert scored_by is not None
             scores.append({unit: value for unit, value in scored_by.items() if isinstance(unit, Site)})
-            plans.append(tried(bench, metric, recipe, tokens).plan)
+            plans.append(tried(lab, metric, recipe, tokens).plan)
         pairs = list(itertools.combinations(range(len(sets)), 2))
         told.append(
             {
@@ -326,7 +327,7 @@ def stability(bench: Bench, metric: str, sizes: Sequence[int], draws: int, commo
                 "plans": [plan.names() for plan in plans],
             }
         )
-    return {"model": bench.teacher.name, "metric": metric, "search": recipes[0].search, "remove": recipes[0].remove,
+    return {"model": lab.teacher.name, "metric": metric, "search": recipes[0].search, "remove": recipes[0].remove,
             "data": whole.describe(), "sizes": told}  # fmt: skip
 
 

@@ -12,12 +12,12 @@ from pathlib import PurePath
 from typing import Any
 
 from billhook.plan import Plan
+from billhook.stats import exp
 from billhook.summary import count, short, times
 
 Result = Mapping[str, Any]
 Spell = Callable[[float], str]
-CAPPED = 700.0  # nats: what the laboratory shows at most, for exp overflows soon after
-BEYOND = 1e304
+BEYOND = 1e304  # stats.exp ends there
 LEFT = {"parameters": "parameters", "kv_bytes_per_token": "KV cache", "ns_per_token": "time per token"}
 
 
@@ -54,7 +54,7 @@ def left(result: Result, row: Result, size: str = "parameters") -> float:
 
 def ratio(nats: float) -> str:
     """A difference in nats as a ratio of perplexities."""
-    return times(math.exp(min(nats, CAPPED)))
+    return times(exp(nats))
 
 
 def nats(x: float) -> str:

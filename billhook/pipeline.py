@@ -6,7 +6,7 @@ import datetime
 import json
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,29 @@ import psutil
 import billhook
 from billhook import proof, report
 from billhook.budget import read_budgets
-from billhook.data import MIN_ROW, TokenSet, Wanted
+from billhook.data import MIN_ROW, TokenSet
 from billhook.errors import FingerprintError
 from billhook.export.checkpoint import appear, aside_of, check_equal, check_streamed, check_target, write
 from billhook.loading import Teacher
 from billhook.losses import split_loss
-from billhook.margin import Margin
 from billhook.plan import Anatomy, Plan
 from billhook.portions import halves, mixed_sets
 from billhook.proof import Job
 from billhook.recipe import Recipe
 from billhook.records import Watch
-from billhook.searching import check, count_losses, find, probe_of, problem_of, teacher_of
+from billhook.searching import (
+    check,
+    count_losses,
+    counts_time,
+    find,
+    probe_of,
+    problem_of,
+    task_calibration,
+    teacher_of,
+    wanted_of,
+)
 from billhook.store import Run, Store
 from billhook.surgery import apply, leaves
-from billhook.tasks import items_of
 from billhook.vet import dtype_name
 
 ZEROED = "The removed sites hold zeros: equal outputs everywhere, no speed-up."
@@ -121,26 +129,21 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
 
 def tokens_for(recipe: Recipe, teacher: Teacher, watch: Watch) -> tuple[TokenSet, TokenSet]:
     """Calibration and held-out tokens of a recipe; where its loss is a task's, calibration is that task's."""
-    file = split_loss(recipe.loss)[1]
-    wanted = Wanted(
-        *(recipe.data, recipe.eval_data, recipe.field),
-        *(recipe.tokens if file is None else 2 * MIN_ROW, recipe.length),
-        *(recipe.eval_tokens, recipe.eval_length, recipe.seed),
-    )
+    task, wanted = task_calibration(recipe, teacher), wanted_of(recipe)
+    if task is not None:  # of text, only what is held out
+        wanted = replace(wanted, tokens=2 * MIN_ROW)
     calibration, held_out = mixed_sets(wanted, teacher.model, teacher.tokenizer, watch)
-    if file is not None:
-        calibration = items_of(file, teacher, "calibration", tokens=recipe.tokens, seed=recipe.seed)
-    return calibration, held_out
+    return (calibration if task is None else task), held_out
 
 
 def proof_of(recipe: Recipe, held_out: TokenSet) -> TokenSet:
     """The held-out text on which a run proves its student: what no choice has seen."""
-    return halves(held_out)[1] if recipe.within is not None and recipe.within.endswith("ppl") else held_out
+    return halves(held_out)[1] if recipe.margin is not None and recipe.margin.kind == "ppl" else held_out
 
 
 def task_files(recipe: Recipe) -> list[str]:
     """The tasks that a recipe is about."""
-    files = [split_loss(recipe.loss)[1], Margin.parse(recipe.within).file if recipe.within else None]
+    files = [split_loss(recipe.loss)[1], recipe.margin.file if recipe.margin else None]
     return sorted({file for file in files if file is not None})
 
 
@@ -240,7 +243,6 @@ def dry_run(recipe: Recipe, watch: Watch) -> dict[str, Any]:
 
 def _count(recipe: Recipe, teacher: Teacher) -> int:
     """How many losses the search asks for; where a margin or a time decides how much goes, for half of the sites."""
-    budgets = read_budgets(recipe.remove) if recipe.remove else ()
-    if not budgets or any(budget.unit == "ms" for budget in budgets):
-        budgets = read_budgets("50%sites")
+    unknown = not recipe.budgets or counts_time(recipe)
+    budgets = read_budgets("50%sites") if unknown else recipe.budgets
     return count_losses(recipe, problem_of(recipe, teacher.anatomy, budgets))

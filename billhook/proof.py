@@ -22,14 +22,13 @@ from billhook.data import TokenSet
 from billhook.evaluate import EVALUATIONS
 from billhook.evaluate.choices import outcomes
 from billhook.loading import Teacher
-from billhook.margin import Margin
 from billhook.plan import Plan
 from billhook.portions import halves
 from billhook.probe import Probe
 from billhook.recipe import Recipe
 from billhook.records import Environment, EvalResult, Event, Watch
 from billhook.speed import Protocol
-from billhook.stats import paired_difference
+from billhook.stats import exp, paired_difference
 from billhook.store import Store
 from billhook.surgery import leaves
 from billhook.tasks import items_of
@@ -132,7 +131,7 @@ def evaluated(job: Job, teacher: Teacher, plans: Sequence[Plan], tokens: TokenSe
 def task(job: Job, teacher: Teacher, plan: Plan, file: str) -> dict[str, Any]:
     """Accuracy of teacher and student on those items of a task that no search or choice looks at, and what it lost."""
     tokens = items_of(file, teacher, "evaluation", seed=job.recipe.seed)
-    if job.recipe.within and Margin.parse(job.recipe.within).file == file:
+    if job.recipe.margin is not None and job.recipe.margin.file == file:
         tokens = halves(tokens)[1]  # the choice was made on the others
     before, after = evaluated(job, teacher, [Plan(), plan], tokens, "pp")
     change = paired_difference(before, after, job.recipe.seed)
@@ -154,11 +153,6 @@ def streamed_perplexity(
     """Perplexity of what each plan leaves of the teacher, by the measuring engine."""
     losses = Probe(teacher, tokens, "nll", memory=memory).losses(plans)
     return [EvalResult("perplexity", tokens.hash, loss.sums, loss.counts, tokens.clusters) for loss in losses]
-
-
-def exp(nats: float) -> float:
-    """exp, with a finite answer for a model that is broken beyond what a float holds."""
-    return math.exp(min(nats, 700.0))
 
 
 @torch.inference_mode()

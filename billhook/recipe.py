@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from billhook.budget import read_budgets
+from billhook.budget import Budget, read_budgets
 from billhook.errors import FingerprintError, PlanError, RecipeError, nearest
 from billhook.margin import Margin
 from billhook.plan import Anatomy, Plan, Site
@@ -129,6 +129,16 @@ class Recipe(BaseModel):
     def memory_bytes(self) -> int | None:
         """The memory budget in bytes, if there is one."""
         return None if self.memory is None else read_bytes(self.memory)
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """What must go, if the recipe says how much."""
+        return () if self.remove is None else read_budgets(self.remove)
+
+    @property
+    def margin(self) -> Margin | None:
+        """What the student may lose, if the recipe says that."""
+        return None if self.within is None else Margin.parse(self.within)
 
     def to_yaml(self) -> str:
         """This recipe as YAML, without what is at its default."""

@@ -12,8 +12,8 @@ from typing import Any
 
 from billhook import speed
 from billhook.audit import audited, conduct, with_words
-from billhook.budget import Budget, read_budgets
-from billhook.data import TokenSet
+from billhook.budget import Budget
+from billhook.data import TokenSet, Wanted
 from billhook.errors import BudgetError, PlanError, UsageError
 from billhook.execute import Executor, Told, memos
 from billhook.loading import Teacher, load
@@ -69,9 +69,14 @@ def check(recipe: Recipe, teacher: Teacher) -> Plan | None:
         if not plan.removed:
             raise PlanError(f"--plan {recipe.plan!r} removes nothing. Name sites to remove: attention.7,mlp.16.")
         return teacher.anatomy.check(plan, protected)
-    if recipe.remove is not None and "ms" not in {budget.unit for budget in read_budgets(recipe.remove)}:
-        problem_of(recipe, teacher.anatomy, read_budgets(recipe.remove))
+    if recipe.remove is not None and not counts_time(recipe):
+        problem_of(recipe, teacher.anatomy, recipe.budgets)
     return None
+
+
+def counts_time(recipe: Recipe) -> bool:
+    """Whether a budget is in time, which has to be measured before it means anything."""
+    return any(budget.unit == "ms" for budget in recipe.budgets)
 
 
 def problem_of(recipe: Recipe, anatomy: Anatomy, budgets: tuple[Budget, ...]) -> Problem:
@@ -90,6 +95,20 @@ def _options(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
 def search_of(recipe: Recipe, problem: Problem) -> Search:
     """The search of a recipe, with its options, on a problem."""
     return SEARCHES[recipe.search](problem, **_options(recipe)[0])
+
+
+def wanted_of(recipe: Recipe) -> Wanted:
+    """The texts that a recipe names, and how many tokens of them."""
+    return Wanted(
+        *(recipe.data, recipe.eval_data, recipe.field),
+        *(recipe.tokens, recipe.length, recipe.eval_tokens, recipe.eval_length, recipe.seed),
+    )
+
+
+def task_calibration(recipe: Recipe, teacher: Teacher) -> TokenSet | None:
+    """Calibration tokens from a task, where the loss of a recipe is a task's."""
+    file = split_loss(recipe.loss)[1]
+    return None if file is None else items_of(file, teacher, "calibration", tokens=recipe.tokens, seed=recipe.seed)
 
 
 # -- the whole of it ------------------------------------------------------------------------------------------------
@@ -117,16 +136,12 @@ def find(
         path = [given]
     else:
         scores = scored(job, probe)
-        anatomy = teacher.anatomy
         if recipe.within is not None:
             assert held_out is not None
             problem, path, within = _most_within(job, teacher, measure, scores, held_out)
         else:
-            assert recipe.remove is not None
-            budgets = read_budgets(recipe.remove)
-            if any(budget.unit == "ms" for budget in budgets):
-                anatomy = timed(job, teacher)
-            problem = replace(problem_of(recipe, anatomy, budgets), scores=scores)
+            anatomy = timed(job, teacher) if counts_time(recipe) else teacher.anatomy
+            problem = replace(problem_of(recipe, anatomy, recipe.budgets), scores=scores)
             path = searched(job, problem, measure)
     rounds, conducted = list(measure.rounds), conduct(probe)
     if recipe.audit:
@@ -270,9 +285,8 @@ def _most_within(
     Shares grow by half until one is too much, then the gap is halved; each has a search of its own, which reuses what
     the others measured. Assumes that less is safer; every trial is told.
     """
-    recipe = job.recipe
-    assert recipe.within is not None
-    margin = Margin.parse(recipe.within)
+    recipe, margin = job.recipe, job.recipe.margin
+    assert margin is not None
     validation = validation_of(recipe, margin, teacher, held_out)
     everything = teacher.anatomy.total("parameters")
     smallest = min(size.parameters for size in teacher.anatomy.sites) * Fraction(100, everything)

@@ -17,6 +17,11 @@ RESAMPLES = 10_000
 CHUNK = 500  # resamples at a time: 500 × clusters numbers in memory
 
 
+def exp(nats: float) -> float:
+    """exp, with a finite answer for a model that is broken beyond what a float holds."""
+    return math.exp(min(nats, 700.0))
+
+
 def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0, level: float = 0.95) -> Interval:
     """Mean of b - a per token, in nats, with a BCa interval (95% by default) over the texts of the items.
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from billhook.metrics import metric, on_task
 from billhook.plan import Plan
 from billhook.probe import Probe
 from billhook.problem import Unit
 from billhook.records import Loss, Score, difference
+from billhook.stats import exp
 
 
 def left_out(probe: Probe) -> tuple[Loss, dict[Unit, Loss]]:
@@ -49,7 +48,7 @@ def loo_ppl(probe: Probe) -> dict[Unit, Score]:
     dense, without = left_out(probe.under("nll"))
     scores: dict[Unit, Score] = {}
     for unit, loss in without.items():
-        value, error = math.exp(min(loss.mean, 700.0)), difference(loss, dense)[1]
+        value, error = exp(loss.mean), difference(loss, dense)[1]
         scores[unit] = Score(value, None if error is None else value * error)
     return scores
 
