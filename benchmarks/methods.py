@@ -1,10 +1,11 @@
 """Every recipe on the demo model, calibrated on the same text: what docs/results.md shows.
 
-    python benchmarks/methods.py --data DATA --work build/methods      # hours on two cores; begin again to go on
-    python benchmarks/methods.py --data DATA --work build/methods --only table,draws
+    python benchmarks/methods.py --data DATA      # hours on two cores; begin again to go on
+    python benchmarks/methods.py --data DATA --only 10%,draws
 
-DATA holds text/c4_en.jsonl.gz, text/wikitext2_validation.jsonl.gz and tasks/*.jsonl.gz. Nothing that the store in
---work holds is measured again. After each part docs/results.md is written anew.
+DATA holds text/c4_en.jsonl.gz, text/wikitext2_validation.jsonl.gz and tasks/*.jsonl.gz. After each part docs/results.md
+is written anew, and what was found goes to benchmarks/measured/: plans, and the outcome of every text and item. Nothing
+that stands there, or in the store in --work, is measured again, on whichever machine the benchmark goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from results import PARTS, page  # the file beside this one
+from measured import put_back, written_down  # the files beside this one
+from results import PARTS, page
 
 import billhook
 from billhook import lab, searching
@@ -32,7 +34,7 @@ from billhook.search import SEARCHES
 from billhook.store import Store
 
 TOKENS, LENGTH = 4096, 128
-SIZES = ("10%", "20%", "30%")
+MEASURED = Path(__file__).parent / "measured"
 TASKS = ("piqa_validation", "arc_easy_test", "winogrande_validation")
 # What ten minutes a search allow on two cores; everything else is as published, but for the common calibration.
 SCALED: dict[str, dict[str, Any]] = {
@@ -56,15 +58,20 @@ def main() -> None:
     keep_pages()
     given.work.mkdir(parents=True, exist_ok=True)
     texts = texts_of(given.data, given.work)
+    parts = {"draws": draws, "calibration": calibration, "regret": regret}
+    put_back(given.work / "billhook.db", MEASURED)
     for part in given.only.split(","):
         start = time.perf_counter()
-        {"table": table, "draws": draws, "calibration": calibration, "regret": regret}[part](given, texts)
+        try:
+            parts[part](given, texts) if part in parts else table(given, texts, part)
+        finally:
+            written_down(given.work / "billhook.db", MEASURED)
         print(f"{part}: {time.perf_counter() - start:.0f} s", flush=True)
-        given.results.write_text(page(given.work, SCALED), encoding="utf-8")
+        given.results.write_text(page(MEASURED, SCALED), encoding="utf-8")
 
 
 def texts_of(data: Path, work: Path) -> dict[str, str]:
-    """The texts by name: C4 as it is, WikiText-2 as whole articles, so that an article is one text."""
+    """Texts and tasks by name: C4 as it is, WikiText-2 as whole articles, so that an article is one text."""
     articles: dict[str, list[str]] = {}
     with gzip.open(data / "text" / "wikitext2_validation.jsonl.gz", "rt", encoding="utf-8") as file:
         for row in map(json.loads, file):
@@ -73,7 +80,9 @@ def texts_of(data: Path, work: Path) -> dict[str, str]:
     whole.write_text("".join(json.dumps({"text": "\n\n".join(lines)}) + "\n" for lines in articles.values()))
     c4 = work / "c4.jsonl.gz"
     shutil.copyfile(data / "text" / "c4_en.jsonl.gz", c4)
-    return {"c4": str(c4), "wikitext2": str(whole)}
+    for name in TASKS:
+        shutil.copyfile(data / "tasks" / f"{name}.jsonl.gz", work / f"{name}.jsonl.gz")
+    return {"c4": str(c4), "wikitext2": str(whole)} | {name: str(work / f"{name}.jsonl.gz") for name in TASKS}
 
 
 def recipe_files(work: Path, names: Sequence[str]) -> list[str]:
@@ -92,10 +101,11 @@ def sweep(given: argparse.Namespace, part: str, recipes: Sequence[str], **option
     """One sweep into --work, through the store that all parts share."""
     shutil.rmtree(given.work / part, ignore_errors=True)
     common = {"tokens": TOKENS, "length": LENGTH, "eval_tokens": 16384, "eval_length": 512} | options
-    return billhook.sweep(
+    told = billhook.sweep(
         "demo", recipe_files(given.work, recipes), out=given.work / part, store=given.work / "billhook.db", watch=tell,
         **common,
     )  # fmt: skip
+    return file_result(part, told)
 
 
 def tell(event: Event) -> None:
@@ -104,23 +114,21 @@ def tell(event: Event) -> None:
         print(f"{time.strftime('%H:%M:%S')} {event.stage} {event.done}/{event.total} {event.note}", file=sys.stderr)
 
 
-def table(given: argparse.Namespace, texts: dict[str, str]) -> None:
-    """All recipes at all sizes, two texts, three tasks."""
-    tasks = [str(given.data / "tasks" / f"{name}.jsonl.gz") for name in TASKS]
-    sweep(given, "table", recipe_names(), remove=SIZES, data=[texts["c4"]], eval_data=list(texts.values()), tasks=tasks)
+def table(given: argparse.Namespace, texts: dict[str, str], size: str) -> None:
+    """All recipes at one size, two texts, three tasks."""
+    sweep(
+        given, size, recipe_names(), remove=[size], data=[texts["c4"]], eval_data=[texts["c4"], texts["wikitext2"]],
+        tasks=[texts[name] for name in TASKS],
+    )  # fmt: skip
 
 
 def draws(given: argparse.Namespace, texts: dict[str, str]) -> None:
     """The strongest recipes on other draws of the calibration text."""
     told = []
     for seed in (1, 2):
-        told.append(
-            sweep(
-                given, "draw", FINALISTS, remove=["20%"], data=[texts["c4"]], eval_data=list(texts.values()), seed=seed
-            )
-            | {"seed": seed}
-        )
-    file_result(given.work / "draws", {"draws": told})
+        both = [texts["c4"], texts["wikitext2"]]
+        told.append(sweep(given, f"draw{seed}", FINALISTS, remove=["20%"], data=both[:1], eval_data=both, seed=seed))
+    file_result("draws", {"draws": [each | {"seed": seed} for seed, each in enumerate(told, 1)]})
 
 
 def calibration(given: argparse.Namespace, texts: dict[str, str]) -> None:
@@ -155,12 +163,14 @@ def regret(given: argparse.Namespace, texts: dict[str, str]) -> None:
                          "site_evaluations": trial.site_evaluations})  # fmt: skip
         store.update(run, state="done")
     best = min(row["loss"] for row in rows)
-    file_result(given.work / "regret", {"rows": [row | {"regret": row["loss"] - best} for row in rows]})
+    file_result("regret", {"rows": [row | {"regret": row["loss"] - best} for row in rows]})
 
 
-def file_result(folder: Path, told: dict[str, Any]) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / "result.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+def file_result(part: str, told: dict[str, Any]) -> dict[str, Any]:
+    """A part's result, where the page looks for it; itself."""
+    MEASURED.mkdir(exist_ok=True)
+    (MEASURED / f"{part.removesuffix('%')}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    return told
 
 
 if __name__ == "__main__":

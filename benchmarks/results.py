@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PARTS = ("table", "draws", "calibration", "regret")
+SIZES = ("10%", "20%", "30%")
+PARTS = (*SIZES, "draws", "calibration", "regret")
 HEAD = """# Results
 
 Written by `benchmarks/methods.py` from what it measured; no number in here is typed in.
@@ -16,15 +17,13 @@ Written by `benchmarks/methods.py` from what it measured; no number in here is t
 """
 
 
-def page(work: Path, scaled: Mapping[str, Any]) -> str:
-    """The page, from the results of the parts that `work` holds."""
-    found = {
-        part: json.loads((work / part / "result.json").read_text())
-        for part in PARTS
-        if (work / part / "result.json").is_file()
-    }
+def page(measured: Path, scaled: Mapping[str, Any]) -> str:
+    """The page, from the results of the parts that the folder `measured` holds."""
+    files = {part: measured / f"{part.removesuffix('%')}.json" for part in PARTS}
+    found = {part: json.loads(file.read_text()) for part, file in files.items() if file.is_file()}
     sections = [HEAD]
-    if table := found.get("table"):
+    if tables := [found[size] for size in SIZES if size in found]:
+        table = tables[0] | {what: [row for one in tables for row in one[what]] for what in ("rows", "refused")}
         sizes = dict.fromkeys(row["remove"] for row in table["rows"])
         sections += [_setting(table, scaled), _winners(table), *(_size(table, remove) for remove in sizes)]
     sections += [_draws(found["draws"]["draws"])] if "draws" in found else []
@@ -46,9 +45,10 @@ def _name(source: str) -> str:
 
 
 def _setting(table: Mapping[str, Any], scaled: Mapping[str, Any]) -> str:
-    calibration, texts = table["calibration"][0], table["evaluation"]
+    calibration, texts, where = table["calibration"][0], table["evaluation"], table["environment"]
     told = [
-        f"Model: {table['model']}, {table['sizes']['parameters']:,} parameters, in float32. Calibration: "
+        f"Model: {table['model']}, {table['sizes']['parameters']:,} parameters, in float32, on {where['machine']}, torch "
+        f"{where['torch']}. Calibration: "
         f"{calibration['tokens']:,} tokens of {_name(calibration['source'])} in {calibration['sequences']} rows, the "
         "same for every recipe, from texts that no evaluation sees. The published sizes stand in the recipes; other "
         "settings are as published, except for these, so that a search takes about ten minutes on two cores:\n",

@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from billhook.loading import Teacher
 from billhook.losses import split_loss
 from billhook.plan import Anatomy, Plan, Site
 from billhook.portions import mixed_sets, parted
-from billhook.proof import Job, evaluated
+from billhook.proof import Job, environment, evaluated
 from billhook.recipe import Recipe, combined, recipe_from
 from billhook.records import EvalResult, Event, Watch
 from billhook.searching import find, probe_of, scored, task_calibration, timed, wanted_of
@@ -103,9 +103,7 @@ def tried(lab: Lab, name: str, recipe: Recipe, calibration: TokenSet) -> Trial:
     return Trial(name, str(recipe.remove), recipe.data, plan, known["seconds"], known["site_evaluations"])
 
 
-def evaluate(
-    lab: Lab, recipe: Recipe, trials: Sequence[Trial], sets: Mapping[str, TokenSet]
-) -> dict[str, EvalResult]:
+def evaluate(lab: Lab, recipe: Recipe, trials: Sequence[Trial], sets: Mapping[str, TokenSet]) -> dict[str, EvalResult]:
     """Fill in the results of all trials; returns those of the teacher."""
     job = lab.job(recipe)
     plans = list(dict.fromkeys([Plan(), *(trial.plan for trial in trials)]))
@@ -188,6 +186,7 @@ def sweep(lab: Lab, grid: Grid, common: Mapping[str, Any]) -> dict[str, Any]:
         "evaluation": {name: each.describe() for name, each in sets.items()},
         "batch": base.batch,
         "context": base.context,
+        "environment": asdict(environment(str(lab.teacher.device))),
     }
 
 

@@ -40,7 +40,7 @@ class Recipe(BaseModel):
         str | None,
         Field(description="As much as can go within a margin: 3%ppl, or 1pp:FILE (accuracy on a task)"),
     ] = None
-    search: Annotated[str, Field(description="How to search; `billhook methods` lists the searches")] = "greedy"
+    search: Annotated[str, Field(description="How to search; `billhook methods` lists the searches")] = "swap"
     metric: Annotated[
         str | None, Field(description="How to score sites first, for the searches oneshot, solve and span")
     ] = None
@@ -72,7 +72,7 @@ class Recipe(BaseModel):
     ] = "pydoc"
     eval_data: Annotated[str | None, Field(description="Held-out text; left out, it is split off --data")] = None
     field: Annotated[str, Field(description="The field of a .jsonl row that holds the text")] = "text"
-    tokens: Annotated[int, Field(description="Calibration tokens", ge=16)] = 2048
+    tokens: Annotated[int, Field(description="Calibration tokens", ge=16)] = 4096
     length: Annotated[int, Field(description="Tokens a calibration sequence", ge=16)] = 128
     eval_tokens: Annotated[int, Field(description="Held-out tokens", ge=64)] = 16384
     eval_length: Annotated[int, Field(description="Tokens a held-out sequence", ge=16)] = 512

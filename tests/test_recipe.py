@@ -48,6 +48,12 @@ def test_a_recipe_of_all_defaults_but_one_is_one_line() -> None:
     assert Recipe(remove="2sites").to_yaml() == "remove: 2sites\n"
 
 
+def test_our_own_recipe_is_the_default() -> None:
+    ours = read_yaml(Path("billhook"))
+    assert Recipe(remove="25%").model_dump() == recipe_from(ours | {"about": ""}).model_dump()
+    assert {"search", "loss", "tokens", "length"} <= set(ours), "said, though they are the defaults"
+
+
 @pytest.mark.parametrize(
     ("spelt", "meant"),
     [("25.0%", "25%params"), (" 8attention ", "8attention"), ("1block", "1blocks"), ("2kparams", "2000params")],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import ceil, comb, inf
 
 import pytest
@@ -287,6 +287,20 @@ def test_swap_gives_nothing_back_that_lowers_the_loss() -> None:
     first, last = run("greedy", problem, score)[-1], run("swap", problem, score)[-1]
     assert small in first.removed
     assert score(last) <= score(first) == 3.5
+
+
+@pytest.mark.parametrize("make", [tangled, crooked])
+def test_the_path_of_swap_is_greedys_without_what_came_back_and_then_what_went_instead(make: object) -> None:
+    exchanged_some = False
+    for seed in range(12):
+        problem, score = problem_of("5sites"), make(seed)  # type: ignore[operator]
+        path, found = run("greedy", problem, score), run("swap", problem, score)
+        order = [next(iter(after.removed - before.removed)) for before, after in pairwise([Plan(), *path])]
+        kept = [site for site in order if site in found[-1].removed]
+        told = [Plan(frozenset(kept[:n])) for n in range(1, len(kept) + 1)]
+        assert found == [*told, *([] if told and told[-1] == found[-1] else [found[-1]])]
+        exchanged_some |= found[-1] != path[-1]
+    assert exchanged_some
 
 
 def test_swap_brings_back_what_the_budget_does_not_count() -> None:

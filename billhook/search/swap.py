@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from billhook.plan import Plan
 from billhook.problem import Problem
 from billhook.search import SEARCHES, Search, exchanges, search
 
@@ -21,4 +22,13 @@ def swap(problem: Problem, *, start: str = "greedy") -> Search:
     """
     path = yield from SEARCHES[start](problem)
     plan, _ = yield from exchanges(problem, path[-1])
-    return path if plan == path[-1] else [plan]
+    return _in_order(path, plan)
+
+
+def _in_order(path: list[Plan], plan: Plan) -> list[Plan]:
+    """A path to `plan`: what the old path removed and the plan does too, in that order, then what came in exchange."""
+    told, before = [Plan()], Plan()
+    for after in path:
+        told.append(told[-1].without(*((after.removed - before.removed) & plan.removed)))
+        before = after
+    return [p for p, earlier in zip([*told[1:], plan], told, strict=True) if p != earlier]
