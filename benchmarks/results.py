@@ -47,8 +47,8 @@ def _name(source: str) -> str:
 def _setting(table: Mapping[str, Any], scaled: Mapping[str, Any]) -> str:
     calibration, texts, where = table["calibration"][0], table["evaluation"], table["environment"]
     told = [
-        f"Model: {table['model']}, {table['sizes']['parameters']:,} parameters, in float32, on {where['machine']}, torch "
-        f"{where['torch']}. Calibration: "
+        f"Model: {table['model']}, {table['sizes']['parameters']:,} parameters, in float32, on {where['machine']}, "
+        f"torch {where['torch']}. Calibration: "
         f"{calibration['tokens']:,} tokens of {_name(calibration['source'])} in {calibration['sequences']} rows, the "
         "same for every recipe, from texts that no evaluation sees. The published sizes stand in the recipes; other "
         "settings are as published, except for these, so that a search takes about ten minutes on two cores:\n",
