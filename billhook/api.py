@@ -22,6 +22,7 @@ from billhook.plan import Plan, Site
 from billhook.problem import Unit
 from billhook.recipe import TARGETS, Recipe, combined, recipe_from
 from billhook.records import Score, Watch, silent
+from billhook.recover import RECOVERIES
 from billhook.registry import chosen
 from billhook.search import SEARCHES
 from billhook.speed import Protocol
@@ -261,7 +262,8 @@ def show(run: str, store: str | Path = STORE) -> dict[str, Any]:
 
 def methods() -> list[dict[str, str]]:
     """Every registered method: family, name, what it does, source."""
-    return [row for registry in (METRICS, LOSSES, ITEM_LOSSES, SEARCHES, EVALUATIONS) for row in registry.describe()]
+    families = (METRICS, LOSSES, ITEM_LOSSES, SEARCHES, RECOVERIES, EVALUATIONS)
+    return [row for registry in families for row in registry.describe()]
 
 
 # -- the laboratory -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from billhook.errors import ModelError, nearest
+from billhook.modeling_billhook import Patch
 from billhook.plan import PARTS, Anatomy, Part, Rest, Shared, Site, SiteSize
 
 Config = Any  # a transformers config; its classes share no useful static type
@@ -39,7 +40,9 @@ class Row:
     `mlp` names the modules whose parameters are the site: the last one gives the output, the others feed it. Norms
     belong to a site if nothing else reads them; names that a block does not have are passed over. `parallel`: both
     parts of a block read the same residual stream. `shared_norm`: they also share its norm, which then stays.
-    `final`: what stands between the last block and the head, in order.
+    `attention_output`, `mlp_output`: the linear module inside each part whose output is added to the residual stream;
+    "" where it is the part itself, None where a norm stands between. `final`: what stands between the last block and
+    the head, in order.
     The head is the output embedding (its bias counts), times `config.<head_scale>`, then soft-capped by
     `config.<head_softcap>`. `refuse` gives a reason why a config of this type cannot be pruned.
     """
@@ -49,6 +52,8 @@ class Row:
     mlp: tuple[str, ...] = ("mlp",)
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
+    attention_output: str | None = "o_proj"
+    mlp_output: str | None = "down_proj"
     mlp_outputs: int = 1  # 2: the MLP returns a pair, as attention does everywhere
     block_outputs: int = 1  # 2: the block returns a pair
     final: tuple[str, ...] = ("model.norm",)
@@ -93,6 +98,8 @@ _SANDWICH = replace(
     _LLAMA,
     attention_norms=("input_layernorm", "post_attention_layernorm"),
     mlp_norms=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    attention_output=None,
+    mlp_output=None,
     head_softcap="final_logit_softcapping",
 )
 
@@ -110,10 +117,23 @@ ROWS: dict[str, Row] = {
     "gemma": _LLAMA,
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
-    "phi": replace(_LLAMA, parallel=_always, shared_norm=_always, final=("model.final_layernorm",)),
+    "phi": replace(
+        _LLAMA,
+        attention_output="dense",
+        mlp_output="fc2",
+        parallel=_always,
+        shared_norm=_always,
+        final=("model.final_layernorm",),
+    ),
     "phi3": _LLAMA,
     "mixtral": _LLAMA,
-    "olmo2": replace(_LLAMA, attention_norms=("post_attention_layernorm",), mlp_norms=("post_feedforward_layernorm",)),
+    "olmo2": replace(
+        _LLAMA,
+        attention_norms=("post_attention_layernorm",),
+        mlp_norms=("post_feedforward_layernorm",),
+        attention_output=None,
+        mlp_output=None,
+    ),
     "stablelm": replace(
         _LLAMA,
         parallel=lambda config: bool(config.use_parallel_residual),
@@ -127,6 +147,8 @@ ROWS: dict[str, Row] = {
         attention="attn",
         attention_norms=("ln_1",),
         mlp_norms=("ln_2",),
+        attention_output="c_proj",
+        mlp_output="c_proj",
         kv_heads=_all_heads,
         final=("transformer.ln_f",),
         refuse=_refuse_gpt2,
@@ -136,6 +158,8 @@ ROWS: dict[str, Row] = {
         mlp=("fc1", "fc2"),
         attention_norms=("self_attn_layer_norm",),
         mlp_norms=("final_layer_norm",),
+        attention_output="out_proj",
+        mlp_output="",
         kv_heads=_all_heads,
         final=("model.decoder.final_layer_norm", "model.decoder.project_out"),
         refuse=_refuse_opt,
@@ -145,6 +169,8 @@ ROWS: dict[str, Row] = {
         attention="self_attention",
         attention_norms=("ln_attn", "input_layernorm"),
         mlp_norms=("ln_mlp", "post_attention_layernorm"),
+        attention_output="dense",
+        mlp_output="dense_4h_to_h",
         block_outputs=2,
         final=("transformer.ln_f",),
         parallel=lambda config: bool(config.new_decoder_architecture or config.parallel_attn),
@@ -160,6 +186,8 @@ ROWS: dict[str, Row] = {
     "gpt_neox": Row(
         blocks="gpt_neox.layers",
         attention="attention",
+        attention_output="dense",
+        mlp_output="dense_4h_to_h",
         kv_heads=_all_heads,
         final=("gpt_neox.final_layer_norm",),
         parallel=lambda config: bool(config.use_parallel_residual),
@@ -245,6 +273,23 @@ def site_modules(block: nn.Module, part: Part, row: Row, config: Config) -> list
     return [getattr(block, name) for name in (*names["zero"], *names["drop"])]
 
 
+def output_of(block: nn.Module, part: Part, row: Row, config: Config) -> str | None:
+    """The name inside `block` of the linear module whose output a part adds to the residual stream; None without one.
+
+    Mixtures of experts have none: each token has its own.
+    """
+    inside = {"attention": row.attention_output, "mlp": row.mlp_output}[part]
+    if inside is None:
+        return None
+    whole = row.parts(block, config)[part]["zero"][0]
+    name = f"{whole}.{inside}" if inside else whole
+    try:
+        module = block.get_submodule(name)
+    except AttributeError:
+        return None
+    return name if isinstance(module, nn.Linear | Conv1D) else None
+
+
 def owners(block: nn.Module, row: Row, config: Config) -> dict[str, Part | None]:
     """{parameter of a block: the part that it belongs to, or None where both parts share it}."""
     of = {
@@ -292,8 +337,9 @@ def anatomy(
             kv = kv_bytes if part == "attention" else 0
             sizes.append(SiteSize(site, count, count * item_bytes, kv, _flops(modules, config)))
         common = [p for p in _parameters([block]) if id(p) not in owned]
-        owned |= {id(p) for p in common}
-        if common:
+        patched = any(isinstance(module, Patch) for module in block.modules())  # then the block never goes
+        owned |= set() if patched else {id(p) for p in common}
+        if common and not patched:
             count = sum(p.numel() for p in common)
             shared.append(Shared(position, count, count * item_bytes))
     rest = [p for p in _parameters([model]) if id(p) not in owned]

@@ -52,13 +52,18 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "length": (128, "Tokens a calibration sequence"),
     "eval_tokens": (16384, "Held-out tokens"),
     "eval_length": (512, "Tokens a held-out sequence"),
+    "recover": ("", "What gets back what pruning took, in order: fold, or fold,lora; `billhook methods`"),
+    "recover_set": ({}, "An option of a recovery, such as minutes=15 or lora.rank=8; repeatable"),
+    "recover_data": (None, "Text to recover on; left out, that of --data"),
+    "recover_tokens": (32768, "Tokens to recover on, or all that the text has"),
+    "recover_length": (256, "Tokens a sequence to recover on"),
     "stock": (False, "Keep the stock shape: removed sites hold zeros, no speed-up"),
     "seed": (0, "Seed of all that is drawn"),
     "device": ("auto", "auto, cpu, cuda, cuda:1, mps"),
     "dtype": ("auto", "Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
     "trust_remote_code": (False, "Run Python code that the checkpoint brings"),
 }
-REPEATABLE = ("remove", "set")
+REPEATABLE = ("remove", "set", "recover_set")
 TEXT_OPTIONS = ("data", "eval_data", "field", "eval_tokens", "eval_length", "memory", "seed", "device", "dtype",
                 "trust_remote_code")  # fmt: skip
 

@@ -319,7 +319,10 @@ def token_set(
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Where tokens come from and how many: calibration from `data`, evaluation from `eval_data` or what is left."""
+    """Where tokens come from and how many: calibration from `data`, evaluation from `eval_data` or what is left.
+
+    `least`: so many calibration tokens will do where the text holds no more; None: all that are wanted.
+    """
 
     data: str
     eval_data: str | None
@@ -329,6 +332,7 @@ class Wanted:
     eval_tokens: int
     eval_length: int
     seed: int
+    least: int | None = None
 
 
 def token_sets(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent) -> tuple[TokenSet, TokenSet]:
@@ -354,7 +358,7 @@ def token_sets(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent
     found = documents(texts, tokenizer, wanted.seed)
     mine, rest = _split(found) if same else (found, [])
     calibration = pick(mine, wanted.tokens, wanted.length, prefix, wanted.data)
-    if calibration.tokens < wanted.tokens:
+    if calibration.tokens < (wanted.tokens if wanted.least is None else wanted.least):
         where = " in the half of it that is not kept for evaluation" if same else ""
         fewer = f", or --tokens {calibration.tokens}" if calibration.tokens >= 2 * MIN_ROW else ""
         raise DataError(

@@ -2,7 +2,8 @@
 
 Needs transformers and torch only. `per_layer_config` in config.json says which blocks lack their `attention` or
 `mlp`; the `billhook` section names the modules that make up a part (`zero` returns zeros in the place of the part,
-`drop` passes its input through: norms that served the part alone).
+`drop` passes its input through: norms that served the part alone), and `patches` what a repair put in the place of a
+part: a constant, a factor, a matrix of low rank.
 """
 
 import functools
@@ -26,13 +27,36 @@ class Zero(nn.Module):
         return (zeros, None) if self.outputs == 2 else zeros
 
 
-def remove_part(block, names):
-    """Take one part out of `block` in place; returns what stood there, {name: module}, for whoever wants it back."""
+class Patch(nn.Module):
+    """Stands where a sublayer was and adds bias + gain · x + up · down · x, [batch, time, width]."""
+
+    layer_idx = None
+
+    def __init__(self, outputs, width, bias=False, gain=False, rank=0):
+        super().__init__()
+        self.outputs = outputs
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.gain = nn.Parameter(torch.zeros(1)) if gain else None
+        self.down = nn.Linear(width, rank, bias=False) if rank else None
+        self.up = nn.Linear(rank, width, bias=False) if rank else None
+
+    def forward(self, hidden_states=None, *args, **kwargs):
+        added = torch.zeros_like(hidden_states) if self.up is None else self.up(self.down(hidden_states))
+        added = added if self.gain is None else added + self.gain * hidden_states
+        added = added if self.bias is None else added + self.bias
+        return (added, None) if self.outputs == 2 else added
+
+
+def remove_part(block, names, patch=None):
+    """Take one part out of `block` in place; returns what stood there, {name: module}, for whoever wants it back.
+
+    `patch`: what stands there now, instead of nothing.
+    """
     stood = {name: getattr(block, name) for name in (*names["zero"], *names["drop"])}
     for name in names["drop"]:
         setattr(block, name, nn.Identity())
     for name in names["zero"]:
-        setattr(block, name, Zero(names["outputs"]))
+        setattr(block, name, patch or Zero(names["outputs"]))
     return stood
 
 
@@ -55,10 +79,12 @@ def number_caches(blocks, missing):
 def strip(model):
     """Remove the skipped parts of a whole model in place."""
     blocks = model.get_submodule(model.config.billhook["blocks_path"])
-    missing = skipped(model.config)
+    missing, told = skipped(model.config), model.config.billhook
     for index, parts in missing.items():
         for part in parts:
-            remove_part(blocks[index], model.config.billhook["parts"][part])
+            names, entry = told["parts"][part], told.get("patches", {}).get(f"{part}.{index}")
+            patch = None if entry is None else Patch(names["outputs"], model.config.hidden_size, **entry)
+            remove_part(blocks[index], names, patch)
     number_caches(blocks, missing)
 
 

@@ -25,6 +25,8 @@ from billhook.portions import halves, mixed_sets
 from billhook.proof import Job
 from billhook.recipe import Recipe
 from billhook.records import Watch
+from billhook.recovering import recovered, recovery_options
+from billhook.repair import UNTOUCHED
 from billhook.searching import (
     check,
     count_losses,
@@ -60,12 +62,20 @@ def execute(store: Store, run: Run, watch: Watch) -> dict[str, Any]:
         shutil.rmtree(aside, ignore_errors=True)
         try:
             result = _stages(job, run.bound, aside)
+            shutil.rmtree(work_of(job), ignore_errors=True)
         except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
+            if not isinstance(error, KeyboardInterrupt):
+                shutil.rmtree(work_of(job), ignore_errors=True)
             store.update(run.id, state="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
         store.update(run.id, state="done", result=result)
     return result
+
+
+def work_of(job: Job) -> Path:
+    """Where a run keeps what its recoveries have found so far, beside its folder, until it is done."""
+    return aside_of(job.out, job.run).with_suffix(".recovery")
 
 
 def _finished(job: Job) -> dict[str, Any] | None:
@@ -82,6 +92,7 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
     with job.stage("load"):
         teacher = teacher_of(recipe, job.watch)
         given = check(recipe, teacher)
+        recovery_options(recipe)
         streamed = teacher.weights is not None
         check_target(job.out, teacher.folder, int(1.05 * teacher.anatomy.total("bytes")))
     with job.stage("calibrate"):
@@ -90,21 +101,26 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
     with job.stage("search"):
         found = find(job, teacher, calibration, held_out, given)
         plan, proof_text = found.plan, proof_of(recipe, held_out)
+    repair, recoveries = UNTOUCHED, list[dict[str, Any]]()
+    if recipe.recoveries:
+        with job.stage("recover"):
+            texts = ({} if calibration.choices else {"calibration": calibration}) | {"held-out": proof_text}
+            repair, recoveries = recovered(job, teacher, plan, texts, work_of(job))
     with job.stage("apply"):
-        student = apply(teacher, plan, stock=recipe.stock)
+        student = apply(teacher, plan, stock=recipe.stock, repair=repair)
     with job.stage("evaluate"):
-        perplexity = proof.perplexity(job, teacher, student, plan, proof_text)
-        tasks = [proof.task(job, teacher, plan, file) for file in task_files(recipe)]
+        perplexity = proof.perplexity(job, teacher, plan, proof_text, repair)
+        tasks = [proof.task(job, teacher, plan, file, repair) for file in task_files(recipe)]
         answers = [] if streamed else proof.answers(teacher, student, job.watch)
     with job.stage("save"):
         write(student, teacher.tokenizer, plan, aside, teacher=teacher, watch=job.watch)
         probe_row = calibration.rows[:1, : calibration.lengths[0]]
         if streamed:
-            check_streamed(teacher, plan, aside, probe_row, job.watch)
+            check_streamed(teacher, plan, aside, probe_row, repair=repair, watch=job.watch)
         else:
             check_equal(student, aside, probe_row, job.watch)
     with job.stage("speed"):
-        timed = None if streamed else proof.measured_speed(job, teacher, student, plan, aside)
+        timed = None if streamed else proof.measured_speed(job, teacher, student, (plan, repair), aside)
     with job.stage("report"):
         result = {
             **_describe(job, teacher, student, plan),
@@ -114,7 +130,8 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
             "within": found.within,
             "perplexity": perplexity,
             "tasks": tasks,
-            **_sizes(teacher.anatomy, leaves(teacher, plan, recipe.stock)),
+            **_sizes(teacher.anatomy, leaves(teacher, plan, recipe.stock), repair.parameters(), teacher.dtype.itemsize),
+            "recoveries": recoveries,
             "speed": timed,
             "answers": answers,
             "seconds": job.seconds,
@@ -198,9 +215,17 @@ def anatomy_json(anatomy: Anatomy) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _sizes(anatomy: Anatomy, plan: Plan) -> dict[str, Any]:
-    kinds = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token")
-    return {kind: {"teacher": anatomy.total(kind), "student": anatomy.total(kind, plan)} for kind in kinds}
+def _sizes(anatomy: Anatomy, plan: Plan, patched: int, item_bytes: int) -> dict[str, Any]:
+    """Totals of both sides; the student's with the `patched` parameters that a repair put in."""
+    more = {
+        "parameters": patched,
+        "bytes": patched * item_bytes,
+        "kv_bytes_per_token": 0,
+        "flops_per_token": 2 * patched,
+    }
+    return {
+        kind: {"teacher": anatomy.total(kind), "student": anatomy.total(kind, plan) + n} for kind, n in more.items()
+    }
 
 
 def _write_report(result: dict[str, Any], folder: Path) -> None:

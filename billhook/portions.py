@@ -48,6 +48,21 @@ def halves(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
     return picked(tokens, sides[0]), picked(tokens, sides[1])
 
 
+def shared_out(tokens: TokenSet, every: int) -> tuple[TokenSet, TokenSet]:
+    """All texts of a token set but every so-manyth, and those; documents, where there is one text only.
+
+    Raises DataError if there is nothing to share.
+    """
+    texts = {text: rank for rank, text in enumerate(dict.fromkeys(tokens.clusters))}
+    ranks = [texts[text] if len(texts) > 1 else d for d, text in enumerate(tokens.clusters)]
+    every = min(every, max(ranks) + 1)
+    second = [d for d, rank in enumerate(ranks) if rank % every == every - 1]
+    first = [d for d, rank in enumerate(ranks) if rank % every != every - 1]
+    if not first:
+        raise DataError(f"{tokens.source} holds one document, and a recovery needs a second one to validate on.")
+    return picked(tokens, first), picked(tokens, second)
+
+
 def parted(tokens: TokenSet, size: int, count: int) -> list[TokenSet]:
     """`count` portions of at least `size` tokens each that share no document, in order.
 

@@ -27,10 +27,11 @@ from billhook.portions import halves
 from billhook.probe import Probe
 from billhook.recipe import Recipe
 from billhook.records import Environment, EvalResult, Event, Watch
+from billhook.repair import UNTOUCHED, Repair
 from billhook.speed import Protocol
 from billhook.stats import exp, paired_difference
 from billhook.store import Store
-from billhook.surgery import leaves
+from billhook.surgery import apply, leaves
 from billhook.tasks import items_of
 
 PROMPTS = (
@@ -78,23 +79,9 @@ def environment(device: str) -> Environment:
     )
 
 
-def perplexity(job: Job, teacher: Teacher, student: Any, plan: Plan, tokens: TokenSet) -> dict[str, Any]:
-    """Held-out perplexity of teacher and student, and their ratio with its interval over texts.
-
-    Of a streamed teacher both come from one pass over its file, the student as what the plan leaves of it.
-    """
-    dtype = teacher.compute
-    which = (Plan(), plan)
-    stored = [job.store.evaluation(teacher.fingerprint, p, "perplexity", tokens.hash, dtype) for p in which]
-    missing = [p for p, found in zip(which, stored, strict=True) if found is None]
-    if teacher.weights is not None:
-        fresh = streamed_perplexity(teacher, missing, tokens, job.recipe.memory_bytes)
-    else:
-        sides = {Plan(): ("teacher", teacher.model), plan: ("student", student)}
-        fresh = [EVALUATIONS["perplexity"](sides[p][1], tokens, watch=job.watch, who=sides[p][0]) for p in missing]
-    for p, found in zip(missing, fresh, strict=True):
-        job.store.add_evaluation(teacher.fingerprint, p, dtype, found, job.run)
-    results = [fresh.pop(0) if found is None else found for found in stored]
+def perplexity(job: Job, teacher: Teacher, plan: Plan, tokens: TokenSet, repair: Repair = UNTOUCHED) -> dict[str, Any]:
+    """Held-out perplexity of teacher and student, and their ratio with its interval over texts."""
+    results = nats_of(job, teacher, [(Plan(), UNTOUCHED), (plan, repair)], tokens)
     change = paired_difference(results[0], results[1], job.recipe.seed)
     return {
         "teacher": math.exp(results[0].mean),
@@ -106,6 +93,37 @@ def perplexity(job: Job, teacher: Teacher, student: Any, plan: Plan, tokens: Tok
         "reliable": change.reliable,
         "note": change.note,
     }
+
+
+Side = tuple[Plan, Repair]  # a student: what a plan leaves of the teacher, repaired
+
+
+def nats_of(job: Job, teacher: Teacher, sides: Sequence[Side], tokens: TokenSet) -> list[EvalResult]:
+    """Perplexity of students by a plain forward pass; of a streamed teacher by passes over its file. Stored."""
+    of = (teacher.fingerprint, tokens.hash)
+    found = [job.store.evaluation(of[0], p, "perplexity", of[1], filed_under(teacher, r)) for p, r in sides]
+    missing = [side for side, known in zip(sides, found, strict=True) if known is None]
+    if teacher.weights is not None:
+        bare = [plan for plan, repair in missing if repair == UNTOUCHED]
+        one_pass = dict(zip(bare, streamed_perplexity(teacher, bare, tokens, job.recipe.memory_bytes), strict=True))
+    fresh: list[EvalResult] = []
+    for plan, repair in missing:
+        if teacher.weights is None:
+            model = apply(teacher, plan, repair=repair) if plan.removed else teacher.model
+            who = "student" if plan.removed else "teacher"
+            fresh.append(EVALUATIONS["perplexity"](model, tokens, watch=job.watch, who=who))
+        elif plan in one_pass and repair == UNTOUCHED:
+            fresh.append(one_pass[plan])
+        else:
+            fresh += streamed_perplexity(teacher, [plan], tokens, job.recipe.memory_bytes, repair)
+    for (plan, repair), result in zip(missing, fresh, strict=True):
+        job.store.add_evaluation(of[0], plan, filed_under(teacher, repair), result, job.run)
+    return [fresh.pop(0) if known is None else known for known in found]
+
+
+def filed_under(teacher: Teacher, repair: Repair) -> str:
+    """Compute dtype, kind of device, and what a repair changed."""
+    return teacher.compute if repair == UNTOUCHED else f"{teacher.compute}, repaired {repair.key()}"
 
 
 _NAMES = {"ppl": "perplexity", "pp": "acc"}
@@ -128,12 +146,16 @@ def evaluated(job: Job, teacher: Teacher, plans: Sequence[Plan], tokens: TokenSe
     return [fresh.pop(0) if found is None else found for found in known]
 
 
-def task(job: Job, teacher: Teacher, plan: Plan, file: str) -> dict[str, Any]:
+def task(job: Job, teacher: Teacher, plan: Plan, file: str, repair: Repair = UNTOUCHED) -> dict[str, Any]:
     """Accuracy of teacher and student on those items of a task that no search or choice looks at, and what it lost."""
     tokens = items_of(file, teacher, "evaluation", seed=job.recipe.seed)
     if job.recipe.margin is not None and job.recipe.margin.file == file:
         tokens = halves(tokens)[1]  # the choice was made on the others
-    before, after = evaluated(job, teacher, [Plan(), plan], tokens, "pp")
+    if repair == UNTOUCHED:
+        before, after = evaluated(job, teacher, [Plan(), plan], tokens, "pp")
+    else:
+        (before,) = evaluated(job, teacher, [Plan()], tokens, "pp")
+        after = _repaired_task(job, teacher, plan, repair, tokens)
     change = paired_difference(before, after, job.recipe.seed)
     return {
         "file": file,
@@ -147,11 +169,20 @@ def task(job: Job, teacher: Teacher, plan: Plan, file: str) -> dict[str, Any]:
     }
 
 
+def _repaired_task(job: Job, teacher: Teacher, plan: Plan, repair: Repair, tokens: TokenSet) -> EvalResult:
+    """Accuracy of a repaired student."""
+    if teacher.weights is not None:
+        probe = Probe(teacher, tokens, "task", memory=job.recipe.memory_bytes, mended=(plan, repair))
+        return outcomes(tokens, probe.row_sums([plan])[0])["acc"]
+    return EVALUATIONS["acc"](apply(teacher, plan, repair=repair), tokens, watch=job.watch, who="student")
+
+
 def streamed_perplexity(
-    teacher: Teacher, plans: Sequence[Plan], tokens: TokenSet, memory: int | None
+    teacher: Teacher, plans: Sequence[Plan], tokens: TokenSet, memory: int | None, repair: Repair | None = None
 ) -> list[EvalResult]:
-    """Perplexity of what each plan leaves of the teacher, by the measuring engine."""
-    losses = Probe(teacher, tokens, "nll", memory=memory).losses(plans)
+    """Perplexity of what each plan leaves of the teacher, by the measuring engine; of one plan under a `repair`."""
+    mended = None if repair is None else (plans[0], repair)
+    losses = Probe(teacher, tokens, "nll", memory=memory, mended=mended).losses(plans)
     return [EvalResult("perplexity", tokens.hash, loss.sums, loss.counts, tokens.clusters) for loss in losses]
 
 
@@ -181,8 +212,9 @@ def answers(teacher: Teacher, student: Any, watch: Watch) -> list[dict[str, str]
     return told
 
 
-def measured_speed(job: Job, teacher: Teacher, student: Any, plan: Plan, aside: Path) -> dict[str, Any]:
+def measured_speed(job: Job, teacher: Teacher, student: Any, side: Side, aside: Path) -> dict[str, Any]:
     """Speed of both models, timed in turn; a pair that the store holds for this environment is not timed again."""
+    plan, repair = side
     protocol = Protocol()
     most = speed.room((teacher.model,))
     if most is not None:  # a model of few positions gets a shorter prompt, and the report says how short
@@ -190,7 +222,8 @@ def measured_speed(job: Job, teacher: Teacher, student: Any, plan: Plan, aside: 
         protocol = replace(protocol, new_tokens=new, prompt_tokens=min(protocol.prompt_tokens, most - new))
     where = json.dumps(asdict(environment(str(teacher.device))), sort_keys=True)
     dtype = teacher.compute
-    shape = "stock" if job.recipe.stock else ""
+    shape = "stock" if job.recipe.stock else json.dumps([patch.entry() for _, patch in sorted(repair.patches.items())])
+    shape = "" if shape == "[]" else shape
     keys = [
         (teacher.fingerprint, mine.key(), other.key(), where, dtype, json.dumps(asdict(protocol)) + shape)
         for mine, other in ((Plan(), plan), (plan, Plan()))

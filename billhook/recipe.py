@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from billhook.budget import Budget, read_budgets
 from billhook.errors import FingerprintError, PlanError, RecipeError, nearest
@@ -76,6 +84,16 @@ class Recipe(BaseModel):
     length: Annotated[int, Field(description="Tokens a calibration sequence", ge=16)] = 128
     eval_tokens: Annotated[int, Field(description="Held-out tokens", ge=64)] = 16384
     eval_length: Annotated[int, Field(description="Tokens a held-out sequence", ge=16)] = 512
+    recover: Annotated[
+        str, Field(description="What gets back what pruning took, in order: fold, or fold,lora; `billhook methods`")
+    ] = ""
+    recover_set: Annotated[
+        dict[str, bool | int | float | str],
+        Field(description="An option of a recovery, such as minutes=15 or lora.rank=8; repeatable"),
+    ] = {}
+    recover_data: Annotated[str | None, Field(description="Text to recover on; left out, that of --data")] = None
+    recover_tokens: Annotated[int, Field(description="Tokens to recover on, or all that the text has", ge=64)] = 32768
+    recover_length: Annotated[int, Field(description="Tokens a sequence to recover on", ge=16)] = 256
     stock: Annotated[bool, Field(description="Keep the stock shape: removed sites hold zeros, no speed-up")] = False
     seed: Annotated[int, Field(description="Seed of all that is drawn", ge=0)] = 0
     device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, mps")] = "auto"
@@ -98,14 +116,16 @@ class Recipe(BaseModel):
     def _margin(cls, value: str | None) -> str | None:
         return None if value is None else str(Margin.parse(value))
 
-    @field_validator("set", mode="before")
+    @field_validator("set", "recover_set", mode="before")
     @classmethod
-    def _named(cls, value: object) -> object:
+    def _named(cls, value: object, info: ValidationInfo) -> object:
         if not isinstance(value, list | tuple):
             return value
         pairs = [str(piece).partition("=") for piece in value]
         if wrong := next((name for name, equals, _ in pairs if not name or not equals), None):
-            raise RecipeError(f"--set {wrong!r} has no value. Write NAME=VALUE, such as --set front=0.4.")
+            like = {"set": "front=0.4", "recover_set": "minutes=15"}[str(info.field_name)]
+            option = str(info.field_name).replace("_", "-")
+            raise RecipeError(f"--{option} {wrong!r} has no value. Write NAME=VALUE, such as {like}.")
         return {name.strip(): text.strip() for name, _, text in pairs}
 
     @field_validator("memory")
@@ -124,6 +144,11 @@ class Recipe(BaseModel):
         if self.audit and not self.fast:
             raise RecipeError("--audit states what --fast cost. Add --fast, or leave --audit out.")
         return self
+
+    @property
+    def recoveries(self) -> tuple[str, ...]:
+        """The names of the recoveries, in order."""
+        return tuple(name.strip() for name in self.recover.split(",") if name.strip())
 
     @property
     def memory_bytes(self) -> int | None:

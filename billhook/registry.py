@@ -60,18 +60,25 @@ def options(function: Callable[..., object]) -> dict[str, Any]:
 def chosen(given: dict[str, Any], *functions: Callable[..., object]) -> list[dict[str, Any]]:
     """For each method those of the `given` options that it takes, as values of its own kinds.
 
-    Raises UsageError for an option that none of them takes, with the nearest one, or for a value of another kind.
+    `rank` is of every method that has such an option, `lora.rank` of one. Raises UsageError for an option that none of
+    them takes, with the nearest one, or for a value of another kind.
     """
     known = [options(function) for function in functions]
     every = {name: default for of_one in known for name, default in of_one.items()}
+    for function, of_one in zip(functions, known, strict=True):
+        every |= {f"{function.__name__}.{name}": default for name, default in of_one.items()}
     for name in given:
         if name not in every:
             near = nearest(name, every)
             guess = f" Did you mean {near}?" if near else ""
             names = " and ".join(function.__name__ for function in functions)
-            known_names = ", ".join(sorted(every)) or "none"
+            known_names = ", ".join(sorted(name for name in every if "." not in name)) or "none"
             raise UsageError(f"There is no option {name!r} of {names}.{guess} Known: {known_names}.")
-    return [{name: _value(name, given[name], of_one[name]) for name in given if name in of_one} for of_one in known]
+    found = []
+    for function, of_one in zip(functions, known, strict=True):
+        mine = {name: given.get(f"{function.__name__}.{name}", given.get(name)) for name in of_one}
+        found.append({n: _value(n, value, of_one[n]) for n, value in mine.items() if value is not None})
+    return found
 
 
 def _value(name: str, value: Any, default: Any) -> Any:

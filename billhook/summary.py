@@ -67,7 +67,20 @@ def notes(result: Result) -> list[str]:
         told.append(f"Perplexity: the interval rests on {quality['clusters']} texts only and is not reliable.")
     if within := result.get("within"):
         told.append(_within_in_words(within))
+    told[:0] = [_recovery_in_words(each) for each in result.get("recoveries", ())]
     return told
+
+
+def _recovery_in_words(told: Mapping[str, Any]) -> str:
+    """What one recovery did to the perplexity on held-out text; loudly, where that is nothing."""
+    held = told["on"]["held-out"]
+    low, high = (times(x) for x in held["ci95"])
+    closed = f", {held['closed']:.0%} of the gap" if held["closed"] is not None else ""
+    figures = f"{short(held['before'])} to {short(held['after'])} ({times(held['ratio'])}, {low}–{high}{closed})"
+    learnt = f"learnt from {told['tokens']:,} tokens in {duration(told['seconds'])}"
+    if held["ci95"][1] >= 1:
+        return f"{told['recovery']} DID NOT HELP on held-out text: perplexity {figures}; {learnt}. Leave it out."
+    return f"{told['recovery']}: held-out perplexity {figures}; {learnt}."
 
 
 def _within_in_words(within: Mapping[str, Any]) -> str:

@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from billhook import arch
+from billhook import arch, modeling_billhook
+from billhook.errors import PlanError
 from billhook.loading import Teacher, stock_classes
 from billhook.modeling_billhook import number_caches, pruned_classes, strip
 from billhook.plan import Plan, Site
 from billhook.records import Event, Watch
+from billhook.repair import UNTOUCHED, Patch, Repair, patch_module
 from billhook.stream import Weights
 
 COPY_BYTES = 3 * 10**8  # of a shard of a model that is never in memory as a whole
@@ -24,18 +26,25 @@ COPY_BYTES = 3 * 10**8  # of a shard of a model that is never in memory as a who
 PER_BLOCK_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "kv_sharing_modes")
 
 
-def apply(teacher: Teacher, plan: Plan, *, stock: bool = False) -> Any:
+def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair = UNTOUCHED) -> Any:
     """The teacher's model without the plan's sites, as a transformers model that can be saved and generates.
 
     A block that loses both sites goes and the rest are renumbered; `config.billhook["kept_blocks"]` lists the original
     positions. Where only whole blocks are missing the class is the stock one; where single sites are missing it is
     `billhook-<type>`, or with `stock=True` the stock one whose removed sites hold zeros (equal outputs, no speed-up).
-    The student shares its tensors with the teacher. Raises PlanError if the plan does not fit the teacher.
+    `repair`: new weights, and patches in the place of sites; a block that has a patch stays. The student shares all
+    other tensors with the teacher. Raises PlanError if the plan does not fit the teacher, or a patch the stock shape.
     """
     teacher.anatomy.check(plan)
     row = teacher.row
     removed = Plan(teacher.removed.removed | plan.removed)
-    gone = set(removed.blocks())
+    patched = _patched(teacher) | {site: patch.entry() for site, patch in repair.patches.items()}
+    if stock and patched:
+        raise PlanError(
+            f"--stock has no place for what stands at {min(patched)} now: a constant or a matrix of a repair. Leave "
+            "--stock out, or recover by fold alone."
+        )
+    gone = set(removed.blocks()) - {site.block for site in patched}
     kept = [p for p in teacher.positions if p not in gone]
     lacking = [s for s in removed.sites() if s.block not in gone]
 
@@ -59,9 +68,83 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False) -> Any:
         config.__class__, student.__class__ = pruned_classes(*stock_classes(base))
         skip = {kept.index(b): [s.part for s in lacking if s.block == b] for b in {s.block for s in lacking}}
         config.per_layer_config = {index: {"skip": skip[index]} for index in sorted(skip)}
+        if patched:
+            told["patches"] = {f"{s.part}.{kept.index(s.block)}": entry for s, entry in sorted(patched.items())}
         config.billhook = told
+        stood = {site: _place(teacher, site) for site in _patched(teacher)}
         strip(student)
+        blocks = student.get_submodule(path)
+        for site, module in stood.items():
+            setattr(blocks[kept.index(site.block)], parts[site.part]["zero"][0], module)
+        for site, patch in repair.patches.items():
+            module = patch_module(patch, parts[site.part]["outputs"], teacher.device, teacher.model.dtype)
+            setattr(blocks[kept.index(site.block)], parts[site.part]["zero"][0], module)
+    renew(student, {name: tensor for old, tensor in repair.weights.items() if (name := renamed(teacher, old, kept))})
     return student
+
+
+def _patched(teacher: Teacher) -> dict[Site, dict[str, Any]]:
+    """The patches that a teacher has already, by site in the unpruned model."""
+    told = (getattr(teacher.model.config, "billhook", None) or {}).get("patches", {})
+    sites = {Site.parse(name): entry for name, entry in told.items()}
+    return {Site(teacher.positions[site.block], site.part): entry for site, entry in sites.items()}
+
+
+def _place(teacher: Teacher, site: Site) -> nn.Module:
+    """The module that stands where `site` was."""
+    block = teacher.block(site.block)
+    name = teacher.row.parts(block, teacher.model.config)[site.part]["zero"][0]
+    module: nn.Module = getattr(block, name)
+    return module
+
+
+def renamed(teacher: Teacher, name: str, kept: list[int]) -> str | None:
+    """A student's name of a parameter of its teacher, whose block at position p is at `kept.index(p)`; None if gone."""
+    path = f"{teacher.row.blocks}."
+    if not name.startswith(path):
+        return name
+    index, _, rest = name.removeprefix(path).partition(".")
+    position = teacher.positions[int(index)]
+    return f"{path}{kept.index(position)}.{rest}" if position in kept else None
+
+
+def difference(teacher: Teacher, plan: Plan, student: Any) -> Repair:
+    """The repair with which `apply` makes this student of its teacher, by the tensors that they do not share."""
+    shared = {id(p) for p in teacher.model.parameters()}
+    kept: list[int] = student.config.billhook["kept_blocks"]
+    path, weights, patches = f"{teacher.row.blocks}.", {}, {}
+    places = {f"{s.part}.{kept.index(s.block)}": s for s in plan.sites() if s.block in kept}
+    inside: list[str] = []
+    names = {"attention": teacher.row.attention, "mlp": teacher.row.mlp[-1]}
+    for place, site in places.items():
+        name = f"{path}{place.partition('.')[2]}.{names[site.part]}"
+        module = student.get_submodule(name)
+        if isinstance(module, modeling_billhook.Patch):
+            inside.append(f"{name}.")
+            parts = {key.partition(".")[0]: value.detach().float() for key, value in module.named_parameters()}
+            patches[site] = Patch(**parts)
+    for name, parameter in student.named_parameters():
+        if id(parameter) in shared or name.startswith(tuple(inside)):
+            continue
+        index, _, rest = name.removeprefix(path).partition(".")
+        old = f"{path}{teacher.positions.index(kept[int(index)])}.{rest}" if name.startswith(path) else name
+        weights[old] = parameter.detach()
+    return Repair(weights, patches)
+
+
+def renew(student: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Give a student new values of some parameters; tied ones stay tied, and shared ones are left to who shares them.
+
+    In the dtype of what stood there.
+    """
+    for name, tensor in weights.items():
+        old = student.get_parameter(name)
+        device = tensor.device if old.device.type == "meta" else old.device
+        new = nn.Parameter(tensor.to(device=device, dtype=old.dtype, copy=True), requires_grad=False)
+        for module in student.modules():
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                if parameter is old:
+                    setattr(module, key, new)
 
 
 def leaves(teacher: Teacher, plan: Plan, stock: bool) -> Plan:
@@ -118,7 +201,10 @@ def _zero(student: Any, path: str, kept: list[int], sites: list[Site], parts: di
 
 
 def copy_shards(student: Any, teacher: Teacher, weights: Weights, folder: Path, watch: Watch) -> None:
-    """Copy what the student keeps from the source's shards, bit for bit, a small shard at a time."""
+    """Copy what the student keeps from the source's shards, bit for bit, a small shard at a time.
+
+    What a repair changed, or put in, comes from memory, in the checkpoint's dtype.
+    """
     tail = re.escape(teacher.row.blocks.rsplit(".", 1)[-1])
     kept = student.config.billhook["kept_blocks"]
 
@@ -132,24 +218,37 @@ def copy_shards(student: Any, teacher: Teacher, weights: Weights, folder: Path, 
 
     has = student.state_dict(keep_vars=True)
     own = {id(p) for p in teacher.model.parameters()} | {id(b) for b in teacher.model.buffers()}
-    jobs: list[tuple[str, str, bool]] = []  # name in the source, new name, whether it holds zeros now
+    jobs: dict[str, tuple[str | None, torch.Tensor | None]] = {}  # by new name: its name in the source, its new value
+    covered: set[str] = set()
     for name, targets in weights.targets().items():
         new = renumbered(name)
-        there = [has[t] for t in map(renumbered, targets) if t in has]
+        there = {t: has[t] for t in map(renumbered, targets) if t is not None and t in has}
+        covered |= there.keys()
         if new is not None and there:
-            jobs.append((name, new, not any(id(tensor) in own for tensor in there)))
-    sizes = {new: weights.source_bytes(name) for name, new, _ in jobs}
+            fresh = [tensor for tensor in there.values() if id(tensor) not in own]
+            jobs[new] = (name, fresh[0] if len(fresh) == len(there) else None)
+    for name, tensor in has.items():
+        if isinstance(tensor, nn.Parameter) and name not in covered and id(tensor) not in own:
+            jobs[name] = (None, tensor)
+
+    def value(new: str) -> torch.Tensor:
+        name, fresh = jobs[new]
+        if fresh is None or name is None:
+            return weights.source(name) if name else fresh.detach().to("cpu", teacher.dtype)  # type: ignore[union-attr]
+        source = weights.source(name)
+        if fresh.device.type == "meta":
+            return torch.zeros_like(source)
+        assert source.shape == fresh.shape, f"{new} is stored in another form than it is used"
+        return fresh.detach().to("cpu", source.dtype)
+
+    items = teacher.dtype.itemsize
+    sizes = {n: weights.source_bytes(old) if old else t.numel() * items for n, (old, t) in jobs.items()}  # type: ignore[union-attr]
     shards = _packed(sizes, COPY_BYTES)
     files: dict[str, str] = {}
-    by_new = {new: (name, zeroed) for name, new, zeroed in jobs}
     for i, names in enumerate(shards, 1):
         watch(Event("save", i, len(shards) + 2, "copying shards"))
-        tensors = {}
-        for new in names:
-            tensor = weights.source(by_new[new][0])
-            tensors[new] = torch.zeros_like(tensor) if by_new[new][1] else tensor
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_file({new: value(new).contiguous() for new in names}, folder / file, metadata={"format": "pt"})
         files |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -59,9 +59,10 @@ HEADINGS = {
     "loss": "Losses",
     "task_loss": "Losses on tasks",
     "search": "Searches",
+    "recovery": "Recoveries",
     "evaluation": "Evaluations",
 }
-SET = ("metric", "search")  # whose options are typed as --set NAME=VALUE
+SET = ("metric", "search", "recovery")  # whose options are typed, as --set or --recover-set NAME=VALUE
 
 
 def _shown(default: object) -> str:

@@ -108,7 +108,8 @@ def test_progress_goes_to_stderr(pruned: Pruned) -> None:
 
 def test_a_dry_run_writes_nothing(model: Path, pruned: Pruned, tmp_path: Path) -> None:
     store, out = tmp_path / "runs.db", tmp_path / "out"
-    command = ("prune", model, "--remove", "2sites", "--dry-run", "--store", store, "--out", out, *pruned.options)
+    greedy = ("prune", model, "--remove", "2sites", "--search", "greedy")
+    command = (*greedy, "--dry-run", "--store", store, "--out", out, *pruned.options)
     told = one_object(billhook(*command, "--json").stdout)
     assert told["losses"] == 8 + 7
     assert told["data"]["calibration"] == pruned.result["data"]["calibration"]
@@ -288,7 +289,9 @@ def test_a_refusal_is_a_message_and_a_code(
 
 def test_a_recipe_file_is_read_and_typed_options_win(model: Path, pruned: Pruned, tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(f"model: {model}\nremove: 1sites\ndata: {pruned.options[1]}\ntokens: 64\nlength: 32\n")
+    recipe.write_text(
+        f"model: {model}\nremove: 1sites\nsearch: greedy\ndata: {pruned.options[1]}\ntokens: 64\nlength: 32\n"
+    )
     told = one_object(billhook("prune", "--recipe", recipe, "--tokens", "96", "--dry-run", "--json").stdout)
     assert (told["remove"], told["losses"]) == ("1sites", 8)
     assert told["data"]["calibration"]["tokens"] >= 96

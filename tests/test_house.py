@@ -21,10 +21,10 @@ HOUSE = ROOT / "billhook"
 FILES = sorted(HOUSE.rglob("*.py"))
 FLOORS = (  # each floor imports from those above it, and each name from those before it on its own floor
     ("errors", "plan", "budget", "problem", "registry", "records", "stats", "margin"),
-    ("arch", "modeling_billhook", "vet", "stream", "loading", "data", "portions", "tasks", "losses", "mask", "probe",
-     "surgery", "width", "speed"),
+    ("modeling_billhook", "arch", "vet", "stream", "loading", "repair", "regression", "data", "portions", "tasks",
+     "losses", "mask", "probe", "surgery", "training", "width", "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),
-    ("recipe", "store", "execute", "audit", "proof", "searching", "lab", "compare", "summary", "report",
+    ("recipe", "store", "execute", "audit", "proof", "searching", "recovering", "lab", "compare", "summary", "report",
      "lab_words", "lab_curves", "lab_page", "pipeline"),
     ("api", "terminal", "face", "cli", "dashboard"),
 )  # fmt: skip

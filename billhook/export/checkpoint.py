@@ -20,6 +20,7 @@ from billhook.loading import Teacher, load
 from billhook.plan import Plan
 from billhook.probe import logits
 from billhook.records import Event, Watch, silent
+from billhook.repair import Repair
 from billhook.surgery import copy_shards
 
 MANIFEST = "billhook.json"
@@ -69,7 +70,7 @@ def save(
         write(student, tokenizer, plan, aside, teacher=teacher, watch=watch)
         rows = torch.arange(16)[None] % student.config.vocab_size
         if teacher.weights is not None:
-            check_streamed(teacher, plan, aside, rows, watch)
+            check_streamed(teacher, plan, aside, rows, watch=watch)
         else:
             check_equal(student, aside, rows, watch)
         appear(aside, target)
@@ -192,11 +193,19 @@ class _Source:
         return None
 
 
-def check_streamed(teacher: Teacher, plan: Plan, folder: Path, rows: torch.Tensor, watch: Watch = silent) -> None:
+def check_streamed(
+    teacher: Teacher,
+    plan: Plan,
+    folder: Path,
+    rows: torch.Tensor,
+    *,
+    repair: Repair | None = None,
+    watch: Watch = silent,
+) -> None:
     """`check_equal` for a teacher that is streamed: what the plan leaves of it against `folder`, streamed as well."""
     watch(Event("save", 2, 3, "loading it back"))
     again = load(folder, device=str(teacher.device), dtype=vet.dtype_name(teacher.model.dtype), memory=0)
-    _same(logits(teacher, plan, rows), logits(again, Plan(), rows))
+    _same(logits(teacher, plan, rows, repair), logits(again, Plan(), rows))
     watch(Event("save", 3, 3, "loads back equal"))
 
 

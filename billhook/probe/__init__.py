@@ -23,6 +23,7 @@ from billhook.probe.measure import WAVE, Bench, Layout, waves
 from billhook.probe.table import Documents, Known, Table
 from billhook.problem import Unit
 from billhook.records import Loss, Score
+from billhook.repair import Repair
 
 FADING = 0.8  # of what a round says about the next one, for moves that are not measured again
 
@@ -73,7 +74,7 @@ class Probe:
 
     `memory`: bytes for weights and activations together (None: half of what the machine has free). `fast`: racing, for
     asks that want only the best. `walk`: `layers` or `depth-first`, instead of choosing it by memory. `memos`: where
-    measurements are kept.
+    measurements are kept. `mended`: a plan that is measured under a repair of its blocks; then no memos.
     """
 
     def __init__(
@@ -86,10 +87,11 @@ class Probe:
         fast: Fast | None = None,
         walk: str | None = None,
         memos: Memos = _no_memo,
+        mended: tuple[Plan, Repair] | None = None,
     ) -> None:
         self.teacher, self.tokens, self.loss, self.fast, self.memory = teacher, tokens, loss, fast, memory
         self._memos = memos
-        self._bench = Bench(teacher, tokens, loss, memory=memory, walk=walk)
+        self._bench = Bench(teacher, tokens, loss, memory=memory, walk=walk, mended=mended)
         self._trunks = [self._bench.trunk]  # whose work is counted as this probe's
         self._hardness: list[float] = []  # of each group, by the best plan of the last round
         self._rises: dict[int, tuple[float, int]] = {}  # by move: how much worse than the best, and in which round
@@ -313,11 +315,12 @@ class Probe:
 
 
 @torch.inference_mode()
-def logits(teacher: Teacher, plan: Plan, rows: torch.Tensor) -> torch.Tensor:
+def logits(teacher: Teacher, plan: Plan, rows: torch.Tensor, repair: Repair | None = None) -> torch.Tensor:
     """Logits [rows, time, vocabulary], float32, of what `plan` leaves of a teacher, on token ids [rows, time].
 
-    For few rows: of a streamed teacher every block is read once.
+    For few rows: of a streamed teacher every block is read once. `repair`: of its blocks.
     """
     count = len(rows)
     tokens = token_set([tuple(row) for row in rows.tolist()], [0] * count, [0], [""], "rows")
-    return Bench(teacher, tokens, "nll").logits(plan)
+    mended = None if repair is None else (plan, repair)
+    return Bench(teacher, tokens, "nll", mended=mended).logits(plan)

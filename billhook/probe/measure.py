@@ -18,8 +18,10 @@ from billhook.plan import PARTS, Plan, Site
 from billhook.probe.choose import Quality, Sums
 from billhook.probe.groups import document_groups
 from billhook.probe.head import TOKENS_AT_A_TIME, VOCABULARY_AT_A_TIME, Head, Reference
+from billhook.probe.mended import Mended
 from billhook.probe.trunk import Trunk
 from billhook.probe.walk import Job, Walk
+from billhook.repair import Repair
 from billhook.vet import dtype_name
 
 CHUNK = {"cpu": 512, "cuda": 16384, "mps": 4096}  # tokens that go through a block at a time
@@ -51,11 +53,18 @@ class Bench:
     """Measures jobs of one teacher on one token set under one loss.
 
     `memory`: bytes for weights and activations together; None is half of what the machine has free. `walk` fixes the
-    order of the walk instead of choosing it by memory.
+    order of the walk instead of choosing it by memory. `mended`: a plan that is measured under a repair of its blocks.
     """
 
     def __init__(
-        self, teacher: Teacher, tokens: TokenSet, loss: str, *, memory: int | None = None, walk: str | None = None
+        self,
+        teacher: Teacher,
+        tokens: TokenSet,
+        loss: str,
+        *,
+        memory: int | None = None,
+        walk: str | None = None,
+        mended: tuple[Plan, Repair] | None = None,
     ) -> None:
         self._item_loss = ITEM_LOSSES[loss] if loss in tuple(ITEM_LOSSES) else None
         if (self._item_loss is None) != (tokens.choices is None):
@@ -74,6 +83,9 @@ class Bench:
             for index, position in enumerate(teacher.positions)
             for k, part in enumerate(PARTS)
         }
+        self._runs: Walk | Mended = self.walk
+        if mended is not None:
+            self._runs = Mended(self.walk, mended[0], self.mask(mended[0]), mended[1])
         self.layout = self.arrange(1)
 
     def mask(self, plan: Plan) -> int:
@@ -162,7 +174,7 @@ class Bench:
         self._refer()
         found: dict[Job, Sums] = {}
         waiting: dict[int, list[tuple[Job, torch.Tensor]]] = defaultdict(list)
-        for job, stream in self.walk.run(jobs, self.layout.walk == "layers"):
+        for job, stream in self._runs.run(jobs, self.layout.walk == "layers"):
             group = self.groups[job[0]]
             waiting[job[0]].append((job, self.trunk.final(stream)[group.read]))
             if self.teacher.weights is None and len(waiting[job[0]]) * len(group.targets) >= TOKENS_AT_A_TIME:
@@ -247,7 +259,7 @@ class Bench:
 
     def logits(self, plan: Plan) -> torch.Tensor:
         """Logits [rows, time, vocabulary] of all rows under a plan, in float32."""
-        ((_, stream),) = self.walk.run([(0, self.mask(plan))], layers=True)
+        ((_, stream),) = self._runs.run([(0, self.mask(plan))], layers=True)
         hidden = self.trunk.final(stream)
         return self._head.logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
 

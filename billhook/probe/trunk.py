@@ -185,7 +185,7 @@ class Trunk:
     ) -> list[torch.Tensor]:
         """A block without some of its parts, on many streams [rows, time, width], stacked where they are as long."""
         outputs: list[torch.Tensor] = [torch.empty(0)] * len(streams)
-        with self._lacking(block, without):
+        with self.lacking(block, without):
             for chunk in self._chunks(streams, stack):
                 x = streams[chunk[0]] if len(chunk) == 1 else torch.cat([streams[i] for i in chunk])
                 y = self.call(index, block, x)
@@ -210,7 +210,8 @@ class Trunk:
             yield chunk
 
     @contextmanager
-    def _lacking(self, block: nn.Module, parts: tuple[str, ...]) -> Iterator[None]:
+    def lacking(self, block: nn.Module, parts: tuple[str, ...]) -> Iterator[None]:
+        """Inside, `block` is without some of its parts."""
         stood: dict[str, nn.Module] = {}
         for part in parts:
             stood |= remove_part(block, self._parts[part])

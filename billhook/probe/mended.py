@@ -1,0 +1,72 @@
+"""A plan under a repair: its blocks as a repaired student has them, on a walk of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from billhook.modeling_billhook import remove_part
+from billhook.plan import PARTS, Plan, Site
+from billhook.probe.trunk import Trunk
+from billhook.probe.walk import Job, Walk
+from billhook.repair import Repair, patch_module
+
+
+@contextmanager
+def standing(trunk: Trunk, index: int, block: nn.Module, plan: Plan, repair: Repair) -> Iterator[None]:
+    """Inside, block `index` is as a repaired student has it: removed parts out, patches in, new weights in."""
+    position, row, config = trunk.teacher.positions[index], trunk.row, trunk.model.config
+    parts = row.parts(block, config)
+    stood: dict[str, nn.Module] = {}
+    weights: dict[str, nn.Parameter] = {}
+    inside = f"{row.blocks}.{index}."
+    for name, tensor in repair.weights.items():
+        if name.startswith(inside):
+            key = name.removeprefix(inside)
+            weights[key] = block.get_parameter(key)
+            _set(block, key, nn.Parameter(tensor.to(weights[key]), requires_grad=False))
+    for part in PARTS:
+        if (site := Site(position, part)) in plan.removed:
+            patch = repair.patches.get(site)
+            outputs = parts[part]["outputs"]
+            place = None
+            if patch is not None:
+                place = patch_module(patch, outputs, trunk.teacher.device, trunk.model.dtype)
+            stood |= remove_part(block, parts[part], place)
+    try:
+        yield
+    finally:
+        for name, module in stood.items():
+            setattr(block, name, module)
+        for key, parameter in weights.items():
+            _set(block, key, parameter)
+
+
+def _set(block: nn.Module, name: str, value: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(block.get_submodule(owner), leaf, value)
+
+
+@dataclass(frozen=True)
+class Mended:
+    """Walks like `walk`, but for the jobs of one plan, which goes as its repair has it, block by block."""
+
+    walk: Walk
+    plan: Plan
+    mask: int
+    repair: Repair
+
+    def run(self, jobs: Sequence[Job], layers: bool) -> Iterator[tuple[Job, torch.Tensor]]:
+        """As `Walk.run`."""
+        if others := [job for job in jobs if job[1] != self.mask]:
+            yield from self.walk.run(others, layers)
+        trunk, mine = self.walk.trunk, [job for job in jobs if job[1] == self.mask]
+        streams = [trunk.enter(self.walk.ids[group]) for group, _ in mine]
+        for index, block in enumerate(trunk.blocks(range(trunk.depth) if mine else ())):
+            with standing(trunk, index, block, self.plan, self.repair):
+                streams = [trunk.call(index, block, x) for x in streams]
+        yield from zip(mine, streams, strict=True)

@@ -1,0 +1,169 @@
+"""Teacher and student side by side, block by block: what repairs without training see.
+
+One pass reads every block once, whatever it computes, so that a model larger than memory is read from the file once.
+The student is what a plan leaves of the teacher, with what a repair has changed so far; a visitor may change more at
+every site, and the student goes on with that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+
+from billhook import arch
+from billhook.plan import PARTS, Plan, Site
+from billhook.probe.measure import Bench
+from billhook.probe.mended import standing
+from billhook.probe.trunk import KEPT, NO_ATTENTION, NO_MLP, Trunk
+from billhook.repair import Patch, Repair
+
+
+@dataclass(slots=True)
+class Stage:
+    """One site, reached by both sides. Over the counted tokens of all groups, in float32.
+
+    `inputs` [tokens, m]: what the student's output projection reads, m wide; of a removed site, what its place is
+    given. `before`, `after` [tokens, width]: the student's residual stream; `teacher_before`, `teacher_after`: the
+    teacher's. `weight`: the teacher's name for the weight of the output projection; None where the site is removed, or
+    its output is not added to the stream as it is. `value` [width, m]: that weight, as the student has it.
+    """
+
+    site: Site
+    removed: bool
+    weight: str | None
+    value: torch.Tensor | None
+    inputs: torch.Tensor
+    before: torch.Tensor
+    after: torch.Tensor
+    teacher_before: torch.Tensor
+    teacher_after: torch.Tensor
+
+
+# What a visitor wants: to add to the weight [width, m] of an output projection, to put a patch there, or nothing.
+Change = torch.Tensor | Patch | None
+Visit = Callable[[Stage], Change]
+
+
+def order(bench: Bench) -> list[Site]:
+    """The sites that the teacher has, as `side_by_side` shows them: of parallel parts the attention last."""
+    sites = bench.teacher.anatomy.alive()
+    return sorted(sites, key=lambda s: (s.block, (s.part == "attention") == bench.trunk.parallel))
+
+
+def runs(sites: Sequence[Site], plan: Plan) -> list[tuple[Site, ...]]:
+    """The removed sites of `sites`, those that follow each other together."""
+    return [tuple(run) for gone, run in groupby(sites, key=lambda site: site in plan.removed) if gone]
+
+
+@torch.inference_mode()
+def side_by_side(bench: Bench, plan: Plan, repair: Repair, visit: Visit) -> Repair:
+    """Show `visit` every site that the teacher has, in order of execution; the repair with all that it changed."""
+    trunk, groups = bench.trunk, bench.groups
+    teacher = [trunk.enter(group.ids) for group in groups]
+    student = list(teacher)
+    alive = set(trunk.teacher.anatomy.alive())
+
+    def flat(streams: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([x[group.counted] for x, group in zip(streams, groups, strict=True)]).float()
+
+    for index, block in enumerate(trunk.blocks(range(trunk.depth))):
+        position = trunk.teacher.positions[index]
+        sites = [Site(position, part) for part in PARTS if Site(position, part) in alive]
+        wanted = {KEPT, NO_MLP, NO_ATTENTION} if trunk.parallel else {KEPT, NO_MLP}
+        done = trunk.step(index, block, [(x, wanted) for x in teacher])
+        ends, middles, others = ([each.get(v, each[KEPT]) for each in done] for v in (KEPT, NO_MLP, NO_ATTENTION))
+        passed = {"attention": (teacher, middles), "mlp": (middles, ends)}
+        if trunk.parallel:  # both read the same stream: each is seen as if it came last
+            passed = {"attention": (others, ends), "mlp": (middles, ends)}
+        with standing(trunk, index, block, plan, repair):
+            for together in [sites] if trunk.parallel else [[site] for site in sites]:
+                after, heard = _heard(trunk, index, block, student, together)
+                for site in together[::-1]:
+                    weight = None if site in plan.removed else _output(trunk, index, block, site)
+                    value = (
+                        None if weight is None else _value(block, weight.removeprefix(f"{trunk.row.blocks}.{index}."))
+                    )
+                    told = (flat(x) for x in (heard[site], student, after, *passed[site.part]))
+                    change = visit(Stage(site, site in plan.removed, weight, value, *told))
+                    repair = _with(repair, block, site, (weight, value), change)
+                    after = _changed(after, heard[site], change)
+                student = after
+        teacher = ends
+    bench.check_finite(student)
+    return repair
+
+
+def _output(trunk: Trunk, index: int, block: nn.Module, site: Site) -> str | None:
+    """What the teacher calls the weight of a site's output projection."""
+    name = arch.output_of(block, site.part, trunk.row, trunk.model.config)
+    return None if name is None else f"{trunk.row.blocks}.{index}.{name}.weight"
+
+
+def _inside(trunk: Trunk, index: int, weight: str) -> str:
+    """The name that a weight of the model has in block `index`."""
+    return weight.removeprefix(f"{trunk.row.blocks}.{index}.")
+
+
+def _value(block: nn.Module, name: str) -> torch.Tensor:
+    """A weight of a block as [outputs, inputs], in float32."""
+    return arch.by_output(block, name, block.get_parameter(name).detach()).float()
+
+
+def _with(
+    repair: Repair, block: nn.Module, site: Site, at: tuple[str | None, torch.Tensor | None], change: Change
+) -> Repair:
+    """The repair with one change more; `at`: name and value of the weight of the output projection."""
+    if change is None:
+        return repair
+    if isinstance(change, Patch):
+        assert site not in repair.patches, f"{site} has a patch"
+        return repair.with_patches({site: change})
+    weight, value = at
+    assert weight is not None, f"{site} has no weight to change"
+    assert value is not None, f"{site} has no weight to change"
+    name = next(name for name, _ in block.named_parameters() if weight.endswith(f".{name}"))
+    own = block.get_parameter(name)
+    fresh = torch.empty_like(own)
+    arch.by_output(block, name, fresh).copy_(value + change)
+    return repair.with_weights({weight: fresh})
+
+
+def _heard(
+    trunk: Trunk, index: int, block: nn.Module, streams: list[torch.Tensor], sites: list[Site]
+) -> tuple[list[torch.Tensor], dict[Site, list[torch.Tensor]]]:
+    """The streams after a block with no parts but those of `sites`, and what their output projections read."""
+    parts = trunk.row.parts(block, trunk.model.config)
+    without = tuple(part for part in PARTS if part not in [site.part for site in sites])
+    heard: dict[Site, list[torch.Tensor]] = {site: [] for site in sites}
+    with trunk.lacking(block, without), ExitStack() as stack:
+        for site in sites:
+            name = arch.output_of(block, site.part, trunk.row, trunk.model.config) or parts[site.part]["zero"][0]
+            module, kept = block.get_submodule(name), heard[site]
+
+            def hear(module: nn.Module, args: Any, kwargs: Any, kept: list[torch.Tensor] = kept) -> None:
+                kept.append(args[0] if args else kwargs["hidden_states"])
+
+            stack.callback(module.register_forward_pre_hook(hear, with_kwargs=True).remove)
+        after = [trunk.call(index, block, x) for x in streams]
+    return after, {site: _shaped(inputs, after) for site, inputs in heard.items()}
+
+
+def _shaped(inputs: list[torch.Tensor], streams: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Inputs as [rows, time, m]: some blocks flatten rows and time."""
+    return [x.reshape(*y.shape[:2], -1) for x, y in zip(inputs, streams, strict=True)]
+
+
+def _changed(streams: list[torch.Tensor], inputs: list[torch.Tensor], change: Change) -> list[torch.Tensor]:
+    """Streams after a change at the site that they have just passed."""
+    if change is None:
+        return streams
+    pairs = zip(streams, inputs, strict=True)
+    if isinstance(change, Patch):
+        return [y + change.added(x).to(y.dtype) for y, x in pairs]
+    return [y + (x.float() @ change.T).to(y.dtype) for y, x in pairs]

@@ -1,0 +1,96 @@
+"""What a run gets back: its recoveries in order, each proved on calibration and held-out text as it ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from billhook.data import TokenSet
+from billhook.errors import UsageError
+from billhook.loading import Teacher
+from billhook.plan import Plan
+from billhook.portions import mixed_sets, shared_out
+from billhook.proof import Job, nats_of
+from billhook.recipe import Recipe
+from billhook.recover import RECOVERIES, Subject
+from billhook.registry import chosen
+from billhook.repair import UNTOUCHED, Repair, read_repair
+from billhook.searching import wanted_of
+from billhook.stats import exp, paired_difference
+
+EVERY = 10  # of so many texts one validates
+LEAST = 64  # tokens, of which something may be learnt
+
+
+def recovery_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The recoveries of a recipe in order, with their options. Raises UnknownName or UsageError."""
+    methods = [RECOVERIES[name] for name in recipe.recoveries]
+    return dict(zip(recipe.recoveries, chosen(recipe.recover_set, *methods), strict=True))
+
+
+def recovery_texts(recipe: Recipe, teacher: Teacher, job: Job) -> tuple[TokenSet, TokenSet]:
+    """Training and validation tokens: the calibration half of the text, as much as is wanted or there is."""
+    most = getattr(teacher.model.config, "max_position_embeddings", recipe.recover_length)
+    wanted = replace(
+        wanted_of(recipe), data=recipe.recover_data or recipe.data, eval_data=None, tokens=recipe.recover_tokens,
+        length=min(recipe.recover_length, most), eval_tokens=64, eval_length=16, least=LEAST,
+    )  # fmt: skip
+    found = mixed_sets(wanted, teacher.model, teacher.tokenizer, job.watch)[0]
+    return shared_out(found, EVERY)
+
+
+def recovered(
+    job: Job, teacher: Teacher, plan: Plan, texts: Mapping[str, TokenSet], work: Path
+) -> tuple[Repair, list[dict[str, Any]]]:
+    """The repair of a run's recoveries, and what each did to the perplexity on each of `texts`, in pairs.
+
+    `work`: for what a killed run goes on from: every finished repair, and the checkpoints of a training.
+    """
+    recipe, repair = job.recipe, UNTOUCHED
+    options = recovery_options(recipe)
+    if not options:
+        return repair, []
+    train, valid = recovery_texts(recipe, teacher, job)
+    for name, held in texts.items():
+        if name != "calibration" and set(train.digests + valid.digests) & set(held.digests):
+            raise UsageError(f"The text to recover on is in the {name} text too. Give other --recover-data.")
+    work.mkdir(parents=True, exist_ok=True)
+    told: list[dict[str, Any]] = []
+    for number, (name, own) in enumerate(options.items(), 1):
+        file, start = work / f"{number}-{name}.safetensors", time.perf_counter()
+        before, seconds = repair, file.with_suffix(".json")
+        if file.is_file() and seconds.is_file():
+            repair, took = read_repair(file), float(json.loads(seconds.read_text()))
+        else:
+            training = work / f"{number}-{name}"
+            training.mkdir(exist_ok=True)
+            subject = Subject(teacher, plan, repair, recipe.memory_bytes, recipe.seed, training, job.watch)
+            repair = RECOVERIES[name](subject, train, valid, **own).rounded(teacher.dtype)
+            took = round(time.perf_counter() - start, 1)
+            seconds.write_text(json.dumps(took))
+            repair.save(file)
+            shutil.rmtree(training)
+        told.append({
+            "recovery": name, "options": own, "seconds": took, "parameters": repair.parameters(),
+            "tokens": train.tokens, "data": train.source,
+            "on": {text: _gained(job, teacher, plan, (before, repair), tokens) for text, tokens in texts.items()},
+        })  # fmt: skip
+    return repair, told
+
+
+def _gained(job: Job, teacher: Teacher, plan: Plan, sides: tuple[Repair, Repair], tokens: TokenSet) -> dict[str, Any]:
+    """Perplexity before and after one recovery, their ratio with its interval, and how much of the gap it closed."""
+    dense, before, after = nats_of(job, teacher, [(Plan(), UNTOUCHED), (plan, sides[0]), (plan, sides[1])], tokens)
+    change = paired_difference(before, after, job.recipe.seed)
+    perplexities = [exp(each.mean) for each in (dense, before, after)]
+    lost = perplexities[1] - perplexities[0]
+    return {
+        "teacher": perplexities[0], "before": perplexities[1], "after": perplexities[2], "ratio": exp(change.value),
+        "ci95": [exp(change.low), exp(change.high)], "reliable": change.reliable,
+        "closed": (perplexities[1] - perplexities[2]) / lost if lost > 0 else None,
+    }  # fmt: skip

@@ -1,0 +1,72 @@
+"""Least squares for repairs: solved in float64, with the ridge that held-out tokens choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)  # of the mean diagonal of XᵀX
+TOKENS_AT_A_TIME = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A linear map and how it was found. `matrix` [outputs, inputs], float32.
+
+    `ridge`: as a share of the mean diagonal; `left`: of the squared error on held-out tokens, by a fit that has not
+    seen them; above 1 the map does harm.
+    """
+
+    matrix: torch.Tensor
+    ridge: float
+    left: float
+
+
+class Moments:
+    """XᵀX, XᵀY and the square of Y, summed over weighted tokens in float64."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
+        """x [tokens, inputs], y [tokens, outputs], weight [tokens], all in float32."""
+        place = torch.device("cpu") if x.device.type == "mps" else x.device
+        options = {"dtype": torch.float64, "device": place}
+        self.xx = torch.zeros(x.shape[1], x.shape[1], **options)  # type: ignore[call-overload]
+        self.xy = torch.zeros(x.shape[1], y.shape[1], **options)  # type: ignore[call-overload]
+        self.yy = 0.0
+        for a, b, w in zip(*(t.split(TOKENS_AT_A_TIME) for t in (x, y, weight)), strict=True):
+            root = w.sqrt()[:, None]
+            a, b = a * root, b * root
+            self.xx += (a.T @ a).to(place)
+            self.xy += (a.T @ b).to(place)
+            self.yy += float(b.double().square().sum()) if b.device.type != "mps" else float(b.square().sum())
+
+    def plus(self, other: Moments) -> Moments:
+        """Of both sets of tokens."""
+        both = object.__new__(Moments)
+        both.xx, both.xy, both.yy = self.xx + other.xx, self.xy + other.xy, self.yy + other.yy
+        return both
+
+    def solve(self, ridge: float) -> torch.Tensor:
+        """argmin over B of |Y - X B|² + ridge · mean(diag XᵀX) · |B|²: [inputs, outputs]."""
+        whole = self.xx.clone()
+        whole.diagonal().add_(max(ridge * float(self.xx.diagonal().mean()), 1e-300))
+        factor, failed = torch.linalg.cholesky_ex(whole)
+        if failed:
+            found: torch.Tensor = torch.linalg.lstsq(whole, self.xy, driver="gelsd").solution
+            return found
+        return torch.cholesky_solve(self.xy, factor)
+
+    def error(self, b: torch.Tensor) -> float:
+        """|Y - X B|²."""
+        return self.yy - 2 * float((b * self.xy).sum()) + float(((self.xx @ b) * b).sum())
+
+
+def fitted(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, held: torch.Tensor) -> Fit:
+    """The map from x to y whose ridge has the least error on the `held` tokens [tokens, bool]; then fitted on all."""
+    seen = Moments(x[~held], y[~held], weight[~held])
+    unseen = Moments(x[held], y[held], weight[held])
+    if not unseen.yy:
+        return Fit(torch.zeros(y.shape[1], x.shape[1], device=x.device), 0.0, 1.0)
+    error, ridge = min((unseen.error(seen.solve(ridge)), ridge) for ridge in RIDGES)
+    matrix = seen.plus(unseen).solve(ridge).T.to(x.device, torch.float32)
+    return Fit(matrix, ridge, error / unseen.yy)

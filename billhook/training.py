@@ -1,0 +1,334 @@
+"""One training loop for all recoveries that train: from teacher to student, early stopped, resumable after a kill.
+
+It trains what it is given, on rows of a token set, and keeps the state that was best on validation rows. Nothing is
+random but the order of the rows and dropout, both drawn from the seed and the step.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+import transformers
+from torch import nn
+
+from billhook.data import TokenSet
+from billhook.errors import UsageError
+from billhook.losses import bucketed, kl
+from billhook.records import Event, Watch
+
+TOP = 64  # of the teacher's words whose probabilities are kept; the others are one bucket
+AT_A_TIME = 1024  # tokens in a forward pass; more in a step are accumulated
+CHECKS = 12  # of the validation rows, in a training
+WARM_UP = 0.05  # of the steps
+PATIENCE = 4  # checks without a better one
+SAVE_EVERY = 30.0  # seconds between two checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How to train. `loss`: nll, kl or mse; `minutes`: no more steps than fit into them, 0 for no limit."""
+
+    loss: str
+    rate: float
+    epochs: int
+    minutes: float
+    batch: int  # rows a step
+    seed: int
+
+    def check(self) -> Course:
+        """Itself. Raises UsageError."""
+        if self.loss not in ("nll", "kl", "mse"):
+            raise UsageError(f"loss={self.loss!r} is none of nll, kl and mse.")
+        if self.rate <= 0 or self.epochs < 1 or self.batch < 1 or self.minutes < 0:
+            raise UsageError("A training needs a rate above 0, 1 epoch and a batch of 1 row at least.")
+        return self
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows of a token set, and what the loss has to know of the teacher about them, in one place."""
+
+    ids: torch.Tensor  # [rows, time]
+    counted: torch.Tensor  # [rows, time], bool
+    top: torch.Tensor | None = None  # the teacher's likeliest words: [rows, time, k], int32
+    likely: torch.Tensor | None = None  # log-probabilities of these and of all others: [rows, time, k + 1]
+    hidden: torch.Tensor | None = None  # what the teacher's head reads: [rows, time, width]
+    streams: torch.Tensor | None = None  # before the first block that is trained: [rows, time, width]
+
+    def picked(self, rows: torch.Tensor) -> Rows:
+        """Some of them."""
+        parts = (self.top, self.likely, self.hidden, self.streams)
+        some = (None if part is None else part[rows] for part in parts)
+        longest = int(self.counted[rows].sum(1).max())
+        return Rows(self.ids[rows], self.counted[rows], *some).cut(longest)
+
+    def cut(self, time: int) -> Rows:
+        """Without what is padding in all of them."""
+        parts = (self.top, self.likely, self.hidden, self.streams)
+        return Rows(*(None if part is None else part[:, :time] for part in (self.ids, self.counted, *parts)))  # type: ignore[arg-type]
+
+
+def rows_of(tokens: TokenSet, device: torch.device) -> Rows:
+    """All rows of a token set."""
+    places = torch.arange(tokens.rows.shape[1])
+    return Rows(tokens.rows.to(device), (places < torch.tensor(tokens.lengths)[:, None]).to(device))
+
+
+@torch.no_grad()
+def hear(teacher: Any, rows: Rows, loss: str, watch: Watch) -> None:
+    """Note what the loss has to know of the teacher: its likeliest words, or what its head reads."""
+    if loss == "nll":
+        return
+    found: list[tuple[torch.Tensor, ...]] = []
+    each = max(1, AT_A_TIME // rows.ids.shape[1])
+    for start in range(0, len(rows.ids), each):
+        ids, mask = rows.ids[start : start + each], rows.counted[start : start + each].long()
+        if loss == "mse":
+            found.append((teacher.base_model(ids, attention_mask=mask, use_cache=False)[0],))
+        else:
+            logits = teacher(ids, attention_mask=mask, use_cache=False).logits.float()
+            top = logits.topk(min(TOP, logits.shape[-1] // 2)).indices
+            buckets = bucketed(logits.flatten(0, 1), top.flatten(0, 1)).log_softmax(-1)
+            found.append((top.int(), buckets.view(*top.shape[:2], -1)))
+        watch(Event("recover", min(start + each, len(rows.ids)), len(rows.ids), "the teacher's side"))
+    parts = [torch.cat(part) for part in zip(*found, strict=True)]
+    if loss == "mse":
+        (rows.hidden,) = parts
+    else:
+        rows.top, rows.likely = parts
+
+
+def loss_of(student: Any, rows: Rows, loss: str) -> torch.Tensor:
+    """Sum of the loss over the counted tokens of some rows: nats; for mse, the squared error over that of the mean."""
+    mask = rows.counted.long()
+    if loss == "mse":
+        assert rows.hidden is not None
+        hidden = student.base_model(rows.ids, attention_mask=mask, use_cache=False)[0][rows.counted].float()
+        target = rows.hidden[rows.counted].float()
+        error: torch.Tensor = (hidden - target).square().sum(-1) / target.square().sum(-1)
+        return error.sum()
+    logits = student(rows.ids, attention_mask=mask, use_cache=False).logits
+    if loss == "nll":
+        seen = rows.counted[:, 1:]
+        return F.cross_entropy(logits[:, :-1][seen].float(), rows.ids[:, 1:][seen], reduction="sum")
+    assert rows.top is not None
+    assert rows.likely is not None
+    mine = bucketed(logits[rows.counted].float(), rows.top[rows.counted].long())
+    return kl(rows.likely[rows.counted], mine, rows.ids[rows.counted]).sum()
+
+
+def weight_of(rows: Rows, loss: str) -> int:
+    """How many tokens count."""
+    return int(rows.counted.sum()) - (len(rows.ids) if loss == "nll" else 0)
+
+
+# -- blocks that stay as they are -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def from_streams(student: Any, blocks: nn.ModuleList, first: int, outputs: int) -> Iterator[Callable[[Rows], None]]:
+    """Inside, blocks before `first` are not computed: what is given before a call is the stream that they give.
+
+    `outputs`: 2 where a block returns a pair.
+    """
+    held: list[torch.Tensor] = []
+
+    def passing(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        x = held[0] if held else hidden_states
+        return (x, None) if outputs == 2 else x
+
+    def give(rows: Rows) -> None:
+        held[:] = [rows.streams] if rows.streams is not None else []
+
+    for block in blocks[:first]:
+        block.forward = passing
+    try:
+        yield give
+    finally:
+        for block in blocks[:first]:
+            del block.forward
+
+
+@torch.no_grad()
+def remember(student: Any, blocks: nn.ModuleList, first: int, rows: Rows) -> None:
+    """Note the streams of all rows before block `first`."""
+    if first == 0:
+        return
+    found: list[torch.Tensor] = []
+    handle = blocks[first].register_forward_pre_hook(
+        lambda module, args, kwargs: found.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    each = max(1, AT_A_TIME // rows.ids.shape[1])
+    try:
+        for start in range(0, len(rows.ids), each):
+            some = slice(start, start + each)
+            student.base_model(rows.ids[some], attention_mask=rows.counted[some].long(), use_cache=False)
+    finally:
+        handle.remove()
+    rows.streams = torch.cat(found)
+
+
+# -- the loop -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _State:
+    """What a checkpoint holds."""
+
+    step: int
+    steps: int
+    best: float
+    waited: int
+    kept: dict[str, torch.Tensor]  # of the best check
+
+
+class Trainer:
+    """Trains some parameters of one student, and can be called again after a kill."""
+
+    def __init__(
+        self, student: Any, parameters: dict[str, nn.Parameter], course: Course, work: Path | None, watch: Watch
+    ) -> None:
+        """`parameters`: those that are trained, by name, leaves of the student's graph; `work`: for checkpoints."""
+        self.student, self.parameters, self.course, self.watch = student, parameters, course, watch
+        self._file = None if work is None else work / "training.pt"
+        self._optimizer = torch.optim.AdamW(parameters.values(), lr=course.rate, weight_decay=0.0)
+        self.curve: list[tuple[float, float]] = []  # seconds, validation loss
+
+    def run(self, train: Rows, valid: Rows, give: Callable[[Rows], None]) -> float:
+        """Train, and leave the parameters as they were when validation was best; returns that loss per token."""
+        order, told = self._order(len(train.ids)), self._begun()
+        state = _State(**told["state"]) if told else self._begin(train, valid, give, order)
+        schedule = transformers.get_cosine_schedule_with_warmup(
+            self._optimizer, max(1, int(WARM_UP * state.steps)), state.steps
+        )
+        if told:
+            self._optimizer.load_state_dict(told["optimizer"])
+            schedule.load_state_dict(told["schedule"])
+        every = max(1, state.steps // CHECKS)
+        start = saved = time.perf_counter()
+        while state.step < state.steps and state.waited < PATIENCE:
+            loss = self._step(train, order, state.step, give)
+            schedule.step()
+            state.step += 1
+            if state.step % every == 0 or state.step == state.steps:
+                self._check(state, valid, give, time.perf_counter() - start)
+            note = f"{self.course.loss} {loss:.4f}, best on validation {state.best:.4f}"
+            self.watch(Event("recover", state.step, state.steps, note))
+            if time.perf_counter() - saved > SAVE_EVERY:
+                self._save(state, schedule)
+                saved = time.perf_counter()
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state.kept[name])
+        return state.best
+
+    def _order(self, rows: int) -> Callable[[int], torch.Tensor]:
+        """The rows of a step: every epoch takes every row once, in an order of its own."""
+        batch = min(self.course.batch, rows)
+
+        def of(step: int) -> torch.Tensor:
+            epoch, place = divmod(step, rows // batch)
+            draw = torch.Generator().manual_seed(self.course.seed + epoch)
+            return torch.randperm(rows, generator=draw)[place * batch : (place + 1) * batch]
+
+        return of
+
+    def _begin(
+        self, train: Rows, valid: Rows, give: Callable[[Rows], None], order: Callable[[int], torch.Tensor]
+    ) -> _State:
+        """A first check, and how many steps there are: those of all epochs, or as many as the minutes allow."""
+        steps = self.course.epochs * (len(train.ids) // min(self.course.batch, len(train.ids)))
+        start = time.perf_counter()
+        first = self._validate(valid, give)
+        check = time.perf_counter() - start
+        if self.course.minutes:
+            stood = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+            optimizer = copy.deepcopy(self._optimizer.state_dict())
+            start = time.perf_counter()
+            for step in range(2):
+                self._step(train, order, step, give)
+            one = (time.perf_counter() - start) / 2
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(stood[name])
+            self._optimizer.load_state_dict(optimizer)
+            steps = min(steps, max(1, int((60 * self.course.minutes - (CHECKS + 1) * check) / one)))
+        self.curve.append((0.0, first))
+        return _State(0, steps, first, 0, self._copy())
+
+    def _copy(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def _step(
+        self, train: Rows, order: Callable[[int], torch.Tensor], step: int, give: Callable[[Rows], None]
+    ) -> float:
+        """One step; its loss per token."""
+        batch = train.picked(order(step).to(train.ids.device))
+        total, weight = 0.0, max(1, weight_of(batch, self.course.loss))
+        each = max(1, AT_A_TIME // batch.ids.shape[1])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.course.seed + step)
+            for start in range(0, len(batch.ids), each):
+                some = batch.picked(torch.arange(start, min(start + each, len(batch.ids)), device=batch.ids.device))
+                give(some)
+                loss = loss_of(self.student, some, self.course.loss) / weight
+                loss.backward()
+                total += float(loss.detach())
+        nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _check(self, state: _State, valid: Rows, give: Callable[[Rows], None], seconds: float) -> None:
+        found = self._validate(valid, give)
+        self.curve.append((seconds, found))
+        state.waited = 0 if found < state.best else state.waited + 1
+        if found < state.best:
+            state.best, state.kept = found, self._copy()
+
+    @torch.no_grad()
+    def _validate(self, valid: Rows, give: Callable[[Rows], None]) -> float:
+        """Loss per token of the validation rows."""
+        training = self.student.training
+        self.student.eval()
+        total, each = 0.0, max(1, AT_A_TIME // valid.ids.shape[1])
+        for start in range(0, len(valid.ids), each):
+            some = valid.picked(torch.arange(start, min(start + each, len(valid.ids)), device=valid.ids.device))
+            give(some)
+            total += float(loss_of(self.student, some, self.course.loss))
+        self.student.train(training)
+        return total / weight_of(valid, self.course.loss)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save(self, state: _State, schedule: Any) -> None:
+        """Everything that a killed training needs, aside and then under its name."""
+        if self._file is None:
+            return
+        aside = self._file.with_suffix(".partial")
+        told = {"course": asdict(self.course), "state": {k: getattr(state, k) for k in _State.__slots__},
+                "now": self._copy(), "optimizer": self._optimizer.state_dict(), "schedule": schedule.state_dict(),
+                "curve": self.curve}  # fmt: skip
+        torch.save(told, aside)
+        aside.rename(self._file)
+
+    def _begun(self) -> dict[str, Any] | None:
+        """What a killed training left, if it was this one; its parameters are put back."""
+        if self._file is None or not self._file.is_file():
+            return None
+        told: dict[str, Any] = torch.load(self._file, map_location="cpu", weights_only=True)
+        if told["course"] != asdict(self.course) or set(told["now"]) != set(self.parameters):
+            return None
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(told["now"][name])
+        self.curve = told["curve"]
+        return told

@@ -1,0 +1,381 @@
+"""Recoveries: exact where theory says so, the same in memory and streamed, and never a bit of the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_probe import token_set
+
+from billhook.data import Document, TokenSet, pick
+from billhook.errors import UsageError
+from billhook.export.checkpoint import check_streamed, save, write
+from billhook.loading import Teacher, load
+from billhook.plan import Plan, Site
+from billhook.probe import Probe
+from billhook.probe.measure import Bench
+from billhook.probe.pair import Change, Stage, order, runs, side_by_side
+from billhook.recover import RECOVERIES, Subject
+from billhook.regression import Moments, fitted
+from billhook.repair import UNTOUCHED, Patch, Repair, read_repair
+from billhook.surgery import apply, difference
+
+Folder = Callable[[str], Path]
+PLAN = Plan.of(["attention.0", "mlp.1", "attention.2", "mlp.2"])
+TRAINED = {"bias", "partial", "full", "lora"}
+FREE = sorted(set(RECOVERIES) - TRAINED)
+SHORT = {"epochs": 2, "batch": 2}
+
+
+def many_texts(texts: int = 40, seed: int = 0, length: int = 24) -> TokenSet:
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 64, (texts, length), generator=draw).tolist()
+    return pick([Document(i, tuple(row)) for i, row in enumerate(ids)], texts * length, length, [], "made up")
+
+
+def recovered(name: str, teacher: Teacher, plan: Plan, tokens: TokenSet, **options: Any) -> Repair:
+    options = (SHORT if name in TRAINED else {}) | options
+    return RECOVERIES[name](Subject(teacher, plan), tokens, many_texts(6, seed=9), **options)
+
+
+def logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=rows, use_cache=False).logits
+    return found
+
+
+# -- teacher and student side by side -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_both_sides_are_what_plain_passes_give(variant: str, checkpoint: Folder) -> None:
+    teacher, tokens = load(checkpoint(variant)), token_set()
+    repair = RECOVERIES["lowrank"](Subject(teacher, PLAN), tokens, tokens, rank=3)
+    for plan, mended in ((PLAN, UNTOUCHED), (PLAN, repair)):
+        stages: list[Stage] = []
+        bench = Bench(teacher, tokens, "kl")
+
+        def look(stage: Stage, stages: list[Stage] = stages) -> Change:
+            stages.append(stage)
+            return None
+
+        assert side_by_side(bench, plan, mended, look) is mended
+        assert [stage.site for stage in stages] == order(bench)
+        assert sorted(order(bench)) == list(teacher.anatomy.alive())
+        for model, seen in (
+            (teacher.model, stages[-1].teacher_after),
+            (apply(teacher, plan, repair=mended), stages[-1].after),
+        ):
+            ends: list[torch.Tensor] = []
+            last = model.get_submodule(teacher.row.blocks)[-1]
+            last.register_forward_hook(lambda m, a, out, e=ends: e.append(out[0] if isinstance(out, tuple) else out))
+            for group in bench.groups:
+                logits(model, group.ids)
+            told = torch.cat([end[group.counted] for end, group in zip(ends, bench.groups, strict=True)])
+            assert torch.equal(told, seen)
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_a_repaired_student_is_saved_and_measured_as_it_is(variant: str, checkpoint: Folder, tmp_path: Path) -> None:
+    teacher, tokens = load(checkpoint(variant)), many_texts(20)
+    plan = Plan.of(["attention.0", "mlp.1", "attention.2", "mlp.2"])  # block 2 stays for its patches
+    repair = recovered("lowrank", teacher, plan, tokens, rank=2)
+    repair = RECOVERIES["fold"](Subject(teacher, plan, repair), tokens, tokens)
+    student = apply(teacher, plan, repair=repair)
+    assert student.config.billhook["kept_blocks"] == [0, 1, 2, 3]
+    save(student, None, plan, tmp_path / "out", teacher=teacher)  # compares bit for bit
+    again = load(tmp_path / "out")
+    assert again.anatomy.alive() == tuple(s for s in teacher.anatomy.alive() if s not in plan.removed)
+    assert again.anatomy.total("parameters") == teacher.anatomy.total("parameters", plan) + repair.parameters() + sum(
+        shared.parameters for shared in teacher.anatomy.shared if shared.block == 2
+    )
+    rows = tiny.tokens(2, 12)
+    assert torch.equal(logits(again.model, rows), logits(student, rows))
+    plain = Probe(teacher, tokens, "kl", mended=(plan, repair)).losses([plan])[0].mean
+    p, q = (logits(m, tokens.rows).log_softmax(-1) for m in (teacher.model, student))
+    assert plain == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    dense = again.model.generate(rows, max_new_tokens=8, do_sample=False, use_cache=False)
+    assert torch.equal(again.model.generate(rows, max_new_tokens=8, do_sample=False), dense)
+
+
+def test_a_patched_model_can_be_pruned_again(checkpoint: Folder, tmp_path: Path) -> None:
+    teacher, tokens = load(checkpoint("llama")), many_texts()
+    plan, more = Plan.of(["attention.1", "mlp.1", "attention.2"]), Plan.of(["mlp.2", "attention.3"])
+    repair = recovered("mean", teacher, plan, tokens)
+    save(apply(teacher, plan, repair=repair), None, plan, tmp_path / "once", teacher=teacher)
+    again = load(tmp_path / "once")
+    direct = apply(teacher, plan.without(*more.removed), repair=repair)
+    student = apply(again, more)
+    rows = tiny.tokens(2, 12)
+    assert torch.equal(logits(student, rows), logits(direct, rows))
+    measured = Probe(again, tokens, "nll").losses([more])[0].mean
+    q = logits(direct, tokens.rows).log_softmax(-1)[:, :-1]
+    assert measured == pytest.approx(-float(q.gather(-1, tokens.rows[:, 1:, None]).mean()), rel=1e-4)
+    save(student, None, more, tmp_path / "twice", teacher=again)
+    assert torch.equal(logits(load(tmp_path / "twice").model, rows), logits(direct, rows))
+
+
+# -- what theory promises -------------------------------------------------------------------------------------------
+
+
+def planted(tmp_path: Path, variant: str, change: Callable[[Any], None], **overrides: Any) -> Teacher:
+    model = tiny.build(variant, **overrides)
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(tmp_path / "planted")
+    return load(tmp_path / "planted")
+
+
+def constant(model: Any) -> None:
+    """The MLP of block 1 and the attention of block 2 give their bias, whatever they read."""
+    model.transformer.h[1].mlp.c_proj.weight.zero_()
+    model.transformer.h[2].attn.c_proj.weight.zero_()
+
+
+def test_a_sublayer_that_returns_a_constant_is_lossless_after_mean(tmp_path: Path) -> None:
+    teacher, plan = planted(tmp_path, "gpt2", constant), Plan.of(["mlp.1", "attention.2"])
+    rows = tiny.tokens(3, 20)
+    dense = logits(teacher.model, rows)
+    assert (logits(apply(teacher, plan), rows) - dense).abs().max() > 0.1
+    repair = recovered("mean", teacher, plan, many_texts())
+    assert torch.allclose(logits(apply(teacher, plan, repair=repair), rows), dense, rtol=1e-4, atol=1e-4)
+
+
+def straight(model: Any) -> None:
+    """The MLPs of blocks 1 and 2 are linear maps: a norm that divides by a constant, and no bias."""
+    for block in model.transformer.h[1:3]:
+        block.ln_2.eps = 1e8
+        block.ln_2.weight.mul_(1e4)
+        for bias in (block.ln_2.bias, block.mlp.c_fc.bias, block.mlp.c_proj.bias):
+            bias.zero_()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("linear", {}), ("lowrank", {"rank": 32, "bias": False}), ("lowrank", {"rank": 99})]
+)
+def test_a_span_that_is_linear_is_lossless_after_a_matrix(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    teacher = planted(tmp_path, "gpt2", straight, activation_function="linear")
+    for block in teacher.model.transformer.h[1:3]:
+        block.ln_2.eps = 1e8  # the checkpoint has one epsilon for all norms
+    plan, rows = Plan.of(["mlp.1"]), tiny.tokens(3, 20)
+    dense = logits(teacher.model, rows)
+    repair = recovered(name, teacher, plan, many_texts(60), **options)
+    assert (logits(apply(teacher, plan), rows) - dense).abs().max() > 0.1
+    assert torch.allclose(logits(apply(teacher, plan, repair=repair), rows), dense, rtol=1e-2, atol=2e-2)
+
+
+def test_a_fused_matrix_is_a_matrix_on_the_output_before_the_run(checkpoint: Folder) -> None:
+    teacher, plan, tokens = load(checkpoint("llama")), Plan.of(["attention.2", "mlp.2"]), many_texts()
+    repair = recovered("linear", teacher, plan, tokens, where="fused")
+    (name,) = repair.weights
+    assert name == "model.layers.1.mlp.down_proj.weight"
+    assert not repair.patches
+    before = teacher.model.get_parameter(name).detach()
+    t, *_ = torch.linalg.lstsq(before.T, repair.weights[name].T)
+    assert torch.allclose(before.T @ t, repair.weights[name].T, atol=1e-4)  # T · W, for one T [width, width]
+
+
+def test_fold_leaves_an_untouched_model_alone(checkpoint: Folder) -> None:
+    assert recovered("fold", load(checkpoint("llama")), Plan(), many_texts()) == UNTOUCHED
+
+
+def test_fold_is_the_ridge_regression_of_what_the_stream_lacks(checkpoint: Folder) -> None:
+    teacher, tokens = load(checkpoint("llama")), many_texts()
+    plan = Plan.of(["mlp.2"])
+    repair = recovered("fold", teacher, plan, tokens, parts="mlp")
+    (name,) = repair.weights
+    assert name == "model.layers.3.mlp.down_proj.weight"
+    read: list[torch.Tensor] = []
+    ends: list[torch.Tensor] = []
+    student = apply(teacher, plan)
+    last = student.model.layers[-1]
+    last.mlp.down_proj.register_forward_pre_hook(lambda m, args: read.append(args[0]))
+    for model in (student, teacher.model):
+        model.model.layers[-1].register_forward_hook(lambda m, a, out: ends.append(out))
+        logits(model, tokens.rows)
+    x, lacking = read[0].flatten(0, 1).double(), (ends[1] - ends[0]).flatten(0, 1).double()
+    weight = 1 / ends[1].flatten(0, 1).double().square().mean(-1, keepdim=True)
+    weight = weight / weight.mean()
+    change = (repair.weights[name] - teacher.model.get_parameter(name).detach()).double()
+    # At the minimum the gradient is that of the ridge: proportional to the change itself, with one factor for all.
+    slope = (x * weight).T @ (lacking - x @ change.T)
+    ridge = float((slope * change.T).sum() / change.square().sum())
+    assert ridge > 0
+    assert torch.allclose(slope, ridge * change.T, rtol=1e-2, atol=1e-3 * float(slope.abs().max()))
+
+
+def test_the_regression_is_that_of_numpy_and_chooses_its_ridge_on_held_out_rows() -> None:
+    draw = torch.Generator().manual_seed(3)
+    x, true = torch.randn(500, 7, generator=draw), torch.randn(7, 3, generator=draw)
+    y = x @ true + 0.01 * torch.randn(500, 3, generator=draw)
+    even, held = torch.ones(500), torch.arange(500) % 5 == 0
+    exact = torch.linalg.lstsq(x.double(), y.double()).solution
+    assert torch.allclose(Moments(x, y, even).solve(0.0), exact, atol=1e-5)
+    fit = fitted(x, y, even, held)
+    assert fit.left < 0.01
+    assert torch.allclose(fit.matrix.T.double(), exact, atol=1e-2)
+    noise = fitted(x, torch.randn(500, 3, generator=draw), even, held)
+    assert noise.left > 0.9
+    assert noise.ridge > fit.ridge
+    twice = Moments(x, y, torch.where(held, 2.0, 1.0))
+    doubled = torch.cat((x, x[held])), torch.cat((y, y[held]))
+    assert torch.allclose(twice.xx, Moments(*doubled, torch.ones(len(doubled[0]))).xx, rtol=1e-5)
+
+
+def test_scale_gives_the_stream_its_length(checkpoint: Folder) -> None:
+    teacher, plan, tokens = load(checkpoint("llama")), Plan.of(["attention.1", "mlp.1", "mlp.3"]), many_texts()
+    repair = recovered("scale", teacher, plan, tokens)
+    assert list(repair.patches) == [Site(1, "mlp"), Site(3, "mlp")]
+    lengths: dict[Site, tuple[float, float]] = {}
+
+    def look(stage: Stage) -> Change:
+        lengths[stage.site] = (float(stage.after.norm(dim=-1).mean()), float(stage.teacher_after.norm(dim=-1).mean()))
+        return None
+
+    side_by_side(Bench(teacher, tokens, "kl"), plan, repair, look)
+    for site in repair.patches:
+        assert lengths[site][0] == pytest.approx(lengths[site][1], rel=1e-4)
+    with pytest.raises(UsageError, match="a norm stays there"):
+        recovered("scale", load(checkpoint("phi")), plan, tokens)
+
+
+def test_runs_of_removed_sites_follow_each_other() -> None:
+    sites = [Site(b, part) for b in range(3) for part in ("attention", "mlp")]
+    plan = Plan.of(["mlp.0", "attention.1", "mlp.2"])
+    assert runs(sites, plan) == [(Site(0, "mlp"), Site(1, "attention")), (Site(2, "mlp"),)]
+
+
+# -- contracts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(RECOVERIES))
+def test_no_recovery_writes_to_the_teacher_or_raises_the_loss_it_learns_by(name: str, checkpoint: Folder) -> None:
+    teacher, tokens = load(checkpoint("llama_tied")), many_texts(60)
+    bits = {key: value.clone() for key, value in teacher.model.state_dict().items()}
+    repair = recovered(name, teacher, PLAN, tokens)
+    assert all(torch.equal(value, bits[key]) for key, value in teacher.model.state_dict().items())
+    assert not any(p.requires_grad for p in apply(teacher, PLAN, repair=repair).parameters() if p.grad is not None)
+    assert repair != UNTOUCHED
+    sides = [apply(teacher, PLAN), apply(teacher, PLAN, repair=repair)]
+    p = logits(teacher.model, tokens.rows).log_softmax(-1)
+    before, after = (float((p.exp() * (p - logits(m, tokens.rows).log_softmax(-1))).sum(-1).mean()) for m in sides)
+    if name != "scale":
+        assert after <= before * 1.02
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_the_same_repair_comes_of_a_model_that_is_streamed(name: str, tmp_path: Path) -> None:
+    folder = tiny.saved(tmp_path / "model", "llama", torch.bfloat16)
+    tokens = many_texts(20)
+    resident, streamed = (recovered(name, load(folder, memory=m), PLAN, tokens) for m in (None, 0))
+    assert resident.weights.keys() == streamed.weights.keys()
+    assert list(resident.patches) == list(streamed.patches)
+    for key, value in resident.weights.items():
+        assert torch.allclose(value, streamed.weights[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "phi", "falcon"])
+def test_a_streamed_model_is_repaired_file_to_file(variant: str, tmp_path: Path) -> None:
+    folder, tokens = tiny.saved(tmp_path / "model", variant, torch.bfloat16), many_texts(20)
+    teacher = load(folder, memory=0)
+    repair = recovered("lowrank", teacher, PLAN, tokens, rank=2)
+    repair = RECOVERIES["fold"](Subject(teacher, PLAN, repair), tokens, tokens).rounded(teacher.dtype)
+    out = tmp_path / "out"
+    write(apply(teacher, PLAN, repair=repair), None, PLAN, out, teacher=teacher)
+    rows = tiny.tokens(2, 12)
+    check_streamed(teacher, PLAN, out, rows, repair=repair)
+    whole = load(folder)
+    assert torch.allclose(logits(load(out).model, rows), logits(apply(whole, PLAN, repair=repair), rows), atol=1e-5)
+
+
+def test_a_repair_survives_its_file(checkpoint: Folder, tmp_path: Path) -> None:
+    patch = Patch(torch.randn(8), torch.randn(1), torch.randn(2, 8), torch.randn(8, 2))
+    repair = Repair(
+        {"model.a.weight": torch.randn(3, 3)}, {Site(3, "mlp"): patch, Site(1, "attention"): Patch(torch.ones(8))}
+    )
+    repair.save(tmp_path / "repair.safetensors")
+    again = read_repair(tmp_path / "repair.safetensors")
+    assert again.key() == repair.key() != UNTOUCHED.key()
+    assert [path.name for path in tmp_path.iterdir()] == ["repair.safetensors"]
+    assert repair.rounded(torch.bfloat16).rounded(torch.bfloat16).key() == repair.rounded(torch.bfloat16).key()
+
+
+@pytest.mark.parametrize(("name", "options", "told"), [
+    ("fold", {"parts": "head"}, "fold takes parts"),
+    ("lowrank", {"rank": 0}, "rank of 1 at least"),
+    ("linear", {"where": "here"}, "inserted or fused"),
+    ("lora", {"loss": "l2"}, "none of nll, kl and mse"),
+    ("full", {"rate": 0.0}, "a rate above 0"),
+])  # fmt: skip
+def test_options_are_refused(name: str, options: dict[str, Any], told: str, checkpoint: Folder) -> None:
+    with pytest.raises(UsageError, match=told):
+        recovered(name, load(checkpoint("llama")), PLAN, many_texts(), **options)
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+@pytest.mark.parametrize("name", sorted(TRAINED))
+def test_a_killed_training_ends_as_an_undisturbed_one(
+    name: str, checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("billhook.training.SAVE_EVERY", 0.0)
+    teacher, tokens, valid = load(checkpoint("llama")), many_texts(24), many_texts(6, seed=9)
+    whole = RECOVERIES[name](Subject(teacher, PLAN), tokens, valid, **SHORT)
+    calls = 0
+
+    def watch(event: Any) -> None:
+        nonlocal calls
+        calls += event.note.startswith("kl")
+        if calls == 9:
+            calls = 100
+            raise Killed
+
+    subject = Subject(teacher, PLAN, work=tmp_path, watch=watch)
+    with pytest.raises(Killed):
+        RECOVERIES[name](subject, tokens, valid, **SHORT)
+    assert [path.name for path in tmp_path.iterdir()] == ["training.pt"]
+    again = RECOVERIES[name](subject, tokens, valid, **SHORT)
+    for key, value in whole.weights.items():
+        assert torch.allclose(again.weights[key], value, rtol=1e-4, atol=1e-6), key
+
+
+@pytest.mark.parametrize("loss", ["nll", "kl", "mse"])
+def test_training_lowers_its_loss_and_patches_learn_too(loss: str, checkpoint: Folder) -> None:
+    teacher, tokens = load(checkpoint("llama")), many_texts(24)
+    patched = recovered("mean", teacher, PLAN, tokens)
+    repair = RECOVERIES["bias"](
+        Subject(teacher, PLAN, patched), tokens, tokens, loss=loss, epochs=4, rate=5e-3, batch=4
+    )
+    assert set(repair.patches) == set(patched.patches)
+    assert all(not torch.equal(repair.patches[s].bias, patched.patches[s].bias) for s in repair.patches)  # type: ignore[arg-type]
+    student = apply(teacher, PLAN, repair=repair)
+    assert difference(teacher, PLAN, student).key() == repair.key()
+    if loss == "kl":
+        p = logits(teacher.model, tokens.rows).log_softmax(-1)
+        told = [
+            float((p.exp() * (p - logits(apply(teacher, PLAN, repair=r), tokens.rows).log_softmax(-1))).sum(-1).mean())
+            for r in (patched, repair)
+        ]
+        assert told[1] < told[0]
+
+
+def test_minutes_bound_the_steps(checkpoint: Folder) -> None:
+    told: list[int | None] = []
+    subject = Subject(load(checkpoint("llama")), PLAN, watch=lambda event: told.append(event.total))
+    RECOVERIES["bias"](subject, many_texts(24), many_texts(6), epochs=10**6, minutes=0.02, batch=8)
+    assert told
+    assert 0 < max(total or 0 for total in told[-1:]) < 1000
+
+
+def test_a_model_larger_than_memory_is_not_trained(checkpoint: Folder) -> None:
+    with pytest.raises(UsageError, match="larger than the memory"):
+        recovered("lora", load(checkpoint("llama"), memory=0), PLAN, many_texts())

@@ -1,0 +1,122 @@
+"""A run with recoveries: proved as they end, refused where they would spoil the proof, resumed where they stopped."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import billhook
+from billhook.errors import DataError, UnknownName, UsageError
+from billhook.records import Event
+from billhook.recover import RECOVERIES
+from billhook.registry import chosen
+from billhook.summary import notes
+
+SHORT: dict[str, Any] = {"remove": "2sites", "search": "greedy", "tokens": 64, "length": 32, "eval_tokens": 256,
+                         "eval_length": 32, "recover_tokens": 640, "recover_length": 32}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    home = tmp_path_factory.mktemp("recovered")
+    return billhook.prune(
+        model, data=str(text), recover="mean,lowrank,bias", recover_set=["rank=3", "bias.epochs=2"], out=home / "out",
+        store=home / "b.db", **SHORT,
+    )  # fmt: skip
+
+
+def test_every_recovery_is_proved_where_the_last_one_ended(result: dict[str, Any]) -> None:
+    told = result["recoveries"]
+    assert [each["recovery"] for each in told] == ["mean", "lowrank", "bias"]
+    assert [each["options"] for each in told] == [{}, {"rank": 3}, {"epochs": 2}]
+    for text in ("calibration", "held-out"):
+        for before, after in pairwise(told):
+            assert after["on"][text]["before"] == before["on"][text]["after"]
+        assert len({each["on"][text]["teacher"] for each in told}) == 1
+    assert told[-1]["on"]["held-out"]["after"] == pytest.approx(result["perplexity"]["student"], rel=1e-6)
+    assert told[-1]["on"]["held-out"]["teacher"] == pytest.approx(result["perplexity"]["teacher"], rel=1e-6)
+    for each in told:
+        low, high = each["on"]["held-out"]["ci95"]
+        assert low <= each["on"]["held-out"]["ratio"] <= high
+        assert each["seconds"] >= 0
+        assert 0 < each["tokens"] <= SHORT["recover_tokens"]
+
+
+def test_the_folder_holds_what_was_proved(result: dict[str, Any]) -> None:
+    out = Path(result["out"])
+    again = billhook.load(out)
+    assert result["parameters"]["student"] == again.anatomy.total("parameters")
+    assert result["recoveries"][-1]["parameters"] == 2 * 32, "mean came first, and stands"
+    assert sorted(p.name for p in out.parent.iterdir()) == ["b.db", "out"], "nothing half-written remains"
+    assert {f"{site.part}.{site.block}" for site in again.removed.removed} == set(result["plan"]["removed"])
+
+
+def test_what_does_not_help_says_so_first(result: dict[str, Any]) -> None:
+    told = notes(result)
+    for each, note in zip(result["recoveries"], told, strict=False):
+        assert note.startswith(each["recovery"])
+        assert ("DID NOT HELP" in note) == (each["on"]["held-out"]["ci95"][1] >= 1)
+
+
+@pytest.mark.parametrize("at", ["1-fold", "2-lora"])
+def test_a_killed_recovery_goes_on(at: str, model: Path, text: Path, tmp_path: Path) -> None:
+    """SIGKILL is stood for by an exception that nothing catches but the store's own closing."""
+    wanted = {"data": str(text), "recover": "fold,lora", "recover_set": ["lora.epochs=3", "lora.batch=2"]}
+    whole = billhook.prune(model, **wanted, **SHORT, out=tmp_path / "whole", store=tmp_path / "whole.db")
+    fits: list[str] = []
+
+    def watch(event: Event) -> None:
+        if event.stage == "recover":
+            fits.append(event.note)
+            trained = event.note.startswith("kl")
+            if len(fits) < 1000 and (trained if at == "2-lora" else not trained) and event.done == 4:
+                fits.extend([""] * 1000)
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr("billhook.training.SAVE_EVERY", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            billhook.prune(model, **wanted, **SHORT, out="out", store="b.db", watch=watch)
+        (work,) = tmp_path.glob(".out.*.recovery")
+        assert (work / "1-fold.safetensors").is_file() == (at == "2-lora")
+        fits.clear()
+        fits.extend([""] * 1000)
+        result = billhook.resume(store="b.db", watch=watch)
+        assert "fold" not in fits or at == "1-fold", "what was found is not found again"
+        assert not list(tmp_path.glob(".out*"))
+    a, b = (billhook.load(tmp_path / name).model for name in ("whole", "out"))
+    rows = tiny.tokens(2, 12)
+    with torch.no_grad():
+        assert torch.allclose(a(rows).logits, b(rows).logits, rtol=1e-4, atol=1e-4)
+    ends = [r["recoveries"][-1]["on"]["held-out"]["after"] for r in (whole, result)]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-4)
+
+
+def test_recoveries_and_their_options_are_checked_before_anything_is_computed(model: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"out": tmp_path / "out", "store": tmp_path / "b.db", **SHORT}
+    with pytest.raises(UnknownName, match="Did you mean 'fold'"):
+        billhook.prune(model, recover="folt", **asked)
+    with pytest.raises(UsageError, match=r"no option 'rnk' of lora and fold\. Did you mean rank"):
+        billhook.prune(model, recover="lora,fold", recover_set={"rnk": 3}, **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_held_out_text_is_not_learnt_from(model: Path, text: Path, tmp_path: Path) -> None:
+    held = tiny.write_texts(tmp_path / "held.jsonl", 80, seed=5)
+    wanted: dict[str, Any] = {"data": str(text), "eval_data": str(held), "recover_data": str(held), **SHORT}
+    with pytest.raises((UsageError, DataError), match="held-out text too"):
+        billhook.prune(model, recover="fold", out=tmp_path / "out", store=tmp_path / "b.db", **wanted)
+
+
+def test_an_option_is_of_all_methods_that_have_it_or_of_the_one_that_is_named() -> None:
+    methods = [RECOVERIES["lora"], RECOVERIES["lowrank"], RECOVERIES["fold"]]
+    assert chosen({"rank": "4"}, *methods) == [{"rank": 4}, {"rank": 4}, {}]
+    assert chosen({"rank": 4, "lora.rank": 8}, *methods) == [{"rank": 8}, {"rank": 4}, {}]
+    with pytest.raises(UsageError, match=r"no option 'fold\.rank'"):
+        chosen({"fold.rank": 4}, *methods)
