@@ -63,7 +63,7 @@ def _setting(table: Mapping[str, Any], scaled: Mapping[str, Any]) -> str:
         "\nIntervals are 95% bootstraps over texts or items. *Above best*: nats per token above the lowest row of the "
         "same size on that text, paired; an interval that holds 0 means that the two are not told apart. No model was "
         "trained after pruning. *Search* and *site evaluations* are what a size took beyond what the smaller sizes of "
-        "the same recipe had measured.\n"
+        "the same recipe had measured; *more than* where a search was interrupted, and its beginning is not counted.\n"
     )
     return "\n".join(told)
 
@@ -104,7 +104,8 @@ def _size(table: Mapping[str, Any], remove: str) -> str:
         line = [f"`{row['recipe']}`", f"{row['attention']} + {row['mlp']}", *(f"{share:.1%}" for share in left)]
         line += [cell for text in texts for cell in (_value(row["results"][text]), _gap(row, text))]
         line += [_value(row["results"][task]) for task in tasks]
-        lines.append([*line, f"{row['search_seconds']:,.0f} s", f"{row['site_evaluations']:,.0f}"])
+        more = "more than " if row["resumed"] else ""
+        lines.append([*line, f"{more}{row['search_seconds']:,.0f} s", f"{more}{row['site_evaluations']:,.0f}"])
     told = f"## {remove.removesuffix('params')} of the parameters\n\n{_markdown(head, lines)}"
     refused = [each for each in table["refused"] if each["remove"] == remove]
     return told + "".join(f"\n`{each['recipe']}` is missing: {each['why']}\n" for each in refused)

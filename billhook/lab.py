@@ -58,6 +58,7 @@ class Trial:
     plan: Plan
     seconds: float
     site_evaluations: float
+    resumed: bool  # an earlier attempt was interrupted, and what it took is not counted
     results: dict[str, EvalResult] = field(default_factory=dict)  # by evaluation set
 
 
@@ -91,16 +92,20 @@ def tried(lab: Lab, name: str, recipe: Recipe, calibration: TokenSet) -> Trial:
     of = {"recipe": recipe.model_copy(update=passed).model_dump(exclude_defaults=True), "tokens": calibration.hash}
     known = lab.store.fact(fingerprint, "plan", of)
     if known is None:
+        resumed = lab.store.fact(fingerprint, "attempt", of) is not None
+        lab.store.add_fact(fingerprint, "attempt", of, lab.run, lab.run)
         start = time.perf_counter()
         found = find(lab.job(recipe), lab.teacher, calibration, along=False)
         known = {
             "removed": found.plan.names(),
             "seconds": round(time.perf_counter() - start, 1),
             "site_evaluations": found.conducted["site_evaluations"],
+            "resumed": resumed,
         }
         lab.store.add_fact(fingerprint, "plan", of, known, lab.run)
     plan = Plan.of(known["removed"])
-    return Trial(name, str(recipe.remove), recipe.data, plan, known["seconds"], known["site_evaluations"])
+    cost = (known["seconds"], known["site_evaluations"], known.get("resumed", False))
+    return Trial(name, str(recipe.remove), recipe.data, plan, *cost)
 
 
 def evaluate(lab: Lab, recipe: Recipe, trials: Sequence[Trial], sets: Mapping[str, TokenSet]) -> dict[str, EvalResult]:
@@ -221,6 +226,7 @@ def _row(
         "sizes": {size: anatomy.total(size, trial.plan) for size in SIZES},
         "search_seconds": trial.seconds,
         "site_evaluations": trial.site_evaluations,
+        "resumed": trial.resumed,
         "results": {},
     }
     for name, result in trial.results.items():
