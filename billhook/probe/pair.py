@@ -7,10 +7,10 @@ every site, and the student goes on with that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -59,6 +59,30 @@ def order(bench: Bench) -> list[Site]:
 def runs(sites: Sequence[Site], plan: Plan) -> list[tuple[Site, ...]]:
     """The removed sites of `sites`, those that follow each other together."""
     return [tuple(run) for gone, run in groupby(sites, key=lambda site: site in plan.removed) if gone]
+
+
+def lookahead(sites: Sequence[Site], plan: Plan) -> dict[Site, Site]:
+    """The last removed site behind each that stays and is followed by removed ones."""
+    gone = {run[0]: run[-1] for run in runs(sites, plan)}
+    return {before: gone[after] for before, after in pairwise(sites) if after in gone and before not in plan.removed}
+
+
+@torch.inference_mode()
+def streams_after(bench: Bench, sites: Collection[Site]) -> dict[Site, torch.Tensor]:
+    """The teacher's residual stream after each of `sites`, [tokens, width] in float32, from one pass."""
+    trunk, found = bench.trunk, dict[Site, torch.Tensor]()
+    streams = [trunk.enter(group.ids) for group in bench.groups]
+    for index, block in enumerate(trunk.blocks(range(trunk.depth))):
+        position = trunk.teacher.positions[index]
+        middle = not trunk.parallel and Site(position, "attention") in sites
+        done = trunk.step(index, block, [(x, {KEPT, NO_MLP} if middle else {KEPT}) for x in streams])
+        streams = [each[KEPT] for each in done]
+        for site in (Site(position, part) for part in PARTS):
+            if site in sites:
+                at = NO_MLP if middle and site.part == "attention" else KEPT
+                some = [each[at][group.counted] for each, group in zip(done, bench.groups, strict=True)]
+                found[site] = torch.cat(some).float()
+    return found
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from billhook.data import TokenSet
 from billhook.errors import UsageError
-from billhook.probe.pair import Change, Stage, side_by_side
+from billhook.probe.pair import Change, Stage, lookahead, order, side_by_side, streams_after
 from billhook.records import Event
 from billhook.recover import Subject, recovery
 from billhook.regression import fitted
@@ -14,40 +14,54 @@ PARTS_OF = {"mlp": ("mlp",), "attention": ("attention",), "both": ("attention", 
 
 
 @recovery
-def fold(subject: Subject, train: TokenSet, valid: TokenSet, *, parts: str = "both", reach: str = "all") -> Repair:
-    """Refit output projections behind the removed sites, so that the residual stream is the teacher's again.
+def fold(
+    subject: Subject, train: TokenSet, valid: TokenSet, *, parts: str = "both", reach: str = "all", ahead: bool = True
+) -> Repair:
+    """Refit output projections around the removed sites, so that the residual stream is the teacher's again.
 
     From the front to the back, each on what the student before it makes of the text: ridge regression of what the
-    stream still lacks on what the projection reads. The ridge of each is chosen on every eighth text, and one that
-    does not help there is left alone. Tokens count by the inverse square of their stream's length, because the final
-    norm divides by it. `parts`: mlp, attention or both; `reach`: all behind the first removed site, or the next one
-    behind each removed site only.
+    stream still lacks on what the projection reads. What it should be is the teacher's stream before whatever the
+    student computes next: right before a run of removed sites that is the stream behind the run. The ridge of each is
+    chosen on every eighth text, and one that does not help there is left alone. Tokens count by the inverse square of
+    their stream's length, because the final norm divides by it.
+
+    `parts`: mlp, attention or both; `reach`: all from the first removed site on, or the next one behind each removed
+    site only; `ahead=False`: no look behind the runs.
 
     Formula: argmin over ΔW of Σ_t |h_t - s_t - ΔW x_t|² / |h_t|² + λ |ΔW|², h the teacher's stream, s the student's
-    Cost: one forward pass of the teacher and one of the student, and a solve a projection; nothing at inference.
-    Source: Park et al. 2025, SPRINT (arXiv 2506.03510), which refits the next MLP's down projection. Deviations: every
-    later projection, ridge chosen on held-out text, tokens weighted.
+    Cost: two forward passes of the teacher and one of the student, and a solve a projection; nothing at inference.
+    Source: Park et al. 2025, SPRINT (arXiv 2506.03510), which refits the next MLP's down projection. Deviations:
+    attention as well, every later projection, those before a removed site with an eye on what comes behind it, ridge
+    chosen on held-out text, tokens weighted.
     """
     if parts not in PARTS_OF or reach not in ("all", "next"):
         raise UsageError(f"fold takes parts mlp, attention or both, and reach all or next, not {parts!r}, {reach!r}.")
     bench = subject.bench(train)
-    held = subject.held(bench, train)
-    waiting = False
-    done = 0
+    held, sites = subject.held(bench, train), order(bench)
+    behind = lookahead(sites, subject.plan) if ahead else {}
+    streams = streams_after(bench, set(behind.values()))
+    waiting, done, can = False, 0, False
 
     def visit(stage: Stage) -> Change:
-        nonlocal waiting, done
+        nonlocal waiting, done, can
         done += 1
-        subject.watch(Event("recover", done, len(subject.teacher.anatomy.sites), "fold"))
+        subject.watch(Event("recover", done, len(sites), "fold"))
         if stage.removed:
             waiting = True
             return None
-        if stage.weight is None or not waiting or stage.site.part not in PARTS_OF[parts]:
+        can |= stage.weight is not None
+        if stage.weight is None or stage.site.part not in PARTS_OF[parts] or not (waiting or stage.site in behind):
             return None
-        waiting = reach == "all"
-        lacking = stage.teacher_after - stage.after
-        weight = 1 / stage.teacher_after.square().mean(-1).clamp(min=1e-12)
-        fit = fitted(stage.inputs, lacking, weight / weight.mean(), held)
+        waiting = waiting and reach == "all"
+        target = streams[behind[stage.site]] if stage.site in behind else stage.teacher_after
+        weight = 1 / target.square().mean(-1).clamp(min=1e-12)
+        fit = fitted(stage.inputs, target - stage.after, weight / weight.mean(), held)
         return fit.matrix if fit.left < 1 else None
 
-    return side_by_side(bench, subject.plan, subject.repair, visit)
+    repair = side_by_side(bench, subject.plan, subject.repair, visit)
+    if not can:
+        raise UsageError(
+            "fold finds no output projection in this model that adds to the residual stream as it is: a norm stands "
+            "between, or experts. Recover by lowrank, linear or lora."
+        )
+    return repair

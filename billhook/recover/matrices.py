@@ -6,7 +6,7 @@ import torch
 
 from billhook.data import TokenSet
 from billhook.errors import UsageError
-from billhook.probe.pair import Change, Stage, order, runs, side_by_side
+from billhook.probe.pair import Change, Stage, lookahead, order, runs, side_by_side, streams_after
 from billhook.recover import Subject, recovery
 from billhook.regression import Moments, fitted
 from billhook.repair import Patch, Repair
@@ -89,19 +89,13 @@ def linear(subject: Subject, train: TokenSet, valid: TokenSet, *, where: str = "
             return Patch(down=fit.matrix, up=torch.eye(width, device=held.device)) if fit.left < 1 else None
 
         return side_by_side(bench, subject.plan, subject.repair, insert)
-    before = {sites[sites.index(run[0]) - 1]: run[-1] for run in gone if run[0] != sites[0]}
-    ahead: dict[object, torch.Tensor] = {}
-
-    def remember(stage: Stage) -> Change:
-        if stage.site in before.values():
-            ahead[stage.site] = stage.teacher_after
-        return None
+    behind = lookahead(sites, subject.plan)
+    streams = streams_after(bench, set(behind.values()))
 
     def fuse(stage: Stage) -> Change:
-        if stage.site not in before or stage.value is None:
+        if stage.site not in behind or stage.value is None:
             return None
-        fit = fitted(stage.after - stage.before, ahead[before[stage.site]] - stage.after, even, held)
+        fit = fitted(stage.after - stage.before, streams[behind[stage.site]] - stage.after, even, held)
         return fit.matrix @ stage.value if fit.left < 1 else None
 
-    side_by_side(bench, subject.plan, subject.repair, remember)
     return side_by_side(bench, subject.plan, subject.repair, fuse)
