@@ -44,6 +44,7 @@ SCALED: dict[str, dict[str, Any]] = {
     "sleb": {"fast": True},
     "evopress": {"set": {"generations": 16, "offspring": 16, "tokens": 512}},
 }
+PRUNINGS = [name for name in recipe_names() if name == "sprint" or "recover" not in read_yaml(OURS / f"{name}.yaml")]
 FINALISTS = ("billhook", "finercut", "evopress")
 
 
@@ -117,7 +118,7 @@ def tell(event: Event) -> None:
 def table(given: argparse.Namespace, texts: dict[str, str], size: str) -> None:
     """All recipes at one size, two texts, three tasks."""
     sweep(
-        given, size, recipe_names(), remove=[size], data=[texts["c4"]], eval_data=[texts["c4"], texts["wikitext2"]],
+        given, size, PRUNINGS, remove=[size], data=[texts["c4"]], eval_data=[texts["c4"], texts["wikitext2"]],
         tasks=[texts[name] for name in TASKS],
     )  # fmt: skip
 

@@ -12,14 +12,14 @@ SIZES = ("10%", "20%", "30%")
 PARTS = (*SIZES, "draws", "calibration", "regret")
 HEAD = """# Results
 
-Written by `benchmarks/methods.py` from what it measured; no number in here is typed in.
+Written by `benchmarks/methods.py` and `benchmarks/recovery.py` from what they measured; no number in here is typed in.
 
 """
 
 
 def page(measured: Path, scaled: Mapping[str, Any]) -> str:
     """The page, from the results of the parts that the folder `measured` holds."""
-    files = {part: measured / f"{part.removesuffix('%')}.json" for part in PARTS}
+    files = {part: measured / f"{part.removesuffix('%')}.json" for part in (*PARTS, "recovery")}
     found = {part: json.loads(file.read_text()) for part, file in files.items() if file.is_file()}
     sections = [HEAD]
     if tables := [found[size] for size in SIZES if size in found]:
@@ -29,7 +29,8 @@ def page(measured: Path, scaled: Mapping[str, Any]) -> str:
     sections += [_draws(found["draws"]["draws"])] if "draws" in found else []
     sections += [_calibration(found["calibration"])] if "calibration" in found else []
     sections += [_regret(found["regret"]["rows"])] if "regret" in found else []
-    if missing := [part for part in PARTS if part not in found]:
+    sections += [_recovery(found["recovery"])] if "recovery" in found else []
+    if missing := [part for part in (*PARTS, "recovery") if part not in found]:
         sections.append(f"Not measured yet: {', '.join(missing)}.\n")
     return "\n".join(sections)
 
@@ -167,3 +168,39 @@ def _regret(rows: Sequence[Mapping[str, Any]]) -> str:
         "calibration tokens that the searches saw, so that this is about the search and not about the text.\n\n"
         + _markdown(["search", "loss", "regret, nats", "site evaluations", "search time"], lines)
     )
+
+
+def _recovery(told: Mapping[str, Any]) -> str:
+    """What every chain of recoveries brought back, text by text and task by task."""
+    rows, names = told["rows"], list(told["evaluation"])
+    if not rows:
+        return ""
+    first = next(iter(rows.values()))["on"]
+    head, bare = ["recovery"], ["none"]
+    for name in names:
+        text = first[name]["kind"] == "perplexity"
+        head += (
+            [f"{_name(name)} perplexity", "gap closed", "against none"] if text else [f"{_name(name)}", "against none"]
+        )
+        bare += [_one(first[name], "before"), "", ""] if text else [_one(first[name], "before"), ""]
+    lines = [[*bare, "", ""]]
+    for chain, row in rows.items():
+        line = [f"`{chain.partition('+')[0]}`" + (", mixed text" if "+" in chain else "")]
+        for name in names:
+            on = row["on"][name]
+            spread = f"{on['change']:+.3f} ({on['low']:+.3f} to {on['high']:+.3f})"
+            closed = [] if on["kind"] != "perplexity" else [f"{on['closed']:.0%}"]
+            line += [_one(on, "after"), *closed, spread]
+        lines.append([*line, f"{row['parameters']:,}", f"{row['seconds']:,.0f} s"])
+    dense = ", ".join(f"{_name(name)} {_one(first[name], 'dense')}" for name in names)
+    return (
+        f"## Recovery\n\n{len(told['removed'])} of 60 sites removed by the default recipe, calibrated on C4; each "
+        f"learns from at most {told['tokens']:,} tokens of the texts that no evaluation sees, trainings for at most "
+        f"{told['minutes']:g} minutes each. Unpruned: {dense}. *Gap closed*: of the perplexity that pruning added. "
+        "*Against none*: nats per token, or share of the items, paired, with the 95% interval. *Mixed text*: C4 and "
+        "WikiText-2 in equal parts.\n\n" + _markdown([*head, "parameters added", "time"], lines)
+    )
+
+
+def _one(on: Mapping[str, Any], which: str) -> str:
+    return f"{on[which]:.1f}" if on["kind"] == "perplexity" else f"{on[which]:.1%}"

@@ -53,6 +53,7 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "eval_tokens": (16384, "Held-out tokens"),
     "eval_length": (512, "Tokens a held-out sequence"),
     "recover": ("", "What gets back what pruning took, in order: fold, or fold,lora; `billhook methods`"),
+    "fold_in_search": (False, "Judge the best candidates of a round after a fold of what they leave"),
     "recover_set": ({}, "An option of a recovery, such as minutes=15 or lora.rank=8; repeatable"),
     "recover_data": (None, "Text to recover on; left out, that of --data"),
     "recover_tokens": (32768, "Tokens to recover on, or all that the text has"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 from billhook.data import TokenSet, first
@@ -15,9 +16,10 @@ from billhook.records import Loss
 from billhook.store import Measured, Store
 
 Told = Callable[[int, int, float], None]
+JUDGED = 4  # candidates of a round, the best without a fold, are judged with one
 
 
-def _nobody(done: int, total: int, best: float) -> None:
+def nobody(done: int, total: int, best: float) -> None:
     """Nobody listens."""
 
 
@@ -28,7 +30,7 @@ class Executor:
         self._probes: dict[int | None, Probe] = {None: probe}
         self.rounds: list[tuple[Ask, list[Loss]]] = []
 
-    def __call__(self, ask: Ask, told: Told = _nobody) -> list[Loss]:
+    def __call__(self, ask: Ask, told: Told = nobody) -> list[Loss]:
         """The losses of the plans asked for, in the same order. Safe to run twice.
 
         With `ask.best=k` the k lowest are in full, and others may be bounds. `told(done, total, lowest mean so far)`
@@ -62,6 +64,34 @@ class Executor:
             assert tokens is not None
             self._probes[tokens] = whole.under(whole.loss, first(whole.tokens, tokens))
         return self._probes[tokens]
+
+
+class Folding:
+    """Answers Asks like an Executor, but judges the best candidates as they are after a fold.
+
+    The fold of a plan depends on the plan and the training tokens alone, and not on how a search came to it, so that
+    one that is resumed finds the same. The others come back as bounds, by what they are without it.
+    """
+
+    def __init__(self, plain: Executor, judge: Callable[[Plan], Loss]) -> None:
+        """`judge`: the loss of a plan after its fold."""
+        self.rounds: list[tuple[Ask, list[Loss]]] = []
+        self._plain, self._judge = plain, judge
+
+    def __call__(self, ask: Ask, told: Told = nobody) -> list[Loss]:
+        """As `Executor.__call__`. What asks for fewer tokens is answered without folds: it only says where to look."""
+        if ask.tokens is not None:
+            return self._plain(ask, told)
+        judged = set(ask.plans)
+        found = {plan: Loss("", (), (), bound=True) for plan in ask.plans}
+        if ask.best is not None and len(judged) > max(ask.best, JUDGED):
+            few = Ask(ask.plans, best=max(ask.best, JUDGED), hints=ask.hints)
+            found = dict(zip(ask.plans, self._plain(few, told), strict=True))
+            full = sorted((loss.mean, i) for i, loss in enumerate(found.values()) if not loss.bound)
+            judged = {ask.plans[i] for _, i in full[: max(ask.best, JUDGED)]}
+        losses = [self._judge(plan) if plan in judged else replace(found[plan], bound=True) for plan in ask.plans]
+        self.rounds.append((ask, losses))
+        return losses
 
 
 def memos(store: Store, run: str, teacher: Teacher) -> Memos:

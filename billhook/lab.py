@@ -89,6 +89,9 @@ def tried(lab: Lab, name: str, recipe: Recipe, calibration: TokenSet) -> Trial:
     """Search by a recipe, or recall what an earlier one found."""
     fingerprint = lab.teacher.fingerprint
     passed = {"about": "", "model": "", "eval_data": None, "eval_tokens": 64, "eval_length": 16}
+    later = ("recover", "recover_set", *(() if recipe.fold_in_search else ("recover_data", "recover_tokens",
+             "recover_length")))  # fmt: skip
+    passed |= {name: Recipe.model_fields[name].default for name in later}  # what comes after the search
     of = {"recipe": recipe.model_copy(update=passed).model_dump(exclude_defaults=True), "tokens": calibration.hash}
     known = lab.store.fact(fingerprint, "plan", of)
     if known is None:

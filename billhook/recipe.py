@@ -87,6 +87,9 @@ class Recipe(BaseModel):
     recover: Annotated[
         str, Field(description="What gets back what pruning took, in order: fold, or fold,lora; `billhook methods`")
     ] = ""
+    fold_in_search: Annotated[
+        bool, Field(description="Judge the best candidates of a round after a fold of what they leave")
+    ] = False
     recover_set: Annotated[
         dict[str, bool | int | float | str],
         Field(description="An option of a recovery, such as minutes=15 or lora.rank=8; repeatable"),

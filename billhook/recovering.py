@@ -6,7 +6,6 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +13,22 @@ from billhook.data import TokenSet
 from billhook.errors import UsageError
 from billhook.loading import Teacher
 from billhook.plan import Plan
-from billhook.portions import mixed_sets, shared_out
+from billhook.portions import shared_out
 from billhook.proof import Job, nats_of
 from billhook.recipe import Recipe
 from billhook.recover import RECOVERIES, Subject
 from billhook.registry import chosen
 from billhook.repair import UNTOUCHED, Repair, read_repair
-from billhook.searching import wanted_of
+from billhook.searching import recovery_tokens
 from billhook.stats import exp, paired_difference
 
 EVERY = 10  # of so many texts one validates
-LEAST = 64  # tokens, of which something may be learnt
 
 
 def recovery_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """The recoveries of a recipe in order, with their options. Raises UnknownName or UsageError."""
     methods = [RECOVERIES[name] for name in recipe.recoveries]
     return dict(zip(recipe.recoveries, chosen(recipe.recover_set, *methods), strict=True))
-
-
-def recovery_texts(recipe: Recipe, teacher: Teacher, job: Job) -> tuple[TokenSet, TokenSet]:
-    """Training and validation tokens: the calibration half of the text, as much as is wanted or there is."""
-    most = getattr(teacher.model.config, "max_position_embeddings", recipe.recover_length)
-    wanted = replace(
-        wanted_of(recipe), data=recipe.recover_data or recipe.data, eval_data=None, tokens=recipe.recover_tokens,
-        length=min(recipe.recover_length, most), eval_tokens=64, eval_length=16, least=LEAST,
-    )  # fmt: skip
-    found = mixed_sets(wanted, teacher.model, teacher.tokenizer, job.watch)[0]
-    return shared_out(found, EVERY)
 
 
 def recovered(
@@ -55,7 +42,7 @@ def recovered(
     options = recovery_options(recipe)
     if not options:
         return repair, []
-    train, valid = recovery_texts(recipe, teacher, job)
+    train, valid = shared_out(recovery_tokens(recipe, teacher, job.watch), EVERY)
     for name, held in texts.items():
         if name != "calibration" and set(train.digests + valid.digests) & set(held.digests):
             raise UsageError(f"The text to recover on is in the {name} text too. Give other --recover-data.")

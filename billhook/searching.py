@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Mapping
@@ -13,24 +14,29 @@ from typing import Any
 from billhook import speed
 from billhook.audit import audited, conduct, with_words
 from billhook.budget import Budget
-from billhook.data import TokenSet, Wanted
+from billhook.data import TokenSet, Wanted, first
 from billhook.errors import BudgetError, PlanError, UsageError
-from billhook.execute import Executor, Told, memos
+from billhook.execute import Executor, Folding, Told, memos
 from billhook.loading import Teacher, load
 from billhook.losses import split_loss
 from billhook.margin import Kept, Margin
 from billhook.metrics import METRICS
 from billhook.plan import Anatomy, Ask, Plan
-from billhook.portions import halves
+from billhook.portions import halves, mixed_sets, picked
 from billhook.probe import Fast, Probe
 from billhook.problem import Problem, Unit, protection, read_unit, unit_name
 from billhook.proof import Job, environment, evaluated
 from billhook.recipe import Recipe, read_plan
 from billhook.records import Event, Loss, Score, Step, Watch, steps
+from billhook.recover import RECOVERIES, Subject
 from billhook.registry import chosen
 from billhook.search import SEARCHES, Search, settle
+from billhook.store import Measured
 from billhook.tasks import items_of
 
+LEAST = 64  # tokens, of which something may be learnt
+FOLD_TOKENS = 8192  # for a fold inside the search
+FOLD = {"reach": "next"}  # its options; what stands farther behind is refitted after the search
 GROWTH = Fraction(3, 2)  # of the share that goes, from trial to trial: a search far beyond the margin costs the most
 FINEST = Fraction(1, 2)  # percent of the parameters, between what stays within a margin and what does not
 
@@ -111,6 +117,16 @@ def task_calibration(recipe: Recipe, teacher: Teacher) -> TokenSet | None:
     return None if file is None else items_of(file, teacher, "calibration", tokens=recipe.tokens, seed=recipe.seed)
 
 
+def recovery_tokens(recipe: Recipe, teacher: Teacher, watch: Watch) -> TokenSet:
+    """What recoveries learn from: the calibration half of the text, as much as is wanted or there is."""
+    most = getattr(teacher.model.config, "max_position_embeddings", recipe.recover_length)
+    wanted = replace(
+        wanted_of(recipe), data=recipe.recover_data or recipe.data, eval_data=None, tokens=recipe.recover_tokens,
+        length=min(recipe.recover_length, most), eval_tokens=64, eval_length=16, least=LEAST,
+    )  # fmt: skip
+    return mixed_sets(wanted, teacher.model, teacher.tokenizer, watch)[0]
+
+
 # -- the whole of it ------------------------------------------------------------------------------------------------
 
 
@@ -129,7 +145,8 @@ def find(
     """
     recipe = job.recipe
     probe = probe_of(recipe, teacher, calibration, job)
-    measure = Executor(probe)
+    plain = Executor(probe)
+    measure = Folding(plain, _judge(job, teacher, calibration)) if recipe.fold_in_search else plain
     within: dict[str, Any] | None = None
     problem: Problem | None = None
     if given is not None:
@@ -159,6 +176,31 @@ def find(
     return Found(path[-1], steps(path, whole, on_path, problem.cost if problem else len), conducted, within)
 
 
+def _judge(job: Job, teacher: Teacher, calibration: TokenSet) -> Callable[[Plan], Loss]:
+    """The loss of a plan on the calibration tokens after a fold on other texts; stored."""
+    recipe = job.recipe
+    texts = recovery_tokens(recipe, teacher, job.watch)
+    others = [d for d, digest in enumerate(texts.digests) if digest not in set(calibration.digests)]
+    train = first(picked(texts, others), FOLD_TOKENS) if others else None
+    if train is None or train.tokens < LEAST:
+        raise UsageError("--fold-in-search refits on texts that the search is not judged on. Give more --recover-data.")
+    loss = split_loss(recipe.loss)[0]
+    treatment = f"fold {json.dumps([train.hash, FOLD])}"
+    of = Measured(teacher.fingerprint, calibration.hash, loss, teacher.compute, treatment)
+    probe = Probe(teacher, calibration, loss, memory=recipe.memory_bytes)
+    subject = Subject(teacher, Plan(), memory=recipe.memory_bytes, seed=recipe.seed)
+
+    def judge(plan: Plan) -> Loss:
+        known = job.store.loss(of, plan)
+        if known is None:
+            repair = RECOVERIES["fold"](replace(subject, plan=plan), train, train, **FOLD).rounded(teacher.dtype)
+            known = probe.mended(plan, repair)
+            job.store.add_loss(of, plan, known, job.run)
+        return known
+
+    return judge
+
+
 def probe_of(recipe: Recipe, teacher: Teacher, calibration: TokenSet, job: Job | None = None) -> Probe:
     """The measuring engine as a recipe wants it; measurements are kept in the store of a job."""
     fast = Fast(recipe.shortlist, recipe.risk) if recipe.fast else None
@@ -186,7 +228,7 @@ def scored(job: Job, probe: Probe) -> Mapping[Unit, float] | None:
     return {read_unit(name): value for name, value in known.items()}
 
 
-def searched(job: Job, problem: Problem, measure: Executor) -> list[Plan]:
+def searched(job: Job, problem: Problem, measure: Executor | Folding) -> list[Plan]:
     """The path of the recipe's search on one problem."""
     total = count_losses(job.recipe, problem)
     return settle(search_of(job.recipe, problem), partial(_round, job, problem, measure, total))
@@ -195,7 +237,7 @@ def searched(job: Job, problem: Problem, measure: Executor) -> list[Plan]:
 # -- progress -------------------------------------------------------------------------------------------------------
 
 
-def _round(job: Job, problem: Problem, measure: Executor, total: int, ask: Ask) -> list[Loss]:
+def _round(job: Job, problem: Problem, measure: Executor | Folding, total: int, ask: Ask) -> list[Loss]:
     """Measure one Ask of a search that has about `total` losses to measure, and show how far it is."""
     if not ask.plans:
         return measure(ask)
@@ -278,7 +320,7 @@ def timed(job: Job, teacher: Teacher) -> Anatomy:
 
 
 def _most_within(
-    job: Job, teacher: Teacher, measure: Executor, scores: Mapping[Unit, float] | None, held_out: TokenSet
+    job: Job, teacher: Teacher, measure: Executor | Folding, scores: Mapping[Unit, float] | None, held_out: TokenSet
 ) -> tuple[Problem, list[Plan], dict[str, Any]]:
     """The largest share of the parameters whose removal stays within the recipe's margin on validation items.
 

@@ -200,7 +200,6 @@ class Trainer:
         self.student, self.parameters, self.course, self.watch = student, parameters, course, watch
         self._file = None if work is None else work / "training.pt"
         self._optimizer = torch.optim.AdamW(parameters.values(), lr=course.rate, weight_decay=0.0)
-        self.curve: list[tuple[float, float]] = []  # seconds, validation loss
 
     def run(self, train: Rows, valid: Rows, give: Callable[[Rows], None]) -> float:
         """Train, and leave the parameters as they were when validation was best; returns that loss per token."""
@@ -213,13 +212,13 @@ class Trainer:
             self._optimizer.load_state_dict(told["optimizer"])
             schedule.load_state_dict(told["schedule"])
         every = max(1, state.steps // CHECKS)
-        start = saved = time.perf_counter()
+        saved = time.perf_counter()
         while state.step < state.steps and state.waited < PATIENCE:
             loss = self._step(train, order, state.step, give)
             schedule.step()
             state.step += 1
             if state.step % every == 0 or state.step == state.steps:
-                self._check(state, valid, give, time.perf_counter() - start)
+                self._check(state, valid, give)
             note = f"{self.course.loss} {loss:.4f}, best on validation {state.best:.4f}"
             self.watch(Event("recover", state.step, state.steps, note))
             if time.perf_counter() - saved > SAVE_EVERY:
@@ -261,7 +260,6 @@ class Trainer:
                     parameter.copy_(stood[name])
             self._optimizer.load_state_dict(optimizer)
             steps = min(steps, max(1, int((60 * self.course.minutes - (CHECKS + 1) * check) / one)))
-        self.curve.append((0.0, first))
         return _State(0, steps, first, 0, self._copy())
 
     def _copy(self) -> dict[str, torch.Tensor]:
@@ -287,9 +285,8 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         return total
 
-    def _check(self, state: _State, valid: Rows, give: Callable[[Rows], None], seconds: float) -> None:
+    def _check(self, state: _State, valid: Rows, give: Callable[[Rows], None]) -> None:
         found = self._validate(valid, give)
-        self.curve.append((seconds, found))
         state.waited = 0 if found < state.best else state.waited + 1
         if found < state.best:
             state.best, state.kept = found, self._copy()
@@ -314,9 +311,13 @@ class Trainer:
         if self._file is None:
             return
         aside = self._file.with_suffix(".partial")
-        told = {"course": asdict(self.course), "state": {k: getattr(state, k) for k in _State.__slots__},
-                "now": self._copy(), "optimizer": self._optimizer.state_dict(), "schedule": schedule.state_dict(),
-                "curve": self.curve}  # fmt: skip
+        told = {
+            "course": asdict(self.course),
+            "state": {name: getattr(state, name) for name in _State.__slots__},
+            "now": self._copy(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+        }
         torch.save(told, aside)
         aside.rename(self._file)
 
@@ -330,5 +331,4 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(told["now"][name])
-        self.curve = told["curve"]
         return told

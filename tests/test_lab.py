@@ -21,7 +21,10 @@ from billhook.recipe import OURS, Recipe, combined, recipe_from, recipe_names
 from billhook.store import Store
 
 SMALL = {"tokens": 240, "length": 24, "eval_tokens": 480, "eval_length": 24}
-FEW = {"evopress": {"set": {"start": "random", "split": "fixed", "generations": 2, "offspring": 4, "tokens": 64}}}
+FEW: dict[str, dict[str, Any]] = {
+    "shortened-llama-cpt": {"remove": "3blocks"},
+    "evopress": {"set": {"start": "random", "split": "fixed", "generations": 2, "offspring": 4, "tokens": 64}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_one_recipe_a_paper_and_our_own() -> None:
     papers = {"shortgpt", "deeper-look", "shortened-llama", "sleb", "finercut", "blockpruner", "evopress", "llm-drop",
               "uidl", "sprint"}  # fmt: skip
+    papers |= {"shortened-llama-lora", "shortened-llama-cpt", "perp", "replaceme", "partial"}
     assert papers | {"billhook"} <= set(recipe_names())
 
 
@@ -77,17 +81,22 @@ def test_a_recipe_runs_from_anywhere(
     name: str, six: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = billhook.prune(str(six), recipe=name, data=str(texts), **(SMALL | FEW.get(name, {})))
+    healed = {"recover_data": str(texts), "recover_tokens": 640, "recover_length": 32}
+    result = billhook.prune(str(six), recipe=name, data=str(texts), **(SMALL | healed | FEW.get(name, {})))
     assert result["plan"]["removed"]
+    assert [told["recovery"] for told in result["recoveries"]] == list(recipe_from(combined(name)).recoveries)
     assert result["recipe"]["about"]
     kept = Plan.of(result["plan"]["removed"])
-    if name in ("shortgpt", "shortened-llama", "shortened-llama-taylor", "shortened-llama-magnitude", "sleb", "uidl"):
+    blocks = {"shortgpt", "sleb", "uidl", "replaceme", "partial"}
+    if name in blocks or name.startswith("shortened-llama"):
         assert len(kept.blocks()) * 2 == len(kept.removed), "whole blocks"
     if name.startswith("shortened-llama"):
         assert set(kept.blocks()) <= {4, 5, 6}
+    if name == "replaceme":
+        assert Path(result["out"], "config.json").read_text().count("billhook-") == 0, "a stock checkpoint"
     if name == "sleb":
         assert not {0, 8} & set(kept.blocks())
-    if name == "uidl":
+    if name in ("uidl", "replaceme", "partial"):
         assert kept.blocks() == list(range(kept.blocks()[0], kept.blocks()[0] + len(kept.blocks())))
     if name == "evopress":
         assert sum(s.part == "attention" for s in kept.removed) * 2 == len(kept.removed)

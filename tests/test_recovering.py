@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,16 @@ import torch
 
 import billhook
 from billhook.errors import DataError, UnknownName, UsageError
-from billhook.records import Event
-from billhook.recover import RECOVERIES
+from billhook.execute import JUDGED, Folding
+from billhook.pipeline import tokens_for
+from billhook.plan import Ask, Plan
+from billhook.portions import picked
+from billhook.probe import Probe
+from billhook.recipe import recipe_from
+from billhook.records import Event, Loss
+from billhook.recover import RECOVERIES, Subject
 from billhook.registry import chosen
+from billhook.searching import recovery_tokens
 from billhook.summary import notes
 
 SHORT: dict[str, Any] = {"remove": "2sites", "search": "greedy", "tokens": 64, "length": 32, "eval_tokens": 256,
@@ -120,3 +128,58 @@ def test_an_option_is_of_all_methods_that_have_it_or_of_the_one_that_is_named() 
     assert chosen({"rank": 4, "lora.rank": 8}, *methods) == [{"rank": 8}, {"rank": 4}, {}]
     with pytest.raises(UsageError, match=r"no option 'fold\.rank'"):
         chosen({"fold.rank": 4}, *methods)
+
+
+# -- a fold inside the search ---------------------------------------------------------------------------------------
+
+
+def test_the_best_candidates_are_judged_after_a_fold_and_the_others_are_bounds() -> None:
+    plans = tuple(Plan.of([f"mlp.{i}"]) for i in range(8))
+    plain = {plan: Loss("kl", (float(i),), (1,)) for i, plan in enumerate(plans)}
+    folded = {plan: Loss("kl", (10.0 - i,), (1,)) for i, plan in enumerate(plans)}
+
+    class Plain:
+        def __call__(self, ask: Ask, told: Any = None) -> list[Loss]:
+            assert ask.below is None, "what a fold leaves is not held against what it began with"
+            best = sorted(plain[plan].mean for plan in ask.plans)[: ask.best or len(ask.plans)]
+            return [replace(plain[plan], bound=plain[plan].mean not in best) for plan in ask.plans]
+
+    judged: list[Plan] = []
+    measure = Folding(Plain(), lambda plan: judged.append(plan) or folded[plan])  # type: ignore[arg-type, func-returns-value]
+    losses = measure(Ask(plans, best=2, below=(0.0,)))
+    assert judged == list(plans[:JUDGED])
+    assert losses[:JUDGED] == [folded[plan] for plan in plans[:JUDGED]]
+    assert all(loss.bound for loss in losses[JUDGED:])
+    assert measure(Ask(plans[-2:], best=1)) == [folded[plan] for plan in plans[-2:]], "few are all judged"
+    assert measure(Ask(plans, tokens=16)) == [plain[plan] for plan in plans], "where to look needs no fold"
+    assert [ask.tokens for ask, _ in measure.rounds] == [None, None]
+
+
+def test_a_search_with_folds_is_that_by_hand_and_measures_nothing_twice(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    wanted = SHORT | {"data": str(text), "recover_tokens": 1200, "fold_in_search": True, "remove": "2sites"}
+    result = billhook.prune(model, **wanted, out=tmp_path / "a", store=tmp_path / "b.db")
+    again = billhook.prune(model, **wanted, out=tmp_path / "c", store=tmp_path / "b.db")
+    assert again["plan"] == result["plan"]
+    assert billhook.runs(tmp_path / "b.db")[0]["losses"] == 0
+    teacher = billhook.load(model)
+    recipe = recipe_from({"model": str(model)} | wanted)
+    calibration, _ = tokens_for(recipe, teacher, lambda event: None)
+    texts = recovery_tokens(recipe, teacher, lambda event: None)
+    train = picked(texts, [d for d, digest in enumerate(texts.digests) if digest not in calibration.digests])
+    probe = Probe(teacher, calibration, "kl")
+    plan = Plan()
+    for step in result["steps"]:
+        plans = [plan.without(site) for site in teacher.anatomy.alive() if site not in plan.removed]
+        plans = [
+            p for p in plans if {s.part for s in teacher.anatomy.alive() if s not in p.removed} == {"attention", "mlp"}
+        ]
+        shortlist = sorted(plans, key=lambda p: probe.losses([p])[0].mean)[:JUDGED]
+        told = {}
+        for p in shortlist:
+            repair = RECOVERIES["fold"](Subject(teacher, p), train, train, reach="next")
+            told[p] = Probe(teacher, calibration, "kl", mended=(p, repair)).losses([p])[0].mean
+        plan = min(told, key=lambda p: told[p])
+        assert step["loss"] == pytest.approx(told[plan], rel=1e-4)
+    assert plan.names() == result["plan"]["removed"]

@@ -262,6 +262,11 @@ class Probe:
                     found[mask][row] = -value
         return [list(found[mask]) for mask in masks]
 
+    def mended(self, plan: Plan, repair: Repair) -> Loss:
+        """The loss of a plan under a repair of its blocks; kept nowhere."""
+        self._bench.mend(plan, repair)
+        return self.losses([plan])[0]
+
     def rest(self) -> None:
         """Let go of the kept streams; what is needed again is computed again."""
         self._bench.walk.streams.clear()

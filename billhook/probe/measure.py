@@ -85,12 +85,16 @@ class Bench:
         }
         self._runs: Walk | Mended = self.walk
         if mended is not None:
-            self._runs = Mended(self.walk, mended[0], self.mask(mended[0]), mended[1])
+            self.mend(*mended)
         self.layout = self.arrange(1)
 
     def mask(self, plan: Plan) -> int:
         """A plan as the walk sees it."""
         return sum(self._bits[site] for site in plan.removed)
+
+    def mend(self, plan: Plan, repair: Repair) -> None:
+        """From now on measure `plan` under `repair`."""
+        self._runs = Mended(self.walk, plan, self.mask(plan), repair)
 
     # -- memory -----------------------------------------------------------------------------------------------------
 

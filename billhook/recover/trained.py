@@ -54,7 +54,7 @@ def partial(
     Formula: AdamW on `loss` (nll, kl against the teacher, mse of what the heads read)
     Cost: a forward pass of the student and the teacher a row, then passes of three blocks and the head; nothing at
     inference.
-    Source: partial-layer tuning, He et al. 2024 (arXiv 2406.15786 and its peers). Deviations: distilled from the
+    Source: partial-layer tuning, Reassessing Layer Pruning in LLMs (arXiv 2411.15558). Deviations: distilled from the
     teacher by default; a tied head stays, since it would take the embedding along.
     """
 

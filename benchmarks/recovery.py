@@ -1,0 +1,150 @@
+"""Every recovery on the demo model, 12 of 60 sites removed by the default recipe on C4: what docs/results.md shows.
+
+    python benchmarks/recovery.py --data DATA                        # an hour or two on two cores
+    python benchmarks/recovery.py --data DATA --only fold,fold+mixed
+
+DATA as for methods.py. `+mixed` learns from C4 and WikiText-2 in equal parts, the others from C4; both keep every
+second text for the proof. Trainings stop after --minutes. What was measured goes to benchmarks/measured/recovery.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from measured import put_back, written_down
+from methods import LENGTH, MEASURED, SCALED, TASKS, TOKENS, file_result, texts_of  # the files beside this one
+from results import page
+
+import billhook
+from billhook import lab, stats
+from billhook.evaluate.choices import log_probabilities, outcomes
+from billhook.face import keep_pages
+from billhook.plan import Plan
+from billhook.portions import shared_out
+from billhook.proof import Job, nats_of
+from billhook.recipe import combined, recipe_from
+from billhook.records import EvalResult, Event
+from billhook.recover import RECOVERIES, Subject
+from billhook.recovering import EVERY, recovery_options
+from billhook.repair import UNTOUCHED, Repair
+from billhook.searching import recovery_tokens
+from billhook.store import Store
+from billhook.surgery import apply
+
+FREE = ("mean", "scale", "lowrank", "linear", "fold", "fold+mixed")
+TRAINED = ("bias", "partial", "lora", "fold,bias", "fold,partial", "fold,lora", "fold,full", "fold,lora+mixed")
+
+
+def main() -> None:
+    """Recover, measure, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("build/methods"))
+    parser.add_argument("--only", nargs="*", default=[*FREE, *TRAINED])
+    parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "docs" / "results.md")
+    given = parser.parse_args()
+    keep_pages()
+    given.work.mkdir(parents=True, exist_ok=True)
+    texts = texts_of(given.data, given.work)
+    database = given.work / "billhook.db"
+    put_back(database, MEASURED)
+    file = MEASURED / "recovery.json"
+    told: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
+    with closing(Store(database)) as store:
+        common = {"model": "demo", "remove": "12sites", "data": texts["c4"], "tokens": TOKENS, "length": LENGTH}
+        recipe = recipe_from(combined("billhook", **common, **SCALED["billhook"]))
+        run = store.new_run(recipe.model_dump(), {"laboratory": "recovery"}, str(given.work))
+        bench = lab.Lab(store, run, billhook.load("demo"), tell)
+        trial = lab.tried(bench, "billhook", recipe, lab.calibration_of(bench, recipe))
+        grid = lab.Grid(("billhook",), ("12sites",), (texts["c4"],), (texts["c4"], texts["wikitext2"]),
+                        tuple(texts[task] for task in TASKS[:2]))  # fmt: skip
+        sets = lab.evaluation_sets(bench, grid, recipe)
+        told |= {"removed": trial.plan.names(), "evaluation": {name: each.describe() for name, each in sets.items()},
+                 "minutes": given.minutes, "tokens": given.tokens}  # fmt: skip
+
+        def measured(repair: Repair, plan: Plan) -> dict[str, EvalResult]:
+            found = {}
+            for name, tokens in sets.items():
+                if tokens.choices is None:
+                    (found[name],) = nats_of(bench.job(recipe), bench.teacher, [(plan, repair)], tokens)
+                else:
+                    student = apply(bench.teacher, plan, repair=repair)
+                    found[name] = outcomes(tokens, log_probabilities(student, tokens))["acc"]
+            return found
+
+        dense, bare = measured(UNTOUCHED, Plan()), measured(UNTOUCHED, trial.plan)
+        for chain in given.only:
+            names, _, mixed = chain.partition("+")
+            data = f"{texts['c4']}+{texts['wikitext2']}" if mixed else texts["c4"]
+            asked = recipe.model_copy(update={
+                "recover": names, "recover_tokens": given.tokens, "recover_data": data,
+                "recover_set": {"minutes": given.minutes, "epochs": 100} if set(names.split(",")) - set(FREE) else {},
+            })  # fmt: skip
+            tell(Event("recovery", 0, len(given.only), chain))
+            start = time.perf_counter()
+            repair, curve = recovered(bench.job(asked), bench, trial.plan, given.work / "training")
+            seconds = time.perf_counter() - start
+            told["rows"][chain] = row(dense, bare, measured(repair, trial.plan), seconds) | {
+                "parameters": repair.parameters(), "tokens": given.tokens, "minutes": given.minutes, "curve": curve
+            }  # fmt: skip
+            file_result("recovery", told)
+            given.results.write_text(page(MEASURED, SCALED), encoding="utf-8")
+        store.update(run, state="done")
+    written_down(database, MEASURED)
+
+
+def tell(event: Event) -> None:
+    """What begins and ends."""
+    if event.stage in ("recovery", "sweep") or event.done == event.total:
+        print(f"{time.strftime('%H:%M:%S')} {event.stage} {event.done}/{event.total} {event.note}", file=sys.stderr)
+
+
+def recovered(job: Job, bench: lab.Lab, plan: Plan, work: Path) -> tuple[Repair, list[tuple[float, float]]]:
+    """The repair of a chain of recoveries, and the best validation loss over the seconds of its trainings."""
+    repair, start = UNTOUCHED, time.perf_counter()
+    curve: list[tuple[float, float]] = []
+
+    def watch(event: Event) -> None:
+        bench.watch(event)
+        _, _, best = event.note.partition("best on validation ")
+        if best and (not curve or float(best) < curve[-1][1]):
+            curve.append((round(time.perf_counter() - start, 1), float(best)))
+
+    train, valid = shared_out(recovery_tokens(job.recipe, bench.teacher, job.watch), EVERY)
+    for name, options in recovery_options(job.recipe).items():
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        subject = Subject(bench.teacher, plan, repair, None, job.recipe.seed, work, watch)
+        repair = RECOVERIES[name](subject, train, valid, **options)
+    return repair, curve
+
+
+def row(
+    dense: dict[str, EvalResult], bare: dict[str, EvalResult], after: dict[str, EvalResult], seconds: float
+) -> dict[str, Any]:
+    """What a recovery did on every text and task: before, after, the paired change, the share of the gap."""
+    on = {}
+    for name, result in after.items():
+        change = stats.paired_difference(bare[name], result)
+        text = result.name == "perplexity"
+        values = [stats.exp(each.mean) if text else each.mean for each in (dense[name], bare[name], result)]
+        lost = values[1] - values[0]
+        on[name] = {
+            "kind": result.name, "dense": values[0], "before": values[1], "after": values[2],
+            "change": change.value, "low": change.low, "high": change.high,
+            "closed": (values[1] - values[2]) / lost if lost else None,
+        }  # fmt: skip
+    return {"on": on, "seconds": round(seconds, 1)}
+
+
+if __name__ == "__main__":
+    main()
