@@ -144,6 +144,8 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"The recipe has {what}. Give one: --remove 25%sites, --plan attention.7,mlp.16, or --within 3%ppl."
             )
+        if twice := [name for name in self.recoveries if self.recoveries.count(name) > 1]:
+            raise RecipeError(f"--recover {self.recover} does {twice[0]} twice. Name every recovery once.")
         if self.audit and not self.fast:
             raise RecipeError("--audit states what --fast cost. Add --fast, or leave --audit out.")
         return self

@@ -194,12 +194,28 @@ class Trainer:
     """Trains some parameters of one student, and can be called again after a kill."""
 
     def __init__(
-        self, student: Any, parameters: dict[str, nn.Parameter], course: Course, work: Path | None, watch: Watch
+        self,
+        student: Any,
+        parameters: dict[str, nn.Parameter],
+        course: Course,
+        work: Path | None,
+        watch: Watch,
+        *,
+        compute: torch.dtype,
     ) -> None:
-        """`parameters`: those that are trained, by name, leaves of the student's graph; `work`: for checkpoints."""
+        """`parameters`: those that are trained, by name, leaves of the student's graph; `work`: for checkpoints.
+
+        `compute`: float32 or bfloat16, for the passes; what learns is in float32 all the same.
+        """
         self.student, self.parameters, self.course, self.watch = student, parameters, course, watch
         self._file = None if work is None else work / "training.pt"
         self._optimizer = torch.optim.AdamW(parameters.values(), lr=course.rate, weight_decay=0.0)
+        self._compute = compute
+
+    def _loss(self, rows: Rows) -> torch.Tensor:
+        """Sum of the loss over some rows, in the compute dtype of the model."""
+        with torch.autocast(self.student.device.type, self._compute, enabled=self._compute != torch.float32):
+            return loss_of(self.student, rows, self.course.loss)
 
     def run(self, train: Rows, valid: Rows, give: Callable[[Rows], None]) -> float:
         """Train, and leave the parameters as they were when validation was best; returns that loss per token."""
@@ -277,7 +293,7 @@ class Trainer:
             for start in range(0, len(batch.ids), each):
                 some = batch.picked(torch.arange(start, min(start + each, len(batch.ids)), device=batch.ids.device))
                 give(some)
-                loss = loss_of(self.student, some, self.course.loss) / weight
+                loss = self._loss(some) / weight
                 loss.backward()
                 total += float(loss.detach())
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
@@ -300,7 +316,7 @@ class Trainer:
         for start in range(0, len(valid.ids), each):
             some = valid.picked(torch.arange(start, min(start + each, len(valid.ids)), device=valid.ids.device))
             give(some)
-            total += float(loss_of(self.student, some, self.course.loss))
+            total += float(self._loss(some))
         self.student.train(training)
         return total / weight_of(valid, self.course.loss)
 

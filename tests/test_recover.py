@@ -392,6 +392,17 @@ def test_a_killed_training_ends_as_an_undisturbed_one(
         assert torch.allclose(again.weights[key], value, rtol=1e-4, atol=1e-6), key
 
 
+@pytest.mark.parametrize("name", sorted(TRAINED))
+def test_a_model_in_bfloat16_learns_in_float32(name: str, checkpoint: Folder) -> None:
+    teacher, tokens = load(checkpoint("llama"), dtype="bfloat16"), many_texts(24)
+    repair = recovered(name, teacher, PLAN, tokens)
+    assert repair.weights
+    assert {value.dtype for value in repair.weights.values()} == {torch.float32}
+    assert apply(teacher, PLAN, repair=repair).dtype == torch.bfloat16
+    with pytest.raises(UsageError, match="bfloat16 or float32"):
+        recovered(name, load(checkpoint("llama"), dtype="float16"), PLAN, tokens)
+
+
 @pytest.mark.parametrize("loss", ["nll", "kl", "mse"])
 def test_training_lowers_its_loss_and_patches_learn_too(loss: str, checkpoint: Folder) -> None:
     teacher, tokens = load(checkpoint("llama")), many_texts(24)

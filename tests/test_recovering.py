@@ -12,7 +12,7 @@ import tiny
 import torch
 
 import billhook
-from billhook.errors import DataError, UnknownName, UsageError
+from billhook.errors import DataError, RecipeError, UnknownName, UsageError
 from billhook.execute import JUDGED, Folding
 from billhook.pipeline import tokens_for
 from billhook.plan import Ask, Plan
@@ -110,6 +110,8 @@ def test_recoveries_and_their_options_are_checked_before_anything_is_computed(mo
     asked: dict[str, Any] = {"out": tmp_path / "out", "store": tmp_path / "b.db", **SHORT}
     with pytest.raises(UnknownName, match="Did you mean 'fold'"):
         billhook.prune(model, recover="folt", **asked)
+    with pytest.raises(RecipeError, match="does fold twice"):
+        billhook.prune(model, recover="fold,lora,fold", **asked)
     with pytest.raises(UsageError, match=r"no option 'rnk' of lora and fold\. Did you mean rank"):
         billhook.prune(model, recover="lora,fold", recover_set={"rnk": 3}, **asked)
     assert not (tmp_path / "out").exists()

@@ -167,6 +167,8 @@ def _trained(
     teacher = subject.teacher
     if teacher.weights is not None:
         raise UsageError("The model is larger than the memory, and cannot be trained so. Recover by fold, or mean.")
+    if teacher.model.dtype == torch.float16:
+        raise UsageError("float16 loses small gradients. Train with --dtype bfloat16 or float32.")
     student = apply(teacher, subject.plan, repair=subject.repair)
     student.requires_grad_(False)
     blocks = arch.blocks_of(student, teacher.row)
@@ -186,7 +188,8 @@ def _trained(
     for rows in (learnt_from, checked):
         hear(teacher.model, rows, course.loss, subject.watch)
         remember(student, blocks, first, rows)
-    trainer = Trainer(student, parameters, course, subject.work, subject.watch)
+    compute = teacher.model.dtype
+    trainer = Trainer(student, parameters, course, subject.work, subject.watch, compute=compute)
     with from_streams(student, blocks, first, teacher.row.block_outputs) as give:
         trainer.run(learnt_from, checked, give)
     return difference(teacher, subject.plan, merge(student))
