@@ -19,6 +19,7 @@ from billhook.registry import Registry
 
 Search = Generator[Ask, list[Loss], list[Plan]]
 FEW = 1024  # tokens, for what only decides where to look first
+TRIED = 64  # exchanges a round, of the hundreds that there are in a model of 60 sites
 SEARCHES: Registry[Callable[..., Search]] = Registry("search")
 search = SEARCHES.add
 
@@ -87,12 +88,12 @@ def given_scores(problem: Problem, moves: Sequence[Move]) -> dict[Move, float] |
     return {move: problem.scores[key] for move, key in keys.items()}
 
 
-def exchanges(problem: Problem, plan: Plan) -> Generator[Ask, list[Loss], tuple[Plan, float]]:
+def exchanges(problem: Problem, plan: Plan, tried: int = TRIED) -> Generator[Ask, list[Loss], tuple[Plan, float]]:
     """The best single exchange (one group comes back, another goes), again and again until none helps.
 
-    The plan that is reached, and its loss. What only comes back counts too, where the budgets stay met. All exchanges
-    are held against the plan as it is, and most are dropped early; where candidates race, those take part that look
-    best by what each half does alone, on few tokens.
+    The plan that is reached, and its loss. What only comes back counts too, where the budgets stay met. Of all
+    exchanges the `tried` (0: all) that look best by what each half does alone, on few tokens, are held against the plan
+    as it is, and most of them are dropped early.
     """
     groups = problem.groups()
     now = (yield Ask((plan,)))[0].mean
@@ -108,6 +109,7 @@ def exchanges(problem: Problem, plan: Plan) -> Generator[Ask, list[Loss], tuple[
         gain = {g: few[p] - few[plan] for g, p in less.items()}
         rise = {h: few[p] - few[plan] for h, p in more.items()}
         hopeful = sorted(pairs, key=lambda p: (_expected(pairs[p], gain, rise), p.key()))
+        hopeful = hopeful[:tried] if tried else hopeful
         plans = (plan, *hopeful)
         hints = (-math.inf, *(_expected(pairs[p], gain, rise) for p in hopeful))
         loss, best = lowest(plans, (yield Ask(plans, best=1, hints=hints)))

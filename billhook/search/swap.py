@@ -4,31 +4,42 @@ from __future__ import annotations
 
 from billhook.plan import Plan
 from billhook.problem import Problem
-from billhook.search import SEARCHES, Search, exchanges, search
+from billhook.search import SEARCHES, TRIED, Search, exchanges, search
 
 
 @search
-def swap(problem: Problem, *, start: str = "greedy") -> Search:
+def swap(problem: Problem, *, start: str = "greedy", tried: int = TRIED) -> Search:
     """Begin as another search ends, then exchange single sites as long as one exchange lowers the loss.
 
-    `start`: the search to begin with. Nothing is left that one exchange would improve; what is lost with two removals
-    that only matter together comes back.
+    `start`: the search to begin with. `tried`: how many exchanges a round are measured, those that look best by what
+    each half does alone; with 0 all are, and nothing is left that one exchange would improve. What is lost with two
+    removals that only matter together comes back.
 
     Formula: argmin over pairs (i in R, j not in R) of L(R - i + j), until that is no lower than L(R).
-    Cost: those of `start`; then, for r sites removed and s left, r + s losses on 1,024 tokens and r·s exchanges a
-    round, nearly all of which are dropped early.
+    Cost: those of `start`; then, for r sites removed and s left, r + s losses on 1,024 tokens and `tried` of the r·s
+    exchanges a round, nearly all of which are dropped early.
 
     Source: local search by 1-exchanges, Nemhauser, Wolsey and Fisher 1978, for sets of one size; for layers ours.
     """
     path = yield from SEARCHES[start](problem)
-    plan, _ = yield from exchanges(problem, path[-1])
-    return _in_order(path, plan)
+    plan, _ = yield from exchanges(problem, path[-1], tried)
+    return _in_order(problem, path, plan)
 
 
-def _in_order(path: list[Plan], plan: Plan) -> list[Plan]:
-    """A path to `plan`: what the old path removed and the plan does too, in that order, then what came in exchange."""
-    told, before = [Plan()], Plan()
-    for after in path:
-        told.append(told[-1].without(*((after.removed - before.removed) & plan.removed)))
-        before = after
-    return [p for p, earlier in zip([*told[1:], plan], told, strict=True) if p != earlier]
+def _in_order(problem: Problem, path: list[Plan], plan: Plan) -> list[Plan]:
+    """A path to `plan`, move by move: what the old path removed too, in its order, then what came in exchange.
+
+    The plan alone, where that is no path: where a beginning of it meets the budgets already.
+    """
+    if plan == path[-1]:
+        return path
+    when = {site: step for step, reached in reversed(list(enumerate(path))) for site in reached.removed}
+    order = sorted(problem.gone(plan), key=lambda move: max(when.get(site, len(path)) for site in move))
+    told = [Plan()]
+    while told[-1] != plan:
+        free = set(problem.moves(told[-1])) if not problem.met(told[-1]) else set()
+        move = next((move for move in order if move in free and not told[-1].removed & set(move)), None)
+        if move is None:
+            return [plan]
+        told.append(told[-1].without(*move))
+    return told[1:]
