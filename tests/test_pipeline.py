@@ -27,7 +27,8 @@ from billhook.plan import Plan
 from billhook.records import Event, Watch
 from billhook.store import Store
 
-OPTIONS: dict[str, Any] = {"remove": "3sites", "tokens": 240, "length": 24, "eval_tokens": 600, "eval_length": 32}
+OPTIONS: dict[str, Any] = {"remove": "3sites", "search": "greedy", "tokens": 240, "length": 24, "eval_tokens": 600,
+                           "eval_length": 32}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
