@@ -33,34 +33,38 @@ def picked(tokens: TokenSet, documents: Sequence[int]) -> TokenSet:
     )
 
 
+def every(tokens: TokenSet, count: int) -> tuple[list[int], list[int]]:
+    """The documents of all texts but every `count`-th, and of those; where there is one text only, documents count.
+
+    With fewer than `count` of them every last one; the first list is empty where there is nothing to share.
+    """
+    texts = {text: rank for rank, text in enumerate(dict.fromkeys(tokens.clusters))}
+    ranks = [texts[text] if len(texts) > 1 else d for d, text in enumerate(tokens.clusters)]
+    count = min(count, max(ranks) + 1)
+    chosen = [d for d, rank in enumerate(ranks) if rank % count == count - 1]
+    return [d for d in range(len(ranks)) if d not in set(chosen)], chosen
+
+
 def halves(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
     """Every second text of a token set, and the others; every second document, where it has one text only.
 
     Raises UsageError if there is nothing to halve.
     """
-    texts = list(dict.fromkeys(tokens.clusters))
-    second = {text for i, text in enumerate(texts) if i % 2}
-    sides: tuple[list[int], list[int]] = ([], [])
-    for document, text in enumerate(tokens.clusters):
-        sides[(text in second) if len(texts) > 1 else document % 2].append(document)
+    sides = every(tokens, 2)
     if not all(sides):
         raise UsageError("Held-out text of one document cannot be halved. Give more text, or more --eval-tokens.")
     return picked(tokens, sides[0]), picked(tokens, sides[1])
 
 
-def shared_out(tokens: TokenSet, every: int) -> tuple[TokenSet, TokenSet]:
-    """All texts of a token set but every so-manyth, and those; documents, where there is one text only.
+def shared_out(tokens: TokenSet, count: int) -> tuple[TokenSet, TokenSet]:
+    """All texts of a token set but every `count`-th, and those; documents, where there is one text only.
 
     Raises DataError if there is nothing to share.
     """
-    texts = {text: rank for rank, text in enumerate(dict.fromkeys(tokens.clusters))}
-    ranks = [texts[text] if len(texts) > 1 else d for d, text in enumerate(tokens.clusters)]
-    every = min(every, max(ranks) + 1)
-    second = [d for d, rank in enumerate(ranks) if rank % every == every - 1]
-    first = [d for d, rank in enumerate(ranks) if rank % every != every - 1]
-    if not first:
+    rest, chosen = every(tokens, count)
+    if not rest:
         raise DataError(f"{tokens.source} holds one document, and a recovery needs a second one to validate on.")
-    return picked(tokens, first), picked(tokens, second)
+    return picked(tokens, rest), picked(tokens, chosen)
 
 
 def parted(tokens: TokenSet, size: int, count: int) -> list[TokenSet]:

@@ -99,13 +99,15 @@ def _place(teacher: Teacher, site: Site) -> nn.Module:
 
 
 def renamed(teacher: Teacher, name: str, kept: list[int]) -> str | None:
-    """A student's name of a parameter of its teacher, whose block at position p is at `kept.index(p)`; None if gone."""
-    path = f"{teacher.row.blocks}."
-    if not name.startswith(path):
+    """A student's name of a parameter of its teacher, whose block at position p is at `kept.index(p)`; None if gone.
+
+    Of a tensor in the teacher's files likewise: what stands before the blocks may differ.
+    """
+    found = re.search(rf"(?:^|\.){re.escape(teacher.row.blocks.rsplit('.', 1)[-1])}\.(\d+)\.", name)
+    if found is None:
         return name
-    index, _, rest = name.removeprefix(path).partition(".")
-    position = teacher.positions[int(index)]
-    return f"{path}{kept.index(position)}.{rest}" if position in kept else None
+    position = teacher.positions[int(found[1])]
+    return f"{name[: found.start(1)]}{kept.index(position)}{name[found.end(1) :]}" if position in kept else None
 
 
 def difference(teacher: Teacher, plan: Plan, student: Any) -> Repair:
@@ -205,24 +207,14 @@ def copy_shards(student: Any, teacher: Teacher, weights: Weights, folder: Path, 
 
     What a repair changed, or put in, comes from memory, in the checkpoint's dtype.
     """
-    tail = re.escape(teacher.row.blocks.rsplit(".", 1)[-1])
     kept = student.config.billhook["kept_blocks"]
-
-    def renumbered(name: str) -> str | None:
-        """The student's name for one of the teacher's; None where its block is gone."""
-        found = re.search(rf"(?:^|\.){tail}\.(\d+)\.", name)
-        if found is None:
-            return name
-        position = teacher.positions[int(found[1])]
-        return f"{name[: found.start(1)]}{kept.index(position)}{name[found.end(1) :]}" if position in kept else None
-
     has = student.state_dict(keep_vars=True)
     own = {id(p) for p in teacher.model.parameters()} | {id(b) for b in teacher.model.buffers()}
     jobs: dict[str, tuple[str | None, torch.Tensor | None]] = {}  # by new name: its name in the source, its new value
     covered: set[str] = set()
     for name, targets in weights.targets().items():
-        new = renumbered(name)
-        there = {t: has[t] for t in map(renumbered, targets) if t is not None and t in has}
+        new = renamed(teacher, name, kept)
+        there = {t: has[t] for old in targets if (t := renamed(teacher, old, kept)) in has and t is not None}
         covered |= there.keys()
         if new is not None and there:
             fresh = [tensor for tensor in there.values() if id(tensor) not in own]

@@ -75,6 +75,12 @@ class Rows:
         parts = (self.top, self.likely, self.hidden, self.streams)
         return Rows(*(None if part is None else part[:, :time] for part in (self.ids, self.counted, *parts)))  # type: ignore[arg-type]
 
+    def portions(self) -> Iterator[Rows]:
+        """All of them, in order, as many at a time as go through a model together."""
+        step = max(1, AT_A_TIME // self.ids.shape[1])
+        for start in range(0, len(self.ids), step):
+            yield self.picked(torch.arange(start, min(start + step, len(self.ids)), device=self.ids.device))
+
 
 def rows_of(tokens: TokenSet, device: torch.device) -> Rows:
     """All rows of a token set."""
@@ -287,11 +293,9 @@ class Trainer:
         """One step; its loss per token."""
         batch = train.picked(order(step).to(train.ids.device))
         total, weight = 0.0, max(1, weight_of(batch, self.course.loss))
-        each = max(1, AT_A_TIME // batch.ids.shape[1])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.course.seed + step)
-            for start in range(0, len(batch.ids), each):
-                some = batch.picked(torch.arange(start, min(start + each, len(batch.ids)), device=batch.ids.device))
+            for some in batch.portions():
                 give(some)
                 loss = self._loss(some) / weight
                 loss.backward()
@@ -312,9 +316,8 @@ class Trainer:
         """Loss per token of the validation rows."""
         training = self.student.training
         self.student.eval()
-        total, each = 0.0, max(1, AT_A_TIME // valid.ids.shape[1])
-        for start in range(0, len(valid.ids), each):
-            some = valid.picked(torch.arange(start, min(start + each, len(valid.ids)), device=valid.ids.device))
+        total = 0.0
+        for some in valid.portions():
             give(some)
             total += float(self._loss(some))
         self.student.train(training)

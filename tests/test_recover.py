@@ -209,6 +209,14 @@ def test_fold_is_the_ridge_regression_of_what_the_stream_lacks(checkpoint: Folde
     assert torch.allclose(slope, ridge * change.T, rtol=1e-2, atol=1e-3 * float(slope.abs().max()))
 
 
+def test_of_a_single_text_some_documents_choose_the_ridge(checkpoint: Folder) -> None:
+    teacher, ids = load(checkpoint("llama")), many_texts(40).rows.tolist()
+    one = pick([Document(0, tuple(row)) for row in ids], 40 * 24, 24, [], "one text")
+    held = Subject(teacher, PLAN).held(Bench(teacher, one, "kl"), one)
+    assert int(held.sum()) == 5 * 24, "every eighth of forty documents"
+    assert recovered("fold", teacher, PLAN, one).weights
+
+
 def test_fold_looks_behind_the_run_that_follows(checkpoint: Folder) -> None:
     """Right before a run the stream is fitted to what the teacher has behind it."""
     teacher, tokens, plan = load(checkpoint("llama")), many_texts(60), Plan.of(["mlp.1", "attention.2", "mlp.2"])

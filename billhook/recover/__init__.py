@@ -16,6 +16,7 @@ import torch
 from billhook.data import TokenSet
 from billhook.loading import Teacher
 from billhook.plan import Plan
+from billhook.portions import every
 from billhook.probe.measure import Bench
 from billhook.records import Watch, silent
 from billhook.registry import Registry
@@ -46,10 +47,9 @@ class Subject:
 
     def held(self, bench: Bench, tokens: TokenSet) -> torch.Tensor:
         """Which tokens of `bench` only choose, and are not fitted to: those of every eighth text. [tokens], bool."""
-        texts = [tokens.clusters[group.documents[i]] for group in bench.groups for i in group.of.tolist()]
-        rank = {text: number for number, text in enumerate(dict.fromkeys(tokens.clusters))}
-        every = min(EVERY, len(rank))
-        return torch.tensor([rank[text] % every == every - 1 for text in texts], device=self.teacher.device)
+        chosen = set(every(tokens, EVERY)[1])
+        of = [group.documents[i] in chosen for group in bench.groups for i in group.of.tolist()]
+        return torch.tensor(of, device=self.teacher.device)
 
 
 Recovery = Callable[..., Repair]
