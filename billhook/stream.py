@@ -65,10 +65,10 @@ def skeleton(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         if wide is not None and wide.search(name):
             parameter.data = parameter.data.to(torch.float32)
     for name, buffer in list(model.named_buffers()):
-        _put(model, name, torch.empty_like(buffer, device="cpu"))
+        put(model, name, torch.empty_like(buffer, device="cpu"))
     model.initialize_weights()  # fills the buffers; on the meta device it does nothing
     for name, buffer in list(model.named_buffers()):
-        _put(model, name, buffer.to(device))
+        put(model, name, buffer.to(device))
     return model.eval()
 
 
@@ -196,7 +196,7 @@ class Weights:
         for target, source in list(self._model.all_tied_weights_keys.items()):
             if {target, source} <= self._source.keys() and not self._same(target, source):
                 stood = self._model.get_parameter(target)
-                _put(self._model, target, nn.Parameter(torch.empty_like(stood), requires_grad=False))
+                put(self._model, target, nn.Parameter(torch.empty_like(stood), requires_grad=False))
                 self._model.all_tied_weights_keys.pop(target)
 
     def _same(self, one: str, other: str) -> bool:
@@ -262,11 +262,11 @@ class Weights:
                 stood = {}
                 try:
                     for name in list(made):
-                        stood[name] = _put(self._model, name, made.pop(name))
+                        stood[name] = put(self._model, name, made.pop(name))
                     yield self._model.get_submodule(f"{self._blocks}.{index}")
                 finally:
                     for name, parameter in stood.items():
-                        _put(self._model, name, parameter)
+                        put(self._model, name, parameter)
 
     def fill(self) -> None:
         """Give every parameter outside the blocks and the two embeddings its value, for good."""
@@ -274,7 +274,7 @@ class Weights:
         for recipe in self._recipes:
             if not recipe.first.startswith(f"{self._blocks}.") and recipe.first not in embeddings:
                 for name, value in self._cooked(recipe).items():
-                    _put(self._model, name, value)
+                    put(self._model, name, value)
 
     # -- the two embeddings -----------------------------------------------------------------------------------------
 
@@ -375,7 +375,7 @@ def _opened(shard: Path) -> Iterator[Any]:
         raise ModelError(f"{shard} is damaged ({error}). Download it again.") from error
 
 
-def _put(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
+def put(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
     """Set a parameter or buffer of `model`; returns what stood there."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)

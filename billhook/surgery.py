@@ -135,18 +135,22 @@ def difference(teacher: Teacher, plan: Plan, student: Any) -> Repair:
 
 
 def renew(student: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Give a student new values of some parameters; tied ones stay tied, and shared ones are left to who shares them.
-
-    In the dtype of what stood there.
-    """
+    """Give a student new values of some parameters, in the dtype of what stood there."""
+    fresh: dict[nn.Parameter, nn.Parameter] = {}
     for name, tensor in weights.items():
         old = student.get_parameter(name)
         device = tensor.device if old.device.type == "meta" else old.device
-        new = nn.Parameter(tensor.to(device=device, dtype=old.dtype, copy=True), requires_grad=False)
-        for module in student.modules():
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                if parameter is old:
-                    setattr(module, key, new)
+        value = tensor.to(device=device, dtype=old.dtype, copy=True)
+        fresh[old] = nn.Parameter(value, requires_grad=False)
+    exchange(student, fresh)
+
+
+def exchange(student: Any, fresh: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Put new parameters in the place of old ones; tied ones stay tied, and who shares the old ones keeps them."""
+    for module in student.modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in fresh:
+                setattr(module, key, fresh[parameter])
 
 
 def leaves(teacher: Teacher, plan: Plan, stock: bool) -> Plan:

@@ -14,6 +14,7 @@ from billhook.plan import PARTS, Plan, Site
 from billhook.probe.trunk import Trunk
 from billhook.probe.walk import Job, Walk
 from billhook.repair import Repair, patch_module
+from billhook.stream import put
 
 
 @contextmanager
@@ -22,13 +23,12 @@ def standing(trunk: Trunk, index: int, block: nn.Module, plan: Plan, repair: Rep
     position, row, config = trunk.teacher.positions[index], trunk.row, trunk.model.config
     parts = row.parts(block, config)
     stood: dict[str, nn.Module] = {}
-    weights: dict[str, nn.Parameter] = {}
+    weights: dict[str, torch.Tensor] = {}
     inside = f"{row.blocks}.{index}."
     for name, tensor in repair.weights.items():
         if name.startswith(inside):
             key = name.removeprefix(inside)
-            weights[key] = block.get_parameter(key)
-            _set(block, key, nn.Parameter(tensor.to(weights[key]), requires_grad=False))
+            weights[key] = put(block, key, tensor.to(block.get_parameter(key)))
     for part in PARTS:
         if (site := Site(position, part)) in plan.removed:
             patch = repair.patches.get(site)
@@ -43,12 +43,7 @@ def standing(trunk: Trunk, index: int, block: nn.Module, plan: Plan, repair: Rep
         for name, module in stood.items():
             setattr(block, name, module)
         for key, parameter in weights.items():
-            _set(block, key, parameter)
-
-
-def _set(block: nn.Module, name: str, value: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(block.get_submodule(owner), leaf, value)
+            put(block, key, parameter)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -61,6 +62,11 @@ def runs(sites: Sequence[Site], plan: Plan) -> list[tuple[Site, ...]]:
     return [tuple(run) for gone, run in groupby(sites, key=lambda site: site in plan.removed) if gone]
 
 
+def _flat(bench: Bench, streams: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The counted tokens of all groups: [tokens, any], in float32."""
+    return torch.cat([x[group.counted] for x, group in zip(streams, bench.groups, strict=True)]).float()
+
+
 def lookahead(sites: Sequence[Site], plan: Plan) -> dict[Site, Site]:
     """The last removed site behind each that stays and is followed by removed ones."""
     gone = {run[0]: run[-1] for run in runs(sites, plan)}
@@ -80,8 +86,7 @@ def streams_after(bench: Bench, sites: Collection[Site]) -> dict[Site, torch.Ten
         for site in (Site(position, part) for part in PARTS):
             if site in sites:
                 at = NO_MLP if middle and site.part == "attention" else KEPT
-                some = [each[at][group.counted] for each, group in zip(done, bench.groups, strict=True)]
-                found[site] = torch.cat(some).float()
+                found[site] = _flat(bench, [each[at] for each in done])
     return found
 
 
@@ -92,9 +97,7 @@ def side_by_side(bench: Bench, plan: Plan, repair: Repair, visit: Visit) -> Repa
     teacher = [trunk.enter(group.ids) for group in groups]
     student = list(teacher)
     alive = set(trunk.teacher.anatomy.alive())
-
-    def flat(streams: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([x[group.counted] for x, group in zip(streams, groups, strict=True)]).float()
+    flat = partial(_flat, bench)
 
     for index, block in enumerate(trunk.blocks(range(trunk.depth))):
         position = trunk.teacher.positions[index]

@@ -17,7 +17,7 @@ from billhook.errors import MissingExtra, UsageError
 from billhook.modeling_billhook import Patch
 from billhook.recover import Subject, recovery
 from billhook.repair import Repair
-from billhook.surgery import apply, difference
+from billhook.surgery import apply, difference, exchange
 from billhook.training import Course, Trainer, from_streams, hear, remember, rows_of
 
 LAST = 3  # blocks that `partial` trains
@@ -150,11 +150,7 @@ def _final(subject: Subject, student: Any) -> Iterable[nn.Parameter]:
 def _own(student: Any, names: Iterable[str]) -> None:
     """Give the student parameters of its own, which can learn, in the place of those that it shares; ties stay."""
     old = dict(student.named_parameters())
-    fresh = {id(old[name]): nn.Parameter(old[name].detach().float().clone()) for name in names}
-    for module in student.modules():
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) in fresh:
-                setattr(module, key, fresh[id(parameter)])
+    exchange(student, {old[name]: nn.Parameter(old[name].detach().float().clone()) for name in names})
 
 
 @torch.inference_mode(False)
