@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from billhook.budget import Budget
     from billhook.errors import BillhookError
+    from billhook.export.adapter import with_adapter
     from billhook.export.checkpoint import save
     from billhook.loading import Teacher, load, register
     from billhook.mask import masked
@@ -63,6 +64,7 @@ __all__ = [
     "stability",
     "sweep",
     "trade",
+    "with_adapter",
 ]
 _API = ("dry_run", "evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume", "runs", "score", "show",
         "stability", "sweep", "trade")  # fmt: skip
@@ -77,6 +79,7 @@ _HOMES = {
     "apply": "surgery",
     "masked": "mask",
     "save": "export.checkpoint",
+    "with_adapter": "export.adapter",
 }
 
 

@@ -17,6 +17,7 @@ from billhook import proof, report
 from billhook.budget import read_budgets
 from billhook.data import MIN_ROW, TokenSet
 from billhook.errors import FingerprintError
+from billhook.export.adapter import put_adapter
 from billhook.export.checkpoint import appear, aside_of, check_equal, check_streamed, check_target, write
 from billhook.loading import Teacher
 from billhook.losses import split_loss
@@ -25,8 +26,7 @@ from billhook.portions import halves, mixed_sets
 from billhook.proof import Job
 from billhook.recipe import Recipe
 from billhook.records import Watch
-from billhook.recovering import recovered, recovery_options
-from billhook.repair import UNTOUCHED
+from billhook.recovering import Recovered, recovered, recovery_options
 from billhook.searching import (
     check,
     count_losses,
@@ -43,6 +43,10 @@ from billhook.surgery import apply, leaves
 from billhook.vet import dtype_name
 
 ZEROED = "The removed sites hold zeros: equal outputs everywhere, no speed-up."
+APART = (
+    "The weights are those without the adapter, which is in the folder adapter beside them; all that was measured is "
+    "both together, merged."
+)
 STREAMED = "The model was larger than the memory that it might use: read block by block, it was not timed nor asked."
 
 
@@ -101,11 +105,12 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
     with job.stage("search"):
         found = find(job, teacher, calibration, held_out, given)
         plan, proof_text = found.plan, proof_of(recipe, held_out)
-    repair, recoveries = UNTOUCHED, list[dict[str, Any]]()
+    got = Recovered()
     if recipe.recoveries:
         with job.stage("recover"):
             texts = ({} if calibration.choices else {"calibration": calibration}) | {"held-out": proof_text}
-            repair, recoveries = recovered(job, teacher, plan, texts, work_of(job))
+            got = recovered(job, teacher, plan, texts, work_of(job))
+    repair = got.repair
     with job.stage("apply"):
         student = apply(teacher, plan, stock=recipe.stock, repair=repair)
     with job.stage("evaluate"):
@@ -113,17 +118,20 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
         tasks = [proof.task(job, teacher, plan, file, repair) for file in task_files(recipe)]
         answers = [] if streamed else proof.answers(teacher, student, job.watch)
     with job.stage("save"):
-        write(student, teacher.tokenizer, plan, aside, teacher=teacher, watch=job.watch)
+        saved = student if got.base is None else apply(teacher, plan, repair=got.base)
+        write(saved, teacher.tokenizer, plan, aside, teacher=teacher, watch=job.watch)
         probe_row = calibration.rows[:1, : calibration.lengths[0]]
         if streamed:
             check_streamed(teacher, plan, aside, probe_row, repair=repair, watch=job.watch)
         else:
-            check_equal(student, aside, probe_row, job.watch)
+            check_equal(saved, aside, probe_row, job.watch)
+        if got.adapter is not None:
+            put_adapter(got.adapter, aside, student, probe_row)
     with job.stage("speed"):
         timed = None if streamed else proof.measured_speed(job, teacher, student, (plan, repair), aside)
     with job.stage("report"):
         result = {
-            **_describe(job, teacher, student, plan),
+            **_describe(job, teacher, student, plan, got.adapter is not None),
             "data": {"calibration": calibration.describe(), "evaluation": proof_text.describe()},
             "steps": [step.to_json() for step in found.steps],
             "search": found.conducted,
@@ -131,7 +139,7 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
             "perplexity": perplexity,
             "tasks": tasks,
             **_sizes(teacher.anatomy, leaves(teacher, plan, recipe.stock), repair.parameters(), teacher.dtype.itemsize),
-            "recoveries": recoveries,
+            "recoveries": list(got.told),
             "speed": timed,
             "answers": answers,
             "seconds": job.seconds,
@@ -179,7 +187,7 @@ def _bind(job: Job, bound: dict[str, str], teacher: Teacher, calibration: TokenS
 # -- the report -----------------------------------------------------------------------------------------------------
 
 
-def _describe(job: Job, teacher: Teacher, student: Any, plan: Plan) -> dict[str, Any]:
+def _describe(job: Job, teacher: Teacher, student: Any, plan: Plan, apart: bool) -> dict[str, Any]:
     device = str(teacher.device)
     zeroed = student.config.billhook.get("zeroed")
     return {
@@ -187,7 +195,9 @@ def _describe(job: Job, teacher: Teacher, student: Any, plan: Plan) -> dict[str,
         "run": job.run,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "kind": student.config.model_type + (", zeroed: no speed-up" if zeroed else ""),
-        "note": " ".join(([ZEROED] if zeroed else []) + ([STREAMED] if teacher.weights is not None else [])),
+        "note": " ".join(
+            note for note, so in ((ZEROED, zeroed), (STREAMED, teacher.weights is not None), (APART, apart)) if so
+        ),
         "model": {
             "name": teacher.name,
             "type": teacher.anatomy.model_type,

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from billhook.portions import shared_out
 from billhook.proof import Job, nats_of
 from billhook.recipe import Recipe
 from billhook.recover import RECOVERIES, Subject
+from billhook.recover.trained import ADAPTER
 from billhook.registry import chosen
 from billhook.repair import UNTOUCHED, Repair, read_repair
 from billhook.searching import recovery_tokens
@@ -25,23 +27,41 @@ from billhook.stats import exp, paired_difference
 EVERY = 10  # of so many texts one validates
 
 
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a run's recoveries found. `told`: what each did to the perplexity, in pairs.
+
+    `base`: the repair of the checkpoint, where that is not the whole one: without the last, which is in `adapter`.
+    """
+
+    repair: Repair = UNTOUCHED
+    told: tuple[dict[str, Any], ...] = ()
+    base: Repair | None = None
+    adapter: Path | None = None
+
+
 def recovery_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """The recoveries of a recipe in order, with their options. Raises UnknownName or UsageError."""
     methods = [RECOVERIES[name] for name in recipe.recoveries]
-    return dict(zip(recipe.recoveries, chosen(recipe.recover_set, *methods), strict=True))
+    options = dict(zip(recipe.recoveries, chosen(recipe.recover_set, *methods), strict=True))
+    apart = [name for name, own in options.items() if own.get("merge") is False]
+    if apart and (recipe.recoveries[-1] != apart[-1] or recipe.stock):
+        raise UsageError(
+            f"{apart[0]} with merge=no leaves an adapter beside the checkpoint, so it must be the last recovery, and "
+            "not with --stock. Leave merge=no out to merge it."
+        )
+    return options
 
 
-def recovered(
-    job: Job, teacher: Teacher, plan: Plan, texts: Mapping[str, TokenSet], work: Path
-) -> tuple[Repair, list[dict[str, Any]]]:
-    """The repair of a run's recoveries, and what each did to the perplexity on each of `texts`, in pairs.
+def recovered(job: Job, teacher: Teacher, plan: Plan, texts: Mapping[str, TokenSet], work: Path) -> Recovered:
+    """Carry out the recoveries of a run, and prove each on each of `texts`.
 
     `work`: for what a killed run goes on from: every finished repair, and the checkpoints of a training.
     """
-    recipe, repair = job.recipe, UNTOUCHED
+    recipe, repair, before = job.recipe, UNTOUCHED, UNTOUCHED
     options = recovery_options(recipe)
     if not options:
-        return repair, []
+        return Recovered()
     train, valid = shared_out(recovery_tokens(recipe, teacher, job.watch), EVERY)
     for name, held in texts.items():
         if name != "calibration" and set(train.digests + valid.digests) & set(held.digests):
@@ -60,6 +80,9 @@ def recovered(
             repair = RECOVERIES[name](subject, train, valid, **own).rounded(teacher.dtype)
             took = round(time.perf_counter() - start, 1)
             seconds.write_text(json.dumps(took))
+            if (training / ADAPTER).is_dir():
+                shutil.rmtree(work / ADAPTER, ignore_errors=True)
+                (training / ADAPTER).rename(work / ADAPTER)
             repair.save(file)
             shutil.rmtree(training)
         told.append({
@@ -67,7 +90,8 @@ def recovered(
             "tokens": train.tokens, "data": train.source,
             "on": {text: _gained(job, teacher, plan, (before, repair), tokens) for text, tokens in texts.items()},
         })  # fmt: skip
-    return repair, told
+    apart = work / ADAPTER if (work / ADAPTER).is_dir() else None
+    return Recovered(repair, tuple(told), before if apart else None, apart)
 
 
 def _gained(job: Job, teacher: Teacher, plan: Plan, sides: tuple[Repair, Repair], tokens: TokenSet) -> dict[str, Any]:

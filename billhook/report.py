@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from billhook.plan import PARTS, Plan, Site
 from billhook.records import LOSS_UNITS
-from billhook.summary import Result, count, duration, notes, rows, short, verdict
+from billhook.summary import RECOVERED, Result, count, duration, notes, recovery_rows, rows, short, verdict
 
 # -- words -------------------------------------------------------------------------------------------------------------
 
@@ -80,6 +80,7 @@ def card(result: Result) -> str:
             "\n".join(f"- {words}" for words in removed) + "\n\nBlocks are counted from 0 in the unpruned model.",
             "## Measured",
             table + "\n\nIn brackets: 95% intervals. The teacher is the model before this pruning.",
+            _recovered_card(result),
             f"## How to load it\n\n{_loading(result['kind'])}",
             f"## Recipe\n\n```yaml\n{_yaml(result['recipe'])}\n```",
             "## Data\n\n" + "\n".join(data),
@@ -87,6 +88,12 @@ def card(result: Result) -> str:
             f"Made with Billhook {_md(result['billhook'])}, run {_md(result['run'])}, {_md(result['created'])}.\n",
         ]
     ).replace("\n\n\n\n", "\n\n")
+
+
+def _recovered_card(result: Result) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in recovery_rows(result)]
+    head = [f"| {' | '.join(RECOVERED)} |", "|---|---|---|---|---|"]
+    return "\n".join(["## What recovery gave back", "", *head, *lines]) if lines else ""
 
 
 def _md(value: object) -> str:
@@ -139,9 +146,10 @@ def page(result: Result) -> str:
         made=_e(made),
         verdict=_e(verdict(result)),
         notes="".join(f'<p class="note">{_e(note)}</p>' for note in notes(result)),
-        table=re.sub(r"\(.*?\)", r'<span class="span">\g<0></span>', measured),
+        table=_whole_spans(measured),
         map=_map(result),
         removals=_removals(result),
+        recovered=_recovered(result),
         charts="".join(charts),
         answers=_answers(result["answers"]),
         recipe=_e(_yaml(result["recipe"])),
@@ -164,6 +172,11 @@ def listed(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
         for first, *rest in lines
     )
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _whole_spans(table: str) -> str:
+    """A table in which no interval is broken at the end of a line."""
+    return re.sub(r"\(.*?\)", r'<span class="span">\g<0></span>', table)
 
 
 def _cells(result: Result) -> dict[str, tuple[str, str, str]]:
@@ -220,6 +233,16 @@ def _removals(result: Result) -> str:
     table = listed(("No.", "Site", "Parameters", "Loss", "Gap ± 95%"), lines)
     told = f"<p>{_e(result['search']['told'])}</p>"
     return f"{told}<details><summary>The removals in order, as a table</summary>{table}</details>"
+
+
+def _recovered(result: Result) -> str:
+    """The recoveries of a run, on every text; nothing where there are none."""
+    lines = recovery_rows(result)
+    caption = "Before and after each, in pairs; in brackets 95% intervals. The gap is that to the teacher."
+    table = _whole_spans(listed(RECOVERED, lines))
+    return (
+        f"<section class=recovered><h2>What recovery gave back</h2>{table}<p>{caption}</p></section>" if lines else ""
+    )
 
 
 def _chart(kind: str, title: str, label: str, caption: str, numbers: Mapping[str, list[Any]]) -> str:

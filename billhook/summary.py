@@ -67,17 +67,39 @@ def notes(result: Result) -> list[str]:
         told.append(f"Perplexity: the interval rests on {quality['clusters']} texts only and is not reliable.")
     if within := result.get("within"):
         told.append(_within_in_words(within))
-    told[:0] = [_recovery_in_words(each) for each in result.get("recoveries", ())]
-    return told
+    recoveries, before = [], 0
+    for each in result.get("recoveries", ()):
+        recoveries.append(_recovery_in_words(each, each["parameters"] - before))
+        before = each["parameters"]
+    return recoveries + told
 
 
-def _recovery_in_words(told: Mapping[str, Any]) -> str:
-    """What one recovery did to the perplexity on held-out text; loudly, where that is nothing."""
+RECOVERED = ("Recovery", "Text", "Perplexity", "Change", "Of the gap")
+
+
+def recovery_rows(result: Result) -> list[tuple[str, ...]]:
+    """What every recovery did on every text, as short strings under `RECOVERED`; the gap is that to the teacher."""
+    return [
+        (
+            each["recovery"],
+            text,
+            f"{short(on['before'])} → {short(on['after'])}",
+            f"{times(on['ratio'])} {_span(on['ci95'], times)}",
+            "–" if on["closed"] is None else f"{on['closed']:.0%} closed" if on["closed"] >= 0 else "wider",
+        )
+        for each in result.get("recoveries", ())
+        for text, on in each["on"].items()
+    ]
+
+
+def _recovery_in_words(told: Mapping[str, Any], added: int) -> str:
+    """What one recovery did to the perplexity on held-out text, loudly where that is nothing; `added` parameters."""
     held = told["on"]["held-out"]
     low, high = (times(x) for x in held["ci95"])
     closed = f", {held['closed']:.0%} of the gap" if held["closed"] is not None else ""
     figures = f"{short(held['before'])} to {short(held['after'])} ({times(held['ratio'])}, {low}–{high}{closed})"
-    learnt = f"learnt from {told['tokens']:,} tokens in {duration(told['seconds'])}"
+    cost = f"{added:,} parameters more" if added else "nothing"
+    learnt = f"learnt from {told['tokens']:,} tokens in {duration(told['seconds'])}, at inference {cost}"
     if held["ci95"][1] >= 1:
         return f"{told['recovery']} DID NOT HELP on held-out text: perplexity {figures}; {learnt}. Leave it out."
     return f"{told['recovery']}: held-out perplexity {figures}; {learnt}."

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from billhook.data import TokenSet
 from billhook.errors import UsageError
@@ -34,13 +36,18 @@ SAVE_EVERY = 30.0  # seconds between two checkpoints
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """How to train. `loss`: nll, kl or mse; `minutes`: no more steps than fit into them, 0 for no limit."""
+    """How to train. `loss`: nll, kl or mse; `minutes`: no more steps than fit into them, 0 for no limit.
+
+    `checkpointing`: blocks forget what they computed and compute it again for the gradients: a third more time, and
+    memory for one block's activations in the place of all blocks'.
+    """
 
     loss: str
     rate: float
     epochs: int
     minutes: float
     batch: int  # rows a step
+    checkpointing: bool
     seed: int
 
     def check(self) -> Course:
@@ -160,6 +167,19 @@ def from_streams(student: Any, blocks: nn.ModuleList, first: int, outputs: int) 
         yield give
     finally:
         for block in blocks[:first]:
+            del block.forward
+
+
+@contextmanager
+def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, blocks keep their inputs only, and compute the rest again when gradients are asked for."""
+    chosen = list(blocks)
+    for block in chosen:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in chosen:
             del block.forward
 
 

@@ -105,7 +105,8 @@ def opened(home: Path) -> Iterator[Tab]:
                 targets = json.loads(root.recv(timeout=30))["result"]["targetInfos"]
                 page = next(target["targetId"] for target in targets if target["type"] == "page")
             address = f"ws://127.0.0.1:{number_}/devtools/page/{page}"
-            with connect(address, max_size=None, proxy=None) as socket:
+            # Without pings: they draw from `random` in a thread, which Hypothesis takes for a strategy's doing.
+            with connect(address, max_size=None, proxy=None, ping_interval=None) as socket:
                 yield Tab(socket)
         finally:
             browser.terminate()

@@ -18,7 +18,7 @@ import tiny
 import torch
 import transformers
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tests themselves run side by side
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
 

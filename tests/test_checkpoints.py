@@ -257,7 +257,8 @@ trust = dict(trust=True, plain=False, register=None)[sys.argv[2]]
 model, told = auto.from_pretrained(sys.argv[1], output_loading_info=True, trust_remote_code=trust)
 assert not told["missing_keys"] and not told["unexpected_keys"], told
 assert sys.argv[2] == "register" or "billhook" not in sys.modules
-torch.save(model(rows, use_cache=False).logits, sys.argv[3])
+with torch.no_grad():
+    torch.save(model(rows, use_cache=False).logits, sys.argv[3])
 """
 
 
@@ -280,7 +281,7 @@ def test_other_processes_load_it_right_or_not_at_all(variant: str, checkpoint: F
     assert "trust_remote_code" in told["plain"].stderr
     for way in ("trust", "register"):
         assert told[way].returncode == 0, told[way].stderr
-        assert torch.equal(torch.load(tmp_path / way), logits(student, ROWS[:1])), way
+        torch.testing.assert_close(torch.load(tmp_path / way), logits(student, ROWS[:1]), rtol=0, atol=1e-5)
 
 
 def test_a_checkpoint_that_lost_a_tensor_does_not_load(checkpoint: Folder, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import tiny
 import torch
 from test_probe import token_set
 
+from billhook.arch import output_of
 from billhook.data import Document, TokenSet, pick
 from billhook.errors import UsageError
 from billhook.export.checkpoint import check_streamed, save, write
@@ -18,7 +19,7 @@ from billhook.loading import Teacher, load
 from billhook.plan import Plan, Site
 from billhook.probe import Probe
 from billhook.probe.measure import Bench
-from billhook.probe.pair import Change, Stage, lookahead, order, runs, side_by_side, streams_after
+from billhook.probe.pair import Change, Stage, lookahead, order, places, runs, side_by_side, streams_after
 from billhook.recover import RECOVERIES, Subject
 from billhook.regression import Moments, fitted
 from billhook.repair import UNTOUCHED, Patch, Repair, read_repair
@@ -144,6 +145,41 @@ def test_a_sublayer_that_returns_a_constant_is_lossless_after_mean(tmp_path: Pat
     assert (logits(apply(teacher, plan), rows) - dense).abs().max() > 0.1
     repair = recovered("mean", teacher, plan, many_texts())
     assert torch.allclose(logits(apply(teacher, plan, repair=repair), rows), dense, rtol=1e-4, atol=1e-4)
+    assert list(repair.weights) == ["transformer.h.1.attn.c_proj.bias"]
+    assert repair.parameters() == 0
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_constants_between_which_nothing_reads_are_one_and_go_into_a_bias(variant: str, checkpoint: Folder) -> None:
+    """What stands where they were, each on its own, gives the same; of whole blocks only what holds a vector stays."""
+    teacher, tokens = load(checkpoint(variant)), many_texts()
+    plan = Plan.of(["mlp.0", "attention.1", "mlp.1", "attention.2", "mlp.3"])
+    repair = recovered("mean", teacher, plan, tokens)
+    apart: dict[Site, Patch] = {}
+
+    def note(stage: Stage) -> Change:
+        if not stage.removed:
+            return None
+        apart[stage.site] = Patch(bias=(stage.teacher_after - stage.teacher_before).mean(0))
+        return apart[stage.site]
+
+    bench = Bench(teacher, tokens, "kl")
+    side_by_side(bench, plan, UNTOUCHED, note)
+    rows = tiny.tokens(2, 12)
+    one, many = (logits(apply(teacher, plan, repair=r), rows) for r in (repair, UNTOUCHED.with_patches(apart)))
+    assert torch.allclose(one, many, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(one, logits(apply(teacher, plan), rows), rtol=1e-2, atol=1e-2)
+    # Between attention.0 and mlp.2 nothing reads; parallel parts read before their block.
+    runs_of = 3 if bench.trunk.parallel else 2
+    assert len(repair.patches) + len(repair.weights) == runs_of
+    assert set(map(len, places(bench, plan))) == ({2, 4} if bench.trunk.parallel else {1, 2, 5})
+    block = teacher.block(0)
+    name = output_of(block, "attention", teacher.row, teacher.model.config)  # what stays before both runs
+    biased = name is not None and getattr(block.get_submodule(name), "bias", None) is not None
+    assert len(repair.weights) == (runs_of if biased else 0)
+    if biased:
+        student = apply(teacher, plan, repair=repair)
+        assert 1 not in student.config.billhook["kept_blocks"]
 
 
 def straight(model: Any) -> None:
@@ -398,6 +434,27 @@ def test_a_killed_training_ends_as_an_undisturbed_one(
     again = RECOVERIES[name](subject, tokens, valid, **SHORT)
     for key, value in whole.weights.items():
         assert torch.allclose(again.weights[key], value, rtol=1e-4, atol=1e-6), key
+
+
+@pytest.mark.parametrize("name", sorted(TRAINED))
+def test_gradient_checkpointing_keeps_less_and_learns_the_same(name: str, checkpoint: Folder) -> None:
+    teacher, tokens = load(checkpoint("llama")), many_texts(8)
+    kept: list[int] = []
+    found: list[Repair] = []
+    for checkpointing in (False, True):
+        held = dict[int, int]()  # bytes of the tensors that wait for a backward pass, by where they are
+
+        def keep(x: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
+            held[x.data_ptr()] = x.numel() * x.element_size()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            found.append(recovered(name, teacher, PLAN, tokens, epochs=1, batch=8, checkpointing=checkpointing))
+        kept.append(sum(held.values()))
+    assert kept[1] < 0.7 * kept[0]
+    assert found[0].weights.keys() == found[1].weights.keys()
+    for key, value in found[0].weights.items():
+        assert torch.allclose(found[1].weights[key], value, rtol=1e-4, atol=1e-6), key
 
 
 @pytest.mark.parametrize("name", sorted(TRAINED))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,13 +13,14 @@ import tiny
 import torch
 
 import billhook
-from billhook.errors import DataError, RecipeError, UnknownName, UsageError
+from billhook.errors import DataError, FingerprintError, RecipeError, UnknownName, UsageError
+from billhook.evaluate.perplexity import perplexity
 from billhook.execute import JUDGED, Folding
 from billhook.pipeline import tokens_for
 from billhook.plan import Ask, Plan
 from billhook.portions import picked
 from billhook.probe import Probe
-from billhook.recipe import recipe_from
+from billhook.recipe import Recipe, recipe_from
 from billhook.records import Event, Loss
 from billhook.recover import RECOVERIES, Subject
 from billhook.registry import chosen
@@ -130,6 +132,31 @@ def test_an_option_is_of_all_methods_that_have_it_or_of_the_one_that_is_named() 
     assert chosen({"rank": 4, "lora.rank": 8}, *methods) == [{"rank": 8}, {"rank": 4}, {}]
     with pytest.raises(UsageError, match=r"no option 'fold\.rank'"):
         chosen({"fold.rank": 4}, *methods)
+
+
+def test_an_adapter_that_is_not_merged_goes_with_its_own_checkpoint_only(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    wanted: dict[str, Any] = SHORT | {"data": str(text), "recover": "fold,lora", "store": tmp_path / "b.db"}
+    learning = ["lora.epochs=6", "lora.rate=0.01", "lora.batch=2", "lora.loss=nll", "merge=no"]
+    result = billhook.prune(model, out=tmp_path / "out", recover_set=learning, **wanted)
+    assert "without the adapter" in result["note"]
+    teacher = billhook.load(model)
+    _, held = tokens_for(Recipe(**result["recipe"]), teacher, lambda event: None)
+    base, both = billhook.load(tmp_path / "out").model, billhook.with_adapter(tmp_path / "out")
+    last = result["recoveries"][-1]["on"]["held-out"]
+    assert math.exp(perplexity(base, held).mean) == pytest.approx(last["before"], rel=1e-4)
+    assert math.exp(perplexity(both, held).mean) == pytest.approx(last["after"], rel=1e-4)
+    assert last["after"] < 0.9 * last["before"]
+    told = (tmp_path / "out" / "adapter" / "adapter_config.json").read_text()
+    assert str(tmp_path) not in told
+    assert str(model) not in told
+    with pytest.raises(FingerprintError, match="other blocks under the same numbers"):
+        billhook.with_adapter(model, tmp_path / "out" / "adapter")
+    with pytest.raises(DataError, match="merge=no"):
+        billhook.with_adapter(model)
+    with pytest.raises(UsageError, match="must be the last recovery"):
+        billhook.prune(model, out=tmp_path / "no", **(wanted | {"recover": "lora,fold"}), recover_set=["merge=no"])
 
 
 # -- a fold inside the search ---------------------------------------------------------------------------------------

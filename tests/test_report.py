@@ -46,6 +46,20 @@ def a_result(seed: int = 0, blocks: int = 30, removals: int = 15, *, gone: tuple
 
     ratio, fast = 1 + rng.random(), 1 + rng.random() / 3
     text = {"source": "pydoc", "tokens": 16384, "sequences": 40, "documents": 40, "texts": 38, "hash": "bb"}
+
+    def recovery(name: str, before: float, after: float, held: float) -> dict[str, Any]:
+        on = {
+            "teacher": 20.1,
+            "before": before,
+            "after": after,
+            "ratio": after / before,
+            "reliable": True,
+            "ci95": [after / before * 0.97, after / before * 1.02],
+            "closed": (before - after) / (before - 20.1),
+        }
+        return {"recovery": name, "options": {}, "seconds": 241.3, "parameters": 9_216, "tokens": 32_768,
+                "data": "pydoc", "on": {"calibration": on, "held-out": on | {"closed": held}}}  # fmt: skip
+
     return {
         "billhook": "0.1.0", "run": "r3fa9c1", "created": "2026-11-22T07:00:00+00:00", "kind": "billhook-llama",
         "note": "", "out": "build/demo", "loss": "kl", "steps": steps,
@@ -60,6 +74,7 @@ def a_result(seed: int = 0, blocks: int = 30, removals: int = 15, *, gone: tuple
         "plan": {"removed": sorted(removed), "key": "cc"},
         "perplexity": {"teacher": 20.1, "student": 20.1 * ratio, "ratio": ratio, "ci95": [ratio * 0.96, ratio * 1.05],
                        "n": 40, "clusters": 38, "reliable": True, "note": ""},
+        "recoveries": [recovery("fold", 60.0, 42.5, 0.42), recovery("lora", 42.5, 43.0, -0.02)],
         "parameters": {"teacher": teacher, "student": student},
         "bytes": {"teacher": 4 * teacher, "student": 4 * student},
         "kv_bytes_per_token": {"teacher": 1536 * heads, "student": 1536 * (heads - lost)},
@@ -122,6 +137,24 @@ def test_rows_say_what_was_measured(seed: int) -> None:
         assert row.change.endswith(f", predicted ×{speed['predicted'][phase]:.2f}")
 
 
+def test_recoveries_are_told_on_every_text_and_what_they_cost() -> None:
+    result = a_result()
+    assert summary.recovery_rows(result) == [
+        ("fold", "calibration", "60.0 → 42.5", "×0.71 (0.69–0.72)", "44% closed"),
+        ("fold", "held-out", "60.0 → 42.5", "×0.71 (0.69–0.72)", "42% closed"),
+        ("lora", "calibration", "42.5 → 43.0", "×1.01 (0.98–1.03)", "wider"),
+        ("lora", "held-out", "42.5 → 43.0", "×1.01 (0.98–1.03)", "wider"),
+    ]
+    fold, lora = summary.notes(result)[:2]
+    assert "at inference 9,216 parameters more" in fold
+    assert "DID NOT HELP" in lora
+    assert "at inference nothing" in lora
+    assert "| fold | held-out | 60.0 → 42.5 | ×0.71 (0.69–0.72) | 42% closed |" in report.card(result)
+    told = Elements(report.page(result)).text
+    assert all(cell in told for row in summary.recovery_rows(result) for cell in row)
+    assert "What recovery gave back" not in report.page(result | {"recoveries": []})
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_fit_a_terminal_of_80_columns(seed: int) -> None:
     table = Table("", "teacher", "student", "change")
@@ -163,7 +196,7 @@ def test_what_was_not_measured_has_no_row_and_a_note() -> None:
         "KV cache / token",
         "FLOPs / token",
     ]
-    assert summary.notes(skipped) == ["Perplexity was not measured.", "Speed was not measured."]
+    assert summary.notes(skipped | {"recoveries": []}) == ["Perplexity was not measured.", "Speed was not measured."]
     unknown = a_result()
     unknown["speed"]["teacher"]["peak_bytes"] = None
     assert summary.rows(unknown)[-1] == summary.Row("Peak memory", "–", "1.10 GB", "–")
@@ -193,7 +226,7 @@ def test_seconds_and_minutes_never_reach_sixty() -> None:
 
 
 def test_notes_are_shown_everywhere() -> None:
-    result = a_result(note="the first note")
+    result = a_result(note="the first note", recoveries=[])
     result["perplexity"] |= {"reliable": False, "note": "rests on 3 texts"}
     result["speed"]["note"] = "the machine was busy"
     told = summary.notes(result)

@@ -32,13 +32,15 @@ class Stage:
     `inputs` [tokens, m]: what the student's output projection reads, m wide; of a removed site, what its place is
     given. `before`, `after` [tokens, width]: the student's residual stream; `teacher_before`, `teacher_after`: the
     teacher's. `weight`: the teacher's name for the weight of the output projection; None where the site is removed, or
-    its output is not added to the stream as it is. `value` [width, m]: that weight, as the student has it.
+    its output is not added to the stream as it is. `value` [width, m]: that weight, as the student has it; `bias`
+    [width]: of the same projection, where it has one.
     """
 
     site: Site
     removed: bool
     weight: str | None
     value: torch.Tensor | None
+    bias: torch.Tensor | None
     inputs: torch.Tensor
     before: torch.Tensor
     after: torch.Tensor
@@ -60,6 +62,21 @@ def order(bench: Bench) -> list[Site]:
 def runs(sites: Sequence[Site], plan: Plan) -> list[tuple[Site, ...]]:
     """The removed sites of `sites`, those that follow each other together."""
     return [tuple(run) for gone, run in groupby(sites, key=lambda site: site in plan.removed) if gone]
+
+
+def places(bench: Bench, plan: Plan) -> list[tuple[Site, ...]]:
+    """The sites of a teacher, those together between which no sublayer that stays reads the residual stream.
+
+    What one of them adds to the stream, another of the same place may add in its stead.
+    """
+    told: list[tuple[Site, ...]] = []
+    for _, together in groupby(order(bench), key=lambda site: site.block if bench.trunk.parallel else site):
+        sites = tuple(together)  # which add to the stream at once
+        if told and plan.removed.issuperset(sites):
+            told[-1] += sites
+        else:
+            told.append(sites)
+    return told
 
 
 def _flat(bench: Bench, streams: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -113,11 +130,9 @@ def side_by_side(bench: Bench, plan: Plan, repair: Repair, visit: Visit) -> Repa
                 after, heard = _heard(trunk, index, block, student, together)
                 for site in together[::-1]:
                     weight = None if site in plan.removed else _output(trunk, index, block, site)
-                    value = (
-                        None if weight is None else _value(block, weight.removeprefix(f"{trunk.row.blocks}.{index}."))
-                    )
+                    value, bias = (None, None) if weight is None else _values(trunk, index, block, weight)
                     told = (flat(x) for x in (heard[site], student, after, *passed[site.part]))
-                    change = visit(Stage(site, site in plan.removed, weight, value, *told))
+                    change = visit(Stage(site, site in plan.removed, weight, value, bias, *told))
                     repair = _with(repair, block, site, (weight, value), change)
                     after = _changed(after, heard[site], change)
                 student = after
@@ -132,14 +147,13 @@ def _output(trunk: Trunk, index: int, block: nn.Module, site: Site) -> str | Non
     return None if name is None else f"{trunk.row.blocks}.{index}.{name}.weight"
 
 
-def _inside(trunk: Trunk, index: int, weight: str) -> str:
-    """The name that a weight of the model has in block `index`."""
-    return weight.removeprefix(f"{trunk.row.blocks}.{index}.")
-
-
-def _value(block: nn.Module, name: str) -> torch.Tensor:
-    """A weight of a block as [outputs, inputs], in float32."""
-    return arch.by_output(block, name, block.get_parameter(name).detach()).float()
+def _values(trunk: Trunk, index: int, block: nn.Module, weight: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An output projection as it stands in block `index`, in float32: [outputs, inputs], and its bias [outputs]."""
+    name = weight.removeprefix(f"{trunk.row.blocks}.{index}.")
+    module = block.get_submodule(name.removesuffix(".weight"))
+    bias = getattr(module, "bias", None)
+    value = arch.by_output(block, name, block.get_parameter(name).detach()).float()
+    return value, None if bias is None else bias.detach().float()
 
 
 def _with(

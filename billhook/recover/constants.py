@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from billhook.data import TokenSet
 from billhook.errors import UsageError
-from billhook.probe.pair import Change, Stage, order, runs, side_by_side
+from billhook.plan import Site
+from billhook.probe.pair import Change, Stage, order, places, runs, side_by_side
 from billhook.recover import Subject, recovery
 from billhook.repair import Patch, Repair
 
@@ -15,18 +18,45 @@ from billhook.repair import Patch, Repair
 def mean(subject: Subject, train: TokenSet, valid: TokenSet) -> Repair:
     """The emulated update: the mean of what a removed sublayer adds in the unpruned model, in its place.
 
+    Vectors between which nothing reads the stream are one: in the bias of the output projection before them, where it
+    has one, or else where one of the sublayers was.
+
     Formula: b = mean over tokens of f(x), x and f as in the teacher; the stream goes on as x + b
-    Cost: one forward pass of the teacher and one of the student; at inference a vector a removed sublayer.
+    Cost: one forward pass of the teacher and one of the student; at inference a vector a run of removed sublayers, or
+    nothing.
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), its emulated update.
     Deviation: its code for this is not public; means are over the tokens of all texts alike.
     """
+    bench = subject.bench(train)
+    constants: dict[Site, torch.Tensor] = {}
+    biases: dict[Site, tuple[str, torch.Tensor]] = {}  # of output projections that stay, with their names
 
     def visit(stage: Stage) -> Change:
+        if stage.bias is not None and stage.weight is not None:
+            biases[stage.site] = f"{stage.weight.removesuffix('weight')}bias", stage.bias
         if not stage.removed or stage.site in subject.repair.patches:
             return None
-        return Patch(bias=(stage.teacher_after - stage.teacher_before).mean(0))
+        constants[stage.site] = (stage.teacher_after - stage.teacher_before).mean(0)
+        return Patch(bias=constants[stage.site])
 
-    return side_by_side(subject.bench(train), subject.plan, subject.repair, visit)
+    repair = side_by_side(bench, subject.plan, subject.repair, visit)
+    patches, weights = dict(subject.repair.patches), dict[str, torch.Tensor]()
+    lasting = (getattr(subject.teacher.model.config, "billhook", None) or {}).get("patches")  # of an earlier pruning
+    stay = {site.block for site in order(bench) if site not in subject.plan.removed}
+    for place in places(bench, subject.plan):
+        mine = [site for site in place if site in constants]
+        if lasting or len(mine) < sum(site in repair.patches for site in place):  # an earlier patch reads the stream
+            patches |= {site: repair.patches[site] for site in mine}
+            continue
+        if not mine:
+            continue
+        total = torch.stack([constants[site] for site in mine]).sum(0)
+        holder = next((biases[site] for site in place if site in biases), None)
+        if holder is None:
+            patches[min(mine, key=lambda site: (site.block not in stay, site))] = Patch(bias=total)
+        else:
+            weights[holder[0]] = holder[1] + total
+    return replace(repair, patches=dict(sorted(patches.items()))).with_weights(weights)
 
 
 @recovery

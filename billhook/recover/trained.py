@@ -18,15 +18,17 @@ from billhook.modeling_billhook import Patch
 from billhook.recover import Subject, recovery
 from billhook.repair import Repair
 from billhook.surgery import apply, difference, exchange
-from billhook.training import Course, Trainer, from_streams, hear, remember, rows_of
+from billhook.training import Course, Trainer, from_streams, hear, recomputed, remember, rows_of
 
 LAST = 3  # blocks that `partial` trains
+ADAPTER = "adapter"  # the folder, inside the work of a recovery, of one that is not merged
 
 
 @recovery
 def bias(
     subject: Subject, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 2e-3, epochs: int = 3, minutes: float = 0.0, batch: int = 8,
+    checkpointing: bool = False,
 ) -> Repair:  # fmt: skip
     """Train what is a vector: biases, norms, and the constants of a repair before.
 
@@ -39,13 +41,15 @@ def bias(
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
         return {name: p for name, p in student.named_parameters() if p.dim() == 1}
 
-    return _trained(subject, (train, valid), Course(loss, rate, epochs, minutes, batch, subject.seed), learn)
+    course = Course(loss, rate, epochs, minutes, batch, checkpointing, subject.seed)
+    return _trained(subject, (train, valid), course, learn)
 
 
 @recovery
 def partial(
     subject: Subject, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 2e-4, epochs: int = 3, minutes: float = 0.0, batch: int = 8,
+    checkpointing: bool = False,
 ) -> Repair:  # fmt: skip
     """Train the last three blocks, the final norm, and the head unless it is the embedding too.
 
@@ -66,13 +70,15 @@ def partial(
             chosen |= {id(p) for p in head.parameters()}
         return {name: p for name, p in student.named_parameters() if id(p) in chosen}
 
-    return _trained(subject, (train, valid), Course(loss, rate, epochs, minutes, batch, subject.seed), learn)
+    course = Course(loss, rate, epochs, minutes, batch, checkpointing, subject.seed)
+    return _trained(subject, (train, valid), course, learn)
 
 
 @recovery
 def full(
     subject: Subject, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 1e-4, epochs: int = 1, minutes: float = 0.0, batch: int = 8,
+    checkpointing: bool = False,
 ) -> Repair:  # fmt: skip
     """Train every parameter: continued pretraining with `loss=nll`, distillation with `loss=kl`.
 
@@ -86,16 +92,20 @@ def full(
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
         return dict(student.named_parameters())
 
-    return _trained(subject, (train, valid), Course(loss, rate, epochs, minutes, batch, subject.seed), learn)
+    course = Course(loss, rate, epochs, minutes, batch, checkpointing, subject.seed)
+    return _trained(subject, (train, valid), course, learn)
 
 
 @recovery
 def lora(
     subject: Subject, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 1e-3, epochs: int = 1, minutes: float = 0.0, batch: int = 8,
-    rank: int = 16, alpha: int = 32, dropout: float = 0.0,
+    checkpointing: bool = False, rank: int = 16, alpha: int = 32, dropout: float = 0.0, merge: bool = True,
 ) -> Repair:  # fmt: skip
     """Train low-rank updates of every linear map in the blocks, then merge them.
+
+    `merge=False`: the checkpoint stays without them, and they come beside it, as an adapter for peft; the recovery must
+    be the last one then, and what is measured is both together.
 
     Formula: W + alpha / rank · B A, B and A by AdamW on `loss` (nll, kl against the teacher, mse of what the heads
     read)
@@ -108,7 +118,9 @@ def lora(
         raise MissingExtra("The recovery lora", "heal")
     import peft
 
-    course = Course(loss, rate, epochs, minutes, batch, subject.seed)
+    course = Course(loss, rate, epochs, minutes, batch, checkpointing, subject.seed)
+    if not merge and subject.work is None:
+        raise UsageError("An adapter that is not merged needs a folder: give the subject its `work`.")
     adapted: list[Any] = []
 
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
@@ -125,10 +137,13 @@ def lora(
             adapted.append(peft.get_peft_model(student, settings))
         return {name: p for name, p in adapted[0].named_parameters() if "lora_" in name}
 
-    def merge(student: Any) -> Any:
+    def end(student: Any) -> Any:
+        if not merge and subject.work is not None:
+            adapted[0].peft_config["default"].base_model_name_or_path = ""  # no path of this machine
+            adapted[0].save_pretrained(subject.work / ADAPTER)
         return adapted[0].merge_and_unload()
 
-    return _trained(subject, (train, valid), course, learn, merge)
+    return _trained(subject, (train, valid), course, learn, end)
 
 
 def _linear(block: nn.Module) -> Iterator[str]:
@@ -156,7 +171,7 @@ def _own(student: Any, names: Iterable[str]) -> None:
 @torch.inference_mode(False)
 def _trained(
     subject: Subject, tokens: tuple[TokenSet, TokenSet], course: Course,
-    learn: Callable[[Any, nn.ModuleList], dict[str, nn.Parameter]], merge: Callable[[Any], Any] = lambda x: x,
+    learn: Callable[[Any, nn.ModuleList], dict[str, nn.Parameter]], end: Callable[[Any], Any] = lambda x: x,
 ) -> Repair:  # fmt: skip
     """Materialise the student, train what `learn` chooses of it, and note in which tensors it differs now."""
     course.check()
@@ -186,6 +201,7 @@ def _trained(
         remember(student, blocks, first, rows)
     compute = teacher.model.dtype
     trainer = Trainer(student, parameters, course, subject.work, subject.watch, compute=compute)
-    with from_streams(student, blocks, first, teacher.row.block_outputs) as give:
+    again: Iterable[nn.Module] = blocks[first:] if course.checkpointing else []
+    with from_streams(student, blocks, first, teacher.row.block_outputs) as give, recomputed(again):
         trainer.run(learnt_from, checked, give)
-    return difference(teacher, subject.plan, merge(student))
+    return difference(teacher, subject.plan, end(student))
