@@ -28,7 +28,7 @@ from billhook.surgery import apply, difference
 Folder = Callable[[str], Path]
 PLAN = Plan.of(["attention.0", "mlp.1", "attention.2", "mlp.2"])
 TRAINED = {"bias", "partial", "full", "lora"}
-FREE = sorted(set(RECOVERIES) - TRAINED)
+FREE = sorted(set(RECOVERIES) - TRAINED - {"patches"})
 SHORT = {"epochs": 2, "batch": 2}
 
 
@@ -486,6 +486,18 @@ def test_training_lowers_its_loss_and_patches_learn_too(loss: str, checkpoint: F
             for r in (patched, repair)
         ]
         assert told[1] < told[0]
+
+
+def test_only_patches_learn_from_where_the_closed_form_ended(checkpoint: Folder) -> None:
+    teacher, tokens = load(checkpoint("llama")), many_texts(24)
+    closed = recovered("lowrank", teacher, PLAN, tokens, rank=2)
+    subject = Subject(teacher, PLAN, closed)
+    repair = RECOVERIES["patches"](subject, tokens, tokens, epochs=4, rate=5e-3, batch=4)
+    assert repair.weights == {}
+    before, after = (Probe(teacher, tokens, "kl", mended=(PLAN, r)).losses([PLAN])[0].mean for r in (closed, repair))
+    assert after < before
+    with pytest.raises(UsageError, match="put lowrank before it"):
+        RECOVERIES["patches"](Subject(teacher, PLAN), tokens, tokens)
 
 
 def test_minutes_bound_the_steps(checkpoint: Folder) -> None:
