@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from billhook.records import EvalResult, Interval, Score
 
 Floats = NDArray[np.float64]
-FEW_CLUSTERS = 30
+FEW_CLUSTERS = 50  # below, even the best interval covers less than it says
 RESAMPLES = 10_000
 CHUNK = 500  # resamples at a time: 500 × clusters numbers in memory
 
@@ -26,27 +26,32 @@ def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0, level: float 
     """Mean of b - a per token, in nats, with a BCa interval (95% by default) over the texts of the items.
 
     The token-weighted mean is a ratio of two sums over texts; both are resampled together (Efron 1987, BCa; the
-    acceleration from the jackknife). Where all items come from one text, items are resampled instead. Below 30
+    acceleration from the jackknife). Where all items come from one text, items are resampled instead. Below 50
     clusters the interval is marked unreliable. Raises ValueError if the two results are not over the same items.
     """
     if (a.tokens, a.counts) != (b.tokens, b.counts):
         raise ValueError("These two results are not over the same items, so they cannot be paired.")
     change = np.asarray(b.sums) - np.asarray(a.sums)
-    return _clustered(change, np.asarray(a.counts, dtype=np.float64), a.clusters, seed, level)
+    return _clustered(change, a, seed, level)
 
 
 def mean_interval(result: EvalResult, seed: int = 0) -> Interval:
     """Mean of one result per token, in nats, with its interval over texts as in `paired_difference`."""
-    return _clustered(np.asarray(result.sums), np.asarray(result.counts, dtype=np.float64), result.clusters, seed)
+    return _clustered(np.asarray(result.sums), result, seed)
 
 
-def _clustered(values: Floats, weight: Floats, clusters: tuple[int, ...], seed: int, level: float = 0.95) -> Interval:
-    groups = np.unique(np.asarray(clusters), return_inverse=True)[1]
-    single_text = int(groups.max()) == 0
-    if single_text:
+def by_cluster(values: Floats, result: EvalResult) -> tuple[Floats, Floats]:
+    """Sums of `values` [items] of a result, and its counts, over the items of each text; of a single one, by item."""
+    groups = np.unique(np.asarray(result.clusters), return_inverse=True)[1]
+    if int(groups.max()) == 0:
         groups = np.arange(len(values))
-    sums = np.bincount(groups, values).astype(np.float64)
-    counts = np.bincount(groups, weight).astype(np.float64)
+    weight = np.asarray(result.counts, dtype=np.float64)
+    return np.bincount(groups, values).astype(np.float64), np.bincount(groups, weight).astype(np.float64)
+
+
+def _clustered(values: Floats, result: EvalResult, seed: int, level: float = 0.95) -> Interval:
+    sums, counts = by_cluster(values, result)
+    single_text = len(set(result.clusters)) == 1
     low, high = bca(sums, counts, seed, level)
     n = len(sums)
     reliable = n >= FEW_CLUSTERS and not single_text
@@ -56,7 +61,7 @@ def _clustered(values: Floats, weight: Floats, clusters: tuple[int, ...], seed: 
 
 def _few(n: int, single_text: bool) -> str:
     what = "documents of one text" if single_text else "texts"
-    return f"The interval is unreliable: it rests on {n} {what}, and wants {FEW_CLUSTERS} texts."
+    return f"Few documents: the interval rests on {n} {what}, and is to be relied on from {FEW_CLUSTERS} texts on."
 
 
 def bca(

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HOUSE = ROOT / "billhook"
 FILES = sorted(HOUSE.rglob("*.py"))
 FLOORS = (  # each floor imports from those above it, and each name from those before it on its own floor
-    ("errors", "plan", "budget", "problem", "registry", "records", "stats", "margin"),
+    ("errors", "plan", "budget", "problem", "registry", "records", "stats", "verdict", "margin"),
     ("modeling_billhook", "arch", "vet", "stream", "loading", "repair", "regression", "data", "portions", "tasks",
      "losses", "mask", "probe", "surgery", "training", "width", "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),
