@@ -22,11 +22,9 @@ if TYPE_CHECKING:
         runs,
         score,
         show,
-        stability,
-        sweep,
-        trade,
     )
     from billhook.budget import Budget
+    from billhook.contests import baselines, compare, gate, save_baseline, stability, sweep, threshold, trade
     from billhook.errors import BillhookError
     from billhook.export.adapter import with_adapter
     from billhook.export.checkpoint import save
@@ -47,8 +45,11 @@ __all__ = [
     "Site",
     "Teacher",
     "apply",
+    "baselines",
+    "compare",
     "dry_run",
     "evaluate_model",
+    "gate",
     "inspect",
     "load",
     "masked",
@@ -59,17 +60,20 @@ __all__ = [
     "resume",
     "runs",
     "save",
+    "save_baseline",
     "score",
     "show",
     "stability",
     "sweep",
+    "threshold",
     "trade",
     "with_adapter",
 ]
-_API = ("dry_run", "evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume", "runs", "score", "show",
-        "stability", "sweep", "trade")  # fmt: skip
+_API = ("dry_run", "evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume", "runs", "score", "show")
+_CONTESTS = ("baselines", "compare", "gate", "save_baseline", "stability", "sweep", "threshold", "trade")
 _HOMES = {
     **dict.fromkeys(_API, "api"),
+    **dict.fromkeys(_CONTESTS, "contests"),
     **dict.fromkeys(("Teacher", "load", "register"), "loading"),
     **dict.fromkeys(("Anatomy", "Plan", "Site"), "plan"),
     "BillhookError": "errors",

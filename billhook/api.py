@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from billhook import lab, lab_page, pipeline, proof, searching
+from billhook import pipeline, proof, searching
 from billhook import speed as timing
 from billhook.errors import FingerprintError, ResourceError, RunError, UsageError
 from billhook.evaluate import EVALUATIONS
-from billhook.export.checkpoint import check_target
 from billhook.loading import Teacher, load, pick_device
 from billhook.losses import ITEM_LOSSES, LOSSES
 from billhook.metrics import METRICS
@@ -31,6 +29,7 @@ from billhook.store import Run, Store
 from billhook.vet import dtype_name
 
 STORE = "billhook.db"
+NOTHING_GOES = ("compare", "gate", "baseline")  # of runs that are no pruning
 
 
 def prune(
@@ -52,11 +51,11 @@ def prune(
     asked = recipe_from(combined(recipe, model=str(model), **options), "The call")
     where = str(out) if out is not None else str(Path("pruned") / "{run}")
     with closing(Store(Path(store))) as opened:
-        run = opened.new_run(asked.model_dump(), _here(asked), where)
+        run = opened.new_run(asked.model_dump(), here(asked), where)
         return pipeline.execute(opened, opened.run(run), watch)
 
 
-def _here(recipe: Recipe) -> dict[str, Any]:
+def here(recipe: Recipe) -> dict[str, Any]:
     """Where a run is measured."""
     return asdict(proof.environment(str(pick_device(recipe.device)))) | {"folder": str(Path.cwd())}
 
@@ -132,8 +131,7 @@ def evaluate_model(model: str | Path = "demo", *, watch: Watch = silent, **optio
     `options`: the fields of `Recipe` that concern model, text and seed; the text is the one on which `prune` with the
     same options proves its student, so that the two can be compared.
     """
-    least = {"remove": "1sites", "tokens": 16, "length": 16}  # of calibration, on which held-out text does not depend
-    recipe = recipe_from({"model": str(model), **least, **options}, "The call")
+    recipe = of_text(str(model), options)  # held-out text does not depend on how much is for calibration
     teacher = searching.teacher_of(recipe, watch)
     _, tokens = pipeline.tokens_for(recipe, teacher, watch)
     if teacher.weights is not None:
@@ -151,6 +149,11 @@ def evaluate_model(model: str | Path = "demo", *, watch: Watch = silent, **optio
         "note": spread.note,
         "data": tokens.describe(),
     }
+
+
+def of_text(model: str, options: dict[str, Any]) -> Recipe:
+    """The fields of a recipe that concern model, text and seed, where nothing is pruned."""
+    return recipe_from({"model": model, "remove": "1sites", "tokens": 16, "length": 16, **options}, "The call")
 
 
 def score(
@@ -245,7 +248,8 @@ def runs(store: str | Path = STORE) -> list[dict[str, Any]]:
     with closing(Store(Path(store))) as opened:
         return [
             {"run": r.id, "created": r.created, "state": r.state, "model": r.recipe["model"],
-             "remove": r.recipe["remove"] or r.recipe["plan"] or r.recipe.get("within"),
+             "remove": None if r.environment.get("laboratory") in NOTHING_GOES else
+             r.recipe["remove"] or r.recipe["plan"] or r.recipe.get("within"),
              "search": r.environment.get("laboratory", r.recipe["search"]), "out": r.out,
              "losses": opened.count_losses(r.id)}
             for r in opened.runs()
@@ -264,107 +268,3 @@ def methods() -> list[dict[str, str]]:
     """Every registered method: family, name, what it does, source."""
     families = (METRICS, LOSSES, ITEM_LOSSES, SEARCHES, RECOVERIES, EVALUATIONS)
     return [row for registry in families for row in registry.describe()]
-
-
-# -- the laboratory -------------------------------------------------------------------------------------------------
-
-
-def sweep(
-    model: str | Path = "demo",
-    recipes: str | Sequence[str] = ("billhook",),
-    *,
-    remove: str | Sequence[str] = ("10%", "20%", "30%"),
-    data: str | Sequence[str] = ("pydoc",),
-    eval_data: str | Sequence[str] = (),
-    tasks: str | Sequence[str] = (),
-    items: int = 200,
-    out: str | Path | None = None,
-    store: str | Path = STORE,
-    watch: Watch = silent,
-    **options: Any,
-) -> dict[str, Any]:
-    """Recipes against each other at several sizes on several calibration texts; a page, and the table behind it.
-
-    `recipes`: names of ours, or YAML files. `eval_data`: held-out texts (default: those of `data`); `tasks`: files of
-    multiple-choice items, of which `items` are measured. `options`: fields of `Recipe` that overrule every recipe, such
-    as `tokens`. Nothing that `store` holds is measured again, so that a sweep which was killed goes on.
-    """
-    texts = _several(data)
-    grid = lab.Grid(
-        _several(recipes), _several(remove), texts, _several(eval_data) or texts, _several(tasks), items
-    )  # fmt: skip
-    first = lab.recipes_of(grid, str(model), options)[0][1]
-    with _laboratory("sweep", first, Path(store), out, watch) as (bench, folder):
-        return lab.filed(lab.sweep(bench, grid, options), folder, lab_page.sweep_page)
-
-
-def trade(
-    model: str | Path = "demo",
-    tasks: str | Sequence[str] = (),
-    *,
-    items: int = 200,
-    out: str | Path | None = None,
-    store: str | Path = STORE,
-    watch: Watch = silent,
-    **options: Any,
-) -> dict[str, Any]:
-    """What adapting to one task costs on others: pruned for each of `tasks`, measured on each, with paired intervals.
-
-    `tasks`: files of multiple-choice items, of which `items` are measured and others calibrated on. `options`: fields
-    of `Recipe`; `remove` is needed.
-    """
-    if not tasks:
-        raise UsageError("There is no task to trade. Name files of multiple-choice items: --tasks a.jsonl,b.jsonl.")
-    first = recipe_from({"model": str(model), **options}, "The call")
-    with _laboratory("trade", first, Path(store), out, watch) as (bench, folder):
-        return lab.filed(lab.trade(bench, _several(tasks), items, options), folder, lab_page.trade_page)
-
-
-def stability(
-    model: str | Path = "demo",
-    metric: str = "loo_kl",
-    *,
-    sizes: Sequence[int] = (512, 2048),
-    draws: int = 4,
-    out: str | Path | None = None,
-    store: str | Path = STORE,
-    watch: Watch = silent,
-    **options: Any,
-) -> dict[str, Any]:
-    """How far scores and plans depend on the calibration text: `draws` sets of each of `sizes` tokens, disjoint.
-
-    Rank correlation of a metric's scores of sites, and overlap of the plans of the recipe's search. `options`: fields
-    of `Recipe`; `remove` is needed.
-    """
-    METRICS[metric]
-    if draws < 2 or not sizes:
-        raise UsageError("Stability compares sets: ask for at least 2 --draws and one of --sizes.")
-    first = recipe_from({"model": str(model), **options}, "The call")
-    with _laboratory("stability", first, Path(store), out, watch) as (bench, folder):
-        told = lab.stability(bench, metric, tuple(sizes), draws, options)
-        return lab.filed(told, folder, lab_page.stability_page)
-
-
-def _several(values: str | Sequence[str]) -> tuple[str, ...]:
-    """One name, or several."""
-    return (values,) if isinstance(values, str) else tuple(values)
-
-
-@contextmanager
-def _laboratory(
-    kind: str, recipe: Recipe, store: Path, out: str | Path | None, watch: Watch
-) -> Iterator[tuple[lab.Lab, Path]]:
-    """A run of the store, the loaded teacher, and the folder that will hold page and table."""
-    with closing(Store(store)) as opened:
-        where = str(out) if out is not None else str(Path("lab") / "{run}")
-        run = opened.new_run(recipe.model_dump(), _here(recipe) | {"laboratory": kind}, where)
-        folder = Path(opened.run(run).out)
-        check_target(folder, None)
-        with opened.hold(run):
-            try:
-                teacher = searching.teacher_of(recipe, watch)
-                yield lab.Lab(opened, run, teacher, watch), folder
-            except BaseException as error:
-                opened.update(run, state="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-                raise
-            opened.update(run, state="done", result={"laboratory": kind, "page": str(folder / "index.html")})

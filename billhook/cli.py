@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from billhook.cli_contests import COMMANDS
+from billhook.cli_options import (
+    DEFAULT_STORE,
+    RECIPE,
+    TEXT_OPTIONS,
+    Json,
+    Model,
+    Quiet,
+    StoreFile,
+    Verbose,
+    with_options,
+)
 from billhook.errors import UsageError
 from billhook.face import Face
 
@@ -22,85 +32,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also what libraries log, and tracebacks")]
-StoreFile = Annotated[Path, typer.Option("--store", help="The run store, one SQLite file")]
-DEFAULT_STORE = Path("billhook.db")
-
-# The fields of `Recipe` with their defaults and help texts, so that `--help` needs no pydantic; a test compares them.
-RECIPE: dict[str, tuple[Any, str]] = {
-    "remove": (None, "What must go: 25% (of the parameters), 15sites, 3blocks, 30%kv, 20%ms …; repeatable"),
-    "plan": (None, "No search, remove this: attention.7,mlp.16, a plan file, a drop list of LLM-Drop or EvoPress"),
-    "within": (None, "As much as can go within a margin: 3%ppl, or 1pp:FILE (accuracy on a task)"),
-    "search": ("swap", "How to search; `billhook methods` lists the searches"),
-    "metric": (None, "How to score sites first, for the searches oneshot, solve and span"),
-    "loss": ("kl", "What to keep low: kl, js, nll …, or task:FILE for a multiple-choice task"),
-    "set": ({}, "An option of the search or the metric, such as front=0.4; repeatable"),
-    "fast": (False, "Race a round's candidates instead of proving which is best"),
-    "shortlist": (12, "With --fast: candidates a round, by the ranking of the rounds before"),
-    "risk": (0.05, "With --fast: risk of dropping the best candidate at one comparison"),
-    "audit": (False, "With --fast: measure every round again in full, state the regret"),
-    "memory": (None, "Memory for weights and activations, such as 4GB; less streams the model"),
-    "protect": ("", "Sites that stay: attention.0,mlp.27-29, or blocks: 0-3,last2"),
-    "batch": (1, "With a budget in ms: sequences at a time"),
-    "context": (128, "With a budget in ms: tokens before the one that is timed"),
-    "data": ("pydoc", "Calibration text: pydoc, a .txt, .jsonl or .parquet file, self, or a data set's name"),
-    "eval_data": (None, "Held-out text; left out, it is split off --data"),
-    "field": ("text", "The field of a .jsonl row that holds the text"),
-    "tokens": (4096, "Calibration tokens"),
-    "length": (128, "Tokens a calibration sequence"),
-    "eval_tokens": (16384, "Held-out tokens"),
-    "eval_length": (512, "Tokens a held-out sequence"),
-    "recover": ("", "What gets back what pruning took, in order: fold, or fold,lora; `billhook methods`"),
-    "fold_in_search": (False, "Judge the best candidates of a round after a fold of what they leave"),
-    "recover_set": ({}, "An option of a recovery, such as minutes=15 or lora.rank=8; repeatable"),
-    "recover_data": (None, "Text to recover on; left out, that of --data"),
-    "recover_tokens": (32768, "Tokens to recover on, or all that the text has"),
-    "recover_length": (256, "Tokens a sequence to recover on"),
-    "stock": (False, "Keep the stock shape: removed sites hold zeros, no speed-up"),
-    "seed": (0, "Seed of all that is drawn"),
-    "device": ("auto", "auto, cpu, cuda, cuda:1, mps"),
-    "dtype": ("auto", "Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
-    "trust_remote_code": (False, "Run Python code that the checkpoint brings"),
-}
-REPEATABLE = ("remove", "set", "recover_set")
-TEXT_OPTIONS = ("data", "eval_data", "field", "eval_tokens", "eval_length", "memory", "seed", "device", "dtype",
-                "trust_remote_code")  # fmt: skip
-
-
-def _with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the named fields of the recipe as options; it gets those that were typed in `options`."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        def run(**values: Any) -> None:
-            options = {name: values.pop(name) for name in names}
-            command(**values, options={k: v for k, v in options.items() if v is not None and v != []})
-
-        own = [p for n, p in inspect.signature(command, eval_str=True).parameters.items() if n != "options"]
-        extra = []
-        for name in names:
-            default, text = RECIPE[name]
-            kind: Any = type(default) if isinstance(default, bool | int | float) else str
-            kind = list[str] if name in REPEATABLE else kind
-            shown = f" [default: {default}]" if default and not isinstance(default, bool) else ""
-            flag = typer.Option("--" + name.replace("_", "-"), help=text + shown, show_default=False)
-            annotation = Annotated[kind | None, flag]
-            extra.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-        run.__signature__ = inspect.Signature(parameters + extra)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in parameters + extra}
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        return run
-
-    return decorate
-
-
-Model = Annotated[str | None, typer.Argument(help="Folder, .gguf file, Hugging Face name, or demo [default: demo]")]
-
 
 @app.command()
-@_with_options(*RECIPE)
+@with_options(*RECIPE)
 def prune(
     *,
     model: Model = None,
@@ -142,7 +76,7 @@ def prune(
 
 
 @app.command(name="inspect")
-@_with_options("device", "dtype", "trust_remote_code")
+@with_options("device", "dtype", "trust_remote_code")
 def inspect_model(
     *, model: Model = None, as_json: Json = False, verbose: Verbose = False, options: dict[str, Any]
 ) -> None:
@@ -154,7 +88,7 @@ def inspect_model(
 
 
 @app.command()
-@_with_options("set", "loss", "data", "field", "tokens", "length", "memory", "seed", "device", "dtype",
+@with_options("set", "loss", "data", "field", "tokens", "length", "memory", "seed", "device", "dtype",
                "trust_remote_code")  # fmt: skip
 def score(
     *,
@@ -174,101 +108,8 @@ def score(
         face.show(api.score(model or "demo", metric, watch=face.watch, **options), "scores")
 
 
-LAB_OPTIONS = ("search", "metric", "loss", "set", "fast", "shortlist", "risk", "memory", "protect", "batch", "context",
-               "field", "tokens", "length", "eval_tokens", "eval_length", "seed", "device", "dtype",
-               "trust_remote_code")  # fmt: skip
-Out = Annotated[Path | None, typer.Option(help="Folder for page and table [default: lab/<run>]")]
-Items = Annotated[int, typer.Option(help="Items of each task that are measured", min=2)]
-
-
-@app.command()
-@_with_options(*LAB_OPTIONS)
-def sweep(
-    *,
-    model: Model = None,
-    recipes: Annotated[str, typer.Option(help="Recipes by name or file, separated by commas")] = "billhook",
-    remove: Annotated[str, typer.Option(help="Sizes, separated by commas")] = "10%,20%,30%",
-    data: Annotated[str, typer.Option(help="Calibration texts, separated by commas")] = "pydoc",
-    eval_data: Annotated[str, typer.Option(help="Held-out texts; left out, those of --data")] = "",
-    tasks: Annotated[str, typer.Option(help="Files of multiple-choice items to measure, separated by commas")] = "",
-    items: Items = 200,
-    out: Out = None,
-    store: StoreFile = DEFAULT_STORE,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    options: dict[str, Any],
-) -> None:
-    """Compare recipes at several sizes and on several calibration texts: one table, one page, through one store."""
-    with Face(as_json, quiet, verbose) as face:
-        from billhook import api
-
-        lists = {"remove": _pieces(remove), "data": _pieces(data), "eval_data": _pieces(eval_data)}
-        told = api.sweep(
-            model or "demo", _pieces(recipes), tasks=_pieces(tasks), items=items, out=out, store=store,
-            watch=face.watch, **lists, **options,
-        )  # fmt: skip
-        face.show(told, "sweep")
-
-
-@app.command()
-@_with_options("remove", "data", "eval_data", *LAB_OPTIONS)
-def trade(
-    *,
-    model: Model = None,
-    tasks: Annotated[str, typer.Option(help="Files of multiple-choice items, separated by commas")],
-    items: Items = 200,
-    out: Out = None,
-    store: StoreFile = DEFAULT_STORE,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    options: dict[str, Any],
-) -> None:
-    """Show what adapting to one task costs on others: pruned for each task, measured on each."""
-    with Face(as_json, quiet, verbose) as face:
-        from billhook import api
-
-        told = api.trade(
-            model or "demo", _pieces(tasks), items=items, out=out, store=store, watch=face.watch, **options
-        )
-        face.show(told, "trade")
-
-
-@app.command()
-@_with_options("remove", "data", *(name for name in LAB_OPTIONS if name not in ("tokens", "metric")))
-def stability(
-    *,
-    model: Model = None,
-    metric: Annotated[str, typer.Option(help="Whose scores are compared")] = "loo_kl",
-    sizes: Annotated[str, typer.Option(help="Calibration tokens, separated by commas")] = "512,2048",
-    draws: Annotated[int, typer.Option(help="Disjoint calibration sets of each size", min=2)] = 4,
-    out: Out = None,
-    store: StoreFile = DEFAULT_STORE,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    options: dict[str, Any],
-) -> None:
-    """Show how far scores and plans depend on the calibration text: disjoint sets of several sizes."""
-    with Face(as_json, quiet, verbose) as face:
-        from billhook import api
-
-        if wrong := [piece for piece in _pieces(sizes) if not piece.isdigit()]:
-            raise UsageError(f"--sizes {wrong[0]} is no number of tokens. Write for example 512,2048.")
-        told = api.stability(
-            model or "demo", metric, sizes=[int(piece) for piece in _pieces(sizes)], draws=draws, out=out,
-            store=store, watch=face.watch, **options,
-        )  # fmt: skip
-        face.show(told, "stability")
-
-
-def _pieces(text: str) -> list[str]:
-    return [piece.strip() for piece in text.split(",") if piece.strip()]
-
-
 @app.command(name="eval")
-@_with_options(*TEXT_OPTIONS)
+@with_options(*TEXT_OPTIONS)
 def eval_model(
     *, model: Model = None, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
     options: dict[str, Any],
@@ -281,7 +122,7 @@ def eval_model(
 
 
 @app.command()
-@_with_options("device", "dtype")
+@with_options("device", "dtype")
 def speed(
     *,
     model: Model = None,
@@ -303,6 +144,10 @@ def speed(
         protocol = Protocol(prompt_tokens, new_tokens, batch, repeats)
         told = api.measure_speed(model or "demo", other, protocol=protocol, watch=face.watch, **options)
         face.show(told, "speed")
+
+
+for command in COMMANDS:
+    app.command()(command)
 
 
 @app.command()

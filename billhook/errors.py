@@ -12,6 +12,7 @@
     │   ├── ModelError                 a checkpoint that is damaged, foreign, quantised, unknown …
     │   ├── DataError                  calibration or evaluation text that cannot be used
     │   └── FingerprintError           something that was made for another model, tokenizer or data
+    ├── GateFailed                4    a student is worse than a gate allows, or may be
     └── ResourceError             5    the machine lacks memory or disk
 
 Every message says what was wrong, what is allowed and what to type next.
@@ -84,6 +85,12 @@ class DataError(RefusedError):
 
 class FingerprintError(RefusedError):
     """Something that was made for another model, tokenizer, data or recipe."""
+
+
+class GateFailed(BillhookError):
+    """A student is worse than a gate allows, or too few items say that it is not."""
+
+    exit_code = 4
 
 
 class ResourceError(BillhookError):

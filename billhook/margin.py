@@ -15,6 +15,15 @@ from billhook.stats import paired_difference
 CONFIDENCE = 0.95  # one-sided
 
 
+def amount(text: str, unit: Literal["pp", "%"]) -> float:
+    """`1pp` or `3%` as a number. Raises UsageError with the spelling."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(pp|%)?\s*", text)
+    if match is None or match[2] not in (None, unit) or (unit == "pp" and float(match[1]) > 100):
+        what = "percentage points of accuracy: --margin 1pp" if unit == "pp" else "perplexity: --ppl-margin 3%"
+        raise UsageError(f"{text!r} is not a margin of {what}.")
+    return float(match[1])
+
+
 @dataclass(frozen=True, slots=True)
 class Margin:
     """`amount` percent of the teacher's perplexity, or that many percentage points of its accuracy on a task `file`."""

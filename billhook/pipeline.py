@@ -25,7 +25,7 @@ from billhook.plan import Anatomy, Plan
 from billhook.portions import halves, mixed_sets
 from billhook.proof import Job
 from billhook.recipe import Recipe
-from billhook.records import Watch
+from billhook.records import Watch, silent
 from billhook.recovering import Recovered, recovered, recovery_options
 from billhook.searching import (
     check,
@@ -34,12 +34,14 @@ from billhook.searching import (
     find,
     probe_of,
     problem_of,
+    recovery_tokens,
     task_calibration,
     teacher_of,
     wanted_of,
 )
 from billhook.store import Run, Store
 from billhook.surgery import apply, leaves
+from billhook.tasks import items_of
 from billhook.vet import dtype_name
 
 ZEROED = "The removed sites hold zeros: equal outputs everywhere, no speed-up."
@@ -133,6 +135,7 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
         result = {
             **_describe(job, teacher, student, plan, got.adapter is not None),
             "data": {"calibration": calibration.describe(), "evaluation": proof_text.describe()},
+            "seen": _seen(recipe, teacher, (calibration, held_out, proof_text), got),
             "steps": [step.to_json() for step in found.steps],
             "search": found.conducted,
             "within": found.within,
@@ -164,6 +167,17 @@ def tokens_for(recipe: Recipe, teacher: Teacher, watch: Watch) -> tuple[TokenSet
 def proof_of(recipe: Recipe, held_out: TokenSet) -> TokenSet:
     """The held-out text on which a run proves its student: what no choice has seen."""
     return halves(held_out)[1] if recipe.margin is not None and recipe.margin.kind == "ppl" else held_out
+
+
+def _seen(recipe: Recipe, teacher: Teacher, sets: tuple[TokenSet, TokenSet, TokenSet], got: Recovered) -> list[str]:
+    """Digests of all documents and items that a choice, a fit or an earlier pruning of this model has looked at."""
+    calibration, held_out, proof_text = sets
+    found = {*calibration.digests, *got.seen, *(set(held_out.digests) - set(proof_text.digests))}
+    if recipe.margin is not None and recipe.margin.file is not None:
+        found |= set(halves(items_of(recipe.margin.file, teacher, "evaluation", seed=recipe.seed))[0].digests)
+    if recipe.fold_in_search:
+        found |= set(recovery_tokens(recipe, teacher, silent).digests)
+    return sorted(found | set(proof.seen_before(teacher.folder)))
 
 
 def task_files(recipe: Recipe) -> list[str]:

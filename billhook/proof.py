@@ -20,7 +20,7 @@ import billhook
 from billhook import speed
 from billhook.data import TokenSet
 from billhook.evaluate import EVALUATIONS
-from billhook.evaluate.choices import outcomes
+from billhook.evaluate.choices import log_probabilities, outcomes
 from billhook.loading import Teacher
 from billhook.plan import Plan
 from billhook.portions import halves
@@ -144,6 +144,25 @@ def evaluated(job: Job, teacher: Teacher, plans: Sequence[Plan], tokens: TokenSe
     for p, result in zip(missing, fresh, strict=True):
         job.store.add_evaluation(teacher.fingerprint, p, dtype, result, job.run)
     return [fresh.pop(0) if found is None else found for found in known]
+
+
+def seen_before(folder: Path) -> list[str]:
+    """Digests of documents that the prunings that made the checkpoint in `folder` have looked at."""
+    report = folder / "report.json"
+    return list(json.loads(report.read_text(encoding="utf-8")).get("seen", ())) if report.is_file() else []
+
+
+def choice_rows(job: Job, teacher: Teacher, tokens: TokenSet) -> tuple[float, ...]:
+    """Log-probability in nats of the choice in every row of a task's tokens, of a whole model; stored."""
+    known = job.store.evaluation(teacher.fingerprint, Plan(), "choices", tokens.hash, teacher.compute)
+    if known is None:
+        if teacher.weights is None:
+            sums = log_probabilities(teacher.model, tokens, watch=job.watch, who=Path(tokens.source).name)
+        else:
+            sums = Probe(teacher, tokens, "task", memory=job.recipe.memory_bytes).row_sums([Plan()])[0]
+        known = EvalResult("choices", tokens.hash, tuple(sums), (1,) * len(sums), tokens.documents)
+        job.store.add_evaluation(teacher.fingerprint, Plan(), teacher.compute, known, job.run)
+    return known.sums
 
 
 def task(job: Job, teacher: Teacher, plan: Plan, file: str, repair: Repair = UNTOUCHED) -> dict[str, Any]:

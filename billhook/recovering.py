@@ -29,7 +29,7 @@ EVERY = 10  # of so many texts one validates
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What a run's recoveries found. `told`: what each did to the perplexity, in pairs.
+    """What a run's recoveries found. `told`: what each did to the perplexity, in pairs; `seen`: digests of documents.
 
     `base`: the repair of the checkpoint, where that is not the whole one: without the last, which is in `adapter`.
     """
@@ -38,6 +38,7 @@ class Recovered:
     told: tuple[dict[str, Any], ...] = ()
     base: Repair | None = None
     adapter: Path | None = None
+    seen: tuple[str, ...] = ()
 
 
 def recovery_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -91,7 +92,7 @@ def recovered(job: Job, teacher: Teacher, plan: Plan, texts: Mapping[str, TokenS
             "on": {text: _gained(job, teacher, plan, (before, repair), tokens) for text, tokens in texts.items()},
         })  # fmt: skip
     apart = work / ADAPTER if (work / ADAPTER).is_dir() else None
-    return Recovered(repair, tuple(told), before if apart else None, apart)
+    return Recovered(repair, tuple(told), before if apart else None, apart, train.digests + valid.digests)
 
 
 def _gained(job: Job, teacher: Teacher, plan: Plan, sides: tuple[Repair, Repair], tokens: TokenSet) -> dict[str, Any]:

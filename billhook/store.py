@@ -294,6 +294,11 @@ class Store:
                 "INSERT OR IGNORE INTO facts VALUES (?, ?, ?, ?, ?)", (model, what, _json(of), _json(value), run)
             )
 
+    def facts(self, model: str, what: str) -> list[Any]:
+        """All that is known of one kind."""
+        rows = self._db.execute("SELECT value FROM facts WHERE model = ? AND what = ? ORDER BY of", (model, what))
+        return [json.loads(row[0]) for row in rows]
+
     def add_event(self, run: str, event: Event) -> None:
         with self._write():
             self._db.execute(

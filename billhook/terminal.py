@@ -100,10 +100,13 @@ def _plain() -> Watch:
 
 def show(value: dict[str, Any], kind: str) -> None:
     """Print a result of a command as tables."""
+    from billhook import terminal_compare
+
     console = Console(soft_wrap=False, markup=False)
     {"result": _result, "anatomy": _anatomy, "plan_of_work": _plan_of_work, "evaluation": _evaluation,
      "speed": _speed, "scores": _scores, "runs": _runs, "run": _run, "methods": _methods,
-     "sweep": _sweep, "trade": _trade, "stability": _stability,
+     "sweep": _sweep, "trade": _trade, "stability": _stability, "compare": terminal_compare.compared,
+     "gate": terminal_compare.gated, "baselines": terminal_compare.baselines, "threshold": terminal_compare.threshold,
      }[kind](console, value)  # fmt: skip
 
 

@@ -24,9 +24,10 @@ FLOORS = (  # each floor imports from those above it, and each name from those b
     ("modeling_billhook", "arch", "vet", "stream", "loading", "repair", "regression", "data", "portions", "tasks",
      "losses", "mask", "probe", "surgery", "training", "width", "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),
-    ("recipe", "store", "execute", "audit", "proof", "searching", "recovering", "lab", "compare", "summary", "report",
-     "lab_words", "lab_curves", "lab_page", "pipeline"),
-    ("api", "terminal", "face", "cli", "dashboard"),
+    ("recipe", "store", "execute", "audit", "proof", "searching", "recovering", "lab", "comparing", "gating",
+     "thresholds", "summary", "report", "lab_words", "lab_curves", "lab_page", "compare_words", "compare_page",
+     "threshold_page", "pipeline"),
+    ("api", "contests", "terminal_compare", "terminal", "face", "cli_options", "cli_contests", "cli", "dashboard"),
 )  # fmt: skip
 PLACE = {name: (floor, order) for floor, names in enumerate(FLOORS) for order, name in enumerate(names)}
 METHODS = 2  # the floor whose folders never import each other

@@ -1,0 +1,241 @@
+"""The commands that hold things against each other: recipes, tasks, calibration texts, and models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from billhook.cli_options import (
+    DEFAULT_STORE,
+    LAB_OPTIONS,
+    TEXT_OPTIONS,
+    Items,
+    Json,
+    Model,
+    Out,
+    Quiet,
+    StoreFile,
+    Verbose,
+    with_options,
+)
+from billhook.errors import GateFailed, UsageError
+from billhook.face import Face
+
+
+@with_options(*LAB_OPTIONS)
+def sweep(
+    *,
+    model: Model = None,
+    recipes: Annotated[str, typer.Option(help="Recipes by name or file, separated by commas")] = "billhook",
+    remove: Annotated[str, typer.Option(help="Sizes, separated by commas")] = "10%,20%,30%",
+    data: Annotated[str, typer.Option(help="Calibration texts, separated by commas")] = "pydoc",
+    eval_data: Annotated[str, typer.Option(help="Held-out texts; left out, those of --data")] = "",
+    tasks: Annotated[str, typer.Option(help="Files of multiple-choice items to measure, separated by commas")] = "",
+    items: Items = 200,
+    out: Out = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Compare recipes at several sizes and on several calibration texts: one table, one page, through one store."""
+    with Face(as_json, quiet, verbose) as face:
+        from billhook import contests
+
+        lists = {"remove": pieces(remove), "data": pieces(data), "eval_data": pieces(eval_data)}
+        told = contests.sweep(
+            model or "demo", pieces(recipes), tasks=pieces(tasks), items=items, out=out, store=store,
+            watch=face.watch, **lists, **options,
+        )  # fmt: skip
+        face.show(told, "sweep")
+
+
+@with_options("remove", "data", "eval_data", *LAB_OPTIONS)
+def trade(
+    *,
+    model: Model = None,
+    tasks: Annotated[str, typer.Option(help="Files of multiple-choice items, separated by commas")],
+    items: Items = 200,
+    out: Out = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Show what adapting to one task costs on others: pruned for each task, measured on each."""
+    with Face(as_json, quiet, verbose) as face:
+        from billhook import contests
+
+        told = contests.trade(
+            model or "demo", pieces(tasks), items=items, out=out, store=store, watch=face.watch, **options
+        )
+        face.show(told, "trade")
+
+
+@with_options("remove", "data", *(name for name in LAB_OPTIONS if name not in ("tokens", "metric")))
+def stability(
+    *,
+    model: Model = None,
+    metric: Annotated[str, typer.Option(help="Whose scores are compared")] = "loo_kl",
+    sizes: Annotated[str, typer.Option(help="Calibration tokens, separated by commas")] = "512,2048",
+    draws: Annotated[int, typer.Option(help="Disjoint calibration sets of each size", min=2)] = 4,
+    out: Out = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Show how far scores and plans depend on the calibration text: disjoint sets of several sizes."""
+    with Face(as_json, quiet, verbose) as face:
+        from billhook import contests
+
+        if wrong := [piece for piece in pieces(sizes) if not piece.isdigit()]:
+            raise UsageError(f"--sizes {wrong[0]} is no number of tokens. Write for example 512,2048.")
+        told = contests.stability(
+            model or "demo", metric, sizes=[int(piece) for piece in pieces(sizes)], draws=draws, out=out,
+            store=store, watch=face.watch, **options,
+        )  # fmt: skip
+        face.show(told, "stability")
+
+
+def pieces(text: str) -> list[str]:
+    """What stands between commas."""
+    return [piece.strip() for piece in text.split(",") if piece.strip()]
+
+
+NO_TEXT = tuple(name for name in TEXT_OPTIONS if name not in ("data", "eval_data"))
+Tasks = Annotated[str, typer.Option(help="Files of multiple-choice items, separated by commas")]
+Some = Annotated[int | None, typer.Option(help="Items of each task [default: all]", min=2)]
+Scored = Annotated[str, typer.Option(help="acc or acc_norm")]
+Points = Annotated[str, typer.Option(help="Accuracy that may be less and still as good")]
+Percent = Annotated[str, typer.Option(help="Perplexity that may be more and still as good")]
+Seen = Annotated[bool, typer.Option("--seen", help="Also on data that a search has seen; marked everywhere")]
+
+
+@with_options(*NO_TEXT)
+def compare(
+    *,
+    models: Annotated[list[str], typer.Argument(help="Models, folders or runs; the others are held against the first")],
+    data: Annotated[str, typer.Option(help="Texts to compare on, separated by commas")] = "pydoc",
+    tasks: Tasks = "",
+    items: Some = None,
+    score: Scored = "acc",
+    margin: Points = "1pp",
+    ppl_margin: Percent = "3%",
+    no_speed: Annotated[bool, typer.Option("--no-speed", help="Time nothing")] = False,
+    seen: Seen = False,
+    out: Out = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Hold models against the first one over the same items: better, equivalent, worse or undecided, and how sure."""
+    with Face(as_json, quiet, verbose) as face:
+        from billhook import contests
+
+        told = contests.compare(
+            *models, data=pieces(data), tasks=pieces(tasks), items=items, score=score, margins=(margin, ppl_margin),
+            timed=not no_speed, seen=seen, out=out, store=store, watch=face.watch, **options,
+        )  # fmt: skip
+        face.show(told, "compare")
+
+
+@with_options(*NO_TEXT)
+def gate(
+    *,
+    student: Annotated[str, typer.Argument(help="The model, folder or run that is tested")],
+    baseline: Annotated[str, typer.Option(help="The model that it may not be worse than, or a stored baseline")],
+    data: Annotated[str | None, typer.Option(help="Texts, separated by commas [default: pydoc]")] = None,
+    tasks: Tasks = "",
+    items: Some = None,
+    score: Scored = "acc",
+    margin: Points = "1pp",
+    ppl_margin: Percent = "3%",
+    seen: Seen = False,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML to this file too")] = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Exit with 0 if a student is not worse than a baseline by more than the margins, with 4 if it is or may be."""
+    with Face(as_json, quiet, verbose) as face:
+        from billhook import contests
+
+        told = contests.gate(
+            student, baseline, data=None if data is None else pieces(data), tasks=pieces(tasks), items=items,
+            score=score, margins=(margin, ppl_margin), seen=seen, junit=junit, store=store, watch=face.watch,
+            **options,
+        )  # fmt: skip
+        face.show(told, "gate")
+        if told["verdict"] != "PASS":
+            open_ = [check["set"] for check in told["checks"] if check["verdict"] != "PASS"]
+            raise GateFailed(f"The gate is not passed on {' and '.join(open_)}.")
+
+
+@with_options(*NO_TEXT)
+def baseline(
+    *,
+    action: Annotated[str, typer.Argument(help="save, or list")],
+    name: Annotated[str | None, typer.Argument(help="With save: what `gate --baseline` calls it")] = None,
+    model: Annotated[str | None, typer.Argument(help="With save: the model, folder or run [default: demo]")] = None,
+    data: Annotated[str, typer.Option(help="Texts, separated by commas")] = "pydoc",
+    tasks: Tasks = "",
+    items: Some = None,
+    score: Scored = "acc",
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Measure a model and keep what it got under a name, so that `gate` need not run it again; or list the names."""
+    with Face(as_json, quiet, verbose) as face:
+        from billhook import contests
+
+        if action not in ("save", "list") or (action == "save") != (name is not None):
+            raise UsageError("Write `billhook baseline save NAME MODEL`, or `billhook baseline list`.")
+        if name is None:
+            face.show({"baselines": contests.baselines(store)}, "baselines")
+            return
+        told = contests.save_baseline(
+            name, model or "demo", data=pieces(data), tasks=pieces(tasks), items=items, score=score, store=store,
+            watch=face.watch, **options,
+        )  # fmt: skip
+        face.show({"baselines": [told]}, "baselines")
+
+
+@with_options("remove", "data", "eval_data", *LAB_OPTIONS)
+def threshold(
+    *,
+    model: Model = None,
+    margin: Annotated[
+        list[str] | None, typer.Option(help="What may be lost: 3%ppl, or 1pp:FILE; repeatable [default: 3%ppl]")
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="Take the steps of this run; without it, search")] = None,
+    out: Out = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Find how much can go within a margin: chosen on validation items, confirmed once on test items; with its knee."""
+    with Face(as_json, quiet, verbose) as face:
+        from billhook import contests
+
+        told = contests.threshold(
+            model or "demo", margins=margin or ["3%ppl"], run=run, out=out, store=store, watch=face.watch, **options
+        )
+        face.show(told, "threshold")
+
+
+COMMANDS = (sweep, trade, stability, compare, gate, baseline, threshold)

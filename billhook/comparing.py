@@ -1,0 +1,308 @@
+"""A against B over the same items: what each loses and gains, how sure that is, and how alike the two are.
+
+The first model is A, every other one is held against it. What the store holds is not measured again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from billhook import proof, speed, stats, verdict
+from billhook.data import TokenSet
+from billhook.errors import DataError, RunError, UsageError
+from billhook.evaluate import batches
+from billhook.evaluate.choices import outcomes
+from billhook.loading import Teacher
+from billhook.losses import kl
+from billhook.margin import Margin
+from billhook.plan import Plan
+from billhook.portions import mixed_sets
+from billhook.proof import Job
+from billhook.records import EvalResult, Event
+from billhook.repair import UNTOUCHED
+from billhook.searching import teacher_of, wanted_of
+from billhook.speed import Protocol
+from billhook.store import Store
+from billhook.tasks import items_of, read_items, requests
+
+CLOSE_TOKENS = 4096  # on which two models are held against each other, word by word
+SCORES = ("acc", "acc_norm")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to compare on. `items`: of each task, all if None; `points`, `percent`: margins of accuracy and perplexity.
+
+    `score`: acc or acc_norm, which the verdicts are about; `timed`: speed and memory too; `seen`: also on data that a
+    search has seen, which is marked.
+    """
+
+    texts: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
+    items: int | None = None
+    score: str = "acc"
+    points: float = 1.0
+    percent: float = 3.0
+    timed: bool = True
+    seen: bool = False
+
+    def check(self) -> Asked:
+        """Itself. Raises UsageError."""
+        if self.score not in SCORES:
+            raise UsageError(f"--score {self.score} is neither acc nor acc_norm.")
+        if not self.texts and not self.tasks:
+            raise UsageError("There is nothing to compare on. Give --data, or --tasks a.jsonl,b.jsonl.")
+        return self
+
+    def limit(self, kind: str) -> float:
+        """The margin of a kind of evaluation in its units: nats per token, or a share of the items."""
+        margin = Margin.parse(f"{self.percent}%ppl" if kind == "perplexity" else f"{self.points}pp:x")
+        return margin.limit
+
+
+@dataclass
+class Side:
+    """One model and what was measured of it: results by set, and of tasks the log-probability of every row."""
+
+    teacher: Teacher
+    sets: dict[str, TokenSet]
+    results: dict[str, EvalResult] = field(default_factory=dict)
+    both: dict[str, dict[str, EvalResult]] = field(default_factory=dict)  # acc and acc_norm of tasks
+    rows: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    seen: tuple[str, ...] = ()  # sets that a search has seen some of
+
+
+def folder_of(name: str, store: Store) -> str:
+    """The model that a name means: a stored run stands for its folder."""
+    if Path(name).exists() or name == "demo" or not name.startswith("r") or len(name) != 7:
+        return name
+    try:
+        return store.run(name).out
+    except RunError:
+        return name
+
+
+def sets_of(job: Job, teacher: Teacher, asked: Asked) -> dict[str, TokenSet]:
+    """Evaluation sets by name: the held-out half of every text, and the half of every task that no search looks at."""
+    sets = {}
+    for source in asked.texts:
+        wanted = replace(wanted_of(job.recipe), data=source, eval_data=None, tokens=16, length=16)
+        sets[source] = mixed_sets(wanted, teacher.model, teacher.tokenizer, job.watch)[1]
+    for file in asked.tasks:
+        sets[file] = items_of(file, teacher, "evaluation", items=asked.items, seed=job.recipe.seed)
+    return sets
+
+
+def measured(job: Job, name: str, asked: Asked) -> Side:
+    """Load one model and evaluate it on everything that is asked for."""
+    teacher = teacher_of(job.recipe.model_copy(update={"model": folder_of(name, job.store)}), job.watch)
+    side = Side(teacher, sets_of(job, teacher, asked))
+    side.seen = seen_by(teacher, side.sets)
+    if side.seen and not asked.seen:
+        raise DataError(
+            f"{teacher.name} was pruned, or recovered, on text that is in {' and '.join(side.seen)} too, so what it is "
+            "compared on would flatter it. Give other text, or add --seen: then every output says so."
+        )
+    for source, tokens in side.sets.items():
+        if tokens.choices is None:
+            (side.results[source],) = proof.nats_of(job, teacher, [(Plan(), UNTOUCHED)], tokens)
+        else:
+            side.rows[source] = proof.choice_rows(job, teacher, tokens)
+            side.both[source] = outcomes(tokens, side.rows[source])
+            side.results[source] = side.both[source][asked.score]
+    return side
+
+
+def seen_by(teacher: Teacher, sets: Mapping[str, TokenSet]) -> tuple[str, ...]:
+    """The sets that share a document with what a pruning of this model has looked at."""
+    seen = set(proof.seen_before(teacher.folder))
+    return tuple(name for name, tokens in sets.items() if seen & set(tokens.digests))
+
+
+def compare(job: Job, models: Sequence[str], asked: Asked) -> dict[str, Any]:
+    """One table: every model on every set, the others paired with the first."""
+    first = measured(job, models[0], asked)
+    sides, pairs, close, times = [first], [], [], []
+    for name in models[1:]:
+        other = measured(job, name, asked)
+        sides.append(other)
+        pairs.append({source: _pair(first, other, source, job.recipe.seed) for source in first.sets})
+        close.append(closeness(job, first, other, asked))
+        times.append(_timed(job, first.teacher, other.teacher) if asked.timed else None)
+        other.teacher = replace(other.teacher, model=None, weights=None)  # its memory is for the next
+    verdicts = [_verdicts(first, pair, asked) for pair in pairs]
+    return {
+        "models": [_about(side) for side in sides],
+        "sets": {source: tokens.describe() for source, tokens in first.sets.items()},
+        "margins": {"points": asked.points, "percent": asked.percent},
+        "score": asked.score,
+        "rows": [_row(source, sides, verdicts, job.recipe.seed) for source in first.sets],
+        "close": close,
+        "speed": times,
+        "flips": {file: flips(file, sides, asked) for file in asked.tasks},
+        "seen": {side.teacher.name: list(side.seen) for side in sides if side.seen},
+        "environment": asdict(proof.environment(str(first.teacher.device))),
+    }
+
+
+def _about(side: Side) -> dict[str, Any]:
+    teacher = side.teacher
+    sizes = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token")
+    return {
+        "model": teacher.name,
+        "fingerprint": teacher.fingerprint,
+        "removed": teacher.removed.names(),
+        **{size: teacher.anatomy.total(size) for size in sizes},
+    }
+
+
+def _pair(first: Side, other: Side, source: str, seed: int) -> verdict.Pair | None:
+    """Both on one set; None where their items are not the same, as those of text by two tokenizers."""
+    a, b = first.results[source], other.results[source]
+    if a.tokens != b.tokens and first.sets[source].choices is not None and a.clusters == b.clusters:
+        b = replace(b, tokens=a.tokens)  # the same questions, by another tokenizer
+    return verdict.paired(a, b, seed) if (a.tokens, a.counts) == (b.tokens, b.counts) else None
+
+
+def _verdicts(first: Side, pairs: Mapping[str, verdict.Pair | None], asked: Asked) -> dict[str, dict[str, Any] | None]:
+    """What every pair says, with p adjusted for all of them."""
+    known = [source for source, pair in pairs.items() if pair is not None]
+    adjusted = dict(zip(known, verdict.holm([pairs[s].p for s in known]), strict=True))  # type: ignore[union-attr]
+    told: dict[str, dict[str, Any] | None] = dict.fromkeys(pairs)
+    for source in known:
+        pair = pairs[source]
+        assert pair is not None
+        limit = asked.limit(first.results[source].name)
+        word = verdict.verdict(pair, limit, adjusted[source])
+        told[source] = {
+            "change": pair.change.value, "low": pair.change.low, "high": pair.change.high,
+            "near_low": pair.near.low, "near_high": pair.near.high,
+            "p": pair.p, "p_holm": adjusted[source], "gained": pair.gained, "lost": pair.lost,
+            "limit": limit, "verdict": word, "reliable": pair.change.reliable, "note": pair.change.note,
+            "more": verdict.still_needed(pair, limit) if word == "undecided" else None,
+        }  # fmt: skip
+    return told
+
+
+def _row(
+    source: str, sides: Sequence[Side], verdicts: Sequence[Mapping[str, dict[str, Any] | None]], seed: int
+) -> dict[str, Any]:
+    """One set: the value of every model with its interval, and the verdict on every one but the first."""
+    values = []
+    for side in sides:
+        spread = stats.mean_interval(side.results[source], seed)
+        text = side.sets[source].choices is None
+        value, low, high = (stats.exp(x) if text else x for x in (spread.value, spread.low, spread.high))
+        both = {name: result.mean for name, result in side.both.get(source, {}).items()}
+        values.append({"value": value, "low": low, "high": high, **both})
+    kind = sides[0].results[source].name
+    n = len(sides[0].results[source].sums)
+    return {"set": source, "kind": kind, "n": n, "values": values, "pairs": [told[source] for told in verdicts]}
+
+
+# -- how alike two models are -----------------------------------------------------------------------------------------
+
+
+def closeness(job: Job, first: Side, other: Side, asked: Asked) -> dict[str, Any] | None:
+    """KL of B to A per token, and the share of tokens that both would say next, on the first text; with intervals.
+
+    None where that cannot be had: no text, another tokenizer, or a model that is streamed.
+    """
+    a, b = first.teacher, other.teacher
+    text = next((source for source in first.sets if first.sets[source].choices is None), None)
+    if text is None or a.weights is not None or b.weights is not None:
+        return None
+    if first.sets[text].hash != other.sets[text].hash:
+        return None
+    tokens, names = first.sets[text], (f"kl to {a.fingerprint}", f"agreement with {a.fingerprint}")
+    found = [job.store.evaluation(b.fingerprint, Plan(), name, tokens.hash, b.compute) for name in names]
+    if None in found:
+        fresh = _side_by_side(job, (a.model, b.model), tokens)
+        found = [replace(each, name=name) for each, name in zip(fresh, names, strict=True)]
+        for each in found:
+            assert each is not None
+            job.store.add_evaluation(b.fingerprint, Plan(), b.compute, each, job.run)
+    told = {}
+    for name, each in zip(("kl", "agreement"), found, strict=True):
+        assert each is not None
+        spread = stats.mean_interval(each, job.recipe.seed)
+        told[name] = {"value": spread.value, "low": spread.low, "high": spread.high}
+    return told | {"text": text, "tokens": sum(found[0].counts)}  # type: ignore[union-attr]
+
+
+@torch.inference_mode()
+def _side_by_side(job: Job, models: tuple[Any, Any], tokens: TokenSet) -> list[EvalResult]:
+    """KL and agreement by document, over the first documents that hold `CLOSE_TOKENS`; both models read each row."""
+    sums, counts = ([0.0] * len(tokens.clusters), [0.0] * len(tokens.clusters)), [0] * len(tokens.clusters)
+    vocabulary = int(models[0].get_output_embeddings().weight.shape[0])
+    done, most = 0, min(CLOSE_TOKENS, tokens.tokens)
+    for batch in batches(tokens, vocabulary, models[0].device):
+        if done >= most:
+            break
+        p, q = (model(input_ids=batch.ids, use_cache=False).logits for model in models)
+        for i, (row, n) in enumerate(zip(batch.rows, batch.lengths, strict=True)):
+            ours, theirs, document = p[i, :n].float(), q[i, :n].float(), tokens.documents[row]
+            sums[0][document] += float(
+                kl(ours.log_softmax(-1), theirs.log_softmax(-1), batch.ids[i, :n]).double().sum()
+            )
+            sums[1][document] += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            counts[document] += n
+        done += sum(batch.lengths)
+        job.watch(Event("compare", min(done, most), most, "side by side"))
+    kept = [d for d, count in enumerate(counts) if count]
+    some = tuple(counts[d] for d in kept), tuple(tokens.clusters[d] for d in kept)
+    return [EvalResult("", tokens.hash, tuple(each[d] for d in kept), *some) for each in sums]
+
+
+def _timed(job: Job, a: Teacher, b: Teacher) -> dict[str, Any] | None:
+    """Speed of both, timed in turn, and peak memory; None where one is streamed."""
+    if a.weights is not None or b.weights is not None:
+        return None
+    protocol = Protocol()
+    most = speed.room((a.model, b.model))
+    if most is not None and most < protocol.prompt_tokens + protocol.new_tokens:
+        protocol = replace(protocol, prompt_tokens=most // 2, new_tokens=most // 2)
+    timings = speed.time_in_turn((a.model, b.model), (a.folder, b.folder), protocol, watch=job.watch)
+    rates = [speed.rates(timing) for timing in timings]
+    return {"models": rates, "ratio": speed.ratio(*timings), "protocol": asdict(protocol)}
+
+
+# -- items that flipped -----------------------------------------------------------------------------------------------
+
+
+def flips(file: str, sides: Sequence[Side], asked: Asked) -> list[dict[str, Any]]:
+    """Items that A and some other model do not answer alike, with the probability that each gives to every choice."""
+    by_number = {item.number: item for item in read_items(file)}
+    tokens, told = sides[0].sets[file], []
+    given = [list(_probabilities(side, file, asked)) for side in sides]
+    for d, number in enumerate(tokens.clusters):
+        rights = [side.results[file].sums[d] for side in sides]
+        if len(set(rights)) == 1:
+            continue
+        item = by_number[number]
+        asked_of = requests(item)
+        told.append({
+            "number": number, "query": item.query or asked_of[0].context, "choices": list(item.choices),
+            "gold": item.gold, "right": [bool(x) for x in rights], "probabilities": [each[d] for each in given],
+        })  # fmt: skip
+    return told
+
+
+def _probabilities(side: Side, file: str, asked: Asked) -> Iterator[list[float]]:
+    """Of each item, what a model gives to its choices, of 1 together; by acc_norm as that counts them."""
+    tokens, sums = side.sets[file], side.rows[file]
+    assert tokens.choices is not None
+    per = tokens.choices.characters if asked.score == "acc_norm" else (1,) * len(sums)
+    rows: list[list[int]] = [[] for _ in tokens.choices.gold]
+    for row, document in enumerate(tokens.documents):
+        rows[document].append(row)
+    for of in rows:
+        values = [sums[r] / per[r] for r in of]
+        weights = [math.exp(value - max(values)) for value in values]
+        yield [weight / math.fsum(weights) for weight in weights]

@@ -1,0 +1,265 @@
+"""What is held against each other: recipes, tasks, calibration texts, and models. The functions behind the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from billhook import compare_page, comparing, gating, lab, lab_page, proof, searching, threshold_page, thresholds
+from billhook.api import STORE, here, of_text
+from billhook.errors import UsageError
+from billhook.export.checkpoint import check_target
+from billhook.margin import Margin, amount
+from billhook.metrics import METRICS
+from billhook.recipe import Recipe, recipe_from
+from billhook.records import Watch, silent
+from billhook.store import Store
+
+NO_FOLDER = "-"  # the out of a run that writes no files
+
+
+def sweep(
+    model: str | Path = "demo",
+    recipes: str | Sequence[str] = ("billhook",),
+    *,
+    remove: str | Sequence[str] = ("10%", "20%", "30%"),
+    data: str | Sequence[str] = ("pydoc",),
+    eval_data: str | Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
+    items: int = 200,
+    out: str | Path | None = None,
+    store: str | Path = STORE,
+    watch: Watch = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Recipes against each other at several sizes on several calibration texts; a page, and the table behind it.
+
+    `recipes`: names of ours, or YAML files. `eval_data`: held-out texts (default: those of `data`); `tasks`: files of
+    multiple-choice items, of which `items` are measured. `options`: fields of `Recipe` that overrule every recipe, such
+    as `tokens`. Nothing that `store` holds is measured again, so that a sweep which was killed goes on.
+    """
+    texts = _several(data)
+    grid = lab.Grid(
+        _several(recipes), _several(remove), texts, _several(eval_data) or texts, _several(tasks), items
+    )  # fmt: skip
+    first = lab.recipes_of(grid, str(model), options)[0][1]
+    with _laboratory("sweep", first, Path(store), out, watch) as (bench, folder):
+        return lab.filed(lab.sweep(bench, grid, options), folder, lab_page.sweep_page)
+
+
+def trade(
+    model: str | Path = "demo",
+    tasks: str | Sequence[str] = (),
+    *,
+    items: int = 200,
+    out: str | Path | None = None,
+    store: str | Path = STORE,
+    watch: Watch = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """What adapting to one task costs on others: pruned for each of `tasks`, measured on each, with paired intervals.
+
+    `tasks`: files of multiple-choice items, of which `items` are measured and others calibrated on. `options`: fields
+    of `Recipe`; `remove` is needed.
+    """
+    if not tasks:
+        raise UsageError("There is no task to trade. Name files of multiple-choice items: --tasks a.jsonl,b.jsonl.")
+    first = recipe_from({"model": str(model), **options}, "The call")
+    with _laboratory("trade", first, Path(store), out, watch) as (bench, folder):
+        return lab.filed(lab.trade(bench, _several(tasks), items, options), folder, lab_page.trade_page)
+
+
+def stability(
+    model: str | Path = "demo",
+    metric: str = "loo_kl",
+    *,
+    sizes: Sequence[int] = (512, 2048),
+    draws: int = 4,
+    out: str | Path | None = None,
+    store: str | Path = STORE,
+    watch: Watch = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """How far scores and plans depend on the calibration text: `draws` sets of each of `sizes` tokens, disjoint.
+
+    Rank correlation of a metric's scores of sites, and overlap of the plans of the recipe's search. `options`: fields
+    of `Recipe`; `remove` is needed.
+    """
+    METRICS[metric]
+    if draws < 2 or not sizes:
+        raise UsageError("Stability compares sets: ask for at least 2 --draws and one of --sizes.")
+    first = recipe_from({"model": str(model), **options}, "The call")
+    with _laboratory("stability", first, Path(store), out, watch) as (bench, folder):
+        told = lab.stability(bench, metric, tuple(sizes), draws, options)
+        return lab.filed(told, folder, lab_page.stability_page)
+
+
+# -- against each other ----------------------------------------------------------------------------------------------
+
+
+def compare(
+    *models: str | Path,
+    data: str | Sequence[str] = ("pydoc",),
+    tasks: str | Sequence[str] = (),
+    items: int | None = None,
+    score: str = "acc",
+    margins: tuple[str, str] = ("1pp", "3%"),
+    timed: bool = True,
+    seen: bool = False,
+    out: str | Path | None = None,
+    store: str | Path = STORE,
+    watch: Watch = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """The first of `models` against each other one, over the same items: verdicts with intervals, and a page.
+
+    `models`: as for `load`, or runs of `store`. `data`: texts, of which the held-out half counts; `tasks`: files of
+    multiple-choice items, of which the half counts that no search looks at, `items` of it if given; `score`: acc or
+    acc_norm. `margins`: how much less accuracy, and how much more perplexity, is as good. `timed`: speed and memory,
+    in turn. `seen`: also where a search has seen some of the data. `options`: fields of `Recipe` on text and seed.
+    """
+    if len(models) < 2:
+        raise UsageError("Name two models at least, the one that the others are held against first: compare A B.")
+    asked = _asked(data, tasks, items, score, margins, seen=seen, timed=timed).check()
+    recipe = of_text(str(models[0]), options)
+    with _filed_run("compare", recipe, Path(store), out) as (opened, run, folder):
+        job = proof.Job(recipe, opened, run, folder, watch, {})
+        return lab.filed(comparing.compare(job, [str(name) for name in models], asked), folder, compare_page.page)
+
+
+def gate(
+    student: str | Path,
+    baseline: str | Path,
+    *,
+    data: str | Sequence[str] | None = None,
+    tasks: str | Sequence[str] = (),
+    items: int | None = None,
+    score: str = "acc",
+    margins: tuple[str, str] = ("1pp", "3%"),
+    seen: bool = False,
+    junit: str | Path | None = None,
+    store: str | Path = STORE,
+    watch: Watch = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Whether a student is not worse than a baseline by more than the margins: PASS, FAIL or UNDECIDED, on every set.
+
+    `baseline`: a model, or the name of one that `save_baseline` stored, which is not measured again: then `data`,
+    `tasks` and `items` are those that it was measured on. Else `data` is pydoc. `junit`: a file for JUnit XML. The rest
+    is as for `compare`.
+    """
+    recipe = of_text(str(student), options)
+    with _filed_run("gate", recipe, Path(store), NO_FOLDER) as (opened, run, _):
+        stored = gating.baseline_of(opened, str(baseline))
+        if stored is not None and (data is not None or tasks or items is not None):
+            raise UsageError(
+                f"The baseline {baseline} was measured on {', '.join(stored['sets'])}. Leave --data, --tasks and "
+                "--items out, or name the model instead."
+            )
+        asked = _asked("pydoc" if data is None else data, tasks, items, score, margins, seen=seen)
+        asked = asked.check() if stored is None else gating.asked_of(stored, asked)
+        told = gating.gate(proof.Job(recipe, opened, run, Path(), watch, {}), str(student), str(baseline), asked)
+        if junit is not None:
+            gating.write_junit(told, Path(junit))
+        opened.update(run, result=told)
+        return told
+
+
+def save_baseline(
+    name: str,
+    model: str | Path = "demo",
+    *,
+    data: str | Sequence[str] = ("pydoc",),
+    tasks: str | Sequence[str] = (),
+    items: int | None = None,
+    score: str = "acc",
+    store: str | Path = STORE,
+    watch: Watch = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure a model and keep what it got under a name, for `gate`. A name never changes what it stands for."""
+    recipe = of_text(str(model), options)
+    asked = _asked(data, tasks, items, score, ("1pp", "3%")).check()
+    with _filed_run("baseline", recipe, Path(store), NO_FOLDER) as (opened, run, _):
+        job = proof.Job(recipe, opened, run, Path(), watch, {})
+        return gating.save_baseline(job, name, str(model), asked)
+
+
+def baselines(store: str | Path = STORE) -> list[dict[str, Any]]:
+    """The baselines of a store, by name."""
+    with closing(Store(Path(store))) as opened:
+        return gating.baselines(opened)
+
+
+def threshold(
+    model: str | Path = "demo",
+    *,
+    margins: str | Sequence[str] = ("3%ppl",),
+    run: str | None = None,
+    out: str | Path | None = None,
+    store: str | Path = STORE,
+    watch: Watch = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """How much can go: the last step of a search that is within every margin, chosen on some texts, proved on others.
+
+    `margins`: such as 3%ppl or 1pp:FILE. `run`: the steps of a stored run are taken, with its model and its texts; else
+    a search is made by `options`, fields of `Recipe`, up to `remove` (default: 40%). A plan file and a page appear in
+    `out` (default: lab/<run>): `billhook prune --plan` takes the plan.
+    """
+    parsed = [Margin.parse(text) for text in _several(margins)]
+    with closing(Store(Path(store))) as opened:
+        stored = opened.run(run) if run is not None else None
+    if stored is not None and not (stored.result or {}).get("steps"):
+        raise UsageError(f"Run {run} has no steps of a search. `billhook runs` lists the runs.")
+    least: dict[str, Any] = {"remove": "40%"}
+    given = stored.recipe if stored is not None else least | {"model": str(model)}
+    recipe = recipe_from(given | options, "The call")
+    with _laboratory("threshold", recipe, Path(store), out, watch) as (bench, folder):
+        steps = [] if stored is None else (stored.result or {})["steps"]
+        told = thresholds.threshold(bench.job(recipe), bench.teacher, steps, parsed)
+        return lab.filed(told, folder, threshold_page.page)
+
+
+def _asked(
+    data: str | Sequence[str], tasks: str | Sequence[str], items: int | None, score: str, margins: tuple[str, str], *,
+    seen: bool = False, timed: bool = False,
+) -> comparing.Asked:  # fmt: skip
+    points, percent = amount(margins[0], "pp"), amount(margins[1], "%")
+    return comparing.Asked(_several(data), _several(tasks), items, score, points, percent, timed, seen)
+
+
+def _several(values: str | Sequence[str]) -> tuple[str, ...]:
+    """One name, or several."""
+    return ((values,) if values else ()) if isinstance(values, str) else tuple(values)
+
+
+@contextmanager
+def _laboratory(
+    kind: str, recipe: Recipe, store: Path, out: str | Path | None, watch: Watch
+) -> Iterator[tuple[lab.Lab, Path]]:
+    """A run of the store, the loaded teacher, and the folder that will hold page and table."""
+    with _filed_run(kind, recipe, store, out) as (opened, run, folder):
+        yield lab.Lab(opened, run, searching.teacher_of(recipe, watch), watch), folder
+
+
+@contextmanager
+def _filed_run(kind: str, recipe: Recipe, store: Path, out: str | Path | None) -> Iterator[tuple[Store, str, Path]]:
+    """The store, a new run of it that is held, and the folder that will hold page and table."""
+    with closing(Store(store)) as opened:
+        where = str(out) if out is not None else str(Path("lab") / "{run}")
+        run = opened.new_run(recipe.model_dump(), here(recipe) | {"laboratory": kind}, where)
+        folder = Path(opened.run(run).out)
+        if where != NO_FOLDER:
+            check_target(folder, None)
+        with opened.hold(run):
+            try:
+                yield opened, run, folder
+            except BaseException as error:
+                opened.update(run, state="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                raise
+            page = {} if where == NO_FOLDER else {"page": str(folder / "index.html")}
+            known = opened.run(run).result or {}
+            opened.update(run, state="done", result={"laboratory": kind, **page, **known})

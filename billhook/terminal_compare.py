@@ -1,0 +1,96 @@
+"""What a terminal shows of comparisons, gates and thresholds, at 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from billhook import threshold_page
+from billhook.compare_words import (
+    HEAD,
+    close_words,
+    flip_words,
+    names_of,
+    sentence,
+    size_rows,
+    verdict_rows,
+    warnings,
+)
+from billhook.lab_words import accuracy, named, perplexity, shown
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Rows under columns, the first on the left."""
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn
+
+
+def compared(console: Console, value: dict[str, Any]) -> None:
+    """A comparison: for every model but the first its verdicts, sizes and what is behind them."""
+    for warning in warnings(value):
+        console.print(warning)
+    names = names_of(value)
+    for other in range(1, len(names)):
+        console.print(f"A: {names[0]}\nB: {names[other]}\n")
+        console.print(table(HEAD, verdict_rows(value, other)))
+        console.print()
+        for words in [*flip_words(value, other), close_words(value, other)]:
+            if words:
+                console.print(words)
+        console.print()
+        console.print(table(("", "A", "B", "change"), size_rows(value, other)))
+        console.print(f"\n{sentence(value, other)}")
+    if value.get("page"):
+        console.print(f"Page: {value['page']}", soft_wrap=True)
+
+
+def gated(console: Console, value: dict[str, Any]) -> None:
+    """A gate: one row a set, then the verdict."""
+    for warning in warnings(value):
+        console.print(warning)
+    brief = named(check["set"] for check in value["checks"])
+    rows = []
+    for check in value["checks"]:
+        text = check["kind"] == "perplexity"
+        sides = [perplexity(check[s]) if text else accuracy(check[s]) for s in ("baseline", "student")]
+        much, low, high = (f"{round(check[end], 2) + 0.0:+.2f}".replace("-", "−") for end in ("lost", "low", "high"))
+        lost = f"{much} ({low} to {high})"
+        may = f"{check['margin']:g}{'%' if text else ' pp'}"
+        rows.append(
+            (f"{brief[check['set']]}, {'ppl' if text else check['score']}", *sides, lost, may, check["verdict"])
+        )
+    console.print(table(("Set", "Baseline", "Student", "Lost (90%)", "May go", "Verdict"), rows))
+    for check in value["checks"]:
+        if check["note"]:
+            console.print(f"{brief[check['set']]}: {check['note']}")
+    console.print(f"\n{value['verdict']}: {shown(value['student'])} against {shown(value['baseline'])}")
+
+
+def baselines(console: Console, value: dict[str, Any]) -> None:
+    """Stored baselines."""
+    rows = [
+        (shown(each["name"]), shown(each["model"]), each["fingerprint"], ", ".join(named(each["sets"]).values()))
+        for each in value["baselines"]
+    ]
+    console.print(table(("Name", "Model", "Fingerprint", "Sets"), rows) if rows else "No baseline is stored.")
+
+
+def threshold(console: Console, value: dict[str, Any]) -> None:
+    """The trials of a threshold, what was chosen, and whether it was confirmed."""
+    console.print(table(threshold_page.HEAD, threshold_page.trial_rows(value)))
+    console.print(f"\n{threshold_page.verdict(value)}")
+    console.print(threshold_page.knee_words(value))
+    for note in threshold_page.notes(value):
+        console.print(note)
+    if value["removed"]:
+        console.print(
+            f"Prune so: billhook prune {shown(value['model'])} --plan {','.join(value['removed'])}", soft_wrap=True
+        )
+    console.print(f"Page: {value['page']}", soft_wrap=True)

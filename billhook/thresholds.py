@@ -1,0 +1,126 @@
+"""How much can go? The largest step of a search within the margins, chosen on some texts and proved on others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from billhook.data import TokenSet
+from billhook.loading import Teacher
+from billhook.margin import Kept, Margin
+from billhook.plan import Plan, Site
+from billhook.portions import halves, mixed_sets
+from billhook.proof import Job, environment, evaluated
+from billhook.records import Event
+from billhook.searching import find, task_calibration, validation_of, wanted_of
+from billhook.tasks import items_of
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One step of a path on the validation items of every margin."""
+
+    step: int
+    kept: tuple[Kept, ...]
+
+    @property
+    def within(self) -> bool:
+        return all(kept.within for kept in self.kept)
+
+
+def threshold(
+    job: Job, teacher: Teacher, steps: Sequence[Mapping[str, Any]], margins: Sequence[Margin]
+) -> dict[str, Any]:
+    """The last of `steps` within every margin on validation items, found by bisection, and its proof on test items.
+
+    `steps`: as a result holds them; without any the search of the recipe makes some. Assumes that what goes later costs
+    more, so that the steps within the margins come first. The test items are looked at once, for the plan that was
+    chosen, whatever they say.
+    """
+    calibration, held_out = _tokens(job, teacher)
+    steps = list(steps) or [step.to_json() for step in find(job, teacher, calibration).steps]
+    path = [Plan()]
+    for step in steps:
+        path.append(path[-1].without(*(Site.parse(name) for name in step["sites"])))
+    sets = {margin: (validation_of(job.recipe, margin, teacher, held_out), _test_of(job, margin, teacher, held_out))
+            for margin in margins}  # fmt: skip
+    trials = {0: Trial(0, tuple(_judged(job, teacher, margin, sets[margin][0], Plan()) for margin in margins))}
+    low, high = 0, len(path)
+    while high - low > 1:
+        middle = (low + high) // 2
+        job.watch(
+            Event("threshold", len(trials), math.ceil(math.log2(len(steps))) + 1, f"{middle} of {len(path)} steps")
+        )
+        kept = tuple(_judged(job, teacher, margin, sets[margin][0], path[middle]) for margin in margins)
+        trials[middle] = Trial(middle, kept)
+        low, high = (middle, high) if trials[middle].within else (low, middle)
+    chosen = path[low]
+    proved = [_judged(job, teacher, margin, sets[margin][1], chosen) for margin in margins] if low else []
+    everything = teacher.anatomy.total("parameters")
+    sizes = [1 - teacher.anatomy.total("parameters", plan) / everything for plan in path]
+    return {
+        "removed": chosen.names(),
+        "step": low,  # how many of the steps are taken
+        "steps": len(steps),
+        "share": sizes[low],
+        "confirmed": all(kept.within for kept in proved) if low else None,
+        "margins": [str(margin) for margin in margins],
+        "test": [_told(kept, margin) for kept, margin in zip(proved, margins, strict=False)],
+        "trials": [
+            {"step": n, "share": sizes[n], "within": trial.within,
+             "of": [_told(kept, margin) for kept, margin in zip(trial.kept, margins, strict=True)]}
+            for n, trial in sorted(trials.items())
+        ],
+        "data": {str(margin): {"validation": a.describe(), "test": b.describe()} for margin, (a, b) in sets.items()},
+        "shares": sizes,
+        "losses": [step["loss"] for step in steps],
+        "loss": job.recipe.loss,
+        "knee": knee(sizes[1:], [step["loss"] for step in steps]),
+        "model": teacher.name,
+        "fingerprint": teacher.fingerprint,
+        "environment": asdict(environment(str(teacher.device))),
+    }  # fmt: skip
+
+
+def _tokens(job: Job, teacher: Teacher) -> tuple[TokenSet, TokenSet]:
+    """Calibration tokens and held-out text of the recipe, which share no document."""
+    task = task_calibration(job.recipe, teacher)
+    calibration, held_out = mixed_sets(wanted_of(job.recipe), teacher.model, teacher.tokenizer, job.watch)
+    return (calibration if task is None else task), held_out
+
+
+def _test_of(job: Job, margin: Margin, teacher: Teacher, held_out: TokenSet) -> TokenSet:
+    """The items that neither a search nor the choice has seen."""
+    if margin.file is None:
+        return halves(held_out)[1]
+    return halves(items_of(margin.file, teacher, "evaluation", seed=job.recipe.seed))[1]
+
+
+def _judged(job: Job, teacher: Teacher, margin: Margin, tokens: TokenSet, plan: Plan) -> Kept:
+    dense, student = evaluated(job, teacher, [Plan(), plan], tokens, margin.kind)
+    return margin.judge(dense, student, job.recipe.seed)
+
+
+def _told(kept: Kept, margin: Margin) -> dict[str, Any]:
+    lost = kept.in_units(margin.kind)
+    return {
+        "margin": str(margin), "lost": lost.value, "low": lost.low, "high": lost.high, "limit": float(margin.amount),
+        "within": kept.within, "n": lost.n, "reliable": lost.reliable, "note": lost.note,
+    }  # fmt: skip
+
+
+def knee(shares: Sequence[float], losses: Sequence[float]) -> int | None:
+    """Where a curve of losses over what is gone bends most: the point farthest below the line between its ends.
+
+    None where it does not bend upwards, or there are fewer than three points.
+
+    Source: Satopää et al. 2011, Finding a "kneedle" in a haystack.
+    """
+    if len(shares) < 3 or shares[-1] <= shares[0] or losses[-1] <= losses[0]:
+        return None
+    wide, tall = shares[-1] - shares[0], losses[-1] - losses[0]
+    below = [(x - shares[0]) / wide - (y - losses[0]) / tall for x, y in zip(shares, losses, strict=True)]
+    best = max(range(len(below)), key=lambda i: below[i])
+    return best if below[best] > 0 else None
