@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from billhook.api import (
+        compare_endpoints,
         dry_run,
         evaluate_model,
         inspect,
@@ -47,6 +48,7 @@ __all__ = [
     "Site",
     "Teacher",
     "apply",
+    "compare_endpoints",
     "dry_run",
     "evaluate_model",
     "inspect",
@@ -66,8 +68,8 @@ __all__ = [
     "trade",
     "with_adapter",
 ]
-_API = ("dry_run", "evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume", "runs", "score", "show",
-        "stability", "sweep", "trade")  # fmt: skip
+_API = ("compare_endpoints", "dry_run", "evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume",
+        "runs", "score", "show", "stability", "sweep", "trade")  # fmt: skip
 _HOMES = {
     **dict.fromkeys(_API, "api"),
     **dict.fromkeys(("Teacher", "load", "register"), "loading"),

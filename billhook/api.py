@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from billhook import lab, lab_page, pipeline, proof, searching
+from billhook import abtest, lab, lab_page, pipeline, proof, searching
 from billhook import speed as timing
+from billhook.endpoint import Endpoint
 from billhook.errors import FingerprintError, ResourceError, RunError, UsageError
 from billhook.evaluate import EVALUATIONS
 from billhook.export.checkpoint import check_target
@@ -20,6 +21,7 @@ from billhook.losses import ITEM_LOSSES, LOSSES
 from billhook.metrics import METRICS
 from billhook.plan import Plan, Site
 from billhook.problem import Unit
+from billhook.prompts import read_prompts
 from billhook.recipe import TARGETS, Recipe, combined, recipe_from
 from billhook.records import Score, Watch, silent
 from billhook.recover import RECOVERIES
@@ -75,6 +77,10 @@ def resume(
     """
     with closing(Store(Path(store))) as opened:
         chosen = opened.run(run) if run else _newest_unfinished(opened)
+        if "laboratory" in chosen.environment:
+            raise RunError(
+                f"Run {chosen.id} is no pruning. Begin it again: billhook {chosen.environment['laboratory']} …"
+            )
         if chosen.state == "done":
             raise RunError(
                 f"Run {chosen.id} is done; its checkpoint is {chosen.out}. `billhook show {chosen.id}` tells more."
@@ -246,7 +252,7 @@ def runs(store: str | Path = STORE) -> list[dict[str, Any]]:
         return [
             {"run": r.id, "created": r.created, "state": r.state, "model": r.recipe["model"],
              "remove": r.recipe["remove"] or r.recipe["plan"] or r.recipe.get("within"),
-             "search": r.environment.get("laboratory", r.recipe["search"]), "out": r.out,
+             "search": r.environment.get("laboratory") or r.recipe["search"], "out": r.out,
              "losses": opened.count_losses(r.id)}
             for r in opened.runs()
         ]  # fmt: skip
@@ -360,11 +366,27 @@ def _laboratory(
         run = opened.new_run(recipe.model_dump(), _here(recipe) | {"laboratory": kind}, where)
         folder = Path(opened.run(run).out)
         check_target(folder, None)
-        with opened.hold(run):
-            try:
-                teacher = searching.teacher_of(recipe, watch)
-                yield lab.Lab(opened, run, teacher, watch), folder
-            except BaseException as error:
-                opened.update(run, state="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-                raise
+        with opened.settling(run):
+            yield lab.Lab(opened, run, searching.teacher_of(recipe, watch), watch), folder
             opened.update(run, state="done", result={"laboratory": kind, "page": str(folder / "index.html")})
+
+
+def compare_endpoints(
+    a: str, b: str, prompts: str | Path, *, model_a: str = "", model_b: str = "", api_key_env_a: str = "",
+    api_key_env_b: str = "", limit: int | None = None, store: str | Path = STORE, watch: Watch = silent, **asking: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Two OpenAI-compatible servers on the prompts of a file: times, errors, agreement, and task scores, in pairs.
+
+    `prompts`: a .txt, a .jsonl with `prompt` or `messages`, or a task's items; `limit` of them. `asking`: fields of
+    `Asking`, such as `timeout`. The result, with every answer, is filed in `store`.
+    """
+    how = abtest.asking_of(asking)
+    ends = Endpoint.at("A", a, model_a, api_key_env_a), Endpoint.at("B", b, model_b, api_key_env_b)
+    found = read_prompts(prompts, how.kind, limit, how.seed)
+    here = asdict(proof.environment("cpu")) | {"folder": str(Path.cwd()), "laboratory": "abtest"}
+    with closing(Store(Path(store))) as opened:
+        run = opened.new_run(abtest.recipe_of(*ends, str(prompts), limit, how), here, "")
+        with opened.settling(run):
+            told = {"run": run, "prompts": str(prompts)} | abtest.abtest(*ends, found, how, watch)
+            opened.update(run, state="done", result=told)
+        return told

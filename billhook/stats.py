@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from statistics import NormalDist
 
 import numpy as np
@@ -38,6 +39,31 @@ def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0, level: float 
 def mean_interval(result: EvalResult, seed: int = 0) -> Interval:
     """Mean of one result per token, in nats, with its interval over texts as in `paired_difference`."""
     return _clustered(np.asarray(result.sums), np.asarray(result.counts, dtype=np.float64), result.clusters, seed)
+
+
+def paired_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Interval:
+    """Mean of b / mean of a over the same items, with a BCa interval over the items, each pair resampled together.
+
+    With 1 for every a it is the mean of b.
+    """
+    if len(a) != len(b):
+        raise ValueError("These two are not over the same items, so they cannot be paired.")
+    return _clustered(np.asarray(b, np.float64), np.asarray(a, np.float64), tuple(range(len(a))), seed)
+
+
+def share_interval(count: int, n: int) -> tuple[float, float]:
+    """The 95% interval of a share of n independent outcomes: Wilson's, which has a width at 0 and 1 too."""
+    z = NormalDist().inv_cdf(0.975)
+    centre = (count + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(count * (n - count) / n + z * z / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """The two-sided p-value that as many items favour A as B, exact: of those that only one of both got right."""
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, float(Fraction(2 * tail, 2**n)))
 
 
 def _clustered(values: Floats, weight: Floats, clusters: tuple[int, ...], seed: int, level: float = 0.95) -> Interval:

@@ -25,7 +25,7 @@ FLOORS = (  # each floor imports from those above it, and each name from those b
      "losses", "mask", "probe", "surgery", "training", "width", "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),
     ("recipe", "store", "execute", "audit", "proof", "searching", "recovering", "lab", "compare", "summary", "report",
-     "lab_words", "lab_curves", "lab_page", "pipeline"),
+     "lab_words", "lab_curves", "lab_page", "prompts", "endpoint", "answering", "abtest", "abtest_words", "pipeline"),
     ("api", "terminal", "face", "cli", "dashboard"),
 )  # fmt: skip
 PLACE = {name: (floor, order) for floor, names in enumerate(FLOORS) for order, name in enumerate(names)}
