@@ -36,8 +36,8 @@ def rows(result: Result) -> list[tuple[str, str, str, str]]:
         told.append(("Same words at first", "", "", _cell(agreement["prefix_words"])))
     for label, name in (("Accuracy", "acc"), ("Accuracy, by length", "acc_norm")):
         if score := (result["task"] or {}).get(name):
-            sides = (_cell(score[side], accuracy, _whole) for side in ("a", "b"))
-            told.append((label, *sides, _cell(score["change"], points, _points, " to ")))
+            first, second = (_cell(score[side], accuracy, _whole) for side in ("a", "b"))
+            told.append((label, first, second, _cell(score["change"], points, _points, " to ")))
     return told
 
 
