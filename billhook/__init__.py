@@ -24,7 +24,17 @@ if TYPE_CHECKING:
         show,
     )
     from billhook.budget import Budget
-    from billhook.contests import baselines, compare, gate, save_baseline, stability, sweep, threshold, trade
+    from billhook.contests import (
+        baselines,
+        compare,
+        compare_endpoints,
+        gate,
+        save_baseline,
+        stability,
+        sweep,
+        threshold,
+        trade,
+    )
     from billhook.errors import BillhookError
     from billhook.export.adapter import with_adapter
     from billhook.export.checkpoint import save
@@ -47,6 +57,7 @@ __all__ = [
     "apply",
     "baselines",
     "compare",
+    "compare_endpoints",
     "dry_run",
     "evaluate_model",
     "gate",
@@ -70,7 +81,17 @@ __all__ = [
     "with_adapter",
 ]
 _API = ("dry_run", "evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume", "runs", "score", "show")
-_CONTESTS = ("baselines", "compare", "gate", "save_baseline", "stability", "sweep", "threshold", "trade")
+_CONTESTS = (
+    "baselines",
+    "compare",
+    "compare_endpoints",
+    "gate",
+    "save_baseline",
+    "stability",
+    "sweep",
+    "threshold",
+    "trade",
+)
 _HOMES = {
     **dict.fromkeys(_API, "api"),
     **dict.fromkeys(_CONTESTS, "contests"),

@@ -74,6 +74,10 @@ def resume(
     """
     with closing(Store(Path(store))) as opened:
         chosen = opened.run(run) if run else _newest_unfinished(opened)
+        if "laboratory" in chosen.environment:
+            raise RunError(
+                f"Run {chosen.id} is no pruning. Begin it again: billhook {chosen.environment['laboratory']} …"
+            )
         if chosen.state == "done":
             raise RunError(
                 f"Run {chosen.id} is done; its checkpoint is {chosen.out}. `billhook show {chosen.id}` tells more."
@@ -250,7 +254,7 @@ def runs(store: str | Path = STORE) -> list[dict[str, Any]]:
             {"run": r.id, "created": r.created, "state": r.state, "model": r.recipe["model"],
              "remove": None if r.environment.get("laboratory") in NOTHING_GOES else
              r.recipe["remove"] or r.recipe["plan"] or r.recipe.get("within"),
-             "search": r.environment.get("laboratory", r.recipe["search"]), "out": r.out,
+             "search": r.environment.get("laboratory") or r.recipe["search"], "out": r.out,
              "losses": opened.count_losses(r.id)}
             for r in opened.runs()
         ]  # fmt: skip

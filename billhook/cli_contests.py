@@ -238,4 +238,45 @@ def threshold(
         face.show(told, "threshold")
 
 
-COMMANDS = (sweep, trade, stability, compare, gate, baseline, threshold)
+ModelName = Annotated[str, typer.Option(help="The model to ask for [default: the first that the server lists]")]
+KeyEnv = Annotated[str, typer.Option(metavar="NAME", help="The environment variable that holds the key of this server")]
+
+
+@with_options("seed")
+def abtest(
+    *,
+    a: Annotated[str, typer.Option(metavar="URL", help="The first server, such as http://127.0.0.1:8000/v1")],
+    b: Annotated[str, typer.Option(metavar="URL", help="The second server, which is compared with the first")],
+    prompts: Annotated[
+        Path, typer.Option(help="A .txt, one prompt a line; a .jsonl with prompt or messages; a task's items")
+    ],
+    limit: Annotated[int | None, typer.Option(help="Prompts, drawn from the file [default: all]", min=1)] = None,
+    kind: Annotated[str, typer.Option(help="chat (chat/completions) or text (completions)")] = "chat",
+    model_a: ModelName = "",
+    model_b: ModelName = "",
+    api_key_env_a: KeyEnv = "",
+    api_key_env_b: KeyEnv = "",
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token", min=0)] = 0.0,
+    timeout: Annotated[float, typer.Option(help="Seconds for a whole answer")] = 60.0,
+    retries: Annotated[int, typer.Option(help="Further attempts after 429, 5xx or a broken connection", min=0)] = 2,
+    concurrency: Annotated[int, typer.Option(help="Pairs of requests at a time", min=1)] = 1,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Compare two OpenAI-compatible servers on the same prompts: times, errors, agreement and task scores."""
+    with Face(as_json, quiet, verbose) as face:
+        from billhook import contests
+
+        told = contests.compare_endpoints(
+            a, b, prompts, model_a=model_a, model_b=model_b, api_key_env_a=api_key_env_a, api_key_env_b=api_key_env_b,
+            limit=limit, kind=kind, max_tokens=max_tokens, temperature=temperature, timeout=timeout, retries=retries,
+            concurrency=concurrency, store=store, watch=face.watch, **options,
+        )  # fmt: skip
+        face.show(told, "abtest")
+
+
+COMMANDS = (sweep, trade, stability, compare, gate, baseline, threshold, abtest)

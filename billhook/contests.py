@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from billhook import compare_page, comparing, gating, lab, lab_page, proof, searching, threshold_page, thresholds
+from billhook import (
+    abtest,
+    compare_page,
+    comparing,
+    gating,
+    lab,
+    lab_page,
+    proof,
+    searching,
+    threshold_page,
+    thresholds,
+)
 from billhook.api import STORE, here, of_text
+from billhook.endpoint import Endpoint
 from billhook.errors import UsageError
 from billhook.export.checkpoint import check_target
 from billhook.margin import Margin, amount
 from billhook.metrics import METRICS
+from billhook.prompts import read_prompts
 from billhook.recipe import Recipe, recipe_from
 from billhook.records import Watch, silent
 from billhook.store import Store
@@ -223,6 +237,27 @@ def threshold(
         return lab.filed(told, folder, threshold_page.page)
 
 
+def compare_endpoints(
+    a: str, b: str, prompts: str | Path, *, model_a: str = "", model_b: str = "", api_key_env_a: str = "",
+    api_key_env_b: str = "", limit: int | None = None, store: str | Path = STORE, watch: Watch = silent, **asking: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Two OpenAI-compatible servers on the prompts of a file: times, errors, agreement, and task scores, in pairs.
+
+    `prompts`: a .txt, a .jsonl with `prompt` or `messages`, or a task's items; `limit` of them. `asking`: fields of
+    `Asking`, such as `timeout`. The result, with every answer, is filed in `store`.
+    """
+    how = abtest.asking_of(asking)
+    ends = Endpoint.at("A", a, model_a, api_key_env_a), Endpoint.at("B", b, model_b, api_key_env_b)
+    found = read_prompts(prompts, how.kind, limit, how.seed)
+    where = asdict(proof.environment("cpu")) | {"folder": str(Path.cwd()), "laboratory": "abtest"}
+    with closing(Store(Path(store))) as opened:
+        run = opened.new_run(abtest.recipe_of(*ends, str(prompts), limit, how), where, "")
+        with opened.settling(run):
+            told = {"run": run, "prompts": str(prompts)} | abtest.abtest(*ends, found, how, watch)
+            opened.update(run, state="done", result=told)
+        return told
+
+
 def _asked(
     data: str | Sequence[str], tasks: str | Sequence[str], items: int | None, score: str, margins: tuple[str, str], *,
     seen: bool = False, timed: bool = False,
@@ -254,12 +289,8 @@ def _filed_run(kind: str, recipe: Recipe, store: Path, out: str | Path | None) -
         folder = Path(opened.run(run).out)
         if where != NO_FOLDER:
             check_target(folder, None)
-        with opened.hold(run):
-            try:
-                yield opened, run, folder
-            except BaseException as error:
-                opened.update(run, state="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-                raise
+        with opened.settling(run):
+            yield opened, run, folder
             page = {} if where == NO_FOLDER else {"page": str(folder / "index.html")}
             known = opened.run(run).result or {}
             opened.update(run, state="done", result={"laboratory": kind, **page, **known})

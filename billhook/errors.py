@@ -11,6 +11,7 @@
     ├── RefusedError              3    the model or the data must not be used
     │   ├── ModelError                 a checkpoint that is damaged, foreign, quantised, unknown …
     │   ├── DataError                  calibration or evaluation text that cannot be used
+    │   ├── EndpointError              a server that cannot be reached, or refuses what it is asked
     │   └── FingerprintError           something that was made for another model, tokenizer or data
     ├── GateFailed                4    a student is worse than a gate allows, or may be
     └── ResourceError             5    the machine lacks memory or disk
@@ -81,6 +82,10 @@ class ModelError(RefusedError):
 
 class DataError(RefusedError):
     """Text that cannot be used for calibration or evaluation."""
+
+
+class EndpointError(RefusedError):
+    """A server that cannot be reached, or refuses what it is asked."""
 
 
 class FingerprintError(RefusedError):

@@ -32,26 +32,43 @@ def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0, level: float 
     if (a.tokens, a.counts) != (b.tokens, b.counts):
         raise ValueError("These two results are not over the same items, so they cannot be paired.")
     change = np.asarray(b.sums) - np.asarray(a.sums)
-    return _clustered(change, a, seed, level)
+    return _clustered(change, np.asarray(a.counts, np.float64), a.clusters, seed, level)
 
 
 def mean_interval(result: EvalResult, seed: int = 0) -> Interval:
     """Mean of one result per token, in nats, with its interval over texts as in `paired_difference`."""
-    return _clustered(np.asarray(result.sums), result, seed)
+    return _clustered(np.asarray(result.sums), np.asarray(result.counts, np.float64), result.clusters, seed)
 
 
-def by_cluster(values: Floats, result: EvalResult) -> tuple[Floats, Floats]:
-    """Sums of `values` [items] of a result, and its counts, over the items of each text; of a single one, by item."""
-    groups = np.unique(np.asarray(result.clusters), return_inverse=True)[1]
+def paired_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Interval:
+    """Mean of b / mean of a over the same items, with a BCa interval over the items, each pair resampled together.
+
+    With 1 for every a it is the mean of b.
+    """
+    if len(a) != len(b):
+        raise ValueError("These two are not over the same items, so they cannot be paired.")
+    return _clustered(np.asarray(b, np.float64), np.asarray(a, np.float64), tuple(range(len(a))), seed)
+
+
+def share_interval(count: int, n: int) -> tuple[float, float]:
+    """The 95% interval of a share of n independent outcomes: Wilson's, which has a width at 0 and 1 too."""
+    z = NormalDist().inv_cdf(0.975)
+    centre = (count + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(count * (n - count) / n + z * z / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def by_cluster(values: Floats, weight: Floats, clusters: Sequence[int]) -> tuple[Floats, Floats]:
+    """Sums of `values` [items], and of their weights, over the items of each text; of a single one, item by item."""
+    groups = np.unique(np.asarray(clusters), return_inverse=True)[1]
     if int(groups.max()) == 0:
         groups = np.arange(len(values))
-    weight = np.asarray(result.counts, dtype=np.float64)
     return np.bincount(groups, values).astype(np.float64), np.bincount(groups, weight).astype(np.float64)
 
 
-def _clustered(values: Floats, result: EvalResult, seed: int, level: float = 0.95) -> Interval:
-    sums, counts = by_cluster(values, result)
-    single_text = len(set(result.clusters)) == 1
+def _clustered(values: Floats, weight: Floats, clusters: Sequence[int], seed: int, level: float = 0.95) -> Interval:
+    sums, counts = by_cluster(values, weight, clusters)
+    single_text = len(set(clusters)) == 1
     low, high = bca(sums, counts, seed, level)
     n = len(sums)
     reliable = n >= FEW_CLUSTERS and not single_text

@@ -182,6 +182,16 @@ class Store:
             finally:
                 path.unlink(missing_ok=True)  # while it is still locked: whoever opened it meanwhile sees it is gone
 
+    @contextmanager
+    def settling(self, run: str) -> Iterator[None]:
+        """Hold a run, and file if it fails or is interrupted."""
+        with self.hold(run):
+            try:
+                yield
+            except BaseException as error:
+                self.update(run, state="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                raise
+
     def free(self, run: str) -> bool:
         """Whether no process holds the run."""
         try:

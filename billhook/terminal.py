@@ -107,6 +107,7 @@ def show(value: dict[str, Any], kind: str) -> None:
      "speed": _speed, "scores": _scores, "runs": _runs, "run": _run, "methods": _methods,
      "sweep": _sweep, "trade": _trade, "stability": _stability, "compare": terminal_compare.compared,
      "gate": terminal_compare.gated, "baselines": terminal_compare.baselines, "threshold": terminal_compare.threshold,
+     "abtest": _abtest,
      }[kind](console, value)  # fmt: skip
 
 
@@ -238,18 +239,22 @@ def _runs(console: Console, value: dict[str, Any]) -> None:
     table = _table("run", "state", "model", "remove", "search", "losses", "out")
     for row in value["runs"]:
         cells = [row[k] for k in ("run", "state", "model", "remove", "search")]
-        table.add_row(*map(str, cells), f"{row['losses']:,}", row["out"])
+        table.add_row(*(str(cell or "–") for cell in cells), f"{row['losses']:,}", row["out"])
     console.print(table if value["runs"] else "No runs yet. Start one: billhook prune --remove 25%sites")
 
 
 def _run(console: Console, value: dict[str, Any]) -> None:
-    console.print(f"{value['id']}: {value['state']}, {value['losses']:,} losses measured, out: {value['out']}")
+    out = f", out: {value['out']}" if value["out"] else ""
+    console.print(f"{value['id']}: {value['state']}, {value['losses']:,} losses measured{out}")
     for event in value["events"]:
         at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
         count = f" {event['done']}/{event['total']}" if event["total"] else ""
         console.print(f"{at} {event['stage']}{count} {event['note']}", style="dim", highlight=False)
-    if value["result"]:
-        _result(console, value["result"])
+    if result := value["result"]:
+        kind = result.get("laboratory", "")
+        _abtest(console, result) if kind == "abtest" else _foot(console, result, []) if kind else _result(
+            console, result
+        )
 
 
 def _methods(console: Console, value: dict[str, Any]) -> None:
@@ -373,6 +378,19 @@ def _stability(console: Console, value: dict[str, Any]) -> None:
         table.add_row(f"{told['tokens']:,}", str(told["sets"]), *cells, str(len(votes) - always))
     console.print(table)
     _foot(console, value, ["in brackets: lowest and highest pair of sets; in all, in some: sites by plans"])
+
+
+def _abtest(console: Console, value: dict[str, Any]) -> None:
+    from billhook import abtest_words, lab_words
+
+    for name in ("a", "b"):
+        model, url = (lab_words.shown(value[name][key])[: abtest_words.MOST] for key in ("model", "url"))
+        console.print(f"{name.upper()}: {model} at {url}", highlight=False)
+    table = _table("", "A", "B", "B / A")
+    for row in abtest_words.rows(value):
+        table.add_row(*row)
+    console.print(table)
+    _foot(console, value, abtest_words.notes(value))
 
 
 def _foot(console: Console, value: dict[str, Any], notes: list[str]) -> None:

@@ -67,7 +67,7 @@ def bootstrap_p(a: EvalResult, b: EvalResult, seed: int = 0) -> float:
 
     Source: the studentised bootstrap, Efron and Tibshirani 1993, chapter 16; the error of a ratio of sums over texts.
     """
-    sums, counts = by_cluster(np.asarray(b.sums) - np.asarray(a.sums), a)
+    sums, counts = by_cluster(np.asarray(b.sums) - np.asarray(a.sums), np.asarray(a.counts, np.float64), a.clusters)
     n = len(sums)
     if n < 2:
         return 1.0

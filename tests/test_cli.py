@@ -21,7 +21,7 @@ from billhook import api, cli
 from billhook.errors import ResourceError
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("prune", "inspect", "eval", "speed", "runs", "show", "methods")
+COMMANDS = ("prune", "inspect", "eval", "speed", "abtest", "runs", "show", "methods")
 ENV = {"COLUMNS": "80", "TERM": "dumb", "PYTHONPATH": str(ROOT)}
 REMOVE = "attention.2,mlp.1"
 
