@@ -107,7 +107,7 @@ def show(value: dict[str, Any], kind: str) -> None:
      "speed": _speed, "scores": _scores, "runs": _runs, "run": _run, "methods": _methods,
      "sweep": _sweep, "trade": _trade, "stability": _stability, "compare": terminal_compare.compared,
      "gate": terminal_compare.gated, "baselines": terminal_compare.baselines, "threshold": terminal_compare.threshold,
-     "abtest": _abtest,
+     "abtest": terminal_compare.servers,
      }[kind](console, value)  # fmt: skip
 
 
@@ -251,10 +251,11 @@ def _run(console: Console, value: dict[str, Any]) -> None:
         count = f" {event['done']}/{event['total']}" if event["total"] else ""
         console.print(f"{at} {event['stage']}{count} {event['note']}", style="dim", highlight=False)
     if result := value["result"]:
+        from billhook import terminal_compare
+
         kind = result.get("laboratory", "")
-        _abtest(console, result) if kind == "abtest" else _foot(console, result, []) if kind else _result(
-            console, result
-        )
+        whole = {"abtest": terminal_compare.servers, "gate": terminal_compare.gated, "": _result}
+        whole[kind](console, result) if kind in whole else _foot(console, result, [])
 
 
 def _methods(console: Console, value: dict[str, Any]) -> None:
@@ -378,19 +379,6 @@ def _stability(console: Console, value: dict[str, Any]) -> None:
         table.add_row(f"{told['tokens']:,}", str(told["sets"]), *cells, str(len(votes) - always))
     console.print(table)
     _foot(console, value, ["in brackets: lowest and highest pair of sets; in all, in some: sites by plans"])
-
-
-def _abtest(console: Console, value: dict[str, Any]) -> None:
-    from billhook import abtest_words, lab_words
-
-    for name in ("a", "b"):
-        model, url = (lab_words.shown(value[name][key])[: abtest_words.MOST] for key in ("model", "url"))
-        console.print(f"{name.upper()}: {model} at {url}", highlight=False)
-    table = _table("", "A", "B", "B / A")
-    for row in abtest_words.rows(value):
-        table.add_row(*row)
-    console.print(table)
-    _foot(console, value, abtest_words.notes(value))
 
 
 def _foot(console: Console, value: dict[str, Any], notes: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a terminal shows of comparisons, gates and thresholds, at 80 columns."""
+"""What a terminal shows of comparisons, gates, thresholds and servers, at 80 columns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from billhook import threshold_page
+from billhook import abtest_words, threshold_page
 from billhook.compare_words import (
     HEAD,
     close_words,
@@ -94,3 +94,13 @@ def threshold(console: Console, value: dict[str, Any]) -> None:
             f"Prune so: billhook prune {shown(value['model'])} --plan {','.join(value['removed'])}", soft_wrap=True
         )
     console.print(f"Page: {value['page']}", soft_wrap=True)
+
+
+def servers(console: Console, value: dict[str, Any]) -> None:
+    """Two servers on the same prompts."""
+    for name in ("a", "b"):
+        model, url = (shown(value[name][key])[: abtest_words.MOST] for key in ("model", "url"))
+        console.print(f"{name.upper()}: {model} at {url}", highlight=False)
+    console.print(table(("", "A", "B", "B / A"), abtest_words.rows(value)))
+    for note in abtest_words.notes(value):
+        console.print(note, style="dim", highlight=False)

@@ -21,7 +21,7 @@ from endpoints import Request, Server, asked, serving
 from typer.testing import CliRunner, Result
 
 import billhook
-from billhook import abtest_words, api, cli, stats, verdict
+from billhook import abtest_words, api, cli, stats, terminal, verdict
 from billhook.answering import events, read_piece
 from billhook.endpoint import Endpoint, Failure, base_url
 from billhook.errors import BillhookError, DataError, EndpointError, MissingExtra, RunError, UnknownName, UsageError
@@ -597,6 +597,15 @@ def test_the_command_shows_and_files_what_it_found(start: Any, tmp_path: Path) -
         billhook.resume(result["run"], store=store)
     with pytest.raises(RunError, match="no unfinished run"):
         billhook.resume(store=store)
+
+
+def test_a_run_of_the_laboratory_is_shown_by_its_page(capsys: pytest.CaptureFixture[str]) -> None:
+    run = {"id": "r1", "state": "done", "losses": 3, "out": "lab/r1", "events": []}
+    terminal.show(run | {"result": {"laboratory": "sweep", "page": "lab/r1/index.html"}}, "run")
+    assert capsys.readouterr().out.splitlines() == [
+        "r1: done, 3 losses measured, out: lab/r1",
+        "Page: lab/r1/index.html",
+    ]
 
 
 def test_a_server_that_is_gone_is_one_message_and_exit_code_3(start: Any, tmp_path: Path) -> None:
