@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from contextlib import closing
@@ -18,6 +19,7 @@ from billhook.losses import ITEM_LOSSES, LOSSES
 from billhook.metrics import METRICS
 from billhook.plan import Plan, Site
 from billhook.problem import Unit
+from billhook.protocols import normalised, windows
 from billhook.recipe import TARGETS, Recipe, combined, recipe_from
 from billhook.records import Score, Watch, silent
 from billhook.recover import RECOVERIES
@@ -129,15 +131,22 @@ def inspect(model: str | Path | Teacher = "demo", **options: Any) -> dict[str, A
     }
 
 
-def evaluate_model(model: str | Path = "demo", *, watch: Watch = silent, **options: Any) -> dict[str, Any]:
-    """Perplexity of one model on held-out text, with its 95% interval over texts.
+def evaluate_model(
+    model: str | Path = "demo", *, protocol: str | None = None, watch: Watch = silent, **options: Any
+) -> dict[str, Any]:
+    """Perplexity of one model on held-out text, with its 95% interval over texts, and in bytes and words.
 
     `options`: the fields of `Recipe` that concern model, text and seed; the text is the one on which `prune` with the
-    same options proves its student, so that the two can be compared.
+    same options proves its student, so that the two can be compared. `protocol`: all of the text, in windows, as papers
+    measure it: gptq (2,048 tokens) or shortened-llama (128).
     """
     recipe = of_text(str(model), options)  # held-out text does not depend on how much is for calibration
     teacher = searching.teacher_of(recipe, watch)
-    _, tokens = pipeline.tokens_for(recipe, teacher, watch)
+    if protocol is None:
+        _, tokens = pipeline.tokens_for(recipe, teacher, watch)
+    else:
+        source = recipe.eval_data or recipe.data
+        tokens = windows(source, protocol, recipe.field, teacher.tokenizer, teacher.model.config)
     if teacher.weights is not None:
         result = proof.streamed_perplexity(teacher, [Plan()], tokens, recipe.memory_bytes)[0]
     else:
@@ -151,6 +160,8 @@ def evaluate_model(model: str | Path = "demo", *, watch: Watch = silent, **optio
         "clusters": spread.clusters,
         "reliable": spread.reliable,
         "note": spread.note,
+        **normalised(tokens, teacher.tokenizer, math.fsum(result.sums)),
+        "protocol": protocol,
         "data": tokens.describe(),
     }
 

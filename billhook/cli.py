@@ -111,14 +111,21 @@ def score(
 @app.command(name="eval")
 @with_options(*TEXT_OPTIONS)
 def eval_model(
-    *, model: Model = None, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+    *,
+    model: Model = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="All of the text in windows, as papers do: gptq (2,048 tokens), shortened-llama")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     options: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     """Measure perplexity on held-out text: the text on which `prune` with the same options proves its student."""
     with Face(as_json, quiet, verbose) as face:
         from billhook import api
 
-        face.show(api.evaluate_model(model or "demo", watch=face.watch, **options), "evaluation")
+        face.show(api.evaluate_model(model or "demo", protocol=protocol, watch=face.watch, **options), "evaluation")
 
 
 @app.command()

@@ -213,6 +213,7 @@ def _evaluation(console: Console, value: dict[str, Any]) -> None:
         f"{value['n']} documents of {value['clusters']} texts, {value['data']['tokens']:,} tokens of "
         f"{value['data']['source']})"
     )
+    console.print(f"{value['bits_per_byte']:.4f} bits a byte, perplexity of a word {value['word_perplexity']:,.2f}")
     if value["note"]:
         console.print(value["note"], style="dim")
 
