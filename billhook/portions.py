@@ -33,6 +33,14 @@ def picked(tokens: TokenSet, documents: Sequence[int]) -> TokenSet:
     )
 
 
+def portions(tokens: TokenSet, count: int) -> list[TokenSet]:
+    """A token set in portions of `count` documents, in order; the last one may have fewer."""
+    whole = len(tokens.clusters)
+    if whole <= count:
+        return [tokens]
+    return [picked(tokens, range(start, min(start + count, whole))) for start in range(0, whole, count)]
+
+
 def every(tokens: TokenSet, count: int) -> tuple[list[int], list[int]]:
     """The documents of all texts but every `count`-th, and of those; where there is one text only, documents count.
 

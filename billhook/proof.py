@@ -23,7 +23,7 @@ from billhook.evaluate import EVALUATIONS
 from billhook.evaluate.choices import log_probabilities, outcomes
 from billhook.loading import Teacher
 from billhook.plan import Plan
-from billhook.portions import halves
+from billhook.portions import halves, portions
 from billhook.probe import Probe
 from billhook.recipe import Recipe
 from billhook.records import Environment, EvalResult, Event, Watch
@@ -40,6 +40,7 @@ PROMPTS = (
     "Explain in two sentences why the sky is blue.",
 )
 ANSWER_TOKENS = 64
+PORTION_ITEMS = 200  # of a task, filed together
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,7 @@ def evaluated(job: Job, teacher: Teacher, plans: Sequence[Plan], tokens: TokenSe
     if missing and kind == "ppl":
         fresh = streamed_perplexity(teacher, missing, tokens, job.recipe.memory_bytes)
     elif missing:
-        sums = Probe(teacher, tokens, "task", memory=job.recipe.memory_bytes).row_sums(missing)
+        sums = choice_sums(job, teacher, [(plan, UNTOUCHED) for plan in missing], tokens)
         fresh = [outcomes(tokens, of_one)[name] for of_one in sums]
     else:
         fresh = []
@@ -156,10 +157,7 @@ def choice_rows(job: Job, teacher: Teacher, tokens: TokenSet) -> tuple[float, ..
     """Log-probability in nats of the choice in every row of a task's tokens, of a whole model; stored."""
     known = job.store.evaluation(teacher.fingerprint, Plan(), "choices", tokens.hash, teacher.compute)
     if known is None:
-        if teacher.weights is None:
-            sums = log_probabilities(teacher.model, tokens, watch=job.watch, who=Path(tokens.source).name)
-        else:
-            sums = Probe(teacher, tokens, "task", memory=job.recipe.memory_bytes).row_sums([Plan()])[0]
+        sums = choice_sums(job, teacher, [(Plan(), UNTOUCHED)], tokens)[0]
         known = EvalResult("choices", tokens.hash, tuple(sums), (1,) * len(sums), tokens.documents)
         job.store.add_evaluation(teacher.fingerprint, Plan(), teacher.compute, known, job.run)
     return known.sums
@@ -174,7 +172,7 @@ def task(job: Job, teacher: Teacher, plan: Plan, file: str, repair: Repair = UNT
         before, after = evaluated(job, teacher, [Plan(), plan], tokens, "pp")
     else:
         (before,) = evaluated(job, teacher, [Plan()], tokens, "pp")
-        after = _repaired_task(job, teacher, plan, repair, tokens)
+        after = outcomes(tokens, choice_sums(job, teacher, [(plan, repair)], tokens)[0])["acc"]
     change = paired_difference(before, after, job.recipe.seed)
     return {
         "file": file,
@@ -188,12 +186,42 @@ def task(job: Job, teacher: Teacher, plan: Plan, file: str, repair: Repair = UNT
     }
 
 
-def _repaired_task(job: Job, teacher: Teacher, plan: Plan, repair: Repair, tokens: TokenSet) -> EvalResult:
-    """Accuracy of a repaired student."""
-    if teacher.weights is not None:
-        probe = Probe(teacher, tokens, "task", memory=job.recipe.memory_bytes, mended=(plan, repair))
-        return outcomes(tokens, probe.row_sums([plan])[0])["acc"]
-    return EVALUATIONS["acc"](apply(teacher, plan, repair=repair), tokens, watch=job.watch, who="student")
+def choice_sums(job: Job, teacher: Teacher, sides: Sequence[Side], tokens: TokenSet) -> list[list[float]]:
+    """Log-probability in nats of the choice in every row, of each student; PORTION_ITEMS items at a time.
+
+    Each portion is filed as soon as it is known, so that an evaluation that was killed goes on behind it. A streamed
+    teacher takes all items at once: every portion would read its file again.
+    """
+    sums: list[list[float]] = [[] for _ in sides]
+    for portion in portions(tokens, PORTION_ITEMS if teacher.weights is None else len(tokens.clusters)):
+        keys = [{"plan": p.key(), "dtype": filed_under(teacher, r), "tokens": portion.hash} for p, r in sides]
+        known: list[Any] = [job.store.fact(teacher.fingerprint, "choices", key) for key in keys]
+        missing = [i for i, found in enumerate(known) if found is None]
+        for i, fresh in zip(missing, _sums_of_portion(job, teacher, [sides[i] for i in missing], portion), strict=True):
+            outcomes(portion, fresh)  # refuses what is not finite
+            job.store.add_fact(teacher.fingerprint, "choices", keys[i], fresh, job.run)
+            known[i] = fresh
+        for whole, part in zip(sums, known, strict=True):
+            whole += part
+    return sums
+
+
+def _sums_of_portion(job: Job, teacher: Teacher, sides: Sequence[Side], tokens: TokenSet) -> list[list[float]]:
+    """In memory student by student, whose choices share their beginnings; streamed, all bare plans in one walk."""
+    if teacher.weights is None:
+        name = Path(tokens.source).name
+        models = [apply(teacher, p, repair=r) if p.removed else teacher.model for p, r in sides]
+        return [log_probabilities(model, tokens, watch=job.watch, who=name) for model in models]
+    memory = job.recipe.memory_bytes
+    bare = [plan for plan, repair in sides if repair == UNTOUCHED]
+    told = Probe(teacher, tokens, "task", memory=memory).row_sums(bare) if bare else []
+    fresh = []
+    for plan, repair in sides:
+        if repair == UNTOUCHED:
+            fresh.append(told[bare.index(plan)])
+        else:
+            fresh += Probe(teacher, tokens, "task", memory=memory, mended=(plan, repair)).row_sums([plan])
+    return fresh
 
 
 def streamed_perplexity(

@@ -2,15 +2,16 @@
 
 A file is .jsonl or .jsonl.gz, one item a line: `query`, `choices`, and `gold`, the number of the right choice from 0.
 Where a choice fills a gap (WinoGrande), `contexts` holds one text a choice and `continuation` what follows all of
-them. `subject` puts MMLU's sentence before the query. Other fields are not looked at.
+them. `subject` puts MMLU's sentence before the query. Other fields are not looked at. Shots, solved items that stand
+before the query, come from a file of the same kind.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,14 +103,38 @@ def _texts(row: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
 # -- requests -------------------------------------------------------------------------------------------------------
 
 
-def requests(item: Item) -> list[Request]:
-    """One request a choice: the choice after the query, or the continuation after each context; one blank between."""
-    before = SUBJECT.format(item.subject.replace("_", " ")) if item.subject else ""
+def requests(item: Item, solved: str = "") -> list[Request]:
+    """One request a choice: the choice after the query, or the continuation after each context; one blank between.
+
+    Before them stand the subject's sentence, then `solved` items.
+    """
+    before = (SUBJECT.format(item.subject.replace("_", " ")) if item.subject else "") + solved
     if item.contexts:
         pairs = [(context, item.continuation) for context in item.contexts]
     else:
         pairs = [(item.query, choice) for choice in item.choices]
     return [Request(before + context, " " + text, len(text)) for context, text in pairs]
+
+
+Shots = tuple[str | Path, int]  # a task file, and how many of its items stand before each query
+
+
+def solved_of(items: Sequence[Item], subjects: Iterable[str], count: int, source: str) -> dict[str, str]:
+    """{subject: the text of the first `count` items of that subject, solved}; where items have no subject, it is "".
+
+    Each is its query, or its right context, one blank, the right choice, or the continuation, and an empty line. Raises
+    DataError where there are fewer.
+    """
+    told = {}
+    for subject in dict.fromkeys(subjects):
+        mine = [item for item in items if item.subject == subject][:count]
+        if count < 1 or len(mine) < count:
+            of = f" of the subject {subject!r}" if subject else " without a subject"
+            fewer = f"Ask for 1 to {len(mine)}." if mine else "Give shots from another file."
+            raise DataError(f"{count} shots are wanted, and {source} has {len(mine)} items{of}. {fewer}")
+        right = [requests(replace(item, subject=""))[item.gold] for item in mine]
+        told[subject] = "".join(f"{request.context}{request.continuation}\n\n" for request in right)
+    return told
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +146,16 @@ class _Row:
     characters: int
 
 
-def _rows(item: Item, tokenizer: Any, prefix: Sequence[int], positions: int | None, source: str) -> list[_Row]:
+def _rows(
+    item: Item, solved: str, tokenizer: Any, prefix: Sequence[int], *, positions: int | None, source: str
+) -> list[_Row]:
     """Context and continuation are tokenised together and the context alone; the continuation's tokens are the rest.
 
     Blanks at the end of a context go over to the continuation. A row begins with `prefix`, what the tokenizer puts
     before a text, or where there is no context either with BOS or EOS. What is longer than `positions` loses its
     beginning.
     """
-    asked = requests(item)
+    asked = requests(item, solved)
     heads = [request.context.rstrip() for request in asked]
     wholes = [request.context + request.continuation for request in asked]
     known = sorted({head for head in heads if head})  # most items have one context for all choices
@@ -168,12 +195,12 @@ def items_of(
     items: int | None = None,
     tokens: int | None = None,
     seed: int = 0,
+    shots: Shots | None = None,
 ) -> TokenSet:
     """As `task_tokens`, for one model: its tokenizer and its positions; at most so many items, or tokens."""
+    limits: dict[str, Any] = {"limit_tokens": tokens, "limit_items": items, "seed": seed, "part": part, "shots": shots}
     positions = getattr(teacher.model.config, "max_position_embeddings", None)
-    return task_tokens(
-        path, teacher.tokenizer, limit_tokens=tokens, limit_items=items, seed=seed, positions=positions, part=part
-    )
+    return task_tokens(path, teacher.tokenizer, positions=positions, **limits)
 
 
 def task_tokens(
@@ -185,12 +212,15 @@ def task_tokens(
     seed: int = 0,
     positions: int | None = None,
     part: Part | None = None,
+    shots: Shots | None = None,
 ) -> TokenSet:
     """The items of a task file as a token set: a row a choice, a document an item, each item a text of its own.
 
     Items come in a seeded order, of which `limit_items`, or as many as hold `limit_tokens`, are taken. `positions`: of
     the model. `part`: every second item is for calibration, the others for evaluation; they share none, whatever seeds
-    and limits. An item that is a copy of one for calibration is in neither. Raises DataError.
+    and limits. An item that is a copy of one for calibration is in neither. `shots`: a task file, and how many of its
+    items stand solved before each query, the first ones, of the item's own subject; a copy of one is no item then.
+    Raises DataError.
     """
     if tokenizer is None:
         raise DataError("The model has no tokenizer, so no task can be read. Put its tokenizer files into its folder.")
@@ -198,13 +228,15 @@ def task_tokens(
     random.Random(0).shuffle(items)  # which items are for what does not depend on the seed
     items = items if part is None else _part(items, part, str(path))
     random.Random(seed).shuffle(items)
+    items, solved = (items, {}) if shots is None else _with_shots(items, shots, str(path))
     prefix = prefix_of(tokenizer)
     taken: list[tuple[Item, list[_Row]]] = []
     total = 0
     for item in items[:limit_items]:
         if limit_tokens is not None and total >= limit_tokens:
             break
-        rows = _rows(item, tokenizer, prefix, positions, str(path))
+        before = solved.get(item.subject, "")
+        rows = _rows(item, before, tokenizer, prefix, positions=positions, source=str(path))
         taken.append((item, rows))
         total += sum(len(row.ids) for row in rows)
     every = [(number, row) for number, (_, rows) in enumerate(taken) for row in rows]
@@ -220,6 +252,18 @@ def task_tokens(
             tuple(item.gold for item, _ in taken),
         ),
     )
+
+
+def _with_shots(items: list[Item], shots: Shots, source: str) -> tuple[list[Item], dict[str, str]]:
+    """The items that are not among the shots, and the shots of each subject as text."""
+    file, count = shots
+    found = read_items(file)
+    solved = solved_of(found, [item.subject for item in items], count, str(file))
+    shown = {tuple(requests(shot)) for s in solved for shot in [item for item in found if item.subject == s][:count]}
+    rest = [item for item in items if tuple(requests(item)) not in shown]
+    if not rest:
+        raise DataError(f"All items of {source} are among its own {count} shots. Give shots from another file.")
+    return rest, solved
 
 
 def _part(items: list[Item], part: Part, source: str) -> list[Item]:

@@ -22,7 +22,7 @@ FILES = sorted(HOUSE.rglob("*.py"))
 FLOORS = (  # each floor imports from those above it, and each name from those before it on its own floor
     ("errors", "plan", "budget", "problem", "registry", "records", "stats", "verdict", "margin"),
     ("modeling_billhook", "arch", "vet", "stream", "loading", "repair", "regression", "data", "portions",
-     "protocols", "tasks", "losses", "mask", "probe", "surgery", "training", "width", "speed"),
+     "protocols", "tasks", "beginnings", "losses", "mask", "probe", "surgery", "training", "width", "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),
     ("recipe", "store", "execute", "audit", "proof", "searching", "recovering", "lab", "comparing", "gating",
      "thresholds", "summary", "report", "lab_words", "lab_curves", "lab_page", "compare_words", "compare_page",

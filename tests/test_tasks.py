@@ -116,6 +116,48 @@ def test_a_subject_is_named_before_the_query() -> None:
     assert [r.context for r in asked] == [begins + "2?\nAnswer:"] * 2
 
 
+def test_shots_stand_solved_before_the_query_and_after_the_subject(tmp_path: Path) -> None:
+    """Written out as lm-evaluation-harness writes MMLU: description, shots of the subject in order, query."""
+    shots = [
+        {"query": "1?\nAnswer:", "choices": ["A", "B"], "gold": 1, "subject": "old_maths"},
+        {"query": "x?\nAnswer:", "choices": ["A", "B"], "gold": 0, "subject": "law"},
+        {"query": "2?\nAnswer:", "choices": ["A", "B"], "gold": 0, "subject": "old_maths"},
+        {"query": "3?\nAnswer:", "choices": ["A", "B"], "gold": 0, "subject": "old_maths"},
+    ]
+    file = write(tmp_path / "dev.jsonl", *shots)
+    row = {"query": "9?\nAnswer:", "choices": ["A", "B"], "gold": 0, "subject": "old_maths"}
+    tokens = task_tokens(write(tmp_path / "t.jsonl", row), letters(), shots=(file, 2))
+    begins = "The following are multiple choice questions (with answers) about old maths.\n\n"
+    context = begins + "1?\nAnswer: B\n\n2?\nAnswer: A\n\n9?\nAnswer:"
+    told = [("".join(before), "".join(own)) for before, own in pieces(tokens, letters())]
+    assert told == [(context, " A"), (context, " B")]
+    bare = task_tokens(tmp_path / "t.jsonl", letters())
+    assert bare.hash != tokens.hash
+    assert bare.clusters == tokens.clusters
+
+
+def test_a_shot_of_a_gap_is_its_right_context_and_the_continuation(tmp_path: Path) -> None:
+    gap = {"query": "q", "choices": ["x", "y"], "gold": 1, "contexts": ["so x", "so y"], "continuation": "ran."}
+    ask = {"query": "q", "choices": ["v", "w"], "gold": 0, "contexts": ["as v", "as w"], "continuation": "sat."}
+    file = write(tmp_path / "dev.jsonl", gap)
+    tokens = task_tokens(write(tmp_path / "t.jsonl", ask), letters(), shots=(file, 1))
+    told = [("".join(before), "".join(own)) for before, own in pieces(tokens, letters())]
+    assert told == [("so y ran.\n\nas v", " sat."), ("so y ran.\n\nas w", " sat.")]
+
+
+def test_shots_that_are_missing_or_are_the_items_themselves(tmp_path: Path) -> None:
+    law = ROW | {"subject": "law"}
+    path = write(tmp_path / "t.jsonl", ROW, ROW | {"query": "c"}, ROW | {"query": "d"})
+    tokens = task_tokens(path, letters(), shots=(path, 1))
+    assert len(tokens.clusters) == 2, "the first one is shown solved"
+    with pytest.raises(DataError, match=r"t\.jsonl are among its own 3 shots\. Give shots from another file"):
+        task_tokens(path, letters(), shots=(path, 3))
+    with pytest.raises(DataError, match=r"5 shots are wanted, .* has 3 items without a subject\. Ask for 1 to 3"):
+        task_tokens(path, letters(), shots=(path, 5))
+    with pytest.raises(DataError, match=r"1 shots .* 0 items of the subject 'law'\. Give shots from another file"):
+        task_tokens(write(tmp_path / "law.jsonl", law), letters(), shots=(path, 1))
+
+
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize(
     ("query", "choice", "context", "own"),

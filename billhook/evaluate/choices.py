@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from billhook.beginnings import Read, batched, families, paths_of
 from billhook.data import Choices, TokenSet
 from billhook.errors import ModelError, UsageError
-from billhook.evaluate import batches, evaluation
-from billhook.losses import nll
+from billhook.evaluate import BATCH_LOGITS_BYTES, evaluation
 from billhook.records import EvalResult, Event, Watch, silent
+
+BATCH_POSITIONS = 1024  # of one batch, cached and padded ones too; larger ones only cost memory traffic on a CPU
+REPEATABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # layers of a cache, whose lines can be picked and repeated
 
 
 @evaluation
@@ -58,19 +62,71 @@ def outcomes(tokens: TokenSet, row_sums: Sequence[float]) -> dict[str, EvalResul
 
 @torch.inference_mode()
 def log_probabilities(model: Any, tokens: TokenSet, *, watch: Watch = silent, who: str = "") -> list[float]:
-    """Log-probability in nats of the choice in every row, given what stands before it; one forward pass a row."""
-    first = _choices(tokens).first
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])
-    sums = [0.0] * len(tokens.lengths)
-    done = 0
-    for batch in batches(tokens, vocabulary, model.device):
-        logits = model(input_ids=batch.ids, use_cache=False).logits  # [rows, time, vocabulary]
-        for i, (row, n) in enumerate(zip(batch.rows, batch.lengths, strict=True)):
-            at = slice(first[row] - 1, n - 1)
-            sums[row] = -float(nll(logits[i, at], logits[i, at], batch.targets[i, at]).double().sum())
-        done += sum(batch.lengths)
+    """Log-probability in nats of the choice in every row, given what stands before it.
+
+    Beginnings that rows share are computed once, where the model's cache allows it, and the head only where it is read:
+    up to rounding the sums of one forward pass a row.
+    """
+    _choices(tokens)
+    words = int(model.get_output_embeddings().weight.shape[0])
+    sums, done = [0.0] * len(tokens.lengths), 0
+    found = families(paths_of(tokens), _longest_shared(model))
+    for batch in batched(found, BATCH_POSITIONS, max(1, BATCH_LOGITS_BYTES // (4 * words))):
+        shared = batch[0].shared
+        if shared:
+            cache = DynamicCache(config=model.config)
+            ids = [family.paths[0].ids[:shared] for family in batch]
+            reads = [[r for path in family.paths for r in path.reads if r[0] < shared] for family in batch]
+            _read(model, ids, reads, sums, cache)
+        rest = [(i, path) for i, f in enumerate(batch) for path in f.paths if len(path.ids) > shared]
+        if shared and rest:
+            cache.batch_select_indices(torch.tensor([i for i, _ in rest], device=model.device))
+        if rest:
+            ids = [path.ids[shared:] for _, path in rest]
+            reads = [[(at - shared, word, row) for at, word, row in path.reads if at >= shared] for _, path in rest]
+            _read(model, ids, reads, sums, cache if shared else None)
+        done += sum(tokens.lengths[row] for row in {r[2] for f in batch for path in f.paths for r in path.reads})
         watch(Event("evaluate", done, tokens.tokens, who))
     return sums
+
+
+def _read(
+    model: Any, lines: list[tuple[int, ...]], reads: list[list[Read]], sums: list[float], cache: Any | None
+) -> None:
+    """One forward pass over lines, padded on the right, behind what `cache` holds, which it extends.
+
+    `reads`: of every line (position, next token, row); each adds its log-probability to its row's sum.
+    """
+    ids = torch.zeros(len(lines), max(map(len, lines)), dtype=torch.int64, device=model.device)
+    wanted = torch.zeros_like(ids, dtype=torch.bool)
+    for i, (line, of) in enumerate(zip(lines, reads, strict=True)):
+        ids[i, : len(line)] = torch.tensor(line)
+        wanted[i, [at for at, _, _ in of]] = True
+    logits = model(
+        input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=wanted
+    ).logits  # [read, vocabulary]: of the positions that are wanted, line by line
+    numbers = wanted.flatten().cumsum(0).view_as(ids) - 1
+    every = [(i, *read) for i, of in enumerate(reads) for read in of]
+    if every:
+        line, position, word = torch.tensor([read[:3] for read in every], device=ids.device).T
+        at, logits = numbers[line, position], logits.float()
+        values = logits[at, word] - logits.logsumexp(-1)[at]
+        for (*_, row), value in zip(every, values.tolist(), strict=True):
+            sums[row] += value
+
+
+@torch.inference_mode()
+def _longest_shared(model: Any) -> int | None:
+    """The longest row whose beginning the model's KV cache can hold and repeat: 0: none, None: any.
+
+    None of it behind a sliding window, where tokens are dropped, nor by a cache of another kind, nor where a layer of
+    the cache has no attention that fills it (a teacher with masked sites).
+    """
+    cache: Any = DynamicCache(config=model.config)
+    model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache, use_cache=True)
+    if any(type(layer) not in REPEATABLE or layer.get_seq_length() != 1 for layer in cache.layers):
+        return 0
+    return min((layer.sliding_window for layer in cache.layers if layer.is_sliding), default=None)
 
 
 def _choices(tokens: TokenSet) -> Choices:
