@@ -166,8 +166,8 @@ def _regret(rows: Sequence[Mapping[str, Any]]) -> str:
     return (
         "## Regret against the optimum\n\n4 of the 16 sites of blocks 11 to 18, the others protected; KL on the 512 "
         "calibration tokens that the searches saw, so that this is about the search and not about the text. The "
-        "searches share what is measured, in the order of this table: *site evaluations* and *search time* are what each "
-        "took beyond those before it.\n\n"
+        "searches share what is measured, in the order of this table: *site evaluations* and *search time* are what "
+        "each took beyond those before it.\n\n"
         + _markdown(["search", "loss", "regret, nats", "site evaluations", "search time"], lines)
     )
 
