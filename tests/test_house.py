@@ -22,7 +22,7 @@ FILES = sorted(HOUSE.rglob("*.py"))
 FLOORS = (  # each floor imports from those above it, and each name from those before it on its own floor
     ("errors", "plan", "budget", "problem", "registry", "records", "stats", "margin"),
     ("modeling_billhook", "arch", "vet", "stream", "loading", "repair", "regression", "data", "portions", "tasks",
-     "beginnings",
+     "prompts", "beginnings",
      "losses", "mask", "probe", "surgery", "training", "width", "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),
     ("recipe", "store", "execute", "audit", "proof", "searching", "recovering", "lab", "compare", "summary", "report",
