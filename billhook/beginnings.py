@@ -13,7 +13,8 @@ from itertools import pairwise
 
 from billhook.data import TokenSet
 
-SHARING_TOKENS = 32  # what sharing must save: a second pass and copies of the cache cost about as much
+SHARING_TOKENS = 16  # what a family must save: copies of the cache, and padding, cost about as much
+BATCH_TOKENS = 96  # what all families with beginnings of one length must save: they take passes of their own
 MOST_PATHS = 64  # of one family
 Read = tuple[int, int, int]  # position, next token, row of the token set
 
@@ -82,6 +83,19 @@ def families(paths: Sequence[Path], longest: int | None) -> list[Family]:
         told.append(Family(tuple(paths[start:end]), shared))
         end = start
     return told[::-1]
+
+
+def worthwhile(found: Sequence[Family]) -> list[Family]:
+    """Families of which only those share that save BATCH_TOKENS with all others of as long a beginning."""
+    saved: dict[int, int] = {}
+    for family in found:
+        less = sum(len(path.ids) for path in family.paths) - family.positions
+        saved[family.shared] = saved.get(family.shared, 0) + less
+    told = []
+    for family in found:
+        alone = saved[family.shared] < BATCH_TOKENS
+        told += [Family((path,), 0) for path in family.paths] if alone else [family]
+    return told
 
 
 def _alike(a: Sequence[int], b: Sequence[int]) -> int:
