@@ -15,6 +15,7 @@ from billhook.data import TokenSet
 
 SHARING_TOKENS = 16  # what a family must save: copies of the cache, and padding, cost about as much
 BATCH_TOKENS = 96  # what all families with beginnings of one length must save: they take passes of their own
+SHARE_SAVED = 1 / 3  # of their positions, at least: two passes over fewer tokens each are slower by the token
 MOST_PATHS = 64  # of one family
 Read = tuple[int, int, int]  # position, next token, row of the token set
 
@@ -86,15 +87,18 @@ def families(paths: Sequence[Path], longest: int | None) -> list[Family]:
 
 
 def worthwhile(found: Sequence[Family]) -> list[Family]:
-    """Families of which only those share that save BATCH_TOKENS with all others of as long a beginning."""
+    """Families of which only those share that, with all others of as long a beginning, save BATCH_TOKENS and
+    SHARE_SAVED of their positions."""
     saved: dict[int, int] = {}
+    whole: dict[int, int] = {}
     for family in found:
-        less = sum(len(path.ids) for path in family.paths) - family.positions
-        saved[family.shared] = saved.get(family.shared, 0) + less
+        total = sum(len(path.ids) for path in family.paths)
+        whole[family.shared] = whole.get(family.shared, 0) + total
+        saved[family.shared] = saved.get(family.shared, 0) + total - family.positions
     told = []
     for family in found:
-        alone = saved[family.shared] < BATCH_TOKENS
-        told += [Family((path,), 0) for path in family.paths] if alone else [family]
+        enough = saved[family.shared] >= max(BATCH_TOKENS, SHARE_SAVED * whole[family.shared])
+        told += [family] if enough else [Family((path,), 0) for path in family.paths]
     return told
 
 

@@ -103,6 +103,7 @@ def sharing_from(saved: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(beginnings, "SHARING_TOKENS", saved)
         patched.setattr(beginnings, "BATCH_TOKENS", saved)
+        patched.setattr(beginnings, "SHARE_SAVED", 0)
         yield
 
 
@@ -240,6 +241,10 @@ def test_beginnings_of_a_length_of_which_there_are_few_are_not_shared(teacher: T
     assert [family.shared for family in worthwhile(few)] == [0] * 4
     assert worthwhile(many) == many
     assert worthwhile(few[:1] + many) == few[:1] + many
+    long = [([tuple(draw.choices(range(3, 64), k=40))], [(5, *range(3, 40)), (6, *range(3, 40))]) for _ in range(9)]
+    families_of_long = families(paths_of(items_set(long)), None)
+    assert [family.shared for family in families_of_long] == [40] * 9
+    assert {family.shared for family in worthwhile(families_of_long)} == {0}, "a quarter saved is not enough"
 
 
 def test_batches_keep_their_bounds_and_lose_nothing() -> None:
