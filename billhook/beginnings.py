@@ -13,7 +13,9 @@ from itertools import pairwise
 
 from billhook.data import TokenSet
 
-SHARING_TOKENS = 32  # what sharing must save: a second pass and copies of the cache cost about as much
+SHARING_TOKENS = 16  # what a family must save: copies of the cache, and padding, cost about as much
+BATCH_TOKENS = 96  # what all families with beginnings of one length must save: they take passes of their own
+SHARE_SAVED = 1 / 3  # of their positions, at least: two passes over fewer tokens each are slower by the token
 MOST_PATHS = 64  # of one family
 Read = tuple[int, int, int]  # position, next token, row of the token set
 
@@ -82,6 +84,22 @@ def families(paths: Sequence[Path], longest: int | None) -> list[Family]:
         told.append(Family(tuple(paths[start:end]), shared))
         end = start
     return told[::-1]
+
+
+def worthwhile(found: Sequence[Family]) -> list[Family]:
+    """Families of which only those share that, with all others of as long a beginning, save BATCH_TOKENS and
+    SHARE_SAVED of their positions."""
+    saved: dict[int, int] = {}
+    whole: dict[int, int] = {}
+    for family in found:
+        total = sum(len(path.ids) for path in family.paths)
+        whole[family.shared] = whole.get(family.shared, 0) + total
+        saved[family.shared] = saved.get(family.shared, 0) + total - family.positions
+    told = []
+    for family in found:
+        enough = saved[family.shared] >= max(BATCH_TOKENS, SHARE_SAVED * whole[family.shared])
+        told += [family] if enough else [Family((path,), 0) for path in family.paths]
+    return told
 
 
 def _alike(a: Sequence[int], b: Sequence[int]) -> int:

@@ -59,7 +59,7 @@ class EvalResult:
     """One evaluation of one model: an outcome per item, in a fixed order, so that two runs can be paired.
 
     For `perplexity` an item is a document: `sums` of negative log-likelihood in nats over `counts` predicted tokens.
-    For `acc` and `acc_norm` it is a question: 1 or 0, counted once.
+    For `acc`, `acc_norm`, `strict_match` and `flexible_match` it is a question: 1 or 0, counted once.
     `clusters[i]` names the text that item i comes from; statistics resample those.
     """
 

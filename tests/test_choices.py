@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_checkpoints import hooked
 
 from billhook import beginnings, proof
-from billhook.beginnings import batched, families, paths_of
+from billhook.beginnings import batched, families, paths_of, worthwhile
 from billhook.data import Choices, TokenSet, token_set
 from billhook.evaluate.choices import log_probabilities
 from billhook.loading import Teacher, load
@@ -97,6 +97,16 @@ def counted(model: Any) -> Iterator[list[tuple[int, int]]]:
             handle.remove()
 
 
+@contextmanager
+def sharing_from(saved: int) -> Iterator[None]:
+    """Inside, beginnings are shared from so many saved tokens on."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(beginnings, "SHARING_TOKENS", saved)
+        patched.setattr(beginnings, "BATCH_TOKENS", saved)
+        patched.setattr(beginnings, "SHARE_SAVED", 0)
+        yield
+
+
 # -- no number changes ----------------------------------------------------------------------------------------------
 
 
@@ -109,8 +119,7 @@ def test_sums_are_those_of_rows_on_their_own(variant: str, checkpoint: Folder, m
         for seed, most in ((0, 20), (1, 4)):
             tokens = items_set(drawn(8, seed, most=most))
             close(model, tokens)
-            with monkeypatch.context() as patched:
-                patched.setattr(beginnings, "SHARING_TOKENS", 0)
+            with sharing_from(0):
                 close(model, tokens)
 
 
@@ -128,8 +137,7 @@ def teacher(checkpoint: Folder) -> Teacher:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(items=st.lists(ITEM, min_size=1, max_size=6), sharing=st.sampled_from([0, 1, 32]))
 def test_any_items_shared_or_not(items: list[Item], sharing: int, teacher: Teacher) -> None:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(beginnings, "SHARING_TOKENS", sharing)
+    with sharing_from(sharing):
         close(teacher.model, items_set(items))
 
 
@@ -150,10 +158,8 @@ def test_nothing_is_shared_behind_a_sliding_window(checkpoint: Folder) -> None:
     for item, shared in ((short, True), (long, False)):
         tokens = items_set([(list(item[0]), list(item[1]))])
         close(model, tokens)
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(beginnings, "SHARING_TOKENS", 0)
-            with counted(model) as seen:
-                log_probabilities(model, tokens)
+        with sharing_from(0), counted(model) as seen:
+            log_probabilities(model, tokens)
         assert (len(seen) == 3) == shared, "the trial of the cache, and two passes where a beginning is shared"
 
 
@@ -163,7 +169,7 @@ def test_nothing_is_shared_behind_a_sliding_window(checkpoint: Folder) -> None:
 def test_a_context_is_computed_once_and_the_head_where_it_is_read(teacher: Teacher) -> None:
     context = tuple(random.Random(5).choices(range(3, 64), k=30))
     tokens = items_set([([context], [(5, 6, 7), (8, 9), (10, 11, 12), (13,)])])
-    with counted(teacher.model) as seen:
+    with sharing_from(16), counted(teacher.model) as seen:
         log_probabilities(teacher.model, tokens)
     assert seen[1:] == [(30, 1), (3 * 2, 2 + 1 + 2)], "30 tokens once, then 2, 1 and 2, padded to 2"
 
@@ -215,12 +221,30 @@ def cheapest(paths: list[beginnings.Path]) -> int:
 @given(items=st.lists(ITEM, min_size=1, max_size=3), sharing=st.sampled_from([0, 2, 5]))
 def test_families_take_the_fewest_positions(items: list[Item], sharing: int) -> None:
     paths = paths_of(items_set(items))[:9]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(beginnings, "SHARING_TOKENS", sharing)
+    with sharing_from(sharing):
         found = families(paths, None)
         assert [path for family in found for path in family.paths] == paths
         assert all(path.ids[: f.shared] == f.paths[0].ids[: f.shared] for f in found for path in f.paths)
         assert sum(f.positions + sharing * bool(f.shared) for f in found) == cheapest(paths)
+
+
+def test_beginnings_of_a_length_of_which_there_are_few_are_not_shared(teacher: Teacher) -> None:
+    """They would take passes of their own, and save less than these cost; with enough of them they save more."""
+    draw = random.Random(3)
+
+    def items(count: int) -> list[Item]:
+        contexts = [tuple(draw.choices(range(3, 64), k=40)) for _ in range(count)]
+        return [([context], [(5, 6), (7, 8)]) for context in contexts]
+
+    few, many = (families(paths_of(items_set(items(count))), None) for count in (2, 3))
+    assert [family.shared for family in few] == [40] * 2
+    assert [family.shared for family in worthwhile(few)] == [0] * 4
+    assert worthwhile(many) == many
+    assert worthwhile(few[:1] + many) == few[:1] + many
+    long = [([tuple(draw.choices(range(3, 64), k=40))], [(5, *range(3, 40)), (6, *range(3, 40))]) for _ in range(9)]
+    families_of_long = families(paths_of(items_set(long)), None)
+    assert [family.shared for family in families_of_long] == [40] * 9
+    assert {family.shared for family in worthwhile(families_of_long)} == {0}, "a quarter saved is not enough"
 
 
 def test_batches_keep_their_bounds_and_lose_nothing() -> None:

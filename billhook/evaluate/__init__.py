@@ -43,4 +43,4 @@ def batches(tokens: TokenSet, vocabulary: int, device: torch.device) -> Iterator
         start += count
 
 
-from billhook.evaluate import choices, perplexity  # noqa: E402, F401 - importing a method files it under its name
+from billhook.evaluate import choices, generate, perplexity  # noqa: E402, F401 - importing a method files it under its name

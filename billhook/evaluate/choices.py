@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from billhook.beginnings import Read, batched, families, paths_of
+from billhook.beginnings import Read, batched, families, paths_of, worthwhile
 from billhook.data import Choices, TokenSet
 from billhook.errors import ModelError, UsageError
-from billhook.evaluate import BATCH_LOGITS_BYTES, evaluation
+from billhook.evaluate import evaluation
 from billhook.records import EvalResult, Event, Watch, silent
 
-BATCH_POSITIONS = 1024  # of one batch, cached and padded ones too; larger ones only cost memory traffic on a CPU
+BATCH_POSITIONS = 512  # of one batch, cached and padded ones too; larger ones only cost memory traffic on a CPU
+BATCH_LOGITS_BYTES = 2**26  # of one batch, in float32
 REPEATABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # layers of a cache, whose lines can be picked and repeated
 
 
@@ -70,7 +71,7 @@ def log_probabilities(model: Any, tokens: TokenSet, *, watch: Watch = silent, wh
     _choices(tokens)
     words = int(model.get_output_embeddings().weight.shape[0])
     sums, done = [0.0] * len(tokens.lengths), 0
-    found = families(paths_of(tokens), _longest_shared(model))
+    found = worthwhile(families(paths_of(tokens), _longest_shared(model)))
     for batch in batched(found, BATCH_POSITIONS, max(1, BATCH_LOGITS_BYTES // (4 * words))):
         shared = batch[0].shared
         if shared:
