@@ -39,8 +39,9 @@ def many_texts(texts: int = 40, seed: int = 0, length: int = 24) -> TokenSet:
 
 
 def recovered(name: str, teacher: Teacher, plan: Plan, tokens: TokenSet, **options: Any) -> Repair:
-    options = (SHORT if name in TRAINED else {}) | options
-    return RECOVERIES[name](Subject(teacher, plan), tokens, many_texts(6, seed=9), **options)
+    options = (SHORT if name in {*TRAINED, "patches"} else {}) | options
+    before = recovered("lowrank", teacher, plan, tokens, rank=2) if name == "patches" else UNTOUCHED
+    return RECOVERIES[name](Subject(teacher, plan, before), tokens, many_texts(6, seed=9), **options)
 
 
 def logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
