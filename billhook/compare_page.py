@@ -24,7 +24,7 @@ from billhook.compare_words import (
     warnings,
 )
 from billhook.lab_words import named, shown
-from billhook.report import listed
+from billhook.report import listed, scroll
 
 MOST_FLIPS = 300  # of a task and a pair, on the page; the result has all
 
@@ -58,15 +58,11 @@ def _pair(result: Result, other: int) -> str:
         f"<p>A: {escape(names[0])}. B: {escape(names[other])}. Intervals are paired over items; p is adjusted for all "
         "sets by Holm's method. Equivalent: the 90% interval is within the margin on both sides.</p>"
     )
-    sizes = _scroll(listed(("Measure", "A", "B", "Change"), size_rows(result, other)), "Size and speed")
+    sizes = scroll(listed(("Measure", "A", "B", "Change"), size_rows(result, other)), "Size and speed")
     return (
-        f"<section><h2>{escape(names[other])}</h2>{_scroll(verdicts, 'Verdicts')}{caption}{lines}</section>"
+        f"<section><h2>{escape(names[other])}</h2>{scroll(verdicts, 'Verdicts')}{caption}{lines}</section>"
         f"<section><h2>Size and speed</h2>{sizes}</section>"
     )
-
-
-def _scroll(table: str, label: str) -> str:
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">{table}</div>'
 
 
 def _flips(result: Result, other: int) -> str:
@@ -121,6 +117,6 @@ def _how(result: Result) -> str:
         (brief[name], *("–" if about.get(key) is None else f"{about[key]:,}" for key in keys))
         for name, about in result["sets"].items()
     ]
-    sets = _scroll(listed(("Set", *(key.capitalize() for key in keys)), lines), "Sets")
+    sets = scroll(listed(("Set", *(key.capitalize() for key in keys)), lines), "Sets")
     where = listed(("Name", "Value"), [(key, shown(value)) for key, value in result["environment"].items()])
     return f"<section><h2>Measured on</h2>{sets}</section><section><h2>Environment</h2>{where}</section>"

@@ -43,7 +43,7 @@ from billhook.lab_words import (
     unreliable,
 )
 from billhook.plan import PARTS, Plan, Site
-from billhook.report import listed
+from billhook.report import listed, scroll
 from billhook.summary import count, duration, short
 
 # -- the frame ---------------------------------------------------------------------------------------------------------
@@ -69,11 +69,6 @@ def _page(kind: str, result: Result, words: tuple[str, str, Sequence[str]], body
 def _section(title: str, body: str, caption: str = "") -> str:
     told = f"<p>{escape(caption)}</p>" if caption else ""
     return f"<section><h2>{escape(title)}</h2>{body}{told}</section>"
-
-
-def _scroll(table: str, label: str) -> str:
-    """A table that scrolls by itself where it is wider than the screen."""
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">{table}</div>'
 
 
 def _json(value: object) -> str:
@@ -123,7 +118,7 @@ def _all_rows(result: Result) -> str:
         "and calibration text; not told apart: its interval includes 0. Each interval stands for itself: of many, "
         "about one in twenty misses. Bold: on the Pareto front by parameters. Press a heading to sort."
     )
-    return _section("All results", _scroll(table, "All results"), caption)
+    return _section("All results", scroll(table, "All results"), caption)
 
 
 def _heading(word: str, about: str, file: bool, words: bool) -> str:
@@ -197,7 +192,7 @@ def _how(result: Result) -> str:
         "Calibration and held-out documents are never the same. All rows are measured on the same held-out documents, "
         f"so that differences are paired; intervals resample whole texts. {timing}"
     )
-    return _section("How it was measured", f"{teacher}<h3></h3>{_scroll(_sets(sets), 'Token sets')}", caption)
+    return _section("How it was measured", f"{teacher}<h3></h3>{scroll(_sets(sets), 'Token sets')}", caption)
 
 
 # -- the page of a trade -----------------------------------------------------------------------------------------------
@@ -221,7 +216,7 @@ def trade_page(result: Result) -> str:
         ) if len(rows) > 1 else "",
         _accuracies(result),
         _section(
-            "How it was measured", _scroll(sets, "Token sets"),
+            "How it was measured", scroll(sets, "Token sets"),
             "Items that a search looks at are never measured. Differences are paired, item by item.",
         ),
     ]  # fmt: skip
@@ -245,7 +240,7 @@ def _heat(rows: Sequence[Result], change: Callable[[Result], tuple[float, ...]])
             body += f'<td class="{" ".join(kinds)}" style="--depth:{depth}">{points(value)}<small>{ends}</small></td>'
         body += "</tr>"
     head = f"<thead><tr><th>pruned for ↓<br>measured on →</th>{top}</tr></thead>"
-    return _scroll(f'<table class="heat">{head}<tbody>{body}</tbody></table>', "pruned for, measured on")
+    return scroll(f'<table class="heat">{head}<tbody>{body}</tbody></table>', "pruned for, measured on")
 
 
 def _accuracies(result: Result) -> str:
@@ -267,7 +262,7 @@ def _accuracies(result: Result) -> str:
         ends = [*(str(row[part]) for part in PARTS), short(row["sizes"]["parameters"]), duration(row["search_seconds"])]
         body += "".join(f"<td>{end}</td>" for end in ends) + "</tr>"
     table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-    return _section("Accuracies", _scroll(table, "Accuracies"), "Below each value: its 95% interval.")
+    return _section("Accuracies", scroll(table, "Accuracies"), "Below each value: its 95% interval.")
 
 
 # -- the page of a study of stability ----------------------------------------------------------------------------------
@@ -299,7 +294,7 @@ def stability_page(result: Result) -> str:
         f'<section class="curves"><h2>Agreement of calibration sets</h2>{box}<p>Dots: mean over all pairs of sets; '
         "bars: lowest and highest pair. Rank correlation (Spearman) is of the scores of all sites; overlap is what two "
         "plans share of all that either removes.</p></section>",
-        _section("In numbers", _scroll(listed(heads, lines), "In numbers"), "In brackets: lowest to highest pair."),
+        _section("In numbers", scroll(listed(heads, lines), "In numbers"), "In brackets: lowest to highest pair."),
         _section(
             "Which sites go",
             f"{_votes(sizes)}<details><summary>The same as a table</summary>"

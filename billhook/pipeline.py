@@ -37,11 +37,11 @@ from billhook.searching import (
     recovery_tokens,
     task_calibration,
     teacher_of,
+    validation_and_test,
     wanted_of,
 )
 from billhook.store import Run, Store
 from billhook.surgery import apply, leaves
-from billhook.tasks import items_of
 from billhook.vet import dtype_name
 
 ZEROED = "The removed sites hold zeros: equal outputs everywhere, no speed-up."
@@ -135,7 +135,7 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
         result = {
             **_describe(job, teacher, student, plan, got.adapter is not None),
             "data": {"calibration": calibration.describe(), "evaluation": proof_text.describe()},
-            "seen": _seen(recipe, teacher, (calibration, held_out, proof_text), got),
+            "seen": _seen(recipe, teacher, calibration, held_out, got),
             "steps": [step.to_json() for step in found.steps],
             "search": found.conducted,
             "within": found.within,
@@ -169,12 +169,11 @@ def proof_of(recipe: Recipe, held_out: TokenSet) -> TokenSet:
     return halves(held_out)[1] if recipe.margin is not None and recipe.margin.kind == "ppl" else held_out
 
 
-def _seen(recipe: Recipe, teacher: Teacher, sets: tuple[TokenSet, TokenSet, TokenSet], got: Recovered) -> list[str]:
+def _seen(recipe: Recipe, teacher: Teacher, calibration: TokenSet, held_out: TokenSet, got: Recovered) -> list[str]:
     """Digests of all documents and items that a choice, a fit or an earlier pruning of this model has looked at."""
-    calibration, held_out, proof_text = sets
-    found = {*calibration.digests, *got.seen, *(set(held_out.digests) - set(proof_text.digests))}
-    if recipe.margin is not None and recipe.margin.file is not None:
-        found |= set(halves(items_of(recipe.margin.file, teacher, "evaluation", seed=recipe.seed))[0].digests)
+    found = {*calibration.digests, *got.seen}
+    if recipe.margin is not None:
+        found |= set(validation_and_test(recipe, recipe.margin, teacher, held_out)[0].digests)
     if recipe.fold_in_search:
         found |= set(recovery_tokens(recipe, teacher, silent).digests)
     return sorted(found | set(proof.seen_before(teacher.folder)))

@@ -174,6 +174,11 @@ def listed(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def scroll(table: str, label: str) -> str:
+    """A table that scrolls by itself where it is wider than the screen."""
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{_e(label)}">{table}</div>'
+
+
 def _whole_spans(table: str) -> str:
     """A table in which no interval is broken at the end of a line."""
     return re.sub(r"\(.*?\)", r'<span class="span">\g<0></span>', table)

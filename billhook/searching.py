@@ -329,7 +329,7 @@ def _most_within(
     """
     recipe, margin = job.recipe, job.recipe.margin
     assert margin is not None
-    validation = validation_of(recipe, margin, teacher, held_out)
+    validation, _ = validation_and_test(recipe, margin, teacher, held_out)
     everything = teacher.anatomy.total("parameters")
     smallest = min(size.parameters for size in teacher.anatomy.sites) * Fraction(100, everything)
     low, high = Fraction(0), Fraction(100)
@@ -373,12 +373,14 @@ def _in_words(kept: Kept, margin: Margin) -> dict[str, float]:
     return {"lost": lost.value, "low": lost.low, "high": lost.high}
 
 
-def validation_of(recipe: Recipe, margin: Margin, teacher: Teacher, held_out: TokenSet) -> TokenSet:
-    """The items on which a margin is judged: half of the held-out text, or half of the items of its task.
+def validation_and_test(
+    recipe: Recipe, margin: Margin, teacher: Teacher, held_out: TokenSet
+) -> tuple[TokenSet, TokenSet]:
+    """The items on which a margin is judged, and those of the proof, which no choice has seen.
 
-    The other half is the proof, which no choice has seen.
+    Half each of the held-out text, or of the items of its task.
     """
     if margin.kind == "ppl":
-        return halves(held_out)[0]
+        return halves(held_out)
     assert margin.file is not None
-    return halves(items_of(margin.file, teacher, "evaluation", seed=recipe.seed))[0]
+    return halves(items_of(margin.file, teacher, "evaluation", seed=recipe.seed))

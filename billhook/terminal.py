@@ -112,10 +112,9 @@ def show(value: dict[str, Any], kind: str) -> None:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    return table
+    from billhook.terminal_compare import table
+
+    return table(columns, ())
 
 
 def _result(console: Console, value: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from string import Template
 from typing import Any
 
 from billhook.lab_words import shown
-from billhook.report import listed
+from billhook.report import listed, scroll
 from billhook.summary import short
 
 Result = Mapping[str, Any]
@@ -74,7 +74,9 @@ def page(result: Result) -> str:
     house = files("billhook")
     head = house.joinpath("report.html").read_text(encoding="utf-8").partition("</style>")[0]
     body = [_margin_figure(result, i) for i in range(len(result["margins"]))] + [_loss_figure(result)]
-    body.append(f"<section><h2>Trials on validation items</h2>{_scroll(listed(HEAD, trial_rows(result)))}</section>")
+    body.append(
+        f"<section><h2>Trials on validation items</h2>{scroll(listed(HEAD, trial_rows(result)), 'Trials')}</section>"
+    )
     body.append(f"<section><h2>Plan</h2><pre>{escape(','.join(result['removed']) or 'nothing')}</pre></section>")
     return Template(head + house.joinpath("compare.html").read_text(encoding="utf-8")).substitute(
         title=escape(f"{shown(result['model'])}: how much can go"),
@@ -88,10 +90,6 @@ def page(result: Result) -> str:
 def notes(result: Result) -> list[str]:
     """What a reader must know."""
     return [of["note"] for of in result["test"] if of["note"]]
-
-
-def _scroll(table: str) -> str:
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="Trials">{table}</div>'
 
 
 def _margin_figure(result: Result, number: int) -> str:

@@ -11,11 +11,10 @@ from billhook.data import TokenSet
 from billhook.loading import Teacher
 from billhook.margin import Kept, Margin
 from billhook.plan import Plan, Site
-from billhook.portions import halves, mixed_sets
+from billhook.portions import mixed_sets
 from billhook.proof import Job, environment, evaluated
 from billhook.records import Event
-from billhook.searching import find, task_calibration, validation_of, wanted_of
-from billhook.tasks import items_of
+from billhook.searching import find, task_calibration, validation_and_test, wanted_of
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ def threshold(
     path = [Plan()]
     for step in steps:
         path.append(path[-1].without(*(Site.parse(name) for name in step["sites"])))
-    sets = {margin: (validation_of(job.recipe, margin, teacher, held_out), _test_of(job, margin, teacher, held_out))
-            for margin in margins}  # fmt: skip
+    sets = {margin: validation_and_test(job.recipe, margin, teacher, held_out) for margin in margins}
     trials = {0: Trial(0, tuple(_judged(job, teacher, margin, sets[margin][0], Plan()) for margin in margins))}
     low, high = 0, len(path)
     while high - low > 1:
@@ -89,13 +87,6 @@ def _tokens(job: Job, teacher: Teacher) -> tuple[TokenSet, TokenSet]:
     task = task_calibration(job.recipe, teacher)
     calibration, held_out = mixed_sets(wanted_of(job.recipe), teacher.model, teacher.tokenizer, job.watch)
     return (calibration if task is None else task), held_out
-
-
-def _test_of(job: Job, margin: Margin, teacher: Teacher, held_out: TokenSet) -> TokenSet:
-    """The items that neither a search nor the choice has seen."""
-    if margin.file is None:
-        return halves(held_out)[1]
-    return halves(items_of(margin.file, teacher, "evaluation", seed=job.recipe.seed))[1]
 
 
 def _judged(job: Job, teacher: Teacher, margin: Margin, tokens: TokenSet, plan: Plan) -> Kept:
