@@ -31,7 +31,7 @@ from billhook.store import Run, Store
 from billhook.vet import dtype_name
 
 STORE = "billhook.db"
-NOTHING_GOES = ("compare", "gate", "baseline")  # of runs that are no pruning
+NOTHING_GOES = ("compare", "gate", "baseline", "eval")  # of runs that are no pruning
 
 
 def prune(

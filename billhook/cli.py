@@ -15,9 +15,14 @@ from billhook.cli_options import (
     TEXT_OPTIONS,
     Json,
     Model,
+    NumberOfShots,
     Quiet,
+    ShotsFrom,
+    Some,
     StoreFile,
+    Tasks,
     Verbose,
+    pieces,
     with_options,
 )
 from billhook.errors import UsageError
@@ -116,15 +121,29 @@ def eval_model(
     protocol: Annotated[
         str | None, typer.Option(help="All of the text in windows, as papers do: gptq (2,048 tokens), shortened-llama")
     ] = None,
+    tasks: Tasks = "",
+    items: Some = None,
+    shots: NumberOfShots = 0,
+    shots_from: ShotsFrom = "",
+    store: Annotated[Path, typer.Option(help="With --tasks: where answers are filed as they come")] = DEFAULT_STORE,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     options: dict[str, Any],
 ) -> None:
-    """Measure perplexity on held-out text: the text on which `prune` with the same options proves its student."""
-    with Face(as_json, quiet, verbose) as face:
-        from billhook import api
+    """Measure perplexity on held-out text, on which `prune` with the same options proves its student, or --tasks."""
+    again = f"billhook eval {model or ''} --tasks {tasks}" if tasks else ""
+    with Face(as_json, quiet, verbose, resume=again) as face:
+        from billhook import api, contests
 
+        if tasks:
+            if protocol is not None or {"data", "eval_data"} & set(options):
+                raise UsageError("--tasks are measured in the place of text. Leave --data and --protocol out.")
+            told = contests.evaluate_tasks(
+                model or "demo", pieces(tasks), items=items, shots=shots, shots_from=shots_from, store=store,
+                watch=face.watch, **options,
+            )  # fmt: skip
+            return face.show(told, "tasks")
         face.show(api.evaluate_model(model or "demo", protocol=protocol, watch=face.watch, **options), "evaluation")
 
 

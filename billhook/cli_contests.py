@@ -14,10 +14,16 @@ from billhook.cli_options import (
     Items,
     Json,
     Model,
+    NumberOfShots,
     Out,
     Quiet,
+    Scored,
+    ShotsFrom,
+    Some,
     StoreFile,
+    Tasks,
     Verbose,
+    pieces,
     with_options,
 )
 from billhook.errors import GateFailed, UsageError
@@ -103,15 +109,7 @@ def stability(
         face.show(told, "stability")
 
 
-def pieces(text: str) -> list[str]:
-    """What stands between commas."""
-    return [piece.strip() for piece in text.split(",") if piece.strip()]
-
-
 NO_TEXT = tuple(name for name in TEXT_OPTIONS if name not in ("data", "eval_data"))
-Tasks = Annotated[str, typer.Option(help="Files of multiple-choice items, separated by commas")]
-Some = Annotated[int | None, typer.Option(help="Items of each task [default: all]", min=2)]
-Scored = Annotated[str, typer.Option(help="acc or acc_norm")]
 Points = Annotated[str, typer.Option(help="Accuracy that may be less and still as good")]
 Percent = Annotated[str, typer.Option(help="Perplexity that may be more and still as good")]
 Seen = Annotated[bool, typer.Option("--seen", help="Also on data that a search has seen; marked everywhere")]
@@ -125,6 +123,8 @@ def compare(
     tasks: Tasks = "",
     items: Some = None,
     score: Scored = "acc",
+    shots: NumberOfShots = 0,
+    shots_from: ShotsFrom = "",
     margin: Points = "1pp",
     ppl_margin: Percent = "3%",
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Time nothing")] = False,
@@ -141,7 +141,8 @@ def compare(
         from billhook import contests
 
         told = contests.compare(
-            *models, data=pieces(data), tasks=pieces(tasks), items=items, score=score, margins=(margin, ppl_margin),
+            *models, data=pieces(data), tasks=pieces(tasks), items=items, score=pieces(score), shots=shots,
+            shots_from=shots_from, margins=(margin, ppl_margin),
             timed=not no_speed, seen=seen, out=out, store=store, watch=face.watch, **options,
         )  # fmt: skip
         face.show(told, "compare")
@@ -156,6 +157,8 @@ def gate(
     tasks: Tasks = "",
     items: Some = None,
     score: Scored = "acc",
+    shots: NumberOfShots = 0,
+    shots_from: ShotsFrom = "",
     margin: Points = "1pp",
     ppl_margin: Percent = "3%",
     seen: Seen = False,
@@ -172,8 +175,8 @@ def gate(
 
         told = contests.gate(
             student, baseline, data=None if data is None else pieces(data), tasks=pieces(tasks), items=items,
-            score=score, margins=(margin, ppl_margin), seen=seen, junit=junit, store=store, watch=face.watch,
-            **options,
+            score=pieces(score), shots=shots, shots_from=shots_from, margins=(margin, ppl_margin), seen=seen,
+            junit=junit, store=store, watch=face.watch, **options,
         )  # fmt: skip
         face.show(told, "gate")
         if told["verdict"] != "PASS":
@@ -191,6 +194,8 @@ def baseline(
     tasks: Tasks = "",
     items: Some = None,
     score: Scored = "acc",
+    shots: NumberOfShots = 0,
+    shots_from: ShotsFrom = "",
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -207,8 +212,8 @@ def baseline(
             face.show({"baselines": contests.baselines(store)}, "baselines")
             return
         told = contests.save_baseline(
-            name, model or "demo", data=pieces(data), tasks=pieces(tasks), items=items, score=score, store=store,
-            watch=face.watch, **options,
+            name, model or "demo", data=pieces(data), tasks=pieces(tasks), items=items, score=pieces(score),
+            shots=shots, shots_from=shots_from, store=store, watch=face.watch, **options,
         )  # fmt: skip
         face.show({"baselines": [told]}, "baselines")
 

@@ -89,3 +89,13 @@ LAB_OPTIONS = ("search", "metric", "loss", "set", "fast", "shortlist", "risk", "
                "trust_remote_code")  # fmt: skip
 Out = Annotated[Path | None, typer.Option(help="Folder for page and table [default: lab/<run>]")]
 Items = Annotated[int, typer.Option(help="Items of each task that are measured", min=2)]
+Some = Annotated[int | None, typer.Option(help="Items of each task [default: all]", min=2)]
+Tasks = Annotated[str, typer.Option(help="Tasks, separated by commas: files of items or questions, lmeval:NAME")]
+Scored = Annotated[str, typer.Option(help="The score that counts, where a task has it, such as acc_norm")]
+NumberOfShots = Annotated[int, typer.Option("--shots", help="Solved items before each item of a task", min=0)]
+ShotsFrom = Annotated[str, typer.Option(help="Where they come from; left out, from the task itself")]
+
+
+def pieces(text: str) -> list[str]:
+    """What stands between commas."""
+    return [piece.strip() for piece in text.split(",") if piece.strip()]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
+from typing import Any
 
 from billhook.compare_words import (
     HEAD,
@@ -86,22 +87,30 @@ def _flips(result: Result, other: int) -> str:
     return "".join(told)
 
 
-def _item(item: Mapping[str, object], other: int) -> str:
-    """One item: what was asked, and what both models give to every choice."""
-    right, gold = item["right"], item["gold"]
-    assert isinstance(right, list)
-    assert isinstance(item["choices"], list)
-    assert isinstance(item["probabilities"], list)
+def _item(item: Mapping[str, Any], other: int) -> str:
+    """One item: what was asked, and what both models give to every choice, or wrote."""
+    who = "a" if item["right"][0] else "b"
+    head = f"<h3>Item {item['number']} <small>only {who.upper()} is right</small></h3>"
+    query = escape(_printable(str(item["query"])))
+    shows = _choices if "choices" in item else _answers
+    return f'<article class="flip" data-who="{who}">{head}<p class="query">{query}</p>{shows(item, other)}</article>'
+
+
+def _choices(item: Mapping[str, Any], other: int) -> str:
+    """A table of the choices with the probability that each model gives to each."""
     a, b = item["probabilities"][0], item["probabilities"][other]
     lines = []
     for i, choice in enumerate(item["choices"]):
         cells = "".join(f"<td{' class=said' if p[i] == max(p) else ''}>{p[i]:.1%}</td>" for p in (a, b))
-        lines.append(f"<tr{' class=gold' if i == gold else ''}><td>{escape(shown(choice))}</td>{cells}</tr>")
-    who = "a" if right[0] else "b"
-    head = f"<h3>Item {item['number']} <small>only {who.upper()} is right</small></h3>"
-    table = f"<table><thead><tr><th>Choice</th><th>A</th><th>B</th></tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    query = escape(_printable(str(item["query"])))
-    return f'<article class="flip" data-who="{who}">{head}<p class="query">{query}</p>{table}</article>'
+        lines.append(f"<tr{' class=gold' if i == item['gold'] else ''}><td>{escape(shown(choice))}</td>{cells}</tr>")
+    return f"<table><thead><tr><th>Choice</th><th>A</th><th>B</th></tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _answers(item: Mapping[str, Any], other: int) -> str:
+    """What both wrote, and what is right."""
+    told = (("A", item["answers"][0]), ("B", item["answers"][other]), ("Right", item["target"]))
+    lines = "".join(f"<dt>{name}</dt><dd>{escape(_printable(str(text)))}</dd>" for name, text in told)
+    return f'<dl class="answers">{lines}</dl>'
 
 
 def _printable(text: str) -> str:

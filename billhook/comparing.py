@@ -6,8 +6,8 @@ The first model is A, every other one is held against it. What the store holds i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,48 +16,53 @@ import torch
 from billhook import proof, speed, stats, verdict
 from billhook.data import TokenSet
 from billhook.errors import DataError, RunError, UsageError
+from billhook.evalsets import HARNESS, EvalSet, Tested, read_task, read_text, tested
 from billhook.evaluate import batches
-from billhook.evaluate.choices import outcomes
 from billhook.loading import Teacher
 from billhook.losses import kl
 from billhook.margin import Margin
 from billhook.plan import Plan
-from billhook.portions import mixed_sets
 from billhook.proof import Job
 from billhook.records import EvalResult, Event
-from billhook.repair import UNTOUCHED
-from billhook.searching import teacher_of, wanted_of
+from billhook.searching import teacher_of
 from billhook.speed import Protocol
 from billhook.store import Store
-from billhook.tasks import items_of, read_items, requests
+from billhook.tasks import Part
 
+SCORES = ("acc", "acc_norm", "strict_match", "flexible_match")
 CLOSE_TOKENS = 4096  # on which two models are held against each other, word by word
-SCORES = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
 class Asked:
     """What to compare on. `items`: of each task, all if None; `points`, `percent`: margins of accuracy and perplexity.
 
-    `score`: acc or acc_norm, which the verdicts are about; `timed`: speed and memory too; `seen`: also on data that a
-    search has seen, which is marked.
+    `scores`: those that the verdicts are about, by preference; `shots`: solved items before each one of a task, from
+    `shots_from`, or from the task itself; `timed`: speed and memory too; `seen`: also on data that a search has seen,
+    which is marked.
     """
 
     texts: tuple[str, ...]
     tasks: tuple[str, ...] = ()
     items: int | None = None
-    score: str = "acc"
+    scores: tuple[str, ...] = ("acc",)
     points: float = 1.0
     percent: float = 3.0
     timed: bool = True
     seen: bool = False
+    shots: int = 0
+    shots_from: str = ""
 
     def check(self) -> Asked:
         """Itself. Raises UsageError."""
-        if self.score not in SCORES:
-            raise UsageError(f"--score {self.score} is neither acc nor acc_norm.")
         if not self.texts and not self.tasks:
             raise UsageError("There is nothing to compare on. Give --data, or --tasks a.jsonl,b.jsonl.")
+        if self.shots_from and not self.shots:
+            raise UsageError("--shots-from says where solved items come from, and --shots how many. Add --shots 5.")
+        if not any(task.startswith(HARNESS) for task in self.tasks):  # whose scores are known once it has run
+            for name in self.scores:
+                if name not in SCORES:
+                    raise UsageError(f"--score {name} is no score of a task. Write one of {', '.join(SCORES)}.")
         return self
 
     def limit(self, kind: str) -> float:
@@ -68,14 +73,13 @@ class Asked:
 
 @dataclass
 class Side:
-    """One model and what was measured of it: results by set, and of tasks the log-probability of every row."""
+    """One model and what it got on every set; `results`: the scores that verdicts are about."""
 
     teacher: Teacher
-    sets: dict[str, TokenSet]
-    results: dict[str, EvalResult] = field(default_factory=dict)
-    both: dict[str, dict[str, EvalResult]] = field(default_factory=dict)  # acc and acc_norm of tasks
-    rows: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    seen: tuple[str, ...] = ()  # sets that a search has seen some of
+    sets: dict[str, EvalSet]
+    tested: dict[str, Tested]
+    results: dict[str, EvalResult]
+    seen: tuple[str, ...]  # sets that a search has seen some of
 
 
 def folder_of(name: str, store: Store) -> str:
@@ -88,41 +92,50 @@ def folder_of(name: str, store: Store) -> str:
         return name
 
 
-def sets_of(job: Job, teacher: Teacher, asked: Asked) -> dict[str, TokenSet]:
-    """Evaluation sets by name: the held-out half of every text, and the half of every task that no search looks at."""
-    sets = {}
-    for source in asked.texts:
-        wanted = replace(wanted_of(job.recipe), data=source, eval_data=None, tokens=16, length=16)
-        sets[source] = mixed_sets(wanted, teacher.model, teacher.tokenizer, job.watch)[1]
-    for file in asked.tasks:
-        sets[file] = items_of(file, teacher, "evaluation", items=asked.items, seed=job.recipe.seed)
-    return sets
+def sets_of(job: Job, teacher: Teacher, asked: Asked, part: Part | None = "evaluation") -> dict[str, EvalSet]:
+    """Evaluation sets by name: the held-out half of every text, and of every task the half that no search looks at."""
+    given: dict[str, Any] = {"items": asked.items, "seed": job.recipe.seed, "shots": asked.shots}
+    tasks = {t: read_task(teacher, t, part=part, shots_from=asked.shots_from, **given) for t in asked.tasks}
+    return {text: read_text(job, teacher, text) for text in asked.texts} | tasks
 
 
 def measured(job: Job, name: str, asked: Asked) -> Side:
     """Load one model and evaluate it on everything that is asked for."""
     teacher = teacher_of(job.recipe.model_copy(update={"model": folder_of(name, job.store)}), job.watch)
-    side = Side(teacher, sets_of(job, teacher, asked))
-    side.seen = seen_by(teacher, side.sets)
-    if side.seen and not asked.seen:
+    sets = sets_of(job, teacher, asked)
+    seen = seen_by(teacher, sets)
+    if seen and not asked.seen:
         raise DataError(
-            f"{teacher.name} was pruned, or recovered, on text that is in {' and '.join(side.seen)} too, so what it is "
+            f"{teacher.name} was pruned, or recovered, on text that is in {' and '.join(seen)} too, so what it is "
             "compared on would flatter it. Give other text, or add --seen: then every output says so."
         )
-    for source, tokens in side.sets.items():
-        if tokens.choices is None:
-            (side.results[source],) = proof.nats_of(job, teacher, [(Plan(), UNTOUCHED)], tokens)
-        else:
-            side.rows[source] = proof.choice_rows(job, teacher, tokens)
-            side.both[source] = outcomes(tokens, side.rows[source])
-            side.results[source] = side.both[source][asked.score]
-    return side
+    told = {source: tested(job, teacher, each) for source, each in sets.items()}
+    return Side(teacher, sets, told, {source: each.main(asked.scores) for source, each in told.items()}, seen)
 
 
-def seen_by(teacher: Teacher, sets: Mapping[str, TokenSet]) -> tuple[str, ...]:
+def alone(job: Job, name: str, asked: Asked) -> dict[str, Any]:
+    """One model on all items of its tasks: every score with its interval over items."""
+    teacher = teacher_of(job.recipe.model_copy(update={"model": folder_of(name, job.store)}), job.watch)
+    sets, rows = sets_of(job, teacher, asked, part=None), []
+    for source, each in sets.items():
+        for score, result in tested(job, teacher, each).scores.items():
+            spread = stats.mean_interval(result, job.recipe.seed)
+            rows.append({"set": source, "score": score, "value": spread.value, "low": spread.low, "high": spread.high,
+                         "n": spread.n, "reliable": spread.reliable, "note": spread.note})  # fmt: skip
+    return {
+        "model": teacher.name,
+        "fingerprint": teacher.fingerprint,
+        "rows": rows,
+        "sets": {source: each.describe() for source, each in sets.items()},
+        "seen": {teacher.name: list(seen)} if (seen := seen_by(teacher, sets)) else {},
+        "environment": asdict(proof.environment(str(teacher.device))),
+    }
+
+
+def seen_by(teacher: Teacher, sets: Mapping[str, EvalSet]) -> tuple[str, ...]:
     """The sets that share a document with what a pruning of this model has looked at."""
     seen = set(proof.seen_before(teacher.folder))
-    return tuple(name for name, tokens in sets.items() if seen & set(tokens.digests))
+    return tuple(name for name, each in sets.items() if seen & set(each.digests))
 
 
 def compare(job: Job, models: Sequence[str], asked: Asked) -> dict[str, Any]:
@@ -139,13 +152,12 @@ def compare(job: Job, models: Sequence[str], asked: Asked) -> dict[str, Any]:
     verdicts = [_verdicts(first, pair, asked) for pair in pairs]
     return {
         "models": [_about(side) for side in sides],
-        "sets": {source: tokens.describe() for source, tokens in first.sets.items()},
+        "sets": {source: each.describe() for source, each in first.sets.items()},
         "margins": {"points": asked.points, "percent": asked.percent},
-        "score": asked.score,
         "rows": [_row(source, sides, verdicts, job.recipe.seed) for source in first.sets],
         "close": close,
         "speed": times,
-        "flips": {file: flips(file, sides, asked) for file in asked.tasks},
+        "flips": {task: flips(task, sides) for task in asked.tasks},
         "seen": {side.teacher.name: list(side.seen) for side in sides if side.seen},
         "environment": asdict(proof.environment(str(first.teacher.device))),
     }
@@ -165,7 +177,7 @@ def _about(side: Side) -> dict[str, Any]:
 def _pair(first: Side, other: Side, source: str, seed: int) -> verdict.Pair | None:
     """Both on one set; None where their items are not the same, as those of text by two tokenizers."""
     a, b = first.results[source], other.results[source]
-    if a.tokens != b.tokens and first.sets[source].choices is not None and a.clusters == b.clusters:
+    if a.tokens != b.tokens and first.sets[source].kind != "text" and (a.name, a.clusters) == (b.name, b.clusters):
         b = replace(b, tokens=a.tokens)  # the same questions, by another tokenizer
     return verdict.paired(a, b, seed) if (a.tokens, a.counts) == (b.tokens, b.counts) else None
 
@@ -197,10 +209,10 @@ def _row(
     values = []
     for side in sides:
         spread = stats.mean_interval(side.results[source], seed)
-        text = side.sets[source].choices is None
+        text = side.sets[source].kind == "text"
         value, low, high = (stats.exp(x) if text else x for x in (spread.value, spread.low, spread.high))
-        both = {name: result.mean for name, result in side.both.get(source, {}).items()}
-        values.append({"value": value, "low": low, "high": high, **both})
+        scores = {} if text else {name: result.mean for name, result in side.tested[source].scores.items()}
+        values.append({"value": value, "low": low, "high": high, "scores": scores})
     kind = sides[0].results[source].name
     n = len(sides[0].results[source].sums)
     return {"set": source, "kind": kind, "n": n, "values": values, "pairs": [told[source] for told in verdicts]}
@@ -215,12 +227,15 @@ def closeness(job: Job, first: Side, other: Side, asked: Asked) -> dict[str, Any
     None where that cannot be had: no text, another tokenizer, or a model that is streamed.
     """
     a, b = first.teacher, other.teacher
-    text = next((source for source in first.sets if first.sets[source].choices is None), None)
+    text = next((source for source, each in first.sets.items() if each.kind == "text"), None)
     if text is None or a.weights is not None or b.weights is not None:
         return None
-    if first.sets[text].hash != other.sets[text].hash:
+    tokens, theirs = first.sets[text].tokens, other.sets[text].tokens
+    assert tokens is not None
+    assert theirs is not None
+    if tokens.hash != theirs.hash:
         return None
-    tokens, names = first.sets[text], (f"kl to {a.fingerprint}", f"agreement with {a.fingerprint}")
+    names = (f"kl to {a.fingerprint}", f"agreement with {a.fingerprint}")
     found = [job.store.evaluation(b.fingerprint, Plan(), name, tokens.hash, b.compute) for name in names]
     if None in found:
         fresh = _side_by_side(job, (a.model, b.model), tokens)
@@ -276,33 +291,29 @@ def _timed(job: Job, a: Teacher, b: Teacher) -> dict[str, Any] | None:
 # -- items that flipped -----------------------------------------------------------------------------------------------
 
 
-def flips(file: str, sides: Sequence[Side], asked: Asked) -> list[dict[str, Any]]:
-    """Items that A and some other model do not answer alike, with the probability that each gives to every choice."""
-    by_number = {item.number: item for item in read_items(file)}
-    tokens, told = sides[0].sets[file], []
-    given = [list(_probabilities(side, file, asked)) for side in sides]
-    for d, number in enumerate(tokens.clusters):
-        rights = [side.results[file].sums[d] for side in sides]
+def flips(task: str, sides: Sequence[Side]) -> list[dict[str, Any]]:
+    """Items that A and some other model do not answer alike: what each gives to every choice, or what each wrote."""
+    told: list[dict[str, Any]] = []
+    results = [side.results[task] for side in sides]
+    if not {value for result in results for value in result.sums} <= {0.0, 1.0}:
+        return told  # a score between right and wrong flips nothing
+    for d, of in enumerate(zip(*(side.tested[task].said for side in sides), strict=True)):
+        rights = [bool(result.sums[d]) for result in results]
         if len(set(rights)) == 1:
             continue
-        item = by_number[number]
-        asked_of = requests(item)
-        told.append({
-            "number": number, "query": item.query or asked_of[0].context, "choices": list(item.choices),
-            "gold": item.gold, "right": [bool(x) for x in rights], "probabilities": [each[d] for each in given],
-        })  # fmt: skip
+        item = {key: of[0][key] for key in ("number", "query", "choices", "gold", "target") if key in of[0]}
+        if "choices" in item:
+            normed = results[0].name == "acc_norm"
+            given: dict[str, Any] = {"probabilities": [probabilities(mine, normed) for mine in of]}
+        else:
+            given = {"answers": [mine["answer"] for mine in of]}
+        told.append(item | {"right": rights} | given)
     return told
 
 
-def _probabilities(side: Side, file: str, asked: Asked) -> Iterator[list[float]]:
-    """Of each item, what a model gives to its choices, of 1 together; by acc_norm as that counts them."""
-    tokens, sums = side.sets[file], side.rows[file]
-    assert tokens.choices is not None
-    per = tokens.choices.characters if asked.score == "acc_norm" else (1,) * len(sums)
-    rows: list[list[int]] = [[] for _ in tokens.choices.gold]
-    for row, document in enumerate(tokens.documents):
-        rows[document].append(row)
-    for of in rows:
-        values = [sums[r] / per[r] for r in of]
-        weights = [math.exp(value - max(values)) for value in values]
-        yield [weight / math.fsum(weights) for weight in weights]
+def probabilities(said: Mapping[str, Any], normed: bool) -> list[float]:
+    """What a model gives to the choices of an item, of 1 together; `normed`: by acc_norm, as that counts them."""
+    per = said["characters"] if normed else (1,) * len(said["values"])
+    values = [value / count for value, count in zip(said["values"], per, strict=True)]
+    weights = [math.exp(value - max(values)) for value in values]
+    return [weight / math.fsum(weights) for weight in weights]

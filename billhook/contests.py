@@ -118,7 +118,9 @@ def compare(
     data: str | Sequence[str] = ("pydoc",),
     tasks: str | Sequence[str] = (),
     items: int | None = None,
-    score: str = "acc",
+    score: str | Sequence[str] = "acc",
+    shots: int = 0,
+    shots_from: str = "",
     margins: tuple[str, str] = ("1pp", "3%"),
     timed: bool = True,
     seen: bool = False,
@@ -130,17 +132,44 @@ def compare(
     """The first of `models` against each other one, over the same items: verdicts with intervals, and a page.
 
     `models`: as for `load`, or runs of `store`. `data`: texts, of which the held-out half counts; `tasks`: files of
-    multiple-choice items, of which the half counts that no search looks at, `items` of it if given; `score`: acc or
-    acc_norm. `margins`: how much less accuracy, and how much more perplexity, is as good. `timed`: speed and memory,
-    in turn. `seen`: also where a search has seen some of the data. `options`: fields of `Recipe` on text and seed.
+    multiple-choice items, of which the half counts that no search looks at, files of questions that are answered in
+    writing, or lmeval:NAME; `items` of each if given; `score`: that verdicts are about, where a task has it. `shots`:
+    solved items before each, from the file `shots_from` if not from the task's own. `margins`: how much less accuracy,
+    and how much more perplexity, is as good. `timed`: speed and memory, in turn. `seen`: also where a search has seen
+    some of the data. `options`: fields of `Recipe` on text and seed.
     """
     if len(models) < 2:
         raise UsageError("Name two models at least, the one that the others are held against first: compare A B.")
-    asked = _asked(data, tasks, items, score, margins, seen=seen, timed=timed).check()
+    sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from, "seen": seen, "timed": timed}
+    asked = _asked(data=data, tasks=tasks, score=score, margins=margins, **sets).check()
     recipe = of_text(str(models[0]), options)
     with _filed_run("compare", recipe, Path(store), out) as (opened, run, folder):
         job = proof.Job(recipe, opened, run, folder, watch, {})
         return lab.filed(comparing.compare(job, [str(name) for name in models], asked), folder, compare_page.page)
+
+
+def evaluate_tasks(
+    model: str | Path = "demo",
+    tasks: str | Sequence[str] = (),
+    *,
+    items: int | None = None,
+    shots: int = 0,
+    shots_from: str = "",
+    store: str | Path = STORE,
+    watch: Watch = silent,
+    **options: Any,
+) -> dict[str, Any]:
+    """Every score of one model on all items of tasks, or on `items` of each, with 95% intervals over items.
+
+    `tasks`, `shots`: as for `compare`. Answers are filed in `store` portion by portion: an evaluation that was killed
+    goes on behind the last one. `options`: fields of `Recipe` on model, memory and seed.
+    """
+    recipe = of_text(str(model), options)
+    asked = _asked(data=(), tasks=tasks, items=items, shots=shots, shots_from=shots_from).check()
+    with _filed_run("eval", recipe, Path(store), NO_FOLDER) as (opened, run, _):
+        told = comparing.alone(proof.Job(recipe, opened, run, Path(), watch, {}), str(model), asked)
+        opened.update(run, result=told)
+        return told
 
 
 def gate(
@@ -150,7 +179,9 @@ def gate(
     data: str | Sequence[str] | None = None,
     tasks: str | Sequence[str] = (),
     items: int | None = None,
-    score: str = "acc",
+    score: str | Sequence[str] = "acc",
+    shots: int = 0,
+    shots_from: str = "",
     margins: tuple[str, str] = ("1pp", "3%"),
     seen: bool = False,
     junit: str | Path | None = None,
@@ -167,12 +198,14 @@ def gate(
     recipe = of_text(str(student), options)
     with _filed_run("gate", recipe, Path(store), NO_FOLDER) as (opened, run, _):
         stored = gating.baseline_of(opened, str(baseline))
-        if stored is not None and (data is not None or tasks or items is not None):
+        if stored is not None and (data is not None or tasks or items is not None or shots):
             raise UsageError(
-                f"The baseline {baseline} was measured on {', '.join(stored['sets'])}. Leave --data, --tasks and "
-                "--items out, or name the model instead."
+                f"The baseline {baseline} was measured on {', '.join(stored['sets'])}. Leave --data, --tasks, --items "
+                "and --shots out, or name the model instead."
             )
-        asked = _asked("pydoc" if data is None else data, tasks, items, score, margins, seen=seen)
+        text = "pydoc" if data is None else data
+        sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from, "seen": seen}
+        asked = _asked(data=text, tasks=tasks, score=score, margins=margins, **sets)
         asked = asked.check() if stored is None else gating.asked_of(stored, asked)
         told = gating.gate(proof.Job(recipe, opened, run, Path(), watch, {}), str(student), str(baseline), asked)
         if junit is not None:
@@ -188,14 +221,17 @@ def save_baseline(
     data: str | Sequence[str] = ("pydoc",),
     tasks: str | Sequence[str] = (),
     items: int | None = None,
-    score: str = "acc",
+    score: str | Sequence[str] = "acc",
+    shots: int = 0,
+    shots_from: str = "",
     store: str | Path = STORE,
     watch: Watch = silent,
     **options: Any,
 ) -> dict[str, Any]:
     """Measure a model and keep what it got under a name, for `gate`. A name never changes what it stands for."""
     recipe = of_text(str(model), options)
-    asked = _asked(data, tasks, items, score, ("1pp", "3%")).check()
+    sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from}
+    asked = _asked(data=data, tasks=tasks, score=score, **sets).check()
     with _filed_run("baseline", recipe, Path(store), NO_FOLDER) as (opened, run, _):
         job = proof.Job(recipe, opened, run, Path(), watch, {})
         return gating.save_baseline(job, name, str(model), asked)
@@ -259,11 +295,13 @@ def compare_endpoints(
 
 
 def _asked(
-    data: str | Sequence[str], tasks: str | Sequence[str], items: int | None, score: str, margins: tuple[str, str], *,
-    seen: bool = False, timed: bool = False,
+    *, data: str | Sequence[str], tasks: str | Sequence[str], score: str | Sequence[str] = "acc",
+    margins: tuple[str, str] = ("1pp", "3%"), **same: Any,
 ) -> comparing.Asked:  # fmt: skip
     points, percent = amount(margins[0], "pp"), amount(margins[1], "%")
-    return comparing.Asked(_several(data), _several(tasks), items, score, points, percent, timed, seen)
+    return comparing.Asked(
+        _several(data), _several(tasks), scores=_several(score), points=points, percent=percent, **same
+    )
 
 
 def _several(values: str | Sequence[str]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -11,7 +12,6 @@ from typing import Any
 from billhook import proof
 from billhook.comparing import Asked, Side, measured
 from billhook.errors import FingerprintError, UsageError, nearest
-from billhook.evaluate.choices import outcomes
 from billhook.margin import Margin
 from billhook.plan import Plan
 from billhook.proof import Job
@@ -26,15 +26,16 @@ TEXT_FIELDS = ("field", "eval_tokens", "eval_length", "seed")  # of a recipe, th
 def save_baseline(job: Job, name: str, model: str, asked: Asked) -> dict[str, Any]:
     """Measure a model, and keep what it got under a name. Raises UsageError if the name stands for something else."""
     side = measured(job, model, asked)
-    told = {
+    told: dict[str, Any] = {
         "name": name,
         "model": side.teacher.name,
         "fingerprint": side.teacher.fingerprint,
         "compute": side.teacher.compute,
         "asked": asdict(replace(asked, timed=False)),
         "text": {field: getattr(job.recipe, field) for field in TEXT_FIELDS},
-        "sets": {source: tokens.hash for source, tokens in side.sets.items()},
+        "sets": {source: [result.name, result.tokens] for source, result in side.results.items()},
     }
+    told = json.loads(json.dumps(told))  # as it is stored
     known = job.store.fact("", "baseline", {"name": name})
     if known is not None and known != told:
         raise UsageError(
@@ -53,7 +54,8 @@ def baselines(store: Store) -> list[dict[str, Any]]:
 def asked_of(told: Mapping[str, Any], asked: Asked) -> Asked:
     """What a baseline was measured on, with the margins of now."""
     own = told["asked"]
-    return replace(asked, texts=tuple(own["texts"]), tasks=tuple(own["tasks"]), items=own["items"], score=own["score"])
+    same: dict[str, Any] = {name: tuple(own[name]) for name in ("texts", "tasks", "scores")}
+    return replace(asked, **same, **{name: own[name] for name in ("items", "shots", "shots_from")})
 
 
 def baseline_of(store: Store, name: str) -> dict[str, Any] | None:
@@ -103,31 +105,29 @@ def gate(job: Job, student: str, baseline: str, asked: Asked) -> dict[str, Any]:
 def _stored(job: Job, told: Mapping[str, Any], mine: Side) -> dict[str, EvalResult]:
     """What a baseline got, which is not measured again. Raises FingerprintError if the student has other items."""
     found = {}
-    for source, tokens in mine.sets.items():
-        name = "perplexity" if tokens.choices is None else "choices"
-        result = job.store.evaluation(told["fingerprint"], Plan(), name, tokens.hash, told["compute"])
-        if result is None:
+    for source, result in mine.results.items():
+        kept = job.store.evaluation(told["fingerprint"], Plan(), result.name, result.tokens, told["compute"])
+        if kept is None:
             raise FingerprintError(
                 f"{source} gives {mine.teacher.name} other tokens than the baseline {told['name']} was measured on: "
                 "the file has changed, or the tokenizer is another one. Save a new baseline."
             )
-        score = told["asked"]["score"]
-        found[source] = result if tokens.choices is None else outcomes(tokens, result.sums)[score]
+        found[source] = kept
     return found
 
 
 def _fresh(job: Job, theirs: Side, mine: Side) -> dict[str, EvalResult]:
     """What another model got on the student's items."""
     found = {}
-    for source, tokens in mine.sets.items():
+    for source, own in mine.results.items():
         result = theirs.results[source]
-        if theirs.sets[source].hash != tokens.hash:
-            if tokens.choices is None:
+        if result.tokens != own.tokens:
+            if mine.sets[source].kind == "text":
                 raise FingerprintError(
                     f"{mine.teacher.name} and {theirs.teacher.name} have different tokenizers, so their perplexities "
                     f"on {source} do not pair. Gate on --tasks alone: --data ''."
                 )
-            result = replace(result, tokens=tokens.hash)
+            result = replace(result, tokens=own.tokens)
         found[source] = result
     return found
 

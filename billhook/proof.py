@@ -153,16 +153,6 @@ def seen_before(folder: Path) -> list[str]:
     return list(json.loads(report.read_text(encoding="utf-8")).get("seen", ())) if report.is_file() else []
 
 
-def choice_rows(job: Job, teacher: Teacher, tokens: TokenSet) -> tuple[float, ...]:
-    """Log-probability in nats of the choice in every row of a task's tokens, of a whole model; stored."""
-    known = job.store.evaluation(teacher.fingerprint, Plan(), "choices", tokens.hash, teacher.compute)
-    if known is None:
-        sums = choice_sums(job, teacher, [(Plan(), UNTOUCHED)], tokens)[0]
-        known = EvalResult("choices", tokens.hash, tuple(sums), (1,) * len(sums), tokens.documents)
-        job.store.add_evaluation(teacher.fingerprint, Plan(), teacher.compute, known, job.run)
-    return known.sums
-
-
 def task(job: Job, teacher: Teacher, plan: Plan, file: str, repair: Repair = UNTOUCHED) -> dict[str, Any]:
     """Accuracy of teacher and student on those items of a task that no search or choice looks at, and what it lost."""
     tokens = items_of(file, teacher, "evaluation", seed=job.recipe.seed)

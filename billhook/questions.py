@@ -73,6 +73,15 @@ def read_questions(path: str | Path) -> list[Question]:
     return found
 
 
+def in_writing(path: str | Path) -> bool:
+    """Whether a file's first row is a question to be answered in writing: it has a target and no choices."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        return False
+    row = next((row for _, row in json_lines(file_text(file), str(path))), None)
+    return isinstance(row, dict) and "target" in row and "choices" not in row
+
+
 def prompts_of(
     path: str | Path,
     tokenizer: Any,

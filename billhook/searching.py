@@ -15,7 +15,7 @@ from billhook import speed
 from billhook.audit import audited, conduct, with_words
 from billhook.budget import Budget
 from billhook.data import TokenSet, Wanted, first
-from billhook.errors import BudgetError, PlanError, UsageError
+from billhook.errors import BudgetError, PlanError, ResourceError, UsageError
 from billhook.execute import Executor, Folding, Told, memos
 from billhook.loading import Teacher, load
 from billhook.losses import split_loss
@@ -52,11 +52,18 @@ class Found:
 
 
 def teacher_of(recipe: Recipe, watch: Watch) -> Teacher:
-    """The model of a recipe, loaded as the recipe says."""
-    return load(
+    """The model of a recipe, loaded as the recipe says. Raises ResourceError for a memory that two blocks fill."""
+    teacher = load(
         recipe.model, device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code,
         memory=recipe.memory_bytes, watch=watch,
     )  # fmt: skip
+    if recipe.memory_bytes is not None and teacher.weights is not None and teacher.weight_bytes > recipe.memory_bytes:
+        raise ResourceError(
+            f"--memory {recipe.memory} is too little: a block that is measured and the next one that is read take "
+            f"{teacher.weight_bytes / 1e6:,.0f} MB of weights. Give --memory {-(-4 * teacher.weight_bytes // 10**6)}MB "
+            "or more."
+        )
+    return teacher
 
 
 def check(recipe: Recipe, teacher: Teacher) -> Plan | None:

@@ -190,7 +190,7 @@ def _start(tokenizer: Any, where: str) -> int:
 def items_of(
     path: str | Path,
     teacher: Teacher,
-    part: Part,
+    part: Part | None,
     *,
     items: int | None = None,
     tokens: int | None = None,

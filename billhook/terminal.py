@@ -107,7 +107,7 @@ def show(value: dict[str, Any], kind: str) -> None:
      "speed": _speed, "scores": _scores, "runs": _runs, "run": _run, "methods": _methods,
      "sweep": _sweep, "trade": _trade, "stability": _stability, "compare": terminal_compare.compared,
      "gate": terminal_compare.gated, "baselines": terminal_compare.baselines, "threshold": terminal_compare.threshold,
-     "abtest": terminal_compare.servers,
+     "abtest": terminal_compare.servers, "tasks": terminal_compare.tasks,
      }[kind](console, value)  # fmt: skip
 
 

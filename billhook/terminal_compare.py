@@ -51,6 +51,21 @@ def compared(console: Console, value: dict[str, Any]) -> None:
         console.print(f"Page: {value['page']}", soft_wrap=True)
 
 
+def tasks(console: Console, value: dict[str, Any]) -> None:
+    """One model on tasks: one row a score."""
+    for warning in warnings(value):
+        console.print(warning)
+    brief = named(row["set"] for row in value["rows"])
+    rows = [
+        (brief[row["set"]], row["score"], accuracy(row["value"]), f"{accuracy(row['low'])} to {accuracy(row['high'])}",
+         f"{row['n']:,}")
+        for row in value["rows"]
+    ]  # fmt: skip
+    console.print(table(("Task", "Score", "Right", "95%", "Items"), rows))
+    for note in dict.fromkeys(f"{brief[row['set']]}: {row['note']}" for row in value["rows"] if row["note"]):
+        console.print(note)
+
+
 def gated(console: Console, value: dict[str, Any]) -> None:
     """A gate: one row a set, then the verdict."""
     for warning in warnings(value):

@@ -275,7 +275,7 @@ def test_wrong_margins_and_sets_say_what_to_type(model: Path, tmp_path: Path) ->
         billhook.compare(model, store=store)
     with pytest.raises(UsageError, match="nothing to compare on"):
         billhook.compare(model, model, data=(), store=store)
-    with pytest.raises(UsageError, match="neither acc nor acc_norm"):
+    with pytest.raises(UsageError, match="is no score of a task"):
         billhook.compare(model, model, score="f1", store=store)
 
 

@@ -24,9 +24,9 @@ FLOORS = (  # each floor imports from those above it, and each name from those b
     ("modeling_billhook", "arch", "vet", "stream", "loading", "repair", "regression", "data", "portions", "protocols",
      "tasks", "questions", "beginnings", "losses", "mask", "probe", "surgery", "training", "width", "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),
-    ("recipe", "store", "execute", "audit", "proof", "searching", "recovering", "lab", "comparing", "gating",
-     "thresholds", "summary", "report", "lab_words", "lab_curves", "lab_page", "compare_words", "compare_page",
-     "threshold_page", "prompts", "endpoint", "answering", "abtest", "abtest_words", "pipeline"),
+    ("recipe", "store", "execute", "audit", "proof", "searching", "recovering", "lab", "harness", "evalsets",
+     "comparing", "gating", "thresholds", "summary", "report", "lab_words", "lab_curves", "lab_page", "compare_words",
+     "compare_page", "threshold_page", "prompts", "endpoint", "answering", "abtest", "abtest_words", "pipeline"),
     ("api", "contests", "terminal_compare", "terminal", "face", "cli_options", "cli_contests", "cli", "dashboard"),
 )  # fmt: skip
 PLACE = {name: (floor, order) for floor, names in enumerate(FLOORS) for order, name in enumerate(names)}

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import billhook
 from billhook.data import Wanted, token_sets
-from billhook.errors import UsageError
+from billhook.errors import ResourceError, UsageError
 from billhook.mask import masked
 from billhook.plan import Plan
 from billhook.records import Event, Watch
@@ -183,6 +183,8 @@ def test_a_streamed_model_is_evaluated_and_refuses_what_needs_it_whole(model: Pa
     assert streamed["ci95"] == pytest.approx(whole["ci95"], rel=1e-5)
     with pytest.raises(UsageError, match="--data self lets the model write"):
         billhook.score(str(model), data="self", length=24, memory="0.1MB")
+    with pytest.raises(ResourceError, match=r"--memory 0\.01MB is too little.*Give --memory 1MB or more"):
+        billhook.evaluate_model(str(model), **options, memory="0.01MB")
 
 
 # -- racing ---------------------------------------------------------------------------------------------------------

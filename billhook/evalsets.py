@@ -1,0 +1,167 @@
+"""What models are compared on: texts, multiple-choice tasks, tasks answered in writing, tasks of lm-evaluation-harness.
+
+A set is read first and looked at for what a search has seen; then a model is tested on it: one outcome an item under
+every score that the set knows, filed in the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from billhook import harness, proof
+from billhook.data import TokenSet
+from billhook.errors import ResourceError, UsageError
+from billhook.evaluate.choices import outcomes
+from billhook.evaluate.generate import matches, written
+from billhook.loading import Teacher
+from billhook.plan import Plan
+from billhook.portions import mixed_sets, portions
+from billhook.proof import Job
+from billhook.questions import Prompts, in_writing, prompts_of, read_questions
+from billhook.records import EvalResult
+from billhook.repair import UNTOUCHED
+from billhook.searching import wanted_of
+from billhook.tasks import Part, Shots, items_of, read_items, requests
+
+HARNESS = "lmeval:"  # before a task of lm-evaluation-harness
+PORTION_QUESTIONS = 50  # answered in writing, filed together
+ANSWER_TOKENS = 256  # at most, and no more than half of a model's positions
+Kind = Literal["text", "choices", "written", "harness"]
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """One set: of text and choices their `tokens`, of questions their `prompts`, of the harness a name.
+
+    `limit`, `shots`: at most so many items, and how many solved ones stand before each; of the harness None is its own.
+    """
+
+    source: str
+    kind: Kind
+    tokens: TokenSet | None = None
+    prompts: Prompts | None = None
+    limit: int | None = None
+    shots: int | None = None
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Of its documents; none of a task of the harness, which reads them itself."""
+        rows = self.tokens if self.prompts is None else self.prompts.tokens
+        return () if rows is None else rows.digests
+
+    def describe(self) -> dict[str, Any]:
+        """Where it comes from and how much there is."""
+        told: dict[str, Any] = {"source": self.source, "kind": self.kind, "shots": self.shots}
+        if self.prompts is not None:
+            return told | self.prompts.tokens.describe() | {"items": len(self.prompts.targets)}
+        return told | ({} if self.tokens is None else self.tokens.describe())
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What one model got on one set: `scores` by name, over the same items, and of each item what it `said`.
+
+    `said`: number, query and either choices, gold and `values`, a log-probability a choice; or target and `answer`.
+    """
+
+    scores: dict[str, EvalResult]
+    said: Sequence[dict[str, Any]] = field(default=(), repr=False)
+
+    def main(self, wanted: Sequence[str]) -> EvalResult:
+        """The score that verdicts are about: the first of `wanted` that there is, else the set's first."""
+        return self.scores[next((name for name in wanted if name in self.scores), next(iter(self.scores)))]
+
+
+def read_text(job: Job, teacher: Teacher, source: str) -> EvalSet:
+    """The held-out half of a text."""
+    wanted = replace(wanted_of(job.recipe), data=source, eval_data=None, tokens=16, length=16)
+    return EvalSet(source, "text", mixed_sets(wanted, teacher.model, teacher.tokenizer, job.watch)[1])
+
+
+def read_task(
+    teacher: Teacher, source: str, *, part: Part | None, items: int | None = None, seed: int = 0, shots: int = 0,
+    shots_from: str = "",
+) -> EvalSet:  # fmt: skip
+    """A task by its name: a file of choices, of which `part` is taken, a file of questions, or `lmeval:NAME`.
+
+    `shots`: so many solved items before each, from the file `shots_from`, or from the task's own. Raises DataError for
+    a file that is no task, UsageError for shots of a task of the harness from a file.
+    """
+    if source.startswith(HARNESS):
+        if shots_from:
+            raise UsageError(f"{source} brings its own examples. Leave --shots-from out; --shots says how many.")
+        return EvalSet(source, "harness", limit=items, shots=shots or None)
+    given: Shots | None = (shots_from or source, shots) if shots else None
+    if in_writing(source):
+        most = getattr(teacher.model.config, "max_position_embeddings", None)
+        new = ANSWER_TOKENS if most is None else min(ANSWER_TOKENS, most // 2)
+        asking: dict[str, Any] = {"limit_items": items, "seed": seed, "positions": most, "new_tokens": new}
+        prompts = prompts_of(source, teacher.tokenizer, shots=given, **asking)
+        return EvalSet(source, "written", prompts=prompts, shots=shots)
+    tokens = items_of(source, teacher, part, items=items, seed=seed, shots=given)
+    return EvalSet(source, "choices", tokens, shots=shots)
+
+
+def tested(job: Job, teacher: Teacher, of: EvalSet) -> Tested:
+    """A model on a set. What the store holds is not measured again, and what is new is filed in portions.
+
+    Raises ResourceError where a streamed model would have to write, which takes its whole file a token.
+    """
+    if of.kind == "text":
+        assert of.tokens is not None
+        return Tested({"perplexity": proof.nats_of(job, teacher, [(Plan(), UNTOUCHED)], of.tokens)[0]})
+    if of.kind == "choices":
+        assert of.tokens is not None
+        told = _chosen(of, proof.choice_sums(job, teacher, [(Plan(), UNTOUCHED)], of.tokens)[0])
+    elif teacher.weights is not None:
+        raise ResourceError(
+            f"{teacher.name} is larger than the memory that is free, so it cannot be tested on {of.source}."
+        )
+    elif of.kind == "written":
+        told = _written(job, teacher, of)
+    else:
+        told = Tested(*harness.scores_and_said(job, teacher, of.source.removeprefix(HARNESS), of.limit, of.shots))
+    for result in told.scores.values():
+        job.store.add_evaluation(teacher.fingerprint, Plan(), teacher.compute, result, job.run)
+    return told
+
+
+def _chosen(of: EvalSet, sums: Sequence[float]) -> Tested:
+    """Scores and log-probabilities of choices, from those of the rows."""
+    assert of.tokens is not None
+    items = {item.number: item for item in read_items(of.source)}
+    values: list[list[float]] = [[] for _ in of.tokens.clusters]
+    for document, value in zip(of.tokens.documents, sums, strict=True):
+        values[document].append(value)
+    said = []
+    for number, mine in zip(of.tokens.clusters, values, strict=True):
+        item = items[number]
+        said.append({
+            "number": number, "query": item.query or requests(item)[0].context, "choices": list(item.choices),
+            "gold": item.gold, "values": mine, "characters": [request.characters for request in requests(item)],
+        })  # fmt: skip
+    return Tested(outcomes(of.tokens, sums), said)
+
+
+def _written(job: Job, teacher: Teacher, of: EvalSet) -> Tested:
+    """Scores and answers of questions; filed as they are written, PORTION_QUESTIONS at a time."""
+    assert of.prompts is not None
+    answers: list[str] = []
+    whole = of.prompts
+    for portion in portions(whole.tokens, PORTION_QUESTIONS):
+        start = len(answers)
+        part = replace(whole, tokens=portion, targets=whole.targets[start : start + len(portion.clusters)])
+        key = {"plan": Plan().key(), "dtype": teacher.compute, "prompts": part.hash}
+        fresh = job.store.fact(teacher.fingerprint, "written", key)
+        if fresh is None:
+            fresh = written(teacher.model, part, watch=job.watch, who=of.source)
+            job.store.add_fact(teacher.fingerprint, "written", key, fresh, job.run)
+        answers += fresh
+    questions = {question.number: question for question in read_questions(of.source)}
+    said = [
+        {"number": number, "query": questions[number].query, "target": target, "answer": answer}
+        for number, target, answer in zip(whole.tokens.clusters, whole.targets, answers, strict=True)
+    ]
+    return Tested(matches(whole, answers), said)
