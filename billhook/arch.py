@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from billhook import width
 from billhook.errors import ModelError, nearest
 from billhook.modeling_billhook import Patch
-from billhook.plan import PARTS, Anatomy, Part, Rest, Shared, Site, SiteSize
+from billhook.plan import PARTS, Anatomy, Part, Rest, Shared, Site, SiteSize, numbers
 
 Config = Any  # a transformers config; its classes share no useful static type
 
@@ -63,6 +64,10 @@ class Row:
     head_scale: str | None = None
     head_softcap: str | None = None
     refuse: Callable[[Config], str | None] = _nothing
+
+    def path(self, part: Part) -> str:
+        """Where the modules of a part lie in its block: "" in the block itself."""
+        return self.attention if part == "attention" else self.mlp[0] if len(self.mlp) == 1 else ""
 
     def parts(self, block: nn.Module, config: Config) -> dict[str, dict[str, Any]]:
         """What removing a part of `block` takes: module names to `zero`, to `drop`, and how many `outputs` to give."""
@@ -310,6 +315,12 @@ def by_output(block: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
     return value.transpose(-1, -2) if transposed else value
 
 
+def groups_of(config: Config, site: Site, there: int) -> tuple[tuple[int, ...], int]:
+    """The numbers of the channel groups that a site still has, of which `there` are there; how many it had once."""
+    told = (getattr(config, "billhook", None) or {}).get("groups", {}).get(str(site))
+    return (numbers(told["kept"]), int(told["of"])) if told else (tuple(range(there)), there)
+
+
 def anatomy(
     model: nn.Module, config: Config, *, positions: Iterable[int], removed: Iterable[Site], blocks: int, item_bytes: int
 ) -> Anatomy:
@@ -319,9 +330,7 @@ def anatomy(
     already lacks; `item_bytes`: bytes of one parameter or cache entry in the checkpoint's dtype.
     """
     row, gone = row_of(config), set(removed)
-    heads = row.kv_heads(config)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_bytes = 2 * heads * width * item_bytes
+    kv_bytes = 2 * row.kv_heads(config) * width.head_dim(config) * item_bytes
     sizes: list[SiteSize] = []
     shared: list[Shared] = []
     owned: set[int] = set()
@@ -334,8 +343,18 @@ def anatomy(
             parameters = _parameters(modules)
             owned |= {id(p) for p in parameters}
             count = sum(p.numel() for p in parameters)
-            kv = kv_bytes if part == "attention" else 0
-            sizes.append(SiteSize(site, count, count * item_bytes, kv, _flops(modules, config)))
+            of = width.layout(block, part, row.path(part), config)
+            kv, group = (kv_bytes if part == "attention" else 0), None
+            mine: tuple[int, ...] = ()
+            if not isinstance(of, str):
+                mine, whole = groups_of(config, site, of.groups)
+                kv = kv * of.groups // whole if of.own_kv else kv
+                picked = getattr(config, "num_experts_per_tok", None) or 1
+                group = width.group_size(block, of, item_bytes, kv, picked)
+            experts = 1 if isinstance(of, str) else of.experts
+            flops = _flops(modules, config)
+            step = 1 if experts == 1 else width.OF_EXPERTS
+            sizes.append(SiteSize(site, count, count * item_bytes, kv, flops, 0, mine, group, experts, step))
         common = [p for p in _parameters([block]) if id(p) not in owned]
         patched = any(isinstance(module, Patch) for module in block.modules())  # then the block never goes
         owned |= set() if patched else {id(p) for p in common}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 
@@ -99,7 +99,16 @@ class Budget:
         if UNITS[self.unit].whole_blocks:
             alive = set(anatomy.alive())
             return len({site.block for site in alive} - {site.block for site in alive - plan.removed})
-        return self.cost(anatomy, plan.removed)
+        return self.cost(anatomy, plan.removed) + self._narrowed(anatomy, plan)
+
+    def _narrowed(self, anatomy: Anatomy, plan: Plan) -> int:
+        """What goes of sites that stay: units that count sites count none of it."""
+        unit, kept = UNITS[self.unit], {each.site: len(each.groups) for each in plan.narrowed}
+        return sum(
+            unit.cost(replace(size, **asdict(size.group))) * (len(size.groups) - kept[size.site])
+            for size in anatomy.sites
+            if size.site in kept and size.group is not None and unit.total is not None
+        )
 
     def needed(self, anatomy: Anatomy) -> Fraction:
         """What must go, as `spent` counts: a share is of everything in the model as it was given."""

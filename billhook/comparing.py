@@ -179,7 +179,8 @@ def _pair(first: Side, other: Side, source: str, seed: int) -> verdict.Pair | No
     a, b = first.results[source], other.results[source]
     if a.tokens != b.tokens and first.sets[source].kind != "text" and (a.name, a.clusters) == (b.name, b.clusters):
         b = replace(b, tokens=a.tokens)  # the same questions, by another tokenizer
-    return verdict.paired(a, b, seed) if (a.tokens, a.counts) == (b.tokens, b.counts) else None
+    same = first.teacher.fingerprint == other.teacher.fingerprint
+    return verdict.paired(a, b, seed, same=same) if (a.tokens, a.counts) == (b.tokens, b.counts) else None
 
 
 def _verdicts(first: Side, pairs: Mapping[str, verdict.Pair | None], asked: Asked) -> dict[str, dict[str, Any] | None]:

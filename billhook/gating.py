@@ -78,12 +78,17 @@ def gate(job: Job, student: str, baseline: str, asked: Asked) -> dict[str, Any]:
     if stored is not None:
         job = replace(job, recipe=job.recipe.model_copy(update=stored["text"]))
     mine = measured(job, student, asked)
-    theirs = _stored(job, stored, mine) if stored else _fresh(job, measured(job, baseline, asked), mine)
+    if stored is not None:
+        theirs, fingerprint = _stored(job, stored, mine), stored["fingerprint"]
+    else:
+        other = measured(job, baseline, asked)
+        theirs, fingerprint = _fresh(other, mine), other.teacher.fingerprint
+    same = fingerprint == mine.teacher.fingerprint
     checks = []
     for source, result in mine.results.items():
         kind = "perplexity" if result.name == "perplexity" else "accuracy"
         margin = Margin.parse(f"{asked.percent}%ppl" if kind == "perplexity" else f"{asked.points}pp:{source}")
-        kept = margin.judge(theirs[source], result, job.recipe.seed)
+        kept = margin.judge(theirs[source], result, job.recipe.seed, same=same)
         lost = kept.in_units(margin.kind)
         limit = asked.percent if kind == "perplexity" else asked.points
         word = "PASS" if kept.within else "FAIL" if kept.lost.low > margin.limit else "UNDECIDED"
@@ -116,7 +121,7 @@ def _stored(job: Job, told: Mapping[str, Any], mine: Side) -> dict[str, EvalResu
     return found
 
 
-def _fresh(job: Job, theirs: Side, mine: Side) -> dict[str, EvalResult]:
+def _fresh(theirs: Side, mine: Side) -> dict[str, EvalResult]:
     """What another model got on the student's items."""
     found = {}
     for source, own in mine.results.items():

@@ -10,7 +10,7 @@ from typing import Literal
 
 from billhook.errors import UsageError
 from billhook.records import EvalResult, Interval
-from billhook.stats import paired_difference
+from billhook.stats import nothing, paired_difference
 
 CONFIDENCE = 0.95  # one-sided
 
@@ -60,13 +60,14 @@ class Margin:
         """The most that the student may lose: nats per token, or a share of the items."""
         return math.log1p(float(self.amount) / 100) if self.kind == "ppl" else float(self.amount) / 100
 
-    def judge(self, teacher: EvalResult, student: EvalResult, seed: int = 0) -> Kept:
-        """Whether the student is within the margin on these items, with 95% confidence.
+    def judge(self, teacher: EvalResult, student: EvalResult, seed: int = 0, *, same: bool = False) -> Kept:
+        """Whether the student is within the margin on these items, with 95% confidence; the teacher itself is (`same`).
 
         `teacher`, `student`: negative log-likelihoods for `ppl`, outcomes of 0 and 1 for `pp`, of the same items.
         """
         worse = (teacher, student) if self.kind == "ppl" else (student, teacher)  # what is lost is positive
-        loss = paired_difference(*worse, seed, level=2 * CONFIDENCE - 1)  # both tails, of which one counts
+        both_tails = 2 * CONFIDENCE - 1  # of which one counts
+        loss = nothing(teacher) if same else paired_difference(*worse, seed, level=both_tails)
         return Kept(loss, loss.high <= self.limit)
 
 

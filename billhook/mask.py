@@ -1,4 +1,4 @@
-"""masked(model, plan): a model that behaves as if sites were gone, and is whole again afterwards."""
+"""A model that behaves as if sites or channel groups were gone, and is whole again afterwards."""
 
 from __future__ import annotations
 
@@ -7,9 +7,29 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from billhook import width
 from billhook.loading import Teacher
 from billhook.modeling_billhook import remove_part
 from billhook.plan import Plan
+from billhook.repair import Repair
+
+
+def narrowing(teacher: Teacher, plan: Plan) -> Repair:
+    """What makes the teacher's whole parts compute as the narrower ones of a plan: zeros where channel groups go.
+
+    Raises PlanError if the plan does not fit the teacher.
+    """
+    teacher.anatomy.check(plan)
+    sizes, weights = {size.site: size for size in teacher.anatomy.sites}, {}
+    for each in plan.narrowed:
+        index, part = teacher.positions.index(each.site.block), each.site.part
+        block = teacher.block(each.site.block)
+        of = width.layout(block, part, teacher.row.path(part), teacher.model.config)
+        assert not isinstance(of, str), "Anatomy.check refuses a part without groups"
+        kept = width.kept_of(of, sizes[each.site].groups, each.groups)
+        for name, tensor in width.masked_weights(block, of, kept).items():
+            weights[f"{teacher.row.blocks}.{index}.{name}"] = tensor
+    return Repair(weights)
 
 
 @contextmanager

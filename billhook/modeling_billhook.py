@@ -2,10 +2,11 @@
 
 Needs transformers and torch only. `per_layer_config` in config.json says which blocks lack their `attention` or
 `mlp`; the `billhook` section names the modules that make up a part (`zero` returns zeros in the place of the part,
-`drop` passes its input through: norms that served the part alone), and `patches` what a repair put in the place of a
-part: a constant, a factor, a matrix of low rank.
+`drop` passes its input through: norms that served the part alone), `patches` what a repair put in the place of a part:
+a constant, a factor, a matrix of low rank, and `narrow` the shapes of parts that have lost heads or neurons.
 """
 
+import copy
 import functools
 
 import torch
@@ -60,6 +61,41 @@ def remove_part(block, names, patch=None):
     return stood
 
 
+def put(block, name, tensor):
+    """Give the parameter `name` of a block another tensor, of another shape too."""
+    owner, _, key = name.rpartition(".")
+    module = block.get_submodule(owner)
+    setattr(module, key, nn.Parameter(tensor, requires_grad=False))
+    if key == "weight" and isinstance(module, nn.Linear):
+        module.out_features, module.in_features = tensor.shape
+    if key == "weight" and hasattr(module, "nf"):  # GPT-2's, whose weight is [inputs, outputs]
+        module.nx, module.nf = tensor.shape
+
+
+def adjust(block, attributes):
+    """What modules of a narrower part must know: {module: {attribute: value}}; of `config` some fields."""
+    for name, values in attributes.items():
+        module = block.get_submodule(name)
+        for key, value in values.items():
+            if key == "config":
+                own = copy.copy(module.config)
+                for field, number in value.items():
+                    setattr(own, field, number)
+                value = own
+            setattr(module, key, value)
+
+
+def narrow(model):
+    """Give the parts of a whole model that have lost heads or neurons their shapes, in place."""
+    blocks = model.get_submodule(model.config.billhook["blocks_path"])
+    for site, told in model.config.billhook.get("narrow", {}).items():
+        block = blocks[int(site.partition(".")[2])]
+        for name, shape in told["shapes"].items():
+            old = block.get_parameter(name)
+            put(block, name, old.detach()[tuple(slice(n) for n in shape)].clone())
+        adjust(block, told["attributes"])
+
+
 def skipped(config):
     """{block index: parts that it lacks} from `per_layer_config` in whichever form this transformers keeps it."""
     raw = config.to_dict().get("per_layer_config") or {}
@@ -108,6 +144,7 @@ def pruned_classes(config_class, model_class):
 
     def build(self, config, *args, **kwargs):
         model_class.__init__(self, config, *args, **kwargs)
+        narrow(self)
         strip(self)
 
     stem = "Billhook" + model_class.__name__
@@ -116,6 +153,7 @@ def pruned_classes(config_class, model_class):
         (config_class,),
         {
             "model_type": "billhook-" + config_class.model_type,
+            "allow_global_per_layer_attribute_access": True,  # what a layer has of its own is in `narrow`
             "get_text_config": get_text_config,
             "__module__": __name__,
         },

@@ -225,14 +225,14 @@ def _describe(job: Job, teacher: Teacher, student: Any, plan: Plan, apart: bool)
         "environment": asdict(proof.environment(device)),
         "anatomy": anatomy_json(teacher.anatomy),
         "already_removed": teacher.removed.names(),
-        "plan": {"removed": plan.names(), "key": plan.key()},
+        "plan": {"removed": plan.names(), "narrowed": plan.narrow_names(), "key": plan.key()},
         "loss": job.recipe.loss,
     }
 
 
 def anatomy_json(anatomy: Anatomy) -> dict[str, Any]:
-    """An anatomy as plain JSON: sites by name."""
-    sites = [asdict(size) | {"site": str(size.site)} for size in anatomy.sites]
+    """An anatomy as plain JSON: sites by name, and how many channel groups each has."""
+    sites = [asdict(size) | {"site": str(size.site), "groups": len(size.groups)} for size in anatomy.sites]
     return {
         "model_type": anatomy.model_type, "blocks": anatomy.blocks, "sites": sites, "rest": asdict(anatomy.rest)
     }  # fmt: skip

@@ -36,15 +36,56 @@ class Site:
         raise PlanError(f"{text.strip()!r} is not a site.{guess} A site is written attention.7 or mlp.16.")
 
 
+@dataclass(frozen=True, order=True, slots=True)
+class Narrow:
+    """A site that stays with some of its channel groups: `groups`, ascending, in numbers of the unpruned model."""
+
+    site: Site
+    groups: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.site}[{ranges(self.groups)}]"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """`0-511 600` of ascending numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """What `ranges` wrote. Raises PlanError unless it ascends."""
+    if not re.fullmatch(r"\s*\d+(-\d+)?(\s+\d+(-\d+)?)*\s*", text):
+        raise PlanError(f"[{text}] does not say which channel groups stay. Write their numbers: [0-511 600].")
+    told = [tuple(map(int, piece.split("-"))) for piece in text.split()]
+    found = [number for piece in told for number in range(piece[0], piece[-1] + 1)]
+    if found != sorted(set(found)) or any(piece[0] > piece[-1] for piece in told):
+        raise PlanError(f"[{text}] does not ascend. Write every channel group once, in order: [0-511 600].")
+    return tuple(found)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What goes. Counts in positions of the unpruned model, so that removing one site renumbers nothing."""
+    """What goes. Counts in positions of the unpruned model, so that removing one site renumbers nothing.
+
+    `narrowed`: sites that stay with some of their channel groups; all others keep all that they have.
+    """
 
     removed: frozenset[Site] = frozenset()
+    narrowed: frozenset[Narrow] = frozenset()
+
+    def __bool__(self) -> bool:
+        """Whether anything goes."""
+        return bool(self.removed or self.narrowed)
 
     def without(self, *sites: Site) -> Plan:
         """This plan with `sites` removed as well."""
-        return Plan(self.removed | set(sites))
+        return Plan(self.removed | set(sites), frozenset(n for n in self.narrowed if n.site not in sites))
 
     def sites(self) -> list[Site]:
         """The removed sites, sorted by block and, within a block, attention first."""
@@ -54,26 +95,50 @@ class Plan:
         """`["attention.7", "mlp.16", …]`, sorted as `sites()`."""
         return [str(site) for site in self.sites()]
 
+    def narrow_names(self) -> list[str]:
+        """`["mlp.3[0-511 600]", …]`, sorted by site."""
+        return [str(narrow) for narrow in sorted(self.narrowed)]
+
     def blocks(self) -> list[int]:
         """Blocks that lost both of their sites."""
         return sorted({s.block for s in self.removed if {Site(s.block, p) for p in PARTS} <= self.removed})
 
     def key(self) -> str:
         """16 hex digits. Equal plans have equal keys on every machine."""
-        text = json.dumps([(s.block, s.part) for s in self.sites()])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        told: list[object] = [(s.block, s.part) for s in self.sites()]
+        told += self.narrow_names()
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        return ",".join(self.names()) or "nothing"
+        return ",".join([*self.names(), *self.narrow_names()]) or "nothing"
 
     @staticmethod
     def of(names: Iterable[str]) -> Plan:
-        """A plan from site names. Raises PlanError on a malformed or repeated name."""
-        sites = [Site.parse(name) for name in names]
-        twice = sorted({s for s in sites if sites.count(s) > 1})
+        """A plan from what `names()` and `narrow_names()` write. Raises PlanError on a malformed or repeated name."""
+        sites: list[Site] = []
+        narrowed: list[Narrow] = []
+        for name in names:
+            match = re.fullmatch(r"([^\[\]]*)\[([^\[\]]*)\]\s*", name)
+            if match:
+                narrowed.append(Narrow(Site.parse(match[1]), numbers(match[2])))
+            else:
+                sites.append(Site.parse(name))
+        every = [*sites, *(narrow.site for narrow in narrowed)]
+        twice = sorted({s for s in every if every.count(s) > 1})
         if twice:
             raise PlanError(f"The plan names {', '.join(map(str, twice))} more than once. Name every site once.")
-        return Plan(frozenset(sites))
+        return Plan(frozenset(sites), frozenset(narrowed))
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSize:
+    """One channel group of a site in numbers; units as in SiteSize."""
+
+    parameters: int
+    bytes: int
+    kv_bytes_per_token: int
+    flops_per_token: int
+    ns_per_token: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +151,10 @@ class SiteSize:
     kv_bytes_per_token: int
     flops_per_token: int  # 2 per multiply-add of the weights that one token touches, without the attention scores
     ns_per_token: int = 0  # measured, where a budget counts time; see speed.cost_table
+    groups: tuple[int, ...] = ()  # channel groups that it has, in numbers of the unpruned model; none: it cannot narrow
+    group: GroupSize | None = None  # each of them
+    experts: int = 1  # of which all keep as many groups; they are numbered expert by expert
+    multiple: int = 1  # groups of an expert, or of the site, that stay: of which number they are a multiple
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +198,10 @@ class Anatomy:
         kept = [size for size in self.sites if size.site not in plan.removed]
         blocks = {size.site.block for size in kept}
         held = [*kept, *(shared for shared in self.shared if shared.block in blocks), self.rest]
-        return sum(int(getattr(size, what)) for size in held)
+        lost = {narrow.site: narrow for narrow in plan.narrowed}
+        groups = [(s.group, len(s.groups) - len(lost[s.site].groups)) for s in kept if s.site in lost and s.group]
+        narrower = sum(int(getattr(group, what)) * count for group, count in groups)
+        return sum(int(getattr(size, what)) for size in held) - narrower
 
     def check(self, plan: Plan, protected: frozenset[Site] = frozenset()) -> Plan:
         """`plan` itself. Raises PlanError if it names a site that is not there, or removes what must stay."""
@@ -139,7 +211,8 @@ class Anatomy:
                 raise PlanError(f"There is no {site}: the model has blocks 0 to {self.blocks - 1}.")
             if site not in alive:
                 raise PlanError(f"{site} is already gone from this model. `billhook inspect` lists what is left.")
-        hit = sorted(plan.removed & protected)
+        self._check_groups(plan)
+        hit = sorted((plan.removed | {narrow.site for narrow in plan.narrowed}) & protected)
         if hit:
             raise PlanError(f"The plan removes {', '.join(map(str, hit))}, which --protect keeps. Change one of them.")
         left = alive - plan.removed
@@ -147,6 +220,34 @@ class Anatomy:
             if not any(site.part == part for site in left):
                 raise PlanError(f"The plan removes every {part} site. At least one of each kind must stay.")
         return plan
+
+    def _check_groups(self, plan: Plan) -> None:
+        """Raises PlanError for channel groups that are not there, none at all, or experts of different widths."""
+        sizes = {size.site: size for size in self.sites}
+        for site, kept in ((narrow.site, narrow.groups) for narrow in sorted(plan.narrowed)):
+            if site not in sizes:
+                raise PlanError(f"There is no {site} to be narrowed. `billhook inspect` lists what is left.")
+            size = sizes[site]
+            if not size.groups:
+                raise PlanError(f"{site} has no channel groups that could go one by one. Remove it, or leave it.")
+            if not kept:
+                raise PlanError(
+                    f"{site} would keep no channel group. A site that loses all of them is removed: {site}."
+                )
+            if missing := sorted(set(kept) - set(size.groups)):
+                raise PlanError(f"{site} has no channel group {missing[0]}: it has {ranges(size.groups)}.")
+            of_each, stay = len(size.groups) // size.experts, set(kept)
+            shares = (size.groups[e * of_each : (e + 1) * of_each] for e in range(size.experts))
+            counts = {len(stay.intersection(share)) for share in shares}
+            if len(counts) > 1 or 0 in counts:
+                raise PlanError(
+                    f"{site} would keep {min(counts)} to {max(counts)} neurons of its experts, which share one shape. "
+                    "Keep as many of each."
+                )
+            if max(counts) % size.multiple:
+                raise PlanError(
+                    f"{site} would keep {max(counts)} neurons of each expert. Keep a multiple of {size.multiple}."
+                )
 
 
 @dataclass(frozen=True, slots=True)

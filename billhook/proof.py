@@ -110,8 +110,8 @@ def nats_of(job: Job, teacher: Teacher, sides: Sequence[Side], tokens: TokenSet)
     fresh: list[EvalResult] = []
     for plan, repair in missing:
         if teacher.weights is None:
-            model = apply(teacher, plan, repair=repair) if plan.removed else teacher.model
-            who = "student" if plan.removed else "teacher"
+            model = apply(teacher, plan, repair=repair) if plan else teacher.model
+            who = "student" if plan else "teacher"
             fresh.append(EVALUATIONS["perplexity"](model, tokens, watch=job.watch, who=who))
         elif plan in one_pass and repair == UNTOUCHED:
             fresh.append(one_pass[plan])
@@ -200,7 +200,7 @@ def _sums_of_portion(job: Job, teacher: Teacher, sides: Sequence[Side], tokens: 
     """In memory student by student, whose choices share their beginnings; streamed, all bare plans in one walk."""
     if teacher.weights is None:
         name = Path(tokens.source).name
-        models = [apply(teacher, p, repair=r) if p.removed else teacher.model for p, r in sides]
+        models = [apply(teacher, p, repair=r) if p else teacher.model for p, r in sides]
         return [log_probabilities(model, tokens, watch=job.watch, who=name) for model in models]
     memory = job.recipe.memory_bytes
     bare = [plan for plan, repair in sides if repair == UNTOUCHED]

@@ -282,7 +282,10 @@ def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
         sites = {Site(i, "attention") for i in attention} | {Site(i, "mlp") for i in mlp}
         return anatomy.check(Plan(frozenset(sites)))
     made_for = value["model"].get("fingerprint") if isinstance(value.get("model"), dict) else value.get("model")
-    removed = value["plan"].get("removed") if isinstance(value.get("plan"), dict) else value.get("removed")
+    told = value["plan"] if isinstance(value.get("plan"), dict) else value
+    removed = told.get("removed")
+    if isinstance(removed, list):
+        removed = [*removed, *told.get("narrowed", ())]
     if not isinstance(removed, list):
         raise PlanError(
             f"{path} holds no plan: neither `removed` nor drop lists. Name sites instead: attention.7,mlp.16."

@@ -79,8 +79,11 @@ def check(recipe: Recipe, teacher: Teacher) -> Plan | None:
         )
     if recipe.plan is not None:
         plan = read_plan(recipe.plan, teacher.anatomy, teacher.fingerprint)
-        if not plan.removed:
+        if not plan:
             raise PlanError(f"--plan {recipe.plan!r} removes nothing. Name sites to remove: attention.7,mlp.16.")
+        if plan.narrowed and (recipe.stock or recipe.recover):
+            option = "--stock" if recipe.stock else "--recover"
+            raise PlanError(f"{option} does not know yet of sites that become narrower. Leave it out.")
         return teacher.anatomy.check(plan, protected)
     if recipe.remove is not None and not counts_time(recipe):
         problem_of(recipe, teacher.anatomy, recipe.budgets)
@@ -172,7 +175,7 @@ def find(
         probe.rest()
         conducted["audit"] = _audit(job, probe, rounds)
     conducted = with_words(conducted)
-    if not path or not path[-1].removed:
+    if not path or not path[-1]:
         return Found(Plan(), [], conducted, within)
     if not along:
         return Found(path[-1], [], conducted, within)

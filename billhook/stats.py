@@ -1,4 +1,4 @@
-"""How A beats B is decided: paired bootstraps that resample texts, not tokens. numpy only."""
+"""How sure a mean or a difference is: bootstraps that resample texts, not tokens, and score intervals. numpy only."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from billhook.records import EvalResult, Interval, Score
 
 Floats = NDArray[np.float64]
 FEW_CLUSTERS = 50  # below, even the best interval covers less than it says
+TOO_FEW = 10  # texts that a bootstrap says nothing about: Student's t instead
+LOSSES = ("perplexity",)  # evaluations of which less is better
 RESAMPLES = 10_000
 CHUNK = 500  # resamples at a time: 500 × clusters numbers in memory
 
@@ -23,25 +25,49 @@ def exp(nats: float) -> float:
 
 
 def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0, level: float = 0.95) -> Interval:
-    """Mean of b - a per token, in nats, with a BCa interval (95% by default) over the texts of the items.
+    """Mean of b - a per token, in nats, with its interval (95% by default) over the texts of the items.
 
-    The token-weighted mean is a ratio of two sums over texts; both are resampled together (Efron 1987, BCa; the
-    acceleration from the jackknife). Where all items come from one text, items are resampled instead. Below 50
+    A studentised bootstrap of texts (`studentised`); where all items come from one text, items are resampled instead.
+    Of outcomes of 0 and 1, each a text of its own, the interval of Agresti and Min 2005 (Statistics in Medicine 24):
+    Wald's, after half an item was added to each cell of the table, which has a width where no item differs. Below 50
     clusters the interval is marked unreliable. Raises ValueError if the two results are not over the same items.
     """
     if (a.tokens, a.counts) != (b.tokens, b.counts):
         raise ValueError("These two results are not over the same items, so they cannot be paired.")
     change = np.asarray(b.sums) - np.asarray(a.sums)
+    if right_or_wrong(a) and right_or_wrong(b):
+        n, gained, lost = len(change), int((change > 0).sum()) + 0.5, int((change < 0).sum()) + 0.5
+        centre = (gained - lost) / (n + 2)
+        half = _z(level) * math.sqrt(gained + lost - (gained - lost) ** 2 / (n + 2)) / (n + 2)
+        return _interval(float(change.mean()), (centre - half, centre + half), n, n, single_text=False)
     return _clustered(change, np.asarray(a.counts, np.float64), a.clusters, seed, level)
 
 
+def nothing(a: EvalResult) -> Interval:
+    """What a model differs from itself on these items: nothing, whatever their number."""
+    clusters = len(set(a.clusters))
+    return _interval(0.0, (0.0, 0.0), len(a.sums), clusters if clusters > 1 else len(a.sums), single_text=clusters == 1)
+
+
 def mean_interval(result: EvalResult, seed: int = 0) -> Interval:
-    """Mean of one result per token, in nats, with its interval over texts as in `paired_difference`."""
+    """Mean of one result per token, in nats, with its interval over texts as in `paired_difference`.
+
+    Of outcomes of 0 and 1, each a text of its own, Wilson's.
+    """
+    if right_or_wrong(result):
+        n = len(result.sums)
+        return _interval(result.mean, share_interval(int(sum(result.sums)), n), n, n, single_text=False)
     return _clustered(np.asarray(result.sums), np.asarray(result.counts, np.float64), result.clusters, seed)
 
 
+def right_or_wrong(result: EvalResult) -> bool:
+    """Whether outcomes are 0 and 1, of several items each of which is a text of its own."""
+    alone = len(set(result.clusters)) == len(result.clusters) > 1
+    return alone and result.name not in LOSSES and set(result.sums) <= {0.0, 1.0} and set(result.counts) == {1}
+
+
 def paired_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Interval:
-    """Mean of b / mean of a over the same items, with a BCa interval over the items, each pair resampled together.
+    """Mean of b / mean of a over the same items, with its interval over the items, each pair resampled together.
 
     With 1 for every a it is the mean of b.
     """
@@ -52,10 +78,14 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Inter
 
 def share_interval(count: int, n: int) -> tuple[float, float]:
     """The 95% interval of a share of n independent outcomes: Wilson's, which has a width at 0 and 1 too."""
-    z = NormalDist().inv_cdf(0.975)
+    z = _z(0.95)
     centre = (count + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(count * (n - count) / n + z * z / 4)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _z(level: float) -> float:
+    return NormalDist().inv_cdf((1 + level) / 2)
 
 
 def by_cluster(values: Floats, weight: Floats, clusters: Sequence[int]) -> tuple[Floats, Floats]:
@@ -68,45 +98,57 @@ def by_cluster(values: Floats, weight: Floats, clusters: Sequence[int]) -> tuple
 
 def _clustered(values: Floats, weight: Floats, clusters: Sequence[int], seed: int, level: float = 0.95) -> Interval:
     sums, counts = by_cluster(values, weight, clusters)
-    single_text = len(set(clusters)) == 1
-    low, high = bca(sums, counts, seed, level)
-    n = len(sums)
-    reliable = n >= FEW_CLUSTERS and not single_text
-    note = "" if reliable else _few(n, single_text)
-    return Interval(float(sums.sum() / counts.sum()), low, high, len(values), n, reliable, note)
+    ends = studentised(sums, counts, seed, level)
+    single = len(set(clusters)) == 1
+    return _interval(float(sums.sum() / counts.sum()), ends, len(values), len(sums), single_text=single)
 
 
-def _few(n: int, single_text: bool) -> str:
+def _interval(value: float, ends: tuple[float, float], n: int, clusters: int, *, single_text: bool) -> Interval:
+    reliable = clusters >= FEW_CLUSTERS and not single_text
     what = "documents of one text" if single_text else "texts"
-    return f"Few documents: the interval rests on {n} {what}, and is to be relied on from {FEW_CLUSTERS} texts on."
+    few = (
+        f"Few documents: the interval rests on {clusters} {what}, and is to be relied on from {FEW_CLUSTERS} texts on."
+    )
+    return Interval(value, *ends, n, clusters, reliable, "" if reliable else few)
 
 
-def bca(
+def studentised(
     sums: Floats, counts: Floats, seed: int, level: float = 0.95, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """Bias-corrected and accelerated interval for sum(sums)/sum(counts); `sums`, `counts`: [clusters]."""
+    """Interval of sum(sums)/sum(counts) by the studentised bootstrap; `sums`, `counts`: [clusters].
+
+    Sums and counts are resampled together, and each ratio is held against its own standard error. Of fewer than 10
+    clusters that says nothing: then the interval is Student's.
+
+    Source: Efron and Tibshirani 1993, chapter 12; the error of a ratio of sums by its linearisation.
+    """
     n = len(sums)
-    centre = sums.sum() / counts.sum()
-    if n < 2 or np.allclose(sums / counts, centre, rtol=0, atol=1e-15):
-        return (float(centre), float(centre)) if n > 1 else (float("-inf"), float("inf"))
+    centre = float(sums.sum() / counts.sum())
+    if n < 2:
+        return -math.inf, math.inf
+    apart = sums - centre * counts  # exact where texts differ by rounding only
+    if np.allclose(apart / counts, 0, atol=1e-12 * max(1.0, abs(centre))):
+        return centre, centre
+    error = float(ratio_error(np.ones((1, n)), apart, counts)[0])
+    if n < TOO_FEW:
+        half = student_quantile((1 + level) / 2, n - 1) * error
+        return centre - half, centre + half
     random, pieces = np.random.default_rng(seed), []
     for start in range(0, resamples, CHUNK):
-        draws = random.multinomial(n, np.full(n, 1 / n), size=min(CHUNK, resamples - start))  # [chunk, clusters]
-        pieces.append((draws @ sums) / (draws @ counts))
-    replicas = np.sort(np.concatenate(pieces))
-    left_out = (sums.sum() - sums) / (counts.sum() - counts)
-    spread = left_out.mean() - left_out
-    power = (spread**2).sum() ** 1.5  # 0 where the texts differ by rounding errors only
-    acceleration = (spread**3).sum() / (6 * power) if power else 0.0
-    normal = NormalDist()
-    near = 1e-9 * (replicas[-1] - replicas[0])  # a replica that drew every text once ties, up to rounding
-    below = ((replicas < centre - near).sum() + (replicas <= centre + near).sum()) / (2 * resamples)
-    bias = normal.inv_cdf(min(max(float(below), 1 / resamples), 1 - 1 / resamples))
-    ends = []
-    for tail in ((1 - level) / 2, (1 + level) / 2):
-        z = bias + normal.inv_cdf(tail)
-        ends.append(float(np.quantile(replicas, normal.cdf(bias + z / (1 - acceleration * z)))))
-    return ends[0], ends[1]
+        draws = random.multinomial(n, np.full(n, 1 / n), size=min(CHUNK, resamples - start)).astype(np.float64)
+        errors = ratio_error(draws, apart, counts)
+        some = errors > 1e-9 * error  # a draw of equal texts alone has no error of its own
+        pieces.append(((draws @ apart) / (draws @ counts))[some] / errors[some])
+    low, high = np.quantile(np.concatenate(pieces), ((1 - level) / 2, (1 + level) / 2))
+    return centre - float(high) * error, centre - float(low) * error
+
+
+def ratio_error(draws: Floats, sums: Floats, counts: Floats) -> Floats:
+    """Standard error of the ratio of each draw: draws [resamples, texts], how often each text was drawn."""
+    n, total = draws.shape[1], draws @ counts
+    ratio = (draws @ sums) / total
+    squares = draws @ sums**2 - 2 * ratio * (draws @ (sums * counts)) + ratio**2 * (draws @ counts**2)
+    return np.asarray(np.sqrt(n / (n - 1) * squares.clip(min=0.0)) / total, dtype=np.float64)
 
 
 def median_interval(values: tuple[float, ...] | Floats) -> tuple[float, float, float]:

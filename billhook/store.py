@@ -214,7 +214,15 @@ class Store:
         """File a loss measured in full. The same loss measured twice changes nothing."""
         assert not loss.bound
         values = (
-            *(of.model, of.tokens, of.loss, of.dtype, of.treatment, plan.key(), _json(plan.names())),
+            *(
+                of.model,
+                of.tokens,
+                of.loss,
+                of.dtype,
+                of.treatment,
+                plan.key(),
+                _json([*plan.names(), *plan.narrow_names()]),
+            ),
             *(_json(loss.sums), _json(loss.counts), run),
         )
         with self._write():

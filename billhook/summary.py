@@ -119,7 +119,8 @@ def _within_in_words(within: Mapping[str, Any]) -> str:
 
 def verdict(result: Result) -> str:
     """The run in one sentence of plain words."""
-    plan, alive = Plan.of(result["plan"]["removed"]), len(result["anatomy"]["sites"])
+    told, alive = result["plan"], len(result["anatomy"]["sites"])
+    plan = Plan.of([*told["removed"], *told.get("narrowed", ())])
     whole = f" ({count(len(plan.blocks()), 'whole block')})" if plan.blocks() else ""
     was, now = result["parameters"]["teacher"], result["parameters"]["student"]
     facts = [f"{1 - now / was:.1%} fewer parameters" if now < was else "as many parameters as before"]
@@ -130,7 +131,8 @@ def verdict(result: Result) -> str:
     if result["speed"]:
         middle, low, high = (times(result["speed"]["ratio"]["decode"][key]) for key in ("median", "low", "high"))
         facts.append(f"decoding speed {middle} ({low[1:]} to {high[1:]})")
-    return f"{len(plan.removed)} of {count(alive, 'site')} removed{whole}: {', '.join(facts)}."
+    narrower = f", {len(plan.narrowed)} narrower" if plan.narrowed else ""
+    return f"{len(plan.removed)} of {count(alive, 'site')} removed{whole}{narrower}: {', '.join(facts)}."
 
 
 # -- numbers and words -------------------------------------------------------------------------------------------------

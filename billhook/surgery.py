@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from billhook import arch, modeling_billhook
+from billhook import arch, modeling_billhook, width
 from billhook.errors import PlanError
 from billhook.loading import Teacher, stock_classes
 from billhook.modeling_billhook import number_caches, pruned_classes, strip
-from billhook.plan import Plan, Site
+from billhook.plan import Plan, Site, ranges
 from billhook.records import Event, Watch
 from billhook.repair import UNTOUCHED, Patch, Repair, patch_module
 from billhook.stream import Weights
@@ -27,15 +27,18 @@ PER_BLOCK_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "kv_shari
 
 
 def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair = UNTOUCHED) -> Any:
-    """The teacher's model without the plan's sites, as a transformers model that can be saved and generates.
+    """What the plan leaves of the teacher's model, as a transformers model that can be saved and generates.
 
     A block that loses both sites goes and the rest are renumbered; `config.billhook["kept_blocks"]` lists the original
-    positions. Where only whole blocks are missing the class is the stock one; where single sites are missing it is
-    `billhook-<type>`, or with `stock=True` the stock one whose removed sites hold zeros (equal outputs, no speed-up).
+    positions. Where only whole blocks are missing the class is the stock one; where single sites or channel groups are
+    missing it is `billhook-<type>`, or with `stock=True` the stock one whose removed sites hold zeros (equal outputs,
+    no speed-up).
     `repair`: new weights, and patches in the place of sites; a block that has a patch stays. The student shares all
     other tensors with the teacher. Raises PlanError if the plan does not fit the teacher, or a patch the stock shape.
     """
     teacher.anatomy.check(plan)
+    if plan.narrowed and teacher.weights is not None:
+        raise PlanError(f"{teacher.name} is larger than the memory, and only a model that fits can be narrowed.")
     row = teacher.row
     removed = Plan(teacher.removed.removed | plan.removed)
     patched = _patched(teacher) | {site: patch.entry() for site, patch in repair.patches.items()}
@@ -51,11 +54,14 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     student = _shared_copy(teacher.model)
     config, path = student.config, row.blocks
     parts = row.parts(arch.blocks_of(student, row)[0], config)
+    narrow = _narrowed(student, teacher, plan)
+    if stock and narrow:
+        raise PlanError(f"--stock has no place for a width of its own, as {min(narrow)} has. Leave --stock out.")
     _set_blocks(student, path, [teacher.positions.index(p) for p in kept])
     config.__dict__.pop("model_type", None)  # left by from_pretrained; the class says it
     told: dict[str, Any] = {"blocks": teacher.anatomy.blocks, "kept_blocks": kept}
     base = arch.base_type(config.model_type)
-    if stock or not lacking:
+    if stock or not (lacking or narrow):
         config.__class__, student.__class__ = stock_classes(base)
         config.per_layer_config = None
         number_caches(student.get_submodule(path), {})
@@ -66,8 +72,7 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     else:
         told |= {"blocks_path": path, "parts": parts}
         config.__class__, student.__class__ = pruned_classes(*stock_classes(base))
-        skip = {kept.index(b): [s.part for s in lacking if s.block == b] for b in {s.block for s in lacking}}
-        config.per_layer_config = {index: {"skip": skip[index]} for index in sorted(skip)}
+        _tell(config, told, kept, lacking, narrow)
         if patched:
             told["patches"] = {f"{s.part}.{kept.index(s.block)}": entry for s, entry in sorted(patched.items())}
         config.billhook = told
@@ -81,6 +86,49 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
             setattr(blocks[kept.index(site.block)], parts[site.part]["zero"][0], module)
     renew(student, {name: tensor for old, tensor in repair.weights.items() if (name := renamed(teacher, old, kept))})
     return student
+
+
+def _tell(
+    config: Any, told: dict[str, Any], kept: list[int], lacking: list[Site], narrow: dict[Site, dict[str, Any]]
+) -> None:
+    """Say in a config which parts blocks lack, and how wide narrower ones are."""
+    own: dict[int, dict[str, Any]] = {}
+    for site in lacking:
+        own.setdefault(kept.index(site.block), {}).setdefault("skip", []).append(site.part)
+    for site, entry in narrow.items():
+        own.setdefault(kept.index(site.block), {}).update(entry["fields"])
+    config.per_layer_config = {index: own[index] for index in sorted(own)}
+    if narrow:
+        places = {site: f"{site.part}.{kept.index(site.block)}" for site in narrow}
+        told["narrow"] = {places[site]: entry["module"] for site, entry in sorted(narrow.items())}
+        told["groups"] = {str(site): entry["groups"] for site, entry in sorted(narrow.items())}
+
+
+def _narrowed(student: Any, teacher: Teacher, plan: Plan) -> dict[Site, dict[str, Any]]:
+    """Cut what a plan narrows, in place. Of every narrower site that stays, what a config tells: `module`, what builds
+    it; `groups`, those that it has, and of how many; `fields`, its widths in upstream's spelling."""
+    config, row = teacher.model.config, teacher.row
+    told = getattr(config, "billhook", None) or {}
+    before = config.to_dict().get("per_layer_config") or {}
+    entries: dict[Site, dict[str, Any]] = {}
+    for name, groups in told.get("groups", {}).items():
+        site = Site.parse(name)
+        if site not in plan.removed:
+            index = teacher.positions.index(site.block)
+            own: dict[str, Any] = next((entry for key, entry in before.items() if int(key) == index), {})
+            fields = {name: own[name] for name in width.FIELDS[site.part] if name in own}
+            entries[site] = {"module": told["narrow"][f"{site.part}.{index}"], "groups": groups, "fields": fields}
+    sizes = {size.site: size for size in teacher.anatomy.sites}
+    for each in sorted(plan.narrowed):
+        block = arch.blocks_of(student, row)[teacher.positions.index(each.site.block)]
+        part, alive = each.site.part, sizes[each.site].groups
+        of = width.layout(block, part, row.path(part), config)
+        assert not isinstance(of, str), "Anatomy.check refuses a part without groups"
+        module = width.cut(block, part, row.path(part), config, width.kept_of(of, alive, each.groups))
+        whole = arch.groups_of(config, each.site, of.groups)[1]
+        fields = width.fields(of, len(each.groups))
+        entries[each.site] = {"module": module, "groups": {"kept": ranges(each.groups), "of": whole}, "fields": fields}
+    return entries
 
 
 def _patched(teacher: Teacher) -> dict[Site, dict[str, Any]]:

@@ -133,11 +133,11 @@ def _result(console: Console, value: dict[str, Any]) -> None:
 
 def _anatomy(console: Console, value: dict[str, Any]) -> None:
     console.print(f"{value['model']}: {value['type']}, {value['blocks']} blocks, {value['dtype']}")
-    table = _table("site", "parameters", "bytes", "KV B/token", "FLOPs/token")
+    table = _table("site", "parameters", "bytes", "KV B/token", "FLOPs/token", "groups")
     rows = [*value["sites"], {"site": "the rest", **value["rest"]}, {"site": "total", **value["total"]}]
     for row in rows:
         numbers = (row["parameters"], row["bytes"], row["kv_bytes_per_token"], row["flops_per_token"])
-        table.add_row(row["site"], *(f"{n:,}" for n in numbers))
+        table.add_row(row["site"], *(f"{n:,}" for n in numbers), f"{row['groups']:,}" if row.get("groups") else "")
     console.print(table)
     if value["already_removed"]:
         console.print(f"Removed before: {', '.join(value['already_removed'])}")

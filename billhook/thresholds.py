@@ -91,7 +91,7 @@ def _tokens(job: Job, teacher: Teacher) -> tuple[TokenSet, TokenSet]:
 
 def _judged(job: Job, teacher: Teacher, margin: Margin, tokens: TokenSet, plan: Plan) -> Kept:
     dense, student = evaluated(job, teacher, [Plan(), plan], tokens, margin.kind)
-    return margin.judge(dense, student, job.recipe.seed)
+    return margin.judge(dense, student, job.recipe.seed, same=not plan)
 
 
 def _told(kept: Kept, margin: Margin) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from typing import Literal
 import numpy as np
 
 from billhook.records import EvalResult, Interval
-from billhook.stats import CHUNK, RESAMPLES, Floats, by_cluster, paired_difference
+from billhook.stats import CHUNK, LOSSES, RESAMPLES, by_cluster, nothing, paired_difference, ratio_error, right_or_wrong
 
 LEVEL = 0.95
-LOSSES = ("perplexity",)  # evaluations of which less is better
 Word = Literal["better", "equivalent", "worse", "undecided"]
 
 
@@ -33,23 +32,20 @@ class Pair:
     sign: int  # 1 where more is better, -1 where less is
 
 
-def paired(a: EvalResult, b: EvalResult, seed: int = 0) -> Pair:
-    """Compare two results over the same items. Raises ValueError if they are not.
+def paired(a: EvalResult, b: EvalResult, seed: int = 0, *, same: bool = False) -> Pair:
+    """Compare two results over the same items, of one model if it is the `same`. Raises ValueError if they are not.
 
     p is McNemar's mid-p where outcomes are 0 and 1 and every item is a text of its own, else that of a studentised
     bootstrap over texts.
     """
-    change = paired_difference(a, b, seed)
-    near = paired_difference(a, b, seed, level=2 * LEVEL - 1)
+    change = nothing(a) if same else paired_difference(a, b, seed)
+    near = change if same else paired_difference(a, b, seed, level=2 * LEVEL - 1)
     sign = -1 if a.name in LOSSES else 1
-    outcomes = {*a.sums, *b.sums} <= {0.0, 1.0} and set(a.counts) == {1}
-    if not outcomes:
+    if not (right_or_wrong(a) and right_or_wrong(b)):
         return Pair(change, near, bootstrap_p(a, b, seed), None, None, sign)
     gained = sum(y > x for x, y in zip(a.sums, b.sums, strict=True))
     lost = sum(y < x for x, y in zip(a.sums, b.sums, strict=True))
-    alone = len(set(a.clusters)) == len(a.clusters)
-    p = mcnemar(gained, lost) if alone else bootstrap_p(a, b, seed)
-    return Pair(change, near, p, gained, lost, sign)
+    return Pair(change, near, mcnemar(gained, lost), gained, lost, sign)
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -72,24 +68,16 @@ def bootstrap_p(a: EvalResult, b: EvalResult, seed: int = 0) -> float:
     if n < 2:
         return 1.0
     centre = float(sums.sum() / counts.sum())
-    error = _error(np.ones(n)[None], sums, counts)[0]
+    error = ratio_error(np.ones(n)[None], sums, counts)[0]
     if error <= 1e-12 * max(1.0, abs(centre)):
         return 1.0 if abs(centre) < 1e-12 else 1 / (RESAMPLES + 1)
     random, beyond = np.random.default_rng(seed), 0
     for start in range(0, RESAMPLES, CHUNK):
         size = min(CHUNK, RESAMPLES - start)
         draws = random.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
-        means, errors = (draws @ sums) / (draws @ counts), _error(draws, sums, counts)
+        means, errors = (draws @ sums) / (draws @ counts), ratio_error(draws, sums, counts)
         beyond += int((np.abs(means - centre) * error >= abs(centre) * errors).sum())
     return (1 + beyond) / (RESAMPLES + 1)
-
-
-def _error(draws: Floats, sums: Floats, counts: Floats) -> Floats:
-    """Standard error of the ratio of each draw: draws [resamples, texts], how often each text was drawn."""
-    n, total = draws.shape[1], draws @ counts
-    ratio = (draws @ sums) / total
-    squares = draws @ sums**2 - 2 * ratio * (draws @ (sums * counts)) + ratio**2 * (draws @ counts**2)
-    return np.asarray(np.sqrt(n / (n - 1) * squares.clip(min=0.0)) / total, dtype=np.float64)
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from billhook.records import EvalResult, Interval
-from billhook.stats import bca, paired_difference
+from billhook.stats import paired_difference, studentised
 from billhook.verdict import Pair, bootstrap_p, holm, mcnemar, paired, power, still_needed, verdict
 
 
@@ -83,22 +83,6 @@ def test_a_bootstrap_p_is_that_of_a_t_test_where_the_data_are_normal() -> None:
     assert bootstrap_p(nats([1.0]), nats([2.0])) == 1.0, "one document tells nothing"
 
 
-def test_the_interval_is_scipys() -> None:
-    draw = np.random.default_rng(5)
-    counts = draw.integers(20, 300, 80).astype(float)
-    sums = (draw.exponential(1, 80) - 0.7) * counts
-
-    def ratio(s: np.ndarray, c: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.asarray(s.sum(axis) / c.sum(axis))
-
-    told = scipy.stats.bootstrap(
-        (sums, counts), ratio, paired=True, vectorized=True, n_resamples=40_000, method="BCa", rng=1
-    ).confidence_interval
-    low, high = bca(sums, counts, seed=0, resamples=40_000)
-    wide = high - low
-    assert (low, high) == pytest.approx((told.low, told.high), abs=0.03 * wide)
-
-
 # -- by simulation ---------------------------------------------------------------------------------------------------
 
 
@@ -115,9 +99,9 @@ def test_nominal_95_percent_intervals_cover_93_to_97(n: int) -> None:
     draw, sets, missed = np.random.default_rng(n), 1000, 0
     for seed in range(sets):
         sums, counts = documents(draw, n)
-        low, high = bca(sums, counts, seed, resamples=1000)
+        low, high = studentised(sums, counts, seed, resamples=1000)
         missed += not low <= 0.1 <= high
-    assert 0.92 <= 1 - missed / sets <= 0.98  # 93 to 97, give or take what 1,000 sets leave open
+    assert 0.925 <= 1 - missed / sets <= 0.97  # 93 to 97, give or take what 1,000 sets leave open
 
 
 def test_twenty_skewed_documents_are_too_few_and_said_to_be() -> None:

@@ -113,6 +113,7 @@ def write(
         "model": teacher.fingerprint,
         "blocks": teacher.anatomy.blocks,
         "removed": plan.names(),
+        "narrowed": plan.narrow_names(),
         "already_removed": teacher.removed.names(),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

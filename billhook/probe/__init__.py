@@ -16,6 +16,7 @@ import torch
 from billhook.data import TokenSet, token_set
 from billhook.loading import Teacher
 from billhook.losses import COUNTS_TARGETS, NEVER_NEGATIVE
+from billhook.mask import narrowing
 from billhook.plan import Plan
 from billhook.probe import choose, gradients, passes
 from billhook.probe.choose import Ballot, Choice, Quality, Sums
@@ -137,10 +138,12 @@ class Probe:
         document; a plan with more in all is not wanted.
         """
         expected = dict(zip(plans, hints, strict=True)) if hints is not None else {}
-        plans = list(dict.fromkeys(plans))
+        memo = self._memos(self.tokens, self.loss)
+        for narrow in dict.fromkeys(each for each in plans if each.narrowed):
+            yield narrow, self._narrower(narrow, memo)
+        plans = list(dict.fromkeys(each for each in plans if not each.narrowed))
         if not plans:
             return
-        memo = self._memos(self.tokens, self.loss)
         bench, masks = self._bench, [self._bench.mask(plan) for plan in plans]
         base = masks[0]
         for mask in masks[1:]:
@@ -176,6 +179,19 @@ class Probe:
         self._learn(masks, base, table)
         for plan in sorted(set(range(len(plans))) - done):
             yield plans[plan], self._loss(table.by_document(plan), bound=True)
+
+    def _narrower(self, plan: Plan, memo: Memo) -> Loss:
+        """The loss of a plan that narrows sites, in full: a pass of its own, with zeros where channel groups go."""
+        known = memo.recall([plan])[0].loss
+        if known is None:
+            bare = Plan(plan.removed)
+            probe = Probe(
+                self.teacher, self.tokens, self.loss, memory=self.memory, mended=(bare, narrowing(self.teacher, plan))
+            )
+            known = probe.losses([bare])[0]
+            self._trunks.append(probe._bench.trunk)
+            memo.settle(plan, known)
+        return known
 
     def _choice(
         self,

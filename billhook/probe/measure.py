@@ -256,7 +256,7 @@ class Bench:
         plan = Plan(frozenset(site for bit, site in names.items() if bit & job[1]))
         dtype = dtype_name(self.teacher.model.dtype)
         where = f"block {min(bad)}" if bad else "the head"
-        without = f" with {plan} removed" if plan.removed else ""
+        without = f" with {plan} removed" if plan else ""
         broken = "the checkpoint itself is broken: download it again."
         advice = f"Try --dtype float32; if it stays, {broken}" if dtype != "float32" else broken.capitalize()
         return f"Activations are NaN or infinite from {where} on{without}, in {dtype}. {advice}"

@@ -1,0 +1,310 @@
+"""Channel groups: what a sublayer can lose and still be one. KV groups with their query heads, neurons of an MLP.
+
+A layout says which entries of which parameters belong to each group; everything else follows from it: what a group
+costs, how a part is masked, and how it is cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from billhook.errors import PlanError
+from billhook.modeling_billhook import adjust, put
+from billhook.plan import GroupSize, Part
+
+Config = Any  # a transformers config
+Rows = torch.Tensor  # [groups, entries]: entries of each group along an axis
+MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h")
+MLP_OUTPUTS = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
+ATTENTION_INPUTS = ("q_proj", "qkv_proj", "c_attn", "query_key_value")
+ATTENTION_OUTPUTS = ("o_proj", "dense", "out_proj", "c_proj")
+OF_EXPERTS = 8  # neurons of an expert come in so many: grouped products want 16 bytes between rows, in bfloat16 too
+
+
+FIELDS: dict[Part, tuple[str, ...]] = {
+    "attention": ("num_attention_heads", "num_key_value_heads"), "mlp": ("intermediate_size",),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter of a block that has entries of its own for each group: `index` [groups, entries] along `axis`.
+
+    Of a mixture of experts, whose parameters begin with an axis of experts, `index` is that of one expert.
+    """
+
+    name: str
+    axis: int
+    index: Rows
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The channel groups of one part of a block: how many, and where each has its entries.
+
+    `output`: the slot whose entries turn a group's channels into output. `heads`: query heads of a group, 0 of neurons;
+    `own_kv`: whether a group has keys and values of its own. `experts`: groups are numbered expert by expert.
+    `norms`: parameters of norms over all groups together.
+    """
+
+    groups: int
+    slots: tuple[Slot, ...]
+    output: Slot
+    heads: int = 0
+    own_kv: bool = False
+    experts: int = 1
+    norms: tuple[str, ...] = ()
+
+
+def layout(block: nn.Module, part: Part, path: str, config: Config) -> Layout | str:
+    """The layout of a part, whose modules lie at `path` in its block ("" : in the block itself); or why it has none."""
+    return _attention(block, path, config) if part == "attention" else _mlp(block, path)
+
+
+def _rows(groups: int, each: int, start: int = 0) -> Rows:
+    """Entries of groups that lie one after another."""
+    return start + torch.arange(groups * each).view(groups, each)
+
+
+def _slots(block: nn.Module, name: str, index: Rows) -> list[Slot]:
+    """Weight and bias of the linear module `name`, by its outputs."""
+    module = block.get_submodule(name)
+    axis = 1 if isinstance(module, Conv1D) else 0
+    bias = [Slot(f"{name}.bias", 0, index)] if getattr(module, "bias", None) is not None else []
+    return [Slot(f"{name}.weight", axis, index), *bias]
+
+
+def _output(block: nn.Module, name: str, index: Rows) -> Slot:
+    """The weight of the linear module `name`, by its inputs."""
+    return Slot(f"{name}.weight", 0 if isinstance(block.get_submodule(name), Conv1D) else 1, index)
+
+
+def _inputs_of(module: nn.Module) -> int:
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return int(weight.shape[0 if isinstance(module, Conv1D) else 1])
+
+
+def _outputs_of(module: nn.Module) -> int:
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return int(weight.shape[1 if isinstance(module, Conv1D) else 0])
+
+
+def head_dim(config: Config) -> int:
+    """Channels of one head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+# -- attention ------------------------------------------------------------------------------------------------------
+
+
+def _attention(block: nn.Module, path: str, config: Config) -> Layout | str:
+    """KV groups with their query heads; where all heads share one key and value, single query heads."""
+    module, dim = block.get_submodule(path), head_dim(config)
+    if getattr(config, "alibi", False):
+        return "its ALiBi slopes are made for all heads at once"
+    if getattr(module, "qk_layernorm", False) and hasattr(getattr(module, "q_layernorm", None), "norms"):
+        return "each head has a norm module of its own"
+    output = next(name for name in ATTENTION_OUTPUTS if hasattr(module, name))
+    fused = next(name for name in ATTENTION_INPUTS if hasattr(module, name))
+    heads = _inputs_of(getattr(module, output)) // dim
+    rows = _outputs_of(getattr(module, fused)) // dim
+    ratio = max(1, int(config.num_attention_heads) // int(getattr(config, "num_kv_heads", 0) or 1))  # of falcon
+    shared = _multi_query(config)
+    if shared:
+        kv = 1
+    elif fused == "q_proj":
+        kv = _outputs_of(module.k_proj) // dim  # type: ignore[arg-type]
+    elif fused != "query_key_value":
+        kv = (rows - heads) // 2
+    else:
+        kv = rows // (ratio + 2) if getattr(config, "new_decoder_architecture", False) else heads
+    groups, each = (heads, 1) if shared else (kv, heads // kv)
+    slots: list[Slot] = []
+    queries = _rows(groups, each * dim)
+    if fused == "q_proj":
+        slots += _slots(block, f"{path}.q_proj", queries)
+        for name in () if shared else ("k_proj", "v_proj"):
+            slots += _slots(block, f"{path}.{name}", _rows(groups, dim))
+    elif fused != "query_key_value":  # all queries, all keys, all values
+        own = () if shared else tuple(_rows(groups, dim, (heads + i * kv) * dim) for i in range(2))
+        slots += _slots(block, f"{path}.{fused}", torch.cat([queries, *own], 1))
+    else:  # group by group: its queries, its key, its value
+        slots += _slots(block, f"{path}.{fused}", queries if shared else _rows(groups, (each + 2) * dim))
+    norms = []
+    for name, count in (("q_norm", each), ("k_norm", 0 if shared else 1)):
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if weight is None or tuple(weight.shape) == (dim,) or not count:
+            continue  # none, or one that all heads share
+        together = weight.dim() == 1
+        norms += [f"{path}.{name}"] if together else []
+        slots.append(Slot(f"{path}.{name}.weight", 0, _rows(groups, count * dim if together else count)))
+    if hasattr(module, "sinks"):
+        slots.append(Slot(f"{path}.sinks", 0, _rows(groups, each)))
+    last = _output(block, f"{path}.{output}", queries)
+    return Layout(groups, (*slots, last), last, each, not shared, norms=tuple(norms))
+
+
+def _multi_query(config: Config) -> bool:
+    """Whether all heads of the unpruned model share one key and value."""
+    if hasattr(config, "multi_query"):  # falcon
+        return bool(config.multi_query and not config.new_decoder_architecture)
+    return getattr(config, "num_key_value_heads", None) == 1
+
+
+# -- mlp ------------------------------------------------------------------------------------------------------------
+
+
+def _mlp(block: nn.Module, path: str) -> Layout | str:
+    """Neurons: an entry of each input's outputs and of the output's inputs."""
+    module = block.get_submodule(path)
+    before = f"{path}." if path else ""
+    if hasattr(module, "experts"):
+        return _experts(module.experts, f"{before}experts.")  # type: ignore[arg-type]
+    output = next(name for name in MLP_OUTPUTS if hasattr(module, name))
+    neurons = _inputs_of(getattr(module, output))
+    slots = []
+    for name in (name for name in MLP_INPUTS if hasattr(module, name)):
+        index = _rows(neurons, 1)
+        both = torch.cat([index, neurons + index], 1) if name == "gate_up_proj" else index
+        slots += _slots(block, f"{before}{name}", both)
+    last = _output(block, f"{before}{output}", _rows(neurons, 1))
+    return Layout(neurons, (*slots, last), last)
+
+
+def _experts(module: nn.Module, before: str) -> Layout | str:
+    """Neurons of stacked experts. GPT-OSS has its weights [experts, inputs, outputs], gate and up in turn."""
+    turned = bool(getattr(module, "is_transposed", False)) or hasattr(module, "gate_up_proj_bias")
+    down: torch.Tensor = module.down_proj  # type: ignore[assignment]
+    experts, neurons = int(down.shape[0]), int(down.shape[1 if turned else 2])
+    index = _rows(neurons, 1)
+    both = _rows(neurons, 2) if turned else torch.cat([index, neurons + index], 1)
+    slots = [Slot(f"{before}gate_up_proj", 2 if turned else 1, both)]
+    if hasattr(module, "gate_up_proj_bias"):
+        slots.append(Slot(f"{before}gate_up_proj_bias", 1, both))
+    last = Slot(f"{before}down_proj", 1 if turned else 2, index)
+    return Layout(experts * neurons, (*slots, last), last, experts=experts)
+
+
+# -- what follows from a layout ---------------------------------------------------------------------------------------
+
+
+def group_size(block: nn.Module, of: Layout, item_bytes: int, kv_bytes: int, picked: int) -> GroupSize:
+    """One group in numbers. `kv_bytes`: of all heads of the part; `picked`: experts that a token meets."""
+    parameters = flops = 0
+    for slot in of.slots:
+        tensor = block.get_parameter(slot.name)
+        across = tensor.numel() // tensor.shape[slot.axis] // (of.experts if tensor.dim() == 3 or of.experts > 1 else 1)
+        own = across * int(slot.index.shape[1])
+        parameters += own
+        if tensor.dim() - (of.experts > 1) == 2:
+            flops += 2 * own
+    share = picked / of.experts if of.experts > 1 else 1
+    kv = kv_bytes // of.groups if of.own_kv else 0
+    return GroupSize(parameters, parameters * item_bytes, kv, round(flops * share))
+
+
+def fields(of: Layout, count: int) -> dict[str, int]:
+    """The widths of a part with `count` groups, in the spelling of transformers' `per_layer_config`."""
+    if not of.heads:
+        return {"intermediate_size": count // of.experts}
+    return {"num_attention_heads": count * of.heads, "num_key_value_heads": count if of.own_kv else 1}
+
+
+def kept_of(of: Layout, alive: Sequence[int], groups: Sequence[int]) -> list[list[int]]:
+    """Of each expert, or of the part, the places that stay. `alive`: the groups that it has, by number."""
+    place = {number: i for i, number in enumerate(alive)}
+    each = of.groups // of.experts
+    told: list[list[int]] = [[] for _ in range(of.experts)]
+    for number in groups:
+        told[place[number] // each].append(place[number] % each)
+    return [sorted(places) for places in told]
+
+
+def _gone(slot: Slot, places: Sequence[int]) -> torch.Tensor:
+    """Entries of the groups of a part, or of one expert, that are not at `places`."""
+    away = torch.ones(len(slot.index), dtype=torch.bool)
+    away[list(places)] = False
+    return slot.index[away].flatten()
+
+
+def taken(tensor: torch.Tensor, slot: Slot, kept: list[list[int]]) -> torch.Tensor:
+    """What stays of a parameter; entries that belong to no group do."""
+
+    def of_one(piece: torch.Tensor, places: list[int], axis: int) -> torch.Tensor:
+        stay = torch.ones(piece.shape[axis], dtype=torch.bool)
+        stay[_gone(slot, places)] = False
+        return piece.index_select(axis, stay.nonzero().flatten().to(piece.device))
+
+    if len(kept) == 1:
+        return of_one(tensor, kept[0], slot.axis)
+    return torch.stack([of_one(piece, places, slot.axis - 1) for piece, places in zip(tensor, kept, strict=True)])
+
+
+def cut(block: nn.Module, part: Part, path: str, config: Config, kept: list[list[int]]) -> dict[str, Any]:
+    """Cut a part of a block in place to the groups that stay; returns what a checkpoint must tell of it.
+
+    The parameters are new, the old ones untouched. A norm over all heads keeps its divisor: less of its input is left,
+    and what is gone counts as zero, so that its weight and its epsilon carry the ratio. Raises PlanError where a part
+    has no groups.
+    """
+    of = layout(block, part, path, config)
+    if isinstance(of, str):
+        raise PlanError(f"This {part} cannot be narrowed: {of}. Remove it whole, or leave it.")
+    count = sum(map(len, kept))
+    shapes: dict[str, list[int]] = {}
+    attributes: dict[str, dict[str, Any]] = {}
+    for slot in of.slots:
+        tensor = taken(block.get_parameter(slot.name).detach(), slot, kept)
+        if slot.name.removesuffix(".weight") in of.norms:
+            name = slot.name.removesuffix(".weight")
+            ratio = count / of.groups
+            tensor = tensor / math.sqrt(ratio)
+            norm: Any = block.get_submodule(name)
+            attributes[name] = {"variance_epsilon": norm.variance_epsilon / ratio}
+        put(block, slot.name, tensor.contiguous())
+        shapes[slot.name] = list(tensor.shape)
+    if part == "attention":
+        attributes[path] = _numbers(block.get_submodule(path), of, count, config)
+    elif of.experts > 1:
+        where = of.output.name.rpartition(".")[0]
+        module = block.get_submodule(where)
+        names = [name for name in ("intermediate_size", "intermediate_dim") if hasattr(module, name)]
+        attributes[where] = dict.fromkeys(names, count // of.experts)
+    attributes = {name: values for name, values in attributes.items() if values}
+    adjust(block, attributes)
+    return {"shapes": shapes, "attributes": attributes}
+
+
+def _numbers(module: Any, of: Layout, count: int, config: Config) -> dict[str, Any]:
+    """What an attention module must know of its heads, under whichever names it keeps that."""
+    heads = count * of.heads
+    kv = count if of.own_kv else 1
+    values = {
+        "num_heads": heads, "num_key_value_heads": kv, "num_key_value_groups": heads // kv, "num_kv_heads": kv,
+        "split_size": heads * head_dim(config),
+    }  # fmt: skip
+    told: dict[str, Any] = {name: value for name, value in values.items() if hasattr(module, name)}
+    if hasattr(module, "qkv_proj"):  # phi3 asks its config
+        told["config"] = {"num_attention_heads": heads, "num_key_value_heads": kv}
+    return told
+
+
+def masked_weights(block: nn.Module, of: Layout, kept: list[list[int]]) -> Mapping[str, torch.Tensor]:
+    """Parameters of a part in whole, zero where groups do not stay: {name in the block: tensor}. Norms stay."""
+    told: dict[str, torch.Tensor] = {}
+    for slot in of.slots:
+        if "norm" in slot.name or slot.name.endswith("sinks"):
+            continue
+        tensor = block.get_parameter(slot.name).detach().clone()
+        for expert, places in enumerate(kept):
+            piece = tensor if len(kept) == 1 else tensor[expert]
+            piece.index_fill_(slot.axis - (len(kept) > 1), _gone(slot, places).to(tensor.device), 0)
+        told[slot.name] = tensor
+    return told

@@ -1,0 +1,220 @@
+"""Channel groups: a part that is cut computes what the masked one does, in every architecture, saved and loaded."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import billhook
+import billhook.surgery
+from billhook import arch, width
+from billhook.budget import Budget
+from billhook.data import TokenSet, Wanted, token_set, token_sets
+from billhook.errors import PlanError
+from billhook.loading import Teacher, load
+from billhook.modeling_billhook import put
+from billhook.plan import Narrow, Plan, Site, numbers, ranges
+from billhook.probe import Probe
+
+Folder = Callable[[str], Path]
+
+
+def uneven(teacher: Teacher, seed: int) -> Plan:
+    """A plan that narrows most sites, each to groups of its own."""
+    draw, narrowed = random.Random(seed), []
+    for size in teacher.anatomy.sites:
+        of_each = len(size.groups) // size.experts
+        if of_each < 2 or draw.random() < 0.2:
+            continue
+        keep = draw.randrange(size.multiple, of_each, size.multiple)
+        groups = [
+            g for e in range(size.experts) for g in draw.sample(size.groups[e * of_each : (e + 1) * of_each], keep)
+        ]
+        narrowed.append(Narrow(size.site, tuple(sorted(groups))))
+    return Plan(frozenset(), frozenset(narrowed))
+
+
+def masked(teacher: Teacher, plan: Plan) -> Any:
+    """The teacher's model in its whole shape, with zeros where groups went."""
+    model = billhook.surgery._shared_copy(teacher.model)
+    sizes = {size.site: size for size in teacher.anatomy.sites}
+    for each in plan.narrowed:
+        block = arch.blocks_of(model, teacher.row)[teacher.positions.index(each.site.block)]
+        of = width.layout(block, each.site.part, teacher.row.path(each.site.part), model.config)
+        assert not isinstance(of, str)
+        kept = width.kept_of(of, sizes[each.site].groups, each.groups)
+        for name, tensor in width.masked_weights(block, of, kept).items():
+            put(block, name, tensor)
+    return model
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(ids).logits
+    return found
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_cut_is_masked_and_loads_and_generates(checkpoint: Folder, variant: str, tmp_path: Path) -> None:
+    teacher, ids = load(checkpoint(variant)), tiny.tokens(2, 20)
+    for seed in range(3):
+        plan = uneven(teacher, seed)
+        student = billhook.apply(teacher, plan)
+        expected = logits(masked(teacher, plan), ids)
+        assert (logits(teacher.model, ids) - expected).abs().max() > 0.01, "what went matters"
+        torch.testing.assert_close(logits(student, ids), expected, atol=1e-4, rtol=1e-4)
+        billhook.save(student, None, plan, tmp_path / f"{seed}", teacher=teacher)
+        again = load(tmp_path / f"{seed}")
+        assert torch.equal(logits(again.model, ids), logits(student, ids))
+        assert sum(p.numel() for p in student.parameters()) == again.anatomy.total("parameters")
+        for kind in ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token"):
+            assert again.anatomy.total(kind) == teacher.anatomy.total(kind, plan), kind
+        cached, plain = (
+            again.model.generate(ids[:, :8], max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False)
+        )
+        assert torch.equal(cached, plain)
+    without = {size.site.part for size in teacher.anatomy.sites if not size.groups}
+    assert without == ({"attention"} if variant == "falcon_alibi" else set()), "slopes made for all heads at once"
+
+
+@pytest.mark.parametrize("variant", ["llama", "falcon", "olmo2", "qwen3_moe_mixed", "phi3", "gpt2"])
+def test_depth_and_width_are_one_plan_and_a_cut_model_is_cut_again(
+    checkpoint: Folder, variant: str, tmp_path: Path
+) -> None:
+    """A block and a site less, then narrower; and the other way round, in numbers of the unpruned model."""
+    teacher, ids = load(checkpoint(variant)), tiny.tokens(2, 20)
+    both = uneven(teacher, 5).without(Site(1, "attention"), Site(1, "mlp"), Site(2, "attention"))
+    whole = billhook.apply(teacher, both)
+    first = Plan(frozenset(), both.narrowed)
+    billhook.save(billhook.apply(teacher, first), None, first, tmp_path / "width", teacher=teacher)
+    second = Plan(both.removed)
+    billhook.save(billhook.apply(teacher, second), None, second, tmp_path / "depth", teacher=teacher)
+    for begun, rest in (("width", second), ("depth", first)):
+        again = load(tmp_path / begun)
+        assert torch.equal(logits(billhook.apply(again, rest), ids), logits(whole, ids))
+        billhook.save(billhook.apply(again, rest), None, rest, tmp_path / f"{begun}-both", teacher=again)
+        last = load(tmp_path / f"{begun}-both")
+        assert torch.equal(logits(last.model, ids), logits(whole, ids))
+        left = {size.site: size.groups for size in last.anatomy.sites}
+        assert {each.site: each.groups for each in both.narrowed}.items() <= left.items()
+        narrower = {
+            s.site: s.groups[: max(s.multiple, len(s.groups) // 2)] for s in last.anatomy.sites if s.experts == 1
+        }
+        more = Plan(frozenset(), frozenset(Narrow(site, groups) for site, groups in narrower.items() if groups))
+        torch.testing.assert_close(
+            logits(billhook.apply(last, more), ids), logits(masked(last, more), ids), atol=1e-4, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma2", "gpt_neox"])
+def test_a_narrow_model_generates_padded_and_with_a_static_cache(checkpoint: Folder, variant: str) -> None:
+    teacher = load(checkpoint(variant))
+    student = billhook.apply(teacher, uneven(teacher, 1).without(Site(2, "attention")))
+    ids = tiny.tokens(2, 9)
+    ids[1, :4] = 0
+    mask = (ids != 0).long()
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    found = student.generate(ids, **options)
+    assert torch.equal(found, student.generate(ids, cache_implementation="static", **options))
+    assert torch.equal(found[1:, 4:], student.generate(ids[1:, 4:], max_new_tokens=6, do_sample=False))
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_narrows_what_its_plan_says_and_proves_it(model: Path, text: Path, tmp_path: Path) -> None:
+    names = "attention.0[1],mlp.2[0-20 30],mlp.3"
+    options: dict[str, Any] = {"tokens": 240, "length": 24, "eval_tokens": 512, "eval_length": 24, "data": str(text)}
+    told = billhook.prune(model, plan=names, out=tmp_path / "out", store=tmp_path / "b.db", **options)
+    assert told["plan"]["narrowed"] == ["attention.0[1]", "mlp.2[0-20 30]"]
+    teacher, plan = load(model), Plan.of(names.split(","))
+    assert told["parameters"]["student"] == teacher.anatomy.total("parameters", plan)
+    student = load(tmp_path / "out")
+    assert student.anatomy.total("parameters") == told["parameters"]["student"]
+    again = billhook.evaluate_model(tmp_path / "out", **options)
+    assert told["perplexity"]["student"] == pytest.approx(again["perplexity"], rel=1e-5)
+    (step,) = told["steps"]
+    probe = Probe(teacher, tokens_of(teacher, options), "kl")
+    assert step["loss"] == pytest.approx(probe.losses([plan])[0].mean, rel=1e-6)
+    whole = probe.losses([Plan(plan.removed)])[0].mean
+    assert step["loss"] != pytest.approx(whole, rel=1e-3), "what became narrower counts"
+    assert "2 narrower" in (tmp_path / "out" / "report.html").read_text()
+    manifest = billhook.prune(
+        model, plan=str(tmp_path / "out" / "billhook.json"), out=tmp_path / "twin", store=tmp_path / "b.db", **options
+    )
+    assert manifest["plan"] == told["plan"]
+    for option in ({"stock": True}, {"recover": "fold"}):
+        with pytest.raises(PlanError, match="narrower"):
+            billhook.prune(model, plan=names, out=tmp_path / "no", store=tmp_path / "b.db", **options, **option)
+
+
+def tokens_of(teacher: Teacher, options: dict[str, Any]) -> TokenSet:
+    wanted = Wanted(options["data"], None, "text", options["tokens"], options["length"], 512, 24, 0)
+    return token_sets(wanted, teacher.model, teacher.tokenizer)[0]
+
+
+def test_the_engine_measures_what_the_cut_model_computes(checkpoint: Folder) -> None:
+    """KL to the whole model, by hand, of plans with and without removed sites; and what budgets count."""
+    teacher, rows = load(checkpoint("llama")), tiny.tokens(4, 12)
+    tokens = token_set([tuple(r) for r in rows.tolist()], range(4), range(4), "abcd", "rows")
+    plans = [uneven(teacher, 3), uneven(teacher, 4).without(Site(1, "mlp")), Plan.of(["mlp.1"])]
+    whole = logits(teacher.model, rows).double().log_softmax(-1)
+    for plan, loss in zip(plans, Probe(teacher, tokens, "kl").losses(plans), strict=True):
+        cut = logits(billhook.apply(teacher, plan), rows).double().log_softmax(-1)
+        expected = (whole.exp() * (whole - cut)).sum(-1).mean()
+        assert loss.mean == pytest.approx(float(expected), rel=1e-4)
+        for unit, kind in (("params", "parameters"), ("kv", "kv_bytes_per_token"), ("flops", "flops_per_token")):
+            lost = teacher.anatomy.total(kind) - teacher.anatomy.total(kind, plan)
+            assert Budget.parse(f"10%{unit}").spent(teacher.anatomy, plan) == lost
+        assert Budget.parse("1sites").spent(teacher.anatomy, plan) == len(plan.removed)
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.sets(st.integers(0, 60), min_size=1))
+def test_ranges_are_read_as_they_are_written(found: set[int]) -> None:
+    assert numbers(ranges(sorted(found))) == tuple(sorted(found))
+
+
+def test_plans_spell_their_groups(checkpoint: Folder) -> None:
+    plan = Plan.of(["attention.1", "mlp.2[0-3 7]", "attention.0[1]"])
+    assert str(plan) == "attention.1,attention.0[1],mlp.2[0-3 7]"
+    assert Plan.of(str(plan).split(",")) == plan
+    assert plan.without(Site(2, "mlp")).narrow_names() == ["attention.0[1]"]
+    assert plan.key() != Plan(plan.removed).key() == Plan.of(["attention.1"]).key()
+    anatomy = load(checkpoint("llama")).anatomy
+    for wrong, match in (
+        ("mlp.2[3-1]", "does not ascend"), ("mlp.2[1 1]", "does not ascend"), ("mlp.2[a]", "Write their numbers"),
+        ("mlp.2[0-48]", "no channel group 48: it has 0-47"), ("mlp.9[0]", "no mlp.9 to be narrowed"),
+        ("attention.0[0 2]", "no channel group 2"),
+    ):  # fmt: skip
+        with pytest.raises(PlanError, match=match):
+            anatomy.check(Plan.of([wrong]))
+    with pytest.raises(PlanError, match="more than once"):
+        Plan.of(["mlp.1", "mlp.1[0-3]"])
+    with pytest.raises(PlanError, match="keep no channel group"):
+        anatomy.check(Plan(frozenset(), frozenset([Narrow(Site(1, "mlp"), ())])))
+    with pytest.raises(PlanError, match="--protect keeps"):
+        anatomy.check(Plan.of(["mlp.1[0-3]"]), frozenset([Site(1, "mlp")]))
+
+
+def test_experts_share_one_shape_and_what_has_no_groups_says_why(checkpoint: Folder) -> None:
+    experts = load(checkpoint("mixtral")).anatomy  # four of 48 neurons
+    four = [expert * 48 + neuron for expert in range(4) for neuron in range(4)]
+    for groups, match in ((range(100), "share one shape"), (four, "multiple of 8")):
+        with pytest.raises(PlanError, match=match):
+            experts.check(Plan(frozenset(), frozenset([Narrow(Site(0, "mlp"), tuple(groups))])))
+    alibi = load(checkpoint("falcon_alibi"))
+    with pytest.raises(PlanError, match="no channel groups"):
+        alibi.anatomy.check(Plan.of(["attention.0[0]"]))
+    with pytest.raises(PlanError, match="--stock has no place for a width"):
+        billhook.apply(load(checkpoint("llama")), Plan.of(["mlp.0[0-7]"]), stock=True)
