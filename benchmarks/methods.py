@@ -44,7 +44,8 @@ SCALED: dict[str, dict[str, Any]] = {
     "sleb": {"fast": True},
     "evopress": {"set": {"generations": 16, "offspring": 16, "tokens": 512}},
 }
-PRUNINGS = [name for name in recipe_names() if name == "sprint" or "recover" not in read_yaml(OURS / f"{name}.yaml")]
+DEPTH = [name for name in recipe_names() if read_yaml(OURS / f"{name}.yaml").get("search") != "narrow"]
+PRUNINGS = [name for name in DEPTH if name == "sprint" or "recover" not in read_yaml(OURS / f"{name}.yaml")]
 FINALISTS = ("billhook", "finercut", "evopress")
 
 

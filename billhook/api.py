@@ -16,7 +16,7 @@ from billhook.errors import FingerprintError, ResourceError, RunError, UsageErro
 from billhook.evaluate import EVALUATIONS
 from billhook.loading import Teacher, load, pick_device
 from billhook.losses import ITEM_LOSSES, LOSSES
-from billhook.metrics import METRICS
+from billhook.metrics import GROUP_METRICS, METRICS
 from billhook.plan import Plan, Site
 from billhook.problem import Unit
 from billhook.protocols import normalised, windows
@@ -281,5 +281,5 @@ def show(run: str, store: str | Path = STORE) -> dict[str, Any]:
 
 def methods() -> list[dict[str, str]]:
     """Every registered method: family, name, what it does, source."""
-    families = (METRICS, LOSSES, ITEM_LOSSES, SEARCHES, RECOVERIES, EVALUATIONS)
+    families = (METRICS, GROUP_METRICS, LOSSES, ITEM_LOSSES, SEARCHES, RECOVERIES, EVALUATIONS)
     return [row for registry in families for row in registry.describe()]

@@ -21,7 +21,7 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "plan": (None, "No search, remove this: attention.7,mlp.16, a plan file, a drop list of LLM-Drop or EvoPress"),
     "within": (None, "As much as can go within a margin: 3%ppl, or 1pp:FILE (accuracy on a task)"),
     "search": ("swap", "How to search; `billhook methods` lists the searches"),
-    "metric": (None, "How to score sites first, for the searches oneshot, solve and span"),
+    "metric": (None, "How to score sites first, for the searches oneshot, solve, span and narrow"),
     "loss": ("kl", "What to keep low: kl, js, nll …, or task:FILE for a multiple-choice task"),
     "set": ({}, "An option of the search or the metric, such as front=0.4; repeatable"),
     "fast": (False, "Race a round's candidates instead of proving which is best"),

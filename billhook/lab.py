@@ -27,7 +27,8 @@ from billhook.portions import mixed_sets, parted
 from billhook.proof import Job, environment, evaluated
 from billhook.recipe import Recipe, combined, recipe_from
 from billhook.records import EvalResult, Event, Watch
-from billhook.searching import find, probe_of, scored, task_calibration, timed, wanted_of
+from billhook.scoring import scored
+from billhook.searching import find, probe_of, task_calibration, timed, wanted_of
 from billhook.store import Store
 from billhook.tasks import items_of
 
@@ -321,8 +322,7 @@ def stability(lab: Lab, metric: str, sizes: Sequence[int], draws: int, common: M
         for number, tokens in enumerate(sets):
             lab.watch(Event("stability", number, draws, f"{size} tokens"))
             job = lab.job(recipe.model_copy(update={"metric": metric}))
-            scored_by = scored(job, probe_of(job.recipe, lab.teacher, tokens, job))
-            assert scored_by is not None
+            scored_by = scored(job, probe_of(job.recipe, lab.teacher, tokens, job))["scores"]
             scores.append({unit: value for unit, value in scored_by.items() if isinstance(unit, Site)})
             plans.append(tried(lab, metric, recipe, tokens).plan)
         pairs = list(itertools.combinations(range(len(sets)), 2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -29,7 +29,7 @@ class Problem:
     """What a search is asked to solve. A search sees this and the losses it asks for, and nothing else.
 
     `budgets` must all be met. `scores`: of sites, blocks and runs by a metric, higher = removal hurts more; None where
-    no metric was asked for.
+    no metric was asked for. `group_scores`: of the channel groups of sites, in the order of the anatomy.
     """
 
     anatomy: Anatomy
@@ -37,6 +37,7 @@ class Problem:
     protected: frozenset[Site] = frozenset()
     seed: int = 0
     scores: Mapping[Unit, float] | None = None
+    group_scores: Mapping[Site, Sequence[float]] | None = None
 
     def met(self, plan: Plan) -> bool:
         return self._suffices(self.spent(plan))
@@ -102,7 +103,8 @@ class Problem:
         """What a plan takes away, of each budget."""
         whole = [UNITS[b.unit].whole_blocks for b in self.budgets]
         cost = self.cost(plan.removed)
-        return tuple(b.spent(self.anatomy, plan) if w else c for b, w, c in zip(self.budgets, whole, cost, strict=True))
+        each = zip(self.budgets, whole, cost, strict=True)
+        return tuple(b.spent(self.anatomy, plan) if w or plan.narrowed else c for b, w, c in each)
 
     def weight(self, sites: Iterable[Site]) -> Fraction:
         """What a move is worth, as a share of what the budgets need, summed over them."""

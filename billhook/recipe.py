@@ -50,7 +50,7 @@ class Recipe(BaseModel):
     ] = None
     search: Annotated[str, Field(description="How to search; `billhook methods` lists the searches")] = "swap"
     metric: Annotated[
-        str | None, Field(description="How to score sites first, for the searches oneshot, solve and span")
+        str | None, Field(description="How to score sites first, for the searches oneshot, solve, span and narrow")
     ] = None
     loss: Annotated[
         str, Field(description="What to keep low: kl, js, nll …, or task:FILE for a multiple-choice task")

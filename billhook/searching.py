@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -20,16 +20,15 @@ from billhook.execute import Executor, Folding, Told, memos
 from billhook.loading import Teacher, load
 from billhook.losses import split_loss
 from billhook.margin import Kept, Margin
-from billhook.metrics import METRICS
 from billhook.plan import Anatomy, Ask, Plan
 from billhook.portions import halves, mixed_sets, picked
 from billhook.probe import Fast, Probe
-from billhook.problem import Problem, Unit, protection, read_unit, unit_name
+from billhook.problem import Problem, protection
 from billhook.proof import Job, environment, evaluated
 from billhook.recipe import Recipe, read_plan
-from billhook.records import Event, Loss, Score, Step, Watch, steps
+from billhook.records import Event, Loss, Step, Watch, steps
 from billhook.recover import RECOVERIES, Subject
-from billhook.registry import chosen
+from billhook.scoring import Scored, options_of, pretended, scored
 from billhook.search import SEARCHES, Search, settle
 from billhook.store import Measured
 from billhook.tasks import items_of
@@ -69,7 +68,7 @@ def teacher_of(recipe: Recipe, watch: Watch) -> Teacher:
 def check(recipe: Recipe, teacher: Teacher) -> Plan | None:
     """The plan that a recipe gives, if it gives one. Raises UsageError before anything is computed."""
     split_loss(recipe.loss)
-    _options(recipe)
+    options_of(recipe)
     protected = protection(recipe.protect, teacher.anatomy)
     lost = sorted(site for site in teacher.removed.removed if site.block in teacher.positions)
     if recipe.stock and lost:
@@ -100,17 +99,9 @@ def problem_of(recipe: Recipe, anatomy: Anatomy, budgets: tuple[Budget, ...]) ->
     return Problem(anatomy, budgets, protection(recipe.protect, anatomy), recipe.seed).check()
 
 
-def _options(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of the search and of the metric."""
-    methods: list[Callable[..., Any]] = [SEARCHES[recipe.search]]
-    methods += [METRICS[recipe.metric]] if recipe.metric else []
-    found = chosen(recipe.set, *methods)
-    return found[0], found[1] if recipe.metric else {}
-
-
 def search_of(recipe: Recipe, problem: Problem) -> Search:
     """The search of a recipe, with its options, on a problem."""
-    return SEARCHES[recipe.search](problem, **_options(recipe)[0])
+    return SEARCHES[recipe.search](problem, **options_of(recipe)[0])
 
 
 def wanted_of(recipe: Recipe) -> Wanted:
@@ -168,7 +159,7 @@ def find(
             problem, path, within = _most_within(job, teacher, measure, scores, held_out)
         else:
             anatomy = timed(job, teacher) if counts_time(recipe) else teacher.anatomy
-            problem = replace(problem_of(recipe, anatomy, recipe.budgets), scores=scores)
+            problem = replace(problem_of(recipe, anatomy, recipe.budgets), **scores)
             path = searched(job, problem, measure)
     rounds, conducted = list(measure.rounds), conduct(probe)
     if recipe.audit:
@@ -221,23 +212,6 @@ def probe_of(recipe: Recipe, teacher: Teacher, calibration: TokenSet, job: Job |
     return Probe(teacher, calibration, loss, memory=recipe.memory_bytes, fast=fast, memos=kept)
 
 
-def scored(job: Job, probe: Probe) -> Mapping[Unit, float] | None:
-    """What the metric of a recipe says, from the store if it was asked before."""
-    recipe = job.recipe
-    if recipe.metric is None:
-        return None
-    options = _options(recipe)[1]
-    of = {"metric": recipe.metric, "options": options, "tokens": probe.tokens.hash, "loss": probe.loss,
-          "dtype": probe.teacher.compute}  # fmt: skip
-    known = job.store.fact(probe.teacher.fingerprint, "scores", of)
-    if known is None:
-        job.watch(Event("score", 0, None, recipe.metric))
-        scores: dict[Unit, Score] = METRICS[recipe.metric](probe, **options)
-        known = {unit_name(unit): score.value for unit, score in scores.items()}
-        job.store.add_fact(probe.teacher.fingerprint, "scores", of, known, job.run)
-    return {read_unit(name): value for name, value in known.items()}
-
-
 def searched(job: Job, problem: Problem, measure: Executor | Folding) -> list[Plan]:
     """The path of the recipe's search on one problem."""
     total = count_losses(job.recipe, problem)
@@ -283,17 +257,8 @@ def count_losses(recipe: Recipe, problem: Problem) -> int:
         asked.update((plan, ask.tokens) for plan in ask.plans)
         return [seen.setdefault(plan, Loss("pretended", (draw.random(),), (1,))) for plan in ask.plans]
 
-    settle(search_of(recipe, replace(problem, scores=_pretended(recipe, problem, draw))), pretend)
+    settle(search_of(recipe, replace(problem, **pretended(recipe, problem, draw))), pretend)
     return len(asked)
-
-
-def _pretended(recipe: Recipe, problem: Problem, draw: random.Random) -> Mapping[Unit, float] | None:
-    if recipe.metric is None or problem.scores is not None:
-        return problem.scores
-    blocks = sorted({site.block for site in problem.anatomy.alive()})
-    runs = [(first, last) for first in blocks for last in blocks if first <= last]
-    wants: list[Unit] = [*runs] if recipe.search == "span" else [*problem.anatomy.alive(), *blocks]
-    return {unit: draw.random() for unit in wants}
 
 
 def _audit(job: Job, probe: Probe, rounds: list[tuple[Ask, list[Loss]]]) -> list[dict[str, Any]]:
@@ -330,7 +295,7 @@ def timed(job: Job, teacher: Teacher) -> Anatomy:
 
 
 def _most_within(
-    job: Job, teacher: Teacher, measure: Executor | Folding, scores: Mapping[Unit, float] | None, held_out: TokenSet
+    job: Job, teacher: Teacher, measure: Executor | Folding, scores: Scored, held_out: TokenSet
 ) -> tuple[Problem, list[Plan], dict[str, Any]]:
     """The largest share of the parameters whose removal stays within the recipe's margin on validation items.
 
@@ -348,7 +313,7 @@ def _most_within(
     share = max(FINEST, smallest)
     while share < 100 and high - low > max(FINEST, smallest):
         try:
-            problem = replace(problem_of(recipe, teacher.anatomy, (Budget(share, "params", True),)), scores=scores)
+            problem = replace(problem_of(recipe, teacher.anatomy, (Budget(share, "params", True),)), **scores)
         except BudgetError:
             high, share = share, (low + share) / 2
             continue

@@ -56,6 +56,7 @@ def methods() -> str:
 
 HEADINGS = {
     "metric": "Metrics",
+    "metric of channel groups": "Metrics of channel groups",
     "loss": "Losses",
     "task_loss": "Losses on tasks",
     "search": "Searches",

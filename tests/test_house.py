@@ -24,7 +24,7 @@ FLOORS = (  # each floor imports from those above it, and each name from those b
     ("modeling_billhook", "width", "arch", "vet", "stream", "loading", "repair", "regression", "data", "portions",
      "protocols", "tasks", "questions", "beginnings", "losses", "mask", "probe", "surgery", "training", "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),
-    ("recipe", "store", "execute", "audit", "proof", "searching", "recovering", "lab", "harness", "evalsets",
+    ("recipe", "store", "execute", "audit", "proof", "scoring", "searching", "recovering", "lab", "harness", "evalsets",
      "comparing", "gating", "thresholds", "summary", "report", "lab_words", "lab_curves", "lab_page", "compare_words",
      "compare_page", "threshold_page", "prompts", "endpoint", "answering", "abtest", "abtest_words", "pipeline"),
     ("api", "contests", "terminal_compare", "terminal", "face", "cli_options", "cli_contests", "cli", "dashboard"),
@@ -35,7 +35,7 @@ TORCHLESS = {*FLOORS[0], "search", "dashboard"}
 OVER = "Over budget:"  # begins the sentence that excuses a file or function
 FAMILIES = (  # that cite papers
     ("search", "SEARCHES"), ("losses", "LOSSES"), ("losses", "ITEM_LOSSES"), ("metrics", "METRICS"),
-    ("recover", "RECOVERIES"),
+    ("metrics", "GROUP_METRICS"), ("recover", "RECOVERIES"),
 )  # fmt: skip
 
 

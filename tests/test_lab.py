@@ -63,6 +63,7 @@ def test_one_recipe_a_paper_and_our_own() -> None:
     papers = {"shortgpt", "deeper-look", "shortened-llama", "sleb", "finercut", "blockpruner", "evopress", "llm-drop",
               "uidl", "sprint"}  # fmt: skip
     papers |= {"shortened-llama-lora", "shortened-llama-cpt", "perp", "replaceme", "partial"}
+    papers |= {"llm-pruner", "wanda-sp", "flap", "saap"}
     assert papers | {"billhook"} <= set(recipe_names())
 
 
@@ -83,7 +84,7 @@ def test_a_recipe_runs_from_anywhere(
     monkeypatch.chdir(tmp_path)
     healed = {"recover_data": str(texts), "recover_tokens": 640, "recover_length": 32}
     result = billhook.prune(str(six), recipe=name, data=str(texts), **(SMALL | healed | FEW.get(name, {})))
-    assert result["plan"]["removed"]
+    assert result["plan"]["removed"] or result["plan"]["narrowed"]
     assert [told["recovery"] for told in result["recoveries"]] == list(recipe_from(combined(name)).recoveries)
     assert result["recipe"]["about"]
     kept = Plan.of(result["plan"]["removed"])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from billhook.errors import UsageError
 from billhook.probe import Probe
+from billhook.probe.channels import GroupValues
 from billhook.problem import Unit
 from billhook.records import Score
 from billhook.registry import Registry
@@ -17,6 +18,9 @@ from billhook.registry import Registry
 Metric = Callable[..., dict[Unit, Score]]
 METRICS: Registry[Metric] = Registry("metric")
 metric = METRICS.add
+# Of channel groups: a probe, with options -> {site: scores of its groups, [groups] in float64}
+GROUP_METRICS: Registry[Callable[..., GroupValues]] = Registry("metric of channel groups")
+group_metric = GROUP_METRICS.add
 
 
 def on_task(probe: Probe) -> Probe:
@@ -27,4 +31,4 @@ def on_task(probe: Probe) -> Probe:
 
 
 # Importing a method files it under its name.
-from billhook.metrics import ablation, activations, coalitions, gradients, weights  # noqa: E402, F401
+from billhook.metrics import ablation, activations, coalitions, gradients, groups, weights  # noqa: E402, F401

@@ -18,7 +18,8 @@ from billhook.loading import Teacher
 from billhook.losses import COUNTS_TARGETS, NEVER_NEGATIVE
 from billhook.mask import narrowing
 from billhook.plan import Plan
-from billhook.probe import choose, gradients, passes
+from billhook.probe import channels, choose, gradients, passes
+from billhook.probe.channels import GroupValues
 from billhook.probe.choose import Ballot, Choice, Quality, Sums
 from billhook.probe.measure import WAVE, Bench, Layout, waves
 from billhook.probe.table import Documents, Known, Table
@@ -333,6 +334,24 @@ class Probe:
         mean. Raises ResourceError if the streams between the blocks do not fit into the probe's memory.
         """
         return gradients.sum_over_gradients(self._bench, function, fisher)
+
+    def groups_of_weights(self, function: channels.OfWeight) -> GroupValues:
+        """Of every site with channel groups, the sum of function(w), elementwise in float32, over each's weights."""
+        return channels.by_weights(self._bench, function)
+
+    def groups_of_gradients(
+        self, functions: Mapping[str, tuple[channels.OfGradient, bool]], *, fisher: bool = False
+    ) -> dict[str, GroupValues]:
+        """By name, the sum of function(w, g, f), elementwise, over each group's weights; g and f as above; one pass.
+
+        With True beside it, the values of one row or column, that of the group's channel, are summed with their signs
+        first, and count without it.
+        """
+        return channels.by_gradients(self._bench, functions, fisher)
+
+    def groups_of_inputs(self, function: channels.OfInputs) -> GroupValues:
+        """The mean over each group's channels of function(what its output projection reads, that weight); one pass."""
+        return channels.by_inputs(self._bench, function)
 
 
 @torch.inference_mode()

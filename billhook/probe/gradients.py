@@ -43,10 +43,25 @@ class _Batch:
         return int((self.targets >= 0).sum())
 
 
-@torch.inference_mode(False)  # what is computed inside that mode cannot have a graph
-@torch.no_grad()
 def sum_over_gradients(bench: Bench, function: OfGradient, fisher: bool) -> dict[Unit, Score]:
     """Sum of function(w, g, f) over the weights of every site and block; see `Probe.sum_over_gradients`."""
+    found: dict[int, dict[Unit, Score]] = {}
+    for index, block, slopes, squares in by_block(bench, fisher):
+        weights = dict(block.named_parameters())
+        if fisher:
+            found[index] = sums(bench, index, block, function, weights, slopes, squares)
+        else:
+            found[index] = sums(bench, index, block, lambda w, g: function(w, g, None), weights, slopes)
+    return {unit: score for index in sorted(found) for unit, score in found[index].items()}
+
+
+Gradients = dict[str, torch.Tensor]  # by parameter of a block, in float32
+
+
+@torch.inference_mode(False)  # what is computed inside that mode cannot have a graph
+@torch.no_grad()
+def by_block(bench: Bench, fisher: bool) -> Iterator[tuple[int, nn.Module, Gradients, Gradients]]:
+    """(index, block, gradients, mean squares of the gradients of rows if `fisher`), the last block first."""
     _check_room(bench, fisher)
     trunk = Trunk(bench.teacher, bench.trunk.chunk)  # a fresh one: what the other knows was recorded without graphs
     batches = [_Batch(t, [trunk.enter(ids)]) for ids, t in _rows(bench.groups, 1 if fisher else trunk.chunk)]
@@ -58,15 +73,8 @@ def sum_over_gradients(bench: Bench, function: OfGradient, fisher: bool) -> dict
         final = dict(bench.walk.run([(g, 0) for g in range(len(bench.groups))], layers=True))
         bench.check_finite([final[g, 0] for g in range(len(bench.groups))])
     _through_head(trunk, batches)
-    found: dict[int, dict[Unit, Score]] = {}
     for index, block in zip(order[::-1], trunk.blocks(order[::-1]), strict=True):
-        slopes, squares = _through_block(trunk, index, block, batches, fisher)
-        weights = dict(block.named_parameters())
-        if fisher:
-            found[index] = sums(bench, index, block, function, weights, slopes, squares)
-        else:
-            found[index] = sums(bench, index, block, lambda w, g: function(w, g, None), weights, slopes)
-    return {unit: score for index in order for unit, score in found[index].items()}
+        yield index, block, *_through_block(trunk, index, block, batches, fisher)
 
 
 def _check_room(bench: Bench, fisher: bool) -> None:

@@ -134,4 +134,4 @@ def trimmed(problem: Problem, plan: Plan, order: Sequence[Move]) -> Plan:
 
 
 # Importing a method files it under its name.
-from billhook.search import beam, evolve, exhaustive, greedy, oneshot, solve, span, swap  # noqa: E402, F401
+from billhook.search import beam, evolve, exhaustive, greedy, narrow, oneshot, solve, span, swap  # noqa: E402, F401

@@ -1,0 +1,69 @@
+"""What the metric of a recipe says of a model: scores of sites, blocks and spans, or of channel groups."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from billhook.metrics import GROUP_METRICS, METRICS
+from billhook.plan import Site
+from billhook.probe import Probe
+from billhook.problem import Problem, Unit, read_unit, unit_name
+from billhook.proof import Job
+from billhook.recipe import Recipe
+from billhook.records import Event
+from billhook.registry import chosen
+from billhook.search import SEARCHES
+
+OF_GROUPS = ("narrow",)  # searches that let channel groups go, by metrics of their own
+Scored = dict[str, Any]  # what a metric gives a Problem: `scores`, or `group_scores`
+
+
+def options_of(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the search and of the metric."""
+    methods: list[Callable[..., Any]] = [SEARCHES[recipe.search]]
+    methods += [metric_of(recipe)] if recipe.metric else []
+    found = chosen(recipe.set, *methods)
+    return found[0], found[1] if recipe.metric else {}
+
+
+def metric_of(recipe: Recipe) -> Callable[..., Any]:
+    """The metric of a recipe; of channel groups for a search that lets those go."""
+    assert recipe.metric is not None
+    return GROUP_METRICS[recipe.metric] if recipe.search in OF_GROUPS else METRICS[recipe.metric]
+
+
+def scored(job: Job, probe: Probe) -> Scored:
+    """What the metric of a recipe says, as fields of a Problem, from the store if it was asked before."""
+    recipe = job.recipe
+    if recipe.metric is None:
+        return {}
+    options = options_of(recipe)[1]
+    of = {"metric": recipe.metric, "options": options, "tokens": probe.tokens.hash, "loss": probe.loss,
+          "dtype": probe.teacher.compute}  # fmt: skip
+    known = job.store.fact(probe.teacher.fingerprint, "scores", of)
+    if known is None:
+        job.watch(Event("score", 0, None, recipe.metric))
+        scores = metric_of(recipe)(probe, **options)
+        if recipe.search in OF_GROUPS:
+            known = {str(site): values.tolist() for site, values in scores.items()}
+        else:
+            known = {unit_name(unit): score.value for unit, score in scores.items()}
+        job.store.add_fact(probe.teacher.fingerprint, "scores", of, known, job.run)
+    if recipe.search in OF_GROUPS:
+        return {"group_scores": {Site.parse(name): tuple(values) for name, values in known.items()}}
+    return {"scores": {read_unit(name): value for name, value in known.items()}}
+
+
+def pretended(recipe: Recipe, problem: Problem, draw: random.Random) -> Scored:
+    """Scores drawn at random, for a search that is only counted; nothing where they are known or not wanted."""
+    if recipe.metric is None or problem.scores is not None or problem.group_scores is not None:
+        return {}
+    if recipe.search in OF_GROUPS:
+        sizes = [size for size in problem.anatomy.sites if size.groups]
+        return {"group_scores": {size.site: tuple(draw.random() for _ in size.groups) for size in sizes}}
+    blocks = sorted({site.block for site in problem.anatomy.alive()})
+    runs = [(first, last) for first in blocks for last in blocks if first <= last]
+    wants: list[Unit] = [*runs] if recipe.search == "span" else [*problem.anatomy.alive(), *blocks]
+    return {"scores": {unit: draw.random() for unit in wants}}
