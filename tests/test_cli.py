@@ -323,3 +323,18 @@ def test_an_unforeseen_end_has_its_code(error: BaseException, code: int, told: s
     assert told in quiet.stderr.splitlines()[-1]
     assert ("Traceback" in quiet.stderr) == (code == 1), "a bug is reported with its traceback"
     assert loud.stderr.count("Traceback") == 1
+
+
+def test_who_has_seen_enough_is_no_bug(tmp_path: Path) -> None:
+    """`billhook methods | head -1`, for tables that rich draws and for JSON."""
+    for more in ([], ["--json"]):
+        command = subprocess.Popen(
+            [sys.executable, "-m", "billhook.cli", "methods", *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert command.stdout is not None
+        assert command.stderr is not None
+        command.stdout.readline()
+        command.stdout.close()
+        told = command.stderr.read().decode()
+        command.stderr.close()
+        assert (command.wait(), told) == (0, "")
