@@ -20,7 +20,7 @@ from billhook.plan import Plan
 from billhook.portions import mixed_sets, portions
 from billhook.proof import Job
 from billhook.questions import Prompts, in_writing, prompts_of, read_questions
-from billhook.records import EvalResult
+from billhook.records import EvalResult, part_of
 from billhook.repair import UNTOUCHED
 from billhook.searching import wanted_of
 from billhook.tasks import Part, Shots, items_of, read_items, requests
@@ -156,7 +156,8 @@ def _written(job: Job, teacher: Teacher, of: EvalSet) -> Tested:
         key = {"plan": Plan().key(), "dtype": teacher.compute, "prompts": part.hash}
         fresh = job.store.fact(teacher.fingerprint, "written", key)
         if fresh is None:
-            fresh = written(teacher.model, part, watch=job.watch, who=of.source)
+            watch = part_of(job.watch, start, len(whole.targets))
+            fresh = written(teacher.model, part, watch=watch, who=of.source)
             job.store.add_fact(teacher.fingerprint, "written", key, fresh, job.run)
         answers += fresh
     questions = {question.number: question for question in read_questions(of.source)}

@@ -26,7 +26,7 @@ from billhook.plan import Plan
 from billhook.portions import halves, portions
 from billhook.probe import Probe
 from billhook.recipe import Recipe
-from billhook.records import Environment, EvalResult, Event, Watch
+from billhook.records import Environment, EvalResult, Event, Watch, part_of
 from billhook.repair import UNTOUCHED, Repair
 from billhook.speed import Protocol
 from billhook.stats import exp, paired_difference
@@ -183,11 +183,16 @@ def choice_sums(job: Job, teacher: Teacher, sides: Sequence[Side], tokens: Token
     teacher takes all items at once: every portion would read its file again.
     """
     sums: list[list[float]] = [[] for _ in sides]
+    done = 0
     for portion in portions(tokens, PORTION_ITEMS if teacher.weights is None else len(tokens.clusters)):
         keys = [{"plan": p.key(), "dtype": filed_under(teacher, r), "tokens": portion.hash} for p, r in sides]
         known: list[Any] = [job.store.fact(teacher.fingerprint, "choices", key) for key in keys]
         missing = [i for i, found in enumerate(known) if found is None]
-        for i, fresh in zip(missing, _sums_of_portion(job, teacher, [sides[i] for i in missing], portion), strict=True):
+        part = replace(job, watch=part_of(job.watch, done, tokens.tokens))
+        done += portion.tokens
+        for i, fresh in zip(
+            missing, _sums_of_portion(part, teacher, [sides[i] for i in missing], portion), strict=True
+        ):
             outcomes(portion, fresh)  # refuses what is not finite
             job.store.add_fact(teacher.fingerprint, "choices", keys[i], fresh, job.run)
             known[i] = fresh

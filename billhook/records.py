@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from billhook.plan import Plan, Site
 
@@ -140,6 +140,11 @@ Watch = Callable[[Event], None]
 
 def silent(event: Event) -> None:
     """A watcher that looks away."""
+
+
+def part_of(watch: Watch, before: int, total: int) -> Watch:
+    """What watches one part of a whole of `total`, of which `before` is done."""
+    return lambda event: watch(replace(event, done=before + event.done, total=total))
 
 
 Cost = Callable[[frozenset[Site]], object]

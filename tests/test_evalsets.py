@@ -146,9 +146,25 @@ def test_answers_are_filed_as_they_come(
         model, str(questions), store=tmp_path / "b.db",
         watch=lambda e: rest.append(e.done) if e.stage == "evaluate" else None,
     )  # fmt: skip
-    assert rest == [10, 10], "the first ten answers are known"
+    assert rest == [20, 30], "the first ten answers are known"
     assert {row["score"]: row["value"] for row in told["rows"]} == {"strict_match": 0, "flexible_match": 0.5}
     assert all(row["n"] == 30 and row["low"] <= row["value"] <= row["high"] for row in told["rows"])
+
+
+def test_progress_is_that_of_the_whole_task(
+    model: Path, choices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from billhook import proof
+
+    monkeypatch.setattr(proof, "PORTION_ITEMS", 25)
+    events: list[billhook.Event] = []
+    told = billhook.evaluate_tasks(model, str(choices), store=tmp_path / "b.db", watch=events.append)
+    seen = [(event.done, event.total) for event in events if event.stage == "evaluate"]
+    total = told["sets"][str(choices)]["tokens"]
+    assert len(seen) >= 3
+    assert seen == sorted(seen)
+    assert seen[-1] == (total, total)
+    assert {each[1] for each in seen} == {total}
 
 
 # -- choices and shots ----------------------------------------------------------------------------------------------
