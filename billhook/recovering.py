@@ -13,6 +13,7 @@ from typing import Any
 from billhook.data import TokenSet
 from billhook.errors import UsageError
 from billhook.loading import Teacher
+from billhook.mask import narrowing
 from billhook.plan import Plan
 from billhook.portions import shared_out
 from billhook.proof import Job, nats_of
@@ -59,7 +60,8 @@ def recovered(job: Job, teacher: Teacher, plan: Plan, texts: Mapping[str, TokenS
 
     `work`: for what a killed run goes on from: every finished repair, and the checkpoints of a training.
     """
-    recipe, repair, before = job.recipe, UNTOUCHED, UNTOUCHED
+    recipe, start = job.recipe, narrowing(teacher, plan) if plan.narrowed else UNTOUCHED
+    repair, before = start, start
     options = recovery_options(recipe)
     if not options:
         return Recovered()
@@ -70,7 +72,7 @@ def recovered(job: Job, teacher: Teacher, plan: Plan, texts: Mapping[str, TokenS
     work.mkdir(parents=True, exist_ok=True)
     told: list[dict[str, Any]] = []
     for number, (name, own) in enumerate(options.items(), 1):
-        file, start = work / f"{number}-{name}.safetensors", time.perf_counter()
+        file, began = work / f"{number}-{name}.safetensors", time.perf_counter()
         before, seconds = repair, file.with_suffix(".json")
         if file.is_file() and seconds.is_file():
             repair, took = read_repair(file), float(json.loads(seconds.read_text()))
@@ -79,17 +81,18 @@ def recovered(job: Job, teacher: Teacher, plan: Plan, texts: Mapping[str, TokenS
             training.mkdir(exist_ok=True)
             subject = Subject(teacher, plan, repair, recipe.memory_bytes, recipe.seed, training, job.watch)
             repair = RECOVERIES[name](subject, train, valid, **own).rounded(teacher.dtype)
-            took = round(time.perf_counter() - start, 1)
+            took = round(time.perf_counter() - began, 1)
             seconds.write_text(json.dumps(took))
             if (training / ADAPTER).is_dir():
                 shutil.rmtree(work / ADAPTER, ignore_errors=True)
                 (training / ADAPTER).rename(work / ADAPTER)
             repair.save(file)
             shutil.rmtree(training)
+        pair = UNTOUCHED if before is start else before, repair  # zeros in the place of what is cut change nothing
         told.append({
             "recovery": name, "options": own, "seconds": took, "parameters": repair.parameters(),
             "tokens": train.tokens, "data": train.source,
-            "on": {text: _gained(job, teacher, plan, (before, repair), tokens) for text, tokens in texts.items()},
+            "on": {text: _gained(job, teacher, plan, pair, tokens) for text, tokens in texts.items()},
         })  # fmt: skip
     apart = work / ADAPTER if (work / ADAPTER).is_dir() else None
     return Recovered(repair, tuple(told), before if apart else None, apart, train.digests + valid.digests)

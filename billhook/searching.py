@@ -80,9 +80,8 @@ def check(recipe: Recipe, teacher: Teacher) -> Plan | None:
         plan = read_plan(recipe.plan, teacher.anatomy, teacher.fingerprint)
         if not plan:
             raise PlanError(f"--plan {recipe.plan!r} removes nothing. Name sites to remove: attention.7,mlp.16.")
-        if plan.narrowed and (recipe.stock or recipe.recover):
-            option = "--stock" if recipe.stock else "--recover"
-            raise PlanError(f"{option} does not know yet of sites that become narrower. Leave it out.")
+        if plan.narrowed and recipe.stock:
+            raise PlanError("--stock has no place for sites that become narrower. Leave it out.")
         return teacher.anatomy.check(plan, protected)
     if recipe.remove is not None and not counts_time(recipe):
         problem_of(recipe, teacher.anatomy, recipe.budgets)

@@ -54,6 +54,8 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     student = _shared_copy(teacher.model)
     config, path = student.config, row.blocks
     parts = row.parts(arch.blocks_of(student, row)[0], config)
+    whole = {name: w for name, w in repair.weights.items() if w.shape == student.get_parameter(name).shape}
+    renew(student, whole)  # of parts that are cut next, too
     narrow = _narrowed(student, teacher, plan)
     if stock and narrow:
         raise PlanError(f"--stock has no place for a width of its own, as {min(narrow)} has. Leave --stock out.")
@@ -84,7 +86,8 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
         for site, patch in repair.patches.items():
             module = patch_module(patch, parts[site.part]["outputs"], teacher.device, teacher.model.dtype)
             setattr(blocks[kept.index(site.block)], parts[site.part]["zero"][0], module)
-    renew(student, {name: tensor for old, tensor in repair.weights.items() if (name := renamed(teacher, old, kept))})
+    rest = {name: w for old, w in repair.weights.items() if old not in whole and (name := renamed(teacher, old, kept))}
+    renew(student, rest)
     return student
 
 

@@ -18,11 +18,14 @@ import billhook.surgery
 from billhook import arch, width
 from billhook.budget import Budget
 from billhook.data import TokenSet, Wanted, token_set, token_sets
-from billhook.errors import PlanError
+from billhook.errors import PlanError, UsageError
 from billhook.loading import Teacher, load
+from billhook.mask import narrowing
 from billhook.modeling_billhook import put
 from billhook.plan import Narrow, Plan, Site, numbers, ranges
 from billhook.probe import Probe
+from billhook.recover import RECOVERIES, Subject
+from billhook.repair import UNTOUCHED
 
 Folder = Callable[[str], Path]
 
@@ -151,9 +154,8 @@ def test_a_run_narrows_what_its_plan_says_and_proves_it(model: Path, text: Path,
         model, plan=str(tmp_path / "out" / "billhook.json"), out=tmp_path / "twin", store=tmp_path / "b.db", **options
     )
     assert manifest["plan"] == told["plan"]
-    for option in ({"stock": True}, {"recover": "fold"}):
-        with pytest.raises(PlanError, match="narrower"):
-            billhook.prune(model, plan=names, out=tmp_path / "no", store=tmp_path / "b.db", **options, **option)
+    with pytest.raises(PlanError, match="narrower"):
+        billhook.prune(model, plan=names, out=tmp_path / "no", store=tmp_path / "b.db", stock=True, **options)
 
 
 def tokens_of(teacher: Teacher, options: dict[str, Any]) -> TokenSet:
@@ -175,6 +177,63 @@ def test_the_engine_measures_what_the_cut_model_computes(checkpoint: Folder) -> 
             lost = teacher.anatomy.total(kind) - teacher.anatomy.total(kind, plan)
             assert Budget.parse(f"10%{unit}").spent(teacher.anatomy, plan) == lost
         assert Budget.parse("1sites").spent(teacher.anatomy, plan) == len(plan.removed)
+
+
+# -- recovery ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_fold_gives_a_twin_what_its_copy_did(checkpoint: Folder, tmp_path: Path) -> None:
+    """Neuron 5 computes what neuron 9 does; without it, neuron 9 has to count for both."""
+    whole = load(checkpoint("llama"))
+    model = billhook.surgery._shared_copy(whole.model)
+    mlp = arch.blocks_of(model, whole.row)[2].mlp
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        weight = linear.weight.detach().clone()
+        weight[5] = weight[9]
+        linear.weight = torch.nn.Parameter(weight)
+    model.save_pretrained(tmp_path / "twins")
+    teacher = load(tmp_path / "twins")
+    plan = Plan(frozenset(), frozenset([Narrow(Site(2, "mlp"), tuple(g for g in range(48) if g != 5))]))
+    rows = tiny.tokens(24, 24, seed=5)
+    texts = token_set([tuple(r) for r in rows.tolist()], range(24), range(24), list(map(str, range(24))), "rows")
+    subject = Subject(teacher, plan, narrowing(teacher, plan))
+    repair = RECOVERIES["fold"](subject, texts, texts, reach="next")
+    ids = tiny.tokens(4, 20, seed=9)
+    expected = logits(teacher.model, ids)
+    apart = [(logits(billhook.apply(teacher, plan, repair=r), ids) - expected).abs().max() for r in (UNTOUCHED, repair)]
+    assert apart[0] > 0.02
+    assert apart[1] < 0.02 * apart[0]
+    weight = billhook.apply(teacher, plan, repair=repair).get_parameter("model.layers.2.mlp.down_proj.weight")
+    old = teacher.model.get_parameter("model.layers.2.mlp.down_proj.weight")
+    torch.testing.assert_close(weight[:, 8], old[:, 9] + old[:, 5], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("recover", ["fold", "fold,lora"])
+def test_a_narrow_run_recovers_and_saves_what_it_proved(model: Path, text: Path, tmp_path: Path, recover: str) -> None:
+    names = "attention.0[1],mlp.2[0-30],mlp.3"
+    options: dict[str, Any] = {"tokens": 240, "length": 24, "eval_tokens": 512, "eval_length": 24, "data": str(text)}
+    more = {"recover_set": {"epochs": 1}} if "lora" in recover else {}
+    told = billhook.prune(
+        model, plan=names, out=tmp_path / "out", store=tmp_path / "b.db", recover=recover, recover_tokens=800,
+        recover_length=24, **options, **more,
+    )  # fmt: skip
+    assert [each["recovery"] for each in told["recoveries"]] == recover.split(",")
+    first = told["recoveries"][0]["on"]["held-out"]
+    bare = billhook.prune(model, plan=names, out=tmp_path / "bare", store=tmp_path / "b.db", **options)
+    assert first["before"] == pytest.approx(bare["perplexity"]["student"], rel=1e-6)
+    again = billhook.evaluate_model(tmp_path / "out", **options)
+    assert again["perplexity"] == pytest.approx(told["perplexity"]["student"], rel=1e-5)
+    assert load(tmp_path / "out").anatomy.total("parameters") == bare["parameters"]["student"]
+
+
+def test_what_was_trained_narrow_is_not_refitted(checkpoint: Folder) -> None:
+    teacher, plan = load(checkpoint("llama")), Plan.of(["mlp.2[0-30]"])
+    weight = torch.zeros(31, 32)
+    repair = narrowing(teacher, plan).with_weights({"model.layers.2.mlp.up_proj.weight": weight})
+    rows = tiny.tokens(8, 24)
+    texts = token_set([tuple(r) for r in rows.tolist()], range(8), range(8), list(map(str, range(8))), "rows")
+    with pytest.raises(UsageError, match="fold,lora"):
+        RECOVERIES["fold"](Subject(teacher, plan, repair), texts, texts)
 
 
 # -- plans ------------------------------------------------------------------------------------------------------------

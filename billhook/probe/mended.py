@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from billhook.errors import UsageError
 from billhook.modeling_billhook import remove_part
 from billhook.plan import PARTS, Plan, Site
 from billhook.probe.trunk import Trunk
@@ -28,6 +29,11 @@ def standing(trunk: Trunk, index: int, block: nn.Module, plan: Plan, repair: Rep
     for name, tensor in repair.weights.items():
         if name.startswith(inside):
             key = name.removeprefix(inside)
+            if tensor.shape != block.get_parameter(key).shape:
+                raise UsageError(
+                    f"What was trained of a narrower site ({name}) cannot be refitted. Recover by fold before "
+                    "training: --recover fold,lora."
+                )
             weights[key] = put(block, key, tensor.to(block.get_parameter(key)))
     for part in PARTS:
         if (site := Site(position, part)) in plan.removed:

@@ -25,8 +25,9 @@ def fold(
     chosen on every eighth text, and one that does not help there is left alone. Tokens count by the inverse square of
     their stream's length, because the final norm divides by it.
 
-    `parts`: mlp, attention or both; `reach`: all from the first removed site on, or the next one behind each removed
-    site only; `ahead=False`: no look behind the runs.
+    Sites that became narrower are refitted too, on the channels that stayed. `parts`: mlp, attention or both; `reach`:
+    all from the first removed or narrower site on, or those and the next one behind each removed site only;
+    `ahead=False`: no look behind the runs.
 
     Formula: argmin over ΔW of Σ_t |h_t - s_t - ΔW x_t|² / |h_t|² + λ |ΔW|², h the teacher's stream, s the student's
     Cost: two forward passes of the teacher and one of the student, and a solve a projection; nothing at inference.
@@ -40,6 +41,7 @@ def fold(
     held, sites = subject.held(bench, train), order(bench)
     behind = lookahead(sites, subject.plan) if ahead else {}
     streams = streams_after(bench, set(behind.values()))
+    narrower = {narrow.site for narrow in subject.plan.narrowed}
     waiting, done, can = False, 0, False
 
     def visit(stage: Stage) -> Change:
@@ -49,6 +51,7 @@ def fold(
         if stage.removed:
             waiting = True
             return None
+        waiting |= stage.site in narrower
         can |= stage.weight is not None
         if stage.weight is None or stage.site.part not in PARTS_OF[parts] or not (waiting or stage.site in behind):
             return None
