@@ -30,7 +30,7 @@ from billhook import lab, searching
 from billhook.face import keep_pages
 from billhook.recipe import OURS, read_yaml, recipe_from, recipe_names
 from billhook.records import Event
-from billhook.search import SEARCHES
+from billhook.search import OF_GROUPS, SEARCHES
 from billhook.store import Store
 
 TOKENS, LENGTH = 4096, 128
@@ -142,7 +142,9 @@ def calibration(given: argparse.Namespace, texts: dict[str, str]) -> None:
 
 def regret(given: argparse.Namespace, texts: dict[str, str]) -> None:
     """Every search against the optimum: 4 of the 16 sites of the middle blocks, 512 tokens, in nats per token."""
-    searches: dict[str, dict[str, Any]] = {name: {"search": name} for name in SEARCHES if name != "span"}
+    searches: dict[str, dict[str, Any]] = {
+        name: {"search": name} for name in SEARCHES if name not in ("span", *OF_GROUPS)
+    }
     searches |= {
         "oneshot by cosine": {"search": "oneshot", "metric": "cosine"},
         "solve without exchanges": {"search": "solve", "set": {"polish": False}},

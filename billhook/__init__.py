@@ -1,4 +1,4 @@
-"""Billhook prunes large language models in depth.
+"""Billhook prunes large language models in depth and in width.
 
 The public names; importing any of them is what imports torch, not `import billhook`.
 """

@@ -30,7 +30,7 @@ from billhook.face import Face
 
 app = typer.Typer(
     name="billhook",
-    help="Prune large language models in depth: score, search, remove, prove, save.",
+    help="Prune large language models in depth and in width: score, search, remove, prove, save.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

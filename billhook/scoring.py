@@ -14,9 +14,8 @@ from billhook.proof import Job
 from billhook.recipe import Recipe
 from billhook.records import Event
 from billhook.registry import chosen
-from billhook.search import SEARCHES
+from billhook.search import OF_GROUPS, SEARCHES
 
-OF_GROUPS = ("narrow",)  # searches that let channel groups go, by metrics of their own
 Scored = dict[str, Any]  # what a metric gives a Problem: `scores`, or `group_scores`
 
 

@@ -31,10 +31,9 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
 
     A block that loses both sites goes and the rest are renumbered; `config.billhook["kept_blocks"]` lists the original
     positions. Where only whole blocks are missing the class is the stock one; where single sites or channel groups are
-    missing it is `billhook-<type>`, or with `stock=True` the stock one whose removed sites hold zeros (equal outputs,
-    no speed-up).
-    `repair`: new weights, and patches in the place of sites; a block that has a patch stays. The student shares all
-    other tensors with the teacher. Raises PlanError if the plan does not fit the teacher, or a patch the stock shape.
+    missing it is `billhook-<type>`, or with `stock=True` the stock one whose removed sites hold zeros. `repair`: new
+    weights, and patches in the place of sites; a block that has a patch stays. The student shares all other tensors
+    with the teacher. Raises PlanError if the plan does not fit the teacher, or a patch the stock shape.
     """
     teacher.anatomy.check(plan)
     if plan.narrowed and teacher.weights is not None:
@@ -81,10 +80,9 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
         stood = {site: _place(teacher, site) for site in _patched(teacher)}
         strip(student)
         blocks = student.get_submodule(path)
-        for site, module in stood.items():
-            setattr(blocks[kept.index(site.block)], parts[site.part]["zero"][0], module)
         for site, patch in repair.patches.items():
-            module = patch_module(patch, parts[site.part]["outputs"], teacher.device, teacher.model.dtype)
+            stood[site] = patch_module(patch, parts[site.part]["outputs"], teacher.device, teacher.model.dtype)
+        for site, module in stood.items():
             setattr(blocks[kept.index(site.block)], parts[site.part]["zero"][0], module)
     rest = {name: w for old, w in repair.weights.items() if old not in whole and (name := renamed(teacher, old, kept))}
     renew(student, rest)

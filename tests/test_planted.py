@@ -24,7 +24,7 @@ from billhook.plan import Plan, Site
 from billhook.probe import Probe
 from billhook.problem import Problem
 from billhook.records import Loss, difference
-from billhook.search import SEARCHES, settle
+from billhook.search import OF_GROUPS, SEARCHES, settle
 
 BY_TASK = {"loo_task", "shapley_task"}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -101,7 +101,7 @@ def test_magnitude_sees_what_is_zero_and_not_what_it_does(idle: Teacher) -> None
     assert scores[Site(2, "attention")].value > 0
 
 
-@pytest.mark.parametrize("name", sorted(set(SEARCHES) - {"span"}))
+@pytest.mark.parametrize("name", sorted(set(SEARCHES) - {"span", *OF_GROUPS}))
 def test_every_search_removes_the_site_that_adds_nothing(name: str, idle: Teacher) -> None:
     plan, loss = searched(name, idle, "1sites")
     assert plan == Plan.of(["attention.2"])

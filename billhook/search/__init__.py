@@ -22,6 +22,7 @@ FEW = 1024  # tokens, for what only decides where to look first
 TRIED = 64  # exchanges a round, of the hundreds that there are in a model of 60 sites
 SEARCHES: Registry[Callable[..., Search]] = Registry("search")
 search = SEARCHES.add
+OF_GROUPS = ("narrow",)  # searches that let channel groups go, by metrics of their own
 
 
 def settle(steps: Search, measure: Callable[[Ask], list[Loss]]) -> list[Plan]:
