@@ -42,10 +42,8 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     removed = Plan(teacher.removed.removed | plan.removed)
     patched = _patched(teacher) | {site: patch.entry() for site, patch in repair.patches.items()}
     if stock and patched:
-        raise PlanError(
-            f"--stock has no place for what stands at {min(patched)} now: a constant or a matrix of a repair. Leave "
-            "--stock out, or recover by fold alone."
-        )
+        what = f"what stands at {min(patched)} now: a constant or a matrix of a repair"
+        raise PlanError(f"--stock has no place for {what}. Leave --stock out, or recover by fold alone.")
     gone = set(removed.blocks()) - {site.block for site in patched}
     kept = [p for p in teacher.positions if p not in gone]
     lacking = [s for s in removed.sites() if s.block not in gone]
@@ -84,8 +82,8 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
             stood[site] = patch_module(patch, parts[site.part]["outputs"], teacher.device, teacher.model.dtype)
         for site, module in stood.items():
             setattr(blocks[kept.index(site.block)], parts[site.part]["zero"][0], module)
-    rest = {name: w for old, w in repair.weights.items() if old not in whole and (name := renamed(teacher, old, kept))}
-    renew(student, rest)
+    rest = repair.weights.keys() - whole.keys()
+    renew(student, {name: repair.weights[old] for old in rest if (name := renamed(teacher, old, kept))})
     return student
 
 
