@@ -61,7 +61,7 @@ def _setting(table: Mapping[str, Any], scaled: Mapping[str, Any]) -> str:
         value = table["teacher"][name]
         told.append(f"- {_name(name)}: {what}; the unpruned model has {value['kind']} {_value(value)}")
     told.append(
-        "\nIntervals are 95% bootstraps over texts or items. *Above best*: nats per token above the lowest row of the "
+        "\nIntervals are 95%, over texts or items. *Above best*: nats per token above the lowest row of the "
         "same size on that text, paired; an interval that holds 0 means that the two are not told apart. No model was "
         "trained after pruning. *Search* and *site evaluations* are what a size took beyond what the smaller sizes of "
         "the same recipe had measured; *more than* where a search was interrupted, and its beginning is not counted.\n"
