@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from billhook import width
-from billhook.errors import ModelError, nearest
+from billhook.errors import ModelError, PlanError, nearest
 from billhook.modeling_billhook import Patch
 from billhook.plan import PARTS, Anatomy, Part, Rest, Shared, Site, SiteSize, numbers
 
@@ -313,6 +313,14 @@ def by_output(block: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
         return value[..., None]
     transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)  # of GPT-2; experts of GPT-OSS
     return value.transpose(-1, -2) if transposed else value
+
+
+def layout_in(block: nn.Module, part: Part, row: Row, config: Config) -> width.Layout:
+    """The channel groups of a part of a block. Raises PlanError where it has none, and says why."""
+    of = width.layout(block, part, row.path(part), config)
+    if isinstance(of, str):
+        raise PlanError(f"This {part} cannot be narrowed: {of}. Remove it whole, or leave it.")
+    return of
 
 
 def groups_of(config: Config, site: Site, there: int) -> tuple[tuple[int, ...], int]:

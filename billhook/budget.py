@@ -103,12 +103,11 @@ class Budget:
 
     def _narrowed(self, anatomy: Anatomy, plan: Plan) -> int:
         """What goes of sites that stay: units that count sites count none of it."""
-        unit, kept = UNITS[self.unit], {each.site: len(each.groups) for each in plan.narrowed}
-        return sum(
-            unit.cost(replace(size, **asdict(size.group))) * (len(size.groups) - kept[size.site])
-            for size in anatomy.sites
-            if size.site in kept and size.group is not None and unit.total is not None
-        )
+        unit = UNITS[self.unit]
+        if unit.total is None:
+            return 0
+        lost = anatomy.lost(plan)
+        return sum(unit.cost(replace(size, **asdict(size.group))) * count for size, count in lost if size.group)
 
     def needed(self, anatomy: Anatomy) -> Fraction:
         """What must go, as `spent` counts: a share is of everything in the model as it was given."""

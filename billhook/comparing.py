@@ -92,6 +92,10 @@ def folder_of(name: str, store: Store) -> str:
         return name
 
 
+def _loaded(job: Job, name: str) -> Teacher:
+    return teacher_of(job.recipe.model_copy(update={"model": folder_of(name, job.store)}), job.watch)
+
+
 def sets_of(job: Job, teacher: Teacher, asked: Asked, part: Part | None = "evaluation") -> dict[str, EvalSet]:
     """Evaluation sets by name: the held-out half of every text, and of every task the half that no search looks at."""
     given: dict[str, Any] = {"items": asked.items, "seed": job.recipe.seed, "shots": asked.shots}
@@ -101,7 +105,7 @@ def sets_of(job: Job, teacher: Teacher, asked: Asked, part: Part | None = "evalu
 
 def measured(job: Job, name: str, asked: Asked) -> Side:
     """Load one model and evaluate it on everything that is asked for."""
-    teacher = teacher_of(job.recipe.model_copy(update={"model": folder_of(name, job.store)}), job.watch)
+    teacher = _loaded(job, name)
     sets = sets_of(job, teacher, asked)
     seen = seen_by(teacher, sets)
     if seen and not asked.seen:
@@ -115,7 +119,7 @@ def measured(job: Job, name: str, asked: Asked) -> Side:
 
 def alone(job: Job, name: str, asked: Asked) -> dict[str, Any]:
     """One model on all items of its tasks: every score with its interval over items."""
-    teacher = teacher_of(job.recipe.model_copy(update={"model": folder_of(name, job.store)}), job.watch)
+    teacher = _loaded(job, name)
     sets, rows = sets_of(job, teacher, asked, part=None), []
     for source, each in sets.items():
         for score, result in tested(job, teacher, each).scores.items():

@@ -50,7 +50,7 @@ class Face:
         if isinstance(error, KeyboardInterrupt):
             hint = f" Nothing measured is lost. Go on with: {self.resume}" if self.resume else ""
             _leave(f"Interrupted.{hint}", 130)
-        if isinstance(error, BrokenPipeError | SystemExit):  # `| head` has seen enough; rich says it by an exit
+        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
         if isinstance(error, BillhookError):

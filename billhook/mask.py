@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from billhook import width
+from billhook import arch, width
 from billhook.loading import Teacher
 from billhook.modeling_billhook import remove_part
 from billhook.plan import Plan
@@ -24,8 +24,7 @@ def narrowing(teacher: Teacher, plan: Plan) -> Repair:
     for each in plan.narrowed:
         index, part = teacher.positions.index(each.site.block), each.site.part
         block = teacher.block(each.site.block)
-        of = width.layout(block, part, teacher.row.path(part), teacher.model.config)
-        assert not isinstance(of, str), "Anatomy.check refuses a part without groups"
+        of = arch.layout_in(block, part, teacher.row, teacher.model.config)
         kept = width.kept_of(of, sizes[each.site].groups, each.groups)
         for name, tensor in width.masked_weights(block, of, kept).items():
             weights[f"{teacher.row.blocks}.{index}.{name}"] = tensor

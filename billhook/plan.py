@@ -198,10 +198,13 @@ class Anatomy:
         kept = [size for size in self.sites if size.site not in plan.removed]
         blocks = {size.site.block for size in kept}
         held = [*kept, *(shared for shared in self.shared if shared.block in blocks), self.rest]
-        lost = {narrow.site: narrow for narrow in plan.narrowed}
-        groups = [(s.group, len(s.groups) - len(lost[s.site].groups)) for s in kept if s.site in lost and s.group]
-        narrower = sum(int(getattr(group, what)) * count for group, count in groups)
+        narrower = sum(int(getattr(size.group, what)) * count for size, count in self.lost(plan))
         return sum(int(getattr(size, what)) for size in held) - narrower
+
+    def lost(self, plan: Plan) -> list[tuple[SiteSize, int]]:
+        """The sites that `plan` narrows, and how many of their channel groups go."""
+        kept = {narrow.site: len(narrow.groups) for narrow in plan.narrowed}
+        return [(size, len(size.groups) - kept[size.site]) for size in self.sites if size.site in kept]
 
     def check(self, plan: Plan, protected: frozenset[Site] = frozenset()) -> Plan:
         """`plan` itself. Raises PlanError if it names a site that is not there, or removes what must stay."""

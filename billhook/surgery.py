@@ -121,9 +121,8 @@ def _narrowed(student: Any, teacher: Teacher, plan: Plan) -> dict[Site, dict[str
     for each in sorted(plan.narrowed):
         block = arch.blocks_of(student, row)[teacher.positions.index(each.site.block)]
         part, alive = each.site.part, sizes[each.site].groups
-        of = width.layout(block, part, row.path(part), config)
-        assert not isinstance(of, str), "Anatomy.check refuses a part without groups"
-        module = width.cut(block, part, row.path(part), config, width.kept_of(of, alive, each.groups))
+        of = arch.layout_in(block, part, row, config)
+        module = width.cut(block, row.path(part), of, config, width.kept_of(of, alive, each.groups))
         whole = arch.groups_of(config, each.site, of.groups)[1]
         fields = width.fields(of, len(each.groups))
         entries[each.site] = {"module": module, "groups": {"kept": ranges(each.groups), "of": whole}, "fields": fields}

@@ -98,11 +98,18 @@ def _plain() -> Watch:
 # -- results --------------------------------------------------------------------------------------------------------
 
 
+class _Tables(Console):
+    """A console that leaves it to the command how a reader who has seen enough is answered; rich exits with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError that rich is handling
+
+
 def show(value: dict[str, Any], kind: str) -> None:
     """Print a result of a command as tables."""
     from billhook import terminal_compare
 
-    console = Console(soft_wrap=False, markup=False)
+    console = _Tables(soft_wrap=False, markup=False)
     {"result": _result, "anatomy": _anatomy, "plan_of_work": _plan_of_work, "evaluation": _evaluation,
      "speed": _speed, "scores": _scores, "runs": _runs, "run": _run, "methods": _methods,
      "sweep": _sweep, "trade": _trade, "stability": _stability, "compare": terminal_compare.compared,

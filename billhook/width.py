@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.errors import PlanError
 from billhook.modeling_billhook import adjust, put
 from billhook.plan import GroupSize, Part
 
@@ -200,8 +199,7 @@ def group_size(block: nn.Module, of: Layout, item_bytes: int, kv_bytes: int, pic
     parameters = flops = 0
     for slot in of.slots:
         tensor = block.get_parameter(slot.name)
-        across = tensor.numel() // tensor.shape[slot.axis] // (of.experts if tensor.dim() == 3 or of.experts > 1 else 1)
-        own = across * int(slot.index.shape[1])
+        own = tensor.numel() // tensor.shape[slot.axis] // of.experts * int(slot.index.shape[1])
         parameters += own
         if tensor.dim() - (of.experts > 1) == 2:
             flops += 2 * own
@@ -247,16 +245,12 @@ def taken(tensor: torch.Tensor, slot: Slot, kept: list[list[int]]) -> torch.Tens
     return torch.stack([of_one(piece, places, slot.axis - 1) for piece, places in zip(tensor, kept, strict=True)])
 
 
-def cut(block: nn.Module, part: Part, path: str, config: Config, kept: list[list[int]]) -> dict[str, Any]:
-    """Cut a part of a block in place to the groups that stay; returns what a checkpoint must tell of it.
+def cut(block: nn.Module, path: str, of: Layout, config: Config, kept: list[list[int]]) -> dict[str, Any]:
+    """Cut the part of a block at `path` in place to the groups that stay; returns what a checkpoint must tell of it.
 
     The parameters are new, the old ones untouched. A norm over all heads keeps its divisor: less of its input is left,
-    and what is gone counts as zero, so that its weight and its epsilon carry the ratio. Raises PlanError where a part
-    has no groups.
+    and what is gone counts as zero, so that its weight and its epsilon carry the ratio.
     """
-    of = layout(block, part, path, config)
-    if isinstance(of, str):
-        raise PlanError(f"This {part} cannot be narrowed: {of}. Remove it whole, or leave it.")
     count = sum(map(len, kept))
     shapes: dict[str, list[int]] = {}
     attributes: dict[str, dict[str, Any]] = {}
@@ -270,7 +264,7 @@ def cut(block: nn.Module, part: Part, path: str, config: Config, kept: list[list
             attributes[name] = {"variance_epsilon": norm.variance_epsilon / ratio}
         put(block, slot.name, tensor.contiguous())
         shapes[slot.name] = list(tensor.shape)
-    if part == "attention":
+    if of.heads:
         attributes[path] = _numbers(block.get_submodule(path), of, count, config)
     elif of.experts > 1:
         where = of.output.name.rpartition(".")[0]

@@ -102,7 +102,7 @@ def wanda_sp(probe: Probe) -> GroupValues:
 
     Source: An et al. 2024, FLAP (arXiv 2312.11983), its structured form of Sun et al. 2023, Wanda (arXiv 2306.11695).
     """
-    return probe.groups_of_inputs(lambda x, w: w.abs().mean(0) * (x.square * x.tokens).sqrt())
+    return probe.groups_of_inputs(_wifn)
 
 
 def _wifv(x: Inputs, w: torch.Tensor) -> torch.Tensor:

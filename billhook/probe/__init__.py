@@ -95,6 +95,7 @@ class Probe:
         self._memos = memos
         self._bench = Bench(teacher, tokens, loss, memory=memory, walk=walk, mended=mended)
         self._trunks = [self._bench.trunk]  # whose work is counted as this probe's
+        self._apart: Probe | None = None  # without memos, for plans that narrow sites
         self._hardness: list[float] = []  # of each group, by the best plan of the last round
         self._rises: dict[int, tuple[float, int]] = {}  # by move: how much worse than the best, and in which round
         self._round = 0
@@ -185,12 +186,10 @@ class Probe:
         """The loss of a plan that narrows sites, in full: a pass of its own, with zeros where channel groups go."""
         known = memo.recall([plan])[0].loss
         if known is None:
-            bare = Plan(plan.removed)
-            probe = Probe(
-                self.teacher, self.tokens, self.loss, memory=self.memory, mended=(bare, narrowing(self.teacher, plan))
-            )
-            known = probe.losses([bare])[0]
-            self._trunks.append(probe._bench.trunk)
+            if self._apart is None:
+                self._apart = Probe(self.teacher, self.tokens, self.loss, memory=self.memory)
+                self._trunks.append(self._apart._bench.trunk)
+            known = self._apart.mended(Plan(plan.removed), narrowing(self.teacher, plan))
             memo.settle(plan, known)
         return known
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from billhook import arch, width
+from billhook import arch
 from billhook.errors import ModelError
 from billhook.plan import Site
 from billhook.probe import gradients
@@ -45,9 +45,7 @@ def layouts(bench: Bench, index: int, block: nn.Module) -> Iterator[tuple[Site, 
     row, config = bench.teacher.row, bench.teacher.model.config
     for size in bench.teacher.anatomy.sites:
         if size.site.block == bench.teacher.positions[index] and size.groups:
-            of = width.layout(block, size.site.part, row.path(size.site.part), config)
-            assert not isinstance(of, str), "an anatomy counts groups where there is a layout"
-            yield size.site, of
+            yield size.site, arch.layout_in(block, size.site.part, row, config)
 
 
 def gathered(of: Layout, slot: Slot, values: torch.Tensor, *, vector: bool) -> torch.Tensor:
