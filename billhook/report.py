@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from billhook.plan import PARTS, Plan, Site
 from billhook.records import LOSS_UNITS
-from billhook.summary import RECOVERED, Result, count, duration, notes, recovery_rows, rows, short, verdict
+from billhook.summary import RECOVERED, Result, count, duration, narrower, notes, recovery_rows, rows, short, verdict
 
 # -- words -------------------------------------------------------------------------------------------------------------
 
@@ -62,6 +62,7 @@ def card(result: Result) -> str:
     removed = _removed_in_words(result["plan"]["removed"]) or ["nothing"]
     if gone := _gone(result):
         removed.append(f"gone before this run: {'; '.join(_removed_in_words(gone))}")
+    removed += [f"{site}: {left} channel groups stay" for site, left in narrower(result).items()]
     lines = [f"| {r.label} | {r.teacher} | {r.student} | {r.change} |" for r in rows(result)]
     table = "\n".join(["| | teacher | student | change |", "|---|---|---|---|", *lines])
     data = [
@@ -112,9 +113,9 @@ def _loading(kind: str) -> str:
     if ours:
         trust = ", trust_remote_code=True"
         told = (
-            "Single sites were removed, which no stock class can express: the checkpoint brings its own small class. "
-            "Trust it as below, or install Billhook and call `import billhook; billhook.register()` first. Without "
-            "either it fails to load."
+            "Single sites were removed, or made narrower, which no stock class can express: the checkpoint brings its "
+            "own small class. Trust it as below, or install Billhook and call `import billhook; billhook.register()` "
+            "first. Without either it fails to load."
         )
     return (
         f"{told}\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -187,12 +188,13 @@ def _whole_spans(table: str) -> str:
 def _cells(result: Result) -> dict[str, tuple[str, str, str]]:
     """Every site of the unpruned model: its state (kept, removed or gone), its mark on the map and its description."""
     steps, sizes = result["steps"], {size["site"]: size for size in result["anatomy"]["sites"]}
+    narrow = narrower(result)
     turn = {site: (number, step) for number, step in enumerate(steps, 1) for site in step["sites"]}
     cells = {name: ("gone", "", f"{name}: gone before this run") for name in _gone(result)}
     for name in sizes:
         about = f"{name}: {sizes[name]['parameters']:,} parameters, "
         if name not in result["plan"]["removed"]:
-            cells[name] = ("kept", "", about + "kept")
+            cells[name] = ("kept", "", about + (f"{narrow[name]} channel groups kept" if name in narrow else "kept"))
         elif name in turn:
             number, step = turn[name]
             told = f"removal {number} of {len(steps)}, loss {step['loss']:.4g} after it"
@@ -237,6 +239,9 @@ def _removals(result: Result) -> str:
     ]
     table = listed(("No.", "Site", "Parameters", "Loss", "Gap ± 95%"), lines)
     told = f"<p>{_e(result['search']['told'])}</p>"
+    if narrow := narrower(result):
+        words = ", ".join(f"{site} ({left})" for site, left in narrow.items())
+        told += f"<p>{_e(f'Narrower, with how many of their channel groups: {words}.')}</p>"
     return f"{told}<details><summary>The removals in order, as a table</summary>{table}</details>"
 
 

@@ -135,6 +135,19 @@ def verdict(result: Result) -> str:
     return f"{len(plan.removed)} of {count(alive, 'site')} removed{whole}{narrower}: {', '.join(facts)}."
 
 
+def narrower(result: Result) -> dict[str, str]:
+    """Of every site that became narrower, how much of it stayed: `{"mlp.2": "22 of 48"}`."""
+    had = {size["site"]: size.get("groups", 0) for size in result["anatomy"]["sites"]}
+    left = sorted(Plan.of(result["plan"].get("narrowed", ())).narrowed)
+    return {str(each.site): f"{len(each.groups):,} of {had[str(each.site)]:,}" for each in left}
+
+
+def some_narrower(left: Mapping[str, str], most: int = 6) -> str:
+    """A sentence of what `narrower` says, of the first sites."""
+    some = ", ".join(f"{site} {words}" for site, words in list(left.items())[:most])
+    return f"Narrower, channel groups left: {some}" + (f" and {len(left) - most} more" if len(left) > most else "")
+
+
 # -- numbers and words -------------------------------------------------------------------------------------------------
 
 

@@ -129,6 +129,8 @@ def _result(console: Console, value: dict[str, Any]) -> None:
 
     removed = value["plan"]["removed"]
     console.print(f"Removed {len(removed)} of {len(value['anatomy']['sites'])} sites: {', '.join(removed)}")
+    if narrow := summary.narrower(value):
+        console.print(summary.some_narrower(narrow))
     table = _table("", "teacher", "student", "change")
     for row in summary.rows(value):
         table.add_row(row.label, row.teacher, row.student, row.change)

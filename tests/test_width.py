@@ -12,11 +12,13 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import billhook
 import billhook.surgery
 from billhook import arch, width
 from billhook.budget import Budget
+from billhook.cli import app
 from billhook.data import TokenSet, Wanted, token_set, token_sets
 from billhook.errors import PlanError, UsageError
 from billhook.loading import Teacher, load
@@ -149,7 +151,13 @@ def test_a_run_narrows_what_its_plan_says_and_proves_it(model: Path, text: Path,
     assert step["loss"] == pytest.approx(probe.losses([plan])[0].mean, rel=1e-6)
     whole = probe.losses([Plan(plan.removed)])[0].mean
     assert step["loss"] != pytest.approx(whole, rel=1e-3), "what became narrower counts"
-    assert "2 narrower" in (tmp_path / "out" / "report.html").read_text()
+    page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
+    assert "2 narrower" in page
+    assert "attention.0 (1 of 2), mlp.2 (22 of 48)" in page
+    assert "mlp.2: 22 of 48 channel groups stay" in card
+    shown = CliRunner().invoke(app, ["show", told["run"], "--store", str(tmp_path / "b.db")]).output
+    assert "Narrower, channel groups left: attention.0 1 of 2, mlp.2 22 of 48" in shown
+    assert max(map(len, shown.splitlines())) <= 80
     manifest = billhook.prune(
         model, plan=str(tmp_path / "out" / "billhook.json"), out=tmp_path / "twin", store=tmp_path / "b.db", **options
     )
