@@ -356,7 +356,8 @@ def token_sets(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent
     else:
         texts = read_texts(wanted.data, wanted.field, tokenizer)
     found = documents(texts, tokenizer, wanted.seed)
-    mine, rest = _split(found) if same else (found, [])
+    order = documents(texts, tokenizer, 0) if same and wanted.seed else found
+    mine, rest = _split(found, order) if same else (found, [])
     calibration = pick(mine, wanted.tokens, wanted.length, prefix, wanted.data)
     if calibration.tokens < (wanted.tokens if wanted.least is None else wanted.least):
         where = " in the half of it that is not kept for evaluation" if same else ""
@@ -380,15 +381,14 @@ def token_sets(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent
     return calibration, evaluation
 
 
-def _split(found: list[Document]) -> tuple[list[Document], list[Document]]:
-    """Every second text for calibration, the others for evaluation, whatever amount of them is wanted; where texts are
-    few, every second document. A document that is a copy of one for calibration is in neither."""
-    texts = {text: rank for rank, text in enumerate(dict.fromkeys(document.text for document in found))}
-    by_text = len(texts) >= SPLIT_BY_TEXT
-    odd = [bool((texts[d.text] if by_text else i) % 2) for i, d in enumerate(found)]
-    mine = [document for document, held in zip(found, odd, strict=True) if not held]
+def _split(found: list[Document], order: list[Document]) -> tuple[list[Document], list[Document]]:
+    """Every second text for calibration, the others for evaluation, whatever amount is wanted and whatever the seed;
+    where texts are few, every second document of `order`. A copy of a document for calibration is in neither."""
+    texts = {text: rank for rank, text in enumerate(dict.fromkeys(document.text for document in order))}
+    places = {d: texts[d.text] if len(texts) >= SPLIT_BY_TEXT else i for i, d in enumerate(order)}
+    mine = [document for document in found if places[document] % 2 == 0]
     seen = {document.ids for document in mine}
-    return mine, [d for d, held in zip(found, odd, strict=True) if held and d.ids not in seen]
+    return mine, [d for d in found if places[d] % 2 and d.ids not in seen]
 
 
 def check_length(length: int, config: Any) -> None:

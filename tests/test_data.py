@@ -192,6 +192,16 @@ def test_calibration_and_evaluation_share_no_document(seed: int, tokenizer: Any,
     assert [tokens.hash for tokens in again] == [calibration.hash, evaluation.hash]
 
 
+@pytest.mark.parametrize("count", [25, 80], ids=["halved by document", "halved by text"])
+def test_what_is_held_out_is_so_under_every_seed(count: int, tokenizer: Any, tmp_path: Path) -> None:
+    said = texts(count, 60, 0)
+    path = in_file(tmp_path, [*said, *said[:10]])
+    drawn = [token_sets(wanted(path, seed, tokens=300), MODEL, tokenizer) for seed in range(4)]
+    seen = {digest for calibration, _ in drawn for digest in calibration.digests}
+    assert len(seen) > len(drawn[0][0].digests), "every seed draws its own documents"
+    assert not seen & {digest for _, evaluation in drawn for digest in evaluation.digests}
+
+
 def test_calibration_does_not_depend_on_how_much_is_evaluated(tokenizer: Any, text: Path) -> None:
     """So that losses of an earlier run are found again."""
     few, many = (token_sets(wanted(text, eval_tokens=n), MODEL, tokenizer) for n in (100, 1000))
