@@ -354,15 +354,16 @@ def anatomy(
             of = width.layout(block, part, row.path(part), config)
             kv, group = (kv_bytes if part == "attention" else 0), None
             mine: tuple[int, ...] = ()
+            experts = channels = 1
             if not isinstance(of, str):
+                experts, channels = of.experts, int(of.output.index.shape[1]) // max(1, of.heads)
                 mine, whole = groups_of(config, site, of.groups)
                 kv = kv * of.groups // whole if of.own_kv else kv
                 picked = getattr(config, "num_experts_per_tok", None) or 1
                 group = width.group_size(block, of, item_bytes, kv, picked)
-            experts = 1 if isinstance(of, str) else of.experts
             flops = _flops(modules, config)
             step = 1 if experts == 1 else width.OF_EXPERTS
-            sizes.append(SiteSize(site, count, count * item_bytes, kv, flops, 0, mine, group, experts, step))
+            sizes.append(SiteSize(site, count, count * item_bytes, kv, flops, 0, mine, group, experts, channels, step))
         common = [p for p in _parameters([block]) if id(p) not in owned]
         patched = any(isinstance(module, Patch) for module in block.modules())  # then the block never goes
         owned |= set() if patched else {id(p) for p in common}

@@ -60,7 +60,7 @@ def audited(rounds: Iterable[tuple[Ask, list[Loss]]], measure: Callable[[Ask], l
             plan: loss for plan, loss in zip(ask.plans, again, strict=True) if not loss.bound
         }
         regret, error = difference(known[chosen], known[best])
-        told.append({"chosen": chosen.names(), "best": best.names(), "regret": regret, "regret_se": error})
+        told.append({"chosen": chosen.entries(), "best": best.entries(), "regret": regret, "regret_se": error})
     return told
 
 

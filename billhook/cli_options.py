@@ -21,9 +21,11 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "plan": (None, "No search, remove this: attention.7,mlp.16, a plan file, a drop list of LLM-Drop or EvoPress"),
     "within": (None, "As much as can go within a margin: 3%ppl, or 1pp:FILE (accuracy on a task)"),
     "search": ("swap", "How to search; `billhook methods` lists the searches"),
-    "metric": (None, "How to score sites first, for the searches oneshot, solve, span and narrow"),
+    "metric": (None, "How to score sites first, for the searches oneshot, solve, span, narrow and joint"),
     "loss": ("kl", "What to keep low: kl, js, nll …, or task:FILE for a multiple-choice task"),
     "set": ({}, "An option of the search or the metric, such as front=0.4; repeatable"),
+    "uniform": (False, "Where sites become narrower: all blocks alike, in the stock shape"),
+    "multiple": (1, "Where sites become narrower: channels that stay are a multiple of it: 8, 32, 256"),
     "fast": (False, "Race a round's candidates instead of proving which is best"),
     "shortlist": (12, "With --fast: candidates a round, by the ranking of the rounds before"),
     "risk": (0.05, "With --fast: risk of dropping the best candidate at one comparison"),
@@ -84,9 +86,9 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
 
 
 Model = Annotated[str | None, typer.Argument(help="Folder, .gguf file, Hugging Face name, or demo [default: demo]")]
-LAB_OPTIONS = ("search", "metric", "loss", "set", "fast", "shortlist", "risk", "memory", "protect", "batch", "context",
-               "field", "tokens", "length", "eval_tokens", "eval_length", "seed", "device", "dtype",
-               "trust_remote_code")  # fmt: skip
+LAB_OPTIONS = ("search", "metric", "loss", "set", "uniform", "multiple", "fast", "shortlist", "risk", "memory",
+               "protect", "batch", "context", "field", "tokens", "length", "eval_tokens", "eval_length", "seed",
+               "device", "dtype", "trust_remote_code")  # fmt: skip
 Out = Annotated[Path | None, typer.Option(help="Folder for page and table [default: lab/<run>]")]
 Items = Annotated[int, typer.Option(help="Items of each task that are measured", min=2)]
 Some = Annotated[int | None, typer.Option(help="Items of each task [default: all]", min=2)]

@@ -101,7 +101,7 @@ def tried(lab: Lab, name: str, recipe: Recipe, calibration: TokenSet) -> Trial:
         start = time.perf_counter()
         found = find(lab.job(recipe), lab.teacher, calibration, along=False)
         known = {
-            "removed": found.plan.names(),
+            "removed": found.plan.entries(),
             "seconds": round(time.perf_counter() - start, 1),
             "site_evaluations": found.conducted["site_evaluations"],
             "resumed": resumed,
@@ -224,7 +224,7 @@ def _row(
         "recipe": trial.recipe,
         "remove": trial.remove,
         "data": trial.data,
-        "removed": trial.plan.names(),
+        "removed": trial.plan.entries(),
         "attention": sum(site.part == "attention" for site in trial.plan.removed),
         "mlp": sum(site.part == "mlp" for site in trial.plan.removed),
         "sizes": {size: anatomy.total(size, trial.plan) for size in SIZES},
@@ -332,7 +332,7 @@ def stability(lab: Lab, metric: str, sizes: Sequence[int], draws: int, common: M
                 "sets": len(sets),
                 "rank_correlation": _spread([_spearman(scores[i], scores[j]) for i, j in pairs]),
                 "overlap": _spread([_overlap(plans[i], plans[j]) for i, j in pairs]),
-                "plans": [plan.names() for plan in plans],
+                "plans": [plan.entries() for plan in plans],
             }
         )
     return {"model": lab.teacher.name, "metric": metric, "search": recipes[0].search, "remove": recipes[0].remove,

@@ -99,6 +99,10 @@ class Plan:
         """`["mlp.3[0-511 600]", …]`, sorted by site."""
         return [str(narrow) for narrow in sorted(self.narrowed)]
 
+    def entries(self) -> list[str]:
+        """All of it, as `of` reads it: `names()`, then `narrow_names()`."""
+        return [*self.names(), *self.narrow_names()]
+
     def blocks(self) -> list[int]:
         """Blocks that lost both of their sites."""
         return sorted({s.block for s in self.removed if {Site(s.block, p) for p in PARTS} <= self.removed})
@@ -110,7 +114,7 @@ class Plan:
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        return ",".join([*self.names(), *self.narrow_names()]) or "nothing"
+        return ",".join(self.entries()) or "nothing"
 
     @staticmethod
     def of(names: Iterable[str]) -> Plan:
@@ -154,6 +158,7 @@ class SiteSize:
     groups: tuple[int, ...] = ()  # channel groups that it has, in numbers of the unpruned model; none: it cannot narrow
     group: GroupSize | None = None  # each of them
     experts: int = 1  # of which all keep as many groups; they are numbered expert by expert
+    channels: int = 1  # of each group: a neuron has one, a KV group those of a head
     multiple: int = 1  # groups of an expert, or of the site, that stay: of which number they are a multiple
 
 

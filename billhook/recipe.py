@@ -50,7 +50,8 @@ class Recipe(BaseModel):
     ] = None
     search: Annotated[str, Field(description="How to search; `billhook methods` lists the searches")] = "swap"
     metric: Annotated[
-        str | None, Field(description="How to score sites first, for the searches oneshot, solve, span and narrow")
+        str | None,
+        Field(description="How to score sites first, for the searches oneshot, solve, span, narrow and joint"),
     ] = None
     loss: Annotated[
         str, Field(description="What to keep low: kl, js, nll …, or task:FILE for a multiple-choice task")
@@ -59,6 +60,12 @@ class Recipe(BaseModel):
         dict[str, bool | int | float | str],
         Field(description="An option of the search or the metric, such as front=0.4; repeatable"),
     ] = {}
+    uniform: Annotated[bool, Field(description="Where sites become narrower: all blocks alike, in the stock shape")] = (
+        False
+    )
+    multiple: Annotated[
+        int, Field(description="Where sites become narrower: channels that stay are a multiple of it: 8, 32, 256", ge=1)
+    ] = 1
     fast: Annotated[bool, Field(description="Race a round's candidates instead of proving which is best")] = False
     shortlist: Annotated[
         int, Field(description="With --fast: candidates a round, by the ranking of the rounds before", ge=2)

@@ -23,7 +23,8 @@ def options_of(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of the search and of the metric."""
     methods: list[Callable[..., Any]] = [SEARCHES[recipe.search]]
     methods += [metric_of(recipe)] if recipe.metric else []
-    found = chosen(recipe.set, *methods)
+    widths = recipe.model_dump(include={"uniform", "multiple"}, exclude_defaults=True)
+    found = chosen(recipe.set | widths, *methods)
     return found[0], found[1] if recipe.metric else {}
 
 

@@ -221,7 +221,7 @@ class Store:
                 of.dtype,
                 of.treatment,
                 plan.key(),
-                _json([*plan.names(), *plan.narrow_names()]),
+                _json(plan.entries()),
             ),
             *(_json(loss.sums), _json(loss.counts), run),
         )

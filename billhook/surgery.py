@@ -30,8 +30,8 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     """What the plan leaves of the teacher's model, as a transformers model that can be saved and generates.
 
     A block that loses both sites goes and the rest are renumbered; `config.billhook["kept_blocks"]` lists the original
-    positions. Where only whole blocks are missing the class is the stock one; where single sites or channel groups are
-    missing it is `billhook-<type>`, or with `stock=True` the stock one whose removed sites hold zeros. `repair`: new
+    positions. Where only whole blocks are missing, or all blocks are as narrow, the class is the stock one; else it is
+    `billhook-<type>`, or with `stock=True` the stock one whose removed sites hold zeros. `repair`: new
     weights, and patches in the place of sites; a block that has a patch stays. The student shares all other tensors
     with the teacher. Raises PlanError if the plan does not fit the teacher, or a patch the stock shape.
     """
@@ -54,12 +54,15 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     whole = {name: w for name, w in repair.weights.items() if w.shape == student.get_parameter(name).shape}
     renew(student, whole)  # of parts that are cut next, too
     narrow = _narrowed(student, teacher, plan)
-    if stock and narrow:
-        raise PlanError(f"--stock has no place for a width of its own, as {min(narrow)} has. Leave --stock out.")
     _set_blocks(student, path, [teacher.positions.index(p) for p in kept])
     config.__dict__.pop("model_type", None)  # left by from_pretrained; the class says it
-    told: dict[str, Any] = {"blocks": teacher.anatomy.blocks, "kept_blocks": kept}
+    config.billhook = told = {"blocks": teacher.anatomy.blocks, "kept_blocks": kept}
     base = arch.base_type(config.model_type)
+    if narrow:
+        told["groups"] = {str(site): entry["groups"] for site, entry in sorted(narrow.items())}
+        narrow = {} if (stock or not lacking) and _alike(student, narrow, base) else narrow
+    if stock and narrow:
+        raise PlanError(f"--stock has no place for a width of its own, as {min(narrow)} has. Leave --stock out.")
     if stock or not (lacking or narrow):
         config.__class__, student.__class__ = stock_classes(base)
         config.per_layer_config = None
@@ -67,21 +70,18 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
         if lacking:
             told["zeroed"] = [str(s) for s in lacking]
             _zero(student, path, kept, lacking, parts)
-        config.billhook = told
     else:
         told |= {"blocks_path": path, "parts": parts}
         config.__class__, student.__class__ = pruned_classes(*stock_classes(base))
         _tell(config, told, kept, lacking, narrow)
         if patched:
             told["patches"] = {f"{s.part}.{kept.index(s.block)}": entry for s, entry in sorted(patched.items())}
-        config.billhook = told
-        stood = {site: _place(teacher, site) for site in _patched(teacher)}
         strip(student)
-        blocks = student.get_submodule(path)
+        stood = {site: _place(teacher, site) for site in _patched(teacher)}
         for site, patch in repair.patches.items():
             stood[site] = patch_module(patch, parts[site.part]["outputs"], teacher.device, teacher.model.dtype)
         for site, module in stood.items():
-            setattr(blocks[kept.index(site.block)], parts[site.part]["zero"][0], module)
+            setattr(student.get_submodule(path)[kept.index(site.block)], parts[site.part]["zero"][0], module)
     rest = repair.weights.keys() - whole.keys()
     renew(student, {name: repair.weights[old] for old in rest if (name := renamed(teacher, old, kept))})
     return student
@@ -97,10 +97,46 @@ def _tell(
     for site, entry in narrow.items():
         own.setdefault(kept.index(site.block), {}).update(entry["fields"])
     config.per_layer_config = {index: own[index] for index in sorted(own)}
-    if narrow:
-        places = {site: f"{site.part}.{kept.index(site.block)}" for site in narrow}
-        told["narrow"] = {places[site]: entry["module"] for site, entry in sorted(narrow.items())}
-        told["groups"] = {str(site): entry["groups"] for site, entry in sorted(narrow.items())}
+    modules = {f"{s.part}.{kept.index(s.block)}": e["module"] for s, e in sorted(narrow.items()) if "module" in e}
+    if modules:
+        told["narrow"] = modules
+
+
+def _alike(student: Any, narrow: dict[Site, dict[str, Any]], base: str) -> bool:
+    """Whether a stock config can say how narrow a student is, since all blocks are alike; then its own one does."""
+    widths: dict[str, int] = {}
+    for entry in narrow.values():
+        if any(widths.setdefault(name, number) != number for name, number in entry["fields"].items()):
+            return False
+    if any(site.part == "attention" for site in narrow):
+        widths["head_dim"] = width.head_dim(student.config)
+    config = copy.deepcopy(student.config)
+    config.__class__, model = stock_classes(base)
+    config.__dict__.pop("model_type", None)
+    config.per_layer_config = config.billhook = None
+    try:
+        for name, number in widths.items():
+            setattr(config, name, number)
+        with torch.device("meta"):
+            built = model(config)
+    except (AttributeError, ValueError):  # Falcon's and GPT-2's heads share out the width
+        return False
+    if _form(built) != _form(student):
+        return False
+    for name, number in widths.items():
+        setattr(student.config, name, number)
+    return True
+
+
+def _form(model: nn.Module) -> dict[str, Any]:
+    """What a model is but for its values: shapes, and the numbers that its modules know of themselves."""
+    told: dict[str, Any] = {
+        name: tuple(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    for name, module in list(model.named_modules())[1:]:
+        numbers = {key: value for key, value in vars(module).items() if type(value) in (int, float)}
+        told[f"{name}."] = type(module).__name__, {**numbers, "layer_idx": None}
+    return told
 
 
 def _narrowed(student: Any, teacher: Teacher, plan: Plan) -> dict[Site, dict[str, Any]]:
@@ -116,7 +152,10 @@ def _narrowed(student: Any, teacher: Teacher, plan: Plan) -> dict[Site, dict[str
             index = teacher.positions.index(site.block)
             own: dict[str, Any] = next((entry for key, entry in before.items() if int(key) == index), {})
             fields = {name: own[name] for name in width.FIELDS[site.part] if name in own}
-            entries[site] = {"module": told["narrow"][f"{site.part}.{index}"], "groups": groups, "fields": fields}
+            alike = {name: getattr(config, name) for name in width.spelled(site.part, config)}
+            entries[site] = {"groups": groups, "fields": fields or alike}
+            if (module := told.get("narrow", {}).get(f"{site.part}.{index}")) is not None:  # else the config says it
+                entries[site]["module"] = module
     sizes = {size.site: size for size in teacher.anatomy.sites}
     for each in sorted(plan.narrowed):
         block = arch.blocks_of(student, row)[teacher.positions.index(each.site.block)]
@@ -124,7 +163,7 @@ def _narrowed(student: Any, teacher: Teacher, plan: Plan) -> dict[Site, dict[str
         of = arch.layout_in(block, part, row, config)
         module = width.cut(block, row.path(part), of, config, width.kept_of(of, alive, each.groups))
         whole = arch.groups_of(config, each.site, of.groups)[1]
-        fields = width.fields(of, len(each.groups))
+        fields = width.fields(of, len(each.groups), config)
         entries[each.site] = {"module": module, "groups": {"kept": ranges(each.groups), "of": whole}, "fields": fields}
     return entries
 

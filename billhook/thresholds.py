@@ -59,7 +59,7 @@ def threshold(
     everything = teacher.anatomy.total("parameters")
     sizes = [1 - teacher.anatomy.total("parameters", plan) / everything for plan in path]
     return {
-        "removed": chosen.names(),
+        "removed": chosen.entries(),
         "step": low,  # how many of the steps are taken
         "steps": len(steps),
         "share": sizes[low],

@@ -27,9 +27,11 @@ ATTENTION_OUTPUTS = ("o_proj", "dense", "out_proj", "c_proj")
 OF_EXPERTS = 8  # neurons of an expert come in so many: grouped products want 16 bytes between rows, in bfloat16 too
 
 
+# What configs call the widths of a part; the first that one has counts.
 FIELDS: dict[Part, tuple[str, ...]] = {
-    "attention": ("num_attention_heads", "num_key_value_heads"), "mlp": ("intermediate_size",),
-}  # fmt: skip
+    "attention": ("num_attention_heads", "num_key_value_heads", "num_kv_heads"),
+    "mlp": ("moe_intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim", "intermediate_size"),
+}
 
 
 @dataclass(frozen=True)
@@ -208,11 +210,18 @@ def group_size(block: nn.Module, of: Layout, item_bytes: int, kv_bytes: int, pic
     return GroupSize(parameters, parameters * item_bytes, kv, round(flops * share))
 
 
-def fields(of: Layout, count: int) -> dict[str, int]:
-    """The widths of a part with `count` groups, in the spelling of transformers' `per_layer_config`."""
-    if not of.heads:
-        return {"intermediate_size": count // of.experts}
-    return {"num_attention_heads": count * of.heads, "num_key_value_heads": count if of.own_kv else 1}
+def spelled(part: Part, config: Config) -> list[str]:
+    """What the class of a config calls the widths of a part."""
+    return [name for name in FIELDS[part] if hasattr(type(config), config.attribute_map.get(name, name))]
+
+
+def fields(of: Layout, count: int, config: Config) -> dict[str, int]:
+    """The widths of a part with `count` groups, as the config spells them, and transformers' `per_layer_config`."""
+    if of.heads:
+        heads, *kv = spelled("attention", config)
+        return {heads: count * of.heads} | dict.fromkeys(kv, count if of.own_kv else 1)
+    names = [name for name in spelled("mlp", config) if name != "moe_intermediate_size" or of.experts > 1]
+    return {names[0]: count // of.experts}
 
 
 def kept_of(of: Layout, alive: Sequence[int], groups: Sequence[int]) -> list[list[int]]:
@@ -266,8 +275,8 @@ def cut(block: nn.Module, path: str, of: Layout, config: Config, kept: list[list
         shapes[slot.name] = list(tensor.shape)
     if of.heads:
         attributes[path] = _numbers(block.get_submodule(path), of, count, config)
-    elif of.experts > 1:
-        where = of.output.name.rpartition(".")[0]
+    else:
+        where = of.output.name.rpartition(".")[0] if of.experts > 1 else path
         module = block.get_submodule(where)
         names = [name for name in ("intermediate_size", "intermediate_dim") if hasattr(module, name)]
         attributes[where] = dict.fromkeys(names, count // of.experts)

@@ -279,18 +279,28 @@ def test_uniform_widths_and_multiples(checkpoint: Folder) -> None:
     teacher = load(checkpoint("llama"))
     alike = narrowed(teacher, "30%params", rising(teacher), uniform=True)
     counts = {part: {len(e.groups) for e in alike.narrowed if e.site.part == part} for part in ("attention", "mlp")}
-    assert all(max(found) - min(found) <= 1 for found in counts.values() if found)
+    assert all(len(found) == 1 for found in counts.values())
+    assert len(alike.narrowed) == 8, "every site, and none is removed"
     rounded = narrowed(teacher, "20%params", rising(teacher), multiple=8, parts="mlp")
     assert {len(each.groups) % 8 for each in rounded.narrowed} <= {0}
     assert all(each.site.part == "mlp" for each in rounded.narrowed)
     assert not any(site.part == "attention" for site in rounded.removed)
 
 
+@pytest.mark.parametrize(("multiple", "heads"), [(8, {1}), (12, set()), (16, set())])
+def test_heads_are_rounded_by_their_channels(checkpoint: Folder, multiple: int, heads: set[int]) -> None:
+    """Two KV heads of 8 channels: one is a multiple of 8; of 12 and 16 neither is, or only both are."""
+    teacher = load(checkpoint("llama"))
+    plan = narrowed(teacher, "3%params", rising(teacher), multiple=multiple)
+    assert {len(each.groups) for each in plan.narrowed if each.site.part == "attention"} == heads
+    assert all(len(each.groups) % multiple == 0 for each in plan.narrowed if each.site.part == "mlp")
+
+
 def test_what_the_search_cannot_do_is_said(checkpoint: Folder) -> None:
     teacher = load(checkpoint("llama"))
     with pytest.raises(UsageError, match="--metric flap"):
         settle(SEARCHES["narrow"](Problem(teacher.anatomy, (Budget.parse("5%"),))), lambda ask: [])
-    with pytest.raises(UsageError, match="no number of groups"):
+    with pytest.raises(UsageError, match="no number of channels"):
         narrowed(teacher, "5%", rising(teacher), multiple=0)
     few = {Site(0, "mlp"): rising(teacher)[Site(0, "mlp")]}
     with pytest.raises(BudgetError, match="channel groups alone"):

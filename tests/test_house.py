@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HOUSE = ROOT / "billhook"
 FILES = sorted(HOUSE.rglob("*.py"))
 FLOORS = (  # each floor imports from those above it, and each name from those before it on its own floor
-    ("errors", "plan", "budget", "problem", "registry", "records", "stats", "verdict", "margin"),
+    ("errors", "plan", "budget", "problem", "programme", "registry", "records", "stats", "verdict", "margin"),
     ("modeling_billhook", "width", "arch", "vet", "stream", "loading", "repair", "regression", "data", "portions",
      "protocols", "tasks", "questions", "beginnings", "losses", "mask", "probe", "surgery", "training", "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -19,8 +20,9 @@ import billhook.surgery
 from billhook import arch, width
 from billhook.budget import Budget
 from billhook.cli import app
-from billhook.data import TokenSet, Wanted, token_set, token_sets
+from billhook.data import Choices, TokenSet, Wanted, token_set, token_sets
 from billhook.errors import PlanError, UsageError
+from billhook.evaluate.choices import log_probabilities
 from billhook.loading import Teacher, load
 from billhook.mask import narrowing
 from billhook.modeling_billhook import put
@@ -37,7 +39,7 @@ def uneven(teacher: Teacher, seed: int) -> Plan:
     draw, narrowed = random.Random(seed), []
     for size in teacher.anatomy.sites:
         of_each = len(size.groups) // size.experts
-        if of_each < 2 or draw.random() < 0.2:
+        if of_each <= size.multiple or draw.random() < 0.2:
             continue
         keep = draw.randrange(size.multiple, of_each, size.multiple)
         groups = [
@@ -90,6 +92,52 @@ def test_cut_is_masked_and_loads_and_generates(checkpoint: Folder, variant: str,
     assert without == ({"attention"} if variant == "falcon_alibi" else set()), "slopes made for all heads at once"
 
 
+def alike(teacher: Teacher, part: str) -> Plan:
+    """The first half of the groups of every site of a part."""
+    narrowed = []
+    for size in teacher.anatomy.sites:
+        of_each = len(size.groups) // size.experts
+        keep = max(size.multiple, of_each // 2 // size.multiple * size.multiple)
+        if size.site.part == part and keep < of_each:
+            groups = [size.groups[e * of_each + g] for e in range(size.experts) for g in range(keep)]
+            narrowed.append(Narrow(size.site, tuple(groups)))
+    return Plan(frozenset(), frozenset(narrowed))
+
+
+# What a stock config has no field for: heads narrower than their share of the width, and norms over all heads at once.
+OWN_HEADS = {
+    "gpt2", "gpt_neox", "gpt_neox_serial", "falcon", "falcon_new", "falcon_serial", "olmo2", "opt", "stablelm",
+    "stablelm_parallel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+def test_a_model_that_is_as_narrow_everywhere_is_a_stock_model(
+    checkpoint: Folder, variant: str, part: str, tmp_path: Path
+) -> None:
+    teacher, ids = load(checkpoint(variant)), tiny.tokens(2, 20)
+    plan = alike(teacher, part)
+    if not plan:
+        pytest.skip("no groups to lose")
+    student = billhook.apply(teacher, plan)
+    torch.testing.assert_close(logits(student, ids), logits(masked(teacher, plan), ids), atol=1e-4, rtol=1e-4)
+    stock = type(student) is type(teacher.model)
+    assert stock == (part == "mlp" or variant not in OWN_HEADS)
+    billhook.save(student, None, plan, tmp_path / "out", teacher=teacher)
+    if stock:
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.equal(logits(plain.eval(), ids), logits(student, ids))
+    again = load(tmp_path / "out")
+    kept = {each.site: each.groups for each in plan.narrowed}
+    assert {s.site: s.groups for s in again.anatomy.sites if s.site in kept} == kept
+    more = uneven(again, 3)
+    cut = billhook.apply(again, more)
+    torch.testing.assert_close(logits(cut, ids), logits(masked(again, more), ids), atol=1e-4, rtol=1e-4)
+    billhook.save(cut, None, more, tmp_path / "more", teacher=again)
+    assert torch.equal(logits(load(tmp_path / "more").model, ids), logits(cut, ids))
+
+
 @pytest.mark.parametrize("variant", ["llama", "falcon", "olmo2", "qwen3_moe_mixed", "phi3", "gpt2"])
 def test_depth_and_width_are_one_plan_and_a_cut_model_is_cut_again(
     checkpoint: Folder, variant: str, tmp_path: Path
@@ -130,6 +178,35 @@ def test_a_narrow_model_generates_padded_and_with_a_static_cache(checkpoint: Fol
     found = student.generate(ids, **options)
     assert torch.equal(found, student.generate(ids, cache_implementation="static", **options))
     assert torch.equal(found[1:, 4:], student.generate(ids[1:, 4:], max_new_tokens=6, do_sample=False))
+
+
+def test_plans_that_begin_alike_are_measured_as_if_each_were_alone(checkpoint: Folder) -> None:
+    teacher, ids = load(checkpoint("llama")), tiny.tokens(4, 16)
+    rows = [tuple(row) for row in ids.tolist()]
+    tokens = token_set(rows, range(4), range(4), list("abcd"), "rows")
+    whole = uneven(teacher, 2)
+    later = Plan(frozenset({Site(3, "attention")}), frozenset(n for n in whole.narrowed if n.site.block < 2))
+    plans = [whole, later, Plan(), Plan(later.removed), whole, *(uneven(teacher, seed) for seed in (3, 4))]
+    probe = Probe(teacher, tokens, "kl")
+    for plan, found in zip(plans, probe.losses(plans), strict=True):
+        alone = Probe(teacher, tokens, "kl").mended(Plan(plan.removed), narrowing(teacher, plan))
+        assert found.sums == pytest.approx(alone.sums, abs=1e-5)
+    fresh = Probe(teacher, tokens, "kl")
+    assert fresh.losses([whole])[0].sums == pytest.approx(probe.losses([whole])[0].sums, abs=1e-6)
+    done = fresh.site_evaluations
+    fresh.losses([later])
+    assert fresh.site_evaluations - done < 0.7 * len(teacher.anatomy.sites), "what both have in common is not run again"
+
+
+def test_choices_are_scored_by_the_narrower_model(checkpoint: Folder) -> None:
+    teacher, ids = load(checkpoint("llama")), tiny.tokens(6, 10)
+    rows = [tuple(row) for row in ids.tolist()]
+    choices = Choices(first=(6,) * 6, characters=(4,) * 6, gold=(0, 1, 0))
+    tokens = token_set(rows, [0, 0, 1, 1, 2, 2], range(3), list("abc"), "rows", choices=choices)
+    narrow = uneven(teacher, 2)
+    plans = [narrow, Plan(), Plan(frozenset({Site(1, "mlp")}), narrow.without(Site(1, "mlp")).narrowed)]
+    for plan, sums in zip(plans, Probe(teacher, tokens, "task").row_sums(plans), strict=True):
+        assert sums == pytest.approx(log_probabilities(billhook.apply(teacher, plan), tokens), rel=1e-4, abs=1e-4)
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import torch
 from billhook.data import TokenSet, token_set
 from billhook.loading import Teacher
 from billhook.losses import COUNTS_TARGETS, NEVER_NEGATIVE
-from billhook.mask import narrowing
 from billhook.plan import Plan
 from billhook.probe import channels, choose, gradients, passes
 from billhook.probe.channels import GroupValues
@@ -151,7 +150,7 @@ class Probe:
         for mask in masks[1:]:
             base &= mask
         if len(plans) > 1:
-            bench.walk.streams.forget(base)
+            bench.walk.forget(base)
         bench.layout = bench.arrange(len(plans))
         table = Table([group.documents for group in bench.groups], memo.recall(plans), instead=self.fast is None)
         number = {mask: plan for plan, mask in enumerate(masks)}
@@ -183,15 +182,23 @@ class Probe:
             yield plans[plan], self._loss(table.by_document(plan), bound=True)
 
     def _narrower(self, plan: Plan, memo: Memo) -> Loss:
-        """The loss of a plan that narrows sites, in full: a pass of its own, with zeros where channel groups go."""
+        """The loss of a plan that narrows sites, in full."""
         known = memo.recall([plan])[0].loss
         if known is None:
-            if self._apart is None:
-                self._apart = Probe(self.teacher, self.tokens, self.loss, memory=self.memory)
-                self._trunks.append(self._apart._bench.trunk)
-            known = self._apart.mended(Plan(plan.removed), narrowing(self.teacher, plan))
+            self._narrowed(plan)
+            assert self._apart is not None
+            known = self._apart.losses([Plan(plan.removed)])[0]
             memo.settle(plan, known)
         return known
+
+    def _narrowed(self, plan: Plan) -> Bench:
+        """Where a plan that narrows sites is measured, in the place of the plan of its removals."""
+        if self._apart is None:
+            self._apart = Probe(self.teacher, self.tokens, self.loss, memory=self.memory)
+            self._trunks.append(self._apart._bench.trunk)
+        self._bench.walk.streams.clear()  # the room for streams is there once
+        self._apart._bench.narrow(plan)
+        return self._apart._bench
 
     def _choice(
         self,
@@ -267,16 +274,11 @@ class Probe:
         For token sets with choices. What evaluations of many plans need, from one walk and without a student.
         """
         assert self.tokens.choices is not None, "only rows that are choices have sums of their own"
-        bench, masks = self._bench, [self._bench.mask(plan) for plan in plans]
-        bench.layout = bench.arrange(len(set(masks)))
-        found = {mask: [0.0] * len(self.tokens.lengths) for mask in masks}
-        jobs = [(g, mask) for g in range(len(bench.groups)) for mask in found]
-        sizes = [group.tokens for group in bench.groups]
-        for wave in waves(jobs, sizes, bench.layout.wave, split=bench.layout.streamed):
-            for (g, mask), nats in bench.row_nats("full", wave).items():
-                for row, value in zip(bench.groups[g].rows, nats, strict=True):
-                    found[mask][row] = -value
-        return [list(found[mask]) for mask in masks]
+        found = _row_sums(self._bench, [plan for plan in plans if not plan.narrowed], len(self.tokens.lengths))
+        for plan in dict.fromkeys(plan for plan in plans if plan.narrowed):
+            bare = Plan(plan.removed)
+            found[plan] = _row_sums(self._narrowed(plan), [bare], len(self.tokens.lengths))[bare]
+        return [found[plan] for plan in plans]
 
     def mended(self, plan: Plan, repair: Repair) -> Loss:
         """The loss of a plan under a repair of its blocks; kept nowhere."""
@@ -351,6 +353,20 @@ class Probe:
     def groups_of_inputs(self, function: channels.OfInputs) -> GroupValues:
         """The mean over each group's channels of function(what its output projection reads, that weight); one pass."""
         return channels.by_inputs(self._bench, function)
+
+
+def _row_sums(bench: Bench, plans: Sequence[Plan], rows: int) -> dict[Plan, list[float]]:
+    """Log-probability of the choice in every row, under each plan, from one walk."""
+    masks = {bench.mask(plan): plan for plan in plans}
+    bench.layout = bench.arrange(len(masks))
+    found = {plan: [0.0] * rows for plan in plans}
+    jobs = [(g, mask) for g in range(len(bench.groups)) for mask in masks]
+    sizes = [group.tokens for group in bench.groups]
+    for wave in waves(jobs, sizes, bench.layout.wave, split=bench.layout.streamed):
+        for (g, mask), nats in bench.row_nats("full", wave).items():
+            for row, value in zip(bench.groups[g].rows, nats, strict=True):
+                found[masks[mask]][row] = -value
+    return found
 
 
 @torch.inference_mode()

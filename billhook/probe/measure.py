@@ -18,9 +18,9 @@ from billhook.plan import PARTS, Plan, Site
 from billhook.probe.choose import Quality, Sums
 from billhook.probe.groups import document_groups
 from billhook.probe.head import TOKENS_AT_A_TIME, VOCABULARY_AT_A_TIME, Head, Reference
-from billhook.probe.mended import Mended
+from billhook.probe.mended import Mended, Narrower
 from billhook.probe.trunk import Trunk
-from billhook.probe.walk import Job, Walk
+from billhook.probe.walk import Job, Streams, Walk
 from billhook.repair import Repair
 from billhook.vet import dtype_name
 
@@ -83,7 +83,8 @@ class Bench:
             for index, position in enumerate(teacher.positions)
             for k, part in enumerate(PARTS)
         }
-        self._runs: Walk | Mended = self.walk
+        self._runs: Walk | Mended | Narrower = self.walk
+        self._narrower: Streams[Plan] = Streams(self._limit)
         if mended is not None:
             self.mend(*mended)
         self.layout = self.arrange(1)
@@ -95,6 +96,10 @@ class Bench:
     def mend(self, plan: Plan, repair: Repair) -> None:
         """From now on measure `plan` under `repair`."""
         self._runs = Mended(self.walk, plan, self.mask(plan), repair)
+
+    def narrow(self, plan: Plan) -> None:
+        """From now on measure what `plan`, which narrows sites, leaves, in the place of the plan of its removals."""
+        self._runs = Narrower(self.walk, plan, self._narrower)
 
     # -- memory -----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""A plan under a repair: its blocks as a repaired student has them, on a walk of its own."""
+"""Walks of one plan at a time: under a repair of its blocks, or with narrower sites."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from billhook.errors import UsageError
+from billhook.mask import narrowing
 from billhook.modeling_billhook import remove_part
 from billhook.plan import PARTS, Plan, Site
 from billhook.probe.trunk import Trunk
-from billhook.probe.walk import Job, Walk
+from billhook.probe.walk import Job, Streams, Walk
 from billhook.repair import Repair, patch_module
 from billhook.stream import put
 
@@ -71,3 +72,40 @@ class Mended:
             with standing(trunk, index, block, self.plan, self.repair):
                 streams = [trunk.call(index, block, x) for x in streams]
         yield from zip(mine, streams, strict=True)
+
+
+@dataclass
+class Narrower:
+    """Walks like `walk`, but for the jobs of one `plan`, which narrows sites: zeros stand where channel groups go.
+
+    It begins at the deepest block whose streams an earlier plan that is the same so far has left in `streams`.
+    """
+
+    walk: Walk
+    plan: Plan
+    streams: Streams[Plan]
+
+    def run(self, jobs: Sequence[Job], layers: bool) -> Iterator[tuple[Job, torch.Tensor]]:
+        """As `Walk.run`."""
+        trunk, groups = self.walk.trunk, [group for group, _ in jobs]
+        so_far = [self._before(position) for position in trunk.teacher.positions] + [self.plan]
+        start = trunk.depth
+        while start and not all((group, start, so_far[start]) in self.streams for group in groups):
+            start -= 1
+        held = [
+            self.streams.get((group, start, so_far[start])) if start else trunk.enter(self.walk.ids[group])
+            for group in groups
+        ]
+        rest = Plan(frozenset(), self.plan.narrowed - so_far[start].narrowed)
+        repair = narrowing(trunk.teacher, rest) if rest else Repair()
+        for index, block in enumerate(trunk.blocks(range(start, trunk.depth)), start):
+            with standing(trunk, index, block, self.plan, repair):
+                held = [trunk.call(index, block, x) for x in held]
+            for group, x in zip(groups, held, strict=True):
+                self.streams.put((group, index + 1, so_far[index + 1]), x)
+        yield from zip(jobs, held, strict=True)
+
+    def _before(self, position: int) -> Plan:
+        """What of the plan concerns the blocks before a position."""
+        narrowed = frozenset(narrow for narrow in self.plan.narrowed if narrow.site.block < position)
+        return Plan(frozenset(site for site in self.plan.removed if site.block < position), narrowed)

@@ -8,7 +8,8 @@ same walk: layer by layer runs every block once on the stacked streams of all li
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Generic, TypeVar
 
 import torch
 
@@ -16,6 +17,7 @@ from billhook.probe.trunk import NEITHER, Trunk
 
 Job = tuple[int, int]  # a document group, a plan's mask
 Node = tuple[int, int, int]  # a document group, a depth in blocks, the mask of what went before
+History = TypeVar("History", bound=Hashable)  # what went before
 Look = Callable[[int, Sequence[torch.Tensor]], None]  # sees the streams after a block
 
 
@@ -24,21 +26,21 @@ def before(mask: int, depth: int) -> int:
     return mask & ((1 << 2 * depth) - 1)
 
 
-class Streams:
+class Streams(Generic[History]):
     """Residual streams by node, the least recently used dropped beyond `limit` bytes; those of depth 0 stay."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.size = limit, 0
-        self._kept: OrderedDict[Node, torch.Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, int, History], torch.Tensor] = OrderedDict()
 
-    def __contains__(self, node: Node) -> bool:
+    def __contains__(self, node: tuple[int, int, History]) -> bool:
         return node in self._kept
 
-    def get(self, node: Node) -> torch.Tensor:
+    def get(self, node: tuple[int, int, History]) -> torch.Tensor:
         self._kept.move_to_end(node)
         return self._kept[node]
 
-    def put(self, node: Node, stream: torch.Tensor) -> None:
+    def put(self, node: tuple[int, int, History], stream: torch.Tensor) -> None:
         if node in self._kept or (node[1] and stream.nbytes > self.limit):
             return
         # A piece of a stack would keep the whole stack in memory.
@@ -56,9 +58,9 @@ class Streams:
         self._kept.clear()
         self.size = 0
 
-    def forget(self, base: int) -> None:
-        """Drop what no plan that removes at least `base` can start from."""
-        for node in [node for node in self._kept if before(base, node[1]) & ~node[2]]:
+    def drop(self, useless: Callable[[tuple[int, int, History]], bool]) -> None:
+        """Drop what is of no use."""
+        for node in [node for node in self._kept if useless(node)]:
             self.size -= self._kept.pop(node).nbytes
 
 
@@ -67,7 +69,7 @@ class Walk:
 
     def __init__(self, trunk: Trunk, ids: Sequence[torch.Tensor], limit: int) -> None:
         self.trunk, self.ids = trunk, ids
-        self.streams = Streams(limit)
+        self.streams: Streams[int] = Streams(limit)
         self.checkpoints = frozenset(range(trunk.depth + 1))
         self.look: Look = lambda depth, streams: None
 
@@ -83,6 +85,10 @@ class Walk:
         fresh = [job for job in jobs if starts[job] < self.trunk.depth]
         if fresh:
             yield from (self._layers if layers else self._depth_first)({job: starts[job] for job in fresh})
+
+    def forget(self, base: int) -> None:
+        """Drop streams that no plan which removes at least `base` can start from."""
+        self.streams.drop(lambda node: bool(before(base, node[1]) & ~node[2]))
 
     def _start(self, job: Job) -> int:
         """The deepest depth at which the stream of a job is known."""

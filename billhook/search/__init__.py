@@ -12,7 +12,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from billhook.errors import UsageError
-from billhook.plan import Ask, Plan, Site
+from billhook.plan import Ask, Plan, Site, SiteSize
 from billhook.problem import Move, Problem
 from billhook.records import Loss
 from billhook.registry import Registry
@@ -22,7 +22,7 @@ FEW = 1024  # tokens, for what only decides where to look first
 TRIED = 64  # exchanges a round, of the hundreds that there are in a model of 60 sites
 SEARCHES: Registry[Callable[..., Search]] = Registry("search")
 search = SEARCHES.add
-OF_GROUPS = ("narrow",)  # searches that let channel groups go, by metrics of their own
+OF_GROUPS = ("joint", "narrow")  # searches that let channel groups go, by metrics of their own
 
 
 def settle(steps: Search, measure: Callable[[Ask], list[Loss]]) -> list[Plan]:
@@ -134,5 +134,24 @@ def trimmed(problem: Problem, plan: Plan, order: Sequence[Move]) -> Plan:
     return plan
 
 
+def by_score(values: Sequence[float]) -> list[int]:
+    """Places of groups, the lowest score first."""
+    return sorted(range(len(values)), key=lambda place: (values[place], place))
+
+
+def kept_groups(size: SiteSize, places: Sequence[int], multiple: int) -> tuple[int, ...]:
+    """The groups that stay, a `multiple` of channels, as many of every expert; `places` go, the first ones first."""
+    multiple = math.lcm(multiple // math.gcd(multiple, size.channels), size.multiple)
+    each = len(size.groups) // size.experts
+    count = each - len(places) // size.experts
+    count = min(each, max(multiple, -(-count // multiple) * multiple))
+    rank = {place: i for i, place in enumerate(places)}  # what is not named goes last
+    stay: list[int] = []
+    for expert in range(size.experts):
+        mine = range(expert * each, (expert + 1) * each)
+        stay += sorted(mine, key=lambda place: rank.get(place, len(rank)), reverse=True)[:count]
+    return tuple(size.groups[place] for place in sorted(stay))
+
+
 # Importing a method files it under its name.
-from billhook.search import beam, evolve, exhaustive, greedy, narrow, oneshot, solve, span, swap  # noqa: E402, F401
+from billhook.search import beam, evolve, exhaustive, greedy, joint, narrow, oneshot, solve, span, swap  # noqa: E402, F401

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import math
 from collections.abc import Mapping
 
-from billhook.errors import MissingExtra
 from billhook.plan import PARTS, Ask, Plan
 from billhook.problem import Move, Problem
+from billhook.programme import Bound, programme
 from billhook.search import Search, exchanges, given_scores, search, singles, trimmed
 
 
@@ -44,35 +42,15 @@ def _programme(problem: Problem, scores: Mapping[Move, float]) -> Plan:
     What a removal seems to gain is no reason to remove more than is needed: where scores are below 0, whatever a plan
     frees costs as much as the best of them gains with it, which is the same for all plans that free the same.
     """
-    if importlib.util.find_spec("highspy") is None:
-        raise MissingExtra("The search solve", "solve")
-    import highspy
-
-    model = highspy.Highs()
-    model.silent()
-    model.setOptionValue("mip_rel_gap", 0.0)
-    model.setOptionValue("mip_abs_gap", 0.0)
-    model.setOptionValue("threads", 1)
     moves = list(scores)
-    goes = [model.addBinary() for _ in moves]
-    for number, needed in enumerate(problem.needed):
-        costs = [problem.cost(move)[number] for move in moves]
-        unit = math.gcd(*costs) or 1  # small whole numbers, so that the solver's tolerance decides nothing
-        model.addConstr(sum(x * (c // unit) for x, c in zip(goes, costs, strict=True)) >= math.ceil(needed / unit))
-    alive = problem.anatomy.alive()
-    for part in PARTS:
-        stays = sum(site.part == part for site in alive) - 1
-        counts = [sum(site.part == part for site in move) for move in moves]
-        model.addConstr(sum(x * c for x, c in zip(goes, counts, strict=True)) <= stays)
-    scale = max(map(abs, scores.values())) or 1.0
     worth = {move: float(problem.weight(move)) for move in moves}
     gain = max(0.0, *(-score / worth[move] for move, score in scores.items()))
-    prices = [(score + gain * worth[move]) / scale for move, score in scores.items()]
-    while True:
-        model.minimize(sum(x * price for x, price in zip(goes, prices, strict=True)))
-        chosen = [move for move, x in zip(moves, goes, strict=True) if model.val(x) > 0.5]
-        plan = Plan(frozenset(site for move in chosen for site in move))
-        if problem.met(plan):
-            return plan
-        # Short by less than the solver's tolerance: nor is a part of this plan enough, so something else must go.
-        model.addConstr(sum(x for move, x in zip(moves, goes, strict=True) if move not in chosen) >= 1)
+    prices = [score + gain * worth[move] for move, score in scores.items()]
+    alive = problem.anatomy.alive()
+    bounds: list[Bound] = []
+    for part in PARTS:
+        counts = [sum(site.part == part for site in move) for move in moves]
+        bounds.append((counts, sum(site.part == part for site in alive) - 1))
+    selections = programme("solve", prices, [problem.cost(move) for move in moves], problem.needed, bounds)
+    plans = (Plan(frozenset(site for i in chosen for site in moves[i])) for chosen in selections)
+    return next(plan for plan in plans if problem.met(plan))

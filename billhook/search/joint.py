@@ -1,0 +1,138 @@
+"""Depth and width in one search: how much of every site stays, by what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from billhook.errors import BudgetError, UsageError
+from billhook.plan import PARTS, Ask, Narrow, Plan, SiteSize
+from billhook.problem import Problem
+from billhook.programme import Bound, programme
+from billhook.search import Search, by_score, kept_groups, lowest, restricted, search
+
+CHANGES = (1, 2, 4, 8, 16)  # sites that may change at a time, each tried
+LEAST = 1e-6  # of the largest rise: what the largest move costs besides its own
+
+
+Ladder = tuple[Plan, ...]  # what may be left of one site, from all of it to nothing, touching no other
+Place = tuple[int, int]  # a ladder, and a rung of it
+
+
+@search
+def joint(
+    problem: Problem, *, levels: int = 8, rounds: int = 16, tokens: int = 512, multiple: int = 1, parts: str = "mix"
+) -> Search:
+    """Choose how much of every site stays, from all to nothing, by an integer programme over measured losses.
+
+    The groups of a site go in the order of a metric; of its mlp `levels` - 1 widths in between are tried, of its
+    attention as many as it has KV groups. First the loss of every site at every width alone; then, round by round, what
+    one width more or less at each site does to the plan that is reached: the programme exchanges 1, 2, 4, 8 or 16 of
+    them under the budgets, and the best plan on all calibration tokens goes on, until none is better. `tokens`: of the
+    calibration, for what only proposes; `multiple`, `parts`: as for `narrow`.
+
+    Formula: min Σ_s rise(s, width of s), subject to the budgets; then the same over one step at each site
+    Cost: a loss a width of each site on `tokens`, two a site each round, five on all tokens.
+
+    Source: Bercovich et al. 2024, Puzzle (arXiv 2411.19146), mixed-integer programming over measured alternatives of
+    each layer; Sieberling et al. 2024, EvoPress (arXiv 2410.14649), exchanges of levels. Deviations: alternatives are
+    the model's own channel groups, not trained; the programme is solved again around each plan that is reached.
+    """
+    problem = restricted(problem, parts)
+    if problem.group_scores is None:
+        raise UsageError("The search joint orders channel groups. Name a metric of groups: --metric flap.")
+    if problem.whole_blocks:
+        raise BudgetError("The search joint has no use for a budget in blocks. Count in params, bytes, kv or flops.")
+    if levels < 1 or multiple < 1:
+        raise UsageError(f"levels={levels}, multiple={multiple}: both are 1 or more.")
+    ladders = [_ladder(problem, size, levels, multiple) for size in problem.anatomy.sites]
+    every = [(i, rung) for i, ladder in enumerate(ladders) for rung in range(1, len(ladder))]
+    alone = yield Ask((Plan(), *(ladders[i][rung] for i, rung in every)), tokens=tokens)
+    rises = {place: loss.mean - alone[0].mean for place, loss in zip(every, alone[1:], strict=True)}
+    first = _best(problem, ladders, (0,) * len(ladders), rises, len(ladders))
+    if first is None:
+        raise BudgetError(f"{', '.join(map(str, problem.budgets))} cannot be met. Ask for less, or protect less.")
+    here = first
+    for _ in range(rounds):
+        near = [(i, rung + step) for i, rung in enumerate(here) for step in (-1, 1)]
+        near = [(i, rung) for i, rung in near if 0 <= rung < len(ladders[i])]
+        near = [place for place in near if problem.legal(_plan(ladders, _moved(here, [place])))]
+        plans = [_plan(ladders, there) for there in (here, *(_moved(here, [place]) for place in near))]
+        moved = yield Ask(tuple(plans), tokens=tokens)
+        rises = {place: loss.mean - moved[0].mean for place, loss in zip(near, moved[1:], strict=True)}
+        found = {_plan(ladders, here): here}
+        for most in CHANGES:
+            other = _best(problem, ladders, here, rises, most)
+            if other is not None:
+                found.setdefault(_plan(ladders, other), other)
+        best = found[lowest(tuple(found), (yield Ask(tuple(found), best=1)))[1]]
+        if best == here:
+            break
+        here = best
+    return [_plan(ladders, here)]
+
+
+def _ladder(problem: Problem, size: SiteSize, levels: int, multiple: int) -> Ladder:
+    """What may be left of a site: one rung where it must stay as it is."""
+    if size.site in problem.protected:
+        return (Plan(),)
+    rungs = [Plan()]
+    if problem.group_scores is not None and size.site in problem.group_scores:
+        order = by_score(problem.group_scores[size.site])
+        widths = (kept_groups(size, order[: len(order) * step // levels], multiple) for step in range(1, levels))
+        rungs += [Plan(frozenset(), frozenset({Narrow(size.site, kept)})) for kept in widths if len(kept) < len(order)]
+    return tuple(dict.fromkeys([*rungs, Plan(frozenset({size.site}))]))
+
+
+def _moved(here: Sequence[int], places: Sequence[Place]) -> tuple[int, ...]:
+    """The rungs of all ladders after some moves."""
+    there = list(here)
+    for i, rung in places:
+        there[i] = rung
+    return tuple(there)
+
+
+def _plan(ladders: Sequence[Ladder], here: Sequence[int]) -> Plan:
+    """All that is left of all sites."""
+    rungs = [ladder[rung] for ladder, rung in zip(ladders, here, strict=True)]
+    removed = frozenset(site for plan in rungs for site in plan.removed)
+    return Plan(removed, frozenset(narrow for plan in rungs for narrow in plan.narrowed))
+
+
+def _best(
+    problem: Problem, ladders: Sequence[Ladder], here: tuple[int, ...], rises: Mapping[Place, float], most: int
+) -> tuple[int, ...] | None:
+    """What to change, at `most` sites, for the least sum of rises that meets the budgets; None if nothing does."""
+    spent = problem.spent(_plan(ladders, here))
+    costs = []
+    for place in rises:
+        there = problem.spent(_plan(ladders, _moved(here, [place])))
+        costs.append([new - old for new, old in zip(there, spent, strict=True)])
+    needed = [least - old for least, old in zip(problem.needed, spent, strict=True)]
+    bounds: list[Bound] = [([1] * len(rises), most)]
+    bounds += [([int(i == each) for i, _ in rises], 1) for each in range(len(ladders))]
+    for part in PARTS:
+        gone = [_gone(ladders[i][rung], part) - _gone(ladders[i][here[i]], part) for i, rung in rises]
+        bounds.append((gone, _stay(problem, part) - 1 - _gone(_plan(ladders, here), part)))
+    # What seems to cost nothing is no reason to take more than is needed.
+    largest = [max(1, *(abs(cost[b]) for cost in costs)) for b in range(len(needed))]
+    least = LEAST * max(map(abs, rises.values()))
+    prices = [
+        rise + least * sum(c / n for c, n in zip(cost, largest, strict=True))
+        for rise, cost in zip(rises.values(), costs, strict=True)
+    ]
+    places = list(rises)
+    for chosen in programme("joint", prices, costs, needed, bounds):
+        there = _moved(here, [places[i] for i in chosen])
+        if problem.met(_plan(ladders, there)):
+            return there
+    return None
+
+
+def _gone(plan: Plan, part: str) -> int:
+    """How many sites of a part are removed."""
+    return sum(site.part == part for site in plan.removed)
+
+
+def _stay(problem: Problem, part: str) -> int:
+    """How many sites of a part there are."""
+    return sum(size.site.part == part for size in problem.anatomy.sites)

@@ -1,0 +1,145 @@
+"""Depth and width in one search: optima by brute force, and what a model does not need."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from test_groups import documents
+
+from billhook.budget import Budget, read_budgets
+from billhook.errors import BudgetError, UsageError
+from billhook.execute import Executor
+from billhook.loading import load
+from billhook.metrics import GROUP_METRICS
+from billhook.plan import Anatomy, Ask, GroupSize, Narrow, Part, Plan, Rest, Site, SiteSize
+from billhook.probe import Probe
+from billhook.problem import Problem
+from billhook.records import Loss
+from billhook.search import SEARCHES, settle
+
+Folder = Callable[[str], Path]
+
+
+def both(budget: str) -> Problem:
+    """Three blocks, attentions of 2 KV groups, mlps of 4 neurons, 10 and 20 parameters a group and 5 of its own."""
+    sizes = []
+    for block, (part, groups, each) in itertools.product(range(3), (("attention", 2, 10), ("mlp", 4, 20))):
+        kv = 4 if part == "attention" else 0
+        group = GroupSize(each, 4 * each, kv, 2 * each)
+        total = groups * each + 5
+        site = Site(block, cast(Part, part))
+        sizes.append(SiteSize(site, total, 4 * total, groups * kv, 2 * total, 0, tuple(range(groups)), group))
+    anatomy = Anatomy("llama", 3, tuple(sizes), Rest(30, 120, 60))
+    scores = {size.site: [float(g) for g in range(len(size.groups))] for size in sizes}
+    return Problem(anatomy, read_budgets(budget), group_scores=scores)
+
+
+def every_plan(problem: Problem, levels: int) -> Iterator[Plan]:
+    """All combinations of what may be left of the sites, in the order of their groups."""
+    choices = []
+    for size in problem.anatomy.sites:
+        left = {size.groups[len(size.groups) * step // levels :] for step in range(levels)}
+        narrower = [Plan(frozenset(), frozenset({Narrow(size.site, kept)})) for kept in left if kept != size.groups]
+        choices.append([Plan(), *narrower, Plan(frozenset({size.site}))])
+    for some in itertools.product(*choices):
+        removed = frozenset(site for plan in some for site in plan.removed)
+        yield Plan(removed, frozenset(narrow for plan in some for narrow in plan.narrowed))
+
+
+def dear(problem: Problem, seed: int) -> Callable[[Plan], float]:
+    """A loss that adds up over sites, each of its own price and curvature; what is removed costs half as much more."""
+    draw = random.Random(seed)
+    prices = {size.site: (draw.uniform(0.1, 1), draw.uniform(1, 3)) for size in problem.anatomy.sites}
+
+    def loss(plan: Plan) -> float:
+        gone = {size.site: count / len(size.groups) for size, count in problem.anatomy.lost(plan)}
+        gone |= dict.fromkeys(plan.removed, 1.5)
+        return sum(prices[site][0] * share ** prices[site][1] for site, share in gone.items())
+
+    return loss
+
+
+def found_by(problem: Problem, loss: Callable[[Plan], float], **options: Any) -> Plan:
+    def measure(ask: Ask) -> list[Loss]:
+        return [Loss("kl", (loss(plan),), (1,)) for plan in ask.plans]
+
+    (plan,) = settle(SEARCHES["joint"](problem, **options), measure)
+    assert problem.anatomy.check(plan) == plan
+    assert problem.met(plan)
+    return plan
+
+
+@pytest.mark.parametrize("budget", ["20%params", "45%params", "30%kv", "25%params,30%kv", "2sites"])
+@pytest.mark.parametrize("seed", range(3))
+def test_joint_finds_the_optimum_of_losses_that_add_up(budget: str, seed: int) -> None:
+    problem = both(budget)
+    loss = dear(problem, seed)
+    plan = found_by(problem, loss, levels=4)
+    legal = [each for each in every_plan(problem, 4) if problem.met(each) and problem.legal(each)]
+    assert loss(plan) == pytest.approx(min(map(loss, legal)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_joint_ends_where_no_single_step_helps(seed: int) -> None:
+    """Losses that do not add up: two sites next to each other are worth more than their sum."""
+    problem = both("30%params")
+    alone = dear(problem, seed)
+
+    def loss(plan: Plan) -> float:
+        touched = plan.removed | {narrow.site for narrow in plan.narrowed}
+        pairs = sum({Site(b, "mlp"), Site(b + 1, "attention")} <= touched for b in range(2))
+        return alone(plan) + 0.4 * pairs
+
+    plan = found_by(problem, loss, levels=4)
+    alone_best = found_by(problem, alone, levels=4)
+    assert loss(plan) <= loss(alone_best)
+    widths = {size.site: len(size.groups) for size in problem.anatomy.sites}
+    mine = _left(plan, widths)
+    for other in every_plan(problem, 4):
+        if problem.met(other) and problem.legal(other):
+            theirs = _left(other, widths)
+            steps = [abs(mine[site] - theirs[site]) for site in mine]
+            assert sum(steps) > 1 or loss(other) >= loss(plan)
+
+
+def _left(plan: Plan, widths: Mapping[Site, int]) -> dict[Site, int]:
+    """How many groups of each site are left."""
+    left = dict(widths) | dict.fromkeys(plan.removed, 0)
+    return left | {narrow.site: len(narrow.groups) for narrow in plan.narrowed}
+
+
+def test_joint_takes_what_the_model_does_not_need(checkpoint: Folder) -> None:
+    """An mlp that is multiplied by zero goes as a whole; neurons that are go in the others."""
+    teacher = load(checkpoint("llama"))
+    dead = teacher.block(1).mlp.down_proj.weight
+    others = [teacher.block(b).mlp.down_proj.weight for b in (0, 2, 3)]
+    with torch.no_grad():
+        dead.zero_()
+        for weight in others:
+            weight[:, :12] = 0
+    probe = Probe(teacher, documents(), "kl")
+    scores = {site: tuple(values.tolist()) for site, values in GROUP_METRICS["flap"](probe, standardise=False).items()}
+    free = sum(weight.shape[1] for weight in (dead,)) + 3 * 12
+    share = free * 3 * 32 / teacher.anatomy.total("parameters")
+    problem = Problem(teacher.anatomy, (Budget.parse(f"{math.floor(share * 100)}%params"),), group_scores=scores)
+    (plan,) = settle(SEARCHES["joint"](problem, levels=4), Executor(probe))
+    assert problem.met(plan)
+    assert probe.losses([plan])[0].mean == pytest.approx(0, abs=1e-6)
+    assert Site(1, "mlp") in plan.removed
+
+
+def test_what_joint_cannot_do_is_said() -> None:
+    with pytest.raises(UsageError, match="--metric flap"):
+        found_by(replace(both("20%params"), group_scores=None), lambda plan: 0.0)
+    with pytest.raises(BudgetError, match="no use for a budget in blocks"):
+        found_by(both("1block"), lambda plan: 0.0)
+    with pytest.raises(UsageError, match="both are 1 or more"):
+        found_by(both("20%params"), lambda plan: 0.0, levels=0)
