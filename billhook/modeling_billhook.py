@@ -91,8 +91,10 @@ def narrow(model):
     for site, told in model.config.billhook.get("narrow", {}).items():
         block = blocks[int(site.partition(".")[2])]
         for name, shape in told["shapes"].items():
-            old = block.get_parameter(name)
-            put(block, name, old.detach()[tuple(slice(n) for n in shape)].clone())
+            owner, _, key = name.rpartition(".")
+            old = getattr(block.get_submodule(owner), key)  # None of a bias that a repair has put in
+            cut = torch.zeros(shape) if old is None else old.detach()[tuple(slice(n) for n in shape)].clone()
+            put(block, name, cut)
         adjust(block, told["attributes"])
 
 

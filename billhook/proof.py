@@ -215,7 +215,7 @@ def _sums_of_portion(job: Job, teacher: Teacher, sides: Sequence[Side], tokens: 
         if repair == UNTOUCHED:
             fresh.append(told[bare.index(plan)])
         else:
-            fresh += Probe(teacher, tokens, "task", memory=memory, mended=(plan, repair)).row_sums([plan])
+            fresh += Probe(teacher, tokens, "task", memory=memory, mended=(plan, repair)).row_sums([Plan(plan.removed)])
     return fresh
 
 

@@ -52,11 +52,13 @@ class Patch:
 class Repair:
     """Everything in which a repaired student differs from what its plan leaves of the teacher.
 
-    `weights`: whole new tensors, by the teacher's own parameter names. `patches`: by removed site.
+    `weights`: whole new tensors, by the teacher's own parameter names. `patches`: by removed site. `biases`: [width] in
+    float32, of the output projections of narrower sites that have none in the teacher.
     """
 
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     patches: Mapping[Site, Patch] = field(default_factory=dict)
+    biases: Mapping[Site, torch.Tensor] = field(default_factory=dict)
 
     def with_weights(self, weights: Mapping[str, torch.Tensor]) -> Repair:
         """This repair with some weights newer."""
@@ -65,6 +67,10 @@ class Repair:
     def with_patches(self, patches: Mapping[Site, Patch]) -> Repair:
         """This repair with some patches newer."""
         return replace(self, patches={**self.patches, **patches})
+
+    def with_bias(self, site: Site, bias: torch.Tensor) -> Repair:
+        """This repair with one bias newer."""
+        return replace(self, biases={**self.biases, site: bias})
 
     def rounded(self, dtype: torch.dtype) -> Repair:
         """As a checkpoint of `dtype` holds it, so that what is measured is what is saved."""
@@ -77,17 +83,16 @@ class Repair:
             for site, patch in self.patches.items()
         }
         weights = {name: value.to(dtype).to(value.dtype) for name, value in self.weights.items()}
-        return Repair(weights, patches)
+        return Repair(weights, patches, {site: bias.to(dtype).to(bias.dtype) for site, bias in self.biases.items()})
 
     def parameters(self) -> int:
-        """How many numbers the patches add to a model."""
-        parts = (getattr(patch, name) for patch in self.patches.values() for name in PARTS_OF)
-        return sum(int(part.numel()) for part in parts if part is not None)
+        """How many numbers the patches and biases add to a model."""
+        parts = [getattr(patch, name) for patch in self.patches.values() for name in PARTS_OF]
+        return sum(int(part.numel()) for part in (*parts, *self.biases.values()) if part is not None)
 
     def __eq__(self, other: object) -> bool:
         """Whether both change nothing, or are the same object; tensors are not compared."""
-        nothing = isinstance(other, Repair) and not (self.weights or self.patches or other.weights or other.patches)
-        return self is other or nothing
+        return self is other or (isinstance(other, Repair) and not (self._tensors() or other._tensors()))
 
     def __hash__(self) -> int:
         return hash(tuple(self.weights))
@@ -102,6 +107,7 @@ class Repair:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         told = {f"weight {name}": tensor for name, tensor in self.weights.items()}
+        told |= {f"bias {site}": bias for site, bias in self.biases.items()}
         for site, patch in self.patches.items():
             parts = ((name, getattr(patch, name)) for name in PARTS_OF)
             told |= {f"patch {site} {name}": part for name, part in parts if part is not None}
@@ -128,14 +134,23 @@ def patch_module(patch: Patch, outputs: int, device: torch.device, dtype: torch.
     return module.to(device=device, dtype=dtype).requires_grad_(False)
 
 
+def give_bias(module: torch.nn.Module, bias: torch.Tensor) -> None:
+    """Give an output projection that has no bias one, on the device and in the dtype of its weight."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    module.bias = torch.nn.Parameter(bias.to(weight.device, weight.dtype), requires_grad=False)
+
+
 def read_repair(path: Path) -> Repair:
     """What `Repair.save` wrote."""
     weights: dict[str, torch.Tensor] = {}
+    biases: dict[Site, torch.Tensor] = {}
     patches: dict[Site, dict[str, torch.Tensor]] = {}
     for name, tensor in load_file(path).items():
         kind, of, *part = name.split(" ")
         if kind == "weight":
             weights[of] = tensor
+        elif kind == "bias":
+            biases[Site.parse(of)] = tensor
         else:
             patches.setdefault(Site.parse(of), {})[part[0]] = tensor
-    return Repair(weights, {site: Patch(**parts) for site, parts in sorted(patches.items())})
+    return Repair(weights, {site: Patch(**parts) for site, parts in sorted(patches.items())}, biases)

@@ -16,9 +16,9 @@ from billhook import arch, modeling_billhook, width
 from billhook.errors import PlanError
 from billhook.loading import Teacher, stock_classes
 from billhook.modeling_billhook import number_caches, pruned_classes, strip
-from billhook.plan import Plan, Site, ranges
+from billhook.plan import PARTS, Plan, Site, ranges
 from billhook.records import Event, Watch
-from billhook.repair import UNTOUCHED, Patch, Repair, patch_module
+from billhook.repair import UNTOUCHED, Patch, Repair, give_bias, patch_module
 from billhook.stream import Weights
 
 COPY_BYTES = 3 * 10**8  # of a shard of a model that is never in memory as a whole
@@ -53,7 +53,7 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     parts = row.parts(arch.blocks_of(student, row)[0], config)
     whole = {name: w for name, w in repair.weights.items() if w.shape == student.get_parameter(name).shape}
     renew(student, whole)  # of parts that are cut next, too
-    narrow = _narrowed(student, teacher, plan)
+    narrow = _narrowed(student, teacher, plan, repair)
     _set_blocks(student, path, [teacher.positions.index(p) for p in kept])
     config.__dict__.pop("model_type", None)  # left by from_pretrained; the class says it
     config.billhook = told = {"blocks": teacher.anatomy.blocks, "kept_blocks": kept}
@@ -139,7 +139,7 @@ def _form(model: nn.Module) -> dict[str, Any]:
     return told
 
 
-def _narrowed(student: Any, teacher: Teacher, plan: Plan) -> dict[Site, dict[str, Any]]:
+def _narrowed(student: Any, teacher: Teacher, plan: Plan, repair: Repair) -> dict[Site, dict[str, Any]]:
     """Cut what a plan narrows, in place. Of every narrower site that stays, what a config tells: `module`, what builds
     it; `groups`, those that it has, and of how many; `fields`, its widths in upstream's spelling."""
     config, row = teacher.model.config, teacher.row
@@ -162,6 +162,11 @@ def _narrowed(student: Any, teacher: Teacher, plan: Plan) -> dict[Site, dict[str
         part, alive = each.site.part, sizes[each.site].groups
         of = arch.layout_in(block, part, row, config)
         module = width.cut(block, row.path(part), of, config, width.kept_of(of, alive, each.groups))
+        output = of.output.name.removesuffix(".weight")
+        if each.site in repair.biases:
+            give_bias(block.get_submodule(output), repair.biases[each.site])
+        if (bias := dict(block.named_parameters()).get(f"{output}.bias")) is not None:
+            module["shapes"][f"{output}.bias"] = list(bias.shape)
         whole = arch.groups_of(config, each.site, of.groups)[1]
         fields = width.fields(of, len(each.groups), config)
         entries[each.site] = {"module": module, "groups": {"kept": ranges(each.groups), "of": whole}, "fields": fields}
@@ -199,7 +204,8 @@ def difference(teacher: Teacher, plan: Plan, student: Any) -> Repair:
     """The repair with which `apply` makes this student of its teacher, by the tensors that they do not share."""
     shared = {id(p) for p in teacher.model.parameters()}
     kept: list[int] = student.config.billhook["kept_blocks"]
-    path, weights, patches = f"{teacher.row.blocks}.", {}, {}
+    has = {name for name, _ in teacher.model.named_parameters(remove_duplicate=False)}
+    path, weights, patches, biases = f"{teacher.row.blocks}.", {}, {}, {}
     places = {f"{s.part}.{kept.index(s.block)}": s for s in plan.sites() if s.block in kept}
     inside: list[str] = []
     names = {"attention": teacher.row.attention, "mlp": teacher.row.mlp[-1]}
@@ -215,8 +221,13 @@ def difference(teacher: Teacher, plan: Plan, student: Any) -> Repair:
             continue
         index, _, rest = name.removeprefix(path).partition(".")
         old = f"{path}{teacher.positions.index(kept[int(index)])}.{rest}" if name.startswith(path) else name
-        weights[old] = parameter.detach()
-    return Repair(weights, patches)
+        if old in has:
+            weights[old] = parameter.detach()
+            continue
+        block = teacher.block(kept[int(index)])
+        outputs = {arch.output_of(block, part, teacher.row, teacher.model.config): part for part in PARTS}
+        biases[Site(kept[int(index)], outputs[rest.removesuffix(".bias")])] = parameter.detach().float()
+    return Repair(weights, patches, biases)
 
 
 def renew(student: Any, weights: dict[str, torch.Tensor]) -> None:

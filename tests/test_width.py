@@ -29,7 +29,7 @@ from billhook.modeling_billhook import put
 from billhook.plan import Narrow, Plan, Site, numbers, ranges
 from billhook.probe import Probe
 from billhook.recover import RECOVERIES, Subject
-from billhook.repair import UNTOUCHED
+from billhook.repair import UNTOUCHED, read_repair
 
 Folder = Callable[[str], Path]
 
@@ -293,11 +293,64 @@ def test_a_fold_gives_a_twin_what_its_copy_did(checkpoint: Folder, tmp_path: Pat
     torch.testing.assert_close(weight[:, 8], old[:, 9] + old[:, 5], atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("recover", ["fold", "fold,lora"])
+def constant(variant: str, checkpoint: Folder, folder: Path) -> tuple[Teacher, Plan]:
+    """A model one of whose groups carries a constant, and the plan without it."""
+    whole = load(checkpoint(variant))
+    model = billhook.surgery._shared_copy(whole.model)
+    block = arch.blocks_of(model, whole.row)[1]
+    if variant == "qwen2":  # the values of the first KV group are their biases
+        weight = block.self_attn.v_proj.weight.detach().clone()
+        weight[: weight.shape[0] // 2] = 0
+        put(block, "self_attn.v_proj.weight", weight)
+        put(block, "self_attn.v_proj.bias", block.self_attn.v_proj.bias.detach() + 1)
+        left = Narrow(Site(1, "attention"), (1,))
+    else:  # neurons that see no input
+        weight = block.mlp.c_fc.weight.detach().clone()
+        weight[:, :20] = 0
+        put(block, "mlp.c_fc.weight", weight)
+        put(block, "mlp.c_fc.bias", block.mlp.c_fc.bias.detach() + 1)
+        left = Narrow(Site(1, "mlp"), tuple(range(20, weight.shape[1])))
+    model.save_pretrained(folder)
+    return load(folder), Plan(frozenset(), frozenset([left]))
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "gpt2"])
+def test_what_carries_a_constant_goes_without_a_loss_under_compensation(
+    checkpoint: Folder, variant: str, tmp_path: Path
+) -> None:
+    """GPT-2 has biases that take it; Qwen2's attention gets one, which is saved, and stays when it is cut again."""
+    teacher, plan = constant(variant, checkpoint, tmp_path / "constant")
+    rows, ids = tiny.tokens(12, 24, seed=5), tiny.tokens(4, 20, seed=9)
+    texts = token_set([tuple(r) for r in rows.tolist()], range(12), range(12), list(map(str, range(12))), "rows")
+    repair = RECOVERIES["compensate"](Subject(teacher, plan, narrowing(teacher, plan)), texts, texts)
+    expected = logits(teacher.model, ids)
+    assert (logits(billhook.apply(teacher, plan), ids) - expected).abs().max() > 0.1
+    student = billhook.apply(teacher, plan, repair=repair)
+    torch.testing.assert_close(logits(student, ids), expected, atol=1e-4, rtol=1e-4)
+    assert repair.parameters() == (32 if variant == "qwen2" else 0)
+    repair.save(tmp_path / "repair.safetensors")
+    assert read_repair(tmp_path / "repair.safetensors").key() == repair.key()
+    dense = Probe(teacher, texts, "nll").losses([Plan()])[0]
+    assert Probe(teacher, texts, "nll").mended(plan, repair).sums == pytest.approx(dense.sums, rel=1e-4)
+    billhook.save(student, None, plan, tmp_path / "out", teacher=teacher)
+    again = load(tmp_path / "out")
+    assert torch.equal(logits(again.model, ids), logits(student, ids))
+    assert again.anatomy.total("parameters") == teacher.anatomy.total("parameters", plan) + repair.parameters()
+    assert getattr(teacher.block(1), "self_attn", None) is None or teacher.block(1).self_attn.o_proj.bias is None
+    more = uneven(again, 3)
+    cut = billhook.apply(again, more)
+    torch.testing.assert_close(logits(cut, ids), logits(masked(again, more), ids), atol=1e-4, rtol=1e-4)
+    billhook.save(cut, None, more, tmp_path / "more", teacher=again)
+    assert torch.equal(logits(load(tmp_path / "more").model, ids), logits(cut, ids))
+    with pytest.raises(UsageError, match="narrows none"):
+        RECOVERIES["compensate"](Subject(teacher, Plan.of(["mlp.2"])), texts, texts)
+
+
+@pytest.mark.parametrize("recover", ["fold", "fold,lora", "compensate,bias", "compensate,fold"])
 def test_a_narrow_run_recovers_and_saves_what_it_proved(model: Path, text: Path, tmp_path: Path, recover: str) -> None:
     names = "attention.0[1],mlp.2[0-30],mlp.3"
     options: dict[str, Any] = {"tokens": 240, "length": 24, "eval_tokens": 512, "eval_length": 24, "data": str(text)}
-    more = {"recover_set": {"epochs": 1}} if "lora" in recover else {}
+    more = {"recover_set": {"epochs": 1}} if {"lora", "bias"} & set(recover.split(",")) else {}
     told = billhook.prune(
         model, plan=names, out=tmp_path / "out", store=tmp_path / "b.db", recover=recover, recover_tokens=800,
         recover_length=24, **options, **more,
@@ -308,7 +361,9 @@ def test_a_narrow_run_recovers_and_saves_what_it_proved(model: Path, text: Path,
     assert first["before"] == pytest.approx(bare["perplexity"]["student"], rel=1e-6)
     again = billhook.evaluate_model(tmp_path / "out", **options)
     assert again["perplexity"] == pytest.approx(told["perplexity"]["student"], rel=1e-5)
-    assert load(tmp_path / "out").anatomy.total("parameters") == bare["parameters"]["student"]
+    biases = 64 if "compensate" in recover else 0  # of an attention and an mlp
+    assert load(tmp_path / "out").anatomy.total("parameters") == bare["parameters"]["student"] + biases
+    assert told["parameters"]["student"] == bare["parameters"]["student"] + biases
 
 
 def test_what_was_trained_narrow_is_not_refitted(checkpoint: Folder) -> None:

@@ -283,7 +283,7 @@ class Probe:
     def mended(self, plan: Plan, repair: Repair) -> Loss:
         """The loss of a plan under a repair of its blocks; kept nowhere."""
         self._bench.mend(plan, repair)
-        return self.losses([plan])[0]
+        return self.losses([Plan(plan.removed)])[0]
 
     def rest(self) -> None:
         """Let go of the kept streams; what is needed again is computed again."""
@@ -377,5 +377,7 @@ def logits(teacher: Teacher, plan: Plan, rows: torch.Tensor, repair: Repair | No
     """
     count = len(rows)
     tokens = token_set([tuple(row) for row in rows.tolist()], [0] * count, [0], [""], "rows")
-    mended = None if repair is None else (plan, repair)
-    return Bench(teacher, tokens, "nll", mended=mended).logits(plan)
+    bench = Bench(teacher, tokens, "nll", mended=None if repair is None else (plan, repair))
+    if plan.narrowed and repair is None:
+        bench.narrow(plan)
+    return bench.logits(plan)

@@ -9,19 +9,20 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from billhook import arch
 from billhook.errors import UsageError
 from billhook.mask import narrowing
 from billhook.modeling_billhook import remove_part
 from billhook.plan import PARTS, Plan, Site
 from billhook.probe.trunk import Trunk
 from billhook.probe.walk import Job, Streams, Walk
-from billhook.repair import Repair, patch_module
+from billhook.repair import Repair, give_bias, patch_module
 from billhook.stream import put
 
 
 @contextmanager
 def standing(trunk: Trunk, index: int, block: nn.Module, plan: Plan, repair: Repair) -> Iterator[None]:
-    """Inside, block `index` is as a repaired student has it: removed parts out, patches in, new weights in."""
+    """Inside, block `index` is as a repaired student has it: removed parts out, patches and biases in, weights new."""
     position, row, config = trunk.teacher.positions[index], trunk.row, trunk.model.config
     parts = row.parts(block, config)
     stood: dict[str, nn.Module] = {}
@@ -44,13 +45,25 @@ def standing(trunk: Trunk, index: int, block: nn.Module, plan: Plan, repair: Rep
             if patch is not None:
                 place = patch_module(patch, outputs, trunk.teacher.device, trunk.model.dtype)
             stood |= remove_part(block, parts[part], place)
+    biased = [module for part in PARTS if (module := _biased(trunk, block, Site(position, part), repair)) is not None]
     try:
         yield
     finally:
+        for module in biased:
+            setattr(module, "bias", None)  # noqa: B010 (a typed assignment wants a tensor)
         for name, module in stood.items():
             setattr(block, name, module)
         for key, parameter in weights.items():
             put(block, key, parameter)
+
+
+def _biased(trunk: Trunk, block: nn.Module, site: Site, repair: Repair) -> nn.Module | None:
+    """The output projection of a site with the bias that a repair gives it, if it gives one."""
+    if site not in repair.biases:
+        return None
+    module = block.get_submodule(str(arch.output_of(block, site.part, trunk.row, trunk.model.config)))
+    give_bias(module, repair.biases[site])
+    return module
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ class Stage:
     teacher_after: torch.Tensor
 
 
-# What a visitor wants: to add to the weight [width, m] of an output projection, to put a patch there, or nothing.
+# What a visitor wants: to add to the weight [width, m] or the bias [width] of an output projection, to put a patch
+# there, or nothing.
 Change = torch.Tensor | Patch | None
 Visit = Callable[[Stage], Change]
 
@@ -169,6 +170,11 @@ def _with(
     assert weight is not None, f"{site} has no weight to change"
     assert value is not None, f"{site} has no weight to change"
     name = next(name for name, _ in block.named_parameters() if weight.endswith(f".{name}"))
+    if change.dim() == 1:
+        bias = getattr(block.get_submodule(name.removesuffix(".weight")), "bias", None)
+        if bias is None or site in repair.biases:
+            return repair.with_bias(site, change + repair.biases.get(site, torch.zeros_like(change)))
+        return repair.with_weights({f"{weight.removesuffix('weight')}bias": bias.detach() + change.to(bias.dtype)})
     own = block.get_parameter(name)
     fresh = torch.empty_like(own)
     arch.by_output(block, name, fresh).copy_(value + change)
@@ -207,4 +213,6 @@ def _changed(streams: list[torch.Tensor], inputs: list[torch.Tensor], change: Ch
     pairs = zip(streams, inputs, strict=True)
     if isinstance(change, Patch):
         return [y + change.added(x).to(y.dtype) for y, x in pairs]
+    if change.dim() == 1:
+        return [y + change.to(y.dtype) for y, _ in pairs]
     return [y + (x.float() @ change.T).to(y.dtype) for y, x in pairs]

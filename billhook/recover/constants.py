@@ -60,6 +60,32 @@ def mean(subject: Subject, train: TokenSet, valid: TokenSet) -> Repair:
 
 
 @recovery
+def compensate(subject: Subject, train: TokenSet, valid: TokenSet) -> Repair:
+    """A bias in every output projection of a narrower site, which gives back the mean of what its groups carried.
+
+    From the front to the back, each on what the student before it makes of the text.
+
+    Formula: b += mean over tokens of (f(h) - g(x)), f(h) what the site adds in the teacher, g(x) in the student
+    Cost: one forward pass of the teacher and one of the student; at inference a vector a narrower site, and nothing
+    where the output projection has a bias already.
+    Source: An et al. 2024, FLAP (arXiv 2312.11983), its baseline bias compensation. Deviations: the student's own
+    stream is measured, so that what earlier sites have changed is made up for too; a type without biases is carried
+    by the checkpoint's modelling file.
+    """
+    bench = subject.bench(train)
+    narrower = {narrow.site for narrow in subject.plan.narrowed}
+    if not narrower:
+        raise UsageError("compensate gives narrower sites a bias, and the plan narrows none. Use mean, scale or fold.")
+
+    def visit(stage: Stage) -> Change:
+        if stage.site not in narrower or stage.weight is None:
+            return None
+        return (stage.teacher_after - stage.teacher_before).mean(0) - (stage.after - stage.before).mean(0)
+
+    return side_by_side(bench, subject.plan, subject.repair, visit)
+
+
+@recovery
 def scale(subject: Subject, train: TokenSet, valid: TokenSet) -> Repair:
     """One factor at the end of every run of removed sublayers, which gives the stream back its length.
 
