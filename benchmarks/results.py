@@ -10,16 +10,18 @@ from typing import Any
 
 SIZES = ("10%", "20%", "30%")
 PARTS = (*SIZES, "draws", "calibration", "regret")
+OTHERS = ("recovery", "width")
 HEAD = """# Results
 
-Written by `benchmarks/methods.py` and `benchmarks/recovery.py` from what they measured; no number in here is typed in.
+Written by `methods.py`, `recovery.py` and `width.py` in `benchmarks/` from what they measured; no number in here is
+typed in.
 
 """
 
 
 def page(measured: Path, scaled: Mapping[str, Any]) -> str:
     """The page, from the results of the parts that the folder `measured` holds."""
-    files = {part: measured / f"{part.removesuffix('%')}.json" for part in (*PARTS, "recovery")}
+    files = {part: measured / f"{part.removesuffix('%')}.json" for part in (*PARTS, *OTHERS)}
     found = {part: json.loads(file.read_text()) for part, file in files.items() if file.is_file()}
     sections = [HEAD]
     if tables := [found[size] for size in SIZES if size in found]:
@@ -30,7 +32,8 @@ def page(measured: Path, scaled: Mapping[str, Any]) -> str:
     sections += [_calibration(found["calibration"])] if "calibration" in found else []
     sections += [_regret(found["regret"]["rows"])] if "regret" in found else []
     sections += [_recovery(found["recovery"])] if "recovery" in found else []
-    if missing := [part for part in (*PARTS, "recovery") if part not in found]:
+    sections += [_width(found["width"])] if "width" in found else []
+    if missing := [part for part in (*PARTS, *OTHERS) if part not in found]:
         sections.append(f"Not measured yet: {', '.join(missing)}.\n")
     return "\n".join(sections)
 
@@ -201,6 +204,54 @@ def _recovery(told: Mapping[str, Any]) -> str:
         f"{told['minutes']:g} minutes each. Unpruned: {dense}. *Gap closed*: of the perplexity that pruning added. "
         "*Against none*: nats per token, or share of the items, paired, with the 95% interval. *Mixed text*: C4 and "
         "WikiText-2 in equal parts.\n\n" + _markdown([*head, "parameters added", "time"], lines)
+    )
+
+
+def _width(told: Mapping[str, Any]) -> str:
+    """Depth against width against both: losses without and with a refit, then times."""
+    sections = [
+        "## Depth against width\n\nEvery recipe calibrated on the same "
+        f"{told['tokens']:,} tokens of C4, without a recovery and with `fold` on {told['fold_tokens']:,} tokens of C4. "
+        "`billhook` removes whole sites, `billhook-joint` chooses how much of every site stays, the others let heads "
+        "and neurons go. *Refitted*: with `fold`, and the paired change against none in nats per token, or in share of "
+        "the items, with its 95% interval.\n"
+    ]
+    for size in dict.fromkeys(what.partition("/")[0] for what in told["rows"]):
+        rows = {what.partition("/")[2]: row for what, row in told["rows"].items() if what.startswith(f"{size}/")}
+        names = list(next(iter(rows.values()))["on"])
+        head = ["recipe", "gone + narrower", "params"]
+        head += [cell for name in names for cell in (_name(name), "refitted")]
+        lines = []
+        for name, row in rows.items():
+            line = [f"`{name}`", f"{len(row['removed'])} + {len(row['narrowed'])}"]
+            line.append(f"{row['parameters'] / told['whole']:.1%}")
+            for source in names:
+                on = row["on"][source]
+                spread = f"{on['change']:+.3f} ({on['low']:+.3f} to {on['high']:+.3f})"
+                line += [_one(on, "before"), f"{_one(on, 'after')}, {spread}"]
+            lines.append([*line, f"{row['search_seconds']:,.0f} s"])
+        sections.append(f"### {size} of the parameters\n\n{_markdown([*head, 'search'], lines)}")
+        sections += [_times(size, told["speed"][size])] if size in told["speed"] else []
+    return "\n".join(sections)
+
+
+def _times(size: str, found: Mapping[str, Any]) -> str:
+    """Tokens a second of every model at every batch size, and how many times faster than the unpruned one."""
+    batches = list(next(iter(found.values())))
+    head = ["", *(f"{kind}, batch {batch}" for batch in batches for kind in ("prefill", "decode")), "peak memory"]
+    lines = []
+    for name, by_batch in found.items():
+        line = [f"`{name}`" if name != "unpruned" else name]
+        for batch in batches:
+            for kind in ("prefill", "decode"):
+                rate, times = by_batch[batch][f"{kind}_tokens_per_s"], by_batch[batch]["ratio"][kind]
+                more = f", ×{times['median']:.2f} ({times['low']:.2f}–{times['high']:.2f})"
+                line.append(f"{rate['median']:,.0f}" + ("" if name == "unpruned" else more))
+        peaks = [each["peak_bytes"] for each in by_batch.values() if each["peak_bytes"]]
+        lines.append([*line, f"{max(peaks) / 1e6:,.0f} MB" if peaks else ""])
+    return (
+        f"Tokens per second at {size}, timed in turn: the median, and the ratio to the unpruned model in pairs, with "
+        f"the 95% interval of the median.\n\n{_markdown(head, lines)}"
     )
 
 

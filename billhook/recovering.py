@@ -19,7 +19,7 @@ from billhook.portions import shared_out
 from billhook.proof import Job, nats_of
 from billhook.recipe import Recipe
 from billhook.recover import RECOVERIES, Subject
-from billhook.recover.trained import ADAPTER
+from billhook.recover.adapters import ADAPTER
 from billhook.registry import chosen
 from billhook.repair import UNTOUCHED, Repair, read_repair
 from billhook.searching import recovery_tokens

@@ -21,15 +21,17 @@ from billhook.probe import Probe
 from billhook.probe.measure import Bench
 from billhook.probe.pair import Change, Stage, lookahead, order, places, runs, side_by_side, streams_after
 from billhook.recover import RECOVERIES, Subject
+from billhook.recover.adapters import Update, quantised
 from billhook.regression import Moments, fitted
 from billhook.repair import UNTOUCHED, Patch, Repair, read_repair
 from billhook.surgery import apply, difference
 
 Folder = Callable[[str], Path]
 PLAN = Plan.of(["attention.0", "mlp.1", "attention.2", "mlp.2"])
-TRAINED = {"bias", "partial", "full", "lora"}
+TRAINED = {"bias", "partial", "full", "lora", "qa_lora"}
 FREE = sorted(set(RECOVERIES) - TRAINED - {"patches", "compensate"})  # what is for plans that narrow: test_width
 SHORT = {"epochs": 2, "batch": 2}
+OWN = {"qa_lora": {"bits": 0}}  # what is quantised loses something first
 
 
 def many_texts(texts: int = 40, seed: int = 0, length: int = 24) -> TokenSet:
@@ -39,7 +41,7 @@ def many_texts(texts: int = 40, seed: int = 0, length: int = 24) -> TokenSet:
 
 
 def recovered(name: str, teacher: Teacher, plan: Plan, tokens: TokenSet, **options: Any) -> Repair:
-    options = (SHORT if name in {*TRAINED, "patches"} else {}) | options
+    options = (SHORT if name in {*TRAINED, "patches"} else {}) | OWN.get(name, {}) | options
     before = recovered("lowrank", teacher, plan, tokens, rank=2) if name == "patches" else UNTOUCHED
     return RECOVERIES[name](Subject(teacher, plan, before), tokens, many_texts(6, seed=9), **options)
 
@@ -336,6 +338,50 @@ def test_runs_of_removed_sites_follow_each_other() -> None:
     sites = [Site(b, part) for b in range(3) for part in ("attention", "mlp")]
     plan = Plan.of(["mlp.0", "attention.1", "mlp.2"])
     assert runs(sites, plan) == [(Site(0, "mlp"), Site(1, "attention")), (Site(2, "mlp"),)]
+
+
+# -- updates by groups of inputs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("inputs", "group"), [(12, 4), (10, 4), (3, 8), (16, 1)])
+def test_an_update_by_groups_is_what_is_merged(inputs: int, group: int) -> None:
+    draw = torch.Generator().manual_seed(3)
+    linear = torch.nn.Linear(inputs, 6)
+    before = linear.weight.detach().clone()
+    update = Update(linear, linear.weight.detach(), group, rank=2, scale=1.5, draw=draw)
+    x = torch.randn(5, inputs, generator=draw)
+    torch.testing.assert_close(linear(x), x @ before.T + linear.bias)
+    with torch.no_grad():
+        update.up.copy_(torch.randn(6, 2, generator=draw))
+    hooked = linear(x)
+    update.merge()
+    torch.testing.assert_close(linear(x), hooked)
+    change = linear.weight.detach() - before
+    assert change.abs().max() > 0.01
+    for start in range(0, inputs, group):
+        piece = change[:, start : start + group]
+        torch.testing.assert_close(piece, piece[:, :1].expand_as(piece))
+
+
+def test_quantised_weights_have_few_values_and_stay_so_after_training(checkpoint: Folder) -> None:
+    """What qa_lora gives is quantised by minimum and maximum again without a loss."""
+    weight = torch.randn(6, 20, generator=torch.Generator().manual_seed(1))
+    rounded = quantised(weight, 8, 3)
+    steps = torch.cat([(p.amax(1) - p.amin(1))[:, None].expand_as(p) / 7 for p in weight.split(8, 1)], 1)
+    assert ((rounded - weight).abs() <= steps / 2 + 1e-6).all()
+    torch.testing.assert_close(quantised(rounded, 8, 3), rounded)
+    assert quantised(weight, 8, 0) is weight
+    teacher = load(checkpoint("llama"))
+    repair = recovered("qa_lora", teacher, PLAN, many_texts(60), bits=4, group=8)
+    linear = [w for name, w in repair.weights.items() if name.endswith("_proj.weight")]
+    assert len(linear) == 7 * 4 - sum(4 if site.part == "attention" else 3 for site in PLAN.removed)
+    for found in linear:
+        torch.testing.assert_close(quantised(found, 8, 4), found, atol=1e-5, rtol=1e-5)
+    plain = [teacher.model.get_parameter(name) for name in repair.weights if name.endswith("_proj.weight")]
+    updates = [w - quantised(old, 8, 4) for w, old in zip(linear, plain, strict=True)]
+    assert max(float(update.abs().max()) for update in updates) > 1e-4, "something was learnt"
+    with pytest.raises(UsageError, match="bits from 0 to 8"):
+        recovered("qa_lora", teacher, PLAN, many_texts(60), bits=9)
 
 
 # -- contracts ------------------------------------------------------------------------------------------------------

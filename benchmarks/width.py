@@ -1,0 +1,138 @@
+"""Depth against width against both, at equal parameters, without and with a refit: what docs/results.md shows of it.
+
+    python benchmarks/width.py --data DATA                    # some hours on two cores; begin again to go on
+    python benchmarks/width.py --data DATA --only 20%/flap,20%/speed
+
+DATA as for methods.py. Every recipe is calibrated on the same C4 text; `fold` learns from C4. A row that stands in
+benchmarks/measured/width.json is not measured again, unless it is asked for by --only. Times are taken of all models of
+a size in turn, on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from measured import put_back, written_down
+from methods import LENGTH, MEASURED, SCALED, TASKS, TOKENS, file_result, texts_of  # the files beside this one
+from recovery import recovered, row, tell
+from results import page
+
+import billhook
+from billhook import lab, speed
+from billhook.evaluate.choices import log_probabilities, outcomes
+from billhook.face import keep_pages
+from billhook.mask import narrowing
+from billhook.plan import Plan
+from billhook.proof import nats_of
+from billhook.recipe import combined, recipe_from
+from billhook.records import EvalResult, Event
+from billhook.repair import UNTOUCHED, Repair
+from billhook.store import Store
+from billhook.surgery import apply
+
+SIZES = ("10%", "20%", "30%")
+RECIPES: dict[str, dict[str, Any]] = {
+    "billhook": SCALED["billhook"], "llm-pruner": {}, "llm-pruner, taylor_mix": {"metric": "taylor_mix"},
+    "wanda-sp": {}, "flap": {}, "saap": {}, "billhook-joint": {},
+}  # fmt: skip
+BATCHES = (1, 4, 16, 32)
+FOLD_TOKENS = 32768
+
+
+def main() -> None:
+    """Prune, refit, measure, write the page."""
+    every = [f"{size}/{name}" for size in SIZES for name in (*RECIPES, "speed")]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("build/methods"))
+    parser.add_argument("--only", default="")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "docs" / "results.md")
+    given = parser.parse_args()
+    keep_pages()
+    given.work.mkdir(parents=True, exist_ok=True)
+    texts, database, file = texts_of(given.data, given.work), given.work / "billhook.db", MEASURED / "width.json"
+    put_back(database, MEASURED)
+    told: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": {}, "speed": {}}
+    with closing(Store(database)) as store:
+        run = store.new_run({}, {"laboratory": "width"}, str(given.work))
+        bench = lab.Lab(store, run, billhook.load("demo"), tell)
+        for what in given.only.split(",") if given.only else every:
+            size, name = what.split("/")
+            if name == "speed":
+                told["speed"][size] = timed(bench, texts, size, given.work / "students")
+            elif given.only or what not in told["rows"]:
+                told["rows"][what] = measured(bench, texts, what, given.work / "training")
+            told |= {"fold_tokens": FOLD_TOKENS, "tokens": TOKENS, "whole": bench.teacher.anatomy.total("parameters")}
+            written_down(database, MEASURED)
+            file_result("width", told)
+            given.results.write_text(page(MEASURED, SCALED), encoding="utf-8")
+        store.update(run, state="done")
+
+
+def tried(bench: lab.Lab, texts: dict[str, str], size: str, name: str) -> tuple[Any, lab.Trial]:
+    """The recipe of a row, and the plan that it finds."""
+    common = {"model": "demo", "remove": size, "data": texts["c4"], "tokens": TOKENS, "length": LENGTH}
+    recipe = recipe_from(combined(name.partition(",")[0], **common, **RECIPES[name]))
+    return recipe, lab.tried(bench, name, recipe, lab.calibration_of(bench, recipe))
+
+
+def measured(bench: lab.Lab, texts: dict[str, str], what: str, work: Path) -> dict[str, Any]:
+    """One row: the plan of a recipe at a size, on two texts and three tasks, without and with `fold`."""
+    size, name = what.split("/")
+    recipe, trial = tried(bench, texts, size, name)
+    grid = lab.Grid((name,), (size,), (texts["c4"],), (texts["c4"], texts["wikitext2"]),
+                    tuple(texts[task] for task in TASKS))  # fmt: skip
+    sets = lab.evaluation_sets(bench, grid, recipe)
+
+    def on(plan: Plan, repair: Repair) -> dict[str, EvalResult]:
+        found = {}
+        for source, tokens in sets.items():
+            if tokens.choices is None:
+                (found[source],) = nats_of(bench.job(recipe), bench.teacher, [(plan, repair)], tokens)
+            else:
+                student = apply(bench.teacher, plan, repair=repair) if plan else bench.teacher.model
+                found[source] = outcomes(tokens, log_probabilities(student, tokens))["acc"]
+        return found
+
+    asked = recipe.model_copy(update={"recover": "fold", "recover_tokens": FOLD_TOKENS})
+    begun = narrowing(bench.teacher, trial.plan) if trial.plan.narrowed else UNTOUCHED
+    start = time.perf_counter()
+    repair, _ = recovered(bench.job(asked), bench, trial.plan, work, begun)
+    seconds = time.perf_counter() - start
+    sides = (on(Plan(), UNTOUCHED), on(trial.plan, UNTOUCHED), on(trial.plan, repair))
+    anatomy = bench.teacher.anatomy
+    return row(*sides, seconds) | {
+        "removed": trial.plan.names(), "narrowed": trial.plan.narrow_names(), "search_seconds": trial.seconds,
+        "parameters": anatomy.total("parameters", trial.plan), "kv": anatomy.total("kv_bytes_per_token", trial.plan),
+    }  # fmt: skip
+
+
+def timed(bench: lab.Lab, texts: dict[str, str], size: str, work: Path) -> dict[str, Any]:
+    """Prefill and decoding of what every recipe leaves, and of the unpruned model, in turn, and peak memory."""
+    shutil.rmtree(work, ignore_errors=True)
+    names = ["unpruned", *RECIPES]
+    plans = [Plan(), *(tried(bench, texts, size, name)[1].plan for name in RECIPES)]
+    models = [bench.teacher.model, *(apply(bench.teacher, plan) for plan in plans[1:])]
+    folders = [work / str(number) for number in range(len(plans))]
+    models[0].save_pretrained(folders[0])
+    for model, plan, folder in zip(models[1:], plans[1:], folders[1:], strict=True):
+        billhook.save(model, None, plan, folder, teacher=bench.teacher)
+    found: dict[str, Any] = {}
+    for batch in BATCHES:
+        protocol = speed.Protocol(batch=batch, new_tokens=16, repeats=5)
+        timings = speed.time_in_turn(models, folders, protocol)
+        for name, timing in zip(names, timings, strict=True):
+            found.setdefault(name, {})[str(batch)] = speed.rates(timing) | {"ratio": speed.ratio(timings[0], timing)}
+        tell(Event("recovery", batch, BATCHES[-1], f"{size}, times"))
+    shutil.rmtree(work)
+    return found
+
+
+if __name__ == "__main__":
+    main()
