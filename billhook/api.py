@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,6 @@ from billhook.loading import Teacher, load, pick_device
 from billhook.losses import ITEM_LOSSES, LOSSES
 from billhook.metrics import GROUP_METRICS, METRICS
 from billhook.plan import Plan, Site
-from billhook.problem import Unit
 from billhook.protocols import normalised, windows
 from billhook.recipe import TARGETS, Recipe, combined, recipe_from
 from billhook.records import Score, Watch, silent
@@ -183,13 +183,15 @@ def score(
 
     `model`: as for `load`, or a loaded Teacher. `set`: options of the metrics, such as {"kind": "vector"}; each is
     given those that it takes. `fields`: those of `Recipe` that concern model, memory, text and seed. Higher = removal
-    hurts more. Returns `sites`, `blocks` and `spans`, each with value, standard error and 95% interval, under `scores`
-    by metric; of a single metric also at the top. A model larger than the memory is read block by block, once for all
+    hurts more. Returns `sites`, `blocks` and `spans`, each with value, standard error and 95% interval, and `groups`,
+    each with the numbers and values of a site's channel groups, under `scores` by metric; of a single metric also at
+    the top. A model larger than the memory is read block by block, once for all
     metrics that share a pass.
     """
     names = list(dict.fromkeys(name.strip() for name in metric.split(",")))
     options = recipe_from({"remove": "1sites", "set": set or {}}, "The call").set
-    given = dict(zip(names, chosen(options, *(METRICS[name] for name in names)), strict=True))
+    metrics = [GROUP_METRICS[name] if name in tuple(GROUP_METRICS) else METRICS[name] for name in names]
+    given = chosen(options, *metrics)
     known = model if isinstance(model, Teacher) else None
     name = known.name if known is not None else str(model)
     least = {"remove": "1sites", "eval_tokens": 64, "eval_length": 16}  # of held-out text, which is not looked at
@@ -198,7 +200,8 @@ def score(
     calibration, _ = pipeline.tokens_for(recipe, teacher, watch)
     start = time.perf_counter()
     probe = searching.probe_of(recipe, teacher, calibration)
-    scores = {name: _by_kind(teacher, METRICS[name](probe, **given[name])) for name in names}
+    found = zip(names, metrics, given, strict=True)
+    scores = {name: _by_kind(teacher, metric(probe, **own)) for name, metric, own in found}
     return {
         "model": teacher.name,
         "fingerprint": teacher.fingerprint,
@@ -213,10 +216,14 @@ def score(
     }
 
 
-def _by_kind(teacher: Teacher, scores: dict[Unit, Score]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of sites, of blocks and of spans of blocks; `length` counts the blocks that a span still has."""
-    told: dict[str, list[dict[str, Any]]] = {"sites": [], "blocks": [], "spans": []}
+def _by_kind(teacher: Teacher, scores: Mapping[Any, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of sites, of blocks, of spans of blocks and of channel groups; `length` counts the blocks of a span."""
+    told: dict[str, list[dict[str, Any]]] = {"sites": [], "blocks": [], "spans": [], "groups": []}
+    sizes = {size.site: size for size in teacher.anatomy.sites}
     for unit, score in scores.items():
+        if not isinstance(score, Score):
+            told["groups"].append({"site": str(unit), "numbers": sizes[unit].groups, "values": score.tolist()})
+            continue
         low, high = score_interval(score)
         row = {"value": score.value, "se": score.se, "low": low, "high": high}
         if isinstance(unit, Site):

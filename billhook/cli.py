@@ -106,7 +106,7 @@ def score(
     verbose: Verbose = False,
     options: dict[str, Any],
 ) -> None:
-    """Score every site and block, or every span of blocks: how much it seems to matter, without removing it."""
+    """Score sites, blocks, spans of blocks or channel groups: how much each seems to matter, without removing it."""
     with Face(as_json, quiet, verbose) as face:
         from billhook import api
 

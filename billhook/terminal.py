@@ -107,11 +107,11 @@ class _Tables(Console):
 
 def show(value: dict[str, Any], kind: str) -> None:
     """Print a result of a command as tables."""
-    from billhook import terminal_compare
+    from billhook import terminal_compare, terminal_scores
 
     console = _Tables(soft_wrap=False, markup=False)
     {"result": _result, "anatomy": _anatomy, "plan_of_work": _plan_of_work, "evaluation": _evaluation,
-     "speed": _speed, "scores": _scores, "runs": _runs, "run": _run, "methods": _methods,
+     "speed": _speed, "scores": terminal_scores.scores, "runs": _runs, "run": _run, "methods": _methods,
      "sweep": _sweep, "trade": _trade, "stability": _stability, "compare": terminal_compare.compared,
      "gate": terminal_compare.gated, "baselines": terminal_compare.baselines, "threshold": terminal_compare.threshold,
      "abtest": terminal_compare.servers, "tasks": terminal_compare.tasks,
@@ -150,49 +150,6 @@ def _anatomy(console: Console, value: dict[str, Any]) -> None:
     console.print(table)
     if value["already_removed"]:
         console.print(f"Removed before: {', '.join(value['already_removed'])}")
-
-
-def _scores(console: Console, value: dict[str, Any]) -> None:
-    """Of every metric a line a block, with its sites, and a line a length for spans of blocks."""
-    for metric, told in value["scores"].items():
-        spread = any(row["se"] is not None for rows in told.values() for row in rows)
-        note = " (± one standard error)" if spread else ""
-        console.print(f"{metric} of {value['model']}, higher = removal hurts more{note}")
-        if told["sites"] or told["blocks"]:
-            _scores_by_block(console, told)
-        if told["spans"]:
-            _scores_by_length(console, told["spans"])
-    data = value["data"]
-    read = f", {value['bytes_read'] / 1e9:.2f} GB read from disk" if value["streamed"] else ""
-    console.print(f"{data['tokens']:,} tokens of {data['source']}, {value['seconds']:.1f} s{read}", style="dim")
-
-
-def _scores_by_block(console: Console, told: dict[str, Any]) -> None:
-    sites = {row["site"]: row for row in told["sites"]}
-    blocks = {row["block"]: row for row in told["blocks"]}
-    table = _table("block", "whole block", "attention", "mlp")
-    for position in sorted({int(name.split(".")[1]) for name in sites} | set(blocks)):
-        rows = (blocks.get(position), sites.get(f"attention.{position}"), sites.get(f"mlp.{position}"))
-        table.add_row(str(position), *(_score(row) for row in rows))
-    console.print(table)
-    if sites:
-        least = sorted(told["sites"], key=lambda row: row["value"])[:5]
-        console.print(f"Least important sites: {', '.join(row['site'] for row in least)}")
-
-
-def _scores_by_length(console: Console, spans: list[dict[str, Any]]) -> None:
-    """The least important span of every length."""
-    table = _table("blocks in a span", "least important", "score")
-    for length in sorted({row["length"] for row in spans}):
-        least = min((row for row in spans if row["length"] == length), key=lambda row: row["value"])
-        table.add_row(str(length), f"{least['first']}-{least['last']}", _score(least))
-    console.print(table)
-
-
-def _score(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "gone"
-    return f"{row['value']:#.4g}" + (f" ± {row['se']:#.2g}" if row["se"] is not None else "")
 
 
 def _plan_of_work(console: Console, value: dict[str, Any]) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from typer.testing import CliRunner
 
 import billhook
 import billhook.surgery
 from billhook import arch, width
 from billhook.budget import Budget
+from billhook.cli import app
 from billhook.data import TokenSet, token_set
 from billhook.errors import BudgetError, UnknownName, UsageError
 from billhook.loading import Teacher, load
@@ -328,3 +330,27 @@ def test_a_run_by_a_metric_of_groups(model: Path, text: Path, tmp_path: Path) ->
     assert again["plan"] == told["plan"]
     with pytest.raises(UnknownName, match="metric of channel groups"):
         billhook.prune(model, remove="15%params", metric="cosine", out=tmp_path / "no", **options)
+
+
+def test_score_tells_of_groups_as_of_sites(model: Path, text: Path) -> None:
+    options: dict[str, Any] = {"tokens": 240, "length": 24, "data": str(text)}
+    told = billhook.score(model, "flap,cosine", set={"kind": "ifv"}, **options)
+    assert len(told["scores"]["cosine"]["sites"]) == 8
+    assert told["scores"]["cosine"]["groups"] == told["scores"]["flap"]["sites"] == []
+    sizes = {str(size.site): size.groups for size in load(model).anatomy.sites}
+    rows = {row["site"]: row for row in told["scores"]["flap"]["groups"]}
+    assert {site: row["numbers"] for site, row in rows.items()} == sizes
+    assert all(len(row["values"]) == len(sizes[site]) for site, row in rows.items())
+    alone = billhook.score(model, "flap", set={"kind": "ifv"}, **options)
+    assert alone["groups"] == told["scores"]["flap"]["groups"]
+    with pytest.raises(UnknownName):
+        billhook.score(model, "flab", **options)
+
+
+def test_a_terminal_of_80_columns_shows_scores_of_groups(model: Path, text: Path) -> None:
+    done = CliRunner().invoke(app, ["score", str(model), "--metric", "flap", "--data", str(text), "--tokens", "240",
+                                    "--length", "24", "--quiet"], env={"COLUMNS": "80"})  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "mlp.3" in done.stdout
+    assert "lowest is" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80

@@ -27,7 +27,8 @@ FLOORS = (  # each floor imports from those above it, and each name from those b
     ("recipe", "store", "execute", "audit", "proof", "scoring", "searching", "recovering", "lab", "harness", "evalsets",
      "comparing", "gating", "thresholds", "summary", "report", "lab_words", "lab_curves", "lab_page", "compare_words",
      "compare_page", "threshold_page", "prompts", "endpoint", "answering", "abtest", "abtest_words", "pipeline"),
-    ("api", "contests", "terminal_compare", "terminal", "face", "cli_options", "cli_contests", "cli", "dashboard"),
+    ("api", "contests", "terminal_compare", "terminal_scores", "terminal", "face", "cli_options", "cli_contests", "cli",
+     "dashboard"),
 )  # fmt: skip
 PLACE = {name: (floor, order) for floor, names in enumerate(FLOORS) for order, name in enumerate(names)}
 METHODS = 2  # the floor whose folders never import each other

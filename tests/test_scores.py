@@ -332,7 +332,7 @@ def test_score_gives_values_with_their_spread(model: Path, text: Path) -> None:
     assert [row["site"] for row in told["sites"]] == [f"{part}.{i}" for i in range(4) for part in ("attention", "mlp")]
     assert [row["block"] for row in told["blocks"]] == [0, 1, 2, 3]
     assert all(0 < row["value"] < 2 and row["se"] > 0 for row in told["sites"] + told["blocks"])
-    assert told["scores"]["cosine"] == {kind: told[kind] for kind in ("sites", "blocks", "spans")}
+    assert told["scores"]["cosine"] == {kind: told[kind] for kind in ("sites", "blocks", "spans", "groups")}
     assert (told["streamed"], told["bytes_read"]) == (False, 0)
     streamed = billhook.score(str(model), "cosine", data=str(text), tokens=240, length=24, memory="1MB")
     assert streamed["streamed"] or model.stat().st_size < 750_000
