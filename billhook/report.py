@@ -19,7 +19,21 @@ from plotly.offline import get_plotlyjs
 
 from billhook.plan import PARTS, Plan, Site
 from billhook.records import LOSS_UNITS
-from billhook.summary import RECOVERED, Result, count, duration, narrower, notes, recovery_rows, rows, short, verdict
+from billhook.summary import (
+    RECOVERED,
+    Result,
+    count,
+    duration,
+    narrower,
+    notes,
+    recovery_rows,
+    rows,
+    shares_left,
+    short,
+    verdict,
+)
+
+NARROWER = '<span><i class="narrower" style="--left:60%"></i>narrower: the lower part stays</span>'
 
 # -- words -------------------------------------------------------------------------------------------------------------
 
@@ -149,6 +163,7 @@ def page(result: Result) -> str:
         notes="".join(f'<p class="note">{_e(note)}</p>' for note in notes(result)),
         table=_whole_spans(measured),
         map=_map(result),
+        narrower=NARROWER if shares_left(result) else "",
         removals=_removals(result),
         recovered=_recovered(result),
         charts="".join(charts),
@@ -186,15 +201,17 @@ def _whole_spans(table: str) -> str:
 
 
 def _cells(result: Result) -> dict[str, tuple[str, str, str]]:
-    """Every site of the unpruned model: its state (kept, removed or gone), its mark on the map and its description."""
+    """Every site of the unpruned model: its state (kept, narrower, removed or gone), its mark and its description."""
     steps, sizes = result["steps"], {size["site"]: size for size in result["anatomy"]["sites"]}
     narrow = narrower(result)
     turn = {site: (number, step) for number, step in enumerate(steps, 1) for site in step["sites"]}
     cells = {name: ("gone", "", f"{name}: gone before this run") for name in _gone(result)}
     for name in sizes:
         about = f"{name}: {sizes[name]['parameters']:,} parameters, "
-        if name not in result["plan"]["removed"]:
-            cells[name] = ("kept", "", about + (f"{narrow[name]} channel groups kept" if name in narrow else "kept"))
+        if name in narrow:
+            cells[name] = ("narrower", "", about + f"{narrow[name]} channel groups kept")
+        elif name not in result["plan"]["removed"]:
+            cells[name] = ("kept", "", about + "kept")
         elif name in turn:
             number, step = turn[name]
             told = f"removal {number} of {len(steps)}, loss {step['loss']:.4g} after it"
@@ -206,7 +223,7 @@ def _cells(result: Result) -> dict[str, tuple[str, str, str]]:
 
 def _map(result: Result) -> str:
     """Blocks from left to right, ten to a table, so that narrow screens can stack the tables; attention above mlp."""
-    cells, blocks, told = _cells(result), result["anatomy"]["blocks"], []
+    cells, shares, blocks, told = _cells(result), shares_left(result), result["anatomy"]["blocks"], []
     for start in range(0, blocks, 10):
         span = range(start, min(start + 10, blocks))
         lines = f"<tr><th>block</th>{''.join(f'<th scope=col>{block}</th>' for block in span)}</tr>"
@@ -216,6 +233,7 @@ def _map(result: Result) -> str:
                 state, mark, about = cells[name]
                 stop = 0 if name == "attention.0" else -1
                 button = f'class="{state}" data-site="{name}" tabindex="{stop}" aria-label="{_e(about)}"'
+                button += f' style="--left:{shares[name]:.0%}"' if name in shares else ""
                 lines += f'<td><button type="button" {button}>{mark}</button></td>'
             lines += "</tr>"
         told.append(f'<table style="--n:{len(span)}">{lines}</table>')

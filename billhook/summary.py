@@ -142,6 +142,13 @@ def narrower(result: Result) -> dict[str, str]:
     return {str(each.site): f"{len(each.groups):,} of {had[str(each.site)]:,}" for each in left}
 
 
+def shares_left(result: Result) -> dict[str, float]:
+    """Of every site that became narrower, the share of its channel groups that stayed."""
+    had = {size["site"]: size.get("groups", 0) for size in result["anatomy"]["sites"]}
+    left = Plan.of(result["plan"].get("narrowed", ())).narrowed
+    return {str(each.site): len(each.groups) / had[str(each.site)] for each in left}
+
+
 def some_narrower(left: Mapping[str, str], most: int = 6) -> str:
     """A sentence of what `narrower` says, of the first sites."""
     some = ", ".join(f"{site} {words}" for site, words in list(left.items())[:most])

@@ -128,7 +128,8 @@ def _result(console: Console, value: dict[str, Any]) -> None:
     from billhook import summary
 
     removed = value["plan"]["removed"]
-    console.print(f"Removed {len(removed)} of {len(value['anatomy']['sites'])} sites: {', '.join(removed)}")
+    names = f": {', '.join(removed)}" if removed else ""
+    console.print(f"Removed {len(removed)} of {len(value['anatomy']['sites'])} sites{names}")
     if narrow := summary.narrower(value):
         console.print(summary.some_narrower(narrow))
     table = _table("", "teacher", "student", "change")

@@ -230,6 +230,9 @@ def test_a_run_narrows_what_its_plan_says_and_proves_it(model: Path, text: Path,
     assert step["loss"] != pytest.approx(whole, rel=1e-3), "what became narrower counts"
     page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
     assert "2 narrower" in page
+    assert 'class="narrower" data-site="mlp.2" tabindex="-1"' in page
+    assert 'style="--left:46%"' in page, "22 of 48"
+    assert "the lower part stays" in page
     assert "attention.0 (1 of 2), mlp.2 (22 of 48)" in page
     assert "mlp.2: 22 of 48 channel groups stay" in card
     shown = CliRunner().invoke(app, ["show", told["run"], "--store", str(tmp_path / "b.db")]).output

@@ -140,8 +140,10 @@ class Probe:
         """
         expected = dict(zip(plans, hints, strict=True)) if hints is not None else {}
         memo = self._memos(self.tokens, self.loss)
-        for narrow in dict.fromkeys(each for each in plans if each.narrowed):
+        narrower = dict.fromkeys(each for each in plans if each.narrowed)
+        for narrow in narrower:
             yield narrow, self._narrower(narrow, memo)
+        self.tally += [Counter(full=len(narrower))] if narrower else []
         plans = list(dict.fromkeys(each for each in plans if not each.narrowed))
         if not plans:
             return
