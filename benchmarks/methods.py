@@ -44,7 +44,7 @@ SCALED: dict[str, dict[str, Any]] = {
     "sleb": {"fast": True},
     "evopress": {"set": {"generations": 16, "offspring": 16, "tokens": 512}},
 }
-DEPTH = [name for name in recipe_names() if read_yaml(OURS / f"{name}.yaml").get("search") != "narrow"]
+DEPTH = [name for name in recipe_names() if read_yaml(OURS / f"{name}.yaml").get("search") not in OF_GROUPS]
 PRUNINGS = [name for name in DEPTH if name == "sprint" or "recover" not in read_yaml(OURS / f"{name}.yaml")]
 FINALISTS = ("billhook", "finercut", "evopress")
 
