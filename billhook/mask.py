@@ -20,11 +20,18 @@ def narrowing(teacher: Teacher, plan: Plan) -> Repair:
     Raises PlanError if the plan does not fit the teacher.
     """
     teacher.anatomy.check(plan)
-    sizes, weights = {size.site: size for size in teacher.anatomy.sites}, {}
-    for each in plan.narrowed:
-        index, part = teacher.positions.index(each.site.block), each.site.part
-        block = teacher.block(each.site.block)
-        of = arch.layout_in(block, part, teacher.row, teacher.model.config)
+    repair = Repair()
+    for position in sorted({narrow.site.block for narrow in plan.narrowed}):
+        repair = repair.with_weights(narrowing_of(teacher, plan, position, teacher.block(position)).weights)
+    return repair
+
+
+def narrowing_of(teacher: Teacher, plan: Plan, position: int, block: nn.Module) -> Repair:
+    """The part of `narrowing` that is of one block, whose weights are in memory."""
+    index, weights = teacher.positions.index(position), {}
+    sizes = {size.site: size for size in teacher.anatomy.sites}
+    for each in (narrow for narrow in plan.narrowed if narrow.site.block == position):
+        of = arch.layout_in(block, each.site.part, teacher.row, teacher.model.config)
         kept = width.kept_of(of, sizes[each.site].groups, each.groups)
         for name, tensor in width.masked_weights(block, of, kept).items():
             weights[f"{teacher.row.blocks}.{index}.{name}"] = tensor

@@ -167,6 +167,18 @@ def test_depth_and_width_are_one_plan_and_a_cut_model_is_cut_again(
         )
 
 
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "mixtral"])
+def test_narrower_plans_are_measured_of_a_streamed_model_too(checkpoint: Folder, variant: str) -> None:
+    teacher, streamed = load(checkpoint(variant)), load(checkpoint(variant), memory=0)
+    assert streamed.weights is not None
+    rows = [tuple(row) for row in tiny.tokens(4, 16).tolist()]
+    tokens = token_set(rows, range(4), range(4), list("abcd"), "rows")
+    plans = [uneven(teacher, seed) for seed in (1, 2)]
+    found = (Probe(which, tokens, "kl", memory=1).losses(plans) for which in (teacher, streamed))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.sums == pytest.approx(theirs.sums, abs=1e-5)
+
+
 @pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma2", "gpt_neox"])
 def test_a_narrow_model_generates_padded_and_with_a_static_cache(checkpoint: Folder, variant: str) -> None:
     teacher = load(checkpoint(variant))

@@ -98,7 +98,11 @@ class Bench:
         self._runs = Mended(self.walk, plan, self.mask(plan), repair)
 
     def narrow(self, plan: Plan) -> None:
-        """From now on measure what `plan`, which narrows sites, leaves, in the place of the plan of its removals."""
+        """From now on measure what `plan`, which narrows sites, leaves, in the place of the plan of its removals.
+
+        Raises PlanError if it does not fit the teacher.
+        """
+        self.teacher.anatomy.check(plan)
         self._runs = Narrower(self.walk, plan, self._narrower)
 
     # -- memory -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import nn
 
 from billhook import arch
 from billhook.errors import UsageError
-from billhook.mask import narrowing
+from billhook.mask import narrowing_of
 from billhook.modeling_billhook import remove_part
 from billhook.plan import PARTS, Plan, Site
 from billhook.probe.trunk import Trunk
@@ -109,9 +109,8 @@ class Narrower:
             self.streams.get((group, start, so_far[start])) if start else trunk.enter(self.walk.ids[group])
             for group in groups
         ]
-        rest = Plan(frozenset(), self.plan.narrowed - so_far[start].narrowed)
-        repair = narrowing(trunk.teacher, rest) if rest else Repair()
         for index, block in enumerate(trunk.blocks(range(start, trunk.depth)), start):
+            repair = narrowing_of(trunk.teacher, self.plan, trunk.teacher.positions[index], block)
             with standing(trunk, index, block, self.plan, repair):
                 held = [trunk.call(index, block, x) for x in held]
             for group, x in zip(groups, held, strict=True):
