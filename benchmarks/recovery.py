@@ -108,11 +108,9 @@ def tell(event: Event) -> None:
         print(f"{time.strftime('%H:%M:%S')} {event.stage} {event.done}/{event.total} {event.note}", file=sys.stderr)
 
 
-def recovered(
-    job: Job, bench: lab.Lab, plan: Plan, work: Path, repair: Repair = UNTOUCHED
-) -> tuple[Repair, list[tuple[float, float]]]:
-    """The `repair` after a chain of recoveries, and the best validation loss over the seconds of its trainings."""
-    start = time.perf_counter()
+def recovered(job: Job, bench: lab.Lab, plan: Plan, work: Path) -> tuple[Repair, list[tuple[float, float]]]:
+    """The repair of a chain of recoveries, and the best validation loss over the seconds of its trainings."""
+    repair, start = UNTOUCHED, time.perf_counter()
     curve: list[tuple[float, float]] = []
 
     def watch(event: Event) -> None:

@@ -27,7 +27,6 @@ import billhook
 from billhook import lab, speed
 from billhook.evaluate.choices import log_probabilities, outcomes
 from billhook.face import keep_pages
-from billhook.mask import narrowing
 from billhook.plan import Plan
 from billhook.proof import nats_of
 from billhook.recipe import combined, recipe_from
@@ -101,9 +100,8 @@ def measured(bench: lab.Lab, texts: dict[str, str], what: str, work: Path) -> di
         return found
 
     asked = recipe.model_copy(update={"recover": "fold", "recover_tokens": FOLD_TOKENS})
-    begun = narrowing(bench.teacher, trial.plan) if trial.plan.narrowed else UNTOUCHED
     start = time.perf_counter()
-    repair, _ = recovered(bench.job(asked), bench, trial.plan, work, begun)
+    repair, _ = recovered(bench.job(asked), bench, trial.plan, work)
     seconds = time.perf_counter() - start
     sides = (on(Plan(), UNTOUCHED), on(trial.plan, UNTOUCHED), on(trial.plan, repair))
     anatomy = bench.teacher.anatomy

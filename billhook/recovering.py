@@ -13,7 +13,6 @@ from typing import Any
 from billhook.data import TokenSet
 from billhook.errors import UsageError
 from billhook.loading import Teacher
-from billhook.mask import narrowing
 from billhook.plan import Plan
 from billhook.portions import shared_out
 from billhook.proof import Job, nats_of
@@ -60,8 +59,7 @@ def recovered(job: Job, teacher: Teacher, plan: Plan, texts: Mapping[str, TokenS
 
     `work`: for what a killed run goes on from: every finished repair, and the checkpoints of a training.
     """
-    recipe, start = job.recipe, narrowing(teacher, plan) if plan.narrowed else UNTOUCHED
-    repair, before = start, start
+    recipe, repair, before = job.recipe, UNTOUCHED, UNTOUCHED
     options = recovery_options(recipe)
     if not options:
         return Recovered()
@@ -88,11 +86,10 @@ def recovered(job: Job, teacher: Teacher, plan: Plan, texts: Mapping[str, TokenS
                 (training / ADAPTER).rename(work / ADAPTER)
             repair.save(file)
             shutil.rmtree(training)
-        pair = UNTOUCHED if before is start else before, repair  # zeros in the place of what is cut change nothing
         told.append({
             "recovery": name, "options": own, "seconds": took, "parameters": repair.parameters(),
             "tokens": train.tokens, "data": train.source,
-            "on": {text: _gained(job, teacher, plan, pair, tokens) for text, tokens in texts.items()},
+            "on": {text: _gained(job, teacher, plan, (before, repair), tokens) for text, tokens in texts.items()},
         })  # fmt: skip
     apart = work / ADAPTER if (work / ADAPTER).is_dir() else None
     return Recovered(repair, tuple(told), before if apart else None, apart, train.digests + valid.digests)

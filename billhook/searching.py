@@ -20,7 +20,6 @@ from billhook.execute import Executor, Folding, Told, memos
 from billhook.loading import Teacher, load
 from billhook.losses import split_loss
 from billhook.margin import Kept, Margin
-from billhook.mask import narrowing
 from billhook.plan import Anatomy, Ask, Plan
 from billhook.portions import halves, mixed_sets, picked
 from billhook.probe import Fast, Probe
@@ -29,7 +28,6 @@ from billhook.proof import Job, environment, evaluated
 from billhook.recipe import Recipe, read_plan
 from billhook.records import Event, Loss, Step, Watch, steps
 from billhook.recover import RECOVERIES, Subject
-from billhook.repair import UNTOUCHED
 from billhook.scoring import Scored, options_of, pretended, scored
 from billhook.search import SEARCHES, Search, settle
 from billhook.store import Measured
@@ -195,8 +193,7 @@ def _judge(job: Job, teacher: Teacher, calibration: TokenSet) -> Callable[[Plan]
     def judge(plan: Plan) -> Loss:
         known = job.store.loss(of, plan)
         if known is None:
-            left = replace(subject, plan=plan, repair=narrowing(teacher, plan) if plan.narrowed else UNTOUCHED)
-            repair = RECOVERIES["fold"](left, train, train, **FOLD).rounded(teacher.dtype)
+            repair = RECOVERIES["fold"](replace(subject, plan=plan), train, train, **FOLD).rounded(teacher.dtype)
             known = probe.mended(plan, repair)
             job.store.add_loss(of, plan, known, job.run)
         return known

@@ -24,12 +24,11 @@ from billhook.data import Choices, TokenSet, Wanted, token_set, token_sets
 from billhook.errors import PlanError, UsageError
 from billhook.evaluate.choices import log_probabilities
 from billhook.loading import Teacher, load
-from billhook.mask import narrowing
 from billhook.modeling_billhook import put
 from billhook.plan import Narrow, Plan, Site, numbers, ranges
 from billhook.probe import Probe
 from billhook.recover import RECOVERIES, Subject
-from billhook.repair import UNTOUCHED, read_repair
+from billhook.repair import UNTOUCHED, Repair, read_repair
 
 Folder = Callable[[str], Path]
 
@@ -201,7 +200,7 @@ def test_plans_that_begin_alike_are_measured_as_if_each_were_alone(checkpoint: F
     plans = [whole, later, Plan(), Plan(later.removed), whole, *(uneven(teacher, seed) for seed in (3, 4))]
     probe = Probe(teacher, tokens, "kl")
     for plan, found in zip(plans, probe.losses(plans), strict=True):
-        alone = Probe(teacher, tokens, "kl").mended(Plan(plan.removed), narrowing(teacher, plan))
+        alone = Probe(teacher, tokens, "kl").mended(plan, UNTOUCHED)
         assert found.sums == pytest.approx(alone.sums, abs=1e-5)
     fresh = Probe(teacher, tokens, "kl")
     assert fresh.losses([whole])[0].sums == pytest.approx(probe.losses([whole])[0].sums, abs=1e-6)
@@ -296,7 +295,7 @@ def test_a_fold_gives_a_twin_what_its_copy_did(checkpoint: Folder, tmp_path: Pat
     plan = Plan(frozenset(), frozenset([Narrow(Site(2, "mlp"), tuple(g for g in range(48) if g != 5))]))
     rows = tiny.tokens(24, 24, seed=5)
     texts = token_set([tuple(r) for r in rows.tolist()], range(24), range(24), list(map(str, range(24))), "rows")
-    subject = Subject(teacher, plan, narrowing(teacher, plan))
+    subject = Subject(teacher, plan)
     repair = RECOVERIES["fold"](subject, texts, texts, reach="next")
     ids = tiny.tokens(4, 20, seed=9)
     expected = logits(teacher.model, ids)
@@ -337,7 +336,7 @@ def test_what_carries_a_constant_goes_without_a_loss_under_compensation(
     teacher, plan = constant(variant, checkpoint, tmp_path / "constant")
     rows, ids = tiny.tokens(12, 24, seed=5), tiny.tokens(4, 20, seed=9)
     texts = token_set([tuple(r) for r in rows.tolist()], range(12), range(12), list(map(str, range(12))), "rows")
-    repair = RECOVERIES["compensate"](Subject(teacher, plan, narrowing(teacher, plan)), texts, texts)
+    repair = RECOVERIES["compensate"](Subject(teacher, plan), texts, texts)
     expected = logits(teacher.model, ids)
     assert (logits(billhook.apply(teacher, plan), ids) - expected).abs().max() > 0.1
     student = billhook.apply(teacher, plan, repair=repair)
@@ -384,7 +383,7 @@ def test_a_narrow_run_recovers_and_saves_what_it_proved(model: Path, text: Path,
 def test_what_was_trained_narrow_is_not_refitted(checkpoint: Folder) -> None:
     teacher, plan = load(checkpoint("llama")), Plan.of(["mlp.2[0-30]"])
     weight = torch.zeros(31, 32)
-    repair = narrowing(teacher, plan).with_weights({"model.layers.2.mlp.up_proj.weight": weight})
+    repair = Repair({"model.layers.2.mlp.up_proj.weight": weight})
     rows = tiny.tokens(8, 24)
     texts = token_set([tuple(r) for r in rows.tolist()], range(8), range(8), list(map(str, range(8))), "rows")
     with pytest.raises(UsageError, match="fold,lora"):

@@ -11,42 +11,47 @@ from torch import nn
 
 from billhook import arch
 from billhook.errors import UsageError
-from billhook.mask import narrowing_of
+from billhook.mask import narrowing
 from billhook.modeling_billhook import remove_part
 from billhook.plan import PARTS, Plan, Site
 from billhook.probe.trunk import Trunk
 from billhook.probe.walk import Job, Streams, Walk
-from billhook.repair import Repair, give_bias, patch_module
+from billhook.repair import UNTOUCHED, Repair, give_bias, patch_module
 from billhook.stream import put
 
 
 @contextmanager
 def standing(trunk: Trunk, index: int, block: nn.Module, plan: Plan, repair: Repair) -> Iterator[None]:
-    """Inside, block `index` is as a repaired student has it: removed parts out, patches and biases in, weights new."""
+    """Inside, block `index` is as a repaired student has it: removed parts out, patches and biases in, weights new, and
+    zeros where channel groups go."""
     position, row, config = trunk.teacher.positions[index], trunk.row, trunk.model.config
     parts = row.parts(block, config)
     stood: dict[str, nn.Module] = {}
     weights: dict[str, torch.Tensor] = {}
     inside = f"{row.blocks}.{index}."
-    for name, tensor in repair.weights.items():
-        if name.startswith(inside):
-            key = name.removeprefix(inside)
-            if tensor.shape != block.get_parameter(key).shape:
-                raise UsageError(
-                    f"What was trained of a narrower site ({name}) cannot be refitted. Recover by fold before "
-                    "training: --recover fold,lora."
-                )
-            weights[key] = put(block, key, tensor.to(block.get_parameter(key)))
-    for part in PARTS:
-        if (site := Site(position, part)) in plan.removed:
-            patch = repair.patches.get(site)
-            outputs = parts[part]["outputs"]
-            place = None
-            if patch is not None:
-                place = patch_module(patch, outputs, trunk.teacher.device, trunk.model.dtype)
-            stood |= remove_part(block, parts[part], place)
-    biased = [module for part in PARTS if (module := _biased(trunk, block, Site(position, part), repair)) is not None]
+    biased: list[nn.Module] = []
     try:
+        for key, tensor in narrowing(trunk.teacher, plan, position, block).items():
+            weights[key] = put(block, key, tensor)
+        for name, tensor in repair.weights.items():
+            if name.startswith(inside):
+                key = name.removeprefix(inside)
+                if tensor.shape != block.get_parameter(key).shape:
+                    raise UsageError(
+                        f"What was trained of a narrower site ({name}) cannot be refitted. Recover by fold before "
+                        "training: --recover fold,lora."
+                    )
+                weights.setdefault(key, put(block, key, tensor.to(block.get_parameter(key))))
+        for site in (Site(position, part) for part in PARTS):
+            if site in repair.biases:
+                output = arch.output_of(block, site.part, row, config)
+                biased.append(block.get_submodule(str(output)))
+                give_bias(biased[-1], repair.biases[site])
+            if site in plan.removed:
+                outputs, place = parts[site.part]["outputs"], None
+                if site in repair.patches:
+                    place = patch_module(repair.patches[site], outputs, trunk.teacher.device, trunk.model.dtype)
+                stood |= remove_part(block, parts[site.part], place)
         yield
     finally:
         for module in biased:
@@ -55,15 +60,6 @@ def standing(trunk: Trunk, index: int, block: nn.Module, plan: Plan, repair: Rep
             setattr(block, name, module)
         for key, parameter in weights.items():
             put(block, key, parameter)
-
-
-def _biased(trunk: Trunk, block: nn.Module, site: Site, repair: Repair) -> nn.Module | None:
-    """The output projection of a site with the bias that a repair gives it, if it gives one."""
-    if site not in repair.biases:
-        return None
-    module = block.get_submodule(str(arch.output_of(block, site.part, trunk.row, trunk.model.config)))
-    give_bias(module, repair.biases[site])
-    return module
 
 
 @dataclass(frozen=True)
@@ -110,8 +106,7 @@ class Narrower:
             for group in groups
         ]
         for index, block in enumerate(trunk.blocks(range(start, trunk.depth)), start):
-            repair = narrowing_of(trunk.teacher, self.plan, trunk.teacher.positions[index], block)
-            with standing(trunk, index, block, self.plan, repair):
+            with standing(trunk, index, block, self.plan, UNTOUCHED):
                 held = [trunk.call(index, block, x) for x in held]
             for group, x in zip(groups, held, strict=True):
                 self.streams.put((group, index + 1, so_far[index + 1]), x)
