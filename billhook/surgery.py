@@ -16,11 +16,12 @@ from billhook import arch, modeling_billhook, width
 from billhook.errors import PlanError
 from billhook.loading import Teacher, stock_classes
 from billhook.modeling_billhook import number_caches, pruned_classes, strip
-from billhook.plan import PARTS, Plan, Site, ranges
+from billhook.plan import PARTS, Plan, Site, numbers, ranges
 from billhook.records import Event, Watch
 from billhook.repair import UNTOUCHED, Patch, Repair, give_bias, patch_module
 from billhook.stream import Weights
 
+_Cut = tuple[width.Layout, width.Slot, list[list[int]]]  # of which layout, which slot, and what stays of each expert
 COPY_BYTES = 3 * 10**8  # of a shard of a model that is never in memory as a whole
 # Lists in a config that hold one entry a block.
 PER_BLOCK_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "kv_sharing_modes")
@@ -36,8 +37,6 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     with the teacher. Raises PlanError if the plan does not fit the teacher, or a patch the stock shape.
     """
     teacher.anatomy.check(plan)
-    if plan.narrowed and teacher.weights is not None:
-        raise PlanError(f"{teacher.name} is larger than the memory, and only a model that fits can be narrowed.")
     row = teacher.row
     removed = Plan(teacher.removed.removed | plan.removed)
     patched = _patched(teacher) | {site: patch.entry() for site, patch in repair.patches.items()}
@@ -161,6 +160,11 @@ def _narrowed(student: Any, teacher: Teacher, plan: Plan, repair: Repair) -> dic
         block = arch.blocks_of(student, row)[teacher.positions.index(each.site.block)]
         part, alive = each.site.part, sizes[each.site].groups
         of = arch.layout_in(block, part, row, config)
+        if of.experts > 1 and teacher.weights is not None:
+            raise PlanError(
+                f"{teacher.name} is larger than the memory, and the experts of {each.site} can only be narrowed in "
+                "memory. Narrow its attentions, with --set parts=mha, or give it more --memory."
+            )
         module = width.cut(block, row.path(part), of, config, width.kept_of(of, alive, each.groups))
         output = of.output.name.removesuffix(".weight")
         if each.site in repair.biases:
@@ -310,6 +314,7 @@ def copy_shards(student: Any, teacher: Teacher, weights: Weights, folder: Path, 
     kept = student.config.billhook["kept_blocks"]
     has = student.state_dict(keep_vars=True)
     own = {id(p) for p in teacher.model.parameters()} | {id(b) for b in teacher.model.buffers()}
+    cuts, narrower = _cuts(student, teacher), dict[str, _Cut]()
     jobs: dict[str, tuple[str | None, torch.Tensor | None]] = {}  # by new name: its name in the source, its new value
     covered: set[str] = set()
     for name, targets in weights.targets().items():
@@ -319,6 +324,8 @@ def copy_shards(student: Any, teacher: Teacher, weights: Weights, folder: Path, 
         if new is not None and there:
             fresh = [tensor for tensor in there.values() if id(tensor) not in own]
             jobs[new] = (name, fresh[0] if len(fresh) == len(there) else None)
+            if (cut := next((cuts[t] for t in there if t in cuts), None)) is not None:
+                narrower[new] = cut
     for name, tensor in has.items():
         if isinstance(tensor, nn.Parameter) and name not in covered and id(tensor) not in own:
             jobs[name] = (None, tensor)
@@ -328,13 +335,19 @@ def copy_shards(student: Any, teacher: Teacher, weights: Weights, folder: Path, 
         if fresh is None or name is None:
             return weights.source(name) if name else fresh.detach().to("cpu", teacher.dtype)  # type: ignore[union-attr]
         source = weights.source(name)
+        if new in narrower:
+            source = width.taken(source, *narrower[new])
+            return source if fresh.device.type == "meta" else fresh.detach().to("cpu", source.dtype)
         if fresh.device.type == "meta":
             return torch.zeros_like(source)
         assert source.shape == fresh.shape, f"{new} is stored in another form than it is used"
         return fresh.detach().to("cpu", source.dtype)
 
     items = teacher.dtype.itemsize
-    sizes = {n: weights.source_bytes(old) if old else t.numel() * items for n, (old, t) in jobs.items()}  # type: ignore[union-attr]
+    sizes = {
+        n: weights.source_bytes(old) if old and n not in narrower else t.numel() * items  # type: ignore[union-attr]
+        for n, (old, t) in jobs.items()
+    }
     shards = _packed(sizes, COPY_BYTES)
     files: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
@@ -344,6 +357,21 @@ def copy_shards(student: Any, teacher: Teacher, weights: Weights, folder: Path, 
         files |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _cuts(student: Any, teacher: Teacher) -> dict[str, _Cut]:
+    """How the parameters of sites that became narrower come of the teacher's, by the student's names."""
+    told, row, cuts = student.config.billhook, teacher.row, dict[str, _Cut]()
+    sizes = {str(size.site): size for size in teacher.anatomy.sites}
+    for name, groups in told.get("groups", {}).items():
+        size, left = sizes[name], numbers(groups["kept"])
+        if left == size.groups:
+            continue
+        of = arch.layout_in(teacher.block(size.site.block), size.site.part, row, teacher.model.config)
+        place = f"{row.blocks}.{told['kept_blocks'].index(size.site.block)}."
+        for slot in of.slots:
+            cuts[place + slot.name] = of, slot, width.kept_of(of, size.groups, left)
+    return cuts
 
 
 def _packed(sizes: dict[str, int], most: int) -> list[list[str]]:

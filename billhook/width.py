@@ -241,8 +241,9 @@ def _gone(slot: Slot, places: Sequence[int]) -> torch.Tensor:
     return slot.index[away].flatten()
 
 
-def taken(tensor: torch.Tensor, slot: Slot, kept: list[list[int]]) -> torch.Tensor:
-    """What stays of a parameter; entries that belong to no group do."""
+def taken(tensor: torch.Tensor, of: Layout, slot: Slot, kept: list[list[int]]) -> torch.Tensor:
+    """What stays of a parameter; entries that belong to no group do. The weight of a norm over all heads is larger by
+    the root of what is missing under it."""
 
     def of_one(piece: torch.Tensor, places: list[int], axis: int) -> torch.Tensor:
         stay = torch.ones(piece.shape[axis], dtype=torch.bool)
@@ -250,7 +251,8 @@ def taken(tensor: torch.Tensor, slot: Slot, kept: list[list[int]]) -> torch.Tens
         return piece.index_select(axis, stay.nonzero().flatten().to(piece.device))
 
     if len(kept) == 1:
-        return of_one(tensor, kept[0], slot.axis)
+        stays = of_one(tensor, kept[0], slot.axis)
+        return stays * math.sqrt(of.groups / len(kept[0])) if slot.name.removesuffix(".weight") in of.norms else stays
     return torch.stack([of_one(piece, places, slot.axis - 1) for piece, places in zip(tensor, kept, strict=True)])
 
 
@@ -264,13 +266,10 @@ def cut(block: nn.Module, path: str, of: Layout, config: Config, kept: list[list
     shapes: dict[str, list[int]] = {}
     attributes: dict[str, dict[str, Any]] = {}
     for slot in of.slots:
-        tensor = taken(block.get_parameter(slot.name).detach(), slot, kept)
-        if slot.name.removesuffix(".weight") in of.norms:
-            name = slot.name.removesuffix(".weight")
-            ratio = count / of.groups
-            tensor = tensor / math.sqrt(ratio)
+        tensor = taken(block.get_parameter(slot.name).detach(), of, slot, kept)
+        if (name := slot.name.removesuffix(".weight")) in of.norms:
             norm: Any = block.get_submodule(name)
-            attributes[name] = {"variance_epsilon": norm.variance_epsilon / ratio}
+            attributes[name] = {"variance_epsilon": norm.variance_epsilon * of.groups / count}
         put(block, slot.name, tensor.contiguous())
         shapes[slot.name] = list(tensor.shape)
     if of.heads:

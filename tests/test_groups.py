@@ -354,3 +354,10 @@ def test_a_terminal_of_80_columns_shows_scores_of_groups(model: Path, text: Path
     assert "mlp.3" in done.stdout
     assert "lowest is" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_streamed_model_has_the_same_scores(checkpoint: Folder, name: str) -> None:
+    found = [GROUP_METRICS[name](Probe(load(checkpoint("llama"), memory=m), documents(), "nll")) for m in (None, 0)]
+    for site, values in found[0].items():
+        torch.testing.assert_close(found[1][site], values, rtol=1e-4, atol=1e-6)

@@ -23,6 +23,7 @@ from billhook.cli import app
 from billhook.data import Choices, TokenSet, Wanted, token_set, token_sets
 from billhook.errors import PlanError, UsageError
 from billhook.evaluate.choices import log_probabilities
+from billhook.export.checkpoint import check_streamed, write
 from billhook.loading import Teacher, load
 from billhook.modeling_billhook import put
 from billhook.plan import Narrow, Plan, Site, numbers, ranges
@@ -176,6 +177,37 @@ def test_narrower_plans_are_measured_of_a_streamed_model_too(checkpoint: Folder,
     found = (Probe(which, tokens, "kl", memory=1).losses(plans) for which in (teacher, streamed))
     for ours, theirs in zip(*found, strict=True):
         assert ours.sums == pytest.approx(theirs.sums, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "folded"),
+    [(v, f) for v in ("llama", "gpt2", "phi3", "falcon_new") for f in (False, True)] + [("olmo2", False)],
+)
+def test_a_streamed_model_is_narrowed_from_file_to_file(
+    checkpoint: Folder, variant: str, folded: bool, tmp_path: Path
+) -> None:
+    found = []
+    for memory in (None, 0):
+        teacher = load(checkpoint(variant), memory=memory)
+        plan = uneven(teacher, 4).without(Site(1, "mlp"))
+        repair = UNTOUCHED
+        if folded:
+            rows = [tuple(row) for row in tiny.tokens(24, 24, seed=5).tolist()]
+            texts = token_set(rows, range(24), range(24), list(map(str, range(24))), "rows")
+            repair = RECOVERIES["fold"](Subject(teacher, plan, memory=1), texts, texts)
+        student = billhook.apply(teacher, plan, repair=repair)
+        out = tmp_path / f"{memory}"
+        write(student, None, plan, out, teacher=teacher)
+        if teacher.weights is not None:
+            check_streamed(teacher, plan, out, tiny.tokens(2, 16), repair=repair)
+        found.append(logits(load(out).model, tiny.tokens(2, 20)))
+    torch.testing.assert_close(found[0], found[1], atol=1e-3 if folded else 1e-6, rtol=1e-3)
+
+
+def test_experts_of_a_streamed_model_stay_as_they_are(checkpoint: Folder) -> None:
+    teacher = load(checkpoint("mixtral"), memory=0)
+    with pytest.raises(PlanError, match="only be narrowed in memory"):
+        billhook.apply(teacher, uneven(teacher, 1))
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen3", "gemma2", "gpt_neox"])
