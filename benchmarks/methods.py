@@ -103,11 +103,10 @@ def sweep(given: argparse.Namespace, part: str, recipes: Sequence[str], **option
     """One sweep into --work, through the store that all parts share."""
     shutil.rmtree(given.work / part, ignore_errors=True)
     common = {"tokens": TOKENS, "length": LENGTH, "eval_tokens": 16384, "eval_length": 512} | options
-    told = billhook.sweep(
+    return billhook.sweep(
         "demo", recipe_files(given.work, recipes), out=given.work / part, store=given.work / "billhook.db", watch=tell,
         **common,
     )  # fmt: skip
-    return file_result(part, told)
 
 
 def tell(event: Event) -> None:
@@ -118,10 +117,11 @@ def tell(event: Event) -> None:
 
 def table(given: argparse.Namespace, texts: dict[str, str], size: str) -> None:
     """All recipes at one size, two texts, three tasks."""
-    sweep(
+    told = sweep(
         given, size, PRUNINGS, remove=[size], data=[texts["c4"]], eval_data=[texts["c4"], texts["wikitext2"]],
         tasks=[texts[name] for name in TASKS],
     )  # fmt: skip
+    file_result(size, told)
 
 
 def draws(given: argparse.Namespace, texts: dict[str, str]) -> None:
@@ -137,7 +137,8 @@ def calibration(given: argparse.Namespace, texts: dict[str, str]) -> None:
     """The default recipe on other calibration texts."""
     c4, wiki = texts["c4"], texts["wikitext2"]
     datas = [c4, wiki, "pydoc", "self", f"{c4}+self", f"{c4}+{wiki}"]
-    sweep(given, "calibration", ["billhook"], remove=["10%"], data=datas, eval_data=[c4, wiki])
+    told = sweep(given, "calibration", ["billhook"], remove=["10%"], data=datas, eval_data=[c4, wiki])
+    file_result("calibration", told)
 
 
 def regret(given: argparse.Namespace, texts: dict[str, str]) -> None:
