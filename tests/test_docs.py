@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -71,6 +72,12 @@ def inline(text: str) -> list[str]:
 @pytest.mark.parametrize("name", GENERATE.PAGES)
 def test_generated_blocks_are_up_to_date(name: str) -> None:
     assert read(DOCS / name) == GENERATE.page(name), f"docs/{name} is out of date. Run: make docs"
+
+
+def test_the_results_are_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    methods, results = (importlib.import_module(name) for name in ("methods", "results"))
+    assert read(DOCS / "results.md") == results.page(methods.MEASURED, methods.SCALED)
 
 
 def test_every_command_and_option_is_documented() -> None:
