@@ -24,11 +24,12 @@ from results import page
 
 import billhook
 from billhook import lab, stats
-from billhook.evaluate.choices import log_probabilities, outcomes
+from billhook.data import TokenSet
+from billhook.evaluate.choices import outcomes
 from billhook.face import keep_pages
 from billhook.plan import Plan
 from billhook.portions import shared_out
-from billhook.proof import Job, nats_of
+from billhook.proof import Job, Side, choice_sums, nats_of
 from billhook.recipe import combined, recipe_from
 from billhook.records import EvalResult, Event
 from billhook.recover import RECOVERIES, Subject
@@ -36,7 +37,6 @@ from billhook.recovering import EVERY, recovery_options
 from billhook.repair import UNTOUCHED, Repair
 from billhook.searching import recovery_tokens
 from billhook.store import Store
-from billhook.surgery import apply
 
 FREE = ("mean", "scale", "lowrank", "linear", "fold", "fold+mixed")
 TRAINED = ("bias", "partial", "lora", "fold,bias", "fold,partial", "fold,lora", "fold,full", "fold,lora+mixed")
@@ -71,17 +71,8 @@ def main() -> None:
         told |= {"removed": trial.plan.names(), "evaluation": {name: each.describe() for name, each in sets.items()},
                  "minutes": given.minutes, "tokens": given.tokens}  # fmt: skip
 
-        def measured(repair: Repair, plan: Plan) -> dict[str, EvalResult]:
-            found = {}
-            for name, tokens in sets.items():
-                if tokens.choices is None:
-                    (found[name],) = nats_of(bench.job(recipe), bench.teacher, [(plan, repair)], tokens)
-                else:
-                    student = apply(bench.teacher, plan, repair=repair)
-                    found[name] = outcomes(tokens, log_probabilities(student, tokens))["acc"]
-            return found
-
-        dense, bare = measured(UNTOUCHED, Plan()), measured(UNTOUCHED, trial.plan)
+        job = bench.job(recipe)
+        dense, bare = (results_of(job, bench, sets, (plan, UNTOUCHED)) for plan in (Plan(), trial.plan))
         for chain in given.only:
             names, _, mixed = chain.partition("+")
             data = f"{texts['c4']}+{texts['wikitext2']}" if mixed else texts["c4"]
@@ -93,13 +84,24 @@ def main() -> None:
             start = time.perf_counter()
             repair, curve = recovered(bench.job(asked), bench, trial.plan, given.work / "training")
             seconds = time.perf_counter() - start
-            told["rows"][chain] = row(dense, bare, measured(repair, trial.plan), seconds) | {
+            told["rows"][chain] = row(dense, bare, results_of(job, bench, sets, (trial.plan, repair)), seconds) | {
                 "parameters": repair.parameters(), "tokens": given.tokens, "minutes": given.minutes, "curve": curve
             }  # fmt: skip
             file_result("recovery", told)
             given.results.write_text(page(MEASURED, SCALED), encoding="utf-8")
         store.update(run, state="done")
     written_down(database, MEASURED)
+
+
+def results_of(job: Job, bench: lab.Lab, sets: dict[str, TokenSet], side: Side) -> dict[str, EvalResult]:
+    """Perplexity on every text and accuracy on every task of one student; filed, so that no side is measured twice."""
+    found = {}
+    for name, tokens in sets.items():
+        if tokens.choices is None:
+            (found[name],) = nats_of(job, bench.teacher, [side], tokens)
+        else:
+            found[name] = outcomes(tokens, choice_sums(job, bench.teacher, [side], tokens)[0])["acc"]
+    return found
 
 
 def tell(event: Event) -> None:

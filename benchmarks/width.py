@@ -20,18 +20,16 @@ from typing import Any
 
 from measured import put_back, written_down
 from methods import LENGTH, MEASURED, SCALED, TASKS, TOKENS, file_result, texts_of  # the files beside this one
-from recovery import recovered, row, tell
+from recovery import recovered, results_of, row, tell
 from results import page
 
 import billhook
 from billhook import lab, speed
-from billhook.evaluate.choices import log_probabilities, outcomes
 from billhook.face import keep_pages
 from billhook.plan import Plan
-from billhook.proof import nats_of
 from billhook.recipe import combined, recipe_from
-from billhook.records import EvalResult, Event
-from billhook.repair import UNTOUCHED, Repair
+from billhook.records import Event
+from billhook.repair import UNTOUCHED
 from billhook.store import Store
 from billhook.surgery import apply
 
@@ -89,21 +87,12 @@ def measured(bench: lab.Lab, texts: dict[str, str], what: str, work: Path) -> di
                     tuple(texts[task] for task in TASKS))  # fmt: skip
     sets = lab.evaluation_sets(bench, grid, recipe)
 
-    def on(plan: Plan, repair: Repair) -> dict[str, EvalResult]:
-        found = {}
-        for source, tokens in sets.items():
-            if tokens.choices is None:
-                (found[source],) = nats_of(bench.job(recipe), bench.teacher, [(plan, repair)], tokens)
-            else:
-                student = apply(bench.teacher, plan, repair=repair) if plan else bench.teacher.model
-                found[source] = outcomes(tokens, log_probabilities(student, tokens))["acc"]
-        return found
-
     asked = recipe.model_copy(update={"recover": "fold", "recover_tokens": FOLD_TOKENS})
     start = time.perf_counter()
     repair, _ = recovered(bench.job(asked), bench, trial.plan, work)
     seconds = time.perf_counter() - start
-    sides = (on(Plan(), UNTOUCHED), on(trial.plan, UNTOUCHED), on(trial.plan, repair))
+    students = (Plan(), UNTOUCHED), (trial.plan, UNTOUCHED), (trial.plan, repair)
+    sides = (results_of(bench.job(recipe), bench, sets, student) for student in students)
     anatomy = bench.teacher.anatomy
     return row(*sides, seconds) | {
         "removed": trial.plan.names(), "narrowed": trial.plan.narrow_names(), "search_seconds": trial.seconds,

@@ -24,11 +24,11 @@ from billhook.summary import (
     Result,
     count,
     duration,
+    left_of,
     narrower,
     notes,
     recovery_rows,
     rows,
-    shares_left,
     short,
     verdict,
 )
@@ -163,7 +163,7 @@ def page(result: Result) -> str:
         notes="".join(f'<p class="note">{_e(note)}</p>' for note in notes(result)),
         table=_whole_spans(measured),
         map=_map(result),
-        narrower=NARROWER if shares_left(result) else "",
+        narrower=NARROWER if left_of(result) else "",
         removals=_removals(result),
         recovered=_recovered(result),
         charts="".join(charts),
@@ -223,7 +223,8 @@ def _cells(result: Result) -> dict[str, tuple[str, str, str]]:
 
 def _map(result: Result) -> str:
     """Blocks from left to right, ten to a table, so that narrow screens can stack the tables; attention above mlp."""
-    cells, shares, blocks, told = _cells(result), shares_left(result), result["anatomy"]["blocks"], []
+    cells, blocks, told = _cells(result), result["anatomy"]["blocks"], []
+    shares = {site: left / had for site, (left, had) in left_of(result).items()}
     for start in range(0, blocks, 10):
         span = range(start, min(start + 10, blocks))
         lines = f"<tr><th>block</th>{''.join(f'<th scope=col>{block}</th>' for block in span)}</tr>"

@@ -135,18 +135,16 @@ def verdict(result: Result) -> str:
     return f"{len(plan.removed)} of {count(alive, 'site')} removed{whole}{narrower}: {', '.join(facts)}."
 
 
-def narrower(result: Result) -> dict[str, str]:
-    """Of every site that became narrower, how much of it stayed: `{"mlp.2": "22 of 48"}`."""
+def left_of(result: Result) -> dict[str, tuple[int, int]]:
+    """Of every site that became narrower, how many of its channel groups stayed, and how many it had."""
     had = {size["site"]: size.get("groups", 0) for size in result["anatomy"]["sites"]}
     left = sorted(Plan.of(result["plan"].get("narrowed", ())).narrowed)
-    return {str(each.site): f"{len(each.groups):,} of {had[str(each.site)]:,}" for each in left}
+    return {str(each.site): (len(each.groups), had[str(each.site)]) for each in left}
 
 
-def shares_left(result: Result) -> dict[str, float]:
-    """Of every site that became narrower, the share of its channel groups that stayed."""
-    had = {size["site"]: size.get("groups", 0) for size in result["anatomy"]["sites"]}
-    left = Plan.of(result["plan"].get("narrowed", ())).narrowed
-    return {str(each.site): len(each.groups) / had[str(each.site)] for each in left}
+def narrower(result: Result) -> dict[str, str]:
+    """The same in words: `{"mlp.2": "22 of 48"}`."""
+    return {site: f"{left:,} of {had:,}" for site, (left, had) in left_of(result).items()}
 
 
 def some_narrower(left: Mapping[str, str], most: int = 6) -> str:

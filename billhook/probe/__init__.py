@@ -187,20 +187,18 @@ class Probe:
         """The loss of a plan that narrows sites, in full."""
         known = memo.recall([plan])[0].loss
         if known is None:
-            self._narrowed(plan)
-            assert self._apart is not None
-            known = self._apart.losses([Plan(plan.removed)])[0]
+            known = self._narrowed(plan).losses([Plan(plan.removed)])[0]
             memo.settle(plan, known)
         return known
 
-    def _narrowed(self, plan: Plan) -> Bench:
-        """Where a plan that narrows sites is measured, in the place of the plan of its removals."""
+    def _narrowed(self, plan: Plan) -> Probe:
+        """What measures a plan that narrows sites, in the place of the plan of its removals."""
         if self._apart is None:
             self._apart = Probe(self.teacher, self.tokens, self.loss, memory=self.memory)
             self._trunks.append(self._apart._bench.trunk)
         self._bench.walk.streams.clear()  # the room for streams is there once
         self._apart._bench.narrow(plan)
-        return self._apart._bench
+        return self._apart
 
     def _choice(
         self,
@@ -276,11 +274,19 @@ class Probe:
         For token sets with choices. What evaluations of many plans need, from one walk and without a student.
         """
         assert self.tokens.choices is not None, "only rows that are choices have sums of their own"
-        found = _row_sums(self._bench, [plan for plan in plans if not plan.narrowed], len(self.tokens.lengths))
-        for plan in dict.fromkeys(plan for plan in plans if plan.narrowed):
-            bare = Plan(plan.removed)
-            found[plan] = _row_sums(self._narrowed(plan), [bare], len(self.tokens.lengths))[bare]
-        return [found[plan] for plan in plans]
+        narrower = dict.fromkeys(plan for plan in plans if plan.narrowed)
+        found = {plan: self._narrowed(plan).row_sums([Plan(plan.removed)])[0] for plan in narrower}
+        bench, whole = self._bench, [plan for plan in plans if not plan.narrowed]
+        masks = {bench.mask(plan): plan for plan in whole}
+        bench.layout = bench.arrange(len(masks))
+        found |= {plan: [0.0] * len(self.tokens.lengths) for plan in whole}
+        jobs = [(g, mask) for g in range(len(bench.groups)) for mask in masks]
+        sizes = [group.tokens for group in bench.groups]
+        for wave in waves(jobs, sizes, bench.layout.wave, split=bench.layout.streamed):
+            for (g, mask), nats in bench.row_nats("full", wave).items():
+                for row, value in zip(bench.groups[g].rows, nats, strict=True):
+                    found[masks[mask]][row] = -value
+        return [list(found[plan]) for plan in plans]
 
     def mended(self, plan: Plan, repair: Repair) -> Loss:
         """The loss of a plan under a repair of its blocks; kept nowhere."""
@@ -355,20 +361,6 @@ class Probe:
     def groups_of_inputs(self, function: channels.OfInputs) -> GroupValues:
         """The mean over each group's channels of function(what its output projection reads, that weight); one pass."""
         return channels.by_inputs(self._bench, function)
-
-
-def _row_sums(bench: Bench, plans: Sequence[Plan], rows: int) -> dict[Plan, list[float]]:
-    """Log-probability of the choice in every row, under each plan, from one walk."""
-    masks = {bench.mask(plan): plan for plan in plans}
-    bench.layout = bench.arrange(len(masks))
-    found = {plan: [0.0] * rows for plan in plans}
-    jobs = [(g, mask) for g in range(len(bench.groups)) for mask in masks]
-    sizes = [group.tokens for group in bench.groups]
-    for wave in waves(jobs, sizes, bench.layout.wave, split=bench.layout.streamed):
-        for (g, mask), nats in bench.row_nats("full", wave).items():
-            for row, value in zip(bench.groups[g].rows, nats, strict=True):
-                found[masks[mask]][row] = -value
-    return found
 
 
 @torch.inference_mode()
