@@ -60,7 +60,7 @@ def main() -> None:
     keep_pages()
     given.work.mkdir(parents=True, exist_ok=True)
     texts = texts_of(given.data, given.work)
-    parts = {"draws": draws, "calibration": calibration, "regret": regret}
+    parts = {"draws": draws, "calibration": calibration, "mixture": mixture, "regret": regret}
     put_back(given.work / "billhook.db", MEASURED)
     for part in given.only.split(","):
         start = time.perf_counter()
@@ -139,6 +139,16 @@ def calibration(given: argparse.Namespace, texts: dict[str, str]) -> None:
     datas = [c4, wiki, "pydoc", "self", f"{c4}+self", f"{c4}+{wiki}"]
     told = sweep(given, "calibration", ["billhook"], remove=["10%"], data=datas, eval_data=[c4, wiki])
     file_result("calibration", told)
+
+
+def mixture(given: argparse.Namespace, texts: dict[str, str]) -> None:
+    """The default recipe on a text alone, and with as much that the model writes, on several draws of both."""
+    told = []
+    both = [texts["c4"], texts["wikitext2"]]
+    for seed in (0, 1, 2):
+        datas = [texts["c4"], f"{texts['c4']}+self"]
+        told.append(sweep(given, f"mixture{seed}", ["billhook"], remove=["20%"], data=datas, eval_data=both, seed=seed))
+        file_result("mixture", {"draws": [each | {"seed": seed} for seed, each in enumerate(told)]})
 
 
 def regret(given: argparse.Namespace, texts: dict[str, str]) -> None:

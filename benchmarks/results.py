@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 SIZES = ("10%", "20%", "30%")
-PARTS = (*SIZES, "draws", "calibration", "regret")
+PARTS = (*SIZES, "draws", "calibration", "mixture", "regret")
 OTHERS = ("recovery", "width")
 HEAD = """# Results
 

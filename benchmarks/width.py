@@ -35,7 +35,7 @@ from billhook.surgery import apply
 
 SIZES = ("10%", "20%", "30%")
 RECIPES: dict[str, dict[str, Any]] = {
-    "billhook": SCALED["billhook"], "llm-pruner": {}, "llm-pruner, taylor_mix": {"metric": "taylor_mix"},
+    "billhook": SCALED["billhook"], "llm-pruner": {}, "llm-pruner by taylor_mix": {"metric": "taylor_mix"},
     "wanda-sp": {}, "flap": {}, "saap": {}, "billhook-joint": {},
 }  # fmt: skip
 BATCHES = (1, 4, 16, 32)
@@ -75,7 +75,7 @@ def main() -> None:
 def tried(bench: lab.Lab, texts: dict[str, str], size: str, name: str) -> tuple[Any, lab.Trial]:
     """The recipe of a row, and the plan that it finds."""
     common = {"model": "demo", "remove": size, "data": texts["c4"], "tokens": TOKENS, "length": LENGTH}
-    recipe = recipe_from(combined(name.partition(",")[0], **common, **RECIPES[name]))
+    recipe = recipe_from(combined(name.partition(" ")[0], **common, **RECIPES[name]))
     return recipe, lab.tried(bench, name, recipe, lab.calibration_of(bench, recipe))
 
 

@@ -143,7 +143,7 @@ def evaluate_model(
     recipe = of_text(str(model), options)  # held-out text does not depend on how much is for calibration
     teacher = searching.teacher_of(recipe, watch)
     if protocol is None:
-        _, tokens = pipeline.tokens_for(recipe, teacher, watch)
+        _, tokens = searching.tokens_for(recipe, teacher, watch)
     else:
         source = recipe.eval_data or recipe.data
         tokens = windows(source, protocol, recipe.field, teacher.tokenizer, teacher.model.config)
@@ -168,7 +168,9 @@ def evaluate_model(
 
 def of_text(model: str, options: dict[str, Any]) -> Recipe:
     """The fields of a recipe that concern model, text and seed, where nothing is pruned."""
-    return recipe_from({"model": model, "remove": "1sites", "tokens": 16, "length": 16, **options}, "The call")
+    return recipe_from(
+        {"model": model, "remove": "1sites", "tokens": 16, "length": 16, "self_share": 0, **options}, "The call"
+    )
 
 
 def score(
@@ -194,10 +196,10 @@ def score(
     given = chosen(options, *metrics)
     known = model if isinstance(model, Teacher) else None
     name = known.name if known is not None else str(model)
-    least = {"remove": "1sites", "eval_tokens": 64, "eval_length": 16}  # of held-out text, which is not looked at
+    least = {"remove": "1sites", "eval_tokens": 64, "eval_length": 16, "self_share": 0}  # no one looks at held-out text
     recipe = recipe_from({"model": name, **least, **fields}, "The call")
     teacher = known if known is not None else searching.teacher_of(recipe, watch)
-    calibration, _ = pipeline.tokens_for(recipe, teacher, watch)
+    calibration, _ = searching.tokens_for(recipe, teacher, watch)
     start = time.perf_counter()
     probe = searching.probe_of(recipe, teacher, calibration)
     found = zip(names, metrics, given, strict=True)

@@ -35,6 +35,7 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "batch": (1, "With a budget in ms: sequences at a time"),
     "context": (128, "With a budget in ms: tokens before the one that is timed"),
     "data": ("pydoc", "Calibration text: pydoc, a .txt, .jsonl or .parquet file, self, or a data set's name"),
+    "self_share": (0.5, "Of the calibration tokens, those that the model writes itself; 0: none"),
     "eval_data": (None, "Held-out text; left out, it is split off --data"),
     "field": ("text", "The field of a .jsonl row that holds the text"),
     "tokens": (4096, "Calibration tokens"),
@@ -87,8 +88,8 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
 
 Model = Annotated[str | None, typer.Argument(help="Folder, .gguf file, Hugging Face name, or demo [default: demo]")]
 LAB_OPTIONS = ("search", "metric", "loss", "set", "uniform", "multiple", "fast", "shortlist", "risk", "memory",
-               "protect", "batch", "context", "field", "tokens", "length", "eval_tokens", "eval_length", "seed",
-               "device", "dtype", "trust_remote_code")  # fmt: skip
+               "protect", "batch", "context", "self_share", "field", "tokens", "length", "eval_tokens", "eval_length",
+               "seed", "device", "dtype", "trust_remote_code")  # fmt: skip
 Out = Annotated[Path | None, typer.Option(help="Folder for page and table [default: lab/<run>]")]
 Items = Annotated[int, typer.Option(help="Items of each task that are measured", min=2)]
 Some = Annotated[int | None, typer.Option(help="Items of each task [default: all]", min=2)]

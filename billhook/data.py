@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from billhook.errors import DataError, MissingExtra, UsageError, nearest
-from billhook.records import Event, Watch, silent
+from billhook.records import Watch, silent
+from billhook.sampling import sample_texts
 
 DOCUMENT_TOKENS = 1024  # longer texts are split; the text stays the cluster for statistics
 MIN_ROW = 8  # a row of fewer tokens tells nothing and costs as much padding as it saves
@@ -184,51 +185,6 @@ def _rows_to_texts(rows: Iterable[dict[str, Any]], field: str, tokenizer: Any, s
     return texts
 
 
-@torch.inference_mode()
-def sample_texts(
-    model: Any,
-    tokenizer: Any,
-    tokens: int,
-    seed: int,
-    *,
-    length: int = 256,
-    batch: int = 16,
-    watch: Watch = silent,
-) -> list[str]:
-    """Texts that the model writes by itself from its beginning-of-text token, sampled at temperature 1, seeded."""
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise DataError("The tokenizer has neither a BOS nor an EOS token to start from. Give --data a file instead.")
-    length = min(length, getattr(model.config, "max_position_embeddings", length))
-    texts: list[str] = []
-    written_tokens, rounds, most = 0, 0, 8 + 8 * tokens // (batch * length)
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        while written_tokens < tokens:
-            if rounds == most:
-                raise DataError(
-                    f"The model wrote only {written_tokens:,} tokens in {rounds} rounds of {batch} texts, and "
-                    f"{tokens:,} are wanted: it stops at once. Give --data a file instead."
-                )
-            rounds += 1
-            starts = torch.full((batch, 1), start, device=model.device)
-            written = model.generate(
-                starts,
-                attention_mask=torch.ones_like(starts),
-                max_new_tokens=length - 1,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start,
-            )
-            fresh = [text for text in tokenizer.batch_decode(written, skip_special_tokens=True) if text.strip()]
-            texts += fresh
-            written_tokens += sum(map(len, tokenizer(fresh, add_special_tokens=False)["input_ids"])) if fresh else 0
-            watch(Event("calibrate", min(written_tokens, tokens), tokens, "the model writes text"))
-    return texts
-
-
 # -- documents ------------------------------------------------------------------------------------------------------
 
 
@@ -321,7 +277,8 @@ def token_set(
 class Wanted:
     """Where tokens come from and how many: calibration from `data`, evaluation from `eval_data` or what is left.
 
-    `least`: so many calibration tokens will do where the text holds no more; None: all that are wanted.
+    `least`: so many calibration tokens will do where the text holds no more; None: all that are wanted. `self_share`:
+    of the calibration tokens, in [0, 1), those that the model writes itself (`portions.mixed_sets`).
     """
 
     data: str
@@ -333,10 +290,13 @@ class Wanted:
     eval_length: int
     seed: int
     least: int | None = None
+    self_share: float = 0.0
 
 
-def token_sets(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent) -> tuple[TokenSet, TokenSet]:
-    """Calibration and evaluation tokens, disjoint by document.
+def token_sets(
+    wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent, *, own: list[str] | None = None
+) -> tuple[TokenSet, TokenSet]:
+    """Calibration and evaluation tokens, disjoint by document. `own`: what the model wrote before, for data `self`.
 
     Raises DataError if a text is too short, or if a document is in both; UsageError if a sequence is longer than the
     model's positions.
@@ -350,9 +310,7 @@ def token_sets(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent
     eval_length = min(wanted.eval_length, getattr(model.config, "max_position_embeddings", wanted.eval_length))
     same = wanted.data != "self" and wanted.eval_data in (None, wanted.data)
     if wanted.data == "self":
-        if model.get_input_embeddings().weight.device.type == "meta":
-            raise UsageError("--data self lets the model write, and it does not fit into memory. Give --data a file.")
-        texts = sample_texts(model, tokenizer, 2 * wanted.tokens, wanted.seed, watch=watch)
+        texts = own or written(wanted, model, tokenizer, watch)
     else:
         texts = read_texts(wanted.data, wanted.field, tokenizer)
     found = documents(texts, tokenizer, wanted.seed)
@@ -379,6 +337,15 @@ def token_sets(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent
             "nothing. Give other text, or leave --eval-data out: then evaluation text is split off --data."
         )
     return calibration, evaluation
+
+
+def written(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent) -> list[str]:
+    """Texts by the model, of a row's length, for all of `wanted.tokens`. Raises UsageError if it is not in memory,
+    DataError if it writes nothing."""
+    if model.get_input_embeddings().weight.device.type == "meta":
+        raise UsageError("--data self lets the model write, and it does not fit into memory. Give --data a file.")
+    tokens = 3 * wanted.tokens // 2  # more than are wanted: a text may end in the middle of a row
+    return sample_texts(model, tokenizer, tokens, wanted.seed, length=wanted.length, watch=watch)
 
 
 def _split(found: list[Document], order: list[Document]) -> tuple[list[Document], list[Document]]:

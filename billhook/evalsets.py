@@ -76,7 +76,7 @@ class Tested:
 
 def read_text(job: Job, teacher: Teacher, source: str) -> EvalSet:
     """The held-out half of a text."""
-    wanted = replace(wanted_of(job.recipe), data=source, eval_data=None, tokens=16, length=16)
+    wanted = replace(wanted_of(job.recipe), data=source, eval_data=None, tokens=16, length=16, self_share=0.0)
     return EvalSet(source, "text", mixed_sets(wanted, teacher.model, teacher.tokenizer, job.watch)[1])
 
 

@@ -28,7 +28,7 @@ from billhook.proof import Job, environment, evaluated
 from billhook.recipe import Recipe, combined, recipe_from
 from billhook.records import EvalResult, Event, Watch
 from billhook.scoring import scored
-from billhook.searching import find, probe_of, task_calibration, timed, wanted_of
+from billhook.searching import find, probe_of, sets_of, task_calibration, timed, wanted_of
 from billhook.store import Store
 from billhook.tasks import items_of
 
@@ -69,12 +69,12 @@ def calibration_of(lab: Lab, recipe: Recipe) -> TokenSet:
     if task is not None:
         return task
     wanted = replace(wanted_of(recipe), eval_data=None, eval_tokens=64, eval_length=16)
-    return mixed_sets(wanted, lab.teacher.model, lab.teacher.tokenizer, lab.watch)[0]
+    return sets_of(lab.job(recipe), lab.teacher, wanted)[0]
 
 
 def held_out_of(lab: Lab, source: str, recipe: Recipe) -> TokenSet:
     """Held-out tokens of a text, from the half of it that is never calibration."""
-    wanted = replace(wanted_of(recipe), data=source, eval_data=None, tokens=16, length=16, seed=0)
+    wanted = replace(wanted_of(recipe), data=source, eval_data=None, tokens=16, length=16, seed=0, self_share=0.0)
     return mixed_sets(wanted, lab.teacher.model, lab.teacher.tokenizer, lab.watch)[1]
 
 
@@ -89,10 +89,16 @@ def evaluation_sets(lab: Lab, grid: Grid, recipe: Recipe) -> dict[str, TokenSet]
 def tried(lab: Lab, name: str, recipe: Recipe, calibration: TokenSet) -> Trial:
     """Search by a recipe, or recall what an earlier one found."""
     fingerprint = lab.teacher.fingerprint
-    passed = {"about": "", "model": "", "eval_data": None, "eval_tokens": 64, "eval_length": 16}
+    passed = {
+        "about": "",
+        "model": "",
+        "eval_data": None,
+        "eval_tokens": 64,
+        "eval_length": 16,
+    }
     later = ("recover", "recover_set", *(() if recipe.fold_in_search else ("recover_data", "recover_tokens",
              "recover_length")))  # fmt: skip
-    passed |= {name: Recipe.model_fields[name].default for name in later}  # what comes after the search
+    passed |= {name: Recipe.model_fields[name].default for name in ("self_share", *later)}  # in the tokens, or after
     of = {"recipe": recipe.model_copy(update=passed).model_dump(exclude_defaults=True), "tokens": calibration.hash}
     known = lab.store.fact(fingerprint, "plan", of)
     if known is None:
@@ -314,7 +320,7 @@ def stability(lab: Lab, metric: str, sizes: Sequence[int], draws: int, common: M
     """
     told = []
     recipes = [recipe_from({"model": lab.teacher.name, **common, "tokens": size}) for size in sizes]
-    largest = recipes[sizes.index(max(sizes))].model_copy(update={"tokens": draws * max(sizes)})
+    largest = recipes[sizes.index(max(sizes))].model_copy(update={"tokens": draws * max(sizes), "self_share": 0.0})
     whole = calibration_of(lab, largest)
     for size, recipe in zip(sizes, recipes, strict=True):
         sets = parted(whole, size, draws)

@@ -6,7 +6,7 @@ import datetime
 import json
 import shutil
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ import psutil
 import billhook
 from billhook import proof, report
 from billhook.budget import read_budgets
-from billhook.data import MIN_ROW, TokenSet
+from billhook.data import TokenSet
 from billhook.errors import FingerprintError
 from billhook.export.adapter import put_adapter
 from billhook.export.checkpoint import appear, aside_of, check_equal, check_streamed, check_target, write
 from billhook.loading import Teacher
 from billhook.losses import split_loss
 from billhook.plan import Anatomy, Plan
-from billhook.portions import halves, mixed_sets
+from billhook.portions import halves
 from billhook.proof import Job
 from billhook.recipe import Recipe
 from billhook.records import Watch, silent
@@ -35,10 +35,9 @@ from billhook.searching import (
     probe_of,
     problem_of,
     recovery_tokens,
-    task_calibration,
     teacher_of,
+    tokens_for,
     validation_and_test,
-    wanted_of,
 )
 from billhook.store import Run, Store
 from billhook.surgery import apply, leaves
@@ -102,7 +101,7 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
         streamed = teacher.weights is not None
         check_target(job.out, teacher.folder, int(1.05 * teacher.anatomy.total("bytes")))
     with job.stage("calibrate"):
-        calibration, held_out = tokens_for(recipe, teacher, job.watch)
+        calibration, held_out = tokens_for(recipe, teacher, job.watch, job)
         _bind(job, bound, teacher, calibration)
     with job.stage("search"):
         found = find(job, teacher, calibration, held_out, given)
@@ -153,15 +152,6 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
 
 
 # -- the stages -----------------------------------------------------------------------------------------------------
-
-
-def tokens_for(recipe: Recipe, teacher: Teacher, watch: Watch) -> tuple[TokenSet, TokenSet]:
-    """Calibration and held-out tokens of a recipe; where its loss is a task's, calibration is that task's."""
-    task, wanted = task_calibration(recipe, teacher), wanted_of(recipe)
-    if task is not None:  # of text, only what is held out
-        wanted = replace(wanted, tokens=2 * MIN_ROW)
-    calibration, held_out = mixed_sets(wanted, teacher.model, teacher.tokenizer, watch)
-    return (calibration if task is None else task), held_out
 
 
 def proof_of(recipe: Recipe, held_out: TokenSet) -> TokenSet:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from billhook.data import Choices, TokenSet, Wanted, token_set, token_sets
-from billhook.errors import DataError, UsageError
-from billhook.records import Watch, silent
+from billhook.data import Choices, TokenSet, Wanted, token_set, token_sets, written
+from billhook.errors import BillhookError, DataError, UsageError
+from billhook.records import Event, Watch, silent
 
 JOINT = "+"  # between the sources of a mixture
 
@@ -121,28 +121,62 @@ def joined(sets: Sequence[TokenSet], source: str) -> TokenSet:
     )
 
 
-def mixed_sets(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent) -> tuple[TokenSet, TokenSet]:
+def mixed_sets(
+    wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent, *, own: list[str] | None = None
+) -> tuple[TokenSet, TokenSet]:
     """As `token_sets`, where `data` may name several sources: `my.jsonl+self`. Each gives as many tokens.
 
-    Without held-out text of its own, each source but `self` gives its share of that too.
+    Where `self` is not among them, the model writes `wanted.self_share` of the calibration tokens, if it can, and they
+    the others. Without held-out text of its own, each source but `self` gives its share of that too.
+    `own`: what the model wrote for it before (`by_itself`); empty: it cannot.
     """
-    sources = wanted.data.split(JOINT)
-    if len(sources) == 1 or Path(wanted.data).exists():
-        return token_sets(wanted, model, tokenizer, watch)
-    if not all(sources):
-        raise UsageError(f"--data {wanted.data} mixes sources, and one of them is empty. Write my.jsonl+self.")
+    sources = _sources(wanted)
+    if own is None:
+        own = by_itself(wanted, model, tokenizer, watch)
+    mine = own_tokens(wanted) if own and "self" not in sources else 0
+    if len(sources) == 1 and not mine:
+        return token_sets(wanted, model, tokenizer, watch, own=own)
     texts = [source for source in sources if source != "self"]
-    own = wanted.eval_data is None and bool(texts)
-    share = replace(wanted, tokens=-(-wanted.tokens // len(sources)))
-    if own:
+    held_apart = wanted.eval_data is None and bool(texts)
+    share = replace(wanted, tokens=-(-(wanted.tokens - mine) // len(sources)))
+    if held_apart:
         share = replace(share, eval_tokens=-(-wanted.eval_tokens // len(texts)))
-    found = [token_sets(replace(share, data=source), model, tokenizer, watch) for source in sources]
-    calibration = joined([mine for mine, _ in found], wanted.data)
-    held = [rest for source, (_, rest) in zip(sources, found, strict=True) if not own or source != "self"]
-    evaluation = joined(held, JOINT.join(texts)) if own else held[0]
+    shares = [replace(share, data=source) for source in sources]
+    shares += [replace(wanted, data="self", tokens=mine)] if mine else []
+    found = [token_sets(each, model, tokenizer, watch, own=own) for each in shares]
+    source = JOINT.join(each.data for each in shares)
+    calibration = joined([mine for mine, _ in found], source)
+    held = [rest for each, (_, rest) in zip(shares, found, strict=True) if not held_apart or each.data != "self"]
+    evaluation = joined(held, JOINT.join(texts)) if held_apart else held[0]
     if twice := len(set(calibration.digests) & set(evaluation.digests)):
         raise DataError(
-            f"{twice} documents of --data {wanted.data} are in more than one source, and would be in the proof too. "
+            f"{twice} documents of --data {source} are in more than one source, and would be in the proof too. "
             "Name each text once."
         )
     return calibration, evaluation
+
+
+def own_tokens(wanted: Wanted) -> int:
+    """How many calibration tokens the model itself should write."""
+    sources = _sources(wanted)
+    return -(-wanted.tokens // len(sources)) if "self" in sources else round(wanted.self_share * wanted.tokens)
+
+
+def by_itself(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent) -> list[str]:
+    """The texts that the model writes for its calibration; none, and a word about it, if it cannot and need not."""
+    if not (tokens := own_tokens(wanted)) or tokenizer is None:
+        return []
+    try:
+        return written(replace(wanted, tokens=tokens), model, tokenizer, watch)
+    except BillhookError as error:
+        if "self" in _sources(wanted):
+            raise
+        watch(Event("calibrate", 1, 1, f"on {wanted.data} alone: {error}"))
+        return []
+
+
+def _sources(wanted: Wanted) -> list[str]:
+    sources = [wanted.data] if Path(wanted.data).exists() else wanted.data.split(JOINT)
+    if not all(sources):
+        raise UsageError(f"--data {wanted.data} mixes sources, and one of them is empty. Write my.jsonl+self.")
+    return sources

@@ -85,6 +85,9 @@ class Recipe(BaseModel):
     data: Annotated[
         str, Field(description="Calibration text: pydoc, a .txt, .jsonl or .parquet file, self, or a data set's name")
     ] = "pydoc"
+    self_share: Annotated[
+        float, Field(description="Of the calibration tokens, those that the model writes itself; 0: none", ge=0, lt=1)
+    ] = 0.5
     eval_data: Annotated[str | None, Field(description="Held-out text; left out, it is split off --data")] = None
     field: Annotated[str, Field(description="The field of a .jsonl row that holds the text")] = "text"
     tokens: Annotated[int, Field(description="Calibration tokens", ge=16)] = 4096

@@ -14,14 +14,14 @@ from typing import Any
 from billhook import speed
 from billhook.audit import audited, conduct, with_words
 from billhook.budget import Budget
-from billhook.data import TokenSet, Wanted, first
+from billhook.data import MIN_ROW, TokenSet, Wanted, first
 from billhook.errors import BudgetError, PlanError, ResourceError, UsageError
 from billhook.execute import Executor, Folding, Told, memos
 from billhook.loading import Teacher, load
 from billhook.losses import split_loss
 from billhook.margin import Kept, Margin
 from billhook.plan import Anatomy, Ask, Plan
-from billhook.portions import halves, mixed_sets, picked
+from billhook.portions import by_itself, halves, mixed_sets, own_tokens, picked
 from billhook.probe import Fast, Probe
 from billhook.problem import Problem, protection
 from billhook.proof import Job, environment, evaluated
@@ -108,7 +108,20 @@ def wanted_of(recipe: Recipe) -> Wanted:
     return Wanted(
         *(recipe.data, recipe.eval_data, recipe.field),
         *(recipe.tokens, recipe.length, recipe.eval_tokens, recipe.eval_length, recipe.seed),
+        self_share=recipe.self_share,
     )
+
+
+def sets_of(job: Job, teacher: Teacher, wanted: Wanted) -> tuple[TokenSet, TokenSet]:
+    """Calibration and held-out tokens. What the model writes for them is filed, so that whoever asks again, on
+    another machine too, gets the same."""
+    own = None
+    if tokens := own_tokens(wanted):
+        of = {"tokens": tokens, "length": wanted.length, "seed": wanted.seed}
+        own = job.store.fact(teacher.fingerprint, "written", of)
+        if own is None and (own := by_itself(wanted, teacher.model, teacher.tokenizer, job.watch)):
+            job.store.add_fact(teacher.fingerprint, "written", of, own, job.run)
+    return mixed_sets(wanted, teacher.model, teacher.tokenizer, job.watch, own=own)
 
 
 def task_calibration(recipe: Recipe, teacher: Teacher) -> TokenSet | None:
@@ -117,12 +130,27 @@ def task_calibration(recipe: Recipe, teacher: Teacher) -> TokenSet | None:
     return None if file is None else items_of(file, teacher, "calibration", tokens=recipe.tokens, seed=recipe.seed)
 
 
+def tokens_for(recipe: Recipe, teacher: Teacher, watch: Watch, job: Job | None = None) -> tuple[TokenSet, TokenSet]:
+    """Calibration and held-out tokens of a recipe; where its loss is a task's, calibration is that task's.
+
+    What the model writes for a `job` is filed.
+    """
+    task, wanted = task_calibration(recipe, teacher), wanted_of(recipe)
+    if task is not None:  # of text, only what is held out
+        wanted = replace(wanted, tokens=2 * MIN_ROW, self_share=0.0)
+    if job is not None:
+        calibration, held_out = sets_of(job, teacher, wanted)
+    else:
+        calibration, held_out = mixed_sets(wanted, teacher.model, teacher.tokenizer, watch)
+    return (calibration if task is None else task), held_out
+
+
 def recovery_tokens(recipe: Recipe, teacher: Teacher, watch: Watch) -> TokenSet:
     """What recoveries learn from: the calibration half of the text, as much as is wanted or there is."""
     most = getattr(teacher.model.config, "max_position_embeddings", recipe.recover_length)
     wanted = replace(
         wanted_of(recipe), data=recipe.recover_data or recipe.data, eval_data=None, tokens=recipe.recover_tokens,
-        length=min(recipe.recover_length, most), eval_tokens=64, eval_length=16, least=LEAST,
+        length=min(recipe.recover_length, most), eval_tokens=64, eval_length=16, least=LEAST, self_share=0.0,
     )  # fmt: skip
     return mixed_sets(wanted, teacher.model, teacher.tokenizer, watch)[0]
 

@@ -11,10 +11,9 @@ from billhook.data import TokenSet
 from billhook.loading import Teacher
 from billhook.margin import Kept, Margin
 from billhook.plan import Plan, Site
-from billhook.portions import mixed_sets
 from billhook.proof import Job, environment, evaluated
 from billhook.records import Event
-from billhook.searching import find, task_calibration, validation_and_test, wanted_of
+from billhook.searching import find, tokens_for, validation_and_test
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def threshold(
     more, so that the steps within the margins come first. The test items are looked at once, for the plan that was
     chosen, whatever they say.
     """
-    calibration, held_out = _tokens(job, teacher)
+    calibration, held_out = tokens_for(job.recipe, teacher, job.watch, job)
     steps = list(steps) or [step.to_json() for step in find(job, teacher, calibration).steps]
     path = [Plan()]
     for step in steps:
@@ -80,13 +79,6 @@ def threshold(
         "fingerprint": teacher.fingerprint,
         "environment": asdict(environment(str(teacher.device))),
     }  # fmt: skip
-
-
-def _tokens(job: Job, teacher: Teacher) -> tuple[TokenSet, TokenSet]:
-    """Calibration tokens and held-out text of the recipe, which share no document."""
-    task = task_calibration(job.recipe, teacher)
-    calibration, held_out = mixed_sets(wanted_of(job.recipe), teacher.model, teacher.tokenizer, job.watch)
-    return (calibration if task is None else task), held_out
 
 
 def _judged(job: Job, teacher: Teacher, margin: Margin, tokens: TokenSet, plan: Plan) -> Kept:

@@ -26,10 +26,10 @@ from billhook.data import (
     pick,
     prefix_of,
     read_texts,
-    sample_texts,
     token_sets,
 )
 from billhook.errors import DataError
+from billhook.sampling import sample_texts
 
 MODEL = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=96))
 SEEDS = (0, 1, 17)
@@ -225,13 +225,13 @@ def test_self_is_sampled_in_batches_under_its_seed(model: Path, tokenizer: Any) 
         lambda module, args, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     before = torch.get_rng_state()
-    one, again, other = (sample_texts(network, tokenizer, 300, seed, length=24, batch=8) for seed in (4, 4, 5))
+    one, again, other = (sample_texts(network, tokenizer, 300, seed, length=24) for seed in (4, 4, 5))
     assert torch.equal(torch.get_rng_state(), before), "nobody else's random numbers are touched"
     assert one == again != other
     assert len(one) * 24 >= 300
-    assert set(calls) == {8}
-    assert len(calls) <= 3 * 2 * 23, "two batches of eight are enough, a token a step"
-    assert len(set(one)) > 8, "the second batch is not the first one again"
+    assert set(calls) == {13}, "of thirteen texts, for which one round would do if none ended early"
+    assert len(calls) <= 3 * 2 * 23, "a token a step"
+    assert len(set(one)) > 13, "the second batch is not the first one again"
 
 
 def test_self_is_evaluated_on_other_text(model: Path, tokenizer: Any, text: Path) -> None:

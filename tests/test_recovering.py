@@ -16,7 +16,6 @@ import billhook
 from billhook.errors import DataError, FingerprintError, RecipeError, UnknownName, UsageError
 from billhook.evaluate.perplexity import perplexity
 from billhook.execute import JUDGED, Folding
-from billhook.pipeline import tokens_for
 from billhook.plan import Ask, Plan
 from billhook.portions import picked
 from billhook.probe import Probe
@@ -24,7 +23,7 @@ from billhook.recipe import Recipe, recipe_from
 from billhook.records import Event, Loss
 from billhook.recover import RECOVERIES, Subject
 from billhook.registry import chosen
-from billhook.searching import recovery_tokens
+from billhook.searching import recovery_tokens, tokens_for
 from billhook.summary import notes
 
 SHORT: dict[str, Any] = {"remove": "2sites", "search": "greedy", "tokens": 64, "length": 32, "eval_tokens": 256,
