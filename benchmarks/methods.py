@@ -102,7 +102,9 @@ def recipe_files(work: Path, names: Sequence[str]) -> list[str]:
 def sweep(given: argparse.Namespace, part: str, recipes: Sequence[str], **options: Any) -> dict[str, Any]:
     """One sweep into --work, through the store that all parts share."""
     shutil.rmtree(given.work / part, ignore_errors=True)
-    common = {"tokens": TOKENS, "length": LENGTH, "eval_tokens": 16384, "eval_length": 512} | options
+    common = {
+        "tokens": TOKENS, "length": LENGTH, "eval_tokens": 16384, "eval_length": 512, "self_share": 0.0
+    } | options  # fmt: skip
     return billhook.sweep(
         "demo", recipe_files(given.work, recipes), out=given.work / part, store=given.work / "billhook.db", watch=tell,
         **common,
@@ -163,7 +165,8 @@ def regret(given: argparse.Namespace, texts: dict[str, str]) -> None:
         "greedy, racing": {"search": "greedy", "fast": True},
     }
     common = {
-        "model": "demo", "remove": "4sites", "protect": "0-10,19-29", "data": texts["c4"], "tokens": 512, "length": 64
+        "model": "demo", "remove": "4sites", "protect": "0-10,19-29", "data": texts["c4"], "tokens": 512, "length": 64,
+        "self_share": 0.0,
     }  # fmt: skip
     with closing(Store(given.work / "billhook.db")) as store:
         run = store.new_run(recipe_from(common).model_dump(), {"laboratory": "regret"}, str(given.work))

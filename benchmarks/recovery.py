@@ -60,7 +60,14 @@ def main() -> None:
     file = MEASURED / "recovery.json"
     told: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
     with closing(Store(database)) as store:
-        common = {"model": "demo", "remove": "12sites", "data": texts["c4"], "tokens": TOKENS, "length": LENGTH}
+        common = {
+            "model": "demo",
+            "remove": "12sites",
+            "data": texts["c4"],
+            "tokens": TOKENS,
+            "length": LENGTH,
+            "self_share": 0.0,
+        }
         recipe = recipe_from(combined("billhook", **common, **SCALED["billhook"]))
         run = store.new_run(recipe.model_dump(), {"laboratory": "recovery"}, str(given.work))
         bench = lab.Lab(store, run, billhook.load("demo"), tell)

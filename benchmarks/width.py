@@ -74,7 +74,14 @@ def main() -> None:
 
 def tried(bench: lab.Lab, texts: dict[str, str], size: str, name: str) -> tuple[Any, lab.Trial]:
     """The recipe of a row, and the plan that it finds."""
-    common = {"model": "demo", "remove": size, "data": texts["c4"], "tokens": TOKENS, "length": LENGTH}
+    common = {
+        "model": "demo",
+        "remove": size,
+        "data": texts["c4"],
+        "tokens": TOKENS,
+        "length": LENGTH,
+        "self_share": 0.0,
+    }
     recipe = recipe_from(combined(name.partition(" ")[0], **common, **RECIPES[name]))
     return recipe, lab.tried(bench, name, recipe, lab.calibration_of(bench, recipe))
 

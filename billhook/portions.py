@@ -147,7 +147,7 @@ def mixed_sets(
     source = JOINT.join(each.data for each in shares)
     calibration = joined([mine for mine, _ in found], source)
     held = [rest for each, (_, rest) in zip(shares, found, strict=True) if not held_apart or each.data != "self"]
-    evaluation = joined(held, JOINT.join(texts)) if held_apart else held[0]
+    evaluation = joined(held, JOINT.join(texts)) if len(texts) > 1 and held_apart else held[0]
     if twice := len(set(calibration.digests) & set(evaluation.digests)):
         raise DataError(
             f"{twice} documents of --data {source} are in more than one source, and would be in the proof too. "

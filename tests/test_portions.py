@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,11 @@ from billhook.data import token_set as token_set_of
 from billhook.errors import DataError, UsageError
 from billhook.loading import load
 from billhook.portions import halves, joined, mixed_sets, parted, picked
+from billhook.proof import Job
+from billhook.recipe import Recipe, combined, recipe_from, recipe_names
+from billhook.records import Event, silent
+from billhook.searching import sets_of, wanted_of
+from billhook.store import Store
 
 
 def token_set(texts: int, seed: int = 0, source: str = "made up") -> TokenSet:
@@ -124,6 +131,60 @@ def test_a_mixture_with_the_models_own_words_proves_on_the_text(tmp_path: Path) 
     calibration, held_out = mixed_sets(wanted, teacher.model, teacher.tokenizer)
     assert calibration.tokens >= 200
     assert held_out.source == str(file)
+
+
+def test_the_model_writes_its_share_and_the_proof_is_the_texts(tmp_path: Path) -> None:
+    teacher = load(tiny.with_tokenizer(tmp_path / "m"))
+    file = tiny.write_texts(tmp_path / "a.jsonl", 120)
+    wanted = Wanted(str(file), None, "text", 400, 20, 200, 20, 0)
+    alone, held_out = mixed_sets(wanted, teacher.model, teacher.tokenizer)
+    mixed, same = mixed_sets(replace(wanted, self_share=0.25), teacher.model, teacher.tokenizer)
+    assert (mixed.source, same.hash) == (f"{file}+self", held_out.hash)
+    given, _ = mixed_sets(replace(wanted, tokens=300), teacher.model, teacher.tokenizer)
+    assert not rows(given) - rows(mixed), "three quarters are the text's first rows"
+    own = rows(mixed) - rows(given)
+    assert 100 <= sum(count * len(ids) for (_, ids), count in own.items()) <= 120
+    assert not {digest for digest, _ in own} & {digest for digest, _ in rows(alone)}
+
+
+@pytest.mark.parametrize("why", ["no start", "stops", "streamed"])
+def test_a_model_that_cannot_write_takes_the_text_alone_and_says_so(why: str, tmp_path: Path) -> None:
+    teacher = load(tiny.with_tokenizer(tmp_path / "m"))
+    file = tiny.write_texts(tmp_path / "a.jsonl", 120)
+    wanted = Wanted(str(file), None, "text", 200, 20, 200, 20, 0)
+    alone, _ = mixed_sets(wanted, teacher.model, teacher.tokenizer)
+    if why == "no start":
+        teacher.tokenizer.bos_token = teacher.tokenizer.eos_token = None
+    elif why == "stops":
+        teacher.model.generate = lambda starts, **options: starts
+    else:
+        teacher.model.to("meta")
+    told: list[Event] = []
+    got, _ = mixed_sets(replace(wanted, self_share=0.5), teacher.model, teacher.tokenizer, told.append)
+    assert got.hash == alone.hash
+    (note,) = [event.note for event in told if "alone" in event.note]
+    assert {"no start": "neither a BOS", "stops": "stops at once", "streamed": "does not fit"}[why] in note
+
+
+def test_what_the_model_wrote_is_filed(tmp_path: Path) -> None:
+    """A run that goes on elsewhere must get the same tokens, though other hardware would sample others."""
+    teacher = load(tiny.with_tokenizer(tmp_path / "m"))
+    file = tiny.write_texts(tmp_path / "a.jsonl", 120)
+    recipe = Recipe(remove="1sites", data=str(file), tokens=200, length=20, eval_tokens=200, eval_length=20)
+    with closing(Store(tmp_path / "s.db")) as store:
+        job = Job(recipe, store, store.new_run(recipe.model_dump(), {}, ""), tmp_path, silent, {})
+        first_time = sets_of(job, teacher, wanted_of(recipe))[0]
+        assert first_time.source == f"{file}+self"
+        teacher.model.generate = None  # it would fail
+        assert sets_of(job, teacher, wanted_of(recipe))[0].hash == first_time.hash
+        with pytest.raises(TypeError):
+            sets_of(job, teacher, replace(wanted_of(recipe), seed=1))
+
+
+def test_only_our_recipes_let_the_model_write() -> None:
+    shares = {name: Recipe(**combined(name, remove="1sites")).self_share for name in recipe_names()}
+    assert {name for name, share in shares.items() if share} == {"billhook", "billhook-joint"}
+    assert recipe_from({"remove": "1sites"}).self_share == shares["billhook"]
 
 
 @pytest.mark.parametrize("data", ["{}+", "+{}", "{}++self"])
