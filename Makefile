@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	rm -rf $(DEMO)
-	$(BIN)/billhook prune demo --remove 25%sites --search greedy --fast --tokens 1024 --store build/billhook.db --out $(DEMO)
+	$(BIN)/billhook prune demo --remove 25%sites --search greedy --fast --tokens 1024 --self-share 0 --store build/billhook.db --out $(DEMO)
 
 test: $(READY)
 	$(BIN)/pytest

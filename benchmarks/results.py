@@ -30,6 +30,7 @@ def page(measured: Path, scaled: Mapping[str, Any]) -> str:
         sections += [_setting(table, scaled), _winners(table), *(_size(table, remove) for remove in sizes)]
     sections += [_draws(found["draws"]["draws"])] if "draws" in found else []
     sections += [_calibration(found["calibration"])] if "calibration" in found else []
+    sections += [_mixture(found["mixture"]["draws"])] if "mixture" in found else []
     sections += [_regret(found["regret"]["rows"])] if "regret" in found else []
     sections += [_recovery(found["recovery"])] if "recovery" in found else []
     sections += [_width(found["width"])] if "width" in found else []
@@ -158,6 +159,28 @@ def _calibration(told: Mapping[str, Any]) -> str:
         lines.append([_name(row["data"]), f"{left:.1%}", *(_value(row["results"][text]) for text in texts)])
     head = ["calibrated on", "params", *(f"{_name(text)} perplexity" for text in texts)]
     return f"## The default recipe on other calibration texts\n\n{_markdown(head, lines)}"
+
+
+def _mixture(draws: Sequence[Mapping[str, Any]]) -> str:
+    """What it changes that the model writes half of the calibration text."""
+    lines = []
+    for told in draws:
+        texts = list(told["teacher"])
+        for row in told["rows"]:
+            cells = []
+            for text in texts:
+                on = row["results"][text]
+                gap = on.get("above_first_text")
+                cells += [_value(on), f"{gap['value']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})" if gap else ""]
+            left = row["sizes"]["parameters"] / told["sizes"]["parameters"]
+            lines.append([str(told["seed"]), _name(row["data"]), f"{left:.1%}", *cells])
+    head = ["seed", "calibrated on", "params"]
+    head += [cell for text in texts for cell in (f"{_name(text)} perplexity", "change")]
+    return (
+        "## Calibration text that the model writes\n\nThe default recipe on as many tokens, all of a text or half of "
+        "them the model's own writing, on several draws of both. *Change*: nats per token, paired, against the text "
+        f"alone, with the 95% interval.\n\n{_markdown(head, lines)}"
+    )
 
 
 def _regret(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -188,6 +188,7 @@ def sweep(lab: Lab, grid: Grid, common: Mapping[str, Any]) -> dict[str, Any]:
     anatomy = lab.teacher.anatomy if lab.teacher.weights is not None else timed(lab.job(base), lab.teacher)
     rows = [_row(trial, teacher, sets, anatomy, base.seed) for trial in trials]
     _against_the_best(rows, trials, grid, base.seed)
+    _against_the_first_text(rows, trials, grid, base.seed)
     for row in rows:
         row["front"] = [size for size in SIZES if not any(_dominates(other, row, size) for other in rows)]
     return {
@@ -257,6 +258,18 @@ def _against_the_best(rows: list[dict[str, Any]], trials: Sequence[Trial], grid:
                 gap = stats.paired_difference(trials[best].results[text], trials[i].results[text], seed)
                 ends = (0.0, 0.0) if i == best else (gap.low, gap.high)
                 rows[i]["results"][text]["above_best"] = {"value": gap.value, "low": ends[0], "high": ends[1]}
+
+
+def _against_the_first_text(rows: list[dict[str, Any]], trials: Sequence[Trial], grid: Grid, seed: int) -> None:
+    """Calibrated on another text than the first: what that changed for a recipe at a size, in nats, paired."""
+    first = {(trial.recipe, trial.remove): trial for trial in trials if trial.data == grid.datas[0]}
+    for row, trial in zip(rows, trials, strict=True):
+        same = first.get((trial.recipe, trial.remove))
+        if same is None or same is trial:
+            continue
+        for text in grid.texts:
+            gap = stats.paired_difference(same.results[text], trial.results[text], seed)
+            row["results"][text]["above_first_text"] = {"value": gap.value, "low": gap.low, "high": gap.high}
 
 
 def _dominates(a: Mapping[str, Any], b: Mapping[str, Any], size: str) -> bool:

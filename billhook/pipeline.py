@@ -22,7 +22,7 @@ from billhook.export.checkpoint import appear, aside_of, check_equal, check_stre
 from billhook.loading import Teacher
 from billhook.losses import split_loss
 from billhook.plan import Anatomy, Plan
-from billhook.portions import halves
+from billhook.portions import JOINT, halves
 from billhook.proof import Job
 from billhook.recipe import Recipe
 from billhook.records import Watch, silent
@@ -44,6 +44,7 @@ from billhook.surgery import apply, leaves
 from billhook.vet import dtype_name
 
 ZEROED = "The removed sites hold zeros: equal outputs everywhere, no speed-up."
+ALONE = "Calibrated on the given text alone: this model cannot write its share of it here."
 APART = (
     "The weights are those without the adapter, which is in the folder adapter beside them; all that was measured is "
     "both together, merged."
@@ -132,7 +133,7 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
         timed = None if streamed else proof.measured_speed(job, teacher, student, (plan, repair), aside)
     with job.stage("report"):
         result = {
-            **_describe(job, teacher, student, plan, got.adapter is not None),
+            **_describe(job, teacher, student, plan, _notes(recipe, teacher, calibration, got)),
             "data": {"calibration": calibration.describe(), "evaluation": proof_text.describe()},
             "seen": _seen(recipe, teacher, calibration, held_out, got),
             "steps": [step.to_json() for step in found.steps],
@@ -190,7 +191,14 @@ def _bind(job: Job, bound: dict[str, str], teacher: Teacher, calibration: TokenS
 # -- the report -----------------------------------------------------------------------------------------------------
 
 
-def _describe(job: Job, teacher: Teacher, student: Any, plan: Plan, apart: bool) -> dict[str, Any]:
+def _notes(recipe: Recipe, teacher: Teacher, calibration: TokenSet, got: Recovered) -> list[str]:
+    text = calibration.choices is None and recipe.plan is None
+    alone = text and recipe.self_share > 0 and "self" not in calibration.source.split(JOINT)
+    told = ((STREAMED, teacher.weights is not None), (APART, got.adapter is not None), (ALONE, alone))
+    return [note for note, so in told if so]
+
+
+def _describe(job: Job, teacher: Teacher, student: Any, plan: Plan, notes: list[str]) -> dict[str, Any]:
     device = str(teacher.device)
     zeroed = student.config.billhook.get("zeroed")
     return {
@@ -198,9 +206,7 @@ def _describe(job: Job, teacher: Teacher, student: Any, plan: Plan, apart: bool)
         "run": job.run,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "kind": student.config.model_type + (", zeroed: no speed-up" if zeroed else ""),
-        "note": " ".join(
-            note for note, so in ((ZEROED, zeroed), (STREAMED, teacher.weights is not None), (APART, apart)) if so
-        ),
+        "note": " ".join([ZEROED, *notes] if zeroed else notes),
         "model": {
             "name": teacher.name,
             "type": teacher.anatomy.model_type,

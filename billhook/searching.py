@@ -138,6 +138,8 @@ def tokens_for(recipe: Recipe, teacher: Teacher, watch: Watch, job: Job | None =
     task, wanted = task_calibration(recipe, teacher), wanted_of(recipe)
     if task is not None:  # of text, only what is held out
         wanted = replace(wanted, tokens=2 * MIN_ROW, self_share=0.0)
+    if recipe.plan is not None:  # nothing is searched
+        wanted = replace(wanted, self_share=0.0)
     if job is not None:
         calibration, held_out = sets_of(job, teacher, wanted)
     else:

@@ -224,6 +224,11 @@ def test_calibration_text_is_an_axis(six: Path, texts: Path, tmp_path: Path) -> 
     assert [row["removed"] for row in alone["rows"]] == [told["rows"][0]["removed"]], "one name is a list of one"
     assert [row["data"] for row in told["rows"]] == [str(texts), str(other), f"{texts}+{other}"]
     assert set(told["teacher"]) == {str(texts), str(other)}
+    for row in told["rows"]:
+        for text, on in row["results"].items():
+            gap = on["nats"] - told["rows"][0]["results"][text]["nats"]
+            assert (row is told["rows"][0]) == ("above_first_text" not in on)
+            assert "above_first_text" not in on or on["above_first_text"]["value"] == pytest.approx(gap, abs=1e-9)
 
 
 # -- trade and stability --------------------------------------------------------------------------------------------

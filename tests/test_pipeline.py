@@ -28,7 +28,7 @@ from billhook.records import Event, Watch
 from billhook.store import Store
 
 OPTIONS: dict[str, Any] = {"remove": "3sites", "search": "greedy", "tokens": 240, "length": 24, "eval_tokens": 600,
-                           "eval_length": 32}  # fmt: skip
+                           "eval_length": 32, "self_share": 0.0}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +174,22 @@ def test_a_model_larger_than_its_memory_ends_as_the_same_checkpoint(
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[name], other[name]) for name in mine)
     assert "was not timed" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_model_writes_half_of_the_calibration_text_or_the_result_says_why_not(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    """By default; the proof is on the same held-out text as without it."""
+    options = OPTIONS | {"self_share": 0.5, "search": "oneshot", "data": str(text), "store": tmp_path / "runs.db"}
+    mixed = billhook.prune(str(model), **options, out=tmp_path / "mixed")
+    alone = billhook.prune(str(model), **options | {"self_share": 0.0}, out=tmp_path / "alone")
+    assert mixed["data"]["calibration"]["source"] == f"{text}+self"
+    assert (mixed["data"]["evaluation"], mixed["note"]) == (alone["data"]["evaluation"], "")
+    streamed = billhook.prune(
+        str(model), **options | {"store": tmp_path / "other.db"}, memory="0.1MB", out=tmp_path / "streamed"
+    )
+    assert streamed["data"]["calibration"] == alone["data"]["calibration"]
+    assert "Calibrated on the given text alone" in streamed["note"]
 
 
 def test_a_streamed_model_is_evaluated_and_refuses_what_needs_it_whole(model: Path, text: Path) -> None:
