@@ -89,13 +89,7 @@ def evaluation_sets(lab: Lab, grid: Grid, recipe: Recipe) -> dict[str, TokenSet]
 def tried(lab: Lab, name: str, recipe: Recipe, calibration: TokenSet) -> Trial:
     """Search by a recipe, or recall what an earlier one found."""
     fingerprint = lab.teacher.fingerprint
-    passed = {
-        "about": "",
-        "model": "",
-        "eval_data": None,
-        "eval_tokens": 64,
-        "eval_length": 16,
-    }
+    passed = {"about": "", "model": "", "eval_data": None, "eval_tokens": 64, "eval_length": 16}
     later = ("recover", "recover_set", *(() if recipe.fold_in_search else ("recover_data", "recover_tokens",
              "recover_length")))  # fmt: skip
     passed |= {name: Recipe.model_fields[name].default for name in ("self_share", *later)}  # in the tokens, or after
