@@ -178,7 +178,7 @@ def _mixture(draws: Sequence[Mapping[str, Any]]) -> str:
     head += [cell for text in texts for cell in (f"{_name(text)} perplexity", "change")]
     return (
         "## Calibration text that the model writes\n\nThe default recipe on as many tokens, all of a text or half of "
-        "them the model's own writing, on several draws of both. *Change*: nats per token, paired, against the text "
+        "them the model's own writing; a seed is a draw of both. *Change*: nats per token, paired, against the text "
         f"alone, with the 95% interval.\n\n{_markdown(head, lines)}"
     )
 
