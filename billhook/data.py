@@ -278,7 +278,8 @@ class Wanted:
     """Where tokens come from and how many: calibration from `data`, evaluation from `eval_data` or what is left.
 
     `least`: so many calibration tokens will do where the text holds no more; None: all that are wanted. `self_share`:
-    of the calibration tokens, in [0, 1), those that the model writes itself (`portions.mixed_sets`).
+    of the calibration tokens, in [0, 1), those that the model writes itself (`portions.mixed_sets`). `in_all`: the
+    calibration tokens of all sources, where `tokens` are the part of this one.
     """
 
     data: str
@@ -291,6 +292,7 @@ class Wanted:
     seed: int
     least: int | None = None
     self_share: float = 0.0
+    in_all: int | None = None
 
 
 def token_sets(
@@ -319,10 +321,12 @@ def token_sets(
     calibration = pick(mine, wanted.tokens, wanted.length, prefix, wanted.data)
     if calibration.tokens < (wanted.tokens if wanted.least is None else wanted.least):
         where = " in the half of it that is not kept for evaluation" if same else ""
-        fewer = f", or --tokens {calibration.tokens}" if calibration.tokens >= 2 * MIN_ROW else ""
+        in_all = wanted.in_all or wanted.tokens
+        part = f"{wanted.tokens:,} of the {in_all:,}" if wanted.tokens < in_all else f"{in_all:,}"
+        fewer = calibration.tokens * in_all // wanted.tokens if calibration.tokens >= 2 * MIN_ROW else 0
         raise DataError(
-            f"--data {wanted.data} is too short: {wanted.tokens:,} calibration tokens are wanted, and it holds "
-            f"{calibration.tokens:,}{where}. Give more text{fewer}."
+            f"--data {wanted.data} is too short: {part} calibration tokens are wanted of it, and it holds "
+            f"{calibration.tokens:,}{where}. Give more text{f', or --tokens {fewer}' if fewer else ''}."
         )
     held = wanted.data if same else wanted.eval_data or "pydoc"
     if not same:

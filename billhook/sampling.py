@@ -48,6 +48,7 @@ def sample_texts(
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
+                remove_invalid_values=True,  # a model that overflows is refused where the block can be named
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start,
             )
             fresh = [text for text in tokenizer.batch_decode(rows, skip_special_tokens=True) if text.strip()]

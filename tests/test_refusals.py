@@ -354,7 +354,7 @@ def test_a_run_does_not_go_on_under_another_recipe(interrupted: str, tmp_path: P
 
 def test_a_run_does_not_go_on_over_another_model(interrupted: str, copy: Path, tmp_path: Path) -> None:
     tiny.with_tokenizer(copy, seed=1)
-    cannot_resume(tmp_path, FingerprintError, interrupted, "another model:", "leave --resume out")
+    cannot_resume(tmp_path, FingerprintError, interrupted, "another model", "leave --resume out")
 
 
 def test_a_run_does_not_go_on_over_other_text(interrupted: str, tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ TEXTS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "empty": ("a.txt", b"", ("a.txt holds no text", "Give another")),
     "blank": ("a.txt", b" \n\t\n", ("a.txt holds no text", "Give another")),
     "no rows": ("a.jsonl", b"\n", ("a.jsonl holds no text", "Give another")),
-    "too short": ("a.txt", b"w1 " * 50, ("too short", "200 calibration tokens", "holds 50", "or --tokens 50.")),
+    "too short": ("a.txt", b"w1 " * 50, ("too short", "100 of the 200", "holds 50", "or --tokens 100.")),
     "far too short": ("a.txt", b"w1 w2 w3", ("too short", "holds 0", "Give more text.")),
     "latin-1": ("a.txt", b"w1 caf\xe9 w2", ("not UTF-8", "0xe9", "iconv -t UTF-8 a.txt")),
     "latin-1 rows": ("a.jsonl", b'{"text": "caf\xe9"}', ("not UTF-8", "0xe9", "iconv -t UTF-8 a.jsonl")),
@@ -403,7 +403,7 @@ def test_text_that_is_not_there_or_not_allowed_is_refused(model: Path, text: Pat
         ({"data": str(tmp_path)}, ("is a folder", "a .txt, .jsonl or .parquet file, pydoc")),
         ({"data": "nonesuch"}, ("no file 'nonesuch'", "local .txt, .jsonl or .parquet file")),
         ({"data": str(text), "eval_data": "self"}, ("--eval-data self", "Give a file, or leave it out")),
-        ({"data": str(text), "tokens": 10_000}, ("10,000 calibration tokens", "1,600", "half", "--tokens 1600")),
+        ({"data": str(text), "tokens": 10_000}, ("5,000 of the 10,000", "1,600", "half", "--tokens 3200")),
     ):
         refuse(tmp_path, DataError, *told, model=model, **options)
 
