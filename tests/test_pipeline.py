@@ -25,6 +25,7 @@ from billhook.errors import ResourceError, UsageError
 from billhook.mask import masked
 from billhook.plan import Plan
 from billhook.records import Event, Watch
+from billhook.speed import peak_bytes
 from billhook.store import Store
 
 OPTIONS: dict[str, Any] = {"remove": "3sites", "search": "greedy", "tokens": 240, "length": 24, "eval_tokens": 600,
@@ -123,6 +124,16 @@ def test_progress_is_told_for_every_stage(result: dict[str, Any], events: list[E
     assert searched[-1].done == searched[-1].total == 8 + 7 + 6
     assert [event.done for event in searched] == sorted(event.done for event in searched)
     assert any("2 of 3 sites gone, lowest kl" in event.note for event in searched)
+
+
+def test_peak_memory_is_that_of_a_process_which_holds_the_model(model: Path, tmp_path: Path) -> None:
+    wide = tiny.saved(tmp_path / "wide", "llama", intermediate_size=60_000)
+    small, large = (peak_bytes(folder, "cpu", "float32", 8, 2) for folder in (model, wide))
+    weights = (wide / "model.safetensors").stat().st_size
+    assert small is not None
+    assert large is not None
+    assert 0.9 * weights < large - small < 2 * weights
+    assert peak_bytes(tmp_path, "cpu", "float32", 8, 2) is None, "no model there"
 
 
 def measured(store: Path, run: str) -> tuple[int, int]:
