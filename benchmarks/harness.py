@@ -38,7 +38,9 @@ def main() -> None:
     with torch.inference_mode():
         teacher.model(torch.zeros(given.batch, 64, dtype=torch.int64))  # the first pass of a process is slower
     for file in given.files:
-        lines = [line for line in file_text(Path(file)).split("\n") if line.strip()][: given.items]
+        lines = _lines(file)[: given.items]
+        if given.shots is not None:
+            lines = _after_shots(lines, _lines(given.shots))
         with tempfile.TemporaryDirectory() as folder:
             os.environ["HF_DATASETS_CACHE"] = folder
             told = {"file": Path(file).name, "items": len(lines), "batch": given.batch, "threads": given.threads}
@@ -53,9 +55,23 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("files", nargs="+", help="task files")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--items", type=int, help="the first so many of each file")
+    parser.add_argument("--shots", help="a task file: its items of the same subject stand solved before each query")
     parser.add_argument("--batch", type=int, default=8, help="of the harness; Billhook chooses by tokens")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
+
+
+def _lines(file: str) -> list[str]:
+    return [line for line in file_text(Path(file)).split("\n") if line.strip()]
+
+
+def _after_shots(lines: list[str], shots: list[str]) -> list[str]:
+    solved: dict[str, str] = {}
+    for shot in map(json.loads, shots):
+        answer = f"{shot['query']} {shot['choices'][shot['gold']]}\n\n"
+        solved[shot["subject"]] = solved.get(shot["subject"], "") + answer
+    rows = map(json.loads, lines)
+    return [json.dumps(row | {"query": solved[row["subject"]] + row["query"]}) for row in rows]
 
 
 def _compared(teacher: Teacher, lines: list[str], folder: Path, batch: int) -> dict[str, Any]:
