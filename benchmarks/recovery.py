@@ -3,7 +3,8 @@
     python benchmarks/recovery.py --data DATA                        # an hour or two on two cores
     python benchmarks/recovery.py --data DATA --only fold,fold+mixed
 
-DATA as for methods.py. `+mixed` learns from C4 and WikiText-2 in equal parts, the others from C4; both keep every
+DATA as for methods.py. `fold-in-search` holds a greedy search that judges plans after a fold against one that does not,
+both folded afterwards. `+mixed` learns from C4 and WikiText-2 in equal parts, the others from C4; both keep every
 second text for the proof. Trainings stop after --minutes. What was measured goes to benchmarks/measured/recovery.json.
 """
 
@@ -39,6 +40,7 @@ from billhook.searching import recovery_tokens
 from billhook.store import Store
 
 FREE = ("mean", "scale", "lowrank", "linear", "fold", "fold+mixed")
+IN_SEARCH = "fold-in-search"
 TRAINED = ("bias", "partial", "lora", "fold,bias", "fold,partial", "fold,lora", "fold,full", "fold,lora+mixed")
 
 
@@ -47,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("build/methods"))
-    parser.add_argument("--only", nargs="*", default=[*FREE, *TRAINED])
+    parser.add_argument("--only", nargs="*", default=[*FREE, *TRAINED, IN_SEARCH])
     parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "docs" / "results.md")
@@ -61,13 +63,9 @@ def main() -> None:
     told: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
     with closing(Store(database)) as store:
         common = {
-            "model": "demo",
-            "remove": "12sites",
-            "data": texts["c4"],
-            "tokens": TOKENS,
-            "length": LENGTH,
+            "model": "demo", "remove": "12sites", "data": texts["c4"], "tokens": TOKENS, "length": LENGTH,
             "self_share": 0.0,
-        }
+        }  # fmt: skip
         recipe = recipe_from(combined("billhook", **common, **SCALED["billhook"]))
         run = store.new_run(recipe.model_dump(), {"laboratory": "recovery"}, str(given.work))
         bench = lab.Lab(store, run, billhook.load("demo"), tell)
@@ -80,7 +78,11 @@ def main() -> None:
 
         job = bench.job(recipe)
         dense, bare = (results_of(job, bench, sets, (plan, UNTOUCHED)) for plan in (Plan(), trial.plan))
-        for chain in given.only:
+        if IN_SEARCH in given.only:
+            few = common | {"tokens": TOKENS // 4, "recover_tokens": given.tokens}
+            told["in_search"] = in_search(bench, sets, few, given.work / "training")
+            file_result("recovery", told)
+        for chain in (name for name in given.only if name != IN_SEARCH):
             names, _, mixed = chain.partition("+")
             data = f"{texts['c4']}+{texts['wikitext2']}" if mixed else texts["c4"]
             asked = recipe.model_copy(update={
@@ -98,6 +100,20 @@ def main() -> None:
             given.results.write_text(page(MEASURED, SCALED), encoding="utf-8")
         store.update(run, state="done")
     written_down(database, MEASURED)
+
+
+def in_search(bench: lab.Lab, sets: dict[str, TokenSet], common: dict[str, Any], work: Path) -> dict[str, Any]:
+    """What it changes that a search judges plans after a fold: both plans are folded, then compared."""
+    found, told = [], {}
+    for name, inside in {"after the search": False, "in the search too": True}.items():
+        recipe = recipe_from(common | {"search": "greedy", "fast": True, "recover": "fold", "fold_in_search": inside})
+        trial = lab.tried(bench, "greedy", recipe, lab.calibration_of(bench, recipe))
+        repair, _ = recovered(bench.job(recipe), bench, trial.plan, work)
+        found.append(results_of(bench.job(recipe), bench, sets, (trial.plan, repair)))
+        told[name] = {"removed": trial.plan.names(), "search_seconds": trial.seconds,
+                      "parameters": bench.teacher.anatomy.total("parameters", trial.plan)}  # fmt: skip
+    dense = results_of(bench.job(recipe), bench, sets, (Plan(), UNTOUCHED))
+    return told | {"on": row(dense, *found, 0.0)["on"], "tokens": common["tokens"]}
 
 
 def results_of(job: Job, bench: lab.Lab, sets: dict[str, TokenSet], side: Side) -> dict[str, EvalResult]:
