@@ -15,11 +15,12 @@ import torch
 
 from billhook import proof, speed, stats, verdict
 from billhook.data import TokenSet
+from billhook.data import first as first_of
 from billhook.errors import DataError, RunError, UsageError
 from billhook.evalsets import HARNESS, EvalSet, Tested, read_task, read_text, tested
 from billhook.evaluate import batches
 from billhook.loading import Teacher
-from billhook.losses import kl
+from billhook.losses import exact, kl
 from billhook.margin import Margin
 from billhook.plan import Plan
 from billhook.proof import Job
@@ -229,7 +230,7 @@ def _row(
 def closeness(job: Job, first: Side, other: Side, asked: Asked) -> dict[str, Any] | None:
     """KL of B to A per token, and the share of tokens that both would say next, on the first text; with intervals.
 
-    None where that cannot be had: no text, another tokenizer, or a model that is streamed.
+    None where that cannot be had: no text, another tokenizer or width of the head, or a model that is streamed.
     """
     a, b = first.teacher, other.teacher
     text = next((source for source, each in first.sets.items() if each.kind == "text"), None)
@@ -238,9 +239,10 @@ def closeness(job: Job, first: Side, other: Side, asked: Asked) -> dict[str, Any
     tokens, theirs = first.sets[text].tokens, other.sets[text].tokens
     assert tokens is not None
     assert theirs is not None
-    if tokens.hash != theirs.hash:
+    if tokens.hash != theirs.hash or _words_of(a) != _words_of(b):
         return None
-    names = (f"kl to {a.fingerprint}", f"agreement with {a.fingerprint}")
+    tokens = first_of(tokens, CLOSE_TOKENS)
+    names = (f"kl to {a.fingerprint} {a.compute}", f"agreement with {a.fingerprint} {a.compute}")
     found = [job.store.evaluation(b.fingerprint, Plan(), name, tokens.hash, b.compute) for name in names]
     if None in found:
         fresh = _side_by_side(job, (a.model, b.model), tokens)
@@ -258,26 +260,23 @@ def closeness(job: Job, first: Side, other: Side, asked: Asked) -> dict[str, Any
 
 @torch.inference_mode()
 def _side_by_side(job: Job, models: tuple[Any, Any], tokens: TokenSet) -> list[EvalResult]:
-    """KL and agreement by document, over the first documents that hold `CLOSE_TOKENS`; both models read each row."""
+    """KL and agreement by document; both models read each row."""
     sums, counts = ([0.0] * len(tokens.clusters), [0.0] * len(tokens.clusters)), [0] * len(tokens.clusters)
-    vocabulary = int(models[0].get_output_embeddings().weight.shape[0])
-    done, most = 0, min(CLOSE_TOKENS, tokens.tokens)
+    vocabulary, done = int(models[0].get_output_embeddings().weight.shape[0]), 0
     for batch in batches(tokens, vocabulary, models[0].device):
-        if done >= most:
-            break
         p, q = (model(input_ids=batch.ids, use_cache=False).logits for model in models)
         for i, (row, n) in enumerate(zip(batch.rows, batch.lengths, strict=True)):
             ours, theirs, document = p[i, :n].float(), q[i, :n].float(), tokens.documents[row]
-            sums[0][document] += float(
-                kl(ours.log_softmax(-1), theirs.log_softmax(-1), batch.ids[i, :n]).double().sum()
-            )
+            sums[0][document] += float(exact(kl(ours, theirs, batch.ids[i, :n])).sum())
             sums[1][document] += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
             counts[document] += n
         done += sum(batch.lengths)
-        job.watch(Event("compare", min(done, most), most, "side by side"))
-    kept = [d for d, count in enumerate(counts) if count]
-    some = tuple(counts[d] for d in kept), tuple(tokens.clusters[d] for d in kept)
-    return [EvalResult("", tokens.hash, tuple(each[d] for d in kept), *some) for each in sums]
+        job.watch(Event("compare", done, tokens.tokens, "side by side"))
+    return [EvalResult("", tokens.hash, tuple(each), tuple(counts), tokens.clusters) for each in sums]
+
+
+def _words_of(teacher: Teacher) -> int:
+    return int(teacher.model.get_output_embeddings().weight.shape[0])
 
 
 def _timed(job: Job, a: Teacher, b: Teacher) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ from billhook.errors import UsageError
 from billhook.export.checkpoint import check_target
 from billhook.margin import Margin, amount
 from billhook.metrics import METRICS
+from billhook.portions import given_text
 from billhook.prompts import read_prompts
 from billhook.recipe import Recipe, recipe_from
 from billhook.records import Watch, silent
@@ -55,9 +56,10 @@ def sweep(
     as `tokens`. Nothing that `store` holds is measured again, so that a sweep which was killed goes on.
     """
     texts = _several(data)
-    grid = lab.Grid(
-        _several(recipes), _several(remove), texts, _several(eval_data) or texts, _several(tasks), items
-    )  # fmt: skip
+    held_out = _several(eval_data) or tuple(dict.fromkeys(filter(None, map(given_text, texts))))
+    if not held_out:
+        raise UsageError("What a model writes itself proves nothing. Name a text to measure on: --eval-data FILE.")
+    grid = lab.Grid(_several(recipes), _several(remove), texts, held_out, _several(tasks), items)
     first = lab.recipes_of(grid, str(model), options)[0][1]
     with _laboratory("sweep", first, Path(store), out, watch) as (bench, folder):
         return lab.filed(lab.sweep(bench, grid, options), folder, lab_page.sweep_page)
@@ -198,10 +200,12 @@ def gate(
     recipe = of_text(str(student), options)
     with _filed_run("gate", recipe, Path(store), NO_FOLDER) as (opened, run, _):
         stored = gating.baseline_of(opened, str(baseline))
-        if stored is not None and (data is not None or tasks or items is not None or shots):
+        if stored is not None and (
+            data is not None or tasks or items is not None or shots or shots_from or _several(score) != ("acc",)
+        ):
             raise UsageError(
-                f"The baseline {baseline} was measured on {', '.join(stored['sets'])}. Leave --data, --tasks, --items "
-                "and --shots out, or name the model instead."
+                f"The baseline {baseline} was measured on {', '.join(stored['sets'])}. Leave --data, --tasks, --items, "
+                "--shots, --shots-from and --score out, or name the model instead."
             )
         text = "pydoc" if data is None else data
         sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from, "seen": seen}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from billhook import stats
-from billhook.data import TokenSet
+from billhook.data import DOCUMENT_TOKENS, TokenSet
 from billhook.errors import BudgetError, DataError
 from billhook.export.checkpoint import appear, aside_of
 from billhook.loading import Teacher
@@ -28,7 +28,17 @@ from billhook.proof import Job, environment, evaluated
 from billhook.recipe import Recipe, combined, recipe_from
 from billhook.records import EvalResult, Event, Watch
 from billhook.scoring import scored
-from billhook.searching import find, probe_of, sets_of, task_calibration, timed, wanted_of
+from billhook.searching import (
+    counts_time,
+    find,
+    probe_of,
+    recovery_tokens,
+    sets_of,
+    task_calibration,
+    timed,
+    timing_of,
+    wanted_of,
+)
 from billhook.store import Store
 from billhook.tasks import items_of
 
@@ -63,12 +73,12 @@ class Trial:
     results: dict[str, EvalResult] = field(default_factory=dict)  # by evaluation set
 
 
-def calibration_of(lab: Lab, recipe: Recipe) -> TokenSet:
-    """The calibration tokens of a recipe, from the half of its text that is not kept for evaluation."""
+def calibration_of(lab: Lab, recipe: Recipe, least: int | None = None) -> TokenSet:
+    """Calibration tokens of a recipe, `least` or more, from the half of its text that is not kept for evaluation."""
     task = task_calibration(recipe, lab.teacher)
     if task is not None:
         return task
-    wanted = replace(wanted_of(recipe), eval_data=None, eval_tokens=64, eval_length=16)
+    wanted = replace(wanted_of(recipe), eval_data=None, eval_tokens=64, eval_length=16, least=least)
     return sets_of(lab.job(recipe), lab.teacher, wanted)[0]
 
 
@@ -93,7 +103,12 @@ def tried(lab: Lab, name: str, recipe: Recipe, calibration: TokenSet) -> Trial:
     later = ("recover", "recover_set", *(() if recipe.fold_in_search else ("recover_data", "recover_tokens",
              "recover_length")))  # fmt: skip
     passed |= {name: Recipe.model_fields[name].default for name in ("self_share", *later)}  # in the tokens, or after
-    of = {"recipe": recipe.model_copy(update=passed).model_dump(exclude_defaults=True), "tokens": calibration.hash}
+    of: dict[str, Any] = {"recipe": recipe.model_copy(update=passed).model_dump(exclude_defaults=True),
+                          "tokens": calibration.hash, "compute": lab.teacher.compute}  # fmt: skip
+    if counts_time(recipe):
+        of["ns"] = timing_of(recipe, lab.teacher)
+    if recipe.fold_in_search:
+        of["refitted"] = recovery_tokens(recipe, lab.teacher, lab.watch).hash
     known = lab.store.fact(fingerprint, "plan", of)
     if known is None:
         resumed = lab.store.fact(fingerprint, "attempt", of) is not None
@@ -170,7 +185,8 @@ def sweep(lab: Lab, grid: Grid, common: Mapping[str, Any]) -> dict[str, Any]:
     refused: list[dict[str, str]] = []
     for number, (name, recipe) in enumerate(combinations):
         lab.watch(Event("sweep", number, len(combinations), f"{name}, {recipe.remove}, {Path(recipe.data).name}"))
-        key = (recipe.data, split_loss(recipe.loss)[1], recipe.tokens, recipe.length, recipe.seed, recipe.field)
+        key = (recipe.data, split_loss(recipe.loss)[1], recipe.tokens, recipe.length, recipe.seed, recipe.field,
+               recipe.self_share)  # fmt: skip
         if key not in tokens:
             tokens[key] = calibration_of(lab, recipe)
             _apart(tokens[key], sets)
@@ -291,13 +307,11 @@ def trade(lab: Lab, tasks: Sequence[str], items: int, common: Mapping[str, Any])
     given = {"model": lab.teacher.name, **common}
     stems = [Path(file).name.partition(".")[0] for file in tasks]
     names = {file: stem if stems.count(stem) == 1 else file for file, stem in zip(tasks, stems, strict=True)}
-    recipes = {"text": recipe_from(given)} | {
-        names[file]: recipe_from(given | {"loss": f"task:{file}"}) for file in tasks
-    }
-    base = recipes["text"]
+    base = recipe_from(given)
+    recipes = [("text", base), *((names[file], recipe_from(given | {"loss": f"task:{file}"})) for file in tasks)]
     sets = {names[file]: items_of(file, lab.teacher, "evaluation", items=items) for file in tasks}
     trials = []
-    for number, (name, recipe) in enumerate(recipes.items()):
+    for number, (name, recipe) in enumerate(recipes):
         lab.watch(Event("trade", number, len(recipes), f"pruned for {name}"))
         trials.append(tried(lab, name, recipe, calibration_of(lab, recipe)))
     teacher = evaluate(lab, base, trials, sets)
@@ -327,10 +341,11 @@ def stability(lab: Lab, metric: str, sizes: Sequence[int], draws: int, common: M
     """
     told = []
     recipes = [recipe_from({"model": lab.teacher.name, **common, "tokens": size}) for size in sizes]
-    largest = recipes[sizes.index(max(sizes))].model_copy(update={"tokens": draws * max(sizes), "self_share": 0.0})
-    whole = calibration_of(lab, largest)
-    for size, recipe in zip(sizes, recipes, strict=True):
-        sets = parted(whole, size, draws)
+    enough = draws * (max(sizes) + DOCUMENT_TOKENS)  # a portion ends with its last document
+    largest = recipes[sizes.index(max(sizes))].model_copy(update={"tokens": enough, "self_share": 0.0})
+    whole = calibration_of(lab, largest, least=draws * max(sizes))
+    parts = [parted(whole, size, draws) for size in sizes]
+    for size, recipe, sets in zip(sizes, recipes, parts, strict=True):
         scores, plans = [], []
         for number, tokens in enumerate(sets):
             lab.watch(Event("stability", number, draws, f"{size} tokens"))
@@ -357,7 +372,8 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _overlap(a: Plan, b: Plan) -> float:
-    return len(a.removed & b.removed) / len(a.removed | b.removed)
+    mine, theirs = ({*plan.removed, *plan.narrowed} for plan in (a, b))
+    return len(mine & theirs) / len(mine | theirs)
 
 
 def _spearman(a: Mapping[Site, float], b: Mapping[Site, float]) -> float:

@@ -23,6 +23,11 @@ item_loss = ITEM_LOSSES.add
 TOP_K = 512  # tokens that `topk_kl` tells apart
 
 
+def exact(values: torch.Tensor) -> torch.Tensor:
+    """In float64, on the CPU where the device has none."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
 @loss
 def kl(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """KL(teacher || student) of the next-token distributions, in nats; the default.

@@ -45,6 +45,7 @@ class Patch(nn.Module):
         added = torch.zeros_like(hidden_states) if self.up is None else self.up(self.down(hidden_states))
         added = added if self.gain is None else added + self.gain * hidden_states
         added = added if self.bias is None else added + self.bias
+        added = added.to(hidden_states.dtype)  # while it is trained it may be more exact than the model
         return (added, None) if self.outputs == 2 else added
 
 

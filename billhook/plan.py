@@ -85,7 +85,13 @@ class Plan:
 
     def without(self, *sites: Site) -> Plan:
         """This plan with `sites` removed as well."""
-        return Plan(self.removed | set(sites), frozenset(n for n in self.narrowed if n.site not in sites))
+        return self.after(Plan(frozenset(sites)))
+
+    def after(self, step: Plan) -> Plan:
+        """This plan with what `step` removes gone as well, and what it narrows as narrow as it says."""
+        touched = step.removed | {narrow.site for narrow in step.narrowed}
+        stay = frozenset(narrow for narrow in self.narrowed if narrow.site not in touched)
+        return Plan(self.removed | step.removed, stay | step.narrowed)
 
     def sites(self) -> list[Site]:
         """The removed sites, sorted by block and, within a block, attention first."""

@@ -130,7 +130,7 @@ def mixed_sets(
     the others. Without held-out text of its own, each source but `self` gives its share of that too.
     `own`: what the model wrote for it before (`by_itself`); empty: it cannot.
     """
-    sources = _sources(wanted)
+    sources = _sources(wanted.data)
     if own is None:
         own = by_itself(wanted, model, tokenizer, watch)
     mine = own_tokens(wanted) if own and "self" not in sources else 0
@@ -158,7 +158,7 @@ def mixed_sets(
 
 def own_tokens(wanted: Wanted) -> int:
     """How many calibration tokens the model itself should write."""
-    sources = _sources(wanted)
+    sources = _sources(wanted.data)
     return -(-wanted.tokens // len(sources)) if "self" in sources else round(wanted.self_share * wanted.tokens)
 
 
@@ -169,14 +169,19 @@ def by_itself(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent)
     try:
         return written(replace(wanted, tokens=tokens), model, tokenizer, watch)
     except BillhookError as error:
-        if "self" in _sources(wanted):
+        if "self" in _sources(wanted.data):
             raise
         watch(Event("calibrate", 1, 1, f"on {wanted.data} alone: {error}"))
         return []
 
 
-def _sources(wanted: Wanted) -> list[str]:
-    sources = [wanted.data] if Path(wanted.data).exists() else wanted.data.split(JOINT)
+def given_text(data: str) -> str:
+    """The sources of a mixture that are texts, without what the model writes itself."""
+    return JOINT.join(source for source in _sources(data) if source != "self")
+
+
+def _sources(data: str) -> list[str]:
+    sources = [data] if Path(data).exists() else data.split(JOINT)
     if not all(sources):
-        raise UsageError(f"--data {wanted.data} mixes sources, and one of them is empty. Write my.jsonl+self.")
+        raise UsageError(f"--data {data} mixes sources, and one of them is empty. Write my.jsonl+self.")
     return sources

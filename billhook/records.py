@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from billhook.plan import Plan, Site
+from billhook.plan import Narrow, Plan, Site
 
 LOSS_UNITS = {"angular": "radians", "norm": "logits"}  # of losses that are not in nats
 
@@ -95,9 +95,13 @@ class Step:
     loss: float
     gap: float | None
     gap_se: float | None  # standard error of the gap over documents
+    narrowed: tuple[Narrow, ...] = ()  # sites that became narrower, as they are now
 
     def to_json(self) -> dict[str, object]:
-        return {"sites": [str(s) for s in self.sites], "loss": self.loss, "gap": self.gap, "gap_se": self.gap_se}
+        return {
+            "sites": [str(s) for s in self.sites], "narrowed": [str(narrow) for narrow in self.narrowed],
+            "loss": self.loss, "gap": self.gap, "gap_se": self.gap_se,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +166,8 @@ def steps(path: list[Plan], rounds: list[Round], on_path: list[Loss], cost: Cost
     previous = Plan()
     for plan, loss in zip(path, on_path, strict=True):
         gap, error = _gap(previous, plan, rounds, cost)
-        told.append(Step(tuple(sorted(plan.removed - previous.removed)), loss.mean, gap, error))
+        went = tuple(sorted(plan.removed - previous.removed)), tuple(sorted(plan.narrowed - previous.narrowed))
+        told.append(Step(went[0], loss.mean, gap, error, went[1]))
         previous = plan
     return told
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from billhook.losses import exact
+
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)  # of the mean diagonal of XᵀX
 TOKENS_AT_A_TIME = 8192
 
@@ -38,7 +40,7 @@ class Moments:
             a, b = a * root, b * root
             self.xx += (a.T @ a).to(place)
             self.xy += (a.T @ b).to(place)
-            self.yy += float(b.double().square().sum()) if b.device.type != "mps" else float(b.square().sum())
+            self.yy += float(exact(b).square().sum())
 
     def plus(self, other: Moments) -> Moments:
         """Of both sets of tokens."""

@@ -241,6 +241,12 @@ def _map(result: Result) -> str:
     return f'<div class="map{" long" if blocks > 30 else ""}">{"".join(told)}</div>'
 
 
+def _went(step: Mapping[str, Any]) -> str:
+    """What went in one step, in words."""
+    narrow = step.get("narrowed", ())
+    return ", ".join([*step["sites"], *([f"{count(len(narrow), 'site')} narrower"] if narrow else [])])
+
+
 def _removals(result: Result) -> str:
     """The removals as a table: what the map and the chart show, for reading and for screen readers."""
     if not result["steps"]:
@@ -249,8 +255,8 @@ def _removals(result: Result) -> str:
     lines = [
         (
             str(number),
-            ", ".join(step["sites"]),
-            short(sum(sizes.get(site, 0) for site in step["sites"])),
+            _went(step),
+            "" if step.get("narrowed") else short(sum(sizes.get(site, 0) for site in step["sites"])),
             f"{step['loss']:.4g}",
             short(step["gap"]) + ("" if step["gap_se"] is None else f" ± {short(1.96 * step['gap_se'])}"),
         )
@@ -300,7 +306,7 @@ def _loss_chart(result: Result) -> str:
         "worse the second-best choice was, with its 95% interval over documents (1.96 standard errors). Where it "
         f"reaches zero (hollow), the choice may be noise. Clear of zero: {clear} of {count(len(known), 'choice')}."
     )
-    numbers: dict[str, list[Any]] = {"sites": [", ".join(step["sites"]) for step in steps], "error": errors}
+    numbers: dict[str, list[Any]] = {"sites": [_went(step) for step in steps], "error": errors}
     numbers |= {key: [step[key] for step in steps] for key in ("loss", "gap")}
     return _chart("loss", "Loss along the removals", label, caption, numbers)
 

@@ -307,11 +307,16 @@ def _audit(job: Job, probe: Probe, rounds: list[tuple[Ask, list[Loss]]]) -> list
 # -- time as a budget -----------------------------------------------------------------------------------------------
 
 
+def timing_of(recipe: Recipe, teacher: Teacher) -> dict[str, Any]:
+    """What a measured time of a site depends on."""
+    where = environment(str(teacher.device))
+    return {"batch": recipe.batch, "context": recipe.context, "dtype": teacher.compute, "machine": where.machine,
+            "threads": where.threads, "torch": where.torch}  # fmt: skip
+
+
 def timed(job: Job, teacher: Teacher) -> Anatomy:
     """The anatomy with the time that each site takes of a decoding step, measured once and kept."""
-    recipe, where = job.recipe, environment(str(teacher.device))
-    of = {"batch": recipe.batch, "context": recipe.context, "dtype": teacher.compute, "machine": where.machine,
-          "threads": where.threads, "torch": where.torch}  # fmt: skip
+    recipe, of = job.recipe, timing_of(job.recipe, teacher)
     known = job.store.fact(teacher.fingerprint, "ns", of)
     if known is None:
         known = speed.cost_table(teacher, recipe.batch, recipe.context, job.watch)

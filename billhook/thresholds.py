@@ -10,7 +10,7 @@ from typing import Any
 from billhook.data import TokenSet
 from billhook.loading import Teacher
 from billhook.margin import Kept, Margin
-from billhook.plan import Plan, Site
+from billhook.plan import Plan
 from billhook.proof import Job, environment, evaluated
 from billhook.records import Event
 from billhook.searching import find, tokens_for, validation_and_test
@@ -41,7 +41,7 @@ def threshold(
     steps = list(steps) or [step.to_json() for step in find(job, teacher, calibration).steps]
     path = [Plan()]
     for step in steps:
-        path.append(path[-1].without(*(Site.parse(name) for name in step["sites"])))
+        path.append(path[-1].after(Plan.of([*step["sites"], *step.get("narrowed", ())])))
     sets = {margin: validation_and_test(job.recipe, margin, teacher, held_out) for margin in margins}
     trials = {0: Trial(0, tuple(_judged(job, teacher, margin, sets[margin][0], Plan()) for margin in margins))}
     low, high = 0, len(path)

@@ -7,9 +7,10 @@ random but the order of the rows and dropout, both drawn from the seed and the s
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -183,20 +184,28 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
             del block.forward
 
 
+class _HeardEnough(Exception):
+    """Ends a forward pass."""
+
+
 @torch.no_grad()
 def remember(student: Any, blocks: nn.ModuleList, first: int, rows: Rows) -> None:
     """Note the streams of all rows before block `first`."""
     if first == 0:
         return
     found: list[torch.Tensor] = []
-    handle = blocks[first].register_forward_pre_hook(
-        lambda module, args, kwargs: found.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise _HeardEnough
+
+    handle = blocks[first].register_forward_pre_hook(stop, with_kwargs=True)
     each = max(1, AT_A_TIME // rows.ids.shape[1])
     try:
         for start in range(0, len(rows.ids), each):
             some = slice(start, start + each)
-            student.base_model(rows.ids[some], attention_mask=rows.counted[some].long(), use_cache=False)
+            with suppress(_HeardEnough):
+                student.base_model(rows.ids[some], attention_mask=rows.counted[some].long(), use_cache=False)
     finally:
         handle.remove()
     rows.streams = torch.cat(found)
@@ -234,9 +243,11 @@ class Trainer:
         `compute`: float32 or bfloat16, for the passes; what learns is in float32 all the same.
         """
         self.student, self.parameters, self.course, self.watch = student, parameters, course, watch
+        self._rows: list[str] = []  # digests of what it learns from and of what it is checked on
         self._file = None if work is None else work / "training.pt"
         self._optimizer = torch.optim.AdamW(parameters.values(), lr=course.rate, weight_decay=0.0)
         self._compute = compute
+        self._drop(False)
 
     def _loss(self, rows: Rows) -> torch.Tensor:
         """Sum of the loss over some rows, in the compute dtype of the model."""
@@ -245,6 +256,7 @@ class Trainer:
 
     def run(self, train: Rows, valid: Rows, give: Callable[[Rows], None]) -> float:
         """Train, and leave the parameters as they were when validation was best; returns that loss per token."""
+        self._rows = [hashlib.sha256(rows.ids.cpu().numpy().tobytes()).hexdigest() for rows in (train, valid)]
         order, told = self._order(len(train.ids)), self._begun()
         state = _State(**told["state"]) if told else self._begin(train, valid, give, order)
         schedule = transformers.get_cosine_schedule_with_warmup(
@@ -315,15 +327,23 @@ class Trainer:
         total, weight = 0.0, max(1, weight_of(batch, self.course.loss))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.course.seed + step)
+            self._drop(True)
             for some in batch.portions():
                 give(some)
                 loss = self._loss(some) / weight
                 loss.backward()
                 total += float(loss.detach())
+        self._drop(False)
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return total
+
+    def _drop(self, on: bool) -> None:
+        """Let the dropout of what peft added work, or not; that of the model itself rests, as in the teacher."""
+        for name, module in self.student.named_modules():
+            if "lora_dropout" in name:
+                module.train(on)
 
     def _check(self, state: _State, valid: Rows, give: Callable[[Rows], None]) -> None:
         found = self._validate(valid, give)
@@ -334,13 +354,10 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, valid: Rows, give: Callable[[Rows], None]) -> float:
         """Loss per token of the validation rows."""
-        training = self.student.training
-        self.student.eval()
         total = 0.0
         for some in valid.portions():
             give(some)
             total += float(self._loss(some))
-        self.student.train(training)
         return total / weight_of(valid, self.course.loss)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
@@ -352,6 +369,7 @@ class Trainer:
         aside = self._file.with_suffix(".partial")
         told = {
             "course": asdict(self.course),
+            "rows": self._rows,
             "state": {name: getattr(state, name) for name in _State.__slots__},
             "now": self._copy(),
             "optimizer": self._optimizer.state_dict(),
@@ -365,7 +383,8 @@ class Trainer:
         if self._file is None or not self._file.is_file():
             return None
         told: dict[str, Any] = torch.load(self._file, map_location="cpu", weights_only=True)
-        if told["course"] != asdict(self.course) or set(told["now"]) != set(self.parameters):
+        same = told["course"] == asdict(self.course) and told.get("rows") == self._rows
+        if not same or set(told["now"]) != set(self.parameters):
             return None
         with torch.no_grad():
             for name, parameter in self.parameters.items():

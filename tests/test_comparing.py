@@ -72,6 +72,13 @@ def test_a_model_is_as_good_as_itself(compared: dict[str, Any]) -> None:
     assert compared["close"][0]["kl"]["value"] > 0.05
 
 
+def test_heads_of_another_width_are_not_held_together(model: Path, text: Path, tmp_path: Path) -> None:
+    wider = tiny.with_tokenizer(tmp_path / "wider", vocab_size=72)
+    told = billhook.compare(model, wider, data=str(text), out=tmp_path / "cmp", store=tmp_path / "b.db", **SHORT)
+    assert told["close"] == [None]
+    assert told["rows"][0]["pairs"][0]["verdict"]
+
+
 def test_a_pruned_model_is_found_out(compared: dict[str, Any], pruned: dict[str, Any], text: Path) -> None:
     row = next(row for row in compared["rows"] if row["set"] == str(text))
     assert row["values"][1]["value"] == pytest.approx(pruned["perplexity"]["student"], rel=1e-5)
@@ -252,6 +259,9 @@ def test_a_baseline_is_not_measured_again_and_does_not_change(
         billhook.save_baseline("v1", pruned["out"], data=str(text), tasks=str(task), store=store, **SHORT)
     with pytest.raises(UsageError, match="Leave --data"):
         billhook.gate(pruned["out"], "v1", data=str(text), store=store)
+    for options in ({"score": "acc_norm"}, {"shots_from": str(task)}):
+        with pytest.raises(UsageError, match="--score out"):
+            billhook.gate(pruned["out"], "v1", store=store, **options)
     with pytest.raises(UsageError, match="Did you mean 'v1'"):
         billhook.gate(pruned["out"], "v2", store=store)
     text_moved = tmp_path / "text.jsonl"
@@ -316,6 +326,16 @@ def test_without_a_run_a_threshold_searches(model: Path, text: Path, task: Path,
     )  # fmt: skip
     assert (told["step"], told["steps"], told["confirmed"]) == (2, 2, True)
     assert [of["margin"] for of in told["test"]] == ["200%ppl", f"100pp:{task}"]
+
+
+def test_a_threshold_takes_what_became_narrower(model: Path, text: Path, tmp_path: Path) -> None:
+    told = billhook.threshold(
+        model, margins="1000%ppl", metric="flap", remove="20%", data=str(text), out=tmp_path / "t",
+        store=tmp_path / "b.db", **(SEARCH | {"search": "narrow"}),
+    )  # fmt: skip
+    assert (told["step"], told["steps"]) == (1, 1)
+    assert any("[" in name for name in told["removed"]), "channel groups"
+    assert told["share"] >= 0.2
 
 
 @pytest.mark.parametrize("width", [390, 1440])

@@ -234,6 +234,14 @@ def test_self_is_sampled_in_batches_under_its_seed(model: Path, tokenizer: Any) 
     assert len(set(one)) > 13, "the second batch is not the first one again"
 
 
+def test_self_is_not_cut_as_answers_are(model: Path, tokenizer: Any) -> None:
+    network = transformers.AutoModelForCausalLM.from_pretrained(model)
+    plain = sample_texts(network, tokenizer, 100, 4, length=24)
+    network.generation_config.update(repetition_penalty=3.0, min_p=0.5, temperature=0.1, no_repeat_ngram_size=1)
+    assert sample_texts(network, tokenizer, 100, 4, length=24) == plain
+    assert network.generation_config.repetition_penalty == 3.0, "it is the model's again"
+
+
 def test_self_is_evaluated_on_other_text(model: Path, tokenizer: Any, text: Path) -> None:
     network = transformers.AutoModelForCausalLM.from_pretrained(model)
     calibration, evaluation = token_sets(wanted("self", tokens=128, eval_data=str(text)), network, tokenizer)

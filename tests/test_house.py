@@ -21,9 +21,9 @@ HOUSE = ROOT / "billhook"
 FILES = sorted(HOUSE.rglob("*.py"))
 FLOORS = (  # each floor imports from those above it, and each name from those before it on its own floor
     ("errors", "plan", "budget", "problem", "programme", "registry", "records", "stats", "verdict", "margin"),
-    ("modeling_billhook", "width", "arch", "vet", "stream", "loading", "repair", "regression", "sampling",
-     "data", "portions", "protocols", "tasks", "questions", "beginnings", "losses", "mask", "probe", "surgery",
-     "training", "speed"),
+    ("modeling_billhook", "losses", "width", "arch", "vet", "stream", "loading", "repair", "regression", "sampling",
+     "data", "portions", "protocols", "tasks", "questions", "beginnings", "mask", "probe", "surgery", "training",
+     "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),
     ("recipe", "store", "execute", "audit", "proof", "scoring", "searching", "recovering", "lab", "harness", "evalsets",
      "comparing", "gating", "thresholds", "summary", "report", "lab_words", "lab_curves", "lab_page", "compare_words",

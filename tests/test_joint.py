@@ -23,7 +23,7 @@ from billhook.plan import Anatomy, Ask, GroupSize, Narrow, Part, Plan, Rest, Sit
 from billhook.probe import Probe
 from billhook.problem import Problem
 from billhook.records import Loss
-from billhook.search import SEARCHES, settle
+from billhook.search import SEARCHES, kept_groups, settle
 
 Folder = Callable[[str], Path]
 
@@ -85,6 +85,13 @@ def test_joint_finds_the_optimum_of_losses_that_add_up(budget: str, seed: int) -
     plan = found_by(problem, loss, levels=4)
     legal = [each for each in every_plan(problem, 4) if problem.met(each) and problem.legal(each)]
     assert loss(plan) == pytest.approx(min(map(loss, legal)))
+
+
+def test_every_expert_loses_its_own_lowest_groups() -> None:
+    size = SiteSize(Site(0, "mlp"), 0, 0, 0, 0, groups=tuple(range(8)), experts=2)
+    order = [3, 2, 1, 0, 7, 5, 6, 4]  # all of the first expert is worth less than any of the second
+    assert kept_groups(size, order, 4, 1) == (0, 1, 4, 6)
+    assert kept_groups(size, order, 2, 1) == (0, 1, 2, 4, 5, 6)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,44 @@ def test_a_trade_is_a_matrix_of_tasks(model: Path, tasks: list[Path], texts: Pat
         billhook.trade(str(model), [], remove="25%sites")
 
 
+def test_a_sweep_over_recipes_that_write_more_or_less_themselves(model: Path, texts: Path, tmp_path: Path) -> None:
+    for share in (0.0, 0.5):
+        (tmp_path / f"share{share}.yaml").write_text(f"search: oneshot\nself_share: {share}\n")
+    recipes = [str(tmp_path / f"share{share}.yaml") for share in (0.0, 0.5)]
+    told = billhook.sweep(str(model), recipes, remove=["25%sites"], data=[str(texts)], out=tmp_path / "lab",
+                          store=tmp_path / "runs.db", **SMALL)  # fmt: skip
+    assert [each["source"] for each in told["calibration"]] == [str(texts), f"{texts}+self"]
+
+
+def test_a_sweep_over_what_the_model_writes_measures_on_text(model: Path, texts: Path, tmp_path: Path) -> None:
+    both = {"remove": ["25%sites"], "store": tmp_path / "runs.db", **SMALL}
+    told = billhook.sweep(
+        str(model), ["shortgpt"], data=[str(texts), "self", f"{texts}+self"], out=tmp_path / "lab", **both
+    )
+    assert list(told["evaluation"]) == [str(texts)]
+    assert len(told["rows"]) == 3
+    with pytest.raises(UsageError, match="--eval-data FILE"):
+        billhook.sweep(str(model), ["shortgpt"], data=["self"], **both)
+
+
+def test_a_plan_is_recalled_for_the_same_dtype_and_text_only(model: Path, tmp_path: Path) -> None:
+    store, texts = tmp_path / "runs.db", tiny.write_texts(tmp_path / "texts.jsonl", 160)
+    heal = tiny.write_texts(tmp_path / "heal.jsonl", 80, seed=2)
+    common = {"remove": ["1sites"], "data": [str(texts)], "store": store, "fold_in_search": True, "self_share": 0.0,
+              "recover_data": str(heal), "recover_tokens": 640, "recover_length": 24, "search": "greedy"}  # fmt: skip
+    common |= SMALL
+
+    def searches(**options: Any) -> int:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        billhook.sweep(str(model), ["billhook"], out=out, **(common | options))
+        with closing(sqlite3.connect(store)) as db:
+            return int(db.execute("SELECT count(*) FROM facts WHERE what = 'plan'").fetchone()[0])
+
+    assert [searches(), searches(), searches(dtype="bfloat16")] == [1, 1, 2]
+    tiny.write_texts(heal, 80, seed=3)
+    assert searches() == 3
+
+
 def test_stability_compares_disjoint_sets(model: Path, texts: Path, tmp_path: Path) -> None:
     told = billhook.stability(
         str(model), "cosine", sizes=[48, 240], draws=3, remove="25%sites", data=str(texts), length=24,
@@ -260,6 +299,15 @@ def test_stability_compares_disjoint_sets(model: Path, texts: Path, tmp_path: Pa
         for key in ("rank_correlation", "overlap"):
             assert -1 <= row[key]["low"] <= row[key]["mean"] <= row[key]["high"] <= 1
     assert told["sizes"][1]["rank_correlation"]["mean"] > 0.5, "most of a ranking is the model's"
+
+
+def test_stability_has_room_for_texts_that_do_not_divide(model: Path, tmp_path: Path) -> None:
+    texts = tiny.write_texts(tmp_path / "t.jsonl", 200, words=37)
+    told = billhook.stability(
+        str(model), "cosine", sizes=[64, 300], draws=4, remove="25%sites", data=str(texts), length=24,
+        out=tmp_path / "lab", store=tmp_path / "runs.db",
+    )  # fmt: skip
+    assert [row["sets"] for row in told["sizes"]] == [4, 4]
 
 
 # -- the command line -----------------------------------------------------------------------------------------------

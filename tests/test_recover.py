@@ -504,6 +504,32 @@ def test_gradient_checkpointing_keeps_less_and_learns_the_same(name: str, checkp
         assert torch.allclose(found[1].weights[key], value, rtol=1e-4, atol=1e-6), key
 
 
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "falcon", "gemma", "opt"])
+@pytest.mark.parametrize("name", ["partial", "patches"])
+def test_blocks_that_do_not_learn_stay_in_bfloat16(name: str, variant: str, checkpoint: Folder) -> None:
+    teacher, tokens = load(checkpoint(variant), dtype="bfloat16"), many_texts(16)
+    repair = recovered(name, teacher, PLAN, tokens)
+    assert torch.isfinite(logits(apply(teacher, PLAN, repair=repair), tokens.rows)).all()
+
+
+def test_dropout_of_lora_drops(checkpoint: Folder) -> None:
+    teacher, tokens = load(checkpoint("llama")), many_texts(16)
+    none, some, again = (recovered("lora", teacher, PLAN, tokens, dropout=rate).key() for rate in (0.0, 0.5, 0.5))
+    assert none != some == again
+
+
+def test_a_training_does_not_go_on_with_other_texts(
+    checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("billhook.training.SAVE_EVERY", 0.0)
+    teacher, tokens, valid = load(checkpoint("llama")), many_texts(12), many_texts(6, seed=9)
+    subject = Subject(teacher, PLAN, work=tmp_path)
+    RECOVERIES["bias"](subject, many_texts(12, seed=5), valid, **SHORT)
+    assert (tmp_path / "training.pt").is_file()
+    anew = RECOVERIES["bias"](Subject(teacher, PLAN), tokens, valid, **SHORT)
+    assert RECOVERIES["bias"](subject, tokens, valid, **SHORT).key() == anew.key()
+
+
 @pytest.mark.parametrize("name", sorted(TRAINED))
 def test_a_model_in_bfloat16_learns_in_float32(name: str, checkpoint: Folder) -> None:
     teacher, tokens = load(checkpoint("llama"), dtype="bfloat16"), many_texts(24)

@@ -8,7 +8,7 @@ import torch
 
 from billhook.data import TokenSet
 from billhook.evaluate import batches, evaluation
-from billhook.losses import nll
+from billhook.losses import exact, nll
 from billhook.records import EvalResult, Event, Watch, silent
 
 
@@ -28,7 +28,7 @@ def perplexity(model: Any, tokens: TokenSet, *, watch: Watch = silent, who: str 
     for batch in batches(tokens, vocabulary, model.device):
         logits = model(input_ids=batch.ids, use_cache=False).logits
         for i, (row, n) in enumerate(zip(batch.rows, batch.lengths, strict=True)):
-            per_row[row] = float(nll(logits[i, :n], logits[i, :n], batch.targets[i, :n]).double().sum())
+            per_row[row] = float(exact(nll(logits[i, :n], logits[i, :n], batch.targets[i, :n])).sum())
         done += sum(batch.lengths)
         watch(Event("evaluate", done, tokens.tokens, who))
     return EvalResult("perplexity", tokens.hash, *_by_document(tokens, per_row), tokens.clusters)

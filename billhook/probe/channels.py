@@ -11,6 +11,7 @@ from torch import nn
 
 from billhook import arch
 from billhook.errors import ModelError
+from billhook.losses import exact
 from billhook.plan import Site
 from billhook.probe import gradients
 from billhook.probe.measure import Bench
@@ -53,7 +54,7 @@ def gathered(of: Layout, slot: Slot, values: torch.Tensor, *, vector: bool) -> t
 
     `vector`: what stands at one entry is summed with its sign, and then counts without it.
     """
-    values = values.double()
+    values = exact(values)
     if of.experts > 1:
         lines = values.movedim(slot.axis, 1).reshape(values.shape[0], values.shape[slot.axis], -1).sum(-1)
     else:
@@ -116,9 +117,9 @@ def by_inputs(bench: Bench, function: OfInputs) -> GroupValues:
                 handle.remove()
         for site, of in mine.items():
             pairs = zip(heard[site], bench.groups, strict=True)
-            x = torch.cat([x.reshape(*group.ids.shape, -1)[group.counted] for x, group in pairs]).double()
+            x = exact(torch.cat([x.reshape(*group.ids.shape, -1)[group.counted] for x, group in pairs]))
             told = Inputs(len(x), x.mean(0), x.var(0), x.square().mean(0), x.abs().mean(0))
-            weight = arch.by_output(block, of.output.name, block.get_parameter(of.output.name).detach()).double()
+            weight = exact(arch.by_output(block, of.output.name, block.get_parameter(of.output.name).detach()))
             found[site] = function(told, weight).cpu()[of.output.index].mean(-1)
     bench.check_finite(streams)
     return finite(found)

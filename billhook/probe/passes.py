@@ -14,6 +14,7 @@ from torch import nn
 
 from billhook import arch
 from billhook.errors import ModelError, ResourceError
+from billhook.losses import exact
 from billhook.plan import PARTS, Part, Site
 from billhook.probe.groups import DocumentGroup
 from billhook.probe.measure import Bench
@@ -38,12 +39,12 @@ class Means:
         for group in groups:
             self.of.append(first + group.of[last_tokens(group) if last else slice(None)].cpu())
             first += len(group.documents)
-        self._counts = torch.cat(self.of).bincount(minlength=first).double()
+        self._counts = exact(torch.cat(self.of).bincount(minlength=first))
         self._sums: dict[Unit, torch.Tensor] = defaultdict(lambda: torch.zeros_like(self._counts))
 
     def add(self, unit: Unit, of: torch.Tensor, values: torch.Tensor) -> None:
         """`values` [tokens] of a unit, and the documents `of` the tokens."""
-        self._sums[unit].index_add_(0, of, values.cpu().double())
+        self._sums[unit].index_add_(0, of, exact(values.cpu()))
 
     def scores(self) -> dict[Unit, Score]:
         """The means."""

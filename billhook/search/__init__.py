@@ -139,17 +139,20 @@ def by_score(values: Sequence[float]) -> list[int]:
     return sorted(range(len(values)), key=lambda place: (values[place], place))
 
 
-def kept_groups(size: SiteSize, places: Sequence[int], multiple: int) -> tuple[int, ...]:
-    """The groups that stay, a `multiple` of channels, as many of every expert; `places` go, the first ones first."""
+def kept_groups(size: SiteSize, order: Sequence[int], going: int, multiple: int) -> tuple[int, ...]:
+    """The groups that stay, a `multiple` of channels, as many of every expert, where `going` of all should go.
+
+    `order`: the places of all groups; the first ones of each expert go first.
+    """
     multiple = math.lcm(multiple // math.gcd(multiple, size.channels), size.multiple)
     each = len(size.groups) // size.experts
-    count = each - len(places) // size.experts
+    count = each - going // size.experts
     count = min(each, max(multiple, -(-count // multiple) * multiple))
-    rank = {place: i for i, place in enumerate(places)}  # what is not named goes last
+    rank = {place: i for i, place in enumerate(order)}
     stay: list[int] = []
     for expert in range(size.experts):
         mine = range(expert * each, (expert + 1) * each)
-        stay += sorted(mine, key=lambda place: rank.get(place, len(rank)), reverse=True)[:count]
+        stay += sorted(mine, key=rank.__getitem__, reverse=True)[:count]
     return tuple(size.groups[place] for place in sorted(stay))
 
 

@@ -78,7 +78,7 @@ def _ladder(problem: Problem, size: SiteSize, levels: int, multiple: int) -> Lad
     rungs = [Plan()]
     if problem.group_scores is not None and size.site in problem.group_scores:
         order = by_score(problem.group_scores[size.site])
-        widths = (kept_groups(size, order[: len(order) * step // levels], multiple) for step in range(1, levels))
+        widths = (kept_groups(size, order, len(order) * step // levels, multiple) for step in range(1, levels))
         rungs += [Plan(frozenset(), frozenset({Narrow(size.site, kept)})) for kept in widths if len(kept) < len(order)]
     return tuple(dict.fromkeys([*rungs, Plan(frozenset({size.site}))]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from billhook.errors import BudgetError, UsageError
@@ -66,17 +67,15 @@ def _order(scores: Mapping[Site, Sequence[float]], uniform: bool) -> tuple[Order
 
 def _plan(problem: Problem, sizes: Mapping[Site, SiteSize], going: Order, multiple: int) -> Plan:
     """What is left when some groups go: sites narrower, or removed where nothing of them would stay and others do."""
-    gone: dict[Site, list[int]] = {}
-    for site, place in going:
-        gone.setdefault(site, []).append(place)
+    assert problem.group_scores is not None
     removed: set[Site] = set()
     narrowed: set[Narrow] = set()
-    for site, places in gone.items():
+    for site, count in Counter(site for site, _ in going).items():
         size = sizes[site]
-        if len(places) == len(size.groups) and problem.legal(Plan(frozenset({*removed, site}))):
+        if count == len(size.groups) and problem.legal(Plan(frozenset({*removed, site}))):
             removed.add(site)
             continue
-        kept = kept_groups(size, places, multiple)
+        kept = kept_groups(size, by_score(problem.group_scores[site]), count, multiple)
         if len(kept) < len(size.groups):
             narrowed.add(Narrow(site, kept))
     return Plan(frozenset(removed), frozenset(narrowed))
