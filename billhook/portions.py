@@ -138,7 +138,8 @@ def mixed_sets(
         return token_sets(wanted, model, tokenizer, watch, own=own)
     texts = [source for source in sources if source != "self"]
     held_apart = wanted.eval_data is None and bool(texts)
-    share = replace(wanted, tokens=-(-(wanted.tokens - mine) // len(sources)), in_all=wanted.tokens)
+    least = None if wanted.least is None else -(-wanted.least // len(sources))
+    share = replace(wanted, tokens=-(-(wanted.tokens - mine) // len(sources)), in_all=wanted.tokens, least=least)
     if held_apart:
         share = replace(share, eval_tokens=-(-wanted.eval_tokens // len(texts)))
     shares = [replace(share, data=source) for source in sources]

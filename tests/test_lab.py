@@ -308,6 +308,12 @@ def test_stability_has_room_for_texts_that_do_not_divide(model: Path, tmp_path: 
         out=tmp_path / "lab", store=tmp_path / "runs.db",
     )  # fmt: skip
     assert [row["sets"] for row in told["sizes"]] == [4, 4]
+    others = tiny.write_texts(tmp_path / "u.jsonl", 34, words=37, seed=3)  # little more than its part
+    mixed = billhook.stability(
+        str(model), "cosine", sizes=[300], draws=4, remove="25%sites", data=f"{texts}+{others}", length=24,
+        out=tmp_path / "mixed", store=tmp_path / "runs.db",
+    )  # fmt: skip
+    assert mixed["sizes"][0]["sets"] == 4
 
 
 # -- the command line -----------------------------------------------------------------------------------------------
