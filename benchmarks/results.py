@@ -227,7 +227,7 @@ def _recovery(told: Mapping[str, Any]) -> str:
         "that pruning added. *Against none*: nats per token, or share of the items, paired, with the 95% interval. "
         "*Mixed text*: C4 and WikiText-2 in equal parts.\n\n"
         + _markdown([*head, "parameters added", "tokens wanted", "time"], lines)
-        + _curves({chain: row["curve"] for chain, row in rows.items() if row.get("curve")})
+        + _curves({chain: row for chain, row in rows.items() if row.get("curve")})
         + (_in_search(told["in_search"]) if "in_search" in told else "")
     )
 
@@ -250,19 +250,27 @@ def _in_search(told: Mapping[str, Any]) -> str:
     )
 
 
-def _curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+def _curves(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """How the trainings went on: the best validation loss by the share of their time."""
-    if not curves:
+    if not rows:
         return ""
     shares = (0.25, 0.5, 0.75, 1.0)
     lines = []
-    for chain, curve in curves.items():
+    for chain, row in rows.items():
+        curve, minutes = row["curve"], row["minutes"]
         (begin, first), (end, _) = curve[0], curve[-1]
         reached = [
             [best for seconds, best in curve if seconds <= begin + share * (end - begin)][-1] for share in shares
         ]
-        lines.append([f"`{chain}`", f"{first:.4f}", *(f"{best:.4f}" for best in reached), f"{end - begin:,.0f} s"])
-    head = ["training", "first", *(f"{share:.0%} of the time" for share in shares), "until the last better one"]
+        line = [f"`{chain}`", f"{minutes:g} min", f"{first:.4f}", *(f"{best:.4f}" for best in reached)]
+        lines.append([*line, f"{end - begin:,.0f} s"])
+    head = [
+        "training",
+        "at most",
+        "first",
+        *(f"{share:.0%} of the time" for share in shares),
+        "until the last better one",
+    ]
     return (
         "\nThe loss that a training lowers, of validation texts that it does not learn from, in nats per token: what "
         "still falls at the end lacks time, what does not lacks text or room.\n\n" + _markdown(head, lines)
