@@ -142,7 +142,8 @@ def test_without_a_rival_there_is_no_gap() -> None:
 
 
 def test_a_step_survives_json() -> None:
-    step = Step((Site(3, "mlp"), Site(3, "attention")), 0.25, None, None)
+    plan = Plan.of(["attention.3", "mlp.3", "mlp.1[0-5 7]"])
+    step = Step(tuple(plan.sites()), 0.25, None, None, tuple(plan.narrowed))
     read = json.loads(json.dumps(step.to_json()))
-    assert [Site.parse(name) for name in read.pop("sites")] == list(step.sites)
+    assert Plan.of(["mlp.1[0-2]"]).after(Plan.of([*read.pop("sites"), *read.pop("narrowed")])) == plan
     assert read == {"loss": step.loss, "gap": None, "gap_se": None}
