@@ -73,8 +73,7 @@ def main() -> None:
         grid = lab.Grid(("billhook",), ("12sites",), (texts["c4"],), (texts["c4"], texts["wikitext2"]),
                         tuple(texts[task] for task in TASKS[:2]))  # fmt: skip
         sets = lab.evaluation_sets(bench, grid, recipe)
-        told |= {"removed": trial.plan.names(), "evaluation": {name: each.describe() for name, each in sets.items()},
-                 "minutes": given.minutes, "tokens": given.tokens}  # fmt: skip
+        told |= {"removed": trial.plan.names(), "evaluation": {name: each.describe() for name, each in sets.items()}}
 
         job = bench.job(recipe)
         dense, bare = (results_of(job, bench, sets, (plan, UNTOUCHED)) for plan in (Plan(), trial.plan))

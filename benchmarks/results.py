@@ -216,9 +216,8 @@ def _recovery(told: Mapping[str, Any]) -> str:
         line = [f"`{chain.partition('+')[0]}`" + (", mixed text" if "+" in chain else "")]
         for name in names:
             on = row["on"][name]
-            spread = f"{on['change']:+.3f} ({on['low']:+.3f} to {on['high']:+.3f})"
             closed = [] if on["kind"] != "perplexity" else [f"{on['closed']:.0%}"]
-            line += [_one(on, "after"), *closed, spread]
+            line += [_one(on, "after"), *closed, _change(on)]
         lines.append([*line, f"{row['parameters']:,}", f"{row['tokens']:,}", f"{row['seconds']:,.0f} s"])
     dense = ", ".join(f"{_name(name)} {_one(first[name], 'dense')}" for name in names)
     return (
@@ -241,8 +240,7 @@ def _in_search(told: Mapping[str, Any]) -> str:
         line = [side, f"{len(told[side]['removed'])}", f"{told[side]['parameters']:,}"]
         line.append(f"{told[side]['search_seconds']:,.0f} s")
         for on in told["on"].values():
-            spread = f"{on['change']:+.3f} ({on['low']:+.3f} to {on['high']:+.3f})"
-            line += [_one(on, which), spread if which == "after" else ""]
+            line += [_one(on, which), _change(on) if which == "after" else ""]
         lines.append(line)
     return (
         f"\nGreedy searches on {told['tokens']:,} tokens of C4, both plans folded at the end. *Change*: nats per "
@@ -297,8 +295,7 @@ def _width(told: Mapping[str, Any]) -> str:
             line.append(f"{row['parameters'] / told['whole']:.1%}")
             for source in names:
                 on = row["on"][source]
-                spread = f"{on['change']:+.3f} ({on['low']:+.3f} to {on['high']:+.3f})"
-                line += [_one(on, "before"), f"{_one(on, 'after')}, {spread}"]
+                line += [_one(on, "before"), f"{_one(on, 'after')}, {_change(on)}"]
             lines.append([*line, f"{row['search_seconds']:,.0f} s"])
         sections.append(f"### {size} of the parameters\n\n{_markdown([*head, 'search'], lines)}")
         sections += [_times(size, told["speed"][size])] if size in told["speed"] else []
@@ -323,6 +320,10 @@ def _times(size: str, found: Mapping[str, Any]) -> str:
         f"Tokens per second at {size}, timed in turn: the median, and the ratio to the unpruned model in pairs, with "
         f"the 95% interval of the median.\n\n{_markdown(head, lines)}"
     )
+
+
+def _change(on: Mapping[str, Any]) -> str:
+    return f"{on['change']:+.3f} ({on['low']:+.3f} to {on['high']:+.3f})"
 
 
 def _one(on: Mapping[str, Any], which: str) -> str:

@@ -18,7 +18,7 @@ from billhook.data import TokenSet
 from billhook.data import first as first_of
 from billhook.errors import DataError, RunError, UsageError
 from billhook.evalsets import HARNESS, EvalSet, Tested, read_task, read_text, tested
-from billhook.evaluate import batches
+from billhook.evaluate import batches, words_of
 from billhook.loading import Teacher
 from billhook.losses import exact, kl
 from billhook.margin import Margin
@@ -239,7 +239,7 @@ def closeness(job: Job, first: Side, other: Side, asked: Asked) -> dict[str, Any
     tokens, theirs = first.sets[text].tokens, other.sets[text].tokens
     assert tokens is not None
     assert theirs is not None
-    if tokens.hash != theirs.hash or _words_of(a) != _words_of(b):
+    if tokens.hash != theirs.hash or words_of(a.model) != words_of(b.model):
         return None
     tokens = first_of(tokens, CLOSE_TOKENS)
     names = (f"kl to {a.fingerprint} {a.compute}", f"agreement with {a.fingerprint} {a.compute}")
@@ -262,8 +262,8 @@ def closeness(job: Job, first: Side, other: Side, asked: Asked) -> dict[str, Any
 def _side_by_side(job: Job, models: tuple[Any, Any], tokens: TokenSet) -> list[EvalResult]:
     """KL and agreement by document; both models read each row."""
     sums, counts = ([0.0] * len(tokens.clusters), [0.0] * len(tokens.clusters)), [0] * len(tokens.clusters)
-    vocabulary, done = int(models[0].get_output_embeddings().weight.shape[0]), 0
-    for batch in batches(tokens, vocabulary, models[0].device):
+    done = 0
+    for batch in batches(tokens, words_of(models[0]), models[0].device):
         p, q = (model(input_ids=batch.ids, use_cache=False).logits for model in models)
         for i, (row, n) in enumerate(zip(batch.rows, batch.lengths, strict=True)):
             ours, theirs, document = p[i, :n].float(), q[i, :n].float(), tokens.documents[row]
@@ -273,10 +273,6 @@ def _side_by_side(job: Job, models: tuple[Any, Any], tokens: TokenSet) -> list[E
         done += sum(batch.lengths)
         job.watch(Event("compare", done, tokens.tokens, "side by side"))
     return [EvalResult("", tokens.hash, tuple(each), tuple(counts), tokens.clusters) for each in sums]
-
-
-def _words_of(teacher: Teacher) -> int:
-    return int(teacher.model.get_output_embeddings().weight.shape[0])
 
 
 def _timed(job: Job, a: Teacher, b: Teacher) -> dict[str, Any] | None:

@@ -247,6 +247,7 @@ class Trainer:
         self._file = None if work is None else work / "training.pt"
         self._optimizer = torch.optim.AdamW(parameters.values(), lr=course.rate, weight_decay=0.0)
         self._compute = compute
+        self._dropouts = [m for name, m in student.named_modules() if "lora_dropout" in name]  # of what peft added
         self._drop(False)
 
     def _loss(self, rows: Rows) -> torch.Tensor:
@@ -341,9 +342,8 @@ class Trainer:
 
     def _drop(self, on: bool) -> None:
         """Let the dropout of what peft added work, or not; that of the model itself rests, as in the teacher."""
-        for name, module in self.student.named_modules():
-            if "lora_dropout" in name:
-                module.train(on)
+        for module in self._dropouts:
+            module.train(on)
 
     def _check(self, state: _State, valid: Rows, give: Callable[[Rows], None]) -> None:
         found = self._validate(valid, give)

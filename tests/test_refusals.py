@@ -354,7 +354,7 @@ def test_a_run_does_not_go_on_under_another_recipe(interrupted: str, tmp_path: P
 
 def test_a_run_does_not_go_on_over_another_model(interrupted: str, copy: Path, tmp_path: Path) -> None:
     tiny.with_tokenizer(copy, seed=1)
-    cannot_resume(tmp_path, FingerprintError, interrupted, "another model", "leave --resume out")
+    cannot_resume(tmp_path, FingerprintError, interrupted, "another model and other tokens:", "leave --resume out")
 
 
 def test_a_run_does_not_go_on_over_other_text(interrupted: str, tmp_path: Path) -> None:

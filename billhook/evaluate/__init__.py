@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,6 +25,11 @@ class Batch:
     targets: torch.Tensor
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
+
+
+def words_of(model: Any) -> int:
+    """How many logits its head gives of a token."""
+    return int(model.get_output_embeddings().weight.shape[0])
 
 
 def batches(tokens: TokenSet, vocabulary: int, device: torch.device) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from billhook.beginnings import Read, batched, families, paths_of, worthwhile
 from billhook.data import Choices, TokenSet
 from billhook.errors import ModelError, UsageError
-from billhook.evaluate import evaluation
+from billhook.evaluate import evaluation, words_of
 from billhook.records import EvalResult, Event, Watch, silent
 
 BATCH_POSITIONS = 512  # of one batch, cached and padded ones too; larger ones only cost memory traffic on a CPU
@@ -69,7 +69,7 @@ def log_probabilities(model: Any, tokens: TokenSet, *, watch: Watch = silent, wh
     up to rounding the sums of one forward pass a row.
     """
     _choices(tokens)
-    words = int(model.get_output_embeddings().weight.shape[0])
+    words = words_of(model)
     sums, done = [0.0] * len(tokens.lengths), 0
     found = worthwhile(families(paths_of(tokens), _longest_shared(model)))
     for batch in batched(found, BATCH_POSITIONS, max(1, BATCH_LOGITS_BYTES // (4 * words))):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from billhook.data import TokenSet
-from billhook.evaluate import batches, evaluation
+from billhook.evaluate import batches, evaluation, words_of
 from billhook.losses import exact, nll
 from billhook.records import EvalResult, Event, Watch, silent
 
@@ -22,10 +22,9 @@ def perplexity(model: Any, tokens: TokenSet, *, watch: Watch = silent, who: str 
 
     Source: Jelinek et al. 1977; the window rule is ours.
     """
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])
     per_row = [0.0] * len(tokens.lengths)
     done = 0
-    for batch in batches(tokens, vocabulary, model.device):
+    for batch in batches(tokens, words_of(model), model.device):
         logits = model(input_ids=batch.ids, use_cache=False).logits
         for i, (row, n) in enumerate(zip(batch.rows, batch.lengths, strict=True)):
             per_row[row] = float(exact(nll(logits[i, :n], logits[i, :n], batch.targets[i, :n])).sum())

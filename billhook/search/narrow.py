@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from billhook.errors import BudgetError, UsageError
-from billhook.plan import Narrow, Plan, Site, SiteSize
+from billhook.plan import Narrow, Plan, Site
 from billhook.problem import Problem
 from billhook.search import Search, by_score, kept_groups, restricted, search
 
-Order = list[tuple[Site, int]]  # a site, and the place of a group in it
+Ranked = Mapping[Site, Sequence[int]]  # of each site, the places of its groups, the lowest score first
 
 
 @search
@@ -33,12 +33,13 @@ def narrow(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts:
         raise UsageError("The search narrow ranks channel groups. Name a metric of groups: --metric flap.")
     if multiple < 1:
         raise UsageError(f"multiple={multiple} is no number of channels. Write for example 8, 32 or 256.")
-    sizes = {s.site: s for s in problem.anatomy.sites if s.site in problem.group_scores}
-    free = {site: size for site, size in sizes.items() if site not in problem.protected}
-    order, ends = _order({site: problem.group_scores[site] for site in free}, uniform)
+    free = [size.site for size in problem.anatomy.sites if size.site not in problem.protected]
+    scores = {site: problem.group_scores[site] for site in free if site in problem.group_scores}
+    ranked = {site: by_score(values) for site, values in scores.items()}
+    order, ends = _order(scores, ranked, uniform)
 
     def plan(end: int) -> Plan:
-        return _plan(problem, free, order[: ends[end]], multiple)
+        return _plan(problem, ranked, Counter(order[: ends[end]]), multiple)
 
     low, high = -1, len(ends) - 1
     if high < 0 or not problem.met(plan(high)):
@@ -52,30 +53,29 @@ def narrow(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts:
     return [plan(high)]
 
 
-def _order(scores: Mapping[Site, Sequence[float]], uniform: bool) -> tuple[Order, list[int]]:
-    """All groups, lowest score first, and how many may go at a time; if `uniform`, lowest share of its site first."""
+def _order(scores: Mapping[Site, Sequence[float]], ranked: Ranked, uniform: bool) -> tuple[list[Site], list[int]]:
+    """The sites of all groups, lowest score first, and how many may go at a time; if `uniform`, lowest share first."""
     every = []
     for site, values in scores.items():
-        ranked = by_score(values)
-        for rank, place in enumerate(ranked):
-            every.append(((rank + 0.5) / len(ranked) if uniform else values[place], site, place))
+        for rank, place in enumerate(ranked[site]):
+            every.append(((rank + 0.5) / len(values) if uniform else values[place], site))
     every.sort()
     last = len(every)
     ends = [end for end in range(1, last + 1) if not uniform or end == last or every[end][0] > every[end - 1][0]]
-    return [(site, place) for _, site, place in every], ends
+    return [site for _, site in every], ends
 
 
-def _plan(problem: Problem, sizes: Mapping[Site, SiteSize], going: Order, multiple: int) -> Plan:
+def _plan(problem: Problem, ranked: Ranked, going: Mapping[Site, int], multiple: int) -> Plan:
     """What is left when some groups go: sites narrower, or removed where nothing of them would stay and others do."""
-    assert problem.group_scores is not None
+    sizes = {size.site: size for size in problem.anatomy.sites}
     removed: set[Site] = set()
     narrowed: set[Narrow] = set()
-    for site, count in Counter(site for site, _ in going).items():
+    for site, count in going.items():
         size = sizes[site]
         if count == len(size.groups) and problem.legal(Plan(frozenset({*removed, site}))):
             removed.add(site)
             continue
-        kept = kept_groups(size, by_score(problem.group_scores[site]), count, multiple)
+        kept = kept_groups(size, ranked[site], count, multiple)
         if len(kept) < len(size.groups):
             narrowed.add(Narrow(site, kept))
     return Plan(frozenset(removed), frozenset(narrowed))
