@@ -39,7 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "wanda-sp": {}, "flap": {}, "saap": {}, "billhook-joint": {},
 }  # fmt: skip
 BATCHES = (1, 4, 16, 32)
-FOLD_TOKENS = 32768
+FOLD_TOKENS = 16384
 
 
 def main() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from billhook.losses import exact
 
-RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)  # of the mean diagonal of XᵀX
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)  # of the mean diagonal of XᵀX
 TOKENS_AT_A_TIME = 8192
 
 
@@ -64,11 +65,21 @@ class Moments:
 
 
 def fitted(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, held: torch.Tensor) -> Fit:
-    """The map from x to y whose ridge has the least error on the `held` tokens [tokens, bool]; then fitted on all."""
+    """The map from x to y whose ridge has the least error on the `held` tokens [tokens, bool]; then fitted on all.
+
+    From the middle of `RIDGES` to whichever neighbour is better, until none is.
+    """
     seen = Moments(x[~held], y[~held], weight[~held])
     unseen = Moments(x[held], y[held], weight[held])
     if not unseen.yy:
         return Fit(torch.zeros(y.shape[1], x.shape[1], device=x.device), 0.0, 1.0)
-    error, ridge = min((unseen.error(seen.solve(ridge)), ridge) for ridge in RIDGES)
-    matrix = seen.plus(unseen).solve(ridge).T.to(x.device, torch.float32)
-    return Fit(matrix, ridge, error / unseen.yy)
+
+    @cache
+    def error(place: int) -> float:
+        return unseen.error(seen.solve(RIDGES[place]))
+
+    place, places = len(RIDGES) // 2, range(len(RIDGES))
+    while (best := min(places[max(0, place - 1) : place + 2], key=error)) != place:
+        place = best
+    matrix = seen.plus(unseen).solve(RIDGES[place]).T.to(x.device, torch.float32)
+    return Fit(matrix, RIDGES[place], error(place) / unseen.yy)

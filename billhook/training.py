@@ -29,7 +29,8 @@ from billhook.records import Event, Watch
 
 TOP = 64  # of the teacher's words whose probabilities are kept; the others are one bucket
 AT_A_TIME = 1024  # tokens in a forward pass; more in a step are accumulated
-CHECKS = 12  # of the validation rows, in a training
+CHECKS = 12  # of the validation rows, in a training; fewer where they would take more than
+CHECKING = 0.2  # of the minutes
 WARM_UP = 0.05  # of the steps
 PATIENCE = 4  # checks without a better one
 SAVE_EVERY = 30.0  # seconds between two checkpoints
@@ -220,6 +221,7 @@ class _State:
 
     step: int
     steps: int
+    checks: int
     best: float
     waited: int
     kept: dict[str, torch.Tensor]  # of the best check
@@ -266,7 +268,7 @@ class Trainer:
         if told:
             self._optimizer.load_state_dict(told["optimizer"])
             schedule.load_state_dict(told["schedule"])
-        every = max(1, state.steps // CHECKS)
+        every = max(1, state.steps // state.checks)
         saved = time.perf_counter()
         while state.step < state.steps and state.waited < PATIENCE:
             loss = self._step(train, order, state.step, give)
@@ -302,8 +304,10 @@ class Trainer:
         steps = self.course.epochs * (len(train.ids) // min(self.course.batch, len(train.ids)))
         start = time.perf_counter()
         first = self._validate(valid, give)
-        check = time.perf_counter() - start
-        if self.course.minutes:
+        seconds, checks = 60 * self.course.minutes, CHECKS
+        if seconds:
+            check = time.perf_counter() - start
+            checks = min(CHECKS, max(1, int(CHECKING * seconds / check)))
             stood = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
             optimizer = copy.deepcopy(self._optimizer.state_dict())
             start = time.perf_counter()
@@ -314,8 +318,8 @@ class Trainer:
                 for name, parameter in self.parameters.items():
                     parameter.copy_(stood[name])
             self._optimizer.load_state_dict(optimizer)
-            steps = min(steps, max(1, int((60 * self.course.minutes - (CHECKS + 1) * check) / one)))
-        return _State(0, steps, first, 0, self._copy())
+            steps = min(steps, max(1, int((seconds - (checks + 1) * check) / one)))
+        return _State(0, steps, checks, first, 0, self._copy())
 
     def _copy(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}

@@ -22,7 +22,7 @@ from billhook.probe.measure import Bench
 from billhook.probe.pair import Change, Stage, lookahead, order, places, runs, side_by_side, streams_after
 from billhook.recover import RECOVERIES, Subject
 from billhook.recover.adapters import Update, quantised
-from billhook.regression import Moments, fitted
+from billhook.regression import RIDGES, Moments, fitted
 from billhook.repair import UNTOUCHED, Patch, Repair, read_repair
 from billhook.surgery import apply, difference
 
@@ -312,6 +312,8 @@ def test_the_regression_is_that_of_numpy_and_chooses_its_ridge_on_held_out_rows(
     noise = fitted(x, torch.randn(500, 3, generator=draw), even, held)
     assert noise.left > 0.9
     assert noise.ridge > fit.ridge
+    seen, unseen = (Moments(x[some], y[some], even[some]) for some in (~held, held))
+    assert fit.ridge == min(RIDGES, key=lambda ridge: unseen.error(seen.solve(ridge))), "of all"
     twice = Moments(x, y, torch.where(held, 2.0, 1.0))
     doubled = torch.cat((x, x[held])), torch.cat((y, y[held]))
     assert torch.allclose(twice.xx, Moments(*doubled, torch.ones(len(doubled[0]))).xx, rtol=1e-5)
