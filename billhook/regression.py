@@ -9,15 +9,16 @@ import torch
 
 from billhook.losses import exact
 
-RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)  # of the mean diagonal of XᵀX
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)  # of the diagonal of XᵀX
 TOKENS_AT_A_TIME = 8192
+EMPTY = 1e-14  # of the mean diagonal: inputs that are all but zero
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
     """A linear map and how it was found. `matrix` [outputs, inputs], float32.
 
-    `ridge`: as a share of the mean diagonal; `left`: of the squared error on held-out tokens, by a fit that has not
+    `ridge`: as a share of the diagonal; `left`: of the squared error on held-out tokens, by a fit that has not
     seen them; above 1 the map does harm.
     """
 
@@ -50,9 +51,13 @@ class Moments:
         return both
 
     def solve(self, ridge: float) -> torch.Tensor:
-        """argmin over B of |Y - X B|² + ridge · mean(diag XᵀX) · |B|²: [inputs, outputs]."""
+        """argmin over B of |Y - X B|² + ridge · Σ_i |x_i|² |b_i|²: [inputs, outputs].
+
+        x_i a column of X and b_i the row of B that it goes through, so that no input counts by its unit.
+        """
         whole = self.xx.clone()
-        whole.diagonal().add_(max(ridge * float(self.xx.diagonal().mean()), 1e-300))
+        least = EMPTY * float(self.xx.diagonal().mean())
+        whole.diagonal().mul_(1 + ridge).clamp_(min=max(least, 1e-300))
         factor, failed = torch.linalg.cholesky_ex(whole)
         if failed:
             found: torch.Tensor = torch.linalg.lstsq(whole, self.xy, driver="gelsd").solution

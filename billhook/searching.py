@@ -218,7 +218,7 @@ def _judge(job: Job, teacher: Teacher, calibration: TokenSet) -> Callable[[Plan]
     treatment = f"fold {json.dumps([train.hash, FOLD])}"
     of = Measured(teacher.fingerprint, calibration.hash, loss, teacher.compute, treatment)
     probe = Probe(teacher, calibration, loss, memory=recipe.memory_bytes)
-    subject = Subject(teacher, Plan(), memory=recipe.memory_bytes, seed=recipe.seed)
+    subject = Subject(teacher, Plan(), memory=recipe.memory_bytes, seed=recipe.seed, sides={})
 
     def judge(plan: Plan) -> Loss:
         known = job.store.loss(of, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from billhook.loading import Teacher, load
 from billhook.plan import Plan, Site
 from billhook.probe import Probe
 from billhook.probe.measure import Bench
-from billhook.probe.pair import Change, Stage, lookahead, order, places, runs, side_by_side, streams_after
+from billhook.probe.pair import Change, Stage, TeacherSide, lookahead, order, places, runs, side_by_side, streams_after
 from billhook.recover import RECOVERIES, Subject
 from billhook.recover.adapters import Update, quantised
 from billhook.regression import RIDGES, Moments, fitted
@@ -67,7 +68,7 @@ def test_both_sides_are_what_plain_passes_give(variant: str, checkpoint: Folder)
             stages.append(stage)
             return None
 
-        assert side_by_side(bench, plan, mended, look) is mended
+        assert side_by_side(TeacherSide(bench), plan, mended, look) is mended
         assert [stage.site for stage in stages] == order(bench)
         assert sorted(order(bench)) == list(teacher.anatomy.alive())
         for model, seen in (
@@ -167,7 +168,7 @@ def test_constants_between_which_nothing_reads_are_one_and_go_into_a_bias(varian
         return apart[stage.site]
 
     bench = Bench(teacher, tokens, "kl")
-    side_by_side(bench, plan, UNTOUCHED, note)
+    side_by_side(TeacherSide(bench), plan, UNTOUCHED, note)
     rows = tiny.tokens(2, 12)
     one, many = (logits(apply(teacher, plan, repair=r), rows) for r in (repair, UNTOUCHED.with_patches(apart)))
     assert torch.allclose(one, many, rtol=1e-4, atol=1e-4)
@@ -241,11 +242,13 @@ def test_fold_is_the_ridge_regression_of_what_the_stream_lacks(checkpoint: Folde
     weight = 1 / ends[1].flatten(0, 1).double().square().mean(-1, keepdim=True)
     weight = weight / weight.mean()
     change = (repair.weights[name] - teacher.model.get_parameter(name).detach()).double()
-    # At the minimum the gradient is that of the ridge: proportional to the change itself, with one factor for all.
+    # At the minimum the gradient is that of the ridge: proportional to the change itself and to the square of what each
+    # channel carries, with one factor for all.
     slope = (x * weight).T @ (lacking - x @ change.T)
-    ridge = float((slope * change.T).sum() / change.square().sum())
-    assert ridge > 0
-    assert torch.allclose(slope, ridge * change.T, rtol=1e-2, atol=1e-3 * float(slope.abs().max()))
+    pull = (x.square() * weight).sum(0)[:, None] * change.T
+    ridge = float((slope * pull).sum() / pull.square().sum())
+    assert any(ridge == pytest.approx(one, rel=1e-2) for one in RIDGES)
+    assert torch.allclose(slope, ridge * pull, rtol=1e-2, atol=1e-3 * float(slope.abs().max()))
 
 
 def test_of_a_single_text_some_documents_choose_the_ridge(checkpoint: Folder) -> None:
@@ -271,9 +274,9 @@ def test_fold_looks_behind_the_run_that_follows(checkpoint: Folder) -> None:
             ends.append(stage)
             return None
 
-        side_by_side(bench, plan, repair, look)
+        side_by_side(TeacherSide(bench), plan, repair, look)
         behind = next(stage for stage in ends if stage.site == Site(2, "mlp"))
-        assert torch.equal(streams_after(bench, [behind.site])[behind.site], behind.teacher_after)
+        assert torch.equal(streams_after(TeacherSide(bench), [behind.site])[behind.site], behind.teacher_after)
         lacking[ahead] = float((behind.teacher_after - behind.after).square().sum())
     assert lacking[True] < 0.9 * lacking[False]
 
@@ -287,10 +290,35 @@ def test_streams_after_sites_are_those_that_both_sides_show(variant: str, checkp
         shown[stage.site] = stage.teacher_after
         return None
 
-    side_by_side(bench, Plan(), UNTOUCHED, look)
-    found = streams_after(bench, teacher.anatomy.alive())
+    side_by_side(TeacherSide(bench), Plan(), UNTOUCHED, look)
+    found = streams_after(TeacherSide(bench), teacher.anatomy.alive())
     assert found.keys() == shown.keys()
     assert all(torch.allclose(found[site], shown[site], atol=1e-5) for site in found)
+
+
+@pytest.mark.parametrize("variant", ["llama", "phi"])
+def test_the_teacher_is_gone_through_once_where_its_streams_fit(variant: str, checkpoint: Folder) -> None:
+    teacher, tokens, plans = load(checkpoint(variant)), many_texts(), [PLAN, Plan.of(["attention.1", "mlp.1"])]
+    subject = Subject(teacher, PLAN)
+    kept = replace(subject, sides={})
+    alone = [RECOVERIES["fold"](replace(subject, plan=plan), tokens, tokens) for plan in plans]
+    together = [RECOVERIES["fold"](replace(kept, plan=plan), tokens, tokens) for plan in plans]
+    anew = [RECOVERIES["fold"](replace(subject, plan=plan, memory=2**20), tokens, tokens) for plan in plans]
+    for one, *others in zip(alone, together, anew, strict=True):
+        for other in others:
+            assert one.weights.keys() == other.weights.keys()
+            assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+    assert kept.sides
+    (side,) = kept.sides.values()
+    passes, sites = side.bench.trunk.computed / tokens.rows.numel(), len(teacher.anatomy.alive())
+    assert passes < 3.5 * sites, "one of the teacher, two of students; it was six"
+    small = TeacherSide(Bench(teacher, tokens, "kl", memory=2**20), again=True)
+    streams_after(small, [])
+    first = small.bench.trunk.computed
+    streams_after(small, [])
+    assert small.bench.trunk.computed == 2 * first, "what does not fit is computed again"
+    streams_after(side, [])
+    assert side.bench.trunk.computed == passes * tokens.rows.numel(), "what fits is not"
 
 
 @pytest.mark.parametrize("variant", ["gemma2", "gemma3_text", "olmo2"])
@@ -314,6 +342,16 @@ def test_the_regression_is_that_of_numpy_and_chooses_its_ridge_on_held_out_rows(
     assert noise.ridge > fit.ridge
     seen, unseen = (Moments(x[some], y[some], even[some]) for some in (~held, held))
     assert fit.ridge == min(RIDGES, key=lambda ridge: unseen.error(seen.solve(ridge))), "of all"
+    units = torch.tensor([1e-3, 1.0, 1.0, 1e3, 1.0, 1.0, 1.0])
+    plain, scaled = Moments(x, y, even), Moments(x * units, y, even)
+    assert torch.allclose(scaled.solve(0.1) * units[:, None], plain.solve(0.1), rtol=1e-4), (
+        "no input counts by its unit"
+    )
+    penalty = 0.1 * plain.xx.diagonal().diag()
+    assert torch.allclose(plain.solve(0.1), torch.linalg.solve(plain.xx + penalty, plain.xy), atol=1e-6)
+    idle = Moments(torch.cat((x, torch.zeros(500, 2)), 1), y, even).solve(0.1)
+    assert torch.allclose(idle[:7], plain.solve(0.1), atol=1e-6)
+    assert not idle[7:].any(), "what reads nothing is given nothing"
     twice = Moments(x, y, torch.where(held, 2.0, 1.0))
     doubled = torch.cat((x, x[held])), torch.cat((y, y[held]))
     assert torch.allclose(twice.xx, Moments(*doubled, torch.ones(len(doubled[0]))).xx, rtol=1e-5)
@@ -329,7 +367,7 @@ def test_scale_gives_the_stream_its_length(checkpoint: Folder) -> None:
         lengths[stage.site] = (float(stage.after.norm(dim=-1).mean()), float(stage.teacher_after.norm(dim=-1).mean()))
         return None
 
-    side_by_side(Bench(teacher, tokens, "kl"), plan, repair, look)
+    side_by_side(TeacherSide(Bench(teacher, tokens, "kl")), plan, repair, look)
     for site in repair.patches:
         assert lengths[site][0] == pytest.approx(lengths[site][1], rel=1e-4)
     with pytest.raises(UsageError, match="a norm stays there"):

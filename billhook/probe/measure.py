@@ -113,7 +113,7 @@ class Bench:
         return self._limit
 
     @property
-    def _token_bytes(self) -> int:
+    def token_bytes(self) -> int:
         """Of one token's residual stream."""
         return int(self.teacher.model.config.hidden_size) * int(self.teacher.model.dtype.itemsize)
 
@@ -140,14 +140,14 @@ class Bench:
         everything = sum(group.ids.numel() for group in self.groups)
         streamed = self.teacher.weights is not None
         width = int(self.teacher.model.config.hidden_size)
-        wave = max(1, self._limit // (2 * (self._token_bytes + 4 * width))) if streamed else WAVE  # and what heads read
-        live = 2 * (plans + 1) * largest * self._token_bytes  # before and after a block
+        wave = max(1, self._limit // (2 * (self.token_bytes + 4 * width))) if streamed else WAVE  # and what heads read
+        live = 2 * (plans + 1) * largest * self.token_bytes  # before and after a block
         if streamed:
-            live = 2 * min(wave, (plans + 1) * everything) * self._token_bytes
+            live = 2 * min(wave, (plans + 1) * everything) * self.token_bytes
         walk = self._fixed or ("layers" if streamed or live <= self._limit // 2 else "depth-first")
         left = max(0, self._limit - (live if walk == "layers" else 0))
         depth = self.trunk.depth
-        wanted = (plans + 1) * depth * everything * self._token_bytes // 2  # a branch begins half way, on average
+        wanted = (plans + 1) * depth * everything * self.token_bytes // 2  # a branch begins half way, on average
         every = 0 if left < wanted / depth else -(-wanted // left)
         ends = frozenset({depth})
         self.walk.checkpoints = ends | frozenset(range(every, depth, every)) if every else ends

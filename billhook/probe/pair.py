@@ -52,6 +52,8 @@ class Stage:
 # there, or nothing.
 Change = torch.Tensor | Patch | None
 Visit = Callable[[Stage], Change]
+# Of a block: the streams of all groups before and after each part of it.
+Passed = dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]
 
 
 def order(bench: Bench) -> list[Site]:
@@ -91,27 +93,53 @@ def lookahead(sites: Sequence[Site], plan: Plan) -> dict[Site, Site]:
     return {before: gone[after] for before, after in pairwise(sites) if after in gone and before not in plan.removed}
 
 
+class TeacherSide:
+    """The teacher's residual streams before and after every site, on the tokens of a bench.
+
+    `again`: what one pass has computed, the next one is given, if all of it fits into half of the room of the bench.
+    """
+
+    def __init__(self, bench: Bench, *, again: bool = False) -> None:
+        self.bench = bench
+        streams = (3 if bench.trunk.parallel else 2) * bench.trunk.depth
+        tokens = sum(group.ids.numel() for group in bench.groups)
+        self._keeps = again and streams * tokens * bench.token_bytes <= bench.room // 2
+        self._kept: list[Passed] = []
+
+    def step(self, index: int, block: nn.Module, streams: list[torch.Tensor]) -> Passed:
+        """What block `index` makes of the streams that the teacher has before it. Blocks in order, from the first."""
+        if index < len(self._kept):
+            return self._kept[index]
+        trunk = self.bench.trunk
+        wanted = {KEPT, NO_MLP, NO_ATTENTION} if trunk.parallel else {KEPT, NO_MLP}
+        done = trunk.step(index, block, [(x, wanted) for x in streams])
+        ends, middles, others = ([each.get(v, each[KEPT]) for each in done] for v in (KEPT, NO_MLP, NO_ATTENTION))
+        passed = {"attention": (streams, middles), "mlp": (middles, ends)}
+        if trunk.parallel:  # both read the same stream: each is seen as if it came last
+            passed = {"attention": (others, ends), "mlp": (middles, ends)}
+        if self._keeps:
+            self._kept.append(passed)
+        return passed
+
+
 @torch.inference_mode()
-def streams_after(bench: Bench, sites: Collection[Site]) -> dict[Site, torch.Tensor]:
-    """The teacher's residual stream after each of `sites`, [tokens, width] in float32, from one pass."""
-    trunk, found = bench.trunk, dict[Site, torch.Tensor]()
+def streams_after(side: TeacherSide, sites: Collection[Site]) -> dict[Site, torch.Tensor]:
+    """The teacher's residual stream after each of `sites`, [tokens, width] in float32."""
+    bench, trunk, found = side.bench, side.bench.trunk, dict[Site, torch.Tensor]()
     streams = [trunk.enter(group.ids) for group in bench.groups]
     for index, block in enumerate(trunk.blocks(range(trunk.depth))):
-        position = trunk.teacher.positions[index]
-        middle = not trunk.parallel and Site(position, "attention") in sites
-        done = trunk.step(index, block, [(x, {KEPT, NO_MLP} if middle else {KEPT}) for x in streams])
-        streams = [each[KEPT] for each in done]
-        for site in (Site(position, part) for part in PARTS):
+        passed = side.step(index, block, streams)
+        for site in (Site(trunk.teacher.positions[index], part) for part in PARTS):
             if site in sites:
-                at = NO_MLP if middle and site.part == "attention" else KEPT
-                found[site] = _flat(bench, [each[at] for each in done])
+                found[site] = _flat(bench, passed[site.part][1])
+        streams = passed["mlp"][1]
     return found
 
 
 @torch.inference_mode()
-def side_by_side(bench: Bench, plan: Plan, repair: Repair, visit: Visit) -> Repair:
+def side_by_side(side: TeacherSide, plan: Plan, repair: Repair, visit: Visit) -> Repair:
     """Show `visit` every site that the teacher has, in order of execution; the repair with all that it changed."""
-    trunk, groups = bench.trunk, bench.groups
+    bench, trunk, groups = side.bench, side.bench.trunk, side.bench.groups
     teacher = [trunk.enter(group.ids) for group in groups]
     student = list(teacher)
     alive = set(trunk.teacher.anatomy.alive())
@@ -120,12 +148,7 @@ def side_by_side(bench: Bench, plan: Plan, repair: Repair, visit: Visit) -> Repa
     for index, block in enumerate(trunk.blocks(range(trunk.depth))):
         position = trunk.teacher.positions[index]
         sites = [Site(position, part) for part in PARTS if Site(position, part) in alive]
-        wanted = {KEPT, NO_MLP, NO_ATTENTION} if trunk.parallel else {KEPT, NO_MLP}
-        done = trunk.step(index, block, [(x, wanted) for x in teacher])
-        ends, middles, others = ([each.get(v, each[KEPT]) for each in done] for v in (KEPT, NO_MLP, NO_ATTENTION))
-        passed = {"attention": (teacher, middles), "mlp": (middles, ends)}
-        if trunk.parallel:  # both read the same stream: each is seen as if it came last
-            passed = {"attention": (others, ends), "mlp": (middles, ends)}
+        passed = side.step(index, block, teacher)
         with standing(trunk, index, block, plan, repair):
             for together in [sites] if trunk.parallel else [[site] for site in sites]:
                 after, heard = _heard(trunk, index, block, student, together)
@@ -137,7 +160,7 @@ def side_by_side(bench: Bench, plan: Plan, repair: Repair, visit: Visit) -> Repa
                     repair = _with(repair, block, site, (weight, value), change)
                     after = _changed(after, heard[site], change)
                 student = after
-        teacher = ends
+        teacher = passed["mlp"][1]
     bench.check_finite(student)
     return repair
 

@@ -24,6 +24,7 @@ from billhook.modeling_billhook import Patch
 from billhook.plan import Plan
 from billhook.portions import every
 from billhook.probe.measure import Bench
+from billhook.probe.pair import TeacherSide
 from billhook.records import Watch, silent
 from billhook.registry import Registry
 from billhook.repair import UNTOUCHED, Repair
@@ -38,7 +39,8 @@ class Subject:
     """What is to be recovered: what `plan` leaves of `teacher`, with the `repair` of the recoveries before.
 
     `memory`: bytes for weights and activations (None: half of what is free); `work`: a folder for checkpoints of a
-    training, which a later call with the same arguments goes on from.
+    training, which a later call with the same arguments goes on from; `sides`: of the teacher, by the hash of tokens,
+    kept for recoveries of other plans.
     """
 
     teacher: Teacher
@@ -48,10 +50,19 @@ class Subject:
     seed: int = 0
     work: Path | None = None
     watch: Watch = silent
+    sides: dict[str, TeacherSide] | None = None
 
     def bench(self, tokens: TokenSet) -> Bench:
         """Where teacher and student meet on some tokens."""
         return Bench(self.teacher, tokens, "kl", memory=self.memory)
+
+    def side(self, tokens: TokenSet, *, again: bool = False) -> TeacherSide:
+        """The teacher on some tokens; `again`: where it may be gone through more than once."""
+        if self.sides is None:
+            return TeacherSide(self.bench(tokens), again=again)
+        if tokens.hash not in self.sides:
+            self.sides[tokens.hash] = TeacherSide(self.bench(tokens), again=True)
+        return self.sides[tokens.hash]
 
     def held(self, bench: Bench, tokens: TokenSet) -> torch.Tensor:
         """Which tokens of `bench` only choose, and are not fitted to: those of every eighth text. [tokens], bool."""

@@ -27,7 +27,7 @@ def mean(subject: Subject, train: TokenSet, valid: TokenSet) -> Repair:
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), its emulated update.
     Deviation: its code for this is not public; means are over the tokens of all texts alike.
     """
-    bench = subject.bench(train)
+    side = subject.side(train)
     constants: dict[Site, torch.Tensor] = {}
     biases: dict[Site, tuple[str, torch.Tensor]] = {}  # of output projections that stay, with their names
 
@@ -39,11 +39,11 @@ def mean(subject: Subject, train: TokenSet, valid: TokenSet) -> Repair:
         constants[stage.site] = (stage.teacher_after - stage.teacher_before).mean(0)
         return Patch(bias=constants[stage.site])
 
-    repair = side_by_side(bench, subject.plan, subject.repair, visit)
+    repair = side_by_side(side, subject.plan, subject.repair, visit)
     patches, weights = dict(subject.repair.patches), dict[str, torch.Tensor]()
     lasting = (getattr(subject.teacher.model.config, "billhook", None) or {}).get("patches")  # of an earlier pruning
-    stay = {site.block for site in order(bench) if site not in subject.plan.removed}
-    for place in places(bench, subject.plan):
+    stay = {site.block for site in order(side.bench) if site not in subject.plan.removed}
+    for place in places(side.bench, subject.plan):
         mine = [site for site in place if site in constants]
         if lasting or len(mine) < sum(site in repair.patches for site in place):  # an earlier patch reads the stream
             patches |= {site: repair.patches[site] for site in mine}
@@ -72,7 +72,7 @@ def compensate(subject: Subject, train: TokenSet, valid: TokenSet) -> Repair:
     stream is measured, so that what earlier sites have changed is made up for too; a type without biases is carried
     by the checkpoint's modelling file.
     """
-    bench = subject.bench(train)
+    side = subject.side(train)
     narrower = {narrow.site for narrow in subject.plan.narrowed}
     if not narrower:
         raise UsageError("compensate gives narrower sites a bias, and the plan narrows none. Use mean, scale or fold.")
@@ -82,7 +82,7 @@ def compensate(subject: Subject, train: TokenSet, valid: TokenSet) -> Repair:
             return None
         return (stage.teacher_after - stage.teacher_before).mean(0) - (stage.after - stage.before).mean(0)
 
-    return side_by_side(bench, subject.plan, subject.repair, visit)
+    return side_by_side(side, subject.plan, subject.repair, visit)
 
 
 @recovery
@@ -94,8 +94,8 @@ def scale(subject: Subject, train: TokenSet, valid: TokenSet) -> Repair:
     Source: Prune&Comp (arXiv 2507.18212), its magnitude compensation. Deviations: the factor stands at the cut and is
     not multiplied into all earlier weights; the student's own stream is measured; no search is repeated.
     """
-    bench = subject.bench(train)
-    ends = {run[-1] for run in runs(order(bench), subject.plan)}
+    side = subject.side(train)
+    ends = {run[-1] for run in runs(order(side.bench), subject.plan)}
 
     def visit(stage: Stage) -> Change:
         if stage.site not in ends or stage.site in subject.repair.patches:
@@ -105,4 +105,4 @@ def scale(subject: Subject, train: TokenSet, valid: TokenSet) -> Repair:
         factor = stage.teacher_after.norm(dim=-1).mean() / stage.after.norm(dim=-1).mean()
         return Patch(gain=(factor - 1)[None])
 
-    return side_by_side(bench, subject.plan, subject.repair, visit)
+    return side_by_side(side, subject.plan, subject.repair, visit)

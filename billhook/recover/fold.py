@@ -29,18 +29,20 @@ def fold(
     all from the first removed or narrower site on, or those and the next one behind each removed site only;
     `ahead=False`: no look behind the runs.
 
-    Formula: argmin over ΔW of Σ_t |h_t - s_t - ΔW x_t|² / |h_t|² + λ |ΔW|², h the teacher's stream, s the student's
-    Cost: two forward passes of the teacher and one of the student, and a solve a projection; nothing at inference.
+    Formula: argmin over ΔW of Σ_t (|h_t - s_t - ΔW x_t|² + λ Σ_i |x_ti ΔW_i|²) / |h_t|², h the teacher's stream,
+    s the student's, ΔW_i what channel i goes through
+    Cost: a forward pass of the teacher (two, where its streams do not fit into memory) and one of the student, and a
+    few solves a projection; nothing at inference.
     Source: Park et al. 2025, SPRINT (arXiv 2506.03510), which refits the next MLP's down projection. Deviations:
     attention as well, every later projection, those before a removed site with an eye on what comes behind it, ridge
     chosen on held-out text, tokens weighted.
     """
     if parts not in PARTS_OF or reach not in ("all", "next"):
         raise UsageError(f"fold takes parts mlp, attention or both, and reach all or next, not {parts!r}, {reach!r}.")
-    bench = subject.bench(train)
-    held, sites = subject.held(bench, train), order(bench)
+    side = subject.side(train, again=ahead and bool(subject.plan.removed))
+    held, sites = subject.held(side.bench, train), order(side.bench)
     behind = lookahead(sites, subject.plan) if ahead else {}
-    streams = streams_after(bench, set(behind.values()))
+    streams = streams_after(side, set(behind.values())) if behind else {}
     narrower = {narrow.site for narrow in subject.plan.narrowed}
     waiting, done, can = False, 0, False
 
@@ -61,7 +63,7 @@ def fold(
         fit = fitted(stage.inputs, target - stage.after, weight / weight.mean(), held)
         return fit.matrix if fit.left < 1 else None
 
-    repair = side_by_side(bench, subject.plan, subject.repair, visit)
+    repair = side_by_side(side, subject.plan, subject.repair, visit)
     if not can:
         raise UsageError(
             "fold finds no output projection in this model that adds to the residual stream as it is: a norm stands "

@@ -29,15 +29,15 @@ def lowrank(subject: Subject, train: TokenSet, valid: TokenSet, *, rank: int = 3
     """
     if rank < 1:
         raise UsageError(f"lowrank takes a rank of 1 at least, not {rank}.")
-    bench = subject.bench(train)
-    held = subject.held(bench, train)
+    side = subject.side(train)
+    held = subject.held(side.bench, train)
 
     def visit(stage: Stage) -> Change:
         if not stage.removed or stage.site in subject.repair.patches:
             return None
         return _low_rank(stage, held, rank, bias)
 
-    return side_by_side(bench, subject.plan, subject.repair, visit)
+    return side_by_side(side, subject.plan, subject.repair, visit)
 
 
 def _low_rank(stage: Stage, held: torch.Tensor, rank: int, bias: bool) -> Patch | None:
@@ -66,16 +66,17 @@ def linear(subject: Subject, train: TokenSet, valid: TokenSet, *, where: str = "
 
     Formula: inserted: min over W of Σ_t |h_t - x_t - W x_t|²; fused: the same with m_t, the output of the sublayer
     before the run, in the place of W's x_t, and W W_out added to its output projection W_out
-    Cost: one forward pass of the teacher and one of the student (fused: two), a solve a run; at inference a product of
+    Cost: one forward pass of the teacher and one of the student (fused: two, where its streams do not
+    fit into memory), a solve a run; at inference a product of
     width by width a run, or nothing.
     Source: Ghosted Layers (arXiv 2605.15491), inserted; ReplaceMe (NeurIPS 2025), fused, its least squares.
     Deviations: any runs of single sublayers, ridge chosen on held-out texts.
     """
     if where not in ("inserted", "fused"):
         raise UsageError(f"linear is inserted or fused, not {where!r}.")
-    bench = subject.bench(train)
-    held = subject.held(bench, train)
-    sites = order(bench)
+    side = subject.side(train, again=where == "fused")
+    held = subject.held(side.bench, train)
+    sites = order(side.bench)
     gone = runs(sites, subject.plan)
     even = torch.ones(len(held), device=held.device)
     if where == "inserted":
@@ -88,9 +89,9 @@ def linear(subject: Subject, train: TokenSet, valid: TokenSet, *, where: str = "
             width = len(fit.matrix)
             return Patch(down=fit.matrix, up=torch.eye(width, device=held.device)) if fit.left < 1 else None
 
-        return side_by_side(bench, subject.plan, subject.repair, insert)
+        return side_by_side(side, subject.plan, subject.repair, insert)
     behind = lookahead(sites, subject.plan)
-    streams = streams_after(bench, set(behind.values()))
+    streams = streams_after(side, set(behind.values()))
 
     def fuse(stage: Stage) -> Change:
         if stage.site not in behind or stage.value is None:
@@ -98,4 +99,4 @@ def linear(subject: Subject, train: TokenSet, valid: TokenSet, *, where: str = "
         fit = fitted(stage.after - stage.before, streams[behind[stage.site]] - stage.after, even, held)
         return fit.matrix @ stage.value if fit.left < 1 else None
 
-    return side_by_side(bench, subject.plan, subject.repair, fuse)
+    return side_by_side(side, subject.plan, subject.repair, fuse)
