@@ -163,7 +163,7 @@ def row(
         values = [stats.exp(each.mean) if text else each.mean for each in (dense[name], bare[name], result)]
         lost = values[1] - values[0]
         on[name] = {
-            "kind": result.name, "dense": values[0], "before": values[1], "after": values[2],
+            "kind": result.name, "tokens": result.tokens, "dense": values[0], "before": values[1], "after": values[2],
             "change": change.value, "low": change.low, "high": change.high,
             "closed": (values[1] - values[2]) / lost if lost else None,
         }  # fmt: skip

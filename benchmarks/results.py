@@ -298,8 +298,21 @@ def _width(told: Mapping[str, Any]) -> str:
                 line += [_one(on, "before"), f"{_one(on, 'after')}, {_change(on)}"]
             lines.append([*line, f"{row['search_seconds']:,.0f} s"])
         sections.append(f"### {size} of the parameters\n\n{_markdown([*head, 'search'], lines)}")
+        sections += [_pairs(told["pairs"][size])] if told["pairs"][size] else []
         sections += [_times(size, told["speed"][size])] if size in told["speed"] else []
     return "\n".join(sections)
+
+
+def _pairs(pairs: Sequence[Mapping[str, Any]]) -> str:
+    """A recipe against the best of those that it is meant to beat."""
+    lines = []
+    for pair in pairs:
+        word = "lower" if pair["high"] < 0 else "higher" if pair["low"] > 0 else "not told apart"
+        gap = f"{pair['value']:+.3f} ({pair['low']:+.3f} to {pair['high']:+.3f})"
+        with_ = "`fold`" if pair["when"] == "after" else "none"
+        lines.append([f"`{pair['recipe']}`", f"`{pair['rival']}`", _name(pair["text"]), with_, gap, word])
+    head = ["recipe", "against", "text", "recovery", "nats per token", "so its loss is"]
+    return f"In pairs over texts, each against the best of those that it is meant to beat:\n\n{_markdown(head, lines)}"
 
 
 def _times(size: str, found: Mapping[str, Any]) -> str:

@@ -24,11 +24,12 @@ from recovery import recovered, results_of, row, tell
 from results import page
 
 import billhook
-from billhook import lab, speed
+from billhook import lab, speed, stats
 from billhook.face import keep_pages
 from billhook.plan import Plan
+from billhook.proof import filed_under
 from billhook.recipe import combined, recipe_from
-from billhook.records import Event
+from billhook.records import EvalResult, Event
 from billhook.repair import UNTOUCHED
 from billhook.store import Store
 from billhook.surgery import apply
@@ -40,6 +41,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 BATCHES = (1, 4, 16, 32)
 FOLD_TOKENS = 16384
+# What each is held against, in pairs, on every text: the best of these.
+RIVALS = {
+    "saap": ("llm-pruner by taylor_mix",),
+    "billhook-joint": tuple(name for name in RECIPES if name != "billhook-joint"),
+}
 
 
 def main() -> None:
@@ -65,6 +71,7 @@ def main() -> None:
                 told["speed"][size] = timed(bench, texts, size, given.work / "students")
             elif given.only or what not in told["rows"]:
                 told["rows"][what] = measured(bench, texts, what, given.work / "training")
+            told["pairs"] = {each: held_against(bench, told["rows"], each) for each in SIZES}
             told |= {"fold_tokens": FOLD_TOKENS, "tokens": TOKENS, "whole": bench.teacher.anatomy.total("parameters")}
             written_down(database, MEASURED)
             file_result("width", told)
@@ -75,13 +82,8 @@ def main() -> None:
 def tried(bench: lab.Lab, texts: dict[str, str], size: str, name: str) -> tuple[Any, lab.Trial]:
     """The recipe of a row, and the plan that it finds."""
     common = {
-        "model": "demo",
-        "remove": size,
-        "data": texts["c4"],
-        "tokens": TOKENS,
-        "length": LENGTH,
-        "self_share": 0.0,
-    }
+        "model": "demo", "remove": size, "data": texts["c4"], "tokens": TOKENS, "length": LENGTH, "self_share": 0.0,
+    }  # fmt: skip
     recipe = recipe_from(combined(name.partition(" ")[0], **common, **RECIPES[name]))
     return recipe, lab.tried(bench, name, recipe, lab.calibration_of(bench, recipe))
 
@@ -103,8 +105,34 @@ def measured(bench: lab.Lab, texts: dict[str, str], what: str, work: Path) -> di
     anatomy = bench.teacher.anatomy
     return row(*sides, seconds) | {
         "removed": trial.plan.names(), "narrowed": trial.plan.narrow_names(), "search_seconds": trial.seconds,
+        "filed": {"before": filed_under(bench.teacher, UNTOUCHED), "after": filed_under(bench.teacher, repair)},
         "parameters": anatomy.total("parameters", trial.plan), "kv": anatomy.total("kv_bytes_per_token", trial.plan),
     }  # fmt: skip
+
+
+def held_against(bench: lab.Lab, rows: dict[str, Any], size: str) -> list[dict[str, Any]]:
+    """What each of `RIVALS` loses more than the best of its rivals of that size, in nats a token, without and with
+    `fold`, paired over texts."""
+
+    def filed(what: str, text: str, when: str) -> EvalResult:
+        row = rows[what]
+        plan = Plan.of(row["removed"] + row["narrowed"])
+        of = (bench.teacher.fingerprint, plan, "perplexity", row["on"][text]["tokens"], row["filed"][when])
+        found = bench.store.evaluation(*of)
+        assert found is not None, f"{what} was measured, but is not filed"
+        return found
+
+    told = []
+    for name, others in RIVALS.items():
+        there = [f"{size}/{other}" for other in others if f"{size}/{other}" in rows]
+        texts = rows.get(f"{size}/{name}", {"on": {}})["on"] if there else {}
+        for text in (text for text, on in texts.items() if on["kind"] == "perplexity"):
+            for when in ("before", "after"):
+                best = min(there, key=lambda other: rows[other]["on"][text][when])
+                gap = stats.paired_difference(filed(best, text, when), filed(f"{size}/{name}", text, when))
+                told.append({"recipe": name, "rival": best.partition("/")[2], "text": text, "when": when,
+                             "value": gap.value, "low": gap.low, "high": gap.high})  # fmt: skip
+    return told
 
 
 def timed(bench: lab.Lab, texts: dict[str, str], size: str, work: Path) -> dict[str, Any]:
