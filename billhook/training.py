@@ -27,7 +27,6 @@ from billhook.errors import UsageError
 from billhook.losses import bucketed, kl
 from billhook.records import Event, Watch
 
-TOP = 64  # of the teacher's words whose probabilities are kept; the others are one bucket
 AT_A_TIME = 1024  # tokens in a forward pass; more in a step are accumulated
 CHECKS = 12  # of the validation rows, in a training; fewer where they would take more than
 CHECKING = 0.2  # of the minutes
@@ -63,7 +62,7 @@ class Course:
 
 @dataclass(slots=True)
 class Rows:
-    """Rows of a token set, and what the loss has to know of the teacher about them, in one place."""
+    """Rows of a token set, and what the loss has to know of the teacher about them, which may be mapped from files."""
 
     ids: torch.Tensor  # [rows, time]
     counted: torch.Tensor  # [rows, time], bool
@@ -75,7 +74,7 @@ class Rows:
     def picked(self, rows: torch.Tensor) -> Rows:
         """Some of them."""
         parts = (self.top, self.likely, self.hidden, self.streams)
-        some = (None if part is None else part[rows] for part in parts)
+        some = (None if part is None else part[rows.to(part.device)].to(self.ids.device) for part in parts)
         longest = int(self.counted[rows].sum(1).max())
         return Rows(self.ids[rows], self.counted[rows], *some).cut(longest)
 
@@ -95,30 +94,6 @@ def rows_of(tokens: TokenSet, device: torch.device) -> Rows:
     """All rows of a token set."""
     places = torch.arange(tokens.rows.shape[1])
     return Rows(tokens.rows.to(device), (places < torch.tensor(tokens.lengths)[:, None]).to(device))
-
-
-@torch.no_grad()
-def hear(teacher: Any, rows: Rows, loss: str, watch: Watch) -> None:
-    """Note what the loss has to know of the teacher: its likeliest words, or what its head reads."""
-    if loss == "nll":
-        return
-    found: list[tuple[torch.Tensor, ...]] = []
-    each = max(1, AT_A_TIME // rows.ids.shape[1])
-    for start in range(0, len(rows.ids), each):
-        ids, mask = rows.ids[start : start + each], rows.counted[start : start + each].long()
-        if loss == "mse":
-            found.append((teacher.base_model(ids, attention_mask=mask, use_cache=False)[0],))
-        else:
-            logits = teacher(ids, attention_mask=mask, use_cache=False).logits.float()
-            top = logits.topk(min(TOP, logits.shape[-1] // 2)).indices
-            buckets = bucketed(logits.flatten(0, 1), top.flatten(0, 1)).log_softmax(-1)
-            found.append((top.int(), buckets.view(*top.shape[:2], -1)))
-        watch(Event("recover", min(start + each, len(rows.ids)), len(rows.ids), "the teacher's side"))
-    parts = [torch.cat(part) for part in zip(*found, strict=True)]
-    if loss == "mse":
-        (rows.hidden,) = parts
-    else:
-        rows.top, rows.likely = parts
 
 
 def loss_of(student: Any, rows: Rows, loss: str) -> torch.Tensor:

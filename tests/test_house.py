@@ -23,7 +23,7 @@ FLOORS = (  # each floor imports from those above it, and each name from those b
     ("errors", "plan", "budget", "problem", "programme", "registry", "records", "stats", "verdict", "margin"),
     ("modeling_billhook", "losses", "width", "arch", "vet", "stream", "loading", "repair", "regression", "sampling",
      "data", "portions", "protocols", "tasks", "questions", "beginnings", "mask", "probe", "surgery", "training",
-     "speed"),
+     "heard", "speed"),
     ("metrics", "search", "recover", "evaluate", "export"),
     ("recipe", "store", "execute", "audit", "proof", "scoring", "searching", "recovering", "lab", "harness", "evalsets",
      "comparing", "gating", "thresholds", "summary", "report", "lab_words", "lab_curves", "lab_page", "compare_words",

@@ -517,10 +517,38 @@ def test_a_killed_training_ends_as_an_undisturbed_one(
     subject = Subject(teacher, PLAN, work=tmp_path, watch=watch)
     with pytest.raises(Killed):
         RECOVERIES[name](subject, tokens, valid, **SHORT)
-    assert [path.name for path in tmp_path.iterdir()] == ["training.pt"]
+    assert sorted(path.name.partition("-")[0] for path in tmp_path.iterdir()) == [*4 * ["teacher"], "training.pt"]
     again = RECOVERIES[name](subject, tokens, valid, **SHORT)
     for key, value in whole.weights.items():
         assert torch.allclose(again.weights[key], value, rtol=1e-4, atol=1e-6), key
+
+
+@pytest.mark.parametrize("loss", ["kl", "mse"])
+def test_what_the_teacher_says_is_written_once(loss: str, checkpoint: Folder, tmp_path: Path) -> None:
+    """On disk it is the same as in memory; only what was written whole is read again, and only for the same texts."""
+    teacher, tokens, valid = load(checkpoint("llama")), many_texts(9), many_texts(3, seed=9)
+    heard: list[str] = []
+    options = SHORT | {"loss": loss}
+
+    def watch(event: Any) -> None:
+        heard.append(event.note)
+        if event.note == "the teacher's side" and len(heard) == stop:
+            raise Killed
+
+    bare = RECOVERIES["bias"](Subject(teacher, PLAN), tokens, valid, **options)
+    subject, stop = Subject(teacher, PLAN, work=tmp_path, watch=watch), 1
+    with pytest.raises(Killed):
+        RECOVERIES["bias"](subject, tokens, valid, **options)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
+    heard, stop = [], 0
+    assert RECOVERIES["bias"](subject, tokens, valid, **options).key() == bare.key()
+    assert "the teacher's side" in heard
+    assert not list(tmp_path.glob("*.partial"))
+    heard.clear()
+    assert RECOVERIES["bias"](subject, tokens, valid, **options).key() == bare.key()
+    assert "the teacher's side" not in heard
+    RECOVERIES["bias"](subject, many_texts(9, seed=5), valid, **options)
+    assert "the teacher's side" in heard
 
 
 @pytest.mark.parametrize("name", sorted(TRAINED))

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from billhook import arch
 from billhook.data import TokenSet
 from billhook.errors import UsageError
+from billhook.heard import hear
 from billhook.loading import Teacher
 from billhook.modeling_billhook import Patch
 from billhook.plan import Plan
@@ -29,7 +30,7 @@ from billhook.records import Watch, silent
 from billhook.registry import Registry
 from billhook.repair import UNTOUCHED, Repair
 from billhook.surgery import apply, difference, exchange
-from billhook.training import Course, Trainer, from_streams, hear, recomputed, remember, rows_of
+from billhook.training import Course, Trainer, from_streams, recomputed, remember, rows_of
 
 EVERY = 8  # of so many texts one chooses the ridge
 
@@ -123,7 +124,8 @@ def taught(
         first = 0
     learnt_from, checked = (rows_of(each, teacher.device) for each in tokens)
     for rows in (learnt_from, checked):
-        hear(teacher.model, rows, course.loss, subject.watch)
+        kept = subject.work and subject.work / f"teacher-{teacher.fingerprint}-{teacher.compute.replace(' on ', '-')}"
+        hear(teacher.model, rows, course.loss, subject.watch, kept)
         remember(student, blocks, first, rows)
     compute = teacher.model.dtype
     trainer = Trainer(student, parameters, course, subject.work, subject.watch, compute=compute)

@@ -1,0 +1,76 @@
+"""What a training has to know of the teacher about its rows, kept in files, so that neither memory nor a kill loses it.
+
+Of every token the likeliest words with their log-probabilities, or what the head reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from billhook.losses import bucketed
+from billhook.records import Event, Watch
+from billhook.training import AT_A_TIME, Rows
+
+TOP = 64  # of the teacher's words whose probabilities are kept; the others are one bucket
+
+
+def hear(teacher: Any, rows: Rows, loss: str, watch: Watch, kept: Path | None = None) -> None:
+    """Note in `rows` what the loss has to know of the teacher. Nothing for nll.
+
+    `kept`: a folder, and how the names of files in it begin that hold what this teacher says; they are mapped, not
+    loaded, and are not written again where a call before has written them whole. None: all of it is in memory.
+    """
+    if loss == "nll":
+        return
+    names = ("hidden",) if loss == "mse" else ("top", "likely")
+    if kept is None:
+        found = list(_told(teacher, rows, loss, watch))
+        parts = [torch.cat(part) for part in zip(*found, strict=True)]
+    else:
+        of = hashlib.sha256(rows.ids.cpu().numpy().tobytes() + rows.counted.cpu().numpy().tobytes()).hexdigest()[:16]
+        files = [kept.with_name(f"{kept.name}-{name}-{of}") for name in names]
+        if not all(file.is_file() for file in files):
+            _write(files, _told(teacher, rows, loss, watch))
+        kinds = {"top": torch.int32, "likely": torch.float32, "hidden": teacher.dtype}
+        parts = [_mapped(file, kinds[name]).view(*rows.ids.shape, -1) for file, name in zip(files, names, strict=True)]
+    for name, part in zip(names, parts, strict=True):
+        setattr(rows, name, part)
+
+
+@torch.no_grad()
+def _told(teacher: Any, rows: Rows, loss: str, watch: Watch) -> Iterator[tuple[torch.Tensor, ...]]:
+    """What is noted of some rows at a time, in order: hidden [rows, time, width], or top and likely."""
+    each = max(1, AT_A_TIME // rows.ids.shape[1])
+    for start in range(0, len(rows.ids), each):
+        ids, mask = rows.ids[start : start + each], rows.counted[start : start + each].long()
+        if loss == "mse":
+            yield (teacher.base_model(ids, attention_mask=mask, use_cache=False)[0].cpu(),)
+        else:
+            logits = teacher(ids, attention_mask=mask, use_cache=False).logits.float()
+            top = logits.topk(min(TOP, logits.shape[-1] // 2)).indices
+            buckets = bucketed(logits.flatten(0, 1), top.flatten(0, 1)).log_softmax(-1)
+            yield top.int().cpu(), buckets.view(*top.shape[:2], -1).cpu()
+        watch(Event("recover", min(start + each, len(rows.ids)), len(rows.ids), "the teacher's side"))
+
+
+def _write(files: list[Path], told: Iterator[tuple[torch.Tensor, ...]]) -> None:
+    """The parts, each into its file, aside and then under its name."""
+    asides = [file.with_name(f"{file.name}.partial") for file in files]
+    with ExitStack() as stack:
+        outs = [stack.enter_context(aside.open("wb")) for aside in asides]
+        for parts in told:
+            for out, part in zip(outs, parts, strict=True):
+                out.write(part.contiguous().view(torch.uint8).numpy().tobytes())
+    for aside, file in zip(asides, files, strict=True):
+        aside.rename(file)
+
+
+def _mapped(file: Path, dtype: torch.dtype) -> torch.Tensor:
+    """A file as a flat tensor. Its pages are read when they are asked for."""
+    return torch.from_file(str(file), shared=False, size=file.stat().st_size // dtype.itemsize, dtype=dtype)
