@@ -117,6 +117,37 @@ def test_joint_ends_where_no_single_step_helps(seed: int) -> None:
             assert sum(steps) > 1 or loss(other) >= loss(plan)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_joint_is_no_worse_than_the_search_that_it_begins_with(seed: int) -> None:
+    """Sites that became narrower seem cheap alone and are dear together, so that all narrow is a bad place to begin."""
+    problem = both("45%params")
+    alone, draw = dear(problem, seed), random.Random(seed)
+    pairs = {frozenset(pair): draw.uniform(0, 0.5) for pair in itertools.combinations(problem.anatomy.alive(), 2)}
+
+    def loss(plan: Plan) -> float:
+        together = sum(price for pair, price in pairs.items() if pair <= plan.removed)
+        return alone(plan) + together + 0.4 * len(plan.narrowed) ** 2
+
+    def measure(ask: Ask) -> list[Loss]:
+        return [Loss("kl", (loss(plan),), (1,)) for plan in ask.plans]
+
+    depth = settle(SEARCHES["swap"](problem), measure)[-1]
+    found = {start: loss(found_by(problem, loss, levels=4, rounds=1, start=start)) for start in ("none", "swap")}
+    assert found["swap"] <= loss(depth)
+    assert found["swap"] <= found["none"]
+    assert seed or found["swap"] < found["none"]
+
+
+def test_joint_narrows_where_whole_sites_cannot_go() -> None:
+    problem = both("20%params")
+    attentions = frozenset(site for site in problem.anatomy.alive() if site.part == "attention")
+    some = replace(problem, protected=attentions, budgets=read_budgets("48%params"))
+    plan = found_by(some, dear(some, 0), levels=4)
+    assert plan.narrowed
+    with pytest.raises(BudgetError):
+        replace(some, group_scores=None).check()
+
+
 def _left(plan: Plan, widths: Mapping[Site, int]) -> dict[Site, int]:
     """How many groups of each site are left."""
     left = dict(widths) | dict.fromkeys(plan.removed, 0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from billhook.errors import BudgetError, UsageError
 from billhook.plan import PARTS, Ask, Narrow, Plan, SiteSize
 from billhook.problem import Problem
 from billhook.programme import Bound, programme
-from billhook.search import Search, by_score, kept_groups, lowest, restricted, search
+from billhook.search import SEARCHES, Search, by_score, kept_groups, lowest, restricted, search
 
 CHANGES = (1, 2, 4, 8, 16)  # sites that may change at a time, each tried
 LEAST = 1e-6  # of the largest rise: what the largest move costs besides its own
@@ -20,18 +22,20 @@ Place = tuple[int, int]  # a ladder, and a rung of it
 
 @search
 def joint(
-    problem: Problem, *, levels: int = 8, rounds: int = 16, tokens: int = 512, multiple: int = 1, parts: str = "mix"
-) -> Search:
+    problem: Problem, *, start: str = "swap", levels: int = 8, rounds: int = 16, tokens: int = 512, multiple: int = 1,
+    parts: str = "mix",
+) -> Search:  # fmt: skip
     """Choose how much of every site stays, from all to nothing, by an integer programme over measured losses.
 
     The groups of a site go in the order of a metric; of its mlp `levels` - 1 widths in between are tried, of its
-    attention as many as it has KV groups. First the loss of every site at every width alone; then, round by round, what
+    attention as many as it has KV groups. It begins at the better of two plans: by the loss of every site at every
+    width alone, and as the search `start` (or none) ends, which removes whole sites. Then, round by round, it sees what
     one width more or less at each site does to the plan that is reached: the programme exchanges 1, 2, 4, 8 or 16 of
     them under the budgets, and the best plan on all calibration tokens goes on, until none is better. `tokens`: of the
     calibration, for what only proposes; `multiple`, `parts`: as for `narrow`.
 
     Formula: min Σ_s rise(s, width of s), subject to the budgets; then the same over one step at each site
-    Cost: a loss a width of each site on `tokens`, two a site each round, five on all tokens.
+    Cost: those of `start`; a loss a width of each site on `tokens`, two a site each round, five on all tokens.
 
     Source: Bercovich et al. 2024, Puzzle (arXiv 2411.19146), mixed-integer programming over measured alternatives of
     each layer; Sieberling et al. 2024, EvoPress (arXiv 2410.14649), exchanges of levels. Deviations: alternatives are
@@ -48,10 +52,15 @@ def joint(
     every = [(i, rung) for i, ladder in enumerate(ladders) for rung in range(1, len(ladder))]
     alone = yield Ask((Plan(), *(ladders[i][rung] for i, rung in every)), tokens=tokens)
     rises = {place: loss.mean - alone[0].mean for place, loss in zip(every, alone[1:], strict=True)}
-    first = _best(problem, ladders, (0,) * len(ladders), rises, len(ladders))
-    if first is None:
+    begun = [_best(problem, ladders, (0,) * len(ladders), rises, len(ladders))]
+    if start != "none":
+        with suppress(BudgetError):  # whole sites alone may not do
+            path = yield from SEARCHES[start](replace(problem, group_scores=None).check())
+            begun.append(tuple(len(rungs) - 1 if rungs[-1].removed <= path[-1].removed else 0 for rungs in ladders))
+    found = {_plan(ladders, rungs): rungs for rungs in begun if rungs is not None}
+    if not found:
         raise BudgetError(f"{', '.join(map(str, problem.budgets))} cannot be met. Ask for less, or protect less.")
-    here = first
+    here = found[lowest(tuple(found), (yield Ask(tuple(found), best=1)))[1]]
     for _ in range(rounds):
         near = [(i, rung + step) for i, rung in enumerate(here) for step in (-1, 1)]
         near = [(i, rung) for i, rung in near if 0 <= rung < len(ladders[i])]
