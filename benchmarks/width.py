@@ -37,7 +37,7 @@ from billhook.surgery import apply
 SIZES = ("10%", "20%", "30%")
 RECIPES: dict[str, dict[str, Any]] = {
     "billhook": SCALED["billhook"], "llm-pruner": {}, "llm-pruner by taylor_mix": {"metric": "taylor_mix"},
-    "wanda-sp": {}, "flap": {}, "saap": {}, "billhook-joint": {},
+    "wanda-sp": {}, "flap": {}, "saap": {}, "billhook-joint": {"fast": True},
 }  # fmt: skip
 BATCHES = (1, 4, 16, 32)
 FOLD_TOKENS = 16384
