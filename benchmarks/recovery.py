@@ -76,23 +76,26 @@ def main() -> None:
         told |= {"removed": trial.plan.names(), "evaluation": {name: each.describe() for name, each in sets.items()}}
 
         job = bench.job(recipe)
-        dense, bare = (results_of(job, bench, sets, (plan, UNTOUCHED)) for plan in (Plan(), trial.plan))
         if IN_SEARCH in given.only:
             few = common | {"tokens": TOKENS // 4, "recover_tokens": given.tokens}
-            told["in_search"] = in_search(bench, sets, few, given.work / "training")
+            texts_only = {name: tokens for name, tokens in sets.items() if tokens.choices is None}
+            told["in_search"] = in_search(bench, texts_only, few, given.work / "training")
             file_result("recovery", told)
-        for chain in (name for name in given.only if name != IN_SEARCH):
+        chains = [name for name in given.only if name != IN_SEARCH]
+        sides = [(Plan(), UNTOUCHED), (trial.plan, UNTOUCHED)] if chains else []
+        before = [results_of(job, bench, sets, side) for side in sides]
+        for chain in chains:
             names, _, mixed = chain.partition("+")
             data = f"{texts['c4']}+{texts['wikitext2']}" if mixed else texts["c4"]
             asked = recipe.model_copy(update={
                 "recover": names, "recover_tokens": given.tokens, "recover_data": data,
                 "recover_set": {"minutes": given.minutes, "epochs": 100} if set(names.split(",")) - set(FREE) else {},
             })  # fmt: skip
-            tell(Event("recovery", 0, len(given.only), chain))
+            tell(Event("recovery", chains.index(chain), len(chains), chain))
             start = time.perf_counter()
             repair, curve = recovered(bench.job(asked), bench, trial.plan, given.work / "training")
             seconds = time.perf_counter() - start
-            told["rows"][chain] = row(dense, bare, results_of(job, bench, sets, (trial.plan, repair)), seconds) | {
+            told["rows"][chain] = row(*before, results_of(job, bench, sets, (trial.plan, repair)), seconds) | {
                 "parameters": repair.parameters(), "tokens": given.tokens, "minutes": given.minutes, "curve": curve
             }  # fmt: skip
             file_result("recovery", told)
