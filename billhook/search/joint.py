@@ -41,7 +41,7 @@ def joint(
     each layer; Sieberling et al. 2024, EvoPress (arXiv 2410.14649), exchanges of levels. Deviations: alternatives are
     the model's own channel groups, not trained; the programme is solved again around each plan that is reached.
     """
-    problem = restricted(problem, parts)
+    problem, begin = restricted(problem, parts), None if start == "none" else SEARCHES[start]
     if problem.group_scores is None:
         raise UsageError("The search joint orders channel groups. Name a metric of groups: --metric flap.")
     if problem.whole_blocks:
@@ -53,9 +53,9 @@ def joint(
     alone = yield Ask((Plan(), *(ladders[i][rung] for i, rung in every)), tokens=tokens)
     rises = {place: loss.mean - alone[0].mean for place, loss in zip(every, alone[1:], strict=True)}
     begun = [_best(problem, ladders, (0,) * len(ladders), rises, len(ladders))]
-    if start != "none":
+    if begin is not None:
         with suppress(BudgetError):  # whole sites alone may not do
-            path = yield from SEARCHES[start](replace(problem, group_scores=None).check())
+            path = yield from begin(replace(problem, group_scores=None).check())
             begun.append(tuple(len(rungs) - 1 if rungs[-1].removed <= path[-1].removed else 0 for rungs in ladders))
     found = {_plan(ladders, rungs): rungs for rungs in begun if rungs is not None}
     if not found:
