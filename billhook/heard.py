@@ -5,7 +5,6 @@ Of every token the likeliest words with their log-probabilities, or what the hea
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from billhook.losses import bucketed
 from billhook.records import Event, Watch
-from billhook.training import AT_A_TIME, Rows
+from billhook.training import Rows
 
 TOP = 64  # of the teacher's words whose probabilities are kept; the others are one bucket
 
@@ -28,27 +27,26 @@ def hear(teacher: Any, rows: Rows, loss: str, watch: Watch, kept: Path | None = 
     """
     if loss == "nll":
         return
-    names = ("hidden",) if loss == "mse" else ("top", "likely")
+    kinds = {"hidden": teacher.dtype} if loss == "mse" else {"top": torch.int32, "likely": torch.float32}
     if kept is None:
         found = list(_told(teacher, rows, loss, watch))
         parts = [torch.cat(part) for part in zip(*found, strict=True)]
     else:
-        of = hashlib.sha256(rows.ids.cpu().numpy().tobytes() + rows.counted.cpu().numpy().tobytes()).hexdigest()[:16]
-        files = [kept.with_name(f"{kept.name}-{name}-{of}") for name in names]
+        of = rows.digest()
+        files = [kept.with_name(f"{kept.name}-{name}-{of}") for name in kinds]
         if not all(file.is_file() for file in files):
             _write(files, _told(teacher, rows, loss, watch))
-        kinds = {"top": torch.int32, "likely": torch.float32, "hidden": teacher.dtype}
-        parts = [_mapped(file, kinds[name]).view(*rows.ids.shape, -1) for file, name in zip(files, names, strict=True)]
-    for name, part in zip(names, parts, strict=True):
+        mapped = (_mapped(file, dtype) for file, dtype in zip(files, kinds.values(), strict=True))
+        parts = [part.view(*rows.ids.shape, -1) for part in mapped]
+    for name, part in zip(kinds, parts, strict=True):
         setattr(rows, name, part)
 
 
 @torch.no_grad()
 def _told(teacher: Any, rows: Rows, loss: str, watch: Watch) -> Iterator[tuple[torch.Tensor, ...]]:
     """What is noted of some rows at a time, in order: hidden [rows, time, width], or top and likely."""
-    each = max(1, AT_A_TIME // rows.ids.shape[1])
-    for start in range(0, len(rows.ids), each):
-        ids, mask = rows.ids[start : start + each], rows.counted[start : start + each].long()
+    for some in rows.slices():
+        ids, mask = rows.ids[some], rows.counted[some].long()
         if loss == "mse":
             yield (teacher.base_model(ids, attention_mask=mask, use_cache=False)[0].cpu(),)
         else:
@@ -56,7 +54,7 @@ def _told(teacher: Any, rows: Rows, loss: str, watch: Watch) -> Iterator[tuple[t
             top = logits.topk(min(TOP, logits.shape[-1] // 2)).indices
             buckets = bucketed(logits.flatten(0, 1), top.flatten(0, 1)).log_softmax(-1)
             yield top.int().cpu(), buckets.view(*top.shape[:2], -1).cpu()
-        watch(Event("recover", min(start + each, len(rows.ids)), len(rows.ids), "the teacher's side"))
+        watch(Event("recover", some.stop, len(rows.ids), "the teacher's side"))
 
 
 def _write(files: list[Path], told: Iterator[tuple[torch.Tensor, ...]]) -> None:

@@ -83,11 +83,20 @@ class Rows:
         parts = (self.top, self.likely, self.hidden, self.streams)
         return Rows(*(None if part is None else part[:, :time] for part in (self.ids, self.counted, *parts)))  # type: ignore[arg-type]
 
-    def portions(self) -> Iterator[Rows]:
+    def slices(self) -> Iterator[slice]:
         """All of them, in order, as many at a time as go through a model together."""
         step = max(1, AT_A_TIME // self.ids.shape[1])
-        for start in range(0, len(self.ids), step):
-            yield self.picked(torch.arange(start, min(start + step, len(self.ids)), device=self.ids.device))
+        return (slice(start, min(start + step, len(self.ids))) for start in range(0, len(self.ids), step))
+
+    def portions(self) -> Iterator[Rows]:
+        """All of them, as `slices` cuts them."""
+        every = torch.arange(len(self.ids), device=self.ids.device)
+        return (self.picked(every[some]) for some in self.slices())
+
+    def digest(self) -> str:
+        """Which tokens they are, and which of them count."""
+        told = (part.cpu().numpy().tobytes() for part in (self.ids, self.counted))
+        return hashlib.sha256(b"".join(told)).hexdigest()[:16]
 
 
 def rows_of(tokens: TokenSet, device: torch.device) -> Rows:
@@ -176,10 +185,8 @@ def remember(student: Any, blocks: nn.ModuleList, first: int, rows: Rows) -> Non
         raise _HeardEnough
 
     handle = blocks[first].register_forward_pre_hook(stop, with_kwargs=True)
-    each = max(1, AT_A_TIME // rows.ids.shape[1])
     try:
-        for start in range(0, len(rows.ids), each):
-            some = slice(start, start + each)
+        for some in rows.slices():
             with suppress(_HeardEnough):
                 student.base_model(rows.ids[some], attention_mask=rows.counted[some].long(), use_cache=False)
     finally:
@@ -234,7 +241,7 @@ class Trainer:
 
     def run(self, train: Rows, valid: Rows, give: Callable[[Rows], None]) -> float:
         """Train, and leave the parameters as they were when validation was best; returns that loss per token."""
-        self._rows = [hashlib.sha256(rows.ids.cpu().numpy().tobytes()).hexdigest() for rows in (train, valid)]
+        self._rows = [rows.digest() for rows in (train, valid)]
         order, told = self._order(len(train.ids)), self._begun()
         state = _State(**told["state"]) if told else self._begin(train, valid, give, order)
         schedule = transformers.get_cosine_schedule_with_warmup(

@@ -7,7 +7,7 @@ every site, and the student goes on with that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -121,18 +121,27 @@ class TeacherSide:
             self._kept.append(passed)
         return passed
 
+    def passes(self) -> Iterator[Passed]:
+        """All blocks, in order. Nothing is read or computed where all is known."""
+        trunk = self.bench.trunk
+        if len(self._kept) == trunk.depth:
+            yield from self._kept
+            return
+        streams = [trunk.enter(group.ids) for group in self.bench.groups]
+        for index, block in enumerate(trunk.blocks(range(trunk.depth))):
+            passed = self.step(index, block, streams)
+            yield passed
+            streams = passed["mlp"][1]
+
 
 @torch.inference_mode()
 def streams_after(side: TeacherSide, sites: Collection[Site]) -> dict[Site, torch.Tensor]:
     """The teacher's residual stream after each of `sites`, [tokens, width] in float32."""
-    bench, trunk, found = side.bench, side.bench.trunk, dict[Site, torch.Tensor]()
-    streams = [trunk.enter(group.ids) for group in bench.groups]
-    for index, block in enumerate(trunk.blocks(range(trunk.depth))):
-        passed = side.step(index, block, streams)
-        for site in (Site(trunk.teacher.positions[index], part) for part in PARTS):
+    found: dict[Site, torch.Tensor] = {}
+    for position, passed in zip(side.bench.teacher.positions, side.passes(), strict=True):
+        for site in (Site(position, part) for part in PARTS):
             if site in sites:
-                found[site] = _flat(bench, passed[site.part][1])
-        streams = passed["mlp"][1]
+                found[site] = _flat(side.bench, passed[site.part][1])
     return found
 
 
