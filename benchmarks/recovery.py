@@ -84,14 +84,14 @@ def main() -> None:
         chains = [name for name in given.only if name != IN_SEARCH]
         sides = [(Plan(), UNTOUCHED), (trial.plan, UNTOUCHED)] if chains else []
         before = [results_of(job, bench, sets, side) for side in sides]
-        for chain in chains:
+        for number, chain in enumerate(chains):
             names, _, mixed = chain.partition("+")
             data = f"{texts['c4']}+{texts['wikitext2']}" if mixed else texts["c4"]
             asked = recipe.model_copy(update={
                 "recover": names, "recover_tokens": given.tokens, "recover_data": data,
                 "recover_set": {"minutes": given.minutes, "epochs": 100} if set(names.split(",")) - set(FREE) else {},
             })  # fmt: skip
-            tell(Event("recovery", chains.index(chain), len(chains), chain))
+            tell(Event("recovery", number, len(chains), chain))
             start = time.perf_counter()
             repair, curve = recovered(bench.job(asked), bench, trial.plan, given.work / "training")
             seconds = time.perf_counter() - start

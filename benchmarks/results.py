@@ -308,9 +308,8 @@ def _pairs(pairs: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for pair in pairs:
         word = "lower" if pair["high"] < 0 else "higher" if pair["low"] > 0 else "not told apart"
-        gap = f"{pair['value']:+.3f} ({pair['low']:+.3f} to {pair['high']:+.3f})"
         with_ = "`fold`" if pair["when"] == "after" else "none"
-        lines.append([f"`{pair['recipe']}`", f"`{pair['rival']}`", _name(pair["text"]), with_, gap, word])
+        lines.append([f"`{pair['recipe']}`", f"`{pair['rival']}`", _name(pair["text"]), with_, _change(pair), word])
     head = ["recipe", "against", "text", "recovery", "nats per token", "so its loss is"]
     return f"In pairs over texts, each against the best of those that it is meant to beat:\n\n{_markdown(head, lines)}"
 

@@ -124,14 +124,15 @@ def held_against(bench: lab.Lab, rows: dict[str, Any], size: str) -> list[dict[s
 
     told = []
     for name, others in RIVALS.items():
-        there = [f"{size}/{other}" for other in others if f"{size}/{other}" in rows]
-        texts = rows.get(f"{size}/{name}", {"on": {}})["on"] if there else {}
-        for text in (text for text, on in texts.items() if on["kind"] == "perplexity"):
+        mine, there = f"{size}/{name}", [f"{size}/{other}" for other in others if f"{size}/{other}" in rows]
+        if mine not in rows or not there:
+            continue
+        for text in (text for text, on in rows[mine]["on"].items() if on["kind"] == "perplexity"):
             for when in ("before", "after"):
                 best = min(there, key=lambda other: rows[other]["on"][text][when])
-                gap = stats.paired_difference(filed(best, text, when), filed(f"{size}/{name}", text, when))
+                gap = stats.paired_difference(filed(best, text, when), filed(mine, text, when))
                 told.append({"recipe": name, "rival": best.partition("/")[2], "text": text, "when": when,
-                             "value": gap.value, "low": gap.low, "high": gap.high})  # fmt: skip
+                             "change": gap.value, "low": gap.low, "high": gap.high})  # fmt: skip
     return told
 
 
