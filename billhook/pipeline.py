@@ -26,7 +26,7 @@ from billhook.portions import JOINT, halves
 from billhook.proof import Job
 from billhook.recipe import Recipe
 from billhook.records import Watch, silent
-from billhook.recovering import Recovered, recovered, recovery_options
+from billhook.recovering import Recovered, learnt_from, recovered, recovery_options
 from billhook.searching import (
     check,
     count_losses,
@@ -104,14 +104,15 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
     with job.stage("calibrate"):
         calibration, held_out = tokens_for(recipe, teacher, job.watch, job)
         _bind(job, bound, teacher, calibration)
+        learn = learnt_from(job, teacher, held_out)
     with job.stage("search"):
         found = find(job, teacher, calibration, held_out, given)
         plan, proof_text = found.plan, proof_of(recipe, held_out)
     got = Recovered()
-    if recipe.recoveries:
+    if learn is not None:
         with job.stage("recover"):
             texts = ({} if calibration.choices else {"calibration": calibration}) | {"held-out": proof_text}
-            got = recovered(job, teacher, plan, texts, work_of(job))
+            got = recovered(job, teacher, plan, learn, texts, work_of(job))
     repair = got.repair
     with job.stage("apply"):
         student = apply(teacher, plan, stock=recipe.stock, repair=repair)

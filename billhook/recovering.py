@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from billhook.registry import chosen
 from billhook.repair import UNTOUCHED, Repair, read_repair
 from billhook.searching import recovery_tokens
 from billhook.stats import exp, paired_difference
+from billhook.training import Course
 
+COURSE = {field.name for field in fields(Course)}
 EVERY = 10  # of so many texts one validates
 
 
@@ -45,6 +47,8 @@ def recovery_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """The recoveries of a recipe in order, with their options. Raises UnknownName or UsageError."""
     methods = [RECOVERIES[name] for name in recipe.recoveries]
     options = dict(zip(recipe.recoveries, chosen(recipe.recover_set, *methods), strict=True))
+    for own in options.values():
+        Course(**{name: value for name, value in own.items() if name in COURSE}).check()
     apart = [name for name, own in options.items() if own.get("merge") is False]
     if apart and (recipe.recoveries[-1] != apart[-1] or recipe.stock):
         raise UsageError(
@@ -54,19 +58,26 @@ def recovery_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return options
 
 
-def recovered(job: Job, teacher: Teacher, plan: Plan, texts: Mapping[str, TokenSet], work: Path) -> Recovered:
-    """Carry out the recoveries of a run, and prove each on each of `texts`.
+def learnt_from(job: Job, teacher: Teacher, held_out: TokenSet) -> TokenSet | None:
+    """What the recoveries of a run learn from. Raises UsageError if text that is held out is in there."""
+    if not recovery_options(job.recipe):
+        return None
+    tokens = recovery_tokens(job.recipe, teacher, job.watch)
+    if set(tokens.digests) & set(held_out.digests):
+        raise UsageError("The text to recover on is in the held-out text too. Give other --recover-data.")
+    return tokens
+
+
+def recovered(
+    job: Job, teacher: Teacher, plan: Plan, learn: TokenSet, texts: Mapping[str, TokenSet], work: Path
+) -> Recovered:
+    """Carry out the recoveries of a run, which `learn` from a text, and prove each on each of `texts`.
 
     `work`: for what a killed run goes on from: every finished repair, and the checkpoints of a training.
     """
     recipe, repair, before = job.recipe, UNTOUCHED, UNTOUCHED
     options = recovery_options(recipe)
-    if not options:
-        return Recovered()
-    train, valid = shared_out(recovery_tokens(recipe, teacher, job.watch), EVERY)
-    for name, held in texts.items():
-        if name != "calibration" and set(train.digests + valid.digests) & set(held.digests):
-            raise UsageError(f"The text to recover on is in the {name} text too. Give other --recover-data.")
+    train, valid = shared_out(learn, EVERY)
     work.mkdir(parents=True, exist_ok=True)
     told: list[dict[str, Any]] = []
     for number, (name, own) in enumerate(options.items(), 1):
@@ -92,7 +103,7 @@ def recovered(job: Job, teacher: Teacher, plan: Plan, texts: Mapping[str, TokenS
             "on": {text: _gained(job, teacher, plan, (before, repair), tokens) for text, tokens in texts.items()},
         })  # fmt: skip
     apart = work / ADAPTER if (work / ADAPTER).is_dir() else None
-    return Recovered(repair, tuple(told), before if apart else None, apart, train.digests + valid.digests)
+    return Recovered(repair, tuple(told), before if apart else None, apart, learn.digests)
 
 
 def _gained(job: Job, teacher: Teacher, plan: Plan, sides: tuple[Repair, Repair], tokens: TokenSet) -> dict[str, Any]:

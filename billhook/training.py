@@ -43,13 +43,13 @@ class Course:
     memory for one block's activations in the place of all blocks'.
     """
 
-    loss: str
-    rate: float
-    epochs: int
-    minutes: float
-    batch: int  # rows a step
-    checkpointing: bool
-    seed: int
+    loss: str = "kl"
+    rate: float = 1e-3
+    epochs: int = 1
+    minutes: float = 0.0
+    batch: int = 8  # rows a step
+    checkpointing: bool = False
+    seed: int = 0
 
     def check(self) -> Course:
         """Itself. Raises UsageError."""

@@ -115,6 +115,11 @@ def test_recoveries_and_their_options_are_checked_before_anything_is_computed(mo
         billhook.prune(model, recover="fold,lora,fold", **asked)
     with pytest.raises(UsageError, match=r"no option 'rnk' of lora and fold\. Did you mean rank"):
         billhook.prune(model, recover="lora,fold", recover_set={"rnk": 3}, **asked)
+    with pytest.raises(UsageError, match="none of nll, kl and mse"):
+        billhook.prune(model, recover="lora", recover_set={"loss": "klx"}, **asked)
+    with pytest.raises(DataError, match="nowhere"):
+        billhook.prune(model, recover="fold", recover_data=str(tmp_path / "nowhere.jsonl"), **asked)
+    assert all(run["losses"] == 0 for run in billhook.runs(tmp_path / "b.db"))
     assert not (tmp_path / "out").exists()
 
 
@@ -123,6 +128,7 @@ def test_held_out_text_is_not_learnt_from(model: Path, text: Path, tmp_path: Pat
     wanted: dict[str, Any] = {"data": str(text), "eval_data": str(held), "recover_data": str(held), **SHORT}
     with pytest.raises((UsageError, DataError), match="held-out text too"):
         billhook.prune(model, recover="fold", out=tmp_path / "out", store=tmp_path / "b.db", **wanted)
+    assert all(run["losses"] == 0 for run in billhook.runs(tmp_path / "b.db"))
 
 
 def test_an_option_is_of_all_methods_that_have_it_or_of_the_one_that_is_named() -> None:
