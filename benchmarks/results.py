@@ -300,6 +300,7 @@ def _width(told: Mapping[str, Any]) -> str:
         sections.append(f"### {size} of the parameters\n\n{_markdown([*head, 'search'], lines)}")
         sections += [_pairs(told["pairs"][size])] if told["pairs"][size] else []
         sections += [_times(size, told["speed"][size])] if size in told["speed"] else []
+    sections += [_options(told["options"])] if "options" in told else []
     return "\n".join(sections)
 
 
@@ -312,6 +313,21 @@ def _pairs(pairs: Sequence[Mapping[str, Any]]) -> str:
         lines.append([f"`{pair['recipe']}`", f"`{pair['rival']}`", _name(pair["text"]), with_, _change(pair), word])
     head = ["recipe", "against", "text", "recovery", "nats per token", "so its loss is"]
     return f"In pairs over texts, each against the best of those that it is meant to beat:\n\n{_markdown(head, lines)}"
+
+
+def _options(found: Sequence[Mapping[str, Any]]) -> str:
+    """Other settings of a recipe against the rival that it is meant to beat, which comes first."""
+    names = list(dict.fromkeys(each["text"] for each in found))
+    lines = []
+    for recipe in dict.fromkeys(each["recipe"] for each in found):
+        own = {each["text"]: each for each in found if each["recipe"] == recipe}
+        cells = [f"{own[name]['perplexity']:.1f}, {_change(own[name])}" for name in names]
+        lines.append([f"`{recipe}`", *cells])
+    return (
+        f"### What was tried for `saap`\n\nPerplexity without a recovery, and what it loses more than "
+        f"`{found[0]['recipe']}`, in nats per token, paired over texts.\n\n"
+        f"{_markdown(['recipe', *map(_name, names)], lines)}"
+    )
 
 
 def _times(size: str, found: Mapping[str, Any]) -> str:

@@ -1,11 +1,11 @@
 """Depth against width against both, at equal parameters, without and with a refit: what docs/results.md shows of it.
 
     python benchmarks/width.py --data DATA                    # some hours on two cores; begin again to go on
-    python benchmarks/width.py --data DATA --only 20%/flap,20%/speed
+    python benchmarks/width.py --data DATA --only 20%/flap,20%/speed,20%/options
 
 DATA as for methods.py. Every recipe is calibrated on the same C4 text; `fold` learns from C4. A row that stands in
-benchmarks/measured/width.json is not measured again, unless it is asked for by --only. Times are taken of all models of
-a size in turn, on a machine that does nothing else.
+benchmarks/measured/width.json is not measured again, unless it is asked for by --only. `options` are other settings of
+saap, without a refit. Times are taken of all models of a size in turn, on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -39,7 +39,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "billhook": SCALED["billhook"], "llm-pruner": {}, "llm-pruner by taylor_mix": {"metric": "taylor_mix"},
     "wanda-sp": {}, "flap": {}, "saap": {}, "billhook-joint": {"fast": True},
 }  # fmt: skip
-BATCHES = (1, 4, 16, 32)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "saap with stability=0": {"set": {"stability": 0}}, "saap with within=no": {"set": {"within": False}},
+    "saap with stability=0, within=no": {"set": {"stability": 0, "within": False}},
+    "saap with uniform": {"uniform": True},
+    "saap with uniform, stability=0": {"uniform": True, "set": {"stability": 0}},
+    "saap with uniform, stability=0, fusion=vector": {"uniform": True, "set": {"stability": 0, "fusion": "vector"}},
+}  # fmt: skip
+OPTIONS_AT = "20%"
+BATCHES = {"10%": (1, 16), "20%": (1, 4, 16, 32), "30%": (1, 16)}
 FOLD_TOKENS = 16384
 # What each is held against, in pairs, on every text: the best of these.
 RIVALS = {
@@ -50,7 +58,7 @@ RIVALS = {
 
 def main() -> None:
     """Prune, refit, measure, write the page."""
-    every = [f"{size}/{name}" for size in SIZES for name in (*RECIPES, "speed")]
+    every = [f"{size}/{name}" for size in SIZES for name in (*RECIPES, "speed")] + [f"{OPTIONS_AT}/options"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("build/methods"))
@@ -69,6 +77,8 @@ def main() -> None:
             size, name = what.split("/")
             if name == "speed":
                 told["speed"][size] = timed(bench, texts, size, given.work / "students")
+            elif name == "options":
+                told["options"] = options_of_saap(bench, texts)
             elif given.only or what not in told["rows"]:
                 told["rows"][what] = measured(bench, texts, what, given.work / "training")
             told["pairs"] = {each: held_against(bench, told["rows"], each) for each in SIZES}
@@ -84,7 +94,7 @@ def tried(bench: lab.Lab, texts: dict[str, str], size: str, name: str) -> tuple[
     common = {
         "model": "demo", "remove": size, "data": texts["c4"], "tokens": TOKENS, "length": LENGTH, "self_share": 0.0,
     }  # fmt: skip
-    recipe = recipe_from(combined(name.partition(" ")[0], **common, **RECIPES[name]))
+    recipe = recipe_from(combined(name.partition(" ")[0], **common, **(RECIPES | OPTIONS)[name]))
     return recipe, lab.tried(bench, name, recipe, lab.calibration_of(bench, recipe))
 
 
@@ -136,6 +146,24 @@ def held_against(bench: lab.Lab, rows: dict[str, Any], size: str) -> list[dict[s
     return told
 
 
+def options_of_saap(bench: lab.Lab, texts: dict[str, str]) -> list[dict[str, Any]]:
+    """Other settings of saap at `OPTIONS_AT`, without a recovery, in pairs against what it is meant to beat."""
+    told: list[dict[str, Any]] = []
+    base: dict[str, EvalResult] = {}
+    for name in (RIVALS["saap"][0], "saap", *OPTIONS):
+        recipe, trial = tried(bench, texts, OPTIONS_AT, name)
+        grid = lab.Grid((name,), (OPTIONS_AT,), (texts["c4"],), (texts["c4"], texts["wikitext2"]), ())
+        sets = lab.evaluation_sets(bench, grid, recipe)
+        found = results_of(bench.job(recipe), bench, sets, (trial.plan, UNTOUCHED))
+        base = base or found
+        for text, result in found.items():
+            gap = stats.paired_difference(base[text], result)
+            told.append({"recipe": name, "text": text, "perplexity": stats.exp(result.mean),
+                         "change": gap.value, "low": gap.low, "high": gap.high})  # fmt: skip
+        tell(Event("recovery", 1, 1, name))
+    return told
+
+
 def timed(bench: lab.Lab, texts: dict[str, str], size: str, work: Path) -> dict[str, Any]:
     """Prefill and decoding of what every recipe leaves, and of the unpruned model, in turn, and peak memory."""
     shutil.rmtree(work, ignore_errors=True)
@@ -147,12 +175,12 @@ def timed(bench: lab.Lab, texts: dict[str, str], size: str, work: Path) -> dict[
     for model, plan, folder in zip(models[1:], plans[1:], folders[1:], strict=True):
         billhook.save(model, None, plan, folder, teacher=bench.teacher)
     found: dict[str, Any] = {}
-    for batch in BATCHES:
+    for batch in BATCHES[size]:
         protocol = speed.Protocol(batch=batch, new_tokens=16, repeats=5)
         timings = speed.time_in_turn(models, folders, protocol)
         for name, timing in zip(names, timings, strict=True):
             found.setdefault(name, {})[str(batch)] = speed.rates(timing) | {"ratio": speed.ratio(timings[0], timing)}
-        tell(Event("recovery", batch, BATCHES[-1], f"{size}, times"))
+        tell(Event("recovery", batch, max(BATCHES[size]), f"{size}, times"))
     shutil.rmtree(work)
     return found
 

@@ -112,7 +112,7 @@ def _stages(job: Job, bound: dict[str, str], aside: Path) -> dict[str, Any]:
     if learn is not None:
         with job.stage("recover"):
             texts = ({} if calibration.choices else {"calibration": calibration}) | {"held-out": proof_text}
-            got = recovered(job, teacher, plan, learn, texts, work_of(job))
+            got = recovered(job, teacher, plan, learn=learn, texts=texts, work=work_of(job))
     repair = got.repair
     with job.stage("apply"):
         student = apply(teacher, plan, stock=recipe.stock, repair=repair)

@@ -69,7 +69,7 @@ def learnt_from(job: Job, teacher: Teacher, held_out: TokenSet) -> TokenSet | No
 
 
 def recovered(
-    job: Job, teacher: Teacher, plan: Plan, learn: TokenSet, texts: Mapping[str, TokenSet], work: Path
+    job: Job, teacher: Teacher, plan: Plan, *, learn: TokenSet, texts: Mapping[str, TokenSet], work: Path
 ) -> Recovered:
     """Carry out the recoveries of a run, which `learn` from a text, and prove each on each of `texts`.
 

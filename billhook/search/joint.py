@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 from billhook.errors import BudgetError, UsageError
-from billhook.plan import PARTS, Ask, Narrow, Plan, SiteSize
+from billhook.plan import PARTS, Ask, Narrow, Plan, Site, SiteSize
 from billhook.problem import Problem
 from billhook.programme import Bound, programme
-from billhook.search import SEARCHES, Search, by_score, kept_groups, lowest, restricted, search
+from billhook.records import Loss
+from billhook.search import SEARCHES, Search, by_score, kept_groups, lowest, restricted, search, settle
 
-CHANGES = (1, 2, 4, 8, 16)  # sites that may change at a time, each tried
+CHANGES = (1, 2, 4, 8, 16, 32)  # sites that may change at a time, each tried
+ENDS = (4, 2)  # blocks at the beginning and at the end that are often worth more than others
 LEAST = 1e-6  # of the largest rise: what the largest move costs besides its own
 
 
@@ -28,68 +30,97 @@ def joint(
     """Choose how much of every site stays, from all to nothing, by an integer programme over measured losses.
 
     The groups of a site go in the order of a metric; of its mlp `levels` - 1 widths in between are tried, of its
-    attention as many as it has KV groups. It begins at the better of two plans: by the loss of every site at every
-    width alone, and as the search `start` (or none) ends, which removes whole sites. Then, round by round, it sees what
-    one width more or less at each site does to the plan that is reached: the programme exchanges 1, 2, 4, 8 or 16 of
-    them under the budgets, and the best plan on all calibration tokens goes on, until none is better. `tokens`: of the
-    calibration, for what only proposes; `multiple`, `parts`: as for `narrow`.
+    attention as many as it has KV groups. It begins at the best of some plans: by the loss of every site at every
+    width alone; as the search `start` (or none) ends, which removes whole sites; and the same share of every site, or
+    of all but those of the first four blocks and the last two. Then, round by round, it sees what one width more or
+    less at each site does to the plan that is reached: the programme exchanges 1, 2, 4, … 32 of them under the budgets,
+    and the best plan on all calibration tokens goes on, until none is better. `tokens`: of the calibration, for what
+    only proposes; `multiple`, `parts`: as for `narrow`.
 
     Formula: min Σ_s rise(s, width of s), subject to the budgets; then the same over one step at each site
-    Cost: those of `start`; a loss a width of each site on `tokens`, two a site each round, five on all tokens.
+    Cost: those of `start`; a loss a width of each site on `tokens`, two a site each round, six on all tokens.
 
     Source: Bercovich et al. 2024, Puzzle (arXiv 2411.19146), mixed-integer programming over measured alternatives of
     each layer; Sieberling et al. 2024, EvoPress (arXiv 2410.14649), exchanges of levels. Deviations: alternatives are
     the model's own channel groups, not trained; the programme is solved again around each plan that is reached.
     """
-    problem, begin = restricted(problem, parts), None if start == "none" else SEARCHES[start]
+    problem, begin = restricted(problem, parts), () if start == "none" else (SEARCHES[start],)
     if problem.group_scores is None:
-        raise UsageError("The search joint orders channel groups. Name a metric of groups: --metric flap.")
+        raise UsageError("The search joint orders channel groups. Name a metric of groups: --metric taylor_mix.")
     if problem.whole_blocks:
         raise BudgetError("The search joint has no use for a budget in blocks. Count in params, bytes, kv or flops.")
     if levels < 1 or multiple < 1:
         raise UsageError(f"levels={levels}, multiple={multiple}: both are 1 or more.")
-    ladders = [_ladder(problem, size, levels, multiple) for size in problem.anatomy.sites]
+    sites = problem.anatomy.sites
+    ladders = [_ladder(problem, size, levels, multiple, ()) for size in sites]
     every = [(i, rung) for i, ladder in enumerate(ladders) for rung in range(1, len(ladder))]
     alone = yield Ask((Plan(), *(ladders[i][rung] for i, rung in every)), tokens=tokens)
     rises = {place: loss.mean - alone[0].mean for place, loss in zip(every, alone[1:], strict=True)}
-    begun = [_best(problem, ladders, (0,) * len(ladders), rises, len(ladders))]
-    if begin is not None:
+    own = _best(problem, ladders, (0,) * len(ladders), rises, len(ladders))
+    begun = [] if own is None else [_plan(ladders, own)]
+    begun += _even(problem, parts, multiple)
+    for each in begin:
         with suppress(BudgetError):  # whole sites alone may not do
-            path = yield from begin(replace(problem, group_scores=None).check())
-            begun.append(tuple(len(rungs) - 1 if rungs[-1].removed <= path[-1].removed else 0 for rungs in ladders))
-    found = {_plan(ladders, rungs): rungs for rungs in begun if rungs is not None}
-    if not found:
+            begun += (yield from each(replace(problem, group_scores=None).check()))[-1:]
+    if not begun:
         raise BudgetError(f"{', '.join(map(str, problem.budgets))} cannot be met. Ask for less, or protect less.")
-    here = found[lowest(tuple(found), (yield Ask(tuple(found), best=1)))[1]]
+    begun = list(dict.fromkeys(begun))
+    plan = lowest(begun, (yield Ask(tuple(begun), best=1)))[1]
+    ladders = [_ladder(problem, size, levels, multiple, plan.narrowed) for size in sites]
+    here = tuple(rungs.index(_at(plan, size.site)) for size, rungs in zip(sites, ladders, strict=True))
     for _ in range(rounds):
-        near = [(i, rung + step) for i, rung in enumerate(here) for step in (-1, 1)]
-        near = [(i, rung) for i, rung in near if 0 <= rung < len(ladders[i])]
-        near = [place for place in near if problem.legal(_plan(ladders, _moved(here, [place])))]
-        plans = [_plan(ladders, there) for there in (here, *(_moved(here, [place]) for place in near))]
-        moved = yield Ask(tuple(plans), tokens=tokens)
-        rises = {place: loss.mean - moved[0].mean for place, loss in zip(near, moved[1:], strict=True)}
-        found = {_plan(ladders, here): here}
-        for most in CHANGES:
-            other = _best(problem, ladders, here, rises, most)
-            if other is not None:
-                found.setdefault(_plan(ladders, other), other)
-        best = found[lowest(tuple(found), (yield Ask(tuple(found), best=1)))[1]]
-        if best == here:
+        there = yield from _exchanged(problem, ladders, here, tokens)
+        if there == here:
             break
-        here = best
+        here = there
     return [_plan(ladders, here)]
 
 
-def _ladder(problem: Problem, size: SiteSize, levels: int, multiple: int) -> Ladder:
-    """What may be left of a site: one rung where it must stay as it is."""
+def _exchanged(
+    problem: Problem, ladders: Sequence[Ladder], here: tuple[int, ...], tokens: int
+) -> Generator[Ask, list[Loss], tuple[int, ...]]:
+    """The best exchange of single steps from `here`, or `here` itself."""
+    near = [(i, rung + step) for i, rung in enumerate(here) for step in (-1, 1)]
+    near = [(i, rung) for i, rung in near if 0 <= rung < len(ladders[i])]
+    near = [place for place in near if problem.legal(_plan(ladders, _moved(here, [place])))]
+    plans = [_plan(ladders, there) for there in (here, *(_moved(here, [place]) for place in near))]
+    moved = yield Ask(tuple(plans), tokens=tokens)
+    rises = {place: loss.mean - moved[0].mean for place, loss in zip(near, moved[1:], strict=True)}
+    found = {_plan(ladders, here): here}
+    for most in CHANGES:
+        other = _best(problem, ladders, here, rises, most)
+        if other is not None:
+            found.setdefault(_plan(ladders, other), other)
+    return found[lowest(tuple(found), (yield Ask(tuple(found), best=1)))[1]]
+
+
+def _even(problem: Problem, parts: str, multiple: int) -> list[Plan]:
+    """The same share of every site, and of those between the ends."""
+    found: list[Plan] = []
+    for early, latter in ((0, 0), ENDS):
+        with suppress(BudgetError):  # groups alone may not do
+            some = restricted(problem, parts, early, latter)
+            found += settle(SEARCHES["narrow"](some, uniform=True, multiple=multiple), lambda ask: [])
+    return found
+
+
+def _ladder(problem: Problem, size: SiteSize, levels: int, multiple: int, others: Collection[Narrow]) -> Ladder:
+    """What may be left of a site, one of `others` too: one rung where it must stay as it is."""
     if size.site in problem.protected:
         return (Plan(),)
     rungs = [Plan()]
     if problem.group_scores is not None and size.site in problem.group_scores:
         order = by_score(problem.group_scores[size.site])
         widths = (kept_groups(size, order, len(order) * step // levels, multiple) for step in range(1, levels))
-        rungs += [Plan(frozenset(), frozenset({Narrow(size.site, kept)})) for kept in widths if len(kept) < len(order)]
+        kept = {*widths, *(narrow.groups for narrow in others if narrow.site == size.site)}
+        some = sorted((groups for groups in kept if len(groups) < len(order)), key=len, reverse=True)
+        rungs += [Plan(frozenset(), frozenset({Narrow(size.site, groups)})) for groups in some]
     return tuple(dict.fromkeys([*rungs, Plan(frozenset({size.site}))]))
+
+
+def _at(plan: Plan, site: Site) -> Plan:
+    """What of a plan concerns a site."""
+    return Plan(plan.removed & {site}, frozenset(narrow for narrow in plan.narrowed if narrow.site == site))
 
 
 def _moved(here: Sequence[int], places: Sequence[Place]) -> tuple[int, ...]:
