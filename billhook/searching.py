@@ -29,7 +29,7 @@ from billhook.recipe import Recipe, read_plan
 from billhook.records import Event, Loss, Step, Watch, steps
 from billhook.recover import RECOVERIES, Subject
 from billhook.scoring import Scored, options_of, pretended, scored
-from billhook.search import SEARCHES, Search, settle
+from billhook.search import SEARCHES, Search, lowest, settle
 from billhook.store import Measured
 from billhook.tasks import items_of
 
@@ -260,17 +260,19 @@ def _round(job: Job, problem: Problem, measure: Executor | Folding, total: int, 
     before = sum(len(earlier.plans) for earlier, _ in measure.rounds)
     total = max(total, before + len(ask.plans))
     losses = measure(ask, _teller(job, sofar, before=before, total=total))
-    full = [(loss.mean, str(plan)) for plan, loss in zip(ask.plans, losses, strict=True) if not loss.bound]
-    if full:
-        job.store.add_event(job.run, Event("search", before + len(losses), total, "{1}: {0:.6f}".format(*min(full))))
+    if not all(loss.bound for loss in losses):
+        mean, plan = lowest(ask.plans, losses)
+        sites = [*plan.names(), *(f"{narrow.site} keeps {len(narrow.groups):,}" for narrow in sorted(plan.narrowed))]
+        note = f"{', '.join(sites) or 'nothing'}: {mean:.6f}"
+        job.store.add_event(job.run, Event("search", before + len(losses), total, note))
     return losses
 
 
 def _teller(job: Job, sofar: str, *, before: int, total: int) -> Told:
     """Shows every loss of one Ask: `before` of `total` losses were known when it began."""
 
-    def told(done: int, of: int, lowest: float) -> None:
-        known = f", lowest {job.recipe.loss} {lowest:.4f}" if math.isfinite(lowest) else ""
+    def told(done: int, of: int, best: float) -> None:
+        known = f", lowest {job.recipe.loss} {best:.4f}" if math.isfinite(best) else ""
         job.watch(Event("search", before + done, max(total, before + of), sofar + known))
 
     return told

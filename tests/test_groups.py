@@ -23,7 +23,7 @@ from billhook.loading import Teacher, load
 from billhook.metrics import GROUP_METRICS
 from billhook.metrics.groups import merged
 from billhook.modeling_billhook import put
-from billhook.plan import Plan, Site
+from billhook.plan import Anatomy, GroupSize, Plan, Rest, Site, SiteSize
 from billhook.probe import Probe
 from billhook.problem import Problem
 from billhook.search import SEARCHES, settle
@@ -287,6 +287,30 @@ def test_uniform_widths_and_multiples(checkpoint: Folder) -> None:
     assert {len(each.groups) % 8 for each in rounded.narrowed} <= {0}
     assert all(each.site.part == "mlp" for each in rounded.narrowed)
     assert not any(site.part == "attention" for site in rounded.removed)
+
+
+@pytest.mark.parametrize("share", range(5, 70, 5))
+def test_uniform_widths_take_no_more_than_is_needed(share: int) -> None:
+    """Attention of 3 groups, a third of 200 each; by brute force over all pairs of counts, no other is as even."""
+    sites = tuple(
+        SiteSize(Site(b, part), n * each, 0, kv * n, 0, 0, tuple(range(n)), GroupSize(each, 0, kv, 0))
+        for b in range(4)
+        for part, n, each, kv in (("attention", 3, 200, 1), ("mlp", 96, 20, 0))
+    )
+    scores = {size.site: [float(g) for g in range(len(size.groups))] for size in sites}
+
+    def lost(budget: str) -> tuple[int, int]:
+        problem = Problem(Anatomy("llama", 4, sites, Rest(0, 0, 0)), (Budget.parse(budget),), group_scores=scores)
+        plan = settle(SEARCHES["narrow"](problem, uniform=True), lambda ask: [])[-1]
+        counts = {size.site: count for size, count in problem.anatomy.lost(plan)}
+        assert not plan.removed
+        found = {part: {counts.get(s.site, 0) for s in sites if s.site.part == part} for part in ("attention", "mlp")}
+        return found["attention"].pop() if len(found["attention"]) == 1 else -1, min(found["mlp"])
+
+    need = share / 100 * 4 * (600 + 1920)
+    exact = [(heads, mlp) for heads in range(3) for mlp in range(96) if 0 <= 4 * (200 * heads + 20 * mlp) - need < 80]
+    assert lost(f"{share}%params") == min(exact, key=lambda two: abs(two[0] / 3 - two[1] / 96))
+    assert lost("30%kv") == (1, 16), "neurons hold no cache, so that they lose the share at which a third of it goes"
 
 
 @pytest.mark.parametrize(("multiple", "heads"), [(8, {1}), (12, set()), (16, set())])

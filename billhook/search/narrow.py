@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,7 @@ from billhook.problem import Problem
 from billhook.search import Search, by_score, kept_groups, restricted, search
 
 Ranked = Mapping[Site, Sequence[int]]  # of each site, the places of its groups, the lowest score first
+Going = Mapping[Site, int]  # how many groups of a site go
 
 
 @search
@@ -18,8 +20,9 @@ def narrow(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts:
     """Rank all channel groups by a metric, then drop them in that order, over all sites at once.
 
     A site that loses all its groups is removed. `uniform`: each site loses the same share, so that the model keeps its
-    stock shape where nothing is protected. `multiple`: as many neurons, or channels of keys, as stay of a site are a
-    multiple of this, rounded up; a site with fewer keeps them all. `parts`: mix, mha or mlp, what may become narrower.
+    stock shape where nothing is protected; beside attention of few groups, mlps lose a little more or less, so that no
+    more goes than is needed. `multiple`: as many neurons, or channels of keys, as stay of a site are a multiple of it,
+    rounded up; a site with fewer keeps them all. `parts`: mix, mha or mlp, what may become narrower.
 
     Formula: the shortest beginning of the order, lowest score first, that meets the budgets
     Cost: none besides the metric's.
@@ -38,19 +41,37 @@ def narrow(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts:
     ranked = {site: by_score(values) for site, values in scores.items()}
     order, ends = _order(scores, ranked, uniform)
 
-    def plan(end: int) -> Plan:
-        return _plan(problem, ranked, Counter(order[: ends[end]]), multiple)
+    def going(end: int, held: Going) -> Going:
+        return {**Counter(order[: ends[end]]), **held}
 
-    low, high = -1, len(ends) - 1
-    if high < 0 or not problem.met(plan(high)):
+    def plan(some: Going) -> Plan:
+        return _plan(problem, ranked, some, multiple)
+
+    def shortest(held: Going) -> Going | None:
+        """What goes by the shortest beginning that meets the budgets, while some sites lose as many as is told."""
+        end = bisect_left(range(len(ends)), True, key=lambda end: problem.met(plan(going(end, held))))
+        return going(end, held) if end < len(ends) else None
+
+    found = shortest({})
+    if found is None:
         raise BudgetError(
             f"{', '.join(map(str, problem.budgets))} cannot be met by channel groups alone, while one attention, one "
             "mlp and everything protected stay. Ask for less, or count in params, bytes, kv or flops."
         )
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if problem.met(plan(middle)) else (middle, high)
-    return [plan(high)]
+    if uniform:
+        end = ends.index(sum(found.values()))
+        step = set(order[ends[max(end - 1, 0)] : ends[end]])  # a coarse one may take more than is needed
+        others = [shortest({site: going(e, {}).get(site, 0) for site in step}) for e in (end, max(end - 1, 0))]
+        exact = [other for other in others if other is not None]
+        if problem.spent(plan(exact[0])) != problem.spent(plan(found)):
+            found = min(exact, key=lambda some: _spread(ranked, some))
+    return [plan(found)]
+
+
+def _spread(ranked: Ranked, going: Going) -> float:
+    """How much larger a share one site loses than another."""
+    shares = [going.get(site, 0) / len(places) for site, places in ranked.items()]
+    return max(shares) - min(shares)
 
 
 def _order(scores: Mapping[Site, Sequence[float]], ranked: Ranked, uniform: bool) -> tuple[list[Site], list[int]]:
@@ -61,11 +82,11 @@ def _order(scores: Mapping[Site, Sequence[float]], ranked: Ranked, uniform: bool
             every.append(((rank + 0.5) / len(values) if uniform else values[place], site))
     every.sort()
     last = len(every)
-    ends = [end for end in range(1, last + 1) if not uniform or end == last or every[end][0] > every[end - 1][0]]
+    ends = [end for end in range(last + 1) if not uniform or end in (0, last) or every[end][0] > every[end - 1][0]]
     return [site for _, site in every], ends
 
 
-def _plan(problem: Problem, ranked: Ranked, going: Mapping[Site, int], multiple: int) -> Plan:
+def _plan(problem: Problem, ranked: Ranked, going: Going, multiple: int) -> Plan:
     """What is left when some groups go: sites narrower, or removed where nothing of them would stay and others do."""
     sizes = {size.site: size for size in problem.anatomy.sites}
     removed: set[Site] = set()
