@@ -284,7 +284,7 @@ def _width(told: Mapping[str, Any]) -> str:
         "and neurons go. *Refitted*: with `fold`, and the paired change against none in nats per token, or in share of "
         "the items, with its 95% interval.\n"
     ]
-    for size in dict.fromkeys(what.partition("/")[0] for what in told["rows"]):
+    for size in sorted({what.partition("/")[0] for what in told["rows"]}):
         rows = {what.partition("/")[2]: row for what, row in told["rows"].items() if what.startswith(f"{size}/")}
         names = list(next(iter(rows.values()))["on"])
         head = ["recipe", "gone + narrower", "params"]
@@ -296,8 +296,8 @@ def _width(told: Mapping[str, Any]) -> str:
             for source in names:
                 on = row["on"][source]
                 line += [_one(on, "before"), f"{_one(on, 'after')}, {_change(on)}"]
-            lines.append([*line, f"{row['search_seconds']:,.0f} s"])
-        sections.append(f"### {size} of the parameters\n\n{_markdown([*head, 'search'], lines)}")
+            lines.append(line)
+        sections.append(f"### {size} of the parameters\n\n{_markdown(head, lines)}")
         sections += [_pairs(told["pairs"][size])] if told["pairs"][size] else []
         sections += [_times(size, told["speed"][size])] if size in told["speed"] else []
     sections += [_options(told["options"])] if "options" in told else []

@@ -114,7 +114,7 @@ def measured(bench: lab.Lab, texts: dict[str, str], what: str, work: Path) -> di
     sides = (results_of(bench.job(recipe), bench, sets, student) for student in students)
     anatomy = bench.teacher.anatomy
     return row(*sides, seconds) | {
-        "removed": trial.plan.names(), "narrowed": trial.plan.narrow_names(), "search_seconds": trial.seconds,
+        "removed": trial.plan.names(), "narrowed": trial.plan.narrow_names(),
         "filed": {"before": filed_under(bench.teacher, UNTOUCHED), "after": filed_under(bench.teacher, repair)},
         "parameters": anatomy.total("parameters", trial.plan), "kv": anatomy.total("kv_bytes_per_token", trial.plan),
     }  # fmt: skip
