@@ -254,8 +254,10 @@ def _round(job: Job, problem: Problem, measure: Executor | Folding, total: int, 
     """Measure one Ask of a search that has about `total` losses to measure, and show how far it is."""
     if not ask.plans:
         return measure(ask)
-    common = Plan(frozenset.intersection(*(plan.removed for plan in ask.plans)))
-    each = zip(problem.budgets, problem.spent(common), problem.needed, strict=True)
+    gone = [problem.spent(Plan(frozenset.intersection(*(plan.removed for plan in ask.plans))))]
+    if any(plan.narrowed for plan in ask.plans):  # each plan lacks other widths, so that they have nothing in common
+        gone = list(map(problem.spent, ask.plans))
+    each = zip(problem.budgets, map(min, zip(*gone, strict=True)), problem.needed, strict=True)
     sofar = ", ".join(f"{b.show(spent).split()[0]} of {b.show(need)} gone" for b, spent, need in each)
     before = sum(len(earlier.plans) for earlier, _ in measure.rounds)
     total = max(total, before + len(ask.plans))

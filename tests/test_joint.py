@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +16,7 @@ import pytest
 import torch
 from test_groups import documents
 
+import billhook
 from billhook.budget import Budget, read_budgets
 from billhook.errors import BudgetError, UsageError
 from billhook.execute import Executor
@@ -22,8 +25,9 @@ from billhook.metrics import GROUP_METRICS
 from billhook.plan import Anatomy, Ask, GroupSize, Narrow, Part, Plan, Rest, Site, SiteSize
 from billhook.probe import Probe
 from billhook.problem import Problem
-from billhook.records import Loss
+from billhook.records import Event, Loss
 from billhook.search import SEARCHES, kept_groups, restricted, settle
+from billhook.store import Store
 
 Folder = Callable[[str], Path]
 
@@ -196,6 +200,22 @@ def test_joint_takes_what_the_model_does_not_need(checkpoint: Folder) -> None:
     assert problem.met(plan)
     assert probe.losses([plan])[0].mean == pytest.approx(0, abs=1e-6)
     assert Site(1, "mlp") in plan.removed
+
+
+def test_progress_tells_how_much_is_gone_of_narrower_sites_too(model: Path, text: Path, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    store, options = tmp_path / "runs.db", {"tokens": 240, "length": 24, "eval_tokens": 512, "eval_length": 24}
+    found = billhook.prune(
+        str(model), recipe="billhook-joint", remove="20%params", data=str(text), out=tmp_path / "out",
+        store=store, watch=seen.append, set={"levels": 3, "start": "none"}, **options,
+    )  # fmt: skip
+    notes = [event.note for event in seen if event.stage == "search"]
+    assert any(re.match(r"[1-9][\d,]* of [\d,]+ params gone, lowest kl", note) for note in notes), notes
+    with closing(Store(store)) as opened:
+        told = [e.note for _, e in opened.events(found["run"]) if e.stage == "search" and ":" in e.note]
+    words = r"(nothing|(, |(attention|mlp)\.\d+( keeps [\d,]+)?)+): [\d.]+"
+    assert told
+    assert all(re.fullmatch(words, note) for note in told), told
 
 
 def test_what_joint_cannot_do_is_said() -> None:
