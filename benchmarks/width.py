@@ -18,6 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from figure import figure
 from measured import put_back, written_down
 from methods import LENGTH, MEASURED, SCALED, TASKS, TOKENS, file_result, texts_of  # the files beside this one
 from recovery import recovered, results_of, row, tell
@@ -86,6 +87,7 @@ def main() -> None:
             written_down(database, MEASURED)
             file_result("width", told)
             given.results.write_text(page(MEASURED, SCALED), encoding="utf-8")
+            figure(told, given.results.with_name("width.svg"))
         store.update(run, state="done")
 
 
