@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import isclose
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MultipleLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 Lines = dict[str, list[dict[str, float]]]
 
 # Okabe and Ito's colours, which people with any colour vision tell apart, and one more.
 LOOKS = dict(zip(("#CC79A7", "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#999933"), "^vsDoXP", strict=True))
+ALIKE = 0.005  # of a value: less than the width of a line
 INK = "#808080"  # to be read on white and on black
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "width", "font.family": "sans-serif", "font.size": 11,
@@ -55,19 +57,31 @@ def drawn_from(lines: Lines) -> str:
 
 
 def lines_of(told: Mapping[str, Any]) -> Lines:
-    """{recipe: its points, by what stays}, without a recipe whose plans are another's."""
+    """{recipe: its points, by what stays}, without a recipe whose line another would cover."""
     found: dict[str, list[dict[str, float]]] = {}
     for what, row in told["rows"].items():
         on = next(iter(row["on"].values()))
         point = {"left": row["parameters"] / told["whole"]} | {key: on[key] for key in ("dense", *PANELS)}
         found.setdefault(what.partition("/")[2], []).append(point)
     lines = {name: sorted(points, key=lambda point: point["left"]) for name, points in found.items()}
-    return {name: points for i, (name, points) in enumerate(lines.items()) if points not in list(lines.values())[:i]}
+    return {
+        name: points
+        for i, (name, points) in enumerate(lines.items())
+        if not any(_covered(points, earlier) for earlier in list(lines.values())[:i])
+    }
+
+
+def _covered(points: Sequence[Mapping[str, float]], others: Sequence[Mapping[str, float]]) -> bool:
+    """Whether no eye would tell two lines apart."""
+    each = zip(points, others, strict=False)
+    alike = (isclose(point[key], other[key], rel_tol=ALIKE) for point, other in each for key in ("left", *PANELS))
+    return len(points) == len(others) and all(alike)
 
 
 def _labelled(axes: Axes, words: str) -> None:
     axes.set(title=words, xlabel="parameters that stay", ylabel="perplexity, lower is better", yscale="log")
     axes.invert_xaxis()
+    axes.xaxis.set_major_locator(MultipleLocator(0.05))
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8) if high < 20 * low else (1, 3)))

@@ -86,11 +86,14 @@ def test_the_picture_of_widths_shows_what_was_measured(monkeypatch: pytest.Monke
     told = json.loads(read(ROOT / "benchmarks" / "measured" / "width.json"))
     assert figure.drawn_from(figure.lines_of(told)) in read(DOCS / "width.svg")
     row = {"parameters": 80, "on": {"c4": {"dense": 40.0, "before": 90.0, "after": 60.0}}}
-    three = {"whole": 100, "rows": {"20%/flap": row, "20%/saap": row | {"parameters": 81}, "20%/flap again": row}}
+    three = {
+        "whole": 100,
+        "rows": {"20%/flap": row, "20%/saap": row | {"parameters": 81}, "20%/flap again": row | {"parameters": 80.1}},
+    }
     figure.figure(three, tmp_path / "some.svg")
     words = re.findall(r"<text[^>]*>([^<]*)</text>", read(tmp_path / "some.svg"))
     assert {"flap", "saap", "unpruned", "without a recovery", "with fold"} <= set(words)
-    assert "flap again" not in words, "its plans are those of flap"
+    assert "flap again" not in words, "its line is that of flap"
 
 
 def test_every_command_and_option_is_documented() -> None:
