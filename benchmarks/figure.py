@@ -30,8 +30,7 @@ PANELS = {"before": "without a recovery", "after": "with fold"}
 
 
 def figure(told: Mapping[str, Any], file: Path) -> None:
-    """Perplexity on the first text by the share of parameters that stays, of every recipe that found plans of its own,
-    without and with `fold`."""
+    """Perplexity on the first text by the share of parameters that stays, without and with `fold`, by `lines_of`."""
     lines = lines_of(told)
     assert len(lines) <= len(LOOKS), f"{len(lines)} recipes, but colours for {len(LOOKS)}"
     with rc_context(STYLE):
@@ -73,9 +72,10 @@ def lines_of(told: Mapping[str, Any]) -> Lines:
 
 def _covered(points: Sequence[Mapping[str, float]], others: Sequence[Mapping[str, float]]) -> bool:
     """Whether no eye would tell two lines apart."""
-    each = zip(points, others, strict=False)
-    alike = (isclose(point[key], other[key], rel_tol=ALIKE) for point, other in each for key in ("left", *PANELS))
-    return len(points) == len(others) and all(alike)
+    if len(points) != len(others):
+        return False
+    each = zip(points, others, strict=True)
+    return all(isclose(point[key], other[key], rel_tol=ALIKE) for point, other in each for key in ("left", *PANELS))
 
 
 def _labelled(axes: Axes, words: str) -> None:

@@ -44,7 +44,7 @@ def joint(
     each layer; Sieberling et al. 2024, EvoPress (arXiv 2410.14649), exchanges of levels. Deviations: alternatives are
     the model's own channel groups, not trained; the programme is solved again around each plan that is reached.
     """
-    problem, begin = restricted(problem, parts), () if start == "none" else (SEARCHES[start],)
+    problem, begin = restricted(problem, parts), None if start == "none" else SEARCHES[start]
     if problem.group_scores is None:
         raise UsageError("The search joint orders channel groups. Name a metric of groups: --metric taylor_mix.")
     if problem.whole_blocks:
@@ -59,9 +59,9 @@ def joint(
     own = _best(problem, ladders, (0,) * len(ladders), rises, len(ladders))
     begun = [] if own is None else [_plan(ladders, own)]
     begun += _even(problem, parts, multiple)
-    for each in begin:
+    if begin is not None:
         with suppress(BudgetError):  # whole sites alone may not do
-            begun += (yield from each(replace(problem, group_scores=None).check()))[-1:]
+            begun += (yield from begin(replace(problem, group_scores=None).check()))[-1:]
     if not begun:
         raise BudgetError(f"{', '.join(map(str, problem.budgets))} cannot be met. Ask for less, or protect less.")
     begun = list(dict.fromkeys(begun))

@@ -61,7 +61,8 @@ def narrow(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts:
     if uniform:
         end = ends.index(sum(found.values()))
         step = set(order[ends[max(end - 1, 0)] : ends[end]])  # a coarse one may take more than is needed
-        others = [shortest({site: going(e, {}).get(site, 0) for site in step}) for e in (end, max(end - 1, 0))]
+        ways = (found, going(max(end - 1, 0), {}))
+        others = [shortest({site: way.get(site, 0) for site in step}) for way in ways]
         exact = [other for other in others if other is not None]
         if problem.spent(plan(exact[0])) != problem.spent(plan(found)):
             found = min(exact, key=lambda some: _spread(ranked, some))
