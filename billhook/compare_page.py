@@ -25,7 +25,9 @@ from billhook.compare_words import (
     warnings,
 )
 from billhook.lab_words import named, shown
+from billhook.margin import BOUND
 from billhook.report import listed, scroll
+from billhook.summary import about_tokens
 
 MOST_FLIPS = 300  # of a task and a pair, on the page; the result has all
 
@@ -57,7 +59,7 @@ def _pair(result: Result, other: int) -> str:
     )
     caption = (
         f"<p>A: {escape(names[0])}. B: {escape(names[other])}. Intervals are paired over items; p is adjusted for all "
-        "sets by Holm's method. Equivalent: the 90% interval is within the margin on both sides.</p>"
+        f"sets by Holm's method. Equivalent: the lower and the upper bound ({BOUND} each) are within the margin.</p>"
     )
     sizes = scroll(listed(("Measure", "A", "B", "Change"), size_rows(result, other)), "Size and speed")
     return (
@@ -122,9 +124,10 @@ def _how(result: Result) -> str:
     """On what everything was measured."""
     brief = named(result["sets"])
     keys = ("tokens", "documents", "texts", "items")
+    sides = {name: about_tokens(about) for name, about in result["sets"].items()}
     lines: Iterable[Sequence[str]] = [
         (brief[name], *("–" if about.get(key) is None else f"{about[key]:,}" for key in keys))
-        for name, about in result["sets"].items()
+        for name, about in sides.items()
     ]
     sets = scroll(listed(("Set", *(key.capitalize() for key in keys)), lines), "Sets")
     where = listed(("Name", "Value"), [(key, shown(value)) for key, value in result["environment"].items()])

@@ -12,7 +12,7 @@ from typing import Any
 from billhook import proof
 from billhook.comparing import Asked, Side, measured
 from billhook.errors import FingerprintError, UsageError, nearest
-from billhook.margin import Margin
+from billhook.margin import BOUND, Margin
 from billhook.plan import Plan
 from billhook.proof import Job
 from billhook.records import EvalResult
@@ -161,10 +161,10 @@ def write_junit(told: Mapping[str, Any], path: Path) -> None:
 
 
 def in_words(check: Mapping[str, Any]) -> str:
-    """`loses 1.2 pp, at most 2.4 with 95% confidence; 1 may go`."""
+    """`loses 1.20 pp (one-sided 95%: 0.10 to 2.40); 1 may go`."""
     unit = "% of perplexity" if check["kind"] == "perplexity" else "pp"
     verb = "loses" if check["lost"] >= 0 else "gains"
     return (
-        f"{verb} {abs(check['lost']):.2f} {unit}, {check['low']:.2f} to {check['high']:.2f} with 95% confidence on "
-        f"either side; {check['margin']:g} may go"
+        f"{verb} {abs(check['lost']):.2f} {unit} ({BOUND}: {check['low']:.2f} to {check['high']:.2f}); "
+        f"{check['margin']:g} may go"
     )

@@ -44,7 +44,7 @@ from billhook.lab_words import (
 )
 from billhook.plan import PARTS, Plan, Site
 from billhook.report import listed, scroll
-from billhook.summary import count, duration, short
+from billhook.summary import about_tokens, count, duration, how_many, short
 
 # -- the frame ---------------------------------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ def _json(value: object) -> str:
 def _sets(about: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
     """A table of token sets: (use, description) each."""
     keys = ("tokens", "documents", "texts", "items")
-    told = [(use, each, [each.get(key) for key in keys]) for use, each in about]
+    told = [(use, each, [about_tokens(each).get(key) for key in keys]) for use, each in about]
     lines = [(use, shown(each["source"]), *("–" if n is None else f"{n:,}" for n in ns)) for use, each, ns in told]
     return listed(("Use", "Source", *(key.capitalize() for key in keys)), lines)
 
@@ -190,7 +190,7 @@ def _how(result: Result) -> str:
         )
     caption = (
         "Calibration and held-out documents are never the same. All rows are measured on the same held-out documents, "
-        f"so that differences are paired; intervals resample whole texts. {timing}"
+        f"so that differences are paired; intervals resample whole texts, or items of a task. {timing}"
     )
     return _section("How it was measured", f"{teacher}<h3></h3>{scroll(_sets(sets), 'Token sets')}", caption)
 
@@ -317,11 +317,11 @@ def _parts(votes: Mapping[str, int]) -> str:
 
 def _told(result: Result) -> list[tuple[str, str]]:
     data = result["data"]
-    about = f"{shown(data['source'])}: {data['tokens']:,} tokens, {count(data['documents'], 'document')}"
+    about = f"{shown(data['source'])}: {data['tokens']:,} tokens, {how_many(data)}"
     told = {"Metric": result["metric"], "Search": result["search"], "Size asked": result["remove"]}
     return [
         *((key, shown(value)) for key, value in told.items()),
-        ("Calibration", f"{about}; no two sets share a document"),
+        ("Calibration", f"{about}; no two sets share {'a document' if data.get('items') is None else 'an item'}"),
     ]
 
 

@@ -102,10 +102,13 @@ def standing(gap: Mapping[str, float]) -> str:
 
 
 def unreliable(result: Result) -> list[str]:
-    """A note where intervals rest on few texts or items."""
-    names = named(result["teacher"])
-    few = [names[on] for on in names if any(not row["results"][on]["reliable"] for row in result["rows"])]
-    return [f"The intervals on {', '.join(few)} rest on few texts or items and are not reliable."] if few else []
+    """A note where intervals rest on few texts, and one where they rest on few items."""
+    names, told = named(result["teacher"]), []
+    for what, sets in (("texts", texts_of(result)), ("items", tasks_of(result))):
+        few = [names[on] for on in sets if any(not row["results"][on]["reliable"] for row in result["rows"])]
+        if few:
+            told.append(f"The intervals on {', '.join(few)} rest on few {what} and are not reliable.")
+    return told
 
 
 def _and(words: Sequence[str], most: int = 4) -> str:

@@ -13,6 +13,7 @@ from billhook.records import EvalResult, Interval
 from billhook.stats import nothing, paired_difference
 
 CONFIDENCE = 0.95  # one-sided
+BOUND = f"one-sided {CONFIDENCE:.0%}"  # the label of such an end, wherever one is shown
 
 
 def amount(text: str, unit: Literal["pp", "%"]) -> float:

@@ -22,8 +22,10 @@ from billhook.records import LOSS_UNITS
 from billhook.summary import (
     RECOVERED,
     Result,
+    about_tokens,
     count,
     duration,
+    how_many,
     left_of,
     narrower,
     notes,
@@ -80,7 +82,7 @@ def card(result: Result) -> str:
     lines = [f"| {r.label} | {r.teacher} | {r.student} | {r.change} |" for r in rows(result)]
     table = "\n".join(["| | teacher | student | change |", "|---|---|---|---|", *lines])
     data = [
-        f"- {use}: {_md(about['source'])}, {about['tokens']:,} tokens in {count(about['documents'], 'document')}"
+        f"- {use}: {_md(about['source'])}, {about['tokens']:,} tokens in {how_many(about)}"
         for use, about in result["data"].items()
         if about
     ]
@@ -152,7 +154,7 @@ def page(result: Result) -> str:
     )
     facts = dict(result["environment"]) | {f"model {key}": value for key, value in result["model"].items()}
     facts |= {key: result[key] for key in ("kind", "out", "created")}
-    data = {use: about for use, about in result["data"].items() if about}
+    data = {use: about_tokens(about) for use, about in result["data"].items() if about}
     keys = list(dict.fromkeys(key for about in data.values() for key in about))
     seconds = {**result["seconds"], "total": math.fsum(result["seconds"].values())}
     frame = Template(files("billhook").joinpath("report.html").read_text(encoding="utf-8"))

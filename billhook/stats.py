@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from billhook.records import EvalResult, Interval, Score
 Floats = NDArray[np.float64]
 FEW_CLUSTERS = 50  # below, even the best interval covers less than it says
 TOO_FEW = 10  # texts that a bootstrap says nothing about: Student's t instead
+Unit = Literal["text", "item"]  # what is resampled, as a reader is told
 LOSSES = ("perplexity",)  # evaluations of which less is better
 RESAMPLES = 10_000
 CHUNK = 500  # resamples at a time: 500 × clusters numbers in memory
@@ -39,14 +41,15 @@ def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0, level: float 
         n, gained, lost = len(change), int((change > 0).sum()) + 0.5, int((change < 0).sum()) + 0.5
         centre = (gained - lost) / (n + 2)
         half = _z(level) * math.sqrt(gained + lost - (gained - lost) ** 2 / (n + 2)) / (n + 2)
-        return _interval(float(change.mean()), (centre - half, centre + half), n, n, single_text=False)
-    return _clustered(change, np.asarray(a.counts, np.float64), a.clusters, seed, level)
+        return _interval(float(change.mean()), (centre - half, centre + half), n, n, unit="item")
+    return _clustered(change, np.asarray(a.counts, np.float64), a.clusters, seed, level, unit=_unit(a))
 
 
 def nothing(a: EvalResult) -> Interval:
     """What a model differs from itself on these items: nothing, whatever their number."""
     clusters = len(set(a.clusters))
-    return _interval(0.0, (0.0, 0.0), len(a.sums), clusters if clusters > 1 else len(a.sums), single_text=clusters == 1)
+    many = clusters if clusters > 1 else len(a.sums)
+    return _interval(0.0, (0.0, 0.0), len(a.sums), many, single_text=clusters == 1, unit=_unit(a))
 
 
 def mean_interval(result: EvalResult, seed: int = 0) -> Interval:
@@ -56,14 +59,20 @@ def mean_interval(result: EvalResult, seed: int = 0) -> Interval:
     """
     if right_or_wrong(result):
         n = len(result.sums)
-        return _interval(result.mean, share_interval(int(sum(result.sums)), n), n, n, single_text=False)
-    return _clustered(np.asarray(result.sums), np.asarray(result.counts, np.float64), result.clusters, seed)
+        return _interval(result.mean, share_interval(int(sum(result.sums)), n), n, n, unit="item")
+    counts = np.asarray(result.counts, np.float64)
+    return _clustered(np.asarray(result.sums), counts, result.clusters, seed, unit=_unit(result))
 
 
 def right_or_wrong(result: EvalResult) -> bool:
     """Whether outcomes are 0 and 1, of several items each of which is a text of its own."""
     alone = len(set(result.clusters)) == len(result.clusters) > 1
     return alone and result.name not in LOSSES and set(result.sums) <= {0.0, 1.0} and set(result.counts) == {1}
+
+
+def _unit(result: EvalResult) -> Unit:
+    """What was counted: items of a task, which count 1 each, or texts, whose documents count their tokens."""
+    return "text" if result.name in LOSSES or set(result.counts) != {1} else "item"
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Interval:
@@ -73,7 +82,7 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Inter
     """
     if len(a) != len(b):
         raise ValueError("These two are not over the same items, so they cannot be paired.")
-    return _clustered(np.asarray(b, np.float64), np.asarray(a, np.float64), tuple(range(len(a))), seed)
+    return _clustered(np.asarray(b, np.float64), np.asarray(a, np.float64), tuple(range(len(a))), seed, unit="item")
 
 
 def share_interval(count: int, n: int) -> tuple[float, float]:
@@ -96,20 +105,23 @@ def by_cluster(values: Floats, weight: Floats, clusters: Sequence[int]) -> tuple
     return np.bincount(groups, values).astype(np.float64), np.bincount(groups, weight).astype(np.float64)
 
 
-def _clustered(values: Floats, weight: Floats, clusters: Sequence[int], seed: int, level: float = 0.95) -> Interval:
+def _clustered(
+    values: Floats, weight: Floats, clusters: Sequence[int], seed: int, level: float = 0.95, *, unit: Unit
+) -> Interval:
     sums, counts = by_cluster(values, weight, clusters)
     ends = studentised(sums, counts, seed, level)
     single = len(set(clusters)) == 1
-    return _interval(float(sums.sum() / counts.sum()), ends, len(values), len(sums), single_text=single)
+    return _interval(float(sums.sum() / counts.sum()), ends, len(values), len(sums), single_text=single, unit=unit)
 
 
-def _interval(value: float, ends: tuple[float, float], n: int, clusters: int, *, single_text: bool) -> Interval:
+def _interval(
+    value: float, ends: tuple[float, float], n: int, clusters: int, *, single_text: bool = False, unit: Unit
+) -> Interval:
     reliable = clusters >= FEW_CLUSTERS and not single_text
-    what = "documents of one text" if single_text else "texts"
-    few = (
-        f"Few documents: the interval rests on {clusters} {what}, and is to be relied on from {FEW_CLUSTERS} texts on."
-    )
-    return Interval(value, *ends, n, clusters, reliable, "" if reliable else few)
+    few, what = ("items", "items") if unit == "item" else ("documents", "texts")
+    rests = "documents of one text" if single_text and unit == "text" else what
+    note = f"Few {few}: the interval rests on {clusters} {rests}, and is to be relied on from {FEW_CLUSTERS} {what} on."
+    return Interval(value, *ends, n, clusters, reliable, "" if reliable else note)
 
 
 def studentised(

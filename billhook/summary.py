@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from billhook.margin import BOUND
 from billhook.plan import Plan
 
 Result = Mapping[str, Any]
@@ -113,7 +114,7 @@ def _within_in_words(within: Mapping[str, Any]) -> str:
     return (
         f"Within {within['margin']}, judged on {within['data']['tokens']:,} tokens that the proof does not use: "
         f"{taken['percent']:.1f}% of the parameters can go, for {taken['lost']:.2f} {within['unit']}, at most "
-        f"{taken['high']:.2f} with 95% confidence.{more} {within.get('note') or ''}".rstrip()
+        f"{taken['high']:.2f} ({BOUND}).{more} {within.get('note') or ''}".rstrip()
     )
 
 
@@ -207,6 +208,18 @@ def _sizes(label: str, teacher: float | None, student: float | None, unit: str) 
 def count(n: int, noun: str) -> str:
     """`1 site`, `2 sites`."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def about_tokens(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a token set says of itself, for readers: a task has items, text has documents and texts."""
+    of_text = ("documents", "texts") if about.get("items") is not None else ()
+    return {key: value for key, value in about.items() if key not in of_text}
+
+
+def how_many(about: Mapping[str, Any]) -> str:
+    """`40 items` of a task, `38 documents` of text."""
+    items = about.get("items")
+    return count(about["documents"], "document") if items is None else count(items, "item")
 
 
 def duration(seconds: float) -> str:

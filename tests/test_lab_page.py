@@ -205,6 +205,17 @@ def test_hostile_strings_stay_strings() -> None:
         assert lab_words.shown(HOSTILE) in theirs.text
 
 
+def test_few_texts_and_few_items_are_told_apart() -> None:
+    result = {
+        "teacher": {"/d/wiki.jsonl": {"kind": "perplexity"}, "/d/arc.jsonl": {"kind": "accuracy"}},
+        "rows": [{"results": {"/d/wiki.jsonl": {"reliable": False}, "/d/arc.jsonl": {"reliable": False}}}],
+    }
+    assert lab_words.unreliable(result) == [
+        "The intervals on wiki.jsonl rest on few texts and are not reliable.",
+        "The intervals on arc.jsonl rest on few items and are not reliable.",
+    ]
+
+
 # -- the terminal --------------------------------------------------------------------------------------------------
 
 SHOWN = [("sweep", result) for result in SWEEPS.values()]

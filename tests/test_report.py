@@ -262,6 +262,17 @@ def test_the_card_is_yaml_and_markdown(result: Any) -> None:
     assert not re.search(r"(?<!\\)<\w", re.sub(r"```.*?```", "", body, flags=re.DOTALL))  # no element gets through
 
 
+def test_items_of_a_task_are_not_called_texts() -> None:
+    task = {"source": "arc.jsonl", "tokens": 900, "sequences": 160, "documents": 37, "texts": 37, "items": 37}
+    result = a_result(1)
+    result["data"]["calibration"] = task
+    card, page = report.card(result), report.page(result)
+    assert r"- calibration: arc.jsonl, 900 tokens in 37 items" in card
+    assert "tokens in 40 documents" in card
+    for key, of_task, of_text in (("documents", "–", 40), ("texts", "–", 38), ("items", 37, "–")):
+        assert f'<tr><th scope="row">{key}</th><td>{of_task}</td><td>{of_text}</td></tr>' in page
+
+
 @pytest.mark.parametrize(
     ("kind", "said", "unsaid"),
     [

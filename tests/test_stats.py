@@ -45,6 +45,22 @@ def shifted(result: EvalResult, by: float) -> EvalResult:
     return replace(result, sums=tuple(s + by * c for s, c in zip(result.sums, result.counts, strict=True)))
 
 
+def test_few_items_are_called_items_and_few_texts_texts() -> None:
+    right = EvalResult("acc", "t", (1.0, 0.0) * 20, (1,) * 40, tuple(range(40)))
+    wrong = replace(right, sums=(0.0,) * 40)
+    partly = replace(right, sums=(0.5, 0.25) * 20)  # no outcomes of 0 and 1: a bootstrap
+    for note in (
+        mean_interval(right).note, paired_difference(right, wrong).note, nothing(right).note,
+        mean_interval(partly).note, paired_difference(right, partly).note,
+    ):  # fmt: skip
+        assert note == "Few items: the interval rests on 40 items, and is to be relied on from 50 items on."
+    a, b = results(31, 0)
+    for note in (mean_interval(a).note, paired_difference(a, b).note, nothing(a).note):
+        assert note == "Few documents: the interval rests on 31 texts, and is to be relied on from 50 texts on."
+    alone, _ = results(1, 0)
+    assert "3 documents of one text" in mean_interval(alone).note
+
+
 # --- paired differences ------------------------------------------------------------------------------------------
 
 
