@@ -62,7 +62,7 @@ def sweep(
     grid = lab.Grid(_several(recipes), _several(remove), texts, held_out, _several(tasks), items)
     first = lab.recipes_of(grid, str(model), options)[0][1]
     with _laboratory("sweep", first, Path(store), out, watch) as (bench, folder):
-        return lab.filed(lab.sweep(bench, grid, options), folder, lab_page.sweep_page)
+        return lab.filed(lab.sweep(bench, grid, options), folder, lab_page.sweep_page, bench.store, bench.run)
 
 
 def trade(
@@ -84,7 +84,8 @@ def trade(
         raise UsageError("There is no task to trade. Name files of multiple-choice items: --tasks a.jsonl,b.jsonl.")
     first = recipe_from({"model": str(model), **options}, "The call")
     with _laboratory("trade", first, Path(store), out, watch) as (bench, folder):
-        return lab.filed(lab.trade(bench, _several(tasks), items, options), folder, lab_page.trade_page)
+        told = lab.trade(bench, _several(tasks), items, options)
+        return lab.filed(told, folder, lab_page.trade_page, bench.store, bench.run)
 
 
 def stability(
@@ -109,7 +110,7 @@ def stability(
     first = recipe_from({"model": str(model), **options}, "The call")
     with _laboratory("stability", first, Path(store), out, watch) as (bench, folder):
         told = lab.stability(bench, metric, tuple(sizes), draws, options)
-        return lab.filed(told, folder, lab_page.stability_page)
+        return lab.filed(told, folder, lab_page.stability_page, bench.store, bench.run)
 
 
 # -- against each other ----------------------------------------------------------------------------------------------
@@ -147,7 +148,8 @@ def compare(
     recipe = of_text(str(models[0]), options)
     with _filed_run("compare", recipe, Path(store), out) as (opened, run, folder):
         job = proof.Job(recipe, opened, run, folder, watch, {})
-        return lab.filed(comparing.compare(job, [str(name) for name in models], asked), folder, compare_page.page)
+        told = comparing.compare(job, [str(name) for name in models], asked)
+        return lab.filed(told, folder, compare_page.page, opened, run)
 
 
 def evaluate_tasks(
@@ -238,7 +240,9 @@ def save_baseline(
     asked = _asked(data=data, tasks=tasks, score=score, **sets).check()
     with _filed_run("baseline", recipe, Path(store), NO_FOLDER) as (opened, run, _):
         job = proof.Job(recipe, opened, run, Path(), watch, {})
-        return gating.save_baseline(job, name, str(model), asked)
+        told = gating.save_baseline(job, name, str(model), asked)
+        opened.update(run, result=told)
+        return told
 
 
 def baselines(store: str | Path = STORE) -> list[dict[str, Any]]:
@@ -266,7 +270,7 @@ def threshold(
     parsed = [Margin.parse(text) for text in _several(margins)]
     with closing(Store(Path(store))) as opened:
         stored = opened.run(run) if run is not None else None
-    if stored is not None and not (stored.result or {}).get("steps"):
+    if stored is not None and ("laboratory" in stored.environment or not (stored.result or {}).get("steps")):
         raise UsageError(f"Run {run} has no steps of a search. `billhook runs` lists the runs.")
     least: dict[str, Any] = {"remove": "40%"}
     given = stored.recipe if stored is not None else least | {"model": str(model)}
@@ -274,7 +278,7 @@ def threshold(
     with _laboratory("threshold", recipe, Path(store), out, watch) as (bench, folder):
         steps = [] if stored is None else (stored.result or {})["steps"]
         told = thresholds.threshold(bench.job(recipe), bench.teacher, steps, parsed)
-        return lab.filed(told, folder, threshold_page.page)
+        return lab.filed(told, folder, threshold_page.page, bench.store, bench.run)
 
 
 def compare_endpoints(
@@ -324,7 +328,10 @@ def _laboratory(
 
 @contextmanager
 def _filed_run(kind: str, recipe: Recipe, store: Path, out: str | Path | None) -> Iterator[tuple[Store, str, Path]]:
-    """The store, a new run of it that is held, and the folder that will hold page and table."""
+    """The store, a new run of it that is held, and the folder that will hold page and table.
+
+    Whoever asks for the run stores its result.
+    """
     with closing(Store(store)) as opened:
         where = str(out) if out is not None else str(Path("lab") / "{run}")
         run = opened.new_run(recipe.model_dump(), here(recipe) | {"laboratory": kind}, where)
@@ -333,6 +340,6 @@ def _filed_run(kind: str, recipe: Recipe, store: Path, out: str | Path | None) -
             check_target(folder, None)
         with opened.settling(run):
             yield opened, run, folder
-            page = {} if where == NO_FOLDER else {"page": str(folder / "index.html")}
-            known = opened.run(run).result or {}
-            opened.update(run, state="done", result={"laboratory": kind, **page, **known})
+            result = opened.run(run).result
+            assert result is not None, "every kind of run stores the whole of its result"
+            opened.update(run, state="done", result={"laboratory": kind, **result})

@@ -383,8 +383,10 @@ def _spearman(a: Mapping[Site, float], b: Mapping[Site, float]) -> float:
     return stats.correlation(*ranks)
 
 
-def filed(told: dict[str, Any], folder: Path, page: Callable[[dict[str, Any]], str]) -> dict[str, Any]:
-    """Write a result and its page, whole or not at all; the result with the place of the page."""
+def filed(
+    told: dict[str, Any], folder: Path, page: Callable[[dict[str, Any]], str], store: Store, run: str
+) -> dict[str, Any]:
+    """Write a result and its page, whole or not at all, and store it; the result with the place of the page."""
     told = told | {"page": str(folder / "index.html")}
     aside = aside_of(folder, "laboratory")
     shutil.rmtree(aside, ignore_errors=True)
@@ -392,4 +394,5 @@ def filed(told: dict[str, Any], folder: Path, page: Callable[[dict[str, Any]], s
     (aside / "result.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     (aside / "index.html").write_text(page(told), encoding="utf-8")
     appear(aside, folder)
+    store.update(run, result=told)
     return told

@@ -163,7 +163,7 @@ class Store:
         for name, value in fields.items():
             assert name in ("state", "bound", "result")
             with self._write():
-                text = value if name == "state" else _json(value)
+                text = value if name == "state" else json.dumps(value)  # a result keeps its order, which tables follow
                 self._db.execute(f"UPDATE runs SET {name} = ? WHERE id = ?", (text, run))
 
     @contextmanager

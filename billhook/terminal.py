@@ -107,15 +107,20 @@ class _Tables(Console):
 
 def show(value: dict[str, Any], kind: str) -> None:
     """Print a result of a command as tables."""
+    _tables()[kind](_Tables(soft_wrap=False, markup=False), value)
+
+
+def _tables() -> dict[str, Callable[[Console, dict[str, Any]], None]]:
+    """How a result of every kind is printed."""
     from billhook import terminal_compare, terminal_scores
 
-    console = _Tables(soft_wrap=False, markup=False)
-    {"result": _result, "anatomy": _anatomy, "plan_of_work": _plan_of_work, "evaluation": _evaluation,
-     "speed": _speed, "scores": terminal_scores.scores, "runs": _runs, "run": _run, "methods": _methods,
-     "sweep": _sweep, "trade": _trade, "stability": _stability, "compare": terminal_compare.compared,
-     "gate": terminal_compare.gated, "baselines": terminal_compare.baselines, "threshold": terminal_compare.threshold,
-     "abtest": terminal_compare.servers, "tasks": terminal_compare.tasks,
-     }[kind](console, value)  # fmt: skip
+    return {
+        "result": _result, "anatomy": _anatomy, "plan_of_work": _plan_of_work, "evaluation": _evaluation,
+        "speed": _speed, "scores": terminal_scores.scores, "runs": _runs, "run": _run, "methods": _methods,
+        "sweep": _sweep, "trade": _trade, "stability": _stability, "compare": terminal_compare.compared,
+        "gate": terminal_compare.gated, "baselines": terminal_compare.baselines, "tasks": terminal_compare.tasks,
+        "threshold": terminal_compare.threshold, "abtest": terminal_compare.servers,
+    }  # fmt: skip
 
 
 def _table(*columns: str) -> Table:
@@ -218,11 +223,13 @@ def _run(console: Console, value: dict[str, Any]) -> None:
         count = f" {event['done']}/{event['total']}" if event["total"] else ""
         console.print(f"{at} {event['stage']}{count} {event['note']}", style="dim", highlight=False)
     if result := value["result"]:
-        from billhook import terminal_compare
-
-        kind = result.get("laboratory", "")
-        whole = {"abtest": terminal_compare.servers, "gate": terminal_compare.gated, "": _result}
-        whole[kind](console, result) if kind in whole else _foot(console, result, [])
+        kind = result.get("laboratory", "prune")
+        if set(result) <= {"laboratory", "page"}:  # stored before results were stored whole
+            _foot(console, result, [])
+        elif kind == "baseline":
+            _tables()["baselines"](console, {"baselines": [result]})
+        else:
+            _tables()[{"prune": "result", "eval": "tasks"}.get(kind, kind)](console, result)
 
 
 def _methods(console: Console, value: dict[str, Any]) -> None:
