@@ -62,9 +62,11 @@ def here(recipe: Recipe) -> dict[str, Any]:
     return asdict(proof.environment(str(pick_device(recipe.device)))) | {"folder": str(Path.cwd())}
 
 
-def dry_run(model: str | Path = "demo", *, watch: Watch = silent, **options: Any) -> dict[str, Any]:
+def dry_run(
+    model: str | Path = "demo", *, recipe: str | Path | None = None, watch: Watch = silent, **options: Any
+) -> dict[str, Any]:
     """What `prune` with the same options would do: losses to measure, memory, disk and time. Writes nothing."""
-    return pipeline.dry_run(recipe_from({"model": str(model), **options}, "The call"), watch)
+    return pipeline.dry_run(recipe_from(combined(recipe, model=str(model), **options), "The call"), watch)
 
 
 def resume(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ from billhook.cli_options import (
     StoreFile,
     Tasks,
     Verbose,
+    command_line,
     pieces,
     with_options,
 )
@@ -59,10 +59,10 @@ def prune(
     options: dict[str, Any],
 ) -> None:
     """Remove the sites that a model can lose, prove what that cost and gained, and save the rest."""
-    again = f"billhook prune --resume --store {shlex.quote(str(store))}"
+    again = command_line("prune", "--resume", store=store)
     with Face(as_json, quiet, verbose, again) as face:
-        from billhook import api, pipeline
-        from billhook.recipe import combined, recipe_from
+        from billhook import api
+        from billhook.recipe import combined
 
         given = combined(recipe, **({"model": model} if model else {}), **options)
         if run and not resume:
@@ -74,7 +74,7 @@ def prune(
                 raise UsageError("--out belongs to a new run; a resumed one keeps its own. Leave --out away.")
             result = api.resume(run, store=_existing(store), watch=face.watch, **given)
         elif dry_run:
-            return face.show(pipeline.dry_run(recipe_from(given), face.watch), "plan_of_work")
+            return face.show(api.dry_run(watch=face.watch, **given), "plan_of_work")
         else:
             result = api.prune(out=out, store=store, watch=face.watch, **given)
         face.show(result, "result")
@@ -132,7 +132,8 @@ def eval_model(
     options: dict[str, Any],
 ) -> None:
     """Measure perplexity on held-out text, on which `prune` with the same options proves its student, or --tasks."""
-    again = f"billhook eval {model or ''} --tasks {tasks}" if tasks else ""
+    own = {"tasks": tasks, "items": items, "shots": shots, "shots_from": shots_from, "store": store}
+    again = command_line("eval", model or "demo", **own, **options) if tasks else ""
     with Face(as_json, quiet, verbose, resume=again) as face:
         from billhook import api, contests
 

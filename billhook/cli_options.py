@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,6 +85,15 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
         return run
 
     return decorate
+
+
+def command_line(command: str, *words: str, **options: Any) -> str:
+    """A command to copy: quoted for a shell, with those of `options` that are neither empty, 0 nor False."""
+    line = ["billhook", command, *words]
+    for name, value in options.items():
+        if value:
+            line += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+    return shlex.join(line)
 
 
 Model = Annotated[str | None, typer.Argument(help="Folder, .gguf file, Hugging Face name, or demo [default: demo]")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -266,14 +267,15 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
-    """A plan from `attention.7,mlp.16`, from our billhook.json or report.json, or from a drop list of another tool.
+    """A plan from `attention.7,mlp.16`, from our billhook.json, report.json or result.json of a threshold, or from a
+    drop list of another tool.
 
     LLM-Drop: JSON with `drop_attn_list` and `drop_mlp_list` (indices, or a boolean a block). EvoPress: a line a block,
     none, attn, mlp or attn+mlp. Raises PlanError if it cannot be read or does not fit, FingerprintError if it was made
     for another model.
     """
     path = Path(text).expanduser()
-    if not path.is_file():
+    if not _is_file(path):
         if "/" in text or path.suffix in (".json", ".txt", ".yaml"):
             raise PlanError(f"There is no plan file {text}. Give a file, or sites: attention.7,mlp.16.")
         return anatomy.check(Plan.of(piece for piece in text.split(",") if piece.strip()))
@@ -291,7 +293,7 @@ def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
         mlp = _indices(value.get("drop_mlp_list") or [], path, anatomy)
         sites = {Site(i, "attention") for i in attention} | {Site(i, "mlp") for i in mlp}
         return anatomy.check(Plan(frozenset(sites)))
-    made_for = value["model"].get("fingerprint") if isinstance(value.get("model"), dict) else value.get("model")
+    made_for = _made_for(value)
     told = value["plan"] if isinstance(value.get("plan"), dict) else value
     removed = told.get("removed")
     if isinstance(removed, list):
@@ -303,9 +305,23 @@ def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
     if made_for is not None and made_for != fingerprint:
         raise FingerprintError(
             f"{path} was made for another model (fingerprint {made_for}, this one is {fingerprint}). To use its sites "
-            f"all the same, name them: --plan {','.join(map(str, removed[:3]))},…"
+            f"all the same, name them: --plan {shlex.quote(','.join(map(str, removed[:3])) + ',…')}"
         )
     return anatomy.check(Plan.of(map(str, removed)))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a plan of many sites is longer than a file's name may be."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _made_for(value: dict[str, Any]) -> Any:
+    """The fingerprint in a plan file: of its own in a threshold's, under `model` in report.json, `model` otherwise."""
+    model = value.get("model")
+    return value.get("fingerprint") or (model.get("fingerprint") if isinstance(model, dict) else model)
 
 
 def _from_lines(content: str, path: Path, anatomy: Anatomy) -> Plan:

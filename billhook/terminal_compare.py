@@ -20,6 +20,7 @@ from billhook.compare_words import (
     warnings,
 )
 from billhook.lab_words import accuracy, named, perplexity, shown
+from billhook.margin import BOUND
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -81,7 +82,7 @@ def gated(console: Console, value: dict[str, Any]) -> None:
         rows.append(
             (f"{brief[check['set']]}, {'ppl' if text else check['score']}", *sides, lost, may, check["verdict"])
         )
-    console.print(table(("Set", "Baseline", "Student", "Lost (90%)", "May go", "Verdict"), rows))
+    console.print(table(("Set", "Baseline", "Student", f"Lost ({BOUND})", "May go", "Verdict"), rows))
     for check in value["checks"]:
         if check["note"]:
             console.print(f"{brief[check['set']]}: {check['note']}")
@@ -104,10 +105,8 @@ def threshold(console: Console, value: dict[str, Any]) -> None:
     console.print(threshold_page.knee_words(value))
     for note in threshold_page.notes(value):
         console.print(note)
-    if value["removed"]:
-        console.print(
-            f"Prune so: billhook prune {shown(value['model'])} --plan {','.join(value['removed'])}", soft_wrap=True
-        )
+    if command := threshold_page.command(value):
+        console.print(f"Prune so: {command}", highlight=False, soft_wrap=True)
     console.print(f"Page: {value['page']}", soft_wrap=True)
 
 

@@ -5,18 +5,22 @@ Nothing is measured here: every number comes from the result, a plain JSON objec
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from pathlib import PurePath
 from string import Template
 from typing import Any
 
 from billhook.lab_words import shown
+from billhook.margin import BOUND
 from billhook.report import listed, scroll
-from billhook.summary import short
+from billhook.summary import count, short
 
 Result = Mapping[str, Any]
 WIDE, TALL = 480, 280
+MOST_PLAN = 2000  # characters that a command spells out; a longer plan is read from the result beside the page
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 44
 Point = tuple[float, float]
 
@@ -25,16 +29,30 @@ def verdict(result: Result) -> str:
     """The whole in one sentence."""
     margins = " and ".join(map(shown, result["margins"]))
     if not result["step"]:
-        return f"No step of {result['steps']} stays within {margins}: nothing can go."
+        return f"No step of {result['steps']} stays within {margins}: nothing can be removed."
     told = "; ".join(
-        f"{_minus(of['lost'])} ({_minus(of['low'])} to {_minus(of['high'])}) {unit_of(of['margin'])}"
+        f"{_minus(of['lost'])} {unit_of(of['margin'])} ({BOUND}: {_minus(of['low'])} to {_minus(of['high'])})"
         for of in result["test"]
     )
     word = "confirmed" if result["confirmed"] else "NOT CONFIRMED"
     return (
-        f"{len(result['removed'])} sites, {result['share']:.1%} of the parameters, can go within {margins}: step "
-        f"{result['step']} of {result['steps']}. On test items that no choice has seen it loses {told}: {word}."
+        f"{_sites_words(result)} within {margins}, {result['share']:.1%} of the parameters: step {result['step']} of "
+        f"{result['steps']}. On test items that no choice has seen it loses {told}: {word}."
     )
+
+
+def _sites_words(result: Result) -> str:
+    """How many sites can be removed whole, and how many can be narrowed, where there are any."""
+    narrowed = f" and {len(result['narrowed'])} narrowed" if result["narrowed"] else ""
+    return f"{count(len(result['removed']), 'site')} can be removed{narrowed}"
+
+
+def command(result: Result) -> str:
+    """The command that prunes so, quoted for a shell; empty where there is nothing to prune."""
+    plan = ",".join([*result["removed"], *result["narrowed"]])
+    if len(plan) > MOST_PLAN:
+        plan = str(PurePath(result["page"]).with_name("result.json"))
+    return f"billhook prune {shlex.quote(shown(result['model']))} --plan {shlex.quote(plan)}" if plan else ""
 
 
 def _minus(x: float) -> str:
@@ -58,7 +76,7 @@ def trial_rows(result: Result) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
-HEAD = ("Step", "Gone", "Margin", "Loses", "At most (95%)", "Verdict")
+HEAD = ("Step", "Gone", "Margin", "Loses", f"At most ({BOUND})", "Verdict")
 
 
 def knee_words(result: Result) -> str:
@@ -77,7 +95,7 @@ def page(result: Result) -> str:
     body.append(
         f"<section><h2>Trials on validation items</h2>{scroll(listed(HEAD, trial_rows(result)), 'Trials')}</section>"
     )
-    body.append(f"<section><h2>Plan</h2><pre>{escape(','.join(result['removed']) or 'nothing')}</pre></section>")
+    body.append(f"<section><h2>Plan</h2><pre>{escape(command(result) or 'nothing')}</pre></section>")
     return Template(head + house.joinpath("compare.html").read_text(encoding="utf-8")).substitute(
         title=escape(f"{shown(result['model'])}: how much can go"),
         made=escape(f"Billhook · threshold · {result['environment']['machine']}"),
@@ -108,8 +126,8 @@ def _margin_figure(result: Result, number: int) -> str:
         for x, of in points:
             drawn.append(scale.bar(x, (of["low"], of["lost"], of["high"]), colour, shift))
     caption = (
-        "Blue: steps on validation items; orange: the chosen one on test items. Bars reach as far as 95% confidence on "
-        "either side; dashed: the margin."
+        "Blue: steps on validation items; orange: the chosen one on test items. Bars end at their lower and upper "
+        f"bounds ({BOUND} each); dashed: the margin."
     )
     name = f"{shown(result['margins'][number])}: what goes, and what it costs"
     return f"<section><h2>{escape(name)}</h2>{_svg(drawn, name)}<p>{caption}</p></section>"

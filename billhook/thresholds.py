@@ -58,7 +58,8 @@ def threshold(
     everything = teacher.anatomy.total("parameters")
     sizes = [1 - teacher.anatomy.total("parameters", plan) / everything for plan in path]
     return {
-        "removed": chosen.entries(),
+        "removed": chosen.names(),
+        "narrowed": chosen.narrow_names(),
         "step": low,  # how many of the steps are taken
         "steps": len(steps),
         "share": sizes[low],

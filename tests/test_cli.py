@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from billhook import api, cli
+from billhook.cli_options import command_line
 from billhook.errors import ResourceError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,6 +144,14 @@ def test_interrupted_it_says_how_to_go_on_and_that_is_so(pruned: Pruned, model: 
     assert fits(stdout), stdout
     assert "Removed 2 of 8 sites" in stdout
     assert one_object((out / "report.json").read_text())["run"] == run["run"]
+
+
+def test_a_command_to_copy_is_quoted_and_says_what_was_typed() -> None:
+    line = command_line("eval", "a model", tasks="x.jsonl,it's.jsonl", items=40, shots=0, eval_tokens=512, seen=True)
+    assert shlex.split(line) == [
+        "billhook", "eval", "a model", "--tasks", "x.jsonl,it's.jsonl", "--items", "40", "--eval-tokens", "512",
+        "--seen",
+    ]  # fmt: skip
 
 
 # -- every command --------------------------------------------------------------------------------------------------

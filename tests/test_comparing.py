@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+import shlex
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import billhook
-from billhook import compare_page, compare_words, threshold_page
+from billhook import compare_page, compare_words, summary, threshold_page
 from billhook.cli import app
 from billhook.errors import DataError, FingerprintError, UsageError
 from billhook.evaluate.choices import log_probabilities
@@ -212,6 +214,14 @@ def test_the_page_in_a_browser(tab: Tab, compared: dict[str, Any], width: int, s
     assert 0 < tab.run(shown) <= flips
 
 
+def test_the_page_counts_items_of_tasks_and_texts_of_text(compared: dict[str, Any], text: Path, task: Path) -> None:
+    page = compare_page.page(compared)
+    for file, keys in ((text, ("tokens", "documents", "texts", "–")), (task, ("tokens", "–", "–", "items"))):
+        about = compared["sets"][str(file)]
+        cells = "".join(f"<td>{key if key == '–' else format(about[key], ',')}</td>" for key in keys)
+        assert f'<tr><th scope="row">{file.name}</th>{cells}</tr>' in page
+
+
 # -- gate -----------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +299,64 @@ def test_wrong_margins_and_sets_say_what_to_type(model: Path, tmp_path: Path) ->
         billhook.compare(model, model, score="f1", store=store)
 
 
+# -- what every command leaves in the store ------------------------------------------------------------------------
+
+LEAVES = {
+    "compare": ["compare", "{model}", "{pruned}", "--no-speed", "--data", "{text}", "--tasks", "{task}"],
+    "gate": ["gate", "{pruned}", "--baseline", "{model}", "--data", "{text}", "--tasks", "{task}"],
+    "baseline": ["baseline", "save", "named", "{model}", "--data", "{text}"],
+    "eval": ["eval", "{model}", "--tasks", "{task}"],
+    "threshold": ["threshold", "--run", "{run}", "--margin", "60%ppl", "--data", "{text}"],
+}
+
+
+@pytest.mark.parametrize("kind", LEAVES)
+def test_show_tells_what_the_command_told(
+    kind: str, model: Path, text: Path, task: Path, home: Path, pruned: dict[str, Any], tmp_path: Path
+) -> None:
+    store = home / "b.db"
+    values = {"model": model, "text": text, "task": task, "pruned": pruned["out"], "run": pruned["run"]}
+    asked = [word.format(**values) for word in LEAVES[kind]] + ["--eval-tokens", "512", "--eval-length", "24"]
+    asked += ["--out", str(tmp_path / "out")] if kind in ("compare", "threshold") else []
+    done = CliRunner().invoke(app, [*asked, "--store", str(store)])
+    assert done.exit_code in (0, 4), done.output
+    run = billhook.runs(store)[0]["run"]
+    shown = CliRunner().invoke(app, ["show", run, "--store", str(store)])
+    assert shown.exit_code == 0, shown.output
+    assert len(done.stdout.splitlines()) >= 2
+    assert shown.stdout.endswith(done.stdout)
+    kept = billhook.show(run, store)["result"]
+    assert kept["laboratory"] == kind
+    if kind in ("compare", "threshold"):
+        assert kept == json.loads((tmp_path / "out" / "result.json").read_text()) | {"laboratory": kind}
+
+
+def test_one_label_for_one_sided_bounds(
+    model: Path, text: Path, task: Path, home: Path, pruned: dict[str, Any], tmp_path: Path
+) -> None:
+    store, junit = home / "b.db", tmp_path / "junit.xml"
+    asked = ["gate", str(pruned["out"]), "--baseline", str(model), "--data", str(text), "--tasks", str(task)]
+    asked += ["--eval-tokens", "512", "--eval-length", "24", "--store", str(store), "--junit", str(junit)]
+    gated = CliRunner().invoke(app, asked).stdout
+    told = billhook.threshold(margins="60%ppl", run=pruned["run"], out=tmp_path / "t", store=store, eval_tokens=1024)
+    within = billhook.prune(
+        model, within="60%ppl", data=str(text), out=tmp_path / "w", store=store, **SEARCH | {"eval_tokens": 1024}
+    )
+    both = billhook.compare(model, pruned["out"], data=str(text), timed=False, out=tmp_path / "c", store=store, **SHORT)
+    places = {
+        "the table of a gate": gated,
+        "its JUnit": junit.read_text(),
+        "the table of a threshold": " ".join(threshold_page.HEAD),
+        "its verdict": threshold_page.verdict(told),
+        "its page": (tmp_path / "t" / "index.html").read_text(),
+        "the notes of a pruning": " ".join(summary.notes(within)),
+        "the page of a comparison": compare_page.page(both),
+    }
+    for place, words in places.items():
+        assert "one-sided 95%" in words, place
+        assert not re.search(r"90%|either side|95% confidence|At most \(95%\)", words), place
+
+
 # -- threshold ------------------------------------------------------------------------------------------------------
 
 
@@ -334,8 +402,56 @@ def test_a_threshold_takes_what_became_narrower(model: Path, text: Path, tmp_pat
         store=tmp_path / "b.db", **(SEARCH | {"search": "narrow"}),
     )  # fmt: skip
     assert (told["step"], told["steps"]) == (1, 1)
-    assert any("[" in name for name in told["removed"]), "channel groups"
+    assert any("[" in name for name in told["narrowed"]), "channel groups"
     assert told["share"] >= 0.2
+    assert told["removed"] == [], "a site that keeps some of its groups is not removed"
+    many = len(told["narrowed"])
+    assert f"0 sites can be removed and {many} narrowed" in threshold_page.verdict(told)
+
+
+def test_prune_takes_the_plan_that_a_threshold_wrote(
+    model: Path, text: Path, home: Path, pruned: dict[str, Any], tmp_path: Path
+) -> None:
+    told = billhook.threshold(
+        margins="1000%ppl", run=pruned["run"], out=tmp_path / "t", store=home / "b.db", eval_tokens=1024
+    )
+    assert told["removed"]
+    plan = str(tmp_path / "t" / "result.json")
+    small = SEARCH | {"data": str(text), "store": home / "b.db"}
+    again = billhook.prune(model, plan=plan, out=tmp_path / "p", **small)
+    assert again["plan"]["removed"] == told["removed"]
+    with pytest.raises(FingerprintError, match=r"made for another model \(fingerprint \w+, this one is"):
+        billhook.prune(pruned["out"], plan=plan, out=tmp_path / "q", **small)
+
+
+def test_the_command_that_a_threshold_prints_can_be_pasted(model: Path, text: Path, tmp_path: Path) -> None:
+    """Channel groups hold spaces and brackets, and so may the model's folder."""
+    spaced = tmp_path / "a model [1]"
+    spaced.symlink_to(model, target_is_directory=True)
+    store, small = str(tmp_path / "b.db"), ["--data", str(text), "--eval-tokens", "512", "--eval-length", "24"]
+    asked = ["threshold", str(spaced), "--margin", "1000%ppl", "--metric", "flap", "--remove", "20%", "--search"]
+    small += ["--tokens", "240", "--length", "24", "--store", store]
+    asked += ["narrow", "--out", str(tmp_path / "t"), *small]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("Prune so: ")]
+    typed = shlex.split(line.removeprefix("Prune so: "))
+    assert typed[:4] == ["billhook", "prune", str(spaced), "--plan"]
+    page = Elements((tmp_path / "t" / "index.html").read_text()).text
+    assert line.removeprefix("Prune so: ") in page
+    again = CliRunner().invoke(app, [*typed[1:], *small, "--out", str(tmp_path / "p"), "--json"])
+    assert again.exit_code == 0, again.output
+    told = json.loads((tmp_path / "t" / "result.json").read_text())
+    assert json.loads(again.stdout)["plan"]["narrowed"] == told["narrowed"] != []
+    long = told | {"narrowed": told["narrowed"] * 20}
+    assert shlex.split(threshold_page.command(long))[3:] == ["--plan", str(tmp_path / "t" / "result.json")]
+
+
+def test_a_threshold_takes_steps_of_a_pruning_only(model: Path, home: Path, pruned: dict[str, Any]) -> None:
+    billhook.threshold(margins="60%ppl", run=pruned["run"], out=home / "once", store=home / "b.db", eval_tokens=1024)
+    run = billhook.runs(home / "b.db")[0]["run"]
+    with pytest.raises(UsageError, match=f"Run {run} has no steps of a search"):
+        billhook.threshold(margins="60%ppl", run=run, out=home / "twice", store=home / "b.db")
 
 
 @pytest.mark.parametrize("width", [390, 1440])
@@ -345,8 +461,8 @@ def test_the_page_of_a_threshold_in_a_browser(tab: Tab, home: Path, tmp_path: Pa
     of = {"margin": "3%ppl", "lost": 2.0, "low": 1.0, "high": 2.9, "limit": 3.0, "within": True, "note": HOSTILE}
     told = {
         "model": HOSTILE, "margins": ["3%ppl"], "step": 5, "steps": 12, "share": shares[5], "removed": ["mlp.3"] * 5,
-        "confirmed": True, "test": [of], "losses": steps, "shares": shares, "loss": "kl",
-        "knee": knee(shares[1:], steps),
+        "narrowed": ["mlp.0[0-1 3-4]"], "confirmed": True, "test": [of], "losses": steps, "shares": shares,
+        "loss": "kl", "knee": knee(shares[1:], steps),
         "trials": [{"step": 3, "share": 0.1, "within": True, "of": [of]},
                    {"step": 9, "share": 0.3, "within": False, "of": [of | {"high": 40.0, "lost": 30.0}]}],
         "environment": {"machine": HOSTILE},

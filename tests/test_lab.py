@@ -345,6 +345,46 @@ def test_the_commands_of_the_laboratory(
     assert (wrong.exit_code, "--sizes many is no number" in wrong.stderr) == (2, True)
 
 
+@pytest.mark.parametrize("kind", ["sweep", "trade", "stability"])
+def test_show_tells_what_the_laboratory_told(
+    kind: str, model: Path, texts: Path, tasks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    store, out = tmp_path / "runs.db", tmp_path / "out"
+    own = {
+        "sweep": ["--recipes", "shortgpt,billhook", "--remove", "10%,30%", "--tasks", tasks[0], "--tokens", "240"],
+        "trade": ["--tasks", ",".join(map(str, tasks)), "--remove", "2sites", "--items", "15", "--tokens", "240"],
+        "stability": ["--metric", "cosine", "--sizes", "96,48", "--draws", "2", "--remove", "2sites"],
+    }[kind]
+    small = ["--data", texts, "--length", "24", "--eval-tokens", "480", "--eval-length", "24"]
+    done = typed(kind, model, *own, *small, "--store", store, "--out", out)
+    assert done.exit_code == 0, done.stderr
+    (run,) = billhook.runs(store)
+    shown = typed("show", run["run"], "--store", store)
+    assert shown.exit_code == 0, shown.stderr
+    assert len(done.stdout.splitlines()) > 5
+    assert shown.stdout.endswith(done.stdout)
+    kept = billhook.show(run["run"], store)["result"]
+    assert kept == json.loads((out / "result.json").read_text()) | {"laboratory": kind}
+
+
+def test_a_dry_run_takes_a_recipe_as_prune_does(model: Path, texts: Path, tmp_path: Path) -> None:
+    small = SMALL | {"data": str(texts)}
+    told = billhook.dry_run(model, recipe="finercut", **small)
+    assert told["remove"] == "25%sites"
+    given = {"remove": "25%sites", "search": "greedy", "loss": "finercut_js", "set": {"weigh": False, "front": 0.4}}
+    assert told["losses"] == billhook.dry_run(model, self_share=0, **given, **small)["losses"]
+    assert billhook.dry_run(model, recipe="finercut", remove="1sites", **small)["remove"] == "1sites"
+    words = [word for key, value in small.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    done = typed("prune", model, "--recipe", "finercut", "--dry-run", *words, "--store", tmp_path / "b.db", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert {key: json.loads(done.stdout)[key] for key in ("losses", "remove", "data")} == {
+        key: told[key] for key in ("losses", "remove", "data")
+    }
+    with pytest.raises(RecipeError, match="There is no recipe finecut"):
+        billhook.dry_run(model, recipe="finecut")
+
+
 def test_several_budgets_and_options_are_typed_one_by_one(model: Path, texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = typed(
