@@ -111,7 +111,8 @@ def show(value: dict[str, Any], kind: str) -> None:
 
     console = _Tables(soft_wrap=False, markup=False)
     {"result": _result, "anatomy": _anatomy, "plan_of_work": _plan_of_work, "evaluation": _evaluation,
-     "speed": _speed, "scores": terminal_scores.scores, "runs": _runs, "run": _run, "methods": _methods,
+     "speed": _speed, "scores": terminal_scores.scores, "evaluations": terminal_scores.evaluations,
+     "runs": _runs, "run": _run, "methods": _methods,
      "sweep": _sweep, "trade": _trade, "stability": _stability, "compare": terminal_compare.compared,
      "gate": terminal_compare.gated, "baselines": terminal_compare.baselines, "threshold": terminal_compare.threshold,
      "abtest": terminal_compare.servers, "tasks": terminal_compare.tasks,
