@@ -160,7 +160,7 @@ def evaluate_model(
     if teacher.weights is not None:
         result = proof.streamed_perplexity(teacher, [Plan()], tokens, recipe.memory_bytes)[0]
     else:
-        result = EVALUATIONS["perplexity"](teacher.model, tokens, watch=watch, who=teacher.name)
+        result = evaluate_by_name(teacher, tokens, ["perplexity"], {}, watch=watch, who=teacher.name)["perplexity"]
     spread = mean_interval(result, recipe.seed)
     return {
         "model": teacher.name,

@@ -123,7 +123,8 @@ def tested(job: Job, teacher: Teacher, of: EvalSet) -> Tested:
     elif of.kind == "written":
         told = _written(job, teacher, of)
     else:
-        told = Tested(*harness.scores_and_said(job, teacher, of.source.removeprefix(HARNESS), of.limit, of.shots))
+        with teacher.lock:
+            told = Tested(*harness.scores_and_said(job, teacher, of.source.removeprefix(HARNESS), of.limit, of.shots))
     for result in told.scores.values():
         job.store.add_evaluation(teacher.fingerprint, Plan(), teacher.compute, result, job.run)
     return told
@@ -166,7 +167,8 @@ def _written(job: Job, teacher: Teacher, of: EvalSet) -> Tested:
         fresh = job.store.fact(teacher.fingerprint, "written", key)
         if fresh is None:
             watch = part_of(job.watch, start, len(whole.targets))
-            fresh = written(teacher.model, part, watch=watch, who=of.source)
+            with teacher.lock:
+                fresh = written(teacher.model, part, watch=watch, who=of.source)
             job.store.add_fact(teacher.fingerprint, "written", key, fresh, job.run)
         answers += fresh
     questions = {question.number: question for question in read_questions(of.source)}

@@ -139,10 +139,11 @@ def tokens_for(recipe: Recipe, teacher: Teacher, watch: Watch, job: Job | None =
         wanted = replace(wanted, tokens=2 * MIN_ROW, self_share=0.0)
     if recipe.plan is not None:  # nothing is searched
         wanted = replace(wanted, self_share=0.0)
-    if job is not None:
-        calibration, held_out = sets_of(job, teacher, wanted)
-    else:
-        calibration, held_out = mixed_sets(wanted, teacher.model, teacher.tokenizer, watch)
+    with teacher.lock:  # it may write some of it
+        if job is not None:
+            calibration, held_out = sets_of(job, teacher, wanted)
+        else:
+            calibration, held_out = mixed_sets(wanted, teacher.model, teacher.tokenizer, watch)
     return (calibration if task is None else task), held_out
 
 

@@ -55,7 +55,8 @@ def evaluate_by_name(
             "ask. Give more --memory, or leave --evaluations out."
         )
     pairs = zip(names, own, strict=True)
-    return {name: evaluate(name, teacher.model, eval_set, watch=watch, who=who, **mine) for name, mine in pairs}
+    with teacher.lock:
+        return {name: evaluate(name, teacher.model, eval_set, watch=watch, who=who, **mine) for name, mine in pairs}
 
 
 @dataclass(frozen=True)
