@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 
 from billhook import pipeline, proof, searching
 from billhook import speed as timing
+from billhook.data import TokenSet
 from billhook.errors import FingerprintError, ResourceError, RunError, UsageError
-from billhook.evaluate import EVALUATIONS
+from billhook.evaluate import EVALUATIONS, evaluate_by_name
 from billhook.loading import Teacher, load, pick_device
 from billhook.losses import ITEM_LOSSES, LOSSES
 from billhook.metrics import GROUP_METRICS, METRICS
@@ -134,14 +135,21 @@ def inspect(model: str | Path | Teacher = "demo", **options: Any) -> dict[str, A
 
 
 def evaluate_model(
-    model: str | Path = "demo", *, protocol: str | None = None, watch: Watch = silent, **options: Any
+    model: str | Path = "demo",
+    *,
+    protocol: str | None = None,
+    evaluations: str | Sequence[str] = (),
+    watch: Watch = silent,
+    **options: Any,
 ) -> dict[str, Any]:
     """Perplexity of one model on held-out text, with its 95% interval over texts, and in bytes and words.
 
     `options`: the fields of `Recipe` that concern model, text and seed; the text is the one on which `prune` with the
     same options proves its student, so that the two can be compared. `protocol`: all of the text, in windows, as papers
-    measure it: gptq (2,048 tokens) or shortened-llama (128).
+    measure it: gptq (2,048 tokens) or shortened-llama (128). `evaluations`: names of `billhook methods`, instead of
+    perplexity; each is given those of the options `set` that it takes. The result has them under `evaluations`.
     """
+    names = dict.fromkeys((evaluations,) if isinstance(evaluations, str) else evaluations)
     recipe = of_text(str(model), options)  # held-out text does not depend on how much is for calibration
     teacher = searching.teacher_of(recipe, watch)
     if protocol is None:
@@ -149,10 +157,12 @@ def evaluate_model(
     else:
         source = recipe.eval_data or recipe.data
         tokens = windows(source, protocol, recipe.field, teacher.tokenizer, teacher.model.config)
+    if names:
+        return _by_name(teacher, tokens, list(names), recipe, watch) | {"protocol": protocol}
     if teacher.weights is not None:
         result = proof.streamed_perplexity(teacher, [Plan()], tokens, recipe.memory_bytes)[0]
     else:
-        result = EVALUATIONS["perplexity"](teacher.model, tokens, watch=watch, who=teacher.name)
+        result = evaluate_by_name(teacher, tokens, ["perplexity"], {}, watch=watch, who=teacher.name)["perplexity"]
     spread = mean_interval(result, recipe.seed)
     return {
         "model": teacher.name,
@@ -166,6 +176,18 @@ def evaluate_model(
         "protocol": protocol,
         "data": tokens.describe(),
     }
+
+
+def _by_name(teacher: Teacher, tokens: TokenSet, names: Sequence[str], recipe: Recipe, watch: Watch) -> dict[str, Any]:
+    """Evaluations by name on one text: the mean of each with its 95% interval over texts; of nats, their exp."""
+    told: dict[str, Any] = {}
+    found = evaluate_by_name(teacher, tokens, names, recipe.set, watch=watch, who=teacher.name)
+    for name, result in found.items():
+        spread = mean_interval(result, recipe.seed)
+        value, low, high = (exp(x) if name == "perplexity" else x for x in (spread.value, spread.low, spread.high))
+        told[name] = {"value": value, "ci95": [low, high], "n": spread.n, "clusters": spread.clusters,
+                      "reliable": spread.reliable, "note": spread.note}  # fmt: skip
+    return {"model": teacher.name, "evaluations": told, "data": tokens.describe()}
 
 
 def of_text(model: str, options: dict[str, Any]) -> Recipe:

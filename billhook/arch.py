@@ -229,7 +229,7 @@ def unlike(config: Config) -> str | None:
         kind = "multimodal"
     elif getattr(config, "is_encoder_decoder", False):
         kind = "an encoder-decoder"
-    elif not hasattr(config, "num_attention_heads") or any(k.startswith(("mamba_", "ssm_")) for k in config.to_dict()):
+    elif not _has_heads(config) or any(k.startswith(("mamba_", "ssm_")) for k in config.to_dict()):
         kind = "a state-space or recurrent model"
     else:
         return None
@@ -237,29 +237,17 @@ def unlike(config: Config) -> str | None:
     return f"{config.model_type} is {kind}. {guide}: {', '.join(sorted(ROWS))}."
 
 
+def _has_heads(config: Config) -> bool:
+    """Whether a config tells of attention heads, one number or one a layer."""
+    try:
+        return hasattr(config, "num_attention_heads")
+    except RuntimeError:  # transformers' own, where layers differ
+        return True
+
+
 def base_type(model_type: str) -> str:
     """The stock type behind one of ours: `llama` for `billhook-llama`."""
     return model_type.removeprefix("billhook-")
-
-
-def suggest_row(model: nn.Module, config: Config) -> str:
-    """The row that is probably missing for an unknown model, as text: only a suggestion, never used."""
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
-    ]
-    if len(found) != 1:
-        return f"it has {len(found)} lists of {config.num_hidden_layers} blocks, so no row suggests itself"
-    path, blocks = found[0]
-    names = [name for name, _ in blocks[0].named_children()]
-    attention = next((n for n in names if "att" in n and "norm" not in n), "?")
-    mlp = next((n for n in names if n in ("mlp", "ffn", "feed_forward") or ("mlp" in n and "norm" not in n)), "?")
-    norms = [n for n in names if "norm" in n or n.startswith("ln")]
-    return (
-        f'"{config.model_type}": Row(blocks="{path}", attention="{attention}", mlp=("{mlp}",), '
-        f"attention_norms=…, mlp_norms=…)   # norms of a block: {', '.join(norms) or 'none'}"
-    )
 
 
 def blocks_of(model: nn.Module, row: Row) -> nn.ModuleList:
@@ -268,14 +256,25 @@ def blocks_of(model: nn.Module, row: Row) -> nn.ModuleList:
         blocks = model.get_submodule(row.blocks)
     except AttributeError as error:
         raise ModelError(f"The model has no {row.blocks}, where its architecture keeps the blocks: {error}.") from error
-    assert isinstance(blocks, nn.ModuleList)
+    if not isinstance(blocks, nn.ModuleList):
+        raise ModelError(
+            f"{row.blocks} is a {type(blocks).__name__} and not a list of blocks, where its architecture keeps the "
+            "blocks. Correct its row in billhook/arch.py."
+        )
     return blocks
 
 
 def site_modules(block: nn.Module, part: Part, row: Row, config: Config) -> list[nn.Module]:
-    """The modules whose parameters are the site, norms of its own included."""
+    """The modules whose parameters are the site, norms of its own included. Raises ModelError for a row that names
+    others than the block has."""
     names = row.parts(block, config)[part]
-    return [getattr(block, name) for name in (*names["zero"], *names["drop"])]
+    wanted = (*names["zero"], *names["drop"])
+    if missing := [name for name in wanted if not hasattr(block, name)]:
+        raise ModelError(
+            f"A block of this model has no {', '.join(missing)}, which its architecture names as its {part}: it has "
+            f"{', '.join(name for name, _ in block.named_children())}. Correct its row in billhook/arch.py."
+        )
+    return [getattr(block, name) for name in wanted]
 
 
 def output_of(block: nn.Module, part: Part, row: Row, config: Config) -> str | None:

@@ -114,7 +114,7 @@ def score(
 
 
 @app.command(name="eval")
-@with_options(*TEXT_OPTIONS)
+@with_options("set", *TEXT_OPTIONS)
 def eval_model(
     *,
     model: Model = None,
@@ -125,6 +125,9 @@ def eval_model(
     items: Some = None,
     shots: NumberOfShots = 0,
     shots_from: ShotsFrom = "",
+    evaluations: Annotated[
+        str, typer.Option(help="Evaluations by name, as mine,acc, instead of perplexity or a task's own scores")
+    ] = "",
     store: Annotated[Path, typer.Option(help="With --tasks: where answers are filed as they come")] = DEFAULT_STORE,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -142,10 +145,12 @@ def eval_model(
                 raise UsageError("--tasks are measured in the place of text. Leave --data and --protocol out.")
             told = contests.evaluate_tasks(
                 model or "demo", pieces(tasks), items=items, shots=shots, shots_from=shots_from, store=store,
-                watch=face.watch, **options,
+                evaluations=pieces(evaluations), watch=face.watch, **options,
             )  # fmt: skip
             return face.show(told, "tasks")
-        face.show(api.evaluate_model(model or "demo", protocol=protocol, watch=face.watch, **options), "evaluation")
+        names = pieces(evaluations)
+        told = api.evaluate_model(model or "demo", protocol=protocol, evaluations=names, watch=face.watch, **options)
+        face.show(told, "evaluations" if names else "evaluation")
 
 
 @app.command()

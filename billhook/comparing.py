@@ -17,7 +17,7 @@ from billhook import proof, speed, stats, verdict
 from billhook.data import TokenSet
 from billhook.data import first as first_of
 from billhook.errors import DataError, RunError, UsageError
-from billhook.evalsets import HARNESS, EvalSet, Tested, read_task, read_text, tested
+from billhook.evalsets import HARNESS, EvalSet, Tested, named, read_task, read_text, tested
 from billhook.evaluate import batches, words_of
 from billhook.loading import Teacher
 from billhook.losses import exact, kl
@@ -40,7 +40,7 @@ class Asked:
 
     `scores`: those that the verdicts are about, by preference; `shots`: solved items before each one of a task, from
     `shots_from`, or from the task itself; `timed`: speed and memory too; `seen`: also on data that a search has seen,
-    which is marked.
+    which is marked. `evaluations`: by name, in the place of the scores of the tasks, of one model `alone`.
     """
 
     texts: tuple[str, ...]
@@ -53,6 +53,7 @@ class Asked:
     seen: bool = False
     shots: int = 0
     shots_from: str = ""
+    evaluations: tuple[str, ...] = ()
 
     def check(self) -> Asked:
         """Itself. Raises UsageError."""
@@ -123,7 +124,9 @@ def alone(job: Job, name: str, asked: Asked) -> dict[str, Any]:
     teacher = _loaded(job, name)
     sets, rows = sets_of(job, teacher, asked, part=None), []
     for source, each in sets.items():
-        for score, result in tested(job, teacher, each).scores.items():
+        names = asked.evaluations
+        found = named(job, teacher, each, names) if names else tested(job, teacher, each).scores
+        for score, result in found.items():
             spread = stats.mean_interval(result, job.recipe.seed)
             rows.append({"set": source, "score": score, "value": spread.value, "low": spread.low, "high": spread.high,
                          "n": spread.n, "reliable": spread.reliable, "note": spread.note})  # fmt: skip

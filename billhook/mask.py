@@ -29,8 +29,15 @@ def narrowing(teacher: Teacher, plan: Plan, position: int, block: nn.Module) -> 
 def masked(teacher: Teacher, plan: Plan) -> Iterator[None]:
     """Inside, the teacher's model computes without the plan's sites; they cost nothing and add nothing.
 
-    For measuring without a KV cache. The modules are put back on leaving, whatever happens.
+    For measuring without a KV cache. The modules are put back on leaving, whatever happens; the lock of the teacher is
+    held until then.
     """
+    with teacher.lock, _without(teacher, plan):
+        yield
+
+
+@contextmanager
+def _without(teacher: Teacher, plan: Plan) -> Iterator[None]:
     stood: list[tuple[nn.Module, dict[str, nn.Module]]] = []
     try:
         for site in plan.sites():

@@ -29,8 +29,8 @@ from billhook.records import Watch, silent
 from billhook.recovering import Recovered, learnt_from, recovered, recovery_options
 from billhook.searching import (
     check,
-    count_losses,
     counts_time,
+    expected_losses,
     find,
     probe_of,
     problem_of,
@@ -282,12 +282,15 @@ def dry_run(recipe: Recipe, watch: Watch) -> dict[str, Any]:
         },
         "layout": str(layout),
         "disk_bytes": teacher.anatomy.total("bytes"),
-        "expected_seconds": {"search_at_most": round(count * one, 1), "evaluate": round(evaluation, 1)},
+        "expected_seconds": {
+            "search_at_most": None if count is None else round(count * one, 1),
+            "evaluate": round(evaluation, 1),
+        },
     }
 
 
-def _count(recipe: Recipe, teacher: Teacher) -> int:
-    """How many losses the search asks for; where a margin or a time decides how much goes, for half of the sites."""
+def _count(recipe: Recipe, teacher: Teacher) -> int | None:
+    """How many losses the search asks for, if it says so; for half of the sites, where a margin or a time decides."""
     unknown = not recipe.budgets or counts_time(recipe)
     budgets = read_budgets("50%sites") if unknown else recipe.budgets
-    return count_losses(recipe, problem_of(recipe, teacher.anatomy, budgets))
+    return expected_losses(recipe, problem_of(recipe, teacher.anatomy, budgets))

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from billhook import speed
 from billhook.data import TokenSet
 from billhook.evaluate import EVALUATIONS
 from billhook.evaluate.choices import log_probabilities, outcomes
-from billhook.loading import Teacher
+from billhook.loading import Teacher, undisturbed
 from billhook.plan import Plan
 from billhook.portions import halves, portions
 from billhook.probe import Probe
@@ -112,7 +112,8 @@ def nats_of(job: Job, teacher: Teacher, sides: Sequence[Side], tokens: TokenSet)
         if teacher.weights is None:
             model = apply(teacher, plan, repair=repair) if plan else teacher.model
             who = "student" if plan else "teacher"
-            fresh.append(EVALUATIONS["perplexity"](model, tokens, watch=job.watch, who=who))
+            with nullcontext() if plan else teacher.lock:
+                fresh.append(EVALUATIONS["perplexity"](model, tokens, watch=job.watch, who=who))
         elif plan in one_pass and repair == UNTOUCHED:
             fresh.append(one_pass[plan])
         else:
@@ -206,7 +207,8 @@ def _sums_of_portion(job: Job, teacher: Teacher, sides: Sequence[Side], tokens: 
     if teacher.weights is None:
         name = Path(tokens.source).name
         models = [apply(teacher, p, repair=r) if p else teacher.model for p, r in sides]
-        return [log_probabilities(model, tokens, watch=job.watch, who=name) for model in models]
+        with teacher.lock:
+            return [log_probabilities(model, tokens, watch=job.watch, who=name) for model in models]
     memory = job.recipe.memory_bytes
     bare = [plan for plan, repair in sides if repair == UNTOUCHED]
     told = Probe(teacher, tokens, "task", memory=memory).row_sums(bare) if bare else []
@@ -228,6 +230,7 @@ def streamed_perplexity(
     return [EvalResult("perplexity", tokens.hash, loss.sums, loss.counts, tokens.clusters) for loss in losses]
 
 
+@undisturbed
 @torch.inference_mode()
 def answers(teacher: Teacher, student: Any, watch: Watch) -> list[dict[str, str]]:
     """What both models make of `PROMPTS`, greedily."""
@@ -272,7 +275,8 @@ def measured_speed(job: Job, teacher: Teacher, student: Any, side: Side, aside: 
     ]
     timings = [found for key in keys if (found := job.store.timing(key)) is not None]
     if len(timings) != 2:
-        timings = speed.time_in_turn((teacher.model, student), (teacher.folder, aside), protocol, watch=job.watch)
+        with teacher.lock:
+            timings = speed.time_in_turn((teacher.model, student), (teacher.folder, aside), protocol, watch=job.watch)
         for key, timing in zip(keys, timings, strict=True):
             job.store.add_timing(key, timing, job.run)
     promised = speed.predicted(teacher.anatomy, leaves(teacher, plan, job.recipe.stock))

@@ -15,11 +15,17 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 class Registry(Generic[F]):
-    """Functions of one family under their own names. Other packages add theirs by the entry point
-    `billhook.<family>`, whose value is the function itself."""
+    """Functions of one family under their own names.
 
-    def __init__(self, family: str) -> None:
+    `family`: what messages call it. `group`: the entry-point group by which other packages add theirs, `billhook.` and
+    a name without spaces; the value of an entry is the function itself.
+    """
+
+    def __init__(self, family: str, group: str = "") -> None:
         self.family = family
+        self.group = f"billhook.{group or family}"
+        if not re.fullmatch(r"billhook\.[a-z_]+", self.group):
+            raise ValueError(f"{self.group!r} is no entry-point group. Use small letters and _ only.")
         self._entries: dict[str, F] = {}
 
     def add(self, function: F) -> F:
@@ -45,7 +51,7 @@ class Registry(Generic[F]):
         return [{"family": self.family, "name": name, **told(self[name])} for name in self]
 
     def _load_entry_points(self) -> None:
-        for entry in entry_points(group=f"billhook.{self.family}"):
+        for entry in entry_points(group=self.group):
             if entry.name not in self._entries:
                 self._entries[entry.name] = entry.load()
 

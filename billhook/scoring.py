@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from typing import Any
 
 from billhook.metrics import GROUP_METRICS, METRICS
 from billhook.plan import Site
 from billhook.probe import Probe
-from billhook.problem import Problem, Unit, read_unit, unit_name
+from billhook.problem import read_unit, unit_name
 from billhook.proof import Job
 from billhook.recipe import Recipe
 from billhook.records import Event
@@ -54,16 +53,3 @@ def scored(job: Job, probe: Probe) -> Scored:
     if recipe.search in OF_GROUPS:
         return {"group_scores": {Site.parse(name): tuple(values) for name, values in known.items()}}
     return {"scores": {read_unit(name): value for name, value in known.items()}}
-
-
-def pretended(recipe: Recipe, problem: Problem, draw: random.Random) -> Scored:
-    """Scores drawn at random, for a search that is only counted; nothing where they are known or not wanted."""
-    if recipe.metric is None or problem.scores is not None or problem.group_scores is not None:
-        return {}
-    if recipe.search in OF_GROUPS:
-        sizes = [size for size in problem.anatomy.sites if size.groups]
-        return {"group_scores": {size.site: tuple(draw.random() for _ in size.groups) for size in sizes}}
-    blocks = sorted({site.block for site in problem.anatomy.alive()})
-    runs = [(first, last) for first in blocks for last in blocks if first <= last]
-    wants: list[Unit] = [*runs] if recipe.search == "span" else [*problem.anatomy.alive(), *blocks]
-    return {"scores": {unit: draw.random() for unit in wants}}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -28,8 +27,8 @@ from billhook.proof import Job, environment, evaluated
 from billhook.recipe import Recipe, read_plan
 from billhook.records import Event, Loss, Step, Watch, steps
 from billhook.recover import RECOVERIES, Subject
-from billhook.scoring import Scored, options_of, pretended, scored
-from billhook.search import SEARCHES, Search, lowest, settle
+from billhook.scoring import Scored, options_of, scored
+from billhook.search import OF_GROUPS, SEARCHES, Search, count_losses, lowest, settle
 from billhook.store import Measured
 from billhook.tasks import items_of
 
@@ -140,10 +139,11 @@ def tokens_for(recipe: Recipe, teacher: Teacher, watch: Watch, job: Job | None =
         wanted = replace(wanted, tokens=2 * MIN_ROW, self_share=0.0)
     if recipe.plan is not None:  # nothing is searched
         wanted = replace(wanted, self_share=0.0)
-    if job is not None:
-        calibration, held_out = sets_of(job, teacher, wanted)
-    else:
-        calibration, held_out = mixed_sets(wanted, teacher.model, teacher.tokenizer, watch)
+    with teacher.lock:  # it may write some of it
+        if job is not None:
+            calibration, held_out = sets_of(job, teacher, wanted)
+        else:
+            calibration, held_out = mixed_sets(wanted, teacher.model, teacher.tokenizer, watch)
     return (calibration if task is None else task), held_out
 
 
@@ -243,15 +243,15 @@ def probe_of(recipe: Recipe, teacher: Teacher, calibration: TokenSet, job: Job |
 
 def searched(job: Job, problem: Problem, measure: Executor | Folding) -> list[Plan]:
     """The path of the recipe's search on one problem."""
-    total = count_losses(job.recipe, problem)
+    total = expected_losses(job.recipe, problem)
     return settle(search_of(job.recipe, problem), partial(_round, job, problem, measure, total))
 
 
 # -- progress -------------------------------------------------------------------------------------------------------
 
 
-def _round(job: Job, problem: Problem, measure: Executor | Folding, total: int, ask: Ask) -> list[Loss]:
-    """Measure one Ask of a search that has about `total` losses to measure, and show how far it is."""
+def _round(job: Job, problem: Problem, measure: Executor | Folding, total: int | None, ask: Ask) -> list[Loss]:
+    """Measure one Ask of a search that has about `total` losses to measure (None: unknown), and show how far it is."""
     if not ask.plans:
         return measure(ask)
     gone = [problem.spent(Plan(frozenset.intersection(*(plan.removed for plan in ask.plans))))]
@@ -260,7 +260,7 @@ def _round(job: Job, problem: Problem, measure: Executor | Folding, total: int, 
     each = zip(problem.budgets, map(min, zip(*gone, strict=True)), problem.needed, strict=True)
     sofar = ", ".join(f"{b.show(spent).split()[0]} of {b.show(need)} gone" for b, spent, need in each)
     before = sum(len(earlier.plans) for earlier, _ in measure.rounds)
-    total = max(total, before + len(ask.plans))
+    total = None if total is None else max(total, before + len(ask.plans))
     losses = measure(ask, _teller(job, sofar, before=before, total=total))
     if not all(loss.bound for loss in losses):
         mean, plan = lowest(ask.plans, losses)
@@ -270,28 +270,27 @@ def _round(job: Job, problem: Problem, measure: Executor | Folding, total: int, 
     return losses
 
 
-def _teller(job: Job, sofar: str, *, before: int, total: int) -> Told:
+def _teller(job: Job, sofar: str, *, before: int, total: int | None) -> Told:
     """Shows every loss of one Ask: `before` of `total` losses were known when it began."""
 
     def told(done: int, of: int, best: float) -> None:
         known = f", lowest {job.recipe.loss} {best:.4f}" if math.isfinite(best) else ""
-        job.watch(Event("search", before + done, max(total, before + of), sofar + known))
+        most = None if total is None else max(total, before + of)
+        job.watch(Event("search", before + done, most, sofar + known))
 
     return told
 
 
-def count_losses(recipe: Recipe, problem: Problem) -> int:
-    """About how many losses a search asks for: run on losses that are drawn at random, plan by plan."""
-    draw = random.Random(recipe.seed)
-    seen: dict[Plan, Loss] = {}
-    asked: set[tuple[Plan, int | None]] = set()
+def expected_losses(recipe: Recipe, problem: Problem) -> int | None:
+    """About how many losses the search of a recipe asks for, by its own closed form; None where it has none.
 
-    def pretend(ask: Ask) -> list[Loss]:
-        asked.update((plan, ask.tokens) for plan in ask.plans)
-        return [seen.setdefault(plan, Loss("pretended", (draw.random(),), (1,))) for plan in ask.plans]
-
-    settle(search_of(recipe, replace(problem, **pretended(recipe, problem, draw))), pretend)
-    return len(asked)
+    The metric's scores need not be known yet.
+    """
+    if recipe.metric is not None and recipe.search in OF_GROUPS:
+        problem = replace(problem, group_scores=problem.group_scores or {})
+    elif recipe.metric is not None:
+        problem = replace(problem, scores=problem.scores or {})
+    return count_losses(recipe.search, problem, **options_of(recipe)[0])
 
 
 def _audit(job: Job, probe: Probe, rounds: list[tuple[Ask, list[Loss]]]) -> list[dict[str, Any]]:

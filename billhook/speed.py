@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from billhook.errors import ResourceError
-from billhook.loading import DTYPES, Teacher, register
+from billhook.loading import DTYPES, Teacher, register, undisturbed
 from billhook.plan import Anatomy, Plan, Site
 from billhook.records import Event, Timing, Watch, silent
 from billhook.stats import median_interval
@@ -134,6 +134,7 @@ def _resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+@undisturbed
 @torch.inference_mode()
 def cost_table(
     teacher: Teacher, batch: int, context: int, watch: Watch = silent, *, steps: int = 8, repeats: int = 9

@@ -14,7 +14,7 @@ from torch import nn
 
 from billhook import arch, modeling_billhook, width
 from billhook.errors import PlanError
-from billhook.loading import Teacher, stock_classes
+from billhook.loading import Teacher, stock_classes, undisturbed
 from billhook.modeling_billhook import number_caches, pruned_classes, strip
 from billhook.plan import PARTS, Plan, Site, numbers, ranges
 from billhook.records import Event, Watch
@@ -27,6 +27,7 @@ COPY_BYTES = 3 * 10**8  # of a shard of a model that is never in memory as a who
 PER_BLOCK_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "kv_sharing_modes")
 
 
+@undisturbed
 def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair = UNTOUCHED) -> Any:
     """What the plan leaves of the teacher's model, as a transformers model that can be saved and generates.
 

@@ -116,7 +116,8 @@ def _tables() -> dict[str, Callable[[Console, dict[str, Any]], None]]:
 
     return {
         "result": _result, "anatomy": _anatomy, "plan_of_work": _plan_of_work, "evaluation": _evaluation,
-        "speed": _speed, "scores": terminal_scores.scores, "runs": _runs, "run": _run, "methods": _methods,
+        "speed": _speed, "scores": terminal_scores.scores,
+        "evaluations": terminal_scores.evaluations, "runs": _runs, "run": _run, "methods": _methods,
         "sweep": _sweep, "trade": _trade, "stability": _stability, "compare": terminal_compare.compared,
         "gate": terminal_compare.gated, "baselines": terminal_compare.baselines, "tasks": terminal_compare.tasks,
         "threshold": terminal_compare.threshold, "abtest": terminal_compare.servers,
@@ -163,15 +164,17 @@ def _plan_of_work(console: Console, value: dict[str, Any]) -> None:
     calibration, held_out = value["data"]["calibration"], value["data"]["evaluation"]
     weights, kept, free = (value["memory_bytes"][k] / 1e9 for k in ("weights", "kept_for_the_search", "free"))
     seconds = value["expected_seconds"]
+    most = seconds["search_at_most"]
+    search = "unknown" if most is None else f"at most {most:,.0f} s"
     for label, text in (
         ("remove", f"{value['remove']} of {value['model']}"),
-        ("losses to measure", f"{value['losses']:,}"),
+        ("losses to measure", "unknown" if value["losses"] is None else f"{value['losses']:,}"),
         ("calibration", f"{calibration['tokens']:,} tokens of {calibration['source']}"),
         ("held out", f"{held_out['tokens']:,} tokens of {held_out['source']}"),
         ("memory", f"{weights:.2f} GB weights, {kept:.2f} GB kept for the search, {free:.1f} GB free"),
         ("measured", value["layout"]),
         ("disk", f"at most {value['disk_bytes'] / 1e9:.2f} GB"),
-        ("time", f"search at most {seconds['search_at_most']:,.0f} s, evaluation {seconds['evaluate']:,.0f} s"),
+        ("time", f"search {search}, evaluation {seconds['evaluate']:,.0f} s"),
     ):
         table.add_row(label, text)
     console.print(table)

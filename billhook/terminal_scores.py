@@ -26,6 +26,16 @@ def scores(console: Console, value: dict[str, Any]) -> None:
     console.print(f"{data['tokens']:,} tokens of {data['source']}, {value['seconds']:.1f} s{read}", style="dim")
 
 
+def evaluations(console: Console, value: dict[str, Any]) -> None:
+    """A line an evaluation that was named, with its interval."""
+    lines = [
+        [name, f"{row['value']:#.4g}", f"{row['ci95'][0]:#.4g} to {row['ci95'][1]:#.4g}", f"{row['n']:,}", row["note"]]
+        for name, row in value["evaluations"].items()
+    ]
+    console.print(f"{value['model']}, {value['data']['tokens']:,} tokens of {value['data']['source']}")
+    console.print(table(("evaluation", "value", "95% interval", "items", ""), lines))
+
+
 def _by_block(console: Console, told: dict[str, Any]) -> None:
     sites = {row["site"]: row for row in told["sites"]}
     blocks = {row["block"]: row for row in told["blocks"]}

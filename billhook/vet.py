@@ -12,6 +12,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from billhook import arch
 from billhook.errors import ModelError
@@ -76,7 +77,7 @@ def _check_config(raw: dict[str, Any], trust_remote_code: bool) -> None:
         )
     try:
         config = transformers.AutoConfig.for_model(arch.base_type(model_type), **_stock_fields(raw))
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, StrictDataclassError) as error:
         if arch.base_type(model_type) in transformers.CONFIG_MAPPING:
             reason = " ".join(str(error).split())
             raise ModelError(
@@ -102,9 +103,32 @@ def _suggestion(config: Any) -> str:
     try:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
+        return suggest_row(model, config)
     except Exception as error:  # a foreign architecture may fail in any way; the suggestion is a courtesy
         return f"none suggests itself ({type(error).__name__})"
-    return arch.suggest_row(model, config)
+
+
+def suggest_row(model: nn.Module, config: Any) -> str:
+    """The row that is probably missing for an unknown model, as text: only a suggestion, never used."""
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+    ]
+    if len(found) != 1:
+        return f"it has {len(found)} lists of {config.num_hidden_layers} blocks, so no row suggests itself"
+    path, blocks = found[0]
+    names = [name for name, _ in blocks[0].named_children()]
+    attention = next((n for n in names if "att" in n and "norm" not in n), "?")
+    mlp = [n for n in names if n in ("mlp", "ffn", "feed_forward") or ("mlp" in n and "norm" not in n)][:1]
+    matrices = {n for n, module in blocks[0].named_children() if any(p.dim() > 1 for p in module.parameters())}
+    mlp = mlp or [n for n in names if n in matrices and n != attention] or ["?"]
+    given = ", ".join(f'"{n}"' for n in mlp) + "," * (len(mlp) == 1)
+    norms = [n for n in names if "norm" in n or n.startswith("ln")]
+    return (
+        f'"{config.model_type}": Row(blocks="{path}", attention="{attention}", mlp=({given}), '
+        f"attention_norms=…, mlp_norms=…)   # norms of a block: {', '.join(norms) or 'none'}"
+    )
 
 
 def _inside(folder: Path, path: Path) -> None:

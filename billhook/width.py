@@ -69,6 +69,25 @@ def layout(block: nn.Module, part: Part, path: str, config: Config) -> Layout | 
     return _attention(block, path, config) if part == "attention" else _mlp(block, path)
 
 
+def _called(module: nn.Module, names: Sequence[str]) -> str | None:
+    """The first of `names` that a module has."""
+    return next((name for name in names if hasattr(module, name)), None)
+
+
+def _linears(module: nn.Module) -> set[str]:
+    """What the linear modules right inside a part are called."""
+    return {name for name, inside in module.named_children() if isinstance(inside, nn.Linear | Conv1D)}
+
+
+def _unknown(module: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> str:
+    """Why a part whose linear modules have other names has no groups."""
+    has = ", ".join(sorted(_linears(module))) or "none"
+    return (
+        f"its linear modules are {has}, and known are {' or '.join(inputs)} before {' or '.join(outputs)} "
+        "(billhook/width.py)"
+    )
+
+
 def _rows(groups: int, each: int, start: int = 0) -> Rows:
     """Entries of groups that lie one after another."""
     return start + torch.arange(groups * each).view(groups, each)
@@ -112,8 +131,10 @@ def _attention(block: nn.Module, path: str, config: Config) -> Layout | str:
         return "its ALiBi slopes are made for all heads at once"
     if getattr(module, "qk_layernorm", False) and hasattr(getattr(module, "q_layernorm", None), "norms"):
         return "each head has a norm module of its own"
-    output = next(name for name in ATTENTION_OUTPUTS if hasattr(module, name))
-    fused = next(name for name in ATTENTION_INPUTS if hasattr(module, name))
+    output, fused = _called(module, ATTENTION_OUTPUTS), _called(module, ATTENTION_INPUTS)
+    apart = ("k_proj", "v_proj") if fused == "q_proj" else ()
+    if output is None or fused is None or _linears(module) != {output, fused, *apart}:
+        return _unknown(module, ("q_proj, k_proj, v_proj", *ATTENTION_INPUTS[1:]), ATTENTION_OUTPUTS)
     heads = _inputs_of(getattr(module, output)) // dim
     rows = _outputs_of(getattr(module, fused)) // dim
     ratio = max(1, int(config.num_attention_heads) // int(getattr(config, "num_kv_heads", 0) or 1))  # of falcon
@@ -168,10 +189,13 @@ def _mlp(block: nn.Module, path: str) -> Layout | str:
     before = f"{path}." if path else ""
     if hasattr(module, "experts"):
         return _experts(module.experts, f"{before}experts.")  # type: ignore[arg-type]
-    output = next(name for name in MLP_OUTPUTS if hasattr(module, name))
+    output = _called(module, MLP_OUTPUTS)
+    inputs = [name for name in MLP_INPUTS if hasattr(module, name)]
+    if output is None or not inputs or (path and _linears(module) != {output, *inputs}):
+        return _unknown(module, MLP_INPUTS, MLP_OUTPUTS)
     neurons = _inputs_of(getattr(module, output))
     slots = []
-    for name in (name for name in MLP_INPUTS if hasattr(module, name)):
+    for name in inputs:
         index = _rows(neurons, 1)
         both = torch.cat([index, neurons + index], 1) if name == "gate_up_proj" else index
         slots += _slots(block, f"{before}{name}", both)

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -26,7 +27,7 @@ from billhook.plan import Anatomy, Ask, GroupSize, Narrow, Part, Plan, Rest, Sit
 from billhook.probe import Probe
 from billhook.problem import Problem
 from billhook.records import Event, Loss
-from billhook.search import SEARCHES, kept_groups, restricted, settle
+from billhook.search import SEARCHES, count_losses, kept_groups, restricted, settle
 from billhook.store import Store
 
 Folder = Callable[[str], Path]
@@ -216,6 +217,46 @@ def test_progress_tells_how_much_is_gone_of_narrower_sites_too(model: Path, text
     words = r"(nothing|(, |(attention|mlp)\.\d+( keeps [\d,]+)?)+): [\d.]+"
     assert told
     assert all(re.fullmatch(words, note) for note in told), told
+
+
+@pytest.mark.parametrize("start", ["swap", "none"])
+@pytest.mark.parametrize("seed", range(3))
+def test_joint_says_at_most_how_many_losses_it_asks_for(seed: int, start: str) -> None:
+    problem, asked = both("30%params"), set[tuple[Plan, int | None]]()
+    worth = dear(problem, seed)
+
+    def measure(ask: Ask) -> list[Loss]:
+        asked.update((plan, ask.tokens) for plan in ask.plans)
+        return [Loss("", (worth(plan),), (1,)) for plan in ask.plans]
+
+    options: dict[str, Any] = {"start": start, "levels": 4, "rounds": 2}
+    settle(SEARCHES["joint"](problem, **options), measure)
+    most = count_losses("joint", replace(problem, group_scores={}), **options)
+    assert most is not None
+    assert len(asked) <= most <= 2 * len(asked)
+    assert count_losses("narrow", problem) == 0
+
+
+def test_losses_of_a_large_model_are_counted_at_once() -> None:
+    """80 blocks with 28,672 neurons each: a random search for the total of a progress bar took minutes."""
+    sizes = []
+    for block, (part, groups, each) in itertools.product(
+        range(80), (("attention", 8, 18_874_368), ("mlp", 28_672, 24_576))
+    ):
+        group = GroupSize(each, 2 * each, 4096 if part == "attention" else 0, 2 * each)
+        site = Site(block, cast(Part, part))
+        total = groups * each
+        sizes.append(
+            SiteSize(site, total, 2 * total, 8 * group.kv_bytes_per_token, 2 * total, 0, tuple(range(groups)), group)
+        )
+    problem = Problem(
+        Anatomy("llama", 80, tuple(sizes), Rest(10**9, 2 * 10**9, 10**9)), read_budgets("20%params"), group_scores={}
+    )
+    start = time.process_time()
+    most = count_losses("joint", problem)
+    assert time.process_time() - start < 0.25  # measured: 0.02 s
+    assert most is not None
+    assert 5_000 < most < 50_000
 
 
 def test_what_joint_cannot_do_is_said() -> None:

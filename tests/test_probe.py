@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import functools
 import random
+import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +20,12 @@ from hypothesis import strategies as st
 from test_checkpoints import hooked
 
 from billhook.data import Document, TokenSet, pick
-from billhook.errors import ModelError
+from billhook.errors import ModelError, PlanError
 from billhook.export.checkpoint import save
 from billhook.loading import Teacher, load
 from billhook.losses import LOSSES, ROTATION_FREE
 from billhook.plan import Plan, Site
-from billhook.probe import Fast, NoMemo, Probe
+from billhook.probe import Fast, NoMemo, Probe, logits
 from billhook.probe.choose import Quality, Sums
 from billhook.probe.head import VOCABULARY_AT_A_TIME
 from billhook.probe.measure import Bench, waves
@@ -516,3 +520,81 @@ def test_an_overflowing_block_is_named(tmp_path: Path) -> None:
     for teacher in (load(tmp_path / "m"), load(tmp_path / "m", memory=0)):
         with pytest.raises(ModelError, match=r"NaN or infinite from block 2 on, in float32.*download it again"):
             Probe(teacher, token_set(), "kl").losses([Plan()])
+
+
+# -- two threads, one teacher -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads take turns after a hundredth of the usual time."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(usual / 100)
+    yield
+    sys.setswitchinterval(usual)
+
+
+def together(*works: Callable[[], object]) -> list[object]:
+    """What all works give, each in a thread, begun at once."""
+    start = threading.Barrier(len(works))
+
+    def begun(work: Callable[[], object]) -> object:
+        start.wait()
+        return work()
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        return list(pool.map(begun, works))
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize("memory", [None, 0], ids=["loaded", "streamed"])
+def test_two_threads_measure_one_teacher_as_one_after_the_other(memory: int | None, checkpoint: Folder) -> None:
+    teacher = load(checkpoint("llama"), memory=memory)
+    sites, tokens = teacher.anatomy.alive(), documents(6, 12)
+    halves = [[Plan(frozenset({s})) for s in sites if s.part == part] for part in ("attention", "mlp")]
+
+    def losses(plans: list[Plan]) -> list[Loss]:
+        return [loss for _ in range(4) for loss in Probe(teacher, tokens, "kl").losses(plans)]
+
+    alone = [losses(plans) for plans in halves]
+    assert alone[0] != alone[1]
+    assert together(*(functools.partial(losses, plans) for plans in halves)) == alone
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize("variant", ["llama", "phi"])  # parts in turn, and side by side
+def test_the_teacher_runs_whole_while_another_thread_measures(variant: str, checkpoint: Folder) -> None:
+    teacher = load(checkpoint(variant))
+    tokens, ids = documents(6, 12), tiny.tokens(2, 8)
+    plans = [Plan(frozenset({site})) for site in teacher.anatomy.alive()]
+
+    def losses() -> list[Loss]:
+        return [loss for _ in range(4) for loss in Probe(teacher, tokens, "kl").losses(plans)]
+
+    def written() -> list[list[int]]:
+        found = []
+        for _ in range(12):
+            with teacher.lock:
+                found += teacher.model.generate(ids, max_new_tokens=6, do_sample=False).tolist()
+        return found
+
+    def seen() -> list[list[float]]:
+        return [logits(teacher, plans[0], ids).flatten().tolist() for _ in range(6)]
+
+    def copied() -> list[list[float]]:
+        student = [apply(teacher, Plan()) for _ in range(6)]
+        return [each(ids).logits.flatten().tolist() for each in student]
+
+    works = (losses, written, seen, copied)
+    with torch.no_grad():
+        alone = [work() for work in works]
+    for name, found, expected in zip(("losses", "written", "seen", "copied"), together(*works), alone, strict=True):
+        assert found == expected, name
+
+
+def test_the_lock_of_a_teacher_is_its_copies_too_and_free_after_a_failure(checkpoint: Folder) -> None:
+    teacher = load(checkpoint("llama"))
+    assert replace(teacher, name="again").lock is teacher.lock
+    with pytest.raises(PlanError):
+        apply(teacher, Plan(frozenset({Site(99, "mlp")})))
+    assert together(lambda: teacher.lock.acquire(blocking=False)) == [True]

@@ -196,6 +196,29 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         only_config(model_type="granite", num_key_value_heads=4, **SMALL),
         ("no row for the architecture 'granite'", "Known: cohere, falcon", '"granite": Row(blocks="model.layers"'),
     ),
+    "biogpt": (
+        only_config(model_type="biogpt", num_hidden_layers=2),
+        ("no row for the architecture 'biogpt'", '"biogpt": Row(blocks="biogpt.layers", attention="self_attn"',
+         'mlp=("fc1", "fc2")'),
+    ),
+    "granitemoe": (
+        only_config(model_type="granitemoe", num_hidden_layers=2),
+        ('"granitemoe": Row(blocks="model.layers"', 'mlp=("block_sparse_moe",)'),
+    ),
+    "blocks of two kinds": (
+        only_config(model_type="longcat_flash", num_hidden_layers=2),
+        ("no row for the architecture 'longcat_flash'", "no row suggests itself"),
+    ),
+    "numbers by layer": (
+        only_config(model_type="dots3_note_text", num_hidden_layers=2),
+        ("no row for the architecture 'dots3_note_text'", "The row that is probably missing"),
+    ),
+    "numbers by layer, as many as usual": (
+        only_config(model_type="dots3_note_text"), ("no row for the architecture 'dots3_note_text'", "Known: cohere")),
+    "prophetnet": (
+        only_config(model_type="prophetnet", num_hidden_layers=2),
+        ("does not accept this config.json", "num_encoder_layers"),
+    ),
     "unheard of": (only_config(model_type="lama9"), ("'lama9'", "does not know it", "Known here: cohere, falcon")),
     "mamba": (only_config(model_type="mamba", num_hidden_layers=2), ("mamba is a state-space", "cohere, falcon")),
     "jamba": (only_config(model_type="jamba", num_hidden_layers=2), ("jamba is a state-space", "cohere, falcon")),

@@ -24,7 +24,7 @@ from billhook.plan import PARTS, Ask, Plan
 from billhook.problem import Problem, protection
 from billhook.records import Loss
 from billhook.registry import Registry
-from billhook.search import OF_GROUPS, SEARCHES, settle
+from billhook.search import OF_GROUPS, SEARCHES, count_losses, settle
 
 HERE = Path(__file__).parent
 Measure = Callable[[Ask], list[Loss]]
@@ -256,6 +256,42 @@ def remembering(score: Score, stored: dict[Key, list[Loss]], limit: int) -> Meas
         return [stored[plan, ask.tokens][0] for plan in ask.plans]
 
     return remembered
+
+
+ABOUT = {"beam": 2.0, "greedy": 1.5, "oneshot": 1.0, "solve": 3.0, "span": 1.0, "swap": 3.0}  # to either side
+AT_MOST = {"evolve": 1.1, "exhaustive": 1.0}  # what is asked for, as a multiple of what was expected
+
+
+@pytest.mark.parametrize("make", [additive, tangled, crooked])
+def test_every_search_of_sites_says_about_how_many_losses_it_asks_for(name: str, make: Callable[[int], Score]) -> None:
+    told = []
+    for budget, protected in SHOWN:
+        for blocks in (5, 7):
+            problem, log = problem_of(budget, protected, blocks), list[Ask]()
+            try:
+                run(name, problem, make(3), log)
+            except BudgetError:
+                continue  # no run of blocks
+            true = len({(plan, ask.tokens) for ask in log for plan in ask.plans})
+            told.append((count_losses(name, problem, **SMALL.get(name, {})) or 0, true))
+    assert len(told) > 20
+    if name in ABOUT:
+        assert all(true / ABOUT[name] <= expected <= true * ABOUT[name] for expected, true in told), told
+    else:
+        assert all(true <= AT_MOST[name] * expected for expected, true in told), told
+
+
+def test_a_metric_needs_no_losses_to_rank_sites() -> None:
+    problem = replace(problem_of("3sites"), scores={})
+    assert [count_losses(name, problem) for name in ("oneshot", "span")] == [0, 0]
+    assert count_losses("solve", problem, polish=False) == 0
+
+
+def test_losses_are_counted_of_what_a_search_would_refuse_as_it_refuses_it() -> None:
+    with pytest.raises(BudgetError, match="cannot be met"):
+        count_losses("greedy", problem_of("6sites"), parts="mlp")
+    with pytest.raises(UsageError, match="neither best nor last"):
+        count_losses("span", problem_of("2blocks"), run="first")
 
 
 @pytest.mark.parametrize("budget", ["4sites", "25%params,40%kv"])

@@ -21,12 +21,12 @@ from billhook import arch, width
 from billhook.budget import Budget
 from billhook.cli import app
 from billhook.data import Choices, TokenSet, Wanted, token_set, token_sets
-from billhook.errors import PlanError, UsageError
+from billhook.errors import ModelError, PlanError, UsageError
 from billhook.evaluate.choices import log_probabilities
 from billhook.export.checkpoint import check_streamed, write
 from billhook.loading import Teacher, load
 from billhook.modeling_billhook import put
-from billhook.plan import Narrow, Plan, Site, numbers, ranges
+from billhook.plan import PARTS, Narrow, Plan, Site, numbers, ranges
 from billhook.probe import Probe
 from billhook.recover import RECOVERIES, Subject
 from billhook.repair import UNTOUCHED, Repair, read_repair
@@ -423,6 +423,44 @@ def test_what_was_trained_narrow_is_not_refitted(checkpoint: Folder) -> None:
 
 
 # -- plans ------------------------------------------------------------------------------------------------------------
+
+
+UNUSUAL: dict[str, tuple[arch.Row, dict[str, str]]] = {  # types without a row: where parts lie, and what is unusual
+    "gptj": (arch.Row(blocks="transformer.h", attention="attn", attention_norms=("ln_1",), mlp_norms=()),
+             {"mlp": "fc_in, fc_out"}),
+    "codegen": (arch.Row(blocks="transformer.h", attention="attn", attention_norms=("ln_1",), mlp_norms=()),
+                {"mlp": "fc_in, fc_out"}),
+    "mpt": (arch.Row(blocks="transformer.blocks", attention="attn", mlp=("ffn",), attention_norms=("norm_1",),
+                     mlp_norms=("norm_2",)), {"attention": "Wqkv, out_proj"}),
+    "xglm": (arch.Row(mlp=("fc1", "fc2"), attention_norms=("self_attn_layer_norm",), mlp_norms=("final_layer_norm",)),
+             {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", UNUSUAL)
+def test_a_part_whose_modules_have_unusual_names_has_no_groups_and_says_why(model_type: str) -> None:
+    row, unusual = UNUSUAL[model_type]
+    config = transformers.AutoConfig.for_model(model_type, vocab_size=64)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    block = arch.blocks_of(model, row)[0]
+    for part in PARTS:
+        assert sum(p.numel() for m in arch.site_modules(block, part, row, config) for p in m.parameters()) > 0
+        of = width.layout(block, part, row.path(part), config)
+        assert isinstance(of, str) == (part in unusual), of
+        if part in unusual:
+            with pytest.raises(PlanError, match=rf"This {part} cannot be narrowed: .*{unusual[part]}.*Remove it whole"):
+                arch.layout_in(block, part, row, config)
+
+
+def test_a_row_that_does_not_fit_says_what_is_missing(checkpoint: Folder) -> None:
+    model = load(checkpoint("llama")).model
+    block = arch.blocks_of(model, arch.Row())[0]
+    with pytest.raises(ModelError, match=r"no attn, .* has self_attn, mlp, input_layernorm, post_attention_layernorm"):
+        arch.site_modules(block, "attention", arch.Row(attention="attn"), model.config)
+    for blocks in ("model.norm", "model.decoder.layers"):
+        with pytest.raises(ModelError, match=rf"{blocks}.*where its architecture keeps the blocks"):
+            arch.blocks_of(model, arch.Row(blocks=blocks))
 
 
 @given(st.sets(st.integers(0, 60), min_size=1))

@@ -2,19 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from billhook.data import TokenSet
-from billhook.records import EvalResult
-from billhook.registry import Registry
+from billhook.errors import ResourceError, UsageError
+from billhook.loading import Teacher
+from billhook.records import EvalResult, Watch, silent
+from billhook.registry import Registry, chosen
 
 EVALUATIONS: Registry[Callable[..., EvalResult]] = Registry("evaluation")
 evaluation = EVALUATIONS.add
 BATCH_LOGITS_BYTES = 2**28  # logits of one batch, in float32
+
+
+def evaluate(
+    name: str, model: Any, eval_set: Any, *, watch: Watch = silent, who: str = "", **options: Any
+) -> EvalResult:
+    """What the evaluation of a name says of a model on a set: text, items of choices, or prompts; an outcome an item.
+
+    `watch` and `who` are passed on where the evaluation takes them. Raises UsageError for an unknown name, and for one
+    that does not give as many counts and texts as outcomes.
+    """
+    function = EVALUATIONS[name]
+    taken = inspect.signature(function).parameters
+    seen = {key: value for key, value in {"watch": watch, "who": who}.items() if key in taken}
+    result = function(model, eval_set, **seen, **options)
+    sizes = len(result.sums), len(result.counts), len(result.clusters)
+    if not sizes[0] or len(set(sizes)) > 1:
+        raise UsageError(
+            f"The evaluation {name} gave {sizes[0]} outcomes, {sizes[1]} counts and {sizes[2]} texts. It must give one "
+            "of each for every item."
+        )
+    return result
+
+
+def evaluate_by_name(
+    teacher: Teacher, eval_set: Any, names: Sequence[str], options: Mapping[str, Any], *, watch: Watch, who: str
+) -> dict[str, EvalResult]:
+    """Each of the named evaluations of a model on one set, with those of `options` that it takes.
+
+    Raises ResourceError for a streamed model, which no evaluation but ours can ask.
+    """
+    own = chosen(dict(options), *(EVALUATIONS[name] for name in names))
+    if teacher.weights is not None:
+        raise ResourceError(
+            f"{teacher.name} is larger than the memory that is free, so evaluations that are named have no model to "
+            "ask. Give more --memory, or leave --evaluations out."
+        )
+    pairs = zip(names, own, strict=True)
+    with teacher.lock:
+        return {name: evaluate(name, teacher.model, eval_set, watch=watch, who=who, **mine) for name, mine in pairs}
 
 
 @dataclass(frozen=True)

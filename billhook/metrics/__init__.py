@@ -19,7 +19,7 @@ Metric = Callable[..., dict[Unit, Score]]
 METRICS: Registry[Metric] = Registry("metric")
 metric = METRICS.add
 # Of channel groups: a probe, with options -> {site: scores of its groups, [groups] in float64}
-GROUP_METRICS: Registry[Callable[..., GroupValues]] = Registry("metric of channel groups")
+GROUP_METRICS: Registry[Callable[..., GroupValues]] = Registry("metric of channel groups", "group_metric")
 group_metric = GROUP_METRICS.add
 
 

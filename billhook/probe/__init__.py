@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from billhook.data import TokenSet, token_set
-from billhook.loading import Teacher
+from billhook.loading import Teacher, undisturbed
 from billhook.losses import COUNTS_TARGETS, NEVER_NEGATIVE
 from billhook.plan import Plan
 from billhook.probe import channels, choose, gradients, passes
@@ -75,7 +75,8 @@ class Probe:
 
     `memory`: bytes for weights and activations together (None: half of what the machine has free). `fast`: racing, for
     asks that want only the best. `walk`: `layers` or `depth-first`, instead of choosing it by memory. `memos`: where
-    measurements are kept. `mended`: a plan that is measured under a repair of its blocks; then no memos.
+    measurements are kept. While it measures, it swaps modules of the teacher's model and holds the teacher's lock.
+    `mended`: a plan that is measured under a repair of its blocks; then no memos.
     """
 
     def __init__(
@@ -267,6 +268,7 @@ class Probe:
         self._trunks.append(probe._bench.trunk)
         return probe
 
+    @undisturbed
     @torch.inference_mode()
     def row_sums(self, plans: Sequence[Plan]) -> list[list[float]]:
         """Log-probability in nats of the choice in every row of the token set, under each plan, in the order asked.
@@ -288,6 +290,7 @@ class Probe:
                     found[masks[mask]][row] = -value
         return [list(found[plan]) for plan in plans]
 
+    @undisturbed
     def mended(self, plan: Plan, repair: Repair) -> Loss:
         """The loss of a plan under a repair of its blocks; kept nowhere."""
         self._bench.mend(plan, repair)
@@ -299,6 +302,7 @@ class Probe:
 
     # -- what metrics ask -------------------------------------------------------------------------------------------
 
+    @undisturbed
     @torch.inference_mode()
     def mean_over_tokens(self, statistics: Mapping[str, passes.Statistic]) -> dict[str, dict[Unit, Score]]:
         """Mean over tokens of each statistic(x, y) of every site and block, all in one pass, which is not repeated.
@@ -312,6 +316,7 @@ class Probe:
             known |= {name: (fresh[name], scores) for name, scores in found.items()}
         return {name: dict(known[name][1]) for name in statistics}
 
+    @undisturbed
     @torch.inference_mode()
     def mean_over_spans(self, distance: passes.Statistic, *, last: bool) -> dict[Unit, Score]:
         """Mean of distance(x, y) over the last tokens of rows, or over all tokens, of every span of blocks; one pass.
@@ -321,6 +326,7 @@ class Probe:
         """
         return passes.mean_over_spans(self._bench, distance, last)
 
+    @undisturbed
     @torch.inference_mode()
     def mean_at_next_mlp(self, error: passes.Statistic) -> dict[Unit, Score]:
         """Mean over tokens of error(f, g) of every site and block, in one pass.
@@ -330,11 +336,13 @@ class Probe:
         """
         return passes.mean_at_next_mlp(self._bench, error)
 
+    @undisturbed
     @torch.inference_mode()
     def sum_over_weights(self, function: passes.OfWeight) -> dict[Unit, Score]:
         """Sum of function(w) over the weights of every site and block. w: [..., outputs, inputs], float32."""
         return passes.sum_over_weights(self._bench, function)
 
+    @undisturbed
     def sum_over_gradients(self, function: gradients.OfGradient, *, fisher: bool = False) -> dict[Unit, Score]:
         """Sum of function(w, g, f) over the weights of every site and block, with the gradients of one block at a time.
 
@@ -344,10 +352,12 @@ class Probe:
         """
         return gradients.sum_over_gradients(self._bench, function, fisher)
 
+    @undisturbed
     def groups_of_weights(self, function: channels.OfWeight) -> GroupValues:
         """Of every site with channel groups, the sum of function(w), elementwise in float32, over each's weights."""
         return channels.by_weights(self._bench, function)
 
+    @undisturbed
     def groups_of_gradients(
         self, functions: Mapping[str, tuple[channels.OfGradient, bool]], *, fisher: bool = False
     ) -> dict[str, GroupValues]:
@@ -358,6 +368,7 @@ class Probe:
         """
         return channels.by_gradients(self._bench, functions, fisher)
 
+    @undisturbed
     def groups_of_inputs(self, function: channels.OfInputs) -> GroupValues:
         """The mean over each group's channels of function(what its output projection reads, that weight); one pass."""
         return channels.by_inputs(self._bench, function)

@@ -12,7 +12,7 @@ import torch
 
 from billhook.data import TokenSet
 from billhook.errors import ModelError, UsageError
-from billhook.loading import Teacher
+from billhook.loading import Teacher, undisturbed
 from billhook.losses import ITEM_LOSSES, ROTATION_FREE
 from billhook.plan import PARTS, Plan, Site
 from billhook.probe.choose import Quality, Sums
@@ -182,6 +182,7 @@ class Bench:
             by_item |= dict(zip(of, map(tuple, torch.stack(values, 1).tolist()), strict=True))
         return by_item
 
+    @undisturbed
     def row_nats(self, quality: Quality, jobs: Sequence[Job]) -> dict[Job, Sums]:
         """Nats of every document of each job's group; where rows are choices, of every row."""
         self._refer()
@@ -227,6 +228,7 @@ class Bench:
                 found[job] = tuple(row)
         return found
 
+    @undisturbed
     def _refer(self) -> None:
         """The teacher's side, once."""
         if self._references:
@@ -244,6 +246,7 @@ class Bench:
                 raise ModelError(self._where_not_finite((g, 0)))
         self._references = self._head.references(hidden, targets)
 
+    @undisturbed
     def check_finite(self, streams: Sequence[torch.Tensor]) -> None:
         """Raises ModelError, naming the block, unless the streams after the last block, one a group, are finite."""
         for number, (group, stream) in enumerate(zip(self.groups, streams, strict=True)):
@@ -270,6 +273,7 @@ class Bench:
         advice = f"Try --dtype float32; if it stays, {broken}" if dtype != "float32" else broken.capitalize()
         return f"Activations are NaN or infinite from {where} on{without}, in {dtype}. {advice}"
 
+    @undisturbed
     def logits(self, plan: Plan) -> torch.Tensor:
         """Logits [rows, time, vocabulary] of all rows under a plan, in float32."""
         ((_, stream),) = self._runs.run([(0, self.mask(plan))], layers=True)

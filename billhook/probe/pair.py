@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from billhook import arch
+from billhook.loading import Teacher, undisturbed
 from billhook.plan import PARTS, Plan, Site
 from billhook.probe.measure import Bench
 from billhook.probe.mended import standing
@@ -106,6 +107,11 @@ class TeacherSide:
         self._keeps = again and streams * tokens * bench.token_bytes <= bench.room // 2
         self._kept: list[Passed] = []
 
+    @property
+    def teacher(self) -> Teacher:
+        """Whose streams these are."""
+        return self.bench.teacher
+
     def step(self, index: int, block: nn.Module, streams: list[torch.Tensor]) -> Passed:
         """What block `index` makes of the streams that the teacher has before it. Blocks in order, from the first."""
         if index < len(self._kept):
@@ -134,6 +140,7 @@ class TeacherSide:
             streams = passed["mlp"][1]
 
 
+@undisturbed
 @torch.inference_mode()
 def streams_after(side: TeacherSide, sites: Collection[Site]) -> dict[Site, torch.Tensor]:
     """The teacher's residual stream after each of `sites`, [tokens, width] in float32."""
@@ -145,6 +152,7 @@ def streams_after(side: TeacherSide, sites: Collection[Site]) -> dict[Site, torc
     return found
 
 
+@undisturbed
 @torch.inference_mode()
 def side_by_side(side: TeacherSide, plan: Plan, repair: Repair, visit: Visit) -> Repair:
     """Show `visit` every site that the teacher has, in order of execution; the repair with all that it changed."""

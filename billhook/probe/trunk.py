@@ -38,6 +38,7 @@ class _Known(nn.Module):
 class Trunk:
     """Runs the blocks of one teacher, its weights in memory or streamed, on stacks of residual streams.
 
+    It swaps modules of the blocks for a moment and puts them back: whoever calls it holds the lock of the teacher.
     `chunk`: tokens that go through a block at a time. `computed`: tokens times sublayers so far, padding included.
     """
 

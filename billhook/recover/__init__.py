@@ -125,7 +125,8 @@ def taught(
     learnt_from, checked = (rows_of(each, teacher.device) for each in tokens)
     for rows in (learnt_from, checked):
         kept = subject.work and subject.work / f"teacher-{teacher.fingerprint}-{teacher.compute.replace(' on ', '-')}"
-        hear(teacher.model, rows, course.loss, subject.watch, kept)
+        with teacher.lock:
+            hear(teacher.model, rows, course.loss, subject.watch, kept)
         remember(student, blocks, first, rows)
     compute = teacher.model.dtype
     trainer = Trainer(student, parameters, course, subject.work, subject.watch, compute=compute)

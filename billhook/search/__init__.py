@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any, TypeVar, overload
 
 from billhook.errors import UsageError
 from billhook.plan import Ask, Plan, Site, SiteSize
@@ -18,11 +19,47 @@ from billhook.records import Loss
 from billhook.registry import Registry
 
 Search = Generator[Ask, list[Loss], list[Plan]]
+F = TypeVar("F", bound=Callable[..., Search])
 FEW = 1024  # tokens, for what only decides where to look first
 TRIED = 64  # exchanges a round, of the hundreds that there are in a model of 60 sites
+Count = Callable[..., int]  # (problem, options of the search) -> about how many losses it asks for; at once
 SEARCHES: Registry[Callable[..., Search]] = Registry("search")
-search = SEARCHES.add
+_COUNTS: dict[Callable[..., Search], Count] = {}
 OF_GROUPS = ("joint", "narrow")  # searches that let channel groups go, by metrics of their own
+
+
+@overload
+def search(function: F, /) -> F: ...
+
+
+@overload
+def search(*, losses: Count) -> Callable[[F], F]: ...
+
+
+def search(function: F | None = None, /, *, losses: Count | None = None) -> F | Callable[[F], F]:
+    """File a search under its own name.
+
+    `losses`: about how many it asks for, or at most, by a closed form over the problem and options of the same names.
+    It measures nothing, and asks of the problem's scores only whether there are any. A search without it has progress
+    without an end.
+    """
+
+    def add(given: F) -> F:
+        if losses is not None:
+            _COUNTS[given] = losses
+        SEARCHES.add(given)
+        return given
+
+    return add if function is None else add(function)
+
+
+def count_losses(name: str, problem: Problem, **options: Any) -> int | None:
+    """About how many losses a search asks for on a problem; None where it does not say.
+
+    Raises what the search raises for options that it refuses.
+    """
+    count = _COUNTS.get(SEARCHES[name])
+    return None if count is None else count(problem, **options)
 
 
 def settle(steps: Search, measure: Callable[[Ask], list[Loss]]) -> list[Plan]:
@@ -139,21 +176,51 @@ def by_score(values: Sequence[float]) -> list[int]:
     return sorted(range(len(values)), key=lambda place: (values[place], place))
 
 
+def kept_count(size: SiteSize, going: int, multiple: int) -> int:
+    """How many groups of each expert stay, a `multiple` of channels, where `going` of all should go."""
+    multiple = math.lcm(multiple // math.gcd(multiple, size.channels), size.multiple)
+    each = len(size.groups) // size.experts
+    count = each - going // size.experts
+    return min(each, max(multiple, -(-count // multiple) * multiple))
+
+
 def kept_groups(size: SiteSize, order: Sequence[int], going: int, multiple: int) -> tuple[int, ...]:
     """The groups that stay, a `multiple` of channels, as many of every expert, where `going` of all should go.
 
     `order`: the places of all groups; the first ones of each expert go first.
     """
-    multiple = math.lcm(multiple // math.gcd(multiple, size.channels), size.multiple)
-    each = len(size.groups) // size.experts
-    count = each - going // size.experts
-    count = min(each, max(multiple, -(-count // multiple) * multiple))
+    each, count = len(size.groups) // size.experts, kept_count(size, going, multiple)
     rank = {place: i for i, place in enumerate(order)}
     stay: list[int] = []
     for expert in range(size.experts):
         mine = range(expert * each, (expert + 1) * each)
         stay += sorted(mine, key=rank.__getitem__, reverse=True)[:count]
     return tuple(size.groups[place] for place in sorted(stay))
+
+
+# -- how many losses, without measuring any --------------------------------------------------------------------------
+
+
+def removals(problem: Problem) -> tuple[int, int]:
+    """(n, r): how many moves there are, and about how many of them a plan that meets the budgets takes."""
+    costs = [problem.cost(move) for move in singles(problem)]
+    wanted = [0]
+    for number, needed in enumerate(problem.needed):
+        counted = [cost[number] for cost in costs if cost[number]]
+        wanted.append(math.ceil(needed * len(counted) / (sum(counted) or 1)))
+    return len(costs), min(len(costs), max(wanted))
+
+
+def exchanges_asked(problem: Problem, tried: int = TRIED) -> int:
+    """About how many losses `exchanges` asks for: two rounds, of which the second finds nothing better."""
+    n, r = removals(problem)
+    pairs = r * (n - r) + 1
+    return 1 + 2 * (1 + n + (min(tried, pairs) if tried else pairs))
+
+
+def singles_asked(problem: Problem) -> int:
+    """How many losses a ranking of single moves takes: none where a metric scores them."""
+    return 0 if problem.scores is not None else 1 + len(singles(problem))
 
 
 # Importing a method files it under its name.

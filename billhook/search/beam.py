@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 from billhook.errors import UsageError
 from billhook.plan import Ask, Plan
 from billhook.problem import Problem
-from billhook.search import Search, price, search
+from billhook.search import Search, price, removals, search
 
 
-@search
+def _losses(problem: Problem, *, width: int = 4) -> int:
+    """About: at most `width` plans of every round, each with all moves that are left to it; none is asked for twice."""
+    n, r = removals(problem)
+    return 1 + sum(min(min(width, math.comb(n, i)) * (n - i), math.comb(n, i + 1)) for i in range(r))
+
+
+@search(losses=_losses)
 def beam(problem: Problem, *, width: int = 4) -> Search:
     """Keep the `width` best plans of every round, extend each by every move, until all that are kept meet the budget.
 

@@ -10,12 +10,29 @@ from billhook.errors import UsageError
 from billhook.plan import Ask, Plan
 from billhook.problem import Move, Problem
 from billhook.records import Loss
-from billhook.search import SEARCHES, Search, lowest, search, trimmed
+from billhook.search import SEARCHES, Search, count_losses, lowest, removals, search, trimmed
 
 STARTS = 64  # random plans to begin with, where there is no better start
 
 
-@search
+def _losses(
+    problem: Problem,
+    *,
+    start: str = "greedy",
+    split: str = "free",
+    generations: int = 50,
+    offspring: int = 16,
+    survivors: int = 2,
+    tokens: int = 512,
+) -> int:
+    """At most: those of `start`, and all mutants of every generation on few tokens, some on all; twins count once."""
+    n, r = removals(problem)
+    rounds = generations or math.ceil(r * (n - r) / 1.5)
+    begun = STARTS if start == "random" else 0 if "." in start else count_losses(start, problem) or 0
+    return begun + 1 + rounds * (offspring + min(survivors, offspring))
+
+
+@search(losses=_losses)
 def evolve(
     problem: Problem,
     *,

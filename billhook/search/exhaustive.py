@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import accumulate
 
 from billhook.errors import UsageError
 from billhook.plan import Ask, Plan
@@ -10,7 +13,29 @@ from billhook.problem import Move, Problem
 from billhook.search import Search, lowest, search
 
 
-@search
+def most_minimal(problem: Problem) -> int:
+    """At most how many plans meet the budgets with nothing to spare: none of them holds another, so that they are no
+    more than the subsets of one size, between the fewest removals that may do and the most that are needed (LYM)."""
+    costs = [problem.cost(g) for g in problem.groups() if not set(g) & problem.protected]
+    fewest, most = 0, 0
+    for number, needed in enumerate(problem.needed):
+        each = sorted(cost[number] for cost in costs if cost[number])
+        fewest = max(fewest, _how_many(each[::-1], needed))
+        most += min(len(each), _how_many(each, needed))
+    return max(math.comb(len(costs), k) for k in range(fewest, min(len(costs), most) + 1))
+
+
+def _how_many(costs: Sequence[int], needed: Fraction) -> int:
+    """How many of the first costs are enough."""
+    return next((i for i, spent in enumerate(accumulate(costs), 1) if spent >= needed), len(costs))
+
+
+def _losses(problem: Problem, *, most: int = 20_000) -> int:
+    """At most: all plans of one size; more than `most` are refused."""
+    return min(most, most_minimal(problem))
+
+
+@search(losses=_losses)
 def exhaustive(problem: Problem, *, most: int = 20_000) -> Search:
     """Measure every plan that meets the budget and removes nothing that it need not; the optimum.
 

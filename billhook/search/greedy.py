@@ -7,10 +7,28 @@ from fractions import Fraction
 from billhook.plan import Ask, Plan
 from billhook.problem import Move, Problem
 from billhook.records import Loss
-from billhook.search import Search, price, restricted, search
+from billhook.search import Search, price, removals, restricted, search
 
 
-@search
+def _losses(
+    problem: Problem,
+    *,
+    weigh: bool = True,
+    parts: str = "mix",
+    front: float = 0.0,
+    early_barrier: int = 0,
+    latter_barrier: int = 0,
+) -> int:
+    """About: n + (n-1) + … for as many rounds as removals, fewer while the front stays."""
+    problem = restricted(problem, parts, early_barrier, latter_barrier)
+    n, r = removals(problem)
+    uneven = weigh and len({problem.weight(move) for move in problem.moves(Plan())}) > 1
+    held = n - len(_free(problem, Plan(), front))
+    early = int(len(problem.anatomy.sites) * front) + 1 if front else 0  # rounds in which the front stays
+    return int(uneven) + sum(max(1, n - i - (held if i < early else 0)) for i in range(r))
+
+
+@search(losses=_losses)
 def greedy(
     problem: Problem,
     *,

@@ -11,7 +11,18 @@ from billhook.plan import PARTS, Ask, Narrow, Plan, Site, SiteSize
 from billhook.problem import Problem
 from billhook.programme import Bound, programme
 from billhook.records import Loss
-from billhook.search import SEARCHES, Search, by_score, kept_groups, lowest, restricted, search, settle
+from billhook.search import (
+    SEARCHES,
+    Search,
+    by_score,
+    count_losses,
+    kept_count,
+    kept_groups,
+    lowest,
+    restricted,
+    search,
+    settle,
+)
 
 CHANGES = (1, 2, 4, 8, 16, 32)  # sites that may change at a time, each tried
 ENDS = (4, 2)  # blocks at the beginning and at the end that are often worth more than others
@@ -22,7 +33,22 @@ Ladder = tuple[Plan, ...]  # what may be left of one site, from all of it to not
 Place = tuple[int, int]  # a ladder, and a rung of it
 
 
-@search
+def _losses(
+    problem: Problem, *, start: str = "swap", levels: int = 8, rounds: int = 16, tokens: int = 512, multiple: int = 1,
+    parts: str = "mix",
+) -> int:  # fmt: skip
+    """At most: a loss a width of each site, those of `start`, and of all `rounds`, which end where none is better."""
+    problem = _checked(problem, levels, multiple, parts)
+    free = [size for size in problem.anatomy.sites if size.site not in problem.protected]
+    alone = 1 + sum(1 + len(_widths(size, levels, multiple)) for size in free)
+    begun = 3
+    if start != "none":
+        with suppress(BudgetError):  # whole sites alone may not do
+            begun += count_losses(start, replace(problem, group_scores=None, scores=None).check()) or 0
+    return alone + begun + rounds * (1 + 2 * len(free) + len(CHANGES))
+
+
+@search(losses=_losses)
 def joint(
     problem: Problem, *, start: str = "swap", levels: int = 8, rounds: int = 16, tokens: int = 512, multiple: int = 1,
     parts: str = "mix",
@@ -44,13 +70,8 @@ def joint(
     each layer; Sieberling et al. 2024, EvoPress (arXiv 2410.14649), exchanges of levels. Deviations: alternatives are
     the model's own channel groups, not trained; the programme is solved again around each plan that is reached.
     """
-    problem, begin = restricted(problem, parts), None if start == "none" else SEARCHES[start]
-    if problem.group_scores is None:
-        raise UsageError("The search joint orders channel groups. Name a metric of groups: --metric taylor_mix.")
-    if problem.whole_blocks:
-        raise BudgetError("The search joint has no use for a budget in blocks. Count in params, bytes, kv or flops.")
-    if levels < 1 or multiple < 1:
-        raise UsageError(f"levels={levels}, multiple={multiple}: both are 1 or more.")
+    begin = None if start == "none" else SEARCHES[start]
+    problem = _checked(problem, levels, multiple, parts)
     sites = problem.anatomy.sites
     ladders = [_ladder(problem, size, levels, multiple, ()) for size in sites]
     every = [(i, rung) for i, ladder in enumerate(ladders) for rung in range(1, len(ladder))]
@@ -74,6 +95,26 @@ def joint(
             break
         here = there
     return [_plan(ladders, here)]
+
+
+def _checked(problem: Problem, levels: int, multiple: int, parts: str) -> Problem:
+    """The problem of the parts that may change. Raises what the search refuses, before anything is measured."""
+    problem = restricted(problem, parts)
+    if problem.group_scores is None:
+        raise UsageError("The search joint orders channel groups. Name a metric of groups: --metric taylor_mix.")
+    if problem.whole_blocks:
+        raise BudgetError("The search joint has no use for a budget in blocks. Count in params, bytes, kv or flops.")
+    if levels < 1 or multiple < 1:
+        raise UsageError(f"levels={levels}, multiple={multiple}: both are 1 or more.")
+    return problem
+
+
+def _widths(size: SiteSize, levels: int, multiple: int) -> set[int]:
+    """How many groups of each expert stay at the widths between all of a site and nothing."""
+    if not size.groups:
+        return set()
+    going = (len(size.groups) * step // levels for step in range(1, levels))
+    return {kept_count(size, some, multiple) for some in going} - {len(size.groups) // size.experts}
 
 
 def _exchanged(

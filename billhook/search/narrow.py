@@ -15,7 +15,17 @@ Ranked = Mapping[Site, Sequence[int]]  # of each site, the places of its groups,
 Going = Mapping[Site, int]  # how many groups of a site go
 
 
-@search
+def _losses(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts: str = "mix") -> int:
+    """None: it asks the metric alone. Raises what the search raises where all that may go is not enough."""
+    problem = _checked(problem, multiple, parts)
+    places = {size.site: range(len(size.groups)) for size in problem.anatomy.sites if size.groups}
+    every = {site: len(of) for site, of in places.items() if site not in problem.protected}
+    if not problem.met(_plan(problem, places, every, multiple)):
+        raise BudgetError(_beyond(problem))
+    return 0
+
+
+@search(losses=_losses)
 def narrow(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts: str = "mix") -> Search:
     """Rank all channel groups by a metric, then drop them in that order, over all sites at once.
 
@@ -31,11 +41,8 @@ def narrow(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts:
     2305.11627), `uniform`.
     """
     yield from ()
-    problem = restricted(problem, parts)
-    if problem.group_scores is None:
-        raise UsageError("The search narrow ranks channel groups. Name a metric of groups: --metric flap.")
-    if multiple < 1:
-        raise UsageError(f"multiple={multiple} is no number of channels. Write for example 8, 32 or 256.")
+    problem = _checked(problem, multiple, parts)
+    assert problem.group_scores is not None
     free = [size.site for size in problem.anatomy.sites if size.site not in problem.protected]
     scores = {site: problem.group_scores[site] for site in free if site in problem.group_scores}
     ranked = {site: by_score(values) for site, values in scores.items()}
@@ -54,10 +61,7 @@ def narrow(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts:
 
     found = shortest({})
     if found is None:
-        raise BudgetError(
-            f"{', '.join(map(str, problem.budgets))} cannot be met by channel groups alone, while one attention, one "
-            "mlp and everything protected stay. Ask for less, or count in params, bytes, kv or flops."
-        )
+        raise BudgetError(_beyond(problem))
     if uniform:
         end = ends.index(sum(found.values()))
         step = set(order[ends[max(end - 1, 0)] : ends[end]])  # a coarse one may take more than is needed
@@ -67,6 +71,24 @@ def narrow(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts:
         if problem.spent(plan(exact[0])) != problem.spent(plan(found)):
             found = min(exact, key=lambda some: _spread(ranked, some))
     return [plan(found)]
+
+
+def _checked(problem: Problem, multiple: int, parts: str) -> Problem:
+    """The problem of the parts that may become narrower. Raises UsageError for what the search has no use for."""
+    problem = restricted(problem, parts)
+    if problem.group_scores is None:
+        raise UsageError("The search narrow ranks channel groups. Name a metric of groups: --metric flap.")
+    if multiple < 1:
+        raise UsageError(f"multiple={multiple} is no number of channels. Write for example 8, 32 or 256.")
+    return problem
+
+
+def _beyond(problem: Problem) -> str:
+    """Why channel groups alone do not do."""
+    return (
+        f"{', '.join(map(str, problem.budgets))} cannot be met by channel groups alone, while one attention, one "
+        "mlp and everything protected stay. Ask for less, or count in params, bytes, kv or flops."
+    )
 
 
 def _spread(ranked: Ranked, going: Going) -> float:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from billhook.plan import Ask, Plan
 from billhook.problem import Problem
-from billhook.search import Search, given_scores, price, restricted, search, singles
+from billhook.search import Search, given_scores, price, restricted, search, singles, singles_asked
 
 
-@search
+def _losses(problem: Problem, *, weigh: bool = True, parts: str = "mix") -> int:
+    """Every move alone, or none where a metric scores them."""
+    return singles_asked(restricted(problem, parts))
+
+
+@search(losses=_losses)
 def oneshot(problem: Problem, *, weigh: bool = True, parts: str = "mix") -> Search:
     """Rank all sites by a metric, or by the loss of removing each alone, then remove in that order.
 

@@ -7,10 +7,24 @@ from collections.abc import Mapping
 from billhook.plan import PARTS, Ask, Plan
 from billhook.problem import Move, Problem
 from billhook.programme import Bound, programme
-from billhook.search import Search, exchanges, given_scores, search, singles, trimmed
+from billhook.search import (
+    Search,
+    exchanges,
+    exchanges_asked,
+    given_scores,
+    search,
+    singles,
+    singles_asked,
+    trimmed,
+)
 
 
-@search
+def _losses(problem: Problem, *, polish: bool = True) -> int:
+    """About: every move alone, unless a metric scores them, and two rounds of exchanges."""
+    return singles_asked(problem) + (exchanges_asked(problem) if polish else 0)
+
+
+@search(losses=_losses)
 def solve(problem: Problem, *, polish: bool = True) -> Search:
     """Choose what goes by an integer programme over additive scores (HiGHS), then by measured exchanges.
 

@@ -8,7 +8,13 @@ from billhook.problem import Problem
 from billhook.search import Search, lowest, search
 
 
-@search
+def _losses(problem: Problem, *, run: str = "best", keep_last: int = 0) -> int:
+    """A loss for every start of a run; none where a metric scores runs, or the last one goes."""
+    runs = _runs(problem, run, keep_last)
+    return 0 if run == "last" or problem.scores is not None else len(runs)
+
+
+@search(losses=_losses)
 def span(problem: Problem, *, run: str = "best", keep_last: int = 0) -> Search:
     """Remove one contiguous run of whole blocks: the best by a metric of runs, or by the loss.
 
@@ -21,6 +27,20 @@ def span(problem: Problem, *, run: str = "best", keep_last: int = 0) -> Search:
     Source: Gromov et al. 2024, The unreasonable ineffectiveness of the deeper layers (arXiv 2403.17887); the last
     blocks: Lu et al. 2024, Reassessing layer pruning in LLMs (arXiv 2411.15558).
     """
+    runs = _runs(problem, run, keep_last)
+    if run == "last":
+        return [runs[max(runs, key=lambda ends: (ends[1], ends[0]))]]
+    scores = problem.scores or {}
+    if all(ends in scores for ends in runs):
+        return [runs[min(runs, key=lambda ends: (scores[ends], ends))]]
+    if scores:
+        raise UsageError("The search span wants a metric of runs, such as angular_span, or none.")
+    plans = tuple(runs.values())
+    return [lowest(plans, (yield Ask(plans, best=2)))[1]]
+
+
+def _runs(problem: Problem, run: str, keep_last: int) -> dict[tuple[int, int], Plan]:
+    """The shortest run of blocks from every start that meets the budget. Raises BudgetError if there is none."""
     if run not in ("best", "last"):
         raise UsageError(f"run={run!r} is neither best nor last.")
     alive = problem.anatomy.alive()
@@ -35,12 +55,4 @@ def span(problem: Problem, *, run: str = "best", keep_last: int = 0) -> Search:
                 break
     if not runs:
         raise BudgetError("No single run of blocks meets the budget and leaves what must stay. Try the search greedy.")
-    if run == "last":
-        return [runs[max(runs, key=lambda ends: (ends[1], ends[0]))]]
-    scores = problem.scores or {}
-    if all(ends in scores for ends in runs):
-        return [runs[min(runs, key=lambda ends: (scores[ends], ends))]]
-    if scores:
-        raise UsageError("The search span wants a metric of runs, such as angular_span, or none.")
-    plans = tuple(runs.values())
-    return [lowest(plans, (yield Ask(plans, best=2)))[1]]
+    return runs

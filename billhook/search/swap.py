@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from billhook.plan import Plan
 from billhook.problem import Problem
-from billhook.search import SEARCHES, TRIED, Search, exchanges, search
+from billhook.search import SEARCHES, TRIED, Search, count_losses, exchanges, exchanges_asked, search
 
 
-@search
+def _losses(problem: Problem, *, start: str = "greedy", tried: int = TRIED) -> int:
+    """About: those of `start`, and two rounds of exchanges."""
+    return (count_losses(start, problem) or 0) + exchanges_asked(problem, tried)
+
+
+@search(losses=_losses)
 def swap(problem: Problem, *, start: str = "greedy", tried: int = TRIED) -> Search:
     """Begin as another search ends, then exchange single sites as long as one exchange lowers the loss.
 
