@@ -282,11 +282,7 @@ def of_perplexity(told: Mapping[str, Any]) -> dict[str, Any]:
 
 def losses_of(store: str) -> int:
     """How many losses all runs of a store measured."""
-    return sum(run["losses"] for run in map(as_row, billhook.runs(store)))
-
-
-def as_row(run: Any) -> Mapping[str, Any]:
-    return run if isinstance(run, dict) else plain(run)
+    return sum(run["losses"] for run in map(plain, billhook.runs(store)))
 
 
 # -- the runs ----------------------------------------------------------------------------------------------------------
