@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from billhook.data import file_text
-from billhook.evaluate.choices import log_probabilities, outcomes
-from billhook.face import keep_pages
+from billhook.evaluate.choices import log_probabilities, score_choices
+from billhook.face import tune_allocator
 from billhook.loading import Teacher, load
 from billhook.tasks import task_tokens
 
@@ -33,7 +33,7 @@ def main() -> None:
     """Score every file twice."""
     given = _arguments()
     torch.set_num_threads(given.threads)
-    keep_pages()
+    tune_allocator()
     teacher = load(given.model)
     with torch.inference_mode():
         teacher.model(torch.zeros(given.batch, 64, dtype=torch.int64))  # the first pass of a process is slower
@@ -104,7 +104,7 @@ def _ours(teacher: Teacher, path: Path) -> dict[str, Any]:
     sums = log_probabilities(teacher.model, tokens)
     told: dict[str, Any] = _spent(start)
     order = sorted(range(len(tokens.clusters)), key=lambda d: tokens.clusters[d])
-    for name, result in outcomes(tokens, sums).items():
+    for name, result in score_choices(tokens, sums).items():
         told[name] = [result.sums[d] for d in order]
     rows: list[list[float]] = [[] for _ in order]
     for document, value in zip(tokens.documents, sums, strict=True):

@@ -27,8 +27,8 @@ from results import PARTS, page
 
 import billhook
 from billhook import lab, searching
-from billhook.face import keep_pages
-from billhook.recipe import OURS, read_yaml, recipe_from, recipe_names
+from billhook.face import tune_allocator
+from billhook.recipe import BUILTIN, parse_recipe, read_yaml, recipe_names
 from billhook.records import Event
 from billhook.search import OF_GROUPS, SEARCHES
 from billhook.store import Store
@@ -44,8 +44,8 @@ SCALED: dict[str, dict[str, Any]] = {
     "sleb": {"fast": True},
     "evopress": {"set": {"generations": 16, "offspring": 16, "tokens": 512}},
 }
-DEPTH = [name for name in recipe_names() if read_yaml(OURS / f"{name}.yaml").get("search") not in OF_GROUPS]
-PRUNINGS = [name for name in DEPTH if name == "sprint" or "recover" not in read_yaml(OURS / f"{name}.yaml")]
+DEPTH = [name for name in recipe_names() if read_yaml(BUILTIN / f"{name}.yaml").get("search") not in OF_GROUPS]
+PRUNINGS = [name for name in DEPTH if name == "sprint" or "recover" not in read_yaml(BUILTIN / f"{name}.yaml")]
 FINALISTS = ("billhook", "finercut", "evopress")
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "docs" / "results.md")
     given = parser.parse_args()
-    keep_pages()
+    tune_allocator()
     given.work.mkdir(parents=True, exist_ok=True)
     texts = texts_of(given.data, given.work)
     parts = {"draws": draws, "calibration": calibration, "mixture": mixture, "regret": regret}
@@ -92,7 +92,7 @@ def recipe_files(work: Path, names: Sequence[str]) -> list[str]:
     folder = work / "recipes"
     folder.mkdir(exist_ok=True)
     for name in names:
-        values = read_yaml(OURS / f"{name}.yaml")
+        values = read_yaml(BUILTIN / f"{name}.yaml")
         for key, value in SCALED.get(name, {}).items():
             values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
@@ -169,13 +169,13 @@ def regret(given: argparse.Namespace, texts: dict[str, str]) -> None:
         "self_share": 0.0,
     }  # fmt: skip
     with closing(Store(given.work / "billhook.db")) as store:
-        run = store.new_run(recipe_from(common).model_dump(), {"laboratory": "regret"}, str(given.work))
-        bench = lab.Lab(store, run, billhook.load("demo"), tell)
+        run = store.new_run(parse_recipe(common).model_dump(), {"laboratory": "regret"}, str(given.work))
+        bench = lab.StudyContext(store, run, billhook.load("demo"), tell)
         rows = []
         for number, (name, own) in enumerate(searches.items()):
             tell(Event("sweep", number, len(searches), name))
-            recipe = recipe_from(common | own)
-            trial = lab.tried(bench, name, recipe, tokens := lab.calibration_of(bench, recipe))
+            recipe = parse_recipe(common | own)
+            trial = lab.run_trial(bench, name, recipe, tokens := lab.calibration_of(bench, recipe))
             loss = searching.probe_of(recipe, bench.teacher, tokens, bench.job(recipe)).losses([trial.plan])[0].mean
             rows.append({"search": name, "loss": loss, "removed": trial.plan.names(), "seconds": trial.seconds,
                          "site_evaluations": trial.site_evaluations})  # fmt: skip

@@ -26,16 +26,16 @@ from results import page
 import billhook
 from billhook import lab, stats
 from billhook.data import TokenSet
-from billhook.evaluate.choices import outcomes
-from billhook.face import keep_pages
+from billhook.evaluate.choices import score_choices
+from billhook.face import tune_allocator
 from billhook.plan import Plan
-from billhook.portions import shared_out
-from billhook.proof import Job, Side, choice_sums, nats_of
-from billhook.recipe import combined, recipe_from
+from billhook.portions import train_validation_split
+from billhook.proof import RunContext, Student, choice_logprobs, perplexity_results
+from billhook.recipe import parse_recipe, with_overrides
 from billhook.records import EvalResult, Event
-from billhook.recover import RECOVERIES, Subject
-from billhook.recovering import EVERY, recovery_options
-from billhook.repair import UNTOUCHED, Repair
+from billhook.recover import RECOVERIES, RecoveryTask
+from billhook.recovering import TRAINING_VALIDATION_EVERY, recovery_options
+from billhook.repair import NO_REPAIR, Repair
 from billhook.searching import recovery_tokens
 from billhook.store import Store
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "docs" / "results.md")
     given = parser.parse_args()
-    keep_pages()
+    tune_allocator()
     given.work.mkdir(parents=True, exist_ok=True)
     texts = texts_of(given.data, given.work)
     database = given.work / "billhook.db"
@@ -66,10 +66,10 @@ def main() -> None:
             "model": "demo", "remove": "12sites", "data": texts["c4"], "tokens": TOKENS, "length": LENGTH,
             "self_share": 0.0,
         }  # fmt: skip
-        recipe = recipe_from(combined("billhook", **common, **SCALED["billhook"]))
+        recipe = parse_recipe(with_overrides("billhook", **common, **SCALED["billhook"]))
         run = store.new_run(recipe.model_dump(), {"laboratory": "recovery"}, str(given.work))
-        bench = lab.Lab(store, run, billhook.load("demo"), tell)
-        trial = lab.tried(bench, "billhook", recipe, lab.calibration_of(bench, recipe))
+        bench = lab.StudyContext(store, run, billhook.load("demo"), tell)
+        trial = lab.run_trial(bench, "billhook", recipe, lab.calibration_of(bench, recipe))
         grid = lab.Grid(("billhook",), ("12sites",), (texts["c4"],), (texts["c4"], texts["wikitext2"]),
                         tuple(texts[task] for task in TASKS[:2]))  # fmt: skip
         sets = lab.evaluation_sets(bench, grid, recipe)
@@ -82,7 +82,7 @@ def main() -> None:
             told["in_search"] = in_search(bench, texts_only, few, given.work / "training")
             file_result("recovery", told)
         chains = [name for name in given.only if name != IN_SEARCH]
-        sides = [(Plan(), UNTOUCHED), (trial.plan, UNTOUCHED)] if chains else []
+        sides = [(Plan(), NO_REPAIR), (trial.plan, NO_REPAIR)] if chains else []
         before = [results_of(job, bench, sets, side) for side in sides]
         for number, chain in enumerate(chains):
             names, _, mixed = chain.partition("+")
@@ -104,28 +104,30 @@ def main() -> None:
     written_down(database, MEASURED)
 
 
-def in_search(bench: lab.Lab, sets: dict[str, TokenSet], common: dict[str, Any], work: Path) -> dict[str, Any]:
+def in_search(bench: lab.StudyContext, sets: dict[str, TokenSet], common: dict[str, Any], work: Path) -> dict[str, Any]:
     """What it changes that a search judges plans after a fold: both plans are folded, then compared."""
     found, told = [], {}
     for name, inside in {"after the search": False, "in the search too": True}.items():
-        recipe = recipe_from(common | {"search": "greedy", "fast": True, "recover": "fold", "fold_in_search": inside})
-        trial = lab.tried(bench, "greedy", recipe, lab.calibration_of(bench, recipe))
+        recipe = parse_recipe(common | {"search": "greedy", "fast": True, "recover": "fold", "fold_in_search": inside})
+        trial = lab.run_trial(bench, "greedy", recipe, lab.calibration_of(bench, recipe))
         repair, _ = recovered(bench.job(recipe), bench, trial.plan, work)
         found.append(results_of(bench.job(recipe), bench, sets, (trial.plan, repair)))
         told[name] = {"removed": trial.plan.names(), "search_seconds": trial.seconds,
                       "parameters": bench.teacher.anatomy.total("parameters", trial.plan)}  # fmt: skip
-    dense = results_of(bench.job(recipe), bench, sets, (Plan(), UNTOUCHED))
+    dense = results_of(bench.job(recipe), bench, sets, (Plan(), NO_REPAIR))
     return told | {"on": row(dense, *found, 0.0)["on"], "tokens": common["tokens"]}
 
 
-def results_of(job: Job, bench: lab.Lab, sets: dict[str, TokenSet], side: Side) -> dict[str, EvalResult]:
+def results_of(
+    job: RunContext, bench: lab.StudyContext, sets: dict[str, TokenSet], side: Student
+) -> dict[str, EvalResult]:
     """Perplexity on every text and accuracy on every task of one student; filed, so that no side is measured twice."""
     found = {}
     for name, tokens in sets.items():
         if tokens.choices is None:
-            (found[name],) = nats_of(job, bench.teacher, [side], tokens)
+            (found[name],) = perplexity_results(job, bench.teacher, [side], tokens)
         else:
-            found[name] = outcomes(tokens, choice_sums(job, bench.teacher, [side], tokens)[0])["acc"]
+            found[name] = score_choices(tokens, choice_logprobs(job, bench.teacher, [side], tokens)[0])["acc"]
     return found
 
 
@@ -135,9 +137,11 @@ def tell(event: Event) -> None:
         print(f"{time.strftime('%H:%M:%S')} {event.stage} {event.done}/{event.total} {event.note}", file=sys.stderr)
 
 
-def recovered(job: Job, bench: lab.Lab, plan: Plan, work: Path) -> tuple[Repair, list[tuple[float, float]]]:
+def recovered(
+    job: RunContext, bench: lab.StudyContext, plan: Plan, work: Path
+) -> tuple[Repair, list[tuple[float, float]]]:
     """The repair of a chain of recoveries, and the best validation loss over the seconds of its trainings."""
-    repair, start = UNTOUCHED, time.perf_counter()
+    repair, start = NO_REPAIR, time.perf_counter()
     curve: list[tuple[float, float]] = []
 
     def watch(event: Event) -> None:
@@ -146,11 +150,13 @@ def recovered(job: Job, bench: lab.Lab, plan: Plan, work: Path) -> tuple[Repair,
         if best and (not curve or float(best) < curve[-1][1]):
             curve.append((round(time.perf_counter() - start, 1), float(best)))
 
-    train, valid = shared_out(recovery_tokens(job.recipe, bench.teacher, job.watch), EVERY)
+    train, valid = train_validation_split(
+        recovery_tokens(job.recipe, bench.teacher, job.watch), TRAINING_VALIDATION_EVERY
+    )
     for name, options in recovery_options(job.recipe).items():
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        subject = Subject(bench.teacher, plan, repair, None, job.recipe.seed, work, watch)
+        subject = RecoveryTask(bench.teacher, plan, repair, None, job.recipe.seed, work, watch)
         repair = RECOVERIES[name](subject, train, valid, **options)
     return repair, curve
 
@@ -163,7 +169,7 @@ def row(
     for name, result in after.items():
         change = stats.paired_difference(bare[name], result)
         text = result.name == "perplexity"
-        values = [stats.exp(each.mean) if text else each.mean for each in (dense[name], bare[name], result)]
+        values = [stats.exp_capped(each.mean) if text else each.mean for each in (dense[name], bare[name], result)]
         lost = values[1] - values[0]
         on[name] = {
             "kind": result.name, "tokens": result.tokens, "dense": values[0], "before": values[1], "after": values[2],

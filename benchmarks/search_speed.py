@@ -25,15 +25,15 @@ from typing import Any
 
 import torch
 
-from billhook.budget import read_budgets
-from billhook.data import TokenSet, documents, pick, prefix_of, read_texts, token_set
-from billhook.face import keep_pages
+from billhook.budget import parse_budgets
+from billhook.data import TokenSet, documents, pack_rows, read_texts, special_prefix, token_set
+from billhook.face import tune_allocator
 from billhook.loading import Teacher, load
-from billhook.plan import Ask, Plan
-from billhook.probe import Fast, Probe
+from billhook.plan import MeasureRequest, Plan
+from billhook.probe import Probe, RacingOptions
 from billhook.problem import Problem
 from billhook.records import Loss
-from billhook.search import SEARCHES, settle
+from billhook.search import SEARCHES, drive
 
 HELD_OUT = 64  # sequences on which the two plans are compared
 
@@ -82,15 +82,15 @@ def _child(side: str, plans: str = "{}") -> dict[str, Any]:
 
 
 def _side(given: argparse.Namespace) -> dict[str, Any]:
-    keep_pages()
+    tune_allocator()
     teacher = load(given.model)
     calibration, held_out = _tokens(given, teacher)
     if given.side == "heldout":
         probe = Probe(teacher, held_out, "kl")
         plans = json.loads(given.plans)
-        losses = probe.losses([Plan.of(names) for names in plans.values()])
+        losses = probe.losses([Plan.parse(names) for names in plans.values()])
         return {side: loss.mean for side, loss in zip(plans, losses, strict=True)}
-    problem = Problem(teacher.anatomy, read_budgets(given.remove)).check()
+    problem = Problem(teacher.anatomy, parse_budgets(given.remove)).check()
     return _plain(given, teacher, calibration, problem) if given.side == "plain" else _ours(
         given, teacher, calibration, problem
     )  # fmt: skip
@@ -105,9 +105,9 @@ def _tokens(given: argparse.Namespace, teacher: Teacher) -> tuple[TokenSet, Toke
         found = [tuple(row) for row in rows.tolist()]
     else:
         texts = read_texts(given.data, "text", teacher.tokenizer)
-        prefix = prefix_of(teacher.tokenizer)
+        prefix = special_prefix(teacher.tokenizer)
         long = [d for d in documents(texts, teacher.tokenizer, given.seed) if len(d.ids) >= given.length]
-        one = pick(long[:count], count * given.length, given.length, prefix, given.data)
+        one = pack_rows(long[:count], count * given.length, given.length, prefix, given.data)
         found = [tuple(row) for row in one.rows.tolist()]
     sets = [found[: given.sequences], found[given.sequences : count]]
     return tuple(token_set(s, range(len(s)), range(len(s)), [""] * len(s), given.data) for s in sets)  # type: ignore
@@ -130,7 +130,7 @@ def _plain(given: argparse.Namespace, teacher: Teacher, tokens: TokenSet, proble
     each: list[float] = []
     start = time.perf_counter()
     plan, losses, count = Plan(), [], 0
-    while not problem.met(plan) and len(losses) < (given.rounds or len(problem.anatomy.sites)):
+    while not problem.is_met(plan) and len(losses) < (given.rounds or len(problem.anatomy.sites)):
         found = []
         for move in problem.moves(plan):
             begin = time.perf_counter()
@@ -167,7 +167,7 @@ def _zeroed(teacher: Teacher, plan: Plan) -> Iterator[None]:
     def zero(module: Any, args: Any, output: Any) -> Any:
         return (output[0].zero_(), *output[1:]) if isinstance(output, tuple) else output.zero_()
 
-    names = {"attention": teacher.row.attention, "mlp": teacher.row.mlp[-1]}
+    names = {"attention": teacher.architecture.attention, "mlp": teacher.architecture.mlp[-1]}
     handles = [getattr(teacher.block(s.block), names[s.part]).register_forward_hook(zero) for s in plan.sites()]
     yield
     for handle in handles:
@@ -182,12 +182,12 @@ class _Enough(Exception):
 
 
 def _ours(given: argparse.Namespace, teacher: Teacher, tokens: TokenSet, problem: Problem) -> dict[str, Any]:
-    probe = Probe(teacher, tokens, "kl", fast=Fast() if given.mode == "fast" else None)
+    probe = Probe(teacher, tokens, "kl", fast=RacingOptions() if given.mode == "fast" else None)
     losses: list[float] = []
     reached: list[Plan] = []
 
-    def measure(ask: Ask) -> list[Loss]:
-        found = probe.losses(ask.plans, ask.best)
+    def measure(ask: MeasureRequest) -> list[Loss]:
+        found = probe.losses(ask.plans, ask.full_results)
         full = [(loss.mean, i) for i, loss in enumerate(found) if not loss.bound]
         losses.append(min(full)[0])
         reached.append(ask.plans[min(full)[1]])
@@ -198,7 +198,7 @@ def _ours(given: argparse.Namespace, teacher: Teacher, tokens: TokenSet, problem
 
     start = time.perf_counter()
     with suppress(_Enough):
-        settle(SEARCHES["greedy"](problem), measure)
+        drive(SEARCHES["greedy"](problem), measure)
     wall = time.perf_counter() - start
     decided = {kind: sum(tally[kind] for tally in probe.tally) for kind in ("full", "bound", "raced", "skipped")}
     return {

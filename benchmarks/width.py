@@ -26,12 +26,12 @@ from results import page
 
 import billhook
 from billhook import lab, speed, stats
-from billhook.face import keep_pages
+from billhook.face import tune_allocator
 from billhook.plan import Plan
-from billhook.proof import filed_under
-from billhook.recipe import combined, recipe_from
+from billhook.proof import cache_dtype
+from billhook.recipe import parse_recipe, with_overrides
 from billhook.records import EvalResult, Event
-from billhook.repair import UNTOUCHED
+from billhook.repair import NO_REPAIR
 from billhook.store import Store
 from billhook.surgery import apply
 
@@ -66,14 +66,14 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "docs" / "results.md")
     given = parser.parse_args()
-    keep_pages()
+    tune_allocator()
     given.work.mkdir(parents=True, exist_ok=True)
     texts, database, file = texts_of(given.data, given.work), given.work / "billhook.db", MEASURED / "width.json"
     put_back(database, MEASURED)
     told: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": {}, "speed": {}}
     with closing(Store(database)) as store:
         run = store.new_run({}, {"laboratory": "width"}, str(given.work))
-        bench = lab.Lab(store, run, billhook.load("demo"), tell)
+        bench = lab.StudyContext(store, run, billhook.load("demo"), tell)
         for what in given.only.split(",") if given.only else every:
             size, name = what.split("/")
             if name == "speed":
@@ -91,16 +91,16 @@ def main() -> None:
         store.update(run, state="done")
 
 
-def tried(bench: lab.Lab, texts: dict[str, str], size: str, name: str) -> tuple[Any, lab.Trial]:
+def tried(bench: lab.StudyContext, texts: dict[str, str], size: str, name: str) -> tuple[Any, lab.Trial]:
     """The recipe of a row, and the plan that it finds."""
     common = {
         "model": "demo", "remove": size, "data": texts["c4"], "tokens": TOKENS, "length": LENGTH, "self_share": 0.0,
     }  # fmt: skip
-    recipe = recipe_from(combined(name.partition(" ")[0], **common, **(RECIPES | OPTIONS)[name]))
-    return recipe, lab.tried(bench, name, recipe, lab.calibration_of(bench, recipe))
+    recipe = parse_recipe(with_overrides(name.partition(" ")[0], **common, **(RECIPES | OPTIONS)[name]))
+    return recipe, lab.run_trial(bench, name, recipe, lab.calibration_of(bench, recipe))
 
 
-def measured(bench: lab.Lab, texts: dict[str, str], what: str, work: Path) -> dict[str, Any]:
+def measured(bench: lab.StudyContext, texts: dict[str, str], what: str, work: Path) -> dict[str, Any]:
     """One row: the plan of a recipe at a size, on two texts and three tasks, without and with `fold`."""
     size, name = what.split("/")
     recipe, trial = tried(bench, texts, size, name)
@@ -112,23 +112,23 @@ def measured(bench: lab.Lab, texts: dict[str, str], what: str, work: Path) -> di
     start = time.perf_counter()
     repair, _ = recovered(bench.job(asked), bench, trial.plan, work)
     seconds = time.perf_counter() - start
-    students = (Plan(), UNTOUCHED), (trial.plan, UNTOUCHED), (trial.plan, repair)
+    students = (Plan(), NO_REPAIR), (trial.plan, NO_REPAIR), (trial.plan, repair)
     sides = (results_of(bench.job(recipe), bench, sets, student) for student in students)
     anatomy = bench.teacher.anatomy
     return row(*sides, seconds) | {
-        "removed": trial.plan.names(), "narrowed": trial.plan.narrow_names(),
-        "filed": {"before": filed_under(bench.teacher, UNTOUCHED), "after": filed_under(bench.teacher, repair)},
+        "removed": trial.plan.names(), "narrowed": trial.plan.narrowed_names(),
+        "filed": {"before": cache_dtype(bench.teacher, NO_REPAIR), "after": cache_dtype(bench.teacher, repair)},
         "parameters": anatomy.total("parameters", trial.plan), "kv": anatomy.total("kv_bytes_per_token", trial.plan),
     }  # fmt: skip
 
 
-def held_against(bench: lab.Lab, rows: dict[str, Any], size: str) -> list[dict[str, Any]]:
+def held_against(bench: lab.StudyContext, rows: dict[str, Any], size: str) -> list[dict[str, Any]]:
     """What each of `RIVALS` loses more than the best of its rivals of that size, in nats a token, without and with
     `fold`, paired over texts."""
 
     def filed(what: str, text: str, when: str) -> EvalResult:
         row = rows[what]
-        plan = Plan.of(row["removed"] + row["narrowed"])
+        plan = Plan.parse(row["removed"] + row["narrowed"])
         of = (bench.teacher.fingerprint, plan, "perplexity", row["on"][text]["tokens"], row["filed"][when])
         found = bench.store.evaluation(*of)
         assert found is not None, f"{what} was measured, but is not filed"
@@ -148,7 +148,7 @@ def held_against(bench: lab.Lab, rows: dict[str, Any], size: str) -> list[dict[s
     return told
 
 
-def options_of_saap(bench: lab.Lab, texts: dict[str, str]) -> list[dict[str, Any]]:
+def options_of_saap(bench: lab.StudyContext, texts: dict[str, str]) -> list[dict[str, Any]]:
     """Other settings of saap at `OPTIONS_AT`, without a recovery, in pairs against what it is meant to beat."""
     told: list[dict[str, Any]] = []
     base: dict[str, EvalResult] = {}
@@ -156,17 +156,17 @@ def options_of_saap(bench: lab.Lab, texts: dict[str, str]) -> list[dict[str, Any
         recipe, trial = tried(bench, texts, OPTIONS_AT, name)
         grid = lab.Grid((name,), (OPTIONS_AT,), (texts["c4"],), (texts["c4"], texts["wikitext2"]), ())
         sets = lab.evaluation_sets(bench, grid, recipe)
-        found = results_of(bench.job(recipe), bench, sets, (trial.plan, UNTOUCHED))
+        found = results_of(bench.job(recipe), bench, sets, (trial.plan, NO_REPAIR))
         base = base or found
         for text, result in found.items():
             gap = stats.paired_difference(base[text], result)
-            told.append({"recipe": name, "text": text, "perplexity": stats.exp(result.mean),
+            told.append({"recipe": name, "text": text, "perplexity": stats.exp_capped(result.mean),
                          "change": gap.value, "low": gap.low, "high": gap.high})  # fmt: skip
         tell(Event("recovery", 1, 1, name))
     return told
 
 
-def timed(bench: lab.Lab, texts: dict[str, str], size: str, work: Path) -> dict[str, Any]:
+def timed(bench: lab.StudyContext, texts: dict[str, str], size: str, work: Path) -> dict[str, Any]:
     """Prefill and decoding of what every recipe leaves, and of the unpruned model, in turn, and peak memory."""
     shutil.rmtree(work, ignore_errors=True)
     names = ["unpruned", *RECIPES]
@@ -178,10 +178,12 @@ def timed(bench: lab.Lab, texts: dict[str, str], size: str, work: Path) -> dict[
         billhook.save(model, None, plan, folder, teacher=bench.teacher)
     found: dict[str, Any] = {}
     for batch in BATCHES[size]:
-        protocol = speed.Protocol(batch=batch, new_tokens=16, repeats=5)
-        timings = speed.time_in_turn(models, folders, protocol)
+        protocol = speed.TimingProtocol(batch=batch, new_tokens=16, repeats=5)
+        timings = speed.time_interleaved(models, folders, protocol)
         for name, timing in zip(names, timings, strict=True):
-            found.setdefault(name, {})[str(batch)] = speed.rates(timing) | {"ratio": speed.ratio(timings[0], timing)}
+            found.setdefault(name, {})[str(batch)] = speed.rates(timing) | {
+                "ratio": speed.speed_ratio(timings[0], timing)
+            }
         tell(Event("recovery", batch, max(BATCHES[size]), f"{size}, times"))
     shutil.rmtree(work)
     return found

@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     )
     from billhook.budget import Budget
     from billhook.contests import (
+        ab_test,
         baselines,
         compare,
-        compare_endpoints,
         evaluate_tasks,
         gate,
         save_baseline,
         stability,
         sweep,
         threshold,
-        trade,
+        transfer,
     )
     from billhook.errors import BillhookError
-    from billhook.export.adapter import with_adapter
+    from billhook.export.adapter import load_with_adapter
     from billhook.export.checkpoint import save
     from billhook.loading import Teacher, load, register
     from billhook.mask import masked
@@ -55,16 +55,17 @@ __all__ = [
     "Recipe",
     "Site",
     "Teacher",
+    "ab_test",
     "apply",
     "baselines",
     "compare",
-    "compare_endpoints",
     "dry_run",
     "evaluate_model",
     "evaluate_tasks",
     "gate",
     "inspect",
     "load",
+    "load_with_adapter",
     "masked",
     "measure_speed",
     "methods",
@@ -79,21 +80,20 @@ __all__ = [
     "stability",
     "sweep",
     "threshold",
-    "trade",
-    "with_adapter",
+    "transfer",
 ]
 _API = ("dry_run", "evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume", "runs", "score", "show")
 _CONTESTS = (
     "baselines",
     "compare",
-    "compare_endpoints",
+    "ab_test",
     "evaluate_tasks",
     "gate",
     "save_baseline",
     "stability",
     "sweep",
     "threshold",
-    "trade",
+    "transfer",
 )
 _HOMES = {
     **dict.fromkeys(_API, "api"),
@@ -107,7 +107,7 @@ _HOMES = {
     "apply": "surgery",
     "masked": "mask",
     "save": "export.checkpoint",
-    "with_adapter": "export.adapter",
+    "load_with_adapter": "export.adapter",
 }
 
 

@@ -17,89 +17,104 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from billhook import stats, verdict
-from billhook.answering import Answer, answer, likelihoods, offered, reach, warm
-from billhook.endpoint import Asking, Endpoint, Failure, opened
+from billhook.answering import (
+    Completion,
+    choose_model,
+    complete,
+    endpoint_choice_logprobs,
+    prompt_logprobs_support,
+    warm_up,
+)
+from billhook.endpoint import Endpoint, RequestFailed, RequestOptions, connect
 from billhook.errors import UnknownName
-from billhook.records import EvalResult, Event, Interval, Watch, silent
+from billhook.records import EvalResult, Event, EventListener, Interval, ignore_events
 
 if TYPE_CHECKING:
     from billhook.prompts import Prompt
 
 SIDES = ("a", "b")
-Sums = list[float] | Failure  # log-probabilities of the choices of an item, or why there are none
+ChoiceSums = list[float] | RequestFailed  # log-probabilities of the choices of an item, or why there are none
 
 
 @dataclass(frozen=True)
-class Heard:
+class Transcript:
     """What both endpoints answered, [prompt][side]. `order[i]`: the side that was asked first.
 
-    `can`: of a task, how each offers log-probabilities, or why not; `sums`: those of every item, if both offer them.
+    `logprobs_support`: of a task, how each offers log-probabilities, or why not; `choice_logprobs`: those of every item, if both offer them.
     """
 
     ends: list[Endpoint]
     order: list[int]
-    answers: list[list[Answer]]
-    can: list[int | str]
-    sums: list[list[Sums]]
+    answers: list[list[Completion]]
+    logprobs_support: list[int | str]
+    choice_logprobs: list[list[ChoiceSums]]
 
 
-def abtest(
-    a: Endpoint, b: Endpoint, prompts: Sequence[Prompt], asking: Asking | None = None, watch: Watch = silent
+def run_ab_test(
+    a: Endpoint,
+    b: Endpoint,
+    prompts: Sequence[Prompt],
+    options: RequestOptions | None = None,
+    watch: EventListener = ignore_events,
 ) -> dict[str, Any]:
     """Ask both endpoints every prompt; times, errors, agreement and scores, paired, and every prompt's outcome.
 
     It ends within `at_most_seconds` of the result, whatever the servers do. Raises EndpointError before any prompt is
     asked if one of them cannot be reached or refuses what it is asked.
     """
-    asking = asking if asking is not None else Asking()
+    options = options if options is not None else RequestOptions()
     start = time.perf_counter()
-    heard = asyncio.run(_hear((a, b), prompts, asking, watch))
-    return _told(heard, prompts, asking) | {"seconds": round(time.perf_counter() - start, 3)}
+    heard = asyncio.run(_collect_answers((a, b), prompts, options, watch))
+    return _ab_result(heard, prompts, options) | {"seconds": round(time.perf_counter() - start, 3)}
 
 
-def asking_of(options: Mapping[str, Any]) -> Asking:
+def request_options(options: Mapping[str, Any]) -> RequestOptions:
     """`Asking` from its fields by name. Raises UnknownName for any other."""
-    known = [each.name for each in fields(Asking)]
+    known = [each.name for each in fields(RequestOptions)]
     for name in options:
         if name not in known:
             raise UnknownName("way of asking", name, known)
-    return Asking(**options)
+    return RequestOptions(**options)
 
 
-def recipe_of(a: Endpoint, b: Endpoint, prompts: str, limit: int | None, asking: Asking) -> dict[str, Any]:
+def run_config(a: Endpoint, b: Endpoint, prompts: str, limit: int | None, options: RequestOptions) -> dict[str, Any]:
     """What a run of the store was told."""
     what = {"model": f"{a.url} {b.url}", "remove": None, "plan": None, "prompts": prompts, "limit": limit}
-    return what | {"a": asdict(a), "b": asdict(b), "asking": asdict(asking)}
+    return what | {"a": asdict(a), "b": asdict(b), "asking": asdict(options)}
 
 
 # -- asking ---------------------------------------------------------------------------------------------------------
 
 
-async def _hear(ends: Sequence[Endpoint], prompts: Sequence[Prompt], asking: Asking, watch: Watch) -> Heard:
+async def _collect_answers(
+    ends: Sequence[Endpoint], prompts: Sequence[Prompt], options: RequestOptions, watch: EventListener
+) -> Transcript:
     async with AsyncExitStack() as stack:
-        lines = [await stack.enter_async_context(opened(end, asking)) for end in ends]
-        lines = [await reach(line) for line in lines]  # both, before either is asked anything
-        lines = [await warm(line) for line in lines]
+        lines = [await stack.enter_async_context(connect(end, options)) for end in ends]
+        lines = [await choose_model(line) for line in lines]  # both, before either is asked anything
+        lines = [await warm_up(line) for line in lines]
         order = [number % 2 for number in range(len(prompts))]
-        random.Random(asking.seed).shuffle(order)
+        random.Random(options.seed).shuffle(order)
 
-        async def ask(number: int, side: int) -> Answer:
-            return await answer(lines[side], prompts[number].text, prompts[number].messages)
+        async def ask(number: int, side: int) -> Completion:
+            return await complete(lines[side], prompts[number].text, prompts[number].messages)
 
-        answers = await _in_pairs("ask", ask, order, asking.concurrency, watch)
-        can = [await offered(line, prompts[0].choices[0]) for line in lines] if prompts[0].choices else []
+        answers = await _in_pairs("ask", ask, order, options.concurrency, watch)
+        can = (
+            [await prompt_logprobs_support(line, prompts[0].choices[0]) for line in lines] if prompts[0].choices else []
+        )
         news = [new_tokens for new_tokens in can if isinstance(new_tokens, int)]
 
-        async def score(number: int, side: int) -> Sums:
-            return await likelihoods(lines[side], prompts[number].choices, news[side])
+        async def score(number: int, side: int) -> ChoiceSums:
+            return await endpoint_choice_logprobs(lines[side], prompts[number].choices, news[side])
 
         both = len(news) == 2
-        sums = await _in_pairs("score", score, order, asking.concurrency, watch) if both else []
-        return Heard([line.end for line in lines], order, answers, can, sums)
+        sums = await _in_pairs("score", score, order, options.concurrency, watch) if both else []
+        return Transcript([line.endpoint for line in lines], order, answers, can, sums)
 
 
 async def _in_pairs(
-    stage: str, ask: Callable[[int, int], Awaitable[Any]], order: Sequence[int], concurrency: int, watch: Watch
+    stage: str, ask: Callable[[int, int], Awaitable[Any]], order: Sequence[int], concurrency: int, watch: EventListener
 ) -> list[list[Any]]:
     """What `ask(number, side)` gives of every prompt, both sides in turn, `concurrency` pairs at a time."""
     found: list[list[Any]] = [[None, None] for _ in order]
@@ -122,20 +137,20 @@ async def _in_pairs(
     return found
 
 
-def _at_most_s(prompts: Sequence[Prompt], asking: Asking) -> float:
+def _at_most_s(prompts: Sequence[Prompt], options: RequestOptions) -> float:
     """Seconds until the end at most: every answer takes all of its time, and the longest pair comes last."""
     texts = [2 * 2 * len(prompt.choices) for prompt in prompts]  # at most a context for every choice, of both sides
-    pairs = (2 * len(prompts) + sum(texts)) / asking.concurrency + 2 + max(texts)
+    pairs = (2 * len(prompts) + sum(texts)) / options.concurrency + 2 + max(texts)
     first = 2 + 2 * 2 + 2 * 2  # models, warm-up, whether there are log-probabilities
-    return (first + pairs) * asking.at_most_s
+    return (first + pairs) * options.longest_s
 
 
 # -- telling --------------------------------------------------------------------------------------------------------
 
 
-def _told(heard: Heard, prompts: Sequence[Prompt], asking: Asking) -> dict[str, Any]:
+def _ab_result(transcript: Transcript, prompts: Sequence[Prompt], options: RequestOptions) -> dict[str, Any]:
     """The result: each side, B against A, and every outcome. Plain values that survive JSON."""
-    both = [pair for pair in heard.answers if pair[0].error is None and pair[1].error is None]
+    both = [pair for pair in transcript.answers if pair[0].error is None and pair[1].error is None]
     by_server = bool(both) and all(each.tokens is not None for pair in both for each in pair)
     times: dict[str, list[list[float | None]]] = {
         "latency_s": [[each.seconds for each in pair] for pair in both],
@@ -143,8 +158,8 @@ def _told(heard: Heard, prompts: Sequence[Prompt], asking: Asking) -> dict[str, 
         "first_token_s": [[each.first_s for each in pair] for pair in both],
         "tokens_per_s": [[_rate(each, by_server) for each in pair] for pair in both],
     }
-    rows = {name: _row(pairs, asking.seed) for name, pairs in times.items()}
-    sides = [_side(end, [pair[side] for pair in heard.answers]) for side, end in enumerate(heard.ends)]
+    rows = {name: _paired_row(pairs, options.seed) for name, pairs in times.items()}
+    sides = [_side(end, [pair[side] for pair in transcript.answers]) for side, end in enumerate(transcript.ends)]
     return {
         "laboratory": "abtest",
         "a": sides[0] | {name: row["a"] for name, row in rows.items()},
@@ -152,46 +167,46 @@ def _told(heard: Heard, prompts: Sequence[Prompt], asking: Asking) -> dict[str, 
         "ratio": {name: row["ratio"] for name, row in rows.items()},
         "pairs": len(both),
         "tokens_counted_by": "server" if by_server else "pieces",
-        "answered": _answered(heard.answers),
-        "agreement": _agreement(both, asking.seed) if both else None,
-        "task": _task(heard, prompts, asking.seed) if heard.can else None,
-        "asking": asdict(asking),
-        "at_most_seconds": _at_most_s(prompts, asking),
-        "outcomes": [_outcome(heard, number, prompt) for number, prompt in enumerate(prompts)],
+        "answered": _answered(transcript.answers),
+        "agreement": _agreement(both, options.seed) if both else None,
+        "task": _task(transcript, prompts, options.seed) if transcript.logprobs_support else None,
+        "asking": asdict(options),
+        "at_most_seconds": _at_most_s(prompts, options),
+        "outcomes": [_outcome(transcript, number, prompt) for number, prompt in enumerate(prompts)],
     }
 
 
-def _rate(told: Answer, by_server: bool) -> float | None:
+def _rate(completion: Completion, by_server: bool) -> float | None:
     """Tokens a second of a whole answer; None for an empty one."""
-    count = told.tokens if by_server else told.pieces
-    return count / told.seconds if count and told.seconds else None
+    count = completion.tokens if by_server else completion.pieces
+    return count / completion.seconds if count and completion.seconds else None
 
 
-def _row(pairs: Sequence[Sequence[float | None]], seed: int) -> dict[str, Any]:
+def _paired_row(pairs: Sequence[Sequence[float | None]], seed: int) -> dict[str, Any]:
     """Mean of A, mean of B and the ratio of both, over the pairs in which both are known."""
     known = [(x, y) for x, y in pairs if x is not None and y is not None]
     if not known:
         return {"a": None, "b": None, "ratio": None}
     a, b = zip(*known, strict=True)
-    return {"a": _mean(a, seed), "b": _mean(b, seed), "ratio": _plain(stats.paired_ratio(a, b, seed))}
+    return {"a": _mean(a, seed), "b": _mean(b, seed), "ratio": _interval_json(stats.paired_ratio(a, b, seed))}
 
 
 def _mean(values: Sequence[float], seed: int) -> dict[str, Any]:
-    return _plain(stats.paired_ratio([1.0] * len(values), values, seed))
+    return _interval_json(stats.paired_ratio([1.0] * len(values), values, seed))
 
 
-def _plain(told: Interval) -> dict[str, Any]:
+def _interval_json(interval: Interval) -> dict[str, Any]:
     """An interval as JSON; ends that are not known are null."""
-    low, high = (end if math.isfinite(end) else None for end in (told.low, told.high))
-    return {"value": told.value, "low": low, "high": high, "n": told.n, "reliable": told.reliable}
+    low, high = (end if math.isfinite(end) else None for end in (interval.low, interval.high))
+    return {"value": interval.value, "low": low, "high": high, "n": interval.n, "reliable": interval.reliable}
 
 
 def _share(count: int, n: int) -> dict[str, Any]:
-    low, high = stats.share_interval(count, n)
+    low, high = stats.wilson_interval(count, n)
     return {"value": count / n, "low": low, "high": high, "n": n, "reliable": True}
 
 
-def _side(end: Endpoint, answers: Sequence[Answer]) -> dict[str, Any]:
+def _side(end: Endpoint, answers: Sequence[Completion]) -> dict[str, Any]:
     good = [each for each in answers if each.error is None]
     return {
         "url": end.url,
@@ -204,7 +219,7 @@ def _side(end: Endpoint, answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def _answered(answers: Sequence[Sequence[Answer]]) -> dict[str, Any]:
+def _answered(answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
     """Which of both answered, by prompt, and McNemar's mid-p that they fail alike."""
     seen = Counter((a.error is None, b.error is None) for a, b in answers)
     only_a, only_b = seen[True, False], seen[False, True]
@@ -212,7 +227,7 @@ def _answered(answers: Sequence[Sequence[Answer]]) -> dict[str, Any]:
             "p": verdict.mcnemar(only_b, only_a)}  # fmt: skip
 
 
-def _agreement(both: Sequence[Sequence[Answer]], seed: int) -> dict[str, Any]:
+def _agreement(both: Sequence[Sequence[Completion]], seed: int) -> dict[str, Any]:
     """How often the texts are the same, and how much of their beginnings is, on average."""
     texts = [(a.text or "", b.text or "") for a, b in both]
     return {
@@ -226,17 +241,18 @@ def _prefix(a: Sequence[str], b: Sequence[str]) -> float:
     return float(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
 
 
-def _task(heard: Heard, prompts: Sequence[Prompt], seed: int) -> dict[str, Any]:
+def _task(transcript: Transcript, prompts: Sequence[Prompt], seed: int) -> dict[str, Any]:
     """Accuracy by log-probabilities over the items that both scored, and its change, paired; or why there is none."""
-    why = {name: can for name, can in zip(SIDES, heard.can, strict=True) if isinstance(can, str)}
+    why = {name: can for name, can in zip(SIDES, transcript.logprobs_support, strict=True) if isinstance(can, str)}
     told: dict[str, Any] = {"not_offered": why, "items": 0, "acc": None, "acc_norm": None}
     scored = [
         (prompt, pair[0], pair[1])
-        for prompt, pair in zip(prompts, heard.sums, strict=False)
-        if not isinstance(pair[0], Failure) and not isinstance(pair[1], Failure)
+        for prompt, pair in zip(prompts, transcript.choice_logprobs, strict=False)
+        if not isinstance(pair[0], RequestFailed) and not isinstance(pair[1], RequestFailed)
     ]
     told["errors"] = {
-        name: sum(isinstance(pair[side], Failure) for pair in heard.sums) for side, name in enumerate(SIDES)
+        name: sum(isinstance(pair[side], RequestFailed) for pair in transcript.choice_logprobs)
+        for side, name in enumerate(SIDES)
     }
     told["items"] = n = len(scored)
     for name in ("acc", "acc_norm") if scored else ():
@@ -248,7 +264,7 @@ def _task(heard: Heard, prompts: Sequence[Prompt], seed: int) -> dict[str, Any]:
         ]
         a, b = (EvalResult(name, "", each, (1,) * n, tuple(range(n))) for each in right)
         told[name] = {"a": _share(int(sum(a.sums)), n), "b": _share(int(sum(b.sums)), n)}
-        told[name]["change"] = _plain(stats.paired_difference(a, b, seed))
+        told[name]["change"] = _interval_json(stats.paired_difference(a, b, seed))
     return told
 
 
@@ -258,18 +274,18 @@ def _choice(sums: Sequence[float], prompt: Prompt, name: str) -> int:
     return max(range(len(sums)), key=lambda i: sums[i] / sizes[i])
 
 
-def _outcome(heard: Heard, number: int, prompt: Prompt) -> dict[str, Any]:
-    a, b = heard.answers[number]
+def _outcome(transcript: Transcript, number: int, prompt: Prompt) -> dict[str, Any]:
+    a, b = transcript.answers[number]
     told = {
         "prompt": prompt.number,
-        "first": SIDES[heard.order[number]],
+        "first": SIDES[transcript.order[number]],
         "a": asdict(a),
         "b": asdict(b),
         "same": a.text == b.text if a.error is None and b.error is None else None,
     }
-    if heard.sums:
+    if transcript.choice_logprobs:
         told["scores"] = {
-            name: str(sums) if isinstance(sums, Failure) else sums
-            for name, sums in zip(SIDES, heard.sums[number], strict=True)
+            name: str(sums) if isinstance(sums, RequestFailed) else sums
+            for name, sums in zip(SIDES, transcript.choice_logprobs[number], strict=True)
         } | {"gold": prompt.gold}
     return told

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from billhook.lab_words import accuracy, points, shown
-from billhook.summary import short, times
+from billhook.lab_words import format_accuracy, format_points, printable
+from billhook.summary import format_number, format_ratio
 
 Result = Mapping[str, Any]
 Spell = Callable[[float], str]
@@ -22,47 +22,51 @@ MEASURES = {
 MOST = 120  # characters of what a server says
 
 
-def rows(result: Result) -> list[tuple[str, str, str, str]]:
+def ab_rows(result: Result) -> list[tuple[str, str, str, str]]:
     """The lines of the table: what, A, B, and B against A."""
     a, b, answered = result["a"], result["b"], result["answered"]
     p = f"p = {answered['p']:.2g}" if answered["only_a"] + answered["only_b"] else "–"
-    told = [("Answered", _cell(a["answered"], accuracy, _whole), _cell(b["answered"], accuracy, _whole), p)]
+    told = [
+        ("Answered", _cell(a["answered"], format_accuracy, _whole), _cell(b["answered"], format_accuracy, _whole), p)
+    ]
     for label, name in MEASURES.items():
         if result["ratio"][name] and (name != "total_s" or a["retries"] or b["retries"]):
-            spell = _seconds if name.endswith("_s") and name != "tokens_per_s" else short
-            told.append((label, _cell(a[name], spell), _cell(b[name], spell), _cell(result["ratio"][name], times)))
+            spell = _seconds if name.endswith("_s") and name != "tokens_per_s" else format_number
+            told.append(
+                (label, _cell(a[name], spell), _cell(b[name], spell), _cell(result["ratio"][name], format_ratio))
+            )
     if agreement := result["agreement"]:
-        told.append(("Same text", "", "", _cell(agreement["same"], accuracy, _whole)))
+        told.append(("Same text", "", "", _cell(agreement["same"], format_accuracy, _whole)))
         told.append(("Same words at first", "", "", _cell(agreement["prefix_words"])))
     for label, name in (("Accuracy", "acc"), ("Accuracy, by length", "acc_norm")):
         if score := (result["task"] or {}).get(name):
-            first, second = (_cell(score[side], accuracy, _whole) for side in ("a", "b"))
-            told.append((label, first, second, _cell(score["change"], points, _points, " to ")))
+            first, second = (_cell(score[side], format_accuracy, _whole) for side in ("a", "b"))
+            told.append((label, first, second, _cell(score["change"], format_points, _format_points, " to ")))
     return told
 
 
-def _cell(told: Mapping[str, Any], spell: Spell = short, ends: Spell | None = None, to: str = "–") -> str:
+def _cell(values: Mapping[str, Any], spell: Spell = format_number, ends: Spell | None = None, to: str = "–") -> str:
     """`0.21 (0.20–0.22)`; of a single pair without the ends, which are not known."""
-    if told["low"] is None:
-        return spell(told["value"])
-    low, high = ((ends or spell)(told[end]).removeprefix("×") for end in ("low", "high"))
-    return f"{spell(told['value'])} ({low}{to}{high})"
+    if values["low"] is None:
+        return spell(values["value"])
+    low, high = ((ends or spell)(values[end]).removeprefix("×") for end in ("low", "high"))
+    return f"{spell(values['value'])} ({low}{to}{high})"
 
 
 def _seconds(x: float) -> str:
     """Milliseconds are seen."""
-    return f"{x:.3f}" if x < 10 else short(x)
+    return f"{x:.3f}" if x < 10 else format_number(x)
 
 
 def _whole(x: float) -> str:
     return f"{100 * x:.0f}"
 
 
-def _points(x: float) -> str:
+def _format_points(x: float) -> str:
     return f"{100 * x:+.0f}".replace("-", "−")
 
 
-def notes(result: Result) -> list[str]:
+def ab_notes(result: Result) -> list[str]:
     """What a reader of the numbers must know."""
     answered, pairs = result["answered"], result["pairs"]
     total = len(result["outcomes"])
@@ -76,11 +80,13 @@ def notes(result: Result) -> list[str]:
             counted = ", ".join(f"{count} {kind}" for kind, count in side["errors"].items()) or "no error"
             told.append(f"{name.upper()}: {counted}, {side['retries']} further attempts.")
         for kind, detail in side["first_errors"].items():
-            told.append(f"  the first {kind}: {shown(detail)[:MOST]}")
+            told.append(f"  the first {kind}: {printable(detail)[:MOST]}")
     if pairs and result["tokens_counted_by"] == "pieces":
         told.append("Tokens are pieces of the stream, as not both servers count them: a piece may hold several.")
     for name, why in (result["task"] or {"not_offered": {}})["not_offered"].items():
-        told.append(f"No task scores: {name.upper()} offers no log-probabilities of a prompt ({shown(why)[:MOST]}).")
+        told.append(
+            f"No task scores: {name.upper()} offers no log-probabilities of a prompt ({printable(why)[:MOST]})."
+        )
     if (task := result["task"]) and not task["not_offered"]:
         lost = task["errors"]
         told.append(f"Scored by both: {task['items']} items; not by A {lost['a']}, not by B {lost['b']}.")

@@ -13,9 +13,19 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from billhook.endpoint import MOST_BYTES, Endpoint, Failure, Line, asked, hidden, one_object, patiently, sent
+from billhook.endpoint import (
+    MOST_BYTES,
+    Connection,
+    Endpoint,
+    RequestFailed,
+    parse_object,
+    redact_key,
+    request_json,
+    send,
+    with_retries,
+)
 from billhook.errors import EndpointError
-from billhook.lab_words import shown
+from billhook.lab_words import printable
 
 if TYPE_CHECKING:
     import httpx
@@ -28,7 +38,7 @@ NO_ECHO = "the answer does not repeat the prompt with them"
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Completion:
     """What came of one prompt: the text, or what went wrong. Times are those of the last attempt, in seconds."""
 
     text: str | None = None
@@ -46,44 +56,44 @@ class Answer:
 # -- the first words ------------------------------------------------------------------------------------------------
 
 
-async def reach(line: Line) -> Line:
+async def choose_model(connection: Connection) -> Connection:
     """The line with a model: the given one, or the first that the server lists. Raises EndpointError."""
-    end, option = line.end, f"--model-{line.end.name.lower()}"
-    told, _ = await patiently(line, lambda: asked(line, "models"))
-    if not isinstance(told, Failure):
+    end, option = connection.endpoint, f"--model-{connection.endpoint.name.lower()}"
+    told, _ = await with_retries(connection, lambda: request_json(connection, "models"))
+    if not isinstance(told, RequestFailed):
         listed = told.get("data")
         names = [m.get("id") for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
         first = next((name for name in names if isinstance(name, str) and name), "")
         if end.model or first:
-            return replace(line, end=replace(end, model=end.model or first))
+            return replace(connection, endpoint=replace(end, model=end.model or first))
         raise EndpointError(f"{end.name}, {end.url}, lists no model. Name one: {option} NAME.")
     if told.code in (401, 403):
-        raise EndpointError(f"{end.name}, {end.url}, wants a key ({_plain(told)}). {_hint(end)}")
+        raise EndpointError(f"{end.name}, {end.url}, wants a key ({_printable_detail(told)}). {_hint(end)}")
     if told.kind in ("connection", "timeout") or not (end.model and told.code < 500):
         raise EndpointError(
-            f"{end.name}, {end.url}, cannot be asked ({_plain(told)}). Start the server, or correct "
+            f"{end.name}, {end.url}, cannot be asked ({_printable_detail(told)}). Start the server, or correct "
             f"--{end.name.lower()}; this must list its models: curl {end.url}/models"
         )
-    return line  # some servers list nothing, and the model is named
+    return connection  # some servers list nothing, and the model is named
 
 
-async def warm(line: Line) -> Line:
+async def warm_up(connection: Connection) -> Connection:
     """Ask for one short answer that is not counted. Raises EndpointError where the request itself is refused.
 
     A server that refuses to be asked for its count of tokens is not asked for it again.
     """
-    end = line.end
-    told = await answer(line, text="Hello")
+    end = connection.endpoint
+    told = await complete(connection, text="Hello")
     if told.code in (400, 422):
-        other = replace(line, end=replace(end, counts=False))
-        if (await answer(other, text="Hello")).error is None:
+        other = replace(connection, endpoint=replace(end, counts=False))
+        if (await complete(other, text="Hello")).error is None:
             return other
     if 400 <= told.code < 500 and told.code not in (408, 425, 429):
         hint = _hint(end) if told.code in (401, 403) else "Look at --kind and the name of the model."
         raise EndpointError(
-            f"{end.name}, {end.url}, refuses to answer as {shown(end.model)[:100]} ({_plain(told)}). {hint}"
+            f"{end.name}, {end.url}, refuses to answer as {printable(end.model)[:100]} ({_printable_detail(told)}). {hint}"
         )
-    return line
+    return connection
 
 
 def _hint(end: Endpoint) -> str:
@@ -91,30 +101,30 @@ def _hint(end: Endpoint) -> str:
     return f"Put the key into an environment variable and name that: {name} VARIABLE."
 
 
-def _plain(told: Failure | Answer) -> str:
+def _printable_detail(outcome: RequestFailed | Completion) -> str:
     """A detail that a terminal can show."""
-    return shown(told.detail)
+    return printable(outcome.detail)
 
 
 # -- answers --------------------------------------------------------------------------------------------------------
 
 
-async def answer(line: Line, text: str = "", messages: Sequence[Mapping[str, Any]] = ()) -> Answer:
+async def complete(connection: Connection, text: str = "", messages: Sequence[Mapping[str, Any]] = ()) -> Completion:
     """The answer to a text, or to the messages of a chat."""
     start = time.perf_counter()
-    told, attempts = await patiently(line, lambda: _streamed(line, text, messages))
+    told, attempts = await with_retries(connection, lambda: _streamed(connection, text, messages))
     total = time.perf_counter() - start
-    if isinstance(told, Failure):
-        return Answer(error=told.kind, detail=told.detail, code=told.code, attempts=attempts, total_s=total)
-    return replace(told, text=hidden(line.end, told.text or ""), attempts=attempts, total_s=total)
+    if isinstance(told, RequestFailed):
+        return Completion(error=told.kind, detail=told.detail, code=told.code, attempts=attempts, total_s=total)
+    return replace(told, text=redact_key(connection.endpoint, told.text or ""), attempts=attempts, total_s=total)
 
 
-async def _streamed(line: Line, text: str, messages: Sequence[Mapping[str, Any]]) -> Answer:
+async def _streamed(connection: Connection, text: str, messages: Sequence[Mapping[str, Any]]) -> Completion:
     """One attempt."""
-    asking = line.asking
-    body: dict[str, Any] = {"model": line.end.model, "max_tokens": asking.max_tokens, "stream": True}
+    asking = connection.options
+    body: dict[str, Any] = {"model": connection.endpoint.model, "max_tokens": asking.max_tokens, "stream": True}
     body["temperature"] = asking.temperature
-    if line.end.counts:
+    if connection.endpoint.counts:
         body["stream_options"] = {"include_usage": True}
     if asking.kind == "chat":
         path, body["messages"] = "chat/completions", list(messages) or [{"role": "user", "content": text}]
@@ -123,42 +133,42 @@ async def _streamed(line: Line, text: str, messages: Sequence[Mapping[str, Any]]
     found: list[str] = []
     first, tokens, finished = None, None, False
     start = time.perf_counter()
-    async with sent(line, path, body) as response, aclosing(_payloads(response)) as payloads:
+    async with send(connection, path, body) as response, aclosing(_payloads(response)) as payloads:
         async for payload in payloads:
-            piece = read_piece(payload, asking.kind)
+            piece = parse_chunk(payload, asking.kind)
             if piece.generated:
                 first = first if first is not None else time.perf_counter() - start
                 found.append(piece.text)
             tokens = piece.tokens if piece.tokens is not None else tokens
             finished = finished or piece.finished
     if not finished:
-        raise Failure("connection", f"the stream ended in the middle, after {len(found)} pieces", again=True)
+        raise RequestFailed("connection", f"the stream ended in the middle, after {len(found)} pieces", again=True)
     seconds = time.perf_counter() - start
-    return Answer("".join(found), seconds=seconds, first_s=first, pieces=len(found), tokens=tokens)
+    return Completion("".join(found), seconds=seconds, first_s=first, pieces=len(found), tokens=tokens)
 
 
 async def _payloads(response: httpx.Response) -> AsyncGenerator[bytes, None]:
     """The payloads of a stream, up to [DONE] or its end. Raises Failure for what is no stream of events."""
     buffer, size, some = b"", 0, False
-    async with aclosing(response.aiter_raw()) as chunks:  # type: ignore[type-var]
-        async for chunk in chunks:
+    async with aclosing(response.aiter_raw()) as pieces:  # type: ignore[type-var]
+        async for chunk in pieces:
             size += len(chunk)
-            found, buffer = events(buffer + chunk)
+            found, buffer = split_sse(buffer + chunk)
             if size > MOST_BYTES or len(buffer) > MOST_EVENT:
-                raise Failure("malformed", f"more bytes than an answer has: {size}")
+                raise RequestFailed("malformed", f"more bytes than an answer has: {size}")
             for payload in found:
                 some = True
                 yield payload
                 if payload == DONE:
                     return
-    for payload in events(buffer + b"\n\n")[0]:  # some servers close without the blank line
+    for payload in split_sse(buffer + b"\n\n")[0]:  # some servers close without the blank line
         some = True
         yield payload
     if size and not some:
-        raise Failure("malformed", f"no server-sent events: {buffer[:80]!r}")
+        raise RequestFailed("malformed", f"no server-sent events: {buffer[:80]!r}")
 
 
-def events(buffer: bytes) -> tuple[list[bytes], bytes]:
+def split_sse(buffer: bytes) -> tuple[list[bytes], bytes]:
     """The payloads of the whole server-sent events in `buffer`, and what is left of it.
 
     Comments, which keep a connection alive, and fields other than `data` are passed over. Lines end as the standard
@@ -173,7 +183,7 @@ def events(buffer: bytes) -> tuple[list[bytes], bytes]:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """What one event of a stream brings. `generated`: whether the model said or thought something."""
 
     text: str = ""
@@ -182,49 +192,49 @@ class Piece:
     finished: bool = False
 
 
-def read_piece(payload: bytes, kind: str) -> Piece:
+def parse_chunk(payload: bytes, kind: str) -> Chunk:
     """Read one payload: text, the count of tokens, the end. Raises Failure for what has another shape."""
     if payload == DONE:
-        return Piece(finished=True)
-    event = one_object(payload)
+        return Chunk(finished=True)
+    event = parse_object(payload)
     usage, choices = event.get("usage") or {}, event.get("choices") or []
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     counted = tokens if type(tokens) is int and 0 <= tokens < 2**31 else None
     if not choices:
-        return Piece(tokens=counted)
+        return Chunk(tokens=counted)
     choice = choices[0] if isinstance(choices, list) else None
     if not isinstance(choice, dict):
-        raise Failure("malformed", f"choices that are none: {choices!r}"[:300])
+        raise RequestFailed("malformed", f"choices that are none: {choices!r}"[:300])
     said = (choice.get("delta") or choice.get("message") or {}) if kind == "chat" else {"content": choice.get("text")}
     if not isinstance(said, dict) or not isinstance(text := said.get("content") or "", str):
-        raise Failure("malformed", f"a piece that is no text: {choice!r}"[:300])
+        raise RequestFailed("malformed", f"a piece that is no text: {choice!r}"[:300])
     thought = said.get("reasoning_content") or said.get("reasoning")
-    return Piece(text, bool(text or thought), counted, bool(choice.get("finish_reason")))
+    return Chunk(text, bool(text or thought), counted, bool(choice.get("finish_reason")))
 
 
 # -- log-probabilities ----------------------------------------------------------------------------------------------
 
 
-async def offered(line: Line, request: Request) -> int | str:
+async def prompt_logprobs_support(connection: Connection, request: Request) -> int | str:
     """With how many new tokens a server tells the log-probabilities of a prompt (0 or 1), or why it does not."""
     text, why = request.context + request.continuation, ""
     for new_tokens in (0, 1):  # older servers refuse 0
-        told, _ = await patiently(line, lambda n=new_tokens: echoed(line, text, n))  # type: ignore[misc]
-        if not isinstance(told, Failure):
+        told, _ = await with_retries(connection, lambda n=new_tokens: prompt_logprobs(connection, text, n))  # type: ignore[misc]
+        if not isinstance(told, RequestFailed):
             return new_tokens
-        why = _plain(told)
+        why = _printable_detail(told)
     return why
 
 
-async def echoed(line: Line, text: str, new_tokens: int) -> list[float | None]:
+async def prompt_logprobs(connection: Connection, text: str, new_tokens: int) -> list[float | None]:
     """Log-probability in nats of every token of `text`; None for the first, which nothing stands before.
 
     By `completions` with `echo`, as vLLM and llama-cpp-python offer it. llama.cpp's own server takes the request and
     tells the generated token only, which must not be taken for the prompt's: the echo is looked for.
     """
-    body = {"model": line.end.model, "prompt": text, "max_tokens": new_tokens, "temperature": 0, "echo": True,
+    body = {"model": connection.endpoint.model, "prompt": text, "max_tokens": new_tokens, "temperature": 0, "echo": True,
             "logprobs": 1}  # fmt: skip
-    told = await asked(line, "completions", body)
+    told = await request_json(connection, "completions", body)
     try:
         choice, usage = told["choices"][0], told.get("usage") or {}
         back, values = choice["text"], (choice["logprobs"] or {})["token_logprobs"]
@@ -232,13 +242,15 @@ async def echoed(line: Line, text: str, new_tokens: int) -> list[float | None]:
         values = values[: len(values) - new]
         good = back.startswith(text) and all(type(v) in (float, int) and math.isfinite(v) for v in values[1:])
     except (LookupError, TypeError, AttributeError) as error:
-        raise Failure("malformed", NO_ECHO) from error
+        raise RequestFailed("malformed", NO_ECHO) from error
     if not good or not values or (values[0] is not None and type(values[0]) not in (float, int)):
-        raise Failure("malformed", NO_ECHO)
+        raise RequestFailed("malformed", NO_ECHO)
     return list(values)
 
 
-async def likelihoods(line: Line, choices: Sequence[Request], new_tokens: int) -> list[float] | Failure:
+async def endpoint_choice_logprobs(
+    connection: Connection, choices: Sequence[Request], new_tokens: int
+) -> list[float] | RequestFailed:
     """Log-probability in nats of the continuation of every request, or what went wrong.
 
     Context and continuation are sent together, and the context alone without the blanks at its end: the continuation's
@@ -250,13 +262,13 @@ async def likelihoods(line: Line, choices: Sequence[Request], new_tokens: int) -
         head, whole = request.context.rstrip(), request.context + request.continuation
         values: list[float | None] = []
         for text in (whole,) if head in known else (head, whole):
-            told, _ = await patiently(line, lambda t=text: echoed(line, t, new_tokens))  # type: ignore[misc]
-            if isinstance(told, Failure):
+            told, _ = await with_retries(connection, lambda t=text: prompt_logprobs(connection, t, new_tokens))  # type: ignore[misc]
+            if isinstance(told, RequestFailed):
                 return told
             values = told
             known.setdefault(head, len(values))  # the context is the first of both
         rest = [value for value in values[known[head] :] if value is not None]
         if not rest:
-            return Failure("malformed", "a choice has no token of its own")
+            return RequestFailed("malformed", "a choice has no token of its own")
         sums.append(math.fsum(rest))
     return sums

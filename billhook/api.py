@@ -20,14 +20,14 @@ from billhook.loading import Teacher, load, pick_device
 from billhook.losses import ITEM_LOSSES, LOSSES
 from billhook.metrics import GROUP_METRICS, METRICS
 from billhook.plan import Plan, Site
-from billhook.protocols import normalised, windows
-from billhook.recipe import TARGETS, Recipe, combined, recipe_from
-from billhook.records import Score, Watch, silent
+from billhook.protocols import fixed_windows, per_byte_and_word
+from billhook.recipe import TARGETS, Recipe, parse_recipe, with_overrides
+from billhook.records import EventListener, Score, ignore_events
 from billhook.recover import RECOVERIES
-from billhook.registry import chosen
+from billhook.registry import resolve_options
 from billhook.search import SEARCHES
-from billhook.speed import Protocol
-from billhook.stats import exp, mean_interval, score_interval
+from billhook.speed import TimingProtocol
+from billhook.stats import exp_capped, mean_interval, score_interval
 from billhook.store import Run, Store
 from billhook.vet import dtype_name
 
@@ -41,7 +41,7 @@ def prune(
     recipe: str | Path | None = None,
     out: str | Path | None = None,
     store: str | Path = STORE,
-    watch: Watch = silent,
+    watch: EventListener = ignore_events,
     **options: Any,
 ) -> dict[str, Any]:
     """Prune a model and prove it; returns the result that report.json holds.
@@ -51,27 +51,31 @@ def prune(
     and its report appear at `out` (default: pruned/<run>), whole or not at all.
     Measurements that `store` holds are not repeated. Raises BillhookError; nothing half-written remains.
     """
-    asked = recipe_from(combined(recipe, model=str(model), **options), "The call")
+    asked = parse_recipe(with_overrides(recipe, model=str(model), **options), "The call")
     where = str(out) if out is not None else str(Path("pruned") / "{run}")
     with closing(Store(Path(store))) as opened:
-        run = opened.new_run(asked.model_dump(), here(asked), where)
-        return pipeline.execute(opened, opened.run(run), watch)
+        run = opened.new_run(asked.model_dump(), run_environment(asked), where)
+        return pipeline.run_pruning(opened, opened.run(run), watch)
 
 
-def here(recipe: Recipe) -> dict[str, Any]:
+def run_environment(recipe: Recipe) -> dict[str, Any]:
     """Where a run is measured."""
     return asdict(proof.environment(str(pick_device(recipe.device)))) | {"folder": str(Path.cwd())}
 
 
 def dry_run(
-    model: str | Path = "demo", *, recipe: str | Path | None = None, watch: Watch = silent, **options: Any
+    model: str | Path = "demo",
+    *,
+    recipe: str | Path | None = None,
+    watch: EventListener = ignore_events,
+    **options: Any,
 ) -> dict[str, Any]:
     """What `prune` with the same options would do: losses to measure, memory, disk and time. Writes nothing."""
-    return pipeline.dry_run(recipe_from(combined(recipe, model=str(model), **options), "The call"), watch)
+    return pipeline.preview_run(parse_recipe(with_overrides(recipe, model=str(model), **options), "The call"), watch)
 
 
 def resume(
-    run: str | None = None, *, store: str | Path = STORE, watch: Watch = silent, **options: Any
+    run: str | None = None, *, store: str | Path = STORE, watch: EventListener = ignore_events, **options: Any
 ) -> dict[str, Any]:
     """Go on with an unfinished run (the newest one if none is named); nothing that was measured is measured again.
 
@@ -91,13 +95,13 @@ def resume(
         if begun != str(Path.cwd()):  # its model, data and out may be paths from there
             raise RunError(f"Run {chosen.id} was begun in another folder. Go there first: cd {shlex.quote(begun)}")
         _same_recipe(chosen, options)
-        return pipeline.execute(opened, chosen, watch)
+        return pipeline.run_pruning(opened, chosen, watch)
 
 
 def _same_recipe(run: Run, options: dict[str, Any]) -> None:
     """Raises FingerprintError unless `options` are what the run was begun with."""
     dropped = dict.fromkeys(TARGETS) if any(name in TARGETS for name in options) else {}
-    asked = recipe_from({**run.recipe, **dropped, **options}, "The call").model_dump()
+    asked = parse_recipe({**run.recipe, **dropped, **options}, "The call").model_dump()
     differ = [name for name in options if asked[name] != run.recipe.get(name)]
     if differ:
         raise FingerprintError(
@@ -109,7 +113,7 @@ def _same_recipe(run: Run, options: dict[str, Any]) -> None:
 def _newest_unfinished(store: Store) -> Run:
     # A run that was refused before it had model and tokens has nothing to go on with.
     prunings = [run for run in store.runs() if "laboratory" not in run.environment]
-    unfinished = [run for run in prunings if run.state != "done" and (run.bound or run.state != "failed")]
+    unfinished = [run for run in prunings if run.state != "done" and (run.fingerprints or run.state != "failed")]
     free = [run for run in unfinished if store.free(run.id)]
     if unfinished:
         return (free or unfinished)[0]  # one that another process holds is refused by name
@@ -128,7 +132,7 @@ def inspect(model: str | Path | Teacher = "demo", **options: Any) -> dict[str, A
         "type": teacher.model.config.model_type,
         "fingerprint": teacher.fingerprint,
         "dtype": dtype_name(teacher.dtype),
-        "already_removed": teacher.removed.names(),
+        "already_removed": teacher.removed_earlier.names(),
         **pipeline.anatomy_json(teacher.anatomy),
         "total": {kind: teacher.anatomy.total(kind) for kind in kinds},
     }
@@ -139,7 +143,7 @@ def evaluate_model(
     *,
     protocol: str | None = None,
     evaluations: str | Sequence[str] = (),
-    watch: Watch = silent,
+    watch: EventListener = ignore_events,
     **options: Any,
 ) -> dict[str, Any]:
     """Perplexity of one model on held-out text, with its 95% interval over texts, and in bytes and words.
@@ -151,12 +155,12 @@ def evaluate_model(
     """
     names = dict.fromkeys((evaluations,) if isinstance(evaluations, str) else evaluations)
     recipe = of_text(str(model), options)  # held-out text does not depend on how much is for calibration
-    teacher = searching.teacher_of(recipe, watch)
+    teacher = searching.load_teacher(recipe, watch)
     if protocol is None:
         _, tokens = searching.tokens_for(recipe, teacher, watch)
     else:
         source = recipe.eval_data or recipe.data
-        tokens = windows(source, protocol, recipe.field, teacher.tokenizer, teacher.model.config)
+        tokens = fixed_windows(source, protocol, recipe.field, teacher.tokenizer, teacher.model.config)
     if names:
         return _by_name(teacher, tokens, list(names), recipe, watch) | {"protocol": protocol}
     if teacher.weights is not None:
@@ -166,25 +170,29 @@ def evaluate_model(
     spread = mean_interval(result, recipe.seed)
     return {
         "model": teacher.name,
-        "perplexity": exp(spread.value),
-        "ci95": [exp(spread.low), exp(spread.high)],
+        "perplexity": exp_capped(spread.value),
+        "ci95": [exp_capped(spread.low), exp_capped(spread.high)],
         "n": spread.n,
         "clusters": spread.clusters,
         "reliable": spread.reliable,
         "note": spread.note,
-        **normalised(tokens, teacher.tokenizer, math.fsum(result.sums)),
+        **per_byte_and_word(tokens, teacher.tokenizer, math.fsum(result.sums)),
         "protocol": protocol,
         "data": tokens.describe(),
     }
 
 
-def _by_name(teacher: Teacher, tokens: TokenSet, names: Sequence[str], recipe: Recipe, watch: Watch) -> dict[str, Any]:
+def _by_name(
+    teacher: Teacher, tokens: TokenSet, names: Sequence[str], recipe: Recipe, watch: EventListener
+) -> dict[str, Any]:
     """Evaluations by name on one text: the mean of each with its 95% interval over texts; of nats, their exp."""
     told: dict[str, Any] = {}
     found = evaluate_by_name(teacher, tokens, names, recipe.set, watch=watch, who=teacher.name)
     for name, result in found.items():
         spread = mean_interval(result, recipe.seed)
-        value, low, high = (exp(x) if name == "perplexity" else x for x in (spread.value, spread.low, spread.high))
+        value, low, high = (
+            exp_capped(x) if name == "perplexity" else x for x in (spread.value, spread.low, spread.high)
+        )
         told[name] = {"value": value, "ci95": [low, high], "n": spread.n, "clusters": spread.clusters,
                       "reliable": spread.reliable, "note": spread.note}  # fmt: skip
     return {"model": teacher.name, "evaluations": told, "data": tokens.describe()}
@@ -192,7 +200,7 @@ def _by_name(teacher: Teacher, tokens: TokenSet, names: Sequence[str], recipe: R
 
 def of_text(model: str, options: dict[str, Any]) -> Recipe:
     """The fields of a recipe that concern model, text and seed, where nothing is pruned."""
-    return recipe_from(
+    return parse_recipe(
         {"model": model, "remove": "1sites", "tokens": 16, "length": 16, "self_share": 0, **options}, "The call"
     )
 
@@ -202,7 +210,7 @@ def score(
     metric: str = "cosine",
     *,
     set: dict[str, Any] | list[str] | None = None,
-    watch: Watch = silent,
+    watch: EventListener = ignore_events,
     **fields: Any,
 ) -> dict[str, Any]:
     """How much sites, blocks and spans of blocks matter, by one metric or by several with commas between their names.
@@ -215,14 +223,14 @@ def score(
     metrics that share a pass.
     """
     names = list(dict.fromkeys(name.strip() for name in metric.split(",")))
-    options = recipe_from({"remove": "1sites", "set": set or {}}, "The call").set
+    options = parse_recipe({"remove": "1sites", "set": set or {}}, "The call").set
     metrics = [GROUP_METRICS[name] if name in tuple(GROUP_METRICS) else METRICS[name] for name in names]
-    given = chosen(options, *metrics)
+    given = resolve_options(options, *metrics)
     known = model if isinstance(model, Teacher) else None
     name = known.name if known is not None else str(model)
     least = {"remove": "1sites", "eval_tokens": 64, "eval_length": 16, "self_share": 0}  # no one looks at held-out text
-    recipe = recipe_from({"model": name, **least, **fields}, "The call")
-    teacher = known if known is not None else searching.teacher_of(recipe, watch)
+    recipe = parse_recipe({"model": name, **least, **fields}, "The call")
+    teacher = known if known is not None else searching.load_teacher(recipe, watch)
     calibration, _ = searching.tokens_for(recipe, teacher, watch)
     start = time.perf_counter()
     probe = searching.probe_of(recipe, teacher, calibration)
@@ -268,18 +276,18 @@ def measure_speed(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    protocol: Protocol = Protocol(),  # noqa: B008 - an immutable value
-    watch: Watch = silent,
+    protocol: TimingProtocol = TimingProtocol(),  # noqa: B008 - an immutable value
+    watch: EventListener = ignore_events,
 ) -> dict[str, Any]:
     """Prefill and decode speed and peak memory of one model, or of two timed in turn (A B A B)."""
     teachers = [load(name, device=device, dtype=dtype, watch=watch) for name in (model, other) if name is not None]
     if large := [teacher.name for teacher in teachers if teacher.weights is not None]:
         raise ResourceError(f"{large[0]} is larger than the memory that is free, so it cannot be timed here.")
     models = [teacher.model for teacher in teachers]
-    most, asked = timing.room(models), protocol.prompt_tokens + protocol.new_tokens
+    most, asked = timing.max_positions(models), protocol.prompt_tokens + protocol.new_tokens
     if most is not None and asked > most:
         raise UsageError(f"{asked} tokens of prompt and answer are more than the {most} positions. Ask for fewer.")
-    timings = timing.time_in_turn(models, [t.folder for t in teachers], protocol, watch=watch)
+    timings = timing.time_interleaved(models, [t.folder for t in teachers], protocol, watch=watch)
     told: dict[str, Any] = {
         "models": [
             {"model": teacher.name, **timing.rates(measured)}
@@ -288,7 +296,7 @@ def measure_speed(
         "protocol": asdict(protocol),
         "environment": asdict(proof.environment(str(models[0].device))),
     }
-    return told | ({"ratio": timing.ratio(*timings)} if other is not None else {})
+    return told | ({"ratio": timing.speed_ratio(*timings)} if other is not None else {})
 
 
 def runs(store: str | Path = STORE) -> list[dict[str, Any]]:

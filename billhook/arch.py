@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook import width
 from billhook.errors import ModelError, PlanError, nearest
-from billhook.modeling_billhook import Patch
-from billhook.plan import PARTS, Anatomy, Part, Rest, Shared, Site, SiteSize, numbers
+from billhook.modeling_billhook import PatchModule
+from billhook.plan import PARTS, Anatomy, Part, SharedNorms, Site, SiteSize, Unassigned, parse_ranges
 
 Config = Any  # a transformers config; its classes share no useful static type
 
@@ -35,7 +35,7 @@ def _all_heads(config: Config) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Architecture:
     """Where an architecture keeps its parts.
 
     `mlp` names the modules whose parameters are the site: the last one gives the output, the others feed it. Norms
@@ -98,7 +98,7 @@ def _refuse_opt(config: Config) -> str | None:
     return None
 
 
-_LLAMA = Row()
+_LLAMA = Architecture()
 _SANDWICH = replace(
     _LLAMA,
     attention_norms=("input_layernorm", "post_attention_layernorm"),
@@ -113,7 +113,7 @@ def _always(config: Config) -> bool:
     return True
 
 
-ROWS: dict[str, Row] = {
+ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
@@ -147,7 +147,7 @@ ROWS: dict[str, Row] = {
     "cohere": replace(_LLAMA, parallel=_always, shared_norm=_always, head_scale="logit_scale"),
     "gpt_oss": replace(_LLAMA, mlp_outputs=2),
     "nemotron": _LLAMA,
-    "gpt2": Row(
+    "gpt2": Architecture(
         blocks="transformer.h",
         attention="attn",
         attention_norms=("ln_1",),
@@ -158,7 +158,7 @@ ROWS: dict[str, Row] = {
         final=("transformer.ln_f",),
         refuse=_refuse_gpt2,
     ),
-    "opt": Row(
+    "opt": Architecture(
         blocks="model.decoder.layers",
         mlp=("fc1", "fc2"),
         attention_norms=("self_attn_layer_norm",),
@@ -169,7 +169,7 @@ ROWS: dict[str, Row] = {
         final=("model.decoder.final_layer_norm", "model.decoder.project_out"),
         refuse=_refuse_opt,
     ),
-    "falcon": Row(
+    "falcon": Architecture(
         blocks="transformer.h",
         attention="self_attention",
         attention_norms=("ln_attn", "input_layernorm"),
@@ -188,7 +188,7 @@ ROWS: dict[str, Row] = {
             1 if config.multi_query and not config.new_decoder_architecture else config.num_attention_heads
         ),
     ),
-    "gpt_neox": Row(
+    "gpt_neox": Architecture(
         blocks="gpt_neox.layers",
         attention="attention",
         attention_output="dense",
@@ -200,30 +200,30 @@ ROWS: dict[str, Row] = {
 }
 
 
-def row_of(config: Config) -> Row:
+def architecture_of(config: Config) -> Architecture:
     """The row of a config's model type; a type `billhook-llama` has the row of `llama`.
 
     Raises ModelError for a type without a row, or for a config of a known type that cannot be pruned.
     """
     model_type = base_type(config.model_type)
-    if model_type not in ROWS and (reason := unlike(config)):
+    if model_type not in ARCHITECTURES and (reason := unsupported_reason(config)):
         raise ModelError(reason)
-    if model_type not in ROWS:
-        near = nearest(model_type, ROWS)
+    if model_type not in ARCHITECTURES:
+        near = nearest(model_type, ARCHITECTURES)
         guess = f" (the nearest known type is {near})" if near else ""
         raise ModelError(
-            f"There is no row for the architecture {model_type!r}{guess}. Known: {', '.join(sorted(ROWS))}."
+            f"There is no row for the architecture {model_type!r}{guess}. Known: {', '.join(sorted(ARCHITECTURES))}."
         )
-    reason = ROWS[model_type].refuse(config)
+    reason = ARCHITECTURES[model_type].refuse(config)
     if reason:
         raise ModelError(f"This {model_type} model cannot be pruned: {reason}.")
-    return ROWS[model_type]
+    return ARCHITECTURES[model_type]
 
 
-def unlike(config: Config) -> str | None:
+def unsupported_reason(config: Config) -> str | None:
     """Why no row would help a type that has none: it is not a stack of blocks with an attention and an MLP each."""
     text = getattr(getattr(config, "text_config", None), "model_type", "")
-    if text in ROWS:
+    if text in ARCHITECTURES:
         return f"{config.model_type} is multimodal and not supported. Save its text model alone, as type {text}."
     if text:
         kind = "multimodal"
@@ -234,7 +234,7 @@ def unlike(config: Config) -> str | None:
     else:
         return None
     guide = "Billhook prunes decoder-only language models of attention and MLP blocks, of these types"
-    return f"{config.model_type} is {kind}. {guide}: {', '.join(sorted(ROWS))}."
+    return f"{config.model_type} is {kind}. {guide}: {', '.join(sorted(ARCHITECTURES))}."
 
 
 def _has_heads(config: Config) -> bool:
@@ -250,7 +250,7 @@ def base_type(model_type: str) -> str:
     return model_type.removeprefix("billhook-")
 
 
-def blocks_of(model: nn.Module, row: Row) -> nn.ModuleList:
+def blocks_of(model: nn.Module, row: Architecture) -> nn.ModuleList:
     """The list of decoder blocks. Raises ModelError if the model does not have what its row says."""
     try:
         blocks = model.get_submodule(row.blocks)
@@ -264,7 +264,7 @@ def blocks_of(model: nn.Module, row: Row) -> nn.ModuleList:
     return blocks
 
 
-def site_modules(block: nn.Module, part: Part, row: Row, config: Config) -> list[nn.Module]:
+def site_modules(block: nn.Module, part: Part, row: Architecture, config: Config) -> list[nn.Module]:
     """The modules whose parameters are the site, norms of its own included. Raises ModelError for a row that names
     others than the block has."""
     names = row.parts(block, config)[part]
@@ -277,7 +277,7 @@ def site_modules(block: nn.Module, part: Part, row: Row, config: Config) -> list
     return [getattr(block, name) for name in wanted]
 
 
-def output_of(block: nn.Module, part: Part, row: Row, config: Config) -> str | None:
+def output_projection(block: nn.Module, part: Part, row: Architecture, config: Config) -> str | None:
     """The name inside `block` of the linear module whose output a part adds to the residual stream; None without one.
 
     Mixtures of experts have none: each token has its own.
@@ -294,7 +294,7 @@ def output_of(block: nn.Module, part: Part, row: Row, config: Config) -> str | N
     return name if isinstance(module, nn.Linear | Conv1D) else None
 
 
-def owners(block: nn.Module, row: Row, config: Config) -> dict[str, Part | None]:
+def parameter_owners(block: nn.Module, row: Architecture, config: Config) -> dict[str, Part | None]:
     """{parameter of a block: the part that it belongs to, or None where both parts share it}."""
     of = {
         id(p): part for part in PARTS for module in site_modules(block, part, row, config) for p in module.parameters()
@@ -302,7 +302,7 @@ def owners(block: nn.Module, row: Row, config: Config) -> dict[str, Part | None]
     return {name: of.get(id(p)) for name, p in block.named_parameters()}
 
 
-def by_output(block: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
+def as_outputs_by_inputs(block: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
     """A view of `value`, shaped like the parameter `name` of a block, as [..., outputs, inputs].
 
     A bias, and the weight of a norm, have one input an output.
@@ -314,18 +314,18 @@ def by_output(block: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
     return value.transpose(-1, -2) if transposed else value
 
 
-def layout_in(block: nn.Module, part: Part, row: Row, config: Config) -> width.Layout:
+def channel_layout(block: nn.Module, part: Part, row: Architecture, config: Config) -> width.ChannelLayout:
     """The channel groups of a part of a block. Raises PlanError where it has none, and says why."""
-    of = width.layout(block, part, row.path(part), config)
+    of = width.find_layout(block, part, row.path(part), config)
     if isinstance(of, str):
         raise PlanError(f"This {part} cannot be narrowed: {of}. Remove it whole, or leave it.")
     return of
 
 
-def groups_of(config: Config, site: Site, there: int) -> tuple[tuple[int, ...], int]:
+def channel_group_ids(config: Config, site: Site, there: int) -> tuple[tuple[int, ...], int]:
     """The numbers of the channel groups that a site still has, of which `there` are there; how many it had once."""
     told = (getattr(config, "billhook", None) or {}).get("groups", {}).get(str(site))
-    return (numbers(told["kept"]), int(told["of"])) if told else (tuple(range(there)), there)
+    return (parse_ranges(told["kept"]), int(told["of"])) if told else (tuple(range(there)), there)
 
 
 def anatomy(
@@ -336,10 +336,10 @@ def anatomy(
     `positions`: where the model's blocks stood in the unpruned model of `blocks` blocks; `removed`: sites that it
     already lacks; `item_bytes`: bytes of one parameter or cache entry in the checkpoint's dtype.
     """
-    row, gone = row_of(config), set(removed)
+    row, gone = architecture_of(config), set(removed)
     kv_bytes = 2 * row.kv_heads(config) * width.head_dim(config) * item_bytes
     sizes: list[SiteSize] = []
-    shared: list[Shared] = []
+    shared: list[SharedNorms] = []
     owned: set[int] = set()
     for position, block in zip(positions, blocks_of(model, row), strict=True):
         for part in PARTS:
@@ -350,13 +350,13 @@ def anatomy(
             parameters = _parameters(modules)
             owned |= {id(p) for p in parameters}
             count = sum(p.numel() for p in parameters)
-            of = width.layout(block, part, row.path(part), config)
+            of = width.find_layout(block, part, row.path(part), config)
             kv, group = (kv_bytes if part == "attention" else 0), None
             mine: tuple[int, ...] = ()
             experts = channels = 1
             if not isinstance(of, str):
                 experts, channels = of.experts, int(of.output.index.shape[1]) // max(1, of.heads)
-                mine, whole = groups_of(config, site, of.groups)
+                mine, whole = channel_group_ids(config, site, of.groups)
                 kv = kv * of.groups // whole if of.own_kv else kv
                 picked = getattr(config, "num_experts_per_tok", None) or 1
                 group = width.group_size(block, of, item_bytes, kv, picked)
@@ -364,16 +364,16 @@ def anatomy(
             step = 1 if experts == 1 else width.OF_EXPERTS
             sizes.append(SiteSize(site, count, count * item_bytes, kv, flops, 0, mine, group, experts, channels, step))
         common = [p for p in _parameters([block]) if id(p) not in owned]
-        patched = any(isinstance(module, Patch) for module in block.modules())  # then the block never goes
+        patched = any(isinstance(module, PatchModule) for module in block.modules())  # then the block never goes
         owned |= set() if patched else {id(p) for p in common}
         if common and not patched:
             count = sum(p.numel() for p in common)
-            shared.append(Shared(position, count, count * item_bytes))
+            shared.append(SharedNorms(position, count, count * item_bytes))
     rest = [p for p in _parameters([model]) if id(p) not in owned]
     count = sum(p.numel() for p in rest)
     head = model.get_output_embeddings()  # type: ignore[operator]
     head_flops = 2 * int(head.weight.numel()) if head is not None else 0
-    others = Rest(count, count * item_bytes, head_flops)
+    others = Unassigned(count, count * item_bytes, head_flops)
     return Anatomy(base_type(config.model_type), blocks, tuple(sizes), others, tuple(shared))
 
 

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from billhook.plan import Ask, Plan
+from billhook.plan import MeasureRequest, Plan
 from billhook.probe import Probe
-from billhook.records import Loss, difference
+from billhook.records import Loss, paired_gap
 
 
-def conduct(probe: Probe) -> dict[str, Any]:
+def search_summary(probe: Probe) -> dict[str, Any]:
     """What a report says of the search so far: mode, how its candidates were decided, how the work was arranged."""
     tally = sum(probe.tally, Counter())
     decided = {kind: tally[kind] for kind in ("full", "bound", "raced", "skipped")}
@@ -20,13 +20,13 @@ def conduct(probe: Probe) -> dict[str, Any]:
             "site_evaluations": round(probe.site_evaluations, 1)}  # fmt: skip
 
 
-def with_words(told: dict[str, Any]) -> dict[str, Any]:
-    """The same with a sentence `told`, empty where there was nothing to decide."""
-    return told | {"told": _in_words(told) if sum(told["decided"].values()) else ""}
+def with_words(summary: dict[str, Any]) -> dict[str, Any]:
+    """The same with a sentence `summary`, empty where there was nothing to decide."""
+    return summary | {"told": _in_words(summary) if sum(summary["decided"].values()) else ""}
 
 
-def _in_words(told: dict[str, Any]) -> str:
-    decided = told["decided"]
+def _in_words(summary: dict[str, Any]) -> str:
+    decided = summary["decided"]
     words = {
         "full": "measured in full",
         "bound": "dropped as soon as they were certain to lose",
@@ -34,33 +34,35 @@ def _in_words(told: dict[str, Any]) -> str:
         "skipped": "not measured, by the ranking of the rounds before",
     }
     parts = [f"{decided[kind]:,} {text}" for kind, text in words.items() if decided[kind]]
-    sentence = f"{told['mode'].capitalize()} search, {sum(decided.values()):,} candidates: {', '.join(parts)}. "
-    sentence += f"Measured {told['layout']}."
-    if told["audit"] is not None:
-        missed = [row for row in told["audit"] if row["regret"] > 0]
-        worst = max((row["regret"] for row in told["audit"]), default=0.0)
-        sentence += f" Audit: {len(missed)} of {len(told['audit'])} rounds missed the best candidate"
+    sentence = f"{summary['mode'].capitalize()} search, {sum(decided.values()):,} candidates: {', '.join(parts)}. "
+    sentence += f"Measured {summary['layout']}."
+    if summary["audit"] is not None:
+        missed = [row for row in summary["audit"] if row["regret"] > 0]
+        worst = max((row["regret"] for row in summary["audit"]), default=0.0)
+        sentence += f" Audit: {len(missed)} of {len(summary['audit'])} rounds missed the best candidate"
         sentence += f", by at most {worst:.3g} per token." if missed else "."
     return sentence
 
 
-def audited(rounds: Iterable[tuple[Ask, list[Loss]]], measure: Callable[[Ask], list[Loss]]) -> list[dict[str, Any]]:
+def measure_regret(
+    rounds: Iterable[tuple[MeasureRequest, list[Loss]]], measure: Callable[[MeasureRequest], list[Loss]]
+) -> list[dict[str, Any]]:
     """Every round of a search again, exactly: what it chose, what was best, and the regret per token.
 
     `regret`: loss of the chosen candidate minus that of the best one, with its standard error over documents.
     """
     told = []
     for ask, losses in rounds:
-        if ask.best is None or len(ask.plans) <= ask.best or all(loss.bound for loss in losses):
+        if ask.full_results is None or len(ask.plans) <= ask.full_results or all(loss.bound for loss in losses):
             continue
         chosen = _lowest(ask.plans, losses)
-        again = measure(Ask(ask.plans, best=ask.best, tokens=ask.tokens))
+        again = measure(MeasureRequest(ask.plans, full_results=ask.full_results, tokens=ask.tokens))
         best = _lowest(ask.plans, again)
         known = dict(zip(ask.plans, losses, strict=True)) | {
             plan: loss for plan, loss in zip(ask.plans, again, strict=True) if not loss.bound
         }
-        regret, error = difference(known[chosen], known[best])
-        told.append({"chosen": chosen.entries(), "best": best.entries(), "regret": regret, "regret_se": error})
+        regret, error = paired_gap(known[chosen], known[best])
+        told.append({"chosen": chosen.to_list(), "best": best.to_list(), "regret": regret, "regret_se": error})
     return told
 
 

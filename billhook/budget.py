@@ -14,7 +14,7 @@ from billhook.plan import Anatomy, Plan, Site, SiteSize
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class BudgetUnit:
     """How a budget is counted: which moves a search may make, and what a site is worth.
 
     `cost`: of one site; in units of `whole_blocks` a block is worth 1. `total`: the field of an anatomy that a share is
@@ -28,18 +28,18 @@ class Unit:
     fine: int = 1
 
 
-UNITS: dict[str, Unit] = {
+UNITS: dict[str, BudgetUnit] = {
     unit.name: unit
     for unit in (
-        Unit("sites", False, lambda size: 1),
-        Unit("attention", False, lambda size: int(size.site.part == "attention")),
-        Unit("mlp", False, lambda size: int(size.site.part == "mlp")),
-        Unit("blocks", True, lambda size: 1),
-        Unit("params", False, lambda size: size.parameters, "parameters"),
-        Unit("bytes", False, lambda size: size.bytes, "bytes"),
-        Unit("kv", False, lambda size: size.kv_bytes_per_token, "kv_bytes_per_token"),
-        Unit("flops", False, lambda size: size.flops_per_token, "flops_per_token"),
-        Unit("ms", False, lambda size: size.ns_per_token, "ns_per_token", 10**6),
+        BudgetUnit("sites", False, lambda size: 1),
+        BudgetUnit("attention", False, lambda size: int(size.site.part == "attention")),
+        BudgetUnit("mlp", False, lambda size: int(size.site.part == "mlp")),
+        BudgetUnit("blocks", True, lambda size: 1),
+        BudgetUnit("params", False, lambda size: size.parameters, "parameters"),
+        BudgetUnit("bytes", False, lambda size: size.bytes, "bytes"),
+        BudgetUnit("kv", False, lambda size: size.kv_bytes_per_token, "kv_bytes_per_token"),
+        BudgetUnit("flops", False, lambda size: size.flops_per_token, "flops_per_token"),
+        BudgetUnit("ms", False, lambda size: size.ns_per_token, "ns_per_token", 10**6),
     )
 }
 _ALIASES = {"site": "sites", "block": "blocks", "param": "params", "parameters": "params", "": "params", "B": "bytes",
@@ -66,7 +66,7 @@ class Budget:
         if not match:
             raise BudgetError(f"{text!r} is not a budget. Write for example {_EXAMPLES}.")
         number, percent, word = match.groups()
-        scale, unit = _read_unit(word)
+        scale, unit = _parse_unit(word)
         if not percent and word in ("", *_SCALES):
             raise BudgetError(
                 f"{text!r} has no unit: a share or a count? Write {number}% for a share of the parameters, "
@@ -94,10 +94,10 @@ class Budget:
         unit, chosen = UNITS[self.unit], set(sites)
         return 1 if unit.whole_blocks else sum(unit.cost(size) for size in anatomy.sites if size.site in chosen)
 
-    def spent(self, anatomy: Anatomy, plan: Plan) -> int:
+    def removed_cost(self, anatomy: Anatomy, plan: Plan) -> int:
         """What `plan` takes away, in the unit's fine costs (ns for `ms`, else the unit itself)."""
         if UNITS[self.unit].whole_blocks:
-            alive = set(anatomy.alive())
+            alive = set(anatomy.sites_present())
             return len({site.block for site in alive} - {site.block for site in alive - plan.removed})
         return self.cost(anatomy, plan.removed) + self._narrowed(anatomy, plan)
 
@@ -106,29 +106,29 @@ class Budget:
         unit = UNITS[self.unit]
         if unit.total is None:
             return 0
-        lost = anatomy.lost(plan)
+        lost = anatomy.narrowed(plan)
         return sum(unit.cost(replace(size, **asdict(size.group))) * count for size, count in lost if size.group)
 
-    def needed(self, anatomy: Anatomy) -> Fraction:
-        """What must go, as `spent` counts: a share is of everything in the model as it was given."""
+    def target(self, anatomy: Anatomy) -> Fraction:
+        """What must go, as `removed_cost` counts: a share is of everything in the model as it was given."""
         unit = UNITS[self.unit]
         if not self.share:
             return self.amount * unit.fine
         if unit.total is not None:
             return self.amount / 100 * anatomy.total(unit.total)
-        everything = Plan(frozenset(anatomy.alive()))
-        return Fraction(math.ceil(self.amount / 100 * self.spent(anatomy, everything)))
+        everything = Plan(frozenset(anatomy.sites_present()))
+        return Fraction(math.ceil(self.amount / 100 * self.removed_cost(anatomy, everything)))
 
-    def met(self, anatomy: Anatomy, plan: Plan) -> bool:
-        return self.spent(anatomy, plan) >= self.needed(anatomy)
+    def is_met(self, anatomy: Anatomy, plan: Plan) -> bool:
+        return self.removed_cost(anatomy, plan) >= self.target(anatomy)
 
-    def show(self, amount: Fraction | int) -> str:
-        """An amount as `spent` counts, in the unit: `1,234 params`, `0.52 ms`."""
+    def format(self, amount: Fraction | int) -> str:
+        """An amount as `removed_cost` counts, in the unit: `1,234 params`, `0.52 ms`."""
         fine = UNITS[self.unit].fine
         return f"{math.ceil(amount):,} {self.unit}" if fine == 1 else f"{float(amount / fine):,.3f} {self.unit}"
 
 
-def _read_unit(word: str) -> tuple[int, str]:
+def _parse_unit(word: str) -> tuple[int, str]:
     """(scale, unit) of what stands behind a number: `Mparams`, `kv`, `MB`; an unknown one comes back as it is."""
     for scale, rest in ((1, word), (_SCALES.get(word[:1], 0), word[1:])):
         unit = _ALIASES.get(rest, rest)
@@ -137,7 +137,7 @@ def _read_unit(word: str) -> tuple[int, str]:
     return 1, word
 
 
-def read_budgets(text: str) -> tuple[Budget, ...]:
+def parse_budgets(text: str) -> tuple[Budget, ...]:
     """Several budgets that must all be met, separated by commas: `20%params,30%kv`. Raises BudgetError."""
     budgets = tuple(Budget.parse(piece) for piece in text.split(","))
     units = [budget.unit for budget in budgets]

@@ -12,21 +12,21 @@ from billhook.cli_options import (
     DEFAULT_STORE,
     RECIPE,
     TEXT_OPTIONS,
+    ItemLimit,
     Json,
     Model,
     NumberOfShots,
     Quiet,
     ShotsFrom,
-    Some,
     StoreFile,
     Tasks,
     Verbose,
     command_line,
-    pieces,
+    split_commas,
     with_options,
 )
 from billhook.errors import UsageError
-from billhook.face import Face
+from billhook.face import CommandSession
 
 app = typer.Typer(
     name="billhook",
@@ -40,7 +40,7 @@ app = typer.Typer(
 
 @app.command()
 @with_options(*RECIPE)
-def prune(
+def prune_command(
     *,
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write [default: pruned/<run>]")] = None,
@@ -60,11 +60,11 @@ def prune(
 ) -> None:
     """Remove the sites that a model can lose, prove what that cost and gained, and save the rest."""
     again = command_line("prune", "--resume", store=store)
-    with Face(as_json, quiet, verbose, again) as face:
+    with CommandSession(as_json, quiet, verbose, again) as face:
         from billhook import api
-        from billhook.recipe import combined
+        from billhook.recipe import with_overrides
 
-        given = combined(recipe, **({"model": model} if model else {}), **options)
+        given = with_overrides(recipe, **({"model": model} if model else {}), **options)
         if run and not resume:
             raise UsageError(f"--run {run} goes with --resume. Add --resume, or leave --run out.")
         if resume and dry_run:
@@ -82,11 +82,11 @@ def prune(
 
 @app.command(name="inspect")
 @with_options("device", "dtype", "trust_remote_code")
-def inspect_model(
+def inspect_command(
     *, model: Model = None, as_json: Json = False, verbose: Verbose = False, options: dict[str, Any]
 ) -> None:
     """Show a model's anatomy: every site with its parameters, bytes, KV-cache bytes and FLOPs per token."""
-    with Face(as_json, False, verbose) as face:
+    with CommandSession(as_json, False, verbose) as face:
         from billhook import api
 
         face.show(api.inspect(model or "demo", watch=face.watch, **options), "anatomy")
@@ -95,7 +95,7 @@ def inspect_model(
 @app.command()
 @with_options("set", "loss", "data", "field", "tokens", "length", "memory", "seed", "device", "dtype",
                "trust_remote_code")  # fmt: skip
-def score(
+def score_command(
     *,
     model: Model = None,
     metric: Annotated[
@@ -107,7 +107,7 @@ def score(
     options: dict[str, Any],
 ) -> None:
     """Score sites, blocks, spans of blocks or channel groups: how much each seems to matter, without removing it."""
-    with Face(as_json, quiet, verbose) as face:
+    with CommandSession(as_json, quiet, verbose) as face:
         from billhook import api
 
         face.show(api.score(model or "demo", metric, watch=face.watch, **options), "scores")
@@ -115,14 +115,14 @@ def score(
 
 @app.command(name="eval")
 @with_options("set", *TEXT_OPTIONS)
-def eval_model(
+def eval_command(
     *,
     model: Model = None,
     protocol: Annotated[
         str | None, typer.Option(help="All of the text in windows, as papers do: gptq (2,048 tokens), shortened-llama")
     ] = None,
     tasks: Tasks = "",
-    items: Some = None,
+    items: ItemLimit = None,
     shots: NumberOfShots = 0,
     shots_from: ShotsFrom = "",
     evaluations: Annotated[
@@ -134,28 +134,28 @@ def eval_model(
     verbose: Verbose = False,
     options: dict[str, Any],
 ) -> None:
-    """Measure perplexity on held-out text, on which `prune` with the same options proves its student, or --tasks."""
+    """Measure perplexity on held-out text, on which `prune_command` with the same options proves its student, or --tasks."""
     own = {"tasks": tasks, "items": items, "shots": shots, "shots_from": shots_from, "store": store}
     again = command_line("eval", model or "demo", **own, **options) if tasks else ""
-    with Face(as_json, quiet, verbose, resume=again) as face:
+    with CommandSession(as_json, quiet, verbose, resume=again) as face:
         from billhook import api, contests
 
         if tasks:
             if protocol is not None or {"data", "eval_data"} & set(options):
                 raise UsageError("--tasks are measured in the place of text. Leave --data and --protocol out.")
             told = contests.evaluate_tasks(
-                model or "demo", pieces(tasks), items=items, shots=shots, shots_from=shots_from, store=store,
-                evaluations=pieces(evaluations), watch=face.watch, **options,
+                model or "demo", split_commas(tasks), items=items, shots=shots, shots_from=shots_from, store=store,
+                evaluations=split_commas(evaluations), watch=face.watch, **options,
             )  # fmt: skip
             return face.show(told, "tasks")
-        names = pieces(evaluations)
+        names = split_commas(evaluations)
         told = api.evaluate_model(model or "demo", protocol=protocol, evaluations=names, watch=face.watch, **options)
         face.show(told, "evaluations" if names else "evaluation")
 
 
 @app.command()
 @with_options("device", "dtype")
-def speed(
+def speed_command(
     *,
     model: Model = None,
     other: Annotated[str | None, typer.Argument(help="A second model, timed in turn with the first")] = None,
@@ -169,11 +169,11 @@ def speed(
     options: dict[str, Any],
 ) -> None:
     """Measure prefill and decode speed and peak memory of one model, or of two in turn (A B A B)."""
-    with Face(as_json, quiet, verbose) as face:
+    with CommandSession(as_json, quiet, verbose) as face:
         from billhook import api
-        from billhook.speed import Protocol
+        from billhook.speed import TimingProtocol
 
-        protocol = Protocol(prompt_tokens, new_tokens, batch, repeats)
+        protocol = TimingProtocol(prompt_tokens, new_tokens, batch, repeats)
         told = api.measure_speed(model or "demo", other, protocol=protocol, watch=face.watch, **options)
         face.show(told, "speed")
 
@@ -183,30 +183,30 @@ for command in COMMANDS:
 
 
 @app.command()
-def runs(*, store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False) -> None:
+def runs_command(*, store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False) -> None:
     """List the runs of a store, the newest first."""
-    with Face(as_json, True, verbose) as face:
+    with CommandSession(as_json, True, verbose) as face:
         from billhook import api
 
         face.show({"runs": api.runs(_existing(store))}, "runs")
 
 
 @app.command()
-def show(
+def show_command(
     *, run: Annotated[str, typer.Argument(help="The run's id, as `billhook runs` lists it")],
     store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Show all that the store holds of one run."""
-    with Face(as_json, True, verbose) as face:
+    with CommandSession(as_json, True, verbose) as face:
         from billhook import api
 
         face.show(api.show(run, _existing(store)), "run")
 
 
 @app.command()
-def methods(*, as_json: Json = False, verbose: Verbose = False) -> None:
+def methods_command(*, as_json: Json = False, verbose: Verbose = False) -> None:
     """List every registered metric, loss, search and evaluation with its source."""
-    with Face(as_json, True, verbose) as face:
+    with CommandSession(as_json, True, verbose) as face:
         from billhook import api
 
         face.show({"methods": api.methods()}, "methods")

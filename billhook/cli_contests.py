@@ -9,29 +9,29 @@ import typer
 
 from billhook.cli_options import (
     DEFAULT_STORE,
-    LAB_OPTIONS,
+    STUDY_OPTIONS,
     TEXT_OPTIONS,
+    ItemLimit,
     Items,
     Json,
     Model,
     NumberOfShots,
     Out,
     Quiet,
-    Scored,
+    ScoreNames,
     ShotsFrom,
-    Some,
     StoreFile,
     Tasks,
     Verbose,
-    pieces,
+    split_commas,
     with_options,
 )
 from billhook.errors import GateFailed, UsageError
-from billhook.face import Face
+from billhook.face import CommandSession
 
 
-@with_options(*LAB_OPTIONS)
-def sweep(
+@with_options(*STUDY_OPTIONS)
+def sweep_command(
     *,
     model: Model = None,
     recipes: Annotated[str, typer.Option(help="Recipes by name or file, separated by commas")] = "billhook",
@@ -48,19 +48,19 @@ def sweep(
     options: dict[str, Any],
 ) -> None:
     """Compare recipes at several sizes and on several calibration texts: one table, one page, through one store."""
-    with Face(as_json, quiet, verbose) as face:
+    with CommandSession(as_json, quiet, verbose) as face:
         from billhook import contests
 
-        lists = {"remove": pieces(remove), "data": pieces(data), "eval_data": pieces(eval_data)}
+        lists = {"remove": split_commas(remove), "data": split_commas(data), "eval_data": split_commas(eval_data)}
         told = contests.sweep(
-            model or "demo", pieces(recipes), tasks=pieces(tasks), items=items, out=out, store=store,
+            model or "demo", split_commas(recipes), tasks=split_commas(tasks), items=items, out=out, store=store,
             watch=face.watch, **lists, **options,
         )  # fmt: skip
         face.show(told, "sweep")
 
 
-@with_options("remove", "data", "eval_data", *LAB_OPTIONS)
-def trade(
+@with_options("remove", "data", "eval_data", *STUDY_OPTIONS)
+def transfer_command(
     *,
     model: Model = None,
     tasks: Annotated[str, typer.Option(help="Files of multiple-choice items, separated by commas")],
@@ -73,17 +73,17 @@ def trade(
     options: dict[str, Any],
 ) -> None:
     """Show what adapting to one task costs on others: pruned for each task, measured on each."""
-    with Face(as_json, quiet, verbose) as face:
+    with CommandSession(as_json, quiet, verbose) as face:
         from billhook import contests
 
-        told = contests.trade(
-            model or "demo", pieces(tasks), items=items, out=out, store=store, watch=face.watch, **options
+        told = contests.transfer(
+            model or "demo", split_commas(tasks), items=items, out=out, store=store, watch=face.watch, **options
         )
         face.show(told, "trade")
 
 
-@with_options("remove", "data", *(name for name in LAB_OPTIONS if name not in ("tokens", "metric")))
-def stability(
+@with_options("remove", "data", *(name for name in STUDY_OPTIONS if name not in ("tokens", "metric")))
+def stability_command(
     *,
     model: Model = None,
     metric: Annotated[str, typer.Option(help="Whose scores are compared")] = "loo_kl",
@@ -97,13 +97,13 @@ def stability(
     options: dict[str, Any],
 ) -> None:
     """Show how far scores and plans depend on the calibration text: disjoint sets of several sizes."""
-    with Face(as_json, quiet, verbose) as face:
+    with CommandSession(as_json, quiet, verbose) as face:
         from billhook import contests
 
-        if wrong := [piece for piece in pieces(sizes) if not piece.isdigit()]:
+        if wrong := [piece for piece in split_commas(sizes) if not piece.isdigit()]:
             raise UsageError(f"--sizes {wrong[0]} is no number of tokens. Write for example 512,2048.")
         told = contests.stability(
-            model or "demo", metric, sizes=[int(piece) for piece in pieces(sizes)], draws=draws, out=out,
+            model or "demo", metric, sizes=[int(piece) for piece in split_commas(sizes)], draws=draws, out=out,
             store=store, watch=face.watch, **options,
         )  # fmt: skip
         face.show(told, "stability")
@@ -112,23 +112,23 @@ def stability(
 NO_TEXT = tuple(name for name in TEXT_OPTIONS if name not in ("data", "eval_data"))
 Points = Annotated[str, typer.Option(help="Accuracy that may be less and still as good")]
 Percent = Annotated[str, typer.Option(help="Perplexity that may be more and still as good")]
-Seen = Annotated[bool, typer.Option("--seen", help="Also on data that a search has seen; marked everywhere")]
+AllowSeen = Annotated[bool, typer.Option("--seen", help="Also on data that a search has seen; marked everywhere")]
 
 
 @with_options(*NO_TEXT)
-def compare(
+def compare_command(
     *,
     models: Annotated[list[str], typer.Argument(help="Models, folders or runs; the others are held against the first")],
     data: Annotated[str, typer.Option(help="Texts to compare on, separated by commas")] = "pydoc",
     tasks: Tasks = "",
-    items: Some = None,
-    score: Scored = "acc",
+    items: ItemLimit = None,
+    score: ScoreNames = "acc",
     shots: NumberOfShots = 0,
     shots_from: ShotsFrom = "",
     margin: Points = "1pp",
     ppl_margin: Percent = "3%",
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Time nothing")] = False,
-    seen: Seen = False,
+    seen: AllowSeen = False,
     out: Out = None,
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
@@ -137,11 +137,11 @@ def compare(
     options: dict[str, Any],
 ) -> None:
     """Hold models against the first one over the same items: better, equivalent, worse or undecided, and how sure."""
-    with Face(as_json, quiet, verbose) as face:
+    with CommandSession(as_json, quiet, verbose) as face:
         from billhook import contests
 
         told = contests.compare(
-            *models, data=pieces(data), tasks=pieces(tasks), items=items, score=pieces(score), shots=shots,
+            *models, data=split_commas(data), tasks=split_commas(tasks), items=items, score=split_commas(score), shots=shots,
             shots_from=shots_from, margins=(margin, ppl_margin),
             timed=not no_speed, seen=seen, out=out, store=store, watch=face.watch, **options,
         )  # fmt: skip
@@ -149,19 +149,19 @@ def compare(
 
 
 @with_options(*NO_TEXT)
-def gate(
+def gate_command(
     *,
     student: Annotated[str, typer.Argument(help="The model, folder or run that is tested")],
     baseline: Annotated[str, typer.Option(help="The model that it may not be worse than, or a stored baseline")],
     data: Annotated[str | None, typer.Option(help="Texts, separated by commas [default: pydoc]")] = None,
     tasks: Tasks = "",
-    items: Some = None,
-    score: Scored = "acc",
+    items: ItemLimit = None,
+    score: ScoreNames = "acc",
     shots: NumberOfShots = 0,
     shots_from: ShotsFrom = "",
     margin: Points = "1pp",
     ppl_margin: Percent = "3%",
-    seen: Seen = False,
+    seen: AllowSeen = False,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML to this file too")] = None,
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
@@ -170,12 +170,12 @@ def gate(
     options: dict[str, Any],
 ) -> None:
     """Exit with 0 if a student is not worse than a baseline by more than the margins, with 4 if it is or may be."""
-    with Face(as_json, quiet, verbose) as face:
+    with CommandSession(as_json, quiet, verbose) as face:
         from billhook import contests
 
         told = contests.gate(
-            student, baseline, data=None if data is None else pieces(data), tasks=pieces(tasks), items=items,
-            score=pieces(score), shots=shots, shots_from=shots_from, margins=(margin, ppl_margin), seen=seen,
+            student, baseline, data=None if data is None else split_commas(data), tasks=split_commas(tasks), items=items,
+            score=split_commas(score), shots=shots, shots_from=shots_from, margins=(margin, ppl_margin), seen=seen,
             junit=junit, store=store, watch=face.watch, **options,
         )  # fmt: skip
         face.show(told, "gate")
@@ -185,15 +185,15 @@ def gate(
 
 
 @with_options(*NO_TEXT)
-def baseline(
+def baseline_command(
     *,
     action: Annotated[str, typer.Argument(help="save, or list")],
     name: Annotated[str | None, typer.Argument(help="With save: what `gate --baseline` calls it")] = None,
     model: Annotated[str | None, typer.Argument(help="With save: the model, folder or run [default: demo]")] = None,
     data: Annotated[str, typer.Option(help="Texts, separated by commas")] = "pydoc",
     tasks: Tasks = "",
-    items: Some = None,
-    score: Scored = "acc",
+    items: ItemLimit = None,
+    score: ScoreNames = "acc",
     shots: NumberOfShots = 0,
     shots_from: ShotsFrom = "",
     store: StoreFile = DEFAULT_STORE,
@@ -202,8 +202,8 @@ def baseline(
     verbose: Verbose = False,
     options: dict[str, Any],
 ) -> None:
-    """Measure a model and keep what it got under a name, so that `gate` need not run it again; or list the names."""
-    with Face(as_json, quiet, verbose) as face:
+    """Measure a model and keep what it got under a name, so that `gate_command` need not run it again; or list the names."""
+    with CommandSession(as_json, quiet, verbose) as face:
         from billhook import contests
 
         if action not in ("save", "list") or (action == "save") != (name is not None):
@@ -212,14 +212,14 @@ def baseline(
             face.show({"baselines": contests.baselines(store)}, "baselines")
             return
         told = contests.save_baseline(
-            name, model or "demo", data=pieces(data), tasks=pieces(tasks), items=items, score=pieces(score),
+            name, model or "demo", data=split_commas(data), tasks=split_commas(tasks), items=items, score=split_commas(score),
             shots=shots, shots_from=shots_from, store=store, watch=face.watch, **options,
         )  # fmt: skip
         face.show({"baselines": [told]}, "baselines")
 
 
-@with_options("remove", "data", "eval_data", *LAB_OPTIONS)
-def threshold(
+@with_options("remove", "data", "eval_data", *STUDY_OPTIONS)
+def threshold_command(
     *,
     model: Model = None,
     margin: Annotated[
@@ -234,7 +234,7 @@ def threshold(
     options: dict[str, Any],
 ) -> None:
     """Find how much can go within a margin: chosen on validation items, confirmed once on test items; with its knee."""
-    with Face(as_json, quiet, verbose) as face:
+    with CommandSession(as_json, quiet, verbose) as face:
         from billhook import contests
 
         told = contests.threshold(
@@ -248,7 +248,7 @@ KeyEnv = Annotated[str, typer.Option(metavar="NAME", help="The environment varia
 
 
 @with_options("seed")
-def abtest(
+def abtest_command(
     *,
     a: Annotated[str, typer.Option(metavar="URL", help="The first server, such as http://127.0.0.1:8000/v1")],
     b: Annotated[str, typer.Option(metavar="URL", help="The second server, which is compared with the first")],
@@ -273,10 +273,10 @@ def abtest(
     options: dict[str, Any],
 ) -> None:
     """Compare two OpenAI-compatible servers on the same prompts: times, errors, agreement and task scores."""
-    with Face(as_json, quiet, verbose) as face:
+    with CommandSession(as_json, quiet, verbose) as face:
         from billhook import contests
 
-        told = contests.compare_endpoints(
+        told = contests.ab_test(
             a, b, prompts, model_a=model_a, model_b=model_b, api_key_env_a=api_key_env_a, api_key_env_b=api_key_env_b,
             limit=limit, kind=kind, max_tokens=max_tokens, temperature=temperature, timeout=timeout, retries=retries,
             concurrency=concurrency, store=store, watch=face.watch, **options,
@@ -284,4 +284,13 @@ def abtest(
         face.show(told, "abtest")
 
 
-COMMANDS = (sweep, trade, stability, compare, gate, baseline, threshold, abtest)
+COMMANDS = (
+    sweep_command,
+    transfer_command,
+    stability_command,
+    compare_command,
+    gate_command,
+    baseline_command,
+    threshold_command,
+    abtest_command,
+)

@@ -55,7 +55,7 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "dtype": ("auto", "Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
     "trust_remote_code": (False, "Run Python code that the checkpoint brings"),
 }
-REPEATABLE = ("remove", "set", "recover_set")
+REPEATABLE_OPTIONS = ("remove", "set", "recover_set")
 TEXT_OPTIONS = ("data", "eval_data", "field", "eval_tokens", "eval_length", "memory", "seed", "device", "dtype",
                 "trust_remote_code")  # fmt: skip
 
@@ -73,7 +73,7 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
         for name in names:
             default, text = RECIPE[name]
             kind: Any = type(default) if isinstance(default, bool | int | float) else str
-            kind = list[str] if name in REPEATABLE else kind
+            kind = list[str] if name in REPEATABLE_OPTIONS else kind
             shown = f" [default: {default}]" if default and not isinstance(default, bool) else ""
             flag = typer.Option("--" + name.replace("_", "-"), help=text + shown, show_default=False)
             annotation = Annotated[kind | None, flag]
@@ -97,18 +97,18 @@ def command_line(command: str, *words: str, **options: Any) -> str:
 
 
 Model = Annotated[str | None, typer.Argument(help="Folder, .gguf file, Hugging Face name, or demo [default: demo]")]
-LAB_OPTIONS = ("search", "metric", "loss", "set", "uniform", "multiple", "fast", "shortlist", "risk", "memory",
+STUDY_OPTIONS = ("search", "metric", "loss", "set", "uniform", "multiple", "fast", "shortlist", "risk", "memory",
                "protect", "batch", "context", "self_share", "field", "tokens", "length", "eval_tokens", "eval_length",
                "seed", "device", "dtype", "trust_remote_code")  # fmt: skip
 Out = Annotated[Path | None, typer.Option(help="Folder for page and table [default: lab/<run>]")]
 Items = Annotated[int, typer.Option(help="Items of each task that are measured", min=2)]
-Some = Annotated[int | None, typer.Option(help="Items of each task [default: all]", min=2)]
+ItemLimit = Annotated[int | None, typer.Option(help="Items of each task [default: all]", min=2)]
 Tasks = Annotated[str, typer.Option(help="Tasks, separated by commas: files of items or questions, lmeval:NAME")]
-Scored = Annotated[str, typer.Option(help="The score that counts, where a task has it, such as acc_norm")]
+ScoreNames = Annotated[str, typer.Option(help="The score that counts, where a task has it, such as acc_norm")]
 NumberOfShots = Annotated[int, typer.Option("--shots", help="Solved items before each item of a task", min=0)]
 ShotsFrom = Annotated[str, typer.Option(help="Where they come from; left out, from the task itself")]
 
 
-def pieces(text: str) -> list[str]:
+def split_commas(text: str) -> list[str]:
     """What stands between commas."""
     return [piece.strip() for piece in text.split(",") if piece.strip()]

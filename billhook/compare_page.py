@@ -14,37 +14,37 @@ from string import Template
 from typing import Any
 
 from billhook.compare_words import (
-    HEAD,
+    VERDICT_COLUMNS,
     Result,
     close_words,
+    comparison_headline,
+    comparison_warnings,
     flip_words,
     names_of,
-    sentence,
     size_rows,
     verdict_rows,
-    warnings,
 )
-from billhook.lab_words import named, shown
+from billhook.lab_words import printable, short_names
 from billhook.margin import BOUND
-from billhook.report import listed, scroll
+from billhook.report import html_table, scrolling
 from billhook.summary import about_tokens
 
 MOST_FLIPS = 300  # of a task and a pair, on the page; the result has all
 
 
-def page(result: Result) -> str:
+def comparison_page(result: Result) -> str:
     """The page of one comparison."""
     house, names = files("billhook"), names_of(result)
     head = house.joinpath("report.html").read_text(encoding="utf-8").partition("</style>")[0]
     body = [_pair(result, other) for other in range(1, len(names))]
     body += [_flips(result, other) for other in range(1, len(names))]
     body.append(_how(result))
-    told = [sentence(result, other) for other in range(1, len(names))]
+    told = [comparison_headline(result, other) for other in range(1, len(names))]
     return Template(head + house.joinpath("compare.html").read_text(encoding="utf-8")).substitute(
         title=escape(f"{' and '.join(names[1:])} against {names[0]}"),
         made=escape(f"Billhook · compare · {result['environment']['machine']}"),
         verdict=escape(" ".join(told)),
-        notes="".join(f'<p class="note">{escape(note)}</p>' for note in warnings(result)),
+        notes="".join(f'<p class="note">{escape(note)}</p>' for note in comparison_warnings(result)),
         body="".join(body),
     )
 
@@ -52,7 +52,7 @@ def page(result: Result) -> str:
 def _pair(result: Result, other: int) -> str:
     """Verdicts, what is behind them, and sizes of A and one other model."""
     names = names_of(result)
-    verdicts = listed(HEAD, verdict_rows(result, other))
+    verdicts = html_table(VERDICT_COLUMNS, verdict_rows(result, other))
     verdicts = re.sub(r"<td>(better|equivalent|worse|undecided)</td>", r'<td class="word \1">\1</td>', verdicts)
     lines = "".join(
         f"<p>{escape(words)}</p>" for words in [*flip_words(result, other), close_words(result, other)] if words
@@ -61,16 +61,16 @@ def _pair(result: Result, other: int) -> str:
         f"<p>A: {escape(names[0])}. B: {escape(names[other])}. Intervals are paired over items; p is adjusted for all "
         f"sets by Holm's method. Equivalent: the lower and the upper bound ({BOUND} each) are within the margin.</p>"
     )
-    sizes = scroll(listed(("Measure", "A", "B", "Change"), size_rows(result, other)), "Size and speed")
+    sizes = scrolling(html_table(("Measure", "A", "B", "Change"), size_rows(result, other)), "Size and speed")
     return (
-        f"<section><h2>{escape(names[other])}</h2>{scroll(verdicts, 'Verdicts')}{caption}{lines}</section>"
+        f"<section><h2>{escape(names[other])}</h2>{scrolling(verdicts, 'Verdicts')}{caption}{lines}</section>"
         f"<section><h2>Size and speed</h2>{sizes}</section>"
     )
 
 
 def _flips(result: Result, other: int) -> str:
     """The items that A and one other model do not answer alike, task by task."""
-    brief, told = named(row["set"] for row in result["rows"]), []
+    brief, told = short_names(row["set"] for row in result["rows"]), []
     for file, items in result["flips"].items():
         mine = [item for item in items if item["right"][0] != item["right"][other]]
         if not mine:
@@ -104,7 +104,9 @@ def _choices(item: Mapping[str, Any], other: int) -> str:
     lines = []
     for i, choice in enumerate(item["choices"]):
         cells = "".join(f"<td{' class=said' if p[i] == max(p) else ''}>{p[i]:.1%}</td>" for p in (a, b))
-        lines.append(f"<tr{' class=gold' if i == item['gold'] else ''}><td>{escape(shown(choice))}</td>{cells}</tr>")
+        lines.append(
+            f"<tr{' class=gold' if i == item['gold'] else ''}><td>{escape(printable(choice))}</td>{cells}</tr>"
+        )
     return f"<table><thead><tr><th>Choice</th><th>A</th><th>B</th></tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
@@ -117,18 +119,18 @@ def _answers(item: Mapping[str, Any], other: int) -> str:
 
 def _printable(text: str) -> str:
     """Lines stay lines."""
-    return "\n".join(map(shown, text.splitlines()))
+    return "\n".join(map(printable, text.splitlines()))
 
 
 def _how(result: Result) -> str:
     """On what everything was measured."""
-    brief = named(result["sets"])
+    brief = short_names(result["sets"])
     keys = ("tokens", "documents", "texts", "items")
     sides = {name: about_tokens(about) for name, about in result["sets"].items()}
     lines: Iterable[Sequence[str]] = [
         (brief[name], *("–" if about.get(key) is None else f"{about[key]:,}" for key in keys))
         for name, about in sides.items()
     ]
-    sets = scroll(listed(("Set", *(key.capitalize() for key in keys)), lines), "Sets")
-    where = listed(("Name", "Value"), [(key, shown(value)) for key, value in result["environment"].items()])
+    sets = scrolling(html_table(("Set", *(key.capitalize() for key in keys)), lines), "Sets")
+    where = html_table(("Name", "Value"), [(key, printable(value)) for key, value in result["environment"].items()])
     return f"<section><h2>Measured on</h2>{sets}</section><section><h2>Environment</h2>{where}</section>"

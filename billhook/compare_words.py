@@ -9,27 +9,34 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from billhook.lab_words import accuracy, between, named, perplexity, points, shown
-from billhook.stats import exp
-from billhook.summary import count, short, times
+from billhook.lab_words import (
+    format_accuracy,
+    format_interval,
+    format_perplexity,
+    format_points,
+    printable,
+    short_names,
+)
+from billhook.stats import exp_capped
+from billhook.summary import format_number, format_ratio, pluralize
 
 Result = Mapping[str, Any]
-HEAD = ("Set", "Verdict", "A", "B", "B against A (95%)", "p")
+VERDICT_COLUMNS = ("Set", "Verdict", "A", "B", "B against A (95%)", "p")
 MOST_ITEMS = 10**7  # beyond, no number of items is worth naming
 
 
 def names_of(result: Result) -> list[str]:
     """The models, A first, as they were named."""
-    return [shown(each["model"]) for each in result["models"]]
+    return [printable(each["model"]) for each in result["models"]]
 
 
 def verdict_rows(result: Result, other: int = 1) -> list[tuple[str, ...]]:
-    """Under `HEAD`: one row a set, of A and the model number `other`."""
-    brief = named(row["set"] for row in result["rows"])
+    """Under `VERDICT_COLUMNS`: one row a set, of A and the model number `other`."""
+    brief = short_names(row["set"] for row in result["rows"])
     told: list[tuple[str, ...]] = []
     for row in result["rows"]:
         text = row["kind"] == "perplexity"
-        spell = perplexity if text else accuracy
+        spell = format_perplexity if text else format_accuracy
         a, b = row["values"][0], row["values"][other]
         pair = row["pairs"][other - 1]
         name = f"{brief[row['set']]}, {'ppl' if text else row['kind']}"
@@ -43,8 +50,8 @@ def verdict_rows(result: Result, other: int = 1) -> list[tuple[str, ...]]:
 def _change(pair: Mapping[str, Any], text: bool) -> str:
     """`×1.62 (1.55 to 1.70)`, or `−6.2 pp (−8.1 to −4.3)`."""
     if text:
-        return f"{times(exp(pair['change']))} ({between(pair, lambda x: times(exp(x)))})"
-    return f"{points(pair['change'])} pp ({between(pair, points)})"
+        return f"{format_ratio(exp_capped(pair['change']))} ({format_interval(pair, lambda x: format_ratio(exp_capped(x)))})"
+    return f"{format_points(pair['change'])} pp ({format_interval(pair, format_points)})"
 
 
 def p_value(p: float) -> str:
@@ -54,7 +61,7 @@ def p_value(p: float) -> str:
 
 def flip_words(result: Result, other: int = 1) -> list[str]:
     """How many items only A has right, and only B, task by task; and how many more an open question would take."""
-    brief, told = named(row["set"] for row in result["rows"]), []
+    brief, told = short_names(row["set"] for row in result["rows"]), []
     for row in result["rows"]:
         pair = row["pairs"][other - 1]
         if pair is None:
@@ -82,7 +89,7 @@ def size_rows(result: Result, other: int = 1) -> list[tuple[str, str, str, str]]
     """(measure, A, B, change) of sizes, speed and memory, and how alike both are."""
     a, b = result["models"][0], result["models"][other]
     told = [
-        (label, short(a[key], unit), short(b[key], unit), _percent(b[key] / a[key]))
+        (label, format_number(a[key], unit), format_number(b[key], unit), _percent(b[key] / a[key]))
         for label, key, unit in (
             ("Parameters", "parameters", ""), ("On disk", "bytes", "B"),
             ("KV cache / token", "kv_bytes_per_token", "B"), ("FLOPs / token", "flops_per_token", ""),
@@ -94,11 +101,22 @@ def size_rows(result: Result, other: int = 1) -> list[tuple[str, str, str, str]]
         for phase in ("prefill", "decode"):
             rates = [each[f"{phase}_tokens_per_s"]["median"] for each in speed["models"]]
             ratio = speed["ratio"][phase]
-            change = f"{times(ratio['median'])} ({times(ratio['low'])}–{times(ratio['high'])})".replace("×", "×", 1)
-            told.append((f"{phase.capitalize()} tokens/s", short(rates[0]), short(rates[1]), change))
+            change = (
+                f"{format_ratio(ratio['median'])} ({format_ratio(ratio['low'])}–{format_ratio(ratio['high'])})".replace(
+                    "×", "×", 1
+                )
+            )
+            told.append((f"{phase.capitalize()} tokens/s", format_number(rates[0]), format_number(rates[1]), change))
         peaks = [each["peak_bytes"] for each in speed["models"]]
         if all(peaks):
-            told.append(("Peak memory", short(peaks[0], "B"), short(peaks[1], "B"), _percent(peaks[1] / peaks[0])))
+            told.append(
+                (
+                    "Peak memory",
+                    format_number(peaks[0], "B"),
+                    format_number(peaks[1], "B"),
+                    _percent(peaks[1] / peaks[0]),
+                )
+            )
     return told
 
 
@@ -119,7 +137,7 @@ def _percent(ratio: float) -> str:
     return f"{100 * (ratio - 1):+.1f}%".replace("-", "−")
 
 
-def sentence(result: Result, other: int = 1) -> str:
+def comparison_headline(result: Result, other: int = 1) -> str:
     """The verdict of the whole in one sentence."""
     words = Counter(row["pairs"][other - 1]["verdict"] for row in result["rows"] if row["pairs"][other - 1])
     order = ("worse", "undecided", "equivalent", "better")
@@ -130,13 +148,13 @@ def sentence(result: Result, other: int = 1) -> str:
     )
     if not told:
         return f"{b} and {a} share no set on which they can be compared."
-    sets = count(sum(words.values()), "set")
+    sets = pluralize(sum(words.values()), "set")
     return f"{b} against {a}, {sets}: {', '.join(told)} ({margins})."
 
 
-def warnings(result: Result) -> list[str]:
+def comparison_warnings(result: Result) -> list[str]:
     """What every output must say first."""
     return [
-        f"NOT A PROOF: {shown(model)} was made by a search that has seen some of {' and '.join(map(shown, sets))}."
+        f"NOT A PROOF: {printable(model)} was made by a search that has seen some of {' and '.join(map(printable, sets))}."
         for model, sets in result["seen"].items()
     ]

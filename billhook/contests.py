@@ -20,16 +20,16 @@ from billhook import (
     threshold_page,
     thresholds,
 )
-from billhook.api import STORE, here, of_text
+from billhook.api import STORE, of_text, run_environment
 from billhook.endpoint import Endpoint
 from billhook.errors import UsageError
 from billhook.export.checkpoint import check_target
-from billhook.margin import Margin, amount
+from billhook.margin import Margin, parse_amount
 from billhook.metrics import METRICS
-from billhook.portions import given_text
+from billhook.portions import external_sources
 from billhook.prompts import read_prompts
-from billhook.recipe import Recipe, recipe_from
-from billhook.records import Watch, silent
+from billhook.recipe import Recipe, parse_recipe
+from billhook.records import EventListener, ignore_events
 from billhook.store import Store
 
 NO_FOLDER = "-"  # the out of a run that writes no files
@@ -46,7 +46,7 @@ def sweep(
     items: int = 200,
     out: str | Path | None = None,
     store: str | Path = STORE,
-    watch: Watch = silent,
+    watch: EventListener = ignore_events,
     **options: Any,
 ) -> dict[str, Any]:
     """Recipes against each other at several sizes on several calibration texts; a page, and the table behind it.
@@ -56,23 +56,23 @@ def sweep(
     as `tokens`. Nothing that `store` holds is measured again, so that a sweep which was killed goes on.
     """
     texts = _several(data)
-    held_out = _several(eval_data) or tuple(dict.fromkeys(filter(None, map(given_text, texts))))
+    held_out = _several(eval_data) or tuple(dict.fromkeys(filter(None, map(external_sources, texts))))
     if not held_out:
         raise UsageError("What a model writes itself proves nothing. Name a text to measure on: --eval-data FILE.")
     grid = lab.Grid(_several(recipes), _several(remove), texts, held_out, _several(tasks), items)
     first = lab.recipes_of(grid, str(model), options)[0][1]
-    with _laboratory("sweep", first, Path(store), out, watch) as (bench, folder):
-        return lab.filed(lab.sweep(bench, grid, options), folder, lab_page.sweep_page, bench.store, bench.run)
+    with _study("sweep", first, Path(store), out, watch) as (bench, folder):
+        return lab.write_study(lab.run_sweep(bench, grid, options), folder, lab_page.sweep_page, bench.store, bench.run)
 
 
-def trade(
+def transfer(
     model: str | Path = "demo",
     tasks: str | Sequence[str] = (),
     *,
     items: int = 200,
     out: str | Path | None = None,
     store: str | Path = STORE,
-    watch: Watch = silent,
+    watch: EventListener = ignore_events,
     **options: Any,
 ) -> dict[str, Any]:
     """What adapting to one task costs on others: pruned for each of `tasks`, measured on each, with paired intervals.
@@ -82,10 +82,10 @@ def trade(
     """
     if not tasks:
         raise UsageError("There is no task to trade. Name files of multiple-choice items: --tasks a.jsonl,b.jsonl.")
-    first = recipe_from({"model": str(model), **options}, "The call")
-    with _laboratory("trade", first, Path(store), out, watch) as (bench, folder):
-        told = lab.trade(bench, _several(tasks), items, options)
-        return lab.filed(told, folder, lab_page.trade_page, bench.store, bench.run)
+    first = parse_recipe({"model": str(model), **options}, "The call")
+    with _study("trade", first, Path(store), out, watch) as (bench, folder):
+        told = lab.run_transfer(bench, _several(tasks), items, options)
+        return lab.write_study(told, folder, lab_page.transfer_page, bench.store, bench.run)
 
 
 def stability(
@@ -96,7 +96,7 @@ def stability(
     draws: int = 4,
     out: str | Path | None = None,
     store: str | Path = STORE,
-    watch: Watch = silent,
+    watch: EventListener = ignore_events,
     **options: Any,
 ) -> dict[str, Any]:
     """How far scores and plans depend on the calibration text: `draws` sets of each of `sizes` tokens, disjoint.
@@ -107,10 +107,10 @@ def stability(
     METRICS[metric]
     if draws < 2 or not sizes:
         raise UsageError("Stability compares sets: ask for at least 2 --draws and one of --sizes.")
-    first = recipe_from({"model": str(model), **options}, "The call")
-    with _laboratory("stability", first, Path(store), out, watch) as (bench, folder):
-        told = lab.stability(bench, metric, tuple(sizes), draws, options)
-        return lab.filed(told, folder, lab_page.stability_page, bench.store, bench.run)
+    first = parse_recipe({"model": str(model), **options}, "The call")
+    with _study("stability", first, Path(store), out, watch) as (bench, folder):
+        told = lab.run_stability(bench, metric, tuple(sizes), draws, options)
+        return lab.write_study(told, folder, lab_page.stability_page, bench.store, bench.run)
 
 
 # -- against each other ----------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def compare(
     seen: bool = False,
     out: str | Path | None = None,
     store: str | Path = STORE,
-    watch: Watch = silent,
+    watch: EventListener = ignore_events,
     **options: Any,
 ) -> dict[str, Any]:
     """The first of `models` against each other one, over the same items: verdicts with intervals, and a page.
@@ -144,12 +144,12 @@ def compare(
     if len(models) < 2:
         raise UsageError("Name two models at least, the one that the others are held against first: compare A B.")
     sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from, "seen": seen, "timed": timed}
-    asked = _asked(data=data, tasks=tasks, score=score, margins=margins, **sets).check()
+    asked = _comparison_spec(data=data, tasks=tasks, score=score, margins=margins, **sets).check()
     recipe = of_text(str(models[0]), options)
-    with _filed_run("compare", recipe, Path(store), out) as (opened, run, folder):
-        job = proof.Job(recipe, opened, run, folder, watch, {})
-        told = comparing.compare(job, [str(name) for name in models], asked)
-        return lab.filed(told, folder, compare_page.page, opened, run)
+    with _study_run("compare", recipe, Path(store), out) as (opened, run, folder):
+        job = proof.RunContext(recipe, opened, run, folder, watch, {})
+        told = comparing.compare_models(job, [str(name) for name in models], asked)
+        return lab.write_study(told, folder, compare_page.comparison_page, opened, run)
 
 
 def evaluate_tasks(
@@ -161,7 +161,7 @@ def evaluate_tasks(
     shots_from: str = "",
     evaluations: str | Sequence[str] = (),
     store: str | Path = STORE,
-    watch: Watch = silent,
+    watch: EventListener = ignore_events,
     **options: Any,
 ) -> dict[str, Any]:
     """Every score of one model on all items of tasks, or on `items` of each, with 95% intervals over items.
@@ -171,11 +171,11 @@ def evaluate_tasks(
     fields of `Recipe` on model, memory and seed, and `set` for the evaluations.
     """
     recipe = of_text(str(model), options)
-    asked = _asked(
+    asked = _comparison_spec(
         data=(), tasks=tasks, items=items, shots=shots, shots_from=shots_from, evaluations=_several(evaluations)
     ).check()
-    with _filed_run("eval", recipe, Path(store), NO_FOLDER) as (opened, run, _):
-        told = comparing.alone(proof.Job(recipe, opened, run, Path(), watch, {}), str(model), asked)
+    with _study_run("eval", recipe, Path(store), NO_FOLDER) as (opened, run, _):
+        told = comparing.evaluate_on_tasks(proof.RunContext(recipe, opened, run, Path(), watch, {}), str(model), asked)
         opened.update(run, result=told)
         return told
 
@@ -194,7 +194,7 @@ def gate(
     seen: bool = False,
     junit: str | Path | None = None,
     store: str | Path = STORE,
-    watch: Watch = silent,
+    watch: EventListener = ignore_events,
     **options: Any,
 ) -> dict[str, Any]:
     """Whether a student is not worse than a baseline by more than the margins: PASS, FAIL or UNDECIDED, on every set.
@@ -204,8 +204,8 @@ def gate(
     is as for `compare`.
     """
     recipe = of_text(str(student), options)
-    with _filed_run("gate", recipe, Path(store), NO_FOLDER) as (opened, run, _):
-        stored = gating.baseline_of(opened, str(baseline))
+    with _study_run("gate", recipe, Path(store), NO_FOLDER) as (opened, run, _):
+        stored = gating.load_baseline(opened, str(baseline))
         if stored is not None and (
             data is not None or tasks or items is not None or shots or shots_from or _several(score) != ("acc",)
         ):
@@ -215,9 +215,11 @@ def gate(
             )
         text = "pydoc" if data is None else data
         sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from, "seen": seen}
-        asked = _asked(data=text, tasks=tasks, score=score, margins=margins, **sets)
-        asked = asked.check() if stored is None else gating.asked_of(stored, asked)
-        told = gating.gate(proof.Job(recipe, opened, run, Path(), watch, {}), str(student), str(baseline), asked)
+        asked = _comparison_spec(data=text, tasks=tasks, score=score, margins=margins, **sets)
+        asked = asked.check() if stored is None else gating.spec_of_baseline(stored, asked)
+        told = gating.run_gate(
+            proof.RunContext(recipe, opened, run, Path(), watch, {}), str(student), str(baseline), asked
+        )
         if junit is not None:
             gating.write_junit(told, Path(junit))
         opened.update(run, result=told)
@@ -235,16 +237,16 @@ def save_baseline(
     shots: int = 0,
     shots_from: str = "",
     store: str | Path = STORE,
-    watch: Watch = silent,
+    watch: EventListener = ignore_events,
     **options: Any,
 ) -> dict[str, Any]:
     """Measure a model and keep what it got under a name, for `gate`. A name never changes what it stands for."""
     recipe = of_text(str(model), options)
     sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from}
-    asked = _asked(data=data, tasks=tasks, score=score, **sets).check()
-    with _filed_run("baseline", recipe, Path(store), NO_FOLDER) as (opened, run, _):
-        job = proof.Job(recipe, opened, run, Path(), watch, {})
-        told = gating.save_baseline(job, name, str(model), asked)
+    asked = _comparison_spec(data=data, tasks=tasks, score=score, **sets).check()
+    with _study_run("baseline", recipe, Path(store), NO_FOLDER) as (opened, run, _):
+        job = proof.RunContext(recipe, opened, run, Path(), watch, {})
+        told = gating.store_baseline(job, name, str(model), asked)
         opened.update(run, result=told)
         return told
 
@@ -252,7 +254,7 @@ def save_baseline(
 def baselines(store: str | Path = STORE) -> list[dict[str, Any]]:
     """The baselines of a store, by name."""
     with closing(Store(Path(store))) as opened:
-        return gating.baselines(opened)
+        return gating.list_baselines(opened)
 
 
 def threshold(
@@ -262,7 +264,7 @@ def threshold(
     run: str | None = None,
     out: str | Path | None = None,
     store: str | Path = STORE,
-    watch: Watch = silent,
+    watch: EventListener = ignore_events,
     **options: Any,
 ) -> dict[str, Any]:
     """How much can go: the last step of a search that is within every margin, chosen on some texts, proved on others.
@@ -278,40 +280,40 @@ def threshold(
         raise UsageError(f"Run {run} has no steps of a search. `billhook runs` lists the runs.")
     least: dict[str, Any] = {"remove": "40%"}
     given = stored.recipe if stored is not None else least | {"model": str(model)}
-    recipe = recipe_from(given | options, "The call")
-    with _laboratory("threshold", recipe, Path(store), out, watch) as (bench, folder):
+    recipe = parse_recipe(given | options, "The call")
+    with _study("threshold", recipe, Path(store), out, watch) as (bench, folder):
         steps = [] if stored is None else (stored.result or {})["steps"]
-        told = thresholds.threshold(bench.job(recipe), bench.teacher, steps, parsed)
-        return lab.filed(told, folder, threshold_page.page, bench.store, bench.run)
+        told = thresholds.find_threshold(bench.job(recipe), bench.teacher, steps, parsed)
+        return lab.write_study(told, folder, threshold_page.threshold_page, bench.store, bench.run)
 
 
-def compare_endpoints(
+def ab_test(
     a: str, b: str, prompts: str | Path, *, model_a: str = "", model_b: str = "", api_key_env_a: str = "",
-    api_key_env_b: str = "", limit: int | None = None, store: str | Path = STORE, watch: Watch = silent, **asking: Any,
+    api_key_env_b: str = "", limit: int | None = None, store: str | Path = STORE, watch: EventListener = ignore_events, **asking: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Two OpenAI-compatible servers on the prompts of a file: times, errors, agreement, and task scores, in pairs.
 
     `prompts`: a .txt, a .jsonl with `prompt` or `messages`, or a task's items; `limit` of them. `asking`: fields of
     `Asking`, such as `timeout`. The result, with every answer, is filed in `store`.
     """
-    how = abtest.asking_of(asking)
-    ends = Endpoint.at("A", a, model_a, api_key_env_a), Endpoint.at("B", b, model_b, api_key_env_b)
+    how = abtest.request_options(asking)
+    ends = Endpoint.create("A", a, model_a, api_key_env_a), Endpoint.create("B", b, model_b, api_key_env_b)
     found = read_prompts(prompts, how.kind, limit, how.seed)
     where = asdict(proof.environment("cpu")) | {"folder": str(Path.cwd()), "laboratory": "abtest"}
     with closing(Store(Path(store))) as opened:
-        run = opened.new_run(abtest.recipe_of(*ends, str(prompts), limit, how), where, "")
-        with opened.settling(run):
-            told = {"run": run, "prompts": str(prompts)} | abtest.abtest(*ends, found, how, watch)
+        run = opened.new_run(abtest.run_config(*ends, str(prompts), limit, how), where, "")
+        with opened.lock_and_track(run):
+            told = {"run": run, "prompts": str(prompts)} | abtest.run_ab_test(*ends, found, how, watch)
             opened.update(run, state="done", result=told)
         return told
 
 
-def _asked(
+def _comparison_spec(
     *, data: str | Sequence[str], tasks: str | Sequence[str], score: str | Sequence[str] = "acc",
     margins: tuple[str, str] = ("1pp", "3%"), **same: Any,
-) -> comparing.Asked:  # fmt: skip
-    points, percent = amount(margins[0], "pp"), amount(margins[1], "%")
-    return comparing.Asked(
+) -> comparing.ComparisonSpec:  # fmt: skip
+    points, percent = parse_amount(margins[0], "pp"), parse_amount(margins[1], "%")
+    return comparing.ComparisonSpec(
         _several(data), _several(tasks), scores=_several(score), points=points, percent=percent, **same
     )
 
@@ -322,27 +324,27 @@ def _several(values: str | Sequence[str]) -> tuple[str, ...]:
 
 
 @contextmanager
-def _laboratory(
-    kind: str, recipe: Recipe, store: Path, out: str | Path | None, watch: Watch
-) -> Iterator[tuple[lab.Lab, Path]]:
+def _study(
+    kind: str, recipe: Recipe, store: Path, out: str | Path | None, watch: EventListener
+) -> Iterator[tuple[lab.StudyContext, Path]]:
     """A run of the store, the loaded teacher, and the folder that will hold page and table."""
-    with _filed_run(kind, recipe, store, out) as (opened, run, folder):
-        yield lab.Lab(opened, run, searching.teacher_of(recipe, watch), watch), folder
+    with _study_run(kind, recipe, store, out) as (opened, run, folder):
+        yield lab.StudyContext(opened, run, searching.load_teacher(recipe, watch), watch), folder
 
 
 @contextmanager
-def _filed_run(kind: str, recipe: Recipe, store: Path, out: str | Path | None) -> Iterator[tuple[Store, str, Path]]:
+def _study_run(kind: str, recipe: Recipe, store: Path, out: str | Path | None) -> Iterator[tuple[Store, str, Path]]:
     """The store, a new run of it that is held, and the folder that will hold page and table.
 
     Whoever asks for the run stores its result.
     """
     with closing(Store(store)) as opened:
         where = str(out) if out is not None else str(Path("lab") / "{run}")
-        run = opened.new_run(recipe.model_dump(), here(recipe) | {"laboratory": kind}, where)
+        run = opened.new_run(recipe.model_dump(), run_environment(recipe) | {"laboratory": kind}, where)
         folder = Path(opened.run(run).out)
         if where != NO_FOLDER:
             check_target(folder, None)
-        with opened.settling(run):
+        with opened.lock_and_track(run):
             yield opened, run, folder
             result = opened.run(run).result
             assert result is not None, "every kind of run stores the whole of its result"

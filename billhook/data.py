@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from billhook.errors import DataError, MissingExtra, UsageError, nearest
-from billhook.records import Watch, silent
+from billhook.records import EventListener, ignore_events
 from billhook.sampling import sample_texts
 
 DOCUMENT_TOKENS = 1024  # longer texts are split; the text stays the cluster for statistics
@@ -29,7 +29,7 @@ _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 class Choices:
     """What makes the rows of a token set the choices of items; an item is a document, its rows stand together.
 
-    `first[r]`: where in row r the choice begins, at least 1; `characters[r]` of its text, without the blank before it.
+    `truncate[r]`: where in row r the choice begins, at least 1; `characters[r]` of its text, without the blank before it.
     `gold[d]`: which of the rows of document d is right, counted from 0.
     """
 
@@ -201,14 +201,14 @@ def documents(texts: list[str], tokenizer: Any, seed: int) -> list[Document]:
     return [document for _, _, document in sorted(split, key=lambda entry: entry[:2]) if len(document.ids) >= MIN_ROW]
 
 
-def prefix_of(tokenizer: Any) -> list[int]:
+def special_prefix(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before a text of its own accord (a BOS token, or nothing)."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     return list(full[: len(full) - len(bare)]) if full[-len(bare) :] == bare else []
 
 
-def pick(found: list[Document], tokens: int, length: int, prefix: list[int], source: str) -> TokenSet:
+def pack_rows(documents: list[Document], tokens: int, length: int, prefix: list[int], source: str) -> TokenSet:
     """Rows of at most `length` tokens until `tokens` are reached: first one row of every document, then a second one.
 
     Every row begins with `prefix`. Fewer tokens come back if the documents hold no more.
@@ -216,8 +216,8 @@ def pick(found: list[Document], tokens: int, length: int, prefix: list[int], sou
     body = length - len(prefix)
     chosen: list[tuple[int, int, tuple[int, ...]]] = []  # document, start, tokens
     total, start = 0, 0
-    while total < tokens and any(len(d.ids) - start >= MIN_ROW for d in found):
-        for index, document in enumerate(found):
+    while total < tokens and any(len(d.ids) - start >= MIN_ROW for d in documents):
+        for index, document in enumerate(documents):
             piece = document.ids[start : start + min(body, max(tokens - total - len(prefix), MIN_ROW))]
             if len(piece) >= MIN_ROW and total < tokens:
                 row = piece if list(piece[: len(prefix)]) == prefix else (*prefix, *piece)  # chats begin with BOS
@@ -229,13 +229,13 @@ def pick(found: list[Document], tokens: int, length: int, prefix: list[int], sou
     return token_set(
         [ids for _, _, ids in chosen],
         [used.index(index) for index, _, _ in chosen],
-        [found[index].text for index in used],
-        [found[index].digest() for index in used],
+        [documents[index].text for index in used],
+        [documents[index].digest() for index in used],
         source,
     )
 
 
-def first(tokens: TokenSet, count: int) -> TokenSet:
+def truncate(tokens: TokenSet, count: int) -> TokenSet:
     """The first rows of a token set that hold at least `count` tokens, or all of it; of choices, whole items."""
     total, rows = 0, []
     for r, (row, length) in enumerate(zip(tokens.rows, tokens.lengths, strict=True)):
@@ -274,7 +274,7 @@ def token_set(
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class TextSpec:
     """Where tokens come from and how many: calibration from `data`, evaluation from `eval_data` or what is left.
 
     `least`: so many calibration tokens will do where the text holds no more; None: all that are wanted. `self_share`:
@@ -296,42 +296,47 @@ class Wanted:
 
 
 def token_sets(
-    wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent, *, own: list[str] | None = None
+    spec: TextSpec,
+    model: Any,
+    tokenizer: Any,
+    watch: EventListener = ignore_events,
+    *,
+    generated: list[str] | None = None,
 ) -> tuple[TokenSet, TokenSet]:
-    """Calibration and evaluation tokens, disjoint by document. `own`: what the model wrote before, for data `self`.
+    """Calibration and evaluation tokens, disjoint by document. `generated`: what the model wrote before, for data `self`.
 
     Raises DataError if a text is too short, or if a document is in both; UsageError if a sequence is longer than the
     model's positions.
     """
     if tokenizer is None:
         raise DataError("The model has no tokenizer, so no text can be read. Put its tokenizer files into its folder.")
-    if wanted.eval_data == "self":
+    if spec.eval_data == "self":
         raise DataError("--eval-data self would prove the model on its own words. Give a file, or leave it out.")
-    check_length(wanted.length, model.config)
-    prefix = prefix_of(tokenizer)
-    eval_length = min(wanted.eval_length, getattr(model.config, "max_position_embeddings", wanted.eval_length))
-    same = wanted.data != "self" and wanted.eval_data in (None, wanted.data)
-    if wanted.data == "self":
-        texts = own or written(wanted, model, tokenizer, watch)
+    check_length(spec.length, model.config)
+    prefix = special_prefix(tokenizer)
+    eval_length = min(spec.eval_length, getattr(model.config, "max_position_embeddings", spec.eval_length))
+    same = spec.data != "self" and spec.eval_data in (None, spec.data)
+    if spec.data == "self":
+        texts = generated or generate_calibration(spec, model, tokenizer, watch)
     else:
-        texts = read_texts(wanted.data, wanted.field, tokenizer)
-    found = documents(texts, tokenizer, wanted.seed)
-    order = documents(texts, tokenizer, 0) if same and wanted.seed else found
+        texts = read_texts(spec.data, spec.field, tokenizer)
+    found = documents(texts, tokenizer, spec.seed)
+    order = documents(texts, tokenizer, 0) if same and spec.seed else found
     mine, rest = _split(found, order) if same else (found, [])
-    calibration = pick(mine, wanted.tokens, wanted.length, prefix, wanted.data)
-    if calibration.tokens < (wanted.tokens if wanted.least is None else wanted.least):
+    calibration = pack_rows(mine, spec.tokens, spec.length, prefix, spec.data)
+    if calibration.tokens < (spec.tokens if spec.least is None else spec.least):
         where = " in the half of it that is not kept for evaluation" if same else ""
-        in_all = wanted.in_all or wanted.tokens
-        part = f"{wanted.tokens:,} of the {in_all:,}" if wanted.tokens < in_all else f"{in_all:,}"
-        fewer = calibration.tokens * in_all // wanted.tokens if calibration.tokens >= 2 * MIN_ROW else 0
+        in_all = spec.in_all or spec.tokens
+        part = f"{spec.tokens:,} of the {in_all:,}" if spec.tokens < in_all else f"{in_all:,}"
+        fewer = calibration.tokens * in_all // spec.tokens if calibration.tokens >= 2 * MIN_ROW else 0
         raise DataError(
-            f"--data {wanted.data} is too short: {part} calibration tokens are wanted of it, and it holds "
+            f"--data {spec.data} is too short: {part} calibration tokens are wanted of it, and it holds "
             f"{calibration.tokens:,}{where}. Give more text{f', or --tokens {fewer}' if fewer else ''}."
         )
-    held = wanted.data if same else wanted.eval_data or "pydoc"
+    held = spec.data if same else spec.eval_data or "pydoc"
     if not same:
-        rest = documents(read_texts(held, wanted.field, tokenizer), tokenizer, wanted.seed)
-    evaluation = pick(rest, wanted.eval_tokens, eval_length, prefix, held)
+        rest = documents(read_texts(held, spec.field, tokenizer), tokenizer, spec.seed)
+    evaluation = pack_rows(rest, spec.eval_tokens, eval_length, prefix, held)
     if evaluation.tokens < 2 * MIN_ROW or len(evaluation.clusters) < 2:
         raise DataError(f"Too little is left of {held} for evaluation. Give more text, or --eval-data FILE.")
     twice = len(set(calibration.digests) & set(evaluation.digests))
@@ -343,23 +348,23 @@ def token_sets(
     return calibration, evaluation
 
 
-def written(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent) -> list[str]:
-    """Texts by the model, of a row's length, for all of `wanted.tokens`. Raises UsageError if it is not in memory,
+def generate_calibration(spec: TextSpec, model: Any, tokenizer: Any, watch: EventListener = ignore_events) -> list[str]:
+    """Texts by the model, of a row's length, for all of `spec.tokens`. Raises UsageError if it is not in memory,
     DataError if it writes nothing."""
     if model.get_input_embeddings().weight.device.type == "meta":
         raise UsageError("--data self lets the model write, and it does not fit into memory. Give --data a file.")
-    tokens = 3 * wanted.tokens // 2  # more than are wanted: a text may end in the middle of a row
-    return sample_texts(model, tokenizer, tokens, wanted.seed, length=wanted.length, watch=watch)
+    tokens = 3 * spec.tokens // 2  # more than are wanted: a text may end in the middle of a row
+    return sample_texts(model, tokenizer, tokens, spec.seed, length=spec.length, watch=watch)
 
 
-def _split(found: list[Document], order: list[Document]) -> tuple[list[Document], list[Document]]:
+def _split(documents: list[Document], order: list[Document]) -> tuple[list[Document], list[Document]]:
     """Every second text for calibration, the others for evaluation, whatever amount is wanted and whatever the seed;
     where texts are few, every second document of `order`. A copy of a document for calibration is in neither."""
     texts = {text: rank for rank, text in enumerate(dict.fromkeys(document.text for document in order))}
     places = {d: texts[d.text] if len(texts) >= SPLIT_BY_TEXT else i for i, d in enumerate(order)}
-    mine = [document for document in found if places[document] % 2 == 0]
+    mine = [document for document in documents if places[document] % 2 == 0]
     seen = {document.ids for document in mine}
-    return mine, [d for d in found if places[d] % 2 and d.ids not in seen]
+    return mine, [d for d in documents if places[d] % 2 and d.ids not in seen]
 
 
 def check_length(length: int, config: Any) -> None:

@@ -29,7 +29,7 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
+class RequestOptions:
     """How every prompt is asked, of both endpoints alike. `timeout`: seconds for a whole answer, and for each wait."""
 
     kind: str = "chat"  # or text
@@ -55,7 +55,7 @@ class Asking:
             raise UsageError(f"A temperature of {self.temperature} makes no sense. Give 0, or say 0.7.")
 
     @property
-    def at_most_s(self) -> float:
+    def longest_s(self) -> float:
         """Seconds that one answer takes at most, all attempts and the waits between them."""
         return (2 * self.retries + 1) * self.timeout
 
@@ -71,28 +71,28 @@ class Endpoint:
     counts: bool = True  # whether it is asked for its count of tokens: some refuse that
 
     @staticmethod
-    def at(name: str, url: str, model: str = "", key_env: str = "") -> Endpoint:
+    def create(name: str, url: str, model: str = "", key_env: str = "") -> Endpoint:
         """An endpoint whose address and key have been looked at. Raises UsageError, and MissingExtra without httpx."""
         end = Endpoint(name, base_url(url, f"--{name.lower()}"), model, key_env)
         _key(end)
         return end
 
 
-class Failure(Exception):
-    """One attempt that failed. `again`: whether another one may help; `after_s`: when, if the server says so."""
+class RequestFailed(Exception):
+    """One attempt that failed. `retry`: whether another one may help; `after_s`: when, if the server says so."""
 
     def __init__(self, kind: str, detail: str, again: bool = False, after_s: float | None = None) -> None:
         super().__init__(f"{kind}: {detail}")
-        self.kind, self.detail, self.again, self.after_s = kind, detail, again, after_s
+        self.kind, self.detail, self.retry, self.after_s = kind, detail, again, after_s
         self.code = 0  # the HTTP status, if there was one
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class Connection:
     """An endpoint with the open client that talks to it. `draw`: for the waits."""
 
-    end: Endpoint
-    asking: Asking
+    endpoint: Endpoint
+    options: RequestOptions
     client: httpx.AsyncClient = field(repr=False)
     draw: random.Random = field(repr=False)
 
@@ -144,93 +144,95 @@ def _httpx() -> Any:
     return httpx
 
 
-def _key(end: Endpoint) -> str:
+def _key(endpoint: Endpoint) -> str:
     """The key of an endpoint, or nothing. Raises UsageError where the variable does not hold one."""
-    if not end.key_env:
+    if not endpoint.key_env:
         return ""
-    key = os.environ.get(end.key_env, "").strip()
+    key = os.environ.get(endpoint.key_env, "").strip()
     if not key or not key.isascii() or not key.isprintable():
         what = "holds what is no key" if key else "is not set"
-        raise UsageError(f"The environment variable {end.key_env!r} {what}. Type first: export {end.key_env}=…")
+        raise UsageError(
+            f"The environment variable {endpoint.key_env!r} {what}. Type first: export {endpoint.key_env}=…"
+        )
     return key
 
 
 @asynccontextmanager
-async def opened(end: Endpoint, asking: Asking) -> AsyncIterator[Line]:
+async def connect(endpoint: Endpoint, options: RequestOptions) -> AsyncIterator[Connection]:
     """A line to an endpoint, closed at the end."""
     httpx = _httpx()
     headers = {"accept-encoding": "identity", "content-type": "application/json"}
-    if key := _key(end):
+    if key := _key(endpoint):
         headers["authorization"] = f"Bearer {key}"
-    away = urlsplit(end.url).hostname not in LOCAL  # a proxy is none of this machine's business
-    client = httpx.AsyncClient(headers=headers, timeout=asking.timeout, trust_env=away)
+    away = urlsplit(endpoint.url).hostname not in LOCAL  # a proxy is none of this machine's business
+    client = httpx.AsyncClient(headers=headers, timeout=options.timeout, trust_env=away)
     async with client:
-        yield Line(end, asking, client, random.Random(f"{asking.seed} {end.name}"))
+        yield Connection(endpoint, options, client, random.Random(f"{options.seed} {endpoint.name}"))
 
 
 # -- one request ----------------------------------------------------------------------------------------------------
 
 
-async def patiently(line: Line, once: Callable[[], Awaitable[T]]) -> tuple[T | Failure, int]:
+async def with_retries(connection: Connection, once: Callable[[], Awaitable[T]]) -> tuple[T | RequestFailed, int]:
     """(what `once` gives, or its last failure; the number of attempts). Each has the timeout for itself.
 
     Refusals for now (429, 5xx) and broken connections are tried again, after a wait that doubles and is jittered, or
     after what the server asks for; if that is longer than the timeout, not at all.
     """
-    asking = line.asking
+    asking = connection.options
     for attempt in range(1, asking.retries + 2):
         try:
             async with asyncio.timeout(asking.timeout):
                 return await once(), attempt
-        except (Failure, TimeoutError, _httpx().HTTPError) as error:
+        except (RequestFailed, TimeoutError, _httpx().HTTPError) as error:
             failure = _failure(error, asking.timeout)
         wait = failure.after_s
         if wait is None:
-            wait = min(asking.timeout, FIRST_WAIT_S * 2 ** (attempt - 1) * line.draw.uniform(0.5, 1))
+            wait = min(asking.timeout, FIRST_WAIT_S * 2 ** (attempt - 1) * connection.draw.uniform(0.5, 1))
         elif wait > asking.timeout:
             failure.detail += f"; it asks to wait {wait:.0f} s, longer than the timeout"
-        if not failure.again or attempt > asking.retries or wait > asking.timeout:
-            failure.detail = hidden(line.end, failure.detail)
+        if not failure.retry or attempt > asking.retries or wait > asking.timeout:
+            failure.detail = redact_key(connection.endpoint, failure.detail)
             return failure, attempt
         await asyncio.sleep(wait)
     raise AssertionError("the last attempt returns")
 
 
-def _failure(error: Exception, timeout: float) -> Failure:
+def _failure(error: Exception, timeout: float) -> RequestFailed:
     """What an exception of httpx means."""
     httpx = _httpx()
-    if isinstance(error, Failure):
+    if isinstance(error, RequestFailed):
         return error
     if isinstance(error, TimeoutError | httpx.TimeoutException):
-        return Failure("timeout", f"no whole answer within {timeout:g} s")
+        return RequestFailed("timeout", f"no whole answer within {timeout:g} s")
     told = str(error) or type(error).__name__
     if isinstance(error, httpx.RemoteProtocolError) and not re.search("disconnected|closed", told):
-        return Failure("malformed", f"this is not HTTP: {told}"[:300])
-    return Failure("connection", told[:300], again=True)
+        return RequestFailed("malformed", f"this is not HTTP: {told}"[:300])
+    return RequestFailed("connection", told[:300], again=True)
 
 
-def hidden(end: Endpoint, text: str) -> str:
+def redact_key(endpoint: Endpoint, text: str) -> str:
     """A text without the key of the endpoint, which some servers send back."""
-    key = _key(end)
+    key = _key(endpoint)
     return text.replace(key, "[key]") if key else text
 
 
 @asynccontextmanager
-async def sent(line: Line, path: str, body: Mapping[str, Any] | None) -> AsyncIterator[httpx.Response]:
+async def send(connection: Connection, path: str, body: Mapping[str, Any] | None) -> AsyncIterator[httpx.Response]:
     """Send a request (GET without a body) and look at the status. Raises Failure for any but 200."""
     method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
-    async with line.client.stream(method, f"{line.end.url}/{path}", content=content) as response:
+    async with connection.client.stream(method, f"{connection.endpoint.url}/{path}", content=content) as response:
         if response.status_code != 200:
             code = response.status_code
             again = code == 429 or code >= 500
-            raw = await read(response, 4096)
-            failure = Failure("status", f"{code} {_said(raw)}".strip(), again, _after(response.headers, again))
+            raw = await read_body(response, 4096)
+            failure = RequestFailed("status", f"{code} {_said(raw)}".strip(), again, _after(response.headers, again))
             failure.code = code
             raise failure
         yield response
 
 
-async def read(response: httpx.Response, most: int) -> bytes:
+async def read_body(response: httpx.Response, most: int) -> bytes:
     """The body, or its first `most` bytes."""
     raw = bytearray()
     async with aclosing(response.aiter_raw()) as pieces:  # type: ignore[type-var]
@@ -268,21 +270,21 @@ def _after(headers: Mapping[str, str], again: bool) -> float | None:
         return None
 
 
-def one_object(raw: bytes) -> dict[str, Any]:
+def parse_object(raw: bytes) -> dict[str, Any]:
     """One JSON object. Raises Failure for anything else, and for an error in the place of one."""
     try:
         told = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise Failure("malformed", f"no JSON: {raw[:80]!r}") from error
+        raise RequestFailed("malformed", f"no JSON: {raw[:80]!r}") from error
     if not isinstance(told, dict):
-        raise Failure("malformed", f"no JSON object: {raw[:80]!r}")
+        raise RequestFailed("malformed", f"no JSON object: {raw[:80]!r}")
     if told.get("error"):
-        raise Failure("status", _said(raw))
+        raise RequestFailed("status", _said(raw))
     return told
 
 
-async def asked(line: Line, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+async def request_json(connection: Connection, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """One JSON object, whole."""
-    async with sent(line, path, body) as response:
-        raw = await read(response, MOST_BYTES)
-    return one_object(raw)
+    async with send(connection, path, body) as response:
+        raw = await read_body(response, MOST_BYTES)
+    return parse_object(raw)

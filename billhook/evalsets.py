@@ -14,22 +14,22 @@ from billhook import harness, proof
 from billhook.data import TokenSet
 from billhook.errors import ResourceError, UsageError
 from billhook.evaluate import evaluate_by_name
-from billhook.evaluate.choices import outcomes
-from billhook.evaluate.generate import matches, written
+from billhook.evaluate.choices import score_choices
+from billhook.evaluate.generate import generate_answers, score_answers
 from billhook.loading import Teacher
 from billhook.plan import Plan
-from billhook.portions import mixed_sets, portions
-from billhook.proof import Job
-from billhook.questions import Prompts, in_writing, prompts_of, read_questions
-from billhook.records import EvalResult, part_of
-from billhook.repair import UNTOUCHED
-from billhook.searching import wanted_of
-from billhook.tasks import Part, Shots, items_of, read_items, requests
+from billhook.portions import chunks, mixed_sets
+from billhook.proof import RunContext
+from billhook.questions import GenerationPrompts, build_prompts, is_generation_task, read_questions
+from billhook.records import EvalResult, scaled_events
+from billhook.repair import NO_REPAIR
+from billhook.searching import text_spec
+from billhook.tasks import FewShot, Split, load_items, read_items, requests
 
 HARNESS = "lmeval:"  # before a task of lm-evaluation-harness
-PORTION_QUESTIONS = 50  # answered in writing, filed together
-ANSWER_TOKENS = 256  # at most, and no more than half of a model's positions
-Kind = Literal["text", "choices", "written", "harness"]
+BATCH_QUESTIONS = 50  # answered in writing, filed together
+GENERATION_TOKENS = 256  # at most, and no more than half of a model's positions
+SetKind = Literal["text", "choices", "written", "harness"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class EvalSet:
     """
 
     source: str
-    kind: Kind
+    kind: SetKind
     tokens: TokenSet | None = None
-    prompts: Prompts | None = None
+    prompts: GenerationPrompts | None = None
     limit: int | None = None
     shots: int | None = None
 
@@ -61,28 +61,28 @@ class EvalSet:
 
 
 @dataclass(frozen=True)
-class Tested:
-    """What one model got on one set: `scores` by name, over the same items, and of each item what it `said`.
+class SetResult:
+    """What one model got on one set: `scores` by name, over the same items, and of each item what it `responses`.
 
-    `said`: number, query and either choices, gold and `values`, a log-probability a choice; or target and `answer`.
+    `responses`: number, query and either choices, gold and `values`, a log-probability a choice; or target and `answer`.
     """
 
     scores: dict[str, EvalResult]
-    said: Sequence[dict[str, Any]] = field(default=(), repr=False)
+    responses: Sequence[dict[str, Any]] = field(default=(), repr=False)
 
-    def main(self, wanted: Sequence[str]) -> EvalResult:
-        """The score that verdicts are about: the first of `wanted` that there is, else the set's first."""
-        return self.scores[next((name for name in wanted if name in self.scores), next(iter(self.scores)))]
+    def primary_score(self, names: Sequence[str]) -> EvalResult:
+        """The score that verdicts are about: the first of `names` that there is, else the set's first."""
+        return self.scores[next((name for name in names if name in self.scores), next(iter(self.scores)))]
 
 
-def read_text(job: Job, teacher: Teacher, source: str) -> EvalSet:
+def read_text(job: RunContext, teacher: Teacher, source: str) -> EvalSet:
     """The held-out half of a text."""
-    wanted = replace(wanted_of(job.recipe), data=source, eval_data=None, tokens=16, length=16, self_share=0.0)
+    wanted = replace(text_spec(job.recipe), data=source, eval_data=None, tokens=16, length=16, self_share=0.0)
     return EvalSet(source, "text", mixed_sets(wanted, teacher.model, teacher.tokenizer, job.watch)[1])
 
 
 def read_task(
-    teacher: Teacher, source: str, *, part: Part | None, items: int | None = None, seed: int = 0, shots: int = 0,
+    teacher: Teacher, source: str, *, part: Split | None, items: int | None = None, seed: int = 0, shots: int = 0,
     shots_from: str = "",
 ) -> EvalSet:  # fmt: skip
     """A task by its name: a file of choices, of which `part` is taken, a file of questions, or `lmeval:NAME`.
@@ -94,43 +94,47 @@ def read_task(
         if shots_from:
             raise UsageError(f"{source} brings its own examples. Leave --shots-from out; --shots says how many.")
         return EvalSet(source, "harness", limit=items, shots=shots or None)
-    given: Shots | None = (shots_from or source, shots) if shots else None
-    if in_writing(source):
+    given: FewShot | None = (shots_from or source, shots) if shots else None
+    if is_generation_task(source):
         most = getattr(teacher.model.config, "max_position_embeddings", None)
-        new = ANSWER_TOKENS if most is None else min(ANSWER_TOKENS, most // 2)
+        new = GENERATION_TOKENS if most is None else min(GENERATION_TOKENS, most // 2)
         asking: dict[str, Any] = {"limit_items": items, "seed": seed, "positions": most, "new_tokens": new}
-        prompts = prompts_of(source, teacher.tokenizer, shots=given, **asking)
+        prompts = build_prompts(source, teacher.tokenizer, shots=given, **asking)
         return EvalSet(source, "written", prompts=prompts, shots=shots)
-    tokens = items_of(source, teacher, part, items=items, seed=seed, shots=given)
+    tokens = load_items(source, teacher, part, items=items, seed=seed, shots=given)
     return EvalSet(source, "choices", tokens, shots=shots)
 
 
-def tested(job: Job, teacher: Teacher, of: EvalSet) -> Tested:
+def evaluate_set(job: RunContext, teacher: Teacher, eval_set: EvalSet) -> SetResult:
     """A model on a set. What the store holds is not measured again, and what is new is filed in portions.
 
     Raises ResourceError where a streamed model would have to write, which takes its whole file a token.
     """
-    if of.kind == "text":
-        assert of.tokens is not None
-        return Tested({"perplexity": proof.nats_of(job, teacher, [(Plan(), UNTOUCHED)], of.tokens)[0]})
-    if of.kind == "choices":
-        assert of.tokens is not None
-        told = _chosen(of, proof.choice_sums(job, teacher, [(Plan(), UNTOUCHED)], of.tokens)[0])
+    if eval_set.kind == "text":
+        assert eval_set.tokens is not None
+        return SetResult(
+            {"perplexity": proof.perplexity_results(job, teacher, [(Plan(), NO_REPAIR)], eval_set.tokens)[0]}
+        )
+    if eval_set.kind == "choices":
+        assert eval_set.tokens is not None
+        told = _choice_result(eval_set, proof.choice_logprobs(job, teacher, [(Plan(), NO_REPAIR)], eval_set.tokens)[0])
     elif teacher.weights is not None:
         raise ResourceError(
-            f"{teacher.name} is larger than the memory that is free, so it cannot be tested on {of.source}."
+            f"{teacher.name} is larger than the memory that is free, so it cannot be tested on {eval_set.source}."
         )
-    elif of.kind == "written":
-        told = _written(job, teacher, of)
+    elif eval_set.kind == "written":
+        told = _generation_result(job, teacher, eval_set)
     else:
         with teacher.lock:
-            told = Tested(*harness.scores_and_said(job, teacher, of.source.removeprefix(HARNESS), of.limit, of.shots))
+            told = SetResult(
+                *harness.run_task(job, teacher, eval_set.source.removeprefix(HARNESS), eval_set.limit, eval_set.shots)
+            )
     for result in told.scores.values():
-        job.store.add_evaluation(teacher.fingerprint, Plan(), teacher.compute, result, job.run)
+        job.store.add_evaluation(teacher.fingerprint, Plan(), teacher.compute_key, result, job.run)
     return told
 
 
-def named(job: Job, teacher: Teacher, of: EvalSet, names: Sequence[str]) -> dict[str, EvalResult]:
+def named(job: RunContext, teacher: Teacher, of: EvalSet, names: Sequence[str]) -> dict[str, EvalResult]:
     """Evaluations by their names on one set. Raises UsageError for a task of the harness, which has its own scores."""
     eval_set = of.tokens if of.prompts is None else of.prompts
     if eval_set is None:
@@ -138,42 +142,42 @@ def named(job: Job, teacher: Teacher, of: EvalSet, names: Sequence[str]) -> dict
     return evaluate_by_name(teacher, eval_set, names, job.recipe.set, watch=job.watch, who=of.source)
 
 
-def _chosen(of: EvalSet, sums: Sequence[float]) -> Tested:
+def _choice_result(eval_set: EvalSet, sums: Sequence[float]) -> SetResult:
     """Scores and log-probabilities of choices, from those of the rows."""
-    assert of.tokens is not None
-    items = {item.number: item for item in read_items(of.source)}
-    values: list[list[float]] = [[] for _ in of.tokens.clusters]
-    for document, value in zip(of.tokens.documents, sums, strict=True):
+    assert eval_set.tokens is not None
+    items = {item.number: item for item in read_items(eval_set.source)}
+    values: list[list[float]] = [[] for _ in eval_set.tokens.clusters]
+    for document, value in zip(eval_set.tokens.documents, sums, strict=True):
         values[document].append(value)
     said = []
-    for number, mine in zip(of.tokens.clusters, values, strict=True):
+    for number, mine in zip(eval_set.tokens.clusters, values, strict=True):
         item = items[number]
         said.append({
             "number": number, "query": item.query or requests(item)[0].context, "choices": list(item.choices),
             "gold": item.gold, "values": mine, "characters": [request.characters for request in requests(item)],
         })  # fmt: skip
-    return Tested(outcomes(of.tokens, sums), said)
+    return SetResult(score_choices(eval_set.tokens, sums), said)
 
 
-def _written(job: Job, teacher: Teacher, of: EvalSet) -> Tested:
+def _generation_result(job: RunContext, teacher: Teacher, eval_set: EvalSet) -> SetResult:
     """Scores and answers of questions; filed as they are written, PORTION_QUESTIONS at a time."""
-    assert of.prompts is not None
+    assert eval_set.prompts is not None
     answers: list[str] = []
-    whole = of.prompts
-    for portion in portions(whole.tokens, PORTION_QUESTIONS):
+    whole = eval_set.prompts
+    for portion in chunks(whole.tokens, BATCH_QUESTIONS):
         start = len(answers)
         part = replace(whole, tokens=portion, targets=whole.targets[start : start + len(portion.clusters)])
-        key = {"plan": Plan().key(), "dtype": teacher.compute, "prompts": part.hash}
-        fresh = job.store.fact(teacher.fingerprint, "written", key)
+        key = {"plan": Plan().key(), "dtype": teacher.compute_key, "prompts": part.hash}
+        fresh = job.store.cached(teacher.fingerprint, "written", key)
         if fresh is None:
-            watch = part_of(job.watch, start, len(whole.targets))
+            watch = scaled_events(job.watch, start, len(whole.targets))
             with teacher.lock:
-                fresh = written(teacher.model, part, watch=watch, who=of.source)
-            job.store.add_fact(teacher.fingerprint, "written", key, fresh, job.run)
+                fresh = generate_answers(teacher.model, part, watch=watch, who=eval_set.source)
+            job.store.remember(teacher.fingerprint, "written", key, fresh, job.run)
         answers += fresh
-    questions = {question.number: question for question in read_questions(of.source)}
+    questions = {question.number: question for question in read_questions(eval_set.source)}
     said = [
         {"number": number, "query": questions[number].query, "target": target, "answer": answer}
         for number, target, answer in zip(whole.tokens.clusters, whole.targets, answers, strict=True)
     ]
-    return Tested(matches(whole, answers), said)
+    return SetResult(score_answers(whole, answers), said)

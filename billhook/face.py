@@ -12,23 +12,23 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from billhook.errors import BillhookError
-from billhook.records import Watch
+from billhook.records import EventListener
 
 
-class Face:
+class CommandSession:
     """What a command shows, and how it fails: a message and an exit code, never a traceback unless asked for."""
 
     def __init__(self, as_json: bool, quiet: bool, verbose: bool, resume: str = "") -> None:
         self.as_json, self.quiet, self.verbose, self.resume = as_json, quiet, verbose, resume
-        self.watch: Watch
+        self.watch: EventListener
         self._close: Callable[[], None] = lambda: None
 
-    def __enter__(self) -> Face:
+    def __enter__(self) -> CommandSession:
         from billhook import terminal
 
         signal.signal(signal.SIGTERM, _interrupt)
-        keep_pages()
-        terminal.quieten(self.verbose)
+        tune_allocator()
+        terminal.silence_libraries(self.verbose)
         self.watch, self._close = terminal.progress(quiet=self.quiet)
         return self
 
@@ -39,7 +39,7 @@ class Face:
         if self.as_json:
             print(json.dumps(value, indent=2))
         else:
-            terminal.show(value, kind)
+            terminal.print_result(value, kind)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._close()
@@ -65,7 +65,7 @@ class Face:
         _leave("This is a bug in Billhook. Please report it with the lines above.", 1)
 
 
-def keep_pages() -> None:
+def tune_allocator() -> None:
     """Keep glibc from giving large buffers back after every forward pass and faulting them in anew (LOG.md, 1)."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

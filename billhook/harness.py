@@ -14,16 +14,16 @@ import yaml
 from billhook.errors import DataError, MissingExtra
 from billhook.loading import Teacher
 from billhook.plan import Plan
-from billhook.proof import Job
+from billhook.proof import RunContext
 from billhook.records import EvalResult, Event
 
-PORTION = 400  # requests, filed together
-BATCH = 8
+HARNESS_BATCH_REQUESTS = 400  # requests, filed together
+HARNESS_BATCH_SIZE = 8
 Scores = dict[str, EvalResult]
 
 
-def scores_and_said(
-    job: Job, teacher: Teacher, task: str, items: int | None, shots: int | None
+def run_task(
+    job: RunContext, teacher: Teacher, task: str, items: int | None, shots: int | None
 ) -> tuple[Scores, list[dict[str, Any]]]:
     """Every score of a task that is one number an item and better when higher, and what the model said to each item.
 
@@ -47,7 +47,7 @@ def scores_and_said(
     if name not in manager.all_tasks:
         raise DataError(f"lm-evaluation-harness has no task {name!r}. `lm_eval ls tasks` lists what it has.")
     found = lm_eval.simple_evaluate(
-        _filed(job, teacher, task), tasks=[name], task_manager=manager, num_fewshot=shots, limit=items,
+        _cached_model(job, teacher, task), tasks=[name], task_manager=manager, num_fewshot=shots, limit=items,
         bootstrap_iters=0, log_samples=True, verbosity="ERROR", random_seed=job.recipe.seed,
         fewshot_random_seed=job.recipe.seed,
     )  # fmt: skip
@@ -62,20 +62,20 @@ def _named(file: Path) -> str:
     raise DataError(f"{file} names no task. Give it a line such as `task: my_task`.")
 
 
-def _filed(job: Job, teacher: Teacher, task: str) -> Any:
+def _cached_model(job: RunContext, teacher: Teacher, task: str) -> Any:
     """The harness's own view of a model, whose answers go through the store."""
     from lm_eval.models.huggingface import HFLM
 
     def through(kind: str, answer: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
         told: list[Any] = []
-        for start in range(0, len(requests), PORTION):
-            part = requests[start : start + PORTION]
+        for start in range(0, len(requests), HARNESS_BATCH_REQUESTS):
+            part = requests[start : start + HARNESS_BATCH_REQUESTS]
             asked = json.dumps([request.args for request in part], default=str, ensure_ascii=False)
-            key = {"plan": Plan().key(), "dtype": teacher.compute, "kind": kind, "asked": _digest(asked)}
-            known = job.store.fact(teacher.fingerprint, "lmeval", key)
+            key = {"plan": Plan().key(), "dtype": teacher.compute_key, "kind": kind, "asked": _digest(asked)}
+            known = job.store.cached(teacher.fingerprint, "lmeval", key)
             if known is None:
                 known = answer(part, disable_tqdm=True)
-                job.store.add_fact(teacher.fingerprint, "lmeval", key, known, job.run)
+                job.store.remember(teacher.fingerprint, "lmeval", key, known, job.run)
             told += [tuple(each) if isinstance(each, list) else each for each in known]
             job.watch(Event("evaluate", len(told), len(requests), task))
         return told
@@ -90,7 +90,7 @@ def _filed(job: Job, teacher: Teacher, task: str) -> Any:
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
             return through("generate_until", super().generate_until, requests)
 
-    return Filed(pretrained=teacher.model, tokenizer=teacher.tokenizer, batch_size=BATCH)
+    return Filed(pretrained=teacher.model, tokenizer=teacher.tokenizer, batch_size=HARNESS_BATCH_SIZE)
 
 
 def _digest(text: str) -> str:
@@ -108,7 +108,7 @@ def _by_item(
         for sample in sorted(samples[name], key=lambda each: (each["doc_id"], each["filter"])):
             place = (name, sample["doc_id"])
             if place not in items:
-                items[place], said[place] = {}, _said(sample, len(said) + 1)
+                items[place], said[place] = {}, _item_responses(sample, len(said) + 1)
                 asked.append([*place, sample["doc_hash"], sample["prompt_hash"], sample["target_hash"]])
             suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
             for metric in sample["metrics"]:
@@ -134,7 +134,7 @@ def _common(items: Iterable[dict[str, float]]) -> list[str]:
     return [name for name in (rows[0] if rows else ()) if all(name in row for row in rows)]
 
 
-def _said(sample: dict[str, Any], number: int) -> dict[str, Any]:
+def _item_responses(sample: dict[str, Any], number: int) -> dict[str, Any]:
     """An item with its choices and their log-probabilities, or with what was written."""
     arguments, answers = sample["arguments"], sample["resps"]
     query = str(arguments[0][0])

@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
-from billhook.losses import bucketed
-from billhook.records import Event, Watch
-from billhook.training import Rows
+from billhook.losses import topk_and_rest
+from billhook.records import Event, EventListener
+from billhook.training import TrainingRows
 
-TOP = 64  # of the teacher's words whose probabilities are kept; the others are one bucket
+TOP_WORDS = 64  # of the teacher's words whose probabilities are kept; the others are one bucket
 
 
-def hear(teacher: Any, rows: Rows, loss: str, watch: Watch, kept: Path | None = None) -> None:
+def cache_teacher_outputs(
+    teacher: Any, rows: TrainingRows, loss: str, watch: EventListener, kept: Path | None = None
+) -> None:
     """Note in `rows` what the loss has to know of the teacher. Nothing for nll.
 
     `kept`: a folder, and how the names of files in it begin that hold what this teacher says; they are mapped, not
@@ -29,13 +31,13 @@ def hear(teacher: Any, rows: Rows, loss: str, watch: Watch, kept: Path | None = 
         return
     kinds = {"hidden": teacher.dtype} if loss == "mse" else {"top": torch.int32, "likely": torch.float32}
     if kept is None:
-        found = list(_told(teacher, rows, loss, watch))
+        found = list(_teacher_outputs(teacher, rows, loss, watch))
         parts = [torch.cat(part) for part in zip(*found, strict=True)]
     else:
         of = rows.digest()
         files = [kept.with_name(f"{kept.name}-{name}-{of}") for name in kinds]
         if not all(file.is_file() for file in files):
-            _write(files, _told(teacher, rows, loss, watch))
+            _write(files, _teacher_outputs(teacher, rows, loss, watch))
         mapped = (_mapped(file, dtype) for file, dtype in zip(files, kinds.values(), strict=True))
         parts = [part.view(*rows.ids.shape, -1) for part in mapped]
     for name, part in zip(kinds, parts, strict=True):
@@ -43,7 +45,9 @@ def hear(teacher: Any, rows: Rows, loss: str, watch: Watch, kept: Path | None = 
 
 
 @torch.no_grad()
-def _told(teacher: Any, rows: Rows, loss: str, watch: Watch) -> Iterator[tuple[torch.Tensor, ...]]:
+def _teacher_outputs(
+    teacher: Any, rows: TrainingRows, loss: str, watch: EventListener
+) -> Iterator[tuple[torch.Tensor, ...]]:
     """What is noted of some rows at a time, in order: hidden [rows, time, width], or top and likely."""
     for some in rows.slices():
         ids, mask = rows.ids[some], rows.counted[some].long()
@@ -51,18 +55,18 @@ def _told(teacher: Any, rows: Rows, loss: str, watch: Watch) -> Iterator[tuple[t
             yield (teacher.base_model(ids, attention_mask=mask, use_cache=False)[0].cpu(),)
         else:
             logits = teacher(ids, attention_mask=mask, use_cache=False).logits.float()
-            top = logits.topk(min(TOP, logits.shape[-1] // 2)).indices
-            buckets = bucketed(logits.flatten(0, 1), top.flatten(0, 1)).log_softmax(-1)
+            top = logits.topk(min(TOP_WORDS, logits.shape[-1] // 2)).indices
+            buckets = topk_and_rest(logits.flatten(0, 1), top.flatten(0, 1)).log_softmax(-1)
             yield top.int().cpu(), buckets.view(*top.shape[:2], -1).cpu()
         watch(Event("recover", some.stop, len(rows.ids), "the teacher's side"))
 
 
-def _write(files: list[Path], told: Iterator[tuple[torch.Tensor, ...]]) -> None:
+def _write(files: list[Path], batches: Iterator[tuple[torch.Tensor, ...]]) -> None:
     """The parts, each into its file, aside and then under its name."""
     asides = [file.with_name(f"{file.name}.partial") for file in files]
     with ExitStack() as stack:
         outs = [stack.enter_context(aside.open("wb")) for aside in asides]
-        for parts in told:
+        for parts in batches:
             for out, part in zip(outs, parts, strict=True):
                 out.write(part.contiguous().view(torch.uint8).numpy().tobytes())
     for aside, file in zip(asides, files, strict=True):

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from billhook.lab_words import Result, left, named, shown, sizes_of, tasks_of, texts_of
-from billhook.summary import count
+from billhook.lab_words import Result, fraction_kept, printable, short_names, sizes_of, tasks_of, texts_of
+from billhook.summary import pluralize
 
 COLOURS = ("#d9691b", "#3b82b0", "#3c9a54", "#9a68d0", "#cf4d8d", "#a08318", "#1c9a9c", "#808b97")  # on both grounds
 SYMBOLS = {  # plotly's names, and their outlines for the key, 16 × 16
@@ -43,7 +43,7 @@ def looks_of(recipes: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 def numbers_of(result: Result, looks: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
     """What lab.html draws: a line a recipe and calibration text, its points with what is left (%) and the outcomes."""
-    datas = named(row["data"] for row in result["rows"])
+    datas = short_names(row["data"] for row in result["rows"])
     dashes = {data: list(DASHES)[i % len(DASHES)] for i, data in enumerate(datas)}
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     for row in result["rows"]:
@@ -51,37 +51,41 @@ def numbers_of(result: Result, looks: Mapping[str, tuple[str, str]]) -> dict[str
         look = {"colour": colour, "symbol": symbol, "dash": dashes[row["data"]]}
         line = lines.setdefault(
             (row["recipe"], row["data"]),
-            {"recipe": row["recipe"], "label": shown(row["recipe"]), "data": datas[row["data"]], **look, "points": []},
+            {
+                "recipe": row["recipe"],
+                "label": printable(row["recipe"]),
+                "data": datas[row["data"]],
+                **look,
+                "points": [],
+            },
         )
-        kept = {size: 100 * left(result, row, size) for size in sizes_of(result)}
+        kept = {size: 100 * fraction_kept(result, row, size) for size in sizes_of(result)}
         on = [_outcome(row["results"][name], name in texts_of(result)) for name in result["teacher"]]
-        line["points"].append({"size": shown(row["remove"]), "left": kept, "front": row["front"], "on": on})
+        line["points"].append({"size": printable(row["remove"]), "left": kept, "front": row["front"], "on": on})
     return {
         "lines": list(lines.values()),
         "sizes": sizes_of(result),
-        "on": list(named(result["teacher"]).values()),
+        "on": list(short_names(result["teacher"]).values()),
         "teacher": [told["value"] for told in result["teacher"].values()],
     }
 
 
-def _outcome(told: Mapping[str, float], text: bool) -> list[float | None]:
+def _outcome(interval: Mapping[str, float], text: bool) -> list[float | None]:
     """Value, low and high: of a text the change in nats, of a task the accuracy."""
     keys = ("change", "change_low", "change_high") if text else ("value", "low", "high")
-    return [told[key] if math.isfinite(told[key]) else None for key in keys]
+    return [interval[key] if math.isfinite(interval[key]) else None for key in keys]
 
 
 def curves_of(result: Result, kind: str) -> str:
     """One chart and its switches: what it is measured on, and what it is drawn against."""
-    names = named(result["teacher"])
+    names = short_names(result["teacher"])
     order, wanted = list(names), texts_of(result) if kind == "perplexity" else tasks_of(result)
     if not wanted:
         return ""
     title = "Loss against what is left" if kind == "perplexity" else "Accuracy against what is left"
     switches = _choice("on", "Measured on", {str(order.index(name)): names[name] for name in wanted})
     switches += _choice("against", "Against", sizes_of(result))
-    label = (
-        f"{kind} of {count(len(result['rows']), 'row')} against what is left of the teacher; the table has the numbers"
-    )
+    label = f"{kind} of {pluralize(len(result['rows']), 'row')} against what is left of the teacher; the table has the numbers"
     at = f'data-on="{order.index(wanted[0])}" data-against="{next(iter(sizes_of(result)))}"'
     box = f'<div class="chart" role="img" aria-label="{escape(label)}" data-kind="{kind}" {at}></div>'
     caption = (
@@ -111,10 +115,10 @@ def key_of(result: Result, looks: Mapping[str, tuple[str, str]]) -> str:
     told = "".join(
         f'<button type="button" aria-pressed="false" data-recipe="{escape(name)}"><svg viewBox="-6 0 28 16" '
         f'aria-hidden="true" style="color:{colour}"><path d="M-6 8h28" class="stroke"/>'
-        f'<path d="{SYMBOLS[symbol]}"/></svg>{escape(shown(name))}</button>'
+        f'<path d="{SYMBOLS[symbol]}"/></svg>{escape(printable(name))}</button>'
         for name, (colour, symbol) in looks.items()
     )
-    datas = list(named(row["data"] for row in result["rows"]).values())
+    datas = list(short_names(row["data"] for row in result["rows"]).values())
     lines = "".join(
         f'<span><svg viewBox="0 0 40 16" aria-hidden="true"><path d="M0 8h40" class="stroke" stroke-dasharray='
         f'"{list(DASHES.values())[i % len(DASHES)]}"/></svg>calibrated on {escape(data)}</span>'

@@ -12,27 +12,27 @@ from pathlib import PurePath
 from typing import Any
 
 from billhook.plan import Plan
-from billhook.stats import exp
-from billhook.summary import count, short, times
+from billhook.stats import exp_capped
+from billhook.summary import format_number, format_ratio, pluralize
 
 Result = Mapping[str, Any]
 Spell = Callable[[float], str]
-BEYOND = 1e304  # stats.exp ends there
-LEFT = {"parameters": "parameters", "kv_bytes_per_token": "KV cache", "ns_per_token": "time per token"}
+UNBOUNDED = 1e304  # stats.exp ends there
+SIZE_LABELS = {"parameters": "parameters", "kv_bytes_per_token": "KV cache", "ns_per_token": "time per token"}
 
 
 # -- numbers and words -------------------------------------------------------------------------------------------------
 
 
-def named(sources: Iterable[str]) -> dict[str, str]:
+def short_names(sources: Iterable[str]) -> dict[str, str]:
     """Short names of texts and tasks: of a file its name, of a mixture those of its parts; in full where two agree."""
     given = list(dict.fromkeys(sources))
     brief = {source: "+".join(PurePath(part).name or part for part in source.split("+")) for source in given}
     seen = Counter(brief.values())
-    return {source: shown(brief[source] if seen[brief[source]] == 1 else source) for source in given}
+    return {source: printable(brief[source] if seen[brief[source]] == 1 else source) for source in given}
 
 
-def shown(text: object) -> str:
+def printable(text: object) -> str:
     """Without what neither a page nor a terminal can show: control and direction characters."""
     return "".join(c if c.isprintable() else "�" for c in str(text))
 
@@ -47,63 +47,63 @@ def tasks_of(result: Result) -> list[str]:
     return [name for name, told in result["teacher"].items() if told["kind"] != "perplexity"]
 
 
-def left(result: Result, row: Result, size: str = "parameters") -> float:
+def fraction_kept(result: Result, row: Result, size: str = "parameters") -> float:
     """The share of the teacher's parameters, KV bytes or time that a row keeps."""
     return float(row["sizes"][size] / result["sizes"][size])
 
 
-def ratio(nats: float) -> str:
+def format_perplexity_ratio(nats: float) -> str:
     """A difference in nats as a ratio of perplexities."""
-    return times(exp(nats))
+    return format_ratio(exp_capped(nats))
 
 
-def nats(x: float) -> str:
+def format_nats(x: float) -> str:
     """A difference of losses: three decimals, no more digits than `short` where it is large."""
-    return (f"{x:.3f}" if abs(x) < 10 else short(x)).replace("-", "−")
+    return (f"{x:.3f}" if abs(x) < 10 else format_number(x)).replace("-", "−")
 
 
-def accuracy(x: float) -> str:
+def format_accuracy(x: float) -> str:
     """`41.2%`."""
     return f"{x:.1%}"
 
 
-def points(x: float) -> str:
+def format_points(x: float) -> str:
     """A difference of accuracies in percentage points, with its sign."""
     return f"{100 * x:+.1f}".replace("-", "−")
 
 
-def between(told: Mapping[str, float], spell: Spell, low: str = "low", high: str = "high") -> str:
+def format_interval(interval: Mapping[str, float], spell: Spell, low: str = "low", high: str = "high") -> str:
     """`1.40 to 1.52`; of an interval without ends (one text only) that it is not known."""
-    ends = told[low], told[high]
+    ends = interval[low], interval[high]
     return " to ".join(map(spell, ends)).replace("×", "") if _known(ends) else "not known"
 
 
-def span(told: Mapping[str, float], spell: Spell) -> str:
+def format_interval_short(interval: Mapping[str, float], spell: Spell) -> str:
     """The same in brief, of what is never negative: `1.40–1.52`, `39–45%`; nothing where all of it is beyond exp."""
-    words = between(told, spell)
-    return "" if told["low"] >= BEYOND else words.replace("% to ", "–").replace(" to ", "–")
+    words = format_interval(interval, spell)
+    return "" if interval["low"] >= UNBOUNDED else words.replace("% to ", "–").replace(" to ", "–")
 
 
-def perplexity(x: float) -> str:
+def format_perplexity(x: float) -> str:
     """Three digits; what the laboratory capped is not told as if it were known."""
-    return "over 1e304" if x >= BEYOND else short(x)
+    return "over 1e304" if x >= UNBOUNDED else format_number(x)
 
 
 def _known(ends: Sequence[float]) -> bool:
     """Whether an interval has ends; an infinite one of nats is 0 to exp(700) as perplexity."""
-    return all(map(math.isfinite, ends)) and not (ends[0] == 0 and ends[1] >= BEYOND)
+    return all(map(math.isfinite, ends)) and not (ends[0] == 0 and ends[1] >= UNBOUNDED)
 
 
-def standing(gap: Mapping[str, float]) -> str:
+def rank_label(gap: Mapping[str, float]) -> str:
     """What an interval above the best says: `best`, `not told apart` or nothing."""
     if gap["value"] == gap["low"] == gap["high"] == 0:
         return "best"
     return "not told apart" if gap["low"] <= 0 <= gap["high"] else ""
 
 
-def unreliable(result: Result) -> list[str]:
+def reliability_notes(result: Result) -> list[str]:
     """A note where intervals rest on few texts, and one where they rest on few items."""
-    names, told = named(result["teacher"]), []
+    names, told = short_names(result["teacher"]), []
     for what, sets in (("texts", texts_of(result)), ("items", tasks_of(result))):
         few = [names[on] for on in sets if any(not row["results"][on]["reliable"] for row in result["rows"])]
         if few:
@@ -117,7 +117,7 @@ def _and(words: Sequence[str], most: int = 4) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def ordered(result: Result, text: str = "") -> list[Result]:
+def sorted_rows(result: Result, text: str = "") -> list[Result]:
     """The rows of a sweep by size, calibration text and loss on a text, at first the first."""
     texts = [text] if text else texts_of(result)
     order = [list(dict.fromkeys(row[key] for row in result["rows"])) for key in ("remove", "data")]
@@ -129,7 +129,7 @@ def ordered(result: Result, text: str = "") -> list[Result]:
     return sorted(result["rows"], key=place)
 
 
-def alike(result: Result, row: Result) -> int:
+def peers(result: Result, row: Result) -> int:
     """How many rows have the size and the calibration text of this one, itself included."""
     return sum((each["remove"], each["data"]) == (row["remove"], row["data"]) for each in result["rows"])
 
@@ -137,7 +137,7 @@ def alike(result: Result, row: Result) -> int:
 # -- a sweep in words --------------------------------------------------------------------------------------------------
 
 
-def comparisons(result: Result) -> list[list[tuple[str, Mapping[str, float]]]]:
+def grouped_gaps(result: Result) -> list[list[tuple[str, Mapping[str, float]]]]:
     """For each size, calibration text and held-out text with two rows or more: recipes and distances, best first."""
     told = []
     for text in texts_of(result):
@@ -149,55 +149,55 @@ def comparisons(result: Result) -> list[list[tuple[str, Mapping[str, float]]]]:
     return [group for group in told if len(group) > 1]
 
 
-def sweep_verdict(result: Result) -> str:
+def sweep_headline(result: Result) -> str:
     """The sweep in one sentence of plain words."""
-    rows, groups = result["rows"], comparisons(result)
+    rows, groups = result["rows"], grouped_gaps(result)
     if not rows:
-        return f"Nothing was compared: {count(len(result['refused']), 'combination')} of recipe and size refused."
+        return f"Nothing was compared: {pluralize(len(result['refused']), 'combination')} of recipe and size refused."
     if not groups:
         return _apart(result)
     firsts = Counter(group[0][0] for group in groups)
     name, wins = firsts.most_common(1)[0]
     won = [group for group in groups if group[0][0] == name]
-    clear = sum(all(not standing(gap) for _, gap in group[1:]) for group in won)
+    clear = sum(all(not rank_label(gap) for _, gap in group[1:]) for group in won)
     if len(groups) == 1:
-        near = [shown(recipe) for recipe, gap in groups[0][1:] if standing(gap)]
+        near = [printable(recipe) for recipe, gap in groups[0][1:] if rank_label(gap)]
         rest = f"not told apart from {_and(near)}" if near else "clear of all others"
-        return f"Of {count(len(groups[0]), 'recipe')}, {shown(name)} has the lowest perplexity, {rest}."
-    close = sum(any(r == name and standing(g) for r, g in group) for group in groups if group[0][0] != name)
+        return f"Of {pluralize(len(groups[0]), 'recipe')}, {printable(name)} has the lowest perplexity, {rest}."
+    close = sum(any(r == name and rank_label(g) for r, g in group) for group in groups if group[0][0] != name)
     more = f", and is not told apart from the lowest in {close} more" if close else ""
     return (
-        f"{shown(name)} has the lowest perplexity in {wins} of {len(groups)} comparisons (a size, a calibration "
+        f"{printable(name)} has the lowest perplexity in {wins} of {len(groups)} comparisons (a size, a calibration "
         f"text and a held-out text each), clear of all other recipes in {clear} of them{more}."
     )
 
 
 def _apart(result: Result) -> str:
     """The verdict where no two rows can be compared by perplexity: the largest student that was measured."""
-    row = max(result["rows"], key=lambda row: left(result, row))
-    names, facts = named(result["teacher"]), []
+    row = max(result["rows"], key=lambda row: fraction_kept(result, row))
+    names, facts = short_names(result["teacher"]), []
     for on, told in row["results"].items():
         if result["teacher"][on]["kind"] == "perplexity":
             facts.append(
-                f"perplexity {ratio(told['change'])} on {names[on]} (95% interval "
-                f"{between(told, ratio, 'change_low', 'change_high')})"
+                f"perplexity {format_perplexity_ratio(told['change'])} on {names[on]} (95% interval "
+                f"{format_interval(told, format_perplexity_ratio, 'change_low', 'change_high')})"
             )
         else:
-            ends = between(told, points, "change_low", "change_high")
-            facts.append(f"{points(told['change'])} points on {names[on]} (95% interval {ends})")
-    kept = f"{left(result, row):.1%} of the parameters left"
-    return f"{shown(row['recipe'])} at {shown(row['remove'])}, with {kept}: {', '.join(facts)}."
+            ends = format_interval(told, format_points, "change_low", "change_high")
+            facts.append(f"{format_points(told['change'])} points on {names[on]} (95% interval {ends})")
+    kept = f"{fraction_kept(result, row):.1%} of the parameters left"
+    return f"{printable(row['recipe'])} at {printable(row['remove'])}, with {kept}: {', '.join(facts)}."
 
 
 def sizes_of(result: Result) -> dict[str, str]:
     """The sizes that the teacher has, and their words; time only where it was measured."""
-    return {size: words for size, words in LEFT.items() if result["sizes"][size]}
+    return {size: words for size, words in SIZE_LABELS.items() if result["sizes"][size]}
 
 
 # -- a trade and a study of stability in words -------------------------------------------------------------------------
 
 
-def trade_verdict(result: Result) -> str:
+def transfer_headline(result: Result) -> str:
     """The trade in one sentence of plain words."""
     own: list[Mapping[str, float]] = []
     other: list[Mapping[str, float]] = []
@@ -211,36 +211,36 @@ def trade_verdict(result: Result) -> str:
     rest = f"; on another task it is clearly worse in {worse} and clearly better in {gained} of {len(other)} pairs"
     return (
         f"Pruned for a task instead of on text, the model is clearly better on that task in {better} of "
-        f"{count(len(own), 'case')}{rest if other else ''}."
+        f"{pluralize(len(own), 'case')}{rest if other else ''}."
     )
 
 
-def share(x: float) -> str:
+def format_share(x: float) -> str:
     """`88%`."""
     return f"{x:.0%}".replace("-", "−")
 
 
-def rank(x: float) -> str:
+def format_correlation(x: float) -> str:
     """A correlation, two decimals."""
     return f"{x:.2f}".replace("-", "−")
 
 
-def stability_verdict(result: Result) -> str:
+def stability_headline(result: Result) -> str:
     """The study in one sentence of plain words."""
     sizes = sorted(result["sizes"], key=lambda told: told["tokens"])
     most, least = sizes[-1], sizes[0]
     ranks, overlap = most["rank_correlation"], most["overlap"]
     told = (
-        f"Two calibration sets of {most['tokens']:,} tokens rank the sites with a correlation of {rank(ranks['mean'])} "
-        f"({between(ranks, rank)}), and their plans overlap by {share(overlap['mean'])} ({between(overlap, share)})"
+        f"Two calibration sets of {most['tokens']:,} tokens rank the sites with a correlation of {format_correlation(ranks['mean'])} "
+        f"({format_interval(ranks, format_correlation)}), and their plans overlap by {format_share(overlap['mean'])} ({format_interval(overlap, format_share)})"
     )
     if least is most:
         return told + "."
-    before = f"{rank(least['rank_correlation']['mean'])} and {share(least['overlap']['mean'])}"
+    before = f"{format_correlation(least['rank_correlation']['mean'])} and {format_share(least['overlap']['mean'])}"
     return f"{told}; with {least['tokens']:,} tokens it is {before}."
 
 
-def shares(told: Mapping[str, Any]) -> dict[str, int]:
+def removal_counts(size_row: Mapping[str, Any]) -> dict[str, int]:
     """In how many plans of a size each site is removed, in order of the model."""
-    votes = Counter(site for plan in told["plans"] for site in plan)
-    return {str(site): votes[str(site)] for site in Plan.of(votes).sites()}
+    votes = Counter(site for plan in size_row["plans"] for site in plan)
+    return {str(site): votes[str(site)] for site in Plan.parse(votes).sites()}

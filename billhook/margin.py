@@ -10,13 +10,13 @@ from typing import Literal
 
 from billhook.errors import UsageError
 from billhook.records import EvalResult, Interval
-from billhook.stats import nothing, paired_difference
+from billhook.stats import paired_difference, zero_difference
 
 CONFIDENCE = 0.95  # one-sided
 BOUND = f"one-sided {CONFIDENCE:.0%}"  # the label of such an end, wherever one is shown
 
 
-def amount(text: str, unit: Literal["pp", "%"]) -> float:
+def parse_amount(text: str, unit: Literal["pp", "%"]) -> float:
     """`1pp` or `3%` as a number. Raises UsageError with the spelling."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(pp|%)?\s*", text)
     if match is None or match[2] not in (None, unit) or (unit == "pp" and float(match[1]) > 100):
@@ -27,7 +27,7 @@ def amount(text: str, unit: Literal["pp", "%"]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Margin:
-    """`amount` percent of the teacher's perplexity, or that many percentage points of its accuracy on a task `file`."""
+    """`parse_amount` percent of the teacher's perplexity, or that many percentage points of its accuracy on a task `file`."""
 
     amount: Fraction
     kind: Literal["ppl", "pp"]
@@ -61,19 +61,19 @@ class Margin:
         """The most that the student may lose: nats per token, or a share of the items."""
         return math.log1p(float(self.amount) / 100) if self.kind == "ppl" else float(self.amount) / 100
 
-    def judge(self, teacher: EvalResult, student: EvalResult, seed: int = 0, *, same: bool = False) -> Kept:
+    def check(self, teacher: EvalResult, student: EvalResult, seed: int = 0, *, same: bool = False) -> MarginCheck:
         """Whether the student is within the margin on these items, with 95% confidence; the teacher itself is (`same`).
 
         `teacher`, `student`: negative log-likelihoods for `ppl`, outcomes of 0 and 1 for `pp`, of the same items.
         """
         worse = (teacher, student) if self.kind == "ppl" else (student, teacher)  # what is lost is positive
         both_tails = 2 * CONFIDENCE - 1  # of which one counts
-        loss = nothing(teacher) if same else paired_difference(*worse, seed, level=both_tails)
-        return Kept(loss, loss.high <= self.limit)
+        loss = zero_difference(teacher) if same else paired_difference(*worse, seed, level=both_tails)
+        return MarginCheck(loss, loss.high <= self.limit)
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class MarginCheck:
     """What a student loses, with an interval whose upper end holds with 95% confidence, and whether that is little."""
 
     lost: Interval

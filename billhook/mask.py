@@ -14,14 +14,14 @@ from billhook.modeling_billhook import remove_part
 from billhook.plan import Plan
 
 
-def narrowing(teacher: Teacher, plan: Plan, position: int, block: nn.Module) -> dict[str, torch.Tensor]:
+def zeroed_block_weights(teacher: Teacher, plan: Plan, position: int, block: nn.Module) -> dict[str, torch.Tensor]:
     """Weights of a block, by its own names, with which its whole parts compute as the narrower ones of a plan: zeros
     where channel groups go. `position`: of the block in the unpruned model; what it has now must be in memory."""
     weights: dict[str, torch.Tensor] = {}
     sizes = {size.site: size for size in teacher.anatomy.sites}
     for each in (narrow for narrow in plan.narrowed if narrow.site.block == position):
-        of = arch.layout_in(block, each.site.part, teacher.row, teacher.model.config)
-        weights |= width.masked_weights(block, of, width.kept_of(of, sizes[each.site].groups, each.groups))
+        of = arch.channel_layout(block, each.site.part, teacher.architecture, teacher.model.config)
+        weights |= width.zeroed_weights(block, of, width.kept_positions(of, sizes[each.site].groups, each.groups))
     return weights
 
 
@@ -42,7 +42,7 @@ def _without(teacher: Teacher, plan: Plan) -> Iterator[None]:
     try:
         for site in plan.sites():
             block = teacher.block(site.block)
-            names = teacher.row.parts(block, teacher.model.config)[site.part]
+            names = teacher.architecture.parts(block, teacher.model.config)[site.part]
             stood.append((block, remove_part(block, names)))
         yield
     finally:

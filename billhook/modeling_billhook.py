@@ -3,7 +3,7 @@
 Needs transformers and torch only. `per_layer_config` in config.json says which blocks lack their `attention` or
 `mlp`; the `billhook` section names the modules that make up a part (`zero` returns zeros in the place of the part,
 `drop` passes its input through: norms that served the part alone), `patches` what a repair put in the place of a part:
-a constant, a factor, a matrix of low rank, and `narrow` the shapes of parts that have lost heads or neurons.
+a constant, a factor, a matrix of low rank, and `resize_parts` the shapes of parts that have lost heads or neurons.
 """
 
 import copy
@@ -28,7 +28,7 @@ class Zero(nn.Module):
         return (zeros, None) if self.outputs == 2 else zeros
 
 
-class Patch(nn.Module):
+class PatchModule(nn.Module):
     """Stands where a sublayer was and adds bias + gain · x + up · down · x, [batch, time, width]."""
 
     layer_idx = None
@@ -62,7 +62,7 @@ def remove_part(block, names, patch=None):
     return stood
 
 
-def put(block, name, tensor):
+def set_parameter(block, name, tensor):
     """Give the parameter `name` of a block another tensor, of another shape too."""
     owner, _, key = name.rpartition(".")
     module = block.get_submodule(owner)
@@ -73,7 +73,7 @@ def put(block, name, tensor):
         module.nx, module.nf = tensor.shape
 
 
-def adjust(block, attributes):
+def set_attributes(block, attributes):
     """What modules of a narrower part must know: {module: {attribute: value}}; of `config` some fields."""
     for name, values in attributes.items():
         module = block.get_submodule(name)
@@ -86,7 +86,7 @@ def adjust(block, attributes):
             setattr(module, key, value)
 
 
-def narrow(model):
+def resize_parts(model):
     """Give the parts of a whole model that have lost heads or neurons their shapes, in place."""
     blocks = model.get_submodule(model.config.billhook["blocks_path"])
     for site, told in model.config.billhook.get("narrow", {}).items():
@@ -95,11 +95,11 @@ def narrow(model):
             owner, _, key = name.rpartition(".")
             old = getattr(block.get_submodule(owner), key)  # None of a bias that a repair has put in
             cut = torch.zeros(shape) if old is None else old.detach()[tuple(slice(n) for n in shape)].clone()
-            put(block, name, cut)
-        adjust(block, told["attributes"])
+            set_parameter(block, name, cut)
+        set_attributes(block, told["attributes"])
 
 
-def skipped(config):
+def skipped_parts(config):
     """{block index: parts that it lacks} from `per_layer_config` in whichever form this transformers keeps it."""
     raw = config.to_dict().get("per_layer_config") or {}
     return {int(index): tuple(entry.get("skip", ())) for index, entry in raw.items()}
@@ -115,14 +115,14 @@ def number_caches(blocks, missing):
         cached += "attention" not in missing.get(index, ())
 
 
-def strip(model):
+def remove_skipped(model):
     """Remove the skipped parts of a whole model in place."""
     blocks = model.get_submodule(model.config.billhook["blocks_path"])
-    missing, told = skipped(model.config), model.config.billhook
+    missing, told = skipped_parts(model.config), model.config.billhook
     for index, parts in missing.items():
         for part in parts:
             names, entry = told["parts"][part], told.get("patches", {}).get(f"{part}.{index}")
-            patch = None if entry is None else Patch(names["outputs"], model.config.hidden_size, **entry)
+            patch = None if entry is None else PatchModule(names["outputs"], model.config.hidden_size, **entry)
             remove_part(blocks[index], names, patch)
     number_caches(blocks, missing)
 
@@ -135,7 +135,7 @@ def pruned_classes(config_class, model_class):
         # Every cache is built from get_text_config(decoder=True): a stock config of the attentions that are left.
         if not decoder or "billhook" not in self.__dict__:
             return self
-        missing = skipped(self)
+        missing = skipped_parts(self)
         keep = [i for i in range(self.num_hidden_layers) if "attention" not in missing.get(i, ())]
         fields = self.to_dict()
         for name in ("per_layer_config", "billhook", "auto_map", "model_type"):
@@ -147,8 +147,8 @@ def pruned_classes(config_class, model_class):
 
     def build(self, config, *args, **kwargs):
         model_class.__init__(self, config, *args, **kwargs)
-        narrow(self)
-        strip(self)
+        resize_parts(self)
+        remove_skipped(self)
 
     stem = "Billhook" + model_class.__name__
     new_config = type(
@@ -156,7 +156,7 @@ def pruned_classes(config_class, model_class):
         (config_class,),
         {
             "model_type": "billhook-" + config_class.model_type,
-            "allow_global_per_layer_attribute_access": True,  # what a layer has of its own is in `narrow`
+            "allow_global_per_layer_attribute_access": True,  # what a layer has of its own is in `resize_parts`
             "get_text_config": get_text_config,
             "__module__": __name__,
         },

@@ -37,17 +37,17 @@ class Site:
 
 
 @dataclass(frozen=True, order=True, slots=True)
-class Narrow:
+class KeptGroups:
     """A site that stays with some of its channel groups: `groups`, ascending, in numbers of the unpruned model."""
 
     site: Site
     groups: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{self.site}[{ranges(self.groups)}]"
+        return f"{self.site}[{format_ranges(self.groups)}]"
 
 
-def ranges(numbers: Iterable[int]) -> str:
+def format_ranges(numbers: Iterable[int]) -> str:
     """`0-511 600` of ascending numbers."""
     runs: list[list[int]] = []
     for number in numbers:
@@ -58,8 +58,8 @@ def ranges(numbers: Iterable[int]) -> str:
     return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """What `ranges` wrote. Raises PlanError unless it ascends."""
+def parse_ranges(text: str) -> tuple[int, ...]:
+    """What `format_ranges` wrote. Raises PlanError unless it ascends."""
     if not re.fullmatch(r"\s*\d+(-\d+)?(\s+\d+(-\d+)?)*\s*", text):
         raise PlanError(f"[{text}] does not say which channel groups stay. Write their numbers: [0-511 600].")
     told = [tuple(map(int, piece.split("-"))) for piece in text.split()]
@@ -77,7 +77,7 @@ class Plan:
     """
 
     removed: frozenset[Site] = frozenset()
-    narrowed: frozenset[Narrow] = frozenset()
+    narrowed: frozenset[KeptGroups] = frozenset()
 
     def __bool__(self) -> bool:
         """Whether anything goes."""
@@ -85,9 +85,9 @@ class Plan:
 
     def without(self, *sites: Site) -> Plan:
         """This plan with `sites` removed as well."""
-        return self.after(Plan(frozenset(sites)))
+        return self.combined_with(Plan(frozenset(sites)))
 
-    def after(self, step: Plan) -> Plan:
+    def combined_with(self, step: Plan) -> Plan:
         """This plan with what `step` removes gone as well, and what it narrows as narrow as it says."""
         touched = step.removed | {narrow.site for narrow in step.narrowed}
         stay = frozenset(narrow for narrow in self.narrowed if narrow.site not in touched)
@@ -101,13 +101,13 @@ class Plan:
         """`["attention.7", "mlp.16", …]`, sorted as `sites()`."""
         return [str(site) for site in self.sites()]
 
-    def narrow_names(self) -> list[str]:
+    def narrowed_names(self) -> list[str]:
         """`["mlp.3[0-511 600]", …]`, sorted by site."""
         return [str(narrow) for narrow in sorted(self.narrowed)]
 
-    def entries(self) -> list[str]:
-        """All of it, as `of` reads it: `names()`, then `narrow_names()`."""
-        return [*self.names(), *self.narrow_names()]
+    def to_list(self) -> list[str]:
+        """All of it, as `parse` reads it: `names()`, then `narrowed_names()`."""
+        return [*self.names(), *self.narrowed_names()]
 
     def blocks(self) -> list[int]:
         """Blocks that lost both of their sites."""
@@ -116,21 +116,21 @@ class Plan:
     def key(self) -> str:
         """16 hex digits. Equal plans have equal keys on every machine."""
         told: list[object] = [(s.block, s.part) for s in self.sites()]
-        told += self.narrow_names()
+        told += self.narrowed_names()
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        return ",".join(self.entries()) or "nothing"
+        return ",".join(self.to_list()) or "nothing"
 
     @staticmethod
-    def of(names: Iterable[str]) -> Plan:
-        """A plan from what `names()` and `narrow_names()` write. Raises PlanError on a malformed or repeated name."""
+    def parse(names: Iterable[str]) -> Plan:
+        """A plan from what `names()` and `narrowed_names()` write. Raises PlanError on a malformed or repeated name."""
         sites: list[Site] = []
-        narrowed: list[Narrow] = []
+        narrowed: list[KeptGroups] = []
         for name in names:
             match = re.fullmatch(r"([^\[\]]*)\[([^\[\]]*)\]\s*", name)
             if match:
-                narrowed.append(Narrow(Site.parse(match[1]), numbers(match[2])))
+                narrowed.append(KeptGroups(Site.parse(match[1]), parse_ranges(match[2])))
             else:
                 sites.append(Site.parse(name))
         every = [*sites, *(narrow.site for narrow in narrowed)]
@@ -169,7 +169,7 @@ class SiteSize:
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
+class SharedNorms:
     """What both sites of a block use and neither owns (a norm that they share): it goes with the whole block."""
 
     block: int
@@ -181,7 +181,7 @@ class Shared:
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
+class Unassigned:
     """What no site owns: embeddings, final norm, head; tied parameters once. Units as in SiteSize."""
 
     parameters: int
@@ -198,10 +198,10 @@ class Anatomy:
     model_type: str
     blocks: int  # of the unpruned model
     sites: tuple[SiteSize, ...]
-    rest: Rest
-    shared: tuple[Shared, ...] = ()
+    rest: Unassigned
+    shared: tuple[SharedNorms, ...] = ()
 
-    def alive(self) -> tuple[Site, ...]:
+    def sites_present(self) -> tuple[Site, ...]:
         return tuple(size.site for size in self.sites)
 
     def total(self, what: str, plan: Plan = Plan()) -> int:
@@ -209,17 +209,17 @@ class Anatomy:
         kept = [size for size in self.sites if size.site not in plan.removed]
         blocks = {size.site.block for size in kept}
         held = [*kept, *(shared for shared in self.shared if shared.block in blocks), self.rest]
-        narrower = sum(int(getattr(size.group, what)) * count for size, count in self.lost(plan))
+        narrower = sum(int(getattr(size.group, what)) * count for size, count in self.narrowed(plan))
         return sum(int(getattr(size, what)) for size in held) - narrower
 
-    def lost(self, plan: Plan) -> list[tuple[SiteSize, int]]:
+    def narrowed(self, plan: Plan) -> list[tuple[SiteSize, int]]:
         """The sites that `plan` narrows, and how many of their channel groups go."""
         kept = {narrow.site: len(narrow.groups) for narrow in plan.narrowed}
         return [(size, len(size.groups) - kept[size.site]) for size in self.sites if size.site in kept]
 
     def check(self, plan: Plan, protected: frozenset[Site] = frozenset()) -> Plan:
         """`plan` itself. Raises PlanError if it names a site that is not there, or removes what must stay."""
-        alive = set(self.alive())
+        alive = set(self.sites_present())
         for site in plan.sites():
             if not 0 <= site.block < self.blocks:
                 raise PlanError(f"There is no {site}: the model has blocks 0 to {self.blocks - 1}.")
@@ -249,7 +249,7 @@ class Anatomy:
                     f"{site} would keep no channel group. A site that loses all of them is removed: {site}."
                 )
             if missing := sorted(set(kept) - set(size.groups)):
-                raise PlanError(f"{site} has no channel group {missing[0]}: it has {ranges(size.groups)}.")
+                raise PlanError(f"{site} has no channel group {missing[0]}: it has {format_ranges(size.groups)}.")
             of_each, stay = len(size.groups) // size.experts, set(kept)
             shares = (size.groups[e * of_each : (e + 1) * of_each] for e in range(size.experts))
             counts = {len(stay.intersection(share)) for share in shares}
@@ -265,16 +265,16 @@ class Anatomy:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """What a search wants measured. `best=k`: the k lowest losses in full, the others may come back as bounds.
+class MeasureRequest:
+    """What a search wants measured. `full_results=k`: the k lowest losses in full, the others may come back as bounds.
 
-    `tokens=n`: only the first n calibration tokens. `hints`: what the search expects of each plan, lower = better, in
-    any unit; only their order counts, and only for what is measured first. `below`: nats of every
+    `tokens=n`: only the first n calibration tokens. `expected`: what the search expects of each plan, lower = better, in
+    any unit; only their order counts, and only for what is measured first. `ceiling`: nats of every
     document; a plan that has more in all may come back as a bound, even if it is among the best.
     """
 
     plans: tuple[Plan, ...]
-    best: int | None = None
+    full_results: int | None = None
     tokens: int | None = None
-    hints: tuple[float, ...] | None = None
-    below: tuple[float, ...] | None = None
+    expected: tuple[float, ...] | None = None
+    ceiling: tuple[float, ...] | None = None

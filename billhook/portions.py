@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from billhook.data import Choices, TokenSet, Wanted, token_set, token_sets, written
+from billhook.data import Choices, TextSpec, TokenSet, generate_calibration, token_set, token_sets
 from billhook.errors import BillhookError, DataError, UsageError
-from billhook.records import Event, Watch, silent
+from billhook.records import Event, EventListener, ignore_events
 
-JOINT = "+"  # between the sources of a mixture
+SOURCE_SEPARATOR = "+"  # between the sources of a mixture
 
 
-def picked(tokens: TokenSet, documents: Sequence[int]) -> TokenSet:
+def select_documents(tokens: TokenSet, documents: Sequence[int]) -> TokenSet:
     """Some documents of a token set, in their order."""
     number = {document: i for i, document in enumerate(sorted(documents))}
     rows = [r for r, document in enumerate(tokens.documents) if document in number]
@@ -33,15 +33,15 @@ def picked(tokens: TokenSet, documents: Sequence[int]) -> TokenSet:
     )
 
 
-def portions(tokens: TokenSet, count: int) -> list[TokenSet]:
+def chunks(tokens: TokenSet, count: int) -> list[TokenSet]:
     """A token set in portions of `count` documents, in order; the last one may have fewer."""
     whole = len(tokens.clusters)
     if whole <= count:
         return [tokens]
-    return [picked(tokens, range(start, min(start + count, whole))) for start in range(0, whole, count)]
+    return [select_documents(tokens, range(start, min(start + count, whole))) for start in range(0, whole, count)]
 
 
-def every(tokens: TokenSet, count: int) -> tuple[list[int], list[int]]:
+def split_every_nth(tokens: TokenSet, count: int) -> tuple[list[int], list[int]]:
     """The documents of all texts but every `count`-th, and of those; where there is one text only, documents count.
 
     With fewer than `count` of them every last one; the first list is empty where there is nothing to share.
@@ -58,24 +58,24 @@ def halves(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
 
     Raises UsageError if there is nothing to halve.
     """
-    sides = every(tokens, 2)
+    sides = split_every_nth(tokens, 2)
     if not all(sides):
         raise UsageError("Held-out text of one document cannot be halved. Give more text, or more --eval-tokens.")
-    return picked(tokens, sides[0]), picked(tokens, sides[1])
+    return select_documents(tokens, sides[0]), select_documents(tokens, sides[1])
 
 
-def shared_out(tokens: TokenSet, count: int) -> tuple[TokenSet, TokenSet]:
+def train_validation_split(tokens: TokenSet, count: int) -> tuple[TokenSet, TokenSet]:
     """All texts of a token set but every `count`-th, and those; documents, where there is one text only.
 
     Raises DataError if there is nothing to share.
     """
-    rest, chosen = every(tokens, count)
+    rest, chosen = split_every_nth(tokens, count)
     if not rest:
         raise DataError(f"{tokens.source} holds one document, and a recovery needs a second one to validate on.")
-    return picked(tokens, rest), picked(tokens, chosen)
+    return select_documents(tokens, rest), select_documents(tokens, chosen)
 
 
-def parted(tokens: TokenSet, size: int, count: int) -> list[TokenSet]:
+def disjoint_parts(tokens: TokenSet, size: int, count: int) -> list[TokenSet]:
     """`count` portions of at least `size` tokens each that share no document, in order.
 
     Raises DataError if the tokens do not suffice.
@@ -97,10 +97,10 @@ def parted(tokens: TokenSet, size: int, count: int) -> list[TokenSet]:
             f"{tokens.source} gives {len(whole)} portions of {size:,} tokens that share no document, and {count} are "
             "wanted. Give more text, or ask for fewer or smaller ones."
         )
-    return [picked(tokens, documents) for documents in whole[:count]]
+    return [select_documents(tokens, documents) for documents in whole[:count]]
 
 
-def joined(sets: Sequence[TokenSet], source: str) -> TokenSet:
+def interleave(sets: Sequence[TokenSet], source: str) -> TokenSet:
     """Several token sets of text as one, in turn; texts of different sets stay different texts."""
     order = sorted(
         (d, s) for s, tokens in enumerate(sets) for d in range(len(tokens.clusters))
@@ -122,33 +122,38 @@ def joined(sets: Sequence[TokenSet], source: str) -> TokenSet:
 
 
 def mixed_sets(
-    wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent, *, own: list[str] | None = None
+    spec: TextSpec,
+    model: Any,
+    tokenizer: Any,
+    watch: EventListener = ignore_events,
+    *,
+    generated: list[str] | None = None,
 ) -> tuple[TokenSet, TokenSet]:
     """As `token_sets`, where `data` may name several sources: `my.jsonl+self`. Each gives as many tokens.
 
-    Where `self` is not among them, the model writes `wanted.self_share` of the calibration tokens, if it can, and they
+    Where `self` is not among them, the model writes `spec.self_share` of the calibration tokens, if it can, and they
     the others. Without held-out text of its own, each source but `self` gives its share of that too.
-    `own`: what the model wrote for it before (`by_itself`); empty: it cannot.
+    `generated`: what the model wrote for it before (`generate_share`); empty: it cannot.
     """
-    sources = _sources(wanted.data)
-    if own is None:
-        own = by_itself(wanted, model, tokenizer, watch)
-    mine = own_tokens(wanted) if own and "self" not in sources else 0
+    sources = _sources(spec.data)
+    if generated is None:
+        generated = generate_share(spec, model, tokenizer, watch)
+    mine = generated_token_count(spec) if generated and "self" not in sources else 0
     if len(sources) == 1 and not mine:
-        return token_sets(wanted, model, tokenizer, watch, own=own)
+        return token_sets(spec, model, tokenizer, watch, generated=generated)
     texts = [source for source in sources if source != "self"]
-    held_apart = wanted.eval_data is None and bool(texts)
-    least = None if wanted.least is None else -(-wanted.least // len(sources))
-    share = replace(wanted, tokens=-(-(wanted.tokens - mine) // len(sources)), in_all=wanted.tokens, least=least)
+    held_apart = spec.eval_data is None and bool(texts)
+    least = None if spec.least is None else -(-spec.least // len(sources))
+    share = replace(spec, tokens=-(-(spec.tokens - mine) // len(sources)), in_all=spec.tokens, least=least)
     if held_apart:
-        share = replace(share, eval_tokens=-(-wanted.eval_tokens // len(texts)))
+        share = replace(share, eval_tokens=-(-spec.eval_tokens // len(texts)))
     shares = [replace(share, data=source) for source in sources]
-    shares += [replace(wanted, data="self", tokens=mine)] if mine else []
-    found = [token_sets(each, model, tokenizer, watch, own=own) for each in shares]
-    source = JOINT.join(each.data for each in shares)
-    calibration = joined([mine for mine, _ in found], source)
+    shares += [replace(spec, data="self", tokens=mine)] if mine else []
+    found = [token_sets(each, model, tokenizer, watch, generated=generated) for each in shares]
+    source = SOURCE_SEPARATOR.join(each.data for each in shares)
+    calibration = interleave([mine for mine, _ in found], source)
     held = [rest for each, (_, rest) in zip(shares, found, strict=True) if not held_apart or each.data != "self"]
-    evaluation = joined(held, JOINT.join(texts)) if len(texts) > 1 and held_apart else held[0]
+    evaluation = interleave(held, SOURCE_SEPARATOR.join(texts)) if len(texts) > 1 and held_apart else held[0]
     if twice := len(set(calibration.digests) & set(evaluation.digests)):
         raise DataError(
             f"{twice} documents of --data {source} are in more than one source, and would be in the proof too. "
@@ -157,32 +162,32 @@ def mixed_sets(
     return calibration, evaluation
 
 
-def own_tokens(wanted: Wanted) -> int:
+def generated_token_count(spec: TextSpec) -> int:
     """How many calibration tokens the model itself should write."""
-    sources = _sources(wanted.data)
-    return -(-wanted.tokens // len(sources)) if "self" in sources else round(wanted.self_share * wanted.tokens)
+    sources = _sources(spec.data)
+    return -(-spec.tokens // len(sources)) if "self" in sources else round(spec.self_share * spec.tokens)
 
 
-def by_itself(wanted: Wanted, model: Any, tokenizer: Any, watch: Watch = silent) -> list[str]:
+def generate_share(spec: TextSpec, model: Any, tokenizer: Any, watch: EventListener = ignore_events) -> list[str]:
     """The texts that the model writes for its calibration; none, and a word about it, if it cannot and need not."""
-    if not (tokens := own_tokens(wanted)) or tokenizer is None:
+    if not (tokens := generated_token_count(spec)) or tokenizer is None:
         return []
     try:
-        return written(replace(wanted, tokens=tokens), model, tokenizer, watch)
+        return generate_calibration(replace(spec, tokens=tokens), model, tokenizer, watch)
     except BillhookError as error:
-        if "self" in _sources(wanted.data):
+        if "self" in _sources(spec.data):
             raise
-        watch(Event("calibrate", 1, 1, f"on {wanted.data} alone: {error}"))
+        watch(Event("calibrate", 1, 1, f"on {spec.data} alone: {error}"))
         return []
 
 
-def given_text(data: str) -> str:
+def external_sources(data: str) -> str:
     """The sources of a mixture that are texts, without what the model writes itself."""
-    return JOINT.join(source for source in _sources(data) if source != "self")
+    return SOURCE_SEPARATOR.join(source for source in _sources(data) if source != "self")
 
 
 def _sources(data: str) -> list[str]:
-    sources = [data] if Path(data).exists() else data.split(JOINT)
+    sources = [data] if Path(data).exists() else data.split(SOURCE_SEPARATOR)
     if not all(sources):
         raise UsageError(f"--data {data} mixes sources, and one of them is empty. Write my.jsonl+self.")
     return sources

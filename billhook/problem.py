@@ -17,10 +17,10 @@ from billhook.plan import PARTS, Anatomy, Part, Plan, Site
 
 NOTHING = Plan()
 Move = tuple[Site, ...]
-Kind = tuple[tuple[int, ...], frozenset[Part]]  # what a group is worth to each budget, and its parts
+MoveKind = tuple[tuple[int, ...], frozenset[Part]]  # what a group is worth to each budget, and its parts
 # What a score is of: a site, a block, or a span of blocks, what is left from its first to its last; by their positions
 # in the unpruned model.
-Unit = Site | int | tuple[int, int]
+ScoredUnit = Site | int | tuple[int, int]
 _NAMED = {"shortened-llama": "first4,last2", "sleb": "first1,last1"}  # protection of the papers
 
 
@@ -36,21 +36,21 @@ class Problem:
     budgets: tuple[Budget, ...]
     protected: frozenset[Site] = frozenset()
     seed: int = 0
-    scores: Mapping[Unit, float] | None = None
+    scores: Mapping[ScoredUnit, float] | None = None
     group_scores: Mapping[Site, Sequence[float]] | None = None
 
-    def met(self, plan: Plan) -> bool:
-        return self._suffices(self.spent(plan))
+    def is_met(self, plan: Plan) -> bool:
+        return self._suffices(self.removed_cost(plan))
 
-    def legal(self, plan: Plan) -> bool:
+    def is_valid(self, plan: Plan) -> bool:
         """Whether a plan leaves one attention, one mlp and all that is protected."""
         one_left = (any(s.part == part and s not in plan.removed for s in self._costs) for part in PARTS)
         return all(one_left) and plan.removed.isdisjoint(self.protected)
 
     @cached_property
-    def needed(self) -> tuple[Fraction, ...]:
-        """What each budget needs, as `Budget.spent` counts."""
-        return tuple(budget.needed(self.anatomy) for budget in self.budgets)
+    def targets(self) -> tuple[Fraction, ...]:
+        """What each budget needs, as `Budget.removed_cost` counts."""
+        return tuple(budget.target(self.anatomy) for budget in self.budgets)
 
     @cached_property
     def _costs(self) -> dict[Site, tuple[int, ...]]:
@@ -73,7 +73,7 @@ class Problem:
             return [tuple(sites) for _, sites in groupby(left, key=lambda site: site.block)]
         return [(site,) for site in left if any(self.cost((site,)))]
 
-    def gone(self, plan: Plan) -> list[Move]:
+    def removed_moves(self, plan: Plan) -> list[Move]:
         """What a plan removes, as groups that may come back; what no budget counts, site by site."""
         groups = [group for group in self.groups() if set(group) <= plan.removed]
         counted = {site for group in groups for site in group}
@@ -82,7 +82,7 @@ class Problem:
     def moves(self, plan: Plan) -> list[Move]:
         """What may go next, in order: groups that help a budget which is not met; never the last of a part, nor what
         would put the budgets out of reach."""
-        short = [spent < needed for spent, needed in zip(self.spent(plan), self.needed, strict=True)]
+        short = [spent < needed for spent, needed in zip(self.removed_cost(plan), self.targets, strict=True)]
         free = {group: self._kind(group) for group in self._free(plan)}
         count = Counter(free.values())
         enough = [set(keep) for keep, most in self._last(plan) if self._suffices(most)]
@@ -99,20 +99,20 @@ class Problem:
             1 if UNITS[b.unit].whole_blocks else sum(cost[i] for cost in costs) for i, b in enumerate(self.budgets)
         )
 
-    def spent(self, plan: Plan) -> tuple[int, ...]:
+    def removed_cost(self, plan: Plan) -> tuple[int, ...]:
         """What a plan takes away, of each budget."""
         whole = [UNITS[b.unit].whole_blocks for b in self.budgets]
         cost = self.cost(plan.removed)
         each = zip(self.budgets, whole, cost, strict=True)
-        return tuple(b.spent(self.anatomy, plan) if w or plan.narrowed else c for b, w, c in each)
+        return tuple(b.removed_cost(self.anatomy, plan) if w or plan.narrowed else c for b, w, c in each)
 
-    def weight(self, sites: Iterable[Site]) -> Fraction:
+    def relative_cost(self, sites: Iterable[Site]) -> Fraction:
         """What a move is worth, as a share of what the budgets need, summed over them."""
-        return sum((cost / needed for cost, needed in zip(self.cost(sites), self.needed, strict=True)), Fraction(0))
+        return sum((cost / needed for cost, needed in zip(self.cost(sites), self.targets, strict=True)), Fraction(0))
 
-    def worth(self, sites: Iterable[Site], plan: Plan) -> Fraction:
-        """As `weight`, but no more of each budget than `plan` still lacks."""
-        each = zip(self.cost(sites), self.spent(plan), self.needed, strict=True)
+    def marginal_value(self, sites: Iterable[Site], plan: Plan) -> Fraction:
+        """As `relative_cost`, but no more of each budget than `plan` still lacks."""
+        each = zip(self.cost(sites), self.removed_cost(plan), self.targets, strict=True)
         return sum((min(Fraction(c), max(Fraction(0), n - s)) / n for c, s, n in each), Fraction(0))
 
     # -- what can be reached ----------------------------------------------------------------------------------------
@@ -120,58 +120,60 @@ class Problem:
     def _free(self, plan: Plan) -> list[Move]:
         return [group for group in self.groups(plan) if not any(site in self.protected for site in group)]
 
-    def _kind(self, group: Move) -> Kind:
+    def _kind(self, group: Move) -> MoveKind:
         return self.cost(group), frozenset(site.part for site in group)
 
-    def _last(self, plan: Plan) -> Iterator[tuple[tuple[Kind, ...], tuple[int, ...]]]:
+    def _last(self, plan: Plan) -> Iterator[tuple[tuple[MoveKind, ...], tuple[int, ...]]]:
         """Every choice of what stays as the last of its part, and what each budget gets if all else goes that can."""
         free = self._free(plan)
         going = {site for group in free for site in group} | plan.removed
         missing = set(PARTS) - {site.part for site in self._costs if site not in going}
-        total = self.spent(plan.without(*going))
+        total = self.removed_cost(plan.without(*going))
         kinds = list(dict.fromkeys(map(self._kind, free)))  # two of a kind never stay for two different parts
         for keep in (keep for n in range(len(missing) + 1) for keep in combinations(kinds, n)):
             if missing <= {part for _, parts in keep for part in parts}:
                 yield keep, tuple(t - sum(cost[i] for cost, _ in keep) for i, t in enumerate(total))
 
     def _suffices(self, spent: Iterable[int]) -> bool:
-        return all(s >= n for s, n in zip(spent, self.needed, strict=True))
+        return all(s >= n for s, n in zip(spent, self.targets, strict=True))
 
-    def most(self, plan: Plan = NOTHING) -> tuple[int, ...]:
+    def reachable(self, plan: Plan = NOTHING) -> tuple[int, ...]:
         """The most that each budget alone can get, if `plan` goes: one attention, one mlp, all protected stay."""
         return tuple(max(of_one) for of_one in zip(*(most for _, most in self._last(plan)), strict=True))
 
     def check(self) -> Problem:
         """The problem itself. Raises BudgetError, with the most that can go, if no plan meets the budgets."""
-        for budget, needed in zip(self.budgets, self.needed, strict=True):
+        for budget, needed in zip(self.budgets, self.targets, strict=True):
             if not needed:
                 raise BudgetError(f"{budget} asks for nothing: this model has no {budget.unit} to remove.")
         if any(self._suffices(most) for _, most in self._last(NOTHING)):
             return self
         stay = "while one attention, one mlp and everything protected stay. Ask for less, or protect less."
-        for budget, most, needed in zip(self.budgets, self.most() or [0] * len(self.budgets), self.needed, strict=True):
+        for budget, most, needed in zip(
+            self.budgets, self.reachable() or [0] * len(self.budgets), self.targets, strict=True
+        ):
             if most < needed:
                 raise BudgetError(
-                    f"{budget} cannot be met: it asks for {budget.show(needed)}, and at most {budget.show(most)} can "
+                    f"{budget} cannot be met: it asks for {budget.format(needed)}, and at most {budget.format(most)} can "
                     f"go {stay}"
                 )
         raise BudgetError(f"{', '.join(map(str, self.budgets))} cannot all be met {stay}")
 
 
-def unit_name(unit: Unit) -> str:
+def format_unit(unit: ScoredUnit) -> str:
     """`attention.3`, `3` for a block, `3-7` for a run of blocks."""
     return "-".join(map(str, unit)) if isinstance(unit, tuple) else str(unit)
 
 
-def read_unit(text: str) -> Unit:
-    """The unit that `unit_name` wrote."""
+def parse_unit(text: str) -> ScoredUnit:
+    """The unit that `format_unit` wrote."""
     ends = text.split("-")
     if len(ends) == 2:
         return int(ends[0]), int(ends[1])
     return int(text) if text.isdigit() else Site.parse(text)
 
 
-def protection(text: str, anatomy: Anatomy) -> frozenset[Site]:
+def parse_protection(text: str, anatomy: Anatomy) -> frozenset[Site]:
     """Sites that must stay, from `attention.0,mlp.27-29,5-7,first4,last2`: a site, a range of one part, whole blocks.
 
     `shortened-llama` and `sleb` are the rules of these papers: first4,last2 and first1,last1. Raises PlanError if a

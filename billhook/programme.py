@@ -12,7 +12,7 @@ from billhook.errors import MissingExtra
 Bound = tuple[Sequence[int], int]  # how much each choice counts, and the most that all chosen ones may
 
 
-def programme(
+def cheapest_selections(
     name: str,
     prices: Sequence[float],
     costs: Sequence[Sequence[int]],

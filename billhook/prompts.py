@@ -11,7 +11,7 @@ from billhook.data import file_text, json_lines
 from billhook.errors import DataError, UsageError
 from billhook.tasks import Request, read_items, requests
 
-EXAMPLES = (
+PROMPT_EXAMPLES = (
     '{"prompt": "…"}, {"messages": [{"role": "user", "content": "…"}]} or {"query": "…", "choices": […], "gold": 0}'
 )
 
@@ -57,15 +57,15 @@ def _rows(file: Path, source: str, kind: str) -> list[Prompt]:
     rows = list(json_lines(file_text(file), source))
     if rows and isinstance(rows[0][1], dict) and "choices" in rows[0][1]:
         return _items(source)
-    return [_row(row, number, f"{source}, row {number},", kind) for number, row in rows]
+    return [_parse_prompt(row, number, f"{source}, row {number},", kind) for number, row in rows]
 
 
-def _row(row: Any, number: int, where: str, kind: str) -> Prompt:
+def _parse_prompt(row: Any, number: int, where: str, kind: str) -> Prompt:
     text, messages = (row.get("prompt"), row.get("messages")) if isinstance(row, dict) else (None, None)
     if isinstance(text, str) and text.strip():
         return Prompt(number, text)
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise DataError(f"{where} is no prompt. A row is {EXAMPLES}.")
+        raise DataError(f"{where} is no prompt. A row is {PROMPT_EXAMPLES}.")
     if kind != "chat":
         raise UsageError(f"{where} holds messages, which only a chat takes. Use --kind chat, or give `prompt`.")
     return Prompt(number, messages=tuple(messages))

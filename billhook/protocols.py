@@ -7,14 +7,14 @@ from typing import Any
 
 from billhook.data import TokenSet, read_texts, token_set
 from billhook.errors import DataError, UnknownName, UsageError
-from billhook.stats import exp
+from billhook.stats import exp_capped
 
 # Tokens a window. gptq: Frantar et al. 2022 (arXiv 2210.17323), then SparseGPT, Wanda, SliceGPT and most others;
 # shortened-llama: Kim et al. 2024 (arXiv 2402.02834).
 PROTOCOLS = {"gptq": 2048, "shortened-llama": 128}
 
 
-def windows(source: str, protocol: str, field: str, tokenizer: Any, config: Any) -> TokenSet:
+def fixed_windows(source: str, protocol: str, field: str, tokenizer: Any, config: Any) -> TokenSet:
     """All of a text in windows: its pieces joined by two line ends, tokenised at once, the last part window left out.
 
     Every window is a row, and all are of one text. Raises DataError for less than two windows, UnknownName, and
@@ -36,7 +36,7 @@ def windows(source: str, protocol: str, field: str, tokenizer: Any, config: Any)
     return token_set(rows, range(count), [0] * count, [f"window {i}" for i in range(count)], source)
 
 
-def normalised(tokens: TokenSet, tokenizer: Any, nats: float) -> dict[str, float]:
+def per_byte_and_word(tokens: TokenSet, tokenizer: Any, nats: float) -> dict[str, float]:
     """Bits a byte and perplexity a word, from the `nats` of all predicted tokens: those of every row but its first.
 
     They compare models of different tokenizers on the same text. Words stand between blanks.
@@ -44,4 +44,4 @@ def normalised(tokens: TokenSet, tokenizer: Any, nats: float) -> dict[str, float
     rows = [tokens.rows[r, 1:n].tolist() for r, n in enumerate(tokens.lengths)]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     size, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
-    return {"bits_per_byte": nats / math.log(2) / max(1, size), "word_perplexity": exp(nats / max(1, words))}
+    return {"bits_per_byte": nats / math.log(2) / max(1, size), "word_perplexity": exp_capped(nats / max(1, words))}

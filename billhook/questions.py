@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from billhook.data import TokenSet, file_text, json_lines, prefix_of, token_set
+from billhook.data import TokenSet, file_text, json_lines, special_prefix, token_set
 from billhook.errors import DataError, nearest
-from billhook.tasks import Shots
+from billhook.tasks import FewShot
 
-EXAMPLE = '{"query": "…", "answer": "…", "target": "…"}'
-FIELDS = ("query", "answer", "target")
+QUESTION_EXAMPLE = '{"query": "…", "answer": "…", "target": "…"}'
+QUESTION_FIELDS = ("query", "answer", "target")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Prompts:
+class GenerationPrompts:
     """Questions as tokens, a row and a document each; the right `targets`; who turns tokens into text; how much room
     for an answer each row leaves."""
 
@@ -54,26 +54,30 @@ def read_questions(path: str | Path) -> list[Question]:
     file = Path(path).expanduser()
     if not file.is_file():
         kind = "a folder" if file.is_dir() else "missing"
-        raise DataError(f"The file of questions {path} is {kind}. Give a .jsonl or .jsonl.gz file of rows {EXAMPLE}.")
+        raise DataError(
+            f"The file of questions {path} is {kind}. Give a .jsonl or .jsonl.gz file of rows {QUESTION_EXAMPLE}."
+        )
     found = []
     for number, row in json_lines(file_text(file), str(path)):
         where = f"{path}, row {number},"
         if not isinstance(row, dict):
-            raise DataError(f"{where} is no object. A row is {EXAMPLE}.")
-        for name in FIELDS:
+            raise DataError(f"{where} is no object. A row is {QUESTION_EXAMPLE}.")
+        for name in QUESTION_FIELDS:
             if name not in row:
                 near = nearest(name, row)
                 guess = f" Is it {near!r}?" if near else ""
-                raise DataError(f"{where} has no field {name!r}.{guess} A row is {EXAMPLE}.")
+                raise DataError(f"{where} has no field {name!r}.{guess} A row is {QUESTION_EXAMPLE}.")
             if not isinstance(row[name], str) or not row[name].strip():
-                raise DataError(f"{where} has {row[name]!r} as its {name!r}. A row is {EXAMPLE}.")
-        found.append(Question(number, *(row[name] for name in FIELDS)))
+                raise DataError(f"{where} has {row[name]!r} as its {name!r}. A row is {QUESTION_EXAMPLE}.")
+        found.append(Question(number, *(row[name] for name in QUESTION_FIELDS)))
     if not found:
-        raise DataError(f"The file of questions {path} is empty. Give a .jsonl or .jsonl.gz file of rows {EXAMPLE}.")
+        raise DataError(
+            f"The file of questions {path} is empty. Give a .jsonl or .jsonl.gz file of rows {QUESTION_EXAMPLE}."
+        )
     return found
 
 
-def in_writing(path: str | Path) -> bool:
+def is_generation_task(path: str | Path) -> bool:
     """Whether a file's first row is a question to be answered in writing: it has a target and no choices."""
     file = Path(path).expanduser()
     if not file.is_file():
@@ -82,7 +86,7 @@ def in_writing(path: str | Path) -> bool:
     return isinstance(row, dict) and "target" in row and "choices" not in row
 
 
-def prompts_of(
+def build_prompts(
     path: str | Path,
     tokenizer: Any,
     *,
@@ -90,8 +94,8 @@ def prompts_of(
     seed: int = 0,
     positions: int | None = None,
     new_tokens: int = 256,
-    shots: Shots | None = None,
-) -> Prompts:
+    shots: FewShot | None = None,
+) -> GenerationPrompts:
     """The questions of a file in a seeded order, the first `limit_items` of them.
 
     `shots`: a file of questions, and how many of them, the first ones, stand before each with their answers: query, one
@@ -112,12 +116,12 @@ def prompts_of(
             raise DataError(f"All questions of {path} are among the {len(shown)} shots. Give shots from another file.")
     random.Random(seed).shuffle(questions)
     questions = questions[:limit_items]
-    prefix, room = prefix_of(tokenizer), None if positions is None else positions - new_tokens
+    prefix, room = special_prefix(tokenizer), None if positions is None else positions - new_tokens
     encoded = tokenizer([before + q.query for q in questions], add_special_tokens=False, verbose=False)["input_ids"]
     rows = [(*prefix, *ids)[-(room or len(prefix) + len(ids)) :] for ids in encoded]
     digests = [hashlib.sha256(repr(row).encode()).hexdigest()[:16] for row in rows]
     tokens = token_set(rows, range(len(rows)), [q.number for q in questions], digests, str(path))
-    return Prompts(tokens, tuple(q.target for q in questions), tokenizer, new_tokens)
+    return GenerationPrompts(tokens, tuple(q.target for q in questions), tokenizer, new_tokens)
 
 
 def _shown(file: str | Path, count: int) -> Sequence[Question]:

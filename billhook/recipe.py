@@ -19,12 +19,12 @@ from pydantic import (
     model_validator,
 )
 
-from billhook.budget import Budget, read_budgets
+from billhook.budget import Budget, parse_budgets
 from billhook.errors import FingerprintError, PlanError, RecipeError, nearest
 from billhook.margin import Margin
 from billhook.plan import Anatomy, Plan, Site
 
-OURS = Path(__file__).parent / "recipes"
+BUILTIN = Path(__file__).parent / "recipes"
 TARGETS = ("remove", "plan", "within")  # of which a recipe has one
 
 
@@ -123,7 +123,7 @@ class Recipe(BaseModel):
         if value is None:
             return None
         pieces = value if isinstance(value, list | tuple) else [value]
-        return ",".join(map(str, read_budgets(",".join(map(str, pieces)))))
+        return ",".join(map(str, parse_budgets(",".join(map(str, pieces)))))
 
     @field_validator("within")
     @classmethod
@@ -145,7 +145,7 @@ class Recipe(BaseModel):
     @field_validator("memory")
     @classmethod
     def _bytes(cls, value: str | None) -> str | None:
-        return value if value is None or read_bytes(value) else None
+        return value if value is None or parse_bytes(value) else None
 
     @model_validator(mode="after")
     def _one_target(self) -> Recipe:
@@ -169,12 +169,12 @@ class Recipe(BaseModel):
     @property
     def memory_bytes(self) -> int | None:
         """The memory budget in bytes, if there is one."""
-        return None if self.memory is None else read_bytes(self.memory)
+        return None if self.memory is None else parse_bytes(self.memory)
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
         """What must go, if the recipe says how much."""
-        return () if self.remove is None else read_budgets(self.remove)
+        return () if self.remove is None else parse_budgets(self.remove)
 
     @property
     def margin(self) -> Margin | None:
@@ -186,7 +186,7 @@ class Recipe(BaseModel):
         return yaml.safe_dump(self.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
 
 
-def read_bytes(text: str) -> int:
+def parse_bytes(text: str) -> int:
     """`4GB`, `500MB` or `2.5GiB` in bytes. Raises RecipeError with the allowed spellings."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG])(i?)B\s*", text)
     if not match or float(match[1]) == 0:
@@ -195,7 +195,7 @@ def read_bytes(text: str) -> int:
     return int(float(match[1]) * base ** {"M": 2, "G": 3}[match[2]])
 
 
-def recipe_from(values: dict[str, Any], where: str = "The recipe") -> Recipe:
+def parse_recipe(values: dict[str, Any], where: str = "The recipe") -> Recipe:
     """A Recipe from plain values. Raises RecipeError that names the key, what it holds, and the nearest right key."""
     try:
         return Recipe(**values)
@@ -215,10 +215,10 @@ def _unknown_key(key: str, where: str) -> RecipeError:
 
 def recipe_names() -> list[str]:
     """The recipes that come with Billhook: one a published method, and our own."""
-    return sorted(path.stem for path in OURS.glob("*.yaml"))
+    return sorted(path.stem for path in BUILTIN.glob("*.yaml"))
 
 
-def combined(recipe: str | Path | None, **given: Any) -> dict[str, Any]:
+def with_overrides(recipe: str | Path | None, **given: Any) -> dict[str, Any]:
     """The values of a recipe, by file or by name, overruled by what is `given`; a new target drops the recipe's."""
     values = {} if recipe is None else read_yaml(Path(recipe))
     if any(given.get(name) is not None for name in TARGETS):
@@ -231,8 +231,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     Raises RecipeError if it cannot be read, or holds an unknown key or one twice.
     """
-    if not path.is_file() and (OURS / f"{path}.yaml").is_file():
-        path = OURS / f"{path}.yaml"
+    if not path.is_file() and (BUILTIN / f"{path}.yaml").is_file():
+        path = BUILTIN / f"{path}.yaml"
     if not path.is_file():
         names = recipe_names()
         near = nearest(str(path), names)
@@ -278,14 +278,14 @@ def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
     if not _is_file(path):
         if "/" in text or path.suffix in (".json", ".txt", ".yaml"):
             raise PlanError(f"There is no plan file {text}. Give a file, or sites: attention.7,mlp.16.")
-        return anatomy.check(Plan.of(piece for piece in text.split(",") if piece.strip()))
+        return anatomy.check(Plan.parse(piece for piece in text.split(",") if piece.strip()))
     content = path.read_text(encoding="utf-8", errors="replace")
     try:
         value = json.loads(content)
     except json.JSONDecodeError:
         return anatomy.check(_from_lines(content, path, anatomy))
     if isinstance(value, list):
-        return anatomy.check(Plan.of(map(str, value)))
+        return anatomy.check(Plan.parse(map(str, value)))
     if not isinstance(value, dict):
         raise PlanError(f"{path} holds no plan. Give a billhook.json, a report.json or a drop list.")
     if "drop_attn_list" in value or "drop_mlp_list" in value:
@@ -307,7 +307,7 @@ def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
             f"{path} was made for another model (fingerprint {made_for}, this one is {fingerprint}). To use its sites "
             f"all the same, name them: --plan {shlex.quote(','.join(map(str, removed[:3])) + ',…')}"
         )
-    return anatomy.check(Plan.of(map(str, removed)))
+    return anatomy.check(Plan.parse(map(str, removed)))
 
 
 def _is_file(path: Path) -> bool:
@@ -334,7 +334,7 @@ def _from_lines(content: str, path: Path, anatomy: Anatomy) -> Plan:
             f"{path} holds no plan: {what}. A drop list has {anatomy.blocks} lines (one a block), each none, attn, mlp "
             "or attn+mlp."
         )
-    return Plan.of(f"{part}.{i}" for i, line in enumerate(lines) for part in words[line.strip()])
+    return Plan.parse(f"{part}.{i}" for i, line in enumerate(lines) for part in words[line.strip()])
 
 
 def _indices(entries: Any, path: Path, anatomy: Anatomy) -> list[int]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from billhook.plan import Narrow, Plan, Site
+from billhook.plan import KeptGroups, Plan, Site
 
 LOSS_UNITS = {"angular": "radians", "norm": "logits"}  # of losses that are not in nats
 
@@ -95,7 +95,7 @@ class Step:
     loss: float
     gap: float | None
     gap_se: float | None  # standard error of the gap over documents
-    narrowed: tuple[Narrow, ...] = ()  # sites that became narrower, as they are now
+    narrowed: tuple[KeptGroups, ...] = ()  # sites that became narrower, as they are now
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -139,14 +139,14 @@ class Event:
     note: str = ""
 
 
-Watch = Callable[[Event], None]
+EventListener = Callable[[Event], None]
 
 
-def silent(event: Event) -> None:
+def ignore_events(event: Event) -> None:
     """A watcher that looks away."""
 
 
-def part_of(watch: Watch, before: int, total: int) -> Watch:
+def scaled_events(watch: EventListener, before: int, total: int) -> EventListener:
     """What watches one part of a whole of `total`, of which `before` is done."""
     return lambda event: watch(replace(event, done=before + event.done, total=total))
 
@@ -155,7 +155,7 @@ Cost = Callable[[frozenset[Site]], object]
 Round = tuple[tuple[Plan, ...], list[Loss]]  # the plans of one Ask and their losses
 
 
-def steps(path: list[Plan], rounds: list[Round], on_path: list[Loss], cost: Cost = len) -> list[Step]:
+def removal_trace(path: list[Plan], rounds: list[Round], on_path: list[Loss], cost: Cost = len) -> list[Step]:
     """The path of a search as removals, each with its loss and the gap to the plan that came second.
 
     Rivals are worth the same (`cost`): a gap between a small and a large site says nothing about noise. The rivals of
@@ -186,11 +186,11 @@ def _gap(previous: Plan, plan: Plan, rounds: list[Round], cost: Cost) -> tuple[f
                 and cost(p.removed - start.removed) == cost(move)
             ]
             if chosen in full:
-                return difference(min(rivals, key=lambda loss: loss.mean), full[chosen]) if rivals else (None, None)
+                return paired_gap(min(rivals, key=lambda loss: loss.mean), full[chosen]) if rivals else (None, None)
     return None, None
 
 
-def difference(a: Loss, b: Loss) -> tuple[float, float | None]:
+def paired_gap(a: Loss, b: Loss) -> tuple[float, float | None]:
     """Mean of a - b in nats per token, paired by document, and its standard error (None for one document)."""
     total = sum(a.counts)
     gap = (math.fsum(a.sums) - math.fsum(b.sums)) / total

@@ -14,30 +14,30 @@ from billhook.data import TokenSet
 from billhook.errors import UsageError
 from billhook.loading import Teacher
 from billhook.plan import Plan
-from billhook.portions import shared_out
-from billhook.proof import Job, nats_of
+from billhook.portions import train_validation_split
+from billhook.proof import RunContext, perplexity_results
 from billhook.recipe import Recipe
-from billhook.recover import RECOVERIES, Subject
+from billhook.recover import RECOVERIES, RecoveryTask
 from billhook.recover.adapters import ADAPTER
-from billhook.registry import chosen
-from billhook.repair import UNTOUCHED, Repair, read_repair
+from billhook.registry import resolve_options
+from billhook.repair import NO_REPAIR, Repair, read_repair
 from billhook.searching import recovery_tokens
-from billhook.stats import exp, paired_difference
-from billhook.training import Course
+from billhook.stats import exp_capped, paired_difference
+from billhook.training import TrainingOptions
 
-COURSE = {field.name for field in fields(Course)}
-EVERY = 10  # of so many texts one validates
+TRAINING_OPTIONS = {field.name for field in fields(TrainingOptions)}
+TRAINING_VALIDATION_EVERY = 10  # of so many texts one validates
 
 
 @dataclass(frozen=True, slots=True)
-class Recovered:
-    """What a run's recoveries found. `told`: what each did to the perplexity, in pairs; `seen`: digests of documents.
+class RecoveryResult:
+    """What a run's recoveries found. `reports`: what each did to the perplexity, in pairs; `seen`: digests of documents.
 
     `base`: the repair of the checkpoint, where that is not the whole one: without the last, which is in `adapter`.
     """
 
-    repair: Repair = UNTOUCHED
-    told: tuple[dict[str, Any], ...] = ()
+    repair: Repair = NO_REPAIR
+    reports: tuple[dict[str, Any], ...] = ()
     base: Repair | None = None
     adapter: Path | None = None
     seen: tuple[str, ...] = ()
@@ -46,9 +46,9 @@ class Recovered:
 def recovery_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """The recoveries of a recipe in order, with their options. Raises UnknownName or UsageError."""
     methods = [RECOVERIES[name] for name in recipe.recoveries]
-    options = dict(zip(recipe.recoveries, chosen(recipe.recover_set, *methods), strict=True))
+    options = dict(zip(recipe.recoveries, resolve_options(recipe.recover_set, *methods), strict=True))
     for own in options.values():
-        Course(**{name: value for name, value in own.items() if name in COURSE}).check()
+        TrainingOptions(**{name: value for name, value in own.items() if name in TRAINING_OPTIONS}).check()
     apart = [name for name, own in options.items() if own.get("merge") is False]
     if apart and (recipe.recoveries[-1] != apart[-1] or recipe.stock):
         raise UsageError(
@@ -58,7 +58,7 @@ def recovery_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return options
 
 
-def learnt_from(job: Job, teacher: Teacher, held_out: TokenSet) -> TokenSet | None:
+def load_recovery_tokens(job: RunContext, teacher: Teacher, held_out: TokenSet) -> TokenSet | None:
     """What the recoveries of a run learn from. Raises UsageError if text that is held out is in there."""
     if not recovery_options(job.recipe):
         return None
@@ -68,16 +68,16 @@ def learnt_from(job: Job, teacher: Teacher, held_out: TokenSet) -> TokenSet | No
     return tokens
 
 
-def recovered(
-    job: Job, teacher: Teacher, plan: Plan, *, learn: TokenSet, texts: Mapping[str, TokenSet], work: Path
-) -> Recovered:
+def run_recoveries(
+    job: RunContext, teacher: Teacher, plan: Plan, *, learn: TokenSet, texts: Mapping[str, TokenSet], work: Path
+) -> RecoveryResult:
     """Carry out the recoveries of a run, which `learn` from a text, and prove each on each of `texts`.
 
     `work`: for what a killed run goes on from: every finished repair, and the checkpoints of a training.
     """
-    recipe, repair, before = job.recipe, UNTOUCHED, UNTOUCHED
+    recipe, repair, before = job.recipe, NO_REPAIR, NO_REPAIR
     options = recovery_options(recipe)
-    train, valid = shared_out(learn, EVERY)
+    train, valid = train_validation_split(learn, TRAINING_VALIDATION_EVERY)
     work.mkdir(parents=True, exist_ok=True)
     told: list[dict[str, Any]] = []
     for number, (name, own) in enumerate(options.items(), 1):
@@ -88,8 +88,8 @@ def recovered(
         else:
             training = work / f"{number}-{name}"
             training.mkdir(exist_ok=True)
-            subject = Subject(teacher, plan, repair, recipe.memory_bytes, recipe.seed, training, job.watch)
-            repair = RECOVERIES[name](subject, train, valid, **own).rounded(teacher.dtype)
+            subject = RecoveryTask(teacher, plan, repair, recipe.memory_bytes, recipe.seed, training, job.watch)
+            repair = RECOVERIES[name](subject, train, valid, **own).cast_through(teacher.dtype)
             took = round(time.perf_counter() - began, 1)
             seconds.write_text(json.dumps(took))
             if (training / ADAPTER).is_dir():
@@ -100,20 +100,24 @@ def recovered(
         told.append({
             "recovery": name, "options": own, "seconds": took, "parameters": repair.parameters(),
             "tokens": train.tokens, "data": train.source,
-            "on": {text: _gained(job, teacher, plan, (before, repair), tokens) for text, tokens in texts.items()},
+            "on": {text: _measure_gain(job, teacher, plan, (before, repair), tokens) for text, tokens in texts.items()},
         })  # fmt: skip
     apart = work / ADAPTER if (work / ADAPTER).is_dir() else None
-    return Recovered(repair, tuple(told), before if apart else None, apart, learn.digests)
+    return RecoveryResult(repair, tuple(told), before if apart else None, apart, learn.digests)
 
 
-def _gained(job: Job, teacher: Teacher, plan: Plan, sides: tuple[Repair, Repair], tokens: TokenSet) -> dict[str, Any]:
+def _measure_gain(
+    job: RunContext, teacher: Teacher, plan: Plan, repairs: tuple[Repair, Repair], tokens: TokenSet
+) -> dict[str, Any]:
     """Perplexity before and after one recovery, their ratio with its interval, and how much of the gap it closed."""
-    dense, before, after = nats_of(job, teacher, [(Plan(), UNTOUCHED), (plan, sides[0]), (plan, sides[1])], tokens)
+    dense, before, after = perplexity_results(
+        job, teacher, [(Plan(), NO_REPAIR), (plan, repairs[0]), (plan, repairs[1])], tokens
+    )
     change = paired_difference(before, after, job.recipe.seed)
-    perplexities = [exp(each.mean) for each in (dense, before, after)]
+    perplexities = [exp_capped(each.mean) for each in (dense, before, after)]
     lost = perplexities[1] - perplexities[0]
     return {
-        "teacher": perplexities[0], "before": perplexities[1], "after": perplexities[2], "ratio": exp(change.value),
-        "ci95": [exp(change.low), exp(change.high)], "reliable": change.reliable,
+        "teacher": perplexities[0], "before": perplexities[1], "after": perplexities[2], "ratio": exp_capped(change.value),
+        "ci95": [exp_capped(change.low), exp_capped(change.high)], "reliable": change.reliable,
         "closed": (perplexities[1] - perplexities[2]) / lost if lost > 0 else None,
     }  # fmt: skip

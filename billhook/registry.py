@@ -47,8 +47,8 @@ class Registry(Generic[F]):
         return iter(sorted(self._entries))
 
     def describe(self) -> list[dict[str, Any]]:
-        """One row an entry: family, name, and what its docstring and its signature tell: see `told`."""
-        return [{"family": self.family, "name": name, **told(self[name])} for name in self]
+        """One row an entry: family, name, and what its docstring and its signature tell: see `parse_docstring`."""
+        return [{"family": self.family, "name": name, **parse_docstring(self[name])} for name in self]
 
     def _load_entry_points(self) -> None:
         for entry in entry_points(group=self.group):
@@ -63,7 +63,7 @@ def options(function: Callable[..., object]) -> dict[str, Any]:
     return {name: default for name, default in named.items() if isinstance(default, bool | int | float | str)}
 
 
-def chosen(given: dict[str, Any], *functions: Callable[..., object]) -> list[dict[str, Any]]:
+def resolve_options(given: dict[str, Any], *functions: Callable[..., object]) -> list[dict[str, Any]]:
     """For each method those of the `given` options that it takes, as values of its own kinds.
 
     `rank` is of every method that has such an option, `lora.rank` of one. Raises UsageError for an option that none of
@@ -106,7 +106,7 @@ def _value(name: str, value: Any, default: Any) -> Any:
     raise UsageError(f"The option {name} is {kind}, not {value!r}. Its default is {default}.")
 
 
-def told(function: Callable[..., object]) -> dict[str, Any]:
+def parse_docstring(function: Callable[..., object]) -> dict[str, Any]:
     """What a docstring tells: `summary`, its first line; `text`; and what stands behind Formula:, Cost:, Source: and
     Deviation: or Deviations:. Besides, the `options` with their defaults."""
     lines = (inspect.getdoc(function) or "").split("\n", 1)
@@ -117,6 +117,6 @@ def told(function: Callable[..., object]) -> dict[str, Any]:
     return {"summary": lines[0], **flat, "options": options(function)}
 
 
-def source(function: Callable[..., object]) -> str:
+def source_line(function: Callable[..., object]) -> str:
     """What a docstring gives under `Source:`, on one line."""
-    return str(told(function)["source"])
+    return str(parse_docstring(function)["source"])

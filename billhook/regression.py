@@ -7,10 +7,10 @@ from functools import cache
 
 import torch
 
-from billhook.losses import exact
+from billhook.losses import to_float64
 
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)  # of the diagonal of XᵀX
-TOKENS_AT_A_TIME = 8192
+MOMENT_TOKENS_AT_A_TIME = 8192
 EMPTY = 1e-14  # of the mean diagonal: inputs that are all but zero
 
 
@@ -18,13 +18,13 @@ EMPTY = 1e-14  # of the mean diagonal: inputs that are all but zero
 class Fit:
     """A linear map and how it was found. `matrix` [outputs, inputs], float32.
 
-    `ridge`: as a share of the diagonal; `left`: of the squared error on held-out tokens, by a fit that has not
+    `ridge`: as a share of the diagonal; `remaining_error`: of the squared error on held-out tokens, by a fit that has not
     seen them; above 1 the map does harm.
     """
 
     matrix: torch.Tensor
     ridge: float
-    left: float
+    remaining_error: float
 
 
 class Moments:
@@ -37,12 +37,12 @@ class Moments:
         self.xx = torch.zeros(x.shape[1], x.shape[1], **options)  # type: ignore[call-overload]
         self.xy = torch.zeros(x.shape[1], y.shape[1], **options)  # type: ignore[call-overload]
         self.yy = 0.0
-        for a, b, w in zip(*(t.split(TOKENS_AT_A_TIME) for t in (x, y, weight)), strict=True):
+        for a, b, w in zip(*(t.split(MOMENT_TOKENS_AT_A_TIME) for t in (x, y, weight)), strict=True):
             root = w.sqrt()[:, None]
             a, b = a * root, b * root
             self.xx += (a.T @ a).to(place)
             self.xy += (a.T @ b).to(place)
-            self.yy += float(exact(b).square().sum())
+            self.yy += float(to_float64(b).square().sum())
 
     def plus(self, other: Moments) -> Moments:
         """Of both sets of tokens."""
@@ -69,13 +69,13 @@ class Moments:
         return self.yy - 2 * float((b * self.xy).sum()) + float(((self.xx @ b) * b).sum())
 
 
-def fitted(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, held: torch.Tensor) -> Fit:
-    """The map from x to y whose ridge has the least error on the `held` tokens [tokens, bool]; then fitted on all.
+def ridge_fit(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, validation: torch.Tensor) -> Fit:
+    """The map from x to y whose ridge has the least error on the `validation` tokens [tokens, bool]; then fitted on all.
 
     From the middle of `RIDGES` to whichever neighbour is better, until none is.
     """
-    seen = Moments(x[~held], y[~held], weight[~held])
-    unseen = Moments(x[held], y[held], weight[held])
+    seen = Moments(x[~validation], y[~validation], weight[~validation])
+    unseen = Moments(x[validation], y[validation], weight[validation])
     if not unseen.yy:
         return Fit(torch.zeros(y.shape[1], x.shape[1], device=x.device), 0.0, 1.0)
 

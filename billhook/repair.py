@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from billhook import modeling_billhook
 from billhook.plan import Site
 
-PARTS_OF = ("bias", "gain", "down", "up")
+PATCH_TENSORS = ("bias", "gain", "down", "up")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,11 @@ class Patch:
         """Of its matrix; 0 without one."""
         return 0 if self.down is None else int(self.down.shape[0])
 
-    def entry(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, Any]:
         """Its shape, as a checkpoint's config tells it."""
         return {"bias": self.bias is not None, "gain": self.gain is not None, "rank": self.rank}
 
-    def added(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What it adds: x [..., width] -> [..., width], in float32."""
         total = torch.zeros_like(x, dtype=torch.float32)
         if self.down is not None and self.up is not None:
@@ -72,14 +72,14 @@ class Repair:
         """This repair with one bias newer."""
         return replace(self, biases={**self.biases, site: bias})
 
-    def rounded(self, dtype: torch.dtype) -> Repair:
+    def cast_through(self, dtype: torch.dtype) -> Repair:
         """As a checkpoint of `dtype` holds it, so that what is measured is what is saved."""
 
         def through(x: torch.Tensor | None) -> torch.Tensor | None:
             return None if x is None else x.to(dtype).to(x.dtype)
 
         patches = {
-            site: Patch(**{name: through(getattr(patch, name)) for name in PARTS_OF})
+            site: Patch(**{name: through(getattr(patch, name)) for name in PATCH_TENSORS})
             for site, patch in self.patches.items()
         }
         weights = {name: value.to(dtype).to(value.dtype) for name, value in self.weights.items()}
@@ -87,7 +87,7 @@ class Repair:
 
     def parameters(self) -> int:
         """How many numbers the patches and biases add to a model."""
-        parts = [getattr(patch, name) for patch in self.patches.values() for name in PARTS_OF]
+        parts = [getattr(patch, name) for patch in self.patches.values() for name in PATCH_TENSORS]
         return sum(int(part.numel()) for part in (*parts, *self.biases.values()) if part is not None)
 
     def __eq__(self, other: object) -> bool:
@@ -109,7 +109,7 @@ class Repair:
         told = {f"weight {name}": tensor for name, tensor in self.weights.items()}
         told |= {f"bias {site}": bias for site, bias in self.biases.items()}
         for site, patch in self.patches.items():
-            parts = ((name, getattr(patch, name)) for name in PARTS_OF)
+            parts = ((name, getattr(patch, name)) for name in PATCH_TENSORS)
             told |= {f"patch {site} {name}": part for name, part in parts if part is not None}
         return told
 
@@ -121,20 +121,20 @@ class Repair:
         aside.rename(path)
 
 
-UNTOUCHED = Repair()
+NO_REPAIR = Repair()
 
 
 def patch_module(patch: Patch, outputs: int, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """The module that adds what a patch adds; `outputs` as in an architecture's parts."""
-    entry = patch.entry()
+    entry = patch.spec()
     width = next((len(x) for x in (patch.bias, patch.up) if x is not None), 0)
     parts = {"bias": patch.bias, "gain": patch.gain, "down.weight": patch.down, "up.weight": patch.up}
-    module: torch.nn.Module = modeling_billhook.Patch(outputs, width, **entry)
+    module: torch.nn.Module = modeling_billhook.PatchModule(outputs, width, **entry)
     module.load_state_dict({name: tensor for name, tensor in parts.items() if tensor is not None})
     return module.to(device=device, dtype=dtype).requires_grad_(False)
 
 
-def give_bias(module: torch.nn.Module, bias: torch.Tensor) -> None:
+def add_bias(module: torch.nn.Module, bias: torch.Tensor) -> None:
     """Give an output projection that has no bias one, on the device and in the dtype of its weight."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     module.bias = torch.nn.Parameter(bias.to(weight.device, weight.dtype), requires_grad=False)

@@ -20,19 +20,19 @@ from plotly.offline import get_plotlyjs
 from billhook.plan import PARTS, Plan, Site
 from billhook.records import LOSS_UNITS
 from billhook.summary import (
-    RECOVERED,
+    RECOVERY_COLUMNS,
     Result,
     about_tokens,
-    count,
-    duration,
+    format_duration,
+    format_number,
+    headline,
     how_many,
-    left_of,
-    narrower,
-    notes,
+    kept_group_counts,
+    kept_group_texts,
+    pluralize,
     recovery_rows,
-    rows,
-    short,
-    verdict,
+    run_notes,
+    summary_rows,
 )
 
 NARROWER = '<span><i class="narrower" style="--left:60%"></i>narrower: the lower part stays</span>'
@@ -40,7 +40,7 @@ NARROWER = '<span><i class="narrower" style="--left:60%"></i>narrower: the lower
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
-def _plain(value: object) -> str:
+def _readable_value(value: object) -> str:
     """A value of a recipe, of data or of the environment, for readers."""
     return "–" if value is None else f"{value:,}" if isinstance(value, int) and value > 9999 else str(value)
 
@@ -53,7 +53,7 @@ def _yaml(values: Mapping[str, object]) -> str:
 
 def _removed_in_words(names: Iterable[str]) -> list[str]:
     """`attention of blocks 3, 5` and `mlp of block 2`."""
-    sites = Plan.of(names).sites()
+    sites = Plan.parse(names).sites()
     told = []
     for part in PARTS:
         blocks = [str(site.block) for site in sites if site.part == part]
@@ -72,14 +72,14 @@ def _gone(result: Result) -> list[str]:
 # -- the model card ----------------------------------------------------------------------------------------------------
 
 
-def card(result: Result) -> str:
+def model_card(result: Result) -> str:
     """README.md of the checkpoint: Markdown with the YAML front matter of the Hugging Face hub."""
     front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- billhook\n- pruned\n---"
     removed = _removed_in_words(result["plan"]["removed"]) or ["nothing"]
     if gone := _gone(result):
         removed.append(f"gone before this run: {'; '.join(_removed_in_words(gone))}")
-    removed += [f"{site}: {left} channel groups stay" for site, left in narrower(result).items()]
-    lines = [f"| {r.label} | {r.teacher} | {r.student} | {r.change} |" for r in rows(result)]
+    removed += [f"{site}: {left} channel groups stay" for site, left in kept_group_texts(result).items()]
+    lines = [f"| {r.label} | {r.teacher} | {r.student} | {r.change} |" for r in summary_rows(result)]
     table = "\n".join(["| | teacher | student | change |", "|---|---|---|---|", *lines])
     data = [
         f"- {use}: {_md(about['source'])}, {about['tokens']:,} tokens in {how_many(about)}"
@@ -91,8 +91,8 @@ def card(result: Result) -> str:
         [
             front,
             f"# {_md(result['model']['name'])}, pruned",
-            verdict(result),
-            "\n".join(f"> {_md(note)}\n>" for note in notes(result)).removesuffix("\n>"),
+            headline(result),
+            "\n".join(f"> {_md(note)}\n>" for note in run_notes(result)).removesuffix("\n>"),
             "## What was removed",
             "\n".join(f"- {words}" for words in removed) + "\n\nBlocks are counted from 0 in the unpruned model.",
             "## Measured",
@@ -109,7 +109,7 @@ def card(result: Result) -> str:
 
 def _recovered_card(result: Result) -> str:
     lines = [f"| {' | '.join(row)} |" for row in recovery_rows(result)]
-    head = [f"| {' | '.join(RECOVERED)} |", "|---|---|---|---|---|"]
+    head = [f"| {' | '.join(RECOVERY_COLUMNS)} |", "|---|---|---|---|---|"]
     return "\n".join(["## What recovery gave back", "", *head, *lines]) if lines else ""
 
 
@@ -144,13 +144,14 @@ def _loading(kind: str) -> str:
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def page(result: Result) -> str:
+def run_page(result: Result) -> str:
     """One self-contained HTML page. The frame, its style and its small script are in report.html."""
     charts = _loss_chart(result), _speed_chart(result)
     when = re.sub(r"T(\d\d:\d\d).*\+00:00$", r" \1 UTC", result["created"])
     made = f"Billhook {result['billhook']} · run {result['run']} · {when} · {result['kind']}"
-    measured = listed(
-        ("Measure", "Teacher", "Student", "Change"), [(r.label, r.teacher, r.student, r.change) for r in rows(result)]
+    measured = html_table(
+        ("Measure", "Teacher", "Student", "Change"),
+        [(r.label, r.teacher, r.student, r.change) for r in summary_rows(result)],
     )
     facts = dict(result["environment"]) | {f"model {key}": value for key, value in result["model"].items()}
     facts |= {key: result[key] for key in ("kind", "out", "created")}
@@ -161,19 +162,23 @@ def page(result: Result) -> str:
     return frame.substitute(
         title=_e(f"{result['model']['name']}, pruned"),
         made=_e(made),
-        verdict=_e(verdict(result)),
-        notes="".join(f'<p class="note">{_e(note)}</p>' for note in notes(result)),
+        verdict=_e(headline(result)),
+        notes="".join(f'<p class="note">{_e(note)}</p>' for note in run_notes(result)),
         table=_whole_spans(measured),
         map=_map(result),
-        narrower=NARROWER if left_of(result) else "",
+        narrower=NARROWER if kept_group_counts(result) else "",
         removals=_removals(result),
         recovered=_recovered(result),
         charts="".join(charts),
         answers=_answers(result["answers"]),
         recipe=_e(_yaml(result["recipe"])),
-        data=listed(("", *data), [(key, *(_plain(about.get(key)) for about in data.values())) for key in keys]),
-        environment=listed(("Name", "Value"), [(key.replace("_", " "), _plain(value)) for key, value in facts.items()]),
-        seconds=listed(("Stage", "Time"), [(stage, duration(spent)) for stage, spent in seconds.items()]),
+        data=html_table(
+            ("", *data), [(key, *(_readable_value(about.get(key)) for about in data.values())) for key in keys]
+        ),
+        environment=html_table(
+            ("Name", "Value"), [(key.replace("_", " "), _readable_value(value)) for key, value in facts.items()]
+        ),
+        seconds=html_table(("Stage", "Time"), [(stage, format_duration(spent)) for stage, spent in seconds.items()]),
         plotly=get_plotlyjs() if any(charts) else "",
     )
 
@@ -182,7 +187,7 @@ def _e(value: object) -> str:
     return html.escape(str(value))
 
 
-def listed(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def html_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """Headings on top and on the left; every cell escaped."""
     top = "".join(f'<th scope="col">{_e(cell)}</th>' if cell else "<td></td>" for cell in head)
     body = "".join(
@@ -192,7 +197,7 @@ def listed(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def scroll(table: str, label: str) -> str:
+def scrolling(table: str, label: str) -> str:
     """A table that scrolls by itself where it is wider than the screen."""
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{_e(label)}">{table}</div>'
 
@@ -205,7 +210,7 @@ def _whole_spans(table: str) -> str:
 def _cells(result: Result) -> dict[str, tuple[str, str, str]]:
     """Every site of the unpruned model: its state (kept, narrower, removed or gone), its mark and its description."""
     steps, sizes = result["steps"], {size["site"]: size for size in result["anatomy"]["sites"]}
-    narrow = narrower(result)
+    narrow = kept_group_texts(result)
     turn = {site: (number, step) for number, step in enumerate(steps, 1) for site in step["sites"]}
     cells = {name: ("gone", "", f"{name}: gone before this run") for name in _gone(result)}
     for name in sizes:
@@ -226,7 +231,7 @@ def _cells(result: Result) -> dict[str, tuple[str, str, str]]:
 def _map(result: Result) -> str:
     """Blocks from left to right, ten to a table, so that narrow screens can stack the tables; attention above mlp."""
     cells, blocks, told = _cells(result), result["anatomy"]["blocks"], []
-    shares = {site: left / had for site, (left, had) in left_of(result).items()}
+    shares = {site: left / had for site, (left, had) in kept_group_counts(result).items()}
     for start in range(0, blocks, 10):
         span = range(start, min(start + 10, blocks))
         lines = f"<tr><th>block</th>{''.join(f'<th scope=col>{block}</th>' for block in span)}</tr>"
@@ -246,7 +251,7 @@ def _map(result: Result) -> str:
 def _went(step: Mapping[str, Any]) -> str:
     """What went in one step, in words."""
     narrow = step.get("narrowed", ())
-    return ", ".join([*step["sites"], *([f"{count(len(narrow), 'site')} narrower"] if narrow else [])])
+    return ", ".join([*step["sites"], *([f"{pluralize(len(narrow), 'site')} narrower"] if narrow else [])])
 
 
 def _removals(result: Result) -> str:
@@ -258,15 +263,16 @@ def _removals(result: Result) -> str:
         (
             str(number),
             _went(step),
-            "" if step.get("narrowed") else short(sum(sizes.get(site, 0) for site in step["sites"])),
+            "" if step.get("narrowed") else format_number(sum(sizes.get(site, 0) for site in step["sites"])),
             f"{step['loss']:.4g}",
-            short(step["gap"]) + ("" if step["gap_se"] is None else f" ± {short(1.96 * step['gap_se'])}"),
+            format_number(step["gap"])
+            + ("" if step["gap_se"] is None else f" ± {format_number(1.96 * step['gap_se'])}"),
         )
         for number, step in enumerate(result["steps"], 1)
     ]
-    table = listed(("No.", "Site", "Parameters", "Loss", "Gap ± 95%"), lines)
+    table = html_table(("No.", "Site", "Parameters", "Loss", "Gap ± 95%"), lines)
     told = f"<p>{_e(result['search']['told'])}</p>"
-    if narrow := narrower(result):
+    if narrow := kept_group_texts(result):
         words = ", ".join(f"{site} ({left})" for site, left in narrow.items())
         told += f"<p>{_e(f'Narrower, with how many of their channel groups: {words}.')}</p>"
     return f"{told}<details><summary>The removals in order, as a table</summary>{table}</details>"
@@ -276,7 +282,7 @@ def _recovered(result: Result) -> str:
     """The recoveries of a run, on every text; nothing where there are none."""
     lines = recovery_rows(result)
     caption = "Before and after each, in pairs; in brackets 95% intervals. The gap is that to the teacher."
-    table = _whole_spans(listed(RECOVERED, lines))
+    table = _whole_spans(html_table(RECOVERY_COLUMNS, lines))
     return (
         f"<section class=recovered><h2>What recovery gave back</h2>{table}<p>{caption}</p></section>" if lines else ""
     )
@@ -306,7 +312,7 @@ def _loss_chart(result: Result) -> str:
     caption = (
         f"Above: the loss ({result['loss']}, {unit} per token, lower is better) after each removal. Below: how much "
         "worse the second-best choice was, with its 95% interval over documents (1.96 standard errors). Where it "
-        f"reaches zero (hollow), the choice may be noise. Clear of zero: {clear} of {count(len(known), 'choice')}."
+        f"reaches zero (hollow), the choice may be noise. Clear of zero: {clear} of {pluralize(len(known), 'choice')}."
     )
     numbers: dict[str, list[Any]] = {"sites": [_went(step) for step in steps], "error": errors}
     numbers |= {key: [step[key] for step in steps] for key in ("loss", "gap")}
@@ -319,12 +325,12 @@ def _speed_chart(result: Result) -> str:
     if not speed:
         return ""
     predicted, phases = speed.get("predicted") or {}, ("prefill", "decode")
-    told = [row for row in rows(result) if row.label.endswith("tokens/s")]
+    told = [row for row in summary_rows(result) if row.label.endswith("tokens/s")]
     label = "Student's speed over teacher's. " + "; ".join(f"{row.label}: {row.change}" for row in told) + "."
     caption = "Dots: measured, with 95% intervals. Diamonds: predicted. "
     caption += (
         "Protocol: "
-        + ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in speed["protocol"].items())
+        + ", ".join(f"{key.replace('_', ' ')} {_readable_value(value)}" for key, value in speed["protocol"].items())
         + "."
     )
     numbers = {key: [speed["ratio"][phase][key] for phase in phases] for key in ("median", "low", "high")}

@@ -10,14 +10,14 @@ import torch
 import transformers
 
 from billhook.errors import DataError
-from billhook.records import Event, Watch, silent
+from billhook.records import Event, EventListener, ignore_events
 
 MOST_AT_A_TIME = 64  # texts
 
 
 @torch.inference_mode()
 def sample_texts(
-    model: Any, tokenizer: Any, tokens: int, seed: int, *, length: int, watch: Watch = silent
+    model: Any, tokenizer: Any, tokens: int, seed: int, *, length: int, watch: EventListener = ignore_events
 ) -> list[str]:
     """Texts of at most `length` tokens, `tokens` or more in all, that the model writes from its token of beginning.
 

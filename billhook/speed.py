@@ -20,14 +20,14 @@ from transformers import AutoModelForCausalLM
 from billhook.errors import ResourceError
 from billhook.loading import DTYPES, Teacher, register, undisturbed
 from billhook.plan import Anatomy, Plan, Site
-from billhook.records import Event, Timing, Watch, silent
+from billhook.records import Event, EventListener, Timing, ignore_events
 from billhook.stats import median_interval
 from billhook.surgery import apply
 from billhook.vet import dtype_name
 
 
 @dataclass(frozen=True, slots=True)
-class Protocol:
+class TimingProtocol:
     """`batch` random prompts of `prompt_tokens`, `new_tokens` decoded greedily with the KV cache, `repeats` times."""
 
     prompt_tokens: int = 128
@@ -36,15 +36,19 @@ class Protocol:
     repeats: int = 9
 
 
-def room(models: Sequence[Any]) -> int | None:
+def max_positions(models: Sequence[Any]) -> int | None:
     """How many positions all of the models have, or None where none of them sets a limit."""
     limits = [getattr(model.config, "max_position_embeddings", None) for model in models]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 @torch.inference_mode()
-def time_in_turn(
-    models: Sequence[Any], folders: Sequence[Path], protocol: Protocol, seed: int = 0, watch: Watch = silent
+def time_interleaved(
+    models: Sequence[Any],
+    folders: Sequence[Path],
+    protocol: TimingProtocol,
+    seed: int = 0,
+    watch: EventListener = ignore_events,
 ) -> list[Timing]:
     """One Timing a model. Order A B A B …; one uncounted warm-up each; wall seconds with the device synchronised.
 
@@ -136,8 +140,14 @@ def _resident_peak() -> int:
 
 @undisturbed
 @torch.inference_mode()
-def cost_table(
-    teacher: Teacher, batch: int, context: int, watch: Watch = silent, *, steps: int = 8, repeats: int = 9
+def site_times(
+    teacher: Teacher,
+    batch: int,
+    context: int,
+    watch: EventListener = ignore_events,
+    *,
+    steps: int = 8,
+    repeats: int = 9,
 ) -> dict[str, int]:
     """Nanoseconds that each site takes of one decoding step of `batch` sequences after `context` tokens, and the rest.
 
@@ -152,7 +162,7 @@ def cost_table(
     kinds: dict[tuple[str, int, int], list[Site]] = {}
     for size in teacher.anatomy.sites:
         kinds.setdefault((size.site.part, size.parameters, size.kv_bytes_per_token), []).append(size.site)
-    alive = teacher.anatomy.alive()
+    alive = teacher.anatomy.sites_present()
     gone = {kind: sites[int(len(sites) == sum(s.part == kind[0] for s in alive)) :] for kind, sites in kinds.items()}
     models = [teacher.model, *(apply(teacher, Plan(frozenset(sites))) for sites in gone.values())]
     draw = torch.Generator().manual_seed(0)
@@ -181,7 +191,7 @@ def rates(timing: Timing) -> dict[str, Any]:
     return told | {"peak_bytes": timing.peak_bytes}
 
 
-def ratio(teacher: Timing, student: Timing) -> dict[str, Any]:
+def speed_ratio(teacher: Timing, student: Timing) -> dict[str, Any]:
     """How many times faster the student is, from the pairs that ran one after the other."""
     told = {}
     for kind in ("prefill", "decode"):
@@ -191,7 +201,7 @@ def ratio(teacher: Timing, student: Timing) -> dict[str, Any]:
     return told
 
 
-def predicted(anatomy: Anatomy, plan: Plan) -> dict[str, float]:
+def predicted_speed(anatomy: Anatomy, plan: Plan) -> dict[str, float]:
     """What the anatomy promises: speed in proportion to the weights that a token meets.
 
     Prefill computes the head for one token of the prompt only, decoding for every token.
@@ -201,20 +211,22 @@ def predicted(anatomy: Anatomy, plan: Plan) -> dict[str, float]:
     return {"prefill": (dense - head) / max(left - head, 1), "decode": dense / left}
 
 
-def what_dominates(teacher: Timing, anatomy: Anatomy, told: dict[str, Any], device: torch.device, itemsize: int) -> str:
+def explain_gap(teacher: Timing, anatomy: Anatomy, speeds: dict[str, Any], device: torch.device, itemsize: int) -> str:
     """Why measured speed differs from the predicted one, where it does by more than 15%; else the empty string.
 
-    `told` holds `ratio` and `predicted`. Reading the weights once a token at the measured memory bandwidth is the
+    `speeds` holds `speed_ratio` and `predicted_speed`. Reading the weights once a token at the measured memory bandwidth is the
     least that decoding takes; what is above it is the fixed cost of the calls, which goes with the number of
     sublayers, whatever their size.
     """
-    off = {k: told["ratio"][k]["median"] / told["predicted"][k] for k in ("prefill", "decode")}
+    off = {k: speeds["ratio"][k]["median"] / speeds["predicted"][k] for k in ("prefill", "decode")}
     far = [k for k, value in off.items() if abs(value - 1) > 0.15]
     if not far:
         return ""
     step_ms = 1000 * statistics.median(teacher.decode_s) / teacher.new_tokens
     read_ms = 1000 * anatomy.total("flops_per_token") / 2 * itemsize / bandwidth(device)
-    kinds = " and ".join(f"{k} (×{told['ratio'][k]['median']:.2f}, predicted ×{told['predicted'][k]:.2f})" for k in far)
+    kinds = " and ".join(
+        f"{k} (×{speeds['ratio'][k]['median']:.2f}, predicted ×{speeds['predicted'][k]:.2f})" for k in far
+    )
     return (
         f"Measured and predicted differ by more than 15% in {kinds}. The prediction counts weights only. At batch "
         f"{teacher.batch} a decoding step of the teacher takes {step_ms:.1f} ms, of which reading the weights "

@@ -16,12 +16,12 @@ Floats = NDArray[np.float64]
 FEW_CLUSTERS = 50  # below, even the best interval covers less than it says
 TOO_FEW = 10  # texts that a bootstrap says nothing about: Student's t instead
 Unit = Literal["text", "item"]  # what is resampled, as a reader is told
-LOSSES = ("perplexity",)  # evaluations of which less is better
+LOSS_EVALUATIONS = ("perplexity",)  # evaluations of which less is better
 RESAMPLES = 10_000
-CHUNK = 500  # resamples at a time: 500 × clusters numbers in memory
+CHUNK_RESAMPLES = 500  # resamples at a time: 500 × clusters numbers in memory
 
 
-def exp(nats: float) -> float:
+def exp_capped(nats: float) -> float:
     """exp, with a finite answer for a model that is broken beyond what a float holds."""
     return math.exp(min(nats, 700.0))
 
@@ -29,7 +29,7 @@ def exp(nats: float) -> float:
 def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0, level: float = 0.95) -> Interval:
     """Mean of b - a per token, in nats, with its interval (95% by default) over the texts of the items.
 
-    A studentised bootstrap of texts (`studentised`); where all items come from one text, items are resampled instead.
+    A studentised bootstrap of texts (`bootstrap_t`); where all items come from one text, items are resampled instead.
     Of outcomes of 0 and 1, each a text of its own, the interval of Agresti and Min 2005 (Statistics in Medicine 24):
     Wald's, after half an item was added to each cell of the table, which has a width where no item differs. Below 50
     clusters the interval is marked unreliable. Raises ValueError if the two results are not over the same items.
@@ -37,7 +37,7 @@ def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0, level: float 
     if (a.tokens, a.counts) != (b.tokens, b.counts):
         raise ValueError("These two results are not over the same items, so they cannot be paired.")
     change = np.asarray(b.sums) - np.asarray(a.sums)
-    if right_or_wrong(a) and right_or_wrong(b):
+    if is_binary(a) and is_binary(b):
         n, gained, lost = len(change), int((change > 0).sum()) + 0.5, int((change < 0).sum()) + 0.5
         centre = (gained - lost) / (n + 2)
         half = _z(level) * math.sqrt(gained + lost - (gained - lost) ** 2 / (n + 2)) / (n + 2)
@@ -45,7 +45,7 @@ def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0, level: float 
     return _clustered(change, np.asarray(a.counts, np.float64), a.clusters, seed, level, unit=_unit(a))
 
 
-def nothing(a: EvalResult) -> Interval:
+def zero_difference(a: EvalResult) -> Interval:
     """What a model differs from itself on these items: nothing, whatever their number."""
     clusters = len(set(a.clusters))
     many = clusters if clusters > 1 else len(a.sums)
@@ -57,22 +57,24 @@ def mean_interval(result: EvalResult, seed: int = 0) -> Interval:
 
     Of outcomes of 0 and 1, each a text of its own, Wilson's.
     """
-    if right_or_wrong(result):
+    if is_binary(result):
         n = len(result.sums)
-        return _interval(result.mean, share_interval(int(sum(result.sums)), n), n, n, unit="item")
+        return _interval(result.mean, wilson_interval(int(sum(result.sums)), n), n, n, unit="item")
     counts = np.asarray(result.counts, np.float64)
     return _clustered(np.asarray(result.sums), counts, result.clusters, seed, unit=_unit(result))
 
 
-def right_or_wrong(result: EvalResult) -> bool:
+def is_binary(result: EvalResult) -> bool:
     """Whether outcomes are 0 and 1, of several items each of which is a text of its own."""
     alone = len(set(result.clusters)) == len(result.clusters) > 1
-    return alone and result.name not in LOSSES and set(result.sums) <= {0.0, 1.0} and set(result.counts) == {1}
+    return (
+        alone and result.name not in LOSS_EVALUATIONS and set(result.sums) <= {0.0, 1.0} and set(result.counts) == {1}
+    )
 
 
 def _unit(result: EvalResult) -> Unit:
     """What was counted: items of a task, which count 1 each, or texts, whose documents count their tokens."""
-    return "text" if result.name in LOSSES or set(result.counts) != {1} else "item"
+    return "text" if result.name in LOSS_EVALUATIONS or set(result.counts) != {1} else "item"
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Interval:
@@ -85,7 +87,7 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Inter
     return _clustered(np.asarray(b, np.float64), np.asarray(a, np.float64), tuple(range(len(a))), seed, unit="item")
 
 
-def share_interval(count: int, n: int) -> tuple[float, float]:
+def wilson_interval(count: int, n: int) -> tuple[float, float]:
     """The 95% interval of a share of n independent outcomes: Wilson's, which has a width at 0 and 1 too."""
     z = _z(0.95)
     centre = (count + z * z / 2) / (n + z * z)
@@ -109,7 +111,7 @@ def _clustered(
     values: Floats, weight: Floats, clusters: Sequence[int], seed: int, level: float = 0.95, *, unit: Unit
 ) -> Interval:
     sums, counts = by_cluster(values, weight, clusters)
-    ends = studentised(sums, counts, seed, level)
+    ends = bootstrap_t(sums, counts, seed, level)
     single = len(set(clusters)) == 1
     return _interval(float(sums.sum() / counts.sum()), ends, len(values), len(sums), single_text=single, unit=unit)
 
@@ -124,7 +126,7 @@ def _interval(
     return Interval(value, *ends, n, clusters, reliable, "" if reliable else note)
 
 
-def studentised(
+def bootstrap_t(
     sums: Floats, counts: Floats, seed: int, level: float = 0.95, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
     """Interval of sum(sums)/sum(counts) by the studentised bootstrap; `sums`, `counts`: [clusters].
@@ -146,8 +148,10 @@ def studentised(
         half = student_quantile((1 + level) / 2, n - 1) * error
         return centre - half, centre + half
     random, pieces = np.random.default_rng(seed), []
-    for start in range(0, resamples, CHUNK):
-        draws = random.multinomial(n, np.full(n, 1 / n), size=min(CHUNK, resamples - start)).astype(np.float64)
+    for start in range(0, resamples, CHUNK_RESAMPLES):
+        draws = random.multinomial(n, np.full(n, 1 / n), size=min(CHUNK_RESAMPLES, resamples - start)).astype(
+            np.float64
+        )
         errors = ratio_error(draws, apart, counts)
         some = errors > 1e-9 * error  # a draw of equal texts alone has no error of its own
         pieces.append(((draws @ apart) / (draws @ counts))[some] / errors[some])

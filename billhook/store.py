@@ -20,7 +20,7 @@ from billhook.records import EvalResult, Event, Loss, Timing
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class LossKey:
     """What a stored loss is of. Two equal ones have the same loss on the same machine."""
 
     model: str  # fingerprint
@@ -40,11 +40,11 @@ class Run:
     out: str
     recipe: dict[str, Any]
     environment: dict[str, Any]
-    bound: dict[str, str]  # fingerprints of model and tokens, once they are known
+    fingerprints: dict[str, str]  # fingerprints of model and tokens, once they are known
     result: dict[str, Any] | None
 
 
-def _first(db: sqlite3.Connection) -> None:
+def _create_tables(db: sqlite3.Connection) -> None:
     script = """
         CREATE TABLE runs (
             id TEXT PRIMARY KEY, created REAL NOT NULL, state TEXT NOT NULL, out TEXT NOT NULL, recipe TEXT NOT NULL,
@@ -75,7 +75,7 @@ def _first(db: sqlite3.Connection) -> None:
         db.execute(statement)
 
 
-def _pieces(db: sqlite3.Connection) -> None:
+def _create_pieces(db: sqlite3.Connection) -> None:
     """Sums of document groups: what is known of plans that were dropped, or not finished."""
     db.execute(
         "CREATE TABLE pieces (model TEXT, tokens TEXT, loss TEXT, dtype TEXT, treatment TEXT, plan TEXT, quality TEXT, "
@@ -84,7 +84,7 @@ def _pieces(db: sqlite3.Connection) -> None:
     )
 
 
-def _facts(db: sqlite3.Connection) -> None:
+def _create_facts(db: sqlite3.Connection) -> None:
     """What is measured once of a model and is neither loss nor evaluation: scores of a metric, costs of sites."""
     db.execute(
         "CREATE TABLE facts (model TEXT, what TEXT, of TEXT, value TEXT NOT NULL, "
@@ -92,7 +92,7 @@ def _facts(db: sqlite3.Connection) -> None:
     )
 
 
-MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_first, _pieces, _facts]
+MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_create_tables, _create_pieces, _create_facts]
 
 
 class Store:
@@ -167,7 +167,7 @@ class Store:
                 self._db.execute(f"UPDATE runs SET {name} = ? WHERE id = ?", (text, run))
 
     @contextmanager
-    def hold(self, run: str) -> Iterator[None]:
+    def lock(self, run: str) -> Iterator[None]:
         """Hold a run for this process: a locked file, which dies with the process. Raises RunError if it is held."""
         path = self.path.with_name(f"{self.path.name}-{run}.lock")
         with path.open("w") as file:
@@ -183,9 +183,9 @@ class Store:
                 path.unlink(missing_ok=True)  # while it is still locked: whoever opened it meanwhile sees it is gone
 
     @contextmanager
-    def settling(self, run: str) -> Iterator[None]:
+    def lock_and_track(self, run: str) -> Iterator[None]:
         """Hold a run, and file if it fails or is interrupted."""
-        with self.hold(run):
+        with self.lock(run):
             try:
                 yield
             except BaseException as error:
@@ -195,33 +195,33 @@ class Store:
     def free(self, run: str) -> bool:
         """Whether no process holds the run."""
         try:
-            with self.hold(run):
+            with self.lock(run):
                 return True
         except RunError:
             return False
 
     # -- measurements -----------------------------------------------------------------------------------------------
 
-    def loss(self, of: Measured, plan: Plan) -> Loss | None:
+    def loss(self, loss_key: LossKey, plan: Plan) -> Loss | None:
         row = self._db.execute(
             "SELECT sums, counts FROM losses WHERE model = ? AND tokens = ? AND loss = ? AND dtype = ? "
             "AND treatment = ? AND plan = ?",
-            (of.model, of.tokens, of.loss, of.dtype, of.treatment, plan.key()),
+            (loss_key.model, loss_key.tokens, loss_key.loss, loss_key.dtype, loss_key.treatment, plan.key()),
         ).fetchone()
-        return Loss(of.loss, tuple(json.loads(row[0])), tuple(json.loads(row[1]))) if row else None
+        return Loss(loss_key.loss, tuple(json.loads(row[0])), tuple(json.loads(row[1]))) if row else None
 
-    def add_loss(self, of: Measured, plan: Plan, loss: Loss, run: str) -> None:
+    def add_loss(self, loss_key: LossKey, plan: Plan, loss: Loss, run: str) -> None:
         """File a loss measured in full. The same loss measured twice changes nothing."""
         assert not loss.bound
         values = (
             *(
-                of.model,
-                of.tokens,
-                of.loss,
-                of.dtype,
-                of.treatment,
+                loss_key.model,
+                loss_key.tokens,
+                loss_key.loss,
+                loss_key.dtype,
+                loss_key.treatment,
                 plan.key(),
-                _json(plan.entries()),
+                _json(plan.to_list()),
             ),
             *(_json(loss.sums), _json(loss.counts), run),
         )
@@ -233,12 +233,12 @@ class Store:
                 values[:6],
             )
 
-    def pieces(self, of: Measured, plan: Plan) -> dict[str, dict[tuple[int, ...], tuple[float, ...]]]:
+    def pieces(self, loss_key: LossKey, plan: Plan) -> dict[str, dict[tuple[int, ...], tuple[float, ...]]]:
         """Quality -> documents of a group -> nats of each, of a plan that may not be known in full."""
         rows = self._db.execute(
             "SELECT quality, documents, sums FROM pieces WHERE model = ? AND tokens = ? AND loss = ? AND dtype = ? "
             "AND treatment = ? AND plan = ?",
-            (of.model, of.tokens, of.loss, of.dtype, of.treatment, plan.key()),
+            (loss_key.model, loss_key.tokens, loss_key.loss, loss_key.dtype, loss_key.treatment, plan.key()),
         )
         told: dict[str, dict[tuple[int, ...], tuple[float, ...]]] = {}
         for quality, documents, sums in rows:
@@ -247,15 +247,15 @@ class Store:
 
     def add_pieces(
         self,
-        of: Measured,
+        loss_key: LossKey,
         quality: str,
-        found: Mapping[tuple[Plan, tuple[int, ...]], tuple[float, ...]],
+        nats: Mapping[tuple[Plan, tuple[int, ...]], tuple[float, ...]],
         run: str,
     ) -> None:
         """File nats of document groups, all at once. Lower bounds and estimates have a quality of their own."""
-        key = (of.model, of.tokens, of.loss, of.dtype, of.treatment)
+        key = (loss_key.model, loss_key.tokens, loss_key.loss, loss_key.dtype, loss_key.treatment)
         rows = [
-            (*key, plan.key(), quality, _json(documents), _json(sums), run) for (plan, documents), sums in found.items()
+            (*key, plan.key(), quality, _json(documents), _json(sums), run) for (plan, documents), sums in nats.items()
         ]
         with self._write():
             self._db.executemany(f"INSERT OR IGNORE INTO pieces VALUES ({','.join('?' * 10)})", rows)
@@ -299,20 +299,20 @@ class Store:
                 f"INSERT OR REPLACE INTO timings VALUES ({','.join('?' * 8)})", (*key, _json(asdict(timing)), run)
             )
 
-    def fact(self, model: str, what: str, of: dict[str, Any]) -> Any | None:
-        """What is known of a model: `what`, such as `scores`, `of` everything that it depends on."""
+    def cached(self, model: str, what: str, key: dict[str, Any]) -> Any | None:
+        """What is known of a model: `what`, such as `scores`, `key` everything that it depends on."""
         row = self._db.execute(
-            "SELECT value FROM facts WHERE model = ? AND what = ? AND of = ?", (model, what, _json(of))
+            "SELECT value FROM facts WHERE model = ? AND what = ? AND of = ?", (model, what, _json(key))
         ).fetchone()
         return json.loads(row[0]) if row else None
 
-    def add_fact(self, model: str, what: str, of: dict[str, Any], value: Any, run: str) -> None:
+    def remember(self, model: str, what: str, key: dict[str, Any], value: Any, run: str) -> None:
         with self._write():
             self._db.execute(
-                "INSERT OR IGNORE INTO facts VALUES (?, ?, ?, ?, ?)", (model, what, _json(of), _json(value), run)
+                "INSERT OR IGNORE INTO facts VALUES (?, ?, ?, ?, ?)", (model, what, _json(key), _json(value), run)
             )
 
-    def facts(self, model: str, what: str) -> list[Any]:
+    def all_cached(self, model: str, what: str) -> list[Any]:
         """All that is known of one kind."""
         rows = self._db.execute("SELECT value FROM facts WHERE model = ? AND what = ? ORDER BY of", (model, what))
         return [json.loads(row[0]) for row in rows]

@@ -41,7 +41,7 @@ COMPARED_ROWS = 4096  # of two embeddings at a time, where a checkpoint has both
 
 
 @torch.inference_mode(False)  # here and below: what stays in the model must serve outside that mode too
-def skeleton(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def build_on_meta(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The *ForCausalLM of `folder` as from_pretrained makes it, in eval mode, without its weights.
 
     Its parameters are on the meta device, in `dtype` (or in float32, where transformers keeps them so), without
@@ -65,14 +65,14 @@ def skeleton(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         if wide is not None and wide.search(name):
             parameter.data = parameter.data.to(torch.float32)
     for name, buffer in list(model.named_buffers()):
-        put(model, name, torch.empty_like(buffer, device="cpu"))
+        set_tensor(model, name, torch.empty_like(buffer, device="cpu"))
     model.initialize_weights()  # fills the buffers; on the meta device it does nothing
     for name, buffer in list(model.named_buffers()):
-        put(model, name, buffer.to(device))
+        set_tensor(model, name, buffer.to(device))
     return model.eval()
 
 
-def give_back_pages() -> None:
+def release_freed_memory() -> None:
     """Make glibc return what large tensors leave behind: a streamed model frees its weights all the time.
 
     For the whole process: undoes what keeps buffers for a model in memory, but for those of moderate size.
@@ -88,9 +88,9 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
         raise ModelError(f"{name} holds NaN or infinite weights. Download the checkpoint again, or train it anew.")
 
 
-def check_fit(**told: Iterable[str]) -> None:
+def check_fit(**issues: Iterable[str]) -> None:
     """Raises ModelError if any of the lists, such as `missing_keys`, names a tensor."""
-    for kind, found in told.items():
+    for kind, found in issues.items():
         if names := sorted(found):
             raise ModelError(
                 f"The weights do not fit the architecture: {len(names)} {kind.replace('_', ' ')}, such as {names[0]}. "
@@ -99,7 +99,7 @@ def check_fit(**told: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Recipe:
+class _Conversion:
     """How transformers makes parameters of tensors in the file: one of one, or one of many experts' …"""
 
     transform: Transform  # a fresh one; its copies are used up
@@ -107,7 +107,7 @@ class _Recipe:
     parts: list[tuple[str, str]] = field(default_factory=list)  # (transformers' pattern, name in the file), in order
     targets: list[str] = field(default_factory=list)  # the parameters that it makes
 
-    def cut(self) -> list[_Recipe]:
+    def split(self) -> list[_Conversion]:
         """One recipe an expert, each a slice of the first axis, if it only stacks them: none is in memory twice."""
         merge, *rest = getattr(self.transform, "operations", None) or [None]
         stacks = isinstance(merge, MergeModulelist) and merge.dim == 0
@@ -118,7 +118,7 @@ class _Recipe:
             columns.setdefault(pattern, []).append((pattern, name))
         return [replace(self, parts=list(row)) for row in zip(*columns.values(), strict=True)]
 
-    def cook(self, tensors: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    def convert(self, tensors: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
         """{parameter: tensor} of the tensors of the file. What is only renamed is not copied."""
         transform = copy.deepcopy(self.transform)
         for pattern, name in self.parts:
@@ -127,7 +127,7 @@ class _Recipe:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-class Weights:
+class StreamedWeights:
     """The tensors of a checkpoint, read from its shards when asked for, under transformers' own names.
 
     No shard stays open between two calls. `dtype` and `device`: of what is given out; `bytes_read`: of the tensors read
@@ -136,7 +136,7 @@ class Weights:
 
     @torch.inference_mode(False)
     def __init__(self, folder: Path, model: Any, blocks: str, dtype: torch.dtype, device: torch.device) -> None:
-        """`model`: its `skeleton` in `dtype` on `device`; `blocks`: where its blocks are, such as `model.layers`.
+        """`model`: its `build_on_meta` in `dtype` on `device`; `blocks`: where its blocks are, such as `model.layers`.
 
         Only the headers are read (and both embeddings, if the config ties them and the file has two).
         Raises ModelError if a tensor is missing, left over or of another shape.
@@ -155,8 +155,8 @@ class Weights:
                     self._shards[name] = shard
                     piece = file.get_slice(name)
                     shapes[name] = torch.empty(piece.get_shape(), device="meta")
-                    self._bytes[name] = shapes[name].numel() * vet.item_bytes(piece.get_dtype())
-        self._recipes, unexpected = _recipes(model, list(self._shards))
+                    self._bytes[name] = shapes[name].numel() * vet.dtype_bytes(piece.get_dtype())
+        self._recipes, unexpected = _conversions(model, list(self._shards))
         self._source, mismatched = self._fit(shapes)
         self._input, self._output = (
             next(f"{name}.weight" for name, module in model.named_modules() if module is embedding)
@@ -166,13 +166,13 @@ class Weights:
         check_fit(missing_keys=missing, unexpected_keys=unexpected, mismatched_keys=mismatched)
         self._untie()
 
-    def _fit(self, shapes: dict[str, torch.Tensor]) -> tuple[dict[str, _Recipe], list[str]]:
+    def _fit(self, shapes: dict[str, torch.Tensor]) -> tuple[dict[str, _Conversion], list[str]]:
         """{parameter: its recipe}, and the parameters whose shape is not the model's, by cooking on the meta device."""
-        source: dict[str, _Recipe] = {}
+        source: dict[str, _Conversion] = {}
         wrong: list[str] = []
         for recipe in self._recipes:
             try:
-                made = recipe.cook(shapes, self._model)
+                made = recipe.convert(shapes, self._model)
             except (RuntimeError, ValueError):  # experts of different shapes or numbers do not merge
                 source[recipe.first] = recipe
                 wrong.append(recipe.first)
@@ -196,7 +196,7 @@ class Weights:
         for target, source in list(self._model.all_tied_weights_keys.items()):
             if {target, source} <= self._source.keys() and not self._same(target, source):
                 stood = self._model.get_parameter(target)
-                put(self._model, target, nn.Parameter(torch.empty_like(stood), requires_grad=False))
+                set_tensor(self._model, target, nn.Parameter(torch.empty_like(stood), requires_grad=False))
                 self._model.all_tied_weights_keys.pop(target)
 
     def _same(self, one: str, other: str) -> bool:
@@ -222,14 +222,14 @@ class Weights:
             self.bytes_read += nbytes
 
     @torch.inference_mode(False)
-    def _cooked(self, recipe: _Recipe) -> dict[str, torch.Tensor]:
+    def _cooked(self, recipe: _Conversion) -> dict[str, torch.Tensor]:
         """The parameters of a recipe, out of the map, in the model's dtypes and on the device."""
         mapped = self._mapped([name for _, name in recipe.parts])
         self._count(sum(tensor.nbytes for tensor in mapped.values()))
         made: dict[str, torch.Tensor] = {}
-        pieces = recipe.cut()
+        pieces = recipe.split()
         for turn, piece in enumerate(pieces):
-            for name, value in piece.cook(mapped, self._model).items():
+            for name, value in piece.convert(mapped, self._model).items():
                 if name not in made:
                     made[name] = torch.empty_like(self._wanted[name], device=self.device)
                 (made[name] if len(pieces) == 1 else made[name][turn : turn + 1]).copy_(value)
@@ -262,19 +262,19 @@ class Weights:
                 stood = {}
                 try:
                     for name in list(made):
-                        stood[name] = put(self._model, name, made.pop(name))
+                        stood[name] = set_tensor(self._model, name, made.pop(name))
                     yield self._model.get_submodule(f"{self._blocks}.{index}")
                 finally:
                     for name, parameter in stood.items():
-                        put(self._model, name, parameter)
+                        set_tensor(self._model, name, parameter)
 
-    def fill(self) -> None:
+    def load_outside_blocks(self) -> None:
         """Give every parameter outside the blocks and the two embeddings its value, for good."""
         embeddings = {self._alias(self._input), self._alias(self._output)}
         for recipe in self._recipes:
             if not recipe.first.startswith(f"{self._blocks}.") and recipe.first not in embeddings:
                 for name, value in self._cooked(recipe).items():
-                    put(self._model, name, value)
+                    set_tensor(self._model, name, value)
 
     # -- the two embeddings -----------------------------------------------------------------------------------------
 
@@ -336,7 +336,7 @@ class Weights:
         return tensor
 
 
-def _recipes(model: Any, names: list[str]) -> tuple[list[_Recipe], list[str]]:
+def _conversions(model: Any, names: list[str]) -> tuple[list[_Conversion], list[str]]:
     """How the tensors `names` of a file become parameters of `model`, and those that become nothing.
 
     The same steps as in transformers' own loader; `model` remembers which conversions were used, as it does there.
@@ -346,7 +346,7 @@ def _recipes(model: Any, names: list[str]) -> tuple[list[_Recipe], list[str]]:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    recipes: dict[str, _Recipe] = {}
+    recipes: dict[str, _Conversion] = {}
     left: set[str] = set()
     for name in sorted(names, key=dot_natural_key):
         new, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
@@ -357,7 +357,7 @@ def _recipes(model: Any, names: list[str]) -> tuple[list[_Recipe], list[str]]:
             continue
         if new not in recipes:
             fresh = WeightRenaming(name, new) if pattern is None else copy.deepcopy(by_pattern[pattern])
-            recipes[new] = _Recipe(fresh, new)
+            recipes[new] = _Conversion(fresh, new)
         recipes[new].parts.append((name if pattern is None else pattern, name))
     told = SimpleNamespace(missing_keys=set(), unexpected_keys=left)
     model._adjust_missing_and_unexpected_keys(told)
@@ -375,7 +375,7 @@ def _opened(shard: Path) -> Iterator[Any]:
         raise ModelError(f"{shard} is damaged ({error}). Download it again.") from error
 
 
-def put(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
+def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
     """Set a parameter or buffer of `model`; returns what stood there."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)

@@ -17,7 +17,7 @@ Result = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SummaryRow:
     """One line of the run's table, as short strings."""
 
     label: str
@@ -26,16 +26,20 @@ class Row:
     change: str
 
 
-def rows(result: Result) -> list[Row]:
-    """The table of the run. What was not measured has no row; `notes` says so."""
-    told: list[Row] = []
+def summary_rows(result: Result) -> list[SummaryRow]:
+    """The table of the run. What was not measured has no row; `run_notes` says so."""
+    told: list[SummaryRow] = []
     if quality := result["perplexity"]:
-        change = f"{times(quality['ratio'])} {_span(quality['ci95'], times)}"
-        told.append(Row("Held-out perplexity", short(quality["teacher"]), short(quality["student"]), change))
+        change = f"{format_ratio(quality['ratio'])} {_span(quality['ci95'], format_ratio)}"
+        told.append(
+            SummaryRow(
+                "Held-out perplexity", format_number(quality["teacher"]), format_number(quality["student"]), change
+            )
+        )
     for task in result.get("tasks", ()):
         teacher, student = (f"{100 * task[side]:.1f}%" for side in ("teacher", "student"))
         change = f"{_points(task['change'])} {_span(task['ci95'], _points)}"
-        told.append(Row(f"Accuracy, {_stem(task['file'])}", teacher, student, change))
+        told.append(SummaryRow(f"Accuracy, {_stem(task['file'])}", teacher, student, change))
     for label, key, unit in (
         ("Parameters", "parameters", ""),
         ("On disk", "bytes", "B"),
@@ -47,15 +51,17 @@ def rows(result: Result) -> list[Row]:
         for label, phase in (("Prefill tokens/s", "prefill"), ("Decode tokens/s", "decode")):
             sides = [_median(speed[side][f"{phase}_tokens_per_s"]) for side in ("teacher", "student")]
             predicted = (speed.get("predicted") or {}).get(phase)
-            change = _median(speed["ratio"][phase], times) + (f", predicted {times(predicted)}" if predicted else "")
-            told.append(Row(label, sides[0], sides[1], change))
+            change = _median(speed["ratio"][phase], format_ratio) + (
+                f", predicted {format_ratio(predicted)}" if predicted else ""
+            )
+            told.append(SummaryRow(label, sides[0], sides[1], change))
         peaks = speed["teacher"]["peak_bytes"], speed["student"]["peak_bytes"]
         if any(peaks):
             told.append(_sizes("Peak memory", *peaks, "B"))
     return told
 
 
-def notes(result: Result) -> list[str]:
+def run_notes(result: Result) -> list[str]:
     """What a reader of the numbers must know: the result's own notes, and what was not measured."""
     told = [str(result["note"])] if result.get("note") else []
     for key in ("perplexity", "speed"):
@@ -75,17 +81,17 @@ def notes(result: Result) -> list[str]:
     return recoveries + told
 
 
-RECOVERED = ("Recovery", "Text", "Perplexity", "Change", "Of the gap")
+RECOVERY_COLUMNS = ("Recovery", "Text", "Perplexity", "Change", "Of the gap")
 
 
 def recovery_rows(result: Result) -> list[tuple[str, ...]]:
-    """What every recovery did on every text, as short strings under `RECOVERED`; the gap is that to the teacher."""
+    """What every recovery did on every text, as short strings under `RECOVERY_COLUMNS`; the gap is that to the teacher."""
     return [
         (
             each["recovery"],
             text,
-            f"{short(on['before'])} → {short(on['after'])}",
-            f"{times(on['ratio'])} {_span(on['ci95'], times)}",
+            f"{format_number(on['before'])} → {format_number(on['after'])}",
+            f"{format_ratio(on['ratio'])} {_span(on['ci95'], format_ratio)}",
             "–" if on["closed"] is None else f"{on['closed']:.0%} closed" if on["closed"] >= 0 else "wider",
         )
         for each in result.get("recoveries", ())
@@ -93,17 +99,17 @@ def recovery_rows(result: Result) -> list[tuple[str, ...]]:
     ]
 
 
-def _recovery_in_words(told: Mapping[str, Any], added: int) -> str:
+def _recovery_in_words(report: Mapping[str, Any], added: int) -> str:
     """What one recovery did to the perplexity on held-out text, loudly where that is nothing; `added` parameters."""
-    held = told["on"]["held-out"]
-    low, high = (times(x) for x in held["ci95"])
+    held = report["on"]["held-out"]
+    low, high = (format_ratio(x) for x in held["ci95"])
     closed = f", {held['closed']:.0%} of the gap" if held["closed"] is not None else ""
-    figures = f"{short(held['before'])} to {short(held['after'])} ({times(held['ratio'])}, {low}–{high}{closed})"
+    figures = f"{format_number(held['before'])} to {format_number(held['after'])} ({format_ratio(held['ratio'])}, {low}–{high}{closed})"
     cost = f"{added:,} parameters more" if added else "nothing"
-    learnt = f"learnt from {told['tokens']:,} tokens in {duration(told['seconds'])}, at inference {cost}"
+    learnt = f"learnt from {report['tokens']:,} tokens in {format_duration(report['seconds'])}, at inference {cost}"
     if held["ci95"][1] >= 1:
-        return f"{told['recovery']} DID NOT HELP on held-out text: perplexity {figures}; {learnt}. Leave it out."
-    return f"{told['recovery']}: held-out perplexity {figures}; {learnt}."
+        return f"{report['recovery']} DID NOT HELP on held-out text: perplexity {figures}; {learnt}. Leave it out."
+    return f"{report['recovery']}: held-out perplexity {figures}; {learnt}."
 
 
 def _within_in_words(within: Mapping[str, Any]) -> str:
@@ -118,38 +124,38 @@ def _within_in_words(within: Mapping[str, Any]) -> str:
     )
 
 
-def verdict(result: Result) -> str:
+def headline(result: Result) -> str:
     """The run in one sentence of plain words."""
     told, alive = result["plan"], len(result["anatomy"]["sites"])
-    plan = Plan.of([*told["removed"], *told.get("narrowed", ())])
-    whole = f" ({count(len(plan.blocks()), 'whole block')})" if plan.blocks() else ""
+    plan = Plan.parse([*told["removed"], *told.get("narrowed", ())])
+    whole = f" ({pluralize(len(plan.blocks()), 'whole block')})" if plan.blocks() else ""
     was, now = result["parameters"]["teacher"], result["parameters"]["student"]
     facts = [f"{1 - now / was:.1%} fewer parameters" if now < was else "as many parameters as before"]
     if quality := result["perplexity"]:
-        low, high = (times(end)[1:] for end in quality["ci95"])
-        values = f"{short(quality['teacher'])} → {short(quality['student'])}"
-        facts.append(f"perplexity {values} ({times(quality['ratio'])}, 95% interval {low} to {high})")
+        low, high = (format_ratio(end)[1:] for end in quality["ci95"])
+        values = f"{format_number(quality['teacher'])} → {format_number(quality['student'])}"
+        facts.append(f"perplexity {values} ({format_ratio(quality['ratio'])}, 95% interval {low} to {high})")
     if result["speed"]:
-        middle, low, high = (times(result["speed"]["ratio"]["decode"][key]) for key in ("median", "low", "high"))
+        middle, low, high = (format_ratio(result["speed"]["ratio"]["decode"][key]) for key in ("median", "low", "high"))
         facts.append(f"decoding speed {middle} ({low[1:]} to {high[1:]})")
     narrower = f", {len(plan.narrowed)} narrower" if plan.narrowed else ""
-    return f"{len(plan.removed)} of {count(alive, 'site')} removed{whole}{narrower}: {', '.join(facts)}."
+    return f"{len(plan.removed)} of {pluralize(alive, 'site')} removed{whole}{narrower}: {', '.join(facts)}."
 
 
-def left_of(result: Result) -> dict[str, tuple[int, int]]:
+def kept_group_counts(result: Result) -> dict[str, tuple[int, int]]:
     """Of every site that became narrower, how many of its channel groups stayed, and how many it had."""
     had = {size["site"]: size.get("groups", 0) for size in result["anatomy"]["sites"]}
-    left = sorted(Plan.of(result["plan"].get("narrowed", ())).narrowed)
+    left = sorted(Plan.parse(result["plan"].get("narrowed", ())).narrowed)
     return {str(each.site): (len(each.groups), had[str(each.site)]) for each in left}
 
 
-def narrower(result: Result) -> dict[str, str]:
+def kept_group_texts(result: Result) -> dict[str, str]:
     """The same in words: `{"mlp.2": "22 of 48"}`."""
-    return {site: f"{left:,} of {had:,}" for site, (left, had) in left_of(result).items()}
+    return {site: f"{left:,} of {had:,}" for site, (left, had) in kept_group_counts(result).items()}
 
 
-def some_narrower(left: Mapping[str, str], most: int = 6) -> str:
-    """A sentence of what `narrower` says, of the first sites."""
+def kept_groups_sentence(left: Mapping[str, str], most: int = 6) -> str:
+    """A sentence of what `kept_group_texts` says, of the first sites."""
     some = ", ".join(f"{site} {words}" for site, words in list(left.items())[:most])
     return f"Narrower, channel groups left: {some}" + (f" and {len(left) - most} more" if len(left) > most else "")
 
@@ -157,7 +163,7 @@ def some_narrower(left: Mapping[str, str], most: int = 6) -> str:
 # -- numbers and words -------------------------------------------------------------------------------------------------
 
 
-def short(x: float | None, unit: str = "") -> str:
+def format_number(x: float | None, unit: str = "") -> str:
     """Three significant digits, four from 1,000 to 9,999, then k, M, G, T, then powers; `–` for what is not known."""
     if x is None:
         return "–"
@@ -174,9 +180,9 @@ def short(x: float | None, unit: str = "") -> str:
     return f"{x / scale:.{digits}f}{gap}{prefix}{unit}".replace("-", "−")
 
 
-def times(x: float) -> str:
+def format_ratio(x: float) -> str:
     """A ratio, two decimals."""
-    return f"×{x:.2f}" if abs(x) < 100 else f"×{short(x)}"
+    return f"×{x:.2f}" if abs(x) < 100 else f"×{format_number(x)}"
 
 
 def _points(x: float) -> str:
@@ -189,23 +195,23 @@ def _stem(path: str) -> str:
     return path.rsplit("/", 1)[-1].partition(".")[0]
 
 
-def _span(ends: Sequence[float], spell: Callable[[float], str] = short) -> str:
+def _span(ends: Sequence[float], spell: Callable[[float], str] = format_number) -> str:
     return f"({spell(ends[0])}–{spell(ends[1])})".replace("×", "")
 
 
-def _median(value: Mapping[str, float], spell: Callable[[float], str] = short) -> str:
+def _median(value: Mapping[str, float], spell: Callable[[float], str] = format_number) -> str:
     low, middle, high = (float(value[key]) for key in ("low", "median", "high"))
     return f"{spell(middle)} {_span((low, high), spell)}"
 
 
-def _sizes(label: str, teacher: float | None, student: float | None, unit: str) -> Row:
+def _sizes(label: str, teacher: float | None, student: float | None, unit: str) -> SummaryRow:
     change = "–"
     if teacher and student is not None:
         change = "unchanged" if teacher == student else f"{student / teacher - 1:+.1%}".replace("-", "−")
-    return Row(label, short(teacher, unit), short(student, unit), change)
+    return SummaryRow(label, format_number(teacher, unit), format_number(student, unit), change)
 
 
-def count(n: int, noun: str) -> str:
+def pluralize(n: int, noun: str) -> str:
     """`1 site`, `2 sites`."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
@@ -219,10 +225,10 @@ def about_tokens(about: Mapping[str, Any]) -> dict[str, Any]:
 def how_many(about: Mapping[str, Any]) -> str:
     """`40 items` of a task, `38 documents` of text."""
     items = about.get("items")
-    return count(about["documents"], "document") if items is None else count(items, "item")
+    return pluralize(about["documents"], "document") if items is None else pluralize(items, "item")
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`59.9 s`, `6 min 40 s`, `23 h 59 min`."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"

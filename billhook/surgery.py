@@ -15,20 +15,22 @@ from torch import nn
 from billhook import arch, modeling_billhook, width
 from billhook.errors import PlanError
 from billhook.loading import Teacher, stock_classes, undisturbed
-from billhook.modeling_billhook import number_caches, pruned_classes, strip
-from billhook.plan import PARTS, Plan, Site, numbers, ranges
-from billhook.records import Event, Watch
-from billhook.repair import UNTOUCHED, Patch, Repair, give_bias, patch_module
-from billhook.stream import Weights
+from billhook.modeling_billhook import number_caches, pruned_classes, remove_skipped
+from billhook.plan import PARTS, Plan, Site, format_ranges, parse_ranges
+from billhook.records import Event, EventListener
+from billhook.repair import NO_REPAIR, Patch, Repair, add_bias, patch_module
+from billhook.stream import StreamedWeights
 
-_Cut = tuple[width.Layout, width.Slot, list[list[int]]]  # of which layout, which slot, and what stays of each expert
+_Cut = tuple[
+    width.ChannelLayout, width.ParameterSlice, list[list[int]]
+]  # of which layout, which slot, and what stays of each expert
 COPY_BYTES = 3 * 10**8  # of a shard of a model that is never in memory as a whole
 # Lists in a config that hold one entry a block.
 PER_BLOCK_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "kv_sharing_modes")
 
 
 @undisturbed
-def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair = UNTOUCHED) -> Any:
+def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair = NO_REPAIR) -> Any:
     """What the plan leaves of the teacher's model, as a transformers model that can be saved and generates.
 
     A block that loses both sites goes and the rest are renumbered; `config.billhook["kept_blocks"]` lists the original
@@ -38,9 +40,9 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     with the teacher. Raises PlanError if the plan does not fit the teacher, or a patch the stock shape.
     """
     teacher.anatomy.check(plan)
-    row = teacher.row
-    removed = Plan(teacher.removed.removed | plan.removed)
-    patched = _patched(teacher) | {site: patch.entry() for site, patch in repair.patches.items()}
+    row = teacher.architecture
+    removed = Plan(teacher.removed_earlier.removed | plan.removed)
+    patched = _patched(teacher) | {site: patch.spec() for site, patch in repair.patches.items()}
     if stock and patched:
         what = f"what stands at {min(patched)} now: a constant or a matrix of a repair"
         raise PlanError(f"--stock has no place for {what}. Leave --stock out, or recover by fold alone.")
@@ -52,7 +54,7 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     config, path = student.config, row.blocks
     parts = row.parts(arch.blocks_of(student, row)[0], config)
     whole = {name: w for name, w in repair.weights.items() if w.shape == student.get_parameter(name).shape}
-    renew(student, whole)  # of parts that are cut next, too
+    assign_weights(student, whole)  # of parts that are cut next, too
     narrow = _narrowed(student, teacher, plan, repair)
     _set_blocks(student, path, [teacher.positions.index(p) for p in kept])
     config.__dict__.pop("model_type", None)  # left by from_pretrained; the class says it
@@ -60,7 +62,7 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     base = arch.base_type(config.model_type)
     if narrow:
         told["groups"] = {str(site): entry["groups"] for site, entry in sorted(narrow.items())}
-        narrow = {} if (stock or not lacking) and _alike(student, narrow, base) else narrow
+        narrow = {} if (stock or not lacking) and _fits_stock_shape(student, narrow, base) else narrow
     if stock and narrow:
         raise PlanError(f"--stock has no place for a width of its own, as {min(narrow)} has. Leave --stock out.")
     if stock or not (lacking or narrow):
@@ -73,22 +75,22 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     else:
         told |= {"blocks_path": path, "parts": parts}
         config.__class__, student.__class__ = pruned_classes(*stock_classes(base))
-        _tell(config, told, kept, lacking, narrow)
+        _write_config(config, told, kept, lacking, narrow)
         if patched:
             told["patches"] = {f"{s.part}.{kept.index(s.block)}": entry for s, entry in sorted(patched.items())}
-        strip(student)
+        remove_skipped(student)
         stood = {site: _place(teacher, site) for site in _patched(teacher)}
         for site, patch in repair.patches.items():
             stood[site] = patch_module(patch, parts[site.part]["outputs"], teacher.device, teacher.model.dtype)
         for site, module in stood.items():
             setattr(student.get_submodule(path)[kept.index(site.block)], parts[site.part]["zero"][0], module)
     rest = repair.weights.keys() - whole.keys()
-    renew(student, {name: repair.weights[old] for old in rest if (name := renamed(teacher, old, kept))})
+    assign_weights(student, {name: repair.weights[old] for old in rest if (name := student_name(teacher, old, kept))})
     return student
 
 
-def _tell(
-    config: Any, told: dict[str, Any], kept: list[int], lacking: list[Site], narrow: dict[Site, dict[str, Any]]
+def _write_config(
+    config: Any, fields: dict[str, Any], kept: list[int], lacking: list[Site], narrow: dict[Site, dict[str, Any]]
 ) -> None:
     """Say in a config which parts blocks lack, and how wide narrower ones are."""
     own: dict[int, dict[str, Any]] = {}
@@ -99,10 +101,10 @@ def _tell(
     config.per_layer_config = {index: own[index] for index in sorted(own)}
     modules = {f"{s.part}.{kept.index(s.block)}": e["module"] for s, e in sorted(narrow.items()) if "module" in e}
     if modules:
-        told["narrow"] = modules
+        fields["narrow"] = modules
 
 
-def _alike(student: Any, narrow: dict[Site, dict[str, Any]], base: str) -> bool:
+def _fits_stock_shape(student: Any, narrow: dict[Site, dict[str, Any]], base: str) -> bool:
     """Whether a stock config can say how narrow a student is, since all blocks are alike; then its own one does."""
     widths: dict[str, int] = {}
     for entry in narrow.values():
@@ -121,14 +123,14 @@ def _alike(student: Any, narrow: dict[Site, dict[str, Any]], base: str) -> bool:
             built = model(config)
     except (AttributeError, ValueError):  # Falcon's and GPT-2's heads share out the width
         return False
-    if _form(built) != _form(student):
+    if _shape_signature(built) != _shape_signature(student):
         return False
     for name, number in widths.items():
         setattr(student.config, name, number)
     return True
 
 
-def _form(model: nn.Module) -> dict[str, Any]:
+def _shape_signature(model: nn.Module) -> dict[str, Any]:
     """What a model is but for its values: shapes, and the numbers that its modules know of themselves."""
     told: dict[str, Any] = {
         name: tuple(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())
@@ -142,7 +144,7 @@ def _form(model: nn.Module) -> dict[str, Any]:
 def _narrowed(student: Any, teacher: Teacher, plan: Plan, repair: Repair) -> dict[Site, dict[str, Any]]:
     """Cut what a plan narrows, in place. Of every narrower site that stays, what a config tells: `module`, what builds
     it; `groups`, those that it has, and of how many; `fields`, its widths in upstream's spelling."""
-    config, row = teacher.model.config, teacher.row
+    config, row = teacher.model.config, teacher.architecture
     told = getattr(config, "billhook", None) or {}
     before = config.to_dict().get("per_layer_config") or {}
     entries: dict[Site, dict[str, Any]] = {}
@@ -151,8 +153,8 @@ def _narrowed(student: Any, teacher: Teacher, plan: Plan, repair: Repair) -> dic
         if site not in plan.removed:
             index = teacher.positions.index(site.block)
             own: dict[str, Any] = next((entry for key, entry in before.items() if int(key) == index), {})
-            fields = {name: own[name] for name in width.FIELDS[site.part] if name in own}
-            alike = {name: getattr(config, name) for name in width.spelled(site.part, config)}
+            fields = {name: own[name] for name in width.CONFIG_FIELDS[site.part] if name in own}
+            alike = {name: getattr(config, name) for name in width.config_field_names(site.part, config)}
             entries[site] = {"groups": groups, "fields": fields or alike}
             if (module := told.get("narrow", {}).get(f"{site.part}.{index}")) is not None:  # else the config says it
                 entries[site]["module"] = module
@@ -160,21 +162,25 @@ def _narrowed(student: Any, teacher: Teacher, plan: Plan, repair: Repair) -> dic
     for each in sorted(plan.narrowed):
         block = arch.blocks_of(student, row)[teacher.positions.index(each.site.block)]
         part, alive = each.site.part, sizes[each.site].groups
-        of = arch.layout_in(block, part, row, config)
+        of = arch.channel_layout(block, part, row, config)
         if of.experts > 1 and teacher.weights is not None:
             raise PlanError(
                 f"{teacher.name} is larger than the memory, and the experts of {each.site} can only be narrowed in "
                 "memory. Narrow its attentions, with --set parts=mha, or give it more --memory."
             )
-        module = width.cut(block, row.path(part), of, config, width.kept_of(of, alive, each.groups))
+        module = width.cut_channels(block, row.path(part), of, config, width.kept_positions(of, alive, each.groups))
         output = of.output.name.removesuffix(".weight")
         if each.site in repair.biases:
-            give_bias(block.get_submodule(output), repair.biases[each.site])
+            add_bias(block.get_submodule(output), repair.biases[each.site])
         if (bias := dict(block.named_parameters()).get(f"{output}.bias")) is not None:
             module["shapes"][f"{output}.bias"] = list(bias.shape)
-        whole = arch.groups_of(config, each.site, of.groups)[1]
-        fields = width.fields(of, len(each.groups), config)
-        entries[each.site] = {"module": module, "groups": {"kept": ranges(each.groups), "of": whole}, "fields": fields}
+        whole = arch.channel_group_ids(config, each.site, of.groups)[1]
+        fields = width.config_fields(of, len(each.groups), config)
+        entries[each.site] = {
+            "module": module,
+            "groups": {"kept": format_ranges(each.groups), "of": whole},
+            "fields": fields,
+        }
     return entries
 
 
@@ -188,36 +194,36 @@ def _patched(teacher: Teacher) -> dict[Site, dict[str, Any]]:
 def _place(teacher: Teacher, site: Site) -> nn.Module:
     """The module that stands where `site` was."""
     block = teacher.block(site.block)
-    name = teacher.row.parts(block, teacher.model.config)[site.part]["zero"][0]
+    name = teacher.architecture.parts(block, teacher.model.config)[site.part]["zero"][0]
     module: nn.Module = getattr(block, name)
     return module
 
 
-def renamed(teacher: Teacher, name: str, kept: list[int]) -> str | None:
+def student_name(teacher: Teacher, name: str, kept: list[int]) -> str | None:
     """A student's name of a parameter of its teacher, whose block at position p is at `kept.index(p)`; None if gone.
 
     Of a tensor in the teacher's files likewise: what stands before the blocks may differ.
     """
-    found = re.search(rf"(?:^|\.){re.escape(teacher.row.blocks.rsplit('.', 1)[-1])}\.(\d+)\.", name)
+    found = re.search(rf"(?:^|\.){re.escape(teacher.architecture.blocks.rsplit('.', 1)[-1])}\.(\d+)\.", name)
     if found is None:
         return name
     position = teacher.positions[int(found[1])]
     return f"{name[: found.start(1)]}{kept.index(position)}{name[found.end(1) :]}" if position in kept else None
 
 
-def difference(teacher: Teacher, plan: Plan, student: Any) -> Repair:
+def extract_repair(teacher: Teacher, plan: Plan, student: Any) -> Repair:
     """The repair with which `apply` makes this student of its teacher, by the tensors that they do not share."""
     shared = {id(p) for p in teacher.model.parameters()}
     kept: list[int] = student.config.billhook["kept_blocks"]
     has = {name for name, _ in teacher.model.named_parameters(remove_duplicate=False)}
-    path, weights, patches, biases = f"{teacher.row.blocks}.", {}, {}, {}
+    path, weights, patches, biases = f"{teacher.architecture.blocks}.", {}, {}, {}
     places = {f"{s.part}.{kept.index(s.block)}": s for s in plan.sites() if s.block in kept}
     inside: list[str] = []
-    names = {"attention": teacher.row.attention, "mlp": teacher.row.mlp[-1]}
+    names = {"attention": teacher.architecture.attention, "mlp": teacher.architecture.mlp[-1]}
     for place, site in places.items():
         name = f"{path}{place.partition('.')[2]}.{names[site.part]}"
         module = student.get_submodule(name)
-        if isinstance(module, modeling_billhook.Patch):
+        if isinstance(module, modeling_billhook.PatchModule):
             inside.append(f"{name}.")
             parts = {key.partition(".")[0]: value.detach().float() for key, value in module.named_parameters()}
             patches[site] = Patch(**parts)
@@ -230,12 +236,14 @@ def difference(teacher: Teacher, plan: Plan, student: Any) -> Repair:
             weights[old] = parameter.detach()
             continue
         block = teacher.block(kept[int(index)])
-        outputs = {arch.output_of(block, part, teacher.row, teacher.model.config): part for part in PARTS}
+        outputs = {
+            arch.output_projection(block, part, teacher.architecture, teacher.model.config): part for part in PARTS
+        }
         biases[Site(kept[int(index)], outputs[rest.removesuffix(".bias")])] = parameter.detach().float()
     return Repair(weights, patches, biases)
 
 
-def renew(student: Any, weights: dict[str, torch.Tensor]) -> None:
+def assign_weights(student: Any, weights: dict[str, torch.Tensor]) -> None:
     """Give a student new values of some parameters, in the dtype of what stood there."""
     fresh: dict[nn.Parameter, nn.Parameter] = {}
     for name, tensor in weights.items():
@@ -243,20 +251,20 @@ def renew(student: Any, weights: dict[str, torch.Tensor]) -> None:
         device = tensor.device if old.device.type == "meta" else old.device
         value = tensor.to(device=device, dtype=old.dtype, copy=True)
         fresh[old] = nn.Parameter(value, requires_grad=False)
-    exchange(student, fresh)
+    replace_parameters(student, fresh)
 
 
-def exchange(student: Any, fresh: dict[nn.Parameter, nn.Parameter]) -> None:
+def replace_parameters(student: Any, replacements: dict[nn.Parameter, nn.Parameter]) -> None:
     """Put new parameters in the place of old ones; tied ones stay tied, and who shares the old ones keeps them."""
     for module in student.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
-            if parameter in fresh:
-                setattr(module, key, fresh[parameter])
+            if parameter in replacements:
+                setattr(module, key, replacements[parameter])
 
 
-def leaves(teacher: Teacher, plan: Plan, stock: bool) -> Plan:
+def effective_plan(teacher: Teacher, plan: Plan, stock: bool) -> Plan:
     """The part of `plan` that leaves the checkpoint: all of it, or with `stock` only whole blocks."""
-    gone = set(Plan(teacher.removed.removed | plan.removed).blocks())
+    gone = set(Plan(teacher.removed_earlier.removed | plan.removed).blocks())
     return Plan(frozenset(s for s in plan.removed if s.block in gone)) if stock else plan
 
 
@@ -307,7 +315,7 @@ def _zero(student: Any, path: str, kept: list[int], sites: list[Site], parts: di
 # -- file to file ------------------------------------------------------------------------------------------------------
 
 
-def copy_shards(student: Any, teacher: Teacher, weights: Weights, folder: Path, watch: Watch) -> None:
+def copy_shards(student: Any, teacher: Teacher, weights: StreamedWeights, folder: Path, watch: EventListener) -> None:
     """Copy what the student keeps from the source's shards, bit for bit, a small shard at a time.
 
     What a repair changed, or put in, comes from memory, in the checkpoint's dtype.
@@ -319,8 +327,8 @@ def copy_shards(student: Any, teacher: Teacher, weights: Weights, folder: Path, 
     jobs: dict[str, tuple[str | None, torch.Tensor | None]] = {}  # by new name: its name in the source, its new value
     covered: set[str] = set()
     for name, targets in weights.targets().items():
-        new = renamed(teacher, name, kept)
-        there = {t: has[t] for old in targets if (t := renamed(teacher, old, kept)) in has and t is not None}
+        new = student_name(teacher, name, kept)
+        there = {t: has[t] for old in targets if (t := student_name(teacher, old, kept)) in has and t is not None}
         covered |= there.keys()
         if new is not None and there:
             fresh = [tensor for tensor in there.values() if id(tensor) not in own]
@@ -337,7 +345,7 @@ def copy_shards(student: Any, teacher: Teacher, weights: Weights, folder: Path, 
             return weights.source(name) if name else fresh.detach().to("cpu", teacher.dtype)  # type: ignore[union-attr]
         source = weights.source(name)
         if new in narrower:
-            source = width.taken(source, *narrower[new])
+            source = width.kept_tensor(source, *narrower[new])
             return source if fresh.device.type == "meta" else fresh.detach().to("cpu", source.dtype)
         if fresh.device.type == "meta":
             return torch.zeros_like(source)
@@ -362,16 +370,16 @@ def copy_shards(student: Any, teacher: Teacher, weights: Weights, folder: Path, 
 
 def _cuts(student: Any, teacher: Teacher) -> dict[str, _Cut]:
     """How the parameters of sites that became narrower come of the teacher's, by the student's names."""
-    told, row, cuts = student.config.billhook, teacher.row, dict[str, _Cut]()
+    told, row, cuts = student.config.billhook, teacher.architecture, dict[str, _Cut]()
     sizes = {str(size.site): size for size in teacher.anatomy.sites}
     for name, groups in told.get("groups", {}).items():
-        size, left = sizes[name], numbers(groups["kept"])
+        size, left = sizes[name], parse_ranges(groups["kept"])
         if left == size.groups:
             continue
-        of = arch.layout_in(teacher.block(size.site.block), size.site.part, row, teacher.model.config)
+        of = arch.channel_layout(teacher.block(size.site.block), size.site.part, row, teacher.model.config)
         place = f"{row.blocks}.{told['kept_blocks'].index(size.site.block)}."
         for slot in of.slots:
-            cuts[place + slot.name] = of, slot, width.kept_of(of, size.groups, left)
+            cuts[place + slot.name] = of, slot, width.kept_positions(of, size.groups, left)
     return cuts
 
 

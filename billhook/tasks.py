@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from billhook.data import Choices, TokenSet, file_text, json_lines, prefix_of, token_set
+from billhook.data import Choices, TokenSet, file_text, json_lines, special_prefix, token_set
 from billhook.errors import DataError, nearest
 from billhook.loading import Teacher
 
 SUBJECT = "The following are multiple choice questions (with answers) about {}.\n\n"
-EXAMPLE = '{"query": "…", "choices": ["…", "…"], "gold": 0}'
-FIELDS = {"query": str, "choices": list, "gold": int}
-Part = Literal["calibration", "evaluation"]
+ITEM_EXAMPLE = '{"query": "…", "choices": ["…", "…"], "gold": 0}'
+ITEM_FIELDS = {"query": str, "choices": list, "gold": int}
+Split = Literal["calibration", "evaluation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +55,24 @@ def read_items(path: str | Path) -> list[Item]:
     file = Path(path).expanduser()
     if not file.is_file():
         kind = "a folder" if file.is_dir() else "missing"
-        raise DataError(f"The task file {path} is {kind}. Give a .jsonl or .jsonl.gz file of rows {EXAMPLE}.")
+        raise DataError(f"The task file {path} is {kind}. Give a .jsonl or .jsonl.gz file of rows {ITEM_EXAMPLE}.")
     items = [_item(row, number, f"{path}, row {number},") for number, row in json_lines(file_text(file), str(path))]
     if not items:
-        raise DataError(f"The task file {path} is empty. Give a .jsonl or .jsonl.gz file of rows {EXAMPLE}.")
+        raise DataError(f"The task file {path} is empty. Give a .jsonl or .jsonl.gz file of rows {ITEM_EXAMPLE}.")
     return items
 
 
 def _item(row: Any, number: int, where: str) -> Item:
     """One row, checked. `where`: begins what is said of it."""
     if not isinstance(row, dict):
-        raise DataError(f"{where} is no object. A row is {EXAMPLE}.")
-    for name, kind in FIELDS.items():
+        raise DataError(f"{where} is no object. A row is {ITEM_EXAMPLE}.")
+    for name, kind in ITEM_FIELDS.items():
         if name not in row:
             near = nearest(name, row)
             guess = f" Is it {near!r}?" if near else ""
-            raise DataError(f"{where} has no field {name!r}.{guess} A row is {EXAMPLE}.")
+            raise DataError(f"{where} has no field {name!r}.{guess} A row is {ITEM_EXAMPLE}.")
         if not isinstance(row[name], kind) or isinstance(row[name], bool):
-            raise DataError(f"{where} has {row[name]!r} as its {name!r}. A row is {EXAMPLE}.")
+            raise DataError(f"{where} has {row[name]!r} as its {name!r}. A row is {ITEM_EXAMPLE}.")
     choices, gold = _texts(row, "choices", where), row["gold"]
     if len(choices) < 2:
         raise DataError(f"{where} has {len(choices)} choices. Give at least 2.")
@@ -116,10 +116,10 @@ def requests(item: Item, solved: str = "") -> list[Request]:
     return [Request(before + context, " " + text, len(text)) for context, text in pairs]
 
 
-Shots = tuple[str | Path, int]  # a task file, and how many of its items stand before each query
+FewShot = tuple[str | Path, int]  # a task file, and how many of its items stand before each query
 
 
-def solved_of(items: Sequence[Item], subjects: Iterable[str], count: int, source: str) -> dict[str, str]:
+def few_shot_texts(items: Sequence[Item], subjects: Iterable[str], count: int, source: str) -> dict[str, str]:
     """{subject: the text of the first `count` items of that subject, solved}; where items have no subject, it is "".
 
     Each is its query, or its right context, one blank, the right choice, or the continuation, and an empty line. Raises
@@ -187,15 +187,15 @@ def _start(tokenizer: Any, where: str) -> int:
 # -- token sets -----------------------------------------------------------------------------------------------------
 
 
-def items_of(
+def load_items(
     path: str | Path,
     teacher: Teacher,
-    part: Part | None,
+    part: Split | None,
     *,
     items: int | None = None,
     tokens: int | None = None,
     seed: int = 0,
-    shots: Shots | None = None,
+    shots: FewShot | None = None,
 ) -> TokenSet:
     """As `task_tokens`, for one model: its tokenizer and its positions; at most so many items, or tokens."""
     limits: dict[str, Any] = {"limit_tokens": tokens, "limit_items": items, "seed": seed, "part": part, "shots": shots}
@@ -211,8 +211,8 @@ def task_tokens(
     limit_items: int | None = None,
     seed: int = 0,
     positions: int | None = None,
-    part: Part | None = None,
-    shots: Shots | None = None,
+    part: Split | None = None,
+    shots: FewShot | None = None,
 ) -> TokenSet:
     """The items of a task file as a token set: a row a choice, a document an item, each item a text of its own.
 
@@ -229,7 +229,7 @@ def task_tokens(
     items = items if part is None else _part(items, part, str(path))
     random.Random(seed).shuffle(items)
     items, solved = (items, {}) if shots is None else _with_shots(items, shots, str(path))
-    prefix = prefix_of(tokenizer)
+    prefix = special_prefix(tokenizer)
     taken: list[tuple[Item, list[_Row]]] = []
     total = 0
     for item in items[:limit_items]:
@@ -254,11 +254,11 @@ def task_tokens(
     )
 
 
-def _with_shots(items: list[Item], shots: Shots, source: str) -> tuple[list[Item], dict[str, str]]:
+def _with_shots(items: list[Item], shots: FewShot, source: str) -> tuple[list[Item], dict[str, str]]:
     """The items that are not among the shots, and the shots of each subject as text."""
     file, count = shots
     found = read_items(file)
-    solved = solved_of(found, [item.subject for item in items], count, str(file))
+    solved = few_shot_texts(found, [item.subject for item in items], count, str(file))
     shown = {tuple(requests(shot)) for s in solved for shot in [item for item in found if item.subject == s][:count]}
     rest = [item for item in items if tuple(requests(item)) not in shown]
     if not rest:
@@ -266,7 +266,7 @@ def _with_shots(items: list[Item], shots: Shots, source: str) -> tuple[list[Item
     return rest, solved
 
 
-def _part(items: list[Item], part: Part, source: str) -> list[Item]:
+def _part(items: list[Item], part: Split, source: str) -> list[Item]:
     """Every second item, or those of the others that are no copies of one of these."""
     mine = items[::2]
     seen = {tuple(requests(item)) for item in mine}

@@ -12,25 +12,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from billhook.records import Event, Watch, silent
+from billhook.records import Event, EventListener, ignore_events
 
 PLAIN_SECONDS = 5.0  # without a terminal, at most one line in so many seconds
 
 
-def quieten(verbose: bool) -> None:
+def silence_libraries(verbose: bool) -> None:
     """Keep transformers' own bars and warnings off the screen, unless asked for."""
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def progress(*, quiet: bool) -> tuple[Watch, Callable[[], None]]:
+def progress(*, quiet: bool) -> tuple[EventListener, Callable[[], None]]:
     """A watcher that shows stages on stderr with rate and ETA, and how to close it."""
     if quiet:
-        return silent, lambda: None
+        return ignore_events, lambda: None
     console = Console(stderr=True)
     if not console.is_terminal:
-        return _plain(), lambda: None
+        return _plain_progress(), lambda: None
     bars = Progress(
         SpinnerColumn(),
         TextColumn("{task.fields[stage]:<9}"),
@@ -72,7 +72,7 @@ def _rate(event: Event, start: float, first: int) -> str:
     return f"{(event.done - first) / passed:.1f}/s" if passed > 1 and event.done > first else ""
 
 
-def _plain() -> Watch:
+def _plain_progress() -> EventListener:
     """Lines on stderr: a new stage at once, the same stage every few seconds and when it is complete."""
     last: dict[str, Any] = {"stage": "", "at": 0.0, "start": 0.0, "first": 0, "done": 0}
 
@@ -105,7 +105,7 @@ class _Tables(Console):
         raise  # the BrokenPipeError that rich is handling
 
 
-def show(value: dict[str, Any], kind: str) -> None:
+def print_result(value: dict[str, Any], kind: str) -> None:
     """Print a result of a command as tables."""
     _tables()[kind](_Tables(soft_wrap=False, markup=False), value)
 
@@ -116,18 +116,18 @@ def _tables() -> dict[str, Callable[[Console, dict[str, Any]], None]]:
 
     return {
         "result": _result, "anatomy": _anatomy, "plan_of_work": _plan_of_work, "evaluation": _evaluation,
-        "speed": _speed, "scores": terminal_scores.scores,
+        "speed": _speed, "scores": terminal_scores.score_tables,
         "evaluations": terminal_scores.evaluations, "runs": _runs, "run": _run, "methods": _methods,
-        "sweep": _sweep, "trade": _trade, "stability": _stability, "compare": terminal_compare.compared,
-        "gate": terminal_compare.gated, "baselines": terminal_compare.baselines, "tasks": terminal_compare.tasks,
-        "threshold": terminal_compare.threshold, "abtest": terminal_compare.servers,
+        "sweep": _sweep, "trade": _trade, "stability": _stability, "compare": terminal_compare.comparison_table,
+        "gate": terminal_compare.gate_table, "baselines": terminal_compare.baseline_table, "tasks": terminal_compare.task_table,
+        "threshold": terminal_compare.threshold_table, "abtest": terminal_compare.ab_table,
     }  # fmt: skip
 
 
 def _table(*columns: str) -> Table:
-    from billhook.terminal_compare import table
+    from billhook.terminal_compare import plain_table
 
-    return table(columns, ())
+    return plain_table(columns, ())
 
 
 def _result(console: Console, value: dict[str, Any]) -> None:
@@ -136,13 +136,13 @@ def _result(console: Console, value: dict[str, Any]) -> None:
     removed = value["plan"]["removed"]
     names = f": {', '.join(removed)}" if removed else ""
     console.print(f"Removed {len(removed)} of {len(value['anatomy']['sites'])} sites{names}")
-    if narrow := summary.narrower(value):
-        console.print(summary.some_narrower(narrow))
+    if narrow := summary.kept_group_texts(value):
+        console.print(summary.kept_groups_sentence(narrow))
     table = _table("", "teacher", "student", "change")
-    for row in summary.rows(value):
+    for row in summary.summary_rows(value):
         table.add_row(row.label, row.teacher, row.student, row.change)
     console.print(table)
-    for note in filter(None, (value["search"]["told"], *summary.notes(value))):
+    for note in filter(None, (value["search"]["told"], *summary.run_notes(value))):
         console.print(note, style="dim")
     console.print(f"Checkpoint and report: {value['out']} (open {value['out']}/report.html)")
 
@@ -252,21 +252,21 @@ def _sweep(console: Console, value: dict[str, Any]) -> None:
     from billhook import lab_words as words
     from billhook import summary
 
-    names, rows = words.named(value["teacher"]), words.ordered(value)
-    console.print(f"{words.shown(value['model'])}: {words.sweep_verdict(value)}", highlight=False)
+    names, rows = words.short_names(value["teacher"]), words.sorted_rows(value)
+    console.print(f"{words.printable(value['model'])}: {words.sweep_headline(value)}", highlight=False)
     for text in words.texts_of(value) if rows else ():
         teacher = value["teacher"][text]
-        whole = f"{words.perplexity(teacher['value'])} ({words.span(teacher, words.perplexity)})"
+        whole = f"{words.format_perplexity(teacher['value'])} ({words.format_interval_short(teacher, words.format_perplexity)})"
         table = _table("recipe", "left", "perplexity", "above best", "search")
-        for place, alike in _places(value, words.ordered(value, text)):
+        for place, alike in _places(value, words.sorted_rows(value, text)):
             table.add_row(place, style="bold")
             for row in alike:
-                told, left = row["results"][text], words.left(value, row)
-                measured = f"{words.perplexity(told['value'])} ({words.span(told, words.perplexity)})".replace(
+                told, left = row["results"][text], words.fraction_kept(value, row)
+                measured = f"{words.format_perplexity(told['value'])} ({words.format_interval_short(told, words.format_perplexity)})".replace(
                     " ()", ""
                 )
-                cells = f"{left:.1%}", measured, _above(told, alike), summary.duration(row["search_seconds"])
-                table.add_row(f" {words.shown(row['recipe'])}", *cells)
+                cells = f"{left:.1%}", measured, _above(told, alike), summary.format_duration(row["search_seconds"])
+                table.add_row(f" {words.printable(row['recipe'])}", *cells)
         console.print(f"\nPerplexity on {names[text]}; the teacher's: {whole}", highlight=False)
         console.print(table)
     for some in _threes(words.tasks_of(value) if rows else []):
@@ -274,22 +274,22 @@ def _sweep(console: Console, value: dict[str, Any]) -> None:
         for place, alike in _places(value, rows):
             table.add_row(place, style="bold")
             for row in alike:
-                table.add_row(f" {words.shown(row['recipe'])}", *(_share(row["results"][task]) for task in some))
+                table.add_row(f" {words.printable(row['recipe'])}", *(_share(row["results"][task]) for task in some))
         table.add_row("the teacher", *(_share(value["teacher"][task]) for task in some))
         console.print("\nAccuracy on tasks")
         console.print(table)
     for each in value["refused"]:
-        console.print(f"Refused: {words.shown(' '.join(each[key] for key in ('recipe', 'remove', 'data', 'why')))}")
+        console.print(f"Refused: {words.printable(' '.join(each[key] for key in ('recipe', 'remove', 'data', 'why')))}")
     told = "left: parameters; above best: nats, ≈ where not told apart; in brackets: 95% intervals"
-    _foot(console, value, [told, *words.unreliable(value)])
+    _foot(console, value, [told, *words.reliability_notes(value)])
 
 
-def _above(told: Any, alike: list[Any]) -> str:
+def _above(gap: Any, alike: list[Any]) -> str:
     """How far a row is above the best of those alike, in nats."""
     from billhook import lab_words as words
 
-    state = words.standing(told["above_best"])
-    far = words.nats(told["above_best"]["value"]) + (" ≈" if state else "  ")
+    state = words.rank_label(gap["above_best"])
+    far = words.format_nats(gap["above_best"]["value"]) + (" ≈" if state else "  ")
     return "–" if len(alike) == 1 else "best" if state == "best" else far
 
 
@@ -297,10 +297,10 @@ def _places(value: dict[str, Any], rows: list[Any]) -> list[tuple[str, list[Any]
     """Rows by size and calibration text, which is named where there are several."""
     from billhook import lab_words as words
 
-    datas = words.named(row["data"] for row in value["rows"])
+    datas = words.short_names(row["data"] for row in value["rows"])
     told: dict[str, list[Any]] = {}
     for row in rows:
-        place = words.shown(row["remove"]) + (f", by {datas[row['data']]}" if len(datas) > 1 else "")
+        place = words.printable(row["remove"]) + (f", by {datas[row['data']]}" if len(datas) > 1 else "")
         told.setdefault(place, []).append(row)
     return list(told.items())
 
@@ -309,10 +309,12 @@ def _threes(names: list[str]) -> list[list[str]]:
     return [names[start : start + 3] for start in range(0, len(names), 3)]
 
 
-def _share(told: Any) -> str:
+def _share(interval: Any) -> str:
     from billhook import lab_words as words
 
-    return f"{words.accuracy(told['value'])} ({words.span(told, words.accuracy)})".replace("%", "")
+    return f"{words.format_accuracy(interval['value'])} ({words.format_interval_short(interval, words.format_accuracy)})".replace(
+        "%", ""
+    )
 
 
 def _trade(console: Console, value: dict[str, Any]) -> None:
@@ -320,39 +322,44 @@ def _trade(console: Console, value: dict[str, Any]) -> None:
     from billhook import lab_words as words
 
     def cell(change: float, low: float, high: float) -> str:
-        whole = words.between({"low": low, "high": high}, lambda x: f"{100 * x:+.0f}".replace("-", "−"))
-        return f"{words.points(change)} ({whole})"
+        whole = words.format_interval({"low": low, "high": high}, lambda x: f"{100 * x:+.0f}".replace("-", "−"))
+        return f"{words.format_points(change)} ({whole})"
 
-    console.print(f"{words.shown(value['model'])}: {words.trade_verdict(value)}", highlight=False)
+    console.print(f"{words.printable(value['model'])}: {words.transfer_headline(value)}", highlight=False)
     for some in _threes(list(value["teacher"])):
-        table = _table("pruned for", *map(words.shown, some))
+        table = _table("pruned for", *map(words.printable, some))
         table.add_row("the teacher, %", *(_share(value["teacher"][task]) for task in some))
         table.add_row("against the teacher", style="bold")
         for row in value["rows"]:
             told = [row["results"][task] for task in some]
             cells = (cell(each["change"], each["change_low"], each["change_high"]) for each in told)
-            table.add_row(f" {words.shown(row['pruned_for'])}", *cells)
+            table.add_row(f" {words.printable(row['pruned_for'])}", *cells)
         table.add_row("against text", style="bold")
         for row in value["rows"][1:]:
             told = [row["results"][task]["against_text"] for task in some]
             cells = (cell(each["value"], each["low"], each["high"]) for each in told)
-            table.add_row(f" {words.shown(row['pruned_for'])}", *cells)
+            table.add_row(f" {words.printable(row['pruned_for'])}", *cells)
         console.print(table)
-    _foot(console, value, ["in points of accuracy; in brackets: 95% intervals", *words.unreliable(value)])
+    _foot(console, value, ["in points of accuracy; in brackets: 95% intervals", *words.reliability_notes(value)])
 
 
 def _stability(console: Console, value: dict[str, Any]) -> None:
     from billhook import lab_words as words
 
     console.print(
-        f"{words.shown(value['model'])}, {value['metric']}: {words.stability_verdict(value)}", highlight=False
+        f"{words.printable(value['model'])}, {value['metric']}: {words.stability_headline(value)}", highlight=False
     )
     table = _table("tokens", "sets", "rank correlation", "overlap of plans", "in all", "in some")
     for told in value["sizes"]:
-        ranks, overlap, votes = told["rank_correlation"], told["overlap"], words.shares(told)
+        ranks, overlap, votes = told["rank_correlation"], told["overlap"], words.removal_counts(told)
         always = sum(n == told["sets"] for n in votes.values())
-        cells = [f"{words.rank(ranks['mean'])} ({words.between(ranks, words.rank)})"]
-        cells += [f"{words.share(overlap['mean'])} ({words.between(overlap, words.share)})", str(always)]
+        cells = [
+            f"{words.format_correlation(ranks['mean'])} ({words.format_interval(ranks, words.format_correlation)})"
+        ]
+        cells += [
+            f"{words.format_share(overlap['mean'])} ({words.format_interval(overlap, words.format_share)})",
+            str(always),
+        ]
         table.add_row(f"{told['tokens']:,}", str(told["sets"]), *cells, str(len(votes) - always))
     console.print(table)
     _foot(console, value, ["in brackets: lowest and highest pair of sets; in all, in some: sites by plans"])
@@ -364,4 +371,4 @@ def _foot(console: Console, value: dict[str, Any], notes: list[str]) -> None:
     for note in notes:
         console.print(note, style="dim", highlight=False)
     if "page" in value:
-        console.print(f"Page: {lab_words.shown(value['page'])}", highlight=False, soft_wrap=True)
+        console.print(f"Page: {lab_words.printable(value['page'])}", highlight=False, soft_wrap=True)

@@ -6,10 +6,10 @@ from typing import Any
 
 from rich.console import Console
 
-from billhook.terminal_compare import table
+from billhook.terminal_compare import plain_table
 
 
-def scores(console: Console, value: dict[str, Any]) -> None:
+def score_tables(console: Console, value: dict[str, Any]) -> None:
     """Of every metric a line a block, with its sites, and a line a length for spans of blocks."""
     for metric, told in value["scores"].items():
         spread = any(row.get("se") is not None for rows in told.values() for row in rows)
@@ -33,19 +33,19 @@ def evaluations(console: Console, value: dict[str, Any]) -> None:
         for name, row in value["evaluations"].items()
     ]
     console.print(f"{value['model']}, {value['data']['tokens']:,} tokens of {value['data']['source']}")
-    console.print(table(("evaluation", "value", "95% interval", "items", ""), lines))
+    console.print(plain_table(("evaluation", "value", "95% interval", "items", ""), lines))
 
 
-def _by_block(console: Console, told: dict[str, Any]) -> None:
-    sites = {row["site"]: row for row in told["sites"]}
-    blocks = {row["block"]: row for row in told["blocks"]}
+def _by_block(console: Console, scores: dict[str, Any]) -> None:
+    sites = {row["site"]: row for row in scores["sites"]}
+    blocks = {row["block"]: row for row in scores["blocks"]}
     lines = []
     for position in sorted({int(name.split(".")[1]) for name in sites} | set(blocks)):
         rows = (blocks.get(position), sites.get(f"attention.{position}"), sites.get(f"mlp.{position}"))
         lines.append([str(position), *(_score(row) for row in rows)])
-    console.print(table(("block", "whole block", "attention", "mlp"), lines))
+    console.print(plain_table(("block", "whole block", "attention", "mlp"), lines))
     if sites:
-        least = sorted(told["sites"], key=lambda row: row["value"])[:5]
+        least = sorted(scores["sites"], key=lambda row: row["value"])[:5]
         console.print(f"Least important sites: {', '.join(row['site'] for row in least)}")
 
 
@@ -55,7 +55,7 @@ def _by_length(console: Console, spans: list[dict[str, Any]]) -> None:
     for length in sorted({row["length"] for row in spans}):
         least = min((row for row in spans if row["length"] == length), key=lambda row: row["value"])
         lines.append([str(length), f"{least['first']}-{least['last']}", _score(least)])
-    console.print(table(("blocks in a span", "least important", "score"), lines))
+    console.print(plain_table(("blocks in a span", "least important", "score"), lines))
 
 
 def _by_group(console: Console, groups: list[dict[str, Any]]) -> None:
@@ -66,7 +66,7 @@ def _by_group(console: Console, groups: list[dict[str, Any]]) -> None:
         spread = (ranked[0], ranked[len(ranked) // 2], ranked[-1])
         least = row["numbers"][row["values"].index(ranked[0])]
         lines.append([row["site"], f"{len(ranked):,}", *(f"{value:#.4g}" for value in spread), str(least)])
-    console.print(table(("site", "groups", "lowest", "middle", "highest", "lowest is"), lines))
+    console.print(plain_table(("site", "groups", "lowest", "middle", "highest", "lowest is"), lines))
 
 
 def _score(row: dict[str, Any] | None) -> str:

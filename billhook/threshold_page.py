@@ -13,10 +13,10 @@ from pathlib import PurePath
 from string import Template
 from typing import Any
 
-from billhook.lab_words import shown
+from billhook.lab_words import printable
 from billhook.margin import BOUND
-from billhook.report import listed, scroll
-from billhook.summary import count, short
+from billhook.report import html_table, scrolling
+from billhook.summary import format_number, pluralize
 
 Result = Mapping[str, Any]
 WIDE, TALL = 480, 280
@@ -25,9 +25,9 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 44
 Point = tuple[float, float]
 
 
-def verdict(result: Result) -> str:
+def threshold_headline(result: Result) -> str:
     """The whole in one sentence."""
-    margins = " and ".join(map(shown, result["margins"]))
+    margins = " and ".join(map(printable, result["margins"]))
     if not result["step"]:
         return f"No step of {result['steps']} stays within {margins}: nothing can be removed."
     told = "; ".join(
@@ -44,7 +44,7 @@ def verdict(result: Result) -> str:
 def _sites_words(result: Result) -> str:
     """How many sites can be removed whole, and how many can be narrowed, where there are any."""
     narrowed = f" and {len(result['narrowed'])} narrowed" if result["narrowed"] else ""
-    return f"{count(len(result['removed']), 'site')} can be removed{narrowed}"
+    return f"{pluralize(len(result['removed']), 'site')} can be removed{narrowed}"
 
 
 def command(result: Result) -> str:
@@ -52,7 +52,7 @@ def command(result: Result) -> str:
     plan = ",".join([*result["removed"], *result["narrowed"]])
     if len(plan) > MOST_PLAN:
         plan = str(PurePath(result["page"]).with_name("result.json"))
-    return f"billhook prune {shlex.quote(shown(result['model']))} --plan {shlex.quote(plan)}" if plan else ""
+    return f"billhook prune {shlex.quote(printable(result['model']))} --plan {shlex.quote(plan)}" if plan else ""
 
 
 def _minus(x: float) -> str:
@@ -68,7 +68,7 @@ def trial_rows(result: Result) -> list[tuple[str, ...]]:
     """(step, share gone, margin, lost, at most, within) of every trial on validation items."""
     return [
         (
-            f"{trial['step']} of {result['steps']}", f"{trial['share']:.1%}", shown(of["margin"]),
+            f"{trial['step']} of {result['steps']}", f"{trial['share']:.1%}", printable(of["margin"]),
             _minus(of["lost"]), _minus(of["high"]), "within" if of["within"] else "too much",
         )
         for trial in result["trials"]
@@ -76,7 +76,7 @@ def trial_rows(result: Result) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
-HEAD = ("Step", "Gone", "Margin", "Loses", f"At most ({BOUND})", "Verdict")
+TRIAL_COLUMNS = ("Step", "Gone", "Margin", "Loses", f"At most ({BOUND})", "Verdict")
 
 
 def knee_words(result: Result) -> str:
@@ -87,25 +87,25 @@ def knee_words(result: Result) -> str:
     return f"The curve of the loss bends most after step {knee + 1}, with {result['shares'][knee + 1]:.1%} gone."
 
 
-def page(result: Result) -> str:
+def threshold_page(result: Result) -> str:
     """The page of one threshold."""
     house = files("billhook")
     head = house.joinpath("report.html").read_text(encoding="utf-8").partition("</style>")[0]
     body = [_margin_figure(result, i) for i in range(len(result["margins"]))] + [_loss_figure(result)]
     body.append(
-        f"<section><h2>Trials on validation items</h2>{scroll(listed(HEAD, trial_rows(result)), 'Trials')}</section>"
+        f"<section><h2>Trials on validation items</h2>{scrolling(html_table(TRIAL_COLUMNS, trial_rows(result)), 'Trials')}</section>"
     )
     body.append(f"<section><h2>Plan</h2><pre>{escape(command(result) or 'nothing')}</pre></section>")
     return Template(head + house.joinpath("compare.html").read_text(encoding="utf-8")).substitute(
-        title=escape(f"{shown(result['model'])}: how much can go"),
+        title=escape(f"{printable(result['model'])}: how much can go"),
         made=escape(f"Billhook · threshold · {result['environment']['machine']}"),
-        verdict=escape(verdict(result)),
-        notes="".join(f'<p class="note">{escape(note)}</p>' for note in dict.fromkeys(notes(result))),
+        verdict=escape(threshold_headline(result)),
+        notes="".join(f'<p class="note">{escape(note)}</p>' for note in dict.fromkeys(threshold_notes(result))),
         body="".join(body),
     )
 
 
-def notes(result: Result) -> list[str]:
+def threshold_notes(result: Result) -> list[str]:
     """What a reader must know."""
     return [of["note"] for of in result["test"] if of["note"]]
 
@@ -129,7 +129,7 @@ def _margin_figure(result: Result, number: int) -> str:
         "Blue: steps on validation items; orange: the chosen one on test items. Bars end at their lower and upper "
         f"bounds ({BOUND} each); dashed: the margin."
     )
-    name = f"{shown(result['margins'][number])}: what goes, and what it costs"
+    name = f"{printable(result['margins'][number])}: what goes, and what it costs"
     return f"<section><h2>{escape(name)}</h2>{_svg(drawn, name)}<p>{caption}</p></section>"
 
 
@@ -139,7 +139,7 @@ def _loss_figure(result: Result) -> str:
     if not points:
         return ""
     scale = _Scale((0.0, max(x for x, _ in points)), (0.0, 1.08 * max(y for _, y in points)))
-    drawn = [scale.frame("% of the parameters gone", f"loss ({shown(result['loss'])})")]
+    drawn = [scale.frame("% of the parameters gone", f"loss ({printable(result['loss'])})")]
     drawn.append(scale.line(points, "var(--orange)"))
     drawn += [scale.dot(point, "var(--orange)") for point in points]
     for index, words in ((result["knee"], "knee"), (result["step"] - 1, "chosen")):
@@ -176,9 +176,11 @@ class _Scale:
             x, y = (ends[0] + (ends[1] - ends[0]) * i / 4 for ends in (self.x, self.y))
             (px, _), (_, py) = self.at(x, self.y[0]), self.at(self.x[0], y)
             told.append(
-                f'<text x="{px:.1f}" y="{TALL - BOTTOM + 16}" text-anchor="middle" fill="var(--dim)">{short(x)}</text>'
+                f'<text x="{px:.1f}" y="{TALL - BOTTOM + 16}" text-anchor="middle" fill="var(--dim)">{format_number(x)}</text>'
             )
-            told.append(f'<text x="{LEFT - 6}" y="{py + 4:.1f}" text-anchor="end" fill="var(--dim)">{short(y)}</text>')
+            told.append(
+                f'<text x="{LEFT - 6}" y="{py + 4:.1f}" text-anchor="end" fill="var(--dim)">{format_number(y)}</text>'
+            )
             told.append(f'<line x1="{LEFT}" x2="{WIDE - RIGHT}" y1="{py:.1f}" y2="{py:.1f}" stroke="var(--line)"/>')
         told.append(
             f'<text x="{WIDE / 2}" y="{TALL - 8}" text-anchor="middle" fill="var(--dim)">{escape(below)}</text>'

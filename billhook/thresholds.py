@@ -9,27 +9,27 @@ from typing import Any
 
 from billhook.data import TokenSet
 from billhook.loading import Teacher
-from billhook.margin import Kept, Margin
+from billhook.margin import Margin, MarginCheck
 from billhook.plan import Plan
-from billhook.proof import Job, environment, evaluated
+from billhook.proof import RunContext, environment, evaluate_plans
 from billhook.records import Event
-from billhook.searching import find, tokens_for, validation_and_test
+from billhook.searching import choose_plan, tokens_for, validation_and_test
 
 
 @dataclass(frozen=True)
-class Trial:
+class MarginTrial:
     """One step of a path on the validation items of every margin."""
 
     step: int
-    kept: tuple[Kept, ...]
+    kept: tuple[MarginCheck, ...]
 
     @property
     def within(self) -> bool:
         return all(kept.within for kept in self.kept)
 
 
-def threshold(
-    job: Job, teacher: Teacher, steps: Sequence[Mapping[str, Any]], margins: Sequence[Margin]
+def find_threshold(
+    job: RunContext, teacher: Teacher, steps: Sequence[Mapping[str, Any]], margins: Sequence[Margin]
 ) -> dict[str, Any]:
     """The last of `steps` within every margin on validation items, found by bisection, and its proof on test items.
 
@@ -38,37 +38,39 @@ def threshold(
     chosen, whatever they say.
     """
     calibration, held_out = tokens_for(job.recipe, teacher, job.watch, job)
-    steps = list(steps) or [step.to_json() for step in find(job, teacher, calibration).steps]
+    steps = list(steps) or [step.to_json() for step in choose_plan(job, teacher, calibration).steps]
     path = [Plan()]
     for step in steps:
-        path.append(path[-1].after(Plan.of([*step["sites"], *step.get("narrowed", ())])))
+        path.append(path[-1].combined_with(Plan.parse([*step["sites"], *step.get("narrowed", ())])))
     sets = {margin: validation_and_test(job.recipe, margin, teacher, held_out) for margin in margins}
-    trials = {0: Trial(0, tuple(_judged(job, teacher, margin, sets[margin][0], Plan()) for margin in margins))}
+    trials = {
+        0: MarginTrial(0, tuple(_check_plan(job, teacher, margin, sets[margin][0], Plan()) for margin in margins))
+    }
     low, high = 0, len(path)
     while high - low > 1:
         middle = (low + high) // 2
         job.watch(
             Event("threshold", len(trials), math.ceil(math.log2(len(steps))) + 1, f"{middle} of {len(path)} steps")
         )
-        kept = tuple(_judged(job, teacher, margin, sets[margin][0], path[middle]) for margin in margins)
-        trials[middle] = Trial(middle, kept)
+        kept = tuple(_check_plan(job, teacher, margin, sets[margin][0], path[middle]) for margin in margins)
+        trials[middle] = MarginTrial(middle, kept)
         low, high = (middle, high) if trials[middle].within else (low, middle)
     chosen = path[low]
-    proved = [_judged(job, teacher, margin, sets[margin][1], chosen) for margin in margins] if low else []
+    proved = [_check_plan(job, teacher, margin, sets[margin][1], chosen) for margin in margins] if low else []
     everything = teacher.anatomy.total("parameters")
     sizes = [1 - teacher.anatomy.total("parameters", plan) / everything for plan in path]
     return {
         "removed": chosen.names(),
-        "narrowed": chosen.narrow_names(),
+        "narrowed": chosen.narrowed_names(),
         "step": low,  # how many of the steps are taken
         "steps": len(steps),
         "share": sizes[low],
         "confirmed": all(kept.within for kept in proved) if low else None,
         "margins": [str(margin) for margin in margins],
-        "test": [_told(kept, margin) for kept, margin in zip(proved, margins, strict=False)],
+        "test": [_check_json(kept, margin) for kept, margin in zip(proved, margins, strict=False)],
         "trials": [
             {"step": n, "share": sizes[n], "within": trial.within,
-             "of": [_told(kept, margin) for kept, margin in zip(trial.kept, margins, strict=True)]}
+             "of": [_check_json(kept, margin) for kept, margin in zip(trial.kept, margins, strict=True)]}
             for n, trial in sorted(trials.items())
         ],
         "data": {str(margin): {"validation": a.describe(), "test": b.describe()} for margin, (a, b) in sets.items()},
@@ -82,12 +84,12 @@ def threshold(
     }  # fmt: skip
 
 
-def _judged(job: Job, teacher: Teacher, margin: Margin, tokens: TokenSet, plan: Plan) -> Kept:
-    dense, student = evaluated(job, teacher, [Plan(), plan], tokens, margin.kind)
-    return margin.judge(dense, student, job.recipe.seed, same=not plan)
+def _check_plan(job: RunContext, teacher: Teacher, margin: Margin, tokens: TokenSet, plan: Plan) -> MarginCheck:
+    dense, student = evaluate_plans(job, teacher, [Plan(), plan], tokens, margin.kind)
+    return margin.check(dense, student, job.recipe.seed, same=not plan)
 
 
-def _told(kept: Kept, margin: Margin) -> dict[str, Any]:
+def _check_json(kept: MarginCheck, margin: Margin) -> dict[str, Any]:
     lost = kept.in_units(margin.kind)
     return {
         "margin": str(margin), "lost": lost.value, "low": lost.low, "high": lost.high, "limit": float(margin.amount),

@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from billhook.data import TokenSet
 from billhook.errors import UsageError
-from billhook.losses import bucketed, kl
-from billhook.records import Event, Watch
+from billhook.losses import kl, topk_and_rest
+from billhook.records import Event, EventListener
 
 AT_A_TIME = 1024  # tokens in a forward pass; more in a step are accumulated
 CHECKS = 12  # of the validation rows, in a training; fewer where they would take more than
@@ -36,7 +36,7 @@ SAVE_EVERY = 30.0  # seconds between two checkpoints
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
+class TrainingOptions:
     """How to train. `loss`: nll, kl or mse; `minutes`: no more steps than fit into them, 0 for no limit.
 
     `checkpointing`: blocks forget what they computed and compute it again for the gradients: a third more time, and
@@ -51,7 +51,7 @@ class Course:
     checkpointing: bool = False
     seed: int = 0
 
-    def check(self) -> Course:
+    def check(self) -> TrainingOptions:
         """Itself. Raises UsageError."""
         if self.loss not in ("nll", "kl", "mse"):
             raise UsageError(f"loss={self.loss!r} is none of nll, kl and mse.")
@@ -61,7 +61,7 @@ class Course:
 
 
 @dataclass(slots=True)
-class Rows:
+class TrainingRows:
     """Rows of a token set, and what the loss has to know of the teacher about them, which may be mapped from files."""
 
     ids: torch.Tensor  # [rows, time]
@@ -71,24 +71,24 @@ class Rows:
     hidden: torch.Tensor | None = None  # what the teacher's head reads: [rows, time, width]
     streams: torch.Tensor | None = None  # before the first block that is trained: [rows, time, width]
 
-    def picked(self, rows: torch.Tensor) -> Rows:
+    def picked(self, rows: torch.Tensor) -> TrainingRows:
         """Some of them."""
         parts = (self.top, self.likely, self.hidden, self.streams)
         some = (None if part is None else part[rows.to(part.device)].to(self.ids.device) for part in parts)
         longest = int(self.counted[rows].sum(1).max())
-        return Rows(self.ids[rows], self.counted[rows], *some).cut(longest)
+        return TrainingRows(self.ids[rows], self.counted[rows], *some).cut(longest)
 
-    def cut(self, time: int) -> Rows:
+    def cut(self, time: int) -> TrainingRows:
         """Without what is padding in all of them."""
         parts = (self.top, self.likely, self.hidden, self.streams)
-        return Rows(*(None if part is None else part[:, :time] for part in (self.ids, self.counted, *parts)))  # type: ignore[arg-type]
+        return TrainingRows(*(None if part is None else part[:, :time] for part in (self.ids, self.counted, *parts)))  # type: ignore[arg-type]
 
     def slices(self) -> Iterator[slice]:
         """All of them, in order, as many at a time as go through a model together."""
         step = max(1, AT_A_TIME // self.ids.shape[1])
         return (slice(start, min(start + step, len(self.ids))) for start in range(0, len(self.ids), step))
 
-    def portions(self) -> Iterator[Rows]:
+    def portions(self) -> Iterator[TrainingRows]:
         """All of them, as `slices` cuts them."""
         every = torch.arange(len(self.ids), device=self.ids.device)
         return (self.picked(every[some]) for some in self.slices())
@@ -99,13 +99,13 @@ class Rows:
         return hashlib.sha256(b"".join(told)).hexdigest()[:16]
 
 
-def rows_of(tokens: TokenSet, device: torch.device) -> Rows:
+def rows_of(tokens: TokenSet, device: torch.device) -> TrainingRows:
     """All rows of a token set."""
     places = torch.arange(tokens.rows.shape[1])
-    return Rows(tokens.rows.to(device), (places < torch.tensor(tokens.lengths)[:, None]).to(device))
+    return TrainingRows(tokens.rows.to(device), (places < torch.tensor(tokens.lengths)[:, None]).to(device))
 
 
-def loss_of(student: Any, rows: Rows, loss: str) -> torch.Tensor:
+def loss_of(student: Any, rows: TrainingRows, loss: str) -> torch.Tensor:
     """Sum of the loss over the counted tokens of some rows: nats; for mse, the squared error over that of the mean."""
     mask = rows.counted.long()
     if loss == "mse":
@@ -120,11 +120,11 @@ def loss_of(student: Any, rows: Rows, loss: str) -> torch.Tensor:
         return F.cross_entropy(logits[:, :-1][seen].float(), rows.ids[:, 1:][seen], reduction="sum")
     assert rows.top is not None
     assert rows.likely is not None
-    mine = bucketed(logits[rows.counted].float(), rows.top[rows.counted].long())
+    mine = topk_and_rest(logits[rows.counted].float(), rows.top[rows.counted].long())
     return kl(rows.likely[rows.counted], mine, rows.ids[rows.counted]).sum()
 
 
-def weight_of(rows: Rows, loss: str) -> int:
+def token_count(rows: TrainingRows, loss: str) -> int:
     """How many tokens count."""
     return int(rows.counted.sum()) - (len(rows.ids) if loss == "nll" else 0)
 
@@ -133,7 +133,9 @@ def weight_of(rows: Rows, loss: str) -> int:
 
 
 @contextmanager
-def from_streams(student: Any, blocks: nn.ModuleList, first: int, outputs: int) -> Iterator[Callable[[Rows], None]]:
+def skip_frozen_blocks(
+    student: Any, blocks: nn.ModuleList, first: int, outputs: int
+) -> Iterator[Callable[[TrainingRows], None]]:
     """Inside, blocks before `first` are not computed: what is given before a call is the stream that they give.
 
     `outputs`: 2 where a block returns a pair.
@@ -144,7 +146,7 @@ def from_streams(student: Any, blocks: nn.ModuleList, first: int, outputs: int) 
         x = held[0] if held else hidden_states
         return (x, None) if outputs == 2 else x
 
-    def give(rows: Rows) -> None:
+    def give(rows: TrainingRows) -> None:
         held[:] = [rows.streams] if rows.streams is not None else []
 
     for block in blocks[:first]:
@@ -157,7 +159,7 @@ def from_streams(student: Any, blocks: nn.ModuleList, first: int, outputs: int) 
 
 
 @contextmanager
-def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+def gradient_checkpointing(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, blocks keep their inputs only, and compute the rest again when gradients are asked for."""
     chosen = list(blocks)
     for block in chosen:
@@ -169,12 +171,12 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
             del block.forward
 
 
-class _HeardEnough(Exception):
+class _StopForward(Exception):
     """Ends a forward pass."""
 
 
 @torch.no_grad()
-def remember(student: Any, blocks: nn.ModuleList, first: int, rows: Rows) -> None:
+def cache_frozen_streams(student: Any, blocks: nn.ModuleList, first: int, rows: TrainingRows) -> None:
     """Note the streams of all rows before block `first`."""
     if first == 0:
         return
@@ -182,12 +184,12 @@ def remember(student: Any, blocks: nn.ModuleList, first: int, rows: Rows) -> Non
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(args[0] if args else kwargs["hidden_states"])
-        raise _HeardEnough
+        raise _StopForward
 
     handle = blocks[first].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         for some in rows.slices():
-            with suppress(_HeardEnough):
+            with suppress(_StopForward):
                 student.base_model(rows.ids[some], attention_mask=rows.counted[some].long(), use_cache=False)
     finally:
         handle.remove()
@@ -216,9 +218,9 @@ class Trainer:
         self,
         student: Any,
         parameters: dict[str, nn.Parameter],
-        course: Course,
+        options: TrainingOptions,
         work: Path | None,
-        watch: Watch,
+        watch: EventListener,
         *,
         compute: torch.dtype,
     ) -> None:
@@ -226,24 +228,24 @@ class Trainer:
 
         `compute`: float32 or bfloat16, for the passes; what learns is in float32 all the same.
         """
-        self.student, self.parameters, self.course, self.watch = student, parameters, course, watch
+        self.student, self.parameters, self.course, self.watch = student, parameters, options, watch
         self._rows: list[str] = []  # digests of what it learns from and of what it is checked on
         self._file = None if work is None else work / "training.pt"
-        self._optimizer = torch.optim.AdamW(parameters.values(), lr=course.rate, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(parameters.values(), lr=options.rate, weight_decay=0.0)
         self._compute = compute
         self._dropouts = [m for name, m in student.named_modules() if "lora_dropout" in name]  # of what peft added
-        self._drop(False)
+        self._set_dropout(False)
 
-    def _loss(self, rows: Rows) -> torch.Tensor:
+    def _loss(self, rows: TrainingRows) -> torch.Tensor:
         """Sum of the loss over some rows, in the compute dtype of the model."""
         with torch.autocast(self.student.device.type, self._compute, enabled=self._compute != torch.float32):
             return loss_of(self.student, rows, self.course.loss)
 
-    def run(self, train: Rows, valid: Rows, give: Callable[[Rows], None]) -> float:
+    def run(self, train: TrainingRows, valid: TrainingRows, set_inputs: Callable[[TrainingRows], None]) -> float:
         """Train, and leave the parameters as they were when validation was best; returns that loss per token."""
         self._rows = [rows.digest() for rows in (train, valid)]
         order, told = self._order(len(train.ids)), self._begun()
-        state = _State(**told["state"]) if told else self._begin(train, valid, give, order)
+        state = _State(**told["state"]) if told else self._begin(train, valid, set_inputs, order)
         schedule = transformers.get_cosine_schedule_with_warmup(
             self._optimizer, max(1, int(WARM_UP * state.steps)), state.steps
         )
@@ -253,11 +255,11 @@ class Trainer:
         every = max(1, state.steps // state.checks)
         saved = time.perf_counter()
         while state.step < state.steps and state.waited < PATIENCE:
-            loss = self._step(train, order, state.step, give)
+            loss = self._step(train, order, state.step, set_inputs)
             schedule.step()
             state.step += 1
             if state.step % every == 0 or state.step == state.steps:
-                self._check(state, valid, give)
+                self._check(state, valid, set_inputs)
             note = f"{self.course.loss} {loss:.4f}, best on validation {state.best:.4f}"
             self.watch(Event("recover", state.step, state.steps, note))
             if time.perf_counter() - saved > SAVE_EVERY:
@@ -280,12 +282,16 @@ class Trainer:
         return of
 
     def _begin(
-        self, train: Rows, valid: Rows, give: Callable[[Rows], None], order: Callable[[int], torch.Tensor]
+        self,
+        train: TrainingRows,
+        valid: TrainingRows,
+        set_inputs: Callable[[TrainingRows], None],
+        order: Callable[[int], torch.Tensor],
     ) -> _State:
         """A first check, and how many steps there are: those of all epochs, or as many as the minutes allow."""
         steps = self.course.epochs * (len(train.ids) // min(self.course.batch, len(train.ids)))
         start = time.perf_counter()
-        first = self._validate(valid, give)
+        first = self._validate(valid, set_inputs)
         seconds, checks = 60 * self.course.minutes, CHECKS
         if seconds:
             check = time.perf_counter() - start
@@ -294,7 +300,7 @@ class Trainer:
             optimizer = copy.deepcopy(self._optimizer.state_dict())
             start = time.perf_counter()
             for step in range(2):
-                self._step(train, order, step, give)
+                self._step(train, order, step, set_inputs)
             one = (time.perf_counter() - start) / 2
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
@@ -307,44 +313,48 @@ class Trainer:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def _step(
-        self, train: Rows, order: Callable[[int], torch.Tensor], step: int, give: Callable[[Rows], None]
+        self,
+        train: TrainingRows,
+        order: Callable[[int], torch.Tensor],
+        step: int,
+        set_inputs: Callable[[TrainingRows], None],
     ) -> float:
         """One step; its loss per token."""
         batch = train.picked(order(step).to(train.ids.device))
-        total, weight = 0.0, max(1, weight_of(batch, self.course.loss))
+        total, weight = 0.0, max(1, token_count(batch, self.course.loss))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.course.seed + step)
-            self._drop(True)
+            self._set_dropout(True)
             for some in batch.portions():
-                give(some)
+                set_inputs(some)
                 loss = self._loss(some) / weight
                 loss.backward()
                 total += float(loss.detach())
-        self._drop(False)
+        self._set_dropout(False)
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return total
 
-    def _drop(self, on: bool) -> None:
+    def _set_dropout(self, on: bool) -> None:
         """Let the dropout of what peft added work, or not; that of the model itself rests, as in the teacher."""
         for module in self._dropouts:
             module.train(on)
 
-    def _check(self, state: _State, valid: Rows, give: Callable[[Rows], None]) -> None:
-        found = self._validate(valid, give)
+    def _check(self, state: _State, valid: TrainingRows, set_inputs: Callable[[TrainingRows], None]) -> None:
+        found = self._validate(valid, set_inputs)
         state.waited = 0 if found < state.best else state.waited + 1
         if found < state.best:
             state.best, state.kept = found, self._copy()
 
     @torch.no_grad()
-    def _validate(self, valid: Rows, give: Callable[[Rows], None]) -> float:
+    def _validate(self, valid: TrainingRows, set_inputs: Callable[[TrainingRows], None]) -> float:
         """Loss per token of the validation rows."""
         total = 0.0
         for some in valid.portions():
-            give(some)
+            set_inputs(some)
             total += float(self._loss(some))
-        return total / weight_of(valid, self.course.loss)
+        return total / token_count(valid, self.course.loss)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -11,37 +11,46 @@ from typing import Literal
 import numpy as np
 
 from billhook.records import EvalResult, Interval
-from billhook.stats import CHUNK, LOSSES, RESAMPLES, by_cluster, nothing, paired_difference, ratio_error, right_or_wrong
+from billhook.stats import (
+    CHUNK_RESAMPLES,
+    LOSS_EVALUATIONS,
+    RESAMPLES,
+    by_cluster,
+    is_binary,
+    paired_difference,
+    ratio_error,
+    zero_difference,
+)
 
 LEVEL = 0.95
-Word = Literal["better", "equivalent", "worse", "undecided"]
+Verdict = Literal["better", "equivalent", "worse", "undecided"]
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A and B over the same items. `change`: the mean of B minus A, 95%; `near`: the same, 90%; `p`: that it is none.
+    """A and B over the same items. `change`: the mean of B minus A, 95%; `interval90`: the same, 90%; `p`: that it is none.
 
     `gained`, `lost`: items that only B, and that only A has right; None where outcomes are not 0 and 1.
     """
 
     change: Interval
-    near: Interval
+    interval90: Interval
     p: float
     gained: int | None
     lost: int | None
     sign: int  # 1 where more is better, -1 where less is
 
 
-def paired(a: EvalResult, b: EvalResult, seed: int = 0, *, same: bool = False) -> Pair:
+def compare_pair(a: EvalResult, b: EvalResult, seed: int = 0, *, same: bool = False) -> Pair:
     """Compare two results over the same items, of one model if it is the `same`. Raises ValueError if they are not.
 
     p is McNemar's mid-p where outcomes are 0 and 1 and every item is a text of its own, else that of a studentised
     bootstrap over texts.
     """
-    change = nothing(a) if same else paired_difference(a, b, seed)
+    change = zero_difference(a) if same else paired_difference(a, b, seed)
     near = change if same else paired_difference(a, b, seed, level=2 * LEVEL - 1)
-    sign = -1 if a.name in LOSSES else 1
-    if not (right_or_wrong(a) and right_or_wrong(b)):
+    sign = -1 if a.name in LOSS_EVALUATIONS else 1
+    if not (is_binary(a) and is_binary(b)):
         return Pair(change, near, bootstrap_p(a, b, seed), None, None, sign)
     gained = sum(y > x for x, y in zip(a.sums, b.sums, strict=True))
     lost = sum(y < x for x, y in zip(a.sums, b.sums, strict=True))
@@ -72,8 +81,8 @@ def bootstrap_p(a: EvalResult, b: EvalResult, seed: int = 0) -> float:
     if error <= 1e-12 * max(1.0, abs(centre)):
         return 1.0 if abs(centre) < 1e-12 else 1 / (RESAMPLES + 1)
     random, beyond = np.random.default_rng(seed), 0
-    for start in range(0, RESAMPLES, CHUNK):
-        size = min(CHUNK, RESAMPLES - start)
+    for start in range(0, RESAMPLES, CHUNK_RESAMPLES):
+        size = min(CHUNK_RESAMPLES, RESAMPLES - start)
         draws = random.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
         means, errors = (draws @ sums) / (draws @ counts), ratio_error(draws, sums, counts)
         beyond += int((np.abs(means - centre) * error >= abs(centre) * errors).sum())
@@ -93,7 +102,7 @@ def holm(values: Sequence[float]) -> list[float]:
     return told
 
 
-def verdict(pair: Pair, limit: float, p: float) -> Word:
+def classify_pair(pair: Pair, limit: float, p: float) -> Verdict:
     """What a pair says. `limit`: how much less is as good, in the units of `change`; `p`: adjusted for other tests.
 
     Better: B gains, p < 5%. Equivalent: the 90% interval is within the limit on both sides, which is two one-sided
@@ -102,18 +111,18 @@ def verdict(pair: Pair, limit: float, p: float) -> Word:
     gain = pair.sign * pair.change.value
     if p < 1 - LEVEL and gain > 0:
         return "better"
-    if -limit < pair.near.low and pair.near.high < limit:
+    if -limit < pair.interval90.low and pair.interval90.high < limit:
         return "equivalent"
     return "worse" if p < 1 - LEVEL and gain < 0 else "undecided"
 
 
-def still_needed(pair: Pair, limit: float) -> int | None:
+def items_needed(pair: Pair, limit: float) -> int | None:
     """About how many more items of the same kind would decide it, if the change stays what it is; None if none would.
 
     The width of an interval falls with the root of the number of items.
     """
     change, n = abs(pair.change.value), pair.change.n
-    wide, near = ((x.high - x.low) / 2 for x in (pair.change, pair.near))
+    wide, near = ((x.high - x.low) / 2 for x in (pair.change, pair.interval90))
     if not math.isfinite(wide) or wide == 0:
         return None
     factors = [wide / change] if change > 0 else []

@@ -17,11 +17,13 @@ from torch import nn
 from billhook import arch
 from billhook.errors import ModelError
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors writes them
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors writes them
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def inspect_folder(folder: Path, trust_remote_code: bool = False) -> tuple[dict[str, Any], dict[str, tuple[str, int]]]:
+def inspect_checkpoint(
+    folder: Path, trust_remote_code: bool = False
+) -> tuple[dict[str, Any], dict[str, tuple[str, int]]]:
     """Check a model folder without loading it: its raw config, and {tensor: (dtype, elements)}.
 
     Raises ModelError for everything that must not be loaded.
@@ -85,12 +87,16 @@ def _check_config(raw: dict[str, Any], trust_remote_code: bool) -> None:
             ) from error
         raise ModelError(
             f"There is no row for the architecture {model_type!r}, and transformers {transformers.__version__} does "
-            f"not know it. Known here: {', '.join(sorted(arch.ROWS))}."
+            f"not know it. Known here: {', '.join(sorted(arch.ARCHITECTURES))}."
         ) from error
     try:
-        arch.row_of(config)
+        arch.architecture_of(config)
     except ModelError as error:
-        if arch.base_type(model_type) in arch.ROWS or arch.unlike(config) or "num_hidden_layers" not in raw:
+        if (
+            arch.base_type(model_type) in arch.ARCHITECTURES
+            or arch.unsupported_reason(config)
+            or "num_hidden_layers" not in raw
+        ):
             raise
         raise ModelError(f"{error} The row that is probably missing: {_suggestion(config)}") from error
 
@@ -103,12 +109,12 @@ def _suggestion(config: Any) -> str:
     try:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
-        return suggest_row(model, config)
+        return suggest_architecture(model, config)
     except Exception as error:  # a foreign architecture may fail in any way; the suggestion is a courtesy
         return f"none suggests itself ({type(error).__name__})"
 
 
-def suggest_row(model: nn.Module, config: Any) -> str:
+def suggest_architecture(model: nn.Module, config: Any) -> str:
     """The row that is probably missing for an unknown model, as text: only a suggestion, never used."""
     found = [
         (path, module)
@@ -191,7 +197,7 @@ def _tensors(folder: Path) -> dict[str, tuple[str, int]]:
 
 def _check_depth(raw: dict[str, Any], tensors: dict[str, tuple[str, int]]) -> None:
     model_type = str(raw["model_type"])
-    row = arch.ROWS[arch.base_type(model_type)]
+    row = arch.ARCHITECTURES[arch.base_type(model_type)]
     tail = row.blocks.rsplit(".", 1)[-1]
     found = {int(m[1]) for name in tensors if (m := re.search(rf"(?:^|\.){tail}\.(\d+)\.", name))}
     config = transformers.AutoConfig.for_model(arch.base_type(model_type), **_stock_fields(raw))
@@ -208,9 +214,9 @@ def stored_dtype(raw: dict[str, Any], tensors: dict[str, tuple[str, int]]) -> to
     for dtype, count in tensors.values():
         elements[dtype] = elements.get(dtype, 0) + count
     most = max(elements, key=lambda d: elements[d], default="nothing")
-    if most not in DTYPES:
+    if most not in SAFETENSORS_DTYPES:
         raise ModelError(f"The weights are stored as {most}. Billhook prunes float32, bfloat16 and float16 weights.")
-    return DTYPES[most]
+    return SAFETENSORS_DTYPES[most]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -218,7 +224,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def item_bytes(name: str) -> int:
+def dtype_bytes(name: str) -> int:
     """Bytes of one element of a dtype as safetensors writes it: 2 for BF16."""
     bits = re.search(r"\d+", name)
     return int(bits[0]) // 8 if bits else 1  # BOOL

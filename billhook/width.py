@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.modeling_billhook import adjust, put
+from billhook.modeling_billhook import set_attributes, set_parameter
 from billhook.plan import GroupSize, Part
 
 Config = Any  # a transformers config
-Rows = torch.Tensor  # [groups, entries]: entries of each group along an axis
+GroupIndices = torch.Tensor  # [groups, entries]: entries of each group along an axis
 MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h")
 MLP_OUTPUTS = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
 ATTENTION_INPUTS = ("q_proj", "qkv_proj", "c_attn", "query_key_value")
@@ -28,14 +28,14 @@ OF_EXPERTS = 8  # neurons of an expert come in so many: grouped products want 16
 
 
 # What configs call the widths of a part; the first that one has counts.
-FIELDS: dict[Part, tuple[str, ...]] = {
+CONFIG_FIELDS: dict[Part, tuple[str, ...]] = {
     "attention": ("num_attention_heads", "num_key_value_heads", "num_kv_heads"),
     "mlp": ("moe_intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim", "intermediate_size"),
 }
 
 
 @dataclass(frozen=True)
-class Slot:
+class ParameterSlice:
     """A parameter of a block that has entries of its own for each group: `index` [groups, entries] along `axis`.
 
     Of a mixture of experts, whose parameters begin with an axis of experts, `index` is that of one expert.
@@ -43,11 +43,11 @@ class Slot:
 
     name: str
     axis: int
-    index: Rows
+    index: GroupIndices
 
 
 @dataclass(frozen=True)
-class Layout:
+class ChannelLayout:
     """The channel groups of one part of a block: how many, and where each has its entries.
 
     `output`: the slot whose entries turn a group's channels into output. `heads`: query heads of a group, 0 of neurons;
@@ -56,15 +56,15 @@ class Layout:
     """
 
     groups: int
-    slots: tuple[Slot, ...]
-    output: Slot
+    slots: tuple[ParameterSlice, ...]
+    output: ParameterSlice
     heads: int = 0
     own_kv: bool = False
     experts: int = 1
     norms: tuple[str, ...] = ()
 
 
-def layout(block: nn.Module, part: Part, path: str, config: Config) -> Layout | str:
+def find_layout(block: nn.Module, part: Part, path: str, config: Config) -> ChannelLayout | str:
     """The layout of a part, whose modules lie at `path` in its block ("" : in the block itself); or why it has none."""
     return _attention(block, path, config) if part == "attention" else _mlp(block, path)
 
@@ -88,22 +88,22 @@ def _unknown(module: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -
     )
 
 
-def _rows(groups: int, each: int, start: int = 0) -> Rows:
+def _rows(groups: int, entries: int, start: int = 0) -> GroupIndices:
     """Entries of groups that lie one after another."""
-    return start + torch.arange(groups * each).view(groups, each)
+    return start + torch.arange(groups * entries).view(groups, entries)
 
 
-def _slots(block: nn.Module, name: str, index: Rows) -> list[Slot]:
+def _slots(block: nn.Module, name: str, index: GroupIndices) -> list[ParameterSlice]:
     """Weight and bias of the linear module `name`, by its outputs."""
     module = block.get_submodule(name)
     axis = 1 if isinstance(module, Conv1D) else 0
-    bias = [Slot(f"{name}.bias", 0, index)] if getattr(module, "bias", None) is not None else []
-    return [Slot(f"{name}.weight", axis, index), *bias]
+    bias = [ParameterSlice(f"{name}.bias", 0, index)] if getattr(module, "bias", None) is not None else []
+    return [ParameterSlice(f"{name}.weight", axis, index), *bias]
 
 
-def _output(block: nn.Module, name: str, index: Rows) -> Slot:
+def _output(block: nn.Module, name: str, index: GroupIndices) -> ParameterSlice:
     """The weight of the linear module `name`, by its inputs."""
-    return Slot(f"{name}.weight", 0 if isinstance(block.get_submodule(name), Conv1D) else 1, index)
+    return ParameterSlice(f"{name}.weight", 0 if isinstance(block.get_submodule(name), Conv1D) else 1, index)
 
 
 def _inputs_of(module: nn.Module) -> int:
@@ -124,7 +124,7 @@ def head_dim(config: Config) -> int:
 # -- attention ------------------------------------------------------------------------------------------------------
 
 
-def _attention(block: nn.Module, path: str, config: Config) -> Layout | str:
+def _attention(block: nn.Module, path: str, config: Config) -> ChannelLayout | str:
     """KV groups with their query heads; where all heads share one key and value, single query heads."""
     module, dim = block.get_submodule(path), head_dim(config)
     if getattr(config, "alibi", False):
@@ -148,7 +148,7 @@ def _attention(block: nn.Module, path: str, config: Config) -> Layout | str:
     else:
         kv = rows // (ratio + 2) if getattr(config, "new_decoder_architecture", False) else heads
     groups, each = (heads, 1) if shared else (kv, heads // kv)
-    slots: list[Slot] = []
+    slots: list[ParameterSlice] = []
     queries = _rows(groups, each * dim)
     if fused == "q_proj":
         slots += _slots(block, f"{path}.q_proj", queries)
@@ -166,11 +166,11 @@ def _attention(block: nn.Module, path: str, config: Config) -> Layout | str:
             continue  # none, or one that all heads share
         together = weight.dim() == 1
         norms += [f"{path}.{name}"] if together else []
-        slots.append(Slot(f"{path}.{name}.weight", 0, _rows(groups, count * dim if together else count)))
+        slots.append(ParameterSlice(f"{path}.{name}.weight", 0, _rows(groups, count * dim if together else count)))
     if hasattr(module, "sinks"):
-        slots.append(Slot(f"{path}.sinks", 0, _rows(groups, each)))
+        slots.append(ParameterSlice(f"{path}.sinks", 0, _rows(groups, each)))
     last = _output(block, f"{path}.{output}", queries)
-    return Layout(groups, (*slots, last), last, each, not shared, norms=tuple(norms))
+    return ChannelLayout(groups, (*slots, last), last, each, not shared, norms=tuple(norms))
 
 
 def _multi_query(config: Config) -> bool:
@@ -183,7 +183,7 @@ def _multi_query(config: Config) -> bool:
 # -- mlp ------------------------------------------------------------------------------------------------------------
 
 
-def _mlp(block: nn.Module, path: str) -> Layout | str:
+def _mlp(block: nn.Module, path: str) -> ChannelLayout | str:
     """Neurons: an entry of each input's outputs and of the output's inputs."""
     module = block.get_submodule(path)
     before = f"{path}." if path else ""
@@ -200,72 +200,76 @@ def _mlp(block: nn.Module, path: str) -> Layout | str:
         both = torch.cat([index, neurons + index], 1) if name == "gate_up_proj" else index
         slots += _slots(block, f"{before}{name}", both)
     last = _output(block, f"{before}{output}", _rows(neurons, 1))
-    return Layout(neurons, (*slots, last), last)
+    return ChannelLayout(neurons, (*slots, last), last)
 
 
-def _experts(module: nn.Module, before: str) -> Layout | str:
+def _experts(module: nn.Module, before: str) -> ChannelLayout | str:
     """Neurons of stacked experts. GPT-OSS has its weights [experts, inputs, outputs], gate and up in turn."""
     turned = bool(getattr(module, "is_transposed", False)) or hasattr(module, "gate_up_proj_bias")
     down: torch.Tensor = module.down_proj  # type: ignore[assignment]
     experts, neurons = int(down.shape[0]), int(down.shape[1 if turned else 2])
     index = _rows(neurons, 1)
     both = _rows(neurons, 2) if turned else torch.cat([index, neurons + index], 1)
-    slots = [Slot(f"{before}gate_up_proj", 2 if turned else 1, both)]
+    slots = [ParameterSlice(f"{before}gate_up_proj", 2 if turned else 1, both)]
     if hasattr(module, "gate_up_proj_bias"):
-        slots.append(Slot(f"{before}gate_up_proj_bias", 1, both))
-    last = Slot(f"{before}down_proj", 1 if turned else 2, index)
-    return Layout(experts * neurons, (*slots, last), last, experts=experts)
+        slots.append(ParameterSlice(f"{before}gate_up_proj_bias", 1, both))
+    last = ParameterSlice(f"{before}down_proj", 1 if turned else 2, index)
+    return ChannelLayout(experts * neurons, (*slots, last), last, experts=experts)
 
 
 # -- what follows from a layout ---------------------------------------------------------------------------------------
 
 
-def group_size(block: nn.Module, of: Layout, item_bytes: int, kv_bytes: int, picked: int) -> GroupSize:
+def group_size(block: nn.Module, layout: ChannelLayout, item_bytes: int, kv_bytes: int, picked: int) -> GroupSize:
     """One group in numbers. `kv_bytes`: of all heads of the part; `picked`: experts that a token meets."""
     parameters = flops = 0
-    for slot in of.slots:
+    for slot in layout.slots:
         tensor = block.get_parameter(slot.name)
-        own = tensor.numel() // tensor.shape[slot.axis] // of.experts * int(slot.index.shape[1])
+        own = tensor.numel() // tensor.shape[slot.axis] // layout.experts * int(slot.index.shape[1])
         parameters += own
-        if tensor.dim() - (of.experts > 1) == 2:
+        if tensor.dim() - (layout.experts > 1) == 2:
             flops += 2 * own
-    share = picked / of.experts if of.experts > 1 else 1
-    kv = kv_bytes // of.groups if of.own_kv else 0
+    share = picked / layout.experts if layout.experts > 1 else 1
+    kv = kv_bytes // layout.groups if layout.own_kv else 0
     return GroupSize(parameters, parameters * item_bytes, kv, round(flops * share))
 
 
-def spelled(part: Part, config: Config) -> list[str]:
+def config_field_names(part: Part, config: Config) -> list[str]:
     """What the class of a config calls the widths of a part."""
-    return [name for name in FIELDS[part] if hasattr(type(config), config.attribute_map.get(name, name))]
+    return [name for name in CONFIG_FIELDS[part] if hasattr(type(config), config.attribute_map.get(name, name))]
 
 
-def fields(of: Layout, count: int, config: Config) -> dict[str, int]:
+def config_fields(layout: ChannelLayout, count: int, config: Config) -> dict[str, int]:
     """The widths of a part with `count` groups, as the config spells them, and transformers' `per_layer_config`."""
-    if of.heads:
-        heads, *kv = spelled("attention", config)
-        return {heads: count * of.heads} | dict.fromkeys(kv, count if of.own_kv else 1)
-    names = [name for name in spelled("mlp", config) if name != "moe_intermediate_size" or of.experts > 1]
-    return {names[0]: count // of.experts}
+    if layout.heads:
+        heads, *kv = config_field_names("attention", config)
+        return {heads: count * layout.heads} | dict.fromkeys(kv, count if layout.own_kv else 1)
+    names = [
+        name for name in config_field_names("mlp", config) if name != "moe_intermediate_size" or layout.experts > 1
+    ]
+    return {names[0]: count // layout.experts}
 
 
-def kept_of(of: Layout, alive: Sequence[int], groups: Sequence[int]) -> list[list[int]]:
+def kept_positions(layout: ChannelLayout, alive: Sequence[int], groups: Sequence[int]) -> list[list[int]]:
     """Of each expert, or of the part, the places that stay. `alive`: the groups that it has, by number."""
     place = {number: i for i, number in enumerate(alive)}
-    each = of.groups // of.experts
-    told: list[list[int]] = [[] for _ in range(of.experts)]
+    each = layout.groups // layout.experts
+    told: list[list[int]] = [[] for _ in range(layout.experts)]
     for number in groups:
         told[place[number] // each].append(place[number] % each)
     return [sorted(places) for places in told]
 
 
-def _gone(slot: Slot, places: Sequence[int]) -> torch.Tensor:
+def _gone(slot: ParameterSlice, places: Sequence[int]) -> torch.Tensor:
     """Entries of the groups of a part, or of one expert, that are not at `places`."""
     away = torch.ones(len(slot.index), dtype=torch.bool)
     away[list(places)] = False
     return slot.index[away].flatten()
 
 
-def taken(tensor: torch.Tensor, of: Layout, slot: Slot, kept: list[list[int]]) -> torch.Tensor:
+def kept_tensor(
+    tensor: torch.Tensor, layout: ChannelLayout, slot: ParameterSlice, kept: list[list[int]]
+) -> torch.Tensor:
     """What stays of a parameter; entries that belong to no group do. The weight of a norm over all heads is larger by
     the root of what is missing under it."""
 
@@ -276,11 +280,17 @@ def taken(tensor: torch.Tensor, of: Layout, slot: Slot, kept: list[list[int]]) -
 
     if len(kept) == 1:
         stays = of_one(tensor, kept[0], slot.axis)
-        return stays * math.sqrt(of.groups / len(kept[0])) if slot.name.removesuffix(".weight") in of.norms else stays
+        return (
+            stays * math.sqrt(layout.groups / len(kept[0]))
+            if slot.name.removesuffix(".weight") in layout.norms
+            else stays
+        )
     return torch.stack([of_one(piece, places, slot.axis - 1) for piece, places in zip(tensor, kept, strict=True)])
 
 
-def cut(block: nn.Module, path: str, of: Layout, config: Config, kept: list[list[int]]) -> dict[str, Any]:
+def cut_channels(
+    block: nn.Module, path: str, layout: ChannelLayout, config: Config, kept: list[list[int]]
+) -> dict[str, Any]:
     """Cut the part of a block at `path` in place to the groups that stay; returns what a checkpoint must tell of it.
 
     The parameters are new, the old ones untouched. A norm over all heads keeps its divisor: less of its input is left,
@@ -289,29 +299,29 @@ def cut(block: nn.Module, path: str, of: Layout, config: Config, kept: list[list
     count = sum(map(len, kept))
     shapes: dict[str, list[int]] = {}
     attributes: dict[str, dict[str, Any]] = {}
-    for slot in of.slots:
-        tensor = taken(block.get_parameter(slot.name).detach(), of, slot, kept)
-        if (name := slot.name.removesuffix(".weight")) in of.norms:
+    for slot in layout.slots:
+        tensor = kept_tensor(block.get_parameter(slot.name).detach(), layout, slot, kept)
+        if (name := slot.name.removesuffix(".weight")) in layout.norms:
             norm: Any = block.get_submodule(name)
-            attributes[name] = {"variance_epsilon": norm.variance_epsilon * of.groups / count}
-        put(block, slot.name, tensor.contiguous())
+            attributes[name] = {"variance_epsilon": norm.variance_epsilon * layout.groups / count}
+        set_parameter(block, slot.name, tensor.contiguous())
         shapes[slot.name] = list(tensor.shape)
-    if of.heads:
-        attributes[path] = _numbers(block.get_submodule(path), of, count, config)
+    if layout.heads:
+        attributes[path] = _numbers(block.get_submodule(path), layout, count, config)
     else:
-        where = of.output.name.rpartition(".")[0] if of.experts > 1 else path
+        where = layout.output.name.rpartition(".")[0] if layout.experts > 1 else path
         module = block.get_submodule(where)
         names = [name for name in ("intermediate_size", "intermediate_dim") if hasattr(module, name)]
-        attributes[where] = dict.fromkeys(names, count // of.experts)
+        attributes[where] = dict.fromkeys(names, count // layout.experts)
     attributes = {name: values for name, values in attributes.items() if values}
-    adjust(block, attributes)
+    set_attributes(block, attributes)
     return {"shapes": shapes, "attributes": attributes}
 
 
-def _numbers(module: Any, of: Layout, count: int, config: Config) -> dict[str, Any]:
+def _numbers(module: Any, layout: ChannelLayout, count: int, config: Config) -> dict[str, Any]:
     """What an attention module must know of its heads, under whichever names it keeps that."""
-    heads = count * of.heads
-    kv = count if of.own_kv else 1
+    heads = count * layout.heads
+    kv = count if layout.own_kv else 1
     values = {
         "num_heads": heads, "num_key_value_heads": kv, "num_key_value_groups": heads // kv, "num_kv_heads": kv,
         "split_size": heads * head_dim(config),
@@ -322,10 +332,10 @@ def _numbers(module: Any, of: Layout, count: int, config: Config) -> dict[str, A
     return told
 
 
-def masked_weights(block: nn.Module, of: Layout, kept: list[list[int]]) -> Mapping[str, torch.Tensor]:
+def zeroed_weights(block: nn.Module, layout: ChannelLayout, kept: list[list[int]]) -> Mapping[str, torch.Tensor]:
     """Parameters of a part in whole, zero where groups do not stay: {name in the block: tensor}. Norms stay."""
     told: dict[str, torch.Tensor] = {}
-    for slot in of.slots:
+    for slot in layout.slots:
         if "norm" in slot.name or slot.name.endswith("sinks"):
             continue
         tensor = block.get_parameter(slot.name).detach().clone()

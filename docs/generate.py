@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 import billhook
-from billhook.arch import ROWS, Row
+from billhook.arch import ARCHITECTURES, Architecture
 from billhook.cli import app
 
 DOCS = Path(__file__).parent
@@ -78,22 +78,22 @@ def architectures() -> str:
     """One row an architecture."""
     head = ("type", "blocks", "attention", "mlp", "norms of the attention", "norms of the mlp", "parallel")
     rows = []
-    for name in sorted(ROWS):
-        row = ROWS[name]
+    for name in sorted(ARCHITECTURES):
+        row = ARCHITECTURES[name]
         norms = _norms(row.attention_norms, row), _norms(row.mlp_norms, row)
         names = (f"`{row.blocks}`", f"`{row.attention}`", _names(row.mlp), *norms)
         rows.append((f"`{name}`", *names, _when(row.parallel)))
     return _table(head, rows)
 
 
-def _norms(names: tuple[str, ...], row: Row) -> str:
+def _norms(names: tuple[str, ...], row: Architecture) -> str:
     shared = _when(row.shared_norm)
     return {"yes": "none: shared", "no": _names(names), "by config": f"{_names(names)}, unless shared"}[shared]
 
 
 def _when(rule: Callable[[object], bool]) -> str:
     """Whether a rule of a row holds for every config, for none, or for some."""
-    return {Row().parallel: "no", ROWS["phi"].parallel: "yes"}.get(rule, "by config")
+    return {Architecture().parallel: "no", ARCHITECTURES["phi"].parallel: "yes"}.get(rule, "by config")
 
 
 def _names(names: Iterable[str]) -> str:

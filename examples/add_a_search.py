@@ -9,7 +9,7 @@ out, it is the prose that comes with Python. The checkpoint and its report appea
 import sys
 
 import billhook
-from billhook.plan import Ask, Plan
+from billhook.plan import MeasureRequest, Plan
 from billhook.problem import Problem
 from billhook.search import Search, search
 
@@ -21,13 +21,17 @@ def shortlist(problem: Problem, keep: int = 8) -> Search:
     Source: an example, not a published method.
     """
     moves = problem.moves(Plan())  # what may go: single sites, or whole blocks where the budget counts blocks
-    losses = yield Ask(tuple(Plan().without(*move) for move in moves))  # whoever runs the search measures them
+    losses = yield MeasureRequest(
+        tuple(Plan().without(*move) for move in moves)
+    )  # whoever runs the search measures them
     ranked = [moves[i] for i in sorted(range(len(moves)), key=lambda i: losses[i].mean)]
     plan, path = Plan(), []
-    while not problem.met(plan):
+    while not problem.is_met(plan):
         free = set(problem.moves(plan))
         plans = tuple(plan.without(*move) for move in [move for move in ranked if move in free][:keep])
-        losses = yield Ask(plans)  # the first of these rounds is in the store already: nothing is measured twice
+        losses = yield MeasureRequest(
+            plans
+        )  # the first of these rounds is in the store already: nothing is measured twice
         plan = plans[min(range(len(plans)), key=lambda i: losses[i].mean)]
         path.append(plan)
     return path

@@ -29,10 +29,10 @@ def loss_of(plan: billhook.Plan) -> float:
 
 middle = teacher.anatomy.blocks // 2
 plans = [
-    billhook.Plan.of([f"attention.{middle}"]),
-    billhook.Plan.of([f"mlp.{middle}"]),
-    billhook.Plan.of([f"attention.{middle}", f"mlp.{middle}"]),
-    billhook.Plan.of(["attention.0", f"attention.{middle}"]),
+    billhook.Plan.parse([f"attention.{middle}"]),
+    billhook.Plan.parse([f"mlp.{middle}"]),
+    billhook.Plan.parse([f"attention.{middle}", f"mlp.{middle}"]),
+    billhook.Plan.parse(["attention.0", f"attention.{middle}"]),
 ]
 whole = teacher.anatomy.total("parameters")
 for plan in plans:

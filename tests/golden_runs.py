@@ -318,7 +318,7 @@ def swept() -> dict[str, Any]:
 
 def transferred() -> dict[str, Any]:
     texts()
-    billhook.trade(model("llama"), ["first_test.jsonl", "second_test.jsonl"], remove="25%sites", search="greedy",
+    billhook.transfer(model("llama"), ["first_test.jsonl", "second_test.jsonl"], remove="25%sites", search="greedy",
                    items=15, out="transfer", store="transfer.db", **SHORT)  # fmt: skip
     return of_rows(written("transfer", "result.json")) | {"losses": losses_of("transfer.db")}
 

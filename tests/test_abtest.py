@@ -22,10 +22,10 @@ from typer.testing import CliRunner, Result
 
 import billhook
 from billhook import abtest_words, api, cli, stats, terminal, verdict
-from billhook.answering import events, read_piece
-from billhook.endpoint import Endpoint, Failure, base_url
+from billhook.answering import parse_chunk, split_sse
+from billhook.endpoint import Endpoint, RequestFailed, base_url
 from billhook.errors import BillhookError, DataError, EndpointError, MissingExtra, RunError, UnknownName, UsageError
-from billhook.evaluate.choices import log_probabilities, outcomes
+from billhook.evaluate.choices import log_probabilities, score_choices
 from billhook.prompts import read_prompts
 from billhook.tasks import read_items, requests, task_tokens
 
@@ -51,7 +51,7 @@ def plain(server: Server, request: Request) -> None:
 
 
 def compare(a: Server, b: Server, prompts: Path, **options: Any) -> dict[str, Any]:
-    return billhook.compare_endpoints(a.url, b.url, prompts, store=prompts.parent / "runs.db", **(QUICK | options))
+    return billhook.ab_test(a.url, b.url, prompts, store=prompts.parent / "runs.db", **(QUICK | options))
 
 
 # -- what is measured -----------------------------------------------------------------------------------------------
@@ -107,13 +107,13 @@ def test_agreement_is_what_was_planted(start: Any, tmp_path: Path) -> None:
     told = compare(start(same), start(other), file_of(tmp_path, [f"number {i}" for i in range(20)]))
     agreement = told["agreement"]
     assert agreement["same"]["value"] == 0.75
-    assert (agreement["same"]["low"], agreement["same"]["high"]) == stats.share_interval(15, 20)
+    assert (agreement["same"]["low"], agreement["same"]["high"]) == stats.wilson_interval(15, 20)
     assert agreement["prefix_words"]["value"] == pytest.approx((15 * 3 + 5 * 2) / 20)
     assert agreement["prefix_characters"]["value"] == pytest.approx((15 * 14 + 5 * 12) / 20)
     assert sum(outcome["same"] is False for outcome in told["outcomes"]) == 5
     assert told["tokens_counted_by"] == "pieces"
     assert [told["outcomes"][0][side]["pieces"] for side in "ab"] == [2, 3]
-    assert any("pieces of the stream" in note for note in abtest_words.notes(told))
+    assert any("pieces of the stream" in note for note in abtest_words.ab_notes(told))
 
 
 def test_pairs_are_asked_in_turn_and_in_an_order_of_the_seed(start: Any, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_two_servers_that_never_answer_end_in_time(start: Any, tmp_path: Path) -
     assert told["agreement"] is None
     assert told["ratio"]["latency_s"] is None
     assert told["seconds"] < told["at_most_seconds"]
-    assert "Latency" not in str(abtest_words.rows(told))
+    assert "Latency" not in str(abtest_words.ab_rows(told))
 
 
 # -- before a prompt is asked ---------------------------------------------------------------------------------------
@@ -305,14 +305,14 @@ def test_a_server_that_cannot_be_asked_is_told_before_a_prompt_is(start: Any, tm
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused(options: Any, kind: type[BillhookError], told: str, tmp_path: Path) -> None:
     with pytest.raises(kind, match=re.escape(told)):
-        billhook.compare_endpoints("http://h", "http://h", file_of(tmp_path, ["x"]), store=tmp_path / "s.db", **options)
+        billhook.ab_test("http://h", "http://h", file_of(tmp_path, ["x"]), store=tmp_path / "s.db", **options)
     assert not (tmp_path / "s.db").exists()
 
 
 def test_without_httpx_the_line_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("billhook.endpoint.importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=re.escape("pip install 'billhook[abtest]'")):
-        Endpoint.at("A", "http://h")
+        Endpoint.create("A", "http://h")
 
 
 @pytest.mark.parametrize(
@@ -352,18 +352,18 @@ def test_events_are_the_same_however_they_arrive(end: bytes) -> None:
     lines = [b": hello", b"", b"event: x", b"id: 1", b"data: " + wanted[0], b"", b"data:two", b"data: lines", b"", b"",
              b"retry: 5", b"", b"data: [DONE]", b"", b""]  # fmt: skip
     whole = end.join(lines)
-    assert events(whole) == (wanted, b"")
+    assert split_sse(whole) == (wanted, b"")
     for size in (1, 2, 3, 7):
         found, rest = [], b""
         for start in range(0, len(whole), size):
-            some, rest = events(rest + whole[start : start + size])
+            some, rest = split_sse(rest + whole[start : start + size])
             found += some
         assert found == wanted
 
 
 def test_a_piece_is_text_or_thought_and_a_count_is_a_count() -> None:
     def piece(told: object, kind: str = "chat") -> Any:
-        return read_piece(json.dumps(told).encode(), kind)
+        return parse_chunk(json.dumps(told).encode(), kind)
 
     thought = piece({"choices": [{"delta": {"content": None, "reasoning_content": "hm"}}]})
     assert (thought.text, thought.generated, thought.finished) == ("", True, False)
@@ -375,7 +375,7 @@ def test_a_piece_is_text_or_thought_and_a_count_is_a_count() -> None:
     for wrong in (True, -1, 2**40, "7", None, math.nan):
         assert piece({"choices": [], "usage": {"completion_tokens": wrong}}).tokens is None
     for shape in ({"choices": 5}, {"choices": ["x"]}, {"choices": [{"delta": 5}]}):
-        with pytest.raises(Failure, match="malformed"):
+        with pytest.raises(RequestFailed, match="malformed"):
             piece(shape)
 
 
@@ -457,7 +457,7 @@ def test_task_scores_are_the_sums_by_hand(start: Any, task: Path) -> None:
     assert {body["max_tokens"] for body in b.bodies("/v1/completions")[1:]} == {1}
     assert a.bodies("chat/completions")[-1]["messages"][0]["content"].startswith(("Question", "Gap", "The following"))
     assert len(told["outcomes"][0]["scores"]["a"]) == 2
-    assert any(row[0] == "Accuracy" for row in abtest_words.rows(told))
+    assert any(row[0] == "Accuracy" for row in abtest_words.ab_rows(told))
 
 
 def test_log_probabilities_are_those_of_the_model_itself(start: Any, model: Path, tmp_path: Path) -> None:
@@ -486,7 +486,7 @@ def test_log_probabilities_are_those_of_the_model_itself(start: Any, model: Path
     for document, number in enumerate(tokens.clusters):
         expected = [value for value, of in zip(sums, tokens.documents, strict=True) if of == document]
         assert told["outcomes"][number - 1]["scores"]["a"] == pytest.approx(expected, abs=1e-4)
-    for name, result in outcomes(tokens, sums).items():
+    for name, result in score_choices(tokens, sums).items():
         assert told["task"][name]["a"]["value"] == pytest.approx(result.mean)
 
 
@@ -522,7 +522,7 @@ def test_where_no_log_probabilities_are_offered_it_says_so_and_goes_on(how: str,
     assert list(told["task"]["not_offered"]) == ["b"]
     assert told["task"]["acc"] is None
     assert told["agreement"]["same"]["value"] == 1
-    (note,) = (note for note in abtest_words.notes(told) if "No task scores" in note)
+    (note,) = (note for note in abtest_words.ab_notes(told) if "No task scores" in note)
     assert note.startswith("No task scores: B offers no log-probabilities of a prompt (")
     assert note.isprintable()
 
@@ -601,7 +601,7 @@ def test_the_command_shows_and_files_what_it_found(start: Any, tmp_path: Path) -
 
 def test_a_run_of_the_laboratory_is_shown_by_its_page(capsys: pytest.CaptureFixture[str]) -> None:
     run = {"id": "r1", "state": "done", "losses": 3, "out": "lab/r1", "events": []}
-    terminal.show(run | {"result": {"laboratory": "sweep", "page": "lab/r1/index.html"}}, "run")
+    terminal.print_result(run | {"result": {"laboratory": "sweep", "page": "lab/r1/index.html"}}, "run")
     assert capsys.readouterr().out.splitlines() == [
         "r1: done, 3 losses measured, out: lab/r1",
         "Page: lab/r1/index.html",
@@ -643,7 +643,7 @@ def test_an_interrupt_ends_it_with_its_code(sent: signal.Signals, start: Any, tm
 @pytest.mark.parametrize("n", [1, 7, 40])
 def test_the_interval_of_a_share_solves_wilsons_equation(n: int) -> None:
     for count in {0, 1, n // 2, n}:
-        low, high = stats.share_interval(count, n)
+        low, high = stats.wilson_interval(count, n)
         assert 0 <= low <= count / n <= high <= 1
         assert low < high
         for end in {low, high} - {0.0, 1.0}:  # the ends are the shares that are 1.96 standard errors away

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import billhook
 from billhook.errors import BillhookError, ModelError
-from billhook.export.checkpoint import check_equal, save
+from billhook.export.checkpoint import save, verify_round_trip
 from billhook.loading import Teacher, load
 from billhook.mask import masked
 from billhook.plan import Plan, Site
@@ -42,7 +42,7 @@ def hooked(teacher: Teacher, plan: Plan) -> Iterator[None]:
     def zero(module: Any, args: Any, output: Any) -> Any:
         return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 
-    names = {"attention": teacher.row.attention, "mlp": teacher.row.mlp[-1]}
+    names = {"attention": teacher.architecture.attention, "mlp": teacher.architecture.mlp[-1]}
     handles = [getattr(teacher.block(s.block), names[s.part]).register_forward_hook(zero) for s in plan.sites()]
     yield
     for handle in handles:
@@ -63,7 +63,7 @@ def test_mask_is_delete_and_saving_changes_nothing(variant: str, checkpoint: Fol
     teacher = load(checkpoint(variant))
     dense = logits(teacher.model)
     for name, sites in PLANS.items():
-        plan = Plan.of(sites.split(","))
+        plan = Plan.parse(sites.split(","))
         with hooked(teacher, plan):
             reference = logits(teacher.model)
         with masked(teacher, plan):
@@ -71,10 +71,10 @@ def test_mask_is_delete_and_saving_changes_nothing(variant: str, checkpoint: Fol
         assert (dense - reference).abs().max() > 0.01, "a removal that does not matter tests nothing"
         student = apply(teacher, plan)
         save(student, None, plan, tmp_path / name, teacher=teacher)
-        check_equal(student, tmp_path / name, ROWS)
+        verify_round_trip(student, tmp_path / name, ROWS)
         again = load(tmp_path / name)
         assert torch.equal(logits(again.model), reference), name
-        assert again.removed == plan
+        assert again.removed_earlier == plan
         assert (
             again.model.config.model_type == ("" if name == "whole_block" else "billhook-") + teacher.anatomy.model_type
         )
@@ -85,7 +85,7 @@ def test_mask_is_delete_and_saving_changes_nothing(variant: str, checkpoint: Fol
 def test_every_cache_generates_what_no_cache_does(variant: str, checkpoint: Folder, tmp_path: Path) -> None:
     teacher = load(checkpoint(variant))
     for name in ("first_attention", "mixed"):
-        plan = Plan.of(PLANS[name].split(","))
+        plan = Plan.parse(PLANS[name].split(","))
         save(apply(teacher, plan), None, plan, tmp_path / name, teacher=teacher)
         model = load(tmp_path / name).model
         rows = ROWS[:, :8]
@@ -107,7 +107,7 @@ def test_anatomy_counts_what_is_there(variant: str, checkpoint: Folder, tmp_path
     teacher = load(checkpoint(variant))
     anatomy = teacher.anatomy
     assert anatomy.total("parameters") == sum(p.numel() for p in teacher.model.parameters())
-    plan = Plan.of(PLANS["mixed"].split(","))
+    plan = Plan.parse(PLANS["mixed"].split(","))
     student = apply(teacher, plan)
     save(student, None, plan, tmp_path / "s", teacher=teacher)
     kept = load(tmp_path / "s")
@@ -123,12 +123,12 @@ def test_anatomy_counts_what_is_there(variant: str, checkpoint: Folder, tmp_path
 def test_row_says_how_a_block_reads_and_what_the_head_does(variant: str, checkpoint: Folder) -> None:
     teacher = load(checkpoint(variant))
     seen: list[torch.Tensor] = []
-    block, row = teacher.block(1), teacher.row
+    block, row = teacher.block(1), teacher.architecture
     hook = getattr(block, row.mlp[0]).register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
     logits(teacher.model)
-    with masked(teacher, Plan.of(["attention.1"])):
+    with masked(teacher, Plan.parse(["attention.1"])):
         logits(teacher.model)
     hook.remove()
     assert torch.equal(seen[0], seen[1]) == row.parallel(teacher.model.config)
@@ -152,7 +152,7 @@ def test_row_says_how_a_block_reads_and_what_the_head_does(variant: str, checkpo
 def test_kept_tensors_are_the_sources_bit_for_bit(variant: str, compute: str, tmp_path: Path) -> None:
     source = tiny.saved(tmp_path / "source", variant, torch.bfloat16)
     teacher = load(source, dtype=compute)
-    plan = Plan.of(PLANS["mixed"].split(","))
+    plan = Plan.parse(PLANS["mixed"].split(","))
     save(apply(teacher, plan), None, plan, tmp_path / "student", teacher=teacher)
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "student" / "model.safetensors")
     assert len(before) > len(after) > 0
@@ -164,7 +164,7 @@ def test_kept_tensors_are_the_sources_bit_for_bit(variant: str, compute: str, tm
 
 def test_experts_keep_the_hubs_names(checkpoint: Folder, tmp_path: Path) -> None:
     names = {"mixtral": "block_sparse_moe.experts.3.w2.weight", "qwen3_moe": "mlp.experts.3.down_proj.weight"}
-    plan = Plan.of(["attention.0", "mlp.1"])
+    plan = Plan.parse(["attention.0", "mlp.1"])
     for variant, name in names.items():
         teacher = load(checkpoint(variant))
         save(apply(teacher, plan), None, plan, tmp_path / variant, teacher=teacher)
@@ -176,7 +176,7 @@ def test_experts_keep_the_hubs_names(checkpoint: Folder, tmp_path: Path) -> None
 @pytest.mark.parametrize("variant", ["llama", "gemma3_text", "phi", "opt", "gpt_oss", "mixtral", "gpt2", "falcon"])
 def test_stock_shape_holds_zeros_and_says_the_same(variant: str, checkpoint: Folder, tmp_path: Path) -> None:
     teacher = load(checkpoint(variant))
-    plan = Plan.of(["attention.0", "mlp.1", "attention.2", "mlp.2"])
+    plan = Plan.parse(["attention.0", "mlp.1", "attention.2", "mlp.2"])
     with masked(teacher, plan):
         reference = logits(teacher.model)
     student = apply(teacher, plan, stock=True)
@@ -185,34 +185,36 @@ def test_stock_shape_holds_zeros_and_says_the_same(variant: str, checkpoint: Fol
     assert again.model.config.model_type == teacher.anatomy.model_type
     assert again.model.config.num_hidden_layers == 3
     assert torch.equal(logits(again.model), reference)
-    assert again.removed == Plan.of(["attention.2", "mlp.2"])  # zeros are still sites: they take room and time
+    assert again.removed_earlier == Plan.parse(
+        ["attention.2", "mlp.2"]
+    )  # zeros are still sites: they take room and time
     assert again.anatomy.total("parameters") == sum(p.numel() for p in again.model.parameters())
-    zeros = Plan.of(["attention.0", "mlp.1"])
+    zeros = Plan.parse(["attention.0", "mlp.1"])
     save(apply(again, zeros), None, zeros, tmp_path / "t", teacher=again)
-    assert load(tmp_path / "t").removed == plan
+    assert load(tmp_path / "t").removed_earlier == plan
     assert torch.equal(logits(load(tmp_path / "t").model), reference)
 
 
 def test_pruning_again_composes_in_positions_of_the_unpruned_model(checkpoint: Folder, tmp_path: Path) -> None:
     for variant in ("llama", "gemma3_text", "gpt2", "qwen3_moe_mixed"):
         teacher = load(checkpoint(variant))
-        first, second = Plan.of(["attention.0", "attention.1", "mlp.1"]), Plan.of(["mlp.0", "attention.3"])
+        first, second = Plan.parse(["attention.0", "attention.1", "mlp.1"]), Plan.parse(["mlp.0", "attention.3"])
         save(apply(teacher, first), None, first, tmp_path / variant / "1", teacher=teacher)
         middle = load(tmp_path / variant / "1")
         save(apply(middle, second), None, second, tmp_path / variant / "2", teacher=middle)
         again = load(tmp_path / variant / "2")
         both = Plan(first.removed | second.removed)
-        assert again.removed == both
+        assert again.removed_earlier == both
         assert again.positions == (2, 3)
         with masked(teacher, both):
             assert torch.equal(logits(again.model), logits(teacher.model))
         with pytest.raises(billhook.BillhookError, match=r"attention\.0 is already gone"):
-            apply(middle, Plan.of(["attention.0"]))
+            apply(middle, Plan.parse(["attention.0"]))
 
 
 def test_sites_that_are_back_to_whole_blocks_make_a_stock_checkpoint(checkpoint: Folder, tmp_path: Path) -> None:
     teacher = load(checkpoint("llama"))
-    first, second = Plan.of(["attention.2"]), Plan.of(["mlp.2"])
+    first, second = Plan.parse(["attention.2"]), Plan.parse(["mlp.2"])
     save(apply(teacher, first), None, first, tmp_path / "1", teacher=teacher)
     middle = load(tmp_path / "1")
     save(apply(middle, second), None, second, tmp_path / "2", teacher=middle)
@@ -237,11 +239,11 @@ def test_every_list_that_speaks_of_blocks_is_trimmed(checkpoint: Folder) -> None
 def test_sharded_saves_load_back(checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("billhook.export.checkpoint.SHARD_BYTES", 20_000)
     teacher = load(checkpoint("llama_tied"))
-    plan = Plan.of(["attention.1"])
+    plan = Plan.parse(["attention.1"])
     student = apply(teacher, plan)
     files = save(student, None, plan, tmp_path / "s", teacher=teacher)
     assert sum(f.suffix == ".safetensors" for f in files) > 2
-    check_equal(student, tmp_path / "s", ROWS)
+    verify_round_trip(student, tmp_path / "s", ROWS)
     again = load(tmp_path / "s").model
     assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
 
@@ -265,7 +267,7 @@ with torch.no_grad():
 @pytest.mark.parametrize("variant", ["llama", "gpt_neox", "mixtral"])
 def test_other_processes_load_it_right_or_not_at_all(variant: str, checkpoint: Folder, tmp_path: Path) -> None:
     teacher = load(checkpoint(variant))
-    plan = Plan.of(["attention.0", "mlp.2"])
+    plan = Plan.parse(["attention.0", "mlp.2"])
     student = apply(teacher, plan)
     save(student, None, plan, tmp_path / "s", teacher=teacher)
     code = FOREIGN.format(rows=ROWS[:1].tolist()[0])
@@ -288,7 +290,7 @@ def test_a_checkpoint_that_lost_a_tensor_does_not_load(checkpoint: Folder, tmp_p
     from safetensors.torch import save_file
 
     teacher = load(checkpoint("llama"))
-    plan = Plan.of(["attention.0"])
+    plan = Plan.parse(["attention.0"])
     save(apply(teacher, plan), None, plan, tmp_path / "s", teacher=teacher)
     weights = load_file(tmp_path / "s" / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
@@ -305,7 +307,7 @@ def test_a_streamed_model_is_cut_and_saved_as_one_in_memory(variant: str, checkp
     """File to file, without the weights: the same tensors under the same names, and the same logits."""
     resident, streamed = load(checkpoint(variant)), load(checkpoint(variant), memory=0)
     for name, stock in (("mixed", False), ("whole_block", False), ("one", True)):
-        plan = Plan.of(PLANS[name].split(","))
+        plan = Plan.parse(PLANS[name].split(","))
         folders = []
         for teacher in (resident, streamed):
             folders.append(tmp_path / f"{name}-{teacher is streamed}")
@@ -322,7 +324,7 @@ def test_a_streamed_model_is_cut_and_saved_as_one_in_memory(variant: str, checkp
 def test_a_streamed_checkpoint_that_does_not_load_back_equal_is_deleted(
     checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    streamed, plan = load(checkpoint("llama"), memory=0), Plan.of(["mlp.1"])
+    streamed, plan = load(checkpoint("llama"), memory=0), Plan.parse(["mlp.1"])
     assert streamed.weights is not None
     honest = streamed.weights.source
     monkeypatch.setattr(streamed.weights, "source", lambda name: honest(name) + ("layers.2.mlp" in name) * 1e-3)
@@ -335,9 +337,9 @@ def test_shards_of_a_streamed_model_are_small(
     checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("billhook.surgery.COPY_BYTES", 20_000)
-    streamed, plan = load(checkpoint("mixtral"), memory=0), Plan.of(["mlp.1"])
+    streamed, plan = load(checkpoint("mixtral"), memory=0), Plan.parse(["mlp.1"])
     files = save(apply(streamed, plan), None, plan, tmp_path / "out", teacher=streamed)
     shards = [file for file in files if file.suffix == ".safetensors"]
     assert len(shards) > 4
     assert shards[-1].name == f"model-{len(shards):05d}-of-{len(shards):05d}.safetensors"
-    check_equal(apply(load(checkpoint("mixtral")), plan), tmp_path / "out", ROWS)
+    verify_round_trip(apply(load(checkpoint("mixtral")), plan), tmp_path / "out", ROWS)

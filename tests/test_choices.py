@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from test_checkpoints import hooked
 
 from billhook import beginnings, proof
-from billhook.beginnings import batched, families, paths_of, worthwhile
+from billhook.beginnings import batch_groups, group_by_prefix, keep_worthwhile, unique_inputs
 from billhook.data import Choices, TokenSet, token_set
 from billhook.evaluate.choices import log_probabilities
 from billhook.loading import Teacher, load
 from billhook.mask import masked
 from billhook.plan import Plan
-from billhook.proof import Job, choice_sums
-from billhook.recipe import recipe_from
-from billhook.records import silent
-from billhook.repair import UNTOUCHED, Repair
+from billhook.proof import RunContext, choice_logprobs
+from billhook.recipe import parse_recipe
+from billhook.records import ignore_events
+from billhook.repair import NO_REPAIR, Repair
 from billhook.store import Store
 from billhook.surgery import apply
 
@@ -115,7 +115,7 @@ def test_sums_are_those_of_rows_on_their_own(variant: str, checkpoint: Folder, m
     """All architectures, whole, and as a student that lost its first attention and more; sharing whatever it saves."""
     teacher = load(checkpoint(variant))
     for removed in ((), ("attention.0", "mlp.1", "attention.2"), ("attention.3", "mlp.3")):
-        model = apply(teacher, Plan.of(removed)) if removed else teacher.model
+        model = apply(teacher, Plan.parse(removed)) if removed else teacher.model
         for seed, most in ((0, 20), (1, 4)):
             tokens = items_set(drawn(8, seed, most=most))
             close(model, tokens)
@@ -142,13 +142,13 @@ def test_any_items_shared_or_not(items: list[Item], sharing: int, teacher: Teach
 
 
 def test_a_teacher_with_masked_sites_is_read_the_plain_way(checkpoint: Folder, teacher: Teacher) -> None:
-    plan, tokens = Plan.of(["attention.0", "mlp.2"]), items_set(drawn(8, 3, most=40))
+    plan, tokens = Plan.parse(["attention.0", "mlp.2"]), items_set(drawn(8, 3, most=40))
     with hooked(teacher, plan):
         expected = by_rows(teacher.model, tokens)
         assert log_probabilities(teacher.model, tokens) == pytest.approx(expected, rel=1e-4, abs=1e-4)
     with masked(teacher, plan), counted(teacher.model) as seen:
         assert log_probabilities(teacher.model, tokens) == pytest.approx(expected, rel=1e-4, abs=1e-4)
-    assert sum(positions for positions, _ in seen[1:]) >= sum(len(path.ids) for path in paths_of(tokens))
+    assert sum(positions for positions, _ in seen[1:]) >= sum(len(path.ids) for path in unique_inputs(tokens))
 
 
 def test_nothing_is_shared_behind_a_sliding_window(checkpoint: Folder) -> None:
@@ -191,7 +191,7 @@ def test_a_preamble_is_shared_across_items(teacher: Teacher) -> None:
         ([preamble + tuple(draw.choices(range(3, 64), k=draw.randint(2, 6)))], [(5,), (6,), (7,)]) for _ in range(20)
     ]
     tokens = items_set(items)
-    (family,) = families(paths_of(tokens), None)
+    (family,) = group_by_prefix(unique_inputs(tokens), None)
     assert family.shared >= 60
     assert family.positions < 60 + 20 * 7
     close(teacher.model, tokens)
@@ -200,7 +200,7 @@ def test_a_preamble_is_shared_across_items(teacher: Teacher) -> None:
     assert sum(positions for positions, _ in seen[1:]) < 60 + 20 * 7 < tokens.tokens / 10
 
 
-def cheapest(paths: list[beginnings.Path]) -> int:
+def cheapest(paths: list[beginnings.Input]) -> int:
     """Positions, and SHARING_TOKENS for each beginning, of the best way to cut the sorted paths, by trying all."""
     if not paths:
         return 0
@@ -220,11 +220,11 @@ def cheapest(paths: list[beginnings.Path]) -> int:
 @settings(max_examples=40, deadline=None)
 @given(items=st.lists(ITEM, min_size=1, max_size=3), sharing=st.sampled_from([0, 2, 5]))
 def test_families_take_the_fewest_positions(items: list[Item], sharing: int) -> None:
-    paths = paths_of(items_set(items))[:9]
+    paths = unique_inputs(items_set(items))[:9]
     with sharing_from(sharing):
-        found = families(paths, None)
-        assert [path for family in found for path in family.paths] == paths
-        assert all(path.ids[: f.shared] == f.paths[0].ids[: f.shared] for f in found for path in f.paths)
+        found = group_by_prefix(paths, None)
+        assert [path for family in found for path in family.inputs] == paths
+        assert all(path.ids[: f.shared] == f.inputs[0].ids[: f.shared] for f in found for path in f.inputs)
         assert sum(f.positions + sharing * bool(f.shared) for f in found) == cheapest(paths)
 
 
@@ -236,24 +236,24 @@ def test_beginnings_of_a_length_of_which_there_are_few_are_not_shared(teacher: T
         contexts = [tuple(draw.choices(range(3, 64), k=40)) for _ in range(count)]
         return [([context], [(5, 6), (7, 8)]) for context in contexts]
 
-    few, many = (families(paths_of(items_set(items(count))), None) for count in (2, 3))
+    few, many = (group_by_prefix(unique_inputs(items_set(items(count))), None) for count in (2, 3))
     assert [family.shared for family in few] == [40] * 2
-    assert [family.shared for family in worthwhile(few)] == [0] * 4
-    assert worthwhile(many) == many
-    assert worthwhile(few[:1] + many) == few[:1] + many
+    assert [family.shared for family in keep_worthwhile(few)] == [0] * 4
+    assert keep_worthwhile(many) == many
+    assert keep_worthwhile(few[:1] + many) == few[:1] + many
     long = [([tuple(draw.choices(range(3, 64), k=40))], [(5, *range(3, 40)), (6, *range(3, 40))]) for _ in range(9)]
-    families_of_long = families(paths_of(items_set(long)), None)
+    families_of_long = group_by_prefix(unique_inputs(items_set(long)), None)
     assert [family.shared for family in families_of_long] == [40] * 9
-    assert {family.shared for family in worthwhile(families_of_long)} == {0}, "a quarter saved is not enough"
+    assert {family.shared for family in keep_worthwhile(families_of_long)} == {0}, "a quarter saved is not enough"
 
 
 def test_batches_keep_their_bounds_and_lose_nothing() -> None:
-    found = families(paths_of(items_set(drawn(60, 11))), None)
-    batches = list(batched(found, 200, 30))
+    found = group_by_prefix(unique_inputs(items_set(drawn(60, 11))), None)
+    batches = list(batch_groups(found, 200, 30))
     assert sorted(map(id, found)) == sorted(id(family) for batch in batches for family in batch)
     for batch in batches:
         assert len({family.shared for family in batch}) == 1
-        lines, longest = sum(len(f.paths) for f in batch), max(f.longest for f in batch)
+        lines, longest = sum(len(f.inputs) for f in batch), max(f.longest for f in batch)
         assert len(batch) == 1 or (lines * longest <= 200 and sum(f.reads for f in batch) <= 30)
     assert len(batches) < len(found)
 
@@ -278,7 +278,7 @@ class Dying(Store):
         if self.last == 0:
             raise KeyboardInterrupt
         self.last -= 1
-        super().add_fact(*values)
+        super().remember(*values)
 
 
 def filed(store: Store) -> dict[str, int]:
@@ -293,14 +293,14 @@ def test_a_killed_evaluation_goes_on_behind_its_last_portion(
     monkeypatch.setattr(proof, "PORTION_ITEMS", 6)
     teacher = load(model)
     tokens = items_set(drawn(20, 17))
-    plan = Plan.of(["mlp.1", "attention.2"])
+    plan = Plan.parse(["mlp.1", "attention.2"])
     change = {"model.layers.3.mlp.down_proj.weight": teacher.model.model.layers[3].mlp.down_proj.weight * 1.5}
-    sides = [(plan, Repair(weights=change))] if repaired else [(Plan(), UNTOUCHED), (plan, UNTOUCHED)]
-    recipe = recipe_from({"model": str(model), "remove": "1sites"})
+    sides = [(plan, Repair(weights=change))] if repaired else [(Plan(), NO_REPAIR), (plan, NO_REPAIR)]
+    recipe = parse_recipe({"model": str(model), "remove": "1sites"})
 
     def ask(store: Store) -> tuple[str, list[list[float]]]:
         run = store.new_run({}, {}, "out")
-        return run, choice_sums(Job(recipe, store, run, tmp_path, silent, {}), teacher, sides, tokens)
+        return run, choice_logprobs(RunContext(recipe, store, run, tmp_path, ignore_events, {}), teacher, sides, tokens)
 
     with closing(Dying(tmp_path / "runs.db")) as store:
         store.last = 2 * len(sides)

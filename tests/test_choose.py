@@ -10,12 +10,12 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from billhook.probe.choose import Ballot, Choice, Piece, Sums, Verdict, everything, exact, race
+from billhook.probe.choose import Decision, Piece, Selection, SelectionTask, Sums, measure_all, measure_best, race
 
 Table = list[list[list[float]]]  # [plan][group][document]
 
 
-def run(choice: Choice, full: Table, share: float = 1.0) -> tuple[list[Verdict], list[tuple[str, Piece]]]:
+def run(choice: Selection, full: Table, share: float = 1.0) -> tuple[list[Decision], list[tuple[str, Piece]]]:
     """Answer a choice from a table; other pieces are `share` of the full ones. Gives verdicts and what was asked."""
     asked: list[tuple[str, Piece]] = []
     try:
@@ -29,9 +29,9 @@ def run(choice: Choice, full: Table, share: float = 1.0) -> tuple[list[Verdict],
         return end.value, asked
 
 
-def ballot(full: Table, best: int = 2, wave: int = 1) -> Ballot:
+def ballot(full: Table, best: int = 2, wave: int = 1) -> SelectionTask:
     groups = len(full[0])
-    return Ballot(len(full), best, tuple(reversed(range(groups))), tuple(10 for _ in range(groups)), wave)
+    return SelectionTask(len(full), best, tuple(reversed(range(groups))), tuple(10 for _ in range(groups)), wave)
 
 
 def table(draw: random.Random, plans: int, groups: int, documents: int = 1) -> Table:
@@ -50,7 +50,7 @@ def test_exact_gives_the_best_in_full_whatever_the_bound(
     seed: int, plans: int, groups: int, best: int, wave: int, share: float | None
 ) -> None:
     full = table(random.Random(seed), plans, groups)
-    verdicts, asked = run(exact(ballot(full, best, wave), bounds=share is not None), full, share or 1.0)
+    verdicts, asked = run(measure_best(ballot(full, best, wave), bounds=share is not None), full, share or 1.0)
     order = sorted(range(plans), key=lambda p: total(full[p]))
     assert all(verdicts[p] == "full" for p in order[:best])
     measured = {piece for quality, piece in asked if quality == "full"}
@@ -77,14 +77,16 @@ def test_under_a_ceiling_only_what_is_below_it_matters(
     full = table(draw, plans, groups)
     ceiling = {g: (height * draw.uniform(0.5, 1.5),) for g in range(groups)}
     most = math.fsum(x for each in ceiling.values() for x in each)
-    verdicts, asked = run(exact(replace(ballot(full), ceiling=ceiling), bounds=share is not None), full, share or 1.0)
+    verdicts, asked = run(
+        measure_best(replace(ballot(full), ceiling=ceiling), bounds=share is not None), full, share or 1.0
+    )
     order = sorted(range(plans), key=lambda p: total(full[p]))
     assert all(verdicts[p] == "full" for p in order[:2] if total(full[p]) < most)
     limit = min(most, total(full[order[1]]) if plans > 1 else math.inf)
     for plan, verdict in enumerate(verdicts):
         if verdict != "full":
             assert total(full[plan]) > limit * (1 - 1e-9)
-    _, asked_plain = run(exact(ballot(full), bounds=share is not None), full, share or 1.0)
+    _, asked_plain = run(measure_best(ballot(full), bounds=share is not None), full, share or 1.0)
     if most < total(full[order[0]]) / 3:
         assert len(asked) <= len(asked_plain)
 
@@ -103,18 +105,18 @@ def test_a_race_under_a_ceiling_drops_whatever_is_far_above_it() -> None:
 
 def test_exact_measures_less_than_everything_and_asks_nothing_twice() -> None:
     full = table(random.Random(1), 40, 16)
-    _, asked = run(exact(ballot(full), bounds=True), full, 0.97)
+    _, asked = run(measure_best(ballot(full), bounds=True), full, 0.97)
     assert len(asked) == len(set(asked))
     assert sum(quality != "full" for quality, _ in asked) < 0.6 * 40 * 16
     assert sum(quality == "full" for quality, _ in asked) < 0.3 * 40 * 16
-    verdicts, asked = run(everything(ballot(full)), full)
+    verdicts, asked = run(measure_all(ballot(full)), full)
     assert verdicts == ["full"] * 40
     assert len(asked) == 40 * 16
 
 
 def test_exact_takes_the_groups_in_the_order_given() -> None:
     full = table(random.Random(2), 3, 5)
-    _, asked = run(exact(ballot(full), bounds=True), full)
+    _, asked = run(measure_best(ballot(full), bounds=True), full)
     groups = [g for quality, (_, g) in asked if quality != "full"]
     assert groups == sorted(groups, reverse=True)
 
@@ -153,7 +155,7 @@ def test_a_higher_risk_drops_more_of_what_is_as_good() -> None:
     assert 0 <= dropped[0.001] < dropped[0.05] < dropped[0.3] <= 2 * 200
 
 
-def counted(choice: Callable[[], Choice], full: Table) -> int:
+def counted(choice: Callable[[], Selection], full: Table) -> int:
     return len(run(choice(), full)[1])
 
 

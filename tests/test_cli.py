@@ -212,7 +212,7 @@ def test_the_table_of_speeds_fits_80_columns(model: Path, capsys: pytest.Capture
     value = {"models": [row, row], "ratio": ratio, "protocol": protocol, "environment": {"machine": "x86_64, 2 cores"}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "80")
-        terminal.show(value, "speed")
+        terminal.print_result(value, "speed")
     assert fits(capsys.readouterr().out)
 
 

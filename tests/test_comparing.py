@@ -24,7 +24,7 @@ from billhook import compare_page, compare_words, summary, threshold_page
 from billhook.cli import app
 from billhook.errors import DataError, FingerprintError, UsageError
 from billhook.evaluate.choices import log_probabilities
-from billhook.tasks import items_of, read_items
+from billhook.tasks import load_items, read_items
 from billhook.thresholds import knee
 
 SHORT: dict[str, Any] = {"eval_tokens": 512, "eval_length": 24}
@@ -98,7 +98,7 @@ def test_flips_are_the_items_on_which_two_models_differ(
     sides = []
     for folder in (model, pruned["out"]):
         teacher = billhook.load(folder)
-        tokens = items_of(task, teacher, "evaluation")
+        tokens = load_items(task, teacher, "evaluation")
         sums = torch.tensor(log_probabilities(teacher.model, tokens)).view(-1, 3)
         sides.append(dict(zip(tokens.clusters, sums, strict=True)))
     flipped = 0
@@ -143,7 +143,7 @@ def test_what_a_search_has_seen_is_refused_or_marked_everywhere(model: Path, hom
             billhook.compare(model, tmp_path / student, out=tmp_path / "no", **wanted)
         assert not (tmp_path / "no").exists()
         told = billhook.compare(model, tmp_path / student, out=tmp_path / f"yes{student}", seen=True, **wanted)
-        (warning,) = compare_words.warnings(told)
+        (warning,) = compare_words.comparison_warnings(told)
         assert warning.startswith("NOT A PROOF")
         assert warning in Elements((tmp_path / f"yes{student}" / "index.html").read_text()).text
     fine = billhook.compare(
@@ -193,7 +193,7 @@ def hostile(told: dict[str, Any]) -> dict[str, Any]:
 def test_the_page_in_a_browser(tab: Tab, compared: dict[str, Any], width: int, scheme: str, tmp_path: Path) -> None:
     for name, told in (("plain", compared), ("hostile", hostile(compared))):
         file = tmp_path / f"{name}.html"
-        file.write_text(compare_page.page(told), encoding="utf-8")
+        file.write_text(compare_page.comparison_page(told), encoding="utf-8")
         tab.show(file, width, scheme)
         assert tab.run(OVERFLOW) <= 0
         assert tab.complaints() == []
@@ -215,7 +215,7 @@ def test_the_page_in_a_browser(tab: Tab, compared: dict[str, Any], width: int, s
 
 
 def test_the_page_counts_items_of_tasks_and_texts_of_text(compared: dict[str, Any], text: Path, task: Path) -> None:
-    page = compare_page.page(compared)
+    page = compare_page.comparison_page(compared)
     for file, keys in ((text, ("tokens", "documents", "texts", "–")), (task, ("tokens", "–", "–", "items"))):
         about = compared["sets"][str(file)]
         cells = "".join(f"<td>{key if key == '–' else format(about[key], ',')}</td>" for key in keys)
@@ -237,7 +237,7 @@ def test_a_gate_passes_the_teacher_and_fails_a_broken_model(
     assert ET.parse(junit).getroot().get("failures") == "0"
     broken = tmp_path / "broken"
     teacher = billhook.load(model)
-    everything = billhook.Plan.of(["attention.0", "attention.1", "mlp.1", "attention.2", "mlp.2", "mlp.3"])
+    everything = billhook.Plan.parse(["attention.0", "attention.1", "mlp.1", "attention.2", "mlp.2", "mlp.3"])
     billhook.save(billhook.apply(teacher, everything), teacher.tokenizer, everything, broken, teacher=teacher)
     margins = ["--ppl-margin", "0.1%", "--margin", "100pp"]
     asked = ["gate", str(broken), "--baseline", str(model), *sets, *common, *margins]
@@ -346,11 +346,11 @@ def test_one_label_for_one_sided_bounds(
     places = {
         "the table of a gate": gated,
         "its JUnit": junit.read_text(),
-        "the table of a threshold": " ".join(threshold_page.HEAD),
-        "its verdict": threshold_page.verdict(told),
+        "the table of a threshold": " ".join(threshold_page.TRIAL_COLUMNS),
+        "its verdict": threshold_page.threshold_headline(told),
         "its page": (tmp_path / "t" / "index.html").read_text(),
-        "the notes of a pruning": " ".join(summary.notes(within)),
-        "the page of a comparison": compare_page.page(both),
+        "the notes of a pruning": " ".join(summary.run_notes(within)),
+        "the page of a comparison": compare_page.comparison_page(both),
     }
     for place, words in places.items():
         assert "one-sided 95%" in words, place
@@ -384,7 +384,7 @@ def test_a_threshold_takes_the_last_step_within_and_proves_it_elsewhere(
         margins="0%ppl", run=pruned["run"], out=home / "thr0", store=home / "b.db", eval_tokens=1024
     )
     assert (nothing["step"], nothing["removed"], nothing["confirmed"]) == (0, [], None) or nothing["step"] > 0
-    assert threshold_page.verdict(nothing)
+    assert threshold_page.threshold_headline(nothing)
 
 
 def test_without_a_run_a_threshold_searches(model: Path, text: Path, task: Path, tmp_path: Path) -> None:
@@ -406,7 +406,7 @@ def test_a_threshold_takes_what_became_narrower(model: Path, text: Path, tmp_pat
     assert told["share"] >= 0.2
     assert told["removed"] == [], "a site that keeps some of its groups is not removed"
     many = len(told["narrowed"])
-    assert f"0 sites can be removed and {many} narrowed" in threshold_page.verdict(told)
+    assert f"0 sites can be removed and {many} narrowed" in threshold_page.threshold_headline(told)
 
 
 def test_prune_takes_the_plan_that_a_threshold_wrote(
@@ -468,7 +468,7 @@ def test_the_page_of_a_threshold_in_a_browser(tab: Tab, home: Path, tmp_path: Pa
         "environment": {"machine": HOSTILE},
     }  # fmt: skip
     file = tmp_path / "t.html"
-    file.write_text(threshold_page.page(told), encoding="utf-8")
+    file.write_text(threshold_page.threshold_page(told), encoding="utf-8")
     tab.show(file, width, "light")
     assert tab.run(OVERFLOW) <= 0
     assert tab.complaints() == []

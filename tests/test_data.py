@@ -19,14 +19,14 @@ from billhook.data import (
     DOCUMENT_TOKENS,
     MIN_ROW,
     Document,
+    TextSpec,
     TokenSet,
-    Wanted,
     documents,
-    first,
-    pick,
-    prefix_of,
+    pack_rows,
     read_texts,
+    special_prefix,
     token_sets,
+    truncate,
 )
 from billhook.errors import DataError
 from billhook.sampling import sample_texts
@@ -57,9 +57,9 @@ def rows(tokens: TokenSet) -> list[tuple[int, ...]]:
     return [tuple(row[:n].tolist()) for row, n in zip(tokens.rows, tokens.lengths, strict=True)]
 
 
-def wanted(data: Path | str, seed: int = 0, **options: Any) -> Wanted:
+def wanted(data: Path | str, seed: int = 0, **options: Any) -> TextSpec:
     fields = {"eval_data": None, "field": "text", "tokens": 300, "length": 32, "eval_tokens": 300, "eval_length": 48}
-    return Wanted(data=str(data), seed=seed, **(fields | options))
+    return TextSpec(data=str(data), seed=seed, **(fields | options))
 
 
 def in_file(home: Path, lines: list[str]) -> Path:
@@ -75,7 +75,7 @@ def in_file(home: Path, lines: list[str]) -> Path:
 def test_no_row_crosses_a_document(seed: int, tokenizer: Any) -> None:
     said = texts(30, 90, seed)
     found = documents(said, tokenizer, seed)
-    tokens = pick(found, 900, 32, [], "here")
+    tokens = pack_rows(found, 900, 32, [], "here")
     whole = [tuple(tokenizer(text)["input_ids"]) for text in said]
     for ids, document in zip(rows(tokens), tokens.documents, strict=True):
         text = whole[tokens.clusters[document]]
@@ -88,7 +88,7 @@ def test_the_rows_of_all_of_it_are_all_of_it(seed: int, tokenizer: Any) -> None:
     """Nothing is lost but ends that are too short for a row, and nothing comes twice."""
     said = texts(20, 90, seed)
     found = documents(said, tokenizer, seed)
-    tokens = pick(found, 10**6, 32, [], "here")
+    tokens = pack_rows(found, 10**6, 32, [], "here")
     together: dict[int, tuple[int, ...]] = {}
     for ids, document in zip(rows(tokens), tokens.documents, strict=True):
         text = tokens.clusters[document]
@@ -101,7 +101,7 @@ def test_the_rows_of_all_of_it_are_all_of_it(seed: int, tokenizer: Any) -> None:
 
 def test_every_text_comes_once_before_any_comes_twice(tokenizer: Any) -> None:
     said = [" ".join(tiny.WORDS[:50])] * 3 + [" ".join(tiny.WORDS)] * 3
-    tokens = pick(documents(said, tokenizer, 0), 7 * 16, 16, [], "here")
+    tokens = pack_rows(documents(said, tokenizer, 0), 7 * 16, 16, [], "here")
     counts = [tokens.documents.count(d) for d in range(len(tokens.clusters))]
     assert sorted(counts) == [1, 1, 1, 1, 1, 2]
 
@@ -113,7 +113,7 @@ def test_long_texts_are_split_and_stay_one_cluster(tokenizer: Any) -> None:
     long = [d for d in found if d.text == 0]
     assert sum((d.ids for d in long), ()) == tuple(tokenizer(said[0])["input_ids"]), "in order, nothing lost"
     assert {d.text for d in found[:2]} == {0, 1}, "every text once before any twice"
-    tokens = pick(found, 10**6, 64, [], "here")
+    tokens = pack_rows(found, 10**6, 64, [], "here")
     assert (len(tokens.clusters), len(set(tokens.clusters))) == (4, 2)
     assert tokens.describe() | {"documents": 4, "texts": 2, "source": "here"} == tokens.describe()
 
@@ -121,7 +121,7 @@ def test_long_texts_are_split_and_stay_one_cluster(tokenizer: Any) -> None:
 @pytest.mark.parametrize("count", [16, 100, 101, 333, 640])
 def test_the_tokens_asked_for_are_reached_by_at_most_a_short_row(count: int, tokenizer: Any) -> None:
     found = documents(texts(30, 90), tokenizer, 0)
-    tokens = pick(found, count, 32, [], "here")
+    tokens = pack_rows(found, count, 32, [], "here")
     assert count <= tokens.tokens < count + MIN_ROW
     assert max(tokens.lengths) <= 32
     assert min(tokens.lengths) >= MIN_ROW
@@ -129,35 +129,35 @@ def test_the_tokens_asked_for_are_reached_by_at_most_a_short_row(count: int, tok
 
 def test_the_order_is_the_seeds(tokenizer: Any) -> None:
     said = texts(30, 60)
-    hashes = [pick(documents(said, tokenizer, seed), 200, 32, [], "here").hash for seed in (0, 0, 1, 2)]
+    hashes = [pack_rows(documents(said, tokenizer, seed), 200, 32, [], "here").hash for seed in (0, 0, 1, 2)]
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 3
 
 
 def test_every_row_begins_as_the_tokenizer_begins_a_text(tokenizer: Any, with_bos: Any) -> None:
-    assert prefix_of(tokenizer) == []
-    assert prefix_of(with_bos) == [1]
+    assert special_prefix(tokenizer) == []
+    assert special_prefix(with_bos) == [1]
     found = documents(texts(10, 60), with_bos, 0)
     assert not any(1 in d.ids for d in found), "the prefix belongs to rows, not to documents"
-    tokens = pick(found, 200, 32, prefix_of(with_bos), "here")
+    tokens = pack_rows(found, 200, 32, special_prefix(with_bos), "here")
     assert all(ids[0] == 1 and 1 not in ids[1:] and len(ids) <= 32 for ids in rows(tokens))
-    bare = pick(documents(texts(10, 60), tokenizer, 0), 10**6, 31, [], "here")
-    full = pick(found, 10**6, 32, [1], "here")
+    bare = pack_rows(documents(texts(10, 60), tokenizer, 0), 10**6, 31, [], "here")
+    full = pack_rows(found, 10**6, 32, [1], "here")
     assert [ids[1:] for ids in rows(full)] == rows(bare)
 
 
 def test_the_hash_is_of_what_is_measured_and_of_nothing_else() -> None:
     ids, other = tuple(range(3, 19)), tuple(range(4, 20))
-    base = pick([Document(0, ids), Document(1, other)], 32, 16, [], "here")
-    assert pick([Document(0, ids), Document(1, other)], 32, 16, [], "elsewhere").hash == base.hash
-    assert pick([Document(0, ids), Document(1, other), Document(2, ids)], 32, 16, [], "here").hash == base.hash
+    base = pack_rows([Document(0, ids), Document(1, other)], 32, 16, [], "here")
+    assert pack_rows([Document(0, ids), Document(1, other)], 32, 16, [], "elsewhere").hash == base.hash
+    assert pack_rows([Document(0, ids), Document(1, other), Document(2, ids)], 32, 16, [], "here").hash == base.hash
     different = [
-        pick([Document(0, other), Document(1, ids)], 32, 16, [], "here"),  # order
-        pick([Document(0, ids), Document(0, other)], 32, 16, [], "here"),  # clusters
-        pick([Document(0, ids), Document(1, (*other[:-1], 5))], 32, 16, [], "here"),  # one token
-        pick([Document(0, ids), Document(1, (*other[:-1], 0))], 32, 16, [], "here"),
-        pick([Document(0, ids), Document(1, other[:-1])], 32, 16, [], "here"),  # padded like the one above
-        pick([Document(0, ids + other)], 32, 16, [], "here"),  # documents
+        pack_rows([Document(0, other), Document(1, ids)], 32, 16, [], "here"),  # order
+        pack_rows([Document(0, ids), Document(0, other)], 32, 16, [], "here"),  # clusters
+        pack_rows([Document(0, ids), Document(1, (*other[:-1], 5))], 32, 16, [], "here"),  # one token
+        pack_rows([Document(0, ids), Document(1, (*other[:-1], 0))], 32, 16, [], "here"),
+        pack_rows([Document(0, ids), Document(1, other[:-1])], 32, 16, [], "here"),  # padded like the one above
+        pack_rows([Document(0, ids + other)], 32, 16, [], "here"),  # documents
     ]
     assert torch.equal(different[3].rows, different[4].rows)
     assert len({tokens.hash for tokens in (base, *different)}) == 7
@@ -165,8 +165,8 @@ def test_the_hash_is_of_what_is_measured_and_of_nothing_else() -> None:
 
 @pytest.mark.parametrize("count", [1, 33, 150, 10**6])
 def test_the_first_tokens_are_whole_rows_from_the_front(count: int, tokenizer: Any) -> None:
-    tokens = pick(documents(texts(12, 90), tokenizer, 0), 500, 32, [], "here")
-    part = first(tokens, count)
+    tokens = pack_rows(documents(texts(12, 90), tokenizer, 0), 500, 32, [], "here")
+    part = truncate(tokens, count)
     n = len(part.lengths)
     assert rows(part) == rows(tokens)[:n]
     assert part.documents == tokens.documents[:n]

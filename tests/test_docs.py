@@ -23,8 +23,8 @@ import typer
 
 import billhook
 from billhook import errors
-from billhook.arch import ROWS
-from billhook.budget import UNITS, Budget, read_budgets
+from billhook.arch import ARCHITECTURES
+from billhook.budget import UNITS, Budget, parse_budgets
 from billhook.losses import LOSSES
 from billhook.recipe import Recipe
 from billhook.records import LOSS_UNITS
@@ -110,7 +110,7 @@ def test_every_command_and_option_is_documented() -> None:
 def test_every_method_architecture_unit_and_public_name_is_documented() -> None:
     wanted = {
         "methods.md": {row["name"] for row in billhook.methods()},
-        "architectures.md": set(ROWS),
+        "architectures.md": set(ARCHITECTURES),
         "how-it-works.md": set(UNITS),
         "python.md": {*billhook.__all__, *(kind.__name__ for kind in _errors())},
     }
@@ -134,7 +134,7 @@ def test_every_exit_code_is_documented() -> None:
 
 
 def test_the_architectures_that_are_said_to_be_tested_are() -> None:
-    assert set(ROWS) == set(tiny.TYPES)
+    assert set(ARCHITECTURES) == set(tiny.TYPES)
 
 
 def test_every_loss_is_explained_with_its_unit() -> None:
@@ -226,7 +226,7 @@ def check_values(arguments: list[str], where: str) -> None:
     known = {family: {row["name"] for row in billhook.methods() if row["family"] == family} for family in FAMILIES}
     for option, value in pairwise(arguments):
         if option == "--remove":
-            read_budgets(value)
+            parse_budgets(value)
         elif option.removeprefix("--") in FAMILIES:
             assert value in known[option.removeprefix("--")], f"{where}: {option} {value}"
 
@@ -261,13 +261,13 @@ def test_inline_code_names_only_what_exists(page: Path) -> None:
 
 
 def test_recipes_in_the_docs_are_recipes(tmp_path: Path) -> None:
-    from billhook.recipe import read_yaml, recipe_from
+    from billhook.recipe import parse_recipe, read_yaml
 
     found = [block for page in PAGES if page.exists() for block in fences(read(page), "yaml")]
     assert found
     for block in found:
         (tmp_path / "recipe.yaml").write_text(block)
-        recipe_from(read_yaml(tmp_path / "recipe.yaml"))
+        parse_recipe(read_yaml(tmp_path / "recipe.yaml"))
 
 
 def test_the_licence_is_the_one_that_the_package_names() -> None:

@@ -19,9 +19,9 @@ import billhook
 from billhook import compare_page, evalsets
 from billhook.cli import app
 from billhook.errors import DataError, MissingExtra, ResourceError, UsageError
-from billhook.evaluate.choices import log_probabilities, outcomes
-from billhook.evaluate.generate import flexible_number, matches, written
-from billhook.questions import prompts_of
+from billhook.evaluate.choices import log_probabilities, score_choices
+from billhook.evaluate.generate import flexible_number, generate_answers, score_answers
+from billhook.questions import build_prompts
 from billhook.store import Store
 from billhook.tasks import task_tokens
 
@@ -58,8 +58,8 @@ def questions(home: Path, model: Path) -> Path:
     words, teacher = phrases(3), billhook.load(model)
     rows = [{"query": words(6), "answer": words(3), "target": "none"} for _ in range(30)]
     file = lines(home / "questions.jsonl", rows)
-    prompts = prompts_of(file, teacher.tokenizer, positions=positions(teacher), new_tokens=positions(teacher) // 2)
-    for number, answer in zip(prompts.tokens.clusters, written(teacher.model, prompts), strict=True):
+    prompts = build_prompts(file, teacher.tokenizer, positions=positions(teacher), new_tokens=positions(teacher) // 2)
+    for number, answer in zip(prompts.tokens.clusters, generate_answers(teacher.model, prompts), strict=True):
         if number % 2:
             rows[number - 1]["target"] = flexible_number(answer)
     return lines(file, rows)
@@ -67,7 +67,7 @@ def questions(home: Path, model: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pruned(model: Path, home: Path) -> Path:
-    teacher, plan = billhook.load(model), billhook.Plan.of(["attention.1", "mlp.2"])
+    teacher, plan = billhook.load(model), billhook.Plan.parse(["attention.1", "mlp.2"])
     billhook.save(billhook.apply(teacher, plan), teacher.tokenizer, plan, home / "pruned", teacher=teacher)
     return home / "pruned"
 
@@ -90,9 +90,9 @@ def test_questions_are_compared_by_what_both_models_write(
     for folder in (model, pruned):
         teacher = billhook.load(folder)
         most = positions(teacher)
-        prompts = prompts_of(questions, teacher.tokenizer, positions=most, new_tokens=most // 2)
-        answers = written(teacher.model, prompts)
-        right = matches(prompts, answers)["flexible_match"].sums
+        prompts = build_prompts(questions, teacher.tokenizer, positions=most, new_tokens=most // 2)
+        answers = generate_answers(teacher.model, prompts)
+        right = score_answers(prompts, answers)["flexible_match"].sums
         sides.append({n: (r, a) for n, r, a in zip(prompts.tokens.clusters, right, answers, strict=True)})
     assert row["kind"] == "flexible_match"
     assert row["n"] == 30, "no search looks at questions, so all of them count"
@@ -120,7 +120,7 @@ def test_the_page_shows_what_both_wrote(
     assert tab.run("document.querySelector('dl.answers dd').textContent") == items[0]["answers"][0]
     for item in items:
         item |= {"query": HOSTILE, "target": HOSTILE, "answers": [HOSTILE, HOSTILE]}
-    (tmp_path / "hostile.html").write_text(compare_page.page(told), encoding="utf-8")
+    (tmp_path / "hostile.html").write_text(compare_page.comparison_page(told), encoding="utf-8")
     tab.show(tmp_path / "hostile.html", width, "light")
     assert tab.run(OVERFLOW) <= 0
     assert tab.complaints() == []
@@ -177,7 +177,7 @@ def test_eval_measures_all_items_with_shots(model: Path, choices: Path, tmp_path
     assert run.exit_code == 0, run.output
     teacher = billhook.load(model)
     tokens = task_tokens(choices, teacher.tokenizer, positions=positions(teacher), shots=(choices, 2))
-    right = outcomes(tokens, log_probabilities(teacher.model, tokens))
+    right = score_choices(tokens, log_probabilities(teacher.model, tokens))
     told = {row["score"]: row for row in json.loads(run.stdout)["rows"]}
     assert {name: row["value"] for name, row in told.items()} == {n: pytest.approx(r.mean) for n, r in right.items()}
     assert {row["n"] for row in told.values()} == {58}, "of 60, without the two that are shown solved"
@@ -299,7 +299,7 @@ def test_answers_to_the_harness_are_filed_portion_by_portion(
     assert [row["score"] for row in told["rows"]] == ["exact_match"]
     assert told["rows"][0]["n"] == 12
     with closing(Store(store)) as opened:
-        asked = opened.facts(billhook.load(model).fingerprint, "lmeval")
+        asked = opened.all_cached(billhook.load(model).fingerprint, "lmeval")
     assert sorted(map(len, asked)) == [4, 4, 4], "each portion once"
 
 

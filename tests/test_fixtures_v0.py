@@ -157,14 +157,14 @@ def test_a_checkpoint_loads(name: str, home: Path) -> None:
     teacher = billhook.load(name)
     about = CHECKPOINTS[name]
     same(last_logits(teacher.model), name)
-    assert sorted(teacher.removed.names()) == sorted(about["removed"])
+    assert sorted(teacher.removed_earlier.names()) == sorted(about["removed"])
     assert teacher.model.config.model_type == about["kind"]
     assert about["removed"] or about["narrowed"]
     assert teacher.anatomy.total("parameters") < billhook.load("llama").anatomy.total("parameters")
 
 
 def test_the_adapter_belongs_to_its_checkpoint(home: Path) -> None:
-    same(last_logits(billhook.with_adapter("adapter")), "adapter", "with_adapter")
+    same(last_logits(billhook.load_with_adapter("adapter")), "adapter", "with_adapter")
 
 
 CHILD = """

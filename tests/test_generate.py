@@ -15,10 +15,17 @@ from test_tasks import letters, write
 
 from billhook.errors import DataError
 from billhook.evaluate import EVALUATIONS, generate
-from billhook.evaluate.generate import cut, flexible_number, matches, plain_number, strict_number, written
+from billhook.evaluate.generate import (
+    flexible_number,
+    generate_answers,
+    plain_number,
+    score_answers,
+    strict_number,
+    truncate_at_stop,
+)
 from billhook.loading import Teacher, load
 from billhook.plan import Plan
-from billhook.questions import Prompts, prompts_of, read_questions
+from billhook.questions import GenerationPrompts, build_prompts, read_questions
 from billhook.surgery import apply
 
 Folder = Callable[[str], Path]
@@ -59,16 +66,16 @@ def test_numbers_are_compared_plainly() -> None:
 
 
 def test_an_answer_ends_at_the_first_stop() -> None:
-    assert cut("a 2\n\nQuestion: 3 <|im_end|> 4") == "a 2\n\n"
-    assert cut("a<|im_end|>Question:") == "a"
-    assert cut("no stop") == "no stop"
+    assert truncate_at_stop("a 2\n\nQuestion: 3 <|im_end|> 4") == "a 2\n\n"
+    assert truncate_at_stop("a<|im_end|>Question:") == "a"
+    assert truncate_at_stop("no stop") == "no stop"
 
 
 def test_outcomes_of_planted_answers(tmp_path: Path) -> None:
     rows = [ROW, ROW | {"query": "b", "target": "1,200"}, ROW | {"query": "c", "target": "7"}]
-    prompts = prompts_of(write(tmp_path / "q.jsonl", *rows), letters())
+    prompts = build_prompts(write(tmp_path / "q.jsonl", *rows), letters())
     planted = {1: "#### 2", 2: "It costs $1200.", 3: "#### 8, no, 7"}
-    told = matches(prompts, [planted[number] for number in prompts.tokens.clusters])
+    told = score_answers(prompts, [planted[number] for number in prompts.tokens.clusters])
     right = {name: dict(zip(result.clusters, result.sums, strict=True)) for name, result in told.items()}
     assert right == {"strict_match": {1: 1, 2: 0, 3: 0}, "flexible_match": {1: 1, 2: 1, 3: 1}}
     assert {result.tokens for result in told.values()} == {prompts.hash}
@@ -77,7 +84,7 @@ def test_outcomes_of_planted_answers(tmp_path: Path) -> None:
 # -- prompts --------------------------------------------------------------------------------------------------------
 
 
-def text_of(prompts: Prompts) -> list[str]:
+def text_of(prompts: GenerationPrompts) -> list[str]:
     pairs = zip(prompts.tokens.rows, prompts.tokens.lengths, strict=True)
     return ["".join(letters().convert_ids_to_tokens(row[:n].tolist())) for row, n in pairs]
 
@@ -85,22 +92,22 @@ def text_of(prompts: Prompts) -> list[str]:
 def test_shots_stand_with_their_answers_before_the_question(tmp_path: Path) -> None:
     rows = [ROW, ROW | {"query": "Question: 2+2?\nAnswer:", "answer": "#### 4", "target": "4"}, ROW | {"query": "Q"}]
     path = write(tmp_path / "q.jsonl", *rows)
-    prompts = prompts_of(path, letters(), shots=(path, 2))
+    prompts = build_prompts(path, letters(), shots=(path, 2))
     shown = "Question: 1+1?\nAnswer: One and one.\n#### 2\n\nQuestion: 2+2?\nAnswer: #### 4\n\n"
     assert text_of(prompts) == [shown + "Q"], "questions that are shown are not asked"
-    assert text_of(prompts_of(path, letters(bos=True), limit_items=1, positions=8, new_tokens=5)) in (
+    assert text_of(build_prompts(path, letters(bos=True), limit_items=1, positions=8, new_tokens=5)) in (
         ["er:"],
         ["Q"],
         ["<s>Q"],
     )
     with pytest.raises(DataError, match=r"are among the 3 shots\. Give shots from another file"):
-        prompts_of(path, letters(), shots=(path, 3))
+        build_prompts(path, letters(), shots=(path, 3))
     with pytest.raises(DataError, match=r"4 shots are wanted, and .* has 3 questions\. Ask for 1 to 3"):
-        prompts_of(path, letters(), shots=(path, 4))
+        build_prompts(path, letters(), shots=(path, 4))
     with pytest.raises(DataError, match=r"has 5 positions, and answers of 5 tokens leave no prompt"):
-        prompts_of(path, letters(), positions=5, new_tokens=5)
+        build_prompts(path, letters(), positions=5, new_tokens=5)
     with pytest.raises(DataError, match="no tokenizer"):
-        prompts_of(path, None)
+        build_prompts(path, None)
 
 
 @pytest.mark.parametrize(
@@ -126,10 +133,10 @@ def test_files_that_hold_no_questions_are_refused(tmp_path: Path) -> None:
 
 def test_the_hash_knows_the_target_and_the_room(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", ROW)
-    one = prompts_of(path, letters())
-    assert one.hash == prompts_of(path, letters()).hash
-    assert one.hash != prompts_of(path, letters(), new_tokens=9).hash
-    assert one.hash != prompts_of(write(path, ROW | {"target": "3"}), letters()).hash
+    one = build_prompts(path, letters())
+    assert one.hash == build_prompts(path, letters()).hash
+    assert one.hash != build_prompts(path, letters(), new_tokens=9).hash
+    assert one.hash != build_prompts(write(path, ROW | {"target": "3"}), letters()).hash
 
 
 # -- writing --------------------------------------------------------------------------------------------------------
@@ -147,7 +154,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("questions") / "q.jsonl", *rows)
 
 
-def one_by_one(model: Any, prompts: Prompts) -> list[str]:
+def one_by_one(model: Any, prompts: GenerationPrompts) -> list[str]:
     """Every prompt alone, token by token, without a cache, padding or transformers' generate."""
     end, told = prompts.tokenizer.eos_token_id, []
     for row, n in zip(prompts.tokens.rows, prompts.tokens.lengths, strict=True):
@@ -158,7 +165,7 @@ def one_by_one(model: Any, prompts: Prompts) -> list[str]:
             if ids[-1] == end:
                 ids.pop()
                 break
-        told.append(cut(prompts.tokenizer.decode(ids[n:])))
+        told.append(truncate_at_stop(prompts.tokenizer.decode(ids[n:])))
     return told
 
 
@@ -167,39 +174,39 @@ def test_batches_write_what_every_prompt_gets_alone(
     variant: str, checkpoint: Folder, words: Any, questions: Path
 ) -> None:
     teacher: Teacher = load(checkpoint(variant))
-    prompts = prompts_of(questions, words, new_tokens=10)
+    prompts = build_prompts(questions, words, new_tokens=10)
     for removed in ((), ("attention.0", "mlp.2")):
-        model = apply(teacher, Plan.of(removed)) if removed else teacher.model
+        model = apply(teacher, Plan.parse(removed)) if removed else teacher.model
         expected = one_by_one(model, prompts)
         assert len(set(expected)) > 5
         for most in (1, 40, 4096):
             with pytest.MonkeyPatch.context() as patched:
                 patched.setattr(generate, "BATCH_POSITIONS", most)
-                assert written(model, prompts) == expected
+                assert generate_answers(model, prompts) == expected
 
 
 def test_every_line_stops_by_itself(checkpoint: Folder, words: Any, questions: Path) -> None:
     """A word that some lines write early is made a stop: no answer has it, and the others go on."""
-    model, prompts = load(checkpoint("llama")).model, prompts_of(questions, words, new_tokens=12)
-    free = written(model, prompts)
+    model, prompts = load(checkpoint("llama")).model, build_prompts(questions, words, new_tokens=12)
+    free = generate_answers(model, prompts)
     stop = next(word for word in words.get_vocab() if 2 < sum(word in text.split() for text in free) < len(free) - 2)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(generate, "STOPS", (stop,))
-        stopped = written(model, prompts)
+        stopped = generate_answers(model, prompts)
     assert stopped == [text.partition(stop)[0] for text in free]
     assert stopped != free
 
 
 def test_the_evaluations_give_one_outcome_a_question(model: Path, words: Any, questions: Path, tmp_path: Path) -> None:
     teacher = load(model)
-    prompts = prompts_of(questions, words, new_tokens=6)
-    answers = dict(zip(prompts.tokens.clusters, written(teacher.model, prompts), strict=True))
+    prompts = build_prompts(questions, words, new_tokens=6)
+    answers = dict(zip(prompts.tokens.clusters, generate_answers(teacher.model, prompts), strict=True))
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
     numbers = [flexible_number(answers[i]) for i in range(1, len(rows) + 1)]
     rows = [
         row | {"target": n if i % 2 and n else "none"} for i, (row, n) in enumerate(zip(rows, numbers, strict=True))
     ]
-    planted = prompts_of(write(tmp_path / "q.jsonl", *rows), words, new_tokens=6)
+    planted = build_prompts(write(tmp_path / "q.jsonl", *rows), words, new_tokens=6)
     seen: list[int] = []
     found = EVALUATIONS["flexible_match"](teacher.model, planted, watch=lambda event: seen.append(event.done))
     assert found.sums == tuple(float(number % 2 == 0) for number in planted.tokens.clusters)

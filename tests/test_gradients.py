@@ -22,7 +22,7 @@ from billhook.metrics import METRICS
 from billhook.plan import PARTS, Plan, Site
 from billhook.probe import Probe
 from billhook.probe.head import Head
-from billhook.problem import Unit
+from billhook.problem import ScoredUnit
 from billhook.surgery import apply
 
 Folder = Callable[[str], Path]
@@ -30,7 +30,7 @@ KINDS = ("element", "vector", "second")
 STREAMED = ("llama", "llama_tied", "phi", "gpt2", "gpt_oss", "mixtral", "falcon", "gemma2", "opt")
 
 
-def autograd(folder: Path, tokens: TokenSet) -> dict[str, dict[Unit, float]]:
+def autograd(folder: Path, tokens: TokenSet) -> dict[str, dict[ScoredUnit, float]]:
     """The three scores of every unit, from gradients of the whole model, one row at a time."""
     teacher = load(folder)
     model = teacher.model.requires_grad_(True)
@@ -45,13 +45,13 @@ def autograd(folder: Path, tokens: TokenSet) -> dict[str, dict[Unit, float]]:
             if p.grad is not None:
                 total[name] += p.grad * count / predicted
                 squares[name] += p.grad**2 * count / predicted
-    found: dict[str, dict[Unit, float]] = {kind: {} for kind in KINDS}
+    found: dict[str, dict[ScoredUnit, float]] = {kind: {} for kind in KINDS}
     for position in teacher.positions:
         block = teacher.block(position)
         inside = {id(p): name for name, p in model.named_parameters()}
-        units: dict[Unit, list[torch.Tensor]] = {
+        units: dict[ScoredUnit, list[torch.Tensor]] = {
             Site(position, part): [
-                p for m in arch.site_modules(block, part, teacher.row, model.config) for p in m.parameters()
+                p for m in arch.site_modules(block, part, teacher.architecture, model.config) for p in m.parameters()
             ]
             for part in PARTS
         }
@@ -97,7 +97,7 @@ def test_taylor_is_that_of_autograd_on_the_whole_model(variant: str, checkpoint:
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("variant", ["llama", "phi", "falcon"])
 def test_a_model_that_was_pruned_before(variant: str, streamed: bool, checkpoint: Folder, tmp_path: Path) -> None:
-    dense, gone = load(checkpoint(variant)), Plan.of(["attention.0", "mlp.0", "attention.2", "mlp.3"])
+    dense, gone = load(checkpoint(variant)), Plan.parse(["attention.0", "mlp.0", "attention.2", "mlp.3"])
     save(apply(dense, gone), None, gone, tmp_path / "cut", teacher=dense)
     teacher = load(tmp_path / "cut", memory=0 if streamed else None)
     expected = autograd(tmp_path / "cut", token_set())["second"]
@@ -149,7 +149,7 @@ def test_a_streamed_model_has_no_more_weights_afterwards(streamed: bool, checkpo
     teacher = load(checkpoint("phi3"), memory=0 if streamed else None)
     before = teacher.weights.bytes_read if teacher.weights is not None else 0
     METRICS["taylor"](Probe(teacher, documents(4), "kl"))
-    on_meta = [p.device.type == "meta" for p in arch.blocks_of(teacher.model, teacher.row).parameters()]
+    on_meta = [p.device.type == "meta" for p in arch.blocks_of(teacher.model, teacher.architecture).parameters()]
     assert set(on_meta) == {streamed}
     if teacher.weights is not None:
         blocks = sum(size.bytes for size in teacher.anatomy.sites) + sum(s.bytes for s in teacher.anatomy.shared)

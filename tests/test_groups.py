@@ -21,12 +21,12 @@ from billhook.data import TokenSet, token_set
 from billhook.errors import BudgetError, UnknownName, UsageError
 from billhook.loading import Teacher, load
 from billhook.metrics import GROUP_METRICS
-from billhook.metrics.groups import merged
-from billhook.modeling_billhook import put
-from billhook.plan import Anatomy, GroupSize, Plan, Rest, Site, SiteSize
+from billhook.metrics.groups import fuse
+from billhook.modeling_billhook import set_parameter
+from billhook.plan import Anatomy, GroupSize, Plan, Site, SiteSize, Unassigned
 from billhook.probe import Probe
 from billhook.problem import Problem
-from billhook.search import SEARCHES, settle
+from billhook.search import SEARCHES, drive
 
 Folder = Callable[[str], Path]
 NAMES = sorted(GROUP_METRICS)
@@ -38,9 +38,9 @@ def documents(rows: int = 8, length: int = 12, seed: int = 1) -> TokenSet:
     return token_set([tuple(r) for r in ids.tolist()], range(rows), range(rows), list(map(str, range(rows))), "rows")
 
 
-def layout(teacher: Teacher, site: Site) -> tuple[torch.nn.Module, width.Layout]:
+def layout(teacher: Teacher, site: Site) -> tuple[torch.nn.Module, width.ChannelLayout]:
     block = teacher.block(site.block)
-    of = width.layout(block, site.part, teacher.row.path(site.part), teacher.model.config)
+    of = width.find_layout(block, site.part, teacher.architecture.path(site.part), teacher.model.config)
     assert not isinstance(of, str)
     return block, of
 
@@ -77,7 +77,7 @@ def test_taylor_is_what_autograd_says_of_the_whole_model(checkpoint: Folder, var
     found["group_magnitude"] = GROUP_METRICS["group_magnitude"](probe, p=1)
     for site in (Site(1, "attention"), Site(2, "mlp")):
         block, of = layout(teacher, site)
-        inside = f"{teacher.row.blocks}.{teacher.positions.index(site.block)}."
+        inside = f"{teacher.architecture.blocks}.{teacher.positions.index(site.block)}."
         for group in range(0, of.groups, max(1, of.groups // 5)):
             expected = dict.fromkeys(found, 0.0)
             for slot in of.slots:
@@ -139,11 +139,11 @@ def planted(checkpoint: Folder, tmp_path_factory: pytest.TempPathFactory) -> tup
     dead = {Site(1, "attention"): [1], Site(0, "mlp"): [3, 17, 40], Site(3, "mlp"): [0]}
     model = billhook.surgery._shared_copy(teacher.model)
     for site, groups in dead.items():
-        block = arch.blocks_of(model, teacher.row)[site.block]
+        block = arch.blocks_of(model, teacher.architecture)[site.block]
         _, of = layout(teacher, site)
-        kept = width.kept_of(of, range(of.groups), [g for g in range(of.groups) if g not in groups])
-        for name, tensor in width.masked_weights(block, of, kept).items():
-            put(block, name, tensor)
+        kept = width.kept_positions(of, range(of.groups), [g for g in range(of.groups) if g not in groups])
+        for name, tensor in width.zeroed_weights(block, of, kept).items():
+            set_parameter(block, name, tensor)
     folder = tmp_path_factory.mktemp("planted") / "model"
     model.save_pretrained(folder)
     return load(folder), dead
@@ -165,7 +165,7 @@ def test_letting_dead_groups_go_changes_nothing(planted: tuple[Teacher, dict[Sit
     mlps = {s: v.tolist() for s, v in scores.items() if s.part == "mlp" and s in dead}
     gone = 3 * 3 * 32 / teacher.anatomy.total("parameters") * 100
     problem = Problem(teacher.anatomy, (Budget.parse(f"{gone * 0.99:.4f}%params"),), group_scores=mlps)
-    (plan,) = settle(SEARCHES["narrow"](problem), lambda ask: [])
+    (plan,) = drive(SEARCHES["narrow"](problem), lambda ask: [])
     assert probe.losses([plan])[0].mean == pytest.approx(0, abs=1e-6)
     assert plan.narrowed
     for each in plan.narrowed:
@@ -179,7 +179,7 @@ def test_saap_keeps_its_ranking_when_a_branch_grows_a_thousandfold(checkpoint: F
     probe = Probe(load(checkpoint("llama")), documents(), "nll")
     branches = {"vector": GROUP_METRICS["taylor_vector"](probe), "element": GROUP_METRICS["taylor_mix"](probe)}
     larger = {**branches, "vector": {site: 1000 * v for site, v in branches["vector"].items()}}
-    one, other = merged(branches, "kendall"), merged(larger, "kendall")
+    one, other = fuse(branches, "kendall"), fuse(larger, "kendall")
     for site in one:
         assert other[site].tolist() == pytest.approx(one[site].tolist(), rel=1e-9)
     # The closed form: s² = mean minimises Σ I/(2 s²) + G log s, here against its neighbours.
@@ -195,7 +195,7 @@ def test_saap_keeps_its_ranking_when_a_branch_grows_a_thousandfold(checkpoint: F
 def test_saap_without_stability_is_plain_fusion(checkpoint: Folder) -> None:
     probe = Probe(load(checkpoint("llama")), documents(), "nll")
     branches = {"vector": GROUP_METRICS["taylor_vector"](probe), "element": GROUP_METRICS["taylor_mix"](probe)}
-    plain, fused = GROUP_METRICS["saap"](probe, stability=0.0), merged(branches, "kendall")
+    plain, fused = GROUP_METRICS["saap"](probe, stability=0.0), fuse(branches, "kendall")
     for site, values in plain.items():
         expected = (fused[site] - fused[site].mean()) / fused[site].std()
         assert values.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
@@ -215,7 +215,7 @@ def test_what_fluctuates_between_mini_batches_goes_first(checkpoint: Folder) -> 
         single = token_set([tuple(tokens.rows[row].tolist())], [0], [0], [str(row)], "row")
         probe = Probe(teacher, single, "nll")
         branches = {"vector": GROUP_METRICS["taylor_vector"](probe), "element": GROUP_METRICS["taylor_mix"](probe)}
-        one.append(merged(branches, "kendall")[site])
+        one.append(fuse(branches, "kendall")[site])
     each = torch.stack(one)
     unrest = each.std(0) / each.mean(0)
     probe = Probe(teacher, tokens, "nll")
@@ -241,9 +241,9 @@ def test_gradients_do_not_change_what_looks_at_activations(
 
 def narrowed(teacher: Teacher, budget: str, scores: Mapping[Site, Any], **options: Any) -> Plan:
     problem = Problem(teacher.anatomy, (Budget.parse(budget),), group_scores=scores)
-    (plan,) = settle(SEARCHES["narrow"](problem, **options), lambda ask: [])
+    (plan,) = drive(SEARCHES["narrow"](problem, **options), lambda ask: [])
     teacher.anatomy.check(plan)
-    assert problem.met(plan)
+    assert problem.is_met(plan)
     return plan
 
 
@@ -300,9 +300,9 @@ def test_uniform_widths_take_no_more_than_is_needed(share: int) -> None:
     scores = {size.site: [float(g) for g in range(len(size.groups))] for size in sites}
 
     def lost(budget: str) -> tuple[int, int]:
-        problem = Problem(Anatomy("llama", 4, sites, Rest(0, 0, 0)), (Budget.parse(budget),), group_scores=scores)
-        plan = settle(SEARCHES["narrow"](problem, uniform=True), lambda ask: [])[-1]
-        counts = {size.site: count for size, count in problem.anatomy.lost(plan)}
+        problem = Problem(Anatomy("llama", 4, sites, Unassigned(0, 0, 0)), (Budget.parse(budget),), group_scores=scores)
+        plan = drive(SEARCHES["narrow"](problem, uniform=True), lambda ask: [])[-1]
+        counts = {size.site: count for size, count in problem.anatomy.narrowed(plan)}
         assert not plan.removed
         found = {part: {counts.get(s.site, 0) for s in sites if s.site.part == part} for part in ("attention", "mlp")}
         return found["attention"].pop() if len(found["attention"]) == 1 else -1, min(found["mlp"])
@@ -325,7 +325,7 @@ def test_heads_are_rounded_by_their_channels(checkpoint: Folder, multiple: int, 
 def test_what_the_search_cannot_do_is_said(checkpoint: Folder) -> None:
     teacher = load(checkpoint("llama"))
     with pytest.raises(UsageError, match="--metric flap"):
-        settle(SEARCHES["narrow"](Problem(teacher.anatomy, (Budget.parse("5%"),))), lambda ask: [])
+        drive(SEARCHES["narrow"](Problem(teacher.anatomy, (Budget.parse("5%"),))), lambda ask: [])
     with pytest.raises(UsageError, match="no number of channels"):
         narrowed(teacher, "5%", rising(teacher), multiple=0)
     few = {Site(0, "mlp"): rising(teacher)[Site(0, "mlp")]}

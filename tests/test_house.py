@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 
-from billhook.registry import Registry, told
+from billhook.registry import Registry, parse_docstring
 
 ROOT = Path(__file__).resolve().parents[1]
 HOUSE = ROOT / "billhook"
@@ -204,7 +204,7 @@ def test_every_registered_method_tells_formula_cost_and_source(family: str, name
     registry: Registry = getattr(module(family), name)
     assert list(registry)
     for name in registry:
-        found = told(registry[name])
+        found = parse_docstring(registry[name])
         missing = [mark for mark in ("formula", "cost", "source") if not found[mark]]
         assert not missing, f"{family} {name!r} lacks {missing} in its docstring"
 

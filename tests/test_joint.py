@@ -18,16 +18,16 @@ import torch
 from test_groups import documents
 
 import billhook
-from billhook.budget import Budget, read_budgets
+from billhook.budget import Budget, parse_budgets
 from billhook.errors import BudgetError, UsageError
 from billhook.execute import Executor
 from billhook.loading import load
 from billhook.metrics import GROUP_METRICS
-from billhook.plan import Anatomy, Ask, GroupSize, Narrow, Part, Plan, Rest, Site, SiteSize
+from billhook.plan import Anatomy, GroupSize, KeptGroups, MeasureRequest, Part, Plan, Site, SiteSize, Unassigned
 from billhook.probe import Probe
 from billhook.problem import Problem
 from billhook.records import Event, Loss
-from billhook.search import SEARCHES, count_losses, kept_groups, restricted, settle
+from billhook.search import SEARCHES, drive, estimate_losses, kept_groups, restricted
 from billhook.store import Store
 
 Folder = Callable[[str], Path]
@@ -42,9 +42,9 @@ def both(budget: str) -> Problem:
         total = groups * each + 5
         site = Site(block, cast(Part, part))
         sizes.append(SiteSize(site, total, 4 * total, groups * kv, 2 * total, 0, tuple(range(groups)), group))
-    anatomy = Anatomy("llama", 3, tuple(sizes), Rest(30, 120, 60))
+    anatomy = Anatomy("llama", 3, tuple(sizes), Unassigned(30, 120, 60))
     scores = {size.site: [float(g) for g in range(len(size.groups))] for size in sizes}
-    return Problem(anatomy, read_budgets(budget), group_scores=scores)
+    return Problem(anatomy, parse_budgets(budget), group_scores=scores)
 
 
 def every_plan(problem: Problem, levels: int) -> Iterator[Plan]:
@@ -52,7 +52,7 @@ def every_plan(problem: Problem, levels: int) -> Iterator[Plan]:
     choices = []
     for size in problem.anatomy.sites:
         left = {size.groups[len(size.groups) * step // levels :] for step in range(levels)}
-        narrower = [Plan(frozenset(), frozenset({Narrow(size.site, kept)})) for kept in left if kept != size.groups]
+        narrower = [Plan(frozenset(), frozenset({KeptGroups(size.site, kept)})) for kept in left if kept != size.groups]
         choices.append([Plan(), *narrower, Plan(frozenset({size.site}))])
     for some in itertools.product(*choices):
         removed = frozenset(site for plan in some for site in plan.removed)
@@ -65,7 +65,7 @@ def dear(problem: Problem, seed: int) -> Callable[[Plan], float]:
     prices = {size.site: (draw.uniform(0.1, 1), draw.uniform(1, 3)) for size in problem.anatomy.sites}
 
     def loss(plan: Plan) -> float:
-        gone = {size.site: count / len(size.groups) for size, count in problem.anatomy.lost(plan)}
+        gone = {size.site: count / len(size.groups) for size, count in problem.anatomy.narrowed(plan)}
         gone |= dict.fromkeys(plan.removed, 1.5)
         return sum(prices[site][0] * share ** prices[site][1] for site, share in gone.items())
 
@@ -73,12 +73,12 @@ def dear(problem: Problem, seed: int) -> Callable[[Plan], float]:
 
 
 def found_by(problem: Problem, loss: Callable[[Plan], float], **options: Any) -> Plan:
-    def measure(ask: Ask) -> list[Loss]:
+    def measure(ask: MeasureRequest) -> list[Loss]:
         return [Loss("kl", (loss(plan),), (1,)) for plan in ask.plans]
 
-    (plan,) = settle(SEARCHES["joint"](problem, **options), measure)
+    (plan,) = drive(SEARCHES["joint"](problem, **options), measure)
     assert problem.anatomy.check(plan) == plan
-    assert problem.met(plan)
+    assert problem.is_met(plan)
     return plan
 
 
@@ -88,7 +88,7 @@ def test_joint_finds_the_optimum_of_losses_that_add_up(budget: str, seed: int) -
     problem = both(budget)
     loss = dear(problem, seed)
     plan = found_by(problem, loss, levels=4)
-    legal = [each for each in every_plan(problem, 4) if problem.met(each) and problem.legal(each)]
+    legal = [each for each in every_plan(problem, 4) if problem.is_met(each) and problem.is_valid(each)]
     assert loss(plan) == pytest.approx(min(map(loss, legal)))
 
 
@@ -116,7 +116,7 @@ def test_joint_ends_where_no_single_step_helps(seed: int) -> None:
     widths = {size.site: len(size.groups) for size in problem.anatomy.sites}
     mine = _left(plan, widths)
     for other in every_plan(problem, 4):
-        if problem.met(other) and problem.legal(other):
+        if problem.is_met(other) and problem.is_valid(other):
             theirs = _left(other, widths)
             steps = [abs(mine[site] - theirs[site]) for site in mine]
             assert sum(steps) > 1 or loss(other) >= loss(plan)
@@ -127,16 +127,18 @@ def test_joint_is_no_worse_than_the_search_that_it_begins_with(seed: int) -> Non
     """Sites that became narrower seem cheap alone and are dear together, so that all narrow is a bad place to begin."""
     problem = both("45%params")
     alone, draw = dear(problem, seed), random.Random(seed)
-    pairs = {frozenset(pair): draw.uniform(0, 0.5) for pair in itertools.combinations(problem.anatomy.alive(), 2)}
+    pairs = {
+        frozenset(pair): draw.uniform(0, 0.5) for pair in itertools.combinations(problem.anatomy.sites_present(), 2)
+    }
 
     def loss(plan: Plan) -> float:
         together = sum(price for pair, price in pairs.items() if pair <= plan.removed)
         return alone(plan) + together + 0.4 * len(plan.narrowed) ** 2
 
-    def measure(ask: Ask) -> list[Loss]:
+    def measure(ask: MeasureRequest) -> list[Loss]:
         return [Loss("kl", (loss(plan),), (1,)) for plan in ask.plans]
 
-    depth = settle(SEARCHES["swap"](problem), measure)[-1]
+    depth = drive(SEARCHES["swap"](problem), measure)[-1]
     found = {start: loss(found_by(problem, loss, levels=4, rounds=1, start=start)) for start in ("none", "swap")}
     assert found["swap"] <= loss(depth)
     assert found["swap"] <= found["none"]
@@ -152,25 +154,25 @@ def test_joint_begins_with_the_same_share_of_every_site_where_that_is_best(ends:
         for b, (part, n, each) in sizes
     )
     scores = {size.site: [float(g) for g in range(len(size.groups))] for size in sites}
-    problem = Problem(Anatomy("llama", 8, sites, Rest(0, 0, 0)), read_budgets("12%params"), group_scores=scores)
+    problem = Problem(Anatomy("llama", 8, sites, Unassigned(0, 0, 0)), parse_budgets("12%params"), group_scores=scores)
 
     def loss(plan: Plan) -> float:
-        lost = {size.site: count / len(size.groups) for size, count in problem.anatomy.lost(plan)}
+        lost = {size.site: count / len(size.groups) for size, count in problem.anatomy.narrowed(plan)}
         lost |= dict.fromkeys(plan.removed, 1.0)
         shares = [lost.get(size.site, 0.0) for size in sites if not ends or 4 <= size.site.block < 6]
         outside = sum(share for site, share in lost.items() if ends and not 4 <= site.block < 6)
         return max(shares) - min(shares) + sum(share**2 for share in shares) / 100 + 10 * outside
 
     some = restricted(problem, "mix", 4, 2) if ends else problem
-    even = settle(SEARCHES["narrow"](some, uniform=True), lambda ask: [])[-1]
-    assert len({size.site.block for size, _ in problem.anatomy.lost(even)}) == (2 if ends else 8)
+    even = drive(SEARCHES["narrow"](some, uniform=True), lambda ask: [])[-1]
+    assert len({size.site.block for size, _ in problem.anatomy.narrowed(even)}) == (2 if ends else 8)
     assert found_by(problem, loss, start="none", rounds=0) == even
 
 
 def test_joint_narrows_where_whole_sites_cannot_go() -> None:
     problem = both("20%params")
-    attentions = frozenset(site for site in problem.anatomy.alive() if site.part == "attention")
-    some = replace(problem, protected=attentions, budgets=read_budgets("48%params"))
+    attentions = frozenset(site for site in problem.anatomy.sites_present() if site.part == "attention")
+    some = replace(problem, protected=attentions, budgets=parse_budgets("48%params"))
     plan = found_by(some, dear(some, 0), levels=4)
     assert plan.narrowed
     with pytest.raises(BudgetError):
@@ -197,8 +199,8 @@ def test_joint_takes_what_the_model_does_not_need(checkpoint: Folder) -> None:
     free = sum(weight.shape[1] for weight in (dead,)) + 3 * 12
     share = free * 3 * 32 / teacher.anatomy.total("parameters")
     problem = Problem(teacher.anatomy, (Budget.parse(f"{math.floor(share * 100)}%params"),), group_scores=scores)
-    (plan,) = settle(SEARCHES["joint"](problem, levels=4), Executor(probe))
-    assert problem.met(plan)
+    (plan,) = drive(SEARCHES["joint"](problem, levels=4), Executor(probe))
+    assert problem.is_met(plan)
     assert probe.losses([plan])[0].mean == pytest.approx(0, abs=1e-6)
     assert Site(1, "mlp") in plan.removed
 
@@ -225,16 +227,16 @@ def test_joint_says_at_most_how_many_losses_it_asks_for(seed: int, start: str) -
     problem, asked = both("30%params"), set[tuple[Plan, int | None]]()
     worth = dear(problem, seed)
 
-    def measure(ask: Ask) -> list[Loss]:
+    def measure(ask: MeasureRequest) -> list[Loss]:
         asked.update((plan, ask.tokens) for plan in ask.plans)
         return [Loss("", (worth(plan),), (1,)) for plan in ask.plans]
 
     options: dict[str, Any] = {"start": start, "levels": 4, "rounds": 2}
-    settle(SEARCHES["joint"](problem, **options), measure)
-    most = count_losses("joint", replace(problem, group_scores={}), **options)
+    drive(SEARCHES["joint"](problem, **options), measure)
+    most = estimate_losses("joint", replace(problem, group_scores={}), **options)
     assert most is not None
     assert len(asked) <= most <= 2 * len(asked)
-    assert count_losses("narrow", problem) == 0
+    assert estimate_losses("narrow", problem) == 0
 
 
 def test_losses_of_a_large_model_are_counted_at_once() -> None:
@@ -250,10 +252,12 @@ def test_losses_of_a_large_model_are_counted_at_once() -> None:
             SiteSize(site, total, 2 * total, 8 * group.kv_bytes_per_token, 2 * total, 0, tuple(range(groups)), group)
         )
     problem = Problem(
-        Anatomy("llama", 80, tuple(sizes), Rest(10**9, 2 * 10**9, 10**9)), read_budgets("20%params"), group_scores={}
+        Anatomy("llama", 80, tuple(sizes), Unassigned(10**9, 2 * 10**9, 10**9)),
+        parse_budgets("20%params"),
+        group_scores={},
     )
     start = time.process_time()
-    most = count_losses("joint", problem)
+    most = estimate_losses("joint", problem)
     assert time.process_time() - start < 0.25  # measured: 0.02 s
     assert most is not None
     assert 5_000 < most < 50_000

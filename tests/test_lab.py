@@ -18,7 +18,7 @@ from test_cli import fits
 import billhook
 from billhook.errors import BudgetError, RecipeError, UsageError
 from billhook.plan import Plan
-from billhook.recipe import OURS, Recipe, combined, recipe_from, recipe_names
+from billhook.recipe import BUILTIN, Recipe, parse_recipe, recipe_names, with_overrides
 from billhook.store import Store
 
 SMALL = {"tokens": 240, "length": 24, "eval_tokens": 480, "eval_length": 24}
@@ -70,12 +70,12 @@ def test_one_recipe_a_paper_and_our_own() -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_survives_yaml_and_says_what_it_is(name: str, tmp_path: Path) -> None:
-    recipe = recipe_from(combined(name))
+    recipe = parse_recipe(with_overrides(name))
     assert len(recipe.about) > 60
     assert name == "billhook" or "arXiv 2" in recipe.about
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())
-    assert recipe_from(combined(tmp_path / "again.yaml")) == recipe
-    assert yaml.safe_load((OURS / f"{name}.yaml").read_text()).keys() <= Recipe.model_fields.keys()
+    assert parse_recipe(with_overrides(tmp_path / "again.yaml")) == recipe
+    assert yaml.safe_load((BUILTIN / f"{name}.yaml").read_text()).keys() <= Recipe.model_fields.keys()
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -86,9 +86,9 @@ def test_a_recipe_runs_from_anywhere(
     healed = {"recover_data": str(texts), "recover_tokens": 640, "recover_length": 32}
     result = billhook.prune(str(six), recipe=name, data=str(texts), **(SMALL | healed | FEW.get(name, {})))
     assert result["plan"]["removed"] or result["plan"]["narrowed"]
-    assert [told["recovery"] for told in result["recoveries"]] == list(recipe_from(combined(name)).recoveries)
+    assert [told["recovery"] for told in result["recoveries"]] == list(parse_recipe(with_overrides(name)).recoveries)
     assert result["recipe"]["about"]
-    kept = Plan.of(result["plan"]["removed"])
+    kept = Plan.parse(result["plan"]["removed"])
     blocks = {"shortgpt", "sleb", "uidl", "replaceme", "partial"}
     if name in blocks or name.startswith("shortened-llama"):
         assert len(kept.blocks()) * 2 == len(kept.removed), "whole blocks"
@@ -106,15 +106,15 @@ def test_a_recipe_runs_from_anywhere(
 
 
 def test_what_is_typed_overrules_a_recipe_and_a_new_target_its_own() -> None:
-    values = combined("finercut", plan="mlp.1", tokens=64)
+    values = with_overrides("finercut", plan="mlp.1", tokens=64)
     assert (values["plan"], values["tokens"], "remove" in values) == ("mlp.1", 64, False)
-    assert recipe_from(values).loss == "finercut_js"
-    assert recipe_from(combined("sleb", remove="2blocks")).remove == "2blocks"
+    assert parse_recipe(values).loss == "finercut_js"
+    assert parse_recipe(with_overrides("sleb", remove="2blocks")).remove == "2blocks"
 
 
 def test_a_recipe_that_is_not_there_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match=r"no recipe finercutt\. Did you mean finercut\?"):
-        combined("finercutt")
+        with_overrides("finercutt")
 
 
 # -- sweep ----------------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_calibration_text_is_an_axis(six: Path, texts: Path, tmp_path: Path) -> 
 
 
 def test_a_trade_is_a_matrix_of_tasks(model: Path, tasks: list[Path], texts: Path, tmp_path: Path) -> None:
-    told = billhook.trade(
+    told = billhook.transfer(
         str(model), [str(t) for t in tasks], remove="25%sites", items=15, data=str(texts), out=tmp_path / "lab",
         store=tmp_path / "runs.db", **SMALL,
     )  # fmt: skip
@@ -248,7 +248,7 @@ def test_a_trade_is_a_matrix_of_tasks(model: Path, tasks: list[Path], texts: Pat
             assert against["low"] <= against["value"] <= against["high"]
     assert all(value["value"] == 0 for value in (r["against_text"] for r in told["rows"][0]["results"].values()))
     with pytest.raises(UsageError, match="no task to trade"):
-        billhook.trade(str(model), [], remove="25%sites")
+        billhook.transfer(str(model), [], remove="25%sites")
 
 
 def test_a_sweep_over_recipes_that_write_more_or_less_themselves(model: Path, texts: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_the_table_of_a_sweep_has_every_row_and_number(name: str) -> None:
     result = SWEEPS[name]
     told = cells(lab_page.sweep_page(result))
     assert len(told) == len(result["rows"])
-    for line, row in zip(told, lab_words.ordered(result), strict=True):
+    for line, row in zip(told, lab_words.sorted_rows(result), strict=True):
         sizes = [size for size in ("parameters", "kv_bytes_per_token", "ns_per_token") if result["sizes"][size]]
         wanted = [row["recipe"], None, row["remove"]]
         wanted += [f"{row['sizes'][size] / result['sizes'][size]:.1%}" for size in sizes]
@@ -79,16 +79,18 @@ def test_the_table_of_a_sweep_has_every_row_and_number(name: str) -> None:
         for text in lab_words.texts_of(result):
             each = row["results"][text]
             known = each["value"] < 1e300
-            wanted.append(f"{summary.short(each['value'])}|{summary.short(each['low'])}–{summary.short(each['high'])}")
+            wanted.append(
+                f"{summary.format_number(each['value'])}|{summary.format_number(each['low'])}–{summary.format_number(each['high'])}"
+            )
             wanted[-1] = wanted[-1] if known else "over 1e304"
             gap = each["above_best"]
-            far = lab_words.nats(gap["value"]) + (" |not told apart|" if gap["low"] <= 0 else "")
-            ends = f"{lab_words.nats(gap['low'])} to {lab_words.nats(gap['high'])}"
+            far = lab_words.format_nats(gap["value"]) + (" |not told apart|" if gap["low"] <= 0 else "")
+            ends = f"{lab_words.format_nats(gap['low'])} to {lab_words.format_nats(gap['high'])}"
             wanted.append("–" if name == "one row" else "best" if gap["high"] == 0 else f"{far}|{ends}")
         for task in lab_words.tasks_of(result):
             each = row["results"][task]
             wanted.append(f"{each['value']:.1%}|{100 * each['low']:.1f}–{each['high']:.1%}")
-        wanted += [summary.duration(row["search_seconds"]), summary.short(row["site_evaluations"])]
+        wanted += [summary.format_duration(row["search_seconds"]), summary.format_number(row["site_evaluations"])]
         assert len(line) == len(wanted)
         for cell, want in zip(line, wanted, strict=True):
             assert want is None or cell == want
@@ -96,27 +98,27 @@ def test_the_table_of_a_sweep_has_every_row_and_number(name: str) -> None:
 
 
 def test_the_rows_are_in_order_of_size_calibration_and_loss() -> None:
-    rows = lab_words.ordered(SWEEPS["two"])
+    rows = lab_words.sorted_rows(SWEEPS["two"])
     order = [(r["remove"], r["data"] != "/data/wiki.jsonl", r["results"]["/data/wiki.jsonl"]["nats"]) for r in rows]
     assert order == sorted(order)
 
 
 def test_the_verdict_counts_comparisons() -> None:
     result = SWEEPS["two"]
-    groups = lab_words.comparisons(result)
+    groups = lab_words.grouped_gaps(result)
     assert len(groups) == 3 * 2 * 2
-    verdict = lab_words.sweep_verdict(result)
+    verdict = lab_words.sweep_headline(result)
     name = verdict.split(" has the lowest")[0]
     assert f"in {sum(group[0][0] == name for group in groups)} of 12 comparisons" in verdict
-    alone = lab_words.sweep_verdict(SWEEPS["one row"])
+    alone = lab_words.sweep_headline(SWEEPS["one row"])
     change = one_row()["rows"][0]["results"]["wiki.jsonl"]["change"]
     assert f"perplexity ×{math.exp(change):.2f} on wiki.jsonl" in alone
-    assert lab_words.sweep_verdict(SWEEPS["refused"]).startswith("Nothing was compared: 2 combinations")
-    single = lab_words.sweep_verdict(a_sweep(1, FEW, ("25%sites",), ("wiki.jsonl",)))
+    assert lab_words.sweep_headline(SWEEPS["refused"]).startswith("Nothing was compared: 2 combinations")
+    single = lab_words.sweep_headline(a_sweep(1, FEW, ("25%sites",), ("wiki.jsonl",)))
     assert re.match(
         r"Of 3 recipes, \S+ has the lowest perplexity, (clear of all others|not told apart from .*)\.", single
     )
-    assert "nan" not in lab_words.sweep_verdict(SWEEPS["uncertain"])
+    assert "nan" not in lab_words.sweep_headline(SWEEPS["uncertain"])
 
 
 def test_what_is_not_known_is_said() -> None:
@@ -130,11 +132,11 @@ def test_what_is_not_known_is_said() -> None:
 
 
 def test_names_are_short_where_they_differ() -> None:
-    assert lab_words.named(["/a/wiki.jsonl", "self", "/b/c4.txt+self"]) == {
+    assert lab_words.short_names(["/a/wiki.jsonl", "self", "/b/c4.txt+self"]) == {
         "/a/wiki.jsonl": "wiki.jsonl", "self": "self", "/b/c4.txt+self": "c4.txt+self"
     }  # fmt: skip
-    assert list(lab_words.named(["/a/t.jsonl", "/b/t.jsonl"]).values()) == ["/a/t.jsonl", "/b/t.jsonl"]
-    assert lab_words.shown("a\x1b[31m\u202eb") == "a�[31m�b"
+    assert list(lab_words.short_names(["/a/t.jsonl", "/b/t.jsonl"]).values()) == ["/a/t.jsonl", "/b/t.jsonl"]
+    assert lab_words.printable("a\x1b[31m\u202eb") == "a�[31m�b"
 
 
 @pytest.mark.parametrize("recipes", [OURS, [f"mine-{i}" for i in range(30)], ["one"], [f"r{i}" for i in range(64)]])
@@ -150,24 +152,26 @@ def test_no_two_recipes_look_the_same(recipes: list[str]) -> None:
 @pytest.mark.parametrize("tasks", [("arc",), ("arc", "piqa", "boolq"), tuple(f"task{i}" for i in range(7))])
 def test_the_page_of_a_trade_has_every_number(tasks: tuple[str, ...]) -> None:
     result = a_trade(len(tasks), tasks)
-    page = lab_page.trade_page(result)
+    page = lab_page.transfer_page(result)
     pairs = [(row, task) for row in result["rows"] for task in tasks]
     pale = 0
     for row, task in pairs:
         told = row["results"][task]
-        assert f">{lab_words.points(told['change'])}<small>" in page
-        assert f"{lab_words.points(told['change_low'])} to {lab_words.points(told['change_high'])}" in page
+        assert f">{lab_words.format_points(told['change'])}<small>" in page
+        assert (
+            f"{lab_words.format_points(told['change_low'])} to {lab_words.format_points(told['change_high'])}" in page
+        )
         assert f"{told['value']:.1%}" in page
         pale += told["change_low"] <= 0 <= told["change_high"]
         if row["pruned_for"] != "text":
-            assert f">{lab_words.points(told['against_text']['value'])}<small>" in page
+            assert f">{lab_words.format_points(told['against_text']['value'])}<small>" in page
             pale += told["against_text"]["low"] <= 0 <= told["against_text"]["high"]
     kinds = [set((about.get("class") or "").split()) for tag, about in Elements(page).found if tag == "td"]
     assert sum("pale" in kind for kind in kinds) == pale
     assert sum("own" in kind for kind in kinds) == 2 * len(tasks)
     assert all(f"{each['value']:.1%}" in page for each in result["teacher"].values())
     own = sum(row["results"][row["pruned_for"]]["against_text"]["low"] > 0 for row in result["rows"][1:])
-    assert f"in {own} of {summary.count(len(tasks), 'case')}" in lab_words.trade_verdict(result)
+    assert f"in {own} of {summary.pluralize(len(tasks), 'case')}" in lab_words.transfer_headline(result)
 
 
 @pytest.mark.parametrize(("sizes", "sets"), [((256,), 2), ((256, 1024, 4096), 5)])
@@ -185,7 +189,7 @@ def test_the_page_of_a_study_of_stability_counts_sites(sizes: tuple[int, ...], s
         assert len(kept) - kept.count("none") == len(sites)
     drawn = next(json.loads(about["data-numbers"] or "") for _, about in found if "data-numbers" in about)
     assert drawn["overlap_low"] == [size["overlap"]["low"] for size in result["sizes"]]
-    assert lab_words.stability_verdict(result).count("tokens") == len(sizes[:2])
+    assert lab_words.stability_headline(result).count("tokens") == len(sizes[:2])
 
 
 def test_hostile_strings_stay_strings() -> None:
@@ -194,7 +198,7 @@ def test_hostile_strings_stay_strings() -> None:
     stable["data"]["source"] = HOSTILE
     pairs = [
         (lab_page.sweep_page(a_sweep(3, FEW)), lab_page.sweep_page(attacked(3))),
-        (lab_page.trade_page(a_trade(1, ("a", "b"))), lab_page.trade_page(trade)),
+        (lab_page.transfer_page(a_trade(1, ("a", "b"))), lab_page.transfer_page(trade)),
         (lab_page.stability_page(a_stability(1)), lab_page.stability_page(stable)),
     ]
     for safe, page in pairs:
@@ -202,7 +206,7 @@ def test_hostile_strings_stay_strings() -> None:
         ours, theirs = Elements(safe), Elements(page)
         for tag in ("script", "img", "style", "iframe", "link", "meta"):
             assert [t for t, _ in ours.found].count(tag) == [t for t, _ in theirs.found].count(tag)
-        assert lab_words.shown(HOSTILE) in theirs.text
+        assert lab_words.printable(HOSTILE) in theirs.text
 
 
 def test_few_texts_and_few_items_are_told_apart() -> None:
@@ -210,7 +214,7 @@ def test_few_texts_and_few_items_are_told_apart() -> None:
         "teacher": {"/d/wiki.jsonl": {"kind": "perplexity"}, "/d/arc.jsonl": {"kind": "accuracy"}},
         "rows": [{"results": {"/d/wiki.jsonl": {"reliable": False}, "/d/arc.jsonl": {"reliable": False}}}],
     }
-    assert lab_words.unreliable(result) == [
+    assert lab_words.reliability_notes(result) == [
         "The intervals on wiki.jsonl rest on few texts and are not reliable.",
         "The intervals on arc.jsonl rest on few items and are not reliable.",
     ]
@@ -228,19 +232,19 @@ def test_a_terminal_of_80_columns_shows_it(
     kind: str, result: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    terminal.show(result, kind)
+    terminal.print_result(result, kind)
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines if not line.startswith("Page: ")) <= 80
-    assert lines[-1] == f"Page: {lab_words.shown(result['page'])}"
+    assert lines[-1] == f"Page: {lab_words.printable(result['page'])}"
     drawn = "\n".join(lines)
     if kind == "sweep" and result["model"] != HOSTILE:
         for row in result["rows"]:
             assert row["recipe"] in drawn  # not even the longest name is broken
             for on, told in row["results"].items():
                 text = on in lab_words.texts_of(result)
-                assert (lab_words.perplexity(told["value"]) if text else f"{100 * told['value']:.1f}") in drawn
+                assert (lab_words.format_perplexity(told["value"]) if text else f"{100 * told['value']:.1f}") in drawn
     del result["page"]
-    terminal.show(result, kind)
+    terminal.print_result(result, kind)
     assert "Page:" not in capsys.readouterr().out
     result["page"] = "back"
 
@@ -252,7 +256,7 @@ def test_a_terminal_of_80_columns_shows_it(
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     pages = {name: lab_page.sweep_page(result) for name, result in SWEEPS.items()}
-    pages["trade"] = lab_page.trade_page(a_trade(1, ("arc", "piqa", "boolq", f"lang-{'x' * 60}", HOSTILE)))
+    pages["trade"] = lab_page.transfer_page(a_trade(1, ("arc", "piqa", "boolq", f"lang-{'x' * 60}", HOSTILE)))
     pages["stability"] = lab_page.stability_page(a_stability(1))
     told = {name: folder / f"{name.replace(' ', '-')}.html" for name in pages}
     for name, page in pages.items():

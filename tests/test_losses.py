@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from billhook.losses import COUNTS_TARGETS, LOSSES, NEVER_NEGATIVE, ROTATION_FREE, bucketed, top_count
+from billhook.losses import COUNTS_TARGETS, LOSSES, NEVER_NEGATIVE, ROTATION_FREE, top_count, topk_and_rest
 
 NONE = torch.zeros(6, dtype=torch.int64)
 LOGITS = st.builds(
@@ -93,7 +93,7 @@ def test_a_shift_of_all_logits_changes_no_distribution(loss: str, logits: torch.
 def test_topk_kl_rises_with_k_to_kl(logits: torch.Tensor) -> None:
     p, q = logits
     order, full = p.argsort(-1, descending=True), value("kl", p, q)
-    by_k = [value("kl", bucketed(p, order[:, :k]), bucketed(q, order[:, :k])) for k in range(p.shape[-1])]
+    by_k = [value("kl", topk_and_rest(p, order[:, :k]), topk_and_rest(q, order[:, :k])) for k in range(p.shape[-1])]
     room = 1e-5 * (1 + full)
     assert by_k[0].abs().max() < 1e-6, "all words in one bucket"
     for fewer, more in zip(by_k, [*by_k[1:], full], strict=True):
@@ -106,7 +106,7 @@ def test_topk_kl_tells_512_words_apart_and_always_leaves_some() -> None:
     assert [top_count(words) for words in (1, 2, 7, 1023, 1024, 150_000)] == [0, 1, 3, 511, 512, 512]
     p, q = torch.randn(2, 3, 3000, generator=torch.Generator().manual_seed(0)) * 2
     top = p.topk(512).indices
-    torch.testing.assert_close(value("topk_kl", p, q), value("kl", bucketed(p, top), bucketed(q, top)))
+    torch.testing.assert_close(value("topk_kl", p, q), value("kl", topk_and_rest(p, top), topk_and_rest(q, top)))
     moved = q.clone().scatter_(-1, top, q.gather(-1, top) - 1)  # probability that leaves the top k is seen
     assert (value("topk_kl", p, moved) > value("topk_kl", p, q)).all()
 

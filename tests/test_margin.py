@@ -47,7 +47,7 @@ def test_a_student_that_is_worse_by_the_same_everywhere_is_within_exactly_up_to_
     teacher = [count * draw.uniform(2, 4) for count in counts]
     student = [nats + count * rise for nats, count in zip(teacher, counts, strict=True)]
     for percent in (1, 3, 7):
-        kept = Margin.parse(f"{percent}%ppl").judge(result("p", teacher, counts), result("p", student, counts))
+        kept = Margin.parse(f"{percent}%ppl").check(result("p", teacher, counts), result("p", student, counts))
         assert kept.lost.value == pytest.approx(rise, abs=1e-9)
         if abs(rise - math.log1p(percent / 100)) > 1e-9:
             assert kept.within == (rise < math.log1p(percent / 100))
@@ -61,7 +61,7 @@ def test_what_counts_is_the_upper_end_and_not_the_mean() -> None:
     for n in (200, 20_000):
         teacher = [1.0] * n
         student = [0.0 if i % 100 == 0 else 1.0 for i in range(n)]
-        kept = margin.judge(result("acc", teacher), result("acc", student))
+        kept = margin.check(result("acc", teacher), result("acc", student))
         assert kept.in_units("pp").value == pytest.approx(1.0)
         verdicts.append(kept.within)
     assert verdicts == [False, True]
@@ -69,7 +69,7 @@ def test_what_counts_is_the_upper_end_and_not_the_mean() -> None:
 
 def test_a_better_student_is_within_any_margin() -> None:
     teacher, student = [0.0, 1.0] * 50, [1.0] * 100
-    kept = Margin.parse("0pp:x").judge(result("acc", teacher), result("acc", student))
+    kept = Margin.parse("0pp:x").check(result("acc", teacher), result("acc", student))
     assert kept.within
     assert kept.lost.value == -0.5
 
@@ -80,5 +80,5 @@ def test_the_confidence_is_one_sided() -> None:
     margin = Margin.parse("5%ppl")
     for _ in range(400):
         student = [math.log(1.05) + draw.gauss(0, 0.1) for _ in range(50)]
-        wrong += margin.judge(result("p", [0.0] * 50), result("p", student)).within
+        wrong += margin.check(result("p", [0.0] * 50), result("p", student)).within
     assert 5 <= wrong <= 40, wrong

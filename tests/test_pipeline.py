@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file
 
 import billhook
-from billhook.data import Wanted, token_sets
+from billhook.data import TextSpec, token_sets
 from billhook.errors import ResourceError, UsageError
 from billhook.mask import masked
 from billhook.plan import Plan
-from billhook.records import Event, Watch
+from billhook.records import Event, EventListener
 from billhook.speed import peak_bytes
 from billhook.store import Store
 
@@ -51,7 +51,7 @@ def result(model: Path, text: Path, home: Path, events: list[Event]) -> dict[str
 
 def perplexity(model: Any, text: Path, teacher: Any) -> float:
     """Written out: every held-out row alone, float64."""
-    wanted = Wanted(str(text), None, "text", 240, 24, 600, 32, 0)
+    wanted = TextSpec(str(text), None, "text", 240, 24, 600, 32, 0)
     _, tokens = token_sets(wanted, teacher.model, teacher.tokenizer)
     nll, count = 0.0, 0
     for row, length in zip(tokens.rows, tokens.lengths, strict=True):
@@ -64,8 +64,8 @@ def perplexity(model: Any, text: Path, teacher: Any) -> float:
 
 def test_the_figures_are_those_of_the_saved_folder(result: dict[str, Any], model: Path, text: Path) -> None:
     teacher, student = billhook.load(model), billhook.load(result["out"])
-    assert student.removed.names() == result["plan"]["removed"]
-    assert len(student.removed.removed) == 3
+    assert student.removed_earlier.names() == result["plan"]["removed"]
+    assert len(student.removed_earlier.removed) == 3
     for who, loaded in (("teacher", teacher), ("student", student)):
         assert result["perplexity"][who] == pytest.approx(perplexity(loaded.model, text, teacher), rel=1e-5)
         assert result["parameters"][who] == sum(p.numel() for p in loaded.model.parameters())
@@ -81,7 +81,7 @@ def test_the_figures_are_those_of_the_saved_folder(result: dict[str, Any], model
 
 def test_the_steps_are_those_of_a_greedy_search_by_hand(result: dict[str, Any], model: Path, text: Path) -> None:
     teacher = billhook.load(model)
-    tokens, _ = token_sets(Wanted(str(text), None, "text", 240, 24, 600, 32, 0), teacher.model, teacher.tokenizer)
+    tokens, _ = token_sets(TextSpec(str(text), None, "text", 240, 24, 600, 32, 0), teacher.model, teacher.tokenizer)
     ids = torch.stack([row for row, n in zip(tokens.rows, tokens.lengths, strict=True) if n == 24])
     assert len(ids) == len(tokens.lengths), "rows of one length, so that the mean is over all positions"
     with torch.inference_mode():
@@ -94,7 +94,7 @@ def test_the_steps_are_those_of_a_greedy_search_by_hand(result: dict[str, Any], 
 
     plan = Plan()
     for step in result["steps"]:
-        tried = {site: kl(plan.without(site)) for site in teacher.anatomy.alive() if site not in plan.removed}
+        tried = {site: kl(plan.without(site)) for site in teacher.anatomy.sites_present() if site not in plan.removed}
         ranked = sorted(tried, key=lambda site: tried[site])
         assert step["sites"] == [str(ranked[0])]
         assert step["loss"] == pytest.approx(tried[ranked[0]], rel=1e-4)
@@ -292,7 +292,7 @@ def test_killed_at_any_moment_it_goes_on_and_measures_nothing_twice(
     )  # fmt: skip
 
 
-def interrupt_at(stage: str, done: int) -> Watch:
+def interrupt_at(stage: str, done: int) -> EventListener:
     def watch(event: Event) -> None:
         if event.stage == stage and event.done >= done:
             raise KeyboardInterrupt

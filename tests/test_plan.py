@@ -13,10 +13,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from billhook.budget import UNITS, Budget, read_budgets
+from billhook.budget import UNITS, Budget, parse_budgets
 from billhook.errors import BudgetError, PlanError
-from billhook.plan import PARTS, Anatomy, Plan, Rest, Site, SiteSize
-from billhook.problem import Move, Problem, protection
+from billhook.plan import PARTS, Anatomy, Plan, Site, SiteSize, Unassigned
+from billhook.problem import Move, Problem, parse_protection
 
 NOTHING = Plan()
 MEASURES = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token", "ns_per_token")
@@ -30,7 +30,7 @@ def anatomy_of(parameters: dict[Site, int], blocks: int, rest: int = 7) -> Anato
         SiteSize(s, n, 2 * n + 1, 1 + n % 3 if s.part == "attention" else 0, 5 * n, 400_001 * n)
         for s, n in sorted(parameters.items())
     )
-    return Anatomy("tiny", blocks, tuple(sizes), Rest(rest, 2 * rest, 11, 1, 900_000))
+    return Anatomy("tiny", blocks, tuple(sizes), Unassigned(rest, 2 * rest, 11, 1, 900_000))
 
 
 def plain(blocks: int, attention: int = 4, mlp: int = 9, rest: int = 7) -> Anatomy:
@@ -89,7 +89,7 @@ def subsets(sites: tuple[Site, ...]) -> list[Plan]:
 
 def allowed(problem: Problem, plan: Plan) -> bool:
     """One of each part stays, and everything protected."""
-    left = set(problem.anatomy.alive()) - plan.removed
+    left = set(problem.anatomy.sites_present()) - plan.removed
     return {s.part for s in left} == set(PARTS) and not plan.removed & problem.protected
 
 
@@ -99,8 +99,8 @@ def worth(anatomy: Anatomy, unit: str, plan: Plan) -> int:
     if unit in FIELDS:
         return sum(getattr(size, FIELDS[unit]) for size in gone)
     if unit == "blocks":
-        before = {s.block for s in anatomy.alive()}
-        return len(before) - len({s.block for s in anatomy.alive() if s not in plan.removed})
+        before = {s.block for s in anatomy.sites_present()}
+        return len(before) - len({s.block for s in anatomy.sites_present() if s not in plan.removed})
     return sum(unit in ("sites", size.site.part) for size in gone)
 
 
@@ -109,7 +109,7 @@ def enough(anatomy: Anatomy, budget: Budget, plan: Plan) -> bool:
     spent, fine = worth(anatomy, budget.unit, plan), 10**6 if budget.unit == "ms" else 1
     if not budget.share:
         return spent >= budget.amount * fine
-    everything = worth(anatomy, budget.unit, Plan(frozenset(anatomy.alive())))
+    everything = worth(anatomy, budget.unit, Plan(frozenset(anatomy.sites_present())))
     if budget.unit in FIELDS:
         everything += getattr(anatomy.rest, FIELDS[budget.unit])
     return 100 * spent >= budget.amount * everything
@@ -118,7 +118,7 @@ def enough(anatomy: Anatomy, budget: Budget, plan: Plan) -> bool:
 def groups_of(problem: Problem, plan: Plan = NOTHING) -> list[Move]:
     """What may go at once: blocks where a budget counts blocks, else the sites that a budget counts. By hand."""
     anatomy, units = problem.anatomy, [budget.unit for budget in problem.budgets]
-    left = [s for s in anatomy.alive() if s not in plan.removed]
+    left = [s for s in anatomy.sites_present() if s not in plan.removed]
     if "blocks" in units:
         whole = [tuple(s for s in left if s.block == b) for b in range(anatomy.blocks)]
         return [block for block in whole if block]
@@ -189,7 +189,7 @@ def test_keys_are_equal_exactly_when_plans_are(a: set[Site], b: set[Site]) -> No
 @given(st.sets(SITES))
 def test_a_plan_survives_json_by_its_names(sites: set[Site]) -> None:
     plan = Plan(frozenset(sites))
-    assert Plan.of(json.loads(json.dumps(plan.names()))) == plan
+    assert Plan.parse(json.loads(json.dumps(plan.names()))) == plan
 
 
 def test_without_leaves_the_plan_as_it_was() -> None:
@@ -200,7 +200,7 @@ def test_without_leaves_the_plan_as_it_was() -> None:
 
 def test_a_plan_refuses_a_site_that_is_named_twice() -> None:
     with pytest.raises(PlanError, match=r"names mlp\.2 more than once.*Name every site once"):
-        Plan.of(["mlp.2", "attention.2", "mlp:2"])
+        Plan.parse(["mlp.2", "attention.2", "mlp:2"])
 
 
 @given(st.sets(st.builds(Site, st.integers(0, 5), st.sampled_from(PARTS))))
@@ -214,7 +214,7 @@ def test_blocks_are_those_that_lost_both_sites(sites: set[Site]) -> None:
 
 @given(anatomies(), st.data())
 def test_what_goes_and_what_stays_add_up(anatomy: Anatomy, data: st.DataObject) -> None:
-    plan = data.draw(st.sampled_from(subsets(anatomy.alive())))
+    plan = data.draw(st.sampled_from(subsets(anatomy.sites_present())))
     for what in MEASURES:
         gone = sum(getattr(size, what) for size in anatomy.sites if size.site in plan.removed)
         everything = sum(getattr(size, what) for size in anatomy.sites)
@@ -224,7 +224,7 @@ def test_what_goes_and_what_stays_add_up(anatomy: Anatomy, data: st.DataObject) 
 
 @given(problems())
 def test_check_refuses_exactly_what_must_stay(problem: Problem) -> None:
-    for plan in subsets(problem.anatomy.alive()):
+    for plan in subsets(problem.anatomy.sites_present()):
         if allowed(problem, plan):
             assert problem.anatomy.check(plan, problem.protected) is plan
         else:
@@ -235,12 +235,12 @@ def test_check_refuses_exactly_what_must_stay(problem: Problem) -> None:
 def test_check_says_what_was_wrong_and_what_to_do() -> None:
     half = anatomy_of({Site(0, "attention"): 1, Site(0, "mlp"): 1, Site(2, "attention"): 1, Site(2, "mlp"): 1}, 3)
     cases = [
-        (Plan.of(["attention.3"]), frozenset(), r"no attention\.3.*blocks 0 to 2"),
+        (Plan.parse(["attention.3"]), frozenset(), r"no attention\.3.*blocks 0 to 2"),
         (Plan(frozenset({Site(-1, "mlp")})), frozenset(), r"no mlp\.-1.*blocks 0 to 2"),
-        (Plan.of(["mlp.1"]), frozenset(), r"mlp\.1 is already gone.*billhook inspect"),
-        (Plan.of(["mlp.2"]), frozenset({Site(2, "mlp")}), r"removes mlp\.2, which --protect keeps\. Change one"),
-        (Plan.of(["mlp.0", "mlp.2"]), frozenset(), r"every mlp site\. At least one of each kind must stay"),
-        (Plan.of(["attention.0", "attention.2"]), frozenset(), r"every attention site"),
+        (Plan.parse(["mlp.1"]), frozenset(), r"mlp\.1 is already gone.*billhook inspect"),
+        (Plan.parse(["mlp.2"]), frozenset({Site(2, "mlp")}), r"removes mlp\.2, which --protect keeps\. Change one"),
+        (Plan.parse(["mlp.0", "mlp.2"]), frozenset(), r"every mlp site\. At least one of each kind must stay"),
+        (Plan.parse(["attention.0", "attention.2"]), frozenset(), r"every attention site"),
     ]
     for plan, protected, message in cases:
         with pytest.raises(PlanError, match=message):
@@ -309,7 +309,7 @@ def test_a_share_is_written_as_it_is_read(number: object, unit: str) -> None:
 
 @given(st.lists(budgets(), min_size=1, max_size=4, unique_by=lambda budget: budget.unit))
 def test_several_budgets_are_read_as_they_are_written(several: list[Budget]) -> None:
-    assert read_budgets(" , ".join(map(str, several))) == tuple(several)
+    assert parse_budgets(" , ".join(map(str, several))) == tuple(several)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_several_budgets_are_read_as_they_are_written(several: list[Budget]) -> 
 )
 def test_several_budgets_that_cannot_be_read_say_what_to_write(text: str, message: str) -> None:
     with pytest.raises(BudgetError, match=message):
-        read_budgets(text)
+        parse_budgets(text)
 
 
 @pytest.mark.parametrize(
@@ -359,26 +359,26 @@ def test_a_budget_that_cannot_be_read_says_what_to_write(text: str, message: str
 @given(anatomies(), budgets())
 @settings(deadline=None)
 def test_needed_spent_and_met_agree_with_counting(anatomy: Anatomy, budget: Budget) -> None:
-    everything = Plan(frozenset(anatomy.alive()))
-    for plan in subsets(anatomy.alive()):
-        assert budget.spent(anatomy, plan) == worth(anatomy, budget.unit, plan)
-        assert budget.met(anatomy, plan) == enough(anatomy, budget, plan)
+    everything = Plan(frozenset(anatomy.sites_present()))
+    for plan in subsets(anatomy.sites_present()):
+        assert budget.removed_cost(anatomy, plan) == worth(anatomy, budget.unit, plan)
+        assert budget.is_met(anatomy, plan) == enough(anatomy, budget, plan)
     if budget.share and budget.unit not in FIELDS:
-        assert budget.needed(anatomy) == math.ceil(budget.amount * worth(anatomy, budget.unit, everything) / 100)
+        assert budget.target(anatomy) == math.ceil(budget.amount * worth(anatomy, budget.unit, everything) / 100)
 
 
 def test_a_bare_share_is_of_all_parameters_and_not_of_the_sites() -> None:
     anatomy = plain(4, attention=4, mlp=9, rest=48)  # 52 in the sites, 100 in all
-    assert Budget.parse("13%").needed(anatomy) == 13
-    assert Budget.parse("13%sites").needed(anatomy) == 2
+    assert Budget.parse("13%").target(anatomy) == 13
+    assert Budget.parse("13%sites").target(anatomy) == 2
 
 
 def test_time_is_asked_for_in_ms_and_counted_in_ns() -> None:
     anatomy = plain(4)
-    assert Budget.parse("0.25ms").needed(anatomy) == 250_000
-    assert Budget.parse("20%ms").needed(anatomy) == Fraction(anatomy.total("ns_per_token"), 5)
-    assert Budget.parse("3ms").show(1_234_500) == "1.234 ms"
-    assert Budget.parse("3Mparams").show(1_234_500) == "1,234,500 params"
+    assert Budget.parse("0.25ms").target(anatomy) == 250_000
+    assert Budget.parse("20%ms").target(anatomy) == Fraction(anatomy.total("ns_per_token"), 5)
+    assert Budget.parse("3ms").format(1_234_500) == "1.234 ms"
+    assert Budget.parse("3Mparams").format(1_234_500) == "1,234,500 params"
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_time_is_asked_for_in_ms_and_counted_in_ns() -> None:
 )
 def test_a_budget_that_cannot_be_met_says_how_much_can(text: str, message: str) -> None:
     with pytest.raises(BudgetError, match=message):
-        Problem(plain(4), read_budgets(text)).check()
+        Problem(plain(4), parse_budgets(text)).check()
 
 
 @pytest.mark.parametrize("text", ["20%ms", "1sites,20%ms"])
@@ -402,7 +402,7 @@ def test_a_share_of_nothing_is_refused(text: str) -> None:
     untimed = tuple(replace(size, ns_per_token=0) for size in whole.sites)
     anatomy = replace(whole, sites=untimed, rest=replace(whole.rest, ns_per_token=0))
     with pytest.raises(BudgetError, match=r"20%ms asks for nothing: this model has no ms to remove"):
-        Problem(anatomy, read_budgets(text)).check()
+        Problem(anatomy, parse_budgets(text)).check()
 
 
 # --- problems ----------------------------------------------------------------------------------------------------
@@ -413,11 +413,11 @@ def test_a_share_of_nothing_is_refused(text: str) -> None:
 def test_check_raises_exactly_when_no_plan_meets_all_budgets(problem: Problem) -> None:
     plans = unions(problem)
     most = tuple(max(worth(problem.anatomy, budget.unit, plan) for plan in plans) for budget in problem.budgets)
-    assert problem.most() == most
+    assert problem.reachable() == most
     if ends(problem):
         assert problem.check() is problem
         return
-    alone = [m >= b.needed(problem.anatomy) for m, b in zip(most, problem.budgets, strict=True)]
+    alone = [m >= b.target(problem.anatomy) for m, b in zip(most, problem.budgets, strict=True)]
     message = "cannot all be met" if all(alone) else f"{problem.budgets[alone.index(False)]} cannot be met.*at most"
     with pytest.raises(BudgetError, match=rf"{message}.* while .*Ask for less"):
         problem.check()
@@ -427,12 +427,12 @@ def test_budgets_that_only_together_are_too_much_are_refused() -> None:
     sites = {Site(0, "attention"): 1, Site(0, "mlp"): 9, Site(1, "attention"): 5, Site(1, "mlp"): 9}  # kv: 2 and 3
     anatomy = anatomy_of(sites, 2)
     for text in ("14params", "2kv", "3kv", "14params,3kv"):
-        Problem(anatomy, read_budgets(text)).check()
+        Problem(anatomy, parse_budgets(text)).check()
     twisted = replace(anatomy.sites[0], kv_bytes_per_token=4), *anatomy.sites[1:]  # the small one has the large cache
     for text in ("14params", "4kv"):
-        Problem(replace(anatomy, sites=twisted), read_budgets(text)).check()
+        Problem(replace(anatomy, sites=twisted), parse_budgets(text)).check()
     with pytest.raises(BudgetError, match=r"^14params, 4kv cannot all be met while one attention"):
-        Problem(replace(anatomy, sites=twisted), read_budgets("14params,4kv")).check()
+        Problem(replace(anatomy, sites=twisted), parse_budgets("14params,4kv")).check()
 
 
 @given(problems() | solvable(), st.data())
@@ -441,7 +441,7 @@ def test_moves_are_all_that_help_and_still_lead_to_every_budget(problem: Problem
     anatomy, goals, plan = problem.anatomy, ends(problem), Plan()
     while True:
         short = [budget.unit for budget in problem.budgets if not enough(anatomy, budget, plan)]
-        assert problem.met(plan) == (not short)
+        assert problem.is_met(plan) == (not short)
         expected = [
             step
             for step in groups_of(problem, plan)
@@ -452,19 +452,19 @@ def test_moves_are_all_that_help_and_still_lead_to_every_budget(problem: Problem
         if not short or not expected:
             break
         plan = plan.without(*data.draw(st.sampled_from(expected)))
-    assert problem.met(plan) == bool(goals)  # no walk ends before the budgets are met, if any plan meets them
+    assert problem.is_met(plan) == bool(goals)  # no walk ends before the budgets are met, if any plan meets them
 
 
 @given(problems())
 @settings(deadline=None)
 def test_legal_is_what_the_anatomy_lets_pass(problem: Problem) -> None:
-    for plan in subsets(problem.anatomy.alive()):
-        assert problem.legal(plan) == allowed(problem, plan)
+    for plan in subsets(problem.anatomy.sites_present()):
+        assert problem.is_valid(plan) == allowed(problem, plan)
 
 
 def test_half_pruned_blocks_do_not_hide_the_way_to_a_budget() -> None:
     sites = {Site(0, "attention"): 1, Site(0, "mlp"): 1, Site(1, "attention"): 1, Site(2, "mlp"): 1}
-    problem = Problem(anatomy_of(sites, 3), read_budgets("2blocks")).check()
+    problem = Problem(anatomy_of(sites, 3), parse_budgets("2blocks")).check()
     assert problem.moves(Plan()) == [(Site(1, "attention"),), (Site(2, "mlp"),)]  # without block 0 only one more can go
 
 
@@ -472,16 +472,16 @@ def test_half_pruned_blocks_do_not_hide_the_way_to_a_budget() -> None:
 @settings(deadline=None)
 def test_a_move_is_worth_what_the_budgets_count_it_as(problem: Problem, data: st.DataObject) -> None:
     anatomy, plan = problem.anatomy, data.draw(st.sampled_from(unions(problem)))
-    needed = [budget.needed(anatomy) for budget in problem.budgets]
+    needed = [budget.target(anatomy) for budget in problem.budgets]
     before = [worth(anatomy, budget.unit, plan) for budget in problem.budgets]
-    assert problem.spent(plan) == tuple(before)
+    assert problem.removed_cost(plan) == tuple(before)
     for move in groups_of(problem, plan):
         after = [worth(anatomy, budget.unit, plan.without(*move)) for budget in problem.budgets]
         gain = tuple(a - b for a, b in zip(after, before, strict=True))
         capped = [min(a, n) - min(b, n) for a, b, n in zip(after, before, needed, strict=True)]
         assert problem.cost(move) == gain
-        assert problem.weight(move) == sum(Fraction(g) / n for g, n in zip(gain, needed, strict=True)) > 0
-        assert problem.worth(move, plan) == sum(Fraction(c) / n for c, n in zip(capped, needed, strict=True))
+        assert problem.relative_cost(move) == sum(Fraction(g) / n for g, n in zip(gain, needed, strict=True)) > 0
+        assert problem.marginal_value(move, plan) == sum(Fraction(c) / n for c, n in zip(capped, needed, strict=True))
 
 
 @given(problems(), st.data())
@@ -489,8 +489,8 @@ def test_a_move_is_worth_what_the_budgets_count_it_as(problem: Problem, data: st
 def test_what_is_gone_comes_back_in_groups_and_what_no_budget_counts_by_itself(
     problem: Problem, data: st.DataObject
 ) -> None:
-    plan = data.draw(st.sampled_from(subsets(problem.anatomy.alive())))
-    groups = problem.gone(plan)
+    plan = data.draw(st.sampled_from(subsets(problem.anatomy.sites_present())))
+    groups = problem.removed_moves(plan)
     assert sorted(site for group in groups for site in group) == plan.sites()
     assert [group for group in groups_of(problem) if set(group) <= plan.removed] == [
         group for group in groups if group in groups_of(problem)
@@ -508,7 +508,7 @@ def test_protection_is_the_union_of_its_pieces(pieces: list[tuple[str, int, int]
         first, last = min(a, b), max(a, b)
         words.append(f"{word}{'.' * bool(word)}{first}{f'-{last}' * (first < last)}")
         expected |= {Site(b, part) for b in range(first, last + 1) for part in PARTS if word in ("", part)}
-    assert protection(", ".join(words), plain(9)) == expected
+    assert parse_protection(", ".join(words), plain(9)) == expected
 
 
 @pytest.mark.parametrize(
@@ -527,7 +527,7 @@ def test_protection_is_the_union_of_its_pieces(pieces: list[tuple[str, int, int]
     ],
 )
 def test_words_stand_for_ends_of_the_model(text: str, same: str) -> None:
-    assert protection(text, plain(9)) == protection(same, plain(9))
+    assert parse_protection(text, plain(9)) == parse_protection(same, plain(9))
 
 
 @pytest.mark.parametrize(
@@ -551,4 +551,4 @@ def test_words_stand_for_ends_of_the_model(text: str, same: str) -> None:
 )
 def test_protection_that_cannot_be_read_says_what_to_write(text: str, message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        protection(text, plain(4))
+        parse_protection(text, plain(4))

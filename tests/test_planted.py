@@ -14,7 +14,7 @@ import tiny
 import torch
 from test_probe import documents
 
-from billhook.budget import read_budgets
+from billhook.budget import parse_budgets
 from billhook.data import TokenSet
 from billhook.errors import UsageError
 from billhook.execute import Executor
@@ -23,8 +23,8 @@ from billhook.metrics import METRICS
 from billhook.plan import Plan, Site
 from billhook.probe import Probe
 from billhook.problem import Problem
-from billhook.records import Loss, difference
-from billhook.search import OF_GROUPS, SEARCHES, settle
+from billhook.records import Loss, paired_gap
+from billhook.search import OF_GROUPS, SEARCHES, drive
 
 BY_TASK = {"loo_task", "shapley_task"}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -74,8 +74,8 @@ def cancelling(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
 
 def searched(name: str, teacher: Teacher, budget: str, **options: Any) -> tuple[Plan, float]:
     probe = Probe(teacher, tokens(), "kl")
-    problem = Problem(teacher.anatomy, read_budgets(budget)).check()
-    plan = settle(SEARCHES[name](problem, **options), Executor(probe))[-1]
+    problem = Problem(teacher.anatomy, parse_budgets(budget)).check()
+    plan = drive(SEARCHES[name](problem, **options), Executor(probe))[-1]
     return plan, probe.losses([plan])[0].mean
 
 
@@ -104,13 +104,13 @@ def test_magnitude_sees_what_is_zero_and_not_what_it_does(idle: Teacher) -> None
 @pytest.mark.parametrize("name", sorted(set(SEARCHES) - {"span", *OF_GROUPS}))
 def test_every_search_removes_the_site_that_adds_nothing(name: str, idle: Teacher) -> None:
     plan, loss = searched(name, idle, "1sites")
-    assert plan == Plan.of(["attention.2"])
+    assert plan == Plan.parse(["attention.2"])
     assert loss == pytest.approx(0, abs=1e-6)
 
 
 def test_sites_that_cancel_each_other_are_found_by_who_looks_at_both(cancelling: Teacher) -> None:
     """Who moves one site at a time must miss the pair; blocks, runs, mutations of two and all plans find it."""
-    pair = Plan.of(["attention.3", "mlp.3"])
+    pair = Plan.parse(["attention.3", "mlp.3"])
     for name, budget, options in (
         ("exhaustive", "2sites", {}),
         ("evolve", "2sites", {"generations": 40, "tokens": 64}),
@@ -137,7 +137,7 @@ def test_what_is_removed_block_by_block_is_not_what_its_sites_say(cancelling: Te
 
 
 def every_unit(teacher: Teacher) -> dict[Site | int, Plan]:
-    alive = teacher.anatomy.alive()
+    alive = teacher.anatomy.sites_present()
     sites: dict[Site | int, Plan] = {site: Plan(frozenset([site])) for site in alive}
     return sites | {b: Plan(frozenset(s for s in alive if s.block == b)) for b in teacher.positions}
 
@@ -153,7 +153,7 @@ def test_leaving_one_out_is_the_rise_of_the_loss(name: str, loss: str, checkpoin
         scores = METRICS[name](Probe(teacher, tokens(), "kl"))
         assert scores.keys() == units.keys()
         for unit, measured in zip(units, losses, strict=True):
-            assert (scores[unit].value, scores[unit].se) == pytest.approx(difference(measured, dense), rel=1e-6)
+            assert (scores[unit].value, scores[unit].se) == pytest.approx(paired_gap(measured, dense), rel=1e-6)
 
 
 def test_leaving_one_out_by_perplexity_ranks_as_by_likelihood(checkpoint: Callable[[str], Path]) -> None:
@@ -189,7 +189,7 @@ class Game:
 
 
 def exact_shapley(teacher: Teacher, value: Callable[[Plan], float]) -> dict[Site, float]:
-    sites = teacher.anatomy.alive()
+    sites = teacher.anatomy.sites_present()
     n, found = len(sites), dict.fromkeys(sites, 0.0)
     for site in sites:
         others = [s for s in sites if s != site]
@@ -225,7 +225,7 @@ def test_two_pairs_of_orders_share_what_they_agree_on(checkpoint: Callable[[str]
     teacher = load(checkpoint("llama"))
     for seed in range(3):
         scores = METRICS["shapley_kl"](Game(teacher, tangled), pairs=2, seed=seed)  # type: ignore[arg-type]
-        total = tangled(Plan(frozenset(teacher.anatomy.alive())))
+        total = tangled(Plan(frozenset(teacher.anatomy.sites_present())))
         assert sum(s.value for unit, s in scores.items() if isinstance(unit, Site)) == pytest.approx(total)
 
 
@@ -235,7 +235,9 @@ def test_shapley_values_sum_to_what_is_lost_when_everything_goes(
 ) -> None:
     teacher = load(checkpoint("llama"))
     for name, loss in (("shapley_kl", "kl"), ("shapley_nll", "nll")):
-        dense, nothing = Probe(teacher, tokens(), loss).losses([Plan(), Plan(frozenset(teacher.anatomy.alive()))])
+        dense, nothing = Probe(teacher, tokens(), loss).losses(
+            [Plan(), Plan(frozenset(teacher.anatomy.sites_present()))]
+        )
         scores = METRICS[name](Probe(teacher, tokens(), "kl"), pairs=2, players=players)
         parts = [score.value for unit, score in scores.items() if isinstance(unit, Site) == (players == "sites")]
         assert sum(parts) == pytest.approx(nothing.mean - dense.mean, rel=1e-4)
@@ -250,11 +252,11 @@ def test_present_minus_absent_is_not_shapley_but_agrees_where_nothing_acts_toget
         return sum(0.1 * (s.block + 1) * (2 if s.part == "mlp" else 1) for s in plan.removed)
 
     scores = METRICS["present_absent"](Game(teacher, additive), draws=4000)  # type: ignore[arg-type]
-    for site in teacher.anatomy.alive():
+    for site in teacher.anatomy.sites_present():
         score = scores[site]
         assert score.se is not None
         assert abs(score.value - additive(Plan(frozenset([site])))) < 4 * score.se
-    alone = {s: tangled(Plan(frozenset([s]))) for s in teacher.anatomy.alive()}
+    alone = {s: tangled(Plan(frozenset([s]))) for s in teacher.anatomy.sites_present()}
     half = METRICS["present_absent"](Game(teacher, tangled), draws=4000, keep=0.5)  # type: ignore[arg-type]
     pair = Site(1, "attention")
     assert half[pair].value == pytest.approx(alone[pair] + 1.5, abs=0.2), "half of the coalitions lack its partner"

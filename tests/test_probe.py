@@ -19,17 +19,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_checkpoints import hooked
 
-from billhook.data import Document, TokenSet, pick
+from billhook.data import Document, TokenSet, pack_rows
 from billhook.errors import ModelError, PlanError
 from billhook.export.checkpoint import save
 from billhook.loading import Teacher, load
 from billhook.losses import LOSSES, ROTATION_FREE
 from billhook.plan import Plan, Site
-from billhook.probe import Fast, NoMemo, Probe, logits
+from billhook.probe import NoCache, Probe, RacingOptions, logits
 from billhook.probe.choose import Quality, Sums
 from billhook.probe.head import VOCABULARY_AT_A_TIME
-from billhook.probe.measure import Bench, waves
-from billhook.probe.table import Documents, Known
+from billhook.probe.measure import Measurer, job_batches
+from billhook.probe.table import DocumentIds, Known
 from billhook.records import Loss
 from billhook.surgery import apply
 
@@ -40,7 +40,7 @@ def token_set(seed: int = 0, prefix: tuple[int, ...] = ()) -> TokenSet:
     """Three texts, four documents, rows of different lengths."""
     draw = random.Random(seed)
     found = [Document(text, tuple(draw.choices(range(3, 64), k=n))) for text, n in ((0, 30), (1, 9), (1, 21), (2, 14))]
-    return pick(found, 70, 16, list(prefix), "made up")
+    return pack_rows(found, 70, 16, list(prefix), "made up")
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def close(a: Loss, b: Loss) -> None:
 
 
 PLANS = [
-    Plan.of(["attention.0", "mlp.2", *more])
+    Plan.parse(["attention.0", "mlp.2", *more])
     for more in ([], ["mlp.3"], ["attention.1"], ["attention.2", "attention.3"], ["mlp.0"])
 ]
 
@@ -135,9 +135,9 @@ def test_a_head_of_less_than_full_rank(variant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", ["llama", "phi", "falcon", "gpt_oss"])
 def test_a_model_that_was_pruned_before(variant: str, checkpoint: Folder, tmp_path: Path) -> None:
     """Positions stay those of the unpruned model, in memory and streamed."""
-    dense, gone = load(checkpoint(variant)), Plan.of(["attention.0", "mlp.0", "attention.2"])
+    dense, gone = load(checkpoint(variant)), Plan.parse(["attention.0", "mlp.0", "attention.2"])
     save(apply(dense, gone), None, gone, tmp_path / "once", teacher=dense)
-    plan = Plan.of(["mlp.1", "mlp.2"])
+    plan = Plan.parse(["mlp.1", "mlp.2"])
     tokens = token_set()
     expected = Probe(load(tmp_path / "once"), tokens, "nll").losses([plan])[0]
     close(expected, plain(dense, tokens, Plan(gone.removed | plan.removed), "nll"))
@@ -156,10 +156,10 @@ def _reference(folder: Path, loss: str) -> Callable[[Plan], Loss]:
 def test_random_batches_of_plans(variant: str, checkpoint: Folder, data: st.DataObject) -> None:
     """Whatever is asked, in whatever batches, and however little may be kept from one to the next."""
     teacher = load(checkpoint(variant))
-    sites = st.sets(st.sampled_from(teacher.anatomy.alive()), max_size=6).map(lambda s: Plan(frozenset(s)))
+    sites = st.sets(st.sampled_from(teacher.anatomy.sites_present()), max_size=6).map(lambda s: Plan(frozenset(s)))
     loss = data.draw(st.sampled_from(sorted(LOSSES)))
     probe = Probe(teacher, token_set(), loss, walk=data.draw(st.sampled_from(["layers", "depth-first"])))
-    probe._bench._limit = data.draw(st.sampled_from([0, 20_000, 200_000, 10**9]))
+    probe._measurer._limit = data.draw(st.sampled_from([0, 20_000, 200_000, 10**9]))
     for batch in data.draw(st.lists(st.lists(sites, min_size=1, max_size=6), min_size=1, max_size=4)):
         for plan, measured in zip(batch, probe.losses(batch), strict=True):
             close(measured, _reference(checkpoint(variant), loss)(plan))
@@ -185,23 +185,23 @@ def histories(plans: Sequence[Plan], sites: Sequence[Site], parallel: bool) -> C
 @pytest.mark.parametrize("variant", ["llama", "phi", "gpt_neox", "qwen3_moe"])
 def test_every_distinct_prefix_is_computed_once(variant: str, walk: str, checkpoint: Folder) -> None:
     teacher, draw = load(checkpoint(variant)), random.Random(variant + walk)
-    sites = teacher.anatomy.alive()
-    tokens = pick([Document(0, tuple(range(3, 35)))], 32, 32, [], "one row")
+    sites = teacher.anatomy.sites_present()
+    tokens = pack_rows([Document(0, tuple(range(3, 35)))], 32, 32, [], "one row")
     coalitions = [Plan(frozenset(draw.sample(sites, draw.randrange(7)))) for _ in range(20)]
     for plans in ([Plan(), *(Plan(frozenset([site])) for site in sites)], coalitions):
         counted: Counter[str] = Counter()
-        names = {"attention": teacher.row.attention, "mlp": teacher.row.mlp[-1]}
+        names = {"attention": teacher.architecture.attention, "mlp": teacher.architecture.mlp[-1]}
         handles = [
             getattr(teacher.block(s.block), names[s.part]).register_forward_hook(counter(counted, s.part))
             for s in sites
         ]
-        bench = Bench(teacher, tokens, "nll", walk=walk)
+        bench = Measurer(teacher, tokens, "nll", walk=walk)
         with torch.inference_mode():
             list(bench.walk.run([(0, bench.mask(plan)) for plan in dict.fromkeys(plans)], walk == "layers"))
         for handle in handles:
             handle.remove()
-        assert counted == histories(plans, sites, bench.trunk.parallel)
-        assert bench.trunk.computed == counted.total() * 32
+        assert counted == histories(plans, sites, bench.runner.parallel)
+        assert bench.runner.computed == counted.total() * 32
 
 
 def counter(counted: Counter[str], part: str) -> Callable[..., None]:
@@ -217,21 +217,21 @@ def counter(counted: Counter[str], part: str) -> Callable[..., None]:
 def test_a_greedy_round_costs_half_of_all_sites_squared(variant: str, checkpoint: Folder) -> None:
     """n(n+1)/2 sites with the dense path; blocks with parallel parts save one of the two in their own block."""
     teacher = load(checkpoint(variant))
-    sites = teacher.anatomy.alive()
+    sites = teacher.anatomy.sites_present()
     n = len(sites)
     tokens = token_set()
-    bench = Bench(teacher, tokens, "kl")
+    bench = Measurer(teacher, tokens, "kl")
     jobs = [(g, bench.mask(plan)) for g in range(len(bench.groups)) for plan in
             [Plan(), *(Plan(frozenset([site])) for site in sites)]]  # fmt: skip
     with torch.inference_mode():
         list(bench.walk.run(jobs, True))
-    rounds = bench.trunk.computed / sum(group.ids.numel() for group in bench.groups)
-    assert rounds == n * (n + 1) / 2 - (n / 2 if bench.trunk.parallel else 0)
+    rounds = bench.runner.computed / sum(group.ids.numel() for group in bench.groups)
+    assert rounds == n * (n + 1) / 2 - (n / 2 if bench.runner.parallel else 0)
 
 
 def test_a_branch_before_the_removed_site_resumes_after_it(checkpoint: Folder) -> None:
     teacher = load(checkpoint("llama"))
-    sites, tokens = teacher.anatomy.alive(), token_set()
+    sites, tokens = teacher.anatomy.sites_present(), token_set()
     probe = Probe(teacher, tokens, "kl")
     probe.losses([Plan(frozenset([site])) for site in sites])
     before = probe.site_evaluations
@@ -251,7 +251,7 @@ def test_removed_sublayers_are_not_computed(checkpoint: Folder) -> None:
     for name, module in teacher.model.named_modules():
         if name.endswith(("self_attn", "mlp")):
             module.register_forward_hook(lambda m, a, o, name=name: calls.append(name))
-    probe.losses([Plan.of(["attention.1", "mlp.2"])])
+    probe.losses([Plan.parse(["attention.1", "mlp.2"])])
     assert "model.layers.1.self_attn" not in calls
     assert "model.layers.2.mlp" not in calls
     assert "model.layers.2.self_attn" in calls
@@ -277,7 +277,7 @@ def peaked(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
 def documents(count: int, length: int = 24, seed: int = 0) -> TokenSet:
     draw = random.Random(seed)
     found = [Document(i, tuple(draw.choices(range(3, 64), k=length))) for i in range(count)]
-    return pick(found, count * length, length, [], "made up")
+    return pack_rows(found, count * length, length, [], "made up")
 
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))
@@ -285,7 +285,7 @@ def documents(count: int, length: int = 24, seed: int = 0) -> TokenSet:
 def test_the_best_are_those_of_a_full_search_and_the_others_bounds(loss: str, streamed: bool, peaked: Teacher) -> None:
     teacher = load(peaked.folder, memory=0) if streamed else peaked
     tokens = documents(12)
-    plans = [Plan(frozenset([site])) for site in teacher.anatomy.alive()]
+    plans = [Plan(frozenset([site])) for site in teacher.anatomy.sites_present()]
     full = Probe(peaked, tokens, loss).losses(plans)
     probe = Probe(teacher, tokens, loss)
     found = probe.losses(plans, best=2)
@@ -301,8 +301,8 @@ def test_the_best_are_those_of_a_full_search_and_the_others_bounds(loss: str, st
 
 
 def test_the_cheap_bound_of_kl_is_below_it_and_close(peaked: Teacher) -> None:
-    bench = Bench(peaked, documents(6), "kl")
-    sites = peaked.anatomy.alive()
+    bench = Measurer(peaked, documents(6), "kl")
+    sites = peaked.anatomy.sites_present()
     jobs = [(g, bench.mask(Plan(frozenset([site])))) for g in range(len(bench.groups)) for site in sites]
     with torch.inference_mode():
         assert bench.bounds
@@ -322,13 +322,13 @@ def test_racing_keeps_a_planted_winner_and_says_how_it_decided(peaked: Teacher) 
     folder = peaked.folder.with_name("planted")
     model.save_pretrained(folder)
     teacher = load(folder)
-    probe = Probe(teacher, tokens, "kl", fast=Fast(shortlist=3, risk=0.05))
-    plans = [Plan(frozenset([site])) for site in teacher.anatomy.alive()]
+    probe = Probe(teacher, tokens, "kl", fast=RacingOptions(shortlist=3, risk=0.05))
+    plans = [Plan(frozenset([site])) for site in teacher.anatomy.sites_present()]
     found = probe.losses(plans, best=2)
     best = min((loss.mean, i) for i, loss in enumerate(found) if not loss.bound)[1]
-    assert plans[best] == Plan.of(["mlp.3"])
+    assert plans[best] == Plan.parse(["mlp.3"])
     assert probe.tally[0]["raced"] > 0
-    then = [Plan.of(["mlp.3"]).without(site) for site in teacher.anatomy.alive() if str(site) != "mlp.3"]
+    then = [Plan.parse(["mlp.3"]).without(site) for site in teacher.anatomy.sites_present() if str(site) != "mlp.3"]
     found = probe.losses(then, best=2)
     assert probe.tally[1]["skipped"] == len(then) - 3, "the shortlist comes from the round before"
     reference = Probe(teacher, tokens, "kl").losses(then)
@@ -341,25 +341,25 @@ def test_racing_keeps_a_planted_winner_and_says_how_it_decided(peaked: Teacher) 
 # -- killed and resumed ---------------------------------------------------------------------------------------------
 
 
-class Diary(NoMemo):
+class Diary(NoCache):
     """Remembers pieces; dies at a chosen moment."""
 
     def __init__(self, dies_after: int | None = None) -> None:
-        self.pieces: dict[tuple[Plan, Quality, Documents], Sums] = {}
-        self.written: Counter[tuple[Plan, Quality, Documents]] = Counter()
+        self.pieces: dict[tuple[Plan, Quality, DocumentIds], Sums] = {}
+        self.written: Counter[tuple[Plan, Quality, DocumentIds]] = Counter()
         self.left = dies_after
 
     def recall(self, plans: Sequence[Plan]) -> list[Known]:
         told = []
         for plan in plans:
-            own: dict[Quality, dict[Documents, Sums]] = {"full": {}, "bound": {}, "sample": {}}
+            own: dict[Quality, dict[DocumentIds, Sums]] = {"full": {}, "bound": {}, "sample": {}}
             for (which, quality, documents), sums in self.pieces.items():
                 if which == plan:
                     own[quality][documents] = sums
             told.append(Known(pieces=own))
         return told
 
-    def keep(self, quality: Quality, found: Mapping[tuple[Plan, Documents], Sums]) -> None:
+    def keep(self, quality: Quality, found: Mapping[tuple[Plan, DocumentIds], Sums]) -> None:
         if self.left is not None:
             if self.left == 0:
                 raise KeyboardInterrupt
@@ -369,16 +369,16 @@ class Diary(NoMemo):
             self.written[plan, quality, documents] += 1
 
 
-@pytest.mark.parametrize("fast", [None, Fast(shortlist=4)])
-def test_what_was_measured_before_a_kill_is_not_measured_again(fast: Fast | None, peaked: Teacher) -> None:
-    tokens, sites = documents(16), peaked.anatomy.alive()
+@pytest.mark.parametrize("fast", [None, RacingOptions(shortlist=4)])
+def test_what_was_measured_before_a_kill_is_not_measured_again(fast: RacingOptions | None, peaked: Teacher) -> None:
+    tokens, sites = documents(16), peaked.anatomy.sites_present()
 
     def search(diary: Diary) -> list[tuple[Plan, float]]:
-        probe = Probe(peaked, tokens, "kl", fast=fast, memos=lambda *of: diary)
+        probe = Probe(peaked, tokens, "kl", fast=fast, cache_factory=lambda *of: diary)
         plan, path = Plan(), list[tuple[Plan, float]]()
         for _ in range(3):
             plans = [plan.without(site) for site in sites if site not in plan.removed]
-            found = dict(probe.decide(plans, 2))
+            found = dict(probe.iter_losses(plans, 2))
             plan = min((loss.mean, str(p), p) for p, loss in found.items() if not loss.bound)[2]
             path.append((plan, found[plan].mean))
         return path
@@ -402,12 +402,16 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(fast: Fast | None
 
 def test_what_is_in_the_store_does_not_change_how_a_race_is_run(peaked: Teacher) -> None:
     """Full losses of plans that the race skips or drops stay out of it, until they are asked for."""
-    tokens, sites = documents(16), peaked.anatomy.alive()
+    tokens, sites = documents(16), peaked.anatomy.sites_present()
     plans = [Plan(frozenset([site])) for site in sites]
     empty, full = Diary(), Diary()
-    list(Probe(peaked, tokens, "kl", memos=lambda *of: full).decide(plans))
+    list(Probe(peaked, tokens, "kl", cache_factory=lambda *of: full).iter_losses(plans))
     found = [
-        dict(Probe(peaked, tokens, "kl", fast=Fast(), memos=lambda *of, diary=diary: diary).decide(plans, 2))  # type: ignore[misc]
+        dict(
+            Probe(peaked, tokens, "kl", fast=RacingOptions(), cache_factory=lambda *of, diary=diary: diary).iter_losses(
+                plans, 2
+            )
+        )  # type: ignore[misc]
         for diary in (empty, full)
     ]
     assert {plan: loss.bound for plan, loss in found[0].items()} == {
@@ -422,11 +426,11 @@ def test_the_work_of_other_losses_and_fewer_tokens_counts(checkpoint: Folder) ->
     probe.losses([Plan()])
     dense = probe.site_evaluations
     assert dense == 8
-    probe.under("nll").losses([Plan()])
+    probe.with_objective("nll").losses([Plan()])
     assert probe.site_evaluations == 2 * dense
-    probe.under("kl", documents(2)).losses([Plan()])
+    probe.with_objective("kl", documents(2)).losses([Plan()])
     assert probe.site_evaluations == pytest.approx(2.25 * dense)
-    assert probe.under("kl") is probe
+    assert probe.with_objective("kl") is probe
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------
@@ -434,12 +438,12 @@ def test_the_work_of_other_losses_and_fewer_tokens_counts(checkpoint: Folder) ->
 
 def test_the_layout_follows_the_memory(checkpoint: Folder) -> None:
     teacher, tokens = load(checkpoint("gemma2")), token_set()
-    plans = [Plan.of([name]) for name in ("attention.0", "mlp.1", "attention.3")]
+    plans = [Plan.parse([name]) for name in ("attention.0", "mlp.1", "attention.3")]
     roomy, tight = Probe(teacher, tokens, "kl"), Probe(teacher, tokens, "kl", memory=1)
     for a, b in zip(roomy.losses(plans), tight.losses(plans), strict=True):
         close(a, b)
-    assert (roomy.layout.walk, roomy.layout.every) == ("layers", 1)
-    assert (tight.layout.walk, tight.layout.every, tight.layout.kept) == ("depth-first", 0, 0)
+    assert (roomy.layout.walk, roomy.layout.checkpoint_every) == ("layers", 1)
+    assert (tight.layout.walk, tight.layout.checkpoint_every, tight.layout.kept) == ("depth-first", 0, 0)
     assert "layer by layer" in str(roomy.layout)
     assert "depth-first" in str(tight.layout)
     assert "no streams kept" in str(tight.layout)
@@ -447,10 +451,10 @@ def test_the_layout_follows_the_memory(checkpoint: Folder) -> None:
 
 def test_kept_streams_stay_within_their_bytes(checkpoint: Folder) -> None:
     teacher = load(checkpoint("llama"))
-    bench = Bench(teacher, token_set(), "kl")
+    bench = Measurer(teacher, token_set(), "kl")
     limit = bench.walk.streams.limit = 30_000
     with torch.inference_mode():
-        for site in teacher.anatomy.alive():
+        for site in teacher.anatomy.sites_present():
             list(bench.walk.run([(0, bench.mask(Plan(frozenset([site]))))], True))
             assert bench.walk.streams.size <= limit
             assert bench.walk.streams.size == sum(x.nbytes for x in bench.walk.streams._kept.values())
@@ -458,11 +462,11 @@ def test_kept_streams_stay_within_their_bytes(checkpoint: Folder) -> None:
 
 def test_streams_that_are_evicted_meanwhile_are_no_crash(peaked: Teacher) -> None:
     """Losses that do not ask the teacher begin some groups late, in a race with hardly any memory."""
-    probe = Probe(peaked, documents(16), "nll", fast=Fast(shortlist=3))
-    plans = [Plan(frozenset([site])) for site in peaked.anatomy.alive()]
+    probe = Probe(peaked, documents(16), "nll", fast=RacingOptions(shortlist=3))
+    plans = [Plan(frozenset([site])) for site in peaked.anatomy.sites_present()]
     reference = Probe(peaked, documents(16), "nll").losses(plans)
     for limit in (3_100, 9_300, 40_000):
-        probe._bench._limit = limit
+        probe._measurer._limit = limit
         for loss, full in zip(probe.losses(plans, best=2), reference, strict=True):
             if not loss.bound:
                 close(loss, full)
@@ -483,7 +487,7 @@ def test_blocks_that_every_plan_removes_are_not_read(checkpoint: Folder) -> None
     read = []
     honest = teacher.weights._read
     teacher.weights._read = lambda index: read.append(index) or honest(index)  # type: ignore[func-returns-value]
-    gone = Plan.of(["attention.1", "mlp.1", "attention.2", "mlp.2"])
+    gone = Plan.parse(["attention.1", "mlp.1", "attention.2", "mlp.2"])
     Probe(teacher, token_set(), "nll").losses([gone, gone.without(Site(3, "mlp"))])
     assert read == [0, 3]
 
@@ -491,7 +495,7 @@ def test_blocks_that_every_plan_removes_are_not_read(checkpoint: Folder) -> None
 def test_waves_hold_whole_groups() -> None:
     jobs = [(g, mask) for g in range(4) for mask in range(3)]
     for split, expected in ((True, [[0, 1], [2], [2], [2], [3]]), (False, [[0, 1], [2], [3]])):
-        told = list(waves(jobs, [10, 10, 40, 10], 60, split=split))
+        told = list(job_batches(jobs, [10, 10, 40, 10], 60, split=split))
         assert [job for wave in told for job in wave] == jobs
         assert [sorted({g for g, _ in wave}) for wave in told] == expected
 
@@ -550,7 +554,7 @@ def together(*works: Callable[[], object]) -> list[object]:
 @pytest.mark.parametrize("memory", [None, 0], ids=["loaded", "streamed"])
 def test_two_threads_measure_one_teacher_as_one_after_the_other(memory: int | None, checkpoint: Folder) -> None:
     teacher = load(checkpoint("llama"), memory=memory)
-    sites, tokens = teacher.anatomy.alive(), documents(6, 12)
+    sites, tokens = teacher.anatomy.sites_present(), documents(6, 12)
     halves = [[Plan(frozenset({s})) for s in sites if s.part == part] for part in ("attention", "mlp")]
 
     def losses(plans: list[Plan]) -> list[Loss]:
@@ -566,7 +570,7 @@ def test_two_threads_measure_one_teacher_as_one_after_the_other(memory: int | No
 def test_the_teacher_runs_whole_while_another_thread_measures(variant: str, checkpoint: Folder) -> None:
     teacher = load(checkpoint(variant))
     tokens, ids = documents(6, 12), tiny.tokens(2, 8)
-    plans = [Plan(frozenset({site})) for site in teacher.anatomy.alive()]
+    plans = [Plan(frozenset({site})) for site in teacher.anatomy.sites_present()]
 
     def losses() -> list[Loss]:
         return [loss for _ in range(4) for loss in Probe(teacher, tokens, "kl").losses(plans)]

@@ -12,7 +12,7 @@ import torch
 
 import billhook
 from billhook.errors import DataError, UnknownName, UsageError
-from billhook.protocols import PROTOCOLS, normalised, windows
+from billhook.protocols import PROTOCOLS, fixed_windows, per_byte_and_word
 
 
 def test_windows_are_the_whole_text_cut_into_pieces(
@@ -22,7 +22,7 @@ def test_windows_are_the_whole_text_cut_into_pieces(
     monkeypatch.setitem(PROTOCOLS, "gptq", 24)
     teacher = billhook.load(model)
     text = tiny.write_texts(tmp_path / "t.jsonl", 9)
-    tokens = windows(str(text), "gptq", "text", teacher.tokenizer, teacher.model.config)
+    tokens = fixed_windows(str(text), "gptq", "text", teacher.tokenizer, teacher.model.config)
     joined = "\n\n".join(json.loads(line)["text"] for line in text.read_text().splitlines())
     ids = teacher.tokenizer(joined)["input_ids"]
     assert len(tokens.lengths) == len(ids) // 24 > 2
@@ -47,10 +47,12 @@ def test_bytes_and_words_are_those_of_the_predicted_tokens(
     nats = math.log(told["perplexity"]) * (told["data"]["tokens"] - told["data"]["sequences"])
     words = told["data"]["tokens"] - told["data"]["sequences"]  # every token of the tiny tokenizer is a word
     assert told["word_perplexity"] == pytest.approx(math.exp(nats / words), rel=1e-6)
-    tokens = windows(str(text), "shortened-llama", "text", teacher.tokenizer, teacher.model.config)
+    tokens = fixed_windows(str(text), "shortened-llama", "text", teacher.tokenizer, teacher.model.config)
     decoded = teacher.tokenizer.batch_decode(tokens.rows[:, 1:].tolist())
     size = sum(len(piece.encode()) for piece in decoded)
-    assert normalised(tokens, teacher.tokenizer, 100.0)["bits_per_byte"] == pytest.approx(100 / math.log(2) / size)
+    assert per_byte_and_word(tokens, teacher.tokenizer, 100.0)["bits_per_byte"] == pytest.approx(
+        100 / math.log(2) / size
+    )
 
 
 def test_what_fits_no_window_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

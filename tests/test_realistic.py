@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import billhook
 from billhook import vet
-from billhook.data import Document, pick
+from billhook.data import Document, pack_rows
 from billhook.errors import BillhookError, ModelError, PlanError
 from billhook.loading import load
 from billhook.plan import Plan
 
-PLAN = Plan.of(["attention.0", "mlp.2"])
+PLAN = Plan.parse(["attention.0", "mlp.2"])
 ROWS = tiny.tokens(2, 12)
 
 
@@ -72,7 +72,7 @@ def test_other_weights_in_the_folder_are_not_read(tmp_path: Path) -> None:
     (folder / "zzz.safetensors").write_bytes(b"damaged")
     teacher = load(folder)
     billhook.save(billhook.apply(teacher, PLAN), None, PLAN, tmp_path / "out", teacher=teacher)
-    assert load(tmp_path / "out").removed == PLAN
+    assert load(tmp_path / "out").removed_earlier == PLAN
 
 
 def test_masks_of_old_checkpoints_do_not_decide_the_dtype(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_plan_file_of_a_second_pruning_fits_the_model_that_it_was_made_for(tmp
 
     teacher = load(tiny.saved(tmp_path / "m", "llama"))
     billhook.save(billhook.apply(teacher, PLAN), None, PLAN, tmp_path / "once", teacher=teacher)
-    middle, more = load(tmp_path / "once"), Plan.of(["mlp.3"])
+    middle, more = load(tmp_path / "once"), Plan.parse(["mlp.3"])
     billhook.save(billhook.apply(middle, more), None, more, tmp_path / "twice", teacher=middle)
     file = str(tmp_path / "twice" / "billhook.json")
     assert read_plan(file, middle.anatomy, middle.fingerprint) == more
@@ -123,7 +123,7 @@ def test_a_plan_file_of_a_second_pruning_fits_the_model_that_it_was_made_for(tmp
 
 def test_a_document_that_begins_with_bos_gets_no_second_one() -> None:
     found = [Document(0, (1, *range(3, 23))), Document(1, tuple(range(3, 23)))]
-    tokens = pick(found, 64, 12, [1], "made up")
+    tokens = pack_rows(found, 64, 12, [1], "made up")
     assert [row[:2].tolist() for row in tokens.rows[:, :2]][:1] == [[1, 3]]
     assert all(row[0] == 1 and row[1] != 1 for row in tokens.rows)
 

@@ -12,12 +12,12 @@ from pydantic import ValidationError
 
 from billhook import cli
 from billhook.errors import FingerprintError, PlanError, RecipeError
-from billhook.plan import PARTS, Anatomy, Plan, Rest, Site, SiteSize
-from billhook.recipe import Recipe, read_plan, read_yaml, recipe_from
+from billhook.plan import PARTS, Anatomy, Plan, Site, SiteSize, Unassigned
+from billhook.recipe import Recipe, parse_recipe, read_plan, read_yaml
 
 BLOCKS = 5
 SITES = tuple(SiteSize(Site(b, part), 10, 20, 4, 20) for b in range(BLOCKS) for part in PARTS)
-ANATOMY = Anatomy("llama", BLOCKS, SITES, Rest(100, 200, 50))
+ANATOMY = Anatomy("llama", BLOCKS, SITES, Unassigned(100, 200, 50))
 MINE = "00000000000000aa"
 SAID: list[dict[str, Any]] = [
     {"remove": "25%"},
@@ -38,9 +38,9 @@ def written(home: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("said", SAID)
 def test_yaml_and_back(said: dict[str, Any], tmp_path: Path) -> None:
-    recipe = recipe_from(said)
+    recipe = parse_recipe(said)
     told = recipe.to_yaml()
-    assert recipe_from(read_yaml(written(tmp_path, told))) == recipe
+    assert parse_recipe(read_yaml(written(tmp_path, told))) == recipe
     assert set(yaml.safe_load(told)) == set(said), "only what is not at its default"
 
 
@@ -50,7 +50,7 @@ def test_a_recipe_of_all_defaults_but_one_is_one_line() -> None:
 
 def test_our_own_recipe_is_the_default() -> None:
     ours = read_yaml(Path("billhook"))
-    assert Recipe(remove="25%").model_dump() == recipe_from(ours | {"about": ""}).model_dump()
+    assert Recipe(remove="25%").model_dump() == parse_recipe(ours | {"about": ""}).model_dump()
     assert {"search", "loss", "tokens", "length"} <= set(ours), "said, though they are the defaults"
 
 
@@ -108,7 +108,7 @@ def test_a_recipe_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
 )
 def test_a_value_of_the_wrong_kind_is_named(said: dict[str, Any], told: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        recipe_from({"remove": "2sites"} | said)
+        parse_recipe({"remove": "2sites"} | said)
     assert told in str(caught.value)
 
 
@@ -120,7 +120,7 @@ def test_the_command_line_has_the_recipes_fields() -> None:
 
 # -- plans ----------------------------------------------------------------------------------------------------------
 
-PLAN = Plan.of(["attention.1", "attention.4", "mlp.1", "mlp.3"])
+PLAN = Plan.parse(["attention.1", "attention.4", "mlp.1", "mlp.3"])
 BOOLEANS = {"drop_attn_list": [False, True, False, False, True], "drop_mlp_list": [False, True, False, True, False]}
 FORMS: dict[str, str] = {
     "inline": "mlp.3, attention.4,attention.1 ,mlp.1",
@@ -145,9 +145,9 @@ def test_every_spelling_of_a_plan_is_read(form: str, tmp_path: Path) -> None:
 
 def test_one_kind_of_a_drop_list_is_enough(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"drop_attn_list": [0, 2]}))
-    assert read_plan(str(tmp_path / "a.json"), ANATOMY, MINE) == Plan.of(["attention.0", "attention.2"])
+    assert read_plan(str(tmp_path / "a.json"), ANATOMY, MINE) == Plan.parse(["attention.0", "attention.2"])
     (tmp_path / "b.json").write_text(json.dumps({"drop_attn_list": None, "drop_mlp_list": [0]}))
-    assert read_plan(str(tmp_path / "b.json"), ANATOMY, MINE) == Plan.of(["mlp.0"])
+    assert read_plan(str(tmp_path / "b.json"), ANATOMY, MINE) == Plan.parse(["mlp.0"])
 
 
 @pytest.mark.parametrize("form", ["billhook.json", "report.json"])
@@ -157,7 +157,7 @@ def test_only_a_plan_that_says_its_model_is_held_to_it(form: str, tmp_path: Path
     with pytest.raises(FingerprintError, match=rf"another model \(fingerprint {MINE}, this one is 00000000000000bb\)"):
         read_plan(str(path), ANATOMY, "00000000000000bb")
     path.write_text(json.dumps({"removed": ["mlp.2"]}))
-    assert read_plan(str(path), ANATOMY, "00000000000000bb") == Plan.of(["mlp.2"])
+    assert read_plan(str(path), ANATOMY, "00000000000000bb") == Plan.parse(["mlp.2"])
 
 
 @pytest.mark.parametrize(
@@ -197,14 +197,14 @@ def test_a_plan_is_of_sites_that_are_left() -> None:
 def test_memory_is_an_amount_with_a_unit() -> None:
     spelled = {"4GB": 4 * 10**9, "500MB": 5 * 10**8, "2.5GiB": 5 * 2**29, "1MiB": 2**20}
     for text, count in spelled.items():
-        assert recipe_from({"remove": "1sites", "memory": text}).memory_bytes == count
-    assert recipe_from({"remove": "1sites"}).memory_bytes is None
+        assert parse_recipe({"remove": "1sites", "memory": text}).memory_bytes == count
+    assert parse_recipe({"remove": "1sites"}).memory_bytes is None
     for wrong in ("4", "4 gigs", "0GB", "-1GB", "lots"):
         with pytest.raises(RecipeError, match="Write for example 4GB"):
-            recipe_from({"remove": "1sites", "memory": wrong})
+            parse_recipe({"remove": "1sites", "memory": wrong})
 
 
 def test_an_audit_is_of_a_race() -> None:
-    assert recipe_from({"remove": "1sites", "fast": True, "audit": True}).audit
+    assert parse_recipe({"remove": "1sites", "fast": True, "audit": True}).audit
     with pytest.raises(RecipeError, match="Add --fast"):
-        recipe_from({"remove": "1sites", "audit": True})
+        parse_recipe({"remove": "1sites", "audit": True})

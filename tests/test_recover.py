@@ -12,23 +12,33 @@ import tiny
 import torch
 from test_probe import token_set
 
-from billhook.arch import output_of
-from billhook.data import Document, TokenSet, pick
+from billhook.arch import output_projection
+from billhook.data import Document, TokenSet, pack_rows
 from billhook.errors import UsageError
-from billhook.export.checkpoint import check_streamed, save, write
+from billhook.export.checkpoint import save, verify_streamed_round_trip, write_checkpoint
 from billhook.loading import Teacher, load
 from billhook.plan import Plan, Site
 from billhook.probe import Probe
-from billhook.probe.measure import Bench
-from billhook.probe.pair import Change, Stage, TeacherSide, lookahead, order, places, runs, side_by_side, streams_after
-from billhook.recover import RECOVERIES, Subject
+from billhook.probe.measure import Measurer
+from billhook.probe.pair import (
+    Change,
+    SiteView,
+    TeacherStreams,
+    equivalent_places,
+    execution_order,
+    lookahead_targets,
+    removed_runs,
+    side_by_side,
+    streams_after,
+)
+from billhook.recover import RECOVERIES, RecoveryTask
 from billhook.recover.adapters import Update, quantised
-from billhook.regression import RIDGES, Moments, fitted
-from billhook.repair import UNTOUCHED, Patch, Repair, read_repair
-from billhook.surgery import apply, difference
+from billhook.regression import RIDGES, Moments, ridge_fit
+from billhook.repair import NO_REPAIR, Patch, Repair, read_repair
+from billhook.surgery import apply, extract_repair
 
 Folder = Callable[[str], Path]
-PLAN = Plan.of(["attention.0", "mlp.1", "attention.2", "mlp.2"])
+PLAN = Plan.parse(["attention.0", "mlp.1", "attention.2", "mlp.2"])
 TRAINED = {"bias", "partial", "full", "lora", "qa_lora"}
 FREE = sorted(set(RECOVERIES) - TRAINED - {"patches", "compensate"})  # what is for plans that narrow: test_width
 SHORT = {"epochs": 2, "batch": 2}
@@ -38,13 +48,13 @@ OWN = {"qa_lora": {"bits": 0}}  # what is quantised loses something first
 def many_texts(texts: int = 40, seed: int = 0, length: int = 24) -> TokenSet:
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 64, (texts, length), generator=draw).tolist()
-    return pick([Document(i, tuple(row)) for i, row in enumerate(ids)], texts * length, length, [], "made up")
+    return pack_rows([Document(i, tuple(row)) for i, row in enumerate(ids)], texts * length, length, [], "made up")
 
 
 def recovered(name: str, teacher: Teacher, plan: Plan, tokens: TokenSet, **options: Any) -> Repair:
     options = (SHORT if name in {*TRAINED, "patches"} else {}) | OWN.get(name, {}) | options
-    before = recovered("lowrank", teacher, plan, tokens, rank=2) if name == "patches" else UNTOUCHED
-    return RECOVERIES[name](Subject(teacher, plan, before), tokens, many_texts(6, seed=9), **options)
+    before = recovered("lowrank", teacher, plan, tokens, rank=2) if name == "patches" else NO_REPAIR
+    return RECOVERIES[name](RecoveryTask(teacher, plan, before), tokens, many_texts(6, seed=9), **options)
 
 
 def logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -59,24 +69,24 @@ def logits(model: Any, rows: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
 def test_both_sides_are_what_plain_passes_give(variant: str, checkpoint: Folder) -> None:
     teacher, tokens = load(checkpoint(variant)), token_set()
-    repair = RECOVERIES["lowrank"](Subject(teacher, PLAN), tokens, tokens, rank=3)
-    for plan, mended in ((PLAN, UNTOUCHED), (PLAN, repair)):
-        stages: list[Stage] = []
-        bench = Bench(teacher, tokens, "kl")
+    repair = RECOVERIES["lowrank"](RecoveryTask(teacher, PLAN), tokens, tokens, rank=3)
+    for plan, mended in ((PLAN, NO_REPAIR), (PLAN, repair)):
+        stages: list[SiteView] = []
+        bench = Measurer(teacher, tokens, "kl")
 
-        def look(stage: Stage, stages: list[Stage] = stages) -> Change:
+        def look(stage: SiteView, stages: list[SiteView] = stages) -> Change:
             stages.append(stage)
             return None
 
-        assert side_by_side(TeacherSide(bench), plan, mended, look) is mended
-        assert [stage.site for stage in stages] == order(bench)
-        assert sorted(order(bench)) == list(teacher.anatomy.alive())
+        assert side_by_side(TeacherStreams(bench), plan, mended, look) is mended
+        assert [stage.site for stage in stages] == execution_order(bench)
+        assert sorted(execution_order(bench)) == list(teacher.anatomy.sites_present())
         for model, seen in (
             (teacher.model, stages[-1].teacher_after),
             (apply(teacher, plan, repair=mended), stages[-1].after),
         ):
             ends: list[torch.Tensor] = []
-            last = model.get_submodule(teacher.row.blocks)[-1]
+            last = model.get_submodule(teacher.architecture.blocks)[-1]
             last.register_forward_hook(lambda m, a, out, e=ends: e.append(out[0] if isinstance(out, tuple) else out))
             for group in bench.groups:
                 logits(model, group.ids)
@@ -87,21 +97,21 @@ def test_both_sides_are_what_plain_passes_give(variant: str, checkpoint: Folder)
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
 def test_a_repaired_student_is_saved_and_measured_as_it_is(variant: str, checkpoint: Folder, tmp_path: Path) -> None:
     teacher, tokens = load(checkpoint(variant)), many_texts(20)
-    plan = Plan.of(["attention.0", "mlp.1", "attention.2", "mlp.2"])  # block 2 stays for its patches
+    plan = Plan.parse(["attention.0", "mlp.1", "attention.2", "mlp.2"])  # block 2 stays for its patches
     repair = recovered("lowrank", teacher, plan, tokens, rank=2)
     if variant not in ("gemma2", "gemma3_text", "olmo2", "qwen3_moe"):  # of which some have no projection to refit
-        repair = RECOVERIES["fold"](Subject(teacher, plan, repair), tokens, tokens)
+        repair = RECOVERIES["fold"](RecoveryTask(teacher, plan, repair), tokens, tokens)
     student = apply(teacher, plan, repair=repair)
     assert student.config.billhook["kept_blocks"] == [0, 1, 2, 3]
     save(student, None, plan, tmp_path / "out", teacher=teacher)  # compares bit for bit
     again = load(tmp_path / "out")
-    assert again.anatomy.alive() == tuple(s for s in teacher.anatomy.alive() if s not in plan.removed)
+    assert again.anatomy.sites_present() == tuple(s for s in teacher.anatomy.sites_present() if s not in plan.removed)
     assert again.anatomy.total("parameters") == teacher.anatomy.total("parameters", plan) + repair.parameters() + sum(
         shared.parameters for shared in teacher.anatomy.shared if shared.block == 2
     )
     rows = tiny.tokens(2, 12)
     assert torch.equal(logits(again.model, rows), logits(student, rows))
-    plain = Probe(teacher, tokens, "kl", mended=(plan, repair)).losses([plan])[0].mean
+    plain = Probe(teacher, tokens, "kl", repaired=(plan, repair)).losses([plan])[0].mean
     p, q = (logits(m, tokens.rows).log_softmax(-1) for m in (teacher.model, student))
     assert plain == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
     dense = again.model.generate(rows, max_new_tokens=8, do_sample=False, use_cache=False)
@@ -110,7 +120,7 @@ def test_a_repaired_student_is_saved_and_measured_as_it_is(variant: str, checkpo
 
 def test_a_patched_model_can_be_pruned_again(checkpoint: Folder, tmp_path: Path) -> None:
     teacher, tokens = load(checkpoint("llama")), many_texts()
-    plan, more = Plan.of(["attention.1", "mlp.1", "attention.2"]), Plan.of(["mlp.2", "attention.3"])
+    plan, more = Plan.parse(["attention.1", "mlp.1", "attention.2"]), Plan.parse(["mlp.2", "attention.3"])
     repair = recovered("mean", teacher, plan, tokens)
     save(apply(teacher, plan, repair=repair), None, plan, tmp_path / "once", teacher=teacher)
     again = load(tmp_path / "once")
@@ -143,7 +153,7 @@ def constant(model: Any) -> None:
 
 
 def test_a_sublayer_that_returns_a_constant_is_lossless_after_mean(tmp_path: Path) -> None:
-    teacher, plan = planted(tmp_path, "gpt2", constant), Plan.of(["mlp.1", "attention.2"])
+    teacher, plan = planted(tmp_path, "gpt2", constant), Plan.parse(["mlp.1", "attention.2"])
     rows = tiny.tokens(3, 20)
     dense = logits(teacher.model, rows)
     assert (logits(apply(teacher, plan), rows) - dense).abs().max() > 0.1
@@ -157,28 +167,30 @@ def test_a_sublayer_that_returns_a_constant_is_lossless_after_mean(tmp_path: Pat
 def test_constants_between_which_nothing_reads_are_one_and_go_into_a_bias(variant: str, checkpoint: Folder) -> None:
     """What stands where they were, each on its own, gives the same; of whole blocks only what holds a vector stays."""
     teacher, tokens = load(checkpoint(variant)), many_texts()
-    plan = Plan.of(["mlp.0", "attention.1", "mlp.1", "attention.2", "mlp.3"])
+    plan = Plan.parse(["mlp.0", "attention.1", "mlp.1", "attention.2", "mlp.3"])
     repair = recovered("mean", teacher, plan, tokens)
     apart: dict[Site, Patch] = {}
 
-    def note(stage: Stage) -> Change:
+    def note(stage: SiteView) -> Change:
         if not stage.removed:
             return None
         apart[stage.site] = Patch(bias=(stage.teacher_after - stage.teacher_before).mean(0))
         return apart[stage.site]
 
-    bench = Bench(teacher, tokens, "kl")
-    side_by_side(TeacherSide(bench), plan, UNTOUCHED, note)
+    bench = Measurer(teacher, tokens, "kl")
+    side_by_side(TeacherStreams(bench), plan, NO_REPAIR, note)
     rows = tiny.tokens(2, 12)
-    one, many = (logits(apply(teacher, plan, repair=r), rows) for r in (repair, UNTOUCHED.with_patches(apart)))
+    one, many = (logits(apply(teacher, plan, repair=r), rows) for r in (repair, NO_REPAIR.with_patches(apart)))
     assert torch.allclose(one, many, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(one, logits(apply(teacher, plan), rows), rtol=1e-2, atol=1e-2)
     # Between attention.0 and mlp.2 nothing reads; parallel parts read before their block.
-    runs_of = 3 if bench.trunk.parallel else 2
+    runs_of = 3 if bench.runner.parallel else 2
     assert len(repair.patches) + len(repair.weights) == runs_of
-    assert set(map(len, places(bench, plan))) == ({2, 4} if bench.trunk.parallel else {1, 2, 5})
+    assert set(map(len, equivalent_places(bench, plan))) == ({2, 4} if bench.runner.parallel else {1, 2, 5})
     block = teacher.block(0)
-    name = output_of(block, "attention", teacher.row, teacher.model.config)  # what stays before both runs
+    name = output_projection(
+        block, "attention", teacher.architecture, teacher.model.config
+    )  # what stays before both runs
     biased = name is not None and getattr(block.get_submodule(name), "bias", None) is not None
     assert len(repair.weights) == (runs_of if biased else 0)
     if biased:
@@ -202,7 +214,7 @@ def test_a_span_that_is_linear_is_lossless_after_a_matrix(name: str, options: di
     teacher = planted(tmp_path, "gpt2", straight, activation_function="linear")
     for block in teacher.model.transformer.h[1:3]:
         block.ln_2.eps = 1e8  # the checkpoint has one epsilon for all norms
-    plan, rows = Plan.of(["mlp.1"]), tiny.tokens(3, 20)
+    plan, rows = Plan.parse(["mlp.1"]), tiny.tokens(3, 20)
     dense = logits(teacher.model, rows)
     repair = recovered(name, teacher, plan, many_texts(60), **options)
     assert (logits(apply(teacher, plan), rows) - dense).abs().max() > 0.1
@@ -210,7 +222,7 @@ def test_a_span_that_is_linear_is_lossless_after_a_matrix(name: str, options: di
 
 
 def test_a_fused_matrix_is_a_matrix_on_the_output_before_the_run(checkpoint: Folder) -> None:
-    teacher, plan, tokens = load(checkpoint("llama")), Plan.of(["attention.2", "mlp.2"]), many_texts()
+    teacher, plan, tokens = load(checkpoint("llama")), Plan.parse(["attention.2", "mlp.2"]), many_texts()
     repair = recovered("linear", teacher, plan, tokens, where="fused")
     (name,) = repair.weights
     assert name == "model.layers.1.mlp.down_proj.weight"
@@ -221,12 +233,12 @@ def test_a_fused_matrix_is_a_matrix_on_the_output_before_the_run(checkpoint: Fol
 
 
 def test_fold_leaves_an_untouched_model_alone(checkpoint: Folder) -> None:
-    assert recovered("fold", load(checkpoint("llama")), Plan(), many_texts()) == UNTOUCHED
+    assert recovered("fold", load(checkpoint("llama")), Plan(), many_texts()) == NO_REPAIR
 
 
 def test_fold_is_the_ridge_regression_of_what_the_stream_lacks(checkpoint: Folder) -> None:
     teacher, tokens = load(checkpoint("llama")), many_texts()
-    plan = Plan.of(["mlp.2"])
+    plan = Plan.parse(["mlp.2"])
     repair = recovered("fold", teacher, plan, tokens, parts="mlp", ahead=False)
     (name,) = repair.weights
     assert name == "model.layers.3.mlp.down_proj.weight"
@@ -253,30 +265,30 @@ def test_fold_is_the_ridge_regression_of_what_the_stream_lacks(checkpoint: Folde
 
 def test_of_a_single_text_some_documents_choose_the_ridge(checkpoint: Folder) -> None:
     teacher, ids = load(checkpoint("llama")), many_texts(40).rows.tolist()
-    one = pick([Document(0, tuple(row)) for row in ids], 40 * 24, 24, [], "one text")
-    held = Subject(teacher, PLAN).held(Bench(teacher, one, "kl"), one)
+    one = pack_rows([Document(0, tuple(row)) for row in ids], 40 * 24, 24, [], "one text")
+    held = RecoveryTask(teacher, PLAN).validation_mask(Measurer(teacher, one, "kl"), one)
     assert int(held.sum()) == 5 * 24, "every eighth of forty documents"
     assert recovered("fold", teacher, PLAN, one).weights
 
 
 def test_fold_looks_behind_the_run_that_follows(checkpoint: Folder) -> None:
     """Right before a run the stream is fitted to what the teacher has behind it."""
-    teacher, tokens, plan = load(checkpoint("llama")), many_texts(60), Plan.of(["mlp.1", "attention.2", "mlp.2"])
-    bench = Bench(teacher, tokens, "kl")
-    assert lookahead(order(bench), plan) == {Site(1, "attention"): Site(2, "mlp")}
+    teacher, tokens, plan = load(checkpoint("llama")), many_texts(60), Plan.parse(["mlp.1", "attention.2", "mlp.2"])
+    bench = Measurer(teacher, tokens, "kl")
+    assert lookahead_targets(execution_order(bench), plan) == {Site(1, "attention"): Site(2, "mlp")}
     lacking: dict[bool, float] = {}
     for ahead in (False, True):
         repair = recovered("fold", teacher, plan, tokens, ahead=ahead)
         assert ("model.layers.1.self_attn.o_proj.weight" in repair.weights) == ahead
-        ends: list[Stage] = []
+        ends: list[SiteView] = []
 
-        def look(stage: Stage, ends: list[Stage] = ends) -> Change:
+        def look(stage: SiteView, ends: list[SiteView] = ends) -> Change:
             ends.append(stage)
             return None
 
-        side_by_side(TeacherSide(bench), plan, repair, look)
+        side_by_side(TeacherStreams(bench), plan, repair, look)
         behind = next(stage for stage in ends if stage.site == Site(2, "mlp"))
-        assert torch.equal(streams_after(TeacherSide(bench), [behind.site])[behind.site], behind.teacher_after)
+        assert torch.equal(streams_after(TeacherStreams(bench), [behind.site])[behind.site], behind.teacher_after)
         lacking[ahead] = float((behind.teacher_after - behind.after).square().sum())
     assert lacking[True] < 0.9 * lacking[False]
 
@@ -284,23 +296,23 @@ def test_fold_looks_behind_the_run_that_follows(checkpoint: Folder) -> None:
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
 def test_streams_after_sites_are_those_that_both_sides_show(variant: str, checkpoint: Folder) -> None:
     teacher, tokens = load(checkpoint(variant)), token_set()
-    bench, shown = Bench(teacher, tokens, "kl"), dict[Site, torch.Tensor]()
+    bench, shown = Measurer(teacher, tokens, "kl"), dict[Site, torch.Tensor]()
 
-    def look(stage: Stage) -> Change:
+    def look(stage: SiteView) -> Change:
         shown[stage.site] = stage.teacher_after
         return None
 
-    side_by_side(TeacherSide(bench), Plan(), UNTOUCHED, look)
-    found = streams_after(TeacherSide(bench), teacher.anatomy.alive())
+    side_by_side(TeacherStreams(bench), Plan(), NO_REPAIR, look)
+    found = streams_after(TeacherStreams(bench), teacher.anatomy.sites_present())
     assert found.keys() == shown.keys()
     assert all(torch.allclose(found[site], shown[site], atol=1e-5) for site in found)
 
 
 @pytest.mark.parametrize("variant", ["llama", "phi"])
 def test_the_teacher_is_gone_through_once_where_its_streams_fit(variant: str, checkpoint: Folder) -> None:
-    teacher, tokens, plans = load(checkpoint(variant)), many_texts(), [PLAN, Plan.of(["attention.1", "mlp.1"])]
-    subject = Subject(teacher, PLAN)
-    kept = replace(subject, sides={})
+    teacher, tokens, plans = load(checkpoint(variant)), many_texts(), [PLAN, Plan.parse(["attention.1", "mlp.1"])]
+    subject = RecoveryTask(teacher, PLAN)
+    kept = replace(subject, streams_by_tokens={})
     alone = [RECOVERIES["fold"](replace(subject, plan=plan), tokens, tokens) for plan in plans]
     together = [RECOVERIES["fold"](replace(kept, plan=plan), tokens, tokens) for plan in plans]
     anew = [RECOVERIES["fold"](replace(subject, plan=plan, memory=2**20), tokens, tokens) for plan in plans]
@@ -308,17 +320,17 @@ def test_the_teacher_is_gone_through_once_where_its_streams_fit(variant: str, ch
         for other in others:
             assert one.weights.keys() == other.weights.keys()
             assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
-    assert kept.sides
-    (side,) = kept.sides.values()
-    passes, sites = side.bench.trunk.computed / tokens.rows.numel(), len(teacher.anatomy.alive())
+    assert kept.streams_by_tokens
+    (side,) = kept.streams_by_tokens.values()
+    passes, sites = side.bench.runner.computed / tokens.rows.numel(), len(teacher.anatomy.sites_present())
     assert passes < 3.5 * sites, "one of the teacher, two of students; it was six"
-    small = TeacherSide(Bench(teacher, tokens, "kl", memory=2**20), again=True)
+    small = TeacherStreams(Measurer(teacher, tokens, "kl", memory=2**20), again=True)
     streams_after(small, [])
-    first = small.bench.trunk.computed
+    first = small.bench.runner.computed
     streams_after(small, [])
-    assert small.bench.trunk.computed == 2 * first, "what does not fit is computed again"
+    assert small.bench.runner.computed == 2 * first, "what does not fit is computed again"
     streams_after(side, [])
-    assert side.bench.trunk.computed == passes * tokens.rows.numel(), "what fits is not"
+    assert side.bench.runner.computed == passes * tokens.rows.numel(), "what fits is not"
 
 
 @pytest.mark.parametrize("variant", ["gemma2", "gemma3_text", "olmo2"])
@@ -334,11 +346,11 @@ def test_the_regression_is_that_of_numpy_and_chooses_its_ridge_on_held_out_rows(
     even, held = torch.ones(500), torch.arange(500) % 5 == 0
     exact = torch.linalg.lstsq(x.double(), y.double()).solution
     assert torch.allclose(Moments(x, y, even).solve(0.0), exact, atol=1e-5)
-    fit = fitted(x, y, even, held)
-    assert fit.left < 0.01
+    fit = ridge_fit(x, y, even, held)
+    assert fit.remaining_error < 0.01
     assert torch.allclose(fit.matrix.T.double(), exact, atol=1e-2)
-    noise = fitted(x, torch.randn(500, 3, generator=draw), even, held)
-    assert noise.left > 0.9
+    noise = ridge_fit(x, torch.randn(500, 3, generator=draw), even, held)
+    assert noise.remaining_error > 0.9
     assert noise.ridge > fit.ridge
     seen, unseen = (Moments(x[some], y[some], even[some]) for some in (~held, held))
     assert fit.ridge == min(RIDGES, key=lambda ridge: unseen.error(seen.solve(ridge))), "of all"
@@ -358,16 +370,16 @@ def test_the_regression_is_that_of_numpy_and_chooses_its_ridge_on_held_out_rows(
 
 
 def test_scale_gives_the_stream_its_length(checkpoint: Folder) -> None:
-    teacher, plan, tokens = load(checkpoint("llama")), Plan.of(["attention.1", "mlp.1", "mlp.3"]), many_texts()
+    teacher, plan, tokens = load(checkpoint("llama")), Plan.parse(["attention.1", "mlp.1", "mlp.3"]), many_texts()
     repair = recovered("scale", teacher, plan, tokens)
     assert list(repair.patches) == [Site(1, "mlp"), Site(3, "mlp")]
     lengths: dict[Site, tuple[float, float]] = {}
 
-    def look(stage: Stage) -> Change:
+    def look(stage: SiteView) -> Change:
         lengths[stage.site] = (float(stage.after.norm(dim=-1).mean()), float(stage.teacher_after.norm(dim=-1).mean()))
         return None
 
-    side_by_side(TeacherSide(Bench(teacher, tokens, "kl")), plan, repair, look)
+    side_by_side(TeacherStreams(Measurer(teacher, tokens, "kl")), plan, repair, look)
     for site in repair.patches:
         assert lengths[site][0] == pytest.approx(lengths[site][1], rel=1e-4)
     with pytest.raises(UsageError, match="a norm stays there"):
@@ -376,8 +388,8 @@ def test_scale_gives_the_stream_its_length(checkpoint: Folder) -> None:
 
 def test_runs_of_removed_sites_follow_each_other() -> None:
     sites = [Site(b, part) for b in range(3) for part in ("attention", "mlp")]
-    plan = Plan.of(["mlp.0", "attention.1", "mlp.2"])
-    assert runs(sites, plan) == [(Site(0, "mlp"), Site(1, "attention")), (Site(2, "mlp"),)]
+    plan = Plan.parse(["mlp.0", "attention.1", "mlp.2"])
+    assert removed_runs(sites, plan) == [(Site(0, "mlp"), Site(1, "attention")), (Site(2, "mlp"),)]
 
 
 # -- updates by groups of inputs ---------------------------------------------------------------------------------------
@@ -434,7 +446,7 @@ def test_no_recovery_writes_to_the_teacher_or_raises_the_loss_it_learns_by(name:
     repair = recovered(name, teacher, PLAN, tokens)
     assert all(torch.equal(value, bits[key]) for key, value in teacher.model.state_dict().items())
     assert not any(p.requires_grad for p in apply(teacher, PLAN, repair=repair).parameters() if p.grad is not None)
-    assert repair != UNTOUCHED
+    assert repair != NO_REPAIR
     sides = [apply(teacher, PLAN), apply(teacher, PLAN, repair=repair)]
     p = logits(teacher.model, tokens.rows).log_softmax(-1)
     before, after = (float((p.exp() * (p - logits(m, tokens.rows).log_softmax(-1))).sum(-1).mean()) for m in sides)
@@ -458,11 +470,11 @@ def test_a_streamed_model_is_repaired_file_to_file(variant: str, tmp_path: Path)
     folder, tokens = tiny.saved(tmp_path / "model", variant, torch.bfloat16), many_texts(20)
     teacher = load(folder, memory=0)
     repair = recovered("lowrank", teacher, PLAN, tokens, rank=2)
-    repair = RECOVERIES["fold"](Subject(teacher, PLAN, repair), tokens, tokens).rounded(teacher.dtype)
+    repair = RECOVERIES["fold"](RecoveryTask(teacher, PLAN, repair), tokens, tokens).cast_through(teacher.dtype)
     out = tmp_path / "out"
-    write(apply(teacher, PLAN, repair=repair), None, PLAN, out, teacher=teacher)
+    write_checkpoint(apply(teacher, PLAN, repair=repair), None, PLAN, out, teacher=teacher)
     rows = tiny.tokens(2, 12)
-    check_streamed(teacher, PLAN, out, rows, repair=repair)
+    verify_streamed_round_trip(teacher, PLAN, out, rows, repair=repair)
     whole = load(folder)
     assert torch.allclose(logits(load(out).model, rows), logits(apply(whole, PLAN, repair=repair), rows), atol=1e-5)
 
@@ -474,9 +486,12 @@ def test_a_repair_survives_its_file(checkpoint: Folder, tmp_path: Path) -> None:
     )
     repair.save(tmp_path / "repair.safetensors")
     again = read_repair(tmp_path / "repair.safetensors")
-    assert again.key() == repair.key() != UNTOUCHED.key()
+    assert again.key() == repair.key() != NO_REPAIR.key()
     assert [path.name for path in tmp_path.iterdir()] == ["repair.safetensors"]
-    assert repair.rounded(torch.bfloat16).rounded(torch.bfloat16).key() == repair.rounded(torch.bfloat16).key()
+    assert (
+        repair.cast_through(torch.bfloat16).cast_through(torch.bfloat16).key()
+        == repair.cast_through(torch.bfloat16).key()
+    )
 
 
 @pytest.mark.parametrize(("name", "options", "told"), [
@@ -504,7 +519,7 @@ def test_a_killed_training_ends_as_an_undisturbed_one(
 ) -> None:
     monkeypatch.setattr("billhook.training.SAVE_EVERY", 0.0)
     teacher, tokens, valid = load(checkpoint("llama")), many_texts(24), many_texts(6, seed=9)
-    whole = RECOVERIES[name](Subject(teacher, PLAN), tokens, valid, **SHORT)
+    whole = RECOVERIES[name](RecoveryTask(teacher, PLAN), tokens, valid, **SHORT)
     calls = 0
 
     def watch(event: Any) -> None:
@@ -514,7 +529,7 @@ def test_a_killed_training_ends_as_an_undisturbed_one(
             calls = 100
             raise Killed
 
-    subject = Subject(teacher, PLAN, work=tmp_path, watch=watch)
+    subject = RecoveryTask(teacher, PLAN, work=tmp_path, watch=watch)
     with pytest.raises(Killed):
         RECOVERIES[name](subject, tokens, valid, **SHORT)
     assert sorted(path.name.partition("-")[0] for path in tmp_path.iterdir()) == [*4 * ["teacher"], "training.pt"]
@@ -535,8 +550,8 @@ def test_what_the_teacher_says_is_written_once(loss: str, checkpoint: Folder, tm
         if event.note == "the teacher's side" and len(heard) == stop:
             raise Killed
 
-    bare = RECOVERIES["bias"](Subject(teacher, PLAN), tokens, valid, **options)
-    subject, stop = Subject(teacher, PLAN, work=tmp_path, watch=watch), 1
+    bare = RECOVERIES["bias"](RecoveryTask(teacher, PLAN), tokens, valid, **options)
+    subject, stop = RecoveryTask(teacher, PLAN, work=tmp_path, watch=watch), 1
     with pytest.raises(Killed):
         RECOVERIES["bias"](subject, tokens, valid, **options)
     assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
@@ -591,10 +606,10 @@ def test_a_training_does_not_go_on_with_other_texts(
 ) -> None:
     monkeypatch.setattr("billhook.training.SAVE_EVERY", 0.0)
     teacher, tokens, valid = load(checkpoint("llama")), many_texts(12), many_texts(6, seed=9)
-    subject = Subject(teacher, PLAN, work=tmp_path)
+    subject = RecoveryTask(teacher, PLAN, work=tmp_path)
     RECOVERIES["bias"](subject, many_texts(12, seed=5), valid, **SHORT)
     assert (tmp_path / "training.pt").is_file()
-    anew = RECOVERIES["bias"](Subject(teacher, PLAN), tokens, valid, **SHORT)
+    anew = RECOVERIES["bias"](RecoveryTask(teacher, PLAN), tokens, valid, **SHORT)
     assert RECOVERIES["bias"](subject, tokens, valid, **SHORT).key() == anew.key()
 
 
@@ -614,12 +629,12 @@ def test_training_lowers_its_loss_and_patches_learn_too(loss: str, checkpoint: F
     teacher, tokens = load(checkpoint("llama")), many_texts(24)
     patched = recovered("mean", teacher, PLAN, tokens)
     repair = RECOVERIES["bias"](
-        Subject(teacher, PLAN, patched), tokens, tokens, loss=loss, epochs=4, rate=5e-3, batch=4
+        RecoveryTask(teacher, PLAN, patched), tokens, tokens, loss=loss, epochs=4, rate=5e-3, batch=4
     )
     assert set(repair.patches) == set(patched.patches)
     assert all(not torch.equal(repair.patches[s].bias, patched.patches[s].bias) for s in repair.patches)  # type: ignore[arg-type]
     student = apply(teacher, PLAN, repair=repair)
-    assert difference(teacher, PLAN, student).key() == repair.key()
+    assert extract_repair(teacher, PLAN, student).key() == repair.key()
     if loss == "kl":
         p = logits(teacher.model, tokens.rows).log_softmax(-1)
         told = [
@@ -632,18 +647,18 @@ def test_training_lowers_its_loss_and_patches_learn_too(loss: str, checkpoint: F
 def test_only_patches_learn_from_where_the_closed_form_ended(checkpoint: Folder) -> None:
     teacher, tokens = load(checkpoint("llama")), many_texts(24)
     closed = recovered("lowrank", teacher, PLAN, tokens, rank=2)
-    subject = Subject(teacher, PLAN, closed)
+    subject = RecoveryTask(teacher, PLAN, closed)
     repair = RECOVERIES["patches"](subject, tokens, tokens, epochs=4, rate=5e-3, batch=4)
     assert repair.weights == {}
-    before, after = (Probe(teacher, tokens, "kl", mended=(PLAN, r)).losses([PLAN])[0].mean for r in (closed, repair))
+    before, after = (Probe(teacher, tokens, "kl", repaired=(PLAN, r)).losses([PLAN])[0].mean for r in (closed, repair))
     assert after < before
     with pytest.raises(UsageError, match="put lowrank before it"):
-        RECOVERIES["patches"](Subject(teacher, PLAN), tokens, tokens)
+        RECOVERIES["patches"](RecoveryTask(teacher, PLAN), tokens, tokens)
 
 
 def test_minutes_bound_the_steps(checkpoint: Folder) -> None:
     told: list[int | None] = []
-    subject = Subject(load(checkpoint("llama")), PLAN, watch=lambda event: told.append(event.total))
+    subject = RecoveryTask(load(checkpoint("llama")), PLAN, watch=lambda event: told.append(event.total))
     RECOVERIES["bias"](subject, many_texts(24), many_texts(6), epochs=10**6, minutes=0.02, batch=8)
     assert told
     assert 0 < (told[-1] or 0) < 10**5, "and not the three million of all epochs"

@@ -15,16 +15,16 @@ import torch
 import billhook
 from billhook.errors import DataError, FingerprintError, RecipeError, UnknownName, UsageError
 from billhook.evaluate.perplexity import perplexity
-from billhook.execute import JUDGED, Folding
-from billhook.plan import Ask, Plan
-from billhook.portions import picked
+from billhook.execute import REFIT_CANDIDATES, RefitExecutor
+from billhook.plan import MeasureRequest, Plan
+from billhook.portions import select_documents
 from billhook.probe import Probe
-from billhook.recipe import Recipe, recipe_from
+from billhook.recipe import Recipe, parse_recipe
 from billhook.records import Event, Loss
-from billhook.recover import RECOVERIES, Subject
-from billhook.registry import chosen
+from billhook.recover import RECOVERIES, RecoveryTask
+from billhook.registry import resolve_options
 from billhook.searching import recovery_tokens, tokens_for
-from billhook.summary import notes
+from billhook.summary import run_notes
 
 SHORT: dict[str, Any] = {"remove": "2sites", "search": "greedy", "tokens": 64, "length": 32, "eval_tokens": 256,
                          "eval_length": 32, "recover_tokens": 640, "recover_length": 32}  # fmt: skip
@@ -62,11 +62,11 @@ def test_the_folder_holds_what_was_proved(result: dict[str, Any]) -> None:
     assert result["parameters"]["student"] == again.anatomy.total("parameters")
     assert result["recoveries"][-1]["parameters"] == 2 * 32, "mean came first, and stands"
     assert sorted(p.name for p in out.parent.iterdir()) == ["b.db", "out"], "nothing half-written remains"
-    assert {f"{site.part}.{site.block}" for site in again.removed.removed} == set(result["plan"]["removed"])
+    assert {f"{site.part}.{site.block}" for site in again.removed_earlier.removed} == set(result["plan"]["removed"])
 
 
 def test_what_does_not_help_says_so_first(result: dict[str, Any]) -> None:
-    told = notes(result)
+    told = run_notes(result)
     for each, note in zip(result["recoveries"], told, strict=False):
         assert note.startswith(each["recovery"])
         assert ("DID NOT HELP" in note) == (each["on"]["held-out"]["ci95"][1] >= 1)
@@ -133,10 +133,10 @@ def test_held_out_text_is_not_learnt_from(model: Path, text: Path, tmp_path: Pat
 
 def test_an_option_is_of_all_methods_that_have_it_or_of_the_one_that_is_named() -> None:
     methods = [RECOVERIES["lora"], RECOVERIES["lowrank"], RECOVERIES["fold"]]
-    assert chosen({"rank": "4"}, *methods) == [{"rank": 4}, {"rank": 4}, {}]
-    assert chosen({"rank": 4, "lora.rank": 8}, *methods) == [{"rank": 8}, {"rank": 4}, {}]
+    assert resolve_options({"rank": "4"}, *methods) == [{"rank": 4}, {"rank": 4}, {}]
+    assert resolve_options({"rank": 4, "lora.rank": 8}, *methods) == [{"rank": 8}, {"rank": 4}, {}]
     with pytest.raises(UsageError, match=r"no option 'fold\.rank'"):
-        chosen({"fold.rank": 4}, *methods)
+        resolve_options({"fold.rank": 4}, *methods)
 
 
 def test_an_adapter_that_is_not_merged_goes_with_its_own_checkpoint_only(
@@ -148,7 +148,7 @@ def test_an_adapter_that_is_not_merged_goes_with_its_own_checkpoint_only(
     assert "without the adapter" in result["note"]
     teacher = billhook.load(model)
     _, held = tokens_for(Recipe(**result["recipe"]), teacher, lambda event: None)
-    base, both = billhook.load(tmp_path / "out").model, billhook.with_adapter(tmp_path / "out")
+    base, both = billhook.load(tmp_path / "out").model, billhook.load_with_adapter(tmp_path / "out")
     last = result["recoveries"][-1]["on"]["held-out"]
     assert math.exp(perplexity(base, held).mean) == pytest.approx(last["before"], rel=1e-4)
     assert math.exp(perplexity(both, held).mean) == pytest.approx(last["after"], rel=1e-4)
@@ -157,9 +157,9 @@ def test_an_adapter_that_is_not_merged_goes_with_its_own_checkpoint_only(
     assert str(tmp_path) not in told
     assert str(model) not in told
     with pytest.raises(FingerprintError, match="other blocks under the same numbers"):
-        billhook.with_adapter(model, tmp_path / "out" / "adapter")
+        billhook.load_with_adapter(model, tmp_path / "out" / "adapter")
     with pytest.raises(DataError, match="merge=no"):
-        billhook.with_adapter(model)
+        billhook.load_with_adapter(model)
     with pytest.raises(UsageError, match="must be the last recovery"):
         billhook.prune(model, out=tmp_path / "no", **(wanted | {"recover": "lora,fold"}), recover_set=["merge=no"])
 
@@ -168,24 +168,26 @@ def test_an_adapter_that_is_not_merged_goes_with_its_own_checkpoint_only(
 
 
 def test_the_best_candidates_are_judged_after_a_fold_and_the_others_are_bounds() -> None:
-    plans = tuple(Plan.of([f"mlp.{i}"]) for i in range(8))
+    plans = tuple(Plan.parse([f"mlp.{i}"]) for i in range(8))
     plain = {plan: Loss("kl", (float(i),), (1,)) for i, plan in enumerate(plans)}
     folded = {plan: Loss("kl", (10.0 - i,), (1,)) for i, plan in enumerate(plans)}
 
     class Plain:
-        def __call__(self, ask: Ask, told: Any = None) -> list[Loss]:
-            assert ask.below is None, "what a fold leaves is not held against what it began with"
-            best = sorted(plain[plan].mean for plan in ask.plans)[: ask.best or len(ask.plans)]
+        def __call__(self, ask: MeasureRequest, told: Any = None) -> list[Loss]:
+            assert ask.ceiling is None, "what a fold leaves is not held against what it began with"
+            best = sorted(plain[plan].mean for plan in ask.plans)[: ask.full_results or len(ask.plans)]
             return [replace(plain[plan], bound=plain[plan].mean not in best) for plan in ask.plans]
 
     judged: list[Plan] = []
-    measure = Folding(Plain(), lambda plan: judged.append(plan) or folded[plan])  # type: ignore[arg-type, func-returns-value]
-    losses = measure(Ask(plans, best=2, below=(0.0,)))
-    assert judged == list(plans[:JUDGED])
-    assert losses[:JUDGED] == [folded[plan] for plan in plans[:JUDGED]]
-    assert all(loss.bound for loss in losses[JUDGED:])
-    assert measure(Ask(plans[-2:], best=1)) == [folded[plan] for plan in plans[-2:]], "few are all judged"
-    assert measure(Ask(plans, tokens=16)) == [plain[plan] for plan in plans], "where to look needs no fold"
+    measure = RefitExecutor(Plain(), lambda plan: judged.append(plan) or folded[plan])  # type: ignore[arg-type, func-returns-value]
+    losses = measure(MeasureRequest(plans, full_results=2, ceiling=(0.0,)))
+    assert judged == list(plans[:REFIT_CANDIDATES])
+    assert losses[:REFIT_CANDIDATES] == [folded[plan] for plan in plans[:REFIT_CANDIDATES]]
+    assert all(loss.bound for loss in losses[REFIT_CANDIDATES:])
+    assert measure(MeasureRequest(plans[-2:], full_results=1)) == [folded[plan] for plan in plans[-2:]], (
+        "few are all judged"
+    )
+    assert measure(MeasureRequest(plans, tokens=16)) == [plain[plan] for plan in plans], "where to look needs no fold"
     assert [ask.tokens for ask, _ in measure.rounds] == [None, None]
 
 
@@ -198,22 +200,24 @@ def test_a_search_with_folds_is_that_by_hand_and_measures_nothing_twice(
     assert again["plan"] == result["plan"]
     assert billhook.runs(tmp_path / "b.db")[0]["losses"] == 0
     teacher = billhook.load(model)
-    recipe = recipe_from({"model": str(model)} | wanted)
+    recipe = parse_recipe({"model": str(model)} | wanted)
     calibration, _ = tokens_for(recipe, teacher, lambda event: None)
     texts = recovery_tokens(recipe, teacher, lambda event: None)
-    train = picked(texts, [d for d, digest in enumerate(texts.digests) if digest not in calibration.digests])
+    train = select_documents(texts, [d for d, digest in enumerate(texts.digests) if digest not in calibration.digests])
     probe = Probe(teacher, calibration, "kl")
     plan = Plan()
     for step in result["steps"]:
-        plans = [plan.without(site) for site in teacher.anatomy.alive() if site not in plan.removed]
+        plans = [plan.without(site) for site in teacher.anatomy.sites_present() if site not in plan.removed]
         plans = [
-            p for p in plans if {s.part for s in teacher.anatomy.alive() if s not in p.removed} == {"attention", "mlp"}
+            p
+            for p in plans
+            if {s.part for s in teacher.anatomy.sites_present() if s not in p.removed} == {"attention", "mlp"}
         ]
-        shortlist = sorted(plans, key=lambda p: probe.losses([p])[0].mean)[:JUDGED]
+        shortlist = sorted(plans, key=lambda p: probe.losses([p])[0].mean)[:REFIT_CANDIDATES]
         told = {}
         for p in shortlist:
-            repair = RECOVERIES["fold"](Subject(teacher, p), train, train, reach="next")
-            told[p] = Probe(teacher, calibration, "kl", mended=(p, repair)).losses([p])[0].mean
+            repair = RECOVERIES["fold"](RecoveryTask(teacher, p), train, train, reach="next")
+            told[p] = Probe(teacher, calibration, "kl", repaired=(p, repair)).losses([p])[0].mean
         plan = min(told, key=lambda p: told[p])
         assert step["loss"] == pytest.approx(told[plan], rel=1e-4)
     assert plan.names() == result["plan"]["removed"]

@@ -386,7 +386,7 @@ def test_a_run_does_not_go_on_over_other_text(interrupted: str, tmp_path: Path) 
 
 
 def test_a_run_belongs_to_one_process(interrupted: str, tmp_path: Path) -> None:
-    with Store(tmp_path / "runs.db").hold(interrupted):
+    with Store(tmp_path / "runs.db").lock(interrupted):
         cannot_resume(tmp_path, RunError, "Another process works on run", interrupted, "Wait for it", run=interrupted)
         cannot_resume(tmp_path, RunError, "Another process works on run", interrupted)
     cannot_resume(tmp_path, RunError, "no run 'nonesuch'", "`billhook runs`", run="nonesuch")

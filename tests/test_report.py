@@ -118,7 +118,7 @@ def number(text: str) -> float:
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_say_what_was_measured(seed: int) -> None:
     result = a_result(seed)
-    told = {row.label: row for row in summary.rows(result)}
+    told = {row.label: row for row in summary.summary_rows(result)}
     sizes = {"Parameters": "parameters", "On disk": "bytes", "KV cache / token": "kv_bytes_per_token"}
     for label, key in {**sizes, "FLOPs / token": "flops_per_token"}.items():
         row, was, now = told[label], result[key]["teacher"], result[key]["student"]
@@ -145,20 +145,20 @@ def test_recoveries_are_told_on_every_text_and_what_they_cost() -> None:
         ("lora", "calibration", "42.5 → 43.0", "×1.01 (0.98–1.03)", "wider"),
         ("lora", "held-out", "42.5 → 43.0", "×1.01 (0.98–1.03)", "wider"),
     ]
-    fold, lora = summary.notes(result)[:2]
+    fold, lora = summary.run_notes(result)[:2]
     assert "at inference 9,216 parameters more" in fold
     assert "DID NOT HELP" in lora
     assert "at inference nothing" in lora
-    assert "| fold | held-out | 60.0 → 42.5 | ×0.71 (0.69–0.72) | 42% closed |" in report.card(result)
-    told = Elements(report.page(result)).text
+    assert "| fold | held-out | 60.0 → 42.5 | ×0.71 (0.69–0.72) | 42% closed |" in report.model_card(result)
+    told = Elements(report.run_page(result)).text
     assert all(cell in told for row in summary.recovery_rows(result) for cell in row)
-    assert "What recovery gave back" not in report.page(result | {"recoveries": []})
+    assert "What recovery gave back" not in report.run_page(result | {"recoveries": []})
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_fit_a_terminal_of_80_columns(seed: int) -> None:
     table = Table("", "teacher", "student", "change")
-    told = summary.rows(a_result(seed))
+    told = summary.summary_rows(a_result(seed))
     for row in told:
         table.add_row(row.label, row.teacher, row.student, row.change)
     screen = Console(file=StringIO(), width=80)
@@ -181,30 +181,33 @@ def test_tasks_and_margins_are_told() -> None:
     ]
     within = {"margin": "3%ppl", "unit": "percent of the perplexity", "trials": trials, "data": {"tokens": 8192}}
     result = a_result(tasks=[task], within=within)
-    (row,) = [row for row in summary.rows(result) if row.label == "Accuracy, piqa_validation"]
+    (row,) = [row for row in summary.summary_rows(result) if row.label == "Accuracy, piqa_validation"]
     assert (row.teacher, row.student, row.change) == ("68.2%", "55.1%", "−13.1pp (−16.0pp–−10.0pp)")
-    (note,) = [note for note in summary.notes(result) if note.startswith("Within 3%ppl")]
+    (note,) = [note for note in summary.run_notes(result) if note.startswith("Within 3%ppl")]
     assert "6.3% of the parameters can go, for 2.05 percent of the perplexity, at most 2.96" in note
     assert note.endswith("8.9% would lose more.")
 
 
 def test_what_was_not_measured_has_no_row_and_a_note() -> None:
     skipped = a_result(perplexity=None, speed=None)
-    assert [row.label for row in summary.rows(skipped)] == [
+    assert [row.label for row in summary.summary_rows(skipped)] == [
         "Parameters",
         "On disk",
         "KV cache / token",
         "FLOPs / token",
     ]
-    assert summary.notes(skipped | {"recoveries": []}) == ["Perplexity was not measured.", "Speed was not measured."]
+    assert summary.run_notes(skipped | {"recoveries": []}) == [
+        "Perplexity was not measured.",
+        "Speed was not measured.",
+    ]
     unknown = a_result()
     unknown["speed"]["teacher"]["peak_bytes"] = None
-    assert summary.rows(unknown)[-1] == summary.Row("Peak memory", "–", "1.10 GB", "–")
+    assert summary.summary_rows(unknown)[-1] == summary.SummaryRow("Peak memory", "–", "1.10 GB", "–")
     unknown["speed"]["student"]["peak_bytes"] = None
-    assert summary.rows(unknown)[-1].label == "Decode tokens/s"
+    assert summary.summary_rows(unknown)[-1].label == "Decode tokens/s"
     for result in (skipped, unknown):
-        assert "None" not in report.card(result).split("## Recipe")[0]
-        assert "nan" not in summary.verdict(result)
+        assert "None" not in report.model_card(result).split("## Recipe")[0]
+        assert "nan" not in summary.headline(result)
 
 
 @pytest.mark.parametrize(
@@ -217,11 +220,11 @@ def test_what_was_not_measured_has_no_row_and_a_note() -> None:
     ],
 )  # fmt: skip
 def test_short_numbers(value: float | None, unit: str, text: str) -> None:
-    assert summary.short(value, unit) == text
+    assert summary.format_number(value, unit) == text
 
 
 def test_seconds_and_minutes_never_reach_sixty() -> None:
-    told = [summary.duration(s) for s in (0.1, 59.96, 60, 400, 3599.7, 3600, 86399)]
+    told = [summary.format_duration(s) for s in (0.1, 59.96, 60, 400, 3599.7, 3600, 86399)]
     assert told == ["0.1 s", "1 min 0 s", "1 min 0 s", "6 min 40 s", "1 h 0 min", "1 h 0 min", "23 h 59 min"]
 
 
@@ -229,19 +232,19 @@ def test_notes_are_shown_everywhere() -> None:
     result = a_result(note="the first note", recoveries=[])
     result["perplexity"] |= {"reliable": False, "note": "rests on 3 texts"}
     result["speed"]["note"] = "the machine was busy"
-    told = summary.notes(result)
+    told = summary.run_notes(result)
     assert len(told) == 3
     for note in told:
-        assert note in report.card(result).replace("\\", "")
-        assert note in report.page(result)
+        assert note in report.model_card(result).replace("\\", "")
+        assert note in report.run_page(result)
     result["perplexity"]["note"] = ""
-    assert any("not reliable" in note for note in summary.notes(result))
+    assert any("not reliable" in note for note in summary.run_notes(result))
 
 
 def test_the_verdict_counts_whole_blocks() -> None:
     result = a_result(3, blocks=12, removals=0)
     result["plan"]["removed"] = ["attention.4", "mlp.4", "mlp.9"]
-    assert summary.verdict(result).startswith("3 of 24 sites removed (1 whole block): as many parameters as before, ")
+    assert summary.headline(result).startswith("3 of 24 sites removed (1 whole block): as many parameters as before, ")
 
 
 # -- the card ----------------------------------------------------------------------------------------------------------
@@ -249,7 +252,7 @@ def test_the_verdict_counts_whole_blocks() -> None:
 
 @pytest.mark.parametrize("result", [a_result(1), hostile(2), a_result(3, perplexity=None, speed=None, steps=[])])
 def test_the_card_is_yaml_and_markdown(result: Any) -> None:
-    card = report.card(result)
+    card = report.model_card(result)
     empty, front, body = card.split("---\n", 2)
     assert empty == ""
     meta = yaml.safe_load(front)
@@ -257,7 +260,7 @@ def test_the_card_is_yaml_and_markdown(result: Any) -> None:
     assert meta["tags"] == ["billhook", "pruned"]
     recipe = re.findall(r"^```yaml\n(.*?)\n```$", body, re.DOTALL | re.MULTILINE)
     assert [yaml.safe_load(text) for text in recipe] == [result["recipe"]]
-    for row in summary.rows(result):
+    for row in summary.summary_rows(result):
         assert f"| {row.label} | {row.teacher} | {row.student} | {row.change} |" in body
     assert not re.search(r"(?<!\\)<\w", re.sub(r"```.*?```", "", body, flags=re.DOTALL))  # no element gets through
 
@@ -266,7 +269,7 @@ def test_items_of_a_task_are_not_called_texts() -> None:
     task = {"source": "arc.jsonl", "tokens": 900, "sequences": 160, "documents": 37, "texts": 37, "items": 37}
     result = a_result(1)
     result["data"]["calibration"] = task
-    card, page = report.card(result), report.page(result)
+    card, page = report.model_card(result), report.run_page(result)
     assert r"- calibration: arc.jsonl, 900 tokens in 37 items" in card
     assert "tokens in 40 documents" in card
     for key, of_task, of_text in (("documents", "–", 40), ("texts", "–", 38), ("items", 37, "–")):
@@ -282,7 +285,7 @@ def test_items_of_a_task_are_not_called_texts() -> None:
     ],
 )
 def test_the_card_says_how_to_load(kind: str, said: str, unsaid: str) -> None:
-    loading = report.card(a_result(kind=kind)).split("## How to load it")[1].split("## Recipe")[0]
+    loading = report.model_card(a_result(kind=kind)).split("## How to load it")[1].split("## Recipe")[0]
     assert said in loading
     assert unsaid not in loading
     assert ("billhook.register()" in loading) == kind.startswith("billhook-")
@@ -297,7 +300,7 @@ def test_the_card_says_how_to_load(kind: str, said: str, unsaid: str) -> None:
 def test_the_map_shows_every_site_once(seed: int, blocks: int, removals: int) -> None:
     gone = ("attention.3", "mlp.3") if blocks == 80 else ()
     result = a_result(seed, blocks, removals, gone=gone)
-    cells = [about for tag, about in Elements(report.page(result)).found if tag == "button"]
+    cells = [about for tag, about in Elements(report.run_page(result)).found if tag == "button"]
     every = {f"{part}.{block}" for block in range(blocks) for part in ("attention", "mlp")}
     assert len(cells) == len(every)
     assert {cell["data-site"] for cell in cells} == every
@@ -314,7 +317,7 @@ def test_the_map_shows_every_site_once(seed: int, blocks: int, removals: int) ->
 
 def test_a_given_plan_has_a_map_and_no_order() -> None:
     result = a_result(4, steps=[], speed=None)
-    page = report.page(result)
+    page = report.run_page(result)
     assert "given plan" in page
     assert "data-numbers" not in page
     assert len(page) < 100_000  # nothing to draw, no plotly
@@ -322,7 +325,7 @@ def test_a_given_plan_has_a_map_and_no_order() -> None:
 
 def test_the_charts_carry_the_numbers_of_the_run() -> None:
     result = a_result(5)
-    found = Elements(report.page(result)).found
+    found = Elements(report.run_page(result)).found
     loss, speed = (json.loads(about["data-numbers"] or "") for _, about in found if "data-numbers" in about)
     assert loss["loss"] == [step["loss"] for step in result["steps"]]
     assert loss["gap"] == [step["gap"] for step in result["steps"]]
@@ -333,10 +336,10 @@ def test_the_charts_carry_the_numbers_of_the_run() -> None:
 
 
 def test_hostile_strings_stay_strings() -> None:
-    safe, page = a_result(6, gone=("attention.4", "mlp.4", "mlp.29")), report.page(hostile(6))
+    safe, page = a_result(6, gone=("attention.4", "mlp.4", "mlp.29")), report.run_page(hostile(6))
     assert HOSTILE not in page
     assert html.escape(HOSTILE) in page
-    ours, theirs = Elements(report.page(safe)), Elements(page)
+    ours, theirs = Elements(report.run_page(safe)), Elements(page)
     for tag in ("script", "img", "style", "iframe", "link", "meta"):
         assert [t for t, _ in ours.found].count(tag) == [t for t, _ in theirs.found].count(tag)
     for answer in (HOSTILE, HOSTILE * 3, HOSTILE[::-1]):
@@ -357,7 +360,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "large": a_result(14, blocks=80, removals=60),
     }
     for name, result in results.items():
-        (folder / f"{name}.html").write_text(report.page(result), encoding="utf-8")
+        (folder / f"{name}.html").write_text(report.run_page(result), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in results}
 
 

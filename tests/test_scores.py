@@ -25,7 +25,7 @@ from billhook.loading import Teacher, load
 from billhook.metrics import METRICS
 from billhook.plan import PARTS, Plan, Site
 from billhook.probe import Probe
-from billhook.problem import Unit
+from billhook.problem import ScoredUnit
 from billhook.records import Score
 from billhook.surgery import apply
 
@@ -49,7 +49,7 @@ def streams_of(teacher: Teacher, row: torch.Tensor) -> Streams:
             found.append((output[0] if isinstance(output, tuple) else output)[0].double())
 
         with hooked(teacher, plan):
-            blocks = arch.blocks_of(teacher.model, teacher.row)
+            blocks = arch.blocks_of(teacher.model, teacher.architecture)
             handles = [block.register_forward_hook(look, with_kwargs=True) for block in blocks]
             teacher.model(input_ids=row[None], use_cache=False)
         for handle in handles:
@@ -64,9 +64,9 @@ def rows_of(tokens: TokenSet) -> list[tuple[torch.Tensor, int]]:
     return [(r[:n], d) for r, n, d in zip(tokens.rows, tokens.lengths, tokens.documents, strict=True)]
 
 
-def pairs(teacher: Teacher, streams: Streams) -> Iterator[tuple[Unit, torch.Tensor, torch.Tensor]]:
+def pairs(teacher: Teacher, streams: Streams) -> Iterator[tuple[ScoredUnit, torch.Tensor, torch.Tensor]]:
     """(site or block, stream before, stream after)."""
-    parallel = teacher.row.parallel(teacher.model.config)
+    parallel = teacher.architecture.parallel(teacher.model.config)
     for i, position in enumerate(teacher.positions):
         attention, mlp = (Plan(frozenset([Site(position, part)])) for part in PARTS)
         x, y = streams(Plan())[i], streams(Plan())[i + 1]
@@ -91,7 +91,7 @@ def statistics(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def values_of(scores: dict[Unit, Score]) -> dict[Unit, float]:
+def values_of(scores: dict[ScoredUnit, Score]) -> dict[ScoredUnit, float]:
     return {unit: score.value for unit, score in scores.items()}
 
 
@@ -103,7 +103,7 @@ def mean(values: list[torch.Tensor]) -> float:
 def test_statistics_are_those_of_hooks(variant: str, checkpoint: Folder) -> None:
     tokens = token_set()
     teacher, streamed = load(checkpoint(variant)), load(checkpoint(variant), memory=0)
-    seen: dict[str, dict[Unit, list[torch.Tensor]]] = {name: {} for name in SHARED}
+    seen: dict[str, dict[ScoredUnit, list[torch.Tensor]]] = {name: {} for name in SHARED}
     for row, _ in rows_of(tokens):
         for unit, x, y in pairs(teacher, streams_of(teacher, row)):
             for name, values in statistics(x, y).items():
@@ -113,7 +113,7 @@ def test_statistics_are_those_of_hooks(variant: str, checkpoint: Folder) -> None
         found = METRICS[name](probe)
         expected = {unit: mean(values) for unit, values in seen[name].items()}
         assert values_of(found) == pytest.approx(expected, rel=1e-4, abs=1e-6)
-        assert set(found) == {*teacher.anatomy.alive(), *teacher.positions}
+        assert set(found) == {*teacher.anatomy.sites_present(), *teacher.positions}
         assert values_of(METRICS[name](again)) == pytest.approx(values_of(found), rel=1e-5, abs=1e-6)
     assert streamed.weights is not None
 
@@ -157,7 +157,7 @@ def test_the_spread_of_an_angle_is_over_documents(checkpoint: Folder) -> None:
 @pytest.mark.parametrize(
     ("blocks", "spans"), [(1, []), (2, [(0, 0), (1, 1)]), (3, [(0, 0), (0, 1), (1, 1), (1, 2), (2, 2)])]
 )
-def test_spans_of_small_models(blocks: int, spans: list[Unit], tmp_path: Path) -> None:
+def test_spans_of_small_models(blocks: int, spans: list[ScoredUnit], tmp_path: Path) -> None:
     teacher = load(tiny.saved(tmp_path / "m", "llama", num_hidden_layers=blocks))
     assert list(METRICS["angular_span"](Probe(teacher, documents(3), "kl"))) == spans
 
@@ -174,12 +174,12 @@ def test_streams_that_do_not_fit_are_refused(checkpoint: Folder) -> None:
 # -- the error at the next MLP --------------------------------------------------------------------------------------
 
 
-def local_errors(teacher: Teacher, tokens: TokenSet, gone: Plan) -> dict[Unit, float]:
+def local_errors(teacher: Teacher, tokens: TokenSet, gone: Plan) -> dict[ScoredUnit, float]:
     """By removing every unit with hooks: what the next MLP adds is its block with it minus its block without it."""
-    parallel = teacher.row.parallel(teacher.model.config)
-    sites = [site for site in teacher.anatomy.alive() if site not in gone.removed]
+    parallel = teacher.architecture.parallel(teacher.model.config)
+    sites = [site for site in teacher.anatomy.sites_present() if site not in gone.removed]
     blocks = sorted({site.block for site in sites})
-    found: dict[Unit, list[torch.Tensor]] = {}
+    found: dict[ScoredUnit, list[torch.Tensor]] = {}
     for row, _ in rows_of(tokens):
         streams = streams_of(teacher, row)
         for unit in (*sites, *blocks):
@@ -209,7 +209,7 @@ def test_errors_at_the_next_mlp_are_those_of_removals(variant: str, checkpoint: 
     expected = local_errors(teacher, tokens, Plan())
     found = METRICS["sprint_local"](Probe(teacher, tokens, "kl"))
     assert values_of(found) == pytest.approx(expected, rel=1e-4)
-    assert list(found) == [*teacher.anatomy.alive(), *teacher.positions]
+    assert list(found) == [*teacher.anatomy.sites_present(), *teacher.positions]
     assert values_of(METRICS["sprint_local"](Probe(streamed, tokens, "kl"))) == pytest.approx(
         values_of(found), rel=1e-5
     )
@@ -228,7 +228,7 @@ def test_errors_at_the_next_mlp_are_those_of_removals(variant: str, checkpoint: 
 )
 def test_scores_of_a_model_that_was_pruned_before(variant: str, gone: str, checkpoint: Folder, tmp_path: Path) -> None:
     """Positions are those of the unpruned model; an MLP that is gone, or holds zeros, is not the next one."""
-    dense, plan, tokens = load(checkpoint(variant)), Plan.of(gone.split(",")), token_set()
+    dense, plan, tokens = load(checkpoint(variant)), Plan.parse(gone.split(",")), token_set()
     save(apply(dense, plan), None, plan, tmp_path / "cut", teacher=dense)
     save(apply(dense, plan, stock=True), None, plan, tmp_path / "stock", teacher=dense)
     cut, streamed, stock = load(tmp_path / "cut"), load(tmp_path / "cut", memory=0), load(tmp_path / "stock")
@@ -250,11 +250,11 @@ def test_scores_of_a_model_that_was_pruned_before(variant: str, gone: str, check
 @pytest.mark.parametrize("variant", tiny.VARIANTS)
 def test_magnitudes_are_sums(variant: str, checkpoint: Folder) -> None:
     teacher, streamed = load(checkpoint(variant)), load(checkpoint(variant), memory=0)
-    expected: dict[Unit, float] = {}
+    expected: dict[ScoredUnit, float] = {}
     for position in teacher.positions:
         block = teacher.block(position)
         for part in PARTS:
-            modules = arch.site_modules(block, part, teacher.row, teacher.model.config)
+            modules = arch.site_modules(block, part, teacher.architecture, teacher.model.config)
             weights = [p.detach().double().abs().sum() for module in modules for p in module.parameters()]
             expected[Site(position, part)] = float(sum(weights))
         expected[position] = float(sum(p.detach().double().abs().sum() for p in block.parameters()))
@@ -274,7 +274,7 @@ OUTPUTS = {"llama": ("o_proj", "down_proj"), "phi": ("dense", "fc2"), "gpt2": ("
 def test_a_site_that_adds_nothing_scores_nothing(variant: str, part: Any, tmp_path: Path) -> None:
     """Its output matrix is zero; its other weights are not."""
     model = tiny.build(variant)
-    row = arch.row_of(model.config)
+    row = arch.architecture_of(model.config)
     block = arch.blocks_of(model, row)[2]
     site = getattr(block, row.attention if part == "attention" else row.mlp[-1])
     with torch.no_grad():
@@ -368,7 +368,7 @@ def test_spans_of_blocks_are_told_by_their_ends(
         (i, j, j - i + 1) for i in range(4) for j in range(i, 4) if j - i < 3
     }
     monkeypatch.setenv("COLUMNS", "80")
-    terminal.show(told, "scores")
+    terminal.print_result(told, "scores")
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
     least = min((row for row in spans if row["length"] == 2), key=lambda row: row["value"])

@@ -18,16 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import ends, plain, solvable
 
-from billhook.budget import UNITS, read_budgets
+from billhook.budget import UNITS, parse_budgets
 from billhook.errors import BudgetError, UnknownName, UsageError
-from billhook.plan import PARTS, Ask, Plan
-from billhook.problem import Problem, protection
+from billhook.plan import PARTS, MeasureRequest, Plan
+from billhook.problem import Problem, parse_protection
 from billhook.records import Loss
 from billhook.registry import Registry
-from billhook.search import OF_GROUPS, SEARCHES, count_losses, settle
+from billhook.search import OF_GROUPS, SEARCHES, drive, estimate_losses
 
 HERE = Path(__file__).parent
-Measure = Callable[[Ask], list[Loss]]
+Measure = Callable[[MeasureRequest], list[Loss]]
 Score = Callable[[Plan], float]
 Key = tuple[Plan, int | None]  # what is measured: a plan, on so many tokens
 COUNTED = [("25%sites", ""), ("3sites", "0,mlp.2"), ("2attention", "attention.1"), ("3mlp", ""), ("50%mlp", "mlp.0-1"),
@@ -41,7 +41,7 @@ SMALL: dict[str, dict[str, object]] = {"evolve": {"generations": 6, "offspring":
 
 def problem_of(budget: str, protected: str = "", blocks: int = 5, seed: int = 0) -> Problem:
     anatomy = plain(blocks, attention=4, mlp=9)
-    return Problem(anatomy, read_budgets(budget), protection(protected, anatomy), seed).check()
+    return Problem(anatomy, parse_budgets(budget), parse_protection(protected, anatomy), seed).check()
 
 
 def additive(seed: int) -> Score:
@@ -77,19 +77,23 @@ def constant(plan: Plan) -> float:
     return 1.0
 
 
-def executor(score: Score, log: list[Ask] | None = None, bounds: bool = False) -> Measure:
+def executor(score: Score, log: list[MeasureRequest] | None = None, bounds: bool = False) -> Measure:
     """Measures by `score`, over three documents. With `bounds`, all but the `best`, and what is
     not wanted, come back as lower bounds.
 
     On few tokens another order comes out than on all.
     """
 
-    def measure(ask: Ask) -> list[Loss]:
+    def measure(ask: MeasureRequest) -> list[Loss]:
         if log is not None:
             log.append(ask)
         values = [score(plan) + (int(plan.key()[:4], 16) / 2**14 if ask.tokens else 0) for plan in ask.plans]
-        limit = sorted(values)[ask.best - 1] if bounds and ask.best and ask.best <= len(values) else float("inf")
-        limit = min(limit, sum(ask.below) / 18) if bounds and ask.below else limit
+        limit = (
+            sorted(values)[ask.full_results - 1]
+            if bounds and ask.full_results and ask.full_results <= len(values)
+            else float("inf")
+        )
+        limit = min(limit, sum(ask.ceiling) / 18) if bounds and ask.ceiling else limit
         return [_loss(value) if value <= limit else _loss(value / 9, bound=True) for value in values]
 
     return measure
@@ -100,18 +104,23 @@ def _loss(value: float, bound: bool = False) -> Loss:
 
 
 def run(
-    name: str, problem: Problem, score: Score, log: list[Ask] | None = None, bounds: bool = False, **options: object
+    name: str,
+    problem: Problem,
+    score: Score,
+    log: list[MeasureRequest] | None = None,
+    bounds: bool = False,
+    **options: object,
 ) -> list[Plan]:
-    return settle(SEARCHES[name](problem, **SMALL.get(name, {}) | options), executor(score, log, bounds))
+    return drive(SEARCHES[name](problem, **SMALL.get(name, {}) | options), executor(score, log, bounds))
 
 
 def stretches(problem: Problem) -> list[Plan]:
     """Every run of neighbouring whole blocks that meets the budgets, by brute force."""
-    alive = problem.anatomy.alive()
+    alive = problem.anatomy.sites_present()
     blocks = sorted({s.block for s in alive})
     chosen = [blocks[i:j] for i in range(len(blocks)) for j in range(i + 1, len(blocks) + 1)]
     plans = [Plan(frozenset(s for s in alive if s.block in some)) for some in chosen]
-    return [plan for plan in plans if problem.met(plan) and problem.legal(plan)]
+    return [plan for plan in plans if problem.is_met(plan) and problem.is_valid(plan)]
 
 
 def walked(problem: Problem) -> Iterator[Plan]:
@@ -119,7 +128,7 @@ def walked(problem: Problem) -> Iterator[Plan]:
     seen, ahead = {Plan()}, [Plan()]
     while ahead:
         plan = ahead.pop()
-        if problem.met(plan):
+        if problem.is_met(plan):
             yield plan
             continue
         following = {plan.without(*move) for move in problem.moves(plan)} - seen
@@ -142,7 +151,7 @@ def name(request: pytest.FixtureRequest) -> str:
 @settings(deadline=None, max_examples=50)
 @pytest.mark.parametrize("name", OF_SITES)
 def test_budgets_that_can_be_met_are_met(name: str, problem: Problem, seed: int, bounds: bool) -> None:
-    log: list[Ask] = []
+    log: list[MeasureRequest] = []
     if name in RUNS and not stretches(problem):
         with pytest.raises(BudgetError, match=r"No single run of blocks.*Try the search greedy"):
             run(name, problem.check(), crooked(seed), log, bounds)
@@ -150,12 +159,12 @@ def test_budgets_that_can_be_met_are_met(name: str, problem: Problem, seed: int,
     path = run(name, problem.check(), crooked(seed), log, bounds)
     for plan in [*path, *(plan for ask in log for plan in ask.plans)]:
         problem.anatomy.check(plan, problem.protected)
-    assert problem.met(path[-1])
-    assert not any(problem.met(plan) for plan in path[:-1])
+    assert problem.is_met(path[-1])
+    assert not any(problem.is_met(plan) for plan in path[:-1])
 
 
 def test_every_unit_is_among_the_shown_budgets() -> None:
-    assert {budget.unit for text, _ in SHOWN for budget in read_budgets(text)} == set(UNITS)
+    assert {budget.unit for text, _ in SHOWN for budget in parse_budgets(text)} == set(UNITS)
 
 
 @pytest.mark.parametrize(("budget", "protected"), SHOWN)
@@ -171,12 +180,12 @@ def test_the_path_grows_by_one_move_at_a_time(name: str, budget: str, protected:
 
 @pytest.mark.parametrize(("budget", "protected"), SHOWN)
 def test_an_ask_holds_different_legal_plans_and_as_many_hints(name: str, budget: str, protected: str) -> None:
-    problem, log = problem_of(budget, protected), list[Ask]()
+    problem, log = problem_of(budget, protected), list[MeasureRequest]()
     run(name, problem, tangled(2), log)
     for ask in log:
         assert len(set(ask.plans)) == len(ask.plans) > 0
-        assert ask.best is None or ask.best >= 1
-        assert ask.hints is None or len(ask.hints) == len(ask.plans)
+        assert ask.full_results is None or ask.full_results >= 1
+        assert ask.expected is None or len(ask.expected) == len(ask.plans)
         for plan in ask.plans:
             problem.anatomy.check(plan, problem.protected)
 
@@ -245,14 +254,14 @@ def remembering(score: Score, stored: dict[Key, list[Loss]], limit: int) -> Meas
     """Measures what is not in `stored`, `limit` plans at most."""
     measure, fresh = executor(score), 0
 
-    def remembered(ask: Ask) -> list[Loss]:
+    def remembered(ask: MeasureRequest) -> list[Loss]:
         nonlocal fresh
         for plan in ask.plans:
             if (plan, ask.tokens) not in stored:
                 if fresh == limit:
                     raise Killed
                 fresh += 1
-                stored[plan, ask.tokens] = measure(replace(ask, plans=(plan,), hints=None))
+                stored[plan, ask.tokens] = measure(replace(ask, plans=(plan,), expected=None))
         return [stored[plan, ask.tokens][0] for plan in ask.plans]
 
     return remembered
@@ -267,13 +276,13 @@ def test_every_search_of_sites_says_about_how_many_losses_it_asks_for(name: str,
     told = []
     for budget, protected in SHOWN:
         for blocks in (5, 7):
-            problem, log = problem_of(budget, protected, blocks), list[Ask]()
+            problem, log = problem_of(budget, protected, blocks), list[MeasureRequest]()
             try:
                 run(name, problem, make(3), log)
             except BudgetError:
                 continue  # no run of blocks
             true = len({(plan, ask.tokens) for ask in log for plan in ask.plans})
-            told.append((count_losses(name, problem, **SMALL.get(name, {})) or 0, true))
+            told.append((estimate_losses(name, problem, **SMALL.get(name, {})) or 0, true))
     assert len(told) > 20
     if name in ABOUT:
         assert all(true / ABOUT[name] <= expected <= true * ABOUT[name] for expected, true in told), told
@@ -283,28 +292,28 @@ def test_every_search_of_sites_says_about_how_many_losses_it_asks_for(name: str,
 
 def test_a_metric_needs_no_losses_to_rank_sites() -> None:
     problem = replace(problem_of("3sites"), scores={})
-    assert [count_losses(name, problem) for name in ("oneshot", "span")] == [0, 0]
-    assert count_losses("solve", problem, polish=False) == 0
+    assert [estimate_losses(name, problem) for name in ("oneshot", "span")] == [0, 0]
+    assert estimate_losses("solve", problem, polish=False) == 0
 
 
 def test_losses_are_counted_of_what_a_search_would_refuse_as_it_refuses_it() -> None:
     with pytest.raises(BudgetError, match="cannot be met"):
-        count_losses("greedy", problem_of("6sites"), parts="mlp")
+        estimate_losses("greedy", problem_of("6sites"), parts="mlp")
     with pytest.raises(UsageError, match="neither best nor last"):
-        count_losses("span", problem_of("2blocks"), run="first")
+        estimate_losses("span", problem_of("2blocks"), run="first")
 
 
 @pytest.mark.parametrize("budget", ["4sites", "25%params,40%kv"])
 def test_a_killed_search_resumes_by_running_again(name: str, budget: str) -> None:
     problem, score = problem_of(budget), tangled(6)
     whole: dict[Key, list[Loss]] = {}
-    path = settle(SEARCHES[name](problem), remembering(score, whole, 10**9))
+    path = drive(SEARCHES[name](problem), remembering(score, whole, 10**9))
     for killed_after in (1, len(whole) // 2, len(whole) - 1):
         stored: dict[Key, list[Loss]] = {}
         with pytest.raises(Killed):
-            settle(SEARCHES[name](problem), remembering(score, stored, killed_after))
+            drive(SEARCHES[name](problem), remembering(score, stored, killed_after))
         left = len(whole) - len(stored)
-        assert settle(SEARCHES[name](problem), remembering(score, stored, left)) == path
+        assert drive(SEARCHES[name](problem), remembering(score, stored, left)) == path
         assert stored.keys() == whole.keys()
 
 
@@ -344,11 +353,11 @@ def test_a_number_that_leaves_nothing_is_refused(name: str, options: dict[str, o
 
 
 def test_settle_returns_the_path_of_a_search_that_asks_for_nothing() -> None:
-    def silent_search() -> Iterator[Ask]:
+    def silent_search() -> Iterator[MeasureRequest]:
         return [Plan()]
         yield
 
-    assert settle(silent_search(), executor(additive(0))) == [Plan()]  # type: ignore[arg-type]
+    assert drive(silent_search(), executor(additive(0))) == [Plan()]  # type: ignore[arg-type]
 
 
 def test_a_misspelt_search_names_the_nearest_and_all() -> None:

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from billhook.records import EvalResult, Score
 from billhook.stats import (
     FEW_CLUSTERS,
+    bootstrap_t,
     correlation,
     mean_interval,
     median_interval,
-    nothing,
     paired_difference,
     ranks,
     score_interval,
     student_quantile,
-    studentised,
+    zero_difference,
 )
 
 
@@ -50,12 +50,12 @@ def test_few_items_are_called_items_and_few_texts_texts() -> None:
     wrong = replace(right, sums=(0.0,) * 40)
     partly = replace(right, sums=(0.5, 0.25) * 20)  # no outcomes of 0 and 1: a bootstrap
     for note in (
-        mean_interval(right).note, paired_difference(right, wrong).note, nothing(right).note,
+        mean_interval(right).note, paired_difference(right, wrong).note, zero_difference(right).note,
         mean_interval(partly).note, paired_difference(right, partly).note,
     ):  # fmt: skip
         assert note == "Few items: the interval rests on 40 items, and is to be relied on from 50 items on."
     a, b = results(31, 0)
-    for note in (mean_interval(a).note, paired_difference(a, b).note, nothing(a).note):
+    for note in (mean_interval(a).note, paired_difference(a, b).note, zero_difference(a).note):
         assert note == "Few documents: the interval rests on 31 texts, and is to be relied on from 50 texts on."
     alone, _ = results(1, 0)
     assert "3 documents of one text" in mean_interval(alone).note
@@ -179,7 +179,7 @@ def test_it_covers_the_truth_as_often_as_it_says() -> None:
     rng, sets, missed_low, missed_high = np.random.default_rng(2024), 300, 0, 0
     for seed in range(sets):
         counts = rng.integers(20, 200, 50).astype(float)
-        low, high = studentised((rng.exponential(1, 50) - 0.7) * counts, counts, seed, resamples=1_000)
+        low, high = bootstrap_t((rng.exponential(1, 50) - 0.7) * counts, counts, seed, resamples=1_000)
         missed_low += high < 0.3
         missed_high += low > 0.3
     assert 0.92 <= 1 - (missed_low + missed_high) / sets <= 0.98
@@ -189,7 +189,7 @@ def test_it_covers_the_truth_as_often_as_it_says() -> None:
 def test_it_agrees_with_the_normal_interval_where_there_is_no_skew() -> None:
     normal = np.random.default_rng(1).normal(0.2, 1, 200)
     values = np.concatenate([normal, 0.4 - normal])  # symmetric about 0.2
-    low, high = studentised(values, np.ones(400), seed=3)
+    low, high = bootstrap_t(values, np.ones(400), seed=3)
     half = 1.96 * values.std(ddof=1) / 20
     assert (low, high) == pytest.approx((0.2 - half, 0.2 + half), abs=0.06 * half)
 
@@ -203,22 +203,22 @@ def test_it_follows_its_definition_where_the_data_lean(sign: int) -> None:
     low, high = np.quantile((picks.mean(1) - values.mean()) / errors, (0.025, 0.975))
     error = values.std(ddof=1) / math.sqrt(60)
     expected = values.mean() - high * error, values.mean() - low * error
-    assert studentised(values, np.ones(60), seed=0, resamples=100_000) == pytest.approx(expected, abs=0.08 * error)
+    assert bootstrap_t(values, np.ones(60), seed=0, resamples=100_000) == pytest.approx(expected, abs=0.08 * error)
     percentiles = np.quantile(picks.mean(1), (0.025, 0.975))
     assert np.min(sign * (np.array(expected) - percentiles)) > 0.1 * error, "plain percentiles are too low"
 
 
 def test_of_few_texts_it_is_students() -> None:
     values = np.random.default_rng(4).normal(1, 2, 6)
-    low, high = studentised(values, np.ones(6), seed=0)
+    low, high = bootstrap_t(values, np.ones(6), seed=0)
     half = 2.570582 * values.std(ddof=1) / math.sqrt(6)  # t(5), any table of it
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), rel=1e-6)
 
 
 def test_a_higher_level_gives_a_wider_interval() -> None:
     values = np.random.default_rng(7).exponential(1, 60)
-    low, high = studentised(values, np.ones(60), seed=0)
-    wider = studentised(values, np.ones(60), seed=0, level=0.99)
+    low, high = bootstrap_t(values, np.ones(60), seed=0)
+    wider = bootstrap_t(values, np.ones(60), seed=0, level=0.99)
     assert wider[0] < low < high < wider[1]
 
 
@@ -227,9 +227,9 @@ def test_a_higher_level_gives_a_wider_interval() -> None:
 def test_it_scales_with_its_data(scale: float, n: int) -> None:
     rng = np.random.default_rng(n)
     sums, counts = rng.normal(1, 2, n), rng.integers(1, 9, n).astype(float)
-    low, high = studentised(sums, counts, seed=1, resamples=500)
-    assert studentised(sums * scale, counts, seed=1, resamples=500) == pytest.approx((low * scale, high * scale))
-    assert studentised(sums, counts * scale, seed=1, resamples=500) == pytest.approx((low / scale, high / scale))
+    low, high = bootstrap_t(sums, counts, seed=1, resamples=500)
+    assert bootstrap_t(sums * scale, counts, seed=1, resamples=500) == pytest.approx((low * scale, high * scale))
+    assert bootstrap_t(sums, counts * scale, seed=1, resamples=500) == pytest.approx((low / scale, high / scale))
 
 
 # --- right or wrong ------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_no_difference_that_was_seen_is_none_that_is_proved(n: int) -> None:
     assert found.value == 0
     assert found.low == -found.high != 0
     assert found.high < 3 / n, "about as wide as the rule of three"
-    assert (nothing(same).low, nothing(same).high) == (0, 0), "a model does not differ from itself"
+    assert (zero_difference(same).low, zero_difference(same).high) == (0, 0), "a model does not differ from itself"
 
 
 @pytest.mark.parametrize(("count", "n"), [(0, 60), (3, 60), (41, 80), (200, 200)])

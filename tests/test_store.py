@@ -13,9 +13,9 @@ import pytest
 from billhook.errors import RunError, UsageError
 from billhook.plan import Plan
 from billhook.records import EvalResult, Event, Loss, Timing
-from billhook.store import Measured, Store
+from billhook.store import LossKey, Store
 
-OF = Measured("model", "tokens", "kl", "float32")
+OF = LossKey("model", "tokens", "kl", "float32")
 LOSS = Loss("kl", (0.1, 1 / 3, 2e-17), (3, 4, 5))
 
 
@@ -29,7 +29,7 @@ def new(store: Store, out: str = "out/{run}") -> str:
 
 
 def test_what_is_filed_comes_back_to_the_last_bit(store: Store) -> None:
-    run, plan = new(store), Plan.of(["attention.1"])
+    run, plan = new(store), Plan.parse(["attention.1"])
     store.add_loss(OF, plan, LOSS, run)
     assert store.loss(OF, plan) == LOSS
     result = EvalResult("perplexity", "t", (1.5, 2.25), (10, 11), (0, 0))
@@ -43,17 +43,17 @@ def test_what_is_filed_comes_back_to_the_last_bit(store: Store) -> None:
 
 
 def test_nothing_else_comes_back(store: Store) -> None:
-    run, plan = new(store), Plan.of(["attention.1"])
+    run, plan = new(store), Plan.parse(["attention.1"])
     store.add_loss(OF, plan, LOSS, run)
     for other in (
-        Measured("other", "tokens", "kl", "float32"),
-        Measured("model", "other", "kl", "float32"),
-        Measured("model", "tokens", "js", "float32"),
-        Measured("model", "tokens", "kl", "bfloat16"),
-        Measured("model", "tokens", "kl", "float32", "folded"),
+        LossKey("other", "tokens", "kl", "float32"),
+        LossKey("model", "other", "kl", "float32"),
+        LossKey("model", "tokens", "js", "float32"),
+        LossKey("model", "tokens", "kl", "bfloat16"),
+        LossKey("model", "tokens", "kl", "float32", "folded"),
     ):
         assert store.loss(other, plan) is None
-    assert store.loss(OF, Plan.of(["mlp.1"])) is None
+    assert store.loss(OF, Plan.parse(["mlp.1"])) is None
 
 
 def test_a_second_measurement_changes_nothing(store: Store) -> None:
@@ -70,7 +70,7 @@ def test_runs_are_listed_newest_first_and_found_by_name(store: Store) -> None:
     assert store.run(runs[0]).out == f"out/{runs[0]}"
     store.update(runs[0], state="done", result={"a": 1}, bound={"model": "m"})
     found = store.run(runs[0])
-    assert (found.state, found.result, found.bound) == ("done", {"a": 1}, {"model": "m"})
+    assert (found.state, found.result, found.fingerprints) == ("done", {"a": 1}, {"model": "m"})
     with pytest.raises(RunError, match=rf"no run 'x{runs[1][1:]}'.*Did you mean {runs[1]}"):
         store.run("x" + runs[1][1:])
 
@@ -82,7 +82,7 @@ def test_a_measurement_needs_a_run(store: Store) -> None:
 
 def test_two_runs_share_a_store(store: Store) -> None:
     other = Store(store.path)
-    plan = Plan.of(["mlp.0"])
+    plan = Plan.parse(["mlp.0"])
     other.add_loss(OF, plan, LOSS, new(other))
     assert store.loss(OF, plan) == LOSS
 
@@ -103,12 +103,12 @@ def test_a_run_is_held_by_one_process_and_freed_by_its_death(store: Store) -> No
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match=f"Another process works on run {run}"), store.hold(run):
+        with pytest.raises(RunError, match=f"Another process works on run {run}"), store.lock(run):
             pass
         assert not store.free(run)
         holder.kill()
     assert store.free(run)
-    with store.hold(run):
+    with store.lock(run):
         assert list(store.path.parent.glob("*.lock"))
     assert not list(store.path.parent.glob("*.lock"))
 
@@ -117,7 +117,7 @@ def _file_many(path: str, start: int) -> None:
     store = Store(Path(path))
     run = new(store)
     for i in range(start, start + 40):
-        store.add_loss(OF, Plan.of([f"attention.{i}"]), Loss("kl", (float(i),), (1,)), run)
+        store.add_loss(OF, Plan.parse([f"attention.{i}"]), Loss("kl", (float(i),), (1,)), run)
 
 
 def test_processes_that_write_at_once_lose_nothing(store: Store) -> None:
@@ -129,7 +129,7 @@ def test_processes_that_write_at_once_lose_nothing(store: Store) -> None:
         worker.join()
         assert worker.exitcode == 0
     assert store.count_losses() == 60
-    found = [store.loss(OF, Plan.of([f"attention.{i}"])) for i in range(60)]
+    found = [store.loss(OF, Plan.parse([f"attention.{i}"])) for i in range(60)]
     assert [loss.mean for loss in found if loss] == list(range(60))
 
 

@@ -19,7 +19,7 @@ from billhook.errors import ModelError
 from billhook.export.checkpoint import save
 from billhook.loading import load
 from billhook.plan import Plan
-from billhook.stream import Weights, skeleton
+from billhook.stream import StreamedWeights, build_on_meta
 from billhook.surgery import apply
 
 Folder = Callable[[str], Path]
@@ -33,10 +33,10 @@ def resident(folder: Path, dtype: torch.dtype) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False).eval()
 
 
-def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Weights]:
+def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, StreamedWeights]:
     billhook.register()
-    model = skeleton(folder, dtype, CPU)
-    return model, Weights(folder, model, arch.row_of(model.config).blocks, dtype, CPU)
+    model = build_on_meta(folder, dtype, CPU)
+    return model, StreamedWeights(folder, model, arch.architecture_of(model.config).blocks, dtype, CPU)
 
 
 def equal(mine: Any, other: Any) -> bool:
@@ -51,7 +51,7 @@ def equal(mine: Any, other: Any) -> bool:
 def calls(model: Any) -> list[tuple[Any, Any, Any]]:
     """Arguments, keyword arguments and output of every block in one forward pass."""
     found: list[tuple[Any, Any, Any]] = []
-    blocks = arch.blocks_of(model, arch.row_of(model.config))
+    blocks = arch.blocks_of(model, arch.architecture_of(model.config))
     hooks = [
         block.register_forward_hook(lambda m, args, kwargs, out: found.append((args, kwargs, out)), with_kwargs=True)
         for block in blocks
@@ -90,7 +90,7 @@ def compare(folder: Path, dtype: torch.dtype = torch.float32) -> None:
     assert buffers.keys() == dict(model.named_buffers()).keys()
     assert all(equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
 
-    path = arch.row_of(model.config).blocks
+    path = arch.architecture_of(model.config).blocks
     assert len(told) == len(model.get_submodule(path))
     for index, block in enumerate(weights.blocks(range(len(told)))):
         other = whole.get_submodule(f"{path}.{index}").state_dict()
@@ -101,7 +101,7 @@ def compare(folder: Path, dtype: torch.dtype = torch.float32) -> None:
         args, kwargs, output = told[index]
         assert equal(block(*args, **kwargs), output)
 
-    weights.fill()
+    weights.load_outside_blocks()
     assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
     embeddings = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     filled = 0
@@ -163,9 +163,9 @@ def test_shards(variant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", ["gemma3_text", "gpt_neox", "mixtral"])
 def test_pruned_checkpoints(variant: str, checkpoint: Folder, tmp_path: Path) -> None:
     teacher = load(checkpoint(variant))
-    plan = Plan.of(["attention.0", "mlp.0", "attention.2", "mlp.1"])
+    plan = Plan.parse(["attention.0", "mlp.0", "attention.2", "mlp.1"])
     save(apply(teacher, plan), None, plan, tmp_path / "s", teacher=teacher)
-    assert skeleton(tmp_path / "s", torch.float32, CPU).config.model_type.startswith("billhook-")
+    assert build_on_meta(tmp_path / "s", torch.float32, CPU).config.model_type.startswith("billhook-")
     compare(tmp_path / "s")
 
 
@@ -204,7 +204,7 @@ def test_the_forms_that_checkpoints_come_in(checkpoint: Folder, tmp_path: Path) 
 
 def test_a_block_leaves_when_the_next_one_comes(checkpoint: Folder) -> None:
     model, weights = streamed(checkpoint("mixtral"))
-    blocks = arch.blocks_of(model, arch.row_of(model.config))
+    blocks = arch.blocks_of(model, arch.architecture_of(model.config))
     blank = list(model.parameters())
     stream = weights.blocks([2, 0, 3, 2])
     for index in (2, 0, 3, 2):
@@ -248,7 +248,7 @@ def test_one_block_is_read_ahead_and_no_more(checkpoint: Folder) -> None:
 @pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe"])
 def test_experts_are_put_together_one_at_a_time(variant: str, checkpoint: Folder) -> None:
     _, weights = streamed(checkpoint(variant))
-    pieces = {recipe.first: len(recipe.cut()) for recipe in weights._recipes}
+    pieces = {recipe.first: len(recipe.split()) for recipe in weights._recipes}
     assert {name: count for name, count in pieces.items() if count > 1} == {
         f"model.layers.{block}.mlp.experts.{name}": 4 for block in range(4) for name in ("gate_up_proj", "down_proj")
     }
@@ -265,7 +265,7 @@ def test_one_pass_reads_every_byte_once_and_leaves_no_file_open(
     assert weights.bytes_read == 0
     for _ in weights.blocks(range(4)):
         pass
-    weights.fill()
+    weights.load_outside_blocks()
     pieces = list(weights.head(10))
     if not model.config.tie_word_embeddings:
         weights.rows(torch.arange(64))
@@ -376,7 +376,7 @@ def test_embeddings_and_the_rest_are_checked_too(checkpoint: Folder, tmp_path: P
     with pytest.raises(ModelError, match=r"^lm_head\.weight holds NaN"):
         list(weights.head(16))
     with pytest.raises(ModelError, match=r"^model\.norm\.weight holds NaN"):
-        weights.fill()
+        weights.load_outside_blocks()
 
 
 def test_a_file_that_breaks_meanwhile_reaches_the_consumer(checkpoint: Folder, tmp_path: Path) -> None:

@@ -20,16 +20,16 @@ from test_probe import Diary
 from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 
-from billhook.data import TokenSet, first
+from billhook.data import TokenSet, truncate
 from billhook.errors import DataError, ModelError, UnknownName, UsageError
 from billhook.evaluate import EVALUATIONS
-from billhook.evaluate.choices import log_probabilities, outcomes
-from billhook.execute import Executor, memos
+from billhook.evaluate.choices import log_probabilities, score_choices
+from billhook.execute import Executor, store_cache
 from billhook.loading import Teacher, load
-from billhook.losses import ITEM_LOSSES, LOSSES, split_loss
+from billhook.losses import ITEM_LOSSES, LOSSES, parse_loss
 from billhook.metrics import METRICS
-from billhook.plan import Ask, Plan, Site
-from billhook.probe import Fast, Probe
+from billhook.plan import MeasureRequest, Plan, Site
+from billhook.probe import Probe, RacingOptions
 from billhook.records import Loss
 from billhook.store import Store
 from billhook.tasks import Item, read_items, requests, task_tokens
@@ -38,7 +38,7 @@ Folder = Callable[[str], Path]
 ROW = {"query": "a b", "choices": ["c", "d"], "gold": 1}
 PLANS = [
     Plan(),
-    *(Plan.of(["mlp.2", *more]) for more in ([], ["attention.1"], ["attention.0", "mlp.3"])),
+    *(Plan.parse(["mlp.2", *more]) for more in ([], ["attention.1"], ["attention.0", "mlp.3"])),
 ]
 
 
@@ -240,8 +240,8 @@ def test_limits_take_the_beginning_and_so_does_first(file: Path, tokenizer: Any)
     whole = task_tokens(file, tokenizer)
     for count in (1, 40, 137, 10**6):
         part = task_tokens(file, tokenizer, limit_tokens=count)
-        assert first(whole, count).hash == part.hash
-        assert first(whole, count).choices == part.choices
+        assert truncate(whole, count).hash == part.hash
+        assert truncate(whole, count).choices == part.choices
         assert part.tokens >= min(count, whole.tokens)
         assert part.clusters == whole.clusters[: len(part.clusters)]
         last = part.documents.index(len(part.clusters) - 1)
@@ -312,7 +312,7 @@ def test_accuracy_equals_choices_scored_one_at_a_time(model: Path, file: Path, t
 def test_of_equal_choices_the_first_is_the_answer(tokenizer: Any, tmp_path: Path) -> None:
     row = {"query": "w1", "choices": ["w2", "w2"]}
     tokens = task_tokens(write(tmp_path / "t.jsonl", row | {"gold": 0}, row | {"gold": 1}), tokenizer)
-    told = outcomes(tokens, [-3.0] * 4)
+    told = score_choices(tokens, [-3.0] * 4)
     assert tokens.choices is not None
     assert told["acc"].sums == told["acc_norm"].sums == tuple(float(gold == 0) for gold in tokens.choices.gold)
     log_probabilities = torch.full((1, 2), -3.0)
@@ -323,7 +323,7 @@ def test_accuracy_of_text_and_of_broken_models_is_refused(model: Path, file: Pat
     with pytest.raises(UsageError, match=r"made up is text, and accuracy needs multiple-choice items\. Give"):
         EVALUATIONS["acc"](load(model).model, text_tokens())
     with pytest.raises(ModelError, match=r"NaN or infinite\. Try --dtype float32"):
-        outcomes(task_tokens(file, tokenizer, limit_items=1), [float("nan")] * 5)
+        score_choices(task_tokens(file, tokenizer, limit_items=1), [float("nan")] * 5)
 
 
 # -- the losses -----------------------------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ def test_losses_equal_the_plain_pass(variant: str, checkpoint: Folder, file: Pat
             assert told[-1] == told[0]
             for row_sums, (items, losses) in zip(told[:-1], expected, strict=True):
                 assert row_sums == pytest.approx([x for of in items for x in of], rel=1e-4, abs=1e-4)
-                right = outcomes(tokens, row_sums)["acc"].sums
+                right = score_choices(tokens, row_sums)["acc"].sums
                 assert [1 - error for error in losses["task_error"].sums] == list(right)
     with hooked(teacher, PLANS[1]):
         found = log_probabilities(teacher.model, tokens)
@@ -400,15 +400,15 @@ def test_the_best_are_those_of_a_full_search(
     """Where one removal answers as it should, and the others do not."""
     teacher = load(checkpoint("llama"), memory=0 if streamed else None)
     tokens = task_tokens(file, tokenizer)
-    plans = [Plan(frozenset([site])) for site in teacher.anatomy.alive()]
-    tokens = answered(tokens, Probe(teacher, tokens, loss).row_sums([Plan.of(["attention.2"])])[0])
+    plans = [Plan(frozenset([site])) for site in teacher.anatomy.sites_present()]
+    tokens = answered(tokens, Probe(teacher, tokens, loss).row_sums([Plan.parse(["attention.2"])])[0])
     full = Probe(teacher, tokens, loss).losses(plans)
     probe = Probe(teacher, tokens, loss)
     found = probe.losses(plans, best=1)
     best = min(range(len(plans)), key=lambda i: (full[i].mean, i))
     complete = [i for i in range(len(plans)) if not found[i].bound]
     assert min(complete, key=lambda i: (found[i].mean, i)) == best
-    assert plans[best] == Plan.of(["attention.2"])
+    assert plans[best] == Plan.parse(["attention.2"])
     for i in complete:
         close(found[i], full[i])
     for i in set(range(len(plans))) - set(complete):
@@ -418,10 +418,10 @@ def test_the_best_are_those_of_a_full_search(
 
 def test_a_race_measures_items_whole_and_no_piece_twice(checkpoint: Folder, file: Path, tokenizer: Any) -> None:
     teacher, tokens, diary = load(checkpoint("llama")), task_tokens(file, tokenizer), Diary()
-    plans = [Plan(frozenset([site])) for site in teacher.anatomy.alive()]
+    plans = [Plan(frozenset([site])) for site in teacher.anatomy.sites_present()]
     full = dict(zip(plans, Probe(teacher, tokens, "task").losses(plans), strict=True))
-    probe = Probe(teacher, tokens, "task", fast=Fast(shortlist=6, risk=0.05), memos=lambda *of: diary)
-    found = dict(probe.decide(plans, 2))
+    probe = Probe(teacher, tokens, "task", fast=RacingOptions(shortlist=6, risk=0.05), cache_factory=lambda *of: diary)
+    found = dict(probe.iter_losses(plans, 2))
     assert probe.tally[0]["raced"] > 0
     assert sum(not loss.bound for loss in found.values()) >= 2
     for plan, loss in found.items():
@@ -435,18 +435,18 @@ def test_what_is_stored_comes_back_also_of_the_first_tokens(
     checkpoint: Folder, file: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     teacher, tokens = load(checkpoint("llama")), task_tokens(file, tokenizer)
-    ask = Ask(tuple(PLANS)), Ask(tuple(PLANS), tokens=100)
+    ask = MeasureRequest(tuple(PLANS)), MeasureRequest(tuple(PLANS), tokens=100)
     with closing(Store(tmp_path / "runs.db")) as store:
         told, sites = [], []
         for _ in range(2):
-            kept = memos(store, store.new_run({}, {}, "out"), teacher)
-            probe = Probe(teacher, tokens, "task", memos=kept)
+            kept = store_cache(store, store.new_run({}, {}, "out"), teacher)
+            probe = Probe(teacher, tokens, "task", cache_factory=kept)
             execute = Executor(probe)
             told.append([execute(each) for each in ask])
             sites.append(probe.site_evaluations)
         assert told[0] == told[1]
         assert sites[0] > sites[1] == 0
-        assert len(told[0][1][0].sums) == len(first(tokens, 100).clusters) < 50
+        assert len(told[0][1][0].sums) == len(truncate(tokens, 100).clusters) < 50
 
 
 def test_a_loss_and_a_token_set_must_fit(checkpoint: Folder, file: Path, tokenizer: Any) -> None:
@@ -465,11 +465,11 @@ def test_metrics_of_a_task_are_the_rises_of_its_loss(checkpoint: Folder, file: P
     for loss in ITEM_LOSSES:
         probe = Probe(teacher, tokens, loss)
         scores = METRICS["loo_task"](probe)
-        dense, *without = probe.losses([Plan(), *(Plan(frozenset([s])) for s in teacher.anatomy.alive())])
-        for site, measured in zip(teacher.anatomy.alive(), without, strict=True):
+        dense, *without = probe.losses([Plan(), *(Plan(frozenset([s])) for s in teacher.anatomy.sites_present())])
+        for site, measured in zip(teacher.anatomy.sites_present(), without, strict=True):
             assert scores[site].value == pytest.approx(measured.mean - dense.mean, abs=1e-5)
         values = METRICS["shapley_task"](probe, pairs=2)
-        nothing = probe.losses([Plan(frozenset(teacher.anatomy.alive()))])[0]
+        nothing = probe.losses([Plan(frozenset(teacher.anatomy.sites_present()))])[0]
         total = sum(score.value for unit, score in values.items() if isinstance(unit, Site))
         assert total == pytest.approx(nothing.mean - dense.mean, rel=1e-4, abs=1e-6)
 
@@ -481,16 +481,16 @@ def test_a_metric_sees_the_tokens_of_a_task(checkpoint: Folder, file: Path, toke
 
 
 def test_how_a_loss_is_spelled() -> None:
-    assert [split_loss(loss) for loss in LOSSES] == [(loss, None) for loss in LOSSES]
-    assert split_loss("task:a/b:c.jsonl") == ("task", "a/b:c.jsonl")
-    assert split_loss("task_error:x.jsonl.gz") == ("task_error", "x.jsonl.gz")
+    assert [parse_loss(loss) for loss in LOSSES] == [(loss, None) for loss in LOSSES]
+    assert parse_loss("task:a/b:c.jsonl") == ("task", "a/b:c.jsonl")
+    assert parse_loss("task_error:x.jsonl.gz") == ("task_error", "x.jsonl.gz")
     for spelled in ("task", "task:"):
         with pytest.raises(UsageError, match=r"--loss task needs a file of .*items\. Type --loss task:FILE\.jsonl"):
-            split_loss(spelled)
+            parse_loss(spelled)
     with pytest.raises(UsageError, match=r"--loss kl takes no file\. Type --loss kl, or --loss task:x\.jsonl"):
-        split_loss("kl:x.jsonl")
+        parse_loss("kl:x.jsonl")
     with pytest.raises(UnknownName, match=r"'taks'.*'task'\?.*js, kl, .*task, task_error"):
-        split_loss("taks:x.jsonl")
+        parse_loss("taks:x.jsonl")
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------

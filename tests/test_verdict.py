@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from billhook.records import EvalResult, Interval
-from billhook.stats import paired_difference, studentised
-from billhook.verdict import Pair, bootstrap_p, holm, mcnemar, paired, power, still_needed, verdict
+from billhook.stats import bootstrap_t, paired_difference
+from billhook.verdict import Pair, bootstrap_p, classify_pair, compare_pair, holm, items_needed, mcnemar, power
 
 
 def right(outcomes: list[int], clusters: list[int] | None = None) -> EvalResult:
@@ -99,7 +99,7 @@ def test_nominal_95_percent_intervals_cover_93_to_97(n: int) -> None:
     draw, sets, missed = np.random.default_rng(n), 1000, 0
     for seed in range(sets):
         sums, counts = documents(draw, n)
-        low, high = studentised(sums, counts, seed, resamples=1000)
+        low, high = bootstrap_t(sums, counts, seed, resamples=1000)
         missed += not low <= 0.1 <= high
     assert 0.925 <= 1 - missed / sets <= 0.97  # 93 to 97, give or take what 1,000 sets leave open
 
@@ -168,36 +168,36 @@ def a_pair(change: float, half: float, n: int = 400, sign: int = 1) -> Pair:
 )
 def test_a_verdict_is_what_the_interval_says_of_the_margin(change: float, half: float, sign: int, word: str) -> None:
     pair = a_pair(change, half, sign=sign)
-    assert verdict(pair, 0.01, pair.p) == word
+    assert classify_pair(pair, 0.01, pair.p) == word
 
 
 def test_a_verdict_needs_a_p_that_stands_among_the_other_tests() -> None:
     pair = a_pair(-0.02, 0.005)
-    assert verdict(pair, 0.01, 0.2) == "undecided"
+    assert classify_pair(pair, 0.01, 0.2) == "undecided"
 
 
 @given(st.integers(50, 2000), st.floats(0.001, 0.009), st.sampled_from([0.01, 0.02]))
 @settings(deadline=None)
 def test_as_many_items_as_are_needed_decide(n: int, change: float, limit: float) -> None:
     pair = a_pair(change, 0.03, n)
-    more = still_needed(pair, limit)
+    more = items_needed(pair, limit)
     assert more is not None
     shrunk = 0.03 * math.sqrt(n / (n + more))
     after = a_pair(change, shrunk * 0.999, n + more)
-    assert verdict(after, limit, after.p) in ("better", "equivalent")
+    assert classify_pair(after, limit, after.p) in ("better", "equivalent")
     if more > 2:
         before = a_pair(change, 0.03 * math.sqrt(n / (n + more - 2)), n)
-        assert verdict(before, limit, before.p) == "undecided"
-    assert still_needed(a_pair(0.0, 0.03), 0.0) is None
+        assert classify_pair(before, limit, before.p) == "undecided"
+    assert items_needed(a_pair(0.0, 0.03), 0.0) is None
 
 
 def test_a_pair_counts_what_was_gained_and_lost() -> None:
     a, b = right([1, 1, 1, 0, 0, 1]), right([1, 0, 1, 1, 0, 1])
-    pair = paired(a, b)
+    pair = compare_pair(a, b)
     assert (pair.gained, pair.lost, pair.p, pair.sign) == (1, 1, 1.0, 1)
     assert pair.change.value == 0.0
-    assert paired(nats([1.0, 2.0]), nats([1.5, 2.0])).gained is None
-    assert paired(nats([1.0, 2.0]), nats([1.5, 2.0])).sign == -1
+    assert compare_pair(nats([1.0, 2.0]), nats([1.5, 2.0])).gained is None
+    assert compare_pair(nats([1.0, 2.0]), nats([1.5, 2.0])).sign == -1
 
 
 def test_items_of_one_source_are_not_counted_as_if_they_were_independent() -> None:
@@ -205,6 +205,6 @@ def test_items_of_one_source_are_not_counted_as_if_they_were_independent() -> No
     flips = draw.random(40) < 0.3
     a, b = [1] * 400, [int(not flips[i // 10]) for i in range(400)]
     clusters = [i // 10 for i in range(400)]
-    alone, together = paired(right(a), right(b)), paired(right(a, clusters), right(b, clusters))
+    alone, together = compare_pair(right(a), right(b)), compare_pair(right(a, clusters), right(b, clusters))
     assert alone.p < 1e-9 < 1e-4 < together.p
     assert together.change.high - together.change.low > 2 * (alone.change.high - alone.change.low)

@@ -20,16 +20,16 @@ import billhook.surgery
 from billhook import arch, width
 from billhook.budget import Budget
 from billhook.cli import app
-from billhook.data import Choices, TokenSet, Wanted, token_set, token_sets
+from billhook.data import Choices, TextSpec, TokenSet, token_set, token_sets
 from billhook.errors import ModelError, PlanError, UsageError
 from billhook.evaluate.choices import log_probabilities
-from billhook.export.checkpoint import check_streamed, write
+from billhook.export.checkpoint import verify_streamed_round_trip, write_checkpoint
 from billhook.loading import Teacher, load
-from billhook.modeling_billhook import put
-from billhook.plan import PARTS, Narrow, Plan, Site, numbers, ranges
+from billhook.modeling_billhook import set_parameter
+from billhook.plan import PARTS, KeptGroups, Plan, Site, format_ranges, parse_ranges
 from billhook.probe import Probe
-from billhook.recover import RECOVERIES, Subject
-from billhook.repair import UNTOUCHED, Repair, read_repair
+from billhook.recover import RECOVERIES, RecoveryTask
+from billhook.repair import NO_REPAIR, Repair, read_repair
 
 Folder = Callable[[str], Path]
 WHOLE = {("falcon_alibi", "attention")}  # no groups: slopes are made for all heads at once
@@ -46,7 +46,7 @@ def uneven(teacher: Teacher, seed: int) -> Plan:
         groups = [
             g for e in range(size.experts) for g in draw.sample(size.groups[e * of_each : (e + 1) * of_each], keep)
         ]
-        narrowed.append(Narrow(size.site, tuple(sorted(groups))))
+        narrowed.append(KeptGroups(size.site, tuple(sorted(groups))))
     return Plan(frozenset(), frozenset(narrowed))
 
 
@@ -55,12 +55,12 @@ def masked(teacher: Teacher, plan: Plan) -> Any:
     model = billhook.surgery._shared_copy(teacher.model)
     sizes = {size.site: size for size in teacher.anatomy.sites}
     for each in plan.narrowed:
-        block = arch.blocks_of(model, teacher.row)[teacher.positions.index(each.site.block)]
-        of = width.layout(block, each.site.part, teacher.row.path(each.site.part), model.config)
+        block = arch.blocks_of(model, teacher.architecture)[teacher.positions.index(each.site.block)]
+        of = width.find_layout(block, each.site.part, teacher.architecture.path(each.site.part), model.config)
         assert not isinstance(of, str)
-        kept = width.kept_of(of, sizes[each.site].groups, each.groups)
-        for name, tensor in width.masked_weights(block, of, kept).items():
-            put(block, name, tensor)
+        kept = width.kept_positions(of, sizes[each.site].groups, each.groups)
+        for name, tensor in width.zeroed_weights(block, of, kept).items():
+            set_parameter(block, name, tensor)
     return model
 
 
@@ -101,7 +101,7 @@ def alike(teacher: Teacher, part: str) -> Plan:
         keep = max(size.multiple, of_each // 2 // size.multiple * size.multiple)
         if size.site.part == part and keep < of_each:
             groups = [size.groups[e * of_each + g] for e in range(size.experts) for g in range(keep)]
-            narrowed.append(Narrow(size.site, tuple(groups)))
+            narrowed.append(KeptGroups(size.site, tuple(groups)))
     return Plan(frozenset(), frozenset(narrowed))
 
 
@@ -161,7 +161,7 @@ def test_depth_and_width_are_one_plan_and_a_cut_model_is_cut_again(
         narrower = {
             s.site: s.groups[: max(s.multiple, len(s.groups) // 2)] for s in last.anatomy.sites if s.experts == 1
         }
-        more = Plan(frozenset(), frozenset(Narrow(site, groups) for site, groups in narrower.items() if groups))
+        more = Plan(frozenset(), frozenset(KeptGroups(site, groups) for site, groups in narrower.items() if groups))
         torch.testing.assert_close(
             logits(billhook.apply(last, more), ids), logits(masked(last, more), ids), atol=1e-4, rtol=1e-4
         )
@@ -190,16 +190,16 @@ def test_a_streamed_model_is_narrowed_from_file_to_file(
     for memory in (None, 0):
         teacher = load(checkpoint(variant), memory=memory)
         plan = uneven(teacher, 4).without(Site(1, "mlp"))
-        repair = UNTOUCHED
+        repair = NO_REPAIR
         if folded:
             rows = [tuple(row) for row in tiny.tokens(24, 24, seed=5).tolist()]
             texts = token_set(rows, range(24), range(24), list(map(str, range(24))), "rows")
-            repair = RECOVERIES["fold"](Subject(teacher, plan, memory=1), texts, texts)
+            repair = RECOVERIES["fold"](RecoveryTask(teacher, plan, memory=1), texts, texts)
         student = billhook.apply(teacher, plan, repair=repair)
         out = tmp_path / f"{memory}"
-        write(student, None, plan, out, teacher=teacher)
+        write_checkpoint(student, None, plan, out, teacher=teacher)
         if teacher.weights is not None:
-            check_streamed(teacher, plan, out, tiny.tokens(2, 16), repair=repair)
+            verify_streamed_round_trip(teacher, plan, out, tiny.tokens(2, 16), repair=repair)
         found.append(logits(load(out).model, tiny.tokens(2, 20)))
     torch.testing.assert_close(found[0], found[1], atol=1e-3 if folded else 1e-6, rtol=1e-3)
 
@@ -232,7 +232,7 @@ def test_plans_that_begin_alike_are_measured_as_if_each_were_alone(checkpoint: F
     plans = [whole, later, Plan(), Plan(later.removed), whole, *(uneven(teacher, seed) for seed in (3, 4))]
     probe = Probe(teacher, tokens, "kl")
     for plan, found in zip(plans, probe.losses(plans), strict=True):
-        alone = Probe(teacher, tokens, "kl").mended(plan, UNTOUCHED)
+        alone = Probe(teacher, tokens, "kl").loss_with_repair(plan, NO_REPAIR)
         assert found.sums == pytest.approx(alone.sums, abs=1e-5)
     fresh = Probe(teacher, tokens, "kl")
     assert fresh.losses([whole])[0].sums == pytest.approx(probe.losses([whole])[0].sums, abs=1e-6)
@@ -260,7 +260,7 @@ def test_a_run_narrows_what_its_plan_says_and_proves_it(model: Path, text: Path,
     options: dict[str, Any] = {"tokens": 240, "length": 24, "eval_tokens": 512, "eval_length": 24, "data": str(text)}
     told = billhook.prune(model, plan=names, out=tmp_path / "out", store=tmp_path / "b.db", **options)
     assert told["plan"]["narrowed"] == ["attention.0[1]", "mlp.2[0-20 30]"]
-    teacher, plan = load(model), Plan.of(names.split(","))
+    teacher, plan = load(model), Plan.parse(names.split(","))
     assert told["parameters"]["student"] == teacher.anatomy.total("parameters", plan)
     student = load(tmp_path / "out")
     assert student.anatomy.total("parameters") == told["parameters"]["student"]
@@ -290,7 +290,7 @@ def test_a_run_narrows_what_its_plan_says_and_proves_it(model: Path, text: Path,
 
 
 def tokens_of(teacher: Teacher, options: dict[str, Any]) -> TokenSet:
-    wanted = Wanted(options["data"], None, "text", options["tokens"], options["length"], 512, 24, 0)
+    wanted = TextSpec(options["data"], None, "text", options["tokens"], options["length"], 512, 24, 0)
     return token_sets(wanted, teacher.model, teacher.tokenizer)[0]
 
 
@@ -298,7 +298,7 @@ def test_the_engine_measures_what_the_cut_model_computes(checkpoint: Folder) -> 
     """KL to the whole model, by hand, of plans with and without removed sites; and what budgets count."""
     teacher, rows = load(checkpoint("llama")), tiny.tokens(4, 12)
     tokens = token_set([tuple(r) for r in rows.tolist()], range(4), range(4), "abcd", "rows")
-    plans = [uneven(teacher, 3), uneven(teacher, 4).without(Site(1, "mlp")), Plan.of(["mlp.1"])]
+    plans = [uneven(teacher, 3), uneven(teacher, 4).without(Site(1, "mlp")), Plan.parse(["mlp.1"])]
     whole = logits(teacher.model, rows).double().log_softmax(-1)
     for plan, loss in zip(plans, Probe(teacher, tokens, "kl").losses(plans), strict=True):
         cut = logits(billhook.apply(teacher, plan), rows).double().log_softmax(-1)
@@ -306,8 +306,8 @@ def test_the_engine_measures_what_the_cut_model_computes(checkpoint: Folder) -> 
         assert loss.mean == pytest.approx(float(expected), rel=1e-4)
         for unit, kind in (("params", "parameters"), ("kv", "kv_bytes_per_token"), ("flops", "flops_per_token")):
             lost = teacher.anatomy.total(kind) - teacher.anatomy.total(kind, plan)
-            assert Budget.parse(f"10%{unit}").spent(teacher.anatomy, plan) == lost
-        assert Budget.parse("1sites").spent(teacher.anatomy, plan) == len(plan.removed)
+            assert Budget.parse(f"10%{unit}").removed_cost(teacher.anatomy, plan) == lost
+        assert Budget.parse("1sites").removed_cost(teacher.anatomy, plan) == len(plan.removed)
 
 
 # -- recovery ----------------------------------------------------------------------------------------------------------
@@ -317,21 +317,21 @@ def test_a_fold_gives_a_twin_what_its_copy_did(checkpoint: Folder, tmp_path: Pat
     """Neuron 5 computes what neuron 9 does; without it, neuron 9 has to count for both."""
     whole = load(checkpoint("llama"))
     model = billhook.surgery._shared_copy(whole.model)
-    mlp = arch.blocks_of(model, whole.row)[2].mlp
+    mlp = arch.blocks_of(model, whole.architecture)[2].mlp
     for linear in (mlp.gate_proj, mlp.up_proj):
         weight = linear.weight.detach().clone()
         weight[5] = weight[9]
         linear.weight = torch.nn.Parameter(weight)
     model.save_pretrained(tmp_path / "twins")
     teacher = load(tmp_path / "twins")
-    plan = Plan(frozenset(), frozenset([Narrow(Site(2, "mlp"), tuple(g for g in range(48) if g != 5))]))
+    plan = Plan(frozenset(), frozenset([KeptGroups(Site(2, "mlp"), tuple(g for g in range(48) if g != 5))]))
     rows = tiny.tokens(24, 24, seed=5)
     texts = token_set([tuple(r) for r in rows.tolist()], range(24), range(24), list(map(str, range(24))), "rows")
-    subject = Subject(teacher, plan)
+    subject = RecoveryTask(teacher, plan)
     repair = RECOVERIES["fold"](subject, texts, texts, reach="next")
     ids = tiny.tokens(4, 20, seed=9)
     expected = logits(teacher.model, ids)
-    apart = [(logits(billhook.apply(teacher, plan, repair=r), ids) - expected).abs().max() for r in (UNTOUCHED, repair)]
+    apart = [(logits(billhook.apply(teacher, plan, repair=r), ids) - expected).abs().max() for r in (NO_REPAIR, repair)]
     assert apart[0] > 0.02
     assert apart[1] < 0.02 * apart[0]
     weight = billhook.apply(teacher, plan, repair=repair).get_parameter("model.layers.2.mlp.down_proj.weight")
@@ -343,19 +343,19 @@ def constant(variant: str, checkpoint: Folder, folder: Path) -> tuple[Teacher, P
     """A model one of whose groups carries a constant, and the plan without it."""
     whole = load(checkpoint(variant))
     model = billhook.surgery._shared_copy(whole.model)
-    block = arch.blocks_of(model, whole.row)[1]
+    block = arch.blocks_of(model, whole.architecture)[1]
     if variant == "qwen2":  # the values of the first KV group are their biases
         weight = block.self_attn.v_proj.weight.detach().clone()
         weight[: weight.shape[0] // 2] = 0
-        put(block, "self_attn.v_proj.weight", weight)
-        put(block, "self_attn.v_proj.bias", block.self_attn.v_proj.bias.detach() + 1)
-        left = Narrow(Site(1, "attention"), (1,))
+        set_parameter(block, "self_attn.v_proj.weight", weight)
+        set_parameter(block, "self_attn.v_proj.bias", block.self_attn.v_proj.bias.detach() + 1)
+        left = KeptGroups(Site(1, "attention"), (1,))
     else:  # neurons that see no input
         weight = block.mlp.c_fc.weight.detach().clone()
         weight[:, :20] = 0
-        put(block, "mlp.c_fc.weight", weight)
-        put(block, "mlp.c_fc.bias", block.mlp.c_fc.bias.detach() + 1)
-        left = Narrow(Site(1, "mlp"), tuple(range(20, weight.shape[1])))
+        set_parameter(block, "mlp.c_fc.weight", weight)
+        set_parameter(block, "mlp.c_fc.bias", block.mlp.c_fc.bias.detach() + 1)
+        left = KeptGroups(Site(1, "mlp"), tuple(range(20, weight.shape[1])))
     model.save_pretrained(folder)
     return load(folder), Plan(frozenset(), frozenset([left]))
 
@@ -368,7 +368,7 @@ def test_what_carries_a_constant_goes_without_a_loss_under_compensation(
     teacher, plan = constant(variant, checkpoint, tmp_path / "constant")
     rows, ids = tiny.tokens(12, 24, seed=5), tiny.tokens(4, 20, seed=9)
     texts = token_set([tuple(r) for r in rows.tolist()], range(12), range(12), list(map(str, range(12))), "rows")
-    repair = RECOVERIES["compensate"](Subject(teacher, plan), texts, texts)
+    repair = RECOVERIES["compensate"](RecoveryTask(teacher, plan), texts, texts)
     expected = logits(teacher.model, ids)
     assert (logits(billhook.apply(teacher, plan), ids) - expected).abs().max() > 0.1
     student = billhook.apply(teacher, plan, repair=repair)
@@ -377,7 +377,7 @@ def test_what_carries_a_constant_goes_without_a_loss_under_compensation(
     repair.save(tmp_path / "repair.safetensors")
     assert read_repair(tmp_path / "repair.safetensors").key() == repair.key()
     dense = Probe(teacher, texts, "nll").losses([Plan()])[0]
-    assert Probe(teacher, texts, "nll").mended(plan, repair).sums == pytest.approx(dense.sums, rel=1e-4)
+    assert Probe(teacher, texts, "nll").loss_with_repair(plan, repair).sums == pytest.approx(dense.sums, rel=1e-4)
     billhook.save(student, None, plan, tmp_path / "out", teacher=teacher)
     again = load(tmp_path / "out")
     assert torch.equal(logits(again.model, ids), logits(student, ids))
@@ -389,7 +389,7 @@ def test_what_carries_a_constant_goes_without_a_loss_under_compensation(
     billhook.save(cut, None, more, tmp_path / "more", teacher=again)
     assert torch.equal(logits(load(tmp_path / "more").model, ids), logits(cut, ids))
     with pytest.raises(UsageError, match="narrows none"):
-        RECOVERIES["compensate"](Subject(teacher, Plan.of(["mlp.2"])), texts, texts)
+        RECOVERIES["compensate"](RecoveryTask(teacher, Plan.parse(["mlp.2"])), texts, texts)
 
 
 @pytest.mark.parametrize("recover", ["fold", "fold,lora", "compensate,bias", "compensate,fold"])
@@ -413,26 +413,26 @@ def test_a_narrow_run_recovers_and_saves_what_it_proved(model: Path, text: Path,
 
 
 def test_what_was_trained_narrow_is_not_refitted(checkpoint: Folder) -> None:
-    teacher, plan = load(checkpoint("llama")), Plan.of(["mlp.2[0-30]"])
+    teacher, plan = load(checkpoint("llama")), Plan.parse(["mlp.2[0-30]"])
     weight = torch.zeros(31, 32)
     repair = Repair({"model.layers.2.mlp.up_proj.weight": weight})
     rows = tiny.tokens(8, 24)
     texts = token_set([tuple(r) for r in rows.tolist()], range(8), range(8), list(map(str, range(8))), "rows")
     with pytest.raises(UsageError, match="fold,lora"):
-        RECOVERIES["fold"](Subject(teacher, plan, repair), texts, texts)
+        RECOVERIES["fold"](RecoveryTask(teacher, plan, repair), texts, texts)
 
 
 # -- plans ------------------------------------------------------------------------------------------------------------
 
 
-UNUSUAL: dict[str, tuple[arch.Row, dict[str, str]]] = {  # types without a row: where parts lie, and what is unusual
-    "gptj": (arch.Row(blocks="transformer.h", attention="attn", attention_norms=("ln_1",), mlp_norms=()),
+UNUSUAL: dict[str, tuple[arch.Architecture, dict[str, str]]] = {  # types without a row: where parts lie, and what is unusual
+    "gptj": (arch.Architecture(blocks="transformer.h", attention="attn", attention_norms=("ln_1",), mlp_norms=()),
              {"mlp": "fc_in, fc_out"}),
-    "codegen": (arch.Row(blocks="transformer.h", attention="attn", attention_norms=("ln_1",), mlp_norms=()),
+    "codegen": (arch.Architecture(blocks="transformer.h", attention="attn", attention_norms=("ln_1",), mlp_norms=()),
                 {"mlp": "fc_in, fc_out"}),
-    "mpt": (arch.Row(blocks="transformer.blocks", attention="attn", mlp=("ffn",), attention_norms=("norm_1",),
+    "mpt": (arch.Architecture(blocks="transformer.blocks", attention="attn", mlp=("ffn",), attention_norms=("norm_1",),
                      mlp_norms=("norm_2",)), {"attention": "Wqkv, out_proj"}),
-    "xglm": (arch.Row(mlp=("fc1", "fc2"), attention_norms=("self_attn_layer_norm",), mlp_norms=("final_layer_norm",)),
+    "xglm": (arch.Architecture(mlp=("fc1", "fc2"), attention_norms=("self_attn_layer_norm",), mlp_norms=("final_layer_norm",)),
              {}),
 }  # fmt: skip
 
@@ -446,34 +446,34 @@ def test_a_part_whose_modules_have_unusual_names_has_no_groups_and_says_why(mode
     block = arch.blocks_of(model, row)[0]
     for part in PARTS:
         assert sum(p.numel() for m in arch.site_modules(block, part, row, config) for p in m.parameters()) > 0
-        of = width.layout(block, part, row.path(part), config)
+        of = width.find_layout(block, part, row.path(part), config)
         assert isinstance(of, str) == (part in unusual), of
         if part in unusual:
             with pytest.raises(PlanError, match=rf"This {part} cannot be narrowed: .*{unusual[part]}.*Remove it whole"):
-                arch.layout_in(block, part, row, config)
+                arch.channel_layout(block, part, row, config)
 
 
 def test_a_row_that_does_not_fit_says_what_is_missing(checkpoint: Folder) -> None:
     model = load(checkpoint("llama")).model
-    block = arch.blocks_of(model, arch.Row())[0]
+    block = arch.blocks_of(model, arch.Architecture())[0]
     with pytest.raises(ModelError, match=r"no attn, .* has self_attn, mlp, input_layernorm, post_attention_layernorm"):
-        arch.site_modules(block, "attention", arch.Row(attention="attn"), model.config)
+        arch.site_modules(block, "attention", arch.Architecture(attention="attn"), model.config)
     for blocks in ("model.norm", "model.decoder.layers"):
         with pytest.raises(ModelError, match=rf"{blocks}.*where its architecture keeps the blocks"):
-            arch.blocks_of(model, arch.Row(blocks=blocks))
+            arch.blocks_of(model, arch.Architecture(blocks=blocks))
 
 
 @given(st.sets(st.integers(0, 60), min_size=1))
 def test_ranges_are_read_as_they_are_written(found: set[int]) -> None:
-    assert numbers(ranges(sorted(found))) == tuple(sorted(found))
+    assert parse_ranges(format_ranges(sorted(found))) == tuple(sorted(found))
 
 
 def test_plans_spell_their_groups(checkpoint: Folder) -> None:
-    plan = Plan.of(["attention.1", "mlp.2[0-3 7]", "attention.0[1]"])
+    plan = Plan.parse(["attention.1", "mlp.2[0-3 7]", "attention.0[1]"])
     assert str(plan) == "attention.1,attention.0[1],mlp.2[0-3 7]"
-    assert Plan.of(str(plan).split(",")) == plan
-    assert plan.without(Site(2, "mlp")).narrow_names() == ["attention.0[1]"]
-    assert plan.key() != Plan(plan.removed).key() == Plan.of(["attention.1"]).key()
+    assert Plan.parse(str(plan).split(",")) == plan
+    assert plan.without(Site(2, "mlp")).narrowed_names() == ["attention.0[1]"]
+    assert plan.key() != Plan(plan.removed).key() == Plan.parse(["attention.1"]).key()
     anatomy = load(checkpoint("llama")).anatomy
     for wrong, match in (
         ("mlp.2[3-1]", "does not ascend"), ("mlp.2[1 1]", "does not ascend"), ("mlp.2[a]", "Write their numbers"),
@@ -481,13 +481,13 @@ def test_plans_spell_their_groups(checkpoint: Folder) -> None:
         ("attention.0[0 2]", "no channel group 2"),
     ):  # fmt: skip
         with pytest.raises(PlanError, match=match):
-            anatomy.check(Plan.of([wrong]))
+            anatomy.check(Plan.parse([wrong]))
     with pytest.raises(PlanError, match="more than once"):
-        Plan.of(["mlp.1", "mlp.1[0-3]"])
+        Plan.parse(["mlp.1", "mlp.1[0-3]"])
     with pytest.raises(PlanError, match="keep no channel group"):
-        anatomy.check(Plan(frozenset(), frozenset([Narrow(Site(1, "mlp"), ())])))
+        anatomy.check(Plan(frozenset(), frozenset([KeptGroups(Site(1, "mlp"), ())])))
     with pytest.raises(PlanError, match="--protect keeps"):
-        anatomy.check(Plan.of(["mlp.1[0-3]"]), frozenset([Site(1, "mlp")]))
+        anatomy.check(Plan.parse(["mlp.1[0-3]"]), frozenset([Site(1, "mlp")]))
 
 
 def test_experts_share_one_shape_and_what_has_no_groups_says_why(checkpoint: Folder) -> None:
@@ -495,9 +495,9 @@ def test_experts_share_one_shape_and_what_has_no_groups_says_why(checkpoint: Fol
     four = [expert * 48 + neuron for expert in range(4) for neuron in range(4)]
     for groups, match in ((range(100), "share one shape"), (four, "multiple of 8")):
         with pytest.raises(PlanError, match=match):
-            experts.check(Plan(frozenset(), frozenset([Narrow(Site(0, "mlp"), tuple(groups))])))
+            experts.check(Plan(frozenset(), frozenset([KeptGroups(Site(0, "mlp"), tuple(groups))])))
     alibi = load(checkpoint("falcon_alibi"))
     with pytest.raises(PlanError, match="no channel groups"):
-        alibi.anatomy.check(Plan.of(["attention.0[0]"]))
+        alibi.anatomy.check(Plan.parse(["attention.0[0]"]))
     with pytest.raises(PlanError, match="--stock has no place for a width"):
-        billhook.apply(load(checkpoint("llama")), Plan.of(["mlp.0[0-7]"]), stock=True)
+        billhook.apply(load(checkpoint("llama")), Plan.parse(["mlp.0[0-7]"]), stock=True)

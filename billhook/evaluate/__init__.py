@@ -12,8 +12,8 @@ import torch
 from billhook.data import TokenSet
 from billhook.errors import ResourceError, UsageError
 from billhook.loading import Teacher
-from billhook.records import EvalResult, Watch, silent
-from billhook.registry import Registry, chosen
+from billhook.records import EvalResult, EventListener, ignore_events
+from billhook.registry import Registry, resolve_options
 
 EVALUATIONS: Registry[Callable[..., EvalResult]] = Registry("evaluation")
 evaluation = EVALUATIONS.add
@@ -21,7 +21,7 @@ BATCH_LOGITS_BYTES = 2**28  # logits of one batch, in float32
 
 
 def evaluate(
-    name: str, model: Any, eval_set: Any, *, watch: Watch = silent, who: str = "", **options: Any
+    name: str, model: Any, eval_set: Any, *, watch: EventListener = ignore_events, who: str = "", **options: Any
 ) -> EvalResult:
     """What the evaluation of a name says of a model on a set: text, items of choices, or prompts; an outcome an item.
 
@@ -42,13 +42,13 @@ def evaluate(
 
 
 def evaluate_by_name(
-    teacher: Teacher, eval_set: Any, names: Sequence[str], options: Mapping[str, Any], *, watch: Watch, who: str
+    teacher: Teacher, eval_set: Any, names: Sequence[str], options: Mapping[str, Any], *, watch: EventListener, who: str
 ) -> dict[str, EvalResult]:
     """Each of the named evaluations of a model on one set, with those of `options` that it takes.
 
     Raises ResourceError for a streamed model, which no evaluation but ours can ask.
     """
-    own = chosen(dict(options), *(EVALUATIONS[name] for name in names))
+    own = resolve_options(dict(options), *(EVALUATIONS[name] for name in names))
     if teacher.weights is not None:
         raise ResourceError(
             f"{teacher.name} is larger than the memory that is free, so evaluations that are named have no model to "
@@ -60,7 +60,7 @@ def evaluate_by_name(
 
 
 @dataclass(frozen=True)
-class Batch:
+class RowBatch:
     """Some rows of a token set: `ids` [rows, time], `targets` [rows, time] (-100: none), and their row numbers."""
 
     ids: torch.Tensor
@@ -69,12 +69,12 @@ class Batch:
     lengths: tuple[int, ...]
 
 
-def words_of(model: Any) -> int:
+def vocabulary_size(model: Any) -> int:
     """How many logits its head gives of a token."""
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def batches(tokens: TokenSet, vocabulary: int, device: torch.device) -> Iterator[Batch]:
+def batches(tokens: TokenSet, vocabulary: int, device: torch.device) -> Iterator[RowBatch]:
     """The rows of a token set, longest first, as many at a time as keep the logits within bounds."""
     order = sorted(range(len(tokens.lengths)), key=lambda r: (-tokens.lengths[r], r))
     start = 0
@@ -87,7 +87,7 @@ def batches(tokens: TokenSet, vocabulary: int, device: torch.device) -> Iterator
         targets = torch.full_like(ids, -100)
         for i, n in enumerate(lengths):
             targets[i, : n - 1] = ids[i, 1:n]
-        yield Batch(ids, targets, rows, lengths)
+        yield RowBatch(ids, targets, rows, lengths)
         start += count
 
 

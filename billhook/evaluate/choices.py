@@ -9,38 +9,41 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from billhook.beginnings import Read, batched, families, paths_of, worthwhile
+from billhook.beginnings import Readout, batch_groups, group_by_prefix, keep_worthwhile, unique_inputs
 from billhook.data import Choices, TokenSet
 from billhook.errors import ModelError, UsageError
-from billhook.evaluate import evaluation, words_of
-from billhook.records import EvalResult, Event, Watch, silent
+from billhook.evaluate import evaluation, vocabulary_size
+from billhook.records import EvalResult, Event, EventListener, ignore_events
 
-BATCH_POSITIONS = 512  # of one batch, cached and padded ones too; larger ones only cost memory traffic on a CPU
-BATCH_LOGITS_BYTES = 2**26  # of one batch, in float32
-REPEATABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # layers of a cache, whose lines can be picked and repeated
+CHOICE_BATCH_POSITIONS = 512  # of one batch, cached and padded ones too; larger ones only cost memory traffic on a CPU
+CHOICE_LOGITS_BYTES = 2**26  # of one batch, in float32
+REPEATABLE_LAYERS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)  # layers of a cache, whose lines can be picked and repeated
 
 
 @evaluation
-def acc(model: Any, tokens: TokenSet, *, watch: Watch = silent, who: str = "") -> EvalResult:
+def acc(model: Any, tokens: TokenSet, *, watch: EventListener = ignore_events, who: str = "") -> EvalResult:
     """Accuracy on multiple-choice items: 1 where the choice with the highest log-probability is the right one.
 
-    Zero-shot; requests are those of `billhook.tasks`. Where `acc_norm` is wanted too, or many plans: `outcomes`.
+    Zero-shot; requests are those of `billhook.tasks`. Where `acc_norm` is wanted too, or many plans: `score_choices`.
 
     Source: Gao et al., lm-evaluation-harness 0.4, `acc`.
     """
-    return outcomes(tokens, log_probabilities(model, tokens, watch=watch, who=who))["acc"]
+    return score_choices(tokens, log_probabilities(model, tokens, watch=watch, who=who))["acc"]
 
 
 @evaluation
-def acc_norm(model: Any, tokens: TokenSet, *, watch: Watch = silent, who: str = "") -> EvalResult:
+def acc_norm(model: Any, tokens: TokenSet, *, watch: EventListener = ignore_events, who: str = "") -> EvalResult:
     """Accuracy on multiple-choice items, with log-probabilities divided by the characters of each choice.
 
     Source: Gao et al., lm-evaluation-harness 0.4, `acc_norm`.
     """
-    return outcomes(tokens, log_probabilities(model, tokens, watch=watch, who=who))["acc_norm"]
+    return score_choices(tokens, log_probabilities(model, tokens, watch=watch, who=who))["acc_norm"]
 
 
-def outcomes(tokens: TokenSet, row_sums: Sequence[float]) -> dict[str, EvalResult]:
+def score_choices(tokens: TokenSet, row_sums: Sequence[float]) -> dict[str, EvalResult]:
     """`acc` and `acc_norm`, 1 or 0 an item, from the log-probability of every row's choice.
 
     `row_sums`: of one model, by `log_probabilities`, or of one plan, by `Probe.row_sums`. Of equal choices the first is
@@ -62,37 +65,39 @@ def outcomes(tokens: TokenSet, row_sums: Sequence[float]) -> dict[str, EvalResul
 
 
 @torch.inference_mode()
-def log_probabilities(model: Any, tokens: TokenSet, *, watch: Watch = silent, who: str = "") -> list[float]:
+def log_probabilities(
+    model: Any, tokens: TokenSet, *, watch: EventListener = ignore_events, who: str = ""
+) -> list[float]:
     """Log-probability in nats of the choice in every row, given what stands before it.
 
     Beginnings that rows share are computed once, where the model's cache allows it, and the head only where it is read:
     up to rounding the sums of one forward pass a row.
     """
     _choices(tokens)
-    words = words_of(model)
+    words = vocabulary_size(model)
     sums, done = [0.0] * len(tokens.lengths), 0
-    found = worthwhile(families(paths_of(tokens), _longest_shared(model)))
-    for batch in batched(found, BATCH_POSITIONS, max(1, BATCH_LOGITS_BYTES // (4 * words))):
+    found = keep_worthwhile(group_by_prefix(unique_inputs(tokens), _longest_shared(model)))
+    for batch in batch_groups(found, CHOICE_BATCH_POSITIONS, max(1, CHOICE_LOGITS_BYTES // (4 * words))):
         shared = batch[0].shared
         if shared:
             cache = DynamicCache(config=model.config)
-            ids = [family.paths[0].ids[:shared] for family in batch]
-            reads = [[r for path in family.paths for r in path.reads if r[0] < shared] for family in batch]
+            ids = [family.inputs[0].ids[:shared] for family in batch]
+            reads = [[r for path in family.inputs for r in path.readouts if r[0] < shared] for family in batch]
             _read(model, ids, reads, sums, cache)
-        rest = [(i, path) for i, f in enumerate(batch) for path in f.paths if len(path.ids) > shared]
+        rest = [(i, path) for i, f in enumerate(batch) for path in f.inputs if len(path.ids) > shared]
         if shared and rest:
             cache.batch_select_indices(torch.tensor([i for i, _ in rest], device=model.device))
         if rest:
             ids = [path.ids[shared:] for _, path in rest]
-            reads = [[(at - shared, word, row) for at, word, row in path.reads if at >= shared] for _, path in rest]
+            reads = [[(at - shared, word, row) for at, word, row in path.readouts if at >= shared] for _, path in rest]
             _read(model, ids, reads, sums, cache if shared else None)
-        done += sum(tokens.lengths[row] for row in {r[2] for f in batch for path in f.paths for r in path.reads})
+        done += sum(tokens.lengths[row] for row in {r[2] for f in batch for path in f.inputs for r in path.readouts})
         watch(Event("evaluate", done, tokens.tokens, who))
     return sums
 
 
 def _read(
-    model: Any, lines: list[tuple[int, ...]], reads: list[list[Read]], sums: list[float], cache: Any | None
+    model: Any, lines: list[tuple[int, ...]], reads: list[list[Readout]], sums: list[float], cache: Any | None
 ) -> None:
     """One forward pass over lines, padded on the right, behind what `cache` holds, which it extends.
 
@@ -125,7 +130,7 @@ def _longest_shared(model: Any) -> int | None:
     """
     cache: Any = DynamicCache(config=model.config)
     model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache, use_cache=True)
-    if any(type(layer) not in REPEATABLE or layer.get_seq_length() != 1 for layer in cache.layers):
+    if any(type(layer) not in REPEATABLE_LAYERS or layer.get_seq_length() != 1 for layer in cache.layers):
         return 0
     return min((layer.sliding_window for layer in cache.layers if layer.is_sliding), default=None)
 

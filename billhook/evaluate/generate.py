@@ -10,37 +10,41 @@ import torch
 from transformers import StoppingCriteriaList
 
 from billhook.evaluate import evaluation
-from billhook.questions import Prompts
-from billhook.records import EvalResult, Event, Watch, silent
+from billhook.questions import GenerationPrompts
+from billhook.records import EvalResult, Event, EventListener, ignore_events
 
 STOPS = ("Question:", "</s>", "<|im_end|>")  # those of the harness for GSM8K; besides, the tokenizer's EOS
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
-BATCH_POSITIONS = 4096  # tokens of one batch at the end of its answers, padding too
+GENERATION_BATCH_POSITIONS = 4096  # tokens of one batch at the end of its answers, padding too
 
 
 @evaluation
-def strict_match(model: Any, tokens: Prompts, *, watch: Watch = silent, who: str = "") -> EvalResult:
+def strict_match(
+    model: Any, tokens: GenerationPrompts, *, watch: EventListener = ignore_events, who: str = ""
+) -> EvalResult:
     """Exact match of the number behind the first `#### ` of an answer, as GSM8K's own answers end: 1 where it is right.
 
-    Greedy; prompts are those of `billhook.questions`. Where `flexible_match` is wanted too: `written` and `matches`.
+    Greedy; prompts are those of `billhook.questions`. Where `flexible_match` is wanted too: `generate_answers` and `score_answers`.
 
     Source: Cobbe et al. 2021, Training verifiers to solve math word problems (arXiv 2110.14168); Gao et al.,
     lm-evaluation-harness 0.4, gsm8k, strict-match.
     """
-    return matches(tokens, written(model, tokens, watch=watch, who=who))["strict_match"]
+    return score_answers(tokens, generate_answers(model, tokens, watch=watch, who=who))["strict_match"]
 
 
 @evaluation
-def flexible_match(model: Any, tokens: Prompts, *, watch: Watch = silent, who: str = "") -> EvalResult:
+def flexible_match(
+    model: Any, tokens: GenerationPrompts, *, watch: EventListener = ignore_events, who: str = ""
+) -> EvalResult:
     """Exact match of the last number of an answer, wherever it stands: 1 where it is the right one.
 
     Source: Gao et al., lm-evaluation-harness 0.4, gsm8k, flexible-extract.
     """
-    return matches(tokens, written(model, tokens, watch=watch, who=who))["flexible_match"]
+    return score_answers(tokens, generate_answers(model, tokens, watch=watch, who=who))["flexible_match"]
 
 
-def matches(prompts: Prompts, answers: Sequence[str]) -> dict[str, EvalResult]:
+def score_answers(prompts: GenerationPrompts, answers: Sequence[str]) -> dict[str, EvalResult]:
     """`strict_match` and `flexible_match`, 1 or 0 a question, of what a model wrote."""
     told = {}
     for name, number in (("strict_match", strict_number), ("flexible_match", flexible_number)):
@@ -69,7 +73,9 @@ def plain_number(text: str) -> str:
 
 
 @torch.inference_mode()
-def written(model: Any, prompts: Prompts, *, watch: Watch = silent, who: str = "") -> list[str]:
+def generate_answers(
+    model: Any, prompts: GenerationPrompts, *, watch: EventListener = ignore_events, who: str = ""
+) -> list[str]:
     """What the model writes to every prompt, greedily, up to the first of STOPS or `new_tokens`.
 
     Prompts of similar length are padded on the left and answered together, with a KV cache.
@@ -97,13 +103,13 @@ def written(model: Any, prompts: Prompts, *, watch: Watch = silent, who: str = "
         )
         for row, new in zip(rows, found[:, longest:].tolist(), strict=True):
             own = new[: new.index(end)] if end in new else new
-            answers[row] = cut(tokenizer.decode(own, skip_special_tokens=False))
+            answers[row] = truncate_at_stop(tokenizer.decode(own, skip_special_tokens=False))
         done += len(rows)
         watch(Event("evaluate", done, len(answers), who))
     return answers
 
 
-def cut(text: str) -> str:
+def truncate_at_stop(text: str) -> str:
     """A text up to the first of STOPS."""
     for stop in STOPS:
         text = text.partition(stop)[0]
@@ -114,7 +120,7 @@ def _batches(lengths: Sequence[int], new_tokens: int) -> Iterator[list[int]]:
     """Row numbers, the longest first, as many together as keep to BATCH_POSITIONS."""
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     while order:
-        count = max(1, BATCH_POSITIONS // (lengths[order[0]] + new_tokens))
+        count = max(1, GENERATION_BATCH_POSITIONS // (lengths[order[0]] + new_tokens))
         yield order[:count]
         order = order[count:]
 

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from billhook.data import TokenSet
-from billhook.evaluate import batches, evaluation, words_of
-from billhook.losses import exact, nll
-from billhook.records import EvalResult, Event, Watch, silent
+from billhook.evaluate import batches, evaluation, vocabulary_size
+from billhook.losses import nll, to_float64
+from billhook.records import EvalResult, Event, EventListener, ignore_events
 
 
 @evaluation
 @torch.inference_mode()
-def perplexity(model: Any, tokens: TokenSet, *, watch: Watch = silent, who: str = "") -> EvalResult:
+def perplexity(model: Any, tokens: TokenSet, *, watch: EventListener = ignore_events, who: str = "") -> EvalResult:
     """Negative log-likelihood of every document in nats; exp of its mean per token is the perplexity.
 
     Every row of `tokens` is read on its own from its first token (no sliding window), so that numbers depend on the
@@ -24,10 +24,10 @@ def perplexity(model: Any, tokens: TokenSet, *, watch: Watch = silent, who: str 
     """
     per_row = [0.0] * len(tokens.lengths)
     done = 0
-    for batch in batches(tokens, words_of(model), model.device):
+    for batch in batches(tokens, vocabulary_size(model), model.device):
         logits = model(input_ids=batch.ids, use_cache=False).logits
         for i, (row, n) in enumerate(zip(batch.rows, batch.lengths, strict=True)):
-            per_row[row] = float(exact(nll(logits[i, :n], logits[i, :n], batch.targets[i, :n])).sum())
+            per_row[row] = float(to_float64(nll(logits[i, :n], logits[i, :n], batch.targets[i, :n])).sum())
         done += sum(batch.lengths)
         watch(Event("evaluate", done, tokens.tokens, who))
     return EvalResult("perplexity", tokens.hash, *_by_document(tokens, per_row), tokens.clusters)

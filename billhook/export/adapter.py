@@ -15,11 +15,11 @@ from billhook import vet
 from billhook.errors import BillhookError, DataError, FingerprintError, MissingExtra
 from billhook.loading import load
 
-FOLDER = "adapter"  # inside the checkpoint's own
-TIE = "billhook.json"  # inside the adapter's: what it belongs to
+ADAPTER_FOLDER = "adapter"  # inside the checkpoint's own
+ADAPTER_MANIFEST = "billhook.json"  # inside the adapter's: what it belongs to
 
 
-def with_adapter(folder: str | Path, adapter: str | Path | None = None) -> Any:
+def load_with_adapter(folder: str | Path, adapter: str | Path | None = None) -> Any:
     """The checkpoint in `folder` with its adapter, as peft's model: the one in `folder`/adapter, or another.
 
     Raises FingerprintError unless it was trained on this very checkpoint: the blocks of a pruned model are renumbered,
@@ -30,13 +30,13 @@ def with_adapter(folder: str | Path, adapter: str | Path | None = None) -> Any:
     import peft
 
     folder = Path(folder).expanduser()
-    chosen = Path(adapter).expanduser() if adapter is not None else folder / FOLDER
-    if not (chosen / TIE).is_file():
+    chosen = Path(adapter).expanduser() if adapter is not None else folder / ADAPTER_FOLDER
+    if not (chosen / ADAPTER_MANIFEST).is_file():
         raise DataError(
             f"{chosen} is no adapter of Billhook's. One comes with --recover lora --recover-set merge=no, in the "
-            f"folder {FOLDER} of the pruned model."
+            f"folder {ADAPTER_FOLDER} of the pruned model."
         )
-    wanted, found = json.loads((chosen / TIE).read_text(encoding="utf-8"))["base"], vet.fingerprint(folder)
+    wanted, found = json.loads((chosen / ADAPTER_MANIFEST).read_text(encoding="utf-8"))["base"], vet.fingerprint(folder)
     if wanted != found:
         raise FingerprintError(
             f"The adapter {chosen} was trained on a checkpoint with the fingerprint {wanted}, and that of {folder} is "
@@ -48,18 +48,18 @@ def with_adapter(folder: str | Path, adapter: str | Path | None = None) -> Any:
 
 
 @torch.inference_mode()
-def put_adapter(adapter: Path, folder: Path, merged: Any, rows: torch.Tensor) -> None:
+def save_adapter(adapter: Path, folder: Path, merged: Any, rows: torch.Tensor) -> None:
     """Copy a trained adapter into the checkpoint in `folder`, tied to it, and prove that both give the merged model.
 
     `rows` [rows, time]: tokens on which their logits must agree, up to the rounding of a sum in another order. Raises
     BillhookError if they do not.
     """
-    shutil.copytree(adapter, folder / FOLDER)
+    shutil.copytree(adapter, folder / ADAPTER_FOLDER)
     tie = {"base": vet.fingerprint(folder)}
-    (folder / FOLDER / TIE).write_text(json.dumps(tie) + "\n", encoding="utf-8")
+    (folder / ADAPTER_FOLDER / ADAPTER_MANIFEST).write_text(json.dumps(tie) + "\n", encoding="utf-8")
     rows = rows.to(merged.device)
     mine = merged(rows, use_cache=False).logits.float()
-    other = with_adapter(folder).to(merged.device)(input_ids=rows, use_cache=False).logits.float()
+    other = load_with_adapter(folder).to(merged.device)(input_ids=rows, use_cache=False).logits.float()
     gap, scale = float((mine - other).abs().max()), float(mine.abs().max())
     if gap > 0.02 * scale:
         raise BillhookError(f"The adapter does not load back equal (logits differ by {gap:g}); it was deleted.")

@@ -19,7 +19,7 @@ from billhook.errors import BillhookError, ModelError, ResourceError, UsageError
 from billhook.loading import Teacher, load
 from billhook.plan import Plan
 from billhook.probe import logits
-from billhook.records import Event, Watch, silent
+from billhook.records import Event, EventListener, ignore_events
 from billhook.repair import Repair
 from billhook.surgery import copy_shards
 
@@ -51,43 +51,55 @@ def check_target(folder: Path, source: Path | None = None, needed_bytes: int = 0
         )
 
 
-def aside_of(folder: Path, run: str) -> Path:
+def staging_folder(folder: Path, run: str) -> Path:
     """Where a folder is built before it appears; a run finds what an earlier attempt of its own left there."""
     return folder.resolve().with_name(f".{folder.resolve().name}.{run}.partial")
 
 
 def save(
-    student: Any, tokenizer: Any | None, plan: Plan, folder: str | Path, *, teacher: Teacher, watch: Watch = silent
+    student: Any,
+    tokenizer: Any | None,
+    plan: Plan,
+    folder: str | Path,
+    *,
+    teacher: Teacher,
+    watch: EventListener = ignore_events,
 ) -> list[Path]:
-    """`write` to a folder that appears whole or not at all: built aside, loaded back, compared, renamed.
+    """`write_checkpoint` to a folder that appears whole or not at all: built aside, loaded back, compared, renamed.
 
     Raises UsageError or ResourceError if `folder` cannot be written, BillhookError if it does not load back equal.
     """
     target = Path(folder)
     check_target(target, teacher.folder, teacher.anatomy.total("bytes"))
-    aside = aside_of(target, secrets.token_hex(3))
+    aside = staging_folder(target, secrets.token_hex(3))
     try:
-        write(student, tokenizer, plan, aside, teacher=teacher, watch=watch)
+        write_checkpoint(student, tokenizer, plan, aside, teacher=teacher, watch=watch)
         rows = torch.arange(16)[None] % student.config.vocab_size
         if teacher.weights is not None:
-            check_streamed(teacher, plan, aside, rows, watch=watch)
+            verify_streamed_round_trip(teacher, plan, aside, rows, watch=watch)
         else:
-            check_equal(student, aside, rows, watch)
-        appear(aside, target)
+            verify_round_trip(student, aside, rows, watch)
+        publish(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return sorted(target.iterdir())
 
 
-def appear(aside: Path, target: Path) -> None:
+def publish(aside: Path, target: Path) -> None:
     """Give a finished folder its name. An empty folder may stand there; anything else is kept and raises OSError."""
     if target.exists():
         target.rmdir()
     aside.rename(target)
 
 
-def write(
-    student: Any, tokenizer: Any | None, plan: Plan, folder: Path, *, teacher: Teacher, watch: Watch = silent
+def write_checkpoint(
+    student: Any,
+    tokenizer: Any | None,
+    plan: Plan,
+    folder: Path,
+    *,
+    teacher: Teacher,
+    watch: EventListener = ignore_events,
 ) -> list[Path]:
     """Write the student to the new `folder`: weights, config, tokenizer, generation config, and the plan.
 
@@ -113,8 +125,8 @@ def write(
         "model": teacher.fingerprint,
         "blocks": teacher.anatomy.blocks,
         "removed": plan.names(),
-        "narrowed": plan.narrow_names(),
-        "already_removed": teacher.removed.names(),
+        "narrowed": plan.narrowed_names(),
+        "already_removed": teacher.removed_earlier.names(),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return sorted(folder.iterdir())
@@ -146,7 +158,7 @@ def _on_disk(student: Any, teacher: Teacher) -> dict[str, torch.Tensor]:
     """
     with torch.no_grad():
         state = revert_weight_conversion(student, student.state_dict())
-    tail = re.escape(teacher.row.blocks.rsplit(".", 1)[-1])
+    tail = re.escape(teacher.architecture.blocks.rsplit(".", 1)[-1])
     kept = student.config.billhook["kept_blocks"]
     back = {new: teacher.positions.index(old) for new, old in enumerate(kept)}
 
@@ -194,16 +206,16 @@ class _Source:
         return None
 
 
-def check_streamed(
+def verify_streamed_round_trip(
     teacher: Teacher,
     plan: Plan,
     folder: Path,
     rows: torch.Tensor,
     *,
     repair: Repair | None = None,
-    watch: Watch = silent,
+    watch: EventListener = ignore_events,
 ) -> None:
-    """`check_equal` for a teacher that is streamed: what the plan leaves of it against `folder`, streamed as well.
+    """`verify_round_trip` for a teacher that is streamed: what the plan leaves of it against `folder`, streamed as well.
 
     Where sites are narrower, zeros stand in the teacher for what the folder lacks, and sums are rounded in another
     order: then they are equal within the root of the dtype's epsilon, of the largest logit.
@@ -212,21 +224,21 @@ def check_streamed(
     again = load(folder, device=str(teacher.device), dtype=vet.dtype_name(teacher.model.dtype), memory=0)
     mine, other = logits(teacher, plan, rows, repair), logits(again, Plan(), rows)
     room = float(mine.abs().max()) * torch.finfo(teacher.model.dtype).eps ** 0.5 if plan.narrowed else 0.0
-    _same(mine, other, room)
+    _require_equal(mine, other, room)
     watch(Event("save", 3, 3, "loads back equal"))
 
 
-def _same(mine: torch.Tensor, other: torch.Tensor, room: float = 0.0) -> None:
+def _require_equal(student: torch.Tensor, reloaded: torch.Tensor, room: float = 0.0) -> None:
     """Raises BillhookError if any two differ by more than `room`."""
-    gap = (mine - other).abs().max().item()
-    if not (torch.equal(mine, other) or gap <= room):
+    gap = (student - reloaded).abs().max().item()
+    if not (torch.equal(student, reloaded) or gap <= room):
         raise BillhookError(
             f"The saved checkpoint does not load back equal (logits differ by {gap:g}); it was deleted."
         )
 
 
 @torch.inference_mode()
-def check_equal(student: Any, folder: Path, rows: torch.Tensor, watch: Watch = silent) -> None:
+def verify_round_trip(student: Any, folder: Path, rows: torch.Tensor, watch: EventListener = ignore_events) -> None:
     """Load `folder` back and compare logits on `rows` [rows, time] bit for bit.
 
     Raises BillhookError on any difference.
@@ -235,6 +247,6 @@ def check_equal(student: Any, folder: Path, rows: torch.Tensor, watch: Watch = s
     again = load(folder, device=str(student.device), dtype=vet.dtype_name(student.dtype))
     rows = rows.to(student.device)
     mine, other = student(rows, use_cache=False).logits, again.model(rows, use_cache=False).logits
-    _same(mine, other)
+    _require_equal(mine, other)
     watch(Event("save", 3, 3, "loads back equal"))
     assert arch.base_type(again.model.config.model_type) == arch.base_type(student.config.model_type)

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from billhook.errors import UsageError
 from billhook.probe import Probe
 from billhook.probe.channels import GroupValues
-from billhook.problem import Unit
+from billhook.problem import ScoredUnit
 from billhook.records import Score
 from billhook.registry import Registry
 
-Metric = Callable[..., dict[Unit, Score]]
+Metric = Callable[..., dict[ScoredUnit, Score]]
 METRICS: Registry[Metric] = Registry("metric")
 metric = METRICS.add
 # Of channel groups: a probe, with options -> {site: scores of its groups, [groups] in float64}
@@ -23,7 +23,7 @@ GROUP_METRICS: Registry[Callable[..., GroupValues]] = Registry("metric of channe
 group_metric = GROUP_METRICS.add
 
 
-def on_task(probe: Probe) -> Probe:
+def require_task(probe: Probe) -> Probe:
     """The probe itself, if its tokens are a task's. Raises UsageError otherwise."""
     if probe.tokens.choices is None:
         raise UsageError("This metric looks at a multiple-choice task. Name one: --loss task:FILE.")

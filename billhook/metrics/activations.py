@@ -10,8 +10,8 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from billhook.errors import UnknownName
 from billhook.metrics import metric
 from billhook.probe import Probe
-from billhook.probe.passes import finite
-from billhook.problem import Unit
+from billhook.probe.passes import require_finite_scores
+from billhook.problem import ScoredUnit
 from billhook.records import Score
 
 
@@ -30,7 +30,7 @@ STATISTICS = {  # of x and y [tokens, width], before and after; whoever asks for
 
 
 @metric
-def cosine(probe: Probe) -> dict[Unit, Score]:
+def cosine(probe: Probe) -> dict[ScoredUnit, Score]:
     """Block influence: the mean over tokens of 1 - cos(x, y), x and y the residual stream before and after.
 
     Of every site and, by position, of every block. Range [0, 2]; 0: nothing is turned.
@@ -41,11 +41,11 @@ def cosine(probe: Probe) -> dict[Unit, Score]:
     pruning of LLMs (arXiv 2407.16286), for attention and MLP as well. Deviation: in parallel blocks each site is
     judged by what it alone adds to the block's input.
     """
-    return finite(probe.mean_over_tokens(STATISTICS)["cosine"])
+    return require_finite_scores(probe.mean_over_tokens(STATISTICS)["cosine"])
 
 
 @metric
-def l1(probe: Probe) -> dict[Unit, Score]:
+def l1(probe: Probe) -> dict[ScoredUnit, Score]:
     """Size of the update: the mean over tokens of ||y - x||₁, x and y the residual stream before and after.
 
     Of every site and block. Streams grow with depth, so that it ranks late blocks high.
@@ -55,11 +55,11 @@ def l1(probe: Probe) -> dict[Unit, Score]:
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286). Deviation: its code names
     this metric and does not compute it; the formula is inferred.
     """
-    return finite(probe.mean_over_tokens(STATISTICS)["l1"])
+    return require_finite_scores(probe.mean_over_tokens(STATISTICS)["l1"])
 
 
 @metric
-def l2(probe: Probe) -> dict[Unit, Score]:
+def l2(probe: Probe) -> dict[ScoredUnit, Score]:
     """Size of the update: the mean over tokens of ||y - x||₂, x and y the residual stream before and after.
 
     Of every site and block. Streams grow with depth, so that it ranks late blocks high.
@@ -69,11 +69,11 @@ def l2(probe: Probe) -> dict[Unit, Score]:
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286). Deviation: its code names
     this metric and does not compute it; the formula is inferred.
     """
-    return finite(probe.mean_over_tokens(STATISTICS)["l2"])
+    return require_finite_scores(probe.mean_over_tokens(STATISTICS)["l2"])
 
 
 @metric
-def relative_l1(probe: Probe) -> dict[Unit, Score]:
+def relative_l1(probe: Probe) -> dict[ScoredUnit, Score]:
     """Relative size of the update: the mean over tokens of ||y - x||₁ / ||x||₁.
 
     x and y are the residual stream before and after every site and block.
@@ -83,11 +83,11 @@ def relative_l1(probe: Probe) -> dict[Unit, Score]:
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286). Deviation: its code names
     this metric and does not compute it; the formula, with x and not y below, is inferred.
     """
-    return finite(probe.mean_over_tokens(STATISTICS)["relative_l1"])
+    return require_finite_scores(probe.mean_over_tokens(STATISTICS)["relative_l1"])
 
 
 @metric
-def relative_l2(probe: Probe) -> dict[Unit, Score]:
+def relative_l2(probe: Probe) -> dict[ScoredUnit, Score]:
     """Relative size of the update: the mean over tokens of ||y - x||₂ / ||x||₂.
 
     x and y are the residual stream before and after every site and block.
@@ -97,11 +97,11 @@ def relative_l2(probe: Probe) -> dict[Unit, Score]:
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286). Deviation: its code names
     this metric and does not compute it; the formula, with x and not y below, is inferred.
     """
-    return finite(probe.mean_over_tokens(STATISTICS)["relative_l2"])
+    return require_finite_scores(probe.mean_over_tokens(STATISTICS)["relative_l2"])
 
 
 @metric
-def sprint_local(probe: Probe) -> dict[Unit, Score]:
+def sprint_local(probe: Probe) -> dict[ScoredUnit, Score]:
     """Relative error at the next MLP: the mean over tokens of ||g - f||₂ / ||f||₂ without the site, f with it.
 
     f is what the next MLP that is left adds to the residual stream: of the same block for an attention, of a later one
@@ -121,7 +121,7 @@ TOKENS = ("last", "all")
 
 
 @metric
-def angular_span(probe: Probe, *, tokens: str = "last") -> dict[Unit, Score]:
+def angular_span(probe: Probe, *, tokens: str = "last") -> dict[ScoredUnit, Score]:
     """Angular distance, arccos(cos(x, y)) / π, between the residual stream before and after every span of blocks.
 
     Keys are (first, last) positions, for all lengths but that of the whole model. The mean over the last token of each

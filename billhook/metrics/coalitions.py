@@ -8,15 +8,15 @@ import statistics
 from collections.abc import Sequence
 
 from billhook.errors import UsageError
-from billhook.metrics import metric, on_task
+from billhook.metrics import metric, require_task
 from billhook.plan import Plan, Site
 from billhook.probe import Probe
-from billhook.problem import Unit
+from billhook.problem import ScoredUnit
 from billhook.records import Score
 
 
 @metric
-def shapley_nll(probe: Probe, *, pairs: int = 8, players: str = "sites", seed: int = 0) -> dict[Unit, Score]:
+def shapley_nll(probe: Probe, *, pairs: int = 8, players: str = "sites", seed: int = 0) -> dict[ScoredUnit, Score]:
     """Shapley values of the negative log-likelihood, in nats per token: they sum to the rise when everything goes.
 
     Otherwise as `shapley_kl`.
@@ -26,11 +26,11 @@ def shapley_nll(probe: Probe, *, pairs: int = 8, players: str = "sites", seed: i
     Source: Shapley 1953; Mitchell et al. 2022 (arXiv 2104.12199), antithetic permutations. What
     Siddiqui et al. 2024 (arXiv 2407.16286) call so is `loo_nll` and `present_absent` here.
     """
-    return _shapley(probe.under("nll"), pairs, players, seed)
+    return _shapley(probe.with_objective("nll"), pairs, players, seed)
 
 
 @metric
-def shapley_kl(probe: Probe, *, pairs: int = 8, players: str = "sites", seed: int = 0) -> dict[Unit, Score]:
+def shapley_kl(probe: Probe, *, pairs: int = 8, players: str = "sites", seed: int = 0) -> dict[ScoredUnit, Score]:
     """Shapley values of KL(teacher || student), in nats per token: they sum to the loss when everything goes.
 
     Monte Carlo over `pairs` of random orders of removal and their reverses (antithetic); the interval is over the
@@ -40,11 +40,11 @@ def shapley_kl(probe: Probe, *, pairs: int = 8, players: str = "sites", seed: in
     Cost: 2 · pairs · n losses for n players, about half a forward pass each.
     Source: Shapley 1953; Mitchell et al. 2022 (arXiv 2104.12199), antithetic permutations. The game is ours.
     """
-    return _shapley(probe.under("kl"), pairs, players, seed)
+    return _shapley(probe.with_objective("kl"), pairs, players, seed)
 
 
 @metric
-def shapley_task(probe: Probe, *, pairs: int = 8, players: str = "sites", seed: int = 0) -> dict[Unit, Score]:
+def shapley_task(probe: Probe, *, pairs: int = 8, players: str = "sites", seed: int = 0) -> dict[ScoredUnit, Score]:
     """Shapley values of the loss of a multiple-choice task; wants a loss task:FILE or task_error:FILE.
 
     Otherwise as `shapley_kl`.
@@ -54,13 +54,13 @@ def shapley_task(probe: Probe, *, pairs: int = 8, players: str = "sites", seed: 
     Source: Shapley 1953; Mitchell et al. 2022 (arXiv 2104.12199); for tasks Siddiqui et al. 2024
     (arXiv 2407.16286), by another estimator: `present_absent`.
     """
-    return _shapley(on_task(probe), pairs, players, seed)
+    return _shapley(require_task(probe), pairs, players, seed)
 
 
 @metric
 def present_absent(
     probe: Probe, *, draws: int = 64, keep: float = 0.5, players: str = "sites", seed: int = 0
-) -> dict[Unit, Score]:
+) -> dict[ScoredUnit, Score]:
     """Mean loss of random sub-networks without the site minus that of those with it, under the probe's loss.
 
     `draws` sub-networks, each player kept with a probability of `keep`. Not a Shapley value: coalitions of about one
@@ -78,7 +78,7 @@ def present_absent(
     absent = [[draw.random() >= keep for _ in units] for _ in range(draws)]
     plans = [_union([u for u, gone in zip(units, row, strict=True) if gone]) for row in absent]
     means = [loss.mean for loss in probe.losses(plans)]
-    found: dict[Unit, Score] = {}
+    found: dict[ScoredUnit, Score] = {}
     for i, unit in enumerate(units):
         without, held = ([m for m, row in zip(means, absent, strict=True) if row[i] is gone] for gone in (True, False))
         if min(len(without), len(held)) < 2:
@@ -89,7 +89,7 @@ def present_absent(
     return _with_blocks(found)
 
 
-def _shapley(probe: Probe, pairs: int, players: str, seed: int) -> dict[Unit, Score]:
+def _shapley(probe: Probe, pairs: int, players: str, seed: int) -> dict[ScoredUnit, Score]:
     if pairs < 2:
         raise UsageError(f"pairs={pairs} gives no interval. Ask for at least 2 pairs of orders.")
     units, draw = _players(probe, players), random.Random(seed)
@@ -104,7 +104,7 @@ def _shapley(probe: Probe, pairs: int, players: str, seed: int) -> dict[Unit, Sc
     for order, chain in zip(orders, chains, strict=True):
         for unit, before, after in zip(order, chain, chain[1:], strict=False):
             rises[unit].append(means[after] - means[before])
-    values: dict[Unit, list[float]] = {
+    values: dict[ScoredUnit, list[float]] = {
         _unit(player, players): [statistics.fmean(both) for both in zip(each[::2], each[1::2], strict=True)]
         for player, each in rises.items()
     }
@@ -121,7 +121,7 @@ def _mean(values: Sequence[float]) -> Score:
 
 
 def _players(probe: Probe, kind: str) -> list[tuple[Site, ...]]:
-    alive = probe.teacher.anatomy.alive()
+    alive = probe.teacher.anatomy.sites_present()
     if kind == "sites":
         return [(site,) for site in alive]
     if kind == "blocks":
@@ -137,14 +137,14 @@ def _union(players: Sequence[tuple[Site, ...]]) -> Plan:
     return Plan(frozenset(site for player in players for site in player))
 
 
-def _with_blocks(found: dict[Unit, Score]) -> dict[Unit, Score]:
+def _with_blocks(scores: dict[ScoredUnit, Score]) -> dict[ScoredUnit, Score]:
     """Blocks as the sums of their sites, where sites were scored."""
     sums: dict[int, list[Score]] = {}
-    for unit, score in found.items():
+    for unit, score in scores.items():
         if isinstance(unit, Site):
             sums.setdefault(unit.block, []).append(score)
     blocks = {
         block: Score(math.fsum(s.value for s in each), math.sqrt(math.fsum((s.se or 0.0) ** 2 for s in each)))
         for block, each in sums.items()
     }
-    return found | blocks
+    return scores | blocks

@@ -7,7 +7,7 @@ import torch
 from billhook.errors import UnknownName
 from billhook.metrics import metric
 from billhook.probe import Probe
-from billhook.problem import Unit
+from billhook.problem import ScoredUnit
 from billhook.records import Score
 
 
@@ -28,7 +28,7 @@ KINDS = {"element": _element, "vector": _vector, "second": _second}
 
 
 @metric
-def taylor(probe: Probe, *, kind: str = "element") -> dict[Unit, Score]:
+def taylor(probe: Probe, *, kind: str = "element") -> dict[ScoredUnit, Score]:
     """How much the loss would move, by its Taylor series, if the weights of a site or block were zero.
 
     The loss is the mean negative log-likelihood of a predicted token, w a weight and g its gradient. Rows count by

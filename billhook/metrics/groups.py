@@ -6,7 +6,7 @@ import torch
 
 from billhook.errors import UnknownName, UsageError
 from billhook.metrics import group_metric
-from billhook.portions import picked
+from billhook.portions import select_documents
 from billhook.probe import Probe
 from billhook.probe.channels import GroupValues, Inputs, standardised
 
@@ -178,12 +178,12 @@ def saap(
         raise UsageError(
             f"saap compares {batches} mini-batches, and there are {documents} documents. Give more --tokens."
         )
-    fused = merged(_taylor(probe), fusion)
+    fused = fuse(_taylor(probe), fusion)
     told = standardised(fused, within=within)
     if not stability:
         return told
-    parts = [picked(probe.tokens, range(part, documents, batches)) for part in range(batches)]
-    each = [merged(_taylor(probe.under(probe.loss, part)), fusion) for part in parts]
+    parts = [select_documents(probe.tokens, range(part, documents, batches)) for part in range(batches)]
+    each = [fuse(_taylor(probe.with_objective(probe.loss, part)), fusion) for part in parts]
     fluctuation: GroupValues = {}
     for site in fused:
         values = torch.stack([one[site] for one in each])
@@ -198,7 +198,7 @@ def _taylor(probe: Probe) -> dict[str, GroupValues]:
     return probe.groups_of_gradients({"vector": (_first, True), "element": (_mix, False)}, fisher=True)
 
 
-def merged(branches: dict[str, GroupValues], fusion: str) -> GroupValues:
+def fuse(branches: dict[str, GroupValues], fusion: str) -> GroupValues:
     """Branches divided by twice their mean over all groups, and added; or one of them."""
     used = {name: values for name, values in branches.items() if fusion in ("kendall", name)}
     told: GroupValues = {}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from billhook.metrics import metric
 from billhook.probe import Probe
-from billhook.problem import Unit
+from billhook.problem import ScoredUnit
 from billhook.records import Score
 
 
 @metric
-def magnitude(probe: Probe) -> dict[Unit, Score]:
+def magnitude(probe: Probe) -> dict[ScoredUnit, Score]:
     """Sum of |w| over the weights of every site and block, norms and biases included.
 
     A norm that both sites of a block share counts for the block alone. Large sites score high for their size.

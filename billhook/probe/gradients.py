@@ -20,10 +20,10 @@ from billhook import arch
 from billhook.errors import ResourceError
 from billhook.probe.groups import DocumentGroup
 from billhook.probe.head import Head
-from billhook.probe.measure import Bench
-from billhook.probe.passes import sums
-from billhook.probe.trunk import Trunk
-from billhook.problem import Unit
+from billhook.probe.measure import Measurer
+from billhook.probe.passes import sums_over_parameters
+from billhook.probe.trunk import BlockRunner
+from billhook.problem import ScoredUnit
 from billhook.records import Score
 
 # (w, g, f), each [..., outputs, inputs] -> a number; f is None unless asked for
@@ -43,15 +43,15 @@ class _Batch:
         return int((self.targets >= 0).sum())
 
 
-def sum_over_gradients(bench: Bench, function: OfGradient, fisher: bool) -> dict[Unit, Score]:
+def sum_over_gradients(bench: Measurer, function: OfGradient, fisher: bool) -> dict[ScoredUnit, Score]:
     """Sum of function(w, g, f) over the weights of every site and block; see `Probe.sum_over_gradients`."""
-    found: dict[int, dict[Unit, Score]] = {}
-    for index, block, slopes, squares in by_block(bench, fisher):
+    found: dict[int, dict[ScoredUnit, Score]] = {}
+    for index, block, slopes, squares in gradients_by_block(bench, fisher):
         weights = dict(block.named_parameters())
         if fisher:
-            found[index] = sums(bench, index, block, function, weights, slopes, squares)
+            found[index] = sums_over_parameters(bench, index, block, function, weights, slopes, squares)
         else:
-            found[index] = sums(bench, index, block, lambda w, g: function(w, g, None), weights, slopes)
+            found[index] = sums_over_parameters(bench, index, block, lambda w, g: function(w, g, None), weights, slopes)
     return {unit: score for index in sorted(found) for unit, score in found[index].items()}
 
 
@@ -60,11 +60,13 @@ Gradients = dict[str, torch.Tensor]  # by parameter of a block, in float32
 
 @torch.inference_mode(False)  # what is computed inside that mode cannot have a graph
 @torch.no_grad()
-def by_block(bench: Bench, fisher: bool) -> Iterator[tuple[int, nn.Module, Gradients, Gradients]]:
+def gradients_by_block(bench: Measurer, fisher: bool) -> Iterator[tuple[int, nn.Module, Gradients, Gradients]]:
     """(index, block, gradients, mean squares of the gradients of rows if `fisher`), the last block first."""
     _check_room(bench, fisher)
-    trunk = Trunk(bench.teacher, bench.trunk.chunk)  # a fresh one: what the other knows was recorded without graphs
-    batches = [_Batch(t, [trunk.enter(ids)]) for ids, t in _rows(bench.groups, 1 if fisher else trunk.chunk)]
+    trunk = BlockRunner(
+        bench.teacher, bench.runner.chunk
+    )  # a fresh one: what the other knows was recorded without graphs
+    batches = [_Batch(t, [trunk.embed(ids)]) for ids, t in _rows(bench.groups, 1 if fisher else trunk.chunk)]
     order = range(trunk.depth)
     for index, block in zip(order, trunk.blocks(order), strict=True):
         for batch in batches:
@@ -77,9 +79,9 @@ def by_block(bench: Bench, fisher: bool) -> Iterator[tuple[int, nn.Module, Gradi
         yield index, block, *_through_block(trunk, index, block, batches, fisher)
 
 
-def _check_room(bench: Bench, fisher: bool) -> None:
+def _check_room(bench: Measurer, fisher: bool) -> None:
     """Raises ResourceError if streams and gradients would not fit into the probe's memory."""
-    config, blocks = bench.teacher.model.config, arch.blocks_of(bench.teacher.model, bench.teacher.row)
+    config, blocks = bench.teacher.model.config, arch.blocks_of(bench.teacher.model, bench.teacher.architecture)
     tokens = sum(group.ids.numel() for group in bench.groups)
     streams = (len(blocks) + 1) * tokens * int(config.hidden_size) * int(bench.teacher.model.dtype.itemsize)
     largest = 4 * max(sum(p.numel() for p in block.parameters()) for block in blocks)
@@ -104,21 +106,21 @@ def _rows(groups: Sequence[DocumentGroup], tokens: int) -> Iterator[tuple[torch.
         yield from zip(ids, targets, strict=True)
 
 
-def _through_head(trunk: Trunk, batches: Sequence[_Batch]) -> None:
+def _through_head(trunk: BlockRunner, batches: Sequence[_Batch]) -> None:
     """The slope of the summed loss by the stream after the last block, through head and final norm."""
     at = [batch.targets >= 0 for batch in batches]
-    hidden = [trunk.final(batch.streams[-1])[here] for batch, here in zip(batches, at, strict=True)]
+    hidden = [trunk.final_norm(batch.streams[-1])[here] for batch, here in zip(batches, at, strict=True)]
     targets = torch.cat([batch.targets[here] for batch, here in zip(batches, at, strict=True)])
     slopes = Head(trunk.teacher, "nll", 0).nll_gradients(torch.cat(hidden), targets)
     for batch, here, slope in zip(batches, at, slopes.split([len(h) for h in hidden]), strict=True):
         x = batch.streams.pop().detach().requires_grad_()
         with torch.enable_grad():
-            read = trunk.final(x)[here]
+            read = trunk.final_norm(x)[here]
         (batch.slope,) = torch.autograd.grad(read, x, slope)
 
 
 def _through_block(
-    trunk: Trunk, index: int, block: nn.Module, batches: Sequence[_Batch], fisher: bool
+    trunk: BlockRunner, index: int, block: nn.Module, batches: Sequence[_Batch], fisher: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Gradients of the mean loss by each parameter, and their mean squares over rows if `fisher`, in float32.
 

@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
 from billhook.loading import Teacher
-from billhook.losses import LOSSES, ROTATION_FREE, SUMS_OVER_WORDS, bucketed, top_count
+from billhook.losses import LOSSES, ROTATION_FREE, SUMS_OVER_WORDS, top_count, topk_and_rest
 
 VOCABULARY_AT_A_TIME = 8192
-TOKENS_AT_A_TIME = 1024
+HEAD_TOKENS_AT_A_TIME = 1024
 LOGITS_BYTES = 2**26  # of one document's logits, where a loss needs them whole
 COVERED = 0.98  # of the teacher's probability, by the words that a bound looks at
 LEAST_OUTSIDE = 1e-3  # of the probability
@@ -53,7 +53,9 @@ class Reference:
         return Reference(*(None if x is None else x[picked] for x in parts))  # type: ignore[arg-type]
 
 
-Batch = tuple[torch.Tensor, Reference]  # what the heads of some students read [plans, tokens, width], and the teacher
+HeadBatch = tuple[
+    torch.Tensor, Reference
+]  # what the heads of some students read [plans, tokens, width], and the teacher
 
 
 class Head:
@@ -61,7 +63,7 @@ class Head:
 
     def __init__(self, teacher: Teacher, loss: str, room: int) -> None:
         """`room`: bytes that a copy of the bound's rows may take."""
-        model, row = teacher.model, teacher.row
+        model, row = teacher.model, teacher.architecture
         self._teacher, self.loss, self._room = teacher, loss, room
         self._embedding = model.get_output_embeddings()
         self.words, self.width = map(int, self._embedding.weight.shape)
@@ -101,13 +103,13 @@ class Head:
     def _lse(self, all_hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         """log Σ exp of the logits of each [tokens, width]: [tokens] each. Reads the head once."""
         sizes = [len(hidden) for hidden in all_hidden]
-        if len(sizes) > 1 and sum(sizes) <= 4 * TOKENS_AT_A_TIME:  # small ones are faster together
+        if len(sizes) > 1 and sum(sizes) <= 4 * HEAD_TOKENS_AT_A_TIME:  # small ones are faster together
             return list(self._lse([torch.cat(all_hidden)])[0].split(sizes))
         totals = [torch.full(hidden.shape[:1], -torch.inf, device=hidden.device) for hidden in all_hidden]
         for first, rows in self._pieces():
             bias = self._bias_of(first, len(rows))
             for hidden, total in zip(all_hidden, totals, strict=True):
-                for h, out in zip(hidden.split(TOKENS_AT_A_TIME), total.split(TOKENS_AT_A_TIME), strict=True):
+                for h, out in zip(hidden.split(HEAD_TOKENS_AT_A_TIME), total.split(HEAD_TOKENS_AT_A_TIME), strict=True):
                     torch.logaddexp(out, self._logits(h, rows, bias).logsumexp(-1), out=out)
         return totals
 
@@ -130,7 +132,7 @@ class Head:
         mass = torch.zeros(self.words, device=everything.device)
         for first, rows in self._pieces():
             bias = self._bias_of(first, len(rows))
-            for h, at, u in zip(*(x.split(TOKENS_AT_A_TIME) for x in (everything, lse, mean_row)), strict=True):
+            for h, at, u in zip(*(x.split(HEAD_TOKENS_AT_A_TIME) for x in (everything, lse, mean_row)), strict=True):
                 p = (self._logits(h, rows, bias) - at[:, None]).exp()
                 u += p @ rows
                 mass[first : first + len(rows)] += p.sum(0)
@@ -157,7 +159,7 @@ class Head:
         self._rows = rows.float()
         bias = None if self._bias is None else self._bias[self._picked]
         rest, rest_row = torch.empty_like(lse), torch.empty_like(mean_row)
-        for h, at, u, m, r in zip(*(x.split(TOKENS_AT_A_TIME) for x in (hidden, lse, mean_row, rest, rest_row)),
+        for h, at, u, m, r in zip(*(x.split(HEAD_TOKENS_AT_A_TIME) for x in (hidden, lse, mean_row, rest, rest_row)),
                                   strict=True):  # fmt: skip
             p = (self._logits(h, self._rows, bias) - at[:, None]).exp()
             outside = 1 - p.sum(-1)
@@ -169,17 +171,17 @@ class Head:
     def _with_top(self, hidden: list[torch.Tensor], targets: list[torch.Tensor]) -> list[Reference]:
         """References that know the likeliest words: the best of every piece and of those so far are kept."""
         everything = torch.cat(hidden)
-        chunks = everything.split(TOKENS_AT_A_TIME)
+        chunks = everything.split(HEAD_TOKENS_AT_A_TIME)
         best = [(h.new_empty(len(h), 0), h.new_empty(len(h), 0, dtype=torch.int64)) for h in chunks]
         rest = torch.full(everything.shape[:1], -torch.inf, device=everything.device)
         for first, rows in self._pieces():
             words = torch.arange(first, first + len(rows), device=everything.device)
-            for i, (h, others) in enumerate(zip(chunks, rest.split(TOKENS_AT_A_TIME), strict=True)):
+            for i, (h, others) in enumerate(zip(chunks, rest.split(HEAD_TOKENS_AT_A_TIME), strict=True)):
                 known, ids = best[i]
                 values = torch.cat((known, self._logits(h, rows, self._bias_of(first, len(rows)))), -1)
                 ids = torch.cat((ids, words.expand(len(h), -1)), -1)
                 picked = values.topk(top_count(self.words)).indices
-                kept = bucketed(values, picked)
+                kept = topk_and_rest(values, picked)
                 best[i] = kept[:, :-1], ids.gather(-1, picked)
                 torch.logaddexp(others, kept[:, -1], out=others)
         logits, top = (torch.cat(parts) for parts in zip(*best, strict=True))
@@ -219,7 +221,7 @@ class Head:
         assert self._picked is not None
         bias = None if self._bias is None else self._bias[self._picked]
         flat = hidden.flatten(0, 1)
-        logits = [self._logits(h, self._rows, bias).logsumexp(-1) for h in flat.split(TOKENS_AT_A_TIME)]
+        logits = [self._logits(h, self._rows, bias).logsumexp(-1) for h in flat.split(HEAD_TOKENS_AT_A_TIME)]
         inside = torch.cat(logits).view(hidden.shape[:2])
         assert reference.lse is not None
         assert reference.mean_row is not None
@@ -233,7 +235,7 @@ class Head:
         found = _dots(hidden - reference.hidden, *rows)
         return found if self._scale == 1.0 else [x * self._scale for x in found]
 
-    def losses(self, batches: list[Batch]) -> list[torch.Tensor]:
+    def losses(self, batches: list[HeadBatch]) -> list[torch.Tensor]:
         """The loss of every token of each batch ([plans, tokens, width] and its reference): [plans, tokens]."""
         if self.loss == "kl" and self._cap is not None:
             return self._capped_kl(batches)
@@ -271,7 +273,7 @@ class Head:
         lse = self._lse([hidden])[0]
         for first, rows in self._pieces():
             bias = self._bias_of(first, len(rows))
-            for parts in zip(*(x.split(TOKENS_AT_A_TIME) for x in (hidden, lse, targets, found)), strict=True):
+            for parts in zip(*(x.split(HEAD_TOKENS_AT_A_TIME) for x in (hidden, lse, targets, found)), strict=True):
                 h, at, target, out = parts
                 z = self._logits(h, rows, bias)
                 slope = (z - at[:, None]).exp()  # of the loss by the logits: [tokens, words]
@@ -281,14 +283,14 @@ class Head:
                 out += slope @ rows
         return found
 
-    def _walk(self, batches: list[Batch]) -> Iterator[tuple[int, torch.Tensor, int, slice]]:
+    def _walk(self, batches: list[HeadBatch]) -> Iterator[tuple[int, torch.Tensor, int, slice]]:
         """Every piece of the head with some tokens of every batch: (first word, rows of W, batch, tokens)."""
         for first, rows in self._pieces():
             for number, (hidden, _) in enumerate(batches):
-                for start in range(0, hidden.shape[1], TOKENS_AT_A_TIME):
-                    yield first, rows, number, slice(start, start + TOKENS_AT_A_TIME)
+                for start in range(0, hidden.shape[1], HEAD_TOKENS_AT_A_TIME):
+                    yield first, rows, number, slice(start, start + HEAD_TOKENS_AT_A_TIME)
 
-    def _both(self, batches: list[Batch]) -> Iterator[tuple[int, int, slice, torch.Tensor, torch.Tensor]]:
+    def _both(self, batches: list[HeadBatch]) -> Iterator[tuple[int, int, slice, torch.Tensor, torch.Tensor]]:
         """Logits of teacher and student, piece by piece: (batch, plan, tokens, z_p, z_q), z: [tokens, words]."""
         for first, rows, number, at in self._walk(batches):
             bias = self._bias_of(first, len(rows))
@@ -297,7 +299,7 @@ class Head:
             for plan, student in enumerate(hidden[:, at]):
                 yield number, plan, at, teacher, self._logits(student, rows, bias)
 
-    def _capped_kl(self, batches: list[Batch]) -> list[torch.Tensor]:
+    def _capped_kl(self, batches: list[HeadBatch]) -> list[torch.Tensor]:
         """KL through a head that is not linear: the same sums, over logits of both sides."""
         lse = [torch.full(hidden.shape[:2], -torch.inf, device=hidden.device) for hidden, _ in batches]
         along = [torch.zeros(hidden.shape[:2], device=hidden.device) for hidden, _ in batches]
@@ -311,7 +313,7 @@ class Head:
             total -= known.lse
         return [x - y for x, y in zip(lse, along, strict=True)]
 
-    def _over_words(self, batches: list[Batch], lse: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _over_words(self, batches: list[HeadBatch], lse: list[torch.Tensor]) -> list[torch.Tensor]:
         """Losses that are sums over words, from log-probabilities of both sides."""
         values = [torch.zeros(hidden.shape[:2], device=hidden.device) for hidden, _ in batches]
         terms = SUMS_OVER_WORDS[self.loss]
@@ -321,7 +323,7 @@ class Head:
             values[i][plan, at] += terms(teacher - reference[at, None], student - lse[i][plan, at, None]).sum(-1)
         return values
 
-    def _topk_kl(self, batches: list[Batch]) -> list[torch.Tensor]:
+    def _topk_kl(self, batches: list[HeadBatch]) -> list[torch.Tensor]:
         """lse(z_q) - lse(z_p) - the mean under the teacher of z_q - z_p; of the other words, z is the lse of theirs."""
         top = [torch.full(hidden.shape[:2], -torch.inf, device=hidden.device) for hidden, _ in batches]
         rest = [each.clone() for each in top]
@@ -355,7 +357,7 @@ class Head:
         token_loss = LOSSES[self.loss]
         values = torch.empty(hidden.shape[:2], device=hidden.device)
         words = self.words if self._rotated is None else len(self._rotated[0])
-        few = max(1, min(TOKENS_AT_A_TIME, LOGITS_BYTES // (4 * words)))
+        few = max(1, min(HEAD_TOKENS_AT_A_TIME, LOGITS_BYTES // (4 * words)))
         for start in range(0, hidden.shape[1], few):
             at = slice(start, start + few)
             teacher, targets = self._seen(reference.hidden[at]), reference.targets[at]

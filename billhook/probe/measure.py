@@ -17,39 +17,43 @@ from billhook.losses import ITEM_LOSSES, ROTATION_FREE
 from billhook.plan import PARTS, Plan, Site
 from billhook.probe.choose import Quality, Sums
 from billhook.probe.groups import document_groups
-from billhook.probe.head import TOKENS_AT_A_TIME, VOCABULARY_AT_A_TIME, Head, Reference
-from billhook.probe.mended import Mended, Narrower
-from billhook.probe.trunk import Trunk
-from billhook.probe.walk import Job, Streams, Walk
+from billhook.probe.head import HEAD_TOKENS_AT_A_TIME, VOCABULARY_AT_A_TIME, Head, Reference
+from billhook.probe.mended import NarrowedWalk, RepairedWalk
+from billhook.probe.trunk import BlockRunner
+from billhook.probe.walk import StreamCache, Walk, WalkJob
 from billhook.repair import Repair
 from billhook.vet import dtype_name
 
-CHUNK = {"cpu": 512, "cuda": 16384, "mps": 4096}  # tokens that go through a block at a time
-WAVE = 4096  # tokens times plans at a time where a model is in memory
-EVERY = 4  # of the positions, where a cheap piece takes some of them
+CHUNK_TOKENS = {"cpu": 512, "cuda": 16384, "mps": 4096}  # tokens that go through a block at a time
+WAVE_TOKENS = 4096  # tokens times plans at a time where a model is in memory
+SAMPLE_EVERY = 4  # of the positions, where a cheap piece takes some of them
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class WorkPlan:
     """How the work is arranged under a memory budget."""
 
     walk: str  # "layers" or "depth-first"
     streamed: bool
     groups: int
-    every: int  # streams are kept after every so many blocks; 0: after none
+    checkpoint_every: int  # streams are kept after every so many blocks; 0: after none
     limit: int  # bytes for kept streams
     kept: int  # bytes of them that are expected
     wave: int  # tokens times plans that are measured, and stored, at a time
 
     def __str__(self) -> str:
         weights = "blocks from disk, " if self.streamed else ""
-        often = "every block" if self.every == 1 else f"every {self.every} blocks"
-        kept = f"streams kept after {often}, at most {self.limit / 1e9:.1f} GB" if self.every else "no streams kept"
+        often = "every block" if self.checkpoint_every == 1 else f"every {self.checkpoint_every} blocks"
+        kept = (
+            f"streams kept after {often}, at most {self.limit / 1e9:.1f} GB"
+            if self.checkpoint_every
+            else "no streams kept"
+        )
         order = "layer by layer" if self.walk == "layers" else "depth-first"
         return f"{weights}{order}, {self.groups} document groups, {kept}"
 
 
-class Bench:
+class Measurer:
     """Measures jobs of one teacher on one token set under one loss.
 
     `memory`: bytes for weights and activations together; None is half of what the machine has free. `walk` fixes the
@@ -64,7 +68,7 @@ class Bench:
         *,
         memory: int | None = None,
         walk: str | None = None,
-        mended: tuple[Plan, Repair] | None = None,
+        repaired: tuple[Plan, Repair] | None = None,
     ) -> None:
         self._item_loss = ITEM_LOSSES[loss] if loss in tuple(ITEM_LOSSES) else None
         if (self._item_loss is None) != (tokens.choices is None):
@@ -72,38 +76,38 @@ class Bench:
         loss = loss if self._item_loss is None else "nll"  # of the tokens of the choices
         self.teacher, self.loss = teacher, loss
         self.groups = document_groups(tokens, teacher.device)
-        self.trunk = Trunk(teacher, CHUNK.get(teacher.device.type, 1024))
+        self.runner = BlockRunner(teacher, CHUNK_TOKENS.get(teacher.device.type, 1024))
         self._fixed = walk
         self._limit = self._room(memory)
         self._head = Head(teacher, loss, self._limit // 8)
-        self.walk = Walk(self.trunk, [group.ids for group in self.groups], self._limit)
+        self.walk = Walk(self.runner, [group.ids for group in self.groups], self._limit)
         self._references: list[Reference] = []
         self._bits = {
             Site(position, part): 1 << 2 * index + k
             for index, position in enumerate(teacher.positions)
             for k, part in enumerate(PARTS)
         }
-        self._runs: Walk | Mended | Narrower = self.walk
-        self._narrower: Streams[Plan] = Streams(self._limit)
-        if mended is not None:
-            self.mend(*mended)
+        self._runs: Walk | RepairedWalk | NarrowedWalk = self.walk
+        self._narrower: StreamCache[Plan] = StreamCache(self._limit)
+        if repaired is not None:
+            self.use_repair(*repaired)
         self.layout = self.arrange(1)
 
     def mask(self, plan: Plan) -> int:
         """A plan as the walk sees it."""
         return sum(self._bits[site] for site in plan.removed)
 
-    def mend(self, plan: Plan, repair: Repair) -> None:
+    def use_repair(self, plan: Plan, repair: Repair) -> None:
         """From now on measure `plan` under `repair`."""
-        self._runs = Mended(self.walk, plan, self.mask(plan), repair)
+        self._runs = RepairedWalk(self.walk, plan, self.mask(plan), repair)
 
-    def narrow(self, plan: Plan) -> None:
+    def use_narrowing(self, plan: Plan) -> None:
         """From now on measure what `plan`, which narrows sites, leaves, in the place of the plan of its removals.
 
         Raises PlanError if it does not fit the teacher.
         """
         self.teacher.anatomy.check(plan)
-        self._runs = Narrower(self.walk, plan, self._narrower)
+        self._runs = NarrowedWalk(self.walk, plan, self._narrower)
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
@@ -125,7 +129,7 @@ class Bench:
             return int(free) // 2
         config = self.teacher.model.config
         wide = max(int(getattr(config, "intermediate_size", None) or 0), 4 * int(config.hidden_size))
-        working = 4 * (self.trunk.chunk * 4 * wide + TOKENS_AT_A_TIME * VOCABULARY_AT_A_TIME)
+        working = 4 * (self.runner.chunk * 4 * wide + HEAD_TOKENS_AT_A_TIME * VOCABULARY_AT_A_TIME)
         if self.teacher.weights is not None:  # a piece of the head as it is stored, and in float32
             working += 6 * VOCABULARY_AT_A_TIME * int(config.hidden_size)
         if self.loss in ROTATION_FREE:  # in float64: WᵀW, its factor and a piece of the head
@@ -134,26 +138,28 @@ class Bench:
         reference = 4 * tokens * (3 * int(config.hidden_size) + 2)
         return max(0, memory - self.teacher.weight_bytes - working - reference)
 
-    def arrange(self, plans: int) -> Layout:
+    def arrange(self, plans: int) -> WorkPlan:
         """Choose walk and checkpoints for a batch of so many plans."""
         largest = max(group.ids.numel() for group in self.groups)
         everything = sum(group.ids.numel() for group in self.groups)
         streamed = self.teacher.weights is not None
         width = int(self.teacher.model.config.hidden_size)
-        wave = max(1, self._limit // (2 * (self.token_bytes + 4 * width))) if streamed else WAVE  # and what heads read
+        wave = (
+            max(1, self._limit // (2 * (self.token_bytes + 4 * width))) if streamed else WAVE_TOKENS
+        )  # and what heads read
         live = 2 * (plans + 1) * largest * self.token_bytes  # before and after a block
         if streamed:
             live = 2 * min(wave, (plans + 1) * everything) * self.token_bytes
         walk = self._fixed or ("layers" if streamed or live <= self._limit // 2 else "depth-first")
         left = max(0, self._limit - (live if walk == "layers" else 0))
-        depth = self.trunk.depth
+        depth = self.runner.depth
         wanted = (plans + 1) * depth * everything * self.token_bytes // 2  # a branch begins half way, on average
         every = 0 if left < wanted / depth else -(-wanted // left)
         ends = frozenset({depth})
         self.walk.checkpoints = ends | frozenset(range(every, depth, every)) if every else ends
         self.walk.streams.limit = left
         kept = min(left, wanted // every) if every else 0
-        return Layout(walk, streamed, len(self.groups), every, left, kept, wave)
+        return WorkPlan(walk, streamed, len(self.groups), every, left, kept, wave)
 
     # -- measuring --------------------------------------------------------------------------------------------------
 
@@ -163,17 +169,17 @@ class Bench:
         self._refer()
         return self._head.bounds
 
-    def affordable(self, quality: Quality) -> Quality:
+    def supported_quality(self, quality: Quality) -> Quality:
         """The quality in which pieces of a kind can be had: items cannot be sampled position by position."""
         return quality if self._item_loss is None else "full"
 
-    def measure(self, quality: Quality, jobs: Sequence[Job]) -> dict[Job, Sums]:
+    def measure(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
         """Nats of every document of each job's group; of a task, the loss of every item."""
-        found = self.row_nats(self.affordable(quality), jobs)
+        found = self.row_nats(self.supported_quality(quality), jobs)
         if self._item_loss is None:
             return found
-        by_item: dict[Job, Sums] = {}
-        by_group: dict[int, list[Job]] = defaultdict(list)
+        by_item: dict[WalkJob, Sums] = {}
+        by_group: dict[int, list[WalkJob]] = defaultdict(list)
         for job in jobs:
             by_group[job[0]].append(job)
         for g, of in by_group.items():
@@ -183,21 +189,21 @@ class Bench:
         return by_item
 
     @undisturbed
-    def row_nats(self, quality: Quality, jobs: Sequence[Job]) -> dict[Job, Sums]:
+    def row_nats(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
         """Nats of every document of each job's group; where rows are choices, of every row."""
         self._refer()
-        found: dict[Job, Sums] = {}
-        waiting: dict[int, list[tuple[Job, torch.Tensor]]] = defaultdict(list)
+        found: dict[WalkJob, Sums] = {}
+        waiting: dict[int, list[tuple[WalkJob, torch.Tensor]]] = defaultdict(list)
         for job, stream in self._runs.run(jobs, self.layout.walk == "layers"):
             group = self.groups[job[0]]
-            waiting[job[0]].append((job, self.trunk.final(stream)[group.read]))
-            if self.teacher.weights is None and len(waiting[job[0]]) * len(group.targets) >= TOKENS_AT_A_TIME:
+            waiting[job[0]].append((job, self.runner.final_norm(stream)[group.read]))
+            if self.teacher.weights is None and len(waiting[job[0]]) * len(group.targets) >= HEAD_TOKENS_AT_A_TIME:
                 found |= self._sums(quality, [waiting.pop(job[0])])
         rest = list(waiting.values())
         waiting.clear()
         return found | self._sums(quality, rest)  # a streamed head is read once for all, for the losses of our own
 
-    def _sums(self, quality: Quality, waiting: list[list[tuple[Job, torch.Tensor]]]) -> dict[Job, Sums]:
+    def _sums(self, quality: Quality, waiting: list[list[tuple[WalkJob, torch.Tensor]]]) -> dict[WalkJob, Sums]:
         """Nats by document, or by row of choices, from what the heads read; each list is of one document group."""
         numbers = [held[0][0][0] for held in waiting]
         jobs = [[job for job, _ in held] for held in waiting]
@@ -210,14 +216,14 @@ class Bench:
         if quality == "bound":
             values = [self._head.bound(hidden, reference) for hidden, reference in batches]
         elif quality == "sample":
-            picked = [slice(g % EVERY, None, EVERY) for g in numbers]
+            picked = [slice(g % SAMPLE_EVERY, None, SAMPLE_EVERY) for g in numbers]
             some = [(hidden[:, at], reference.at(at)) for (hidden, reference), at in zip(batches, picked, strict=True)]
-            share = [float(EVERY)] * len(numbers)
+            share = [float(SAMPLE_EVERY)] * len(numbers)
             of = [documents[at] for documents, at in zip(of, picked, strict=True)]
             values = self._head.losses(some)
         else:
             values = self._head.losses(batches)
-        found: dict[Job, Sums] = {}
+        found: dict[WalkJob, Sums] = {}
         for held, g, documents, value, times in zip(jobs, numbers, of, values, share, strict=True):
             size = len(self.groups[g].rows if by_row else self.groups[g].documents)
             sums = torch.zeros(len(held), size, dtype=torch.float64)
@@ -239,7 +245,7 @@ class Bench:
             self._references = [Reference(nothing, each) for each in targets]
             return
         jobs = [(g, 0) for g in range(len(self.groups))]
-        final = {job[0]: self.trunk.final(stream) for job, stream in self.walk.run(jobs, layers=True)}
+        final = {job[0]: self.runner.final_norm(stream) for job, stream in self.walk.run(jobs, layers=True)}
         hidden = [final[g][group.counted] for g, group in enumerate(self.groups)]
         for g, h in enumerate(hidden):
             if not bool(torch.isfinite(h).all()):
@@ -253,7 +259,7 @@ class Bench:
             if not bool(torch.isfinite(stream[group.counted]).all()):
                 raise ModelError(self._where_not_finite((number, 0)))
 
-    def _where_not_finite(self, job: Job) -> str:
+    def _where_not_finite(self, job: WalkJob) -> str:
         """Which block first gives NaN or infinity."""
         bad: list[int] = []
 
@@ -261,7 +267,7 @@ class Bench:
             if not all(bool(torch.isfinite(stream).all()) for stream in streams):
                 bad.append(self.teacher.positions[depth])
 
-        walk = Walk(self.trunk, self.walk.ids, 0)
+        walk = Walk(self.runner, self.walk.ids, 0)
         walk.look = look
         list(walk.run([job], layers=True))
         names = {bit: site for site, bit in self._bits.items()}
@@ -277,7 +283,7 @@ class Bench:
     def logits(self, plan: Plan) -> torch.Tensor:
         """Logits [rows, time, vocabulary] of all rows under a plan, in float32."""
         ((_, stream),) = self._runs.run([(0, self.mask(plan))], layers=True)
-        hidden = self.trunk.final(stream)
+        hidden = self.runner.final_norm(stream)
         return self._head.logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
 
 
@@ -289,12 +295,12 @@ def _unfit(loss: str, tokens: TokenSet) -> str:
     return f"--loss {loss} reads text, and {tokens.source} holds multiple-choice items. Type --loss {names}"
 
 
-def waves(jobs: Sequence[Job], sizes: Sequence[int], most: int, *, split: bool) -> Iterator[list[Job]]:
+def job_batches(jobs: Sequence[WalkJob], sizes: Sequence[int], most: int, *, split: bool) -> Iterator[list[WalkJob]]:
     """Jobs in portions of at most `most` tokens, of whole document groups; larger ones are `split` or stay whole."""
-    by_group: dict[int, list[Job]] = defaultdict(list)
+    by_group: dict[int, list[WalkJob]] = defaultdict(list)
     for job in jobs:
         by_group[job[0]].append(job)
-    wave: list[Job] = []
+    wave: list[WalkJob] = []
     held = 0
     for group, of in by_group.items():
         step = max(1, most // sizes[group]) if split else len(of)

@@ -11,17 +11,17 @@ from torch import nn
 
 from billhook import arch
 from billhook.errors import UsageError
-from billhook.mask import narrowing
+from billhook.mask import zeroed_block_weights
 from billhook.modeling_billhook import remove_part
 from billhook.plan import PARTS, Plan, Site
-from billhook.probe.trunk import Trunk
-from billhook.probe.walk import Job, Streams, Walk
-from billhook.repair import UNTOUCHED, Repair, give_bias, patch_module
-from billhook.stream import put
+from billhook.probe.trunk import BlockRunner
+from billhook.probe.walk import StreamCache, Walk, WalkJob
+from billhook.repair import NO_REPAIR, Repair, add_bias, patch_module
+from billhook.stream import set_tensor
 
 
 @contextmanager
-def standing(trunk: Trunk, index: int, block: nn.Module, plan: Plan, repair: Repair) -> Iterator[None]:
+def patched_block(trunk: BlockRunner, index: int, block: nn.Module, plan: Plan, repair: Repair) -> Iterator[None]:
     """Inside, block `index` is as a repaired student has it: removed parts out, patches and biases in, weights new, and
     zeros where channel groups go."""
     position, row, config = trunk.teacher.positions[index], trunk.row, trunk.model.config
@@ -31,8 +31,8 @@ def standing(trunk: Trunk, index: int, block: nn.Module, plan: Plan, repair: Rep
     inside = f"{row.blocks}.{index}."
     biased: list[nn.Module] = []
     try:
-        for key, tensor in narrowing(trunk.teacher, plan, position, block).items():
-            weights[key] = put(block, key, tensor)
+        for key, tensor in zeroed_block_weights(trunk.teacher, plan, position, block).items():
+            weights[key] = set_tensor(block, key, tensor)
         for name, tensor in repair.weights.items():
             if name.startswith(inside):
                 key = name.removeprefix(inside)
@@ -41,12 +41,12 @@ def standing(trunk: Trunk, index: int, block: nn.Module, plan: Plan, repair: Rep
                         f"What was trained of a narrower site ({name}) cannot be refitted. Recover by fold before "
                         "training: --recover fold,lora."
                     )
-                weights.setdefault(key, put(block, key, tensor.to(block.get_parameter(key))))
+                weights.setdefault(key, set_tensor(block, key, tensor.to(block.get_parameter(key))))
         for site in (Site(position, part) for part in PARTS):
             if site in repair.biases:
-                output = arch.output_of(block, site.part, row, config)
+                output = arch.output_projection(block, site.part, row, config)
                 biased.append(block.get_submodule(str(output)))
-                give_bias(biased[-1], repair.biases[site])
+                add_bias(biased[-1], repair.biases[site])
             if site in plan.removed:
                 outputs, place = parts[site.part]["outputs"], None
                 if site in repair.patches:
@@ -59,11 +59,11 @@ def standing(trunk: Trunk, index: int, block: nn.Module, plan: Plan, repair: Rep
         for name, module in stood.items():
             setattr(block, name, module)
         for key, parameter in weights.items():
-            put(block, key, parameter)
+            set_tensor(block, key, parameter)
 
 
 @dataclass(frozen=True)
-class Mended:
+class RepairedWalk:
     """Walks like `walk`, but for the jobs of one plan, which goes as its repair has it, block by block."""
 
     walk: Walk
@@ -71,20 +71,20 @@ class Mended:
     mask: int
     repair: Repair
 
-    def run(self, jobs: Sequence[Job], layers: bool) -> Iterator[tuple[Job, torch.Tensor]]:
+    def run(self, jobs: Sequence[WalkJob], layers: bool) -> Iterator[tuple[WalkJob, torch.Tensor]]:
         """As `Walk.run`."""
         if others := [job for job in jobs if job[1] != self.mask]:
             yield from self.walk.run(others, layers)
         trunk, mine = self.walk.trunk, [job for job in jobs if job[1] == self.mask]
-        streams = [trunk.enter(self.walk.ids[group]) for group, _ in mine]
+        streams = [trunk.embed(self.walk.ids[group]) for group, _ in mine]
         for index, block in enumerate(trunk.blocks(range(trunk.depth) if mine else ())):
-            with standing(trunk, index, block, self.plan, self.repair):
+            with patched_block(trunk, index, block, self.plan, self.repair):
                 streams = [trunk.call(index, block, x) for x in streams]
         yield from zip(mine, streams, strict=True)
 
 
 @dataclass
-class Narrower:
+class NarrowedWalk:
     """Walks like `walk`, but for the jobs of one `plan`, which narrows sites: zeros stand where channel groups go.
 
     It begins at the deepest block whose streams an earlier plan that is the same so far has left in `streams`.
@@ -92,9 +92,9 @@ class Narrower:
 
     walk: Walk
     plan: Plan
-    streams: Streams[Plan]
+    streams: StreamCache[Plan]
 
-    def run(self, jobs: Sequence[Job], layers: bool) -> Iterator[tuple[Job, torch.Tensor]]:
+    def run(self, jobs: Sequence[WalkJob], layers: bool) -> Iterator[tuple[WalkJob, torch.Tensor]]:
         """As `Walk.run`."""
         trunk, groups = self.walk.trunk, [group for group, _ in jobs]
         so_far = [self._before(position) for position in trunk.teacher.positions] + [self.plan]
@@ -102,11 +102,11 @@ class Narrower:
         while start and not all((group, start, so_far[start]) in self.streams for group in groups):
             start -= 1
         held = [
-            self.streams.get((group, start, so_far[start])) if start else trunk.enter(self.walk.ids[group])
+            self.streams.get((group, start, so_far[start])) if start else trunk.embed(self.walk.ids[group])
             for group in groups
         ]
         for index, block in enumerate(trunk.blocks(range(start, trunk.depth)), start):
-            with standing(trunk, index, block, self.plan, UNTOUCHED):
+            with patched_block(trunk, index, block, self.plan, NO_REPAIR):
                 held = [trunk.call(index, block, x) for x in held]
             for group, x in zip(groups, held, strict=True):
                 self.streams.put((group, index + 1, so_far[index + 1]), x)

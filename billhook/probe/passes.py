@@ -14,12 +14,12 @@ from torch import nn
 
 from billhook import arch
 from billhook.errors import ModelError, ResourceError
-from billhook.losses import exact
+from billhook.losses import to_float64
 from billhook.plan import PARTS, Part, Site
 from billhook.probe.groups import DocumentGroup
-from billhook.probe.measure import Bench
-from billhook.probe.trunk import KEPT, NEITHER, NO_ATTENTION, NO_MLP, Trunk
-from billhook.problem import Unit
+from billhook.probe.measure import Measurer
+from billhook.probe.trunk import KEPT, NEITHER, NO_ATTENTION, NO_MLP, BlockRunner
+from billhook.problem import ScoredUnit
 from billhook.records import Score
 
 Statistic = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # two of [tokens, width] -> [tokens]
@@ -27,7 +27,7 @@ OfWeight = Callable[[torch.Tensor], torch.Tensor]  # [..., outputs, inputs] -> a
 ELEMENTS_AT_A_TIME = 2**22  # of a weight, in float32
 
 
-class Means:
+class DocumentMeans:
     """Sums over tokens, document by document, so that their mean has a standard error.
 
     `of`: of each group, the document of each of its tokens (if `last`, of the last token of each of its rows).
@@ -39,19 +39,19 @@ class Means:
         for group in groups:
             self.of.append(first + group.of[last_tokens(group) if last else slice(None)].cpu())
             first += len(group.documents)
-        self._counts = exact(torch.cat(self.of).bincount(minlength=first))
-        self._sums: dict[Unit, torch.Tensor] = defaultdict(lambda: torch.zeros_like(self._counts))
+        self._counts = to_float64(torch.cat(self.of).bincount(minlength=first))
+        self._sums: dict[ScoredUnit, torch.Tensor] = defaultdict(lambda: torch.zeros_like(self._counts))
 
-    def add(self, unit: Unit, of: torch.Tensor, values: torch.Tensor) -> None:
-        """`values` [tokens] of a unit, and the documents `of` the tokens."""
-        self._sums[unit].index_add_(0, of, exact(values.cpu()))
+    def add(self, unit: ScoredUnit, documents: torch.Tensor, values: torch.Tensor) -> None:
+        """`values` [tokens] of a unit, and the documents `documents` the tokens."""
+        self._sums[unit].index_add_(0, documents, to_float64(values.cpu()))
 
-    def scores(self) -> dict[Unit, Score]:
+    def scores(self) -> dict[ScoredUnit, Score]:
         """The means."""
         return {unit: Score.of(sums.tolist(), self._counts.tolist()) for unit, sums in self._sums.items()}
 
 
-def finite(scores: dict[Unit, Score]) -> dict[Unit, Score]:
+def require_finite_scores(scores: dict[ScoredUnit, Score]) -> dict[ScoredUnit, Score]:
     """`scores` themselves. Raises ModelError if one is not finite."""
     for unit, score in scores.items():
         if not math.isfinite(score.value):
@@ -71,14 +71,14 @@ def last_tokens(group: DocumentGroup) -> torch.Tensor:
 # -- before and after -----------------------------------------------------------------------------------------------
 
 
-def mean_over_tokens(bench: Bench, statistics: Mapping[str, Statistic]) -> dict[str, dict[Unit, Score]]:
+def mean_over_tokens(bench: Measurer, statistics: Mapping[str, Statistic]) -> dict[str, dict[ScoredUnit, Score]]:
     """Mean over tokens of each statistic(x, y), x and y [tokens, width] in float32, before and after each unit.
 
-    A statistic that divides by zero gives scores that are not `finite`; others of the same pass are not spoilt.
+    A statistic that divides by zero gives scores that are not `require_finite_scores`; others of the same pass are not spoilt.
     """
-    trunk, groups = bench.trunk, bench.groups
-    means = {name: Means(groups) for name in statistics}
-    streams = [trunk.enter(group.ids) for group in groups]
+    trunk, groups = bench.runner, bench.groups
+    means = {name: DocumentMeans(groups) for name in statistics}
+    streams = [trunk.embed(group.ids) for group in groups]
     wanted = {KEPT, NO_MLP, NO_ATTENTION} if trunk.parallel else {KEPT, NO_MLP}
     for index, block in enumerate(trunk.blocks(range(trunk.depth))):
         done = trunk.step(index, block, [(x, wanted) for x in streams])
@@ -93,29 +93,29 @@ def mean_over_tokens(bench: Bench, statistics: Mapping[str, Statistic]) -> dict[
 
 
 def _units(
-    bench: Bench, index: int, x: torch.Tensor, after: dict[int, torch.Tensor]
-) -> Iterator[tuple[Unit, torch.Tensor, torch.Tensor]]:
+    bench: Measurer, index: int, x: torch.Tensor, after: dict[int, torch.Tensor]
+) -> Iterator[tuple[ScoredUnit, torch.Tensor, torch.Tensor]]:
     """(site or block, stream before, stream after) of one block."""
     position = bench.teacher.positions[index]
     attention, mlp = _alive(bench, index)
     if attention:
         yield Site(position, "attention"), x, after[NO_MLP]
     if mlp:
-        parallel = bench.trunk.parallel
+        parallel = bench.runner.parallel
         yield Site(position, "mlp"), x if parallel else after[NO_MLP], after[NO_ATTENTION if parallel else KEPT]
     yield position, x, after[KEPT]
 
 
-def _alive(bench: Bench, index: int) -> tuple[bool, bool]:
+def _alive(bench: Measurer, index: int) -> tuple[bool, bool]:
     """Whether a block still has its attention, and its mlp."""
-    position, alive = bench.teacher.positions[index], bench.teacher.anatomy.alive()
+    position, alive = bench.teacher.positions[index], bench.teacher.anatomy.sites_present()
     return Site(position, "attention") in alive, Site(position, "mlp") in alive
 
 
-def mean_over_spans(bench: Bench, distance: Statistic, last: bool) -> dict[Unit, Score]:
+def mean_over_spans(bench: Measurer, distance: Statistic, last: bool) -> dict[ScoredUnit, Score]:
     """Mean of distance(x, y), before and after every span of blocks, over all tokens or the last one of each row."""
-    trunk, groups, positions = bench.trunk, bench.groups, bench.teacher.positions
-    means = Means(groups, last)
+    trunk, groups, positions = bench.runner, bench.groups, bench.teacher.positions
+    means = DocumentMeans(groups, last)
     of = torch.cat(means.of)
     needed = 4 * (trunk.depth + 1) * len(of) * int(trunk.model.config.hidden_size)
     if not last and needed > bench.room:
@@ -129,7 +129,7 @@ def mean_over_spans(bench: Bench, distance: Statistic, last: bool) -> dict[Unit,
         some = [x[last_tokens(group)] for x, group in zip(some, groups, strict=True)] if last else some
         return torch.cat(some).float().cpu()
 
-    streams = [trunk.enter(group.ids) for group in groups]
+    streams = [trunk.embed(group.ids) for group in groups]
     kept = [picked(streams)]  # of each depth: [tokens, width]
     for index, block in enumerate(trunk.blocks(range(trunk.depth))):
         streams = [after[KEPT] for after in trunk.step(index, block, [(x, {KEPT}) for x in streams])]
@@ -138,23 +138,23 @@ def mean_over_spans(bench: Bench, distance: Statistic, last: bool) -> dict[Unit,
     for start in range(trunk.depth):
         for end in range(start + 1, min(trunk.depth, start + trunk.depth - 1) + 1):  # not all blocks at once
             means.add((positions[start], positions[end - 1]), of, distance(kept[start], kept[end]))
-    return finite(means.scores())
+    return require_finite_scores(means.scores())
 
 
 # -- at the next MLP ------------------------------------------------------------------------------------------------
 
 
-def mean_at_next_mlp(bench: Bench, error: Statistic) -> dict[Unit, Score]:
+def mean_at_next_mlp(bench: Measurer, error: Statistic) -> dict[ScoredUnit, Score]:
     """Mean over tokens of error(f, g): what the next MLP adds, with and without a unit; behind the last, the end.
 
     An MLP that adds nothing at all, to no token, is passed over as if it were gone.
     """
-    trunk, groups = bench.trunk, bench.groups
-    means = Means(groups)
-    streams = [trunk.enter(group.ids) for group in groups]
-    waiting: list[tuple[list[Unit], list[torch.Tensor]]] = []  # units, and the streams without any one of them
+    trunk, groups = bench.runner, bench.groups
+    means = DocumentMeans(groups)
+    streams = [trunk.embed(group.ids) for group in groups]
+    waiting: list[tuple[list[ScoredUnit], list[torch.Tensor]]] = []  # units, and the streams without any one of them
 
-    def judge(units: list[Unit], with_it: list[torch.Tensor], without: list[torch.Tensor]) -> None:
+    def judge(units: list[ScoredUnit], with_it: list[torch.Tensor], without: list[torch.Tensor]) -> None:
         for g, (f, other) in enumerate(zip(with_it, without, strict=True)):
             values = error(f[groups[g].counted].float(), other[groups[g].counted].float())
             for unit in units:
@@ -183,23 +183,23 @@ def mean_at_next_mlp(bench: Bench, error: Statistic) -> dict[Unit, Score]:
     bench.check_finite(streams)
     for units, others in waiting:
         judge(units, streams, others)
-    order: list[Unit] = [*bench.teacher.anatomy.alive(), *bench.teacher.positions]
-    found = finite(means.scores())
+    order: list[ScoredUnit] = [*bench.teacher.anatomy.sites_present(), *bench.teacher.positions]
+    found = require_finite_scores(means.scores())
     return {unit: found[unit] for unit in order}
 
 
-def _added(trunk: Trunk, before: list[torch.Tensor], after: list[dict[int, torch.Tensor]]) -> list[torch.Tensor]:
+def _added(trunk: BlockRunner, before: list[torch.Tensor], after: list[dict[int, torch.Tensor]]) -> list[torch.Tensor]:
     """What the MLP of a block adds to each stream, as exactly as the dtype of the stream holds it."""
     if trunk.parallel:
         return [y[NO_ATTENTION] - x for x, y in zip(before, after, strict=True)]
     return [y[KEPT] - y[NO_MLP] for y in after]
 
 
-def _removals(bench: Bench, index: int) -> Iterable[tuple[int, list[Unit]]]:
+def _removals(bench: Measurer, index: int) -> Iterable[tuple[int, list[ScoredUnit]]]:
     """(what is left of a block, the sites or block whose removal leaves it)."""
     position = bench.teacher.positions[index]
     attention, mlp = _alive(bench, index)
-    left: dict[int, list[Unit]] = defaultdict(list)
+    left: dict[int, list[ScoredUnit]] = defaultdict(list)
     if attention:
         left[NO_ATTENTION if mlp else NEITHER].append(Site(position, "attention"))
     if mlp:
@@ -211,37 +211,37 @@ def _removals(bench: Bench, index: int) -> Iterable[tuple[int, list[Unit]]]:
 # -- weights --------------------------------------------------------------------------------------------------------
 
 
-def sum_over_weights(bench: Bench, function: OfWeight) -> dict[Unit, Score]:
+def sum_over_weights(bench: Measurer, function: OfWeight) -> dict[ScoredUnit, Score]:
     """Sum of function(w) over the weights of every site and block, w [..., outputs, inputs] in float32."""
-    found: dict[Unit, Score] = {}
-    for index, block in enumerate(bench.trunk.blocks(range(bench.trunk.depth))):
-        found |= sums(bench, index, block, function, dict(block.named_parameters()))
+    found: dict[ScoredUnit, Score] = {}
+    for index, block in enumerate(bench.runner.blocks(range(bench.runner.depth))):
+        found |= sums_over_parameters(bench, index, block, function, dict(block.named_parameters()))
     return found
 
 
-def sums(
-    bench: Bench,
+def sums_over_parameters(
+    bench: Measurer,
     index: int,
     block: nn.Module,
     function: Callable[..., torch.Tensor],
     *values: Mapping[str, torch.Tensor],
-) -> dict[Unit, Score]:
+) -> dict[ScoredUnit, Score]:
     """Sum of function(…) over the parameters of one block, for its sites and itself.
 
     `values` are shaped like the parameters; function is given pieces of them, [..., outputs, inputs] in float32.
     Raises ModelError where a sum is not finite.
     """
-    owners = arch.owners(block, bench.teacher.row, bench.teacher.model.config)
+    owners = arch.parameter_owners(block, bench.teacher.architecture, bench.teacher.model.config)
     total: dict[Part | None, list[float]] = defaultdict(list)
     for name, owner in owners.items():
-        shaped = [arch.by_output(block, name, value[name].detach()) for value in values]
+        shaped = [arch.as_outputs_by_inputs(block, name, value[name].detach()) for value in values]
         rows = max(1, ELEMENTS_AT_A_TIME * len(shaped[0]) // max(1, shaped[0].numel()))
         for pieces in zip(*(value.split(rows) for value in shaped), strict=True):
             total[owner].append(float(function(*(piece.float() for piece in pieces))))
     position = bench.teacher.positions[index]
-    found: dict[Unit, Score] = {}
+    found: dict[ScoredUnit, Score] = {}
     for part, alive in zip(PARTS, _alive(bench, index), strict=True):
         if alive:
             found[Site(position, part)] = Score(math.fsum(total[part]))
     found[position] = Score(math.fsum(x for some in total.values() for x in some))
-    return finite(found)
+    return require_finite_scores(found)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from billhook.probe.choose import Piece, Quality, Sums
 from billhook.records import Loss
 
-Documents = tuple[int, ...]  # of one group
-Pieces = Mapping[Quality, Mapping[Documents, Sums]]
+DocumentIds = tuple[int, ...]  # of one group
+Pieces = Mapping[Quality, Mapping[DocumentIds, Sums]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +21,14 @@ class Known:
     pieces: Pieces = field(default_factory=dict)
 
 
-class Table:
+class PieceTable:
     """Sums of pieces by quality. `documents[g]`: the documents of group g; `recalled[p]`: what was known of plan p.
 
     What was recalled counts only when it is asked for, so that a search decides as if it had measured it. `instead`: a
     full piece may stand for a bound, which changes nothing that is exact.
     """
 
-    def __init__(self, documents: Sequence[Documents], recalled: Sequence[Known], instead: bool) -> None:
+    def __init__(self, documents: Sequence[DocumentIds], recalled: Sequence[Known], instead: bool) -> None:
         self._documents, self._plans, self._instead = documents, len(recalled), instead
         self._sums: dict[Quality, dict[Piece, Sums]] = {"full": {}, "bound": {}, "sample": {}}
         self._recalled: dict[Quality, dict[Piece, Sums]] = {"full": {}, "bound": {}, "sample": {}}
@@ -41,7 +41,7 @@ class Table:
                 for group, members in enumerate(documents):
                     self._recalled["full"][plan, group] = tuple(known.loss.sums[d] for d in members)
 
-    def take(self, quality: Quality, pieces: Sequence[Piece]) -> list[Piece]:
+    def reuse(self, quality: Quality, pieces: Sequence[Piece]) -> list[Piece]:
         """Let in what was recalled of `pieces`; returns those that must be measured."""
         for piece in pieces:
             for kind in (quality, "full") if self._instead else (quality,):
@@ -60,8 +60,8 @@ class Table:
         assert found is not None
         return found
 
-    def add(self, quality: Quality, found: Mapping[Piece, Sums]) -> None:
-        self._sums[quality].update(found)
+    def add(self, quality: Quality, sums: Mapping[Piece, Sums]) -> None:
+        self._sums[quality].update(sums)
 
     def complete(self) -> set[int]:
         """Plans that are known in full."""
@@ -85,12 +85,12 @@ class Table:
         """Nats of a plan that is complete."""
         return math.fsum(x for g in range(len(self._documents)) for x in self._sums["full"][plan, g])
 
-    def furthest(self) -> int:
+    def most_measured(self) -> int:
         """The plan that was measured on the most groups; of several the one with the fewest nats."""
         told = [self.by_document(plan) for plan in range(self._plans)]
         return min(range(self._plans), key=lambda p: (-len(told[p]), math.fsum(told[p].values()), p))
 
-    def rise(self, plan: int, leader: int) -> float | None:
+    def gap_to(self, plan: int, leader: int) -> float | None:
         """How much a plan is above another, in nats per group, over the groups in which both are known alike."""
         for quality in ("bound", "sample", "full"):
             sums = self._sums[quality]

@@ -35,7 +35,7 @@ class _Known(nn.Module):
         return self.output
 
 
-class Trunk:
+class BlockRunner:
     """Runs the blocks of one teacher, its weights in memory or streamed, on stacks of residual streams.
 
     It swaps modules of the blocks for a moment and puts them back: whoever calls it holds the lock of the teacher.
@@ -44,18 +44,18 @@ class Trunk:
 
     def __init__(self, teacher: Teacher, chunk: int) -> None:
         self.teacher, self.chunk, self.computed = teacher, chunk, 0
-        self.model, self.row = teacher.model, teacher.row
+        self.model, self.row = teacher.model, teacher.architecture
         self.depth = len(teacher.positions)
         self.parallel = self.row.parallel(self.model.config)
         self._blocks = arch.blocks_of(self.model, self.row)
         self._parts = self.row.parts(self._blocks[0], self.model.config)
-        alive = set(teacher.anatomy.alive())
+        alive = set(teacher.anatomy.sites_present())
         self._alive = [{s.part for s in alive if s.block == p} for p in teacher.positions]
         self._calls: dict[tuple[int, int], list[Call]] = {}
 
     # -- before and after the blocks --------------------------------------------------------------------------------
 
-    def enter(self, ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """The residual stream [rows, time, width] before the first block, of token ids [rows, time]."""
         weights = self.teacher.weights
         if weights is None:
@@ -92,7 +92,7 @@ class Trunk:
         self._calls[ids.shape[0], ids.shape[1]] = calls
         return streams[0]
 
-    def final(self, stream: torch.Tensor) -> torch.Tensor:
+    def final_norm(self, stream: torch.Tensor) -> torch.Tensor:
         """What the head reads, in float32, of the residual stream after the last block."""
         for path in self.row.final:
             owner, _, name = path.rpartition(".")
@@ -186,7 +186,7 @@ class Trunk:
     ) -> list[torch.Tensor]:
         """A block without some of its parts, on many streams [rows, time, width], stacked where they are as long."""
         outputs: list[torch.Tensor] = [torch.empty(0)] * len(streams)
-        with self.lacking(block, without):
+        with self.without_parts(block, without):
             for chunk in self._chunks(streams, stack):
                 x = streams[chunk[0]] if len(chunk) == 1 else torch.cat([streams[i] for i in chunk])
                 y = self.call(index, block, x)
@@ -211,7 +211,7 @@ class Trunk:
             yield chunk
 
     @contextmanager
-    def lacking(self, block: nn.Module, parts: tuple[str, ...]) -> Iterator[None]:
+    def without_parts(self, block: nn.Module, parts: tuple[str, ...]) -> Iterator[None]:
         """Inside, `block` is without some of its parts."""
         stood: dict[str, nn.Module] = {}
         for part in parts:
@@ -226,7 +226,7 @@ class Trunk:
         """The stream [rows, time, width] after block `index`, computed by `block`: itself, or what stands for it."""
         shape = (x.shape[0], x.shape[1])
         if shape not in self._calls:
-            self.enter(torch.zeros(shape, dtype=torch.int64, device=x.device))
+            self.embed(torch.zeros(shape, dtype=torch.int64, device=x.device))
         args, kwargs = self._calls[shape][index]
         output = block(x, *args, **kwargs)
         y: torch.Tensor = output[0] if isinstance(output, tuple) else output

@@ -13,20 +13,20 @@ from typing import Generic, TypeVar
 
 import torch
 
-from billhook.probe.trunk import NEITHER, Trunk
+from billhook.probe.trunk import NEITHER, BlockRunner
 
-Job = tuple[int, int]  # a document group, a plan's mask
+WalkJob = tuple[int, int]  # a document group, a plan's mask
 Node = tuple[int, int, int]  # a document group, a depth in blocks, the mask of what went before
 History = TypeVar("History", bound=Hashable)  # what went before
 Look = Callable[[int, Sequence[torch.Tensor]], None]  # sees the streams after a block
 
 
-def before(mask: int, depth: int) -> int:
+def prefix_mask(mask: int, depth: int) -> int:
     """What of a plan's mask concerns the blocks before `depth`."""
     return mask & ((1 << 2 * depth) - 1)
 
 
-class Streams(Generic[History]):
+class StreamCache(Generic[History]):
     """Residual streams by node, the least recently used dropped beyond `limit` bytes; those of depth 0 stay."""
 
     def __init__(self, limit: int) -> None:
@@ -67,17 +67,17 @@ class Streams(Generic[History]):
 class Walk:
     """Final residual streams of jobs. `checkpoints`: depths whose streams are kept for later jobs, besides the end."""
 
-    def __init__(self, trunk: Trunk, ids: Sequence[torch.Tensor], limit: int) -> None:
+    def __init__(self, trunk: BlockRunner, ids: Sequence[torch.Tensor], limit: int) -> None:
         self.trunk, self.ids = trunk, ids
-        self.streams: Streams[int] = Streams(limit)
+        self.streams: StreamCache[int] = StreamCache(limit)
         self.checkpoints = frozenset(range(trunk.depth + 1))
         self.look: Look = lambda depth, streams: None
 
-    def run(self, jobs: Sequence[Job], layers: bool) -> Iterator[tuple[Job, torch.Tensor]]:
+    def run(self, jobs: Sequence[WalkJob], layers: bool) -> Iterator[tuple[WalkJob, torch.Tensor]]:
         """(job, residual stream after the last block [rows, time, width]) of every job, in no particular order."""
         for group in sorted({group for group, _ in jobs}):  # before the starts are chosen: what is put in may evict
             if (group, 0, 0) not in self.streams:
-                self.streams.put((group, 0, 0), self.trunk.enter(self.ids[group]))
+                self.streams.put((group, 0, 0), self.trunk.embed(self.ids[group]))
         starts = {job: self._start(job) for job in jobs}
         kept = [job for job in jobs if starts[job] == self.trunk.depth]
         for group, mask in kept:
@@ -86,26 +86,26 @@ class Walk:
         if fresh:
             yield from (self._layers if layers else self._depth_first)({job: starts[job] for job in fresh})
 
-    def forget(self, base: int) -> None:
+    def evict(self, base: int) -> None:
         """Drop streams that no plan which removes at least `base` can start from."""
-        self.streams.drop(lambda node: bool(before(base, node[1]) & ~node[2]))
+        self.streams.drop(lambda node: bool(prefix_mask(base, node[1]) & ~node[2]))
 
-    def _start(self, job: Job) -> int:
+    def _start(self, job: WalkJob) -> int:
         """The deepest depth at which the stream of a job is known."""
         group, mask = job
         for depth in range(self.trunk.depth, 0, -1):
-            if (group, depth, before(mask, depth)) in self.streams:
+            if (group, depth, prefix_mask(mask, depth)) in self.streams:
                 return depth
         return 0
 
-    def _layers(self, starts: dict[Job, int]) -> Iterator[tuple[Job, torch.Tensor]]:
+    def _layers(self, starts: dict[WalkJob, int]) -> Iterator[tuple[WalkJob, torch.Tensor]]:
         depth_of = self.trunk.depth
         wanted: list[dict[tuple[int, int], set[int]]] = [defaultdict(set) for _ in range(depth_of)]
         for (group, mask), start in starts.items():
             for depth in range(start, depth_of):
-                wanted[depth][group, before(mask, depth)].add(mask >> 2 * depth & 3)
+                wanted[depth][group, prefix_mask(mask, depth)].add(mask >> 2 * depth & 3)
         shared = _common(starts)
-        roots = {(g, start, before(m, start)) for (g, m), start in starts.items()}
+        roots = {(g, start, prefix_mask(m, start)) for (g, m), start in starts.items()}
         known = {node: self.streams.get(node) for node in sorted(roots)}  # whatever the walk drops meanwhile
         live: dict[tuple[int, int], torch.Tensor] = {}
         first = min(starts.values())
@@ -124,16 +124,16 @@ class Walk:
                     live[group, mask | variant << 2 * depth] = stream
             self.look(depth, list(live.values()))
             for (group, mask), stream in live.items():
-                if depth + 1 in self.checkpoints or mask == before(shared, depth + 1):
+                if depth + 1 in self.checkpoints or mask == prefix_mask(shared, depth + 1):
                     self.streams.put((group, depth + 1, mask), stream)
         next(blocks, None)  # a streamed block goes back
         for (group, mask), stream in live.items():
             yield (group, mask), stream
 
-    def _depth_first(self, starts: dict[Job, int]) -> Iterator[tuple[Job, torch.Tensor]]:
+    def _depth_first(self, starts: dict[WalkJob, int]) -> Iterator[tuple[WalkJob, torch.Tensor]]:
         roots: dict[Node, list[int]] = defaultdict(list)
         for (group, mask), start in starts.items():
-            roots[group, start, before(mask, start)].append(mask)
+            roots[group, start, prefix_mask(mask, start)].append(mask)
         shared = _common(starts)
         stack = [(node, self.streams.get(node), masks) for node, masks in sorted(roots.items(), reverse=True)]
         while stack:
@@ -150,12 +150,12 @@ class Walk:
             self.look(depth, list(done.values()))
             for variant in sorted(branches, reverse=True):
                 node = (group, depth + 1, mask | variant << 2 * depth)
-                if depth + 1 in self.checkpoints or node[2] == before(shared, depth + 1):
+                if depth + 1 in self.checkpoints or node[2] == prefix_mask(shared, depth + 1):
                     self.streams.put(node, done[variant])
                 stack.append((node, done[variant], branches[variant]))
 
 
-def _common(starts: dict[Job, int]) -> int:
+def _common(starts: dict[WalkJob, int]) -> int:
     """What all plans of a walk remove: their streams are what the next walk will most likely share."""
     masks = [mask for _, mask in starts]
     common = masks[0]

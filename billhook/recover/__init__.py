@@ -19,55 +19,62 @@ from transformers.pytorch_utils import Conv1D
 from billhook import arch
 from billhook.data import TokenSet
 from billhook.errors import UsageError
-from billhook.heard import hear
+from billhook.heard import cache_teacher_outputs
 from billhook.loading import Teacher
-from billhook.modeling_billhook import Patch
+from billhook.modeling_billhook import PatchModule
 from billhook.plan import Plan
-from billhook.portions import every
-from billhook.probe.measure import Bench
-from billhook.probe.pair import TeacherSide
-from billhook.records import Watch, silent
+from billhook.portions import split_every_nth
+from billhook.probe.measure import Measurer
+from billhook.probe.pair import TeacherStreams
+from billhook.records import EventListener, ignore_events
 from billhook.registry import Registry
-from billhook.repair import UNTOUCHED, Repair
-from billhook.surgery import apply, difference, exchange
-from billhook.training import Course, Trainer, from_streams, recomputed, remember, rows_of
+from billhook.repair import NO_REPAIR, Repair
+from billhook.surgery import apply, extract_repair, replace_parameters
+from billhook.training import (
+    Trainer,
+    TrainingOptions,
+    cache_frozen_streams,
+    gradient_checkpointing,
+    rows_of,
+    skip_frozen_blocks,
+)
 
-EVERY = 8  # of so many texts one chooses the ridge
+RIDGE_VALIDATION_EVERY = 8  # of so many texts one chooses the ridge
 
 
 @dataclass(frozen=True)
-class Subject:
+class RecoveryTask:
     """What is to be recovered: what `plan` leaves of `teacher`, with the `repair` of the recoveries before.
 
     `memory`: bytes for weights and activations (None: half of what is free); `work`: a folder for checkpoints of a
-    training, which a later call with the same arguments goes on from; `sides`: of the teacher, by the hash of tokens,
+    training, which a later call with the same arguments goes on from; `streams_by_tokens`: of the teacher, by the hash of tokens,
     kept for recoveries of other plans.
     """
 
     teacher: Teacher
     plan: Plan
-    repair: Repair = UNTOUCHED
+    repair: Repair = NO_REPAIR
     memory: int | None = None
     seed: int = 0
     work: Path | None = None
-    watch: Watch = silent
-    sides: dict[str, TeacherSide] | None = None
+    watch: EventListener = ignore_events
+    streams_by_tokens: dict[str, TeacherStreams] | None = None
 
-    def bench(self, tokens: TokenSet) -> Bench:
+    def measurer(self, tokens: TokenSet) -> Measurer:
         """Where teacher and student meet on some tokens."""
-        return Bench(self.teacher, tokens, "kl", memory=self.memory)
+        return Measurer(self.teacher, tokens, "kl", memory=self.memory)
 
-    def side(self, tokens: TokenSet, *, again: bool = False) -> TeacherSide:
+    def teacher_streams(self, tokens: TokenSet, *, again: bool = False) -> TeacherStreams:
         """The teacher on some tokens; `again`: where it may be gone through more than once."""
-        if self.sides is None:
-            return TeacherSide(self.bench(tokens), again=again)
-        if tokens.hash not in self.sides:
-            self.sides[tokens.hash] = TeacherSide(self.bench(tokens), again=True)
-        return self.sides[tokens.hash]
+        if self.streams_by_tokens is None:
+            return TeacherStreams(self.measurer(tokens), again=again)
+        if tokens.hash not in self.streams_by_tokens:
+            self.streams_by_tokens[tokens.hash] = TeacherStreams(self.measurer(tokens), again=True)
+        return self.streams_by_tokens[tokens.hash]
 
-    def held(self, bench: Bench, tokens: TokenSet) -> torch.Tensor:
-        """Which tokens of `bench` only choose, and are not fitted to: those of every eighth text. [tokens], bool."""
-        chosen = set(every(tokens, EVERY)[1])
+    def validation_mask(self, bench: Measurer, tokens: TokenSet) -> torch.Tensor:
+        """Which tokens of `measurer` only choose, and are not fitted to: those of every eighth text. [tokens], bool."""
+        chosen = set(split_every_nth(tokens, RIDGE_VALIDATION_EVERY)[1])
         of = [group.documents[i] in chosen for group in bench.groups for i in group.of.tolist()]
         return torch.tensor(of, device=self.teacher.device)
 
@@ -81,33 +88,33 @@ recovery = RECOVERIES.add
 
 def linear_maps(block: nn.Module) -> Iterator[str]:
     """The names of the linear maps inside a block; not those of a repair."""
-    patches = [name for name, module in block.named_modules() if isinstance(module, Patch)]
+    patches = [name for name, module in block.named_modules() if isinstance(module, PatchModule)]
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and not any(name.startswith(f"{patch}.") for patch in patches):
             yield name
 
 
-def own(student: Any, names: Iterable[str]) -> None:
+def unshare_parameters(student: Any, names: Iterable[str]) -> None:
     """Give the student parameters of its own, which can learn, in the place of those that it shares; ties stay."""
     old = dict(student.named_parameters())
-    exchange(student, {old[name]: nn.Parameter(old[name].detach().float().clone()) for name in names})
+    replace_parameters(student, {old[name]: nn.Parameter(old[name].detach().float().clone()) for name in names})
 
 
 @torch.inference_mode(False)
-def taught(
-    subject: Subject, tokens: tuple[TokenSet, TokenSet], course: Course,
-    learn: Callable[[Any, nn.ModuleList], dict[str, nn.Parameter]], end: Callable[[Any], Any] = lambda x: x,
+def finetune(
+    task: RecoveryTask, tokens: tuple[TokenSet, TokenSet], options: TrainingOptions,
+    learn: Callable[[Any, nn.ModuleList], dict[str, nn.Parameter]], on_end: Callable[[Any], Any] = lambda x: x,
 ) -> Repair:  # fmt: skip
     """Materialise the student, train what `learn` chooses of it, and note in which tensors it differs now."""
-    course.check()
-    teacher = subject.teacher
+    options.check()
+    teacher = task.teacher
     if teacher.weights is not None:
         raise UsageError("The model is larger than the memory, and cannot be trained so. Recover by fold, or mean.")
     if teacher.model.dtype == torch.float16:
         raise UsageError("float16 loses small gradients. Train with --dtype bfloat16 or float32.")
-    student = apply(teacher, subject.plan, repair=subject.repair)
+    student = apply(teacher, task.plan, repair=task.repair)
     student.requires_grad_(False)
-    blocks = arch.blocks_of(student, teacher.row)
+    blocks = arch.blocks_of(student, teacher.architecture)
     before = {name: id(p) for name, p in student.named_parameters()}
     chosen = learn(student, blocks)
     if not chosen:
@@ -115,7 +122,7 @@ def taught(
             "Nothing in this model would learn by this recovery. Take lora or full, or put lowrank before it."
         )
     mine = [name for name in chosen if name in before]
-    own(student, mine)
+    unshare_parameters(student, mine)
     parameters = {name: p for name, p in student.named_parameters() if name in set(mine)} or chosen
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -124,16 +131,19 @@ def taught(
         first = 0
     learnt_from, checked = (rows_of(each, teacher.device) for each in tokens)
     for rows in (learnt_from, checked):
-        kept = subject.work and subject.work / f"teacher-{teacher.fingerprint}-{teacher.compute.replace(' on ', '-')}"
+        kept = task.work and task.work / f"teacher-{teacher.fingerprint}-{teacher.compute_key.replace(' on ', '-')}"
         with teacher.lock:
-            hear(teacher.model, rows, course.loss, subject.watch, kept)
-        remember(student, blocks, first, rows)
+            cache_teacher_outputs(teacher.model, rows, options.loss, task.watch, kept)
+        cache_frozen_streams(student, blocks, first, rows)
     compute = teacher.model.dtype
-    trainer = Trainer(student, parameters, course, subject.work, subject.watch, compute=compute)
-    again: Iterable[nn.Module] = blocks[first:] if course.checkpointing else []
-    with from_streams(student, blocks, first, teacher.row.block_outputs) as give, recomputed(again):
+    trainer = Trainer(student, parameters, options, task.work, task.watch, compute=compute)
+    again: Iterable[nn.Module] = blocks[first:] if options.checkpointing else []
+    with (
+        skip_frozen_blocks(student, blocks, first, teacher.architecture.block_outputs) as give,
+        gradient_checkpointing(again),
+    ):
         trainer.run(learnt_from, checked, give)
-    return difference(teacher, subject.plan, end(student))
+    return extract_repair(teacher, task.plan, on_end(student))
 
 
 # Importing a method files it under its name.

@@ -13,16 +13,16 @@ from transformers.pytorch_utils import Conv1D
 from billhook import arch
 from billhook.data import TokenSet
 from billhook.errors import MissingExtra, UsageError
-from billhook.recover import Subject, linear_maps, own, recovery, taught
+from billhook.recover import RecoveryTask, finetune, linear_maps, recovery, unshare_parameters
 from billhook.repair import Repair
-from billhook.training import Course
+from billhook.training import TrainingOptions
 
 ADAPTER = "adapter"  # the folder, inside the work of a recovery, of one that is not merged
 
 
 @recovery
 def lora(
-    subject: Subject, train: TokenSet, valid: TokenSet, *,
+    task: RecoveryTask, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 1e-3, epochs: int = 1, minutes: float = 0.0, batch: int = 8,
     checkpointing: bool = False, rank: int = 16, alpha: int = 32, dropout: float = 0.0, merge: bool = True,
 ) -> Repair:  # fmt: skip
@@ -42,37 +42,37 @@ def lora(
         raise MissingExtra("The recovery lora", "heal")
     import peft
 
-    course = Course(loss, rate, epochs, minutes, batch, checkpointing, subject.seed)
-    if not merge and subject.work is None:
+    course = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
+    if not merge and task.work is None:
         raise UsageError("An adapter that is not merged needs a folder: give the subject its `work`.")
     adapted: list[Any] = []
 
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
-        path = subject.teacher.row.blocks
+        path = task.teacher.architecture.blocks
         names = [f"{path}.{i}.{name}" for i, block in enumerate(blocks) for name in linear_maps(block)]
-        own(student, [f"{name}.weight" for name in names])  # merging writes to what stands there
+        unshare_parameters(student, [f"{name}.weight" for name in names])  # merging writes to what stands there
         turned = any(isinstance(module, Conv1D) for module in blocks.modules())  # GPT-2's weights are [inputs, outputs]
         settings = peft.LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, fan_in_fan_out=turned
         )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-            torch.manual_seed(subject.seed)
+            torch.manual_seed(task.seed)
             adapted.append(peft.get_peft_model(student, settings))
         return {name: p for name, p in adapted[0].named_parameters() if "lora_" in name}
 
     def end(student: Any) -> Any:
-        if not merge and subject.work is not None:
+        if not merge and task.work is not None:
             adapted[0].peft_config["default"].base_model_name_or_path = ""  # no path of this machine
-            adapted[0].save_pretrained(subject.work / ADAPTER)
+            adapted[0].save_pretrained(task.work / ADAPTER)
         return adapted[0].merge_and_unload()
 
-    return taught(subject, (train, valid), course, learn, end)
+    return finetune(task, (train, valid), course, learn, end)
 
 
 @recovery
 def qa_lora(
-    subject: Subject, train: TokenSet, valid: TokenSet, *,
+    task: RecoveryTask, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 1e-3, epochs: int = 1, minutes: float = 0.0, batch: int = 8,
     checkpointing: bool = False, rank: int = 16, alpha: int = 32, group: int = 32, bits: int = 4,
 ) -> Repair:  # fmt: skip
@@ -93,17 +93,17 @@ def qa_lora(
     """
     if group < 1 or not 0 <= bits <= 8 or rank < 1:
         raise UsageError(f"qa_lora takes group and rank from 1 and bits from 0 to 8, not {group}, {rank} and {bits}.")
-    course = Course(loss, rate, epochs, minutes, batch, checkpointing, subject.seed)
+    course = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
     updates: list[Update] = []
 
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
-        path, learnt = subject.teacher.row.blocks, dict[str, nn.Parameter]()
+        path, learnt = task.teacher.architecture.blocks, dict[str, nn.Parameter]()
         names = [(i, name) for i, block in enumerate(blocks) for name in linear_maps(block)]
-        own(student, [f"{path}.{i}.{name}.weight" for i, name in names])
-        draw = torch.Generator().manual_seed(subject.seed)
+        unshare_parameters(student, [f"{path}.{i}.{name}.weight" for i, name in names])
+        draw = torch.Generator().manual_seed(task.seed)
         for i, name in names:
             module = blocks[i].get_submodule(name)
-            weight = arch.by_output(blocks[i], f"{name}.weight", module.get_parameter("weight").detach())
+            weight = arch.as_outputs_by_inputs(blocks[i], f"{name}.weight", module.get_parameter("weight").detach())
             module.requires_grad_(False)
             weight.copy_(quantised(weight, group, bits))
             updates.append(Update(module, weight, group, rank=rank, scale=alpha / rank, draw=draw))
@@ -115,7 +115,7 @@ def qa_lora(
             update.merge()
         return student
 
-    return taught(subject, (train, valid), course, learn, end)
+    return finetune(task, (train, valid), course, learn, end)
 
 
 class Update:

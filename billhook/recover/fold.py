@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from billhook.data import TokenSet
 from billhook.errors import UsageError
-from billhook.probe.pair import Change, Stage, lookahead, order, side_by_side, streams_after
+from billhook.probe.pair import Change, SiteView, execution_order, lookahead_targets, side_by_side, streams_after
 from billhook.records import Event
-from billhook.recover import Subject, recovery
-from billhook.regression import fitted
+from billhook.recover import RecoveryTask, recovery
+from billhook.regression import ridge_fit
 from billhook.repair import Repair
 
-PARTS_OF = {"mlp": ("mlp",), "attention": ("attention",), "both": ("attention", "mlp")}
+FOLDED_PARTS = {"mlp": ("mlp",), "attention": ("attention",), "both": ("attention", "mlp")}
 
 
 @recovery
 def fold(
-    subject: Subject, train: TokenSet, valid: TokenSet, *, parts: str = "both", reach: str = "all", ahead: bool = True
+    task: RecoveryTask, train: TokenSet, valid: TokenSet, *, parts: str = "both", reach: str = "all", ahead: bool = True
 ) -> Repair:
     """Refit output projections around the removed sites, so that the residual stream is the teacher's again.
 
@@ -37,33 +37,33 @@ def fold(
     attention as well, every later projection, those before a removed site with an eye on what comes behind it, ridge
     chosen on held-out text, tokens weighted.
     """
-    if parts not in PARTS_OF or reach not in ("all", "next"):
+    if parts not in FOLDED_PARTS or reach not in ("all", "next"):
         raise UsageError(f"fold takes parts mlp, attention or both, and reach all or next, not {parts!r}, {reach!r}.")
-    side = subject.side(train, again=ahead and bool(subject.plan.removed))
-    held, sites = subject.held(side.bench, train), order(side.bench)
-    behind = lookahead(sites, subject.plan) if ahead else {}
+    side = task.teacher_streams(train, again=ahead and bool(task.plan.removed))
+    held, sites = task.validation_mask(side.bench, train), execution_order(side.bench)
+    behind = lookahead_targets(sites, task.plan) if ahead else {}
     streams = streams_after(side, set(behind.values())) if behind else {}
-    narrower = {narrow.site for narrow in subject.plan.narrowed}
+    narrower = {narrow.site for narrow in task.plan.narrowed}
     waiting, done, can = False, 0, False
 
-    def visit(stage: Stage) -> Change:
+    def visit(stage: SiteView) -> Change:
         nonlocal waiting, done, can
         done += 1
-        subject.watch(Event("recover", done, len(sites), "fold"))
+        task.watch(Event("recover", done, len(sites), "fold"))
         if stage.removed:
             waiting = True
             return None
         waiting |= stage.site in narrower
         can |= stage.weight is not None
-        if stage.weight is None or stage.site.part not in PARTS_OF[parts] or not (waiting or stage.site in behind):
+        if stage.weight is None or stage.site.part not in FOLDED_PARTS[parts] or not (waiting or stage.site in behind):
             return None
         waiting = waiting and reach == "all"
         target = streams[behind[stage.site]] if stage.site in behind else stage.teacher_after
         weight = 1 / target.square().mean(-1).clamp(min=1e-12)
-        fit = fitted(stage.inputs, target - stage.after, weight / weight.mean(), held)
-        return fit.matrix if fit.left < 1 else None
+        fit = ridge_fit(stage.inputs, target - stage.after, weight / weight.mean(), held)
+        return fit.matrix if fit.remaining_error < 1 else None
 
-    repair = side_by_side(side, subject.plan, subject.repair, visit)
+    repair = side_by_side(side, task.plan, task.repair, visit)
     if not can:
         raise UsageError(
             "fold finds no output projection in this model that adds to the residual stream as it is: a norm stands "

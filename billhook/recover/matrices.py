@@ -6,14 +6,22 @@ import torch
 
 from billhook.data import TokenSet
 from billhook.errors import UsageError
-from billhook.probe.pair import Change, Stage, lookahead, order, runs, side_by_side, streams_after
-from billhook.recover import Subject, recovery
-from billhook.regression import Moments, fitted
+from billhook.probe.pair import (
+    Change,
+    SiteView,
+    execution_order,
+    lookahead_targets,
+    removed_runs,
+    side_by_side,
+    streams_after,
+)
+from billhook.recover import RecoveryTask, recovery
+from billhook.regression import Moments, ridge_fit
 from billhook.repair import Patch, Repair
 
 
 @recovery
-def lowrank(subject: Subject, train: TokenSet, valid: TokenSet, *, rank: int = 32, bias: bool = True) -> Repair:
+def lowrank(task: RecoveryTask, train: TokenSet, valid: TokenSet, *, rank: int = 32, bias: bool = True) -> Repair:
     """x -> x + U V x + b in the place of every removed sublayer: the best matrices of `rank`, in closed form.
 
     What it is fitted to is all that the student's stream lacks at that place. A fit that does not help on held-out
@@ -29,23 +37,23 @@ def lowrank(subject: Subject, train: TokenSet, valid: TokenSet, *, rank: int = 3
     """
     if rank < 1:
         raise UsageError(f"lowrank takes a rank of 1 at least, not {rank}.")
-    side = subject.side(train)
-    held = subject.held(side.bench, train)
+    side = task.teacher_streams(train)
+    held = task.validation_mask(side.bench, train)
 
-    def visit(stage: Stage) -> Change:
-        if not stage.removed or stage.site in subject.repair.patches:
+    def visit(stage: SiteView) -> Change:
+        if not stage.removed or stage.site in task.repair.patches:
             return None
         return _low_rank(stage, held, rank, bias)
 
-    return side_by_side(side, subject.plan, subject.repair, visit)
+    return side_by_side(side, task.plan, task.repair, visit)
 
 
-def _low_rank(stage: Stage, held: torch.Tensor, rank: int, bias: bool) -> Patch | None:
+def _low_rank(stage: SiteView, validation: torch.Tensor, rank: int, bias: bool) -> Patch | None:
     x, y = stage.inputs, stage.teacher_after - stage.after
     centre, middle = (x.mean(0), y.mean(0)) if bias else (torch.zeros_like(x[0]), torch.zeros_like(y[0]))
     even = torch.ones(len(x), device=x.device)
-    fit = fitted(x - centre, y - middle, even, held)
-    if fit.left >= 1:
+    fit = ridge_fit(x - centre, y - middle, even, validation)
+    if fit.remaining_error >= 1:
         return Patch(bias=middle) if bias else None
     moments = Moments(x - centre, y - middle, even)
     b = fit.matrix.T.to(moments.xx)  # [inputs, outputs]
@@ -57,7 +65,7 @@ def _low_rank(stage: Stage, held: torch.Tensor, rank: int, bias: bool) -> Patch 
 
 
 @recovery
-def linear(subject: Subject, train: TokenSet, valid: TokenSet, *, where: str = "inserted") -> Repair:
+def linear(task: RecoveryTask, train: TokenSet, valid: TokenSet, *, where: str = "inserted") -> Repair:
     """One matrix for every run of removed sublayers: in their place, or fused into the projection before them.
 
     `where`: inserted, x -> x + W x at the end of the run; or fused into the output projection of the last MLP or
@@ -74,29 +82,29 @@ def linear(subject: Subject, train: TokenSet, valid: TokenSet, *, where: str = "
     """
     if where not in ("inserted", "fused"):
         raise UsageError(f"linear is inserted or fused, not {where!r}.")
-    side = subject.side(train, again=where == "fused")
-    held = subject.held(side.bench, train)
-    sites = order(side.bench)
-    gone = runs(sites, subject.plan)
+    side = task.teacher_streams(train, again=where == "fused")
+    held = task.validation_mask(side.bench, train)
+    sites = execution_order(side.bench)
+    gone = removed_runs(sites, task.plan)
     even = torch.ones(len(held), device=held.device)
     if where == "inserted":
         ends = {run[-1] for run in gone}
 
-        def insert(stage: Stage) -> Change:
-            if stage.site not in ends or stage.site in subject.repair.patches:
+        def insert(stage: SiteView) -> Change:
+            if stage.site not in ends or stage.site in task.repair.patches:
                 return None
-            fit = fitted(stage.inputs, stage.teacher_after - stage.after, even, held)
+            fit = ridge_fit(stage.inputs, stage.teacher_after - stage.after, even, held)
             width = len(fit.matrix)
-            return Patch(down=fit.matrix, up=torch.eye(width, device=held.device)) if fit.left < 1 else None
+            return Patch(down=fit.matrix, up=torch.eye(width, device=held.device)) if fit.remaining_error < 1 else None
 
-        return side_by_side(side, subject.plan, subject.repair, insert)
-    behind = lookahead(sites, subject.plan)
+        return side_by_side(side, task.plan, task.repair, insert)
+    behind = lookahead_targets(sites, task.plan)
     streams = streams_after(side, set(behind.values()))
 
-    def fuse(stage: Stage) -> Change:
+    def fuse(stage: SiteView) -> Change:
         if stage.site not in behind or stage.value is None:
             return None
-        fit = fitted(stage.after - stage.before, streams[behind[stage.site]] - stage.after, even, held)
-        return fit.matrix @ stage.value if fit.left < 1 else None
+        fit = ridge_fit(stage.after - stage.before, streams[behind[stage.site]] - stage.after, even, held)
+        return fit.matrix @ stage.value if fit.remaining_error < 1 else None
 
-    return side_by_side(side, subject.plan, subject.repair, fuse)
+    return side_by_side(side, task.plan, task.repair, fuse)

@@ -8,17 +8,17 @@ from typing import Any
 from torch import nn
 
 from billhook.data import TokenSet
-from billhook.modeling_billhook import Patch
-from billhook.recover import Subject, recovery, taught
+from billhook.modeling_billhook import PatchModule
+from billhook.recover import RecoveryTask, finetune, recovery
 from billhook.repair import Repair
-from billhook.training import Course
+from billhook.training import TrainingOptions
 
-LAST = 3  # blocks that `partial` trains
+LAST_BLOCKS = 3  # blocks that `partial` trains
 
 
 @recovery
 def bias(
-    subject: Subject, train: TokenSet, valid: TokenSet, *,
+    task: RecoveryTask, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 2e-3, epochs: int = 3, minutes: float = 0.0, batch: int = 8,
     checkpointing: bool = False,
 ) -> Repair:  # fmt: skip
@@ -33,13 +33,13 @@ def bias(
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
         return {name: p for name, p in student.named_parameters() if p.dim() == 1}
 
-    course = Course(loss, rate, epochs, minutes, batch, checkpointing, subject.seed)
-    return taught(subject, (train, valid), course, learn)
+    course = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
+    return finetune(task, (train, valid), course, learn)
 
 
 @recovery
 def patches(
-    subject: Subject, train: TokenSet, valid: TokenSet, *,
+    task: RecoveryTask, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 1e-3, epochs: int = 3, minutes: float = 0.0, batch: int = 8,
     checkpointing: bool = False,
 ) -> Repair:  # fmt: skip
@@ -53,16 +53,16 @@ def patches(
     """
 
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
-        inside = {id(p) for module in student.modules() if isinstance(module, Patch) for p in module.parameters()}
+        inside = {id(p) for module in student.modules() if isinstance(module, PatchModule) for p in module.parameters()}
         return {name: p for name, p in student.named_parameters() if id(p) in inside}
 
-    course = Course(loss, rate, epochs, minutes, batch, checkpointing, subject.seed)
-    return taught(subject, (train, valid), course, learn)
+    course = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
+    return finetune(task, (train, valid), course, learn)
 
 
 @recovery
 def partial(
-    subject: Subject, train: TokenSet, valid: TokenSet, *,
+    task: RecoveryTask, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 2e-4, epochs: int = 3, minutes: float = 0.0, batch: int = 8,
     checkpointing: bool = False,
 ) -> Repair:  # fmt: skip
@@ -78,20 +78,20 @@ def partial(
     """
 
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
-        chosen = {id(p) for block in blocks[-LAST:] for p in block.parameters()}
-        chosen |= {id(p) for p in _final(subject, student)}
+        chosen = {id(p) for block in blocks[-LAST_BLOCKS:] for p in block.parameters()}
+        chosen |= {id(p) for p in _final(task, student)}
         head, embedding = student.get_output_embeddings(), student.get_input_embeddings()
         if head.weight is not embedding.weight:
             chosen |= {id(p) for p in head.parameters()}
         return {name: p for name, p in student.named_parameters() if id(p) in chosen}
 
-    course = Course(loss, rate, epochs, minutes, batch, checkpointing, subject.seed)
-    return taught(subject, (train, valid), course, learn)
+    course = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
+    return finetune(task, (train, valid), course, learn)
 
 
 @recovery
 def full(
-    subject: Subject, train: TokenSet, valid: TokenSet, *,
+    task: RecoveryTask, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 1e-4, epochs: int = 1, minutes: float = 0.0, batch: int = 8,
     checkpointing: bool = False,
 ) -> Repair:  # fmt: skip
@@ -107,13 +107,13 @@ def full(
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
         return dict(student.named_parameters())
 
-    course = Course(loss, rate, epochs, minutes, batch, checkpointing, subject.seed)
-    return taught(subject, (train, valid), course, learn)
+    course = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
+    return finetune(task, (train, valid), course, learn)
 
 
-def _final(subject: Subject, student: Any) -> Iterable[nn.Parameter]:
+def _final(task: RecoveryTask, student: Any) -> Iterable[nn.Parameter]:
     """Parameters between the last block and the head."""
-    for path in subject.teacher.row.final:
+    for path in task.teacher.architecture.final:
         owner, _, name = path.rpartition(".")
         module = getattr(student.get_submodule(owner), name, None)
         yield from () if module is None else module.parameters()

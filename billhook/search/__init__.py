@@ -13,15 +13,15 @@ from fractions import Fraction
 from typing import Any, TypeVar, overload
 
 from billhook.errors import UsageError
-from billhook.plan import Ask, Plan, Site, SiteSize
+from billhook.plan import MeasureRequest, Plan, Site, SiteSize
 from billhook.problem import Move, Problem
 from billhook.records import Loss
 from billhook.registry import Registry
 
-Search = Generator[Ask, list[Loss], list[Plan]]
+Search = Generator[MeasureRequest, list[Loss], list[Plan]]
 F = TypeVar("F", bound=Callable[..., Search])
-FEW = 1024  # tokens, for what only decides where to look first
-TRIED = 64  # exchanges a round, of the hundreds that there are in a model of 60 sites
+EXHAUSTIVE_LIMIT = 1024  # tokens, for what only decides where to look first
+SWAP_LIMIT = 64  # exchanges a round, of the hundreds that there are in a model of 60 sites
 Count = Callable[..., int]  # (problem, options of the search) -> about how many losses it asks for; at once
 SEARCHES: Registry[Callable[..., Search]] = Registry("search")
 _COUNTS: dict[Callable[..., Search], Count] = {}
@@ -53,7 +53,7 @@ def search(function: F | None = None, /, *, losses: Count | None = None) -> F | 
     return add if function is None else add(function)
 
 
-def count_losses(name: str, problem: Problem, **options: Any) -> int | None:
+def estimate_losses(name: str, problem: Problem, **options: Any) -> int | None:
     """About how many losses a search asks for on a problem; None where it does not say.
 
     Raises what the search raises for options that it refuses.
@@ -62,7 +62,7 @@ def count_losses(name: str, problem: Problem, **options: Any) -> int | None:
     return None if count is None else count(problem, **options)
 
 
-def settle(steps: Search, measure: Callable[[Ask], list[Loss]]) -> list[Plan]:
+def drive(steps: Search, measure: Callable[[MeasureRequest], list[Loss]]) -> list[Plan]:
     """Run a search: measure each Ask it yields, send the losses back, return its path."""
     try:
         ask = next(steps)
@@ -76,7 +76,7 @@ def settle(steps: Search, measure: Callable[[Ask], list[Loss]]) -> list[Plan]:
 # -- what several searches do ---------------------------------------------------------------------------------------
 
 
-def price(rise: float, worth: float | Fraction) -> float:
+def cost_per_unit(rise: float, worth: float | Fraction) -> float:
     """What a move costs per unit of the budget that it frees: the rise of the loss, divided by what it is worth.
 
     A removal that lowers the loss is the better, the more it frees. Lower goes first.
@@ -84,7 +84,7 @@ def price(rise: float, worth: float | Fraction) -> float:
     return rise / float(worth) if rise > 0 else rise * float(worth)
 
 
-def lowest(plans: Sequence[Plan], losses: Sequence[Loss]) -> tuple[float, Plan]:
+def lowest_full(plans: Sequence[Plan], losses: Sequence[Loss]) -> tuple[float, Plan]:
     """The lowest loss that is known in full, and its plan; of equal ones the first."""
     found = [(loss.mean, i) for i, loss in enumerate(losses) if not loss.bound]
     loss, i = min(found)
@@ -99,17 +99,17 @@ def restricted(problem: Problem, parts: str, early: int = 0, latter: int = 0) ->
     kept = {"mix": (), "mha": ("mlp",), "mlp": ("attention",)}.get(parts)
     if kept is None:
         raise UsageError(f"parts={parts!r} is none of mix, mha and mlp.")
-    alive, blocks = problem.anatomy.alive(), problem.anatomy.blocks
+    alive, blocks = problem.anatomy.sites_present(), problem.anatomy.blocks
     stay = {s for s in alive if s.part in kept or s.block < early or s.block >= blocks - latter}
     return replace(problem, protected=problem.protected | stay).check() if stay else problem
 
 
-def singles(problem: Problem) -> list[Move]:
+def single_moves(problem: Problem) -> list[Move]:
     """Every group that may go, alone: what rankings are made of."""
     return problem.moves(Plan())
 
 
-def given_scores(problem: Problem, moves: Sequence[Move]) -> dict[Move, float] | None:
+def move_scores(problem: Problem, moves: Sequence[Move]) -> dict[Move, float] | None:
     """What a metric says of each move, a block by its own score; None where there is no metric.
 
     Raises UsageError if the metric scores no such things.
@@ -126,7 +126,9 @@ def given_scores(problem: Problem, moves: Sequence[Move]) -> dict[Move, float] |
     return {move: problem.scores[key] for move, key in keys.items()}
 
 
-def exchanges(problem: Problem, plan: Plan, tried: int = TRIED) -> Generator[Ask, list[Loss], tuple[Plan, float]]:
+def improve_by_swaps(
+    problem: Problem, plan: Plan, tried: int = SWAP_LIMIT
+) -> Generator[MeasureRequest, list[Loss], tuple[Plan, float]]:
     """The best single exchange (one group comes back, another goes), again and again until none helps.
 
     The plan that is reached, and its loss. What only comes back counts too, where the budgets stay met. Of all
@@ -134,23 +136,26 @@ def exchanges(problem: Problem, plan: Plan, tried: int = TRIED) -> Generator[Ask
     as it is, and most of them are dropped early.
     """
     groups = problem.groups()
-    now = (yield Ask((plan,)))[0].mean
+    now = (yield MeasureRequest((plan,)))[0].mean
     while True:
-        outside = [g for g in groups if not set(g) & plan.removed and problem.legal(Plan(frozenset(g)))]
-        less = {g: Plan(plan.removed - set(g)) for g in problem.gone(plan)}
-        more = {h: p for h in outside if problem.legal(p := plan.without(*h))}
-        pairs: dict[Plan, tuple[Move, Move | None]] = {p: (g, None) for g, p in less.items() if problem.met(p)}
+        outside = [g for g in groups if not set(g) & plan.removed and problem.is_valid(Plan(frozenset(g)))]
+        less = {g: Plan(plan.removed - set(g)) for g in problem.removed_moves(plan)}
+        more = {h: p for h in outside if problem.is_valid(p := plan.without(*h))}
+        pairs: dict[Plan, tuple[Move, Move | None]] = {p: (g, None) for g, p in less.items() if problem.is_met(p)}
         for g, without in less.items():
-            pairs |= {p: (g, h) for h in outside if problem.met(p := without.without(*h)) and problem.legal(p)}
+            pairs |= {p: (g, h) for h in outside if problem.is_met(p := without.without(*h)) and problem.is_valid(p)}
         halves = (plan, *less.values(), *more.values())
-        few = {p: loss.mean for p, loss in zip(halves, (yield Ask(halves, tokens=FEW)), strict=True)}
+        few = {
+            p: loss.mean
+            for p, loss in zip(halves, (yield MeasureRequest(halves, tokens=EXHAUSTIVE_LIMIT)), strict=True)
+        }
         gain = {g: few[p] - few[plan] for g, p in less.items()}
         rise = {h: few[p] - few[plan] for h, p in more.items()}
         hopeful = sorted(pairs, key=lambda p: (_expected(pairs[p], gain, rise), p.key()))
         hopeful = hopeful[:tried] if tried else hopeful
         plans = (plan, *hopeful)
         hints = (-math.inf, *(_expected(pairs[p], gain, rise) for p in hopeful))
-        loss, best = lowest(plans, (yield Ask(plans, best=1, hints=hints)))
+        loss, best = lowest_full(plans, (yield MeasureRequest(plans, full_results=1, expected=hints)))
         if best == plan or loss >= now:
             return plan, now
         now, plan = loss, best
@@ -162,16 +167,16 @@ def _expected(pair: tuple[Move, Move | None], gain: dict[Move, float], rise: dic
     return gain[back] + (rise.get(gone, 0.0) if gone is not None else 0.0)
 
 
-def trimmed(problem: Problem, plan: Plan, order: Sequence[Move]) -> Plan:
+def drop_redundant(problem: Problem, plan: Plan, order: Sequence[Move]) -> Plan:
     """A plan that meets the budgets without what it need not remove: groups come back in `order` while they may."""
     for group in order:
         back = Plan(plan.removed - set(group))
-        if set(group) <= plan.removed and problem.met(back):
+        if set(group) <= plan.removed and problem.is_met(back):
             plan = back
     return plan
 
 
-def by_score(values: Sequence[float]) -> list[int]:
+def ascending(values: Sequence[float]) -> list[int]:
     """Places of groups, the lowest score first."""
     return sorted(range(len(values)), key=lambda place: (values[place], place))
 
@@ -203,16 +208,16 @@ def kept_groups(size: SiteSize, order: Sequence[int], going: int, multiple: int)
 
 def removals(problem: Problem) -> tuple[int, int]:
     """(n, r): how many moves there are, and about how many of them a plan that meets the budgets takes."""
-    costs = [problem.cost(move) for move in singles(problem)]
+    costs = [problem.cost(move) for move in single_moves(problem)]
     wanted = [0]
-    for number, needed in enumerate(problem.needed):
+    for number, needed in enumerate(problem.targets):
         counted = [cost[number] for cost in costs if cost[number]]
         wanted.append(math.ceil(needed * len(counted) / (sum(counted) or 1)))
     return len(costs), min(len(costs), max(wanted))
 
 
-def exchanges_asked(problem: Problem, tried: int = TRIED) -> int:
-    """About how many losses `exchanges` asks for: two rounds, of which the second finds nothing better."""
+def exchanges_asked(problem: Problem, tried: int = SWAP_LIMIT) -> int:
+    """About how many losses `improve_by_swaps` asks for: two rounds, of which the second finds nothing better."""
     n, r = removals(problem)
     pairs = r * (n - r) + 1
     return 1 + 2 * (1 + n + (min(tried, pairs) if tried else pairs))
@@ -220,7 +225,7 @@ def exchanges_asked(problem: Problem, tried: int = TRIED) -> int:
 
 def singles_asked(problem: Problem) -> int:
     """How many losses a ranking of single moves takes: none where a metric scores them."""
-    return 0 if problem.scores is not None else 1 + len(singles(problem))
+    return 0 if problem.scores is not None else 1 + len(single_moves(problem))
 
 
 # Importing a method files it under its name.

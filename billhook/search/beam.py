@@ -6,9 +6,9 @@ import math
 from fractions import Fraction
 
 from billhook.errors import UsageError
-from billhook.plan import Ask, Plan
+from billhook.plan import MeasureRequest, Plan
 from billhook.problem import Problem
-from billhook.search import Search, price, removals, search
+from billhook.search import Search, cost_per_unit, removals, search
 
 
 def _losses(problem: Problem, *, width: int = 4) -> int:
@@ -31,7 +31,7 @@ def beam(problem: Problem, *, width: int = 4) -> Search:
     """
     if width < 1:
         raise UsageError(f"width={width} keeps no plan. Keep 1 at least; width=1 is greedy.")
-    dense = (yield Ask((Plan(),)))[0].mean
+    dense = (yield MeasureRequest((Plan(),)))[0].mean
     kept, parents = [Plan()], dict[Plan, Plan]()
     finished: dict[Plan, float] = {}
     while kept:
@@ -43,12 +43,12 @@ def beam(problem: Problem, *, width: int = 4) -> Search:
                     alike.setdefault(_freed(problem, after), []).append(after)
         ranked: list[tuple[float, str, Plan, float]] = []
         for freed, plans in alike.items():
-            losses = yield Ask(tuple(plans), best=width)
+            losses = yield MeasureRequest(tuple(plans), full_results=width)
             full = [(plan, loss.mean) for plan, loss in zip(plans, losses, strict=True) if not loss.bound]
-            ranked += [(price(loss - dense, freed), plan.key(), plan, loss) for plan, loss in full]
+            ranked += [(cost_per_unit(loss - dense, freed), plan.key(), plan, loss) for plan, loss in full]
         best = sorted(ranked, key=lambda row: row[:2])[:width]
-        finished |= {plan: loss for _, _, plan, loss in best if problem.met(plan)}
-        kept = [plan for _, _, plan, _ in best if not problem.met(plan)]
+        finished |= {plan: loss for _, _, plan, loss in best if problem.is_met(plan)}
+        kept = [plan for _, _, plan, _ in best if not problem.is_met(plan)]
     plan = min(finished, key=lambda plan: (finished[plan], plan.key()))
     path = [plan]
     while parents[path[0]].removed:
@@ -58,4 +58,6 @@ def beam(problem: Problem, *, width: int = 4) -> Search:
 
 def _freed(problem: Problem, plan: Plan) -> Fraction:
     """How much of what the budgets need a plan has freed, summed over them."""
-    return sum((min(Fraction(s), n) / n for s, n in zip(problem.spent(plan), problem.needed, strict=True)), Fraction(0))
+    return sum(
+        (min(Fraction(s), n) / n for s, n in zip(problem.removed_cost(plan), problem.targets, strict=True)), Fraction(0)
+    )

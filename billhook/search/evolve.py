@@ -7,10 +7,10 @@ import random
 from collections.abc import Generator
 
 from billhook.errors import UsageError
-from billhook.plan import Ask, Plan
+from billhook.plan import MeasureRequest, Plan
 from billhook.problem import Move, Problem
 from billhook.records import Loss
-from billhook.search import SEARCHES, Search, count_losses, lowest, removals, search, trimmed
+from billhook.search import SEARCHES, Search, drop_redundant, estimate_losses, lowest_full, removals, search
 
 STARTS = 64  # random plans to begin with, where there is no better start
 
@@ -28,7 +28,7 @@ def _losses(
     """At most: those of `start`, and all mutants of every generation on few tokens, some on all; twins count once."""
     n, r = removals(problem)
     rounds = generations or math.ceil(r * (n - r) / 1.5)
-    begun = STARTS if start == "random" else 0 if "." in start else count_losses(start, problem) or 0
+    begun = STARTS if start == "random" else 0 if "." in start else estimate_losses(start, problem) or 0
     return begun + 1 + rounds * (offspring + min(survivors, offspring))
 
 
@@ -72,22 +72,24 @@ def evolve(
         if not mutants:
             continue
         if len(mutants) > survivors:
-            losses = yield Ask(tuple(mutants), best=survivors, tokens=tokens)
+            losses = yield MeasureRequest(tuple(mutants), full_results=survivors, tokens=tokens)
             full = [(loss.mean, i) for i, loss in enumerate(losses) if not loss.bound]
             mutants = [mutants[i] for _, i in sorted(full)[:survivors]]
         rivals = (parent, *mutants)
-        parent = lowest(rivals, (yield Ask(rivals, best=1)))[1]
+        parent = lowest_full(rivals, (yield MeasureRequest(rivals, full_results=1)))[1]
     return [parent]
 
 
-def _begin(problem: Problem, start: str, draw: random.Random, tokens: int) -> Generator[Ask, list[Loss], Plan]:
+def _begin(
+    problem: Problem, start: str, draw: random.Random, tokens: int
+) -> Generator[MeasureRequest, list[Loss], Plan]:
     if start == "random":
         found = {_repaired(problem, Plan(), draw): None for _ in range(STARTS)}
         plans = tuple(found)
-        return lowest(plans, (yield Ask(plans, best=1, tokens=tokens)))[1]
+        return lowest_full(plans, (yield MeasureRequest(plans, full_results=1, tokens=tokens)))[1]
     if "." in start:
-        plan = problem.anatomy.check(Plan.of(start.split(",")), problem.protected)
-        if not problem.met(plan):
+        plan = problem.anatomy.check(Plan.parse(start.split(",")), problem.protected)
+        if not problem.is_met(plan):
             raise UsageError(f"start={start!r} does not meet the budget. Name more sites, or begin with greedy.")
         return plan
     if start not in SEARCHES:
@@ -104,7 +106,7 @@ def _mutant(problem: Problem, parent: Plan, split: str, draw: random.Random) -> 
     """
     plan = parent
     for _ in range(min(draw.randint(1, 3), draw.randint(1, 3))):
-        back = draw.choice(problem.gone(plan))
+        back = draw.choice(problem.removed_moves(plan))
         less = Plan(plan.removed - set(back))
         others = [g for g in _free(problem, less) if g != back]
         if split == "fixed":
@@ -112,21 +114,21 @@ def _mutant(problem: Problem, parent: Plan, split: str, draw: random.Random) -> 
         if others:
             plan = less.without(*draw.choice(others))
     if split == "fixed":
-        return plan if problem.met(plan) else parent
+        return plan if problem.is_met(plan) else parent
     return _repaired(problem, plan, draw)
 
 
 def _repaired(problem: Problem, plan: Plan, draw: random.Random) -> Plan:
-    while not problem.met(plan):
+    while not problem.is_met(plan):
         moves = problem.moves(plan)
         if not moves:  # an exchange gave away what the budgets need: begin with what must go at any rate
             return _repaired(problem, Plan(), draw)
         plan = plan.without(*draw.choice(moves))
-    order = problem.gone(plan)
+    order = problem.removed_moves(plan)
     draw.shuffle(order)
-    return trimmed(problem, plan, order)
+    return drop_redundant(problem, plan, order)
 
 
 def _free(problem: Problem, plan: Plan) -> list[Move]:
     """What may go next without breaking the model, wherever the budgets stand."""
-    return [g for g in problem.groups(plan) if problem.legal(plan.without(*g))]
+    return [g for g in problem.groups(plan) if problem.is_valid(plan.without(*g))]

@@ -8,9 +8,9 @@ from fractions import Fraction
 from itertools import accumulate
 
 from billhook.errors import UsageError
-from billhook.plan import Ask, Plan
+from billhook.plan import MeasureRequest, Plan
 from billhook.problem import Move, Problem
-from billhook.search import Search, lowest, search
+from billhook.search import Search, lowest_full, search
 
 
 def most_minimal(problem: Problem) -> int:
@@ -18,7 +18,7 @@ def most_minimal(problem: Problem) -> int:
     more than the subsets of one size, between the fewest removals that may do and the most that are needed (LYM)."""
     costs = [problem.cost(g) for g in problem.groups() if not set(g) & problem.protected]
     fewest, most = 0, 0
-    for number, needed in enumerate(problem.needed):
+    for number, needed in enumerate(problem.targets):
         each = sorted(cost[number] for cost in costs if cost[number])
         fewest = max(fewest, _how_many(each[::-1], needed))
         most += min(len(each), _how_many(each, needed))
@@ -55,18 +55,18 @@ def exhaustive(problem: Problem, *, most: int = 20_000) -> Search:
                 f"The search exhaustive would measure more than {most:,} plans. Protect more, remove less, raise it "
                 f"with --set most={10 * most}, or take the search swap."
             )
-    return [lowest(plans, (yield Ask(tuple(plans), best=2)))[1]]
+    return [lowest_full(plans, (yield MeasureRequest(tuple(plans), full_results=2)))[1]]
 
 
 def _minimal(problem: Problem, groups: list[Move], plan: Plan) -> Iterator[Plan]:
     """The legal plans that extend `plan` by some of `groups`, meet the budgets, and do so with nothing to spare."""
-    if problem.met(plan):
+    if problem.is_met(plan):
         gone = [g for g in problem.groups() if set(g) <= plan.removed]
-        if not any(problem.met(Plan(plan.removed - set(g))) for g in gone):
+        if not any(problem.is_met(Plan(plan.removed - set(g))) for g in gone):
             yield plan
         return
     for i, group in enumerate(groups):
         after = plan.without(*group)
         rest = frozenset(site for later in groups[i + 1 :] for site in later)
-        if problem.legal(after) and problem.met(Plan(after.removed | rest)):
+        if problem.is_valid(after) and problem.is_met(Plan(after.removed | rest)):
             yield from _minimal(problem, groups[i + 1 :], after)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from billhook.plan import Ask, Plan
+from billhook.plan import MeasureRequest, Plan
 from billhook.problem import Move, Problem
 from billhook.records import Loss
-from billhook.search import Search, price, removals, restricted, search
+from billhook.search import Search, cost_per_unit, removals, restricted, search
 
 
 def _losses(
@@ -22,7 +22,7 @@ def _losses(
     """About: n + (n-1) + … for as many rounds as removals, fewer while the front stays."""
     problem = restricted(problem, parts, early_barrier, latter_barrier)
     n, r = removals(problem)
-    uneven = weigh and len({problem.weight(move) for move in problem.moves(Plan())}) > 1
+    uneven = weigh and len({problem.relative_cost(move) for move in problem.moves(Plan())}) > 1
     held = n - len(_free(problem, Plan(), front))
     early = int(len(problem.anatomy.sites) * front) + 1 if front else 0  # rounds in which the front stays
     return int(uneven) + sum(max(1, n - i - (held if i < early else 0)) for i in range(r))
@@ -58,20 +58,20 @@ def greedy(
     plan, path = Plan(), []
     now: Loss | None = None  # of `plan`; needed only where sizes differ
     won = Fraction(0)  # what the last move was worth: its likes go first
-    while not problem.met(plan):
+    while not problem.is_met(plan):
         alike: dict[Fraction, list[Plan]] = {}  # of moves that are worth the same, only the best two matter
         for move in _free(problem, plan, front):
-            worth = problem.worth(move, plan) if weigh else Fraction(1)
+            worth = problem.marginal_value(move, plan) if weigh else Fraction(1)
             alike.setdefault(worth, []).append(plan.without(*move))
         if len(alike) > 1 and now is None:
-            now = (yield Ask((plan,)))[0]
+            now = (yield MeasureRequest((plan,)))[0]
         best: tuple[float, Loss, Plan] | None = None  # price, loss, plan
         for worth in sorted(alike, key=lambda worth: (worth != won, -worth)):
             plans = tuple(alike[worth])
             below = None if best is None or now is None else _below(now, best[0], worth)
-            losses = yield Ask(plans, best=2, below=below)
+            losses = yield MeasureRequest(plans, full_results=2, ceiling=below)
             for loss, after in zip(losses, plans, strict=True):
-                cost = loss.mean if now is None else price(loss.mean - now.mean, worth)
+                cost = loss.mean if now is None else cost_per_unit(loss.mean - now.mean, worth)
                 if not loss.bound and (best is None or cost < best[0]):
                     best, won = (cost, loss, after), worth
         assert best is not None, "a problem that can be met has a move"

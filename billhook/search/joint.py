@@ -7,26 +7,26 @@ from contextlib import suppress
 from dataclasses import replace
 
 from billhook.errors import BudgetError, UsageError
-from billhook.plan import PARTS, Ask, Narrow, Plan, Site, SiteSize
+from billhook.plan import PARTS, KeptGroups, MeasureRequest, Plan, Site, SiteSize
 from billhook.problem import Problem
-from billhook.programme import Bound, programme
+from billhook.programme import Bound, cheapest_selections
 from billhook.records import Loss
 from billhook.search import (
     SEARCHES,
     Search,
-    by_score,
-    count_losses,
+    ascending,
+    drive,
+    estimate_losses,
     kept_count,
     kept_groups,
-    lowest,
+    lowest_full,
     restricted,
     search,
-    settle,
 )
 
 CHANGES = (1, 2, 4, 8, 16, 32)  # sites that may change at a time, each tried
 ENDS = (4, 2)  # blocks at the beginning and at the end that are often worth more than others
-LEAST = 1e-6  # of the largest rise: what the largest move costs besides its own
+MOVE_PENALTY = 1e-6  # of the largest rise: what the largest move costs besides its own
 
 
 Ladder = tuple[Plan, ...]  # what may be left of one site, from all of it to nothing, touching no other
@@ -44,7 +44,7 @@ def _losses(
     begun = 3
     if start != "none":
         with suppress(BudgetError):  # whole sites alone may not do
-            begun += count_losses(start, replace(problem, group_scores=None, scores=None).check()) or 0
+            begun += estimate_losses(start, replace(problem, group_scores=None, scores=None).check()) or 0
     return alone + begun + rounds * (1 + 2 * len(free) + len(CHANGES))
 
 
@@ -75,7 +75,7 @@ def joint(
     sites = problem.anatomy.sites
     ladders = [_ladder(problem, size, levels, multiple, ()) for size in sites]
     every = [(i, rung) for i, ladder in enumerate(ladders) for rung in range(1, len(ladder))]
-    alone = yield Ask((Plan(), *(ladders[i][rung] for i, rung in every)), tokens=tokens)
+    alone = yield MeasureRequest((Plan(), *(ladders[i][rung] for i, rung in every)), tokens=tokens)
     rises = {place: loss.mean - alone[0].mean for place, loss in zip(every, alone[1:], strict=True)}
     own = _best(problem, ladders, (0,) * len(ladders), rises, len(ladders))
     begun = [] if own is None else [_plan(ladders, own)]
@@ -86,7 +86,7 @@ def joint(
     if not begun:
         raise BudgetError(f"{', '.join(map(str, problem.budgets))} cannot be met. Ask for less, or protect less.")
     begun = list(dict.fromkeys(begun))
-    plan = lowest(begun, (yield Ask(tuple(begun), best=1)))[1]
+    plan = lowest_full(begun, (yield MeasureRequest(tuple(begun), full_results=1)))[1]
     ladders = [_ladder(problem, size, levels, multiple, plan.narrowed) for size in sites]
     here = tuple(rungs.index(_at(plan, size.site)) for size, rungs in zip(sites, ladders, strict=True))
     for _ in range(rounds):
@@ -119,20 +119,20 @@ def _widths(size: SiteSize, levels: int, multiple: int) -> set[int]:
 
 def _exchanged(
     problem: Problem, ladders: Sequence[Ladder], here: tuple[int, ...], tokens: int
-) -> Generator[Ask, list[Loss], tuple[int, ...]]:
+) -> Generator[MeasureRequest, list[Loss], tuple[int, ...]]:
     """The best exchange of single steps from `here`, or `here` itself."""
     near = [(i, rung + step) for i, rung in enumerate(here) for step in (-1, 1)]
     near = [(i, rung) for i, rung in near if 0 <= rung < len(ladders[i])]
-    near = [place for place in near if problem.legal(_plan(ladders, _moved(here, [place])))]
+    near = [place for place in near if problem.is_valid(_plan(ladders, _moved(here, [place])))]
     plans = [_plan(ladders, there) for there in (here, *(_moved(here, [place]) for place in near))]
-    moved = yield Ask(tuple(plans), tokens=tokens)
+    moved = yield MeasureRequest(tuple(plans), tokens=tokens)
     rises = {place: loss.mean - moved[0].mean for place, loss in zip(near, moved[1:], strict=True)}
     found = {_plan(ladders, here): here}
     for most in CHANGES:
         other = _best(problem, ladders, here, rises, most)
         if other is not None:
             found.setdefault(_plan(ladders, other), other)
-    return found[lowest(tuple(found), (yield Ask(tuple(found), best=1)))[1]]
+    return found[lowest_full(tuple(found), (yield MeasureRequest(tuple(found), full_results=1)))[1]]
 
 
 def _even(problem: Problem, parts: str, multiple: int) -> list[Plan]:
@@ -141,21 +141,21 @@ def _even(problem: Problem, parts: str, multiple: int) -> list[Plan]:
     for early, latter in ((0, 0), ENDS):
         with suppress(BudgetError):  # groups alone may not do
             some = restricted(problem, parts, early, latter)
-            found += settle(SEARCHES["narrow"](some, uniform=True, multiple=multiple), lambda ask: [])
+            found += drive(SEARCHES["narrow"](some, uniform=True, multiple=multiple), lambda ask: [])
     return found
 
 
-def _ladder(problem: Problem, size: SiteSize, levels: int, multiple: int, others: Collection[Narrow]) -> Ladder:
+def _ladder(problem: Problem, size: SiteSize, levels: int, multiple: int, others: Collection[KeptGroups]) -> Ladder:
     """What may be left of a site, one of `others` too: one rung where it must stay as it is."""
     if size.site in problem.protected:
         return (Plan(),)
     rungs = [Plan()]
     if problem.group_scores is not None and size.site in problem.group_scores:
-        order = by_score(problem.group_scores[size.site])
+        order = ascending(problem.group_scores[size.site])
         widths = (kept_groups(size, order, len(order) * step // levels, multiple) for step in range(1, levels))
         kept = {*widths, *(narrow.groups for narrow in others if narrow.site == size.site)}
         some = sorted((groups for groups in kept if len(groups) < len(order)), key=len, reverse=True)
-        rungs += [Plan(frozenset(), frozenset({Narrow(size.site, groups)})) for groups in some]
+        rungs += [Plan(frozenset(), frozenset({KeptGroups(size.site, groups)})) for groups in some]
     return tuple(dict.fromkeys([*rungs, Plan(frozenset({size.site}))]))
 
 
@@ -183,12 +183,12 @@ def _best(
     problem: Problem, ladders: Sequence[Ladder], here: tuple[int, ...], rises: Mapping[Place, float], most: int
 ) -> tuple[int, ...] | None:
     """What to change, at `most` sites, for the least sum of rises that meets the budgets; None if nothing does."""
-    spent = problem.spent(_plan(ladders, here))
+    spent = problem.removed_cost(_plan(ladders, here))
     costs = []
     for place in rises:
-        there = problem.spent(_plan(ladders, _moved(here, [place])))
+        there = problem.removed_cost(_plan(ladders, _moved(here, [place])))
         costs.append([new - old for new, old in zip(there, spent, strict=True)])
-    needed = [least - old for least, old in zip(problem.needed, spent, strict=True)]
+    needed = [least - old for least, old in zip(problem.targets, spent, strict=True)]
     bounds: list[Bound] = [([1] * len(rises), most)]
     bounds += [([int(i == each) for i, _ in rises], 1) for each in range(len(ladders))]
     for part in PARTS:
@@ -196,15 +196,15 @@ def _best(
         bounds.append((gone, _stay(problem, part) - 1 - _gone(_plan(ladders, here), part)))
     # What seems to cost nothing is no reason to take more than is needed.
     largest = [max(1, *(abs(cost[b]) for cost in costs)) for b in range(len(needed))]
-    least = LEAST * max(map(abs, rises.values()))
+    least = MOVE_PENALTY * max(map(abs, rises.values()))
     prices = [
         rise + least * sum(c / n for c, n in zip(cost, largest, strict=True))
         for rise, cost in zip(rises.values(), costs, strict=True)
     ]
     places = list(rises)
-    for chosen in programme("joint", prices, costs, needed, bounds):
+    for chosen in cheapest_selections("joint", prices, costs, needed, bounds):
         there = _moved(here, [places[i] for i in chosen])
-        if problem.met(_plan(ladders, there)):
+        if problem.is_met(_plan(ladders, there)):
             return there
     return None
 

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from billhook.errors import BudgetError, UsageError
-from billhook.plan import Narrow, Plan, Site
+from billhook.plan import KeptGroups, Plan, Site
 from billhook.problem import Problem
-from billhook.search import Search, by_score, kept_groups, restricted, search
+from billhook.search import Search, ascending, kept_groups, restricted, search
 
 Ranked = Mapping[Site, Sequence[int]]  # of each site, the places of its groups, the lowest score first
 Going = Mapping[Site, int]  # how many groups of a site go
@@ -20,13 +20,13 @@ def _losses(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts
     problem = _checked(problem, multiple, parts)
     places = {size.site: range(len(size.groups)) for size in problem.anatomy.sites if size.groups}
     every = {site: len(of) for site, of in places.items() if site not in problem.protected}
-    if not problem.met(_plan(problem, places, every, multiple)):
+    if not problem.is_met(_plan(problem, places, every, multiple)):
         raise BudgetError(_beyond(problem))
     return 0
 
 
 @search(losses=_losses)
-def narrow(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts: str = "mix") -> Search:
+def rank_channels(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts: str = "mix") -> Search:
     """Rank all channel groups by a metric, then drop them in that order, over all sites at once.
 
     A site that loses all its groups is removed. `uniform`: each site loses the same share, so that the model keeps its
@@ -45,7 +45,7 @@ def narrow(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts:
     assert problem.group_scores is not None
     free = [size.site for size in problem.anatomy.sites if size.site not in problem.protected]
     scores = {site: problem.group_scores[site] for site in free if site in problem.group_scores}
-    ranked = {site: by_score(values) for site, values in scores.items()}
+    ranked = {site: ascending(values) for site, values in scores.items()}
     order, ends = _order(scores, ranked, uniform)
 
     def going(end: int, held: Going) -> Going:
@@ -56,7 +56,7 @@ def narrow(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts:
 
     def shortest(held: Going) -> Going | None:
         """What goes by the shortest beginning that meets the budgets, while some sites lose as many as is told."""
-        end = bisect_left(range(len(ends)), True, key=lambda end: problem.met(plan(going(end, held))))
+        end = bisect_left(range(len(ends)), True, key=lambda end: problem.is_met(plan(going(end, held))))
         return going(end, held) if end < len(ends) else None
 
     found = shortest({})
@@ -68,7 +68,7 @@ def narrow(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts:
         ways = (found, going(max(end - 1, 0), {}))
         others = [shortest({site: way.get(site, 0) for site in step}) for way in ways]
         exact = [other for other in others if other is not None]
-        if problem.spent(plan(exact[0])) != problem.spent(plan(found)):
+        if problem.removed_cost(plan(exact[0])) != problem.removed_cost(plan(found)):
             found = min(exact, key=lambda some: _spread(ranked, some))
     return [plan(found)]
 
@@ -113,13 +113,13 @@ def _plan(problem: Problem, ranked: Ranked, going: Going, multiple: int) -> Plan
     """What is left when some groups go: sites narrower, or removed where nothing of them would stay and others do."""
     sizes = {size.site: size for size in problem.anatomy.sites}
     removed: set[Site] = set()
-    narrowed: set[Narrow] = set()
+    narrowed: set[KeptGroups] = set()
     for site, count in going.items():
         size = sizes[site]
-        if count == len(size.groups) and problem.legal(Plan(frozenset({*removed, site}))):
+        if count == len(size.groups) and problem.is_valid(Plan(frozenset({*removed, site}))):
             removed.add(site)
             continue
         kept = kept_groups(size, ranked[site], count, multiple)
         if len(kept) < len(size.groups):
-            narrowed.add(Narrow(site, kept))
+            narrowed.add(KeptGroups(site, kept))
     return Plan(frozenset(removed), frozenset(narrowed))

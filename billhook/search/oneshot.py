@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from billhook.plan import Ask, Plan
+from billhook.plan import MeasureRequest, Plan
 from billhook.problem import Problem
-from billhook.search import Search, given_scores, price, restricted, search, singles, singles_asked
+from billhook.search import Search, cost_per_unit, move_scores, restricted, search, single_moves, singles_asked
 
 
 def _losses(problem: Problem, *, weigh: bool = True, parts: str = "mix") -> int:
@@ -28,14 +28,16 @@ def oneshot(problem: Problem, *, weigh: bool = True, parts: str = "mix") -> Sear
     (arXiv 2407.16286), the same for sublayers. Deviation: the papers do not weigh by size.
     """
     problem = restricted(problem, parts)
-    moves = singles(problem)
-    scores = given_scores(problem, moves)
+    moves = single_moves(problem)
+    scores = move_scores(problem, moves)
     if scores is None:
-        losses = yield Ask((Plan(), *(Plan().without(*move) for move in moves)))
+        losses = yield MeasureRequest((Plan(), *(Plan().without(*move) for move in moves)))
         scores = {move: loss.mean - losses[0].mean for move, loss in zip(moves, losses[1:], strict=True)}
-    prices = {move: price(score, problem.weight(move)) if weigh else score for move, score in scores.items()}
+    prices = {
+        move: cost_per_unit(score, problem.relative_cost(move)) if weigh else score for move, score in scores.items()
+    }
     plan, path = Plan(), []
-    while not problem.met(plan):
+    while not problem.is_met(plan):
         plan = plan.without(*min(problem.moves(plan), key=lambda move: prices[move]))
         path.append(plan)
     return path

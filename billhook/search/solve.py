@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from billhook.plan import PARTS, Ask, Plan
+from billhook.plan import PARTS, MeasureRequest, Plan
 from billhook.problem import Move, Problem
-from billhook.programme import Bound, programme
+from billhook.programme import Bound, cheapest_selections
 from billhook.search import (
     Search,
-    exchanges,
+    drop_redundant,
     exchanges_asked,
-    given_scores,
+    improve_by_swaps,
+    move_scores,
     search,
-    singles,
+    single_moves,
     singles_asked,
-    trimmed,
 )
 
 
@@ -25,7 +25,7 @@ def _losses(problem: Problem, *, polish: bool = True) -> int:
 
 
 @search(losses=_losses)
-def solve(problem: Problem, *, polish: bool = True) -> Search:
+def ilp(problem: Problem, *, polish: bool = True) -> Search:
     """Choose what goes by an integer programme over additive scores (HiGHS), then by measured exchanges.
 
     The scores are a metric's, or the rises of the loss by removing each site alone. The programme meets every
@@ -38,15 +38,15 @@ def solve(problem: Problem, *, polish: bool = True) -> Search:
     Source: Bercovich et al. 2024, Puzzle (arXiv 2411.19146), mixed-integer programming over replace-one-block scores;
     Huangfu and Hall 2018, HiGHS. Deviations: sites are kept or removed, nothing in between; the exchanges are ours.
     """
-    moves = singles(problem)
-    scores = given_scores(problem, moves)
+    moves = single_moves(problem)
+    scores = move_scores(problem, moves)
     if scores is None:
-        losses = yield Ask((Plan(), *(Plan().without(*move) for move in moves)))
+        losses = yield MeasureRequest((Plan(), *(Plan().without(*move) for move in moves)))
         scores = {move: loss.mean - losses[0].mean for move, loss in zip(moves, losses[1:], strict=True)}
     plan = _programme(problem, scores)
-    plan = trimmed(problem, plan, sorted(problem.gone(plan), key=lambda move: -scores[move]))
+    plan = drop_redundant(problem, plan, sorted(problem.removed_moves(plan), key=lambda move: -scores[move]))
     if polish:
-        plan, _ = yield from exchanges(problem, plan)
+        plan, _ = yield from improve_by_swaps(problem, plan)
     return [plan]
 
 
@@ -57,14 +57,14 @@ def _programme(problem: Problem, scores: Mapping[Move, float]) -> Plan:
     frees costs as much as the best of them gains with it, which is the same for all plans that free the same.
     """
     moves = list(scores)
-    worth = {move: float(problem.weight(move)) for move in moves}
+    worth = {move: float(problem.relative_cost(move)) for move in moves}
     gain = max(0.0, *(-score / worth[move] for move, score in scores.items()))
     prices = [score + gain * worth[move] for move, score in scores.items()]
-    alive = problem.anatomy.alive()
+    alive = problem.anatomy.sites_present()
     bounds: list[Bound] = []
     for part in PARTS:
         counts = [sum(site.part == part for site in move) for move in moves]
         bounds.append((counts, sum(site.part == part for site in alive) - 1))
-    selections = programme("solve", prices, [problem.cost(move) for move in moves], problem.needed, bounds)
+    selections = cheapest_selections("solve", prices, [problem.cost(move) for move in moves], problem.targets, bounds)
     plans = (Plan(frozenset(site for i in chosen for site in moves[i])) for chosen in selections)
-    return next(plan for plan in plans if problem.met(plan))
+    return next(plan for plan in plans if problem.is_met(plan))

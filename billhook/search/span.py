@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from billhook.errors import BudgetError, UsageError
-from billhook.plan import Ask, Plan
+from billhook.plan import MeasureRequest, Plan
 from billhook.problem import Problem
-from billhook.search import Search, lowest, search
+from billhook.search import Search, lowest_full, search
 
 
 def _losses(problem: Problem, *, run: str = "best", keep_last: int = 0) -> int:
@@ -15,7 +15,7 @@ def _losses(problem: Problem, *, run: str = "best", keep_last: int = 0) -> int:
 
 
 @search(losses=_losses)
-def span(problem: Problem, *, run: str = "best", keep_last: int = 0) -> Search:
+def contiguous(problem: Problem, *, run: str = "best", keep_last: int = 0) -> Search:
     """Remove one contiguous run of whole blocks: the best by a metric of runs, or by the loss.
 
     `run=last`: the last blocks, but
@@ -36,21 +36,21 @@ def span(problem: Problem, *, run: str = "best", keep_last: int = 0) -> Search:
     if scores:
         raise UsageError("The search span wants a metric of runs, such as angular_span, or none.")
     plans = tuple(runs.values())
-    return [lowest(plans, (yield Ask(plans, best=2)))[1]]
+    return [lowest_full(plans, (yield MeasureRequest(plans, full_results=2)))[1]]
 
 
 def _runs(problem: Problem, run: str, keep_last: int) -> dict[tuple[int, int], Plan]:
     """The shortest run of blocks from every start that meets the budget. Raises BudgetError if there is none."""
     if run not in ("best", "last"):
         raise UsageError(f"run={run!r} is neither best nor last.")
-    alive = problem.anatomy.alive()
+    alive = problem.anatomy.sites_present()
     blocks = sorted({site.block for site in alive})
     runs: dict[tuple[int, int], Plan] = {}
     for start in range(len(blocks)):
         for end in range(start, len(blocks) - keep_last):
             plan = Plan(frozenset(site for site in alive if site.block in blocks[start : end + 1]))
-            if problem.met(plan):
-                if problem.legal(plan):
+            if problem.is_met(plan):
+                if problem.is_valid(plan):
                     runs[blocks[start], blocks[end]] = plan
                 break
     if not runs:

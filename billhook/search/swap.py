@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from billhook.plan import Plan
 from billhook.problem import Problem
-from billhook.search import SEARCHES, TRIED, Search, count_losses, exchanges, exchanges_asked, search
+from billhook.search import SEARCHES, SWAP_LIMIT, Search, estimate_losses, exchanges_asked, improve_by_swaps, search
 
 
-def _losses(problem: Problem, *, start: str = "greedy", tried: int = TRIED) -> int:
+def _losses(problem: Problem, *, start: str = "greedy", tried: int = SWAP_LIMIT) -> int:
     """About: those of `start`, and two rounds of exchanges."""
-    return (count_losses(start, problem) or 0) + exchanges_asked(problem, tried)
+    return (estimate_losses(start, problem) or 0) + exchanges_asked(problem, tried)
 
 
 @search(losses=_losses)
-def swap(problem: Problem, *, start: str = "greedy", tried: int = TRIED) -> Search:
+def swap(problem: Problem, *, start: str = "greedy", tried: int = SWAP_LIMIT) -> Search:
     """Begin as another search ends, then exchange single sites as long as one exchange lowers the loss.
 
     `start`: the search to begin with. `tried`: how many exchanges a round are measured, those that look best by what
@@ -27,7 +27,7 @@ def swap(problem: Problem, *, start: str = "greedy", tried: int = TRIED) -> Sear
     Source: local search by 1-exchanges, Nemhauser, Wolsey and Fisher 1978, for sets of one size; for layers ours.
     """
     path = yield from SEARCHES[start](problem)
-    plan, _ = yield from exchanges(problem, path[-1], tried)
+    plan, _ = yield from improve_by_swaps(problem, path[-1], tried)
     return _in_order(problem, path, plan)
 
 
@@ -39,10 +39,10 @@ def _in_order(problem: Problem, path: list[Plan], plan: Plan) -> list[Plan]:
     if plan == path[-1]:
         return path
     when = {site: step for step, reached in reversed(list(enumerate(path))) for site in reached.removed}
-    order = sorted(problem.gone(plan), key=lambda move: max(when.get(site, len(path)) for site in move))
+    order = sorted(problem.removed_moves(plan), key=lambda move: max(when.get(site, len(path)) for site in move))
     told = [Plan()]
     while told[-1] != plan:
-        free = set(problem.moves(told[-1])) if not problem.met(told[-1]) else set()
+        free = set(problem.moves(told[-1])) if not problem.is_met(told[-1]) else set()
         move = next((move for move in order if move in free and not told[-1].removed & set(move)), None)
         if move is None:
             return [plan]
