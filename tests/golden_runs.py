@@ -183,10 +183,10 @@ def of_prune(report: Mapping[str, Any], losses: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def of_within(told: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def of_within(told: Mapping[str, Any] | None) -> list[Any] | None:
     if told is None:
         return None
-    return {name: value for name, value in told.items() if isinstance(value, bool | int | float)}
+    return [only(trial, "percent", "within", "lost", "low", "high", "n", "reliable") for trial in told["trials"]]
 
 
 def of_checkpoint(folder: Path, exact: bool) -> dict[str, Any]:
