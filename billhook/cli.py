@@ -38,7 +38,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(name="prune")
 @with_options(*RECIPE)
 def prune_command(
     *,
@@ -92,7 +92,7 @@ def inspect_command(
         face.show(api.inspect(model or "demo", watch=face.watch, **options), "anatomy")
 
 
-@app.command()
+@app.command(name="score")
 @with_options("set", "loss", "data", "field", "tokens", "length", "memory", "seed", "device", "dtype",
                "trust_remote_code")  # fmt: skip
 def score_command(
@@ -134,7 +134,7 @@ def eval_command(
     verbose: Verbose = False,
     options: dict[str, Any],
 ) -> None:
-    """Measure perplexity on held-out text, on which `prune_command` with the same options proves its student, or --tasks."""
+    """Measure perplexity on held-out text, on which prune with the same options proves its student, or --tasks."""
     own = {"tasks": tasks, "items": items, "shots": shots, "shots_from": shots_from, "store": store}
     again = command_line("eval", model or "demo", **own, **options) if tasks else ""
     with CommandSession(as_json, quiet, verbose, resume=again) as face:
@@ -153,7 +153,7 @@ def eval_command(
         face.show(told, "evaluations" if names else "evaluation")
 
 
-@app.command()
+@app.command(name="speed")
 @with_options("device", "dtype")
 def speed_command(
     *,
@@ -179,10 +179,10 @@ def speed_command(
 
 
 for command in COMMANDS:
-    app.command()(command)
+    app.command(name=command.__name__.removesuffix("_command"))(command)
 
 
-@app.command()
+@app.command(name="runs")
 def runs_command(*, store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False) -> None:
     """List the runs of a store, the newest first."""
     with CommandSession(as_json, True, verbose) as face:
@@ -191,7 +191,7 @@ def runs_command(*, store: StoreFile = DEFAULT_STORE, as_json: Json = False, ver
         face.show({"runs": api.runs(_existing(store))}, "runs")
 
 
-@app.command()
+@app.command(name="show")
 def show_command(
     *, run: Annotated[str, typer.Argument(help="The run's id, as `billhook runs` lists it")],
     store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False,
@@ -203,7 +203,7 @@ def show_command(
         face.show(api.show(run, _existing(store)), "run")
 
 
-@app.command()
+@app.command(name="methods")
 def methods_command(*, as_json: Json = False, verbose: Verbose = False) -> None:
     """List every registered metric, loss, search and evaluation with its source."""
     with CommandSession(as_json, True, verbose) as face:

@@ -202,7 +202,7 @@ def baseline_command(
     verbose: Verbose = False,
     options: dict[str, Any],
 ) -> None:
-    """Measure a model and keep what it got under a name, so that `gate_command` need not run it again; or list the names."""
+    """Measure a model and keep what it got under a name, so that `gate` need not run it again; or list the names."""
     with CommandSession(as_json, quiet, verbose) as face:
         from billhook import contests
 

@@ -28,6 +28,9 @@ BUILTIN = Path(__file__).parent / "recipes"
 TARGETS = ("remove", "plan", "within")  # of which a recipe has one
 
 
+FORMER_SEARCHES = {"narrow": "rank_channels", "solve": "ilp", "span": "contiguous"}  # in recipes of version 0.1
+
+
 class Recipe(BaseModel):
     """What a pruning run is told. Frozen; unknown keys are refused."""
 
@@ -124,6 +127,11 @@ class Recipe(BaseModel):
             return None
         pieces = value if isinstance(value, list | tuple) else [value]
         return ",".join(map(str, parse_budgets(",".join(map(str, pieces)))))
+
+    @field_validator("search", mode="before")
+    @classmethod
+    def _renamed_search(cls, value: object) -> object:
+        return FORMER_SEARCHES.get(str(value), value)
 
     @field_validator("within")
     @classmethod

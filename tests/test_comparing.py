@@ -399,7 +399,7 @@ def test_without_a_run_a_threshold_searches(model: Path, text: Path, task: Path,
 def test_a_threshold_takes_what_became_narrower(model: Path, text: Path, tmp_path: Path) -> None:
     told = billhook.threshold(
         model, margins="1000%ppl", metric="flap", remove="20%", data=str(text), out=tmp_path / "t",
-        store=tmp_path / "b.db", **(SEARCH | {"search": "narrow"}),
+        store=tmp_path / "b.db", **(SEARCH | {"search": "rank_channels"}),
     )  # fmt: skip
     assert (told["step"], told["steps"]) == (1, 1)
     assert any("[" in name for name in told["narrowed"]), "channel groups"
@@ -431,7 +431,7 @@ def test_the_command_that_a_threshold_prints_can_be_pasted(model: Path, text: Pa
     store, small = str(tmp_path / "b.db"), ["--data", str(text), "--eval-tokens", "512", "--eval-length", "24"]
     asked = ["threshold", str(spaced), "--margin", "1000%ppl", "--metric", "flap", "--remove", "20%", "--search"]
     small += ["--tokens", "240", "--length", "24", "--store", store]
-    asked += ["narrow", "--out", str(tmp_path / "t"), *small]
+    asked += ["rank_channels", "--out", str(tmp_path / "t"), *small]
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 0, done.output
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("Prune so: ")]

@@ -165,7 +165,7 @@ def test_letting_dead_groups_go_changes_nothing(planted: tuple[Teacher, dict[Sit
     mlps = {s: v.tolist() for s, v in scores.items() if s.part == "mlp" and s in dead}
     gone = 3 * 3 * 32 / teacher.anatomy.total("parameters") * 100
     problem = Problem(teacher.anatomy, (Budget.parse(f"{gone * 0.99:.4f}%params"),), group_scores=mlps)
-    (plan,) = drive(SEARCHES["narrow"](problem), lambda ask: [])
+    (plan,) = drive(SEARCHES["rank_channels"](problem), lambda ask: [])
     assert probe.losses([plan])[0].mean == pytest.approx(0, abs=1e-6)
     assert plan.narrowed
     for each in plan.narrowed:
@@ -241,7 +241,7 @@ def test_gradients_do_not_change_what_looks_at_activations(
 
 def narrowed(teacher: Teacher, budget: str, scores: Mapping[Site, Any], **options: Any) -> Plan:
     problem = Problem(teacher.anatomy, (Budget.parse(budget),), group_scores=scores)
-    (plan,) = drive(SEARCHES["narrow"](problem, **options), lambda ask: [])
+    (plan,) = drive(SEARCHES["rank_channels"](problem, **options), lambda ask: [])
     teacher.anatomy.check(plan)
     assert problem.is_met(plan)
     return plan
@@ -301,7 +301,7 @@ def test_uniform_widths_take_no_more_than_is_needed(share: int) -> None:
 
     def lost(budget: str) -> tuple[int, int]:
         problem = Problem(Anatomy("llama", 4, sites, Unassigned(0, 0, 0)), (Budget.parse(budget),), group_scores=scores)
-        plan = drive(SEARCHES["narrow"](problem, uniform=True), lambda ask: [])[-1]
+        plan = drive(SEARCHES["rank_channels"](problem, uniform=True), lambda ask: [])[-1]
         counts = {size.site: count for size, count in problem.anatomy.narrowed(plan)}
         assert not plan.removed
         found = {part: {counts.get(s.site, 0) for s in sites if s.site.part == part} for part in ("attention", "mlp")}
@@ -325,7 +325,7 @@ def test_heads_are_rounded_by_their_channels(checkpoint: Folder, multiple: int, 
 def test_what_the_search_cannot_do_is_said(checkpoint: Folder) -> None:
     teacher = load(checkpoint("llama"))
     with pytest.raises(UsageError, match="--metric flap"):
-        drive(SEARCHES["narrow"](Problem(teacher.anatomy, (Budget.parse("5%"),))), lambda ask: [])
+        drive(SEARCHES["rank_channels"](Problem(teacher.anatomy, (Budget.parse("5%"),))), lambda ask: [])
     with pytest.raises(UsageError, match="no number of channels"):
         narrowed(teacher, "5%", rising(teacher), multiple=0)
     few = {Site(0, "mlp"): rising(teacher)[Site(0, "mlp")]}
@@ -343,7 +343,7 @@ def test_what_the_search_cannot_do_is_said(checkpoint: Folder) -> None:
 
 def test_a_run_by_a_metric_of_groups(model: Path, text: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {
-        "tokens": 240, "length": 24, "eval_tokens": 512, "eval_length": 24, "data": str(text), "search": "narrow",
+        "tokens": 240, "length": 24, "eval_tokens": 512, "eval_length": 24, "data": str(text), "search": "rank_channels",
         "store": tmp_path / "b.db",
     }  # fmt: skip
     told = billhook.prune(model, remove="15%params", metric="flap", out=tmp_path / "out", **options)

@@ -164,7 +164,7 @@ def test_joint_begins_with_the_same_share_of_every_site_where_that_is_best(ends:
         return max(shares) - min(shares) + sum(share**2 for share in shares) / 100 + 10 * outside
 
     some = restricted(problem, "mix", 4, 2) if ends else problem
-    even = drive(SEARCHES["narrow"](some, uniform=True), lambda ask: [])[-1]
+    even = drive(SEARCHES["rank_channels"](some, uniform=True), lambda ask: [])[-1]
     assert len({size.site.block for size, _ in problem.anatomy.narrowed(even)}) == (2 if ends else 8)
     assert found_by(problem, loss, start="none", rounds=0) == even
 
@@ -236,7 +236,7 @@ def test_joint_says_at_most_how_many_losses_it_asks_for(seed: int, start: str) -
     most = estimate_losses("joint", replace(problem, group_scores={}), **options)
     assert most is not None
     assert len(asked) <= most <= 2 * len(asked)
-    assert estimate_losses("narrow", problem) == 0
+    assert estimate_losses("rank_channels", problem) == 0
 
 
 def test_losses_of_a_large_model_are_counted_at_once() -> None:

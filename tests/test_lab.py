@@ -330,7 +330,7 @@ def test_the_commands_of_the_laboratory(
     assert fits(swept.stdout), swept.stdout
     assert "billhook" in swept.stdout
     assert list(tmp_path.glob("lab/*/index.html"))
-    traded = typed("trade", model, "--tasks", ",".join(map(str, tasks)), "--remove", "2sites", "--items", "15",
+    traded = typed("transfer", model, "--tasks", ",".join(map(str, tasks)), "--remove", "2sites", "--items", "15",
                    "--data", texts, *small, "--json")  # fmt: skip
     assert traded.exit_code == 0, traded.stderr
     assert len(json.loads(traded.stdout)["rows"]) == 3
@@ -345,7 +345,7 @@ def test_the_commands_of_the_laboratory(
     assert (wrong.exit_code, "--sizes many is no number" in wrong.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("kind", ["sweep", "trade", "stability"])
+@pytest.mark.parametrize("kind", ["sweep", "transfer", "stability"])
 def test_show_tells_what_the_laboratory_told(
     kind: str, model: Path, texts: Path, tasks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,7 +353,7 @@ def test_show_tells_what_the_laboratory_told(
     store, out = tmp_path / "runs.db", tmp_path / "out"
     own = {
         "sweep": ["--recipes", "shortgpt,billhook", "--remove", "10%,30%", "--tasks", tasks[0], "--tokens", "240"],
-        "trade": ["--tasks", ",".join(map(str, tasks)), "--remove", "2sites", "--items", "15", "--tokens", "240"],
+        "transfer": ["--tasks", ",".join(map(str, tasks)), "--remove", "2sites", "--items", "15", "--tokens", "240"],
         "stability": ["--metric", "cosine", "--sizes", "96,48", "--draws", "2", "--remove", "2sites"],
     }[kind]
     small = ["--data", texts, "--length", "24", "--eval-tokens", "480", "--eval-length", "24"]

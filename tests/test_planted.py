@@ -101,7 +101,7 @@ def test_magnitude_sees_what_is_zero_and_not_what_it_does(idle: Teacher) -> None
     assert scores[Site(2, "attention")].value > 0
 
 
-@pytest.mark.parametrize("name", sorted(set(SEARCHES) - {"span", *OF_GROUPS}))
+@pytest.mark.parametrize("name", sorted(set(SEARCHES) - {"contiguous", *OF_GROUPS}))
 def test_every_search_removes_the_site_that_adds_nothing(name: str, idle: Teacher) -> None:
     plan, loss = searched(name, idle, "1sites")
     assert plan == Plan.parse(["attention.2"])
@@ -116,7 +116,7 @@ def test_sites_that_cancel_each_other_are_found_by_who_looks_at_both(cancelling:
         ("evolve", "2sites", {"generations": 40, "tokens": 64}),
         ("greedy", "1blocks", {}),
         ("oneshot", "1blocks", {}),
-        ("span", "1blocks", {}),
+        ("contiguous", "1blocks", {}),
     ):
         plan, loss = searched(name, cancelling, budget, **options)
         assert plan == pair, name

@@ -120,7 +120,7 @@ def answers(others: Path, model: Path, text: Path, tmp_path_factory: pytest.Temp
     ask = ("eval", model, "--data", text, "--eval-tokens", "256", "--eval-length", "16")
     on_task = ("eval", model, "--tasks", task, "--store", home / "tasks.db", "--json")
     prune = ("prune", model, "--eval-tokens", "256", "--store", home / "runs.db", *data)
-    narrow = ("--remove", "20%params", "--search", "narrow", "--metric", "heaviest", "--out", home / "narrow")
+    narrow = ("--remove", "20%params", "--search", "rank_channels", "--metric", "heaviest", "--out", home / "narrow")
     first = ("--remove", "2sites", "--search", "first_ones", "--out", home / "first")
     commands: dict[str, tuple[Any, ...]] = {
         "methods": ("methods", "--json"),

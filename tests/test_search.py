@@ -35,7 +35,7 @@ COUNTED = [("25%sites", ""), ("3sites", "0,mlp.2"), ("2attention", "attention.1"
 UNEVEN = [("25%", ""), ("20params", "3"), ("50bytes", "first1"), ("30%flops", ""), ("6ms", "mlp.1"), ("20%ms", ""),
           ("25%params,40%kv", ""), ("2blocks,30%ms", "0"), ("2mlp,5kv", ""), ("3sites,20params", "last1")]  # fmt: skip
 SHOWN = COUNTED + UNEVEN
-RUNS = {"span"}  # removes one run of whole blocks: there may be none, and the best run is no optimum
+RUNS = {"contiguous"}  # removes one run of whole blocks: there may be none, and the best run is no optimum
 SMALL: dict[str, dict[str, object]] = {"evolve": {"generations": 6, "offspring": 6}}  # of what takes long
 
 
@@ -267,7 +267,7 @@ def remembering(score: Score, stored: dict[Key, list[Loss]], limit: int) -> Meas
     return remembered
 
 
-ABOUT = {"beam": 2.0, "greedy": 1.5, "oneshot": 1.0, "solve": 3.0, "span": 1.0, "swap": 3.0}  # to either side
+ABOUT = {"beam": 2.0, "greedy": 1.5, "oneshot": 1.0, "ilp": 3.0, "contiguous": 1.0, "swap": 3.0}  # to either side
 AT_MOST = {"evolve": 1.1, "exhaustive": 1.0}  # what is asked for, as a multiple of what was expected
 
 
@@ -292,15 +292,15 @@ def test_every_search_of_sites_says_about_how_many_losses_it_asks_for(name: str,
 
 def test_a_metric_needs_no_losses_to_rank_sites() -> None:
     problem = replace(problem_of("3sites"), scores={})
-    assert [estimate_losses(name, problem) for name in ("oneshot", "span")] == [0, 0]
-    assert estimate_losses("solve", problem, polish=False) == 0
+    assert [estimate_losses(name, problem) for name in ("oneshot", "contiguous")] == [0, 0]
+    assert estimate_losses("ilp", problem, polish=False) == 0
 
 
 def test_losses_are_counted_of_what_a_search_would_refuse_as_it_refuses_it() -> None:
     with pytest.raises(BudgetError, match="cannot be met"):
         estimate_losses("greedy", problem_of("6sites"), parts="mlp")
     with pytest.raises(UsageError, match="neither best nor last"):
-        estimate_losses("span", problem_of("2blocks"), run="first")
+        estimate_losses("contiguous", problem_of("2blocks"), run="first")
 
 
 @pytest.mark.parametrize("budget", ["4sites", "25%params,40%kv"])
@@ -332,7 +332,7 @@ def test_an_unknown_word_says_what_is_allowed(name: str, option: str, usual: str
 def test_every_option_that_takes_words_is_tried() -> None:
     assert {(name, option) for name, option, _ in WORDS} >= {
         ("greedy", "parts"), ("oneshot", "parts"), ("swap", "start"), ("evolve", "start"), ("evolve", "split"),
-        ("span", "run"),
+        ("contiguous", "run"),
     }  # fmt: skip
 
 

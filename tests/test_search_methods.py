@@ -90,7 +90,7 @@ def test_oneshot_ranks_by_a_metric_without_a_loss(budget: str, protected: str, w
     assert log == []
 
 
-@pytest.mark.parametrize("search", ["oneshot", "solve"])
+@pytest.mark.parametrize("search", ["oneshot", "ilp"])
 def test_a_metric_without_the_scores_that_a_budget_needs_is_refused(search: str) -> None:
     runs = {(0, 1): 0.5, (1, 2): 0.1}
     sites = {Site(b, "attention"): 0.5 for b in range(5)}
@@ -217,7 +217,7 @@ def test_parts_that_cannot_meet_the_budget_are_refused(budget: str, parts: str) 
 # --- pairs and traps ---------------------------------------------------------------------------------------------
 
 A, B, C = Site(1, "mlp"), Site(2, "attention"), Site(3, "mlp")
-ALL_BUT_RUNS = sorted(set(SEARCHES) - {"span", *OF_GROUPS})
+ALL_BUT_RUNS = sorted(set(SEARCHES) - {"contiguous", *OF_GROUPS})
 
 
 def pair(plan: Plan) -> float:
@@ -241,7 +241,7 @@ def test_two_sites_that_stand_in_for_each_other_fool_who_ranks_once(search: str)
 
 
 def test_additive_scores_alone_fall_for_the_pair() -> None:
-    assert run("solve", problem_of("2sites"), pair, polish=False)[-1].removed == {A, B}
+    assert run("ilp", problem_of("2sites"), pair, polish=False)[-1].removed == {A, B}
 
 
 @pytest.mark.parametrize("search", ALL_BUT_RUNS)
@@ -307,8 +307,8 @@ def test_the_path_of_swap_is_greedys_without_what_came_back_and_then_what_went_i
 
 def test_swap_brings_back_what_the_budget_does_not_count() -> None:
     problem = problem_of("2attention")
-    assert {s.part for s in run("span", problem, additive(2))[-1].removed} == set(PARTS)
-    found = run("swap", problem, additive(2), start="span")[-1]
+    assert {s.part for s in run("contiguous", problem, additive(2))[-1].removed} == set(PARTS)
+    found = run("swap", problem, additive(2), start="contiguous")[-1]
     assert found == min(ends(problem), key=additive(2))
 
 
@@ -423,7 +423,7 @@ def test_the_programme_finds_the_least_sum_of_scores(problem: Problem, data: st.
     prices = data.draw(st.lists(st.integers(0, 300), min_size=len(groups), max_size=len(groups)))
     of = {group: number / 64 for group, number in zip(groups, prices, strict=True)}
     total = lambda plan: sum(of[g] for g in groups if set(g) <= plan.removed)  # noqa: E731
-    found = run("solve", scored(problem, keyed(problem, of)), additive(0), polish=False)[-1]
+    found = run("ilp", scored(problem, keyed(problem, of)), additive(0), polish=False)[-1]
     assert found in ends(problem)
     assert total(found) == pytest.approx(min(map(total, ends(problem))), abs=1e-9)
     assert not [g for g in groups if set(g) <= found.removed and problem.is_met(Plan(found.removed - set(g)))]
@@ -438,7 +438,7 @@ def keyed(problem: Problem, of: Mapping[Move, float]) -> dict[object, float]:
 def test_the_programme_takes_what_gains_most_and_no_more_than_needed(seed: int, budget: str) -> None:
     problem, prices = problem_of(budget), additive(seed)
     of = {move: prices(Plan(frozenset(move))) - 3 for move in groups_of(problem)}  # nearly all below 0
-    found = run("solve", scored(problem, keyed(problem, of)), additive(0), polish=False)[-1]
+    found = run("ilp", scored(problem, keyed(problem, of)), additive(0), polish=False)[-1]
     assert sorted(problem.removed_moves(found)) == sorted(sorted(of, key=lambda move: of[move])[: int(budget[0])])
 
 
@@ -450,7 +450,7 @@ def test_the_programme_meets_budgets_that_it_misses_by_less_than_its_tolerance(s
     score = additive(seed + 1000)
     cheapest = min(combinations(sites[:6], 3), key=lambda some: score(Plan(frozenset(some))))
     problem = Problem(anatomy_of(sizes, 5), parse_budgets(f"{sum(sizes[s] for s in cheapest) + 1}params")).check()
-    found = run("solve", problem, score, polish=False)[-1]
+    found = run("ilp", problem, score, polish=False)[-1]
     assert problem.is_met(found)
     assert score(found) == pytest.approx(min(map(score, ends(problem))))
 
@@ -458,7 +458,7 @@ def test_the_programme_meets_budgets_that_it_misses_by_less_than_its_tolerance(s
 def test_polish_starts_from_the_programme_and_ends_where_no_exchange_helps() -> None:
     for seed in range(5):
         problem, score = problem_of("25%params,40%kv"), crooked(seed)
-        rough, fine = (run("solve", problem, score, polish=polish)[-1] for polish in (False, True))
+        rough, fine = (run("ilp", problem, score, polish=polish)[-1] for polish in (False, True))
         assert score(fine) <= min(score(rough), *map(score, exchanged(problem, fine)))
 
 
@@ -470,16 +470,16 @@ def test_polish_starts_from_the_programme_and_ends_where_no_exchange_helps() -> 
 def test_span_is_the_best_run_when_more_never_helps(problem: Problem, seed: int) -> None:
     runs = stretches(problem)
     if runs:
-        assert run("span", problem, tangled(seed)) == [min(runs, key=tangled(seed))]
+        assert run("contiguous", problem, tangled(seed)) == [min(runs, key=tangled(seed))]
 
 
 def test_span_takes_the_lowest_run_of_a_metric_without_a_loss() -> None:
     problem, log = problem_of("2blocks"), list[MeasureRequest]()
     scores = {(0, 1): 0.5, (1, 2): 0.2, (2, 3): 0.1, (3, 4): 0.3, (0, 4): 0.0}
-    assert run("span", scored(problem, scores), additive(0), log)[-1].blocks() == [2, 3]
+    assert run("contiguous", scored(problem, scores), additive(0), log)[-1].blocks() == [2, 3]
     assert log == []
     with pytest.raises(UsageError, match="wants a metric of runs, such as angular_span"):
-        run("span", scored(problem, {Site(0, "mlp"): 1.0}), additive(0))
+        run("contiguous", scored(problem, {Site(0, "mlp"): 1.0}), additive(0))
 
 
 @pytest.mark.parametrize(
@@ -488,13 +488,13 @@ def test_span_takes_the_lowest_run_of_a_metric_without_a_loss() -> None:
 )
 def test_the_last_run_needs_no_loss(budget: str, protected: str, keep_last: int, blocks: list[int]) -> None:
     problem, log = problem_of(budget, protected, blocks=6), list[MeasureRequest]()
-    assert run("span", problem, additive(0), log, run="last", keep_last=keep_last)[-1].blocks() == blocks
+    assert run("contiguous", problem, additive(0), log, run="last", keep_last=keep_last)[-1].blocks() == blocks
     assert log == []
 
 
 def test_the_last_run_is_no_longer_than_the_budget_needs() -> None:
     anatomy = anatomy_of({site: 15 if site.block == 3 else 4 for site in plain(4).sites_present()}, 4)
-    assert run("span", Problem(anatomy, parse_budgets("20params")), additive(0), run="last")[-1].blocks() == [3]
+    assert run("contiguous", Problem(anatomy, parse_budgets("20params")), additive(0), run="last")[-1].blocks() == [3]
 
 
 # --- evolve ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ SWAP_LIMIT = 64  # exchanges a round, of the hundreds that there are in a model 
 Count = Callable[..., int]  # (problem, options of the search) -> about how many losses it asks for; at once
 SEARCHES: Registry[Callable[..., Search]] = Registry("search")
 _COUNTS: dict[Callable[..., Search], Count] = {}
-OF_GROUPS = ("joint", "narrow")  # searches that let channel groups go, by metrics of their own
+OF_GROUPS = ("joint", "rank_channels")  # searches that let channel groups go, by metrics of their own
 
 
 @overload

@@ -141,7 +141,7 @@ def _even(problem: Problem, parts: str, multiple: int) -> list[Plan]:
     for early, latter in ((0, 0), ENDS):
         with suppress(BudgetError):  # groups alone may not do
             some = restricted(problem, parts, early, latter)
-            found += drive(SEARCHES["narrow"](some, uniform=True, multiple=multiple), lambda ask: [])
+            found += drive(SEARCHES["rank_channels"](some, uniform=True, multiple=multiple), lambda ask: [])
     return found
 
 

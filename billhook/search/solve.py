@@ -65,6 +65,6 @@ def _programme(problem: Problem, scores: Mapping[Move, float]) -> Plan:
     for part in PARTS:
         counts = [sum(site.part == part for site in move) for move in moves]
         bounds.append((counts, sum(site.part == part for site in alive) - 1))
-    selections = cheapest_selections("solve", prices, [problem.cost(move) for move in moves], problem.targets, bounds)
+    selections = cheapest_selections("ilp", prices, [problem.cost(move) for move in moves], problem.targets, bounds)
     plans = (Plan(frozenset(site for i in chosen for site in moves[i])) for chosen in selections)
     return next(plan for plan in plans if problem.is_met(plan))
