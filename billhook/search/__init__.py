@@ -29,11 +29,13 @@ OF_GROUPS = ("joint", "rank_channels")  # searches that let channel groups go, b
 
 
 @overload
-def search(function: F, /) -> F: ...
+def search(function: F, /) -> F:
+    """File a search that does not say how many losses it asks for."""
 
 
 @overload
-def search(*, losses: Count) -> Callable[[F], F]: ...
+def search(*, losses: Count) -> Callable[[F], F]:
+    """File a search that says how many."""
 
 
 def search(function: F | None = None, /, *, losses: Count | None = None) -> F | Callable[[F], F]:
