@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from billhook.data import file_text
-from billhook.evaluate.choices import log_probabilities, score_choices
-from billhook.face import tune_allocator
-from billhook.loading import Teacher, load
-from billhook.tasks import task_tokens
+from billhook.cli.session import tune_allocator
+from billhook.data.choice_tasks import task_tokens
+from billhook.data.texts import file_text
+from billhook.methods.evaluate.multiple_choice import log_probabilities, score_choices
+from billhook.models.load import Teacher, load
 
 SUBJECT = "The following are multiple choice questions (with answers) about {{subject.replace('_', ' ')}}.\n\n"
 

@@ -7,7 +7,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from billhook.store import Store
+from billhook.runs.store import Store
 
 # file: table, columns (the last ones hold JSON), which rows
 KEPT = {

@@ -26,12 +26,13 @@ from measured import put_back, written_down  # the files beside this one
 from results import PARTS, page
 
 import billhook
-from billhook import lab, searching
-from billhook.face import tune_allocator
-from billhook.recipe import BUILTIN, parse_recipe, read_yaml, recipe_names
-from billhook.records import Event
-from billhook.search import OF_GROUPS, SEARCHES
-from billhook.store import Store
+from billhook.cli.session import tune_allocator
+from billhook.core.events import Event
+from billhook.methods.search import OF_GROUPS, SEARCHES
+from billhook.runs import prepare
+from billhook.runs.recipe import BUILTIN, parse_recipe, read_yaml, recipe_names
+from billhook.runs.store import Store
+from billhook.studies import trials
 
 TOKENS, LENGTH = 4096, 128
 MEASURED = Path(__file__).parent / "measured"
@@ -170,13 +171,13 @@ def regret(given: argparse.Namespace, texts: dict[str, str]) -> None:
     }  # fmt: skip
     with closing(Store(given.work / "billhook.db")) as store:
         run = store.new_run(parse_recipe(common).model_dump(), {"laboratory": "regret"}, str(given.work))
-        bench = lab.StudyContext(store, run, billhook.load("demo"), tell)
+        bench = trials.StudyContext(store, run, billhook.load("demo"), tell)
         rows = []
         for number, (name, own) in enumerate(searches.items()):
             tell(Event("sweep", number, len(searches), name))
             recipe = parse_recipe(common | own)
-            trial = lab.run_trial(bench, name, recipe, tokens := lab.calibration_of(bench, recipe))
-            loss = searching.probe_of(recipe, bench.teacher, tokens, bench.job(recipe)).losses([trial.plan])[0].mean
+            trial = trials.run_trial(bench, name, recipe, tokens := trials.calibration_of(bench, recipe))
+            loss = prepare.probe_of(recipe, bench.teacher, tokens, bench.job(recipe)).losses([trial.plan])[0].mean
             rows.append({"search": name, "loss": loss, "removed": trial.plan.names(), "seconds": trial.seconds,
                          "site_evaluations": trial.site_evaluations})  # fmt: skip
         store.update(run, state="done")

@@ -24,20 +24,23 @@ from methods import LENGTH, MEASURED, SCALED, TASKS, TOKENS, file_result, texts_
 from results import page
 
 import billhook
-from billhook import lab, stats
-from billhook.data import TokenSet
-from billhook.evaluate.choices import score_choices
-from billhook.face import tune_allocator
-from billhook.plan import Plan
-from billhook.portions import train_validation_split
-from billhook.proof import RunContext, Student, choice_logprobs, perplexity_results
-from billhook.recipe import parse_recipe, with_overrides
-from billhook.records import EvalResult, Event
-from billhook.recover import RECOVERIES, RecoveryTask
-from billhook.recovering import TRAINING_VALIDATION_EVERY, recovery_options
-from billhook.repair import NO_REPAIR, Repair
-from billhook.searching import recovery_tokens
-from billhook.store import Store
+from billhook.cli.session import tune_allocator
+from billhook.core import statistics
+from billhook.core.events import Event
+from billhook.core.plan import Plan
+from billhook.core.results.measured import EvalResult
+from billhook.data.splits import train_validation_split
+from billhook.data.token_sets import TokenSet
+from billhook.methods.evaluate.multiple_choice import score_choices
+from billhook.methods.recover import RECOVERIES, RecoveryTask
+from billhook.models.repair import NO_REPAIR, Repair
+from billhook.runs.evaluation import Student, choice_logprobs, perplexity_results
+from billhook.runs.job import RunContext
+from billhook.runs.prepare import recovery_tokens
+from billhook.runs.recipe import parse_recipe, with_overrides
+from billhook.runs.recovery import TRAINING_VALIDATION_EVERY, recovery_options
+from billhook.runs.store import Store
+from billhook.studies import sweep, trials
 
 FREE = ("mean", "scale", "lowrank", "linear", "fold", "fold+mixed")
 IN_SEARCH = "fold-in-search"
@@ -68,11 +71,11 @@ def main() -> None:
         }  # fmt: skip
         recipe = parse_recipe(with_overrides("billhook", **common, **SCALED["billhook"]))
         run = store.new_run(recipe.model_dump(), {"laboratory": "recovery"}, str(given.work))
-        bench = lab.StudyContext(store, run, billhook.load("demo"), tell)
-        trial = lab.run_trial(bench, "billhook", recipe, lab.calibration_of(bench, recipe))
-        grid = lab.Grid(("billhook",), ("12sites",), (texts["c4"],), (texts["c4"], texts["wikitext2"]),
+        bench = trials.StudyContext(store, run, billhook.load("demo"), tell)
+        trial = trials.run_trial(bench, "billhook", recipe, trials.calibration_of(bench, recipe))
+        grid = sweep.Grid(("billhook",), ("12sites",), (texts["c4"],), (texts["c4"], texts["wikitext2"]),
                         tuple(texts[task] for task in TASKS[:2]))  # fmt: skip
-        sets = lab.evaluation_sets(bench, grid, recipe)
+        sets = sweep.evaluation_sets(bench, grid, recipe)
         told |= {"removed": trial.plan.names(), "evaluation": {name: each.describe() for name, each in sets.items()}}
 
         job = bench.job(recipe)
@@ -104,12 +107,14 @@ def main() -> None:
     written_down(database, MEASURED)
 
 
-def in_search(bench: lab.StudyContext, sets: dict[str, TokenSet], common: dict[str, Any], work: Path) -> dict[str, Any]:
+def in_search(
+    bench: trials.StudyContext, sets: dict[str, TokenSet], common: dict[str, Any], work: Path
+) -> dict[str, Any]:
     """What it changes that a search judges plans after a fold: both plans are folded, then compared."""
     found, told = [], {}
     for name, inside in {"after the search": False, "in the search too": True}.items():
         recipe = parse_recipe(common | {"search": "greedy", "fast": True, "recover": "fold", "fold_in_search": inside})
-        trial = lab.run_trial(bench, "greedy", recipe, lab.calibration_of(bench, recipe))
+        trial = trials.run_trial(bench, "greedy", recipe, trials.calibration_of(bench, recipe))
         repair, _ = recovered(bench.job(recipe), bench, trial.plan, work)
         found.append(results_of(bench.job(recipe), bench, sets, (trial.plan, repair)))
         told[name] = {"removed": trial.plan.names(), "search_seconds": trial.seconds,
@@ -119,7 +124,7 @@ def in_search(bench: lab.StudyContext, sets: dict[str, TokenSet], common: dict[s
 
 
 def results_of(
-    job: RunContext, bench: lab.StudyContext, sets: dict[str, TokenSet], side: Student
+    job: RunContext, bench: trials.StudyContext, sets: dict[str, TokenSet], side: Student
 ) -> dict[str, EvalResult]:
     """Perplexity on every text and accuracy on every task of one student; filed, so that no side is measured twice."""
     found = {}
@@ -138,7 +143,7 @@ def tell(event: Event) -> None:
 
 
 def recovered(
-    job: RunContext, bench: lab.StudyContext, plan: Plan, work: Path
+    job: RunContext, bench: trials.StudyContext, plan: Plan, work: Path
 ) -> tuple[Repair, list[tuple[float, float]]]:
     """The repair of a chain of recoveries, and the best validation loss over the seconds of its trainings."""
     repair, start = NO_REPAIR, time.perf_counter()
@@ -167,9 +172,9 @@ def row(
     """What a recovery did on every text and task: before, after, the paired change, the share of the gap."""
     on = {}
     for name, result in after.items():
-        change = stats.paired_difference(bare[name], result)
+        change = statistics.paired_difference(bare[name], result)
         text = result.name == "perplexity"
-        values = [stats.exp_capped(each.mean) if text else each.mean for each in (dense[name], bare[name], result)]
+        values = [statistics.exp_capped(each.mean) if text else each.mean for each in (dense[name], bare[name], result)]
         lost = values[1] - values[0]
         on[name] = {
             "kind": result.name, "tokens": result.tokens, "dense": values[0], "before": values[1], "after": values[2],

@@ -25,15 +25,16 @@ from typing import Any
 
 import torch
 
-from billhook.budget import parse_budgets
-from billhook.data import TokenSet, documents, pack_rows, read_texts, special_prefix, token_set
-from billhook.face import tune_allocator
-from billhook.loading import Teacher, load
-from billhook.plan import MeasureRequest, Plan
-from billhook.probe import Probe, RacingOptions
-from billhook.problem import Problem
-from billhook.records import Loss
-from billhook.search import SEARCHES, drive
+from billhook.cli.session import tune_allocator
+from billhook.core.budget import parse_budgets
+from billhook.core.plan import MeasureRequest, Plan
+from billhook.core.problem import Problem
+from billhook.core.results.measured import Loss
+from billhook.data.texts import read_texts
+from billhook.data.token_sets import TokenSet, documents, pack_rows, special_prefix, token_set
+from billhook.engine.probe import Probe, RacingOptions
+from billhook.methods.search import SEARCHES, drive
+from billhook.models.load import Teacher, load
 
 HELD_OUT = 64  # sequences on which the two plans are compared
 

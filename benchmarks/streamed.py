@@ -64,7 +64,7 @@ def main() -> None:
         less = ("--eval-tokens", "128", "--eval-length", "32")
         out = str(Path(scratch) / "out")
         store = ("--store", str(Path(scratch) / "runs.db"), "--out", out)
-        billhook = [sys.executable, "-m", "billhook.cli"]
+        billhook = [sys.executable, "-m", "billhook"]
         jobs = {
             "score": [*billhook, "score", model, "--metric", "cosine", *text],
             "round": [sys.executable, "-c", ROUND, model, memory, tokens],

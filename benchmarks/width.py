@@ -25,15 +25,18 @@ from recovery import recovered, results_of, row, tell
 from results import page
 
 import billhook
-from billhook import lab, speed, stats
-from billhook.face import tune_allocator
-from billhook.plan import Plan
-from billhook.proof import cache_dtype
-from billhook.recipe import parse_recipe, with_overrides
-from billhook.records import EvalResult, Event
-from billhook.repair import NO_REPAIR
-from billhook.store import Store
-from billhook.surgery import apply
+from billhook.cli.session import tune_allocator
+from billhook.core import statistics
+from billhook.core.events import Event
+from billhook.core.plan import Plan
+from billhook.core.results.measured import EvalResult
+from billhook.methods.evaluate import speed
+from billhook.models.repair import NO_REPAIR
+from billhook.models.surgery import apply
+from billhook.runs.evaluation import cache_dtype
+from billhook.runs.recipe import parse_recipe, with_overrides
+from billhook.runs.store import Store
+from billhook.studies import sweep, trials
 
 SIZES = ("10%", "20%", "30%")
 RECIPES: dict[str, dict[str, Any]] = {
@@ -73,7 +76,7 @@ def main() -> None:
     told: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": {}, "speed": {}}
     with closing(Store(database)) as store:
         run = store.new_run({}, {"laboratory": "width"}, str(given.work))
-        bench = lab.StudyContext(store, run, billhook.load("demo"), tell)
+        bench = trials.StudyContext(store, run, billhook.load("demo"), tell)
         for what in given.only.split(",") if given.only else every:
             size, name = what.split("/")
             if name == "speed":
@@ -91,22 +94,22 @@ def main() -> None:
         store.update(run, state="done")
 
 
-def tried(bench: lab.StudyContext, texts: dict[str, str], size: str, name: str) -> tuple[Any, lab.Trial]:
+def tried(bench: trials.StudyContext, texts: dict[str, str], size: str, name: str) -> tuple[Any, trials.Trial]:
     """The recipe of a row, and the plan that it finds."""
     common = {
         "model": "demo", "remove": size, "data": texts["c4"], "tokens": TOKENS, "length": LENGTH, "self_share": 0.0,
     }  # fmt: skip
     recipe = parse_recipe(with_overrides(name.partition(" ")[0], **common, **(RECIPES | OPTIONS)[name]))
-    return recipe, lab.run_trial(bench, name, recipe, lab.calibration_of(bench, recipe))
+    return recipe, trials.run_trial(bench, name, recipe, trials.calibration_of(bench, recipe))
 
 
-def measured(bench: lab.StudyContext, texts: dict[str, str], what: str, work: Path) -> dict[str, Any]:
+def measured(bench: trials.StudyContext, texts: dict[str, str], what: str, work: Path) -> dict[str, Any]:
     """One row: the plan of a recipe at a size, on two texts and three tasks, without and with `fold`."""
     size, name = what.split("/")
     recipe, trial = tried(bench, texts, size, name)
-    grid = lab.Grid((name,), (size,), (texts["c4"],), (texts["c4"], texts["wikitext2"]),
+    grid = sweep.Grid((name,), (size,), (texts["c4"],), (texts["c4"], texts["wikitext2"]),
                     tuple(texts[task] for task in TASKS))  # fmt: skip
-    sets = lab.evaluation_sets(bench, grid, recipe)
+    sets = sweep.evaluation_sets(bench, grid, recipe)
 
     asked = recipe.model_copy(update={"recover": "fold", "recover_tokens": FOLD_TOKENS})
     start = time.perf_counter()
@@ -122,7 +125,7 @@ def measured(bench: lab.StudyContext, texts: dict[str, str], what: str, work: Pa
     }  # fmt: skip
 
 
-def held_against(bench: lab.StudyContext, rows: dict[str, Any], size: str) -> list[dict[str, Any]]:
+def held_against(bench: trials.StudyContext, rows: dict[str, Any], size: str) -> list[dict[str, Any]]:
     """What each of `RIVALS` loses more than the best of its rivals of that size, in nats a token, without and with
     `fold`, paired over texts."""
 
@@ -142,31 +145,31 @@ def held_against(bench: lab.StudyContext, rows: dict[str, Any], size: str) -> li
         for text in (text for text, on in rows[mine]["on"].items() if on["kind"] == "perplexity"):
             for when in ("before", "after"):
                 best = min(there, key=lambda other: rows[other]["on"][text][when])
-                gap = stats.paired_difference(filed(best, text, when), filed(mine, text, when))
+                gap = statistics.paired_difference(filed(best, text, when), filed(mine, text, when))
                 told.append({"recipe": name, "rival": best.partition("/")[2], "text": text, "when": when,
                              "change": gap.value, "low": gap.low, "high": gap.high})  # fmt: skip
     return told
 
 
-def options_of_saap(bench: lab.StudyContext, texts: dict[str, str]) -> list[dict[str, Any]]:
+def options_of_saap(bench: trials.StudyContext, texts: dict[str, str]) -> list[dict[str, Any]]:
     """Other settings of saap at `OPTIONS_AT`, without a recovery, in pairs against what it is meant to beat."""
     told: list[dict[str, Any]] = []
     base: dict[str, EvalResult] = {}
     for name in (RIVALS["saap"][0], "saap", *OPTIONS):
         recipe, trial = tried(bench, texts, OPTIONS_AT, name)
-        grid = lab.Grid((name,), (OPTIONS_AT,), (texts["c4"],), (texts["c4"], texts["wikitext2"]), ())
-        sets = lab.evaluation_sets(bench, grid, recipe)
+        grid = sweep.Grid((name,), (OPTIONS_AT,), (texts["c4"],), (texts["c4"], texts["wikitext2"]), ())
+        sets = sweep.evaluation_sets(bench, grid, recipe)
         found = results_of(bench.job(recipe), bench, sets, (trial.plan, NO_REPAIR))
         base = base or found
         for text, result in found.items():
-            gap = stats.paired_difference(base[text], result)
-            told.append({"recipe": name, "text": text, "perplexity": stats.exp_capped(result.mean),
+            gap = statistics.paired_difference(base[text], result)
+            told.append({"recipe": name, "text": text, "perplexity": statistics.exp_capped(result.mean),
                          "change": gap.value, "low": gap.low, "high": gap.high})  # fmt: skip
         tell(Event("recovery", 1, 1, name))
     return told
 
 
-def timed(bench: lab.StudyContext, texts: dict[str, str], size: str, work: Path) -> dict[str, Any]:
+def timed(bench: trials.StudyContext, texts: dict[str, str], size: str, work: Path) -> dict[str, Any]:
     """Prefill and decoding of what every recipe leaves, and of the unpruned model, in turn, and peak memory."""
     shutil.rmtree(work, ignore_errors=True)
     names = ["unpruned", *RECIPES]

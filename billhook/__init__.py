@@ -11,40 +11,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from billhook.api import (
-        dry_run,
-        evaluate_model,
-        inspect,
-        measure_speed,
-        methods,
-        prune,
-        resume,
-        runs,
-        score,
-        show,
-    )
-    from billhook.budget import Budget
-    from billhook.contests import (
-        ab_test,
-        baselines,
-        compare,
-        evaluate_tasks,
-        gate,
-        save_baseline,
-        stability,
-        sweep,
-        threshold,
-        transfer,
-    )
-    from billhook.errors import BillhookError
-    from billhook.export.adapter import load_with_adapter
-    from billhook.export.checkpoint import save
-    from billhook.loading import Teacher, load, register
-    from billhook.mask import masked
-    from billhook.plan import Anatomy, Plan, Site
-    from billhook.recipe import Recipe
-    from billhook.records import Event
-    from billhook.surgery import apply
+    from billhook.api import dry_run, evaluate_model, inspect, measure_speed, methods, prune, resume, runs, score, show
+    from billhook.core.anatomy import Anatomy
+    from billhook.core.budget import Budget
+    from billhook.core.errors import BillhookError
+    from billhook.core.events import Event
+    from billhook.core.plan import Plan, Site
+    from billhook.methods.export.adapter import load_with_adapter
+    from billhook.methods.export.checkpoint import save
+    from billhook.models.load import Teacher, load
+    from billhook.models.pruned_config import register
+    from billhook.models.surgery import apply, masked
+    from billhook.runs.recipe import Recipe
+    from billhook.studies.ab_test import ab_test
+    from billhook.studies.compare import compare
+    from billhook.studies.eval_sets import evaluate_tasks
+    from billhook.studies.gate import baselines, gate, save_baseline
+    from billhook.studies.stability import stability
+    from billhook.studies.sweep import sweep
+    from billhook.studies.threshold import threshold
+    from billhook.studies.transfer import transfer
 
 __all__ = [
     "Anatomy",
@@ -82,32 +68,41 @@ __all__ = [
     "threshold",
     "transfer",
 ]
-_API = ("dry_run", "evaluate_model", "inspect", "measure_speed", "methods", "prune", "resume", "runs", "score", "show")
-_CONTESTS = (
-    "baselines",
-    "compare",
-    "ab_test",
-    "evaluate_tasks",
-    "gate",
-    "save_baseline",
-    "stability",
-    "sweep",
-    "threshold",
-    "transfer",
-)
 _HOMES = {
-    **dict.fromkeys(_API, "api"),
-    **dict.fromkeys(_CONTESTS, "contests"),
-    **dict.fromkeys(("Teacher", "load", "register"), "loading"),
-    **dict.fromkeys(("Anatomy", "Plan", "Site"), "plan"),
-    "BillhookError": "errors",
-    "Budget": "budget",
-    "Event": "records",
-    "Recipe": "recipe",
-    "apply": "surgery",
-    "masked": "mask",
-    "save": "export.checkpoint",
-    "load_with_adapter": "export.adapter",
+    "Anatomy": "core.anatomy",
+    "BillhookError": "core.errors",
+    "Budget": "core.budget",
+    "Event": "core.events",
+    "Plan": "core.plan",
+    "Recipe": "runs.recipe",
+    "Site": "core.plan",
+    "Teacher": "models.load",
+    "ab_test": "studies.ab_test",
+    "apply": "models.surgery",
+    "baselines": "studies.gate",
+    "compare": "studies.compare",
+    "dry_run": "api",
+    "evaluate_model": "api",
+    "evaluate_tasks": "studies.eval_sets",
+    "gate": "studies.gate",
+    "inspect": "api",
+    "load": "models.load",
+    "load_with_adapter": "methods.export.adapter",
+    "masked": "models.surgery",
+    "measure_speed": "api",
+    "methods": "api",
+    "prune": "api",
+    "register": "models.pruned_config",
+    "resume": "api",
+    "runs": "api",
+    "save": "methods.export.checkpoint",
+    "save_baseline": "studies.gate",
+    "score": "api",
+    "show": "api",
+    "stability": "studies.stability",
+    "sweep": "studies.sweep",
+    "threshold": "studies.threshold",
+    "transfer": "studies.transfer",
 }
 
 

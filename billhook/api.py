@@ -11,27 +11,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from billhook import pipeline, proof, searching
-from billhook import speed as timing
-from billhook.data import TokenSet
-from billhook.errors import FingerprintError, ResourceError, RunError, UsageError
-from billhook.evaluate import EVALUATIONS, evaluate_by_name
-from billhook.loading import Teacher, load, pick_device
-from billhook.losses import ITEM_LOSSES, LOSSES
-from billhook.metrics import GROUP_METRICS, METRICS
-from billhook.plan import Plan, Site
-from billhook.protocols import fixed_windows, per_byte_and_word
-from billhook.recipe import TARGETS, Recipe, parse_recipe, with_overrides
-from billhook.records import EventListener, Score, ignore_events
-from billhook.recover import RECOVERIES
-from billhook.registry import resolve_options
-from billhook.search import SEARCHES
-from billhook.speed import TimingProtocol
-from billhook.stats import exp_capped, mean_interval, score_interval
-from billhook.store import Run, Store
-from billhook.vet import dtype_name
+from billhook.core.errors import FingerprintError, ResourceError, RunError, UsageError
+from billhook.core.events import EventListener, ignore_events
+from billhook.core.plan import Plan, Site
+from billhook.core.registry import resolve_options
+from billhook.core.results.measured import Score
+from billhook.core.statistics import exp_capped, mean_interval, score_interval
+from billhook.data.token_sets import TokenSet
+from billhook.data.windows import fixed_windows, per_byte_and_word
+from billhook.engine.losses import ITEM_LOSSES, LOSSES
+from billhook.methods.evaluate import EVALUATIONS, evaluate_by_name
+from billhook.methods.evaluate import speed as timing
+from billhook.methods.evaluate.speed import TimingProtocol
+from billhook.methods.metrics import GROUP_METRICS, METRICS
+from billhook.methods.recover import RECOVERIES
+from billhook.methods.search import SEARCHES
+from billhook.models.device import dtype_name, environment
+from billhook.models.load import Teacher, load
+from billhook.report.run_report import write_report
+from billhook.runs import evaluation
+from billhook.runs.job import run_environment
+from billhook.runs.pipeline import preview_run, run_pruning
+from billhook.runs.prepare import load_teacher, probe_of, tokens_for
+from billhook.runs.recipe import TARGETS, Recipe, of_text, parse_recipe, with_overrides
+from billhook.runs.result import anatomy_json
+from billhook.runs.store import STORE, Run, Store
 
-STORE = "billhook.db"
 NOTHING_GOES = ("compare", "gate", "baseline", "eval")  # of runs that are no pruning
 
 
@@ -55,12 +60,7 @@ def prune(
     where = str(out) if out is not None else str(Path("pruned") / "{run}")
     with closing(Store(Path(store))) as opened:
         run = opened.new_run(asked.model_dump(), run_environment(asked), where)
-        return pipeline.run_pruning(opened, opened.run(run), watch)
-
-
-def run_environment(recipe: Recipe) -> dict[str, Any]:
-    """Where a run is measured."""
-    return asdict(proof.environment(str(pick_device(recipe.device)))) | {"folder": str(Path.cwd())}
+        return run_pruning(opened, opened.run(run), watch, write_report)
 
 
 def dry_run(
@@ -71,7 +71,7 @@ def dry_run(
     **options: Any,
 ) -> dict[str, Any]:
     """What `prune` with the same options would do: losses to measure, memory, disk and time. Writes nothing."""
-    return pipeline.preview_run(parse_recipe(with_overrides(recipe, model=str(model), **options), "The call"), watch)
+    return preview_run(parse_recipe(with_overrides(recipe, model=str(model), **options), "The call"), watch)
 
 
 def resume(
@@ -95,7 +95,7 @@ def resume(
         if begun != str(Path.cwd()):  # its model, data and out may be paths from there
             raise RunError(f"Run {chosen.id} was begun in another folder. Go there first: cd {shlex.quote(begun)}")
         _same_recipe(chosen, options)
-        return pipeline.run_pruning(opened, chosen, watch)
+        return run_pruning(opened, chosen, watch, write_report)
 
 
 def _same_recipe(run: Run, options: dict[str, Any]) -> None:
@@ -133,7 +133,7 @@ def inspect(model: str | Path | Teacher = "demo", **options: Any) -> dict[str, A
         "fingerprint": teacher.fingerprint,
         "dtype": dtype_name(teacher.dtype),
         "already_removed": teacher.removed_earlier.names(),
-        **pipeline.anatomy_json(teacher.anatomy),
+        **anatomy_json(teacher.anatomy),
         "total": {kind: teacher.anatomy.total(kind) for kind in kinds},
     }
 
@@ -155,16 +155,16 @@ def evaluate_model(
     """
     names = dict.fromkeys((evaluations,) if isinstance(evaluations, str) else evaluations)
     recipe = of_text(str(model), options)  # held-out text does not depend on how much is for calibration
-    teacher = searching.load_teacher(recipe, watch)
+    teacher = load_teacher(recipe, watch)
     if protocol is None:
-        _, tokens = searching.tokens_for(recipe, teacher, watch)
+        _, tokens = tokens_for(recipe, teacher, watch)
     else:
         source = recipe.eval_data or recipe.data
         tokens = fixed_windows(source, protocol, recipe.field, teacher.tokenizer, teacher.model.config)
     if names:
         return _by_name(teacher, tokens, list(names), recipe, watch) | {"protocol": protocol}
     if teacher.weights is not None:
-        result = proof.streamed_perplexity(teacher, [Plan()], tokens, recipe.memory_bytes)[0]
+        result = evaluation.streamed_perplexity(teacher, [Plan()], tokens, recipe.memory_bytes)[0]
     else:
         result = evaluate_by_name(teacher, tokens, ["perplexity"], {}, watch=watch, who=teacher.name)["perplexity"]
     spread = mean_interval(result, recipe.seed)
@@ -198,13 +198,6 @@ def _by_name(
     return {"model": teacher.name, "evaluations": told, "data": tokens.describe()}
 
 
-def of_text(model: str, options: dict[str, Any]) -> Recipe:
-    """The fields of a recipe that concern model, text and seed, where nothing is pruned."""
-    return parse_recipe(
-        {"model": model, "remove": "1sites", "tokens": 16, "length": 16, "self_share": 0, **options}, "The call"
-    )
-
-
 def score(
     model: str | Path | Teacher = "demo",
     metric: str = "cosine",
@@ -230,10 +223,10 @@ def score(
     name = known.name if known is not None else str(model)
     least = {"remove": "1sites", "eval_tokens": 64, "eval_length": 16, "self_share": 0}  # no one looks at held-out text
     recipe = parse_recipe({"model": name, **least, **fields}, "The call")
-    teacher = known if known is not None else searching.load_teacher(recipe, watch)
-    calibration, _ = searching.tokens_for(recipe, teacher, watch)
+    teacher = known if known is not None else load_teacher(recipe, watch)
+    calibration, _ = tokens_for(recipe, teacher, watch)
     start = time.perf_counter()
-    probe = searching.probe_of(recipe, teacher, calibration)
+    probe = probe_of(recipe, teacher, calibration)
     found = zip(names, metrics, given, strict=True)
     scores = {name: _by_kind(teacher, metric(probe, **own)) for name, metric, own in found}
     return {
@@ -294,7 +287,7 @@ def measure_speed(
             for teacher, measured in zip(teachers, timings, strict=True)
         ],
         "protocol": asdict(protocol),
-        "environment": asdict(proof.environment(str(models[0].device))),
+        "environment": asdict(environment(str(models[0].device))),
     }
     return told | ({"ratio": timing.speed_ratio(*timings)} if other is not None else {})
 

@@ -10,8 +10,8 @@ from typing import Any
 import typer
 
 import billhook
-from billhook.arch import ARCHITECTURES, Architecture
-from billhook.cli import app
+from billhook.cli.main import app
+from billhook.models.architectures import ARCHITECTURES, Architecture
 
 DOCS = Path(__file__).parent
 COLUMNS = 100

@@ -9,9 +9,9 @@ out, it is the prose that comes with Python. The checkpoint and its report appea
 import sys
 
 import billhook
-from billhook.plan import MeasureRequest, Plan
-from billhook.problem import Problem
-from billhook.search import Search, search
+from billhook.core.plan import MeasureRequest, Plan
+from billhook.core.problem import Problem
+from billhook.methods.search import Search, search
 
 
 @search

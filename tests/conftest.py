@@ -18,7 +18,7 @@ import tiny
 import torch
 import transformers
 
-from billhook import speed
+from billhook.methods.evaluate import speed
 
 torch.set_num_threads(1)  # the tests themselves run side by side
 transformers.utils.logging.disable_progress_bar()

@@ -22,12 +22,12 @@ import tiny
 import typer
 
 import billhook
-from billhook import errors
-from billhook.arch import ARCHITECTURES
-from billhook.budget import UNITS, Budget, parse_budgets
-from billhook.losses import LOSSES
-from billhook.recipe import Recipe
-from billhook.records import LOSS_UNITS
+from billhook.core import errors
+from billhook.core.budget import UNITS, Budget, parse_budgets
+from billhook.core.results.measured import LOSS_UNITS
+from billhook.engine.losses import LOSSES
+from billhook.models.architectures import ARCHITECTURES
+from billhook.runs.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -261,7 +261,7 @@ def test_inline_code_names_only_what_exists(page: Path) -> None:
 
 
 def test_recipes_in_the_docs_are_recipes(tmp_path: Path) -> None:
-    from billhook.recipe import parse_recipe, read_yaml
+    from billhook.runs.recipe import parse_recipe, read_yaml
 
     found = [block for page in PAGES if page.exists() for block in fences(read(page), "yaml")]
     assert found

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from billhook.evaluate import EVALUATIONS
-from billhook.losses import ITEM_LOSSES, LOSSES
-from billhook.metrics import GROUP_METRICS, METRICS
-from billhook.recover import RECOVERIES
-from billhook.registry import Registry
-from billhook.search import SEARCHES
+from billhook.core.registry import Registry
+from billhook.engine.losses import ITEM_LOSSES, LOSSES
+from billhook.methods.evaluate import EVALUATIONS
+from billhook.methods.metrics import GROUP_METRICS, METRICS
+from billhook.methods.recover import RECOVERIES
+from billhook.methods.search import SEARCHES
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,0 +1,229 @@
+"""The command line: reads options, calls the functions of the same names, shows what they return."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from billhook.cli.options import (
+    DEFAULT_STORE,
+    RECIPE,
+    TEXT_OPTIONS,
+    ItemLimit,
+    Json,
+    Model,
+    NumberOfShots,
+    Quiet,
+    ShotsFrom,
+    StoreFile,
+    Tasks,
+    Verbose,
+    command_line,
+    split_commas,
+    with_options,
+)
+from billhook.cli.session import CommandSession
+from billhook.cli.studies import COMMANDS
+from billhook.core.errors import UsageError
+
+app = typer.Typer(
+    name="billhook",
+    help="Prune large language models in depth and in width: score, search, remove, prove, save.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.command(name="prune")
+@with_options(*RECIPE)
+def prune_command(
+    *,
+    model: Model = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write [default: pruned/<run>]")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A YAML file of options, or one of ours by name; typed ones win")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest unfinished run")] = False,
+    run: Annotated[str | None, typer.Option(help="With --resume: which run")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be measured, memory and time")
+    ] = False,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Remove the sites that a model can lose, prove what that cost and gained, and save the rest."""
+    again = command_line("prune", "--resume", store=store)
+    with CommandSession(as_json, quiet, verbose, again) as face:
+        from billhook import api
+        from billhook.runs.recipe import with_overrides
+
+        given = with_overrides(recipe, **({"model": model} if model else {}), **options)
+        if run and not resume:
+            raise UsageError(f"--run {run} goes with --resume. Add --resume, or leave --run out.")
+        if resume and dry_run:
+            raise UsageError("--dry-run is of a new run, and --resume goes on with one. Leave one of them out.")
+        if resume:
+            if out is not None:
+                raise UsageError("--out belongs to a new run; a resumed one keeps its own. Leave --out away.")
+            result = api.resume(run, store=_existing(store), watch=face.watch, **given)
+        elif dry_run:
+            return face.show(api.dry_run(watch=face.watch, **given), "plan_of_work")
+        else:
+            result = api.prune(out=out, store=store, watch=face.watch, **given)
+        face.show(result, "result")
+
+
+@app.command(name="inspect")
+@with_options("device", "dtype", "trust_remote_code")
+def inspect_command(
+    *, model: Model = None, as_json: Json = False, verbose: Verbose = False, options: dict[str, Any]
+) -> None:
+    """Show a model's anatomy: every site with its parameters, bytes, KV-cache bytes and FLOPs per token."""
+    with CommandSession(as_json, False, verbose) as face:
+        from billhook import api
+
+        face.show(api.inspect(model or "demo", watch=face.watch, **options), "anatomy")
+
+
+@app.command(name="score")
+@with_options("set", "loss", "data", "field", "tokens", "length", "memory", "seed", "device", "dtype",
+               "trust_remote_code")  # fmt: skip
+def score_command(
+    *,
+    model: Model = None,
+    metric: Annotated[
+        str, typer.Option(help="How to score, several as cosine,l2; `billhook methods` lists the metrics")
+    ] = "cosine",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Score sites, blocks, spans of blocks or channel groups: how much each seems to matter, without removing it."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        from billhook import api
+
+        face.show(api.score(model or "demo", metric, watch=face.watch, **options), "scores")
+
+
+@app.command(name="eval")
+@with_options("set", *TEXT_OPTIONS)
+def eval_command(
+    *,
+    model: Model = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="All of the text in windows, as papers do: gptq (2,048 tokens), shortened-llama")
+    ] = None,
+    tasks: Tasks = "",
+    items: ItemLimit = None,
+    shots: NumberOfShots = 0,
+    shots_from: ShotsFrom = "",
+    evaluations: Annotated[
+        str, typer.Option(help="Evaluations by name, as mine,acc, instead of perplexity or a task's own scores")
+    ] = "",
+    store: Annotated[Path, typer.Option(help="With --tasks: where answers are filed as they come")] = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Measure perplexity on held-out text, on which prune with the same options proves its student, or --tasks."""
+    own = {"tasks": tasks, "items": items, "shots": shots, "shots_from": shots_from, "store": store}
+    again = command_line("eval", model or "demo", **own, **options) if tasks else ""
+    with CommandSession(as_json, quiet, verbose, resume=again) as face:
+        from billhook import api
+        from billhook.studies import eval_sets
+
+        if tasks:
+            if protocol is not None or {"data", "eval_data"} & set(options):
+                raise UsageError("--tasks are measured in the place of text. Leave --data and --protocol out.")
+            told = eval_sets.evaluate_tasks(
+                model or "demo", split_commas(tasks), items=items, shots=shots, shots_from=shots_from, store=store,
+                evaluations=split_commas(evaluations), watch=face.watch, **options,
+            )  # fmt: skip
+            return face.show(told, "tasks")
+        names = split_commas(evaluations)
+        told = api.evaluate_model(model or "demo", protocol=protocol, evaluations=names, watch=face.watch, **options)
+        face.show(told, "evaluations" if names else "evaluation")
+
+
+@app.command(name="speed")
+@with_options("device", "dtype")
+def speed_command(
+    *,
+    model: Model = None,
+    other: Annotated[str | None, typer.Argument(help="A second model, timed in turn with the first")] = None,
+    batch: Annotated[int, typer.Option(help="Prompts at a time", min=1)] = 1,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens a prompt", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded", min=1)] = 32,
+    repeats: Annotated[int, typer.Option(help="Counted runs of each", min=2)] = 9,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Measure prefill and decode speed and peak memory of one model, or of two in turn (A B A B)."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        from billhook import api
+        from billhook.methods.evaluate.speed import TimingProtocol
+
+        protocol = TimingProtocol(prompt_tokens, new_tokens, batch, repeats)
+        told = api.measure_speed(model or "demo", other, protocol=protocol, watch=face.watch, **options)
+        face.show(told, "speed")
+
+
+for command in COMMANDS:
+    app.command(name=command.__name__.removesuffix("_command"))(command)
+
+
+@app.command(name="runs")
+def runs_command(*, store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False) -> None:
+    """List the runs of a store, the newest first."""
+    with CommandSession(as_json, True, verbose) as face:
+        from billhook import api
+
+        face.show({"runs": api.runs(_existing(store))}, "runs")
+
+
+@app.command(name="show")
+def show_command(
+    *, run: Annotated[str, typer.Argument(help="The run's id, as `billhook runs` lists it")],
+    store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Show all that the store holds of one run."""
+    with CommandSession(as_json, True, verbose) as face:
+        from billhook import api
+
+        face.show(api.show(run, _existing(store)), "run")
+
+
+@app.command(name="methods")
+def methods_command(*, as_json: Json = False, verbose: Verbose = False) -> None:
+    """List every registered metric, loss, search and evaluation with its source."""
+    with CommandSession(as_json, True, verbose) as face:
+        from billhook import api
+
+        face.show({"methods": api.methods()}, "methods")
+
+
+def _existing(store: Path) -> Path:
+    """Reading commands make no new store."""
+    if not store.is_file():
+        raise UsageError(f"There is no store {store}. Give the file that `billhook prune` wrote with --store.")
+    return store
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

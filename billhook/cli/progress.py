@@ -1,0 +1,94 @@
+"""Progress in the terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from billhook.core.events import Event, EventListener, ignore_events
+
+PLAIN_SECONDS = 5.0  # without a terminal, at most one line in so many seconds
+
+
+def silence_libraries(verbose: bool) -> None:
+    """Keep transformers' own bars and warnings off the screen, unless asked for."""
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def progress(*, quiet: bool) -> tuple[EventListener, Callable[[], None]]:
+    """A watcher that shows stages on stderr with rate and ETA, and how to close it."""
+    if quiet:
+        return ignore_events, lambda: None
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return _plain_progress(), lambda: None
+    bars = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.fields[stage]:<9}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("[dim]{task.fields[note]}"),
+        console=console,
+        transient=False,
+    )
+    return _Bars(bars), bars.stop
+
+
+class _Bars:
+    """One bar a stage; a stage that starts over (a search round) starts its bar over."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars, self._tasks = bars, {}  # type: ignore[var-annotated]
+        self._since: dict[str, tuple[float, int]] = {}
+        bars.start()
+
+    def __call__(self, event: Event) -> None:
+        if event.stage not in self._tasks:
+            self._tasks[event.stage] = self._bars.add_task("", stage=event.stage, rate="", note="", total=event.total)
+        task = self._tasks[event.stage]
+        shown = self._bars.tasks[self._bars.task_ids.index(task)]
+        if event.done < shown.completed:
+            self._bars.reset(task)
+            self._since.pop(event.stage, None)
+        start, first = self._since.setdefault(event.stage, (time.monotonic(), event.done))
+        self._bars.update(
+            task, completed=event.done, total=event.total, note=event.note[:60], rate=_rate(event, start, first)
+        )
+
+
+def _rate(event: Event, start: float, first: int) -> str:
+    passed = time.monotonic() - start
+    return f"{(event.done - first) / passed:.1f}/s" if passed > 1 and event.done > first else ""
+
+
+def _plain_progress() -> EventListener:
+    """Lines on stderr: a new stage at once, the same stage every few seconds and when it is complete."""
+    last: dict[str, Any] = {"stage": "", "at": 0.0, "start": 0.0, "first": 0, "done": 0}
+
+    def watch(event: Event) -> None:
+        now = time.monotonic()
+        fresh = event.stage != last["stage"]
+        if fresh or event.done < last["done"]:
+            last.update(stage=event.stage, start=now, first=event.done)
+        last["done"] = event.done
+        complete = event.total is not None and event.done == event.total
+        if not fresh and not complete and now - last["at"] < PLAIN_SECONDS:
+            return
+        last["at"] = now
+        count = f" {event.done}/{event.total}" if event.total else ""
+        rate, left = _rate(event, last["start"], last["first"]), ""
+        if rate and event.total:
+            left = f", {(event.total - event.done) * (now - last['start']) / (event.done - last['first']):.0f} s left"
+        print(f"{event.stage}{count} {event.note} {rate}{left}".rstrip(), file=sys.stderr, flush=True)
+
+    return watch

@@ -1,0 +1,142 @@
+"""How a command begins, shows its result and fails: a message and an exit code, never a traceback unless asked for."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from billhook.cli.study_tables import foot, stability_table, sweep_table, transfer_table
+from billhook.cli.tables import (
+    anatomy_table,
+    evaluation_table,
+    methods_table,
+    plan_of_work_table,
+    result_table,
+    runs_table,
+    speed_table,
+)
+from billhook.core.errors import BillhookError
+from billhook.core.events import EventListener
+
+
+class CommandSession:
+    """What a command shows, and how it fails: a message and an exit code, never a traceback unless asked for."""
+
+    def __init__(self, as_json: bool, quiet: bool, verbose: bool, resume: str = "") -> None:
+        self.as_json, self.quiet, self.verbose, self.resume = as_json, quiet, verbose, resume
+        self.watch: EventListener
+        self._close: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> CommandSession:
+        from billhook.cli import progress
+
+        signal.signal(signal.SIGTERM, _interrupt)
+        tune_allocator()
+        progress.silence_libraries(self.verbose)
+        self.watch, self._close = progress.progress(quiet=self.quiet)
+        return self
+
+    def show(self, value: dict[str, Any], kind: str) -> None:
+        from billhook.cli import session
+
+        self._close()
+        if self.as_json:
+            print(json.dumps(value, indent=2))
+        else:
+            session.print_result(value, kind)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._close()
+        if error is None:
+            return
+        if self.verbose:
+            traceback.print_exception(error)
+        if isinstance(error, KeyboardInterrupt):
+            hint = f" Nothing measured is lost. Go on with: {self.resume}" if self.resume else ""
+            _leave(f"Interrupted.{hint}", 130)
+        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        if isinstance(error, BillhookError):
+            _leave(str(error), error.exit_code)
+        full = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # a GPU's, a CPU's
+        if isinstance(error, MemoryError) or full:
+            _leave(f"Out of memory: {error}. Use fewer --tokens, a shorter --length, or --dtype bfloat16.", 5)
+        if isinstance(error, OSError) and error.errno == 28:
+            _leave(f"The disk is full: {error}. Free some space and run it again.", 5)
+        if not self.verbose:
+            traceback.print_exception(error)
+        _leave("This is a bug in Billhook. Please report it with the lines above.", 1)
+
+
+def tune_allocator() -> None:
+    """Keep glibc from giving large buffers back after every forward pass and faulting them in anew (LOG.md, 1)."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+# -- results --------------------------------------------------------------------------------------------------------
+
+
+class _Tables(Console):
+    """A console that leaves it to the command how a reader who has seen enough is answered; rich exits with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError that rich is handling
+
+
+def print_result(value: dict[str, Any], kind: str) -> None:
+    """Print a result of a command as tables."""
+    _tables()[kind](_Tables(soft_wrap=False, markup=False), value)
+
+
+def _tables() -> dict[str, Callable[[Console, dict[str, Any]], None]]:
+    """How a result of every kind is printed."""
+    from billhook.cli import study_tables, tables
+
+    return {
+        "result": result_table, "anatomy": anatomy_table, "plan_of_work": plan_of_work_table, "evaluation": evaluation_table,
+        "speed": speed_table, "scores": tables.score_tables,
+        "evaluations": tables.evaluations, "runs": runs_table, "run": run_table, "methods": methods_table,
+        "sweep": sweep_table, "trade": transfer_table, "stability": stability_table, "compare": study_tables.comparison_table,
+        "gate": study_tables.gate_table, "baselines": study_tables.baseline_table, "tasks": study_tables.task_table,
+        "threshold": study_tables.threshold_table, "abtest": study_tables.ab_table,
+    }  # fmt: skip
+
+
+def run_table(console: Console, value: dict[str, Any]) -> None:
+    out = f", out: {value['out']}" if value["out"] else ""
+    console.print(f"{value['id']}: {value['state']}, {value['losses']:,} losses measured{out}")
+    for event in value["events"]:
+        at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
+        count = f" {event['done']}/{event['total']}" if event["total"] else ""
+        console.print(f"{at} {event['stage']}{count} {event['note']}", style="dim", highlight=False)
+    if result := value["result"]:
+        kind = result.get("laboratory", "prune")
+        if set(result) <= {"laboratory", "page"}:  # stored before results were stored whole
+            foot(console, result, [])
+        elif kind == "baseline":
+            _tables()["baselines"](console, {"baselines": [result]})
+        else:
+            _tables()[{"prune": "result", "eval": "tasks"}.get(kind, kind)](console, result)

@@ -1,0 +1,300 @@
+"""The commands that compare several models or recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from billhook.cli.options import (
+    DEFAULT_STORE,
+    STUDY_OPTIONS,
+    TEXT_OPTIONS,
+    ItemLimit,
+    Items,
+    Json,
+    Model,
+    NumberOfShots,
+    Out,
+    Quiet,
+    ScoreNames,
+    ShotsFrom,
+    StoreFile,
+    Tasks,
+    Verbose,
+    split_commas,
+    with_options,
+)
+from billhook.cli.session import CommandSession
+from billhook.core.errors import GateFailed, UsageError
+
+
+@with_options(*STUDY_OPTIONS)
+def sweep_command(
+    *,
+    model: Model = None,
+    recipes: Annotated[str, typer.Option(help="Recipes by name or file, separated by commas")] = "billhook",
+    remove: Annotated[str, typer.Option(help="Sizes, separated by commas")] = "10%,20%,30%",
+    data: Annotated[str, typer.Option(help="Calibration texts, separated by commas")] = "pydoc",
+    eval_data: Annotated[str, typer.Option(help="Held-out texts; left out, those of --data")] = "",
+    tasks: Annotated[str, typer.Option(help="Files of multiple-choice items to measure, separated by commas")] = "",
+    items: Items = 200,
+    out: Out = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Compare recipes at several sizes and on several calibration texts: one table, one page, through one store."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        from billhook.studies import sweep
+
+        lists = {"remove": split_commas(remove), "data": split_commas(data), "eval_data": split_commas(eval_data)}
+        told = sweep.sweep(
+            model or "demo", split_commas(recipes), tasks=split_commas(tasks), items=items, out=out, store=store,
+            watch=face.watch, **lists, **options,
+        )  # fmt: skip
+        face.show(told, "sweep")
+
+
+@with_options("remove", "data", "eval_data", *STUDY_OPTIONS)
+def transfer_command(
+    *,
+    model: Model = None,
+    tasks: Annotated[str, typer.Option(help="Files of multiple-choice items, separated by commas")],
+    items: Items = 200,
+    out: Out = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Show what adapting to one task costs on others: pruned for each task, measured on each."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        from billhook.studies import transfer
+
+        told = transfer.transfer(
+            model or "demo", split_commas(tasks), items=items, out=out, store=store, watch=face.watch, **options
+        )
+        face.show(told, "trade")
+
+
+@with_options("remove", "data", *(name for name in STUDY_OPTIONS if name not in ("tokens", "metric")))
+def stability_command(
+    *,
+    model: Model = None,
+    metric: Annotated[str, typer.Option(help="Whose scores are compared")] = "loo_kl",
+    sizes: Annotated[str, typer.Option(help="Calibration tokens, separated by commas")] = "512,2048",
+    draws: Annotated[int, typer.Option(help="Disjoint calibration sets of each size", min=2)] = 4,
+    out: Out = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Show how far scores and plans depend on the calibration text: disjoint sets of several sizes."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        from billhook.studies import stability
+
+        if wrong := [piece for piece in split_commas(sizes) if not piece.isdigit()]:
+            raise UsageError(f"--sizes {wrong[0]} is no number of tokens. Write for example 512,2048.")
+        told = stability.stability(
+            model or "demo", metric, sizes=[int(piece) for piece in split_commas(sizes)], draws=draws, out=out,
+            store=store, watch=face.watch, **options,
+        )  # fmt: skip
+        face.show(told, "stability")
+
+
+NO_TEXT = tuple(name for name in TEXT_OPTIONS if name not in ("data", "eval_data"))
+
+Points = Annotated[str, typer.Option(help="Accuracy that may be less and still as good")]
+
+Percent = Annotated[str, typer.Option(help="Perplexity that may be more and still as good")]
+
+AllowSeen = Annotated[bool, typer.Option("--seen", help="Also on data that a search has seen; marked everywhere")]
+
+
+@with_options(*NO_TEXT)
+def compare_command(
+    *,
+    models: Annotated[list[str], typer.Argument(help="Models, folders or runs; the others are held against the first")],
+    data: Annotated[str, typer.Option(help="Texts to compare on, separated by commas")] = "pydoc",
+    tasks: Tasks = "",
+    items: ItemLimit = None,
+    score: ScoreNames = "acc",
+    shots: NumberOfShots = 0,
+    shots_from: ShotsFrom = "",
+    margin: Points = "1pp",
+    ppl_margin: Percent = "3%",
+    no_speed: Annotated[bool, typer.Option("--no-speed", help="Time nothing")] = False,
+    seen: AllowSeen = False,
+    out: Out = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Hold models against the first one over the same items: better, equivalent, worse or undecided, and how sure."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        from billhook.studies import compare
+
+        told = compare.compare(
+            *models, data=split_commas(data), tasks=split_commas(tasks), items=items, score=split_commas(score), shots=shots,
+            shots_from=shots_from, margins=(margin, ppl_margin),
+            timed=not no_speed, seen=seen, out=out, store=store, watch=face.watch, **options,
+        )  # fmt: skip
+        face.show(told, "compare")
+
+
+@with_options(*NO_TEXT)
+def gate_command(
+    *,
+    student: Annotated[str, typer.Argument(help="The model, folder or run that is tested")],
+    baseline: Annotated[str, typer.Option(help="The model that it may not be worse than, or a stored baseline")],
+    data: Annotated[str | None, typer.Option(help="Texts, separated by commas [default: pydoc]")] = None,
+    tasks: Tasks = "",
+    items: ItemLimit = None,
+    score: ScoreNames = "acc",
+    shots: NumberOfShots = 0,
+    shots_from: ShotsFrom = "",
+    margin: Points = "1pp",
+    ppl_margin: Percent = "3%",
+    seen: AllowSeen = False,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML to this file too")] = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Exit with 0 if a student is not worse than a baseline by more than the margins, with 4 if it is or may be."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        from billhook.studies import gate
+
+        told = gate.gate(
+            student, baseline, data=None if data is None else split_commas(data), tasks=split_commas(tasks), items=items,
+            score=split_commas(score), shots=shots, shots_from=shots_from, margins=(margin, ppl_margin), seen=seen,
+            junit=junit, store=store, watch=face.watch, **options,
+        )  # fmt: skip
+        face.show(told, "gate")
+        if told["verdict"] != "PASS":
+            open_ = [check["set"] for check in told["checks"] if check["verdict"] != "PASS"]
+            raise GateFailed(f"The gate is not passed on {' and '.join(open_)}.")
+
+
+@with_options(*NO_TEXT)
+def baseline_command(
+    *,
+    action: Annotated[str, typer.Argument(help="save, or list")],
+    name: Annotated[str | None, typer.Argument(help="With save: what `gate --baseline` calls it")] = None,
+    model: Annotated[str | None, typer.Argument(help="With save: the model, folder or run [default: demo]")] = None,
+    data: Annotated[str, typer.Option(help="Texts, separated by commas")] = "pydoc",
+    tasks: Tasks = "",
+    items: ItemLimit = None,
+    score: ScoreNames = "acc",
+    shots: NumberOfShots = 0,
+    shots_from: ShotsFrom = "",
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Measure a model and keep what it got under a name, so that `gate` need not run it again; or list the names."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        from billhook.studies import gate
+
+        if action not in ("save", "list") or (action == "save") != (name is not None):
+            raise UsageError("Write `billhook baseline save NAME MODEL`, or `billhook baseline list`.")
+        if name is None:
+            face.show({"baselines": gate.baselines(store)}, "baselines")
+            return
+        told = gate.save_baseline(
+            name, model or "demo", data=split_commas(data), tasks=split_commas(tasks), items=items, score=split_commas(score),
+            shots=shots, shots_from=shots_from, store=store, watch=face.watch, **options,
+        )  # fmt: skip
+        face.show({"baselines": [told]}, "baselines")
+
+
+@with_options("remove", "data", "eval_data", *STUDY_OPTIONS)
+def threshold_command(
+    *,
+    model: Model = None,
+    margin: Annotated[
+        list[str] | None, typer.Option(help="What may be lost: 3%ppl, or 1pp:FILE; repeatable [default: 3%ppl]")
+    ] = None,
+    run: Annotated[str | None, typer.Option(help="Take the steps of this run; without it, search")] = None,
+    out: Out = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Find how much can go within a margin: chosen on validation items, confirmed once on test items; with its knee."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        from billhook.studies import threshold
+
+        told = threshold.threshold(
+            model or "demo", margins=margin or ["3%ppl"], run=run, out=out, store=store, watch=face.watch, **options
+        )
+        face.show(told, "threshold")
+
+
+ModelName = Annotated[str, typer.Option(help="The model to ask for [default: the first that the server lists]")]
+
+KeyEnv = Annotated[str, typer.Option(metavar="NAME", help="The environment variable that holds the key of this server")]
+
+
+@with_options("seed")
+def abtest_command(
+    *,
+    a: Annotated[str, typer.Option(metavar="URL", help="The first server, such as http://127.0.0.1:8000/v1")],
+    b: Annotated[str, typer.Option(metavar="URL", help="The second server, which is compared with the first")],
+    prompts: Annotated[
+        Path, typer.Option(help="A .txt, one prompt a line; a .jsonl with prompt or messages; a task's items")
+    ],
+    limit: Annotated[int | None, typer.Option(help="Prompts, drawn from the file [default: all]", min=1)] = None,
+    kind: Annotated[str, typer.Option(help="chat (chat/completions) or text (completions)")] = "chat",
+    model_a: ModelName = "",
+    model_b: ModelName = "",
+    api_key_env_a: KeyEnv = "",
+    api_key_env_b: KeyEnv = "",
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token", min=0)] = 0.0,
+    timeout: Annotated[float, typer.Option(help="Seconds for a whole answer")] = 60.0,
+    retries: Annotated[int, typer.Option(help="Further attempts after 429, 5xx or a broken connection", min=0)] = 2,
+    concurrency: Annotated[int, typer.Option(help="Pairs of requests at a time", min=1)] = 1,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: dict[str, Any],
+) -> None:
+    """Compare two OpenAI-compatible servers on the same prompts: times, errors, agreement and task scores."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        from billhook.studies import ab_test
+
+        told = ab_test.ab_test(
+            a, b, prompts, model_a=model_a, model_b=model_b, api_key_env_a=api_key_env_a, api_key_env_b=api_key_env_b,
+            limit=limit, kind=kind, max_tokens=max_tokens, temperature=temperature, timeout=timeout, retries=retries,
+            concurrency=concurrency, store=store, watch=face.watch, **options,
+        )  # fmt: skip
+        face.show(told, "abtest")
+
+
+COMMANDS = (
+    sweep_command,
+    transfer_command,
+    stability_command,
+    compare_command,
+    gate_command,
+    baseline_command,
+    threshold_command,
+    abtest_command,
+)

@@ -1,0 +1,1 @@
+"""Values and arithmetic: plans, budgets, results, statistics. No torch."""

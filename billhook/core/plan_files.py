@@ -1,0 +1,98 @@
+"""Plans from files: our own, and the drop lists of LLM-Drop and EvoPress."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from billhook.core.anatomy import Anatomy
+from billhook.core.errors import FingerprintError, PlanError
+from billhook.core.plan import Plan, Site
+
+# -- plans written by people and by other tools ---------------------------------------------------------------------
+
+
+def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
+    """A plan from `attention.7,mlp.16`, from our billhook.json, report.json or result.json of a threshold, or from a
+    drop list of another tool.
+
+    LLM-Drop: JSON with `drop_attn_list` and `drop_mlp_list` (indices, or a boolean a block). EvoPress: a line a block,
+    none, attn, mlp or attn+mlp. Raises PlanError if it cannot be read or does not fit, FingerprintError if it was made
+    for another model.
+    """
+    path = Path(text).expanduser()
+    if not _is_file(path):
+        if "/" in text or path.suffix in (".json", ".txt", ".yaml"):
+            raise PlanError(f"There is no plan file {text}. Give a file, or sites: attention.7,mlp.16.")
+        return anatomy.check(Plan.parse(piece for piece in text.split(",") if piece.strip()))
+    content = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        value = json.loads(content)
+    except json.JSONDecodeError:
+        return anatomy.check(_from_lines(content, path, anatomy))
+    if isinstance(value, list):
+        return anatomy.check(Plan.parse(map(str, value)))
+    if not isinstance(value, dict):
+        raise PlanError(f"{path} holds no plan. Give a billhook.json, a report.json or a drop list.")
+    if "drop_attn_list" in value or "drop_mlp_list" in value:
+        attention = _indices(value.get("drop_attn_list") or [], path, anatomy)
+        mlp = _indices(value.get("drop_mlp_list") or [], path, anatomy)
+        sites = {Site(i, "attention") for i in attention} | {Site(i, "mlp") for i in mlp}
+        return anatomy.check(Plan(frozenset(sites)))
+    made_for = _made_for(value)
+    told = value["plan"] if isinstance(value.get("plan"), dict) else value
+    removed = told.get("removed")
+    if isinstance(removed, list):
+        removed = [*removed, *told.get("narrowed", ())]
+    if not isinstance(removed, list):
+        raise PlanError(
+            f"{path} holds no plan: neither `removed` nor drop lists. Name sites instead: attention.7,mlp.16."
+        )
+    if made_for is not None and made_for != fingerprint:
+        raise FingerprintError(
+            f"{path} was made for another model (fingerprint {made_for}, this one is {fingerprint}). To use its sites "
+            f"all the same, name them: --plan {shlex.quote(','.join(map(str, removed[:3])) + ',…')}"
+        )
+    return anatomy.check(Plan.parse(map(str, removed)))
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a plan of many sites is longer than a file's name may be."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _made_for(value: dict[str, Any]) -> Any:
+    """The fingerprint in a plan file: of its own in a threshold's, under `model` in report.json, `model` otherwise."""
+    model = value.get("model")
+    return value.get("fingerprint") or (model.get("fingerprint") if isinstance(model, dict) else model)
+
+
+def _from_lines(content: str, path: Path, anatomy: Anatomy) -> Plan:
+    words = {"none": (), "attn": ("attention",), "mlp": ("mlp",), "attn+mlp": ("attention", "mlp")}
+    lines = content.splitlines()
+    wrong = next((line for line in lines if line.strip() not in words), None)
+    if wrong is not None or len(lines) != anatomy.blocks:
+        what = f"the line {wrong!r}" if wrong is not None else f"{len(lines)} lines"
+        raise PlanError(
+            f"{path} holds no plan: {what}. A drop list has {anatomy.blocks} lines (one a block), each none, attn, mlp "
+            "or attn+mlp."
+        )
+    return Plan.parse(f"{part}.{i}" for i, line in enumerate(lines) for part in words[line.strip()])
+
+
+def _indices(entries: Any, path: Path, anatomy: Anatomy) -> list[int]:
+    """Block indices from a list of indices or of one boolean a block."""
+    if not isinstance(entries, list):
+        raise PlanError(f"{path} has a drop list that is no list: {entries!r}. Give indices, or a boolean a block.")
+    if entries and all(isinstance(e, bool) for e in entries):
+        if len(entries) != anatomy.blocks:
+            raise PlanError(f"{path} lists {len(entries)} blocks, the model has {anatomy.blocks}.")
+        return [i for i, gone in enumerate(entries) if gone]
+    if not all(isinstance(e, int) and e >= 0 for e in entries) or len(set(entries)) != len(entries):
+        raise PlanError(f"{path} has a drop list with negative, repeated or non-integer entries: {entries}.")
+    return list(entries)

@@ -1,0 +1,205 @@
+"""What a search is asked to solve: an anatomy, what must go, and what must stay. Plain values; no torch."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import combinations, groupby
+from typing import cast
+
+from billhook.core.anatomy import Anatomy
+from billhook.core.budget import UNITS, Budget
+from billhook.core.errors import BudgetError, PlanError
+from billhook.core.plan import PARTS, Part, Plan, Site
+
+NOTHING = Plan()
+
+Move = tuple[Site, ...]
+
+MoveKind = tuple[tuple[int, ...], frozenset[Part]]  # what a group is worth to each budget, and its parts
+
+# What a score is of: a site, a block, or a span of blocks, what is left from its first to its last; by their positions
+# in the unpruned model.
+ScoredUnit = Site | int | tuple[int, int]
+
+_NAMED = {"shortened-llama": "first4,last2", "sleb": "first1,last1"}  # protection of the papers
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a search is asked to solve. A search sees this and the losses it asks for, and nothing else.
+
+    `budgets` must all be met. `scores`: of sites, blocks and runs by a metric, higher = removal hurts more; None where
+    no metric was asked for. `group_scores`: of the channel groups of sites, in the order of the anatomy.
+    """
+
+    anatomy: Anatomy
+    budgets: tuple[Budget, ...]
+    protected: frozenset[Site] = frozenset()
+    seed: int = 0
+    scores: Mapping[ScoredUnit, float] | None = None
+    group_scores: Mapping[Site, Sequence[float]] | None = None
+
+    def is_met(self, plan: Plan) -> bool:
+        return self._suffices(self.removed_cost(plan))
+
+    def is_valid(self, plan: Plan) -> bool:
+        """Whether a plan leaves one attention, one mlp and all that is protected."""
+        one_left = (any(s.part == part and s not in plan.removed for s in self._costs) for part in PARTS)
+        return all(one_left) and plan.removed.isdisjoint(self.protected)
+
+    @cached_property
+    def targets(self) -> tuple[Fraction, ...]:
+        """What each budget needs, as `Budget.removed_cost` counts."""
+        return tuple(budget.target(self.anatomy) for budget in self.budgets)
+
+    @cached_property
+    def _costs(self) -> dict[Site, tuple[int, ...]]:
+        return {
+            size.site: tuple(0 if UNITS[b.unit].whole_blocks else UNITS[b.unit].cost(size) for b in self.budgets)
+            for size in sorted(self.anatomy.sites, key=lambda size: size.site)
+        }
+
+    # -- moves ------------------------------------------------------------------------------------------------------
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether blocks go as a whole: one of the budgets counts them."""
+        return any(UNITS[budget.unit].whole_blocks for budget in self.budgets)
+
+    def groups(self, plan: Plan = NOTHING) -> list[Move]:
+        """What may move at all, sorted: sites or whole blocks that `plan` leaves and some budget counts."""
+        left = [site for site in self._costs if site not in plan.removed]
+        if self.whole_blocks:
+            return [tuple(sites) for _, sites in groupby(left, key=lambda site: site.block)]
+        return [(site,) for site in left if any(self.cost((site,)))]
+
+    def removed_moves(self, plan: Plan) -> list[Move]:
+        """What a plan removes, as groups that may come back; what no budget counts, site by site."""
+        groups = [group for group in self.groups() if set(group) <= plan.removed]
+        counted = {site for group in groups for site in group}
+        return groups + [(site,) for site in plan.sites() if site not in counted]
+
+    def moves(self, plan: Plan) -> list[Move]:
+        """What may go next, in order: groups that help a budget which is not met; never the last of a part, nor what
+        would put the budgets out of reach."""
+        short = [spent < needed for spent, needed in zip(self.removed_cost(plan), self.targets, strict=True)]
+        free = {group: self._kind(group) for group in self._free(plan)}
+        count = Counter(free.values())
+        enough = [set(keep) for keep, most in self._last(plan) if self._suffices(most)]
+        if not enough:
+            return []
+        stays = {kind for kind in set.intersection(*enough) if count[kind] == 1}  # whatever else goes
+        helps = {kind: not any(short) or any(c for c, s in zip(kind[0], short, strict=True) if s) for kind in count}
+        return [group for group, kind in free.items() if helps[kind] and kind not in stays]
+
+    def cost(self, sites: Iterable[Site]) -> tuple[int, ...]:
+        """What a move of `sites` is worth to each budget, in its unit."""
+        costs = [self._costs[site] for site in sites]
+        return tuple(
+            1 if UNITS[b.unit].whole_blocks else sum(cost[i] for cost in costs) for i, b in enumerate(self.budgets)
+        )
+
+    def removed_cost(self, plan: Plan) -> tuple[int, ...]:
+        """What a plan takes away, of each budget."""
+        whole = [UNITS[b.unit].whole_blocks for b in self.budgets]
+        cost = self.cost(plan.removed)
+        each = zip(self.budgets, whole, cost, strict=True)
+        return tuple(b.removed_cost(self.anatomy, plan) if w or plan.narrowed else c for b, w, c in each)
+
+    def relative_cost(self, sites: Iterable[Site]) -> Fraction:
+        """What a move is worth, as a share of what the budgets need, summed over them."""
+        return sum((cost / needed for cost, needed in zip(self.cost(sites), self.targets, strict=True)), Fraction(0))
+
+    def marginal_value(self, sites: Iterable[Site], plan: Plan) -> Fraction:
+        """As `relative_cost`, but no more of each budget than `plan` still lacks."""
+        each = zip(self.cost(sites), self.removed_cost(plan), self.targets, strict=True)
+        return sum((min(Fraction(c), max(Fraction(0), n - s)) / n for c, s, n in each), Fraction(0))
+
+    # -- what can be reached ----------------------------------------------------------------------------------------
+
+    def _free(self, plan: Plan) -> list[Move]:
+        return [group for group in self.groups(plan) if not any(site in self.protected for site in group)]
+
+    def _kind(self, group: Move) -> MoveKind:
+        return self.cost(group), frozenset(site.part for site in group)
+
+    def _last(self, plan: Plan) -> Iterator[tuple[tuple[MoveKind, ...], tuple[int, ...]]]:
+        """Every choice of what stays as the last of its part, and what each budget gets if all else goes that can."""
+        free = self._free(plan)
+        going = {site for group in free for site in group} | plan.removed
+        missing = set(PARTS) - {site.part for site in self._costs if site not in going}
+        total = self.removed_cost(plan.without(*going))
+        kinds = list(dict.fromkeys(map(self._kind, free)))  # two of a kind never stay for two different parts
+        for keep in (keep for n in range(len(missing) + 1) for keep in combinations(kinds, n)):
+            if missing <= {part for _, parts in keep for part in parts}:
+                yield keep, tuple(t - sum(cost[i] for cost, _ in keep) for i, t in enumerate(total))
+
+    def _suffices(self, spent: Iterable[int]) -> bool:
+        return all(s >= n for s, n in zip(spent, self.targets, strict=True))
+
+    def reachable(self, plan: Plan = NOTHING) -> tuple[int, ...]:
+        """The most that each budget alone can get, if `plan` goes: one attention, one mlp, all protected stay."""
+        return tuple(max(of_one) for of_one in zip(*(most for _, most in self._last(plan)), strict=True))
+
+    def check(self) -> Problem:
+        """The problem itself. Raises BudgetError, with the most that can go, if no plan meets the budgets."""
+        for budget, needed in zip(self.budgets, self.targets, strict=True):
+            if not needed:
+                raise BudgetError(f"{budget} asks for nothing: this model has no {budget.unit} to remove.")
+        if any(self._suffices(most) for _, most in self._last(NOTHING)):
+            return self
+        stay = "while one attention, one mlp and everything protected stay. Ask for less, or protect less."
+        for budget, most, needed in zip(
+            self.budgets, self.reachable() or [0] * len(self.budgets), self.targets, strict=True
+        ):
+            if most < needed:
+                raise BudgetError(
+                    f"{budget} cannot be met: it asks for {budget.format(needed)}, and at most {budget.format(most)} can "
+                    f"go {stay}"
+                )
+        raise BudgetError(f"{', '.join(map(str, self.budgets))} cannot all be met {stay}")
+
+
+def format_unit(unit: ScoredUnit) -> str:
+    """`attention.3`, `3` for a block, `3-7` for a run of blocks."""
+    return "-".join(map(str, unit)) if isinstance(unit, tuple) else str(unit)
+
+
+def parse_unit(text: str) -> ScoredUnit:
+    """The unit that `format_unit` wrote."""
+    ends = text.split("-")
+    if len(ends) == 2:
+        return int(ends[0]), int(ends[1])
+    return int(text) if text.isdigit() else Site.parse(text)
+
+
+def parse_protection(text: str, anatomy: Anatomy) -> frozenset[Site]:
+    """Sites that must stay, from `attention.0,mlp.27-29,5-7,first4,last2`: a site, a range of one part, whole blocks.
+
+    `shortened-llama` and `sleb` are the rules of these papers: first4,last2 and first1,last1. Raises PlanError if a
+    piece cannot be read or lies outside the model.
+    """
+    sites: set[Site] = set()
+    pieces = [piece for p in text.split(",") for piece in _NAMED.get(p.strip(), p).split(",")]
+    for piece in filter(None, (p.strip() for p in pieces)):
+        match = re.fullmatch(r"(?:(attention|mlp)\.)?(?:(\d+)(?:-(\d+))?|(first|last)(\d+))", piece)
+        if not match:
+            raise PlanError(
+                f"{piece!r} cannot be protected. Write attention.0, mlp.27-29, 0-3 (whole blocks), first4, last2 or "
+                f"the rule of a paper: {', '.join(_NAMED)}."
+            )
+        if match[4]:
+            count = int(match[5])
+            first, last = (0, count - 1) if match[4] == "first" else (anatomy.blocks - count, anatomy.blocks - 1)
+        else:
+            first, last = int(match[2]), int(match[3] or match[2])
+        if not 0 <= first <= last < anatomy.blocks:
+            raise PlanError(f"{piece!r} is out of range: the model has blocks 0 to {anatomy.blocks - 1}.")
+        parts = (cast(Part, match[1]),) if match[1] else PARTS
+        sites |= {Site(block, part) for block in range(first, last + 1) for part in parts}
+    return frozenset(sites)

@@ -1,0 +1,1 @@
+"""What runs and studies find, as frozen values with one JSON form."""

@@ -1,0 +1,142 @@
+"""What is written down: losses, evaluations, timings, steps, the environment. Plain values that survive JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from billhook.core.plan import KeptGroups, Site
+
+LOSS_UNITS = {"angular": "radians", "norm": "logits"}  # of losses that are not in nats
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """How far one plan's outputs are from the teacher's or from the data. Lower is better; nats per token.
+
+    Some are in other units: `LOSS_UNITS`. `sums[d]` is the sum over the counted tokens of document d, `counts[d]` their
+    number; of a task a document is an item, and counts once. `bound=True`: a lower bound or an estimate, never stored
+    as a loss.
+    """
+
+    name: str
+    sums: tuple[float, ...]
+    counts: tuple[int, ...]
+    bound: bool = False
+
+    @property
+    def mean(self) -> float:
+        """Per token, over all documents, each weighted by its tokens."""
+        return math.fsum(self.sums) / sum(self.counts)
+
+    def per_document(self) -> tuple[float, ...]:
+        """Per token, of each document."""
+        return tuple(total / count for total, count in zip(self.sums, self.counts, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A metric's estimate for one site or block; higher = removal hurts more.
+
+    `se`: standard error over documents, or over random draws where a metric makes some; `degrees`: of freedom, for the
+    interval, where they are few.
+    """
+
+    value: float
+    se: float | None = None
+    degrees: int | None = None
+
+    @staticmethod
+    def of(sums: Sequence[float], counts: Sequence[float]) -> Score:
+        """The mean per token from sums and token counts of documents."""
+        mean = math.fsum(sums) / math.fsum(counts)
+        return Score(mean, _ratio_se([s - mean * c for s, c in zip(sums, counts, strict=True)], math.fsum(counts)))
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """One evaluation of one model: an outcome per item, in a fixed order, so that two runs can be paired.
+
+    For `perplexity` an item is a document: `sums` of negative log-likelihood in nats over `counts` predicted tokens.
+    For `acc`, `acc_norm`, `strict_match` and `flexible_match` it is a question: 1 or 0, counted once.
+    `clusters[i]` names the text that item i comes from; statistics resample those.
+    """
+
+    name: str
+    tokens: str  # hash of the token set
+    sums: tuple[float, ...]
+    counts: tuple[int, ...]
+    clusters: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.sums) / sum(self.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate with its 95% interval. `reliable=False` where it rests on too few clusters; `note` says so."""
+
+    value: float
+    low: float
+    high: float
+    n: int  # items
+    clusters: int
+    reliable: bool
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One removal on the way: what went, the loss after it, and the gap to the second best (nats per token)."""
+
+    sites: tuple[Site, ...]
+    loss: float
+    gap: float | None
+    gap_se: float | None  # standard error of the gap over documents
+    narrowed: tuple[KeptGroups, ...] = ()  # sites that became narrower, as they are now
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "sites": [str(s) for s in self.sites], "narrowed": [str(narrow) for narrow in self.narrowed],
+            "loss": self.loss, "gap": self.gap, "gap_se": self.gap_se,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of repeated runs of one model, taken in turn with another one; `batch` sequences at a time."""
+
+    prefill_s: tuple[float, ...]
+    decode_s: tuple[float, ...]
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+    peak_bytes: int | None  # of the whole process that loads the model and answers, or of the device
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Where a number was measured."""
+
+    billhook: str
+    python: str
+    torch: str
+    transformers: str
+    device: str
+    machine: str
+    threads: int
+
+
+def paired_gap(a: Loss, b: Loss) -> tuple[float, float | None]:
+    """Mean of a - b in nats per token, paired by document, and its standard error (None for one document)."""
+    total = sum(a.counts)
+    gap = (math.fsum(a.sums) - math.fsum(b.sums)) / total
+    return gap, _ratio_se([x - y - gap * c for x, y, c in zip(a.sums, b.sums, a.counts, strict=True)], total)
+
+
+def _ratio_se(residuals: Sequence[float], total: float) -> float | None:
+    """Standard error of a ratio of sums over documents, from the residuals around the mean; None for one document."""
+    n = len(residuals)
+    return math.sqrt(n / (n - 1) * math.fsum(r * r for r in residuals)) / total if n > 1 else None

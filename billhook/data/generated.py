@@ -1,0 +1,75 @@
+"""Text that a model writes by itself: calibration text that nobody has to find."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+
+from billhook.core.errors import DataError
+from billhook.core.events import Event, EventListener, ignore_events
+
+MOST_AT_A_TIME = 64  # texts
+
+
+@torch.inference_mode()
+def sample_texts(
+    model: Any, tokenizer: Any, tokens: int, seed: int, *, length: int, watch: EventListener = ignore_events
+) -> list[str]:
+    """Texts of at most `length` tokens, `tokens` or more in all, that the model writes from its token of beginning.
+
+    Sampled at temperature 1, seeded, in as few rounds as memory for 64 texts allows. Raises DataError if the tokenizer
+    has no token to begin with, or if the model stops at once.
+
+    Source: Williams et al. 2024, Self-calibration for language model quantization and pruning (arXiv 2410.17170).
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise DataError("The tokenizer has neither a BOS nor an EOS token to start from. Give --data a file instead.")
+    length = min(length, getattr(model.config, "max_position_embeddings", length))
+    batch = min(-(-tokens // length), MOST_AT_A_TIME)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start
+    stop = None if model.generation_config is None else model.generation_config.eos_token_id
+    plain = transformers.GenerationConfig(
+        max_new_tokens=length - 1,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        bos_token_id=start,
+        eos_token_id=tokenizer.eos_token_id if stop is None else stop,
+        pad_token_id=pad,
+        remove_invalid_values=True,  # a model that overflows is refused where the block can be named
+    )
+    texts: list[str] = []
+    written, rounds, most = 0, 0, 8 + 8 * tokens // (batch * length)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        while written < tokens:
+            if rounds == most:
+                raise DataError(
+                    f"The model wrote only {written:,} tokens in {rounds} rounds of {batch} texts, and {tokens:,} are "
+                    "wanted: it stops at once. Give --data a file instead."
+                )
+            rounds += 1
+            starts = torch.full((batch, 1), start, device=model.device)
+            with _generating_by(model, plain):
+                rows = model.generate(starts, attention_mask=torch.ones_like(starts))
+            fresh = [text for text in tokenizer.batch_decode(rows, skip_special_tokens=True) if text.strip()]
+            texts += fresh
+            written += sum(map(len, tokenizer(fresh, add_special_tokens=False)["input_ids"])) if fresh else 0
+            watch(Event("calibrate", min(written, tokens), tokens, "the model writes text"))
+    return texts
+
+
+@contextmanager
+def _generating_by(model: Any, plain: transformers.GenerationConfig) -> Iterator[None]:
+    """Inside, nothing of the checkpoint's own settings: its penalties and cuts are for answers."""
+    own, model.generation_config = model.generation_config, plain
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,82 @@
+"""Prompts for endpoints, from a file: lines of text, rows with `prompt` or `messages`, or the items of a task."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from billhook.core.errors import DataError, UsageError
+from billhook.data.choice_tasks import Request, read_items, requests
+from billhook.data.texts import file_text, json_lines
+
+PROMPT_EXAMPLES = (
+    '{"prompt": "…"}, {"messages": [{"role": "user", "content": "…"}]} or {"query": "…", "choices": […], "gold": 0}'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt: a text, or the messages of a chat. `number`: of its line in the file, from 1.
+
+    `choices` and `gold`: of an item of a task, what is scored, and which of it is right.
+    """
+
+    number: int
+    text: str = ""
+    messages: tuple[dict[str, Any], ...] = ()
+    choices: tuple[Request, ...] = ()
+    gold: int = 0
+
+
+def read_prompts(path: str | Path, kind: str = "chat", limit: int | None = None, seed: int = 0) -> list[Prompt]:
+    """The prompts of a file in its order, or `limit` of them drawn by `seed`.
+
+    .txt: one a line; .jsonl: rows with `prompt` or `messages`, or a task's (`billhook.tasks`); .gz of both. Raises
+    DataError, with the line, for what is none, and UsageError for messages where `kind` is not chat.
+    """
+    file = Path(path).expanduser()
+    suffix = next((s for s in reversed(file.suffixes) if s != ".gz"), "")
+    if not file.is_file() or suffix not in (".txt", ".jsonl"):
+        kind_of = "missing" if not file.exists() else "a folder" if file.is_dir() else "no .txt or .jsonl"
+        raise DataError(f"The file of prompts {path} is {kind_of}. Give a .txt, one prompt a line, or a .jsonl file.")
+    found = _lines(file_text(file)) if suffix == ".txt" else _rows(file, str(path), kind)
+    if not found:
+        raise DataError(f"The file of prompts {path} is empty. Write one prompt a line.")
+    if limit is None or limit >= len(found):
+        return found
+    return [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), limit))]
+
+
+def _lines(text: str) -> list[Prompt]:
+    return [Prompt(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _rows(file: Path, source: str, kind: str) -> list[Prompt]:
+    rows = list(json_lines(file_text(file), source))
+    if rows and isinstance(rows[0][1], dict) and "choices" in rows[0][1]:
+        return _items(source)
+    return [_parse_prompt(row, number, f"{source}, row {number},", kind) for number, row in rows]
+
+
+def _parse_prompt(row: Any, number: int, where: str, kind: str) -> Prompt:
+    text, messages = (row.get("prompt"), row.get("messages")) if isinstance(row, dict) else (None, None)
+    if isinstance(text, str) and text.strip():
+        return Prompt(number, text)
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise DataError(f"{where} is no prompt. A row is {PROMPT_EXAMPLES}.")
+    if kind != "chat":
+        raise UsageError(f"{where} holds messages, which only a chat takes. Use --kind chat, or give `prompt`.")
+    return Prompt(number, messages=tuple(messages))
+
+
+def _items(source: str) -> list[Prompt]:
+    """The items of a task: the query is what is asked, each choice after it what is scored."""
+    found = []
+    for item in read_items(source):
+        asked = tuple(requests(item))
+        if not all(request.context.strip() for request in asked):
+            raise DataError(f"{source}, row {item.number}, has nothing before its choices to ask. Leave the row out.")
+        found.append(Prompt(item.number, asked[0].context, choices=asked, gold=item.gold))
+    return found

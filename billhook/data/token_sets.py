@@ -1,0 +1,161 @@
+"""Token sets: texts as rows of tokens, with what they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+DOCUMENT_TOKENS = 1024  # longer texts are split; the text stays the cluster for statistics
+
+MIN_ROW = 8  # a row of fewer tokens tells nothing and costs as much padding as it saves
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What makes the rows of a token set the choices of items; an item is a document, its rows stand together.
+
+    `truncate[r]`: where in row r the choice begins, at least 1; `characters[r]` of its text, without the blank before it.
+    `gold[d]`: which of the rows of document d is right, counted from 0.
+    """
+
+    first: tuple[int, ...]
+    characters: tuple[int, ...]
+    gold: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Rows of tokens, none of which crosses from one document into the next.
+
+    `rows`: [rows, time] int64, padded on the right; `lengths[r]` tokens of row r count. `documents[r]` is the document
+    that row r belongs to, counted from 0; `clusters[d]` names the text of document d. `choices`, where rows are choices
+    of items. `hash` is of all of these.
+    """
+
+    rows: torch.Tensor
+    lengths: tuple[int, ...]
+    documents: tuple[int, ...]
+    clusters: tuple[int, ...]
+    source: str
+    hash: str
+    digests: tuple[str, ...]  # of each document, whole
+    choices: Choices | None = None
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "tokens": self.tokens,
+            "sequences": len(self.lengths),
+            "documents": len(self.clusters),
+            "texts": len(set(self.clusters)),
+            "hash": self.hash,
+        } | ({} if self.choices is None else {"items": len(self.choices.gold)})
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Up to 1,024 tokens of one text; `text` counts the texts of its source."""
+
+    text: int
+    ids: tuple[int, ...]
+
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self.ids).encode()).hexdigest()[:16]
+
+
+# -- documents ------------------------------------------------------------------------------------------------------
+
+
+def documents(texts: list[str], tokenizer: Any, seed: int) -> list[Document]:
+    """Texts as documents of at most 1,024 tokens, in a seeded order that takes every text once before any twice."""
+    order = list(range(len(texts)))
+    random.Random(seed).shuffle(order)
+    encoded = tokenizer([texts[i] for i in order], add_special_tokens=False, verbose=False)["input_ids"]
+    split = [
+        (start // DOCUMENT_TOKENS, rank, Document(text, tuple(ids[start : start + DOCUMENT_TOKENS])))
+        for rank, (text, ids) in enumerate(zip(order, encoded, strict=True))
+        for start in range(0, len(ids), DOCUMENT_TOKENS)
+    ]
+    return [document for _, _, document in sorted(split, key=lambda entry: entry[:2]) if len(document.ids) >= MIN_ROW]
+
+
+def special_prefix(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text of its own accord (a BOS token, or nothing)."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    return list(full[: len(full) - len(bare)]) if full[-len(bare) :] == bare else []
+
+
+def pack_rows(documents: list[Document], tokens: int, length: int, prefix: list[int], source: str) -> TokenSet:
+    """Rows of at most `length` tokens until `tokens` are reached: first one row of every document, then a second one.
+
+    Every row begins with `prefix`. Fewer tokens come back if the documents hold no more.
+    """
+    body = length - len(prefix)
+    chosen: list[tuple[int, int, tuple[int, ...]]] = []  # document, start, tokens
+    total, start = 0, 0
+    while total < tokens and any(len(d.ids) - start >= MIN_ROW for d in documents):
+        for index, document in enumerate(documents):
+            piece = document.ids[start : start + min(body, max(tokens - total - len(prefix), MIN_ROW))]
+            if len(piece) >= MIN_ROW and total < tokens:
+                row = piece if list(piece[: len(prefix)]) == prefix else (*prefix, *piece)  # chats begin with BOS
+                chosen.append((index, start, row))
+                total += len(row)
+        start += body
+    chosen.sort()
+    used = sorted({index for index, _, _ in chosen})
+    return token_set(
+        [ids for _, _, ids in chosen],
+        [used.index(index) for index, _, _ in chosen],
+        [documents[index].text for index in used],
+        [documents[index].digest() for index in used],
+        source,
+    )
+
+
+def truncate(tokens: TokenSet, count: int) -> TokenSet:
+    """The first rows of a token set that hold at least `count` tokens, or all of it; of choices, whole items."""
+    total, rows = 0, []
+    for r, (row, length) in enumerate(zip(tokens.rows, tokens.lengths, strict=True)):
+        if total >= count and not (tokens.choices and tokens.documents[r] == tokens.documents[r - 1]):
+            break
+        rows.append(tuple(row[:length].tolist()))
+        total += length
+    documents = tokens.documents[: len(rows)]
+    kept = max(documents) + 1
+    part = tokens.choices
+    if part is not None:
+        part = Choices(part.first[: len(rows)], part.characters[: len(rows)], part.gold[:kept])
+    return token_set(rows, documents, tokens.clusters[:kept], tokens.digests[:kept], tokens.source, choices=part)
+
+
+def token_set(
+    rows: Sequence[tuple[int, ...]],
+    documents: Sequence[int],
+    clusters: Sequence[int],
+    digests: Sequence[str],
+    source: str,
+    *,
+    choices: Choices | None = None,
+) -> TokenSet:
+    """Pad and hash."""
+    lengths = tuple(map(len, rows))
+    padded = torch.zeros(len(rows), max(lengths, default=0), dtype=torch.int64)
+    for r, ids in enumerate(rows):
+        padded[r, : len(ids)] = torch.tensor(ids)
+    digest = hashlib.sha256(json.dumps([lengths, list(documents), list(clusters)]).encode())
+    digest.update(padded.numpy().tobytes())
+    if choices is not None:
+        digest.update(json.dumps([choices.first, choices.characters, choices.gold]).encode())
+    key = digest.hexdigest()[:16]
+    return TokenSet(padded, lengths, tuple(documents), tuple(clusters), source, key, tuple(digests), choices)

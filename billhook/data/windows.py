@@ -1,0 +1,48 @@
+"""Perplexity as papers measure it, and in units that models of different tokenizers share: bytes and words."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from billhook.core.errors import DataError, UnknownName, UsageError
+from billhook.core.statistics import exp_capped
+from billhook.data.texts import read_texts
+from billhook.data.token_sets import TokenSet, token_set
+
+# Tokens a window. gptq: Frantar et al. 2022 (arXiv 2210.17323), then SparseGPT, Wanda, SliceGPT and most others;
+# shortened-llama: Kim et al. 2024 (arXiv 2402.02834).
+PROTOCOLS = {"gptq": 2048, "shortened-llama": 128}
+
+
+def fixed_windows(source: str, protocol: str, field: str, tokenizer: Any, config: Any) -> TokenSet:
+    """All of a text in windows: its pieces joined by two line ends, tokenised at once, the last part window left out.
+
+    Every window is a row, and all are of one text. Raises DataError for less than two windows, UnknownName, and
+    UsageError where the model has too few positions.
+    """
+    if protocol not in PROTOCOLS:
+        raise UnknownName("protocol of perplexity", protocol, PROTOCOLS)
+    length = PROTOCOLS[protocol]
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise UsageError(
+            f"The protocol {protocol} reads windows of {length:,} tokens: more than the {most:,} positions."
+        )
+    ids = tokenizer("\n\n".join(read_texts(source, field, tokenizer)), verbose=False)["input_ids"]
+    count = len(ids) // length
+    if count < 2:
+        raise DataError(f"{source} holds {len(ids):,} tokens, less than two windows of {length:,}. Give more text.")
+    rows = [tuple(ids[i * length : (i + 1) * length]) for i in range(count)]
+    return token_set(rows, range(count), [0] * count, [f"window {i}" for i in range(count)], source)
+
+
+def per_byte_and_word(tokens: TokenSet, tokenizer: Any, nats: float) -> dict[str, float]:
+    """Bits a byte and perplexity a word, from the `nats` of all predicted tokens: those of every row but its first.
+
+    They compare models of different tokenizers on the same text. Words stand between blanks.
+    """
+    rows = [tokens.rows[r, 1:n].tolist() for r, n in enumerate(tokens.lengths)]
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    size, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
+    return {"bits_per_byte": nats / math.log(2) / max(1, size), "word_perplexity": exp_capped(nats / max(1, words))}

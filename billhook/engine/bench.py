@@ -1,0 +1,316 @@
+"""Pieces measured: the walk over the blocks, the head, and how both are laid out in the memory that there is."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from billhook.core.errors import ModelError, UsageError
+from billhook.core.plan import PARTS, Plan, Site
+from billhook.data.token_sets import TokenSet
+from billhook.engine.blocks import BlockRunner
+from billhook.engine.document_groups import document_groups
+from billhook.engine.head import HEAD_TOKENS_AT_A_TIME, VOCABULARY_AT_A_TIME, Head, Reference
+from billhook.engine.losses import ITEM_LOSSES, ROTATION_FREE
+from billhook.engine.prefix_trie import StreamCache, Walk, WalkJob
+from billhook.engine.racing import Quality, Sums
+from billhook.engine.single_plan import NarrowedWalk, RepairedWalk
+from billhook.models.device import dtype_name
+from billhook.models.load import Teacher, undisturbed
+from billhook.models.repair import Repair
+
+CHUNK_TOKENS = {"cpu": 512, "cuda": 16384, "mps": 4096}  # tokens that go through a block at a time
+
+WAVE_TOKENS = 4096  # tokens times plans at a time where a model is in memory
+
+SAMPLE_EVERY = 4  # of the positions, where a cheap piece takes some of them
+
+
+@dataclass(frozen=True, slots=True)
+class WorkPlan:
+    """How the work is arranged under a memory budget."""
+
+    walk: str  # "layers" or "depth-first"
+    streamed: bool
+    groups: int
+    checkpoint_every: int  # streams are kept after every so many blocks; 0: after none
+    limit: int  # bytes for kept streams
+    kept: int  # bytes of them that are expected
+    wave: int  # tokens times plans that are measured, and stored, at a time
+
+    def __str__(self) -> str:
+        weights = "blocks from disk, " if self.streamed else ""
+        often = "every block" if self.checkpoint_every == 1 else f"every {self.checkpoint_every} blocks"
+        kept = (
+            f"streams kept after {often}, at most {self.limit / 1e9:.1f} GB"
+            if self.checkpoint_every
+            else "no streams kept"
+        )
+        order = "layer by layer" if self.walk == "layers" else "depth-first"
+        return f"{weights}{order}, {self.groups} document groups, {kept}"
+
+
+class Measurer:
+    """Measures jobs of one teacher on one token set under one loss.
+
+    `memory`: bytes for weights and activations together; None is half of what the machine has free. `walk` fixes the
+    order of the walk instead of choosing it by memory. `mended`: a plan that is measured under a repair of its blocks.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        tokens: TokenSet,
+        loss: str,
+        *,
+        memory: int | None = None,
+        walk: str | None = None,
+        repaired: tuple[Plan, Repair] | None = None,
+    ) -> None:
+        self._item_loss = ITEM_LOSSES[loss] if loss in tuple(ITEM_LOSSES) else None
+        if (self._item_loss is None) != (tokens.choices is None):
+            raise UsageError(_unfit(loss, tokens))
+        loss = loss if self._item_loss is None else "nll"  # of the tokens of the choices
+        self.teacher, self.loss = teacher, loss
+        self.groups = document_groups(tokens, teacher.device)
+        self.runner = BlockRunner(teacher, CHUNK_TOKENS.get(teacher.device.type, 1024))
+        self._fixed = walk
+        self._limit = self._room(memory)
+        self._head = Head(teacher, loss, self._limit // 8)
+        self.walk = Walk(self.runner, [group.ids for group in self.groups], self._limit)
+        self._references: list[Reference] = []
+        self._bits = {
+            Site(position, part): 1 << 2 * index + k
+            for index, position in enumerate(teacher.positions)
+            for k, part in enumerate(PARTS)
+        }
+        self._runs: Walk | RepairedWalk | NarrowedWalk = self.walk
+        self._narrower: StreamCache[Plan] = StreamCache(self._limit)
+        if repaired is not None:
+            self.use_repair(*repaired)
+        self.layout = self.arrange(1)
+
+    def mask(self, plan: Plan) -> int:
+        """A plan as the walk sees it."""
+        return sum(self._bits[site] for site in plan.removed)
+
+    def use_repair(self, plan: Plan, repair: Repair) -> None:
+        """From now on measure `plan` under `repair`."""
+        self._runs = RepairedWalk(self.walk, plan, self.mask(plan), repair)
+
+    def use_narrowing(self, plan: Plan) -> None:
+        """From now on measure what `plan`, which narrows sites, leaves, in the place of the plan of its removals.
+
+        Raises PlanError if it does not fit the teacher.
+        """
+        self.teacher.anatomy.check(plan)
+        self._runs = NarrowedWalk(self.walk, plan, self._narrower)
+
+    # -- memory -----------------------------------------------------------------------------------------------------
+
+    @property
+    def room(self) -> int:
+        """Bytes for residual streams."""
+        return self._limit
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token's residual stream."""
+        return int(self.teacher.model.config.hidden_size) * int(self.teacher.model.dtype.itemsize)
+
+    def _room(self, memory: int | None) -> int:
+        """Bytes that are left for residual streams."""
+        device = self.teacher.device
+        if memory is None:
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+            return int(free) // 2
+        config = self.teacher.model.config
+        wide = max(int(getattr(config, "intermediate_size", None) or 0), 4 * int(config.hidden_size))
+        working = 4 * (self.runner.chunk * 4 * wide + HEAD_TOKENS_AT_A_TIME * VOCABULARY_AT_A_TIME)
+        if self.teacher.weights is not None:  # a piece of the head as it is stored, and in float32
+            working += 6 * VOCABULARY_AT_A_TIME * int(config.hidden_size)
+        if self.loss in ROTATION_FREE:  # in float64: WᵀW, its factor and a piece of the head
+            working += 8 * int(config.hidden_size) * (2 * int(config.hidden_size) + VOCABULARY_AT_A_TIME)
+        tokens = sum(group.tokens for group in self.groups)
+        reference = 4 * tokens * (3 * int(config.hidden_size) + 2)
+        return max(0, memory - self.teacher.weight_bytes - working - reference)
+
+    def arrange(self, plans: int) -> WorkPlan:
+        """Choose walk and checkpoints for a batch of so many plans."""
+        largest = max(group.ids.numel() for group in self.groups)
+        everything = sum(group.ids.numel() for group in self.groups)
+        streamed = self.teacher.weights is not None
+        width = int(self.teacher.model.config.hidden_size)
+        wave = (
+            max(1, self._limit // (2 * (self.token_bytes + 4 * width))) if streamed else WAVE_TOKENS
+        )  # and what heads read
+        live = 2 * (plans + 1) * largest * self.token_bytes  # before and after a block
+        if streamed:
+            live = 2 * min(wave, (plans + 1) * everything) * self.token_bytes
+        walk = self._fixed or ("layers" if streamed or live <= self._limit // 2 else "depth-first")
+        left = max(0, self._limit - (live if walk == "layers" else 0))
+        depth = self.runner.depth
+        wanted = (plans + 1) * depth * everything * self.token_bytes // 2  # a branch begins half way, on average
+        every = 0 if left < wanted / depth else -(-wanted // left)
+        ends = frozenset({depth})
+        self.walk.checkpoints = ends | frozenset(range(every, depth, every)) if every else ends
+        self.walk.streams.limit = left
+        kept = min(left, wanted // every) if every else 0
+        return WorkPlan(walk, streamed, len(self.groups), every, left, kept, wave)
+
+    # -- measuring --------------------------------------------------------------------------------------------------
+
+    @property
+    def bounds(self) -> bool:
+        """Whether there are pieces that are lower bounds."""
+        self._refer()
+        return self._head.bounds
+
+    def supported_quality(self, quality: Quality) -> Quality:
+        """The quality in which pieces of a kind can be had: items cannot be sampled position by position."""
+        return quality if self._item_loss is None else "full"
+
+    def measure(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
+        """Nats of every document of each job's group; of a task, the loss of every item."""
+        found = self.row_nats(self.supported_quality(quality), jobs)
+        if self._item_loss is None:
+            return found
+        by_item: dict[WalkJob, Sums] = {}
+        by_group: dict[int, list[WalkJob]] = defaultdict(list)
+        for job in jobs:
+            by_group[job[0]].append(job)
+        for g, of in by_group.items():
+            likely = -torch.tensor([found[job] for job in of], dtype=torch.float64)  # [plans, rows]
+            values = [self._item_loss(likely[:, rows], gold) for rows, gold in self.groups[g].items]
+            by_item |= dict(zip(of, map(tuple, torch.stack(values, 1).tolist()), strict=True))
+        return by_item
+
+    @undisturbed
+    def row_nats(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
+        """Nats of every document of each job's group; where rows are choices, of every row."""
+        self._refer()
+        found: dict[WalkJob, Sums] = {}
+        waiting: dict[int, list[tuple[WalkJob, torch.Tensor]]] = defaultdict(list)
+        for job, stream in self._runs.run(jobs, self.layout.walk == "layers"):
+            group = self.groups[job[0]]
+            waiting[job[0]].append((job, self.runner.final_norm(stream)[group.read]))
+            if self.teacher.weights is None and len(waiting[job[0]]) * len(group.targets) >= HEAD_TOKENS_AT_A_TIME:
+                found |= self._sums(quality, [waiting.pop(job[0])])
+        rest = list(waiting.values())
+        waiting.clear()
+        return found | self._sums(quality, rest)  # a streamed head is read once for all, for the losses of our own
+
+    def _sums(self, quality: Quality, waiting: list[list[tuple[WalkJob, torch.Tensor]]]) -> dict[WalkJob, Sums]:
+        """Nats by document, or by row of choices, from what the heads read; each list is of one document group."""
+        numbers = [held[0][0][0] for held in waiting]
+        jobs = [[job for job, _ in held] for held in waiting]
+        batches = []
+        for number in numbers:  # what was stacked is let go
+            batches.append((torch.stack([h for _, h in waiting.pop(0)]), self._references[number]))
+        by_row = self._item_loss is not None
+        of = [(self.groups[g].row_of if by_row else self.groups[g].of).cpu() for g in numbers]
+        share = [1.0] * len(numbers)
+        if quality == "bound":
+            values = [self._head.bound(hidden, reference) for hidden, reference in batches]
+        elif quality == "sample":
+            picked = [slice(g % SAMPLE_EVERY, None, SAMPLE_EVERY) for g in numbers]
+            some = [(hidden[:, at], reference.at(at)) for (hidden, reference), at in zip(batches, picked, strict=True)]
+            share = [float(SAMPLE_EVERY)] * len(numbers)
+            of = [documents[at] for documents, at in zip(of, picked, strict=True)]
+            values = self._head.losses(some)
+        else:
+            values = self._head.losses(batches)
+        found: dict[WalkJob, Sums] = {}
+        for held, g, documents, value, times in zip(jobs, numbers, of, values, share, strict=True):
+            size = len(self.groups[g].rows if by_row else self.groups[g].documents)
+            sums = torch.zeros(len(held), size, dtype=torch.float64)
+            sums.index_add_(1, documents, value.cpu().double()).mul_(times)
+            for job, row in zip(held, sums.tolist(), strict=True):
+                if not all(math.isfinite(x) for x in row):
+                    raise ModelError(self._where_not_finite(job))
+                found[job] = tuple(row)
+        return found
+
+    @undisturbed
+    def _refer(self) -> None:
+        """The teacher's side, once."""
+        if self._references:
+            return
+        targets = [group.targets for group in self.groups]
+        if self.loss == "nll":  # asks the data, not the teacher
+            nothing = torch.empty(0, self._head.width, device=self.teacher.device)
+            self._references = [Reference(nothing, each) for each in targets]
+            return
+        jobs = [(g, 0) for g in range(len(self.groups))]
+        final = {job[0]: self.runner.final_norm(stream) for job, stream in self.walk.run(jobs, layers=True)}
+        hidden = [final[g][group.counted] for g, group in enumerate(self.groups)]
+        for g, h in enumerate(hidden):
+            if not bool(torch.isfinite(h).all()):
+                raise ModelError(self._where_not_finite((g, 0)))
+        self._references = self._head.references(hidden, targets)
+
+    @undisturbed
+    def check_finite(self, streams: Sequence[torch.Tensor]) -> None:
+        """Raises ModelError, naming the block, unless the streams after the last block, one a group, are finite."""
+        for number, (group, stream) in enumerate(zip(self.groups, streams, strict=True)):
+            if not bool(torch.isfinite(stream[group.counted]).all()):
+                raise ModelError(self._where_not_finite((number, 0)))
+
+    def _where_not_finite(self, job: WalkJob) -> str:
+        """Which block first gives NaN or infinity."""
+        bad: list[int] = []
+
+        def look(depth: int, streams: Sequence[torch.Tensor]) -> None:
+            if not all(bool(torch.isfinite(stream).all()) for stream in streams):
+                bad.append(self.teacher.positions[depth])
+
+        walk = Walk(self.runner, self.walk.ids, 0)
+        walk.look = look
+        list(walk.run([job], layers=True))
+        names = {bit: site for site, bit in self._bits.items()}
+        plan = Plan(frozenset(site for bit, site in names.items() if bit & job[1]))
+        dtype = dtype_name(self.teacher.model.dtype)
+        where = f"block {min(bad)}" if bad else "the head"
+        without = f" with {plan} removed" if plan else ""
+        broken = "the checkpoint itself is broken: download it again."
+        advice = f"Try --dtype float32; if it stays, {broken}" if dtype != "float32" else broken.capitalize()
+        return f"Activations are NaN or infinite from {where} on{without}, in {dtype}. {advice}"
+
+    @undisturbed
+    def logits(self, plan: Plan) -> torch.Tensor:
+        """Logits [rows, time, vocabulary] of all rows under a plan, in float32."""
+        ((_, stream),) = self._runs.run([(0, self.mask(plan))], layers=True)
+        hidden = self.runner.final_norm(stream)
+        return self._head.logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
+
+
+def _unfit(loss: str, tokens: TokenSet) -> str:
+    """What to type where a loss and a token set do not belong together."""
+    if tokens.choices is None:
+        return f"--loss {loss} scores multiple-choice items, and {tokens.source} is text. Type --loss {loss}:FILE.jsonl"
+    names = " or ".join(f"{name}:{tokens.source}" for name in ITEM_LOSSES)
+    return f"--loss {loss} reads text, and {tokens.source} holds multiple-choice items. Type --loss {names}"
+
+
+def job_batches(jobs: Sequence[WalkJob], sizes: Sequence[int], most: int, *, split: bool) -> Iterator[list[WalkJob]]:
+    """Jobs in portions of at most `most` tokens, of whole document groups; larger ones are `split` or stay whole."""
+    by_group: dict[int, list[WalkJob]] = defaultdict(list)
+    for job in jobs:
+        by_group[job[0]].append(job)
+    wave: list[WalkJob] = []
+    held = 0
+    for group, of in by_group.items():
+        step = max(1, most // sizes[group]) if split else len(of)
+        for part in (of[start : start + step] for start in range(0, len(of), step)):
+            if wave and held + len(part) * sizes[group] > most:
+                yield wave
+                wave, held = [], 0
+            wave += part
+            held += len(part) * sizes[group]
+    if wave:
+        yield wave

@@ -1,0 +1,235 @@
+"""The model's own blocks, called one at a time on residual streams of our choosing.
+
+What a block is called with besides the stream (masks, positions) is recorded from one call of the model's own forward
+in which the blocks pass their input through, so that every architecture computes by its own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from billhook.models import structure
+from billhook.models.load import Teacher
+from billhook.models.modeling_billhook import remove_part
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is given besides the residual stream
+
+KEPT, NO_ATTENTION, NO_MLP, NEITHER = range(4)  # what a plan leaves of a block
+
+MEMORY_OF_CALLS = 64  # shapes whose recorded calls are kept
+
+
+class _Known(nn.Module):
+    """Gives back what a sublayer gave before, and computes nothing."""
+
+    layer_idx = None
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+
+class BlockRunner:
+    """Runs the blocks of one teacher, its weights in memory or streamed, on stacks of residual streams.
+
+    It swaps modules of the blocks for a moment and puts them back: whoever calls it holds the lock of the teacher.
+    `chunk`: tokens that go through a block at a time. `computed`: tokens times sublayers so far, padding included.
+    """
+
+    def __init__(self, teacher: Teacher, chunk: int) -> None:
+        self.teacher, self.chunk, self.computed = teacher, chunk, 0
+        self.model, self.row = teacher.model, teacher.architecture
+        self.depth = len(teacher.positions)
+        self.parallel = self.row.parallel(self.model.config)
+        self._blocks = structure.blocks_of(self.model, self.row)
+        self._parts = self.row.parts(self._blocks[0], self.model.config)
+        alive = set(teacher.anatomy.sites_present())
+        self._alive = [{s.part for s in alive if s.block == p} for p in teacher.positions]
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+
+    # -- before and after the blocks --------------------------------------------------------------------------------
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """The residual stream [rows, time, width] before the first block, of token ids [rows, time]."""
+        weights = self.teacher.weights
+        if weights is None:
+            return self._record(ids)
+        found, inside = torch.unique(ids, return_inverse=True)
+        embedding = self.model.get_input_embeddings()
+        whole, padding = embedding.weight, getattr(embedding, "padding_idx", None)
+        embedding.weight, embedding.padding_idx = nn.Parameter(weights.rows(found), requires_grad=False), None
+        try:  # the model's own forward, on an embedding that holds only the rows it needs
+            return self._record(inside)
+        finally:
+            embedding.weight, embedding.padding_idx = whole, padding
+
+    def _record(self, ids: torch.Tensor) -> torch.Tensor:
+        """One call of the model's forward in which the blocks hand their input on."""
+        calls: list[Call] = []
+        streams: list[torch.Tensor] = []
+
+        def passing(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            calls.append((args, kwargs))
+            streams.append(hidden_states)
+            return (hidden_states, None) if self.row.block_outputs == 2 else hidden_states
+
+        for block in self._blocks:
+            block.forward = passing
+        try:
+            with torch.no_grad():
+                self.model.base_model(input_ids=ids, use_cache=False)
+        finally:
+            for block in self._blocks:
+                del block.forward
+        if len(self._calls) >= MEMORY_OF_CALLS:
+            del self._calls[next(iter(self._calls))]
+        self._calls[ids.shape[0], ids.shape[1]] = calls
+        return streams[0]
+
+    def final_norm(self, stream: torch.Tensor) -> torch.Tensor:
+        """What the head reads, in float32, of the residual stream after the last block."""
+        for path in self.row.final:
+            owner, _, name = path.rpartition(".")
+            module = getattr(self.model.get_submodule(owner), name, None)
+            stream = stream if module is None else module(stream)
+        return stream.float()
+
+    # -- the blocks -------------------------------------------------------------------------------------------------
+
+    def blocks(self, indices: Iterable[int]) -> Iterator[nn.Module]:
+        """Blocks ready to be called, in the order asked; a streamed one only until the next is asked for."""
+        if self.teacher.weights is not None:
+            yield from self.teacher.weights.blocks(indices)
+        else:
+            yield from (self._blocks[index] for index in indices)
+
+    def step(
+        self, index: int, block: nn.Module | None, items: list[tuple[torch.Tensor, set[int]]]
+    ) -> list[dict[int, torch.Tensor]]:
+        """Each residual stream after block `index`, in each of the variants asked for (KEPT, NO_ATTENTION …).
+
+        A sublayer runs once on a stream, however many variants use it, and not at all where it is removed; without any
+        part of it, the block itself is not needed.
+        """
+        if block is None:
+            return [{NEITHER: x} for x, _ in items]
+        done: list[dict[int, torch.Tensor]] = [{NEITHER: x} if NEITHER in wanted else {} for x, wanted in items]
+        whole = [i for i, (_, wanted) in enumerate(items) if wanted == {KEPT}]
+        first = [i for i, (_, wanted) in enumerate(items) if wanted != {KEPT} and wanted & {KEPT, NO_MLP}]
+        alone = [i for i, (_, wanted) in enumerate(items) if NO_ATTENTION in wanted]
+        both = [i for i in first if KEPT in items[i][1]]
+        for i, y in zip(whole, self._run(index, block, [items[i][0] for i in whole]), strict=True):
+            done[i][KEPT] = y
+        if self.parallel:
+            self._parallel(index, block, items, (first, alone, both), done)
+            return done
+        middles = dict(zip(first, self._run(index, block, [items[i][0] for i in first], ("mlp",)), strict=True))
+        for i in first:
+            if NO_MLP in items[i][1]:
+                done[i][NO_MLP] = middles[i]
+        inputs = [middles[i] for i in both] + [items[i][0] for i in alone]
+        outputs = self._run(index, block, inputs, ("attention",))
+        for i, variant, y in zip(both + alone, [KEPT] * len(both) + [NO_ATTENTION] * len(alone), outputs, strict=True):
+            done[i][variant] = y
+        return done
+
+    def _parallel(
+        self,
+        index: int,
+        block: nn.Module,
+        items: list[tuple[torch.Tensor, set[int]]],
+        which: tuple[list[int], list[int], list[int]],
+        done: list[dict[int, torch.Tensor]],
+    ) -> None:
+        """The split variants of blocks whose two parts read the same stream: each part once, then put together."""
+        first, alone, both = which
+        heard: dict[str, dict[int, Any]] = {}
+        for part, other, variant, chosen in (
+            ("attention", "mlp", NO_MLP, first),
+            ("mlp", "attention", NO_ATTENTION, sorted({*alone, *both})),
+        ):
+            outputs: list[Any] = []
+            module = getattr(block, self._parts[part]["zero"][0])
+            handle = module.register_forward_hook(lambda m, args, output, outputs=outputs: outputs.append(output))
+            try:
+                streams = [items[i][0] for i in chosen]
+                for i, y in zip(chosen, self._run(index, block, streams, (other,), stack=False), strict=True):
+                    done[i] |= {variant: y} if variant in items[i][1] else {}
+            finally:
+                handle.remove()
+            heard[part] = dict(zip(chosen, outputs, strict=True))
+        for i in both:
+            stood = {part: self._parts[part]["zero"][0] for part in heard}
+            modules = {name: getattr(block, name) for name in stood.values()}
+            for part, name in stood.items():
+                setattr(block, name, _Known(heard[part][i]))
+            try:
+                done[i][KEPT] = self.call(index, block, items[i][0])
+            finally:
+                for name, module in modules.items():
+                    setattr(block, name, module)
+
+    def _run(
+        self,
+        index: int,
+        block: nn.Module,
+        streams: list[torch.Tensor],
+        without: tuple[str, ...] = (),
+        *,
+        stack: bool = True,
+    ) -> list[torch.Tensor]:
+        """A block without some of its parts, on many streams [rows, time, width], stacked where they are as long."""
+        outputs: list[torch.Tensor] = [torch.empty(0)] * len(streams)
+        with self.without_parts(block, without):
+            for chunk in self._chunks(streams, stack):
+                x = streams[chunk[0]] if len(chunk) == 1 else torch.cat([streams[i] for i in chunk])
+                y = self.call(index, block, x)
+                for i, piece in zip(chunk, y.split([streams[i].shape[0] for i in chunk]), strict=True):
+                    outputs[i] = piece
+                self.computed += x.shape[0] * x.shape[1] * len(self._alive[index] - set(without))
+        return outputs
+
+    def _chunks(self, streams: list[torch.Tensor], stack: bool) -> Iterator[list[int]]:
+        by_time: dict[int, list[int]] = {}
+        for i, stream in enumerate(streams):
+            by_time.setdefault(stream.shape[1], []).append(i)
+        for time, found in by_time.items():
+            chunk: list[int] = []
+            rows = 0
+            for i in found:
+                if chunk and (not stack or (rows + streams[i].shape[0]) * time > self.chunk):
+                    yield chunk
+                    chunk, rows = [], 0
+                chunk.append(i)
+                rows += streams[i].shape[0]
+            yield chunk
+
+    @contextmanager
+    def without_parts(self, block: nn.Module, parts: tuple[str, ...]) -> Iterator[None]:
+        """Inside, `block` is without some of its parts."""
+        stood: dict[str, nn.Module] = {}
+        for part in parts:
+            stood |= remove_part(block, self._parts[part])
+        try:
+            yield
+        finally:
+            for name, module in stood.items():
+                setattr(block, name, module)
+
+    def call(self, index: int, block: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+        """The stream [rows, time, width] after block `index`, computed by `block`: itself, or what stands for it."""
+        shape = (x.shape[0], x.shape[1])
+        if shape not in self._calls:
+            self.embed(torch.zeros(shape, dtype=torch.int64, device=x.device))
+        args, kwargs = self._calls[shape][index]
+        output = block(x, *args, **kwargs)
+        y: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return y

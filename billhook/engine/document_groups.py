@@ -1,0 +1,78 @@
+"""Document groups: the portions of a token set in which plans are measured, dropped and stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from billhook.data.token_sets import TokenSet
+
+GROUPS = 16  # about so many a token set, so that a bad plan can go after a fraction of it
+
+LEAST_TOKENS = 64  # of a group
+
+
+@dataclass(frozen=True)
+class DocumentGroup:
+    """All rows of some documents. `counted`: which positions are tokens and not padding.
+
+    `read`: at which positions the head reads, those counted; of choices, those before the tokens of a choice.
+    """
+
+    documents: tuple[int, ...]
+    ids: torch.Tensor  # [rows, time]
+    counted: torch.Tensor  # [rows, time], bool
+    read: torch.Tensor  # [rows, time], bool
+    targets: torch.Tensor  # [read]: the next token, -100 where there is none
+    of: torch.Tensor  # [tokens]: index into `documents`
+    rows: tuple[int, ...]  # of the token set; those of one document stand together
+    row_of: torch.Tensor  # [read]: index into `rows`
+    items: tuple[tuple[slice, int], ...] = ()  # of choices: where in `rows` each document is, and its right one
+
+    @property
+    def tokens(self) -> int:
+        return len(self.of)
+
+
+def document_groups(tokens: TokenSet, device: torch.device) -> list[DocumentGroup]:
+    """The documents of a token set, those with long rows first, so that little is padding."""
+    rows: dict[int, list[int]] = {}
+    for row, document in enumerate(tokens.documents):
+        rows.setdefault(document, []).append(row)
+    longest = {d: max(tokens.lengths[r] for r in of) for d, of in rows.items()}
+    size = max(LEAST_TOKENS, tokens.tokens // GROUPS)
+    groups: list[list[int]] = []
+    held = 0
+    for document in sorted(rows, key=lambda d: (-longest[d], d)):
+        if not groups or held >= size:
+            groups.append([])
+            held = 0
+        groups[-1].append(document)
+        held += sum(tokens.lengths[r] for r in rows[document])
+    return [_group(tokens, documents, rows, device) for documents in groups]
+
+
+def _group(tokens: TokenSet, documents: list[int], rows: dict[int, list[int]], device: torch.device) -> DocumentGroup:
+    picked = [row for document in documents for row in rows[document]]
+    lengths = torch.tensor([tokens.lengths[r] for r in picked])
+    time = int(lengths.max())
+    ids = tokens.rows[picked, :time]
+    places = torch.arange(time)
+    targets = torch.full_like(ids, -100)
+    targets[:, :-1] = ids[:, 1:]
+    targets[places >= (lengths - 1)[:, None]] = -100
+    counted = places < lengths[:, None]
+    read, items = counted, []
+    if tokens.choices is not None:
+        first = torch.tensor([tokens.choices.first[r] for r in picked])[:, None]
+        read = (first - 1 <= places) & (places < (lengths - 1)[:, None])
+        for document in documents:
+            start = picked.index(rows[document][0])
+            items.append((slice(start, start + len(rows[document])), tokens.choices.gold[document]))
+    of = torch.tensor([documents.index(tokens.documents[r]) for r in picked])[:, None].expand_as(ids)
+    row_of = torch.arange(len(picked))[:, None].expand_as(ids)
+    return DocumentGroup(
+        tuple(documents), ids.to(device), counted.to(device), read.to(device), targets[read].to(device),
+        of[counted].to(device), tuple(picked), row_of[read].to(device), tuple(items),
+    )  # fmt: skip

@@ -1,0 +1,265 @@
+"""Latency, throughput and memory, measured. Two models are timed in turn, so that a drifting machine hits both."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from billhook.core.anatomy import Anatomy
+from billhook.core.errors import ResourceError
+from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.plan import Plan, Site
+from billhook.core.results.measured import Timing
+from billhook.core.statistics import median_interval
+from billhook.models.device import DTYPES, dtype_name
+from billhook.models.load import Teacher, undisturbed
+from billhook.models.pruned_config import register
+from billhook.models.surgery import apply
+
+
+@dataclass(frozen=True, slots=True)
+class TimingProtocol:
+    """`batch` random prompts of `prompt_tokens`, `new_tokens` decoded greedily with the KV cache, `repeats` times."""
+
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    batch: int = 1
+    repeats: int = 9
+
+
+def max_positions(models: Sequence[Any]) -> int | None:
+    """How many positions all of the models have, or None where none of them sets a limit."""
+    limits = [getattr(model.config, "max_position_embeddings", None) for model in models]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+@torch.inference_mode()
+def time_interleaved(
+    models: Sequence[Any],
+    folders: Sequence[Path],
+    protocol: TimingProtocol,
+    seed: int = 0,
+    watch: EventListener = ignore_events,
+) -> list[Timing]:
+    """One Timing a model. Order A B A B …; one uncounted warm-up each; wall seconds with the device synchronised.
+
+    `folders[i]` holds model i's checkpoint: its peak memory is that of a process of its own which loads it and answers
+    one prompt.
+    """
+    prompt = protocol.prompt_tokens
+    draw = torch.Generator().manual_seed(seed)
+    vocabulary = min(model.config.vocab_size for model in models)
+    ids = torch.randint(0, vocabulary, (protocol.batch, prompt), generator=draw)
+    prefill: list[list[float]] = [[] for _ in models]
+    decode: list[list[float]] = [[] for _ in models]
+    total = (protocol.repeats + 1) * len(models)
+    for repeat in range(protocol.repeats + 1):
+        for i, model in enumerate(models):
+            seconds = _once(model, ids.to(model.device), protocol.new_tokens)
+            if repeat:
+                prefill[i].append(seconds[0])
+                decode[i].append(seconds[1])
+            watch(Event("speed", repeat * len(models) + i + 1, total))
+    peaks = [
+        peak_bytes(folder, str(m.device), dtype_name(m.dtype), prompt, protocol.new_tokens)
+        for folder, m in zip(folders, models, strict=True)
+    ]
+    return [
+        Timing(tuple(p), tuple(d), prompt, protocol.new_tokens, protocol.batch, peak)
+        for p, d, peak in zip(prefill, decode, peaks, strict=True)
+    ]
+
+
+def _once(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of one prefill of `ids` [batch, time] and of `new_tokens` decoding steps."""
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    start = _now(model.device)
+    out = model(input_ids=ids, use_cache=True, **last_only)
+    middle = _now(model.device)
+    for _ in range(new_tokens):
+        token = out.logits[:, -1:].argmax(-1)
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+    return middle - start, _now(model.device) - middle
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def peak_bytes(folder: Path, device: str, dtype: str, prompt: int, new_tokens: int) -> int | None:
+    """Peak memory of a fresh process that loads `folder` and answers: resident on a CPU, allocated on a GPU.
+
+    None where the process fails, for example because the memory does not hold a second copy.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "billhook.methods.evaluate.speed",
+        str(folder),
+        device,
+        dtype,
+        str(prompt),
+        str(new_tokens),
+    ]
+    try:
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return int(json.loads(done.stdout)["peak_bytes"]) if done.returncode == 0 else None
+
+
+def _child(folder: str, device: str, dtype: str, prompt: str, new_tokens: str) -> None:
+    register()
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True).to(device)
+    with torch.inference_mode():
+        _once(model.eval(), torch.zeros(1, int(prompt), dtype=torch.int64, device=device), int(new_tokens))
+    if model.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(model.device)
+    elif model.device.type == "mps":
+        peak = torch.mps.driver_allocated_memory()
+    else:
+        peak = _resident_peak()
+    print(json.dumps({"peak_bytes": peak}))
+
+
+def _resident_peak() -> int:
+    """Bytes of this process at most. Linux keeps the parent's peak in ru_maxrss across a fork, so not from there."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@undisturbed
+@torch.inference_mode()
+def site_times(
+    teacher: Teacher,
+    batch: int,
+    context: int,
+    watch: EventListener = ignore_events,
+    *,
+    steps: int = 8,
+    repeats: int = 9,
+) -> dict[str, int]:
+    """Nanoseconds that each site takes of one decoding step of `batch` sequences after `context` tokens, and the rest.
+
+    Sites of one kind (part and size) cost the same: the median over `repeats` of the step with and without as many of
+    them as can go, timed in turn, divided by their number. Keys: site names, and `rest`. Raises ResourceError for a
+    streamed teacher.
+
+    As Park et al. 2025, SPRINT (arXiv 2506.03510) measure a sublayer's latency; by kind, and with all of them gone.
+    """
+    if teacher.weights is not None:
+        raise ResourceError("A model larger than its memory cannot be timed here. Count the budget in flops instead.")
+    kinds: dict[tuple[str, int, int], list[Site]] = {}
+    for size in teacher.anatomy.sites:
+        kinds.setdefault((size.site.part, size.parameters, size.kv_bytes_per_token), []).append(size.site)
+    alive = teacher.anatomy.sites_present()
+    gone = {kind: sites[int(len(sites) == sum(s.part == kind[0] for s in alive)) :] for kind, sites in kinds.items()}
+    models = [teacher.model, *(apply(teacher, Plan(frozenset(sites))) for sites in gone.values())]
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, teacher.model.config.vocab_size, (batch, context), generator=draw).to(teacher.device)
+    seconds: list[list[float]] = [[] for _ in models]
+    for repeat in range(repeats + 1):
+        for i, model in enumerate(models):
+            watch(Event("cost", repeat * len(models) + i, (repeats + 1) * len(models), "time of a decoding step"))
+            decode = _once(model, ids, steps)[1] / steps
+            if repeat:  # the first is a warm-up
+                seconds[i].append(decode)
+    table: dict[str, int] = {}
+    for (kind, sites), without in zip(gone.items(), seconds[1:], strict=True):
+        saved = statistics.median(a - b for a, b in zip(seconds[0], without, strict=True)) / max(1, len(sites))
+        table |= dict.fromkeys(map(str, kinds[kind]), max(1, round(saved * 1e9)))
+    return table | {"rest": max(0, round(statistics.median(seconds[0]) * 1e9) - sum(table.values()))}
+
+
+def rates(timing: Timing) -> dict[str, Any]:
+    """Tokens per second, median and 95% interval of the median, and the peak memory."""
+    sizes = {"prefill": timing.prompt_tokens * timing.batch, "decode": timing.new_tokens * timing.batch}
+    told: dict[str, Any] = {}
+    for kind, seconds in (("prefill", timing.prefill_s), ("decode", timing.decode_s)):
+        median, low, high = median_interval(tuple(sizes[kind] / s for s in seconds))
+        told[f"{kind}_tokens_per_s"] = {"median": median, "low": low, "high": high}
+    return told | {"peak_bytes": timing.peak_bytes}
+
+
+def speed_ratio(teacher: Timing, student: Timing) -> dict[str, Any]:
+    """How many times faster the student is, from the pairs that ran one after the other."""
+    told = {}
+    for kind in ("prefill", "decode"):
+        pairs = zip(getattr(teacher, f"{kind}_s"), getattr(student, f"{kind}_s"), strict=True)
+        median, low, high = median_interval(tuple(a / b for a, b in pairs))
+        told[kind] = {"median": median, "low": low, "high": high}
+    return told
+
+
+def predicted_speed(anatomy: Anatomy, plan: Plan) -> dict[str, float]:
+    """What the anatomy promises: speed in proportion to the weights that a token meets.
+
+    Prefill computes the head for one token of the prompt only, decoding for every token.
+    """
+    head = anatomy.rest.flops_per_token
+    dense, left = anatomy.total("flops_per_token"), anatomy.total("flops_per_token", plan)
+    return {"prefill": (dense - head) / max(left - head, 1), "decode": dense / left}
+
+
+def explain_gap(teacher: Timing, anatomy: Anatomy, speeds: dict[str, Any], device: torch.device, itemsize: int) -> str:
+    """Why measured speed differs from the predicted one, where it does by more than 15%; else the empty string.
+
+    `speeds` holds `speed_ratio` and `predicted_speed`. Reading the weights once a token at the measured memory bandwidth is the
+    least that decoding takes; what is above it is the fixed cost of the calls, which goes with the number of
+    sublayers, whatever their size.
+    """
+    off = {k: speeds["ratio"][k]["median"] / speeds["predicted"][k] for k in ("prefill", "decode")}
+    far = [k for k, value in off.items() if abs(value - 1) > 0.15]
+    if not far:
+        return ""
+    step_ms = 1000 * statistics.median(teacher.decode_s) / teacher.new_tokens
+    read_ms = 1000 * anatomy.total("flops_per_token") / 2 * itemsize / bandwidth(device)
+    kinds = " and ".join(
+        f"{k} (×{speeds['ratio'][k]['median']:.2f}, predicted ×{speeds['predicted'][k]:.2f})" for k in far
+    )
+    return (
+        f"Measured and predicted differ by more than 15% in {kinds}. The prediction counts weights only. At batch "
+        f"{teacher.batch} a decoding step of the teacher takes {step_ms:.1f} ms, of which reading the weights "
+        f"accounts for about {read_ms:.1f} ms at this machine's measured memory bandwidth; the rest is the fixed cost "
+        "of calling each sublayer, attention over the context and the machine's noise, so speed follows the number and "
+        "kind of the removed sublayers rather than their weights."
+    )
+
+
+@torch.inference_mode()
+def bandwidth(device: torch.device, size_bytes: int = 2**28) -> float:
+    """Bytes per second at which a matrix-vector product streams a matrix from memory; the median of 5."""
+    matrix = torch.zeros(size_bytes // 4 // 4096, 4096, device=device)
+    vector = torch.zeros(4096, device=device)
+    seconds = []
+    for _ in range(6):
+        start = _now(device)
+        matrix @ vector
+        seconds.append(_now(device) - start)
+    return size_bytes / statistics.median(seconds[1:])
+
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])

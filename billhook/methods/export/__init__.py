@@ -1,0 +1,1 @@
+"""Exports: what makes a folder of a student that other software loads."""

@@ -1,0 +1,69 @@
+"""A LoRA adapter beside the checkpoint that it was trained on, and on no other."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from billhook.core.errors import BillhookError, DataError, FingerprintError, MissingExtra
+from billhook.models import checks
+from billhook.models.load import load
+
+ADAPTER_FOLDER = "adapter"  # inside the checkpoint's own
+
+ADAPTER_MANIFEST = "billhook.json"  # inside the adapter's: what it belongs to
+
+
+def load_with_adapter(folder: str | Path, adapter: str | Path | None = None) -> Any:
+    """The checkpoint in `folder` with its adapter, as peft's model: the one in `folder`/adapter, or another.
+
+    Raises FingerprintError unless it was trained on this very checkpoint: the blocks of a pruned model are renumbered,
+    so that an adapter of another one would go to the wrong places, and fit. DataError where there is none.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MissingExtra("An adapter", "heal")
+    import peft
+
+    folder = Path(folder).expanduser()
+    chosen = Path(adapter).expanduser() if adapter is not None else folder / ADAPTER_FOLDER
+    if not (chosen / ADAPTER_MANIFEST).is_file():
+        raise DataError(
+            f"{chosen} is no adapter of Billhook's. One comes with --recover lora --recover-set merge=no, in the "
+            f"folder {ADAPTER_FOLDER} of the pruned model."
+        )
+    wanted, found = (
+        json.loads((chosen / ADAPTER_MANIFEST).read_text(encoding="utf-8"))["base"],
+        checks.fingerprint(folder),
+    )
+    if wanted != found:
+        raise FingerprintError(
+            f"The adapter {chosen} was trained on a checkpoint with the fingerprint {wanted}, and that of {folder} is "
+            f"{found}: other weights, or other blocks under the same numbers. Give the folder that it came with."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        return peft.PeftModel.from_pretrained(load(folder).model, chosen)
+
+
+@torch.inference_mode()
+def save_adapter(adapter: Path, folder: Path, merged: Any, rows: torch.Tensor) -> None:
+    """Copy a trained adapter into the checkpoint in `folder`, tied to it, and prove that both give the merged model.
+
+    `rows` [rows, time]: tokens on which their logits must agree, up to the rounding of a sum in another order. Raises
+    BillhookError if they do not.
+    """
+    shutil.copytree(adapter, folder / ADAPTER_FOLDER)
+    tie = {"base": checks.fingerprint(folder)}
+    (folder / ADAPTER_FOLDER / ADAPTER_MANIFEST).write_text(json.dumps(tie) + "\n", encoding="utf-8")
+    rows = rows.to(merged.device)
+    mine = merged(rows, use_cache=False).logits.float()
+    other = load_with_adapter(folder).to(merged.device)(input_ids=rows, use_cache=False).logits.float()
+    gap, scale = float((mine - other).abs().max()), float(mine.abs().max())
+    if gap > 0.02 * scale:
+        raise BillhookError(f"The adapter does not load back equal (logits differ by {gap:g}); it was deleted.")

@@ -1,0 +1,254 @@
+"""A Hugging Face checkpoint: written aside, loaded back, compared, then renamed."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from transformers.core_model_loading import revert_weight_conversion
+
+from billhook.core.errors import BillhookError, ModelError, ResourceError, UsageError
+from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.plan import Plan
+from billhook.engine.probe import logits
+from billhook.models import architectures, checks, modeling_billhook
+from billhook.models.device import dtype_name
+from billhook.models.load import Teacher, load
+from billhook.models.repair import Repair
+from billhook.models.surgery import copy_shards
+
+MANIFEST = "billhook.json"
+
+SHARD_BYTES = 4 * 10**9
+
+
+def check_target(folder: Path, source: Path | None = None, needed_bytes: int = 0) -> None:
+    """Raises UsageError or ResourceError unless a checkpoint can be written to `folder`."""
+    if source is not None and source.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(f"--out {folder} is the input model's own folder. Choose another one.")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        what = "is a file" if folder.is_file() else "is not empty"
+        raise UsageError(f"--out {folder} {what}. Choose a folder that is not there yet, such as {folder}-pruned.")
+    parent = folder.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    probe = parent / f".billhook-{folder.name}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be written ({error.strerror}). Choose another folder.") from error
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise ResourceError(
+            f"--out {folder} needs {needed_bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left. Free some "
+            "space, or choose a folder on another disk."
+        )
+
+
+def staging_folder(folder: Path, run: str) -> Path:
+    """Where a folder is built before it appears; a run finds what an earlier attempt of its own left there."""
+    return folder.resolve().with_name(f".{folder.resolve().name}.{run}.partial")
+
+
+def save(
+    student: Any,
+    tokenizer: Any | None,
+    plan: Plan,
+    folder: str | Path,
+    *,
+    teacher: Teacher,
+    watch: EventListener = ignore_events,
+) -> list[Path]:
+    """`write_checkpoint` to a folder that appears whole or not at all: built aside, loaded back, compared, renamed.
+
+    Raises UsageError or ResourceError if `folder` cannot be written, BillhookError if it does not load back equal.
+    """
+    target = Path(folder)
+    check_target(target, teacher.folder, teacher.anatomy.total("bytes"))
+    aside = staging_folder(target, secrets.token_hex(3))
+    try:
+        write_checkpoint(student, tokenizer, plan, aside, teacher=teacher, watch=watch)
+        rows = torch.arange(16)[None] % student.config.vocab_size
+        if teacher.weights is not None:
+            verify_streamed_round_trip(teacher, plan, aside, rows, watch=watch)
+        else:
+            verify_round_trip(student, aside, rows, watch)
+        publish(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return sorted(target.iterdir())
+
+
+def publish(aside: Path, target: Path) -> None:
+    """Give a finished folder its name. An empty folder may stand there; anything else is kept and raises OSError."""
+    if target.exists():
+        target.rmdir()
+    aside.rename(target)
+
+
+def write_checkpoint(
+    student: Any,
+    tokenizer: Any | None,
+    plan: Plan,
+    folder: Path,
+    *,
+    teacher: Teacher,
+    watch: EventListener = ignore_events,
+) -> list[Path]:
+    """Write the student to the new `folder`: weights, config, tokenizer, generation config, and the plan.
+
+    `plan` is what went from `teacher` (a `teacher` that was pruned before adds its own removals). Weights that equal
+    the teacher's are copied from its files bit for bit, others are cast to the checkpoint's dtype. Returns the files.
+    """
+    folder.mkdir(parents=True)
+    if teacher.weights is not None:
+        copy_shards(student, teacher, teacher.weights, folder, watch)
+    else:
+        state = _on_disk(student, teacher)
+        watch(Event("save", 1, 3, f"{len(state)} tensors"))
+        tied = list((student._tied_weights_keys or {}) if student.config.tie_word_embeddings else ())
+        save_torch_state_dict(
+            state, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"}, shared_tensors_to_discard=tied
+        )
+    _save_config(student, teacher, folder)
+    if student.can_generate() and student.generation_config is not None:
+        student.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    manifest = {
+        "model": teacher.fingerprint,
+        "blocks": teacher.anatomy.blocks,
+        "removed": plan.names(),
+        "narrowed": plan.narrowed_names(),
+        "already_removed": teacher.removed_earlier.names(),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return sorted(folder.iterdir())
+
+
+def _save_config(student: Any, teacher: Teacher, folder: Path) -> None:
+    fields = json.loads(student.config.to_json_string())
+    fields["dtype"] = dtype_name(teacher.dtype)
+    fields["architectures"] = [type(student).__name__]
+    fields.pop("_name_or_path", None)
+    fields.pop("auto_map", None)
+    if student.config.model_type.startswith("billhook-"):
+        stock = ", ".join(kind.__mro__[1].__name__ for kind in (type(student.config), type(student)))
+        config_name, model_name = type(student.config).__name__, type(student).__name__
+        fields["auto_map"] = {
+            "AutoConfig": f"modeling_billhook.{config_name}",
+            "AutoModelForCausalLM": f"modeling_billhook.{model_name}",
+        }
+        code = Path(modeling_billhook.__file__).read_text(encoding="utf-8")
+        tail = f"\n\nfrom transformers import {stock}\n\n{config_name}, {model_name} = pruned_classes({stock})\n"
+        (folder / "modeling_billhook.py").write_text(code + tail, encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def _on_disk(student: Any, teacher: Teacher) -> dict[str, torch.Tensor]:
+    """The student's tensors under the Hub's names, in the checkpoint's dtype.
+
+    A tensor that says the same as the source's in the compute dtype is the source's, bit for bit.
+    """
+    with torch.no_grad():
+        state = revert_weight_conversion(student, student.state_dict())
+    tail = re.escape(teacher.architecture.blocks.rsplit(".", 1)[-1])
+    kept = student.config.billhook["kept_blocks"]
+    back = {new: teacher.positions.index(old) for new, old in enumerate(kept)}
+
+    def source_name(name: str) -> str:
+        return re.sub(rf"(^|\.){tail}\.(\d+)\.", lambda m: f"{m[1]}{tail}.{back[int(m[2])]}.", name, count=1)
+
+    source = _Source(teacher)
+    done: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied tensors once, under whichever name the source has
+    for name, tensor in state.items():
+        there = source.get(source_name(name))
+        if there is not None:
+            same = there.shape == tensor.shape and torch.equal(there.to(tensor), tensor)
+            done[_place(tensor)] = there if same else tensor.to("cpu", there.dtype, copy=True)
+    for name, tensor in state.items():
+        if _place(tensor) not in done:
+            if tensor.dtype.itemsize < teacher.dtype.itemsize:
+                raise ModelError(
+                    f"{name} is not among the source's tensors by any known name, and the copy in memory is rounded to "
+                    f"{dtype_name(tensor.dtype)}. Use --dtype float32."
+                )
+            done[_place(tensor)] = tensor.to("cpu", teacher.dtype, copy=True)
+    return {name: done[_place(tensor)] for name, tensor in state.items()}
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, torch.Size]:
+    """Equal for tied tensors."""
+    return tensor.data_ptr(), tensor.shape
+
+
+class _Source:
+    """The tensors of the teacher's shards by name, read when asked for."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._files = {}
+        for shard in checks.shards(teacher.folder):
+            file = safe_open(shard, framework="pt")
+            self._files.update(dict.fromkeys(file.keys(), file))
+        self._prefix = f"{teacher.model.base_model_prefix}."  # which old checkpoints leave out
+
+    def get(self, name: str) -> torch.Tensor | None:
+        for spelling in (name, name.removeprefix(self._prefix), self._prefix + name):
+            if spelling in self._files:
+                tensor: torch.Tensor = self._files[spelling].get_tensor(spelling)
+                return tensor
+        return None
+
+
+def verify_streamed_round_trip(
+    teacher: Teacher,
+    plan: Plan,
+    folder: Path,
+    rows: torch.Tensor,
+    *,
+    repair: Repair | None = None,
+    watch: EventListener = ignore_events,
+) -> None:
+    """`verify_round_trip` for a teacher that is streamed: what the plan leaves of it against `folder`, streamed as well.
+
+    Where sites are narrower, zeros stand in the teacher for what the folder lacks, and sums are rounded in another
+    order: then they are equal within the root of the dtype's epsilon, of the largest logit.
+    """
+    watch(Event("save", 2, 3, "loading it back"))
+    again = load(folder, device=str(teacher.device), dtype=dtype_name(teacher.model.dtype), memory=0)
+    mine, other = logits(teacher, plan, rows, repair), logits(again, Plan(), rows)
+    room = float(mine.abs().max()) * torch.finfo(teacher.model.dtype).eps ** 0.5 if plan.narrowed else 0.0
+    _require_equal(mine, other, room)
+    watch(Event("save", 3, 3, "loads back equal"))
+
+
+def _require_equal(student: torch.Tensor, reloaded: torch.Tensor, room: float = 0.0) -> None:
+    """Raises BillhookError if any two differ by more than `room`."""
+    gap = (student - reloaded).abs().max().item()
+    if not (torch.equal(student, reloaded) or gap <= room):
+        raise BillhookError(
+            f"The saved checkpoint does not load back equal (logits differ by {gap:g}); it was deleted."
+        )
+
+
+@torch.inference_mode()
+def verify_round_trip(student: Any, folder: Path, rows: torch.Tensor, watch: EventListener = ignore_events) -> None:
+    """Load `folder` back and compare logits on `rows` [rows, time] bit for bit.
+
+    Raises BillhookError on any difference.
+    """
+    watch(Event("save", 2, 3, "loading it back"))
+    again = load(folder, device=str(student.device), dtype=dtype_name(student.dtype))
+    rows = rows.to(student.device)
+    mine, other = student(rows, use_cache=False).logits, again.model(rows, use_cache=False).logits
+    _require_equal(mine, other)
+    watch(Event("save", 3, 3, "loads back equal"))
+    assert architectures.base_type(again.model.config.model_type) == architectures.base_type(student.config.model_type)

@@ -1,0 +1,209 @@
+"""Metrics of channel groups: which key-value groups and neurons a model can lose."""
+
+from __future__ import annotations
+
+import torch
+
+from billhook.core.errors import UnknownName, UsageError
+from billhook.data.splits import select_documents
+from billhook.engine.channel_statistics import GroupValues, Inputs, standardised
+from billhook.engine.probe import Probe
+from billhook.methods.metrics import group_metric
+
+BATCHES = 8  # of calibration text, between which importance fluctuates
+
+
+@group_metric
+def group_magnitude(probe: Probe, *, p: int = 2) -> GroupValues:
+    """How large the weights of a group are.
+
+    Formula: (Σ |w|^p)^(1/p) over all weights of the group, in every matrix that has some
+    Cost: none but reading the weights.
+
+    Source: Ma et al. 2023, LLM-Pruner (arXiv 2305.11627), its magnitude baseline, `p` 1 or 2.
+    """
+    if p < 1:
+        raise UsageError(f"group_magnitude takes p=1, p=2 or more, not {p}.")
+    return {site: values ** (1 / p) for site, values in probe.groups_of_weights(lambda w: w.abs() ** p).items()}
+
+
+def _first(w: torch.Tensor, g: torch.Tensor, f: torch.Tensor | None) -> torch.Tensor:
+    return g * w
+
+
+def _element1(w: torch.Tensor, g: torch.Tensor, f: torch.Tensor | None) -> torch.Tensor:
+    return (g * w).abs()
+
+
+def _element2(w: torch.Tensor, g: torch.Tensor, f: torch.Tensor | None) -> torch.Tensor:
+    assert f is not None
+    return (f * w * w / 2).abs()
+
+
+def _mix(w: torch.Tensor, g: torch.Tensor, f: torch.Tensor | None) -> torch.Tensor:
+    assert f is not None
+    return (g * w - f * w * w / 2).abs()
+
+
+@group_metric
+def taylor_vector(probe: Probe) -> GroupValues:
+    """How much the loss would move, to first order, if each row or column of a group were zero.
+
+    Formula: Σ over the rows (of inputs) and columns (of outputs) of the group of |Σ over their weights of g w|
+    Cost: about three forward passes.
+
+    Source: Ma et al. 2023, LLM-Pruner (arXiv 2305.11627), `vectorize`.
+    """
+    return probe.groups_of_gradients({"vector": (_first, True)})["vector"]
+
+
+@group_metric
+def taylor_element1(probe: Probe) -> GroupValues:
+    """How much the loss would move, to first order, weight by weight.
+
+    Formula: Σ over the weights of the group of |g w|
+    Cost: about three forward passes.
+
+    Source: Ma et al. 2023, LLM-Pruner (arXiv 2305.11627), `param_first`.
+    """
+    return probe.groups_of_gradients({"element": (_element1, False)})["element"]
+
+
+@group_metric
+def taylor_element2(probe: Probe) -> GroupValues:
+    """The second-order term alone, weight by weight, with the Fisher diagonal for the Hessian's.
+
+    Formula: Σ over the weights of the group of f w² / 2, f = mean over rows of (gradient of the row's own mean loss)²
+    Cost: about three forward passes, row by row.
+
+    Source: Ma et al. 2023, LLM-Pruner (arXiv 2305.11627), `param_second`.
+    """
+    return probe.groups_of_gradients({"element": (_element2, False)}, fisher=True)["element"]
+
+
+@group_metric
+def taylor_mix(probe: Probe) -> GroupValues:
+    """Both terms of the series, weight by weight.
+
+    Formula: Σ over the weights of the group of |g w - f w² / 2|
+    Cost: about three forward passes, row by row.
+
+    Source: Ma et al. 2023, LLM-Pruner (arXiv 2305.11627), `param_mix`; f is a mean where its paper has a sum.
+    """
+    return probe.groups_of_gradients({"element": (_mix, False)}, fisher=True)["element"]
+
+
+@group_metric
+def wanda_sp(probe: Probe) -> GroupValues:
+    """How large the output projection is times how large what it reads is, channel by channel.
+
+    Formula: mean over a group's channels c of (mean over outputs of |W_oc|) · ‖x_c‖, ‖x_c‖² = Σ over tokens of x_c²
+    Cost: one forward pass.
+
+    Source: An et al. 2024, FLAP (arXiv 2312.11983), its structured form of Sun et al. 2023, Wanda (arXiv 2306.11695).
+    """
+    return probe.groups_of_inputs(_wifn)
+
+
+def _wifv(x: Inputs, w: torch.Tensor) -> torch.Tensor:
+    return x.variance * w.square().sum(0)
+
+
+def _ifv(x: Inputs, w: torch.Tensor) -> torch.Tensor:
+    return x.variance
+
+
+def _wifn(x: Inputs, w: torch.Tensor) -> torch.Tensor:
+    return w.abs().mean(0) * (x.square * x.tokens).sqrt()
+
+
+FLAP = {"wifv": _wifv, "ifv": _ifv, "wifn": _wifn}
+
+
+@group_metric
+def flap(probe: Probe, *, kind: str = "wifv", standardise: bool = True) -> GroupValues:
+    """How much what a channel carries fluctuates between tokens: what does not can be made up for by a constant.
+
+    `kind`: wifv, ifv (fluctuation alone) or wifn (magnitudes); `standardise=False`: scores as they are.
+
+    Formula: mean over a group's channels c of Var(x_c) ‖W_:c‖², then less the mean and divided by the deviation of the
+    site's groups
+    Cost: one forward pass.
+
+    Source: An et al. 2024, FLAP (arXiv 2312.11983). Deviation: the variance over all tokens at once, not a running one.
+    """
+    if kind not in FLAP:
+        raise UnknownName("kind of flap", kind, FLAP)
+    found = probe.groups_of_inputs(FLAP[kind])
+    return standardised(found) if standardise else found
+
+
+@group_metric
+def activation(probe: Probe) -> GroupValues:
+    """How large what the output projection reads of a group is.
+
+    Formula: mean over a group's channels of (mean over tokens of |x_c|)
+    Cost: one forward pass.
+
+    Source: Muralidharan et al. 2024, Minitron (arXiv 2407.14679), neurons and heads. Deviation: a head counts by the
+    mean over its channels, not by its norm a token.
+    """
+    return probe.groups_of_inputs(lambda x, w: x.absolute)
+
+
+@group_metric
+def saap(
+    probe: Probe, *, stability: float = 0.5, batches: int = BATCHES, fusion: str = "kendall", within: bool = True
+) -> GroupValues:
+    """SAAP: coarse and fine importance fused under homoscedastic uncertainty; what fluctuates goes first.
+
+    A reconstruction: the paper has no public code. Its text says that vector-wise and element-wise Taylor scores are
+    fused by the multi-task construction of Kendall et al. 2018, and that unstable structures are pruned; how stability
+    is measured it does not say. Here: σ² of each branch is its mean score, which minimises Σ I/(2σ²) + G log σ, so that
+    the fused score does not depend on the scale of either; fluctuation is the coefficient of variation of a group's
+    fused score over `batches` parts of the text, that of a group which is worth nothing the largest of its site; both
+    are standardised within each site (`within=False`: over all sites of a kind). `stability=0` is plain fusion.
+    `fusion`: kendall, vector or element.
+
+    Formula: z(I_v/(2σ_v²) + I_e/(2σ_e²)) - stability · z(sd_b(I_b) / mean_b(I_b)), I_v of `taylor_vector`, I_e of
+    `taylor_mix`
+    Cost: about three forward passes over the text, and three more in parts.
+
+    Source: Zheng et al. 2024, SAAP (arXiv 2412.15127); Kendall, Gal and Cipolla 2018 (arXiv 1705.07115).
+    """
+    if fusion not in ("kendall", "vector", "element"):
+        raise UnknownName("fusion of saap", fusion, ("kendall", "vector", "element"))
+    documents = len(probe.tokens.clusters)
+    if batches < 2 or documents < batches:
+        raise UsageError(
+            f"saap compares {batches} mini-batches, and there are {documents} documents. Give more --tokens."
+        )
+    fused = fuse(_taylor(probe), fusion)
+    told = standardised(fused, within=within)
+    if not stability:
+        return told
+    parts = [select_documents(probe.tokens, range(part, documents, batches)) for part in range(batches)]
+    each = [fuse(_taylor(probe.with_objective(probe.loss, part)), fusion) for part in parts]
+    fluctuation: GroupValues = {}
+    for site in fused:
+        values = torch.stack([one[site] for one in each])
+        variation = values.std(0) / values.mean(0)
+        dead = variation.isnan()  # of no importance in any part, so that nothing of it is stable
+        fluctuation[site] = variation.masked_fill(dead, float(variation[~dead].max()) if (~dead).any() else 0.0)
+    unrest = standardised(fluctuation, within=within)
+    return {site: told[site] - stability * unrest[site] for site in told}
+
+
+def _taylor(probe: Probe) -> dict[str, GroupValues]:
+    return probe.groups_of_gradients({"vector": (_first, True), "element": (_mix, False)}, fisher=True)
+
+
+def fuse(branches: dict[str, GroupValues], fusion: str) -> GroupValues:
+    """Branches divided by twice their mean over all groups, and added; or one of them."""
+    used = {name: values for name, values in branches.items() if fusion in ("kendall", name)}
+    told: GroupValues = {}
+    for values in used.values():
+        mean = torch.cat(list(values.values())).mean().clamp(min=1e-300)
+        for site, scores in values.items():
+            told[site] = told.get(site, torch.zeros_like(scores)) + scores / (2 * mean)
+    return told

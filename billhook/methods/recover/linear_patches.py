@@ -1,0 +1,110 @@
+"""Recoveries that put a matrix in the place of removed sublayers, found in closed form."""
+
+from __future__ import annotations
+
+import torch
+
+from billhook.core.errors import UsageError
+from billhook.data.token_sets import TokenSet
+from billhook.methods.recover import RecoveryTask, recovery
+from billhook.methods.recover.ridge import Moments, ridge_fit
+from billhook.methods.recover.side_by_side import (
+    Change,
+    SiteView,
+    execution_order,
+    lookahead_targets,
+    removed_runs,
+    side_by_side,
+    streams_after,
+)
+from billhook.models.repair import Patch, Repair
+
+
+@recovery
+def lowrank(task: RecoveryTask, train: TokenSet, valid: TokenSet, *, rank: int = 32, bias: bool = True) -> Repair:
+    """x -> x + U V x + b in the place of every removed sublayer: the best matrices of `rank`, in closed form.
+
+    What it is fitted to is all that the student's stream lacks at that place. A fit that does not help on held-out
+    texts is left out. `bias`: with the constant b.
+
+    Formula: the rank-r minimum of Σ_t |h_t - x_t - U V x_t - b|²: ridge regression, then the r directions of its
+    fitted values that carry most
+    Cost: one forward pass of the teacher and one of the student, a solve a removed sublayer; at inference two products
+    of `rank` by width.
+    Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), its low-rank adapters;
+    reduced-rank regression, Izenman 1975. Deviations: not trained; fitted to the student's stream, not to the removed
+    sublayer's output.
+    """
+    if rank < 1:
+        raise UsageError(f"lowrank takes a rank of 1 at least, not {rank}.")
+    side = task.teacher_streams(train)
+    held = task.validation_mask(side.bench, train)
+
+    def visit(stage: SiteView) -> Change:
+        if not stage.removed or stage.site in task.repair.patches:
+            return None
+        return _low_rank(stage, held, rank, bias)
+
+    return side_by_side(side, task.plan, task.repair, visit)
+
+
+def _low_rank(stage: SiteView, validation: torch.Tensor, rank: int, bias: bool) -> Patch | None:
+    x, y = stage.inputs, stage.teacher_after - stage.after
+    centre, middle = (x.mean(0), y.mean(0)) if bias else (torch.zeros_like(x[0]), torch.zeros_like(y[0]))
+    even = torch.ones(len(x), device=x.device)
+    fit = ridge_fit(x - centre, y - middle, even, validation)
+    if fit.remaining_error >= 1:
+        return Patch(bias=middle) if bias else None
+    moments = Moments(x - centre, y - middle, even)
+    b = fit.matrix.T.to(moments.xx)  # [inputs, outputs]
+    carried = torch.linalg.eigh(b.T @ moments.xx @ b)[1][:, -min(rank, len(y[0])) :]
+    up, down = carried, carried.T @ b.T
+    constant = middle.to(b) - up @ (down @ centre.to(b)) if bias else None
+    parts = (constant, None, down, up)
+    return Patch(*(None if part is None else part.to(x.device, torch.float32).contiguous() for part in parts))
+
+
+@recovery
+def linear(task: RecoveryTask, train: TokenSet, valid: TokenSet, *, where: str = "inserted") -> Repair:
+    """One matrix for every run of removed sublayers: in their place, or fused into the projection before them.
+
+    `where`: inserted, x -> x + W x at the end of the run; or fused into the output projection of the last MLP or
+    attention that is left before the run, so that the shapes stay. One that does not help on held-out texts is left
+    out, and so is a fused one with nothing before it.
+
+    Formula: inserted: min over W of Σ_t |h_t - x_t - W x_t|²; fused: the same with m_t, the output of the sublayer
+    before the run, in the place of W's x_t, and W W_out added to its output projection W_out
+    Cost: one forward pass of the teacher and one of the student (fused: two, where its streams do not
+    fit into memory), a solve a run; at inference a product of
+    width by width a run, or nothing.
+    Source: Ghosted Layers (arXiv 2605.15491), inserted; ReplaceMe (NeurIPS 2025), fused, its least squares.
+    Deviations: any runs of single sublayers, ridge chosen on held-out texts.
+    """
+    if where not in ("inserted", "fused"):
+        raise UsageError(f"linear is inserted or fused, not {where!r}.")
+    side = task.teacher_streams(train, again=where == "fused")
+    held = task.validation_mask(side.bench, train)
+    sites = execution_order(side.bench)
+    gone = removed_runs(sites, task.plan)
+    even = torch.ones(len(held), device=held.device)
+    if where == "inserted":
+        ends = {run[-1] for run in gone}
+
+        def insert(stage: SiteView) -> Change:
+            if stage.site not in ends or stage.site in task.repair.patches:
+                return None
+            fit = ridge_fit(stage.inputs, stage.teacher_after - stage.after, even, held)
+            width = len(fit.matrix)
+            return Patch(down=fit.matrix, up=torch.eye(width, device=held.device)) if fit.remaining_error < 1 else None
+
+        return side_by_side(side, task.plan, task.repair, insert)
+    behind = lookahead_targets(sites, task.plan)
+    streams = streams_after(side, set(behind.values()))
+
+    def fuse(stage: SiteView) -> Change:
+        if stage.site not in behind or stage.value is None:
+            return None
+        fit = ridge_fit(stage.after - stage.before, streams[behind[stage.site]] - stage.after, even, held)
+        return fit.matrix @ stage.value if fit.remaining_error < 1 else None
+
+    return side_by_side(side, task.plan, task.repair, fuse)

@@ -1,0 +1,92 @@
+"""Least squares for repairs: solved in float64, with the ridge that held-out tokens choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from billhook.engine.losses import to_float64
+
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)  # of the diagonal of XᵀX
+
+MOMENT_TOKENS_AT_A_TIME = 8192
+
+EMPTY = 1e-14  # of the mean diagonal: inputs that are all but zero
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A linear map and how it was found. `matrix` [outputs, inputs], float32.
+
+    `ridge`: as a share of the diagonal; `remaining_error`: of the squared error on held-out tokens, by a fit that has not
+    seen them; above 1 the map does harm.
+    """
+
+    matrix: torch.Tensor
+    ridge: float
+    remaining_error: float
+
+
+class Moments:
+    """XᵀX, XᵀY and the square of Y, summed over weighted tokens in float64."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
+        """x [tokens, inputs], y [tokens, outputs], weight [tokens], all in float32."""
+        place = torch.device("cpu") if x.device.type == "mps" else x.device
+        options = {"dtype": torch.float64, "device": place}
+        self.xx = torch.zeros(x.shape[1], x.shape[1], **options)  # type: ignore[call-overload]
+        self.xy = torch.zeros(x.shape[1], y.shape[1], **options)  # type: ignore[call-overload]
+        self.yy = 0.0
+        for a, b, w in zip(*(t.split(MOMENT_TOKENS_AT_A_TIME) for t in (x, y, weight)), strict=True):
+            root = w.sqrt()[:, None]
+            a, b = a * root, b * root
+            self.xx += (a.T @ a).to(place)
+            self.xy += (a.T @ b).to(place)
+            self.yy += float(to_float64(b).square().sum())
+
+    def plus(self, other: Moments) -> Moments:
+        """Of both sets of tokens."""
+        both = object.__new__(Moments)
+        both.xx, both.xy, both.yy = self.xx + other.xx, self.xy + other.xy, self.yy + other.yy
+        return both
+
+    def solve(self, ridge: float) -> torch.Tensor:
+        """argmin over B of |Y - X B|² + ridge · Σ_i |x_i|² |b_i|²: [inputs, outputs].
+
+        x_i a column of X and b_i the row of B that it goes through, so that no input counts by its unit.
+        """
+        whole = self.xx.clone()
+        least = EMPTY * float(self.xx.diagonal().mean())
+        whole.diagonal().mul_(1 + ridge).clamp_(min=max(least, 1e-300))
+        factor, failed = torch.linalg.cholesky_ex(whole)
+        if failed:
+            found: torch.Tensor = torch.linalg.lstsq(whole, self.xy, driver="gelsd").solution
+            return found
+        return torch.cholesky_solve(self.xy, factor)
+
+    def error(self, b: torch.Tensor) -> float:
+        """|Y - X B|²."""
+        return self.yy - 2 * float((b * self.xy).sum()) + float(((self.xx @ b) * b).sum())
+
+
+def ridge_fit(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, validation: torch.Tensor) -> Fit:
+    """The map from x to y whose ridge has the least error on the `validation` tokens [tokens, bool]; then fitted on all.
+
+    From the middle of `RIDGES` to whichever neighbour is better, until none is.
+    """
+    seen = Moments(x[~validation], y[~validation], weight[~validation])
+    unseen = Moments(x[validation], y[validation], weight[validation])
+    if not unseen.yy:
+        return Fit(torch.zeros(y.shape[1], x.shape[1], device=x.device), 0.0, 1.0)
+
+    @cache
+    def error(place: int) -> float:
+        return unseen.error(seen.solve(RIDGES[place]))
+
+    place, places = len(RIDGES) // 2, range(len(RIDGES))
+    while (best := min(places[max(0, place - 1) : place + 2], key=error)) != place:
+        place = best
+    matrix = seen.plus(unseen).solve(RIDGES[place]).T.to(x.device, torch.float32)
+    return Fit(matrix, RIDGES[place], error(place) / unseen.yy)

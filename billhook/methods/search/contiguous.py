@@ -1,0 +1,58 @@
+"""One run of blocks."""
+
+from __future__ import annotations
+
+from billhook.core.errors import BudgetError, UsageError
+from billhook.core.plan import MeasureRequest, Plan
+from billhook.core.problem import Problem
+from billhook.methods.search import Search, lowest_full, search
+
+
+def _losses(problem: Problem, *, run: str = "best", keep_last: int = 0) -> int:
+    """A loss for every start of a run; none where a metric scores runs, or the last one goes."""
+    runs = _runs(problem, run, keep_last)
+    return 0 if run == "last" or problem.scores is not None else len(runs)
+
+
+@search(losses=_losses)
+def contiguous(problem: Problem, *, run: str = "best", keep_last: int = 0) -> Search:
+    """Remove one contiguous run of whole blocks: the best by a metric of runs, or by the loss.
+
+    `run=last`: the last blocks, but
+    for `keep_last` of them, a baseline that is hard to beat once the model is trained again.
+
+    Formula: argmin over starts l of the score of the run, or of L, for the shortest run from l that meets the budget.
+    Cost: none besides the metric's (angular_span: one pass); without a metric a loss for every start.
+
+    Source: Gromov et al. 2024, The unreasonable ineffectiveness of the deeper layers (arXiv 2403.17887); the last
+    blocks: Lu et al. 2024, Reassessing layer pruning in LLMs (arXiv 2411.15558).
+    """
+    runs = _runs(problem, run, keep_last)
+    if run == "last":
+        return [runs[max(runs, key=lambda ends: (ends[1], ends[0]))]]
+    scores = problem.scores or {}
+    if all(ends in scores for ends in runs):
+        return [runs[min(runs, key=lambda ends: (scores[ends], ends))]]
+    if scores:
+        raise UsageError("The search span wants a metric of runs, such as angular_span, or none.")
+    plans = tuple(runs.values())
+    return [lowest_full(plans, (yield MeasureRequest(plans, full_results=2)))[1]]
+
+
+def _runs(problem: Problem, run: str, keep_last: int) -> dict[tuple[int, int], Plan]:
+    """The shortest run of blocks from every start that meets the budget. Raises BudgetError if there is none."""
+    if run not in ("best", "last"):
+        raise UsageError(f"run={run!r} is neither best nor last.")
+    alive = problem.anatomy.sites_present()
+    blocks = sorted({site.block for site in alive})
+    runs: dict[tuple[int, int], Plan] = {}
+    for start in range(len(blocks)):
+        for end in range(start, len(blocks) - keep_last):
+            plan = Plan(frozenset(site for site in alive if site.block in blocks[start : end + 1]))
+            if problem.is_met(plan):
+                if problem.is_valid(plan):
+                    runs[blocks[start], blocks[end]] = plan
+                break
+    if not runs:
+        raise BudgetError("No single run of blocks meets the budget and leaves what must stay. Try the search greedy.")
+    return runs

@@ -1,0 +1,214 @@
+"""Loading a model as a teacher: whole, or streamed block by block."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+import transformers
+
+from billhook.core.anatomy import Anatomy
+from billhook.core.errors import ModelError
+from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.plan import Part, Plan, Site
+from billhook.models import architectures, checks, structure
+from billhook.models.device import SHARE_OF_WEIGHTS, dtype_name, free_memory, pick_device, pick_dtype
+from billhook.models.modeling_billhook import skipped_parts
+from billhook.models.pruned_config import register
+from billhook.models.sources import locate
+from billhook.models.streaming import StreamedWeights, build_on_meta, check_finite, check_fit, release_freed_memory
+
+LOADING_ISSUES = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A loaded model and what Billhook knows about it; the one value that carries a model.
+
+    Between calls the model is as it was loaded. While it is measured, some of its modules and weights are swapped for
+    others and put back. Whatever measures, copies or runs `model` holds `lock` meanwhile, so that threads that share a
+    teacher wait for each other. Do the same around calls of your own: `with teacher.lock: teacher.model.generate(...)`.
+    """
+
+    model: Any  # a transformers *ForCausalLM in eval mode
+    tokenizer: Any | None
+    name: str  # as the user wrote it
+    folder: Path  # where its safetensors lie
+    dtype: torch.dtype  # of the checkpoint; the model itself is in the compute dtype
+    anatomy: Anatomy
+    positions: tuple[int, ...]  # where its blocks stood in the unpruned model
+    removed_earlier: Plan  # what an earlier pruning took, in positions of the unpruned model
+    fingerprint: str
+    weights: StreamedWeights | None = None  # where the model's are read from if they are never loaded whole
+    lock: Any = field(default_factory=threading.RLock, compare=False, repr=False)  # one thread may take it many times
+
+    def __iter__(self) -> Iterator[Any]:
+        """`model, tokenizer = billhook.load(folder)`."""
+        return iter((self.model, self.tokenizer))
+
+    @property
+    def compute_key(self) -> str:
+        """What losses are filed under: the compute dtype and the kind of device."""
+        return f"{dtype_name(self.model.dtype)} on {self.device.type}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.weights.device if self.weights is not None else torch.device(self.model.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory that the weights take while losses are measured."""
+        sizes = [int(p.numel() * p.element_size()) for p in self.model.parameters() if p.device.type != "meta"]
+        if self.weights is None:
+            return sum(sizes)
+        blocks = structure.blocks_of(self.model, self.architecture)
+        largest = max(sum(int(p.numel() * p.element_size()) for p in block.parameters()) for block in blocks)
+        return sum(sizes) + 2 * largest  # one at work, one on its way
+
+    @property
+    def architecture(self) -> architectures.Architecture:
+        return architectures.architecture_of(self.model.config)
+
+    def block(self, position: int) -> torch.nn.Module:
+        """The block that stood at `position` in the unpruned model."""
+        return structure.blocks_of(self.model, self.architecture)[self.positions.index(position)]
+
+
+class HasTeacher(Protocol):
+    """What works on a teacher."""
+
+    @property
+    def teacher(self) -> Teacher:
+        """That teacher."""
+
+
+Of = TypeVar("Of", bound=Teacher | HasTeacher)
+
+P = ParamSpec("P")
+
+R = TypeVar("R")
+
+
+def undisturbed(function: Callable[Concatenate[Of, P], R]) -> Callable[Concatenate[Of, P], R]:
+    """The function, which holds the lock of its teacher: its first argument, or what that works on.
+
+    For functions that swap modules of a teacher's model or run it; not for generators, which end with their reader.
+    """
+
+    @wraps(function)
+    def run(of: Of, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with (of if isinstance(of, Teacher) else of.teacher).lock:
+            return function(of, *args, **kwargs)
+
+    return run
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    memory: int | None = None,
+    watch: EventListener = ignore_events,
+) -> Teacher:
+    """Load a model folder (safetensors), a GGUF file, a Hugging Face name, or `demo`.
+
+    `device`: auto, cpu, cuda[:n] or mps. `dtype`: auto (float32 on a CPU, the checkpoint's own elsewhere), float32,
+    bfloat16 or float16. A model whose weights do not fit into `memory` bytes (None: what the device has free) is not
+    loaded: its `weights` are read from the file when they are needed. Raises ModelError if the checkpoint is damaged,
+    foreign or not supported, and UsageError for a device or dtype that the machine lacks.
+    """
+    place = pick_device(device)
+    watch(Event("load", note=str(name)))
+    folder = locate(str(name), watch)
+    raw, tensors = checks.inspect_checkpoint(folder, trust_remote_code)
+    stored = checks.stored_dtype(raw, tensors)
+    compute = pick_dtype(dtype, place, stored)
+    needed = sum(elements for _, elements in tensors.values()) * compute.itemsize
+    weights: StreamedWeights | None = None
+    if needed > (free_memory(place) if memory is None else SHARE_OF_WEIGHTS * memory):
+        model, weights = _streamed(folder, compute, place)
+    else:
+        model = _build(folder, compute, place, trust_remote_code)
+        for key, tensor in model.named_parameters():
+            check_finite(key, tensor)
+    config = model.config
+    ours = getattr(config, "billhook", None) or {}
+    kept = tuple(ours.get("kept_blocks", range(config.num_hidden_layers)))
+    blocks = int(ours.get("blocks", config.num_hidden_layers))
+    gone = {Site(b, part) for b in range(blocks) if b not in kept for part in ("attention", "mlp")}
+    gone |= {Site(kept[i], _part(p)) for i, parts in skipped_parts(config).items() for p in parts}
+    sizes = structure.anatomy(model, config, positions=kept, removed=gone, blocks=blocks, item_bytes=stored.itemsize)
+    tokenizer = _tokenizer(folder, model, trust_remote_code)
+    print_ = checks.fingerprint(folder)
+    watch(Event("load", 1, 1, note=str(name)))
+    return Teacher(model, tokenizer, str(name), folder, stored, sizes, kept, Plan(frozenset(gone)), print_, weights)
+
+
+def _part(name: str) -> Part:
+    assert name in ("attention", "mlp")
+    return "attention" if name == "attention" else "mlp"
+
+
+def _streamed(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, StreamedWeights]:
+    """The model of `folder` without its blocks and embeddings, and where those are read from."""
+    register()
+    release_freed_memory()
+    model = build_on_meta(folder, dtype, device)
+    weights = StreamedWeights(folder, model, architectures.architecture_of(model.config).blocks, dtype, device)
+    weights.load_outside_blocks()
+    return model, weights
+
+
+def _build(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
+    register()
+    auto: Any = transformers.AutoModelForCausalLM
+    try:
+        model, told = auto.from_pretrained(
+            str(folder),
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # so that they are told, and refused below
+        )
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise ModelError(f"transformers cannot load {folder}: {error}") from error
+    fit = {kind: [k[0] if isinstance(k, tuple) else str(k) for k in told.get(kind) or ()] for kind in LOADING_ISSUES}
+    check_fit(**fit)
+    if type(model).__module__.startswith("transformers_modules"):
+        raise ModelError(
+            f"The checkpoint's own code makes it a {type(model).__name__}, which Billhook cannot cut: it knows the "
+            "classes of transformers. If the stock class of the type computes the same, delete auto_map from "
+            "config.json."
+        )
+    return model.eval().to(device)
+
+
+def _tokenizer(folder: Path, model: Any, trust_remote_code: bool) -> Any | None:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    if not any((folder / name).is_file() for name in names):
+        return None
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        raise ModelError(
+            f"The tokenizer in {folder} needs a package that is not installed. Try: pip install sentencepiece protobuf"
+        ) from error
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ModelError(f"transformers cannot read the tokenizer in {folder}: {error}") from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if any(index >= rows and index not in special for index in tokenizer.get_vocab().values()):
+        raise ModelError(
+            f"The tokenizer has {len(tokenizer):,} entries, the embedding only {rows:,} rows. They belong to different "
+            "models; bring the right tokenizer."
+        )
+    return tokenizer

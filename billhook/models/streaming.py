@@ -1,0 +1,388 @@
+"""A checkpoint that is never in memory as a whole: a model without weights, and its tensors read when asked for.
+
+Everything that transformers decides on loading stays its decision: the names (a checkpoint's may be older, shorter, or
+one an expert), which parameters keep float32, and what is passed over. This file only decides when a tensor is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from billhook.core.errors import ModelError
+from billhook.models import checks
+from billhook.models.device import dtype_bytes
+
+Transform = Any  # one of transformers' WeightRenaming and WeightConverter
+
+COMPARED_ROWS = 4096  # of two embeddings at a time, where a checkpoint has both and its config says that they are one
+
+
+@torch.inference_mode(False)  # here and below: what stays in the model must serve outside that mode too
+def build_on_meta(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The *ForCausalLM of `folder` as from_pretrained makes it, in eval mode, without its weights.
+
+    Its parameters are on the meta device, in `dtype` (or in float32, where transformers keeps them so), without
+    gradients; its buffers are real, on `device`. Types of our own must be registered. Raises ModelError if transformers
+    does not build it.
+    """
+    auto: Any = transformers.AutoModelForCausalLM
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+        own = (folder / "generation_config.json").is_file()
+        more: dict[str, Any] = {} if own else {"config_file_name": "config.json", "_from_model_config": True}
+        model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder), **more)
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise ModelError(f"transformers cannot load {folder}: {error}") from error
+    plan = model._get_dtype_plan(dtype)
+    wide = build_glob_alternation(list(plan))[0] if plan else None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if wide is not None and wide.search(name):
+            parameter.data = parameter.data.to(torch.float32)
+    for name, buffer in list(model.named_buffers()):
+        set_tensor(model, name, torch.empty_like(buffer, device="cpu"))
+    model.initialize_weights()  # fills the buffers; on the meta device it does nothing
+    for name, buffer in list(model.named_buffers()):
+        set_tensor(model, name, buffer.to(device))
+    return model.eval()
+
+
+def release_freed_memory() -> None:
+    """Make glibc return what large tensors leave behind: a streamed model frees its weights all the time.
+
+    For the whole process: undoes what keeps buffers for a model in memory, but for those of moderate size.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 2**26)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**27)  # M_TRIM_THRESHOLD
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raises ModelError, naming the tensor, if a weight is NaN or infinite. Makes no copy of it."""
+    if tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
+        raise ModelError(f"{name} holds NaN or infinite weights. Download the checkpoint again, or train it anew.")
+
+
+def check_fit(**issues: Iterable[str]) -> None:
+    """Raises ModelError if any of the lists, such as `missing_keys`, names a tensor."""
+    for kind, found in issues.items():
+        if names := sorted(found):
+            raise ModelError(
+                f"The weights do not fit the architecture: {len(names)} {kind.replace('_', ' ')}, such as {names[0]}. "
+                "Nothing is filled with random numbers; download the checkpoint again."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Conversion:
+    """How transformers makes parameters of tensors in the file: one of one, or one of many experts' …"""
+
+    transform: Transform  # a fresh one; its copies are used up
+    first: str  # the parameter that names it
+    parts: list[tuple[str, str]] = field(default_factory=list)  # (transformers' pattern, name in the file), in order
+    targets: list[str] = field(default_factory=list)  # the parameters that it makes
+
+    def split(self) -> list[_Conversion]:
+        """One recipe an expert, each a slice of the first axis, if it only stacks them: none is in memory twice."""
+        merge, *rest = getattr(self.transform, "operations", None) or [None]
+        stacks = isinstance(merge, MergeModulelist) and merge.dim == 0
+        if not stacks or not all(isinstance(step, Concatenate) and step.dim > 0 for step in rest):
+            return [self]
+        columns: dict[str, list[tuple[str, str]]] = {}
+        for pattern, name in self.parts:
+            columns.setdefault(pattern, []).append((pattern, name))
+        return [replace(self, parts=list(row)) for row in zip(*columns.values(), strict=True)]
+
+    def convert(self, tensors: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+        """{parameter: tensor} of the tensors of the file. What is only renamed is not copied."""
+        transform = copy.deepcopy(self.transform)
+        for pattern, name in self.parts:
+            transform.add_tensor(self.first, name, pattern, tensors[name])
+        made = transform.convert(self.first, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+class StreamedWeights:
+    """The tensors of a checkpoint, read from its shards when asked for, under transformers' own names.
+
+    No shard stays open between two calls. `dtype` and `device`: of what is given out; `bytes_read`: of the tensors read
+    so far, as the file stores them.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(self, folder: Path, model: Any, blocks: str, dtype: torch.dtype, device: torch.device) -> None:
+        """`model`: its `build_on_meta` in `dtype` on `device`; `blocks`: where its blocks are, such as `model.layers`.
+
+        Only the headers are read (and both embeddings, if the config ties them and the file has two).
+        Raises ModelError if a tensor is missing, left over or of another shape.
+        """
+        self.bytes_read = 0
+        self._lock = threading.Lock()
+        self._model, self._blocks, self.dtype, self.device = model, blocks, dtype, device
+        self._wanted: dict[str, torch.Tensor] = model.state_dict()  # all of it on the meta device
+        self._shards: dict[str, Path] = {}
+        self._bytes: dict[str, int] = {}
+        self._checked: set[str] = set()
+        shapes: dict[str, torch.Tensor] = {}
+        for shard in checks.shards(folder):
+            with _opened(shard) as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    self._shards[name] = shard
+                    piece = file.get_slice(name)
+                    shapes[name] = torch.empty(piece.get_shape(), device="meta")
+                    self._bytes[name] = shapes[name].numel() * dtype_bytes(piece.get_dtype())
+        self._recipes, unexpected = _conversions(model, list(self._shards))
+        self._source, mismatched = self._fit(shapes)
+        self._input, self._output = (
+            next(f"{name}.weight" for name, module in model.named_modules() if module is embedding)
+            for embedding in (model.get_input_embeddings(), model.get_output_embeddings())
+        )
+        missing = [name for name in self._wanted if self._alias(name) not in self._source]
+        check_fit(missing_keys=missing, unexpected_keys=unexpected, mismatched_keys=mismatched)
+        self._untie()
+
+    def _fit(self, shapes: dict[str, torch.Tensor]) -> tuple[dict[str, _Conversion], list[str]]:
+        """{parameter: its recipe}, and the parameters whose shape is not the model's, by cooking on the meta device."""
+        source: dict[str, _Conversion] = {}
+        wrong: list[str] = []
+        for recipe in self._recipes:
+            try:
+                made = recipe.convert(shapes, self._model)
+            except (RuntimeError, ValueError):  # experts of different shapes or numbers do not merge
+                source[recipe.first] = recipe
+                wrong.append(recipe.first)
+                continue
+            recipe.targets.extend(made)
+            source |= dict.fromkeys(made, recipe)
+            wrong += [name for name, value in made.items() if value.shape != self._wanted[name].shape]
+        return source, wrong
+
+    def _alias(self, name: str) -> str:
+        """The parameter of the checkpoint that `name` is tied to, or itself."""
+        if name in self._source:
+            return name
+        for target, source in self._model.all_tied_weights_keys.items():
+            if name in (target, source):
+                return str(source if name == target else target)
+        return name
+
+    def _untie(self) -> None:
+        """As transformers does: what the config ties but the file holds twice, with different values, is not tied."""
+        for target, source in list(self._model.all_tied_weights_keys.items()):
+            if {target, source} <= self._source.keys() and not self._same(target, source):
+                stood = self._model.get_parameter(target)
+                set_tensor(self._model, target, nn.Parameter(torch.empty_like(stood), requires_grad=False))
+                self._model.all_tied_weights_keys.pop(target)
+
+    def _same(self, one: str, other: str) -> bool:
+        a, b = (self._mapped([self._file_name(name)])[self._file_name(name)] for name in (one, other))
+        pairs = zip(a.split(COMPARED_ROWS), b.split(COMPARED_ROWS), strict=True)
+        return all(torch.equal(x.to(self.dtype), y.to(self.dtype)) for x, y in pairs)
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def _mapped(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors of the file as stored, still in its memory map: pages are read when used, and go with them."""
+        groups: dict[Path, list[str]] = {}
+        for name in names:
+            groups.setdefault(self._shards[name], []).append(name)
+        found: dict[str, torch.Tensor] = {}
+        for shard, group in groups.items():
+            with _opened(shard) as file:
+                found |= {name: file.get_tensor(name) for name in group}
+        return found
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self.bytes_read += nbytes
+
+    @torch.inference_mode(False)
+    def _cooked(self, recipe: _Conversion) -> dict[str, torch.Tensor]:
+        """The parameters of a recipe, out of the map, in the model's dtypes and on the device."""
+        mapped = self._mapped([name for _, name in recipe.parts])
+        self._count(sum(tensor.nbytes for tensor in mapped.values()))
+        made: dict[str, torch.Tensor] = {}
+        pieces = recipe.split()
+        for turn, piece in enumerate(pieces):
+            for name, value in piece.convert(mapped, self._model).items():
+                if name not in made:
+                    made[name] = torch.empty_like(self._wanted[name], device=self.device)
+                (made[name] if len(pieces) == 1 else made[name][turn : turn + 1]).copy_(value)
+        for name, value in made.items():
+            if name not in self._checked:
+                check_finite(name, value)
+                self._checked.add(name)
+        return made
+
+    def _read(self, index: int) -> dict[str, torch.Tensor]:
+        """The parameters of a block, under their names in the model."""
+        inside = f"{self._blocks}.{index}."
+        recipes = [recipe for recipe in self._recipes if recipe.first.startswith(inside)]
+        return {name: value for recipe in recipes for name, value in self._cooked(recipe).items()}
+
+    def blocks(self, indices: Iterable[int]) -> Iterator[nn.Module]:
+        """The blocks at `indices` with real parameters, ready to be called.
+
+        When the next one is asked for, or the generator closed, the parameters of the last one go back to meta. One
+        thread reads the next block meanwhile: at most two are in memory. Raises ModelError, naming the tensor, where
+        the first reading of a block finds NaN or infinite weights.
+        """
+        order = list(indices)
+        with ThreadPoolExecutor(1, "billhook-read") as reader:
+            ahead: Future[dict[str, torch.Tensor]] | None = reader.submit(self._read, order[0]) if order else None
+            for turn, index in enumerate(order):
+                assert ahead is not None
+                made = ahead.result()
+                ahead = reader.submit(self._read, order[turn + 1]) if turn + 1 < len(order) else None
+                stood = {}
+                try:
+                    for name in list(made):
+                        stood[name] = set_tensor(self._model, name, made.pop(name))
+                    yield self._model.get_submodule(f"{self._blocks}.{index}")
+                finally:
+                    for name, parameter in stood.items():
+                        set_tensor(self._model, name, parameter)
+
+    def load_outside_blocks(self) -> None:
+        """Give every parameter outside the blocks and the two embeddings its value, for good."""
+        embeddings = {self._alias(self._input), self._alias(self._output)}
+        for recipe in self._recipes:
+            if not recipe.first.startswith(f"{self._blocks}.") and recipe.first not in embeddings:
+                for name, value in self._cooked(recipe).items():
+                    set_tensor(self._model, name, value)
+
+    # -- the two embeddings -----------------------------------------------------------------------------------------
+
+    def _file_name(self, parameter: str) -> str:
+        """The one tensor of the file that is `parameter`."""
+        ((_, name),) = self._source[self._alias(parameter)].parts
+        return name
+
+    def _taken(self, parameter: str, index: torch.Tensor | slice) -> torch.Tensor:
+        """Rows of an embedding: [rows, width], out of the map. Only the pages that hold them are read."""
+        name = self._file_name(parameter)
+        picked = self._mapped([name])[name][index]
+        self._count(picked.nbytes)
+        picked = picked.to(self.device, self.dtype, copy=isinstance(index, slice))
+        check_finite(parameter, picked)
+        return picked
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the input embedding for the token `ids` [count]: [count, width], without any scale of its module.
+
+        Reads these rows only. Raises ModelError if one holds NaN or infinite weights.
+        """
+        return self._taken(self._input, ids.cpu())
+
+    def head_rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the output embedding for the token `ids` [count]: [count, width]. As `rows`."""
+        return self._taken(self._output, ids.cpu())
+
+    def head(self, rows_at_a_time: int) -> Iterator[torch.Tensor]:
+        """The output embedding, tied or not, in pieces of at most `rows_at_a_time` rows: [rows, width], in order.
+
+        Raises ModelError if a piece holds NaN or infinite weights.
+        """
+        for start in range(0, self._model.get_output_embeddings().weight.shape[0], rows_at_a_time):
+            yield self._taken(self._output, slice(start, start + rows_at_a_time))
+
+    # -- file to file -----------------------------------------------------------------------------------------------
+
+    def targets(self) -> dict[str, tuple[str, ...]]:
+        """{tensor of the file: the parameters that it becomes or is part of}, tied ones too; none that is ignored."""
+        tied: dict[str, list[str]] = {}
+        for name in self._wanted:
+            if name not in self._source:
+                tied.setdefault(self._alias(name), []).append(name)
+        return {
+            name: tuple(target for made in recipe.targets for target in (made, *tied.get(made, ())))
+            for recipe in self._recipes
+            for _, name in recipe.parts
+        }
+
+    def source_bytes(self, name: str) -> int:
+        """Bytes of a tensor of the file, by its name there."""
+        return self._bytes[name]
+
+    def source(self, name: str) -> torch.Tensor:
+        """A tensor of the file as it is stored, in its memory map, by its name in the file. Not to be written to."""
+        tensor = self._mapped([name])[name]
+        self._count(tensor.nbytes)
+        return tensor
+
+
+def _conversions(model: Any, names: list[str]) -> tuple[list[_Conversion], list[str]]:
+    """How the tensors `names` of a file become parameters of `model`, and those that become nothing.
+
+    The same steps as in transformers' own loader; `model` remembers which conversions were used, as it does there.
+    """
+    wanted, prefix = model.state_dict(), model.base_model_prefix
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    recipes: dict[str, _Conversion] = {}
+    left: set[str] = set()
+    for name in sorted(names, key=dot_natural_key):
+        new, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+        if new not in wanted and name in wanted:
+            new, pattern = rename_source_key(name, [], [], prefix, wanted)
+        if new not in wanted or (pattern is None and new in recipes):
+            left.add(new if new not in wanted else name)
+            continue
+        if new not in recipes:
+            fresh = WeightRenaming(name, new) if pattern is None else copy.deepcopy(by_pattern[pattern])
+            recipes[new] = _Conversion(fresh, new)
+        recipes[new].parts.append((name if pattern is None else pattern, name))
+    told = SimpleNamespace(missing_keys=set(), unexpected_keys=left)
+    model._adjust_missing_and_unexpected_keys(told)
+    model._weight_conversions = [entry for entry in mapping if entry.was_used()]
+    return list(recipes.values()), sorted(told.unexpected_keys)
+
+
+@contextmanager
+def _opened(shard: Path) -> Iterator[Any]:
+    """A shard, for as long as it takes. Raises ModelError if it is damaged."""
+    try:
+        with safe_open(shard, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{shard} is damaged ({error}). Download it again.") from error
+
+
+def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
+    """Set a parameter or buffer of `model`; returns what stood there."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    stood: torch.Tensor = getattr(module, leaf)
+    if isinstance(stood, nn.Parameter) and not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(module, leaf, value)
+    return stood

@@ -1,0 +1,161 @@
+"""Where the sites, projections and channels of a loaded model are, and what they measure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from billhook.core.anatomy import Anatomy, SharedNorms, SiteSize, Unassigned
+from billhook.core.errors import ModelError, PlanError
+from billhook.core.plan import PARTS, Part, Site, parse_ranges
+from billhook.models import channel_groups
+from billhook.models.architectures import Architecture, Config, architecture_of, base_type
+from billhook.models.modeling_billhook import PatchModule
+
+
+def blocks_of(model: nn.Module, row: Architecture) -> nn.ModuleList:
+    """The list of decoder blocks. Raises ModelError if the model does not have what its row says."""
+    try:
+        blocks = model.get_submodule(row.blocks)
+    except AttributeError as error:
+        raise ModelError(f"The model has no {row.blocks}, where its architecture keeps the blocks: {error}.") from error
+    if not isinstance(blocks, nn.ModuleList):
+        raise ModelError(
+            f"{row.blocks} is a {type(blocks).__name__} and not a list of blocks, where its architecture keeps the "
+            "blocks. Correct its row in billhook/arch.py."
+        )
+    return blocks
+
+
+def site_modules(block: nn.Module, part: Part, row: Architecture, config: Config) -> list[nn.Module]:
+    """The modules whose parameters are the site, norms of its own included. Raises ModelError for a row that names
+    others than the block has."""
+    names = row.parts(block, config)[part]
+    wanted = (*names["zero"], *names["drop"])
+    if missing := [name for name in wanted if not hasattr(block, name)]:
+        raise ModelError(
+            f"A block of this model has no {', '.join(missing)}, which its architecture names as its {part}: it has "
+            f"{', '.join(name for name, _ in block.named_children())}. Correct its row in billhook/arch.py."
+        )
+    return [getattr(block, name) for name in wanted]
+
+
+def output_projection(block: nn.Module, part: Part, row: Architecture, config: Config) -> str | None:
+    """The name inside `block` of the linear module whose output a part adds to the residual stream; None without one.
+
+    Mixtures of experts have none: each token has its own.
+    """
+    inside = {"attention": row.attention_output, "mlp": row.mlp_output}[part]
+    if inside is None:
+        return None
+    whole = row.parts(block, config)[part]["zero"][0]
+    name = f"{whole}.{inside}" if inside else whole
+    try:
+        module = block.get_submodule(name)
+    except AttributeError:
+        return None
+    return name if isinstance(module, nn.Linear | Conv1D) else None
+
+
+def parameter_owners(block: nn.Module, row: Architecture, config: Config) -> dict[str, Part | None]:
+    """{parameter of a block: the part that it belongs to, or None where both parts share it}."""
+    of = {
+        id(p): part for part in PARTS for module in site_modules(block, part, row, config) for p in module.parameters()
+    }
+    return {name: of.get(id(p)) for name, p in block.named_parameters()}
+
+
+def as_outputs_by_inputs(block: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
+    """A view of `value`, shaped like the parameter `name` of a block, as [..., outputs, inputs].
+
+    A bias, and the weight of a norm, have one input an output.
+    """
+    module = block.get_submodule(name.rpartition(".")[0])
+    if value.dim() < 2 or name.endswith("bias"):
+        return value[..., None]
+    transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)  # of GPT-2; experts of GPT-OSS
+    return value.transpose(-1, -2) if transposed else value
+
+
+def channel_layout(block: nn.Module, part: Part, row: Architecture, config: Config) -> channel_groups.ChannelLayout:
+    """The channel groups of a part of a block. Raises PlanError where it has none, and says why."""
+    of = channel_groups.find_layout(block, part, row.path(part), config)
+    if isinstance(of, str):
+        raise PlanError(f"This {part} cannot be narrowed: {of}. Remove it whole, or leave it.")
+    return of
+
+
+def channel_group_ids(config: Config, site: Site, there: int) -> tuple[tuple[int, ...], int]:
+    """The numbers of the channel groups that a site still has, of which `there` are there; how many it had once."""
+    told = (getattr(config, "billhook", None) or {}).get("groups", {}).get(str(site))
+    return (parse_ranges(told["kept"]), int(told["of"])) if told else (tuple(range(there)), there)
+
+
+def anatomy(
+    model: nn.Module, config: Config, *, positions: Iterable[int], removed: Iterable[Site], blocks: int, item_bytes: int
+) -> Anatomy:
+    """The sites of a loaded model and their sizes.
+
+    `positions`: where the model's blocks stood in the unpruned model of `blocks` blocks; `removed`: sites that it
+    already lacks; `item_bytes`: bytes of one parameter or cache entry in the checkpoint's dtype.
+    """
+    row, gone = architecture_of(config), set(removed)
+    kv_bytes = 2 * row.kv_heads(config) * channel_groups.head_dim(config) * item_bytes
+    sizes: list[SiteSize] = []
+    shared: list[SharedNorms] = []
+    owned: set[int] = set()
+    for position, block in zip(positions, blocks_of(model, row), strict=True):
+        for part in PARTS:
+            site = Site(position, part)
+            if site in gone:
+                continue
+            modules = site_modules(block, part, row, config)
+            parameters = _parameters(modules)
+            owned |= {id(p) for p in parameters}
+            count = sum(p.numel() for p in parameters)
+            of = channel_groups.find_layout(block, part, row.path(part), config)
+            kv, group = (kv_bytes if part == "attention" else 0), None
+            mine: tuple[int, ...] = ()
+            experts = channels = 1
+            if not isinstance(of, str):
+                experts, channels = of.experts, int(of.output.index.shape[1]) // max(1, of.heads)
+                mine, whole = channel_group_ids(config, site, of.groups)
+                kv = kv * of.groups // whole if of.own_kv else kv
+                picked = getattr(config, "num_experts_per_tok", None) or 1
+                group = channel_groups.group_size(block, of, item_bytes, kv, picked)
+            flops = _flops(modules, config)
+            step = 1 if experts == 1 else channel_groups.OF_EXPERTS
+            sizes.append(SiteSize(site, count, count * item_bytes, kv, flops, 0, mine, group, experts, channels, step))
+        common = [p for p in _parameters([block]) if id(p) not in owned]
+        patched = any(isinstance(module, PatchModule) for module in block.modules())  # then the block never goes
+        owned |= set() if patched else {id(p) for p in common}
+        if common and not patched:
+            count = sum(p.numel() for p in common)
+            shared.append(SharedNorms(position, count, count * item_bytes))
+    rest = [p for p in _parameters([model]) if id(p) not in owned]
+    count = sum(p.numel() for p in rest)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    head_flops = 2 * int(head.weight.numel()) if head is not None else 0
+    others = Unassigned(count, count * item_bytes, head_flops)
+    return Anatomy(base_type(config.model_type), blocks, tuple(sizes), others, tuple(shared))
+
+
+def _parameters(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
+    """Every parameter once, tied ones too."""
+    return list({id(p): p for module in modules for p in module.parameters()}.values())
+
+
+def _flops(modules: Iterable[nn.Module], config: Config) -> int:
+    """2 per weight that one token meets; of the experts (3-d weights) only those that the router picks."""
+    picked = getattr(config, "num_experts_per_tok", None) or 1
+    flops = 0
+    for module in modules:
+        for name, p in module.named_parameters():
+            if p.dim() == 3:
+                flops += 2 * p.numel() * picked // p.shape[0]
+            elif p.dim() == 2 and not name.endswith("bias"):
+                flops += 2 * p.numel()
+    return flops

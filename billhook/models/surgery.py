@@ -1,0 +1,391 @@
+"""A model that behaves as if sites or channel groups were gone, and is whole again afterwards."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from billhook.core.errors import PlanError
+from billhook.core.events import Event, EventListener
+from billhook.core.plan import PARTS, Plan, Site, format_ranges, parse_ranges
+from billhook.models import architectures, channel_groups, modeling_billhook, structure
+from billhook.models.load import Teacher, undisturbed
+from billhook.models.modeling_billhook import number_caches, pruned_classes, remove_part, remove_skipped
+from billhook.models.pruned_config import fits_stock_shape, stock_classes, write_config
+from billhook.models.repair import NO_REPAIR, Patch, Repair, add_bias, patch_module
+from billhook.models.streaming import StreamedWeights
+
+
+def zeroed_block_weights(teacher: Teacher, plan: Plan, position: int, block: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights of a block, by its own names, with which its whole parts compute as the narrower ones of a plan: zeros
+    where channel groups go. `position`: of the block in the unpruned model; what it has now must be in memory."""
+    weights: dict[str, torch.Tensor] = {}
+    sizes = {size.site: size for size in teacher.anatomy.sites}
+    for each in (narrow for narrow in plan.narrowed if narrow.site.block == position):
+        of = structure.channel_layout(block, each.site.part, teacher.architecture, teacher.model.config)
+        weights |= channel_groups.zeroed_weights(
+            block, of, channel_groups.kept_positions(of, sizes[each.site].groups, each.groups)
+        )
+    return weights
+
+
+@contextmanager
+def masked(teacher: Teacher, plan: Plan) -> Iterator[None]:
+    """Inside, the teacher's model computes without the plan's sites; they cost nothing and add nothing.
+
+    For measuring without a KV cache. The modules are put back on leaving, whatever happens; the lock of the teacher is
+    held until then.
+    """
+    with teacher.lock, _without(teacher, plan):
+        yield
+
+
+@contextmanager
+def _without(teacher: Teacher, plan: Plan) -> Iterator[None]:
+    stood: list[tuple[nn.Module, dict[str, nn.Module]]] = []
+    try:
+        for site in plan.sites():
+            block = teacher.block(site.block)
+            names = teacher.architecture.parts(block, teacher.model.config)[site.part]
+            stood.append((block, remove_part(block, names)))
+        yield
+    finally:
+        for block, modules in stood:
+            for name, module in modules.items():
+                setattr(block, name, module)
+
+
+_Cut = tuple[
+    channel_groups.ChannelLayout, channel_groups.ParameterSlice, list[list[int]]
+]  # of which layout, which slot, and what stays of each expert
+
+COPY_BYTES = 3 * 10**8  # of a shard of a model that is never in memory as a whole
+
+# Lists in a config that hold one entry a block.
+PER_BLOCK_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "kv_sharing_modes")
+
+
+@undisturbed
+def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair = NO_REPAIR) -> Any:
+    """What the plan leaves of the teacher's model, as a transformers model that can be saved and generates.
+
+    A block that loses both sites goes and the rest are renumbered; `config.billhook["kept_blocks"]` lists the original
+    positions. Where only whole blocks are missing, or all blocks are as narrow, the class is the stock one; else it is
+    `billhook-<type>`, or with `stock=True` the stock one whose removed sites hold zeros. `repair`: new
+    weights, and patches in the place of sites; a block that has a patch stays. The student shares all other tensors
+    with the teacher. Raises PlanError if the plan does not fit the teacher, or a patch the stock shape.
+    """
+    teacher.anatomy.check(plan)
+    row = teacher.architecture
+    removed = Plan(teacher.removed_earlier.removed | plan.removed)
+    patched = _patched(teacher) | {site: patch.spec() for site, patch in repair.patches.items()}
+    if stock and patched:
+        what = f"what stands at {min(patched)} now: a constant or a matrix of a repair"
+        raise PlanError(f"--stock has no place for {what}. Leave --stock out, or recover by fold alone.")
+    gone = set(removed.blocks()) - {site.block for site in patched}
+    kept = [p for p in teacher.positions if p not in gone]
+    lacking = [s for s in removed.sites() if s.block not in gone]
+
+    student = _shared_copy(teacher.model)
+    config, path = student.config, row.blocks
+    parts = row.parts(structure.blocks_of(student, row)[0], config)
+    whole = {name: w for name, w in repair.weights.items() if w.shape == student.get_parameter(name).shape}
+    assign_weights(student, whole)  # of parts that are cut next, too
+    narrow = _narrowed(student, teacher, plan, repair)
+    _set_blocks(student, path, [teacher.positions.index(p) for p in kept])
+    config.__dict__.pop("model_type", None)  # left by from_pretrained; the class says it
+    config.billhook = told = {"blocks": teacher.anatomy.blocks, "kept_blocks": kept}
+    base = architectures.base_type(config.model_type)
+    if narrow:
+        told["groups"] = {str(site): entry["groups"] for site, entry in sorted(narrow.items())}
+        narrow = {} if (stock or not lacking) and fits_stock_shape(student, narrow, base) else narrow
+    if stock and narrow:
+        raise PlanError(f"--stock has no place for a width of its own, as {min(narrow)} has. Leave --stock out.")
+    if stock or not (lacking or narrow):
+        config.__class__, student.__class__ = stock_classes(base)
+        config.per_layer_config = None
+        number_caches(student.get_submodule(path), {})
+        if lacking:
+            told["zeroed"] = [str(s) for s in lacking]
+            _zero(student, path, kept, lacking, parts)
+    else:
+        told |= {"blocks_path": path, "parts": parts}
+        config.__class__, student.__class__ = pruned_classes(*stock_classes(base))
+        write_config(config, told, kept, lacking, narrow)
+        if patched:
+            told["patches"] = {f"{s.part}.{kept.index(s.block)}": entry for s, entry in sorted(patched.items())}
+        remove_skipped(student)
+        stood = {site: _place(teacher, site) for site in _patched(teacher)}
+        for site, patch in repair.patches.items():
+            stood[site] = patch_module(patch, parts[site.part]["outputs"], teacher.device, teacher.model.dtype)
+        for site, module in stood.items():
+            setattr(student.get_submodule(path)[kept.index(site.block)], parts[site.part]["zero"][0], module)
+    rest = repair.weights.keys() - whole.keys()
+    assign_weights(student, {name: repair.weights[old] for old in rest if (name := student_name(teacher, old, kept))})
+    return student
+
+
+def _narrowed(student: Any, teacher: Teacher, plan: Plan, repair: Repair) -> dict[Site, dict[str, Any]]:
+    """Cut what a plan narrows, in place. Of every narrower site that stays, what a config tells: `module`, what builds
+    it; `groups`, those that it has, and of how many; `fields`, its widths in upstream's spelling."""
+    config, row = teacher.model.config, teacher.architecture
+    told = getattr(config, "billhook", None) or {}
+    before = config.to_dict().get("per_layer_config") or {}
+    entries: dict[Site, dict[str, Any]] = {}
+    for name, groups in told.get("groups", {}).items():
+        site = Site.parse(name)
+        if site not in plan.removed:
+            index = teacher.positions.index(site.block)
+            own: dict[str, Any] = next((entry for key, entry in before.items() if int(key) == index), {})
+            fields = {name: own[name] for name in channel_groups.CONFIG_FIELDS[site.part] if name in own}
+            alike = {name: getattr(config, name) for name in channel_groups.config_field_names(site.part, config)}
+            entries[site] = {"groups": groups, "fields": fields or alike}
+            if (module := told.get("narrow", {}).get(f"{site.part}.{index}")) is not None:  # else the config says it
+                entries[site]["module"] = module
+    sizes = {size.site: size for size in teacher.anatomy.sites}
+    for each in sorted(plan.narrowed):
+        block = structure.blocks_of(student, row)[teacher.positions.index(each.site.block)]
+        part, alive = each.site.part, sizes[each.site].groups
+        of = structure.channel_layout(block, part, row, config)
+        if of.experts > 1 and teacher.weights is not None:
+            raise PlanError(
+                f"{teacher.name} is larger than the memory, and the experts of {each.site} can only be narrowed in "
+                "memory. Narrow its attentions, with --set parts=mha, or give it more --memory."
+            )
+        module = channel_groups.cut_channels(
+            block, row.path(part), of, config, channel_groups.kept_positions(of, alive, each.groups)
+        )
+        output = of.output.name.removesuffix(".weight")
+        if each.site in repair.biases:
+            add_bias(block.get_submodule(output), repair.biases[each.site])
+        if (bias := dict(block.named_parameters()).get(f"{output}.bias")) is not None:
+            module["shapes"][f"{output}.bias"] = list(bias.shape)
+        whole = structure.channel_group_ids(config, each.site, of.groups)[1]
+        fields = channel_groups.config_fields(of, len(each.groups), config)
+        entries[each.site] = {
+            "module": module,
+            "groups": {"kept": format_ranges(each.groups), "of": whole},
+            "fields": fields,
+        }
+    return entries
+
+
+def _patched(teacher: Teacher) -> dict[Site, dict[str, Any]]:
+    """The patches that a teacher has already, by site in the unpruned model."""
+    told = (getattr(teacher.model.config, "billhook", None) or {}).get("patches", {})
+    sites = {Site.parse(name): entry for name, entry in told.items()}
+    return {Site(teacher.positions[site.block], site.part): entry for site, entry in sites.items()}
+
+
+def _place(teacher: Teacher, site: Site) -> nn.Module:
+    """The module that stands where `site` was."""
+    block = teacher.block(site.block)
+    name = teacher.architecture.parts(block, teacher.model.config)[site.part]["zero"][0]
+    module: nn.Module = getattr(block, name)
+    return module
+
+
+def student_name(teacher: Teacher, name: str, kept: list[int]) -> str | None:
+    """A student's name of a parameter of its teacher, whose block at position p is at `kept.index(p)`; None if gone.
+
+    Of a tensor in the teacher's files likewise: what stands before the blocks may differ.
+    """
+    found = re.search(rf"(?:^|\.){re.escape(teacher.architecture.blocks.rsplit('.', 1)[-1])}\.(\d+)\.", name)
+    if found is None:
+        return name
+    position = teacher.positions[int(found[1])]
+    return f"{name[: found.start(1)]}{kept.index(position)}{name[found.end(1) :]}" if position in kept else None
+
+
+def extract_repair(teacher: Teacher, plan: Plan, student: Any) -> Repair:
+    """The repair with which `apply` makes this student of its teacher, by the tensors that they do not share."""
+    shared = {id(p) for p in teacher.model.parameters()}
+    kept: list[int] = student.config.billhook["kept_blocks"]
+    has = {name for name, _ in teacher.model.named_parameters(remove_duplicate=False)}
+    path, weights, patches, biases = f"{teacher.architecture.blocks}.", {}, {}, {}
+    places = {f"{s.part}.{kept.index(s.block)}": s for s in plan.sites() if s.block in kept}
+    inside: list[str] = []
+    names = {"attention": teacher.architecture.attention, "mlp": teacher.architecture.mlp[-1]}
+    for place, site in places.items():
+        name = f"{path}{place.partition('.')[2]}.{names[site.part]}"
+        module = student.get_submodule(name)
+        if isinstance(module, modeling_billhook.PatchModule):
+            inside.append(f"{name}.")
+            parts = {key.partition(".")[0]: value.detach().float() for key, value in module.named_parameters()}
+            patches[site] = Patch(**parts)
+    for name, parameter in student.named_parameters():
+        if id(parameter) in shared or name.startswith(tuple(inside)):
+            continue
+        index, _, rest = name.removeprefix(path).partition(".")
+        old = f"{path}{teacher.positions.index(kept[int(index)])}.{rest}" if name.startswith(path) else name
+        if old in has:
+            weights[old] = parameter.detach()
+            continue
+        block = teacher.block(kept[int(index)])
+        outputs = {
+            structure.output_projection(block, part, teacher.architecture, teacher.model.config): part for part in PARTS
+        }
+        biases[Site(kept[int(index)], outputs[rest.removesuffix(".bias")])] = parameter.detach().float()
+    return Repair(weights, patches, biases)
+
+
+def assign_weights(student: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Give a student new values of some parameters, in the dtype of what stood there."""
+    fresh: dict[nn.Parameter, nn.Parameter] = {}
+    for name, tensor in weights.items():
+        old = student.get_parameter(name)
+        device = tensor.device if old.device.type == "meta" else old.device
+        value = tensor.to(device=device, dtype=old.dtype, copy=True)
+        fresh[old] = nn.Parameter(value, requires_grad=False)
+    replace_parameters(student, fresh)
+
+
+def replace_parameters(student: Any, replacements: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Put new parameters in the place of old ones; tied ones stay tied, and who shares the old ones keeps them."""
+    for module in student.modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in replacements:
+                setattr(module, key, replacements[parameter])
+
+
+def effective_plan(teacher: Teacher, plan: Plan, stock: bool) -> Plan:
+    """The part of `plan` that leaves the checkpoint: all of it, or with `stock` only whole blocks."""
+    gone = set(Plan(teacher.removed_earlier.removed | plan.removed).blocks())
+    return Plan(frozenset(s for s in plan.removed if s.block in gone)) if stock else plan
+
+
+def _shared_copy(model: nn.Module) -> Any:
+    """A new tree of modules and a new config over the same tensors."""
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
+    memo |= {id(b): b for b in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def _set_blocks(student: Any, path: str, indices: list[int]) -> None:
+    """Keep the blocks at `indices`, and trim everything in the config that speaks of blocks."""
+    config = student.config
+    blocks = student.get_submodule(path)
+    if len(indices) == len(blocks):
+        return
+    owner, _, name = path.rpartition(".")
+    setattr(student.get_submodule(owner), name, nn.ModuleList(blocks[i] for i in indices))
+    config.per_layer_config = None
+    lists = {name: getattr(config, name, None) for name in PER_BLOCK_LISTS}
+    trimmed: dict[str, Any] = {name: [old[i] for i in indices] for name, old in lists.items() if old}
+    if getattr(config, "mlp_only_layers", None) is not None:  # qwen3_moe: say which blocks are dense, one by one
+        step = config.decoder_sparse_step
+        experts = getattr(config, "num_experts", 0)
+        dense = [i in config.mlp_only_layers or not (experts > 0 and (i + 1) % step == 0) for i in range(len(blocks))]
+        trimmed |= {"mlp_only_layers": [new for new, old in enumerate(indices) if dense[old]], "decoder_sparse_step": 1}
+    if getattr(config, "max_window_layers", None) is not None:  # the first so many blocks see everything
+        trimmed["max_window_layers"] = sum(i < config.max_window_layers for i in indices)
+    for name in ("sliding_window_pattern", "_sliding_window_pattern"):  # layer_types says it block by block
+        config.__dict__.pop(name, None)
+    config.num_hidden_layers = len(indices)
+    for key, value in trimmed.items():
+        setattr(config, key, value)
+
+
+def _zero(student: Any, path: str, kept: list[int], sites: list[Site], parts: dict[str, dict[str, Any]]) -> None:
+    """New zero tensors in the place of every weight of `sites`; their norms stay. The teacher's are not touched."""
+    blocks = student.get_submodule(path)
+    for site in sites:
+        names = parts[site.part]
+        inner = [n for n in names["drop"] if "norm" not in n and not n.startswith("ln")]
+        for name in (*names["zero"], *inner):
+            for module in getattr(blocks[kept.index(site.block)], name).modules():
+                for key, tensor in list(module.named_parameters(recurse=False)):
+                    setattr(module, key, nn.Parameter(torch.zeros_like(tensor), requires_grad=False))
+
+
+# -- file to file ------------------------------------------------------------------------------------------------------
+
+
+def copy_shards(student: Any, teacher: Teacher, weights: StreamedWeights, folder: Path, watch: EventListener) -> None:
+    """Copy what the student keeps from the source's shards, bit for bit, a small shard at a time.
+
+    What a repair changed, or put in, comes from memory, in the checkpoint's dtype.
+    """
+    kept = student.config.billhook["kept_blocks"]
+    has = student.state_dict(keep_vars=True)
+    own = {id(p) for p in teacher.model.parameters()} | {id(b) for b in teacher.model.buffers()}
+    cuts, narrower = _cuts(student, teacher), dict[str, _Cut]()
+    jobs: dict[str, tuple[str | None, torch.Tensor | None]] = {}  # by new name: its name in the source, its new value
+    covered: set[str] = set()
+    for name, targets in weights.targets().items():
+        new = student_name(teacher, name, kept)
+        there = {t: has[t] for old in targets if (t := student_name(teacher, old, kept)) in has and t is not None}
+        covered |= there.keys()
+        if new is not None and there:
+            fresh = [tensor for tensor in there.values() if id(tensor) not in own]
+            jobs[new] = (name, fresh[0] if len(fresh) == len(there) else None)
+            if (cut := next((cuts[t] for t in there if t in cuts), None)) is not None:
+                narrower[new] = cut
+    for name, tensor in has.items():
+        if isinstance(tensor, nn.Parameter) and name not in covered and id(tensor) not in own:
+            jobs[name] = (None, tensor)
+
+    def value(new: str) -> torch.Tensor:
+        name, fresh = jobs[new]
+        if fresh is None or name is None:
+            return weights.source(name) if name else fresh.detach().to("cpu", teacher.dtype)  # type: ignore[union-attr]
+        source = weights.source(name)
+        if new in narrower:
+            source = channel_groups.kept_tensor(source, *narrower[new])
+            return source if fresh.device.type == "meta" else fresh.detach().to("cpu", source.dtype)
+        if fresh.device.type == "meta":
+            return torch.zeros_like(source)
+        assert source.shape == fresh.shape, f"{new} is stored in another form than it is used"
+        return fresh.detach().to("cpu", source.dtype)
+
+    items = teacher.dtype.itemsize
+    sizes = {
+        n: weights.source_bytes(old) if old and n not in narrower else t.numel() * items  # type: ignore[union-attr]
+        for n, (old, t) in jobs.items()
+    }
+    shards = _packed(sizes, COPY_BYTES)
+    files: dict[str, str] = {}
+    for i, names in enumerate(shards, 1):
+        watch(Event("save", i, len(shards) + 2, "copying shards"))
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file({new: value(new).contiguous() for new in names}, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _cuts(student: Any, teacher: Teacher) -> dict[str, _Cut]:
+    """How the parameters of sites that became narrower come of the teacher's, by the student's names."""
+    told, row, cuts = student.config.billhook, teacher.architecture, dict[str, _Cut]()
+    sizes = {str(size.site): size for size in teacher.anatomy.sites}
+    for name, groups in told.get("groups", {}).items():
+        size, left = sizes[name], parse_ranges(groups["kept"])
+        if left == size.groups:
+            continue
+        of = structure.channel_layout(teacher.block(size.site.block), size.site.part, row, teacher.model.config)
+        place = f"{row.blocks}.{told['kept_blocks'].index(size.site.block)}."
+        for slot in of.slots:
+            cuts[place + slot.name] = of, slot, channel_groups.kept_positions(of, size.groups, left)
+    return cuts
+
+
+def _packed(sizes: dict[str, int], most: int) -> list[list[str]]:
+    """Names in order, in portions of at most `most` bytes unless one alone is larger."""
+    portions: list[list[str]] = []
+    held = most + 1
+    for name, size in sizes.items():
+        if held + size > most:
+            portions.append([])
+            held = 0
+        portions[-1].append(name)
+        held += size
+    return portions

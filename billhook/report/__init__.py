@@ -1,0 +1,1 @@
+"""Results as words, tables and pages. Imports core alone."""

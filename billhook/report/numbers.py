@@ -1,0 +1,145 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from billhook.core.statistics import exp_capped
+
+Spell = Callable[[float], str]
+
+UNBOUNDED = 1e304  # stats.exp ends there
+
+
+def printable(text: object) -> str:
+    """Without what neither a page nor a terminal can show: control and direction characters."""
+    return "".join(c if c.isprintable() else "�" for c in str(text))
+
+
+def format_perplexity_ratio(nats: float) -> str:
+    """A difference in nats as a ratio of perplexities."""
+    return format_ratio(exp_capped(nats))
+
+
+def format_nats(x: float) -> str:
+    """A difference of losses: three decimals, no more digits than `short` where it is large."""
+    return (f"{x:.3f}" if abs(x) < 10 else format_number(x)).replace("-", "−")
+
+
+def format_accuracy(x: float) -> str:
+    """`41.2%`."""
+    return f"{x:.1%}"
+
+
+def format_points(x: float) -> str:
+    """A difference of accuracies in percentage points, with its sign."""
+    return f"{100 * x:+.1f}".replace("-", "−")
+
+
+def format_interval(interval: Mapping[str, float], spell: Spell, low: str = "low", high: str = "high") -> str:
+    """`1.40 to 1.52`; of an interval without ends (one text only) that it is not known."""
+    ends = interval[low], interval[high]
+    return " to ".join(map(spell, ends)).replace("×", "") if _known(ends) else "not known"
+
+
+def format_interval_short(interval: Mapping[str, float], spell: Spell) -> str:
+    """The same in brief, of what is never negative: `1.40–1.52`, `39–45%`; nothing where all of it is beyond exp."""
+    words = format_interval(interval, spell)
+    return "" if interval["low"] >= UNBOUNDED else words.replace("% to ", "–").replace(" to ", "–")
+
+
+def format_perplexity(x: float) -> str:
+    """Three digits; what the laboratory capped is not told as if it were known."""
+    return "over 1e304" if x >= UNBOUNDED else format_number(x)
+
+
+def _known(ends: Sequence[float]) -> bool:
+    """Whether an interval has ends; an infinite one of nats is 0 to exp(700) as perplexity."""
+    return all(map(math.isfinite, ends)) and not (ends[0] == 0 and ends[1] >= UNBOUNDED)
+
+
+def join_words(words: Sequence[str], most: int = 4) -> str:
+    if len(words) > most:
+        words = [*words[: most - 1], f"{len(words) - most + 1} more"]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def format_share(x: float) -> str:
+    """`88%`."""
+    return f"{x:.0%}".replace("-", "−")
+
+
+def format_correlation(x: float) -> str:
+    """A correlation, two decimals."""
+    return f"{x:.2f}".replace("-", "−")
+
+
+# -- numbers and words -------------------------------------------------------------------------------------------------
+
+
+def format_number(x: float | None, unit: str = "") -> str:
+    """Three significant digits, four from 1,000 to 9,999, then k, M, G, T, then powers; `–` for what is not known."""
+    if x is None:
+        return "–"
+    gap = " " if unit else ""
+    if not math.isfinite(x) or x == 0 or (isinstance(x, int) and abs(x) < 1000):
+        return f"{x:g}{gap}{unit}".replace("inf", "∞")
+    size = abs(float(f"{x:.3g}"))
+    if size >= 1e15 or size < 1e-6:
+        return f"{x:.2e}"
+    if 1000 <= size < 10_000 and not unit:
+        return f"{x:,.0f}"
+    scale, prefix = next(((s, p) for s, p in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if size >= s), (1.0, ""))
+    digits = max(0, 2 - math.floor(math.log10(size / scale)))
+    return f"{x / scale:.{digits}f}{gap}{prefix}{unit}".replace("-", "−")
+
+
+def format_ratio(x: float) -> str:
+    """A ratio, two decimals."""
+    return f"×{x:.2f}" if abs(x) < 100 else f"×{format_number(x)}"
+
+
+def percentage_points(x: float) -> str:
+    """A difference of two shares, in percentage points."""
+    return f"{100 * x:+.1f}pp".replace("-", "−")
+
+
+def stem(path: str) -> str:
+    """The name of a file without folder and endings."""
+    return path.rsplit("/", 1)[-1].partition(".")[0]
+
+
+def in_brackets(ends: Sequence[float], spell: Callable[[float], str] = format_number) -> str:
+    return f"({spell(ends[0])}–{spell(ends[1])})".replace("×", "")
+
+
+def median_with_range(value: Mapping[str, float], spell: Callable[[float], str] = format_number) -> str:
+    low, middle, high = (float(value[key]) for key in ("low", "median", "high"))
+    return f"{spell(middle)} {in_brackets((low, high), spell)}"
+
+
+def pluralize(n: int, noun: str) -> str:
+    """`1 site`, `2 sites`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def about_tokens(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a token set says of itself, for readers: a task has items, text has documents and texts."""
+    of_text = ("documents", "texts") if about.get("items") is not None else ()
+    return {key: value for key, value in about.items() if key not in of_text}
+
+
+def how_many(about: Mapping[str, Any]) -> str:
+    """`40 items` of a task, `38 documents` of text."""
+    items = about.get("items")
+    return pluralize(about["documents"], "document") if items is None else pluralize(items, "item")
+
+
+def format_duration(seconds: float) -> str:
+    """`59.9 s`, `6 min 40 s`, `23 h 59 min`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

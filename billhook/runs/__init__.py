@@ -1,0 +1,1 @@
+"""One run: its recipe, its store and its stages."""

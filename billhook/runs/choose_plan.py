@@ -1,0 +1,227 @@
+"""The plan of a run: given, searched for, or the largest within a margin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+from billhook.core.anatomy import Anatomy
+from billhook.core.budget import Budget
+from billhook.core.errors import BudgetError, UsageError
+from billhook.core.events import Event
+from billhook.core.margin import Margin, MarginCheck
+from billhook.core.plan import MeasureRequest, Plan
+from billhook.core.problem import Problem
+from billhook.core.results.measured import Loss, Step
+from billhook.data.splits import select_documents
+from billhook.data.token_sets import TokenSet, truncate
+from billhook.engine.losses import parse_loss
+from billhook.engine.probe import Probe
+from billhook.methods.evaluate import speed
+from billhook.methods.recover import RECOVERIES, RecoveryTask
+from billhook.models.device import environment
+from billhook.models.load import Teacher
+from billhook.runs.evaluation import evaluate_plans
+from billhook.runs.executor import Executor, RefitExecutor
+from billhook.runs.job import RunContext
+from billhook.runs.prepare import (
+    LEAST_RECOVERY_TOKENS,
+    counts_time,
+    probe_of,
+    problem_of,
+    recovery_tokens,
+    validation_and_test,
+)
+from billhook.runs.recipe import Recipe
+from billhook.runs.search import ScoreFields, compute_scores, progress_of_request, run_search
+from billhook.runs.store import LossKey
+from billhook.runs.trace import measure_regret, removal_trace, search_summary, with_words
+
+FOLD_TOKENS = 8192  # for a fold inside the search
+
+FOLD = {"reach": "next"}  # its options; what stands farther behind is refitted after the search
+
+GROWTH = Fraction(3, 2)  # of the share that goes, from trial to trial: a search far beyond the margin costs the most
+
+FINEST = Fraction(1, 2)  # percent of the parameters, between what stays within a margin and what does not
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """What a run decided to remove, and how. `within`: what the margin said of each trial, where there was one."""
+
+    plan: Plan
+    steps: list[Step]
+    search_summary: dict[str, Any]
+    within: dict[str, Any] | None = None
+
+
+# -- the whole of it ------------------------------------------------------------------------------------------------
+
+
+def choose_plan(
+    job: RunContext,
+    teacher: Teacher,
+    calibration: TokenSet,
+    held_out: TokenSet | None = None,
+    given: Plan | None = None,
+    *,
+    along: bool = True,
+) -> PlanChoice:
+    """The plan of a run: given, searched for, or the largest within a margin, which is judged on `held_out` text.
+
+    `along`: with the loss after every step, which a search by scores has not measured itself.
+    """
+    recipe = job.recipe
+    probe = probe_of(recipe, teacher, calibration, job)
+    plain = Executor(probe)
+    measure = RefitExecutor(plain, _judge(job, teacher, calibration)) if recipe.fold_in_search else plain
+    within: dict[str, Any] | None = None
+    problem: Problem | None = None
+    if given is not None:
+        path = [given]
+    else:
+        scores = compute_scores(job, probe)
+        if recipe.within is not None:
+            assert held_out is not None
+            problem, path, within = _largest_within_margin(job, teacher, measure, scores, held_out)
+        else:
+            anatomy = with_site_times(job, teacher) if counts_time(recipe) else teacher.anatomy
+            problem = replace(problem_of(recipe, anatomy, recipe.budgets), **scores)
+            path = run_search(job, problem, measure)
+    rounds, conducted = list(measure.rounds), search_summary(probe)
+    if recipe.audit:
+        probe.release_streams()
+        conducted["audit"] = _audit(job, probe, rounds)
+    conducted = with_words(conducted)
+    if not path or not path[-1]:
+        return PlanChoice(Plan(), [], conducted, within)
+    if not along:
+        return PlanChoice(path[-1], [], conducted, within)
+    told = progress_of_request(job, "along the path", before=0, total=len(path))
+    measured = {plan for ask, losses in rounds for plan, loss in zip(ask.plans, losses, strict=True) if not loss.bound}
+    on_path = measure(MeasureRequest(tuple(path)), *([] if measured.issuperset(path) else [told]))
+    whole = [(ask.plans, losses) for ask, losses in rounds if ask.tokens is None]
+    return PlanChoice(
+        path[-1], removal_trace(path, whole, on_path, problem.cost if problem else len), conducted, within
+    )
+
+
+def _judge(job: RunContext, teacher: Teacher, calibration: TokenSet) -> Callable[[Plan], Loss]:
+    """The loss of a plan on the calibration tokens after a fold on other texts; stored."""
+    recipe = job.recipe
+    texts = recovery_tokens(recipe, teacher, job.watch)
+    others = [d for d, digest in enumerate(texts.digests) if digest not in set(calibration.digests)]
+    train = truncate(select_documents(texts, others), FOLD_TOKENS) if others else None
+    if train is None or train.tokens < LEAST_RECOVERY_TOKENS:
+        raise UsageError("--fold-in-search refits on texts that the search is not judged on. Give more --recover-data.")
+    loss = parse_loss(recipe.loss)[0]
+    treatment = f"fold {json.dumps([train.hash, FOLD])}"
+    of = LossKey(teacher.fingerprint, calibration.hash, loss, teacher.compute_key, treatment)
+    probe = Probe(teacher, calibration, loss, memory=recipe.memory_bytes)
+    subject = RecoveryTask(teacher, Plan(), memory=recipe.memory_bytes, seed=recipe.seed, streams_by_tokens={})
+
+    def judge(plan: Plan) -> Loss:
+        known = job.store.loss(of, plan)
+        if known is None:
+            repair = RECOVERIES["fold"](replace(subject, plan=plan), train, train, **FOLD).cast_through(teacher.dtype)
+            known = probe.loss_with_repair(plan, repair)
+            job.store.add_loss(of, plan, known, job.run)
+        return known
+
+    return judge
+
+
+def _audit(job: RunContext, probe: Probe, rounds: list[tuple[MeasureRequest, list[Loss]]]) -> list[dict[str, Any]]:
+    """Every round again, exactly."""
+    exact = Executor(probe_of(job.recipe.model_copy(update={"fast": False}), probe.teacher, probe.tokens, job))
+    numbered = iter(range(len(rounds)))
+
+    def measure(ask: MeasureRequest) -> list[Loss]:
+        job.watch(Event("audit", next(numbered), len(rounds), "every candidate again"))
+        return exact(ask)
+
+    told = measure_regret(rounds, measure)
+    job.watch(Event("audit", len(rounds), len(rounds), "done"))
+    return told
+
+
+# -- time as a budget -----------------------------------------------------------------------------------------------
+
+
+def timing_of(recipe: Recipe, teacher: Teacher) -> dict[str, Any]:
+    """What a measured time of a site depends on."""
+    where = environment(str(teacher.device))
+    return {"batch": recipe.batch, "context": recipe.context, "dtype": teacher.compute_key, "machine": where.machine,
+            "threads": where.threads, "torch": where.torch}  # fmt: skip
+
+
+def with_site_times(job: RunContext, teacher: Teacher) -> Anatomy:
+    """The anatomy with the time that each site takes of a decoding step, measured once and kept."""
+    recipe, of = job.recipe, timing_of(job.recipe, teacher)
+    known = job.store.cached(teacher.fingerprint, "ns", of)
+    if known is None:
+        known = speed.site_times(teacher, recipe.batch, recipe.context, job.watch)
+        job.store.remember(teacher.fingerprint, "ns", of, known, job.run)
+    sites = tuple(replace(size, ns_per_token=known[str(size.site)]) for size in teacher.anatomy.sites)
+    return replace(teacher.anatomy, sites=sites, rest=replace(teacher.anatomy.rest, ns_per_token=known["rest"]))
+
+
+# -- as much as a margin allows -------------------------------------------------------------------------------------
+
+
+def _largest_within_margin(
+    job: RunContext, teacher: Teacher, measure: Executor | RefitExecutor, scores: ScoreFields, held_out: TokenSet
+) -> tuple[Problem, list[Plan], dict[str, Any]]:
+    """The largest share of the parameters whose removal stays within the recipe's margin on validation items.
+
+    Shares grow by half until one is too much, then the gap is halved; each has a search of its own, which reuses what
+    the others measured. Assumes that less is safer; every trial is told.
+    """
+    recipe, margin = job.recipe, job.recipe.margin
+    assert margin is not None
+    validation, _ = validation_and_test(recipe, margin, teacher, held_out)
+    everything = teacher.anatomy.total("parameters")
+    smallest = min(size.parameters for size in teacher.anatomy.sites) * Fraction(100, everything)
+    low, high = Fraction(0), Fraction(100)
+    best: tuple[Problem, list[Plan], MarginCheck] | None = None
+    trials: list[dict[str, Any]] = []
+    share = max(FINEST, smallest)
+    while share < 100 and high - low > max(FINEST, smallest):
+        try:
+            problem = replace(problem_of(recipe, teacher.anatomy, (Budget(share, "params", True),)), **scores)
+        except BudgetError:
+            high, share = share, (low + share) / 2
+            continue
+        path = run_search(job, problem, measure)
+        dense, student = evaluate_plans(job, teacher, [Plan(), path[-1]], validation, margin.kind)
+        kept = margin.check(dense, student, recipe.seed)
+        spent = Fraction(problem.removed_cost(path[-1])[0] * 100, everything)
+        trials.append({"percent": float(spent), "within": kept.within, **_in_units(kept, margin)})
+        if kept.within:
+            low, best = spent, (problem, path, kept)
+        else:
+            high = share
+        share = GROWTH * max(share, low) if high == 100 else (low + high) / 2
+    told = {"margin": str(margin), "unit": _UNITS[margin.kind], "trials": trials, "data": validation.describe()}
+    told["note"] = "" if best is None else best[2].lost.note
+    if not trials:
+        raise BudgetError("Nothing can go: one attention, one mlp and everything protected stay. Protect less.")
+    if best is None:
+        least = min(trials, key=lambda trial: trial["percent"])
+        raise UsageError(
+            f"Nothing can go within {margin}: removing {least['percent']:.2f}% of the parameters may already lose "
+            f"{least['high']:.2f} {_UNITS[margin.kind]}. Allow more, or take more --eval-tokens."
+        )
+    return best[0], best[1], told
+
+
+_UNITS = {"ppl": "percent of the perplexity", "pp": "percentage points of accuracy"}
+
+
+def _in_units(kept: MarginCheck, margin: Margin) -> dict[str, float]:
+    lost = kept.in_units(margin.kind)
+    return {"lost": lost.value, "low": lost.low, "high": lost.high}

@@ -1,0 +1,268 @@
+"""Recipe <-> YAML through one schema: what a pruning run is told. Every option of `billhook prune` is a field here."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from billhook.core.budget import Budget, parse_budgets
+from billhook.core.errors import RecipeError, nearest
+from billhook.core.margin import Margin
+
+
+def of_text(model: str, options: dict[str, Any]) -> Recipe:
+    """The fields of a recipe that concern model, text and seed, where nothing is pruned."""
+    return parse_recipe(
+        {"model": model, "remove": "1sites", "tokens": 16, "length": 16, "self_share": 0, **options}, "The call"
+    )
+
+
+BUILTIN = Path(__file__).parent / "recipes"
+
+TARGETS = ("remove", "plan", "within")  # of which a recipe has one
+
+FORMER_SEARCHES = {"narrow": "rank_channels", "solve": "ilp", "span": "contiguous"}  # in recipes of version 0.1
+
+
+class Recipe(BaseModel):
+    """What a pruning run is told. Frozen; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    about: Annotated[str, Field(description="What a recipe takes from its paper, and what it cannot know")] = ""
+    model: Annotated[str, Field(description="Folder, .gguf file, Hugging Face name, or demo")] = "demo"
+    remove: Annotated[
+        str | None,
+        Field(description="What must go: 25% (of the parameters), 15sites, 3blocks, 30%kv, 20%ms …; repeatable"),
+    ] = None
+    plan: Annotated[
+        str | None,
+        Field(
+            description="No search, remove this: attention.7,mlp.16, a plan file, a drop list of LLM-Drop or EvoPress"
+        ),
+    ] = None
+    within: Annotated[
+        str | None,
+        Field(description="As much as can go within a margin: 3%ppl, or 1pp:FILE (accuracy on a task)"),
+    ] = None
+    search: Annotated[str, Field(description="How to search; `billhook methods` lists the searches")] = "swap"
+    metric: Annotated[
+        str | None,
+        Field(description="How to score sites first, for the searches oneshot, solve, span, narrow and joint"),
+    ] = None
+    loss: Annotated[
+        str, Field(description="What to keep low: kl, js, nll …, or task:FILE for a multiple-choice task")
+    ] = "kl"
+    set: Annotated[
+        dict[str, bool | int | float | str],
+        Field(description="An option of the search or the metric, such as front=0.4; repeatable"),
+    ] = {}
+    uniform: Annotated[bool, Field(description="Where sites become narrower: all blocks alike, in the stock shape")] = (
+        False
+    )
+    multiple: Annotated[
+        int, Field(description="Where sites become narrower: channels that stay are a multiple of it: 8, 32, 256", ge=1)
+    ] = 1
+    fast: Annotated[bool, Field(description="Race a round's candidates instead of proving which is best")] = False
+    shortlist: Annotated[
+        int, Field(description="With --fast: candidates a round, by the ranking of the rounds before", ge=2)
+    ] = 12
+    risk: Annotated[
+        float, Field(description="With --fast: risk of dropping the best candidate at one comparison", gt=0, lt=0.5)
+    ] = 0.05
+    audit: Annotated[bool, Field(description="With --fast: measure every round again in full, state the regret")] = (
+        False
+    )
+    memory: Annotated[
+        str | None, Field(description="Memory for weights and activations, such as 4GB; less streams the model")
+    ] = None
+    protect: Annotated[str, Field(description="Sites that stay: attention.0,mlp.27-29, or blocks: 0-3,last2")] = ""
+    batch: Annotated[int, Field(description="With a budget in ms: sequences at a time", ge=1)] = 1
+    context: Annotated[int, Field(description="With a budget in ms: tokens before the one that is timed", ge=1)] = 128
+    data: Annotated[
+        str, Field(description="Calibration text: pydoc, a .txt, .jsonl or .parquet file, self, or a data set's name")
+    ] = "pydoc"
+    self_share: Annotated[
+        float, Field(description="Of the calibration tokens, those that the model writes itself; 0: none", ge=0, lt=1)
+    ] = 0.5
+    eval_data: Annotated[str | None, Field(description="Held-out text; left out, it is split off --data")] = None
+    field: Annotated[str, Field(description="The field of a .jsonl row that holds the text")] = "text"
+    tokens: Annotated[int, Field(description="Calibration tokens", ge=16)] = 4096
+    length: Annotated[int, Field(description="Tokens a calibration sequence", ge=16)] = 128
+    eval_tokens: Annotated[int, Field(description="Held-out tokens", ge=64)] = 16384
+    eval_length: Annotated[int, Field(description="Tokens a held-out sequence", ge=16)] = 512
+    recover: Annotated[
+        str, Field(description="What gets back what pruning took, in order: fold, or fold,lora; `billhook methods`")
+    ] = ""
+    fold_in_search: Annotated[
+        bool, Field(description="Judge the best candidates of a round after a fold of what they leave")
+    ] = False
+    recover_set: Annotated[
+        dict[str, bool | int | float | str],
+        Field(description="An option of a recovery, such as minutes=15 or lora.rank=8; repeatable"),
+    ] = {}
+    recover_data: Annotated[str | None, Field(description="Text to recover on; left out, that of --data")] = None
+    recover_tokens: Annotated[int, Field(description="Tokens to recover on, or all that the text has", ge=64)] = 32768
+    recover_length: Annotated[int, Field(description="Tokens a sequence to recover on", ge=16)] = 256
+    stock: Annotated[bool, Field(description="Keep the stock shape: removed sites hold zeros, no speed-up")] = False
+    seed: Annotated[int, Field(description="Seed of all that is drawn", ge=0)] = 0
+    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, mps")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
+    ] = "auto"
+    trust_remote_code: Annotated[bool, Field(description="Run Python code that the checkpoint brings")] = False
+
+    @field_validator("remove", mode="before")
+    @classmethod
+    def _readable(cls, value: object) -> object:
+        if value is None:
+            return None
+        pieces = value if isinstance(value, list | tuple) else [value]
+        return ",".join(map(str, parse_budgets(",".join(map(str, pieces)))))
+
+    @field_validator("search", mode="before")
+    @classmethod
+    def _renamed_search(cls, value: object) -> object:
+        return FORMER_SEARCHES.get(str(value), value)
+
+    @field_validator("within")
+    @classmethod
+    def _margin(cls, value: str | None) -> str | None:
+        return None if value is None else str(Margin.parse(value))
+
+    @field_validator("set", "recover_set", mode="before")
+    @classmethod
+    def _named(cls, value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, list | tuple):
+            return value
+        pairs = [str(piece).partition("=") for piece in value]
+        if wrong := next((name for name, equals, _ in pairs if not name or not equals), None):
+            like = {"set": "front=0.4", "recover_set": "minutes=15"}[str(info.field_name)]
+            option = str(info.field_name).replace("_", "-")
+            raise RecipeError(f"--{option} {wrong!r} has no value. Write NAME=VALUE, such as {like}.")
+        return {name.strip(): text.strip() for name, _, text in pairs}
+
+    @field_validator("memory")
+    @classmethod
+    def _bytes(cls, value: str | None) -> str | None:
+        return value if value is None or parse_bytes(value) else None
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Recipe:
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = " and ".join(given) if given else "neither remove nor plan nor within"
+            raise RecipeError(
+                f"The recipe has {what}. Give one: --remove 25%sites, --plan attention.7,mlp.16, or --within 3%ppl."
+            )
+        if twice := [name for name in self.recoveries if self.recoveries.count(name) > 1]:
+            raise RecipeError(f"--recover {self.recover} does {twice[0]} twice. Name every recovery once.")
+        if self.audit and not self.fast:
+            raise RecipeError("--audit states what --fast cost. Add --fast, or leave --audit out.")
+        return self
+
+    @property
+    def recoveries(self) -> tuple[str, ...]:
+        """The names of the recoveries, in order."""
+        return tuple(name.strip() for name in self.recover.split(",") if name.strip())
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory budget in bytes, if there is one."""
+        return None if self.memory is None else parse_bytes(self.memory)
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """What must go, if the recipe says how much."""
+        return () if self.remove is None else parse_budgets(self.remove)
+
+    @property
+    def margin(self) -> Margin | None:
+        """What the student may lose, if the recipe says that."""
+        return None if self.within is None else Margin.parse(self.within)
+
+    def to_yaml(self) -> str:
+        """This recipe as YAML, without what is at its default."""
+        return yaml.safe_dump(self.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
+
+
+def parse_bytes(text: str) -> int:
+    """`4GB`, `500MB` or `2.5GiB` in bytes. Raises RecipeError with the allowed spellings."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG])(i?)B\s*", text)
+    if not match or float(match[1]) == 0:
+        raise RecipeError(f"--memory {text!r} is not an amount of memory. Write for example 4GB, 500MB or 2.5GiB.")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** {"M": 2, "G": 3}[match[2]])
+
+
+def parse_recipe(values: dict[str, Any], where: str = "The recipe") -> Recipe:
+    """A Recipe from plain values. Raises RecipeError that names the key, what it holds, and the nearest right key."""
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "?"
+        if first["type"] == "extra_forbidden":
+            raise _unknown_key(key, where) from error
+        raise RecipeError(f"{where} has {key}: {first['input']!r}. {first['msg']}.") from error
+
+
+def _unknown_key(key: str, where: str) -> RecipeError:
+    near = nearest(key, Recipe.model_fields)
+    guess = f" Did you mean {near}?" if near else ""
+    return RecipeError(f"{where} has the unknown key {key!r}.{guess} Known: {', '.join(Recipe.model_fields)}.")
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with Billhook: one a published method, and our own."""
+    return sorted(path.stem for path in BUILTIN.glob("*.yaml"))
+
+
+def with_overrides(recipe: str | Path | None, **given: Any) -> dict[str, Any]:
+    """The values of a recipe, by file or by name, overruled by what is `given`; a new target drops the recipe's."""
+    values = {} if recipe is None else read_yaml(Path(recipe))
+    if any(given.get(name) is not None for name in TARGETS):
+        values = {name: value for name, value in values.items() if name not in TARGETS}
+    return values | given
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The values of a recipe file, or of a recipe of ours by its name.
+
+    Raises RecipeError if it cannot be read, or holds an unknown key or one twice.
+    """
+    if not path.is_file() and (BUILTIN / f"{path}.yaml").is_file():
+        path = BUILTIN / f"{path}.yaml"
+    if not path.is_file():
+        names = recipe_names()
+        near = nearest(str(path), names)
+        guess = f" Did you mean {near}?" if near else ""
+        raise RecipeError(f"There is no recipe {path}.{guess} Give a YAML file, or one of ours: {', '.join(names)}.")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} holds no keys. A recipe looks like:\nmodel: demo\nremove: 25%sites")
+    for key in map(str, values):
+        if key not in Recipe.model_fields:
+            raise _unknown_key(key, str(path))
+    return values
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe YAML in which a key may stand only once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
+                both = f"lines {lines[key.value]} and {line}"
+                raise RecipeError(f"The recipe has {key.value!r} twice, in {both}. Keep one of them.")
+        return dict(super().construct_mapping(node, deep))

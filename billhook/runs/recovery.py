@@ -1,0 +1,125 @@
+"""What a run gets back: its recoveries in order, each proved on calibration and held-out text as it ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from billhook.core.errors import UsageError
+from billhook.core.plan import Plan
+from billhook.core.registry import resolve_options
+from billhook.core.statistics import exp_capped, paired_difference
+from billhook.data.splits import train_validation_split
+from billhook.data.token_sets import TokenSet
+from billhook.methods.recover import RECOVERIES, RecoveryTask
+from billhook.methods.recover.lora import ADAPTER
+from billhook.methods.recover.training import TrainingOptions
+from billhook.models.load import Teacher
+from billhook.models.repair import NO_REPAIR, Repair, read_repair
+from billhook.runs.evaluation import perplexity_results
+from billhook.runs.job import RunContext
+from billhook.runs.prepare import recovery_tokens
+from billhook.runs.recipe import Recipe
+
+TRAINING_OPTIONS = {field.name for field in fields(TrainingOptions)}
+
+TRAINING_VALIDATION_EVERY = 10  # of so many texts one validates
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryResult:
+    """What a run's recoveries found. `reports`: what each did to the perplexity, in pairs; `seen`: digests of documents.
+
+    `base`: the repair of the checkpoint, where that is not the whole one: without the last, which is in `adapter`.
+    """
+
+    repair: Repair = NO_REPAIR
+    reports: tuple[dict[str, Any], ...] = ()
+    base: Repair | None = None
+    adapter: Path | None = None
+    seen: tuple[str, ...] = ()
+
+
+def recovery_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The recoveries of a recipe in order, with their options. Raises UnknownName or UsageError."""
+    methods = [RECOVERIES[name] for name in recipe.recoveries]
+    options = dict(zip(recipe.recoveries, resolve_options(recipe.recover_set, *methods), strict=True))
+    for own in options.values():
+        TrainingOptions(**{name: value for name, value in own.items() if name in TRAINING_OPTIONS}).check()
+    apart = [name for name, own in options.items() if own.get("merge") is False]
+    if apart and (recipe.recoveries[-1] != apart[-1] or recipe.stock):
+        raise UsageError(
+            f"{apart[0]} with merge=no leaves an adapter beside the checkpoint, so it must be the last recovery, and "
+            "not with --stock. Leave merge=no out to merge it."
+        )
+    return options
+
+
+def load_recovery_tokens(job: RunContext, teacher: Teacher, held_out: TokenSet) -> TokenSet | None:
+    """What the recoveries of a run learn from. Raises UsageError if text that is held out is in there."""
+    if not recovery_options(job.recipe):
+        return None
+    tokens = recovery_tokens(job.recipe, teacher, job.watch)
+    if set(tokens.digests) & set(held_out.digests):
+        raise UsageError("The text to recover on is in the held-out text too. Give other --recover-data.")
+    return tokens
+
+
+def run_recoveries(
+    job: RunContext, teacher: Teacher, plan: Plan, *, learn: TokenSet, texts: Mapping[str, TokenSet], work: Path
+) -> RecoveryResult:
+    """Carry out the recoveries of a run, which `learn` from a text, and prove each on each of `texts`.
+
+    `work`: for what a killed run goes on from: every finished repair, and the checkpoints of a training.
+    """
+    recipe, repair, before = job.recipe, NO_REPAIR, NO_REPAIR
+    options = recovery_options(recipe)
+    train, valid = train_validation_split(learn, TRAINING_VALIDATION_EVERY)
+    work.mkdir(parents=True, exist_ok=True)
+    told: list[dict[str, Any]] = []
+    for number, (name, own) in enumerate(options.items(), 1):
+        file, began = work / f"{number}-{name}.safetensors", time.perf_counter()
+        before, seconds = repair, file.with_suffix(".json")
+        if file.is_file() and seconds.is_file():
+            repair, took = read_repair(file), float(json.loads(seconds.read_text()))
+        else:
+            training = work / f"{number}-{name}"
+            training.mkdir(exist_ok=True)
+            subject = RecoveryTask(teacher, plan, repair, recipe.memory_bytes, recipe.seed, training, job.watch)
+            repair = RECOVERIES[name](subject, train, valid, **own).cast_through(teacher.dtype)
+            took = round(time.perf_counter() - began, 1)
+            seconds.write_text(json.dumps(took))
+            if (training / ADAPTER).is_dir():
+                shutil.rmtree(work / ADAPTER, ignore_errors=True)
+                (training / ADAPTER).rename(work / ADAPTER)
+            repair.save(file)
+            shutil.rmtree(training)
+        told.append({
+            "recovery": name, "options": own, "seconds": took, "parameters": repair.parameters(),
+            "tokens": train.tokens, "data": train.source,
+            "on": {text: _measure_gain(job, teacher, plan, (before, repair), tokens) for text, tokens in texts.items()},
+        })  # fmt: skip
+    apart = work / ADAPTER if (work / ADAPTER).is_dir() else None
+    return RecoveryResult(repair, tuple(told), before if apart else None, apart, learn.digests)
+
+
+def _measure_gain(
+    job: RunContext, teacher: Teacher, plan: Plan, repairs: tuple[Repair, Repair], tokens: TokenSet
+) -> dict[str, Any]:
+    """Perplexity before and after one recovery, their ratio with its interval, and how much of the gap it closed."""
+    dense, before, after = perplexity_results(
+        job, teacher, [(Plan(), NO_REPAIR), (plan, repairs[0]), (plan, repairs[1])], tokens
+    )
+    change = paired_difference(before, after, job.recipe.seed)
+    perplexities = [exp_capped(each.mean) for each in (dense, before, after)]
+    lost = perplexities[1] - perplexities[0]
+    return {
+        "teacher": perplexities[0], "before": perplexities[1], "after": perplexities[2], "ratio": exp_capped(change.value),
+        "ci95": [exp_capped(change.low), exp_capped(change.high)], "reliable": change.reliable,
+        "closed": (perplexities[1] - perplexities[2]) / lost if lost > 0 else None,
+    }  # fmt: skip

@@ -1,0 +1,119 @@
+"""One search of a run: importance scores first, then rounds of candidates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from billhook.core.events import Event
+from billhook.core.plan import MeasureRequest, Plan, Site
+from billhook.core.problem import Problem, format_unit, parse_unit
+from billhook.core.registry import resolve_options
+from billhook.core.results.measured import Loss
+from billhook.engine.probe import Probe
+from billhook.methods.metrics import GROUP_METRICS, METRICS
+from billhook.methods.search import OF_GROUPS, SEARCHES, Search, drive, estimate_losses, lowest_full
+from billhook.runs.executor import Executor, OnProgress, RefitExecutor
+from billhook.runs.job import RunContext
+from billhook.runs.recipe import Recipe
+
+ScoreFields = dict[str, Any]  # what a metric gives a Problem: `scores`, or `group_scores`
+
+
+def method_options(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the search and of the metric."""
+    methods: list[Callable[..., Any]] = [SEARCHES[recipe.search]]
+    methods += [metric_of(recipe)] if recipe.metric else []
+    widths = recipe.model_dump(include={"uniform", "multiple"}, exclude_defaults=True)
+    found = resolve_options(recipe.set | widths, *methods)
+    return found[0], found[1] if recipe.metric else {}
+
+
+def metric_of(recipe: Recipe) -> Callable[..., Any]:
+    """The metric of a recipe; of channel groups for a search that lets those go."""
+    assert recipe.metric is not None
+    return GROUP_METRICS[recipe.metric] if recipe.search in OF_GROUPS else METRICS[recipe.metric]
+
+
+def compute_scores(job: RunContext, probe: Probe) -> ScoreFields:
+    """What the metric of a recipe says, as fields of a Problem, from the store if it was asked before."""
+    recipe = job.recipe
+    if recipe.metric is None:
+        return {}
+    options = method_options(recipe)[1]
+    of = {"metric": recipe.metric, "options": options, "tokens": probe.tokens.hash, "loss": probe.loss,
+          "dtype": probe.teacher.compute_key}  # fmt: skip
+    known = job.store.cached(probe.teacher.fingerprint, "scores", of)
+    if known is None:
+        job.watch(Event("score", 0, None, recipe.metric))
+        scores = metric_of(recipe)(probe, **options)
+        if recipe.search in OF_GROUPS:
+            known = {str(site): values.tolist() for site, values in scores.items()}
+        else:
+            known = {format_unit(unit): score.value for unit, score in scores.items()}
+        job.store.remember(probe.teacher.fingerprint, "scores", of, known, job.run)
+    if recipe.search in OF_GROUPS:
+        return {"group_scores": {Site.parse(name): tuple(values) for name, values in known.items()}}
+    return {"scores": {parse_unit(name): value for name, value in known.items()}}
+
+
+def search_of(recipe: Recipe, problem: Problem) -> Search:
+    """The search of a recipe, with its options, on a problem."""
+    return SEARCHES[recipe.search](problem, **method_options(recipe)[0])
+
+
+def run_search(job: RunContext, problem: Problem, measure: Executor | RefitExecutor) -> list[Plan]:
+    """The path of the recipe's search on one problem."""
+    total = expected_losses(job.recipe, problem)
+    return drive(search_of(job.recipe, problem), partial(_round, job, problem, measure, total))
+
+
+# -- progress -------------------------------------------------------------------------------------------------------
+
+
+def _round(
+    job: RunContext, problem: Problem, measure: Executor | RefitExecutor, total: int | None, ask: MeasureRequest
+) -> list[Loss]:
+    """Measure one Ask of a search that has about `total` losses to measure (None: unknown), and show how far it is."""
+    if not ask.plans:
+        return measure(ask)
+    gone = [problem.removed_cost(Plan(frozenset.intersection(*(plan.removed for plan in ask.plans))))]
+    if any(plan.narrowed for plan in ask.plans):  # each plan lacks other widths, so that they have nothing in common
+        gone = list(map(problem.removed_cost, ask.plans))
+    each = zip(problem.budgets, map(min, zip(*gone, strict=True)), problem.targets, strict=True)
+    sofar = ", ".join(f"{b.format(spent).split()[0]} of {b.format(need)} gone" for b, spent, need in each)
+    before = sum(len(earlier.plans) for earlier, _ in measure.rounds)
+    total = None if total is None else max(total, before + len(ask.plans))
+    losses = measure(ask, progress_of_request(job, sofar, before=before, total=total))
+    if not all(loss.bound for loss in losses):
+        mean, plan = lowest_full(ask.plans, losses)
+        sites = [*plan.names(), *(f"{narrow.site} keeps {len(narrow.groups):,}" for narrow in sorted(plan.narrowed))]
+        note = f"{', '.join(sites) or 'nothing'}: {mean:.6f}"
+        job.store.add_event(job.run, Event("search", before + len(losses), total, note))
+    return losses
+
+
+def progress_of_request(job: RunContext, sofar: str, *, before: int, total: int | None) -> OnProgress:
+    """Shows every loss of one Ask: `before` of `total` losses were known when it began."""
+
+    def told(done: int, of: int, best: float) -> None:
+        known = f", lowest {job.recipe.loss} {best:.4f}" if math.isfinite(best) else ""
+        most = None if total is None else max(total, before + of)
+        job.watch(Event("search", before + done, most, sofar + known))
+
+    return told
+
+
+def expected_losses(recipe: Recipe, problem: Problem) -> int | None:
+    """About how many losses the search of a recipe asks for, by its own closed form; None where it has none.
+
+    The metric's scores need not be known yet.
+    """
+    if recipe.metric is not None and recipe.search in OF_GROUPS:
+        problem = replace(problem, group_scores=problem.group_scores or {})
+    elif recipe.metric is not None:
+        problem = replace(problem, scores=problem.scores or {})
+    return estimate_losses(recipe.search, problem, **method_options(recipe)[0])

@@ -1,0 +1,342 @@
+"""The run store: one SQLite file. Every finished measurement is in it; large things are folders elsewhere."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from billhook.core.errors import RunError, UsageError, nearest
+from billhook.core.events import Event
+from billhook.core.plan import Plan
+from billhook.core.results.measured import EvalResult, Loss, Timing
+
+STORE = "billhook.db"
+
+
+@dataclass(frozen=True, slots=True)
+class LossKey:
+    """What a stored loss is of. Two equal ones have the same loss on the same machine."""
+
+    model: str  # fingerprint
+    tokens: str  # hash of the token set
+    loss: str
+    dtype: str  # the compute dtype and the kind of device
+    treatment: str = ""  # a repair applied inside the search; none yet applied is the empty string
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One row of the store. `state`: running, interrupted, failed or done."""
+
+    id: str
+    created: float  # seconds since 1970, UTC
+    state: str
+    out: str
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    fingerprints: dict[str, str]  # fingerprints of model and tokens, once they are known
+    result: dict[str, Any] | None
+
+
+def _create_tables(db: sqlite3.Connection) -> None:
+    script = """
+        CREATE TABLE runs (
+            id TEXT PRIMARY KEY, created REAL NOT NULL, state TEXT NOT NULL, out TEXT NOT NULL, recipe TEXT NOT NULL,
+            environment TEXT NOT NULL, bound TEXT NOT NULL, result TEXT
+        );
+        CREATE TABLE losses (
+            model TEXT, tokens TEXT, loss TEXT, dtype TEXT, treatment TEXT, plan TEXT, sites TEXT NOT NULL,
+            sums TEXT NOT NULL, counts TEXT NOT NULL, run TEXT NOT NULL REFERENCES runs (id),
+            PRIMARY KEY (model, tokens, loss, dtype, treatment, plan)
+        );
+        CREATE TABLE evaluations (
+            model TEXT, plan TEXT, name TEXT, tokens TEXT, dtype TEXT, sums TEXT NOT NULL, counts TEXT NOT NULL,
+            clusters TEXT NOT NULL, run TEXT NOT NULL REFERENCES runs (id),
+            PRIMARY KEY (model, plan, name, tokens, dtype)
+        );
+        CREATE TABLE timings (
+            model TEXT, plan TEXT, rival TEXT, environment TEXT, dtype TEXT, protocol TEXT, timing TEXT NOT NULL,
+            run TEXT NOT NULL REFERENCES runs (id),
+            PRIMARY KEY (model, plan, rival, environment, dtype, protocol)
+        );
+        CREATE TABLE events (
+            run TEXT NOT NULL REFERENCES runs (id), at REAL NOT NULL, stage TEXT NOT NULL, done INTEGER, total INTEGER,
+            note TEXT NOT NULL
+        );
+        CREATE INDEX events_by_run ON events (run, at);
+    """
+    for statement in script.split(";"):  # one by one: executescript would commit before it begins
+        db.execute(statement)
+
+
+def _create_pieces(db: sqlite3.Connection) -> None:
+    """Sums of document groups: what is known of plans that were dropped, or not finished."""
+    db.execute(
+        "CREATE TABLE pieces (model TEXT, tokens TEXT, loss TEXT, dtype TEXT, treatment TEXT, plan TEXT, quality TEXT, "
+        "documents TEXT, sums TEXT NOT NULL, run TEXT NOT NULL REFERENCES runs (id), "
+        "PRIMARY KEY (model, tokens, loss, dtype, treatment, plan, quality, documents)) WITHOUT ROWID"
+    )
+
+
+def _create_facts(db: sqlite3.Connection) -> None:
+    """What is measured once of a model and is neither loss nor evaluation: scores of a metric, costs of sites."""
+    db.execute(
+        "CREATE TABLE facts (model TEXT, what TEXT, of TEXT, value TEXT NOT NULL, "
+        "run TEXT NOT NULL REFERENCES runs (id), PRIMARY KEY (model, what, of)) WITHOUT ROWID"
+    )
+
+
+MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_create_tables, _create_pieces, _create_facts]
+
+
+class Store:
+    """Reads and writes one store file. Every write is one transaction, so that a killed process loses nothing more."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+            self._migrate()
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise UsageError(
+                f"--store {path} cannot be used ({error}). Give another file, or move this one."
+            ) from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _migrate(self) -> None:
+        with self._write():
+            version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+            if version > len(MIGRATIONS):
+                raise UsageError(f"--store {self.path} was written by a newer Billhook. Upgrade, or give another file.")
+            for number, migrate in enumerate(MIGRATIONS[version:], version + 1):
+                migrate(self._db)
+                self._db.execute(f"PRAGMA user_version = {number}")
+
+    @contextmanager
+    def _write(self) -> Iterator[None]:
+        if self._db.in_transaction:  # an interrupt came between two lines of an earlier write
+            self._db.execute("ROLLBACK")
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK") if self._db.in_transaction else None
+            raise
+        self._db.execute("COMMIT") if self._db.in_transaction else None
+
+    # -- runs -------------------------------------------------------------------------------------------------------
+
+    def new_run(self, recipe: dict[str, Any], environment: dict[str, Any], out: str) -> str:
+        """File a new run; `out` may hold `{run}`. Returns its id."""
+        run = "r" + secrets.token_hex(3)
+        values = (run, time.time(), "running", out.replace("{run}", run), _json(recipe), _json(environment), "{}")
+        with self._write():
+            self._db.execute(f"INSERT INTO runs VALUES ({','.join('?' * 7)}, NULL)", values)
+        return run
+
+    def runs(self) -> list[Run]:
+        """All runs, the newest first."""
+        return [_run(row) for row in self._db.execute("SELECT * FROM runs ORDER BY created DESC, rowid DESC")]
+
+    def run(self, run: str) -> Run:
+        """One run by its id. Raises RunError with the nearest one."""
+        row = self._db.execute("SELECT * FROM runs WHERE id = ?", (run,)).fetchone()
+        if row:
+            return _run(row)
+        near = nearest(run, [r.id for r in self.runs()])
+        guess = f" Did you mean {near}?" if near else ""
+        raise RunError(f"There is no run {run!r} in {self.path}.{guess} `billhook runs` lists them.")
+
+    def update(self, run: str, **fields: Any) -> None:
+        """Set `state`, `bound` or `result` of a run."""
+        for name, value in fields.items():
+            assert name in ("state", "bound", "result")
+            with self._write():
+                text = value if name == "state" else json.dumps(value)  # a result keeps its order, which tables follow
+                self._db.execute(f"UPDATE runs SET {name} = ? WHERE id = ?", (text, run))
+
+    @contextmanager
+    def lock(self, run: str) -> Iterator[None]:
+        """Hold a run for this process: a locked file, which dies with the process. Raises RunError if it is held."""
+        path = self.path.with_name(f"{self.path.name}-{run}.lock")
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                    raise OSError("the lock was just taken over")
+            except OSError as error:
+                raise RunError(f"Another process works on run {run}. Wait for it, or stop it first.") from error
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)  # while it is still locked: whoever opened it meanwhile sees it is gone
+
+    @contextmanager
+    def lock_and_track(self, run: str) -> Iterator[None]:
+        """Hold a run, and file if it fails or is interrupted."""
+        with self.lock(run):
+            try:
+                yield
+            except BaseException as error:
+                self.update(run, state="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                raise
+
+    def free(self, run: str) -> bool:
+        """Whether no process holds the run."""
+        try:
+            with self.lock(run):
+                return True
+        except RunError:
+            return False
+
+    # -- measurements -----------------------------------------------------------------------------------------------
+
+    def loss(self, loss_key: LossKey, plan: Plan) -> Loss | None:
+        row = self._db.execute(
+            "SELECT sums, counts FROM losses WHERE model = ? AND tokens = ? AND loss = ? AND dtype = ? "
+            "AND treatment = ? AND plan = ?",
+            (loss_key.model, loss_key.tokens, loss_key.loss, loss_key.dtype, loss_key.treatment, plan.key()),
+        ).fetchone()
+        return Loss(loss_key.loss, tuple(json.loads(row[0])), tuple(json.loads(row[1]))) if row else None
+
+    def add_loss(self, loss_key: LossKey, plan: Plan, loss: Loss, run: str) -> None:
+        """File a loss measured in full. The same loss measured twice changes nothing."""
+        assert not loss.bound
+        values = (
+            *(
+                loss_key.model,
+                loss_key.tokens,
+                loss_key.loss,
+                loss_key.dtype,
+                loss_key.treatment,
+                plan.key(),
+                _json(plan.to_list()),
+            ),
+            *(_json(loss.sums), _json(loss.counts), run),
+        )
+        with self._write():
+            self._db.execute(f"INSERT OR IGNORE INTO losses VALUES ({','.join('?' * 10)})", values)
+            self._db.execute(
+                "DELETE FROM pieces WHERE model = ? AND tokens = ? AND loss = ? AND dtype = ? AND treatment = ? "
+                "AND plan = ? AND quality = 'full'",
+                values[:6],
+            )
+
+    def pieces(self, loss_key: LossKey, plan: Plan) -> dict[str, dict[tuple[int, ...], tuple[float, ...]]]:
+        """Quality -> documents of a group -> nats of each, of a plan that may not be known in full."""
+        rows = self._db.execute(
+            "SELECT quality, documents, sums FROM pieces WHERE model = ? AND tokens = ? AND loss = ? AND dtype = ? "
+            "AND treatment = ? AND plan = ?",
+            (loss_key.model, loss_key.tokens, loss_key.loss, loss_key.dtype, loss_key.treatment, plan.key()),
+        )
+        told: dict[str, dict[tuple[int, ...], tuple[float, ...]]] = {}
+        for quality, documents, sums in rows:
+            told.setdefault(quality, {})[tuple(json.loads(documents))] = tuple(json.loads(sums))
+        return told
+
+    def add_pieces(
+        self,
+        loss_key: LossKey,
+        quality: str,
+        nats: Mapping[tuple[Plan, tuple[int, ...]], tuple[float, ...]],
+        run: str,
+    ) -> None:
+        """File nats of document groups, all at once. Lower bounds and estimates have a quality of their own."""
+        key = (loss_key.model, loss_key.tokens, loss_key.loss, loss_key.dtype, loss_key.treatment)
+        rows = [
+            (*key, plan.key(), quality, _json(documents), _json(sums), run) for (plan, documents), sums in nats.items()
+        ]
+        with self._write():
+            self._db.executemany(f"INSERT OR IGNORE INTO pieces VALUES ({','.join('?' * 10)})", rows)
+
+    def count_losses(self, run: str | None = None) -> int:
+        """How many losses are stored: in all, or those that one run measured itself."""
+        where, values = ("WHERE run = ?", (run,)) if run else ("", ())
+        return int(self._db.execute(f"SELECT count(*) FROM losses {where}", values).fetchone()[0])
+
+    def evaluation(self, model: str, plan: Plan, name: str, tokens: str, dtype: str) -> EvalResult | None:
+        row = self._db.execute(
+            "SELECT sums, counts, clusters FROM evaluations "
+            "WHERE model = ? AND plan = ? AND name = ? AND tokens = ? AND dtype = ?",
+            (model, plan.key(), name, tokens, dtype),
+        ).fetchone()
+        return EvalResult(name, tokens, *(tuple(json.loads(text)) for text in row)) if row else None
+
+    def add_evaluation(self, model: str, plan: Plan, dtype: str, result: EvalResult, run: str) -> None:
+        values = (
+            *(model, plan.key(), result.name, result.tokens, dtype),
+            *(_json(result.sums), _json(result.counts), _json(result.clusters), run),
+        )
+        with self._write():
+            self._db.execute(f"INSERT OR IGNORE INTO evaluations VALUES ({','.join('?' * 9)})", values)
+
+    def timing(self, key: tuple[str, str, str, str, str, str]) -> Timing | None:
+        """A timing under (model, plan key, rival's plan key, environment, dtype, protocol)."""
+        row = self._db.execute(
+            "SELECT timing FROM timings WHERE model = ? AND plan = ? AND rival = ? AND environment = ? AND dtype = ? "
+            "AND protocol = ?",
+            key,
+        ).fetchone()
+        if not row:
+            return None
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(row[0]).items()}
+        return Timing(**fields)
+
+    def add_timing(self, key: tuple[str, str, str, str, str, str], timing: Timing, run: str) -> None:
+        with self._write():
+            self._db.execute(
+                f"INSERT OR REPLACE INTO timings VALUES ({','.join('?' * 8)})", (*key, _json(asdict(timing)), run)
+            )
+
+    def cached(self, model: str, what: str, key: dict[str, Any]) -> Any | None:
+        """What is known of a model: `what`, such as `scores`, `key` everything that it depends on."""
+        row = self._db.execute(
+            "SELECT value FROM facts WHERE model = ? AND what = ? AND of = ?", (model, what, _json(key))
+        ).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def remember(self, model: str, what: str, key: dict[str, Any], value: Any, run: str) -> None:
+        with self._write():
+            self._db.execute(
+                "INSERT OR IGNORE INTO facts VALUES (?, ?, ?, ?, ?)", (model, what, _json(key), _json(value), run)
+            )
+
+    def all_cached(self, model: str, what: str) -> list[Any]:
+        """All that is known of one kind."""
+        rows = self._db.execute("SELECT value FROM facts WHERE model = ? AND what = ? ORDER BY of", (model, what))
+        return [json.loads(row[0]) for row in rows]
+
+    def add_event(self, run: str, event: Event) -> None:
+        with self._write():
+            self._db.execute(
+                "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)",
+                (run, time.time(), event.stage, event.done, event.total, event.note),
+            )
+
+    def events(self, run: str) -> list[tuple[float, Event]]:
+        """(seconds since 1970, event) of one run, in order."""
+        rows = self._db.execute("SELECT at, stage, done, total, note FROM events WHERE run = ? ORDER BY at", (run,))
+        return [(row[0], Event(*row[1:])) for row in rows]
+
+
+def _run(row: tuple[Any, ...]) -> Run:
+    told: list[Any] = [json.loads(text) if text else None for text in row[4:]]
+    return Run(row[0], row[1], row[2], row[3], told[0], told[1], told[2], told[3])
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)

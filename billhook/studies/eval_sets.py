@@ -1,0 +1,351 @@
+"""Evaluation sets, and what models get on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from billhook.core import statistics
+from billhook.core.errors import DataError, ResourceError, RunError, UsageError
+from billhook.core.events import EventListener, ignore_events, scaled_events
+from billhook.core.margin import Margin, parse_amount
+from billhook.core.plan import Plan
+from billhook.core.results.measured import EvalResult
+from billhook.data.calibration import mixed_sets
+from billhook.data.choice_tasks import FewShot, Split, load_items, read_items, requests
+from billhook.data.generation_tasks import GenerationPrompts, build_prompts, is_generation_task, read_questions
+from billhook.data.splits import chunks
+from billhook.data.token_sets import TokenSet
+from billhook.methods.evaluate import evaluate_by_name
+from billhook.methods.evaluate.generation import generate_answers, score_answers
+from billhook.methods.evaluate.multiple_choice import score_choices
+from billhook.models.device import environment
+from billhook.models.load import Teacher
+from billhook.models.repair import NO_REPAIR
+from billhook.runs import evaluation
+from billhook.runs.job import RunContext
+from billhook.runs.prepare import load_teacher, text_spec
+from billhook.runs.recipe import of_text
+from billhook.runs.store import STORE, Store
+from billhook.studies import lm_harness
+from billhook.studies.run_study import NO_FOLDER, open_run, several
+
+SCORES = ("acc", "acc_norm", "strict_match", "flexible_match")
+
+
+@dataclass(frozen=True)
+class ComparisonSpec:
+    """What to compare on. `items`: of each task, all if None; `points`, `percent`: margins of accuracy and perplexity.
+
+    `scores`: those that the verdicts are about, by preference; `shots`: solved items before each one of a task, from
+    `shots_from`, or from the task itself; `timed`: speed and memory too; `seen`: also on data that a search has seen,
+    which is marked. `evaluations`: by name, in the place of the scores of the tasks, of one model `evaluate_on_tasks`.
+    """
+
+    texts: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
+    items: int | None = None
+    scores: tuple[str, ...] = ("acc",)
+    points: float = 1.0
+    percent: float = 3.0
+    timed: bool = True
+    seen: bool = False
+    shots: int = 0
+    shots_from: str = ""
+    evaluations: tuple[str, ...] = ()
+
+    def check(self) -> ComparisonSpec:
+        """Itself. Raises UsageError."""
+        if not self.texts and not self.tasks:
+            raise UsageError("There is nothing to compare on. Give --data, or --tasks a.jsonl,b.jsonl.")
+        if self.shots_from and not self.shots:
+            raise UsageError("--shots-from says where solved items come from, and --shots how many. Add --shots 5.")
+        if not any(task.startswith(HARNESS) for task in self.tasks):  # whose scores are known once it has run
+            for name in self.scores:
+                if name not in SCORES:
+                    raise UsageError(f"--score {name} is no score of a task. Write one of {', '.join(SCORES)}.")
+        return self
+
+    def limit(self, kind: str) -> float:
+        """The margin of a kind of evaluation in its units: nats per token, or a share of the items."""
+        margin = Margin.parse(f"{self.percent}%ppl" if kind == "perplexity" else f"{self.points}pp:x")
+        return margin.limit
+
+
+@dataclass
+class ModelResults:
+    """One model and what it got on every set; `results`: the scores that verdicts are about."""
+
+    teacher: Teacher
+    sets: dict[str, EvalSet]
+    tested: dict[str, SetResult]
+    results: dict[str, EvalResult]
+    seen: tuple[str, ...]  # sets that a search has seen some of
+
+
+def resolve_model(name: str, store: Store) -> str:
+    """The model that a name means: a stored run stands for its folder."""
+    if Path(name).exists() or name == "demo" or not name.startswith("r") or len(name) != 7:
+        return name
+    try:
+        return store.run(name).out
+    except RunError:
+        return name
+
+
+def load_compared(job: RunContext, name: str) -> Teacher:
+    return load_teacher(job.recipe.model_copy(update={"model": resolve_model(name, job.store)}), job.watch)
+
+
+def load_eval_sets(
+    job: RunContext, teacher: Teacher, spec: ComparisonSpec, part: Split | None = "evaluation"
+) -> dict[str, EvalSet]:
+    """Evaluation sets by name: the held-out half of every text, and of every task the half that no search looks at."""
+    given: dict[str, Any] = {"items": spec.items, "seed": job.recipe.seed, "shots": spec.shots}
+    tasks = {t: read_task(teacher, t, part=part, shots_from=spec.shots_from, **given) for t in spec.tasks}
+    return {text: read_text(job, teacher, text) for text in spec.texts} | tasks
+
+
+def evaluate_on_sets(job: RunContext, name: str, spec: ComparisonSpec) -> ModelResults:
+    """Load one model and evaluate it on everything that is asked for."""
+    teacher = load_compared(job, name)
+    sets = load_eval_sets(job, teacher, spec)
+    seen = contaminated_sets(teacher, sets)
+    if seen and not spec.seen:
+        raise DataError(
+            f"{teacher.name} was pruned, or recovered, on text that is in {' and '.join(seen)} too, so what it is "
+            "compared on would flatter it. Give other text, or add --seen: then every output says so."
+        )
+    told = {source: evaluate_set(job, teacher, each) for source, each in sets.items()}
+    return ModelResults(
+        teacher, sets, told, {source: each.primary_score(spec.scores) for source, each in told.items()}, seen
+    )
+
+
+def evaluate_on_tasks(job: RunContext, name: str, spec: ComparisonSpec) -> dict[str, Any]:
+    """One model on all items of its tasks: every score with its interval over items."""
+    teacher = load_compared(job, name)
+    sets, rows = load_eval_sets(job, teacher, spec, part=None), []
+    for source, each in sets.items():
+        names = spec.evaluations
+        found = named(job, teacher, each, names) if names else evaluate_set(job, teacher, each).scores
+        for score, result in found.items():
+            spread = statistics.mean_interval(result, job.recipe.seed)
+            rows.append({"set": source, "score": score, "value": spread.value, "low": spread.low, "high": spread.high,
+                         "n": spread.n, "reliable": spread.reliable, "note": spread.note})  # fmt: skip
+    return {
+        "model": teacher.name,
+        "fingerprint": teacher.fingerprint,
+        "rows": rows,
+        "sets": {source: each.describe() for source, each in sets.items()},
+        "seen": {teacher.name: list(seen)} if (seen := contaminated_sets(teacher, sets)) else {},
+        "environment": asdict(environment(str(teacher.device))),
+    }
+
+
+def contaminated_sets(teacher: Teacher, sets: Mapping[str, EvalSet]) -> tuple[str, ...]:
+    """The sets that share a document with what a pruning of this model has looked at."""
+    seen = set(evaluation.seen_digests(teacher.folder))
+    return tuple(name for name, each in sets.items() if seen & set(each.digests))
+
+
+def evaluate_tasks(
+    model: str | Path = "demo",
+    tasks: str | Sequence[str] = (),
+    *,
+    items: int | None = None,
+    shots: int = 0,
+    shots_from: str = "",
+    evaluations: str | Sequence[str] = (),
+    store: str | Path = STORE,
+    watch: EventListener = ignore_events,
+    **options: Any,
+) -> dict[str, Any]:
+    """Every score of one model on all items of tasks, or on `items` of each, with 95% intervals over items.
+
+    `tasks`, `shots`: as for `compare`. Answers are filed in `store` portion by portion: an evaluation that was killed
+    goes on behind the last one. `evaluations`: names of `billhook methods`, in the place of all scores. `options`:
+    fields of `Recipe` on model, memory and seed, and `set` for the evaluations.
+    """
+    recipe = of_text(str(model), options)
+    asked = comparison_spec(
+        data=(), tasks=tasks, items=items, shots=shots, shots_from=shots_from, evaluations=several(evaluations)
+    ).check()
+    with open_run("eval", recipe, Path(store), NO_FOLDER) as (opened, run, _):
+        told = evaluate_on_tasks(RunContext(recipe, opened, run, Path(), watch, {}), str(model), asked)
+        opened.update(run, result=told)
+        return told
+
+
+def comparison_spec(
+    *, data: str | Sequence[str], tasks: str | Sequence[str], score: str | Sequence[str] = "acc",
+    margins: tuple[str, str] = ("1pp", "3%"), **same: Any,
+) -> ComparisonSpec:  # fmt: skip
+    points, percent = parse_amount(margins[0], "pp"), parse_amount(margins[1], "%")
+    return ComparisonSpec(several(data), several(tasks), scores=several(score), points=points, percent=percent, **same)
+
+
+HARNESS = "lmeval:"  # before a task of lm-evaluation-harness
+
+BATCH_QUESTIONS = 50  # answered in writing, filed together
+
+GENERATION_TOKENS = 256  # at most, and no more than half of a model's positions
+
+SetKind = Literal["text", "choices", "written", "harness"]
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """One set: of text and choices their `tokens`, of questions their `prompts`, of the harness a name.
+
+    `limit`, `shots`: at most so many items, and how many solved ones stand before each; of the harness None is its own.
+    """
+
+    source: str
+    kind: SetKind
+    tokens: TokenSet | None = None
+    prompts: GenerationPrompts | None = None
+    limit: int | None = None
+    shots: int | None = None
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Of its documents; none of a task of the harness, which reads them itself."""
+        rows = self.tokens if self.prompts is None else self.prompts.tokens
+        return () if rows is None else rows.digests
+
+    def describe(self) -> dict[str, Any]:
+        """Where it comes from and how much there is."""
+        told: dict[str, Any] = {"source": self.source, "kind": self.kind, "shots": self.shots}
+        if self.prompts is not None:
+            return told | self.prompts.tokens.describe() | {"items": len(self.prompts.targets)}
+        return told | ({} if self.tokens is None else self.tokens.describe())
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """What one model got on one set: `scores` by name, over the same items, and of each item what it `responses`.
+
+    `responses`: number, query and either choices, gold and `values`, a log-probability a choice; or target and `answer`.
+    """
+
+    scores: dict[str, EvalResult]
+    responses: Sequence[dict[str, Any]] = field(default=(), repr=False)
+
+    def primary_score(self, names: Sequence[str]) -> EvalResult:
+        """The score that verdicts are about: the first of `names` that there is, else the set's first."""
+        return self.scores[next((name for name in names if name in self.scores), next(iter(self.scores)))]
+
+
+def read_text(job: RunContext, teacher: Teacher, source: str) -> EvalSet:
+    """The held-out half of a text."""
+    wanted = replace(text_spec(job.recipe), data=source, eval_data=None, tokens=16, length=16, self_share=0.0)
+    return EvalSet(source, "text", mixed_sets(wanted, teacher.model, teacher.tokenizer, job.watch)[1])
+
+
+def read_task(
+    teacher: Teacher, source: str, *, part: Split | None, items: int | None = None, seed: int = 0, shots: int = 0,
+    shots_from: str = "",
+) -> EvalSet:  # fmt: skip
+    """A task by its name: a file of choices, of which `part` is taken, a file of questions, or `lmeval:NAME`.
+
+    `shots`: so many solved items before each, from the file `shots_from`, or from the task's own. Raises DataError for
+    a file that is no task, UsageError for shots of a task of the harness from a file.
+    """
+    if source.startswith(HARNESS):
+        if shots_from:
+            raise UsageError(f"{source} brings its own examples. Leave --shots-from out; --shots says how many.")
+        return EvalSet(source, "harness", limit=items, shots=shots or None)
+    given: FewShot | None = (shots_from or source, shots) if shots else None
+    if is_generation_task(source):
+        most = getattr(teacher.model.config, "max_position_embeddings", None)
+        new = GENERATION_TOKENS if most is None else min(GENERATION_TOKENS, most // 2)
+        asking: dict[str, Any] = {"limit_items": items, "seed": seed, "positions": most, "new_tokens": new}
+        prompts = build_prompts(source, teacher.tokenizer, shots=given, **asking)
+        return EvalSet(source, "written", prompts=prompts, shots=shots)
+    tokens = load_items(source, teacher, part, items=items, seed=seed, shots=given)
+    return EvalSet(source, "choices", tokens, shots=shots)
+
+
+def evaluate_set(job: RunContext, teacher: Teacher, eval_set: EvalSet) -> SetResult:
+    """A model on a set. What the store holds is not measured again, and what is new is filed in portions.
+
+    Raises ResourceError where a streamed model would have to write, which takes its whole file a token.
+    """
+    if eval_set.kind == "text":
+        assert eval_set.tokens is not None
+        return SetResult(
+            {"perplexity": evaluation.perplexity_results(job, teacher, [(Plan(), NO_REPAIR)], eval_set.tokens)[0]}
+        )
+    if eval_set.kind == "choices":
+        assert eval_set.tokens is not None
+        told = _choice_result(
+            eval_set, evaluation.choice_logprobs(job, teacher, [(Plan(), NO_REPAIR)], eval_set.tokens)[0]
+        )
+    elif teacher.weights is not None:
+        raise ResourceError(
+            f"{teacher.name} is larger than the memory that is free, so it cannot be tested on {eval_set.source}."
+        )
+    elif eval_set.kind == "written":
+        told = _generation_result(job, teacher, eval_set)
+    else:
+        with teacher.lock:
+            told = SetResult(
+                *lm_harness.run_task(
+                    job, teacher, eval_set.source.removeprefix(HARNESS), eval_set.limit, eval_set.shots
+                )
+            )
+    for result in told.scores.values():
+        job.store.add_evaluation(teacher.fingerprint, Plan(), teacher.compute_key, result, job.run)
+    return told
+
+
+def named(job: RunContext, teacher: Teacher, of: EvalSet, names: Sequence[str]) -> dict[str, EvalResult]:
+    """Evaluations by their names on one set. Raises UsageError for a task of the harness, which has its own scores."""
+    eval_set = of.tokens if of.prompts is None else of.prompts
+    if eval_set is None:
+        raise UsageError(f"{of.source} brings its own scores. Leave --evaluations out.")
+    return evaluate_by_name(teacher, eval_set, names, job.recipe.set, watch=job.watch, who=of.source)
+
+
+def _choice_result(eval_set: EvalSet, sums: Sequence[float]) -> SetResult:
+    """Scores and log-probabilities of choices, from those of the rows."""
+    assert eval_set.tokens is not None
+    items = {item.number: item for item in read_items(eval_set.source)}
+    values: list[list[float]] = [[] for _ in eval_set.tokens.clusters]
+    for document, value in zip(eval_set.tokens.documents, sums, strict=True):
+        values[document].append(value)
+    said = []
+    for number, mine in zip(eval_set.tokens.clusters, values, strict=True):
+        item = items[number]
+        said.append({
+            "number": number, "query": item.query or requests(item)[0].context, "choices": list(item.choices),
+            "gold": item.gold, "values": mine, "characters": [request.characters for request in requests(item)],
+        })  # fmt: skip
+    return SetResult(score_choices(eval_set.tokens, sums), said)
+
+
+def _generation_result(job: RunContext, teacher: Teacher, eval_set: EvalSet) -> SetResult:
+    """Scores and answers of questions; filed as they are written, PORTION_QUESTIONS at a time."""
+    assert eval_set.prompts is not None
+    answers: list[str] = []
+    whole = eval_set.prompts
+    for portion in chunks(whole.tokens, BATCH_QUESTIONS):
+        start = len(answers)
+        part = replace(whole, tokens=portion, targets=whole.targets[start : start + len(portion.clusters)])
+        key = {"plan": Plan().key(), "dtype": teacher.compute_key, "prompts": part.hash}
+        fresh = job.store.cached(teacher.fingerprint, "written", key)
+        if fresh is None:
+            watch = scaled_events(job.watch, start, len(whole.targets))
+            with teacher.lock:
+                fresh = generate_answers(teacher.model, part, watch=watch, who=eval_set.source)
+            job.store.remember(teacher.fingerprint, "written", key, fresh, job.run)
+        answers += fresh
+    questions = {question.number: question for question in read_questions(eval_set.source)}
+    said = [
+        {"number": number, "query": questions[number].query, "target": target, "answer": answer}
+        for number, target, answer in zip(whole.tokens.clusters, whole.targets, answers, strict=True)
+    ]
+    return SetResult(score_answers(whole, answers), said)

@@ -1,0 +1,152 @@
+"""Any task of lm-evaluation-harness on a model that is in memory: its scores, item by item, through the run store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from billhook.core.errors import DataError, MissingExtra
+from billhook.core.events import Event
+from billhook.core.plan import Plan
+from billhook.core.results.measured import EvalResult
+from billhook.models.load import Teacher
+from billhook.runs.job import RunContext
+
+HARNESS_BATCH_REQUESTS = 400  # requests, filed together
+
+HARNESS_BATCH_SIZE = 8
+
+Scores = dict[str, EvalResult]
+
+
+def run_task(
+    job: RunContext, teacher: Teacher, task: str, items: int | None, shots: int | None
+) -> tuple[Scores, list[dict[str, Any]]]:
+    """Every score of a task that is one number an item and better when higher, and what the model said to each item.
+
+    `task`: a task or group that the harness knows, or the .yaml of one. Scores of a filter are called `score,filter`.
+    What the model answered is filed PORTION requests at a time. Raises MissingExtra without the harness, DataError for
+    a task that it does not know or that has no such score.
+
+    Source: Gao et al., lm-evaluation-harness 0.4.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MissingExtra(f"lmeval:{task}", "eval") from error
+    file = Path(task).expanduser()
+    own = file.suffix in (".yaml", ".yml")
+    if own and not file.is_file():
+        raise DataError(f"The task file {task} is missing. Give the name of a task of the harness, or its .yaml.")
+    manager = TaskManager(include_path=str(file.parent) if own else None)
+    name = _named(file) if own else task
+    if name not in manager.all_tasks:
+        raise DataError(f"lm-evaluation-harness has no task {name!r}. `lm_eval ls tasks` lists what it has.")
+    found = lm_eval.simple_evaluate(
+        _cached_model(job, teacher, task), tasks=[name], task_manager=manager, num_fewshot=shots, limit=items,
+        bootstrap_iters=0, log_samples=True, verbosity="ERROR", random_seed=job.recipe.seed,
+        fewshot_random_seed=job.recipe.seed,
+    )  # fmt: skip
+    return _by_item(found["samples"], found["higher_is_better"], task)
+
+
+def _named(file: Path) -> str:
+    """The name that a task's file gives it; the rest of the file may hold tags that only the harness reads."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("task:"):
+            return str(yaml.safe_load(line)["task"])
+    raise DataError(f"{file} names no task. Give it a line such as `task: my_task`.")
+
+
+def _cached_model(job: RunContext, teacher: Teacher, task: str) -> Any:
+    """The harness's own view of a model, whose answers go through the store."""
+    from lm_eval.models.huggingface import HFLM
+
+    def through(kind: str, answer: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
+        told: list[Any] = []
+        for start in range(0, len(requests), HARNESS_BATCH_REQUESTS):
+            part = requests[start : start + HARNESS_BATCH_REQUESTS]
+            asked = json.dumps([request.args for request in part], default=str, ensure_ascii=False)
+            key = {"plan": Plan().key(), "dtype": teacher.compute_key, "kind": kind, "asked": _digest(asked)}
+            known = job.store.cached(teacher.fingerprint, "lmeval", key)
+            if known is None:
+                known = answer(part, disable_tqdm=True)
+                job.store.remember(teacher.fingerprint, "lmeval", key, known, job.run)
+            told += [tuple(each) if isinstance(each, list) else each for each in known]
+            job.watch(Event("evaluate", len(told), len(requests), task))
+        return told
+
+    class Filed(HFLM):  # type: ignore[misc]
+        def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
+            return through("loglikelihood", super().loglikelihood, requests)
+
+        def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
+            return through("loglikelihood_rolling", super().loglikelihood_rolling, requests)
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
+            return through("generate_until", super().generate_until, requests)
+
+    return Filed(pretrained=teacher.model, tokenizer=teacher.tokenizer, batch_size=HARNESS_BATCH_SIZE)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _by_item(
+    samples: dict[str, list[dict[str, Any]]], better: dict[str, dict[str, Any]], task: str
+) -> tuple[Scores, list[dict[str, Any]]]:
+    """Samples of one or more tasks, each once a filter, as scores over items."""
+    items: dict[tuple[str, int], dict[str, float]] = {}
+    said: dict[tuple[str, int], dict[str, Any]] = {}
+    asked: list[Any] = []
+    for name in sorted(samples):
+        for sample in sorted(samples[name], key=lambda each: (each["doc_id"], each["filter"])):
+            place = (name, sample["doc_id"])
+            if place not in items:
+                items[place], said[place] = {}, _item_responses(sample, len(said) + 1)
+                asked.append([*place, sample["doc_hash"], sample["prompt_hash"], sample["target_hash"]])
+            suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
+            for metric in sample["metrics"]:
+                value = sample[metric]
+                if better[name].get(metric) and isinstance(value, int | float) and math.isfinite(value):
+                    items[place][metric + suffix] = float(value)
+    common = _common(items.values())
+    if not common:
+        raise DataError(
+            f"The task {task} has no score of single items that is better when it is higher, so it cannot be paired."
+        )
+    key = _digest(json.dumps(asked))
+    ones, clusters = (1,) * len(items), tuple(range(1, len(items) + 1))
+    scores = {
+        name: EvalResult(name, key, tuple(values[name] for values in items.values()), ones, clusters) for name in common
+    }
+    return scores, list(said.values())
+
+
+def _common(items: Iterable[dict[str, float]]) -> list[str]:
+    """Names of scores that every item has."""
+    rows = list(items)
+    return [name for name in (rows[0] if rows else ()) if all(name in row for row in rows)]
+
+
+def _item_responses(sample: dict[str, Any], number: int) -> dict[str, Any]:
+    """An item with its choices and their log-probabilities, or with what was written."""
+    arguments, answers = sample["arguments"], sample["resps"]
+    query = str(arguments[0][0])
+    if isinstance(answers[0][0], tuple | list) and len(answers) > 1 and isinstance(sample["target"], int):
+        same = len({str(pair[1]) for pair in arguments}) == 1  # a gap: what differs stands before it
+        choices = [str(pair[0 if same else 1]).strip() for pair in arguments]
+        values = [float(each[0][0]) for each in answers]
+        return {"number": number, "query": query, "choices": choices, "gold": sample["target"], "values": values,
+                "characters": [len(choice) for choice in choices]}  # fmt: skip
+    answer = answers[0][0]
+    shown = str(answer[0] if isinstance(answer, tuple | list) else answer)
+    return {"number": number, "query": query, "target": str(sample["target"]), "answer": shown}

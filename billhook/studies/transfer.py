@@ -1,0 +1,76 @@
+"""Transfer: what adapting to one task costs on others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from billhook.core import statistics
+from billhook.core.errors import UsageError
+from billhook.core.events import Event, EventListener, ignore_events
+from billhook.data.choice_tasks import load_items
+from billhook.report import study_pages
+from billhook.runs.recipe import parse_recipe
+from billhook.runs.store import STORE
+from billhook.studies.run_study import open_study, several, write_study
+from billhook.studies.trials import StudyContext, calibration_of, estimate_of, evaluate_trials, run_trial, trial_row
+
+
+def transfer(
+    model: str | Path = "demo",
+    tasks: str | Sequence[str] = (),
+    *,
+    items: int = 200,
+    out: str | Path | None = None,
+    store: str | Path = STORE,
+    watch: EventListener = ignore_events,
+    **options: Any,
+) -> dict[str, Any]:
+    """What adapting to one task costs on others: pruned for each of `tasks`, measured on each, with paired intervals.
+
+    `tasks`: files of multiple-choice items, of which `items` are measured and others calibrated on. `options`: fields
+    of `Recipe`; `remove` is needed.
+    """
+    if not tasks:
+        raise UsageError("There is no task to trade. Name files of multiple-choice items: --tasks a.jsonl,b.jsonl.")
+    first = parse_recipe({"model": str(model), **options}, "The call")
+    with open_study("trade", first, Path(store), out, watch) as (bench, folder):
+        told = run_transfer(bench, several(tasks), items, options)
+        return write_study(told, folder, study_pages.transfer_page, bench.store, bench.run)
+
+
+# -- tasks against each other ---------------------------------------------------------------------------------------
+
+
+def run_transfer(study: StudyContext, tasks: Sequence[str], items: int, common: Mapping[str, Any]) -> dict[str, Any]:
+    """Pruned for task A, measured on task B: the accuracy of each pair, and what it lost, paired, with intervals.
+
+    The first row is pruned by the loss of the recipe on text. Items that a search looks at are never measured.
+
+    Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286).
+    """
+    given = {"model": study.teacher.name, **common}
+    stems = [Path(file).name.partition(".")[0] for file in tasks]
+    names = {file: stem if stems.count(stem) == 1 else file for file, stem in zip(tasks, stems, strict=True)}
+    base = parse_recipe(given)
+    recipes = [("text", base), *((names[file], parse_recipe(given | {"loss": f"task:{file}"})) for file in tasks)]
+    sets = {names[file]: load_items(file, study.teacher, "evaluation", items=items) for file in tasks}
+    trials = []
+    for number, (name, recipe) in enumerate(recipes):
+        study.watch(Event("trade", number, len(recipes), f"pruned for {name}"))
+        trials.append(run_trial(study, name, recipe, calibration_of(study, recipe)))
+    teacher = evaluate_trials(study, base, trials, sets)
+    rows = [trial_row(trial, teacher, sets, study.teacher.anatomy, base.seed) for trial in trials]
+    for trial, row in zip(trials, rows, strict=True):
+        row["pruned_for"] = trial.recipe
+        for name in sets:
+            other = statistics.paired_difference(trials[0].results[name], trial.results[name], base.seed)
+            row["results"][name]["against_text"] = {"value": other.value, "low": other.low, "high": other.high}
+    return {
+        "model": study.teacher.name,
+        "remove": base.remove,
+        "teacher": {name: estimate_of(result, name, sets, base.seed) for name, result in teacher.items()},
+        "rows": rows,
+        "evaluation": {name: each.describe() for name, each in sets.items()},
+    }

@@ -1,0 +1,155 @@
+"""Trials of a study: a recipe applied to a model, and evaluated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from billhook.core import statistics
+from billhook.core.anatomy import Anatomy
+from billhook.core.events import Event, EventListener
+from billhook.core.plan import Plan
+from billhook.core.results.measured import EvalResult
+from billhook.data.calibration import mixed_sets
+from billhook.data.token_sets import TokenSet
+from billhook.models.load import Teacher
+from billhook.runs.choose_plan import choose_plan, timing_of
+from billhook.runs.evaluation import evaluate_plans
+from billhook.runs.job import RunContext
+from billhook.runs.prepare import counts_time, load_token_sets, recovery_tokens, task_calibration, text_spec
+from billhook.runs.recipe import Recipe
+from billhook.runs.store import Store
+
+TOGETHER = 6  # plans that are evaluated, and filed, at a time
+
+SIZES = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token", "ns_per_token")
+
+
+@dataclass(frozen=True)
+class StudyContext:
+    """What every experiment of a laboratory shares."""
+
+    store: Store
+    run: str
+    teacher: Teacher
+    watch: EventListener
+
+    def job(self, recipe: Recipe) -> RunContext:
+        return RunContext(recipe, self.store, self.run, Path(), self.watch, {})
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One recipe at one size on one calibration set, and the plan that came of it."""
+
+    recipe: str
+    remove: str
+    data: str
+    plan: Plan
+    seconds: float
+    site_evaluations: float
+    resumed: bool  # an earlier attempt was interrupted, and what it took is not counted
+    results: dict[str, EvalResult] = field(default_factory=dict)  # by evaluation set
+
+
+def calibration_of(study: StudyContext, recipe: Recipe, least: int | None = None) -> TokenSet:
+    """Calibration tokens of a recipe, `least` or more, from the half of its text that is not kept for evaluation."""
+    task = task_calibration(recipe, study.teacher)
+    if task is not None:
+        return task
+    wanted = replace(text_spec(recipe), eval_data=None, eval_tokens=64, eval_length=16, least=least)
+    with study.teacher.lock:  # it may write some of it
+        return load_token_sets(study.job(recipe), study.teacher, wanted)[0]
+
+
+def held_out_of(study: StudyContext, source: str, recipe: Recipe) -> TokenSet:
+    """Held-out tokens of a text, from the half of it that is never calibration."""
+    wanted = replace(text_spec(recipe), data=source, eval_data=None, tokens=16, length=16, seed=0, self_share=0.0)
+    return mixed_sets(wanted, study.teacher.model, study.teacher.tokenizer, study.watch)[1]
+
+
+def run_trial(study: StudyContext, name: str, recipe: Recipe, calibration: TokenSet) -> Trial:
+    """Search by a recipe, or recall what an earlier one found."""
+    fingerprint = study.teacher.fingerprint
+    passed = {"about": "", "model": "", "eval_data": None, "eval_tokens": 64, "eval_length": 16}
+    later = ("recover", "recover_set", *(() if recipe.fold_in_search else ("recover_data", "recover_tokens",
+             "recover_length")))  # fmt: skip
+    passed |= {name: Recipe.model_fields[name].default for name in ("self_share", *later)}  # in the tokens, or after
+    of: dict[str, Any] = {"recipe": recipe.model_copy(update=passed).model_dump(exclude_defaults=True),
+                          "tokens": calibration.hash, "compute": study.teacher.compute_key}  # fmt: skip
+    if counts_time(recipe):
+        of["ns"] = timing_of(recipe, study.teacher)
+    if recipe.fold_in_search:
+        of["refitted"] = recovery_tokens(recipe, study.teacher, study.watch).hash
+    known = study.store.cached(fingerprint, "plan", of)
+    if known is None:
+        resumed = study.store.cached(fingerprint, "attempt", of) is not None
+        study.store.remember(fingerprint, "attempt", of, study.run, study.run)
+        start = time.perf_counter()
+        found = choose_plan(study.job(recipe), study.teacher, calibration, along=False)
+        known = {
+            "removed": found.plan.to_list(),
+            "seconds": round(time.perf_counter() - start, 1),
+            "site_evaluations": found.search_summary["site_evaluations"],
+            "resumed": resumed,
+        }
+        study.store.remember(fingerprint, "plan", of, known, study.run)
+    plan = Plan.parse(known["removed"])
+    cost = (known["seconds"], known["site_evaluations"], known.get("resumed", False))
+    return Trial(name, str(recipe.remove), recipe.data, plan, *cost)
+
+
+def evaluate_trials(
+    study: StudyContext, recipe: Recipe, trials: Sequence[Trial], sets: Mapping[str, TokenSet]
+) -> dict[str, EvalResult]:
+    """Fill in the results of all trials; returns those of the teacher."""
+    job = study.job(recipe)
+    plans = list(dict.fromkeys([Plan(), *(trial.plan for trial in trials)]))
+    teacher: dict[str, EvalResult] = {}
+    for name, tokens in sets.items():
+        kind = "ppl" if tokens.choices is None else "pp"
+        found: dict[Plan, EvalResult] = {}
+        for start in range(0, len(plans), TOGETHER):
+            some = plans[start : start + TOGETHER]
+            found |= zip(some, evaluate_plans(job, study.teacher, some, tokens, kind), strict=True)
+            study.watch(Event("evaluate", len(found), len(plans), Path(name).name))
+        teacher[name] = found[Plan()]
+        for trial in trials:
+            trial.results[name] = found[trial.plan]
+    return teacher
+
+
+def estimate_of(result: EvalResult, name: str, sets: Mapping[str, TokenSet], seed: int) -> dict[str, Any]:
+    """Perplexity or accuracy with its 95% interval."""
+    spread = statistics.mean_interval(result, seed)
+    text = sets[name].choices is None
+    value, low, high = (statistics.exp_capped(x) if text else x for x in (spread.value, spread.low, spread.high))
+    kind = "perplexity" if text else "accuracy"
+    return {"kind": kind, "value": value, "low": low, "high": high, "nats": result.mean if text else None}
+
+
+def trial_row(
+    trial: Trial, teacher: Mapping[str, EvalResult], sets: Mapping[str, TokenSet], anatomy: Anatomy, seed: int
+) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "recipe": trial.recipe,
+        "remove": trial.remove,
+        "data": trial.data,
+        "removed": trial.plan.to_list(),
+        "attention": sum(site.part == "attention" for site in trial.plan.removed),
+        "mlp": sum(site.part == "mlp" for site in trial.plan.removed),
+        "sizes": {size: anatomy.total(size, trial.plan) for size in SIZES},
+        "search_seconds": trial.seconds,
+        "site_evaluations": trial.site_evaluations,
+        "resumed": trial.resumed,
+        "results": {},
+    }
+    for name, result in trial.results.items():
+        change = statistics.paired_difference(teacher[name], result, seed)
+        told["results"][name] = estimate_of(result, name, sets, seed) | {
+            "change": change.value, "change_low": change.low, "change_high": change.high, "reliable": change.reliable
+        }  # fmt: skip
+    return told

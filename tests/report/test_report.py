@@ -1,0 +1,418 @@
+"""The report: its numbers are those of the result, its page is whole, hostile strings stay strings."""
+
+from __future__ import annotations
+
+import html
+import json
+import random
+import re
+import time
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from browser import HOSTILE, OVERFLOW, Elements, Tab
+from rich.console import Console
+from rich.table import Table
+
+from billhook.report import numbers, run_report, run_words
+
+
+def a_result(seed: int = 0, blocks: int = 30, removals: int = 15, *, gone: tuple[str, ...] = (), **more: Any) -> Any:
+    """A run's result with numbers of its own for every seed. `more` replaces top-level entries."""
+    rng = random.Random(seed)
+    names = [f"{part}.{block}" for block in range(blocks) for part in ("attention", "mlp")]
+    alive = [name for name in names if name not in gone]
+    sizes = {name: rng.randint(10**5, 10**6) * (1 if name < "b" else 3) for name in alive}
+    removed = rng.sample(alive, removals)
+    teacher = sum(sizes.values()) + 28_312_128
+    student = teacher - sum(sizes[name] for name in removed)
+    heads, lost = (sum(name < "b" for name in names) for names in (alive, removed))
+    loss, steps = 0.01, []
+    for name in removed:
+        loss *= 1 + 6 * rng.random() / removals
+        gap, error = loss * rng.random() / 9, loss * rng.random() / 40
+        steps.append({"sites": [name], "loss": loss, "gap": gap, "gap_se": error})
+    if steps:
+        steps[-1] |= {"gap": None, "gap_se": None}
+
+    def near(x: float) -> dict[str, float]:
+        return {"median": x, "low": x * (1 - rng.random() / 20), "high": x * (1 + rng.random() / 20)}
+
+    def speed(x: float) -> dict[str, Any]:
+        return {f"{phase}_tokens_per_s": near(x * f) for phase, f in (("prefill", 30), ("decode", 1))}
+
+    ratio, fast = 1 + rng.random(), 1 + rng.random() / 3
+    text = {"source": "pydoc", "tokens": 16384, "sequences": 40, "documents": 40, "texts": 38, "hash": "bb"}
+
+    def recovery(name: str, before: float, after: float, held: float) -> dict[str, Any]:
+        on = {
+            "teacher": 20.1,
+            "before": before,
+            "after": after,
+            "ratio": after / before,
+            "reliable": True,
+            "ci95": [after / before * 0.97, after / before * 1.02],
+            "closed": (before - after) / (before - 20.1),
+        }
+        return {"recovery": name, "options": {}, "seconds": 241.3, "parameters": 9_216, "tokens": 32_768,
+                "data": "pydoc", "on": {"calibration": on, "held-out": on | {"closed": held}}}  # fmt: skip
+
+    return {
+        "billhook": "0.1.0", "run": "r3fa9c1", "created": "2026-11-22T07:00:00+00:00", "kind": "billhook-llama",
+        "note": "", "out": "build/demo", "loss": "kl", "steps": steps,
+        "search": {"mode": "exact", "decided": {}, "layout": "", "audit": None, "told": "Exact: <b>."},
+        "model": {"name": "demo", "type": "llama", "fingerprint": "0123456789abcdef", "blocks": blocks},
+        "recipe": {"model": "demo", "remove": "25%sites", "data": "pydoc", "eval_data": None, "tokens": 512,
+                   "seed": seed, "loss": "kl", "search": "greedy", "protect": "", "plan": None, "stock": False},
+        "environment": {"billhook": "0.1.0", "torch": "2.13.0", "machine": "x86_64, 2 cores", "threads": 2},
+        "data": {"calibration": {**text, "hash": "aa", "tokens": 512}, "evaluation": text},
+        "anatomy": {"blocks": blocks, "sites": [{"site": name, "parameters": sizes[name]} for name in alive]},
+        "already_removed": list(gone),
+        "plan": {"removed": sorted(removed), "key": "cc"},
+        "perplexity": {"teacher": 20.1, "student": 20.1 * ratio, "ratio": ratio, "ci95": [ratio * 0.96, ratio * 1.05],
+                       "n": 40, "clusters": 38, "reliable": True, "note": ""},
+        "recoveries": [recovery("fold", 60.0, 42.5, 0.42), recovery("lora", 42.5, 43.0, -0.02)],
+        "parameters": {"teacher": teacher, "student": student},
+        "bytes": {"teacher": 4 * teacher, "student": 4 * student},
+        "kv_bytes_per_token": {"teacher": 1536 * heads, "student": 1536 * (heads - lost)},
+        "flops_per_token": {"teacher": 2 * teacher, "student": 2 * student},
+        "speed": {
+            "teacher": {**speed(30), "peak_bytes": 1_200_000_000},
+            "student": {**speed(30 * fast), "peak_bytes": 1_100_000_000},
+            "ratio": {"prefill": near(fast + 0.02), "decode": near(fast)},
+            "predicted": {"prefill": 1.21, "decode": 1.13}, "note": "",
+            "protocol": {"prompt_tokens": 128, "new_tokens": 32, "batch": 1, "repeats": 7},
+        },
+        "answers": [{"prompt": "What is the capital of France?", "teacher": "Paris.", "student": "Paris."}] * 3,
+        "seconds": {"load": 3.1, "calibrate": 1.2, "search": 400.0, "evaluate": 40.0, "speed": 30.0, "save": 8.0},
+        **more,
+    }  # fmt: skip
+
+
+def hostile(seed: int) -> Any:
+    """A result in which every free string is an attack."""
+    plain = a_result(seed, gone=("attention.4", "mlp.4", "mlp.29"))
+    for block in ("model", "recipe", "environment"):
+        plain[block] = {k: HOSTILE if isinstance(v, str) else v for k, v in plain[block].items()}
+    for about in plain["data"].values():
+        about |= {"source": HOSTILE, "hash": HOSTILE}
+    plain["answers"] = [{"prompt": HOSTILE, "teacher": HOSTILE * 3, "student": HOSTILE[::-1]}]
+    plain["perplexity"]["note"] = plain["speed"]["note"] = plain["note"] = HOSTILE
+    return plain | {"out": HOSTILE, "run": HOSTILE, "created": HOSTILE, "billhook": HOSTILE}
+
+
+def number(text: str) -> float:
+    """The first number of a short string, with its prefix: `120M` is 120e6."""
+    found = re.search(r"([−-]?[\d.,]+) ?([kMGT]?)", text)
+    assert found, text
+    scale = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[found[2]]
+    return float(found[1].replace("−", "-").replace(",", "")) * scale
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_say_what_was_measured(seed: int) -> None:
+    result = a_result(seed)
+    told = {row.label: row for row in run_words.summary_rows(result)}
+    sizes = {"Parameters": "parameters", "On disk": "bytes", "KV cache / token": "kv_bytes_per_token"}
+    for label, key in {**sizes, "FLOPs / token": "flops_per_token"}.items():
+        row, was, now = told[label], result[key]["teacher"], result[key]["student"]
+        assert [number(row.teacher), number(row.student)] == pytest.approx([was, now], rel=5e-3)
+        assert number(row.change) == pytest.approx(100 * (now / was - 1), abs=0.051)
+    quality = told["Held-out perplexity"]
+    assert number(quality.change) == pytest.approx(number(quality.student) / number(quality.teacher), rel=0.01)
+    speed = result["speed"]
+    for label, phase in (("Prefill tokens/s", "prefill"), ("Decode tokens/s", "decode")):
+        row = told[label]
+        assert number(row.teacher) == pytest.approx(speed["teacher"][f"{phase}_tokens_per_s"]["median"], rel=5e-3)
+        assert number(row.change) == pytest.approx(speed["ratio"][phase]["median"], rel=5e-3)
+        low, high = (float(x) for x in row.change.split("(")[1].split(")")[0].split("–"))
+        assert low == pytest.approx(speed["ratio"][phase]["low"], abs=0.0051)
+        assert high == pytest.approx(speed["ratio"][phase]["high"], abs=0.0051)
+        assert row.change.endswith(f", predicted ×{speed['predicted'][phase]:.2f}")
+
+
+def test_recoveries_are_told_on_every_text_and_what_they_cost() -> None:
+    result = a_result()
+    assert run_words.recovery_rows(result) == [
+        ("fold", "calibration", "60.0 → 42.5", "×0.71 (0.69–0.72)", "44% closed"),
+        ("fold", "held-out", "60.0 → 42.5", "×0.71 (0.69–0.72)", "42% closed"),
+        ("lora", "calibration", "42.5 → 43.0", "×1.01 (0.98–1.03)", "wider"),
+        ("lora", "held-out", "42.5 → 43.0", "×1.01 (0.98–1.03)", "wider"),
+    ]
+    fold, lora = run_words.run_notes(result)[:2]
+    assert "at inference 9,216 parameters more" in fold
+    assert "DID NOT HELP" in lora
+    assert "at inference nothing" in lora
+    assert "| fold | held-out | 60.0 → 42.5 | ×0.71 (0.69–0.72) | 42% closed |" in run_report.model_card(result)
+    told = Elements(run_report.run_page(result)).text
+    assert all(cell in told for row in run_words.recovery_rows(result) for cell in row)
+    assert "What recovery gave back" not in run_report.run_page(result | {"recoveries": []})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_fit_a_terminal_of_80_columns(seed: int) -> None:
+    table = Table("", "teacher", "student", "change")
+    told = run_words.summary_rows(a_result(seed))
+    for row in told:
+        table.add_row(row.label, row.teacher, row.student, row.change)
+    screen = Console(file=StringIO(), width=80)
+    screen.print(table)
+    assert isinstance(screen.file, StringIO)
+    drawn = screen.file.getvalue()
+    for row in told:
+        for word in f"{row.label} {row.teacher} {row.student} {row.change}".split():
+            assert word in drawn  # no word is broken, nothing is cut
+    assert len(drawn.splitlines()) <= 2 * len(told) + 4
+
+
+def test_tasks_and_margins_are_told() -> None:
+    task = {"file": "x/piqa_validation.jsonl.gz", "teacher": 0.682, "student": 0.551, "change": -0.131,
+            "ci95": [-0.16, -0.1], "n": 900, "reliable": True, "note": ""}  # fmt: skip
+    trials = [
+        {"percent": 4.2, "within": True, "lost": 1.1, "low": 0.5, "high": 1.9},
+        {"percent": 8.9, "within": False, "lost": 3.0, "low": 2.0, "high": 4.1},
+        {"percent": 6.3, "within": True, "lost": 2.05, "low": 1.0, "high": 2.96},
+    ]
+    within = {"margin": "3%ppl", "unit": "percent of the perplexity", "trials": trials, "data": {"tokens": 8192}}
+    result = a_result(tasks=[task], within=within)
+    (row,) = [row for row in run_words.summary_rows(result) if row.label == "Accuracy, piqa_validation"]
+    assert (row.teacher, row.student, row.change) == ("68.2%", "55.1%", "−13.1pp (−16.0pp–−10.0pp)")
+    (note,) = [note for note in run_words.run_notes(result) if note.startswith("Within 3%ppl")]
+    assert "6.3% of the parameters can go, for 2.05 percent of the perplexity, at most 2.96" in note
+    assert note.endswith("8.9% would lose more.")
+
+
+def test_what_was_not_measured_has_no_row_and_a_note() -> None:
+    skipped = a_result(perplexity=None, speed=None)
+    assert [row.label for row in run_words.summary_rows(skipped)] == [
+        "Parameters",
+        "On disk",
+        "KV cache / token",
+        "FLOPs / token",
+    ]
+    assert run_words.run_notes(skipped | {"recoveries": []}) == [
+        "Perplexity was not measured.",
+        "Speed was not measured.",
+    ]
+    unknown = a_result()
+    unknown["speed"]["teacher"]["peak_bytes"] = None
+    assert run_words.summary_rows(unknown)[-1] == run_words.SummaryRow("Peak memory", "–", "1.10 GB", "–")
+    unknown["speed"]["student"]["peak_bytes"] = None
+    assert run_words.summary_rows(unknown)[-1].label == "Decode tokens/s"
+    for result in (skipped, unknown):
+        assert "None" not in run_report.model_card(result).split("## Recipe")[0]
+        assert "nan" not in run_words.headline(result)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0, "B", "0 B"), (7, "", "7"), (999.6, "", "1,000"), (1254.4, "", "1,254"), (9996, "", "10.0k"),
+        (0.04567, "", "0.0457"), (999_999, "", "1.00M"), (134_515_008, "", "135M"), (46080, "B", "46.1 kB"),
+        (1_200_000_000, "B", "1.20 GB"), (-0.00123, "", "−0.00123"), (float("inf"), "", "∞"), (None, "B", "–"),
+        (20.1, "", "20.1"), (30.0, "", "30.0"), (1e300, "", "1.00e+300"), (2e-9, "", "2.00e-09"),
+    ],
+)  # fmt: skip
+def test_short_numbers(value: float | None, unit: str, text: str) -> None:
+    assert numbers.format_number(value, unit) == text
+
+
+def test_seconds_and_minutes_never_reach_sixty() -> None:
+    told = [numbers.format_duration(s) for s in (0.1, 59.96, 60, 400, 3599.7, 3600, 86399)]
+    assert told == ["0.1 s", "1 min 0 s", "1 min 0 s", "6 min 40 s", "1 h 0 min", "1 h 0 min", "23 h 59 min"]
+
+
+def test_notes_are_shown_everywhere() -> None:
+    result = a_result(note="the first note", recoveries=[])
+    result["perplexity"] |= {"reliable": False, "note": "rests on 3 texts"}
+    result["speed"]["note"] = "the machine was busy"
+    told = run_words.run_notes(result)
+    assert len(told) == 3
+    for note in told:
+        assert note in run_report.model_card(result).replace("\\", "")
+        assert note in run_report.run_page(result)
+    result["perplexity"]["note"] = ""
+    assert any("not reliable" in note for note in run_words.run_notes(result))
+
+
+def test_the_verdict_counts_whole_blocks() -> None:
+    result = a_result(3, blocks=12, removals=0)
+    result["plan"]["removed"] = ["attention.4", "mlp.4", "mlp.9"]
+    assert run_words.headline(result).startswith(
+        "3 of 24 sites removed (1 whole block): as many parameters as before, "
+    )
+
+
+# -- the card ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("result", [a_result(1), hostile(2), a_result(3, perplexity=None, speed=None, steps=[])])
+def test_the_card_is_yaml_and_markdown(result: Any) -> None:
+    card = run_report.model_card(result)
+    empty, front, body = card.split("---\n", 2)
+    assert empty == ""
+    meta = yaml.safe_load(front)
+    assert meta["library_name"] == "transformers"
+    assert meta["tags"] == ["billhook", "pruned"]
+    recipe = re.findall(r"^```yaml\n(.*?)\n```$", body, re.DOTALL | re.MULTILINE)
+    assert [yaml.safe_load(text) for text in recipe] == [result["recipe"]]
+    for row in run_words.summary_rows(result):
+        assert f"| {row.label} | {row.teacher} | {row.student} | {row.change} |" in body
+    assert not re.search(r"(?<!\\)<\w", re.sub(r"```.*?```", "", body, flags=re.DOTALL))  # no element gets through
+
+
+def test_items_of_a_task_are_not_called_texts() -> None:
+    task = {"source": "arc.jsonl", "tokens": 900, "sequences": 160, "documents": 37, "texts": 37, "items": 37}
+    result = a_result(1)
+    result["data"]["calibration"] = task
+    card, page = run_report.model_card(result), run_report.run_page(result)
+    assert r"- calibration: arc.jsonl, 900 tokens in 37 items" in card
+    assert "tokens in 40 documents" in card
+    for key, of_task, of_text in (("documents", "–", 40), ("texts", "–", 38), ("items", 37, "–")):
+        assert f'<tr><th scope="row">{key}</th><td>{of_task}</td><td>{of_text}</td></tr>' in page
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "unsaid"),
+    [
+        ("llama", "plain transformers loads it", "trust_remote_code"),
+        ("billhook-llama", "trust_remote_code=True", "plain transformers loads it"),
+        ("llama, zeroed: no speed-up", "no speed-up", "trust_remote_code"),
+    ],
+)
+def test_the_card_says_how_to_load(kind: str, said: str, unsaid: str) -> None:
+    loading = run_report.model_card(a_result(kind=kind)).split("## How to load it")[1].split("## Recipe")[0]
+    assert said in loading
+    assert unsaid not in loading
+    assert ("billhook.register()" in loading) == kind.startswith("billhook-")
+    code = re.findall(r"```python\n(.*?)```", loading, re.DOTALL)
+    compile(code[0], "card", "exec")
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seed", "blocks", "removals"), [(0, 30, 15), (1, 1, 0), (2, 7, 13), (3, 80, 40)])
+def test_the_map_shows_every_site_once(seed: int, blocks: int, removals: int) -> None:
+    gone = ("attention.3", "mlp.3") if blocks == 80 else ()
+    result = a_result(seed, blocks, removals, gone=gone)
+    cells = [about for tag, about in Elements(run_report.run_page(result)).found if tag == "button"]
+    every = {f"{part}.{block}" for block in range(blocks) for part in ("attention", "mlp")}
+    assert len(cells) == len(every)
+    assert {cell["data-site"] for cell in cells} == every
+    for state, sites in (("removed", set(result["plan"]["removed"])), ("gone", set(gone))):
+        assert {cell["data-site"] for cell in cells if cell["class"] == state} == sites
+    assert [cell["tabindex"] for cell in cells].count("0") == 1
+    told = {cell["data-site"]: cell["aria-label"] for cell in cells}
+    for number_, step in enumerate(result["steps"], 1):
+        label = told[step["sites"][0]]
+        assert label
+        assert f"removal {number_} of {removals}" in label
+        assert f"{step['loss']:.4g}" in label
+
+
+def test_a_given_plan_has_a_map_and_no_order() -> None:
+    result = a_result(4, steps=[], speed=None)
+    page = run_report.run_page(result)
+    assert "given plan" in page
+    assert "data-numbers" not in page
+    assert len(page) < 100_000  # nothing to draw, no plotly
+
+
+def test_the_charts_carry_the_numbers_of_the_run() -> None:
+    result = a_result(5)
+    found = Elements(run_report.run_page(result)).found
+    loss, speed = (json.loads(about["data-numbers"] or "") for _, about in found if "data-numbers" in about)
+    assert loss["loss"] == [step["loss"] for step in result["steps"]]
+    assert loss["gap"] == [step["gap"] for step in result["steps"]]
+    assert loss["error"][:-1] == pytest.approx([1.96 * step["gap_se"] for step in result["steps"][:-1]])
+    assert loss["error"][-1] is None
+    assert speed["median"] == [result["speed"]["ratio"][phase]["median"] for phase in ("prefill", "decode")]
+    assert speed["predicted"] == [1.21, 1.13]
+
+
+def test_hostile_strings_stay_strings() -> None:
+    safe, page = a_result(6, gone=("attention.4", "mlp.4", "mlp.29")), run_report.run_page(hostile(6))
+    assert HOSTILE not in page
+    assert html.escape(HOSTILE) in page
+    ours, theirs = Elements(run_report.run_page(safe)), Elements(page)
+    for tag in ("script", "img", "style", "iframe", "link", "meta"):
+        assert [t for t, _ in ours.found].count(tag) == [t for t, _ in theirs.found].count(tag)
+    for answer in (HOSTILE, HOSTILE * 3, HOSTILE[::-1]):
+        assert answer in theirs.text  # and nothing is lost
+
+
+# -- the page in a browser ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pages as files: a usual one, a hostile one, one without charts, one of a large model."""
+    folder = tmp_path_factory.mktemp("pages")
+    results = {
+        "usual": a_result(11),
+        "hostile": hostile(12),
+        "bare": a_result(13, steps=[], perplexity=None, speed=None),
+        "large": a_result(14, blocks=80, removals=60),
+    }
+    for name, result in results.items():
+        (folder / f"{name}.html").write_text(run_report.run_page(result), encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in results}
+
+
+MARKS = "[...document.querySelectorAll('.js-plotly-plot')].map(p => p.querySelectorAll('svg .points path').length)"
+
+
+LOOKS = [(390, "light"), (390, "dark"), (1440, "light"), (1440, "dark")]
+VIEWS = [(name, [29, 4], *look) for name in ("usual", "hostile") for look in LOOKS]
+VIEWS += [("large", [119, 4], *look) for look in LOOKS[::3]] + [("bare", list[int](), *look) for look in LOOKS[1:3]]
+
+
+@pytest.mark.parametrize(("name", "marks", "width", "scheme"), VIEWS)
+def test_the_page_in_a_browser(
+    tab: Tab, paths: dict[str, Path], name: str, marks: list[int], width: int, scheme: str
+) -> None:
+    tab.show(paths[name], width, scheme)
+    assert tab.run(MARKS) == marks
+    assert tab.run("innerWidth") == width
+    assert tab.run(OVERFLOW) <= 0
+    assert tab.run("document.title") != "owned"
+    assert tab.complaints() == []
+    assert [url for url in tab.requests() if not url.startswith("data:")] == [paths[name].as_uri()]
+
+
+def test_charts_follow_the_window_and_the_scheme(tab: Tab, paths: dict[str, Path]) -> None:
+    tab.show(paths["usual"], 1440, "light")
+    look = "getComputedStyle(document.querySelector('.js-plotly-plot .xtick text')).fill"
+    light, wide = tab.run(look), tab.run("document.querySelector('.js-plotly-plot .main-svg').clientWidth")
+    tab.look(390, "dark")
+    until = time.monotonic() + 10
+    while tab.run("document.querySelector('.js-plotly-plot .main-svg').clientWidth") > 390:
+        assert time.monotonic() < until
+        assert wide > 390
+    assert tab.run(look) != light
+    assert tab.run(OVERFLOW) <= 0
+    assert tab.complaints() == []
+
+
+def test_the_map_tells_about_its_sites(tab: Tab, paths: dict[str, Path]) -> None:
+    tab.show(paths["usual"], 390, "light")
+    tip = "document.querySelector('#tip').hidden ? null : document.querySelector('#tip').textContent"
+    assert tab.run(tip) is None
+    for block in (0, 9, 29):  # also at the edges of the screen
+        tab.run(f"document.querySelector('[data-site=\"mlp.{block}\"]').focus()")
+        assert tab.run(tip).startswith(f"mlp.{block}: ")
+        assert tab.run("document.querySelector('#tip').getBoundingClientRect().right <= innerWidth") is True
+        assert tab.run(OVERFLOW) <= 0
+    press = "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', {key: '%s', bubbles: true}))"
+    for key, site in (("ArrowLeft", "mlp.28"), ("ArrowUp", "attention.28"), ("ArrowRight", "attention.29")):
+        tab.run(press % key)
+        assert tab.run("document.activeElement.dataset.site") == site
+    tab.run(press % "Escape")
+    assert tab.run(tip) is None

@@ -1,0 +1,365 @@
+"""Pages and tables of the laboratory: they tell every number, hold hostile strings, and work in a browser."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import HOSTILE, OVERFLOW, Elements, Tab
+from lab_results import OURS, a_stability, a_sweep, a_trade
+
+from billhook.cli import session
+from billhook.report import numbers, study_pages, study_words
+from billhook.report.curves import looks_of
+
+FEW = ("shortgpt", "sleb", "übermäßig-groß")
+UNKNOWN = {"low": 0.0, "high": math.exp(700), "change_low": -math.inf, "change_high": math.inf, "reliable": False}
+
+
+def attacked(seed: int) -> dict[str, Any]:
+    """A sweep in which every free string is an attack."""
+    recipes = [f"{HOSTILE}{i}" for i in range(3)]
+    texts, tasks = (f"/a/{HOSTILE}", f"/b/{HOSTILE}", "straße.jsonl"), (f"/c/{HOSTILE}",)
+    told = a_sweep(seed, recipes, (HOSTILE, "25%sites"), texts, tasks, datas=(HOSTILE, "self"), refused=1)
+    told["refused"][0] |= dict.fromkeys(("recipe", "remove", "data", "why"), HOSTILE)
+    return told | {"model": HOSTILE, "fingerprint": HOSTILE, "page": HOSTILE}
+
+
+def uncertain() -> dict[str, Any]:
+    """A sweep whose text has one cluster only: no interval is known."""
+    told = a_sweep(5, FEW, tasks=())
+    for row in told["rows"]:
+        for each in row["results"].values():
+            each |= UNKNOWN
+    return told
+
+
+def one_row() -> dict[str, Any]:
+    return a_sweep(6, FEW[2:], ("25%sites",), ("wiki.jsonl",), (), time=False)
+
+
+SWEEPS = {
+    "usual": a_sweep(1, refused=2),
+    "two": a_sweep(2, datas=("/data/wiki.jsonl", "self+/data/c4.jsonl"), blown=("shortened-llama-magnitude",)),
+    "hostile": attacked(3),
+    "tasks only": a_sweep(4, FEW, texts=()),
+    "uncertain": uncertain(),
+    "one row": one_row(),
+    "refused": a_sweep(7, (), refused=2),
+}
+
+
+def cells(page: str) -> list[list[str]]:
+    """The text of all cells of the table of rows, row by row."""
+    body = page.split('<table class="sortable">')[1].split("<tbody>")[1].split("</tbody>")[0]
+    rows = re.findall(r"<tr.*?>(.*?)</tr>", body, re.DOTALL)
+    return [
+        [html.unescape(re.sub(r"<.*?>", "|", cell)).strip("|") for cell in re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row)]
+        for row in rows
+    ]
+
+
+# -- what is told --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["usual", "two", "tasks only", "one row"])
+def test_the_table_of_a_sweep_has_every_row_and_number(name: str) -> None:
+    result = SWEEPS[name]
+    told = cells(study_pages.sweep_page(result))
+    assert len(told) == len(result["rows"])
+    for line, row in zip(told, study_words.sorted_rows(result), strict=True):
+        sizes = [size for size in ("parameters", "kv_bytes_per_token", "ns_per_token") if result["sizes"][size]]
+        wanted = [row["recipe"], None, row["remove"]]
+        wanted += [f"{row['sizes'][size] / result['sizes'][size]:.1%}" for size in sizes]
+        wanted += [str(row["attention"]), str(row["mlp"])]
+        for text in study_words.texts_of(result):
+            each = row["results"][text]
+            known = each["value"] < 1e300
+            wanted.append(
+                f"{numbers.format_number(each['value'])}|{numbers.format_number(each['low'])}–{numbers.format_number(each['high'])}"
+            )
+            wanted[-1] = wanted[-1] if known else "over 1e304"
+            gap = each["above_best"]
+            far = numbers.format_nats(gap["value"]) + (" |not told apart|" if gap["low"] <= 0 else "")
+            ends = f"{numbers.format_nats(gap['low'])} to {numbers.format_nats(gap['high'])}"
+            wanted.append("–" if name == "one row" else "best" if gap["high"] == 0 else f"{far}|{ends}")
+        for task in study_words.tasks_of(result):
+            each = row["results"][task]
+            wanted.append(f"{each['value']:.1%}|{100 * each['low']:.1f}–{each['high']:.1%}")
+        wanted += [numbers.format_duration(row["search_seconds"]), numbers.format_number(row["site_evaluations"])]
+        assert len(line) == len(wanted)
+        for cell, want in zip(line, wanted, strict=True):
+            assert want is None or cell == want
+        assert line[1].rpartition("+")[2] == row["data"].rpartition("/")[2]
+
+
+def test_the_rows_are_in_order_of_size_calibration_and_loss() -> None:
+    rows = study_words.sorted_rows(SWEEPS["two"])
+    order = [(r["remove"], r["data"] != "/data/wiki.jsonl", r["results"]["/data/wiki.jsonl"]["nats"]) for r in rows]
+    assert order == sorted(order)
+
+
+def test_the_verdict_counts_comparisons() -> None:
+    result = SWEEPS["two"]
+    groups = study_words.grouped_gaps(result)
+    assert len(groups) == 3 * 2 * 2
+    verdict = study_words.sweep_headline(result)
+    name = verdict.split(" has the lowest")[0]
+    assert f"in {sum(group[0][0] == name for group in groups)} of 12 comparisons" in verdict
+    alone = study_words.sweep_headline(SWEEPS["one row"])
+    change = one_row()["rows"][0]["results"]["wiki.jsonl"]["change"]
+    assert f"perplexity ×{math.exp(change):.2f} on wiki.jsonl" in alone
+    assert study_words.sweep_headline(SWEEPS["refused"]).startswith("Nothing was compared: 2 combinations")
+    single = study_words.sweep_headline(a_sweep(1, FEW, ("25%sites",), ("wiki.jsonl",)))
+    assert re.match(
+        r"Of 3 recipes, \S+ has the lowest perplexity, (clear of all others|not told apart from .*)\.", single
+    )
+    assert "nan" not in study_words.sweep_headline(SWEEPS["uncertain"])
+
+
+def test_what_is_not_known_is_said() -> None:
+    page = study_pages.sweep_page(SWEEPS["uncertain"])
+    assert "not known" in page
+    assert "are not reliable" in page
+    assert "Time per token was not measured" in study_pages.sweep_page(SWEEPS["one row"])
+    refused = study_pages.sweep_page(SWEEPS["refused"])
+    assert refused.count("it would be the whole model") == 2
+    assert len(refused) < 100_000  # nothing to draw, no plotly
+
+
+def test_names_are_short_where_they_differ() -> None:
+    assert study_words.short_names(["/a/wiki.jsonl", "self", "/b/c4.txt+self"]) == {
+        "/a/wiki.jsonl": "wiki.jsonl", "self": "self", "/b/c4.txt+self": "c4.txt+self"
+    }  # fmt: skip
+    assert list(study_words.short_names(["/a/t.jsonl", "/b/t.jsonl"]).values()) == ["/a/t.jsonl", "/b/t.jsonl"]
+    assert numbers.printable("a\x1b[31m\u202eb") == "a�[31m�b"
+
+
+@pytest.mark.parametrize("recipes", [OURS, [f"mine-{i}" for i in range(30)], ["one"], [f"r{i}" for i in range(64)]])
+def test_no_two_recipes_look_the_same(recipes: list[str]) -> None:
+    looks = looks_of(recipes)
+    assert list(looks) == list(recipes)
+    assert len(set(looks.values())) == len(recipes)
+    if "deeper-look" in looks:
+        family = {look[0] for name, look in looks.items() if name.startswith("deeper-look")}
+        assert len(family) == 1
+
+
+@pytest.mark.parametrize("tasks", [("arc",), ("arc", "piqa", "boolq"), tuple(f"task{i}" for i in range(7))])
+def test_the_page_of_a_trade_has_every_number(tasks: tuple[str, ...]) -> None:
+    result = a_trade(len(tasks), tasks)
+    page = study_pages.transfer_page(result)
+    pairs = [(row, task) for row in result["rows"] for task in tasks]
+    pale = 0
+    for row, task in pairs:
+        told = row["results"][task]
+        assert f">{numbers.format_points(told['change'])}<small>" in page
+        assert f"{numbers.format_points(told['change_low'])} to {numbers.format_points(told['change_high'])}" in page
+        assert f"{told['value']:.1%}" in page
+        pale += told["change_low"] <= 0 <= told["change_high"]
+        if row["pruned_for"] != "text":
+            assert f">{numbers.format_points(told['against_text']['value'])}<small>" in page
+            pale += told["against_text"]["low"] <= 0 <= told["against_text"]["high"]
+    kinds = [set((about.get("class") or "").split()) for tag, about in Elements(page).found if tag == "td"]
+    assert sum("pale" in kind for kind in kinds) == pale
+    assert sum("own" in kind for kind in kinds) == 2 * len(tasks)
+    assert all(f"{each['value']:.1%}" in page for each in result["teacher"].values())
+    own = sum(row["results"][row["pruned_for"]]["against_text"]["low"] > 0 for row in result["rows"][1:])
+    assert f"in {own} of {numbers.pluralize(len(tasks), 'case')}" in study_words.transfer_headline(result)
+
+
+@pytest.mark.parametrize(("sizes", "sets"), [((256,), 2), ((256, 1024, 4096), 5)])
+def test_the_page_of_a_study_of_stability_counts_sites(sizes: tuple[int, ...], sets: int) -> None:
+    result = a_stability(1, sizes, sets)
+    found = Elements(study_pages.stability_page(result)).found
+    told = {about["title"]: about["class"] for tag, about in found if tag == "i"}
+    for size in result["sizes"]:
+        sites = {site for plan in size["plans"] for site in plan}
+        for site in sites:
+            n = sum(site in plan for plan in size["plans"])
+            about = f"{site}: in {n} of {sets} plans with {size['tokens']:,} tokens"
+            assert told[about] == ("all" if n == sets else "some")
+        kept = [kind for about, kind in told.items() if about and about.endswith(f" {size['tokens']:,} tokens")]
+        assert len(kept) - kept.count("none") == len(sites)
+    drawn = next(json.loads(about["data-numbers"] or "") for _, about in found if "data-numbers" in about)
+    assert drawn["overlap_low"] == [size["overlap"]["low"] for size in result["sizes"]]
+    assert study_words.stability_headline(result).count("tokens") == len(sizes[:2])
+
+
+def test_hostile_strings_stay_strings() -> None:
+    trade = a_trade(1, (HOSTILE, "straße")) | {"model": HOSTILE, "remove": HOSTILE}
+    stable = a_stability(1) | {"model": HOSTILE, "metric": HOSTILE, "search": HOSTILE, "remove": HOSTILE}
+    stable["data"]["source"] = HOSTILE
+    pairs = [
+        (study_pages.sweep_page(a_sweep(3, FEW)), study_pages.sweep_page(attacked(3))),
+        (study_pages.transfer_page(a_trade(1, ("a", "b"))), study_pages.transfer_page(trade)),
+        (study_pages.stability_page(a_stability(1)), study_pages.stability_page(stable)),
+    ]
+    for safe, page in pairs:
+        assert HOSTILE not in page
+        ours, theirs = Elements(safe), Elements(page)
+        for tag in ("script", "img", "style", "iframe", "link", "meta"):
+            assert [t for t, _ in ours.found].count(tag) == [t for t, _ in theirs.found].count(tag)
+        assert numbers.printable(HOSTILE) in theirs.text
+
+
+def test_few_texts_and_few_items_are_told_apart() -> None:
+    result = {
+        "teacher": {"/d/wiki.jsonl": {"kind": "perplexity"}, "/d/arc.jsonl": {"kind": "accuracy"}},
+        "rows": [{"results": {"/d/wiki.jsonl": {"reliable": False}, "/d/arc.jsonl": {"reliable": False}}}],
+    }
+    assert study_words.reliability_notes(result) == [
+        "The intervals on wiki.jsonl rest on few texts and are not reliable.",
+        "The intervals on arc.jsonl rest on few items and are not reliable.",
+    ]
+
+
+# -- the terminal --------------------------------------------------------------------------------------------------
+
+SHOWN = [("sweep", result) for result in SWEEPS.values()]
+SHOWN += [("trade", a_trade(n, tuple(f"task{i}" for i in range(n)))) for n in (1, 3, 5)]
+SHOWN += [("stability", a_stability(2)), ("stability", a_stability(3, (16384,), 2))]
+
+
+@pytest.mark.parametrize(("kind", "result"), SHOWN, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_terminal_of_80_columns_shows_it(
+    kind: str, result: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    session.print_result(result, kind)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if not line.startswith("Page: ")) <= 80
+    assert lines[-1] == f"Page: {numbers.printable(result['page'])}"
+    drawn = "\n".join(lines)
+    if kind == "sweep" and result["model"] != HOSTILE:
+        for row in result["rows"]:
+            assert row["recipe"] in drawn  # not even the longest name is broken
+            for on, told in row["results"].items():
+                text = on in study_words.texts_of(result)
+                assert (numbers.format_perplexity(told["value"]) if text else f"{100 * told['value']:.1f}") in drawn
+    del result["page"]
+    session.print_result(result, kind)
+    assert "Page:" not in capsys.readouterr().out
+    result["page"] = "back"
+
+
+# -- in a browser --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    pages = {name: study_pages.sweep_page(result) for name, result in SWEEPS.items()}
+    pages["trade"] = study_pages.transfer_page(a_trade(1, ("arc", "piqa", "boolq", f"lang-{'x' * 60}", HOSTILE)))
+    pages["stability"] = study_pages.stability_page(a_stability(1))
+    told = {name: folder / f"{name.replace(' ', '-')}.html" for name in pages}
+    for name, page in pages.items():
+        told[name].write_text(page, encoding="utf-8")
+    return told
+
+
+LOOKS = [(390, "light"), (390, "dark"), (1440, "light"), (1440, "dark")]
+VIEWS = [(name, *look) for name in ("two", "hostile", "trade", "stability") for look in LOOKS]
+VIEWS += [(name, *LOOKS[i % 4]) for i, name in enumerate(("usual", "tasks only", "uncertain", "one row", "refused"))]
+
+
+@pytest.mark.parametrize(("name", "width", "scheme"), VIEWS)
+def test_the_page_in_a_browser(tab: Tab, paths: dict[str, Path], name: str, width: int, scheme: str) -> None:
+    tab.show(paths[name], width, scheme)
+    assert tab.run("innerWidth") == width
+    assert tab.run(OVERFLOW) <= 0
+    assert tab.run("document.title") != "owned"
+    charts = 0 if name in ("trade", "refused") else 2 if name in ("two", "hostile", "usual") else 1
+    assert tab.run("document.querySelectorAll('.js-plotly-plot').length") == charts
+    assert tab.run("document.querySelectorAll('.js-plotly-plot:has(.points path)').length") == charts
+    assert tab.complaints() == []
+    assert [url for url in tab.requests() if not url.startswith("data:")] == [paths[name].as_uri()]
+
+
+def test_switches_draw_another_text_and_another_size(tab: Tab, paths: dict[str, Path]) -> None:
+    tab.show(paths["usual"], 1440, "light")
+    titles = "['x', 'y'].map(a => document.querySelector('.chart').layout[a + 'axis'].title.text)"
+    values = "JSON.stringify(document.querySelector('.chart').data.map(t => t['%s']))"
+    assert tab.run(titles) == ["% of the teacher’s parameters left", "perplexity ÷ teacher’s, wiki.jsonl"]
+    x, y = tab.run(values % "x"), tab.run(values % "y")
+    tab.run("document.querySelector('[data-choice=on] button:nth-of-type(2)').click()")
+    assert tab.run(titles)[1].endswith("c4.jsonl")
+    assert tab.run(values % "y") != y
+    assert tab.run(titles)[0].endswith("parameters left")
+    tab.run("document.querySelector('[data-choice=against] button:nth-of-type(3)').click()")
+    assert tab.run(titles)[0] == "% of the teacher’s time per token left"
+    assert tab.run(values % "x") != x
+    assert tab.run("document.querySelectorAll('[data-choice=against] [aria-pressed=true]').length") == 2
+    accuracy = "document.querySelectorAll('.chart')[1].layout.xaxis.title.text"
+    assert tab.run(accuracy) == "% of the teacher’s parameters left"  # each chart has switches of its own
+    assert tab.complaints() == []
+
+
+def test_points_far_above_the_others_are_drawn_at_the_edge(tab: Tab, paths: dict[str, Path]) -> None:
+    tab.show(paths["two"], 1440, "light")
+    assert "Arrows at the upper edge: 6 points lie" in tab.run("document.querySelector('.beyond').textContent")
+    top = tab.run("10 ** document.querySelector('.chart').layout.yaxis.range[1]")
+    assert top < 1000
+    shown = "document.querySelector('.chart').data.flatMap(t => t.y).every(y => y <= %f)"
+    assert tab.run(shown % top) is True
+    tab.show(paths["usual"], 1440, "light")
+    assert tab.run("document.querySelector('.beyond').textContent") == ""
+
+
+def test_the_key_singles_recipes_out_in_both_charts(tab: Tab, paths: dict[str, Path]) -> None:
+    tab.show(paths["usual"], 1440, "light")
+    lit = "b => b.data.filter(t => t.meta && t.opacity === 1).map(t => t.meta)"
+    bright = f"[...document.querySelectorAll('.chart')].map({lit})"
+    assert [len(each) for each in tab.run(bright)] == [17, 17]
+    button = "[...document.querySelectorAll('.legend button')].find(b => b.dataset.recipe === '%s')"
+    tab.run(f"{button % 'sleb'}.click()")
+    assert tab.run(bright) == [["sleb"], ["sleb"]]
+    tab.run(f"{button % 'uidl'}.dispatchEvent(new MouseEvent('mouseenter'))")
+    assert tab.run(bright) == [["sleb", "uidl"]] * 2
+    tab.run("document.querySelector('[data-choice=on] button:nth-of-type(2)').click()")
+    assert tab.run(bright) == [["sleb", "uidl"]] * 2
+    tab.run(f"{button % 'uidl'}.dispatchEvent(new MouseEvent('mouseleave'))")
+    tab.run(f"{button % 'sleb'}.click()")
+    assert [len(each) for each in tab.run(bright)] == [17, 17]
+
+
+def test_headings_sort(tab: Tab, paths: dict[str, Path]) -> None:
+    tab.show(paths["usual"], 390, "dark")
+    heads = tab.run("document.querySelectorAll('.sortable thead th').length")
+    column = "[...document.querySelectorAll('.sortable tbody tr')].map(r => r.cells[%d].dataset.sort)"
+    for i in range(heads):
+        before = tab.run(column % i)
+        for state in ("ascending", "descending"):
+            tab.run(f"document.querySelectorAll('.sortable thead button')[{i}].click()")
+            told = tab.run(column % i)
+            assert sorted(told) == sorted(before)
+            if i > 2:
+                assert list(map(float, told)) == sorted(map(float, told), reverse=state == "descending")
+            sorts = "[...document.querySelectorAll('.sortable [aria-sort]')].map(t => t.getAttribute('aria-sort'))"
+            assert tab.run(sorts) == [state]
+    tab.run("document.querySelectorAll('.sortable thead button')[0].click()")
+    assert tab.run(column % 0) == sorted(tab.run(column % 0))
+
+
+def test_wide_tables_scroll_by_themselves(tab: Tab, paths: dict[str, Path]) -> None:
+    tab.show(paths["usual"], 390, "light")
+    tab.run("document.querySelector('.scroll').scrollLeft = 5000")
+    assert tab.run("document.querySelector('.scroll').scrollLeft") > 300
+    assert tab.run("scrollX") == 0
+    left = "document.querySelector('.sortable tbody th').getBoundingClientRect().left"
+    assert 0 <= tab.run(left) < 40  # the recipe stays in sight
+
+
+def test_charts_follow_the_scheme(tab: Tab, paths: dict[str, Path]) -> None:
+    tab.show(paths["stability"], 1440, "light")
+    look = "getComputedStyle(document.querySelector('.js-plotly-plot .xtick text')).fill"
+    light = tab.run(look)
+    tab.look(390, "dark")
+    tab.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+    assert tab.run(look) != light
+    assert tab.complaints() == []

@@ -1,0 +1,154 @@
+"""The run store: what is filed comes back, nothing twice, and a run belongs to one process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from billhook.core.errors import RunError, UsageError
+from billhook.core.events import Event
+from billhook.core.plan import Plan
+from billhook.core.results.measured import EvalResult, Loss, Timing
+from billhook.runs.store import LossKey, Store
+
+OF = LossKey("model", "tokens", "kl", "float32")
+LOSS = Loss("kl", (0.1, 1 / 3, 2e-17), (3, 4, 5))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "deep" / "runs.db")
+
+
+def new(store: Store, out: str = "out/{run}") -> str:
+    return store.new_run({"model": "demo", "remove": "1sites"}, {"torch": "2"}, out)
+
+
+def test_what_is_filed_comes_back_to_the_last_bit(store: Store) -> None:
+    run, plan = new(store), Plan.parse(["attention.1"])
+    store.add_loss(OF, plan, LOSS, run)
+    assert store.loss(OF, plan) == LOSS
+    result = EvalResult("perplexity", "t", (1.5, 2.25), (10, 11), (0, 0))
+    store.add_evaluation("model", plan, "float32", result, run)
+    assert store.evaluation("model", plan, "perplexity", "t", "float32") == result
+    key, timing = ("model", "p", "q", "here", "float32", "short"), Timing((0.1, 0.2), (1.0, 1.1), 8, 2, 1, None)
+    store.add_timing(key, timing, run)
+    assert store.timing(key) == timing
+    store.add_event(run, Event("search", 1, 2, "note"))
+    assert [event for _, event in store.events(run)] == [Event("search", 1, 2, "note")]
+
+
+def test_nothing_else_comes_back(store: Store) -> None:
+    run, plan = new(store), Plan.parse(["attention.1"])
+    store.add_loss(OF, plan, LOSS, run)
+    for other in (
+        LossKey("other", "tokens", "kl", "float32"),
+        LossKey("model", "other", "kl", "float32"),
+        LossKey("model", "tokens", "js", "float32"),
+        LossKey("model", "tokens", "kl", "bfloat16"),
+        LossKey("model", "tokens", "kl", "float32", "folded"),
+    ):
+        assert store.loss(other, plan) is None
+    assert store.loss(OF, Plan.parse(["mlp.1"])) is None
+
+
+def test_a_second_measurement_changes_nothing(store: Store) -> None:
+    first, second, plan = new(store), new(store), Plan()
+    store.add_loss(OF, plan, LOSS, first)
+    store.add_loss(OF, plan, Loss("kl", (9.0,), (1,)), second)
+    assert store.loss(OF, plan) == LOSS
+    assert (store.count_losses(), store.count_losses(first), store.count_losses(second)) == (1, 1, 0)
+
+
+def test_runs_are_listed_newest_first_and_found_by_name(store: Store) -> None:
+    runs = [new(store) for _ in range(3)]
+    assert [run.id for run in store.runs()] == runs[::-1]
+    assert store.run(runs[0]).out == f"out/{runs[0]}"
+    store.update(runs[0], state="done", result={"a": 1}, bound={"model": "m"})
+    found = store.run(runs[0])
+    assert (found.state, found.result, found.fingerprints) == ("done", {"a": 1}, {"model": "m"})
+    with pytest.raises(RunError, match=rf"no run 'x{runs[1][1:]}'.*Did you mean {runs[1]}"):
+        store.run("x" + runs[1][1:])
+
+
+def test_a_measurement_needs_a_run(store: Store) -> None:
+    with pytest.raises(sqlite3.IntegrityError):
+        store.add_loss(OF, Plan(), LOSS, "nobody")
+
+
+def test_two_runs_share_a_store(store: Store) -> None:
+    other = Store(store.path)
+    plan = Plan.parse(["mlp.0"])
+    other.add_loss(OF, plan, LOSS, new(other))
+    assert store.loss(OF, plan) == LOSS
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from billhook.store import Store
+with Store(Path(sys.argv[1])).hold(sys.argv[2]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_is_held_by_one_process_and_freed_by_its_death(store: Store) -> None:
+    run = new(store)
+    command = [sys.executable, "-c", HOLD, str(store.path), run]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=f"Another process works on run {run}"), store.lock(run):
+            pass
+        assert not store.free(run)
+        holder.kill()
+    assert store.free(run)
+    with store.lock(run):
+        assert list(store.path.parent.glob("*.lock"))
+    assert not list(store.path.parent.glob("*.lock"))
+
+
+def _file_many(path: str, start: int) -> None:
+    store = Store(Path(path))
+    run = new(store)
+    for i in range(start, start + 40):
+        store.add_loss(OF, Plan.parse([f"attention.{i}"]), Loss("kl", (float(i),), (1,)), run)
+
+
+def test_processes_that_write_at_once_lose_nothing(store: Store) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_file_many, args=(str(store.path), start)) for start in (0, 20)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert store.count_losses() == 60
+    found = [store.loss(OF, Plan.parse([f"attention.{i}"])) for i in range(60)]
+    assert [loss.mean for loss in found if loss] == list(range(60))
+
+
+def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("this is no database, whatever its name says " * 50)
+    with pytest.raises(UsageError, match=r"text\.db cannot be used.*Give another file"):
+        Store(tmp_path / "text.db")
+    Store(tmp_path / "new.db")._db.execute("PRAGMA user_version = 99")
+    with pytest.raises(UsageError, match="written by a newer Billhook"):
+        Store(tmp_path / "new.db")
+
+
+def test_a_write_that_an_interrupt_left_open_is_undone_and_the_next_one_counts(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs.db")
+    run = new(store)
+    unfinished = store._write()
+    unfinished.__enter__()  # as if the interrupt came before anything was written, and nobody left the block
+    store._db.execute("UPDATE runs SET out = 'lost'")
+    store.update(run, state="interrupted")
+    other = Store(tmp_path / "runs.db")
+    assert (other.run(run).state, other.run(run).out) == ("interrupted", f"out/{run}")
