@@ -16,7 +16,7 @@ from billhook.core.events import EventListener, ignore_events
 from billhook.core.plan import Plan, Site
 from billhook.core.registry import resolve_options
 from billhook.core.results.measured import Score
-from billhook.core.statistics import exp_capped, mean_interval, score_interval
+from billhook.core.statistics import exp_capped, mean_interval, reliability_note, score_interval
 from billhook.data.token_sets import TokenSet
 from billhook.data.windows import fixed_windows, per_byte_and_word
 from billhook.engine.losses import ITEM_LOSSES, LOSSES
@@ -175,7 +175,7 @@ def evaluate_model(
         "n": spread.n,
         "clusters": spread.clusters,
         "reliable": spread.reliable,
-        "note": spread.note,
+        "note": reliability_note(spread),
         **per_byte_and_word(tokens, teacher.tokenizer, math.fsum(result.sums)),
         "protocol": protocol,
         "data": tokens.describe(),
@@ -194,7 +194,7 @@ def _by_name(
             exp_capped(x) if name == "perplexity" else x for x in (spread.value, spread.low, spread.high)
         )
         told[name] = {"value": value, "ci95": [low, high], "n": spread.n, "clusters": spread.clusters,
-                      "reliable": spread.reliable, "note": spread.note}  # fmt: skip
+                      "reliable": spread.reliable, "note": reliability_note(spread)}  # fmt: skip
     return {"model": teacher.name, "evaluations": told, "data": tokens.describe()}
 
 

@@ -164,6 +164,15 @@ def test_searches_and_words_load_without_torch() -> None:
     assert not {"torch", "transformers"} & set(loaded)
 
 
+DECORATORS = {"metric", "group_metric", "search", "recovery", "evaluation", "export"}
+
+
+def holds_methods(text: str) -> bool:
+    """Whether a file registers a method of its own."""
+    marks = (d.func if isinstance(d, ast.Call) else d for f in functions(ast.parse(text)) for d in f.decorator_list)
+    return any(isinstance(mark, ast.Name) and mark.id in DECORATORS for mark in marks)
+
+
 # --- budgets and names -------------------------------------------------------------------------------------------
 
 
@@ -172,7 +181,7 @@ def test_files_and_functions_keep_their_budgets(name: str) -> None:
     """File 400 lines, method file 250, function 60, positional parameters 5, folder depth 3; or `Over budget: why`."""
     path, text = NAMES[name], NAMES[name].read_text()
     lines, parts = text.splitlines(), path.relative_to(HOUSE).parts
-    most = 250 if parts[0] == "methods" and path.name != "__init__.py" else 400
+    most = 250 if path.name != "__init__.py" and holds_methods(text) else 400
     header = ast.get_docstring(ast.parse(text)) or ""
     over = [] if len(lines) <= most or OVER in header else [f"{len(lines)} lines, at most {most}"]
     over += [f"{len(parts)} levels deep, at most 3"] if len(parts) > 3 else []

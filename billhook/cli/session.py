@@ -126,6 +126,7 @@ def _tables() -> dict[str, Callable[[Console, dict[str, Any]], None]]:
 
 
 def run_table(console: Console, value: dict[str, Any]) -> None:
+    """Print all that the store holds of one run."""
     out = f", out: {value['out']}" if value["out"] else ""
     console.print(f"{value['id']}: {value['state']}, {value['losses']:,} losses measured{out}")
     for event in value["events"]:

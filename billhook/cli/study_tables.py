@@ -25,6 +25,7 @@ from billhook.report.study_words import short_names
 
 
 def empty_table(*columns: str) -> Table:
+    """A table with columns and no rows yet."""
     from billhook.cli.study_tables import plain_table
 
     return plain_table(columns, ())
@@ -131,6 +132,7 @@ def transfer_table(console: Console, value: dict[str, Any]) -> None:
 
 
 def stability_table(console: Console, value: dict[str, Any]) -> None:
+    """Print how far scores and plans agree between calibration sets."""
     from billhook.report import numbers, study_words
 
     console.print(
@@ -154,6 +156,7 @@ def stability_table(console: Console, value: dict[str, Any]) -> None:
 
 
 def foot(console: Console, value: dict[str, Any], notes: list[str]) -> None:
+    """Print notes and where the page is."""
     from billhook.report import numbers
 
     for note in notes:

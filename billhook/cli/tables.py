@@ -10,6 +10,7 @@ from billhook.cli.study_tables import empty_table, plain_table
 
 
 def result_table(console: Console, value: dict[str, Any]) -> None:
+    """Print what a pruning removed and what that changed."""
     from billhook.report import run_words
 
     removed = value["plan"]["removed"]
@@ -27,6 +28,7 @@ def result_table(console: Console, value: dict[str, Any]) -> None:
 
 
 def anatomy_table(console: Console, value: dict[str, Any]) -> None:
+    """Print the sites of a model and their sizes."""
     console.print(f"{value['model']}: {value['type']}, {value['blocks']} blocks, {value['dtype']}")
     table = empty_table("site", "parameters", "bytes", "KV B/token", "FLOPs/token", "groups")
     rows = [*value["sites"], {"site": "the rest", **value["rest"]}, {"site": "total", **value["total"]}]
@@ -39,6 +41,7 @@ def anatomy_table(console: Console, value: dict[str, Any]) -> None:
 
 
 def plan_of_work_table(console: Console, value: dict[str, Any]) -> None:
+    """Print what a pruning would measure, and what it would take."""
     table = empty_table("", "")
     calibration, held_out = value["data"]["calibration"], value["data"]["evaluation"]
     weights, kept, free = (value["memory_bytes"][k] / 1e9 for k in ("weights", "kept_for_the_search", "free"))
@@ -60,6 +63,7 @@ def plan_of_work_table(console: Console, value: dict[str, Any]) -> None:
 
 
 def evaluation_table(console: Console, value: dict[str, Any]) -> None:
+    """Print a perplexity with its interval."""
     low, high = value["ci95"]
     console.print(
         f"{value['model']}: perplexity {value['perplexity']:.3f} (95% interval {low:.3f} to {high:.3f}; "
@@ -72,6 +76,7 @@ def evaluation_table(console: Console, value: dict[str, Any]) -> None:
 
 
 def speed_table(console: Console, value: dict[str, Any]) -> None:
+    """Print tokens per second and peak memory."""
     table = empty_table("model", "prefill tok/s", "decode tok/s", "peak memory")
     for row in value["models"]:
         cells = [row[f"{kind}_tokens_per_s"] for kind in ("prefill", "decode")]
@@ -90,6 +95,7 @@ def speed_table(console: Console, value: dict[str, Any]) -> None:
 
 
 def runs_table(console: Console, value: dict[str, Any]) -> None:
+    """Print the runs of a store, a line each."""
     table = empty_table("run", "state", "model", "remove", "search", "losses", "out")
     for row in value["runs"]:
         cells = [row[k] for k in ("run", "state", "model", "remove", "search")]
@@ -98,6 +104,7 @@ def runs_table(console: Console, value: dict[str, Any]) -> None:
 
 
 def methods_table(console: Console, value: dict[str, Any]) -> None:
+    """Print every registered method with its options and source."""
     for row in value["methods"]:
         console.print(f"{row['name']} ({row['family']}): {row['summary']}", highlight=False, style="bold")
         options = ", ".join(f"{name}={default}" for name, default in row["options"].items())

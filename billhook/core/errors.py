@@ -7,7 +7,8 @@
     │   ├── RecipeError                a recipe with an unknown, repeated or contradicting key
     │   ├── UnknownName                a method, model row or option that does not exist
     │   ├── MissingExtra               an optional package is not installed
-    │   └── RunError                   no such run, a finished one, or one that another process holds
+    │   ├── RunError                   no such run, a finished one, or one that another process holds
+    │   └── ResultError                a stored result that this version cannot read
     ├── RefusedError              3    the model or the data must not be used
     │   ├── ModelError                 a checkpoint that is damaged, foreign, quantised, unknown …
     │   ├── DataError                  calibration or evaluation text that cannot be used
@@ -51,6 +52,10 @@ class RecipeError(UsageError):
 
 class RunError(UsageError):
     """A run that does not exist, is finished, or is held by another process."""
+
+
+class ResultError(UsageError):
+    """A stored result of another schema, or one that is incomplete."""
 
 
 class UnknownName(UsageError):

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Literal
 
 from billhook.core.errors import UsageError
-from billhook.core.results.measured import EvalResult, Interval
+from billhook.core.results.measured import Estimate, EvalResult
 from billhook.core.statistics import paired_difference, zero_difference
 
 CONFIDENCE = 0.95  # one-sided
@@ -77,10 +77,10 @@ class Margin:
 class MarginCheck:
     """What a student loses, with an interval whose upper end holds with 95% confidence, and whether that is little."""
 
-    lost: Interval
+    lost: Estimate
     within: bool
 
-    def in_units(self, kind: str) -> Interval:
+    def in_units(self, kind: str) -> Estimate:
         """The loss as people say it: percent of perplexity, or percentage points."""
         ends = (self.lost.low, self.lost.value, self.lost.high)
         low, value, high = (100 * (math.expm1(min(x, 700.0)) if kind == "ppl" else x) for x in ends)

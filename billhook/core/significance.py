@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from billhook.core.results.measured import EvalResult, Interval
+from billhook.core.results.measured import Estimate, EvalResult
 from billhook.core.statistics import (
     CHUNK_RESAMPLES,
     LOSS_EVALUATIONS,
@@ -34,8 +34,8 @@ class Pair:
     `gained`, `lost`: items that only B, and that only A has right; None where outcomes are not 0 and 1.
     """
 
-    change: Interval
-    interval90: Interval
+    change: Estimate
+    interval90: Estimate
     p: float
     gained: int | None
     lost: int | None

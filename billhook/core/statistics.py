@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from billhook.core.results.measured import EvalResult, Interval, Score
+from billhook.core.results.measured import Estimate, EvalResult, Reason, Score
 
 Floats = NDArray[np.float64]
 
@@ -32,7 +32,7 @@ def exp_capped(nats: float) -> float:
     return math.exp(min(nats, 700.0))
 
 
-def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0, level: float = 0.95) -> Interval:
+def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0, level: float = 0.95) -> Estimate:
     """Mean of b - a per token, in nats, with its interval (95% by default) over the texts of the items.
 
     A studentised bootstrap of texts (`bootstrap_t`); where all items come from one text, items are resampled instead.
@@ -51,14 +51,14 @@ def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0, level: float 
     return _clustered(change, np.asarray(a.counts, np.float64), a.clusters, seed, level, unit=_unit(a))
 
 
-def zero_difference(a: EvalResult) -> Interval:
+def zero_difference(a: EvalResult) -> Estimate:
     """What a model differs from itself on these items: nothing, whatever their number."""
     clusters = len(set(a.clusters))
     many = clusters if clusters > 1 else len(a.sums)
     return _interval(0.0, (0.0, 0.0), len(a.sums), many, single_text=clusters == 1, unit=_unit(a))
 
 
-def mean_interval(result: EvalResult, seed: int = 0) -> Interval:
+def mean_interval(result: EvalResult, seed: int = 0) -> Estimate:
     """Mean of one result per token, in nats, with its interval over texts as in `paired_difference`.
 
     Of outcomes of 0 and 1, each a text of its own, Wilson's.
@@ -83,7 +83,7 @@ def _unit(result: EvalResult) -> Unit:
     return "text" if result.name in LOSS_EVALUATIONS or set(result.counts) != {1} else "item"
 
 
-def paired_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Interval:
+def paired_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Estimate:
     """Mean of b / mean of a over the same items, with its interval over the items, each pair resampled together.
 
     With 1 for every a it is the mean of b.
@@ -115,7 +115,7 @@ def by_cluster(values: Floats, weight: Floats, clusters: Sequence[int]) -> tuple
 
 def _clustered(
     values: Floats, weight: Floats, clusters: Sequence[int], seed: int, level: float = 0.95, *, unit: Unit
-) -> Interval:
+) -> Estimate:
     sums, counts = by_cluster(values, weight, clusters)
     ends = bootstrap_t(sums, counts, seed, level)
     single = len(set(clusters)) == 1
@@ -124,18 +124,28 @@ def _clustered(
 
 def _interval(
     value: float, ends: tuple[float, float], n: int, clusters: int, *, single_text: bool = False, unit: Unit
-) -> Interval:
+) -> Estimate:
     reliable = clusters >= FEW_CLUSTERS and not single_text
-    few, what = ("items", "items") if unit == "item" else ("documents", "texts")
-    rests = "documents of one text" if single_text and unit == "text" else what
-    note = f"Few {few}: the interval rests on {clusters} {rests}, and is to be relied on from {FEW_CLUSTERS} {what} on."
-    return Interval(value, *ends, n, clusters, reliable, "" if reliable else note)
+    reason: Reason = "few_items" if unit == "item" else "one_text" if single_text else "few_texts"
+    return Estimate(value, *ends, n, clusters, reliable, "" if reliable else reason)
+
+
+def reliability_note(estimate: Estimate) -> str:
+    """On what an interval rests that is not reliable, in words; nothing for one that is."""
+    what = {"few_texts": "texts", "few_items": "items", "one_text": "documents of one text"}
+    if not estimate.reason:
+        return ""
+    few, many = ("items", "items") if estimate.reason == "few_items" else ("documents", "texts")
+    return (
+        f"Few {few}: the interval rests on {estimate.clusters} {what[estimate.reason]}, and is to be relied on from "
+        f"{FEW_CLUSTERS} {many} on."
+    )
 
 
 def bootstrap_t(
     sums: Floats, counts: Floats, seed: int, level: float = 0.95, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """Interval of sum(sums)/sum(counts) by the studentised bootstrap; `sums`, `counts`: [clusters].
+    """Estimate of sum(sums)/sum(counts) by the studentised bootstrap; `sums`, `counts`: [clusters].
 
     Sums and counts are resampled together, and each ratio is held against its own standard error. Of fewer than 10
     clusters that says nothing: then the interval is Student's.

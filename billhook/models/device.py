@@ -34,6 +34,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The compute dtype: as asked, or float32 on a CPU and the stored one elsewhere. Raises UsageError."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else stored
     if name not in DTYPES:

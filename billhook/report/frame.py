@@ -29,6 +29,7 @@ def markdown(value: object) -> str:
 
 
 def escaped(value: object) -> str:
+    """A value as text for HTML."""
     return html.escape(str(value))
 
 

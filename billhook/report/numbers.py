@@ -61,6 +61,7 @@ def _known(ends: Sequence[float]) -> bool:
 
 
 def join_words(words: Sequence[str], most: int = 4) -> str:
+    """`a`, `a and b`, `a, b and c`; more than `most` end in `and 3 more`."""
     if len(words) > most:
         words = [*words[: most - 1], f"{len(words) - most + 1} more"]
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
@@ -112,10 +113,12 @@ def stem(path: str) -> str:
 
 
 def in_brackets(ends: Sequence[float], spell: Callable[[float], str] = format_number) -> str:
+    """`(1.40–1.52)`."""
     return f"({spell(ends[0])}–{spell(ends[1])})".replace("×", "")
 
 
 def median_with_range(value: Mapping[str, float], spell: Callable[[float], str] = format_number) -> str:
+    """`871 (867–896)` of low, median and high."""
     low, middle, high = (float(value[key]) for key in ("low", "median", "high"))
     return f"{spell(middle)} {in_brackets((low, high), spell)}"
 

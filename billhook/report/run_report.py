@@ -30,6 +30,7 @@ from billhook.report.run_words import (
 
 
 def write_report(result: dict[str, Any], folder: Path) -> None:
+    """Write report.json, the page and the model card of a result into a folder."""
     (folder / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(run_page(result), encoding="utf-8")
     (folder / "README.md").write_text(model_card(result), encoding="utf-8")

@@ -16,6 +16,7 @@ from billhook.core.margin import Margin, MarginCheck
 from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.problem import Problem
 from billhook.core.results.measured import Loss, Step
+from billhook.core.statistics import reliability_note
 from billhook.data.splits import select_documents
 from billhook.data.token_sets import TokenSet, truncate
 from billhook.engine.losses import parse_loss
@@ -207,7 +208,7 @@ def _largest_within_margin(
             high = share
         share = GROWTH * max(share, low) if high == 100 else (low + high) / 2
     told = {"margin": str(margin), "unit": _UNITS[margin.kind], "trials": trials, "data": validation.describe()}
-    told["note"] = "" if best is None else best[2].lost.note
+    told["note"] = "" if best is None else reliability_note(best[2].lost)
     if not trials:
         raise BudgetError("Nothing can go: one attention, one mlp and everything protected stay. Protect less.")
     if best is None:

@@ -15,7 +15,7 @@ import torch
 from billhook.core.events import Event, EventListener, scaled_events
 from billhook.core.plan import Plan
 from billhook.core.results.measured import EvalResult
-from billhook.core.statistics import exp_capped, paired_difference
+from billhook.core.statistics import exp_capped, paired_difference, reliability_note
 from billhook.data.choice_tasks import load_items
 from billhook.data.splits import chunks, halves
 from billhook.data.token_sets import TokenSet
@@ -54,7 +54,7 @@ def compare_perplexity(
         "n": change.n,
         "clusters": change.clusters,
         "reliable": change.reliable,
-        "note": change.note,
+        "note": reliability_note(change),
     }
 
 
@@ -141,7 +141,7 @@ def task_accuracy(
         "ci95": [change.low, change.high],
         "n": change.n,
         "reliable": change.reliable,
-        "note": change.note,
+        "note": reliability_note(change),
     }
 
 

@@ -48,6 +48,7 @@ def all_seen_digests(
 
 
 def run_reasons(recipe: Recipe, teacher: Teacher, calibration: TokenSet, got: RecoveryResult) -> list[str]:
+    """What a reader of a run's numbers must know."""
     text = calibration.choices is None and recipe.plan is None
     alone = text and recipe.self_share > 0 and "self" not in calibration.source.split(SOURCE_SEPARATOR)
     told = ((STREAMED, teacher.weights is not None), (APART, got.adapter is not None), (ALONE, alone))
@@ -55,6 +56,7 @@ def run_reasons(recipe: Recipe, teacher: Teacher, calibration: TokenSet, got: Re
 
 
 def describe_run(job: RunContext, teacher: Teacher, student: Any, plan: Plan, notes: list[str]) -> dict[str, Any]:
+    """What a run was about: model, recipe, environment, plan."""
     device = str(teacher.device)
     zeroed = student.config.billhook.get("zeroed")
     return {

@@ -20,7 +20,7 @@ from typing import Any
 from billhook.core import significance, statistics
 from billhook.core.errors import UnknownName
 from billhook.core.events import Event, EventListener, ignore_events
-from billhook.core.results.measured import EvalResult, Interval
+from billhook.core.results.measured import Estimate, EvalResult
 from billhook.data.prompts import Prompt, read_prompts
 from billhook.models.device import environment
 from billhook.runs.store import STORE, Store
@@ -198,7 +198,7 @@ def _mean(values: Sequence[float], seed: int) -> dict[str, Any]:
     return _interval_json(statistics.paired_ratio([1.0] * len(values), values, seed))
 
 
-def _interval_json(interval: Interval) -> dict[str, Any]:
+def _interval_json(interval: Estimate) -> dict[str, Any]:
     """An interval as JSON; ends that are not known are null."""
     low, high = (end if math.isfinite(end) else None for end in (interval.low, interval.high))
     return {"value": interval.value, "low": low, "high": high, "n": interval.n, "reliable": interval.reliable}

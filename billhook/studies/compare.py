@@ -15,6 +15,7 @@ from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Plan
 from billhook.core.results.measured import EvalResult
+from billhook.core.statistics import reliability_note
 from billhook.data.token_sets import TokenSet
 from billhook.data.token_sets import truncate as first_of
 from billhook.engine.losses import kl, to_float64
@@ -93,7 +94,7 @@ def _verdicts(
             "change": pair.change.value, "low": pair.change.low, "high": pair.change.high,
             "near_low": pair.interval90.low, "near_high": pair.interval90.high,
             "p": pair.p, "p_holm": adjusted[source], "gained": pair.gained, "lost": pair.lost,
-            "limit": limit, "verdict": word, "reliable": pair.change.reliable, "note": pair.change.note,
+            "limit": limit, "verdict": word, "reliable": pair.change.reliable, "note": reliability_note(pair.change),
             "more": significance.items_needed(pair, limit) if word == "undecided" else None,
         }  # fmt: skip
     return told

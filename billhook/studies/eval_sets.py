@@ -13,6 +13,7 @@ from billhook.core.events import EventListener, ignore_events, scaled_events
 from billhook.core.margin import Margin, parse_amount
 from billhook.core.plan import Plan
 from billhook.core.results.measured import EvalResult
+from billhook.core.statistics import reliability_note
 from billhook.data.calibration import mixed_sets
 from billhook.data.choice_tasks import FewShot, Split, load_items, read_items, requests
 from billhook.data.generation_tasks import GenerationPrompts, build_prompts, is_generation_task, read_questions
@@ -96,6 +97,7 @@ def resolve_model(name: str, store: Store) -> str:
 
 
 def load_compared(job: RunContext, name: str) -> Teacher:
+    """Load the model that a name means, as the recipe of the run says."""
     return load_teacher(job.recipe.model_copy(update={"model": resolve_model(name, job.store)}), job.watch)
 
 
@@ -134,7 +136,7 @@ def evaluate_on_tasks(job: RunContext, name: str, spec: ComparisonSpec) -> dict[
         for score, result in found.items():
             spread = statistics.mean_interval(result, job.recipe.seed)
             rows.append({"set": source, "score": score, "value": spread.value, "low": spread.low, "high": spread.high,
-                         "n": spread.n, "reliable": spread.reliable, "note": spread.note})  # fmt: skip
+                         "n": spread.n, "reliable": spread.reliable, "note": reliability_note(spread)})  # fmt: skip
     return {
         "model": teacher.name,
         "fingerprint": teacher.fingerprint,
@@ -183,6 +185,7 @@ def comparison_spec(
     *, data: str | Sequence[str], tasks: str | Sequence[str], score: str | Sequence[str] = "acc",
     margins: tuple[str, str] = ("1pp", "3%"), **same: Any,
 ) -> ComparisonSpec:  # fmt: skip
+    """What to compare on, from the arguments of a public function. Raises UsageError for a margin."""
     points, percent = parse_amount(margins[0], "pp"), parse_amount(margins[1], "%")
     return ComparisonSpec(several(data), several(tasks), scores=several(score), points=points, percent=percent, **same)
 

@@ -15,7 +15,7 @@ from billhook.core.events import EventListener, ignore_events
 from billhook.core.margin import BOUND, Margin
 from billhook.core.plan import Plan
 from billhook.core.results.measured import EvalResult
-from billhook.core.statistics import exp_capped
+from billhook.core.statistics import exp_capped, reliability_note
 from billhook.models.device import environment
 from billhook.runs.job import RunContext
 from billhook.runs.recipe import of_text
@@ -176,7 +176,7 @@ def run_gate(job: RunContext, student: str, baseline: str, spec: ComparisonSpec)
         checks.append({
             "set": source, "kind": kind, "score": result.name, "n": len(result.sums), "verdict": word,
             "baseline": _shown(theirs[source]), "student": _shown(result), "lost": lost.value,
-            "low": lost.low, "high": lost.high, "margin": limit, "reliable": lost.reliable, "note": lost.note,
+            "low": lost.low, "high": lost.high, "margin": limit, "reliable": lost.reliable, "note": reliability_note(lost),
         })  # fmt: skip
     return {
         "verdict": min((check["verdict"] for check in checks), key=GATE_OUTCOMES.index),

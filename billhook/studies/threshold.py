@@ -13,6 +13,7 @@ from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.margin import Margin, MarginCheck
 from billhook.core.plan import Plan
+from billhook.core.statistics import reliability_note
 from billhook.data.token_sets import TokenSet
 from billhook.models.device import environment
 from billhook.models.load import Teacher
@@ -133,7 +134,7 @@ def _check_json(kept: MarginCheck, margin: Margin) -> dict[str, Any]:
     lost = kept.in_units(margin.kind)
     return {
         "margin": str(margin), "lost": lost.value, "low": lost.low, "high": lost.high, "limit": float(margin.amount),
-        "within": kept.within, "n": lost.n, "reliable": lost.reliable, "note": lost.note,
+        "within": kept.within, "n": lost.n, "reliable": lost.reliable, "note": reliability_note(lost),
     }  # fmt: skip
 
 

@@ -134,6 +134,7 @@ def estimate_of(result: EvalResult, name: str, sets: Mapping[str, TokenSet], see
 def trial_row(
     trial: Trial, teacher: Mapping[str, EvalResult], sets: Mapping[str, TokenSet], anatomy: Anatomy, seed: int
 ) -> dict[str, Any]:
+    """One trial as a row of a study: its plan, sizes, cost, and what it got on every set."""
     told: dict[str, Any] = {
         "recipe": trial.recipe,
         "remove": trial.remove,

@@ -11,7 +11,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from billhook.core.results.measured import EvalResult, Interval
+from billhook.core.results.measured import Estimate, EvalResult
 from billhook.core.significance import (
     Pair,
     bootstrap_p,
@@ -22,7 +22,7 @@ from billhook.core.significance import (
     mcnemar,
     power,
 )
-from billhook.core.statistics import bootstrap_t, paired_difference
+from billhook.core.statistics import bootstrap_t, paired_difference, reliability_note
 
 
 def right(outcomes: list[int], clusters: list[int] | None = None) -> EvalResult:
@@ -123,7 +123,7 @@ def test_twenty_skewed_documents_are_too_few_and_said_to_be() -> None:
     assert 0.78 <= 1 - missed / sets <= 0.88, "a percentile interval"
     few = paired_difference(nats([1.0] * 20), nats(draw.normal(2, 1, 20).tolist()))
     assert not few.reliable
-    assert few.note.startswith("Few documents")
+    assert reliability_note(few).startswith("Few documents")
 
 
 def test_tests_are_wrong_one_time_in_twenty() -> None:
@@ -159,7 +159,7 @@ def test_the_paired_test_has_the_power_that_the_docs_state() -> None:
 
 
 def a_pair(change: float, half: float, n: int = 400, sign: int = 1) -> Pair:
-    wide, near = (Interval(change, change - h, change + h, n, n, True) for h in (half, half * 1.645 / 1.96))
+    wide, near = (Estimate(change, change - h, change + h, n, n, True) for h in (half, half * 1.645 / 1.96))
     return Pair(wide, near, 0.001 if abs(change) > half else 0.5, None, None, sign)
 
 

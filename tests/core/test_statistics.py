@@ -22,6 +22,7 @@ from billhook.core.statistics import (
     median_interval,
     paired_difference,
     ranks,
+    reliability_note,
     score_interval,
     student_quantile,
     zero_difference,
@@ -50,15 +51,19 @@ def test_few_items_are_called_items_and_few_texts_texts() -> None:
     wrong = replace(right, sums=(0.0,) * 40)
     partly = replace(right, sums=(0.5, 0.25) * 20)  # no outcomes of 0 and 1: a bootstrap
     for note in (
-        mean_interval(right).note, paired_difference(right, wrong).note, zero_difference(right).note,
-        mean_interval(partly).note, paired_difference(right, partly).note,
+        reliability_note(mean_interval(right)), reliability_note(paired_difference(right, wrong)), reliability_note(zero_difference(right)),
+        reliability_note(mean_interval(partly)), reliability_note(paired_difference(right, partly)),
     ):  # fmt: skip
         assert note == "Few items: the interval rests on 40 items, and is to be relied on from 50 items on."
     a, b = results(31, 0)
-    for note in (mean_interval(a).note, paired_difference(a, b).note, zero_difference(a).note):
+    for note in (
+        reliability_note(mean_interval(a)),
+        reliability_note(paired_difference(a, b)),
+        reliability_note(zero_difference(a)),
+    ):
         assert note == "Few documents: the interval rests on 31 texts, and is to be relied on from 50 texts on."
     alone, _ = results(1, 0)
-    assert "3 documents of one text" in mean_interval(alone).note
+    assert "3 documents of one text" in reliability_note(mean_interval(alone))
 
 
 # --- paired differences ------------------------------------------------------------------------------------------
@@ -130,8 +135,8 @@ def test_the_order_and_the_names_of_items_do_not_matter() -> None:
 def test_reliability_counts_texts_and_not_items(texts: int) -> None:
     found = paired_difference(*results(texts, seed=8, per_text=5))
     assert (found.clusters, found.n) == (texts, 5 * texts)
-    assert found.reliable == (texts >= FEW_CLUSTERS) == (found.note == "")
-    assert found.reliable or f"{texts} texts" in found.note
+    assert found.reliable == (texts >= FEW_CLUSTERS) == (reliability_note(found) == "")
+    assert found.reliable or f"{texts} texts" in reliability_note(found)
 
 
 def test_items_of_one_text_are_resampled_but_never_called_reliable() -> None:
@@ -141,7 +146,7 @@ def test_items_of_one_text_are_resampled_but_never_called_reliable() -> None:
     assert (found.low, found.high) == (apart.low, apart.high)
     assert apart.reliable
     assert not found.reliable
-    assert "60 documents of one text" in found.note
+    assert "60 documents of one text" in reliability_note(found)
 
 
 def test_a_single_item_tells_nothing() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from billhook.core.plan import KeptGroups, Site
 
@@ -74,17 +75,28 @@ class EvalResult:
         return math.fsum(self.sums) / sum(self.counts)
 
 
+Reason = Literal["", "few_texts", "few_items", "one_text"]
+
+
 @dataclass(frozen=True, slots=True)
-class Interval:
-    """An estimate with its 95% interval. `reliable=False` where it rests on too few clusters; `note` says so."""
+class Estimate:
+    """A value with its 95% interval, over `n` items that come from `clusters` texts.
+
+    `reliable=False` where it rests on too little, and `reason` says on what: `few_texts`, `few_items` (of a task), or
+    `one_text`, whose `clusters` documents were resampled instead. An end that is not known is infinite.
+    """
 
     value: float
     low: float
     high: float
-    n: int  # items
+    n: int
     clusters: int
     reliable: bool
-    note: str = ""
+    reason: Reason = ""
+
+    def mapped(self, function: Callable[[float], float]) -> Estimate:
+        """The estimate of a rising `function` of the value, such as exp."""
+        return replace(self, value=function(self.value), low=function(self.low), high=function(self.high))
 
 
 @dataclass(frozen=True, slots=True)

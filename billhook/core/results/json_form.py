@@ -1,0 +1,128 @@
+"""Results as JSON and back: one form for every frozen dataclass that a run or a study stores."""
+
+from __future__ import annotations
+
+import math
+import types
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from fractions import Fraction
+from functools import cache
+from html import escape
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from billhook.core.errors import ResultError
+
+T = TypeVar("T")
+SCHEMA = 2  # of all results; Billhook before 0.2 wrote results without one
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """What a run or a study found: numbers and reasons, no sentences. Abstract; frozen dataclasses extend it.
+
+    `kind` names it in the store. `to_json` and `from_json` are inverse to each other; `rows` is what
+    `pandas.DataFrame` takes, a flat dictionary each; a notebook shows these rows as a table.
+    """
+
+    kind: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field as plain JSON, with `schema` and `kind`. Infinite ends of intervals are strings."""
+        return {"schema": SCHEMA, "kind": self.kind, **encode(self)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """The result that `to_json` wrote. Raises ResultError for one of another schema, or an incomplete one."""
+        if value.get("schema") != SCHEMA or value.get("kind") != cls.kind:
+            raise ResultError(
+                f"This result has schema {value.get('schema', 1)} and kind {value.get('kind', 'unknown')!r}, and this "
+                f"Billhook reads schema {SCHEMA} of {cls.kind!r}. Run the command again: what the store holds is "
+                "not measured again."
+            )
+        return decode(cls, value)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The result as a flat table: a dictionary a line, equal keys in each."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        rows = self.rows()
+        return f"{type(self).__name__}({len(rows)} row{'' if len(rows) == 1 else 's'}: .rows(), .to_json())"
+
+    def _repr_html_(self) -> str:
+        rows = self.rows()
+        head = "".join(f"<th>{escape(name)}</th>" for name in (rows[0] if rows else ()))
+        body = ("<tr>" + "".join(f"<td>{escape(_cell(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def encode(value: Any) -> Any:
+    """A value of results as plain JSON: dataclasses as objects, tuples as lists, infinite numbers as strings.
+
+    A class with its own `to_json`, such as `Plan`, writes itself.
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if not isinstance(value, Result) and hasattr(value, "to_json"):
+        return value.to_json()
+    if is_dataclass(value):
+        return {f.name: encode(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {str(name): encode(each) for name, each in value.items()}
+    if isinstance(value, Fraction):
+        return str(value)
+    assert isinstance(value, tuple | list), f"{type(value)} has no JSON form"
+    return [encode(each) for each in value]
+
+
+def decode(kind: type[T], value: Any) -> T:
+    """The value of type `kind` that `encode` wrote. Raises ResultError where a field is missing or of another type."""
+    return _decode(kind, value, kind.__name__)  # type: ignore[no-any-return]
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any or origin is Literal:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _decode(next(a for a in args if a is not type(None)), value, where) if _optional(args) else value
+    if hasattr(kind, "from_json") and not (isinstance(kind, type) and issubclass(kind, Result)):
+        return kind.from_json(value)
+    try:
+        if isinstance(kind, type) and is_dataclass(kind):
+            return kind(**{name: _decode(hint, value[name], f"{where}.{name}") for name, hint in _hints(kind, value)})
+        if origin is tuple:
+            each = args[:1] * len(value) if args[-1:] == (Ellipsis,) else args
+            return tuple(_decode(a, v, where) for a, v in zip(each, value, strict=True))
+        if origin is list:
+            return [_decode(args[0], v, where) for v in value]
+        if origin is dict:
+            return {name: _decode(args[1], v, f"{where}.{name}") for name, v in value.items()}
+        return kind(value) if kind in (float, Fraction) else value
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultError(f"{where} of a stored result cannot be read ({error!r}). Run the command again.") from error
+
+
+def _optional(args: tuple[Any, ...]) -> bool:
+    return len(args) == 2 and type(None) in args
+
+
+def _hints(kind: type, value: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Fields to read: all without a default, and those with one that are there."""
+    hints = _hints_of(kind)
+    optional = {f.name for f in fields(kind) if f.default is not MISSING or f.default_factory is not MISSING}
+    return [(name, hint) for name, hint in hints.items() if name in value or name not in optional]
+
+
+@cache
+def _hints_of(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in fields(kind)}
