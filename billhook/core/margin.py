@@ -28,7 +28,7 @@ def parse_amount(text: str, unit: Literal["pp", "%"]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Margin:
-    """`parse_amount` percent of the teacher's perplexity, or that many percentage points of its accuracy on a task `file`."""
+    """`amount` percent of the teacher's perplexity, or that many percentage points of its accuracy on a task `file`."""
 
     amount: Fraction
     kind: Literal["ppl", "pp"]

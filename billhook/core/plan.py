@@ -145,9 +145,9 @@ class Plan:
 class MeasureRequest:
     """What a search wants measured. `full_results=k`: the k lowest losses in full, the others may come back as bounds.
 
-    `tokens=n`: only the first n calibration tokens. `expected`: what the search expects of each plan, lower = better, in
-    any unit; only their order counts, and only for what is measured first. `ceiling`: nats of every
-    document; a plan that has more in all may come back as a bound, even if it is among the best.
+    `tokens=n`: only the first n calibration tokens. `expected`: what the search expects of each plan, lower = better,
+    in any unit; only their order counts, and only for what is measured first. `ceiling`: nats of every document; a
+    plan that has more in all may come back as a bound, even if it is among the best.
     """
 
     plans: tuple[Plan, ...]

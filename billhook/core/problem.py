@@ -159,8 +159,8 @@ class Problem:
         ):
             if most < needed:
                 raise BudgetError(
-                    f"{budget} cannot be met: it asks for {budget.format(needed)}, and at most {budget.format(most)} can "
-                    f"go {stay}"
+                    f"{budget} cannot be met: it asks for {budget.format(needed)}, and at most {budget.format(most)} "
+                    f"can go {stay}"
                 )
         raise BudgetError(f"{', '.join(map(str, self.budgets))} cannot all be met {stay}")
 

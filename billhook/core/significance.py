@@ -29,7 +29,7 @@ Verdict = Literal["better", "equivalent", "worse", "undecided"]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A and B over the same items. `change`: the mean of B minus A, 95%; `interval90`: the same, 90%; `p`: that it is none.
+    """A and B over the same items. `change`: mean of B minus A, 95%; `interval90`: the same, 90%; `p`: of no change.
 
     `gained`, `lost`: items that only B, and that only A has right; None where outcomes are not 0 and 1.
     """

@@ -1,8 +1,8 @@
 """Rows that begin alike: what of a token set must be computed at all, and which beginnings are worth computing once.
 
 Nothing is read after the last token of a row, so that it is never an input. Rows with the same input are one `Input`.
-Paths that share their first tokens may be a `PrefixGroup`: the shared beginning is computed once, then the rest of each on
-copies of its KV cache.
+Inputs that share their first tokens may be a `PrefixGroup`: the shared prefix is computed once, then the rest of each
+on copies of its KV cache.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Prompt:
 def read_prompts(path: str | Path, kind: str = "chat", limit: int | None = None, seed: int = 0) -> list[Prompt]:
     """The prompts of a file in its order, or `limit` of them drawn by `seed`.
 
-    .txt: one a line; .jsonl: rows with `prompt` or `messages`, or a task's (`billhook.tasks`); .gz of both. Raises
+    .txt: one a line; .jsonl: rows with `prompt` or `messages`, or a task's (`choice_tasks`); .gz of both. Raises
     DataError, with the line, for what is none, and UsageError for messages where `kind` is not chat.
     """
     file = Path(path).expanduser()

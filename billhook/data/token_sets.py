@@ -20,7 +20,7 @@ MIN_ROW = 8  # a row of fewer tokens tells nothing and costs as much padding as 
 class Choices:
     """What makes the rows of a token set the choices of items; an item is a document, its rows stand together.
 
-    `truncate[r]`: where in row r the choice begins, at least 1; `characters[r]` of its text, without the blank before it.
+    `first[r]`: where in row r the choice begins, at least 1; `characters[r]`: of its text without the leading blank.
     `gold[d]`: which of the rows of document d is right, counted from 0.
     """
 

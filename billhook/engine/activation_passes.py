@@ -45,7 +45,7 @@ class DocumentMeans:
         self._sums: dict[ScoredUnit, torch.Tensor] = defaultdict(lambda: torch.zeros_like(self._counts))
 
     def add(self, unit: ScoredUnit, documents: torch.Tensor, values: torch.Tensor) -> None:
-        """`values` [tokens] of a unit, and the documents `documents` the tokens."""
+        """`values` [tokens] of a unit, and the documents of the tokens."""
         self._sums[unit].index_add_(0, documents, to_float64(values.cpu()))
 
     def scores(self) -> dict[ScoredUnit, Score]:
@@ -76,7 +76,7 @@ def last_tokens(group: DocumentGroup) -> torch.Tensor:
 def mean_over_tokens(bench: Measurer, statistics: Mapping[str, Statistic]) -> dict[str, dict[ScoredUnit, Score]]:
     """Mean over tokens of each statistic(x, y), x and y [tokens, width] in float32, before and after each unit.
 
-    A statistic that divides by zero gives scores that are not `require_finite_scores`; others of the same pass are not spoilt.
+    A statistic that divides by zero gives scores that are not finite; others of the same pass are not spoilt.
     """
     trunk, groups = bench.runner, bench.groups
     means = {name: DocumentMeans(groups) for name in statistics}

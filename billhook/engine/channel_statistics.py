@@ -79,7 +79,7 @@ def groups_by_weights(bench: Measurer, function: OfWeight) -> GroupValues:
 def groups_by_gradients(
     bench: Measurer, functions: Mapping[str, tuple[OfGradient, bool]], fisher: bool
 ) -> dict[str, GroupValues]:
-    """By name, the sum of function(w, g, f) over the weights of every group; `group_sums` by vectors where it is so said.
+    """By name, the sum of function(w, g, f) over the weights of every group; summed by vectors where the entry says so.
 
     g and f as of `Probe.sum_over_gradients`. One pass for all of them.
     """

@@ -272,7 +272,7 @@ def _task(transcript: Transcript, prompts: Sequence[Prompt], seed: int) -> dict[
 
 
 def _choice(sums: Sequence[float], prompt: Prompt, name: str) -> int:
-    """The likeliest choice, the first of equal ones; for `acc_norm` by character, as `billhook.evaluate` has it."""
+    """The likeliest choice, the first of equal ones; for `acc_norm` by character, as `billhook.methods.evaluate` has it."""
     sizes = [request.characters if name == "acc_norm" else 1 for request in prompt.choices]
     return max(range(len(sums)), key=lambda i: sums[i] / sizes[i])
 

@@ -254,7 +254,7 @@ async def endpoint_choice_logprobs(
     """Log-probability in nats of the continuation of every request, or what went wrong.
 
     Context and continuation are sent together, and the context alone without the blanks at its end: the continuation's
-    tokens are the rest, as `billhook.tasks` has it.
+    tokens are the rest, as `billhook.data.choice_tasks` has it.
     """
     known: dict[str, int] = {}
     sums = []

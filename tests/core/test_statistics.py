@@ -51,7 +51,8 @@ def test_few_items_are_called_items_and_few_texts_texts() -> None:
     wrong = replace(right, sums=(0.0,) * 40)
     partly = replace(right, sums=(0.5, 0.25) * 20)  # no outcomes of 0 and 1: a bootstrap
     for note in (
-        reliability_note(mean_interval(right)), reliability_note(paired_difference(right, wrong)), reliability_note(zero_difference(right)),
+        reliability_note(mean_interval(right)), reliability_note(paired_difference(right, wrong)),
+        reliability_note(zero_difference(right)),
         reliability_note(mean_interval(partly)), reliability_note(paired_difference(right, partly)),
     ):  # fmt: skip
         assert note == "Few items: the interval rests on 40 items, and is to be relied on from 50 items on."

@@ -344,7 +344,8 @@ def test_what_the_search_cannot_do_is_said(checkpoint: Folder) -> None:
 
 def test_a_run_by_a_metric_of_groups(model: Path, text: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {
-        "tokens": 240, "length": 24, "eval_tokens": 512, "eval_length": 24, "data": str(text), "search": "rank_channels",
+        "tokens": 240, "length": 24, "eval_tokens": 512, "eval_length": 24, "data": str(text),
+        "search": "rank_channels",
         "store": tmp_path / "b.db",
     }  # fmt: skip
     told = billhook.prune(model, remove="15%params", metric="flap", out=tmp_path / "out", **options)

@@ -27,7 +27,8 @@ from billhook.engine.probe import Probe
 from billhook.methods.evaluate.multiple_choice import log_probabilities
 from billhook.methods.export.checkpoint import verify_streamed_round_trip, write_checkpoint
 from billhook.methods.recover import RECOVERIES, RecoveryTask
-from billhook.models import architectures, channel_groups, structure
+from billhook.models import channel_groups, structure
+from billhook.models.architectures import Architecture
 from billhook.models.load import Teacher, load
 from billhook.models.modeling_billhook import set_parameter
 from billhook.models.repair import NO_REPAIR, Repair, read_repair
@@ -426,14 +427,15 @@ def test_what_was_trained_narrow_is_not_refitted(checkpoint: Folder) -> None:
 # -- plans ------------------------------------------------------------------------------------------------------------
 
 
-UNUSUAL: dict[str, tuple[architectures.Architecture, dict[str, str]]] = {  # types without a row: where parts lie, and what is unusual
-    "gptj": (architectures.Architecture(blocks="transformer.h", attention="attn", attention_norms=("ln_1",), mlp_norms=()),
+# Types without a row: where parts lie, and what is unusual.
+UNUSUAL: dict[str, tuple[Architecture, dict[str, str]]] = {
+    "gptj": (Architecture(blocks="transformer.h", attention="attn", attention_norms=("ln_1",), mlp_norms=()),
              {"mlp": "fc_in, fc_out"}),
-    "codegen": (architectures.Architecture(blocks="transformer.h", attention="attn", attention_norms=("ln_1",), mlp_norms=()),
+    "codegen": (Architecture(blocks="transformer.h", attention="attn", attention_norms=("ln_1",), mlp_norms=()),
                 {"mlp": "fc_in, fc_out"}),
-    "mpt": (architectures.Architecture(blocks="transformer.blocks", attention="attn", mlp=("ffn",), attention_norms=("norm_1",),
+    "mpt": (Architecture(blocks="transformer.blocks", attention="attn", mlp=("ffn",), attention_norms=("norm_1",),
                      mlp_norms=("norm_2",)), {"attention": "Wqkv, out_proj"}),
-    "xglm": (architectures.Architecture(mlp=("fc1", "fc2"), attention_norms=("self_attn_layer_norm",), mlp_norms=("final_layer_norm",)),
+    "xglm": (Architecture(mlp=("fc1", "fc2"), attention_norms=("self_attn_layer_norm",), mlp_norms=("final_layer_norm",)),
              {}),
 }  # fmt: skip
 
@@ -456,12 +458,12 @@ def test_a_part_whose_modules_have_unusual_names_has_no_groups_and_says_why(mode
 
 def test_a_row_that_does_not_fit_says_what_is_missing(checkpoint: Folder) -> None:
     model = load(checkpoint("llama")).model
-    block = structure.blocks_of(model, architectures.Architecture())[0]
+    block = structure.blocks_of(model, Architecture())[0]
     with pytest.raises(ModelError, match=r"no attn, .* has self_attn, mlp, input_layernorm, post_attention_layernorm"):
-        structure.site_modules(block, "attention", architectures.Architecture(attention="attn"), model.config)
+        structure.site_modules(block, "attention", Architecture(attention="attn"), model.config)
     for blocks in ("model.norm", "model.decoder.layers"):
         with pytest.raises(ModelError, match=rf"{blocks}.*where its architecture keeps the blocks"):
-            structure.blocks_of(model, architectures.Architecture(blocks=blocks))
+            structure.blocks_of(model, Architecture(blocks=blocks))
 
 
 @given(st.sets(st.integers(0, 60), min_size=1))

@@ -29,7 +29,8 @@ def strict_match(
 ) -> EvalResult:
     """Exact match of the number behind the first `#### ` of an answer, as GSM8K's own answers end: 1 where it is right.
 
-    Greedy; prompts are those of `billhook.questions`. Where `flexible_match` is wanted too: `generate_answers` and `score_answers`.
+    Greedy; prompts are those of `billhook.data.generation_tasks`. Where `flexible_match` is wanted too:
+    `generate_answers` and `score_answers`.
 
     Source: Cobbe et al. 2021, Training verifiers to solve math word problems (arXiv 2110.14168); Gao et al.,
     lm-evaluation-harness 0.4, gsm8k, strict-match.

@@ -30,7 +30,7 @@ REPEATABLE_LAYERS = (
 def acc(model: Any, tokens: TokenSet, *, watch: EventListener = ignore_events, who: str = "") -> EvalResult:
     """Accuracy on multiple-choice items: 1 where the choice with the highest log-probability is the right one.
 
-    Zero-shot; requests are those of `billhook.tasks`. Where `acc_norm` is wanted too, or many plans: `score_choices`.
+    Zero-shot; requests are those of `data.choice_tasks`. Where `acc_norm` is wanted too, or many plans: `score_choices`.
 
     Source: Gao et al., lm-evaluation-harness 0.4, `acc`.
     """
@@ -143,6 +143,6 @@ def _choices(tokens: TokenSet) -> Choices:
     if tokens.choices is None:
         raise UsageError(
             f"{tokens.source} is text, and accuracy needs multiple-choice items. Give the tokens of a task file, by "
-            "billhook.tasks.task_tokens."
+            "billhook.data.choice_tasks.task_tokens."
         )
     return tokens.choices

@@ -47,8 +47,8 @@ class RecoveryTask:
     """What is to be recovered: what `plan` leaves of `teacher`, with the `repair` of the recoveries before.
 
     `memory`: bytes for weights and activations (None: half of what is free); `work`: a folder for checkpoints of a
-    training, which a later call with the same arguments goes on from; `streams_by_tokens`: of the teacher, by the hash of tokens,
-    kept for recoveries of other plans.
+    training, which a later call with the same arguments resumes; `streams_by_tokens`: streams of the teacher, by the
+    hash of tokens, kept for recoveries of other plans.
     """
 
     teacher: Teacher

@@ -20,8 +20,8 @@ EMPTY = 1e-14  # of the mean diagonal: inputs that are all but zero
 class Fit:
     """A linear map and how it was found. `matrix` [outputs, inputs], float32.
 
-    `ridge`: as a share of the diagonal; `remaining_error`: of the squared error on held-out tokens, by a fit that has not
-    seen them; above 1 the map does harm.
+    `ridge`: as a share of the diagonal; `remaining_error`: the share of the squared error that is left on validation
+    tokens, by a fit that has not seen them; above 1 the map does harm.
     """
 
     matrix: torch.Tensor
@@ -72,7 +72,7 @@ class Moments:
 
 
 def ridge_fit(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, validation: torch.Tensor) -> Fit:
-    """The map from x to y whose ridge has the least error on the `validation` tokens [tokens, bool]; then fitted on all.
+    """The map from x to y with the ridge that has the least error on `validation` tokens [tokens, bool], fitted on all.
 
     From the middle of `RIDGES` to whichever neighbour is better, until none is.
     """
