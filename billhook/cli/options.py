@@ -11,13 +11,9 @@ from typing import Annotated, Any
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr")]
-
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress")]
-
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also what libraries log, and tracebacks")]
-
 StoreFile = Annotated[Path, typer.Option("--store", help="The run store, one SQLite file")]
-
 DEFAULT_STORE = Path("billhook.db")
 
 # The fields of `Recipe` with their defaults and help texts, so that `--help` needs no pydantic; a test compares them.
@@ -59,9 +55,7 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "dtype": ("auto", "Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
     "trust_remote_code": (False, "Run Python code that the checkpoint brings"),
 }
-
 REPEATABLE_OPTIONS = ("remove", "set", "recover_set")
-
 TEXT_OPTIONS = ("data", "eval_data", "field", "eval_tokens", "eval_length", "memory", "seed", "device", "dtype",
                 "trust_remote_code")  # fmt: skip
 
@@ -103,23 +97,15 @@ def command_line(command: str, *words: str, **options: Any) -> str:
 
 
 Model = Annotated[str | None, typer.Argument(help="Folder, .gguf file, Hugging Face name, or demo [default: demo]")]
-
 STUDY_OPTIONS = ("search", "metric", "loss", "set", "uniform", "multiple", "fast", "shortlist", "risk", "memory",
                "protect", "batch", "context", "self_share", "field", "tokens", "length", "eval_tokens", "eval_length",
                "seed", "device", "dtype", "trust_remote_code")  # fmt: skip
-
 Out = Annotated[Path | None, typer.Option(help="Folder for page and table [default: lab/<run>]")]
-
 Items = Annotated[int, typer.Option(help="Items of each task that are measured", min=2)]
-
 ItemLimit = Annotated[int | None, typer.Option(help="Items of each task [default: all]", min=2)]
-
 Tasks = Annotated[str, typer.Option(help="Tasks, separated by commas: files of items or questions, lmeval:NAME")]
-
 ScoreNames = Annotated[str, typer.Option(help="The score that counts, where a task has it, such as acc_norm")]
-
 NumberOfShots = Annotated[int, typer.Option("--shots", help="Solved items before each item of a task", min=0)]
-
 ShotsFrom = Annotated[str, typer.Option(help="Where they come from; left out, from the task itself")]
 
 

@@ -110,11 +110,8 @@ def stability_command(
 
 
 NO_TEXT = tuple(name for name in TEXT_OPTIONS if name not in ("data", "eval_data"))
-
 Points = Annotated[str, typer.Option(help="Accuracy that may be less and still as good")]
-
 Percent = Annotated[str, typer.Option(help="Perplexity that may be more and still as good")]
-
 AllowSeen = Annotated[bool, typer.Option("--seen", help="Also on data that a search has seen; marked everywhere")]
 
 
@@ -247,7 +244,6 @@ def threshold_command(
 
 
 ModelName = Annotated[str, typer.Option(help="The model to ask for [default: the first that the server lists]")]
-
 KeyEnv = Annotated[str, typer.Option(metavar="NAME", help="The environment variable that holds the key of this server")]
 
 

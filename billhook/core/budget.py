@@ -43,14 +43,10 @@ UNITS: dict[str, BudgetUnit] = {
         BudgetUnit("ms", False, lambda size: size.ns_per_token, "ns_per_token", 10**6),
     )
 }
-
 _ALIASES = {"site": "sites", "block": "blocks", "param": "params", "parameters": "params", "": "params", "B": "bytes",
             "byte": "bytes", "Bkv": "kv", "flop": "flops"}  # fmt: skip
-
 _SCALES = {"k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
-
 _COUNTED = ("sites", "attention", "mlp", "blocks")  # in whole numbers
-
 _EXAMPLES = (
     "25% (of all parameters), 25%sites, 15sites, 8attention, 4mlp, 3blocks, 30Mparams, 100MB, 30%kv, 20%flops or 20%ms"
 )

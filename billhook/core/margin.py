@@ -13,7 +13,6 @@ from billhook.core.results.measured import Estimate, EvalResult
 from billhook.core.statistics import paired_difference, zero_difference
 
 CONFIDENCE = 0.95  # one-sided
-
 BOUND = f"one-sided {CONFIDENCE:.0%}"  # the label of such an end, wherever one is shown
 
 

@@ -12,7 +12,6 @@ from typing import Literal, cast
 from billhook.core.errors import PlanError, nearest
 
 Part = Literal["attention", "mlp"]
-
 PARTS: tuple[Part, ...] = ("attention", "mlp")
 
 

@@ -17,15 +17,12 @@ from billhook.core.errors import BudgetError, PlanError
 from billhook.core.plan import PARTS, Part, Plan, Site
 
 NOTHING = Plan()
-
 Move = tuple[Site, ...]
-
 MoveKind = tuple[tuple[int, ...], frozenset[Part]]  # what a group is worth to each budget, and its parts
 
 # What a score is of: a site, a block, or a span of blocks, what is left from its first to its last; by their positions
 # in the unpruned model.
 ScoredUnit = Site | int | tuple[int, int]
-
 _NAMED = {"shortened-llama": "first4,last2", "sleb": "first1,last1"}  # protection of the papers
 
 

@@ -23,7 +23,6 @@ from billhook.core.statistics import (
 )
 
 LEVEL = 0.95
-
 Verdict = Literal["better", "equivalent", "worse", "undecided"]
 
 

@@ -13,17 +13,11 @@ from numpy.typing import NDArray
 from billhook.core.results.measured import Estimate, EvalResult, Reason, Score
 
 Floats = NDArray[np.float64]
-
 FEW_CLUSTERS = 50  # below, even the best interval covers less than it says
-
 TOO_FEW = 10  # texts that a bootstrap says nothing about: Student's t instead
-
 Unit = Literal["text", "item"]  # what is resampled, as a reader is told
-
 LOSS_EVALUATIONS = ("perplexity",)  # evaluations of which less is better
-
 RESAMPLES = 10_000
-
 CHUNK_RESAMPLES = 500  # resamples at a time: 500 × clusters numbers in memory
 
 

@@ -21,11 +21,8 @@ from billhook.data.token_sets import Choices, TokenSet, special_prefix, token_se
 from billhook.models.load import Teacher
 
 SUBJECT = "The following are multiple choice questions (with answers) about {}.\n\n"
-
 ITEM_EXAMPLE = '{"query": "…", "choices": ["…", "…"], "gold": 0}'
-
 ITEM_FIELDS = {"query": str, "choices": list, "gold": int}
-
 Split = Literal["calibration", "evaluation"]
 
 

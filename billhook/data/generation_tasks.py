@@ -20,7 +20,6 @@ from billhook.data.texts import file_text, json_lines
 from billhook.data.token_sets import TokenSet, special_prefix, token_set
 
 QUESTION_EXAMPLE = '{"query": "…", "answer": "…", "target": "…"}'
-
 QUESTION_FIELDS = ("query", "answer", "target")
 
 

@@ -14,13 +14,9 @@ from itertools import pairwise
 from billhook.data.token_sets import TokenSet
 
 SHARING_TOKENS = 16  # what a family must save: copies of the cache, and padding, cost about as much
-
 BATCH_TOKENS = 96  # what all families with beginnings of one length must save: they take passes of their own
-
 SHARE_SAVED = 1 / 3  # of their positions, at least: two passes over fewer tokens each are slower by the token
-
 MOST_INPUTS = 64  # of one family
-
 Readout = tuple[int, int, int]  # position, next token, row of the token set
 
 

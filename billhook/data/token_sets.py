@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 DOCUMENT_TOKENS = 1024  # longer texts are split; the text stays the cluster for statistics
-
 MIN_ROW = 8  # a row of fewer tokens tells nothing and costs as much padding as it saves
 
 

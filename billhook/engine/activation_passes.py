@@ -23,9 +23,7 @@ from billhook.engine.losses import to_float64
 from billhook.models import structure
 
 Statistic = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # two of [tokens, width] -> [tokens]
-
 OfWeight = Callable[[torch.Tensor], torch.Tensor]  # [..., outputs, inputs] -> a number
-
 ELEMENTS_AT_A_TIME = 2**22  # of a weight, in float32
 
 

@@ -25,9 +25,7 @@ from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import Repair
 
 CHUNK_TOKENS = {"cpu": 512, "cuda": 16384, "mps": 4096}  # tokens that go through a block at a time
-
 WAVE_TOKENS = 4096  # tokens times plans at a time where a model is in memory
-
 SAMPLE_EVERY = 4  # of the positions, where a cheap piece takes some of them
 
 

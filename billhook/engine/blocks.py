@@ -18,9 +18,7 @@ from billhook.models.load import Teacher
 from billhook.models.modeling_billhook import remove_part
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is given besides the residual stream
-
 KEPT, NO_ATTENTION, NO_MLP, NEITHER = range(4)  # what a plan leaves of a block
-
 MEMORY_OF_CALLS = 64  # shapes whose recorded calls are kept
 
 

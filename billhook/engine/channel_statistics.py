@@ -18,7 +18,6 @@ from billhook.models import structure
 from billhook.models.channel_groups import ChannelLayout, ParameterSlice
 
 GroupValues = dict[Site, torch.Tensor]
-
 OfWeight = Callable[[torch.Tensor], torch.Tensor]  # elementwise, of a parameter in float32
 
 # (w, g, f) -> a value an element; f is None unless asked for

@@ -9,7 +9,6 @@ import torch
 from billhook.data.token_sets import TokenSet
 
 GROUPS = 16  # about so many a token set, so that a bad plan can go after a fraction of it
-
 LEAST_TOKENS = 64  # of a group
 
 

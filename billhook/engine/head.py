@@ -27,15 +27,10 @@ from billhook.engine.losses import LOSSES, ROTATION_FREE, SUMS_OVER_WORDS, top_c
 from billhook.models.load import Teacher
 
 VOCABULARY_AT_A_TIME = 8192
-
 HEAD_TOKENS_AT_A_TIME = 1024
-
 LOGITS_BYTES = 2**26  # of one document's logits, where a loss needs them whole
-
 COVERED = 0.98  # of the teacher's probability, by the words that a bound looks at
-
 LEAST_OUTSIDE = 1e-3  # of the probability
-
 WORTH_BOUNDING = 0.5  # the largest share of the vocabulary for which a bound is cheaper than the loss
 
 

@@ -15,17 +15,11 @@ from billhook.core.errors import UnknownName, UsageError
 from billhook.core.registry import Registry
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
 LOSSES: Registry[TokenLoss] = Registry("loss")
-
 loss = LOSSES.add
-
 ItemLoss = Callable[[torch.Tensor, int], torch.Tensor]
-
 ITEM_LOSSES: Registry[ItemLoss] = Registry("task_loss")
-
 item_loss = ITEM_LOSSES.add
-
 TOP_K = 512  # tokens that `topk_kl` tells apart
 
 
@@ -170,9 +164,7 @@ COUNTS_TARGETS = frozenset({"nll"})  # losses over predicted tokens: the last to
 
 # Of any token: a sum over some documents bounds the whole.
 NEVER_NEGATIVE = frozenset({"kl", "js", "nll", "finercut_js", "topk_kl", "angular", "norm", "task", "task_error"})
-
 SUMS_OVER_WORDS = {"js": js_terms, "finercut_js": finercut_js_terms}  # of log-probabilities of both sides
-
 ROTATION_FREE = frozenset({"angular", "norm"})  # the same if both sides' logits are rotated: of inner products alone
 
 

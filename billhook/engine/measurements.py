@@ -10,7 +10,6 @@ from billhook.core.results.measured import Loss
 from billhook.engine.racing import Piece, Quality, Sums
 
 DocumentIds = tuple[int, ...]  # of one group
-
 Pieces = Mapping[Quality, Mapping[DocumentIds, Sums]]
 
 

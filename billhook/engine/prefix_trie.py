@@ -16,11 +16,8 @@ import torch
 from billhook.engine.blocks import NEITHER, BlockRunner
 
 WalkJob = tuple[int, int]  # a document group, a plan's mask
-
 Node = tuple[int, int, int]  # a document group, a depth in blocks, the mask of what went before
-
 History = TypeVar("History", bound=Hashable)  # what went before
-
 Look = Callable[[int, Sequence[torch.Tensor]], None]  # sees the streams after a block
 
 

@@ -16,19 +16,12 @@ from typing import Literal
 from billhook.core.statistics import student_quantile
 
 Quality = Literal["full", "bound", "sample"]
-
 Decision = Literal["full", "bound", "raced", "skipped"]
-
 Piece = tuple[int, int]  # plan, document group
-
 Sums = tuple[float, ...]  # nats of each document of the group
-
 Nats = dict[int, float]  # of each group, of one plan
-
 Selection = Generator["PieceRequest", dict[Piece, Sums], list[Decision]]
-
 LEADERS = 4  # of a race are never dropped: so few documents tell little of plans that are nearly as good
-
 RELATIVE, ABSOLUTE = 1e-5, 1e-6  # rounding that a bound may exceed a loss by; the second in nats per token
 
 

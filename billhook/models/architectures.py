@@ -95,7 +95,6 @@ def _refuse_opt(config: Config) -> str | None:
 
 
 _LLAMA = Architecture()
-
 _SANDWICH = replace(
     _LLAMA,
     attention_norms=("input_layernorm", "post_attention_layernorm"),

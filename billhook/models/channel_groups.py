@@ -20,17 +20,11 @@ from billhook.core.plan import Part
 from billhook.models.modeling_billhook import set_attributes, set_parameter
 
 Config = Any  # a transformers config
-
 GroupIndices = torch.Tensor  # [groups, entries]: entries of each group along an axis
-
 MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h")
-
 MLP_OUTPUTS = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
-
 ATTENTION_INPUTS = ("q_proj", "qkv_proj", "c_attn", "query_key_value")
-
 ATTENTION_OUTPUTS = ("o_proj", "dense", "out_proj", "c_proj")
-
 OF_EXPERTS = 8  # neurons of an expert come in so many: grouped products want 16 bytes between rows, in bfloat16 too
 
 # What configs call the widths of a part; the first that one has counts.

@@ -15,7 +15,6 @@ from billhook.core.errors import UsageError
 from billhook.core.results.measured import Environment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 SHARE_OF_WEIGHTS = 0.75  # of a memory budget, above which a model is streamed: the rest is for activations
 
 

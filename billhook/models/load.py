@@ -89,9 +89,7 @@ class HasTeacher(Protocol):
 
 
 Of = TypeVar("Of", bound=Teacher | HasTeacher)
-
 P = ParamSpec("P")
-
 R = TypeVar("R")
 
 

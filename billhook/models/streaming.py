@@ -38,7 +38,6 @@ from billhook.models import checks
 from billhook.models.device import dtype_bytes
 
 Transform = Any  # one of transformers' WeightRenaming and WeightConverter
-
 COMPARED_ROWS = 4096  # of two embeddings at a time, where a checkpoint has both and its config says that they are one
 
 

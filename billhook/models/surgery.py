@@ -67,7 +67,6 @@ def _without(teacher: Teacher, plan: Plan) -> Iterator[None]:
 _Cut = tuple[
     channel_groups.ChannelLayout, channel_groups.ParameterSlice, list[list[int]]
 ]  # of which layout, which slot, and what stays of each expert
-
 COPY_BYTES = 3 * 10**8  # of a shard of a model that is never in memory as a whole
 
 # Lists in a config that hold one entry a block.

@@ -11,16 +11,13 @@ from typing import Any
 from billhook.report.numbers import format_accuracy, format_number, format_points, format_ratio, printable
 
 Result = Mapping[str, Any]
-
 Spell = Callable[[float], str]
-
 MEASURES = {
     "Latency, s": "latency_s",
     "With retries, s": "total_s",
     "First token, s": "first_token_s",
     "Tokens/s": "tokens_per_s",
 }
-
 MOST = 120  # characters of what a server says
 
 

@@ -23,9 +23,7 @@ from billhook.report.numbers import (
 from billhook.report.study_words import short_names
 
 Result = Mapping[str, Any]
-
 VERDICT_COLUMNS = ("Set", "Verdict", "A", "B", "B against A (95%)", "p")
-
 MOST_ITEMS = 10**7  # beyond, no number of items is worth naming
 
 

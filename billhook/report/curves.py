@@ -12,7 +12,6 @@ from billhook.report.numbers import pluralize, printable
 from billhook.report.study_words import Result, fraction_kept, short_names, sizes_of, tasks_of, texts_of
 
 COLOURS = ("#d9691b", "#3b82b0", "#3c9a54", "#9a68d0", "#cf4d8d", "#a08318", "#1c9a9c", "#808b97")  # on both grounds
-
 SYMBOLS = {  # plotly's names, and their outlines for the key, 16 × 16
     "circle": "M14 8A6 6 0 1 1 2 8a6 6 0 1 1 12 0z",
     "square": "M3 3h10v10H3z",
@@ -23,7 +22,6 @@ SYMBOLS = {  # plotly's names, and their outlines for the key, 16 × 16
     "cross": "M6 2h4v4h4v4h-4v4H6v-4H2V6h4z",
     "star": "M8 .5l2 5.3h5.6l-4.5 3.5 1.7 5.7L8 11.6l-4.8 3.4 1.7-5.7L.4 5.8H6z",
 }
-
 DASHES = {"solid": "", "dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3", "longdash": "12 4"}
 
 

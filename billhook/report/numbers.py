@@ -9,7 +9,6 @@ from typing import Any
 from billhook.core.statistics import exp_capped
 
 Spell = Callable[[float], str]
-
 UNBOUNDED = 1e304  # stats.exp ends there
 
 

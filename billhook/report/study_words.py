@@ -20,7 +20,6 @@ from billhook.report.numbers import (
 )
 
 Result = Mapping[str, Any]
-
 SIZE_LABELS = {"parameters": "parameters", "kv_bytes_per_token": "KV cache", "ns_per_token": "time per token"}
 
 

@@ -18,13 +18,9 @@ from billhook.report.frame import html_table, scrolling
 from billhook.report.numbers import format_number, pluralize, printable
 
 Result = Mapping[str, Any]
-
 WIDE, TALL = 480, 280
-
 MOST_PLAN = 2000  # characters that a command spells out; a longer plan is read from the result beside the page
-
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 44
-
 Point = tuple[float, float]
 
 

@@ -42,11 +42,8 @@ from billhook.runs.store import LossKey
 from billhook.runs.trace import measure_regret, removal_trace, search_summary, with_words
 
 FOLD_TOKENS = 8192  # for a fold inside the search
-
 FOLD = {"reach": "next"}  # its options; what stands farther behind is refitted after the search
-
 GROWTH = Fraction(3, 2)  # of the share that goes, from trial to trial: a search far beyond the margin costs the most
-
 FINEST = Fraction(1, 2)  # percent of the parameters, between what stays within a margin and what does not
 
 

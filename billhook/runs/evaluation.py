@@ -34,9 +34,7 @@ PROMPTS = (
     "Write a short story about a gardener who finds an old tool.",
     "Explain in two sentences why the sky is blue.",
 )
-
 SAMPLE_TOKENS = 64
-
 BATCH_ITEMS = 200  # of a task, filed together
 
 

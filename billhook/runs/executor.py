@@ -16,7 +16,6 @@ from billhook.models.load import Teacher
 from billhook.runs.store import LossKey, Store
 
 OnProgress = Callable[[int, int, float], None]
-
 REFIT_CANDIDATES = 4  # candidates of a round, the best without a fold, are judged with one
 
 

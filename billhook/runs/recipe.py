@@ -22,9 +22,7 @@ def of_text(model: str, options: dict[str, Any]) -> Recipe:
 
 
 BUILTIN = Path(__file__).parent / "recipes"
-
 TARGETS = ("remove", "plan", "within")  # of which a recipe has one
-
 FORMER_SEARCHES = {"narrow": "rank_channels", "solve": "ilp", "span": "contiguous"}  # in recipes of version 0.1
 
 

@@ -27,7 +27,6 @@ from billhook.runs.prepare import recovery_tokens
 from billhook.runs.recipe import Recipe
 
 TRAINING_OPTIONS = {field.name for field in fields(TrainingOptions)}
-
 TRAINING_VALIDATION_EVERY = 10  # of so many texts one validates
 
 

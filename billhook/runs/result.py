@@ -21,14 +21,11 @@ from billhook.runs.recipe import Recipe
 from billhook.runs.recovery import RecoveryResult
 
 ZEROED = "The removed sites hold zeros: equal outputs everywhere, no speed-up."
-
 ALONE = "Calibrated on the given text alone: this model cannot write its share of it here."
-
 APART = (
     "The weights are those without the adapter, which is in the folder adapter beside them; all that was measured is "
     "both together, merged."
 )
-
 STREAMED = "The model was larger than the memory that it might use: read block by block, it was not timed nor asked."
 
 

@@ -72,7 +72,6 @@ def _lowest(plans: tuple[Plan, ...], losses: list[Loss]) -> Plan:
 
 
 Cost = Callable[[frozenset[Site]], object]
-
 Round = tuple[tuple[Plan, ...], list[Loss]]  # the plans of one Ask and their losses
 
 

@@ -35,7 +35,6 @@ from billhook.studies.openai_client import (
 )
 
 SIDES = ("a", "b")
-
 ChoiceSums = list[float] | RequestFailed  # log-probabilities of the choices of an item, or why there are none
 
 

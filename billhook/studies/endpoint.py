@@ -22,11 +22,8 @@ import httpx
 from billhook.core.errors import MissingExtra, UsageError
 
 T = TypeVar("T")
-
 FIRST_WAIT_S = 0.5  # before a second attempt, and twice as long before each further one
-
 MOST_BYTES = 32 * 2**20  # of one answer
-
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 

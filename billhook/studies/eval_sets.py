@@ -191,11 +191,8 @@ def comparison_spec(
 
 
 HARNESS = "lmeval:"  # before a task of lm-evaluation-harness
-
 BATCH_QUESTIONS = 50  # answered in writing, filed together
-
 GENERATION_TOKENS = 256  # at most, and no more than half of a model's positions
-
 SetKind = Literal["text", "choices", "written", "harness"]
 
 

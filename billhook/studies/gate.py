@@ -100,7 +100,6 @@ def baselines(store: str | Path = STORE) -> list[dict[str, Any]]:
 
 
 GATE_OUTCOMES = ("FAIL", "UNDECIDED", "PASS")  # the worst of all sets is that of the whole
-
 TEXT_FIELDS = ("field", "eval_tokens", "eval_length", "seed")  # of a recipe, that decide which items there are
 
 

@@ -19,9 +19,7 @@ from billhook.models.load import Teacher
 from billhook.runs.job import RunContext
 
 HARNESS_BATCH_REQUESTS = 400  # requests, filed together
-
 HARNESS_BATCH_SIZE = 8
-
 Scores = dict[str, EvalResult]
 
 

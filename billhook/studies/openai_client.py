@@ -31,9 +31,7 @@ from billhook.studies.endpoint import (
 )
 
 MOST_EVENT = 2**20  # bytes of one event of a stream
-
 DONE = b"[DONE]"
-
 NO_ECHO = "the answer does not repeat the prompt with them"
 
 

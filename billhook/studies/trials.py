@@ -24,7 +24,6 @@ from billhook.runs.recipe import Recipe
 from billhook.runs.store import Store
 
 TOGETHER = 6  # plans that are evaluated, and filed, at a time
-
 SIZES = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token", "ns_per_token")
 
 

@@ -17,9 +17,7 @@ from billhook.data.token_sets import TokenSet
 from billhook.models.load import Teacher
 
 EVALUATIONS: Registry[Callable[..., EvalResult]] = Registry("evaluation")
-
 evaluation = EVALUATIONS.add
-
 BATCH_LOGITS_BYTES = 2**28  # logits of one batch, in float32
 
 

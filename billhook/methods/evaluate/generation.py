@@ -15,11 +15,8 @@ from billhook.data.generation_tasks import GenerationPrompts
 from billhook.methods.evaluate import evaluation
 
 STOPS = ("Question:", "</s>", "<|im_end|>")  # those of the harness for GSM8K; besides, the tokenizer's EOS
-
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
-
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
-
 GENERATION_BATCH_POSITIONS = 4096  # tokens of one batch at the end of its answers, padding too
 
 

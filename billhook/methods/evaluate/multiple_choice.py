@@ -17,9 +17,7 @@ from billhook.data.token_sets import Choices, TokenSet
 from billhook.methods.evaluate import evaluation, vocabulary_size
 
 CHOICE_BATCH_POSITIONS = 512  # of one batch, cached and padded ones too; larger ones only cost memory traffic on a CPU
-
 CHOICE_LOGITS_BYTES = 2**26  # of one batch, in float32
-
 REPEATABLE_LAYERS = (
     DynamicLayer,
     DynamicSlidingWindowLayer,

@@ -16,7 +16,6 @@ from billhook.models import checks
 from billhook.models.load import load
 
 ADAPTER_FOLDER = "adapter"  # inside the checkpoint's own
-
 ADAPTER_MANIFEST = "billhook.json"  # inside the adapter's: what it belongs to
 
 

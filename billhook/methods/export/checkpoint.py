@@ -25,7 +25,6 @@ from billhook.models.repair import Repair
 from billhook.models.surgery import copy_shards
 
 MANIFEST = "billhook.json"
-
 SHARD_BYTES = 4 * 10**9
 
 

@@ -16,14 +16,11 @@ from billhook.engine.channel_statistics import GroupValues
 from billhook.engine.probe import Probe
 
 Metric = Callable[..., dict[ScoredUnit, Score]]
-
 METRICS: Registry[Metric] = Registry("metric")
-
 metric = METRICS.add
 
 # Of channel groups: a probe, with options -> {site: scores of its groups, [groups] in float64}
 GROUP_METRICS: Registry[Callable[..., GroupValues]] = Registry("metric of channel groups", "group_metric")
-
 group_metric = GROUP_METRICS.add
 
 

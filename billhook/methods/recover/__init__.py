@@ -80,9 +80,7 @@ class RecoveryTask:
 
 
 Recovery = Callable[..., Repair]
-
 RECOVERIES: Registry[Recovery] = Registry("recovery")
-
 recovery = RECOVERIES.add
 
 

@@ -10,9 +10,7 @@ import torch
 from billhook.engine.losses import to_float64
 
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)  # of the diagonal of XᵀX
-
 MOMENT_TOKENS_AT_A_TIME = 8192
-
 EMPTY = 1e-14  # of the mean diagonal: inputs that are all but zero
 
 

@@ -52,7 +52,6 @@ class SiteView:
 # What a visitor wants: to add to the weight [width, m] or the bias [width] of an output projection, to put a patch
 # there, or nothing.
 Change = torch.Tensor | Patch | None
-
 Visit = Callable[[SiteView], Change]
 
 # Of a block: the streams of all groups before and after each part of it.

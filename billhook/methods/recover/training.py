@@ -28,15 +28,10 @@ from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import kl, topk_and_rest
 
 AT_A_TIME = 1024  # tokens in a forward pass; more in a step are accumulated
-
 CHECKS = 12  # of the validation rows, in a training; fewer where they would take more than
-
 CHECKING = 0.2  # of the minutes
-
 WARM_UP = 0.05  # of the steps
-
 PATIENCE = 4  # checks without a better one
-
 SAVE_EVERY = 30.0  # seconds between two checkpoints
 
 

@@ -20,19 +20,12 @@ from billhook.core.registry import Registry
 from billhook.core.results.measured import Loss
 
 Search = Generator[MeasureRequest, list[Loss], list[Plan]]
-
 F = TypeVar("F", bound=Callable[..., Search])
-
 EXHAUSTIVE_LIMIT = 1024  # tokens, for what only decides where to look first
-
 SWAP_LIMIT = 64  # exchanges a round, of the hundreds that there are in a model of 60 sites
-
 Count = Callable[..., int]  # (problem, options of the search) -> about how many losses it asks for; at once
-
 SEARCHES: Registry[Callable[..., Search]] = Registry("search")
-
 _COUNTS: dict[Callable[..., Search], Count] = {}
-
 OF_GROUPS = ("joint", "rank_channels")  # searches that let channel groups go, by metrics of their own
 
 

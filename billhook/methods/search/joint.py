@@ -26,13 +26,9 @@ from billhook.methods.search import (
 )
 
 CHANGES = (1, 2, 4, 8, 16, 32)  # sites that may change at a time, each tried
-
 ENDS = (4, 2)  # blocks at the beginning and at the end that are often worth more than others
-
 MOVE_PENALTY = 1e-6  # of the largest rise: what the largest move costs besides its own
-
 Ladder = tuple[Plan, ...]  # what may be left of one site, from all of it to nothing, touching no other
-
 Place = tuple[int, int]  # a ladder, and a rung of it
 
 

@@ -12,7 +12,6 @@ from billhook.core.problem import Problem
 from billhook.methods.search import Search, ascending, kept_groups, restricted, search
 
 Ranked = Mapping[Site, Sequence[int]]  # of each site, the places of its groups, the lowest score first
-
 Going = Mapping[Site, int]  # how many groups of a site go
 
 
