@@ -45,12 +45,14 @@ class CommandSession:
         self.watch, self._close = progress.progress(quiet=self.quiet)
         return self
 
-    def show(self, value: dict[str, Any], kind: str) -> None:
+    def show(self, value: Any, kind: str) -> None:
+        """Print a result: its JSON under --json, else its tables."""
         from billhook.cli import session
+        from billhook.core.results.json_form import encode
 
         self._close()
         if self.as_json:
-            print(json.dumps(value, indent=2))
+            print(json.dumps(encode(value), indent=2))
         else:
             session.print_result(value, kind)
 
@@ -106,12 +108,12 @@ class _Tables(Console):
         raise  # the BrokenPipeError that rich is handling
 
 
-def print_result(value: dict[str, Any], kind: str) -> None:
+def print_result(value: Any, kind: str) -> None:
     """Print a result of a command as tables."""
     _tables()[kind](_Tables(soft_wrap=False, markup=False), value)
 
 
-def _tables() -> dict[str, Callable[[Console, dict[str, Any]], None]]:
+def _tables() -> dict[str, Callable[[Console, Any], None]]:
     """How a result of every kind is printed."""
     from billhook.cli import study_tables, tables
 

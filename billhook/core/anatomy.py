@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from billhook.core.errors import PlanError
-from billhook.core.plan import PARTS, Plan, Site, format_ranges
+from billhook.core.plan import PARTS, Plan, Site, format_ranges, parse_ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,18 @@ class SiteSize:
     experts: int = 1  # of which all keep as many groups; they are numbered expert by expert
     channels: int = 1  # of each group: a neuron has one, a KV group those of a head
     multiple: int = 1  # groups of an expert, or of the site, that stay: of which number they are a multiple
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields; of channel groups how many there are under `groups`, and which under `numbers`."""
+        own = {"site": str(self.site), "groups": len(self.groups), "numbers": format_ranges(self.groups)}
+        return asdict(self) | own
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> SiteSize:
+        own = {name: each for name, each in value.items() if name != "numbers"}
+        groups = parse_ranges(value["numbers"]) if value["numbers"] else ()
+        group = None if value["group"] is None else GroupSize(**value["group"])
+        return SiteSize(**own | {"site": Site.parse(value["site"]), "groups": groups, "group": group})
 
 
 @dataclass(frozen=True, slots=True)

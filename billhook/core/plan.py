@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from billhook.core.errors import PlanError, nearest
 
@@ -24,6 +24,13 @@ class Site:
 
     def __str__(self) -> str:
         return f"{self.part}.{self.block}"
+
+    def to_json(self) -> str:
+        return str(self)
+
+    @staticmethod
+    def from_json(value: str) -> Site:
+        return Site.parse(value)
 
     @staticmethod
     def parse(text: str) -> Site:
@@ -45,6 +52,13 @@ class KeptGroups:
 
     def __str__(self) -> str:
         return f"{self.site}[{format_ranges(self.groups)}]"
+
+    def to_json(self) -> str:
+        return str(self)
+
+    @staticmethod
+    def from_json(value: str) -> KeptGroups:
+        return next(iter(Plan.parse([value]).narrowed))
 
 
 def format_ranges(numbers: Iterable[int]) -> str:
@@ -121,6 +135,13 @@ class Plan:
 
     def __str__(self) -> str:
         return ",".join(self.to_list()) or "nothing"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"removed": self.names(), "narrowed": self.narrowed_names(), "key": self.key()}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Plan:
+        return Plan.parse([*value["removed"], *value["narrowed"]])
 
     @staticmethod
     def parse(names: Iterable[str]) -> Plan:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from billhook.core.results.measured import TokenSetInfo
+
 DOCUMENT_TOKENS = 1024  # longer texts are split; the text stays the cluster for statistics
 MIN_ROW = 8  # a row of fewer tokens tells nothing and costs as much padding as it saves
 
@@ -49,6 +51,12 @@ class TokenSet:
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
+
+    def info(self) -> TokenSetInfo:
+        """What it is made of, without its tokens."""
+        items = None if self.choices is None else len(self.choices.gold)
+        documents, texts = len(self.clusters), len(set(self.clusters))
+        return TokenSetInfo(self.source, self.tokens, len(self.lengths), documents, texts, self.hash, items)
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from billhook.core.results.measured import TokenSetInfo
 from billhook.core.statistics import exp_capped
 
 Spell = Callable[[float], str]
@@ -125,6 +127,17 @@ def median_with_range(value: Mapping[str, float], spell: Callable[[float], str] 
 def pluralize(n: int, noun: str) -> str:
     """`1 site`, `2 sites`."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def token_facts(info: TokenSetInfo) -> dict[str, Any]:
+    """What a token set is made of, by name: a task has items, text has documents and texts."""
+    left_out = ("items",) if info.items is None else ("documents", "texts")
+    return {name: value for name, value in asdict(info).items() if name not in left_out}
+
+
+def count_items(info: TokenSetInfo) -> str:
+    """`40 items` of a task, `38 documents` of text."""
+    return pluralize(info.documents, "document") if info.items is None else pluralize(info.items, "item")
 
 
 def about_tokens(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from billhook.core.anatomy import Anatomy, GroupSize, SharedNorms, SiteSize, Unassigned
 from billhook.core.errors import ResultError
-from billhook.core.results.json_form import Result
+from billhook.core.plan import PARTS, KeptGroups, Plan, Site
+from billhook.core.results.json_form import Result, decode, encode
 from billhook.core.results.measured import Estimate
 
 
@@ -84,3 +86,28 @@ def test_a_notebook_shows_the_rows_escaped_and_a_prompt_one_line() -> None:
     assert "&lt;b&gt;" in a_result()._repr_html_()
     assert "<b>" not in a_result()._repr_html_()
     assert repr(a_result()) == "Made(1 row: .rows(), .to_json())"
+
+
+groups = st.lists(st.integers(0, 40), unique=True, min_size=1).map(lambda ids: tuple(sorted(ids)))
+sites = st.builds(Site, st.integers(0, 9), st.sampled_from(PARTS))
+plans = st.builds(
+    lambda removed, narrow: Plan(frozenset(removed), frozenset(KeptGroups(s, g) for s, g in narrow.items())),
+    st.lists(sites.filter(lambda site: site.block < 5)),
+    st.dictionaries(sites.filter(lambda site: site.block > 4), groups, max_size=3),
+)
+sizes = st.integers(0, 2**40)
+site_sizes = st.builds(
+    SiteSize, sites, sizes, sizes, sizes, sizes, groups=st.just(()) | groups,
+    group=st.none() | st.builds(GroupSize, sizes, sizes, sizes, sizes),
+)  # fmt: skip
+anatomies = st.builds(
+    Anatomy, st.text(), st.integers(1, 9), st.lists(site_sizes, max_size=3).map(tuple),
+    st.builds(Unassigned, sizes, sizes, sizes), st.lists(st.builds(SharedNorms, sizes, sizes, sizes)).map(tuple),
+)  # fmt: skip
+
+
+@given(plans, anatomies)
+def test_plans_and_anatomies_write_themselves(plan: Plan, anatomy: Anatomy) -> None:
+    for kind, value in ((Plan, plan), (Anatomy, anatomy)):
+        assert decode(kind, json.loads(json.dumps(encode(value)))) == value
+    assert encode(plan) == {"removed": plan.names(), "narrowed": plan.narrowed_names(), "key": plan.key()}

@@ -75,6 +75,19 @@ class EvalResult:
         return math.fsum(self.sums) / sum(self.counts)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenSetInfo:
+    """What a token set is made of. `texts` counts the texts that its documents come from; `items` those of a task."""
+
+    source: str
+    tokens: int
+    sequences: int
+    documents: int
+    texts: int
+    hash: str
+    items: int | None = None
+
+
 Reason = Literal["", "few_texts", "few_items", "one_text"]
 
 
