@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from billhook.core.errors import PlanError
@@ -73,6 +73,17 @@ class Unassigned:
 
 
 @dataclass(frozen=True, slots=True)
+class Sizes:
+    """A whole model in numbers; units as in SiteSize. Time is 0 where it was not measured."""
+
+    parameters: int
+    bytes: int
+    kv_bytes_per_token: int
+    flops_per_token: int
+    ns_per_token: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Anatomy:
     """A model's sites and their sizes. `sites` are those alive, in order of execution."""
 
@@ -92,6 +103,10 @@ class Anatomy:
         held = [*kept, *(shared for shared in self.shared if shared.block in blocks), self.rest]
         narrower = sum(int(getattr(size.group, what)) * count for size, count in self.narrowed(plan))
         return sum(int(getattr(size, what)) for size in held) - narrower
+
+    def sizes(self, plan: Plan = Plan()) -> Sizes:  # noqa: B008 - an immutable value
+        """All of the model's sizes after `plan`."""
+        return Sizes(*(self.total(each.name, plan) for each in fields(Sizes)))
 
     def narrowed(self, plan: Plan) -> list[tuple[SiteSize, int]]:
         """The sites that `plan` narrows, and how many of their channel groups go."""

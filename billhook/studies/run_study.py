@@ -6,16 +6,20 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from billhook.core.events import EventListener
+from billhook.core.results.json_form import PagedResult
 from billhook.methods.export.checkpoint import check_target, publish, staging_folder
 from billhook.runs.job import run_environment
 from billhook.runs.prepare import load_teacher
 from billhook.runs.recipe import Recipe
 from billhook.runs.store import Store
 from billhook.studies.trials import StudyContext
+
+R = TypeVar("R", bound=PagedResult | dict[str, Any])
 
 NO_FOLDER = "-"  # the out of a run that writes no files
 
@@ -53,16 +57,20 @@ def open_run(kind: str, recipe: Recipe, store: Path, out: str | Path | None) -> 
             opened.update(run, state="done", result={"laboratory": kind, **result})
 
 
-def write_study(
-    result: dict[str, Any], folder: Path, page: Callable[[dict[str, Any]], str], store: Store, run: str
-) -> dict[str, Any]:
+def write_study(result: R, folder: Path, page: Callable[[R], str], store: Store, run: str) -> R:
     """Write a result and its page, whole or not at all, and store it; the result with the place of the page."""
-    result = result | {"page": str(folder / "index.html")}
+    where = str(folder / "index.html")
+    if isinstance(result, PagedResult):
+        result = replace(result, page=where)
+        told = result.to_json()
+    else:
+        told = result | {"page": where}
+        result = told  # type: ignore[assignment]
     aside = staging_folder(folder, "laboratory")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    (aside / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (aside / "result.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     (aside / "index.html").write_text(page(result), encoding="utf-8")
     publish(aside, folder)
-    store.update(run, result=result)
+    store.update(run, result=told)
     return result

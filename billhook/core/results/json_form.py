@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import types
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from functools import cache
 from html import escape
@@ -54,6 +54,13 @@ class Result:
         head = "".join(f"<th>{escape(name)}</th>" for name in (rows[0] if rows else ()))
         body = ("<tr>" + "".join(f"<td>{escape(_cell(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+@dataclass(frozen=True, repr=False)
+class PagedResult(Result):
+    """A result that has a page. `page`: its file; empty where none was written."""
+
+    page: str = field(default="", kw_only=True)
 
 
 def _cell(value: object) -> str:
