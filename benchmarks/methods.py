@@ -28,7 +28,7 @@ from results import PARTS, page
 import billhook
 from billhook.cli.session import tune_allocator
 from billhook.core.events import Event
-from billhook.methods.search import OF_GROUPS, SEARCHES
+from billhook.methods.search import SEARCHES, narrows
 from billhook.runs import prepare
 from billhook.runs.recipe import BUILTIN, parse_recipe, read_yaml, recipe_names
 from billhook.runs.store import Store
@@ -45,7 +45,7 @@ SCALED: dict[str, dict[str, Any]] = {
     "sleb": {"fast": True},
     "evopress": {"set": {"generations": 16, "offspring": 16, "tokens": 512}},
 }
-DEPTH = [name for name in recipe_names() if read_yaml(BUILTIN / f"{name}.yaml").get("search") not in OF_GROUPS]
+DEPTH = [n for n in recipe_names() if not narrows(read_yaml(BUILTIN / f"{n}.yaml").get("search", "swap"))]
 PRUNINGS = [name for name in DEPTH if name == "sprint" or "recover" not in read_yaml(BUILTIN / f"{name}.yaml")]
 FINALISTS = ("billhook", "finercut", "evopress")
 
@@ -157,11 +157,11 @@ def mixture(given: argparse.Namespace, texts: dict[str, str]) -> None:
 def regret(given: argparse.Namespace, texts: dict[str, str]) -> None:
     """Every search against the optimum: 4 of the 16 sites of the middle blocks, 512 tokens, in nats per token."""
     searches: dict[str, dict[str, Any]] = {
-        name: {"search": name} for name in SEARCHES if name not in ("span", *OF_GROUPS)
+        name: {"search": name} for name in SEARCHES if name != "contiguous" and not narrows(name)
     }
     searches |= {
         "oneshot by cosine": {"search": "oneshot", "metric": "cosine"},
-        "solve without exchanges": {"search": "solve", "set": {"polish": False}},
+        "solve without exchanges": {"search": "ilp", "set": {"polish": False}},
         "evolve from random plans": {"search": "evolve", "set": {"start": "random"}},
         "greedy, racing": {"search": "greedy", "fast": True},
     }

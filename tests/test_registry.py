@@ -23,10 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 OTHERS = '''
 import torch
-from billhook.evaluate import evaluation
-from billhook.metrics import METRICS, GROUP_METRICS
-from billhook.plan import Ask, Plan
-from billhook.records import EvalResult
+from billhook.core.plan import MeasureRequest, Plan
+from billhook.core.results.measured import EvalResult
+from billhook.methods.evaluate import evaluation
 
 
 def heaviest(probe, *, power: float = 1.0):
@@ -49,9 +48,9 @@ def lopsided(model, tokens):
 def first_ones(problem):
     """Whatever comes first, once measured; says nothing of how many losses that takes."""
     plan = Plan()
-    while not problem.met(plan):
+    while not problem.is_met(plan):
         plan = plan.without(*problem.moves(plan)[0])
-    yield Ask((plan,))
+    yield MeasureRequest((plan,))
     return [plan]
 '''
 ENTRIES = """
@@ -82,10 +81,10 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 RUN_ALL = """
 import json, sys
 from typer.testing import CliRunner
-from billhook import cli
+from billhook.cli.main import app
 done = {}
 for name, arguments in json.load(sys.stdin).items():
-    got = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "80", "TERM": "dumb"}, prog_name="billhook")
+    got = CliRunner().invoke(app, arguments, env={"COLUMNS": "80", "TERM": "dumb"}, prog_name="billhook")
     done[name] = [got.exit_code, got.stdout, got.stderr]
 json.dump(done, sys.stdout)
 """

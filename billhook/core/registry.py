@@ -13,6 +13,8 @@ from billhook.core.errors import UnknownName, UsageError, nearest
 
 F = TypeVar("F", bound=Callable[..., object])
 
+V = TypeVar("V")
+
 
 class Registry(Generic[F]):
     """Functions of one family under their own names.
@@ -29,11 +31,16 @@ class Registry(Generic[F]):
         self._entries: dict[str, F] = {}
 
     def add(self, function: F) -> F:
-        """File `function` under its own name."""
+        """Add `function` under its own name."""
         name = function.__name__
         if self._entries.setdefault(name, function) is not function:
             raise ValueError(f"Two of the {self.family} are called {name!r}. Rename one of them.")
         return function
+
+    def __contains__(self, name: object) -> bool:
+        if name not in self._entries:
+            self._load_entry_points()
+        return name in self._entries
 
     def __getitem__(self, name: str) -> F:
         if name not in self._entries:
@@ -41,6 +48,10 @@ class Registry(Generic[F]):
         if name not in self._entries:
             raise UnknownName(self.family, name, self._entries, " `billhook methods` describes them.")
         return self._entries[name]
+
+    def get(self, name: str) -> F | None:
+        """Return the entry `name`, or None if there is none."""
+        return self._entries[name] if name in self else None
 
     def __iter__(self) -> Iterator[str]:
         self._load_entry_points()
@@ -54,6 +65,31 @@ class Registry(Generic[F]):
         for entry in entry_points(group=self.group):
             if entry.name not in self._entries:
                 self._entries[entry.name] = entry.load()
+
+
+class RegistryWithFacts(Registry[F], Generic[F, V]):
+    """A registry whose decorator also states facts of the entry, which others read by its name.
+
+    `unstated`: the facts of an entry that states none.
+    """
+
+    def __init__(self, family: str, group: str = "", *, unstated: V) -> None:
+        super().__init__(family, group)
+        self._unstated = unstated
+        self._facts: dict[F, V] = {}
+
+    def add_with(self, facts: V) -> Callable[[F], F]:
+        """Return the decorator that adds a function under its own name, with these facts."""
+
+        def add(function: F) -> F:
+            self._facts[function] = facts
+            return self.add(function)
+
+        return add
+
+    def facts(self, name: str) -> V:
+        """Return what the entry `name` states. Raises UnknownName."""
+        return self._facts.get(self[name], self._unstated)
 
 
 def options(function: Callable[..., object]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from billhook.data.token_sets import TokenSet
 from billhook.engine.blocks import BlockRunner
 from billhook.engine.document_groups import document_groups
 from billhook.engine.head import HEAD_TOKENS_AT_A_TIME, VOCABULARY_AT_A_TIME, Head, Reference
-from billhook.engine.losses import ITEM_LOSSES, ROTATION_FREE
+from billhook.engine.losses import ITEM_LOSSES, loss_facts
 from billhook.engine.prefix_trie import StreamCache, Walk, WalkJob
 from billhook.engine.racing import Quality, Sums
 from billhook.engine.single_plan import NarrowedWalk, RepairedWalk
@@ -70,7 +70,7 @@ class Measurer:
         walk: str | None = None,
         repaired: tuple[Plan, Repair] | None = None,
     ) -> None:
-        self._item_loss = ITEM_LOSSES[loss] if loss in tuple(ITEM_LOSSES) else None
+        self._item_loss = ITEM_LOSSES.get(loss)
         if (self._item_loss is None) != (tokens.choices is None):
             raise UsageError(_unfit(loss, tokens))
         loss = loss if self._item_loss is None else "nll"  # of the tokens of the choices
@@ -132,7 +132,7 @@ class Measurer:
         working = 4 * (self.runner.chunk * 4 * wide + HEAD_TOKENS_AT_A_TIME * VOCABULARY_AT_A_TIME)
         if self.teacher.weights is not None:  # a piece of the head as it is stored, and in float32
             working += 6 * VOCABULARY_AT_A_TIME * int(config.hidden_size)
-        if self.loss in ROTATION_FREE:  # in float64: WᵀW, its factor and a piece of the head
+        if loss_facts(self.loss).rotation_free:  # in float64: WᵀW, its factor and a piece of the head
             working += 8 * int(config.hidden_size) * (2 * int(config.hidden_size) + VOCABULARY_AT_A_TIME)
         tokens = sum(group.tokens for group in self.groups)
         reference = 4 * tokens * (3 * int(config.hidden_size) + 2)

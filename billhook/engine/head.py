@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from billhook.engine.losses import LOSSES, ROTATION_FREE, SUMS_OVER_WORDS, top_count, topk_and_rest
+from billhook.engine.losses import LOSSES, WordTerms, loss_facts, top_count, topk_and_rest
 from billhook.models.load import Teacher
 
 VOCABULARY_AT_A_TIME = 8192
@@ -65,6 +65,7 @@ class Head:
         """`room`: bytes that a copy of the bound's rows may take."""
         model, row = teacher.model, teacher.architecture
         self._teacher, self.loss, self._room = teacher, loss, room
+        self._facts = loss_facts(loss)
         self._embedding = model.get_output_embeddings()
         self.words, self.width = map(int, self._embedding.weight.shape)
         bias = getattr(self._embedding, "bias", None)
@@ -119,9 +120,9 @@ class Head:
         """The teacher's side, from what its head read on each document group ([tokens, width]) and the targets."""
         if self.loss == "topk_kl":
             return self._with_top(hidden, targets)
-        if self.loss in ROTATION_FREE and self._cap is None:
+        if self._facts.rotation_free and self._cap is None:
             self._rotated = self._rotate()
-        if self.loss != "kl" and self.loss not in SUMS_OVER_WORDS:
+        if self.loss != "kl" and self._facts.terms is None:
             return [Reference(h, t) for h, t in zip(hidden, targets, strict=True)]
         if self.loss != "kl" or self._cap is not None:
             return [Reference(*each) for each in zip(hidden, targets, self._lse(hidden), strict=True)]
@@ -241,12 +242,12 @@ class Head:
             return self._capped_kl(batches)
         if self.loss == "topk_kl":
             return self._topk_kl(batches)
-        if self.loss not in ("kl", "nll", *SUMS_OVER_WORDS):
+        if self.loss not in ("kl", "nll") and self._facts.terms is None:
             return [self._plainly(hidden, reference) for hidden, reference in batches]
         flat = self._lse([hidden.flatten(0, 1) for hidden, _ in batches])
         lse = [x.view(hidden.shape[:2]) for x, (hidden, _) in zip(flat, batches, strict=True)]
-        if self.loss in SUMS_OVER_WORDS:
-            return self._over_words(batches, lse)
+        if self._facts.terms is not None:
+            return self._over_words(batches, lse, self._facts.terms)
         one = self._kl if self.loss == "kl" else self._nll
         return [one(hidden, reference, x) for (hidden, reference), x in zip(batches, lse, strict=True)]
 
@@ -313,10 +314,9 @@ class Head:
             total -= known.lse
         return [x - y for x, y in zip(lse, along, strict=True)]
 
-    def _over_words(self, batches: list[HeadBatch], lse: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _over_words(self, batches: list[HeadBatch], lse: list[torch.Tensor], terms: WordTerms) -> list[torch.Tensor]:
         """Losses that are sums over words, from log-probabilities of both sides."""
         values = [torch.zeros(hidden.shape[:2], device=hidden.device) for hidden, _ in batches]
-        terms = SUMS_OVER_WORDS[self.loss]
         for i, plan, at, teacher, student in self._both(batches):
             reference = batches[i][1].lse
             assert reference is not None

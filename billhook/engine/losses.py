@@ -7,19 +7,95 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import overload
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from billhook.core.errors import UnknownName, UsageError
-from billhook.core.registry import Registry
+from billhook.core.registry import RegistryWithFacts
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-LOSSES: Registry[TokenLoss] = Registry("loss")
-loss = LOSSES.add
+
 ItemLoss = Callable[[torch.Tensor, int], torch.Tensor]
-ITEM_LOSSES: Registry[ItemLoss] = Registry("task_loss")
-item_loss = ITEM_LOSSES.add
+
+WordTerms = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # log-probabilities of both sides -> [tokens, words]
+
+
+@dataclass(frozen=True, slots=True)
+class LossFacts:
+    """What a loss states of itself in its decorator.
+
+    `unit`: of its values. `never_negative`: no token's value is below 0, so that a sum over some documents bounds the
+    whole and bad candidates are dropped early. `counts_targets`: it counts predicted tokens, and the last token of a
+    row has no target. `rotation_free`: it is the same if both sides' logits are rotated, so that it is computed from
+    inner products alone. `terms`: it is a sum over words of these terms, and is computed over pieces of the vocabulary.
+    """
+
+    unit: str = "nats"
+    never_negative: bool = False
+    counts_targets: bool = False
+    rotation_free: bool = False
+    terms: WordTerms | None = None
+
+
+LOSSES: RegistryWithFacts[TokenLoss, LossFacts] = RegistryWithFacts("loss", unstated=LossFacts())
+
+ITEM_LOSSES: RegistryWithFacts[ItemLoss, LossFacts] = RegistryWithFacts("task_loss", unstated=LossFacts())
+
+
+@overload
+def loss(function: TokenLoss, /) -> TokenLoss: ...
+
+
+@overload
+def loss(
+    *,
+    unit: str = ...,
+    never_negative: bool = ...,
+    counts_targets: bool = ...,
+    rotation_free: bool = ...,
+    terms: WordTerms | None = ...,
+) -> Callable[[TokenLoss], TokenLoss]: ...
+
+
+def loss(
+    function: TokenLoss | None = None,
+    /,
+    *,
+    unit: str = "nats",
+    never_negative: bool = False,
+    counts_targets: bool = False,
+    rotation_free: bool = False,
+    terms: WordTerms | None = None,
+) -> TokenLoss | Callable[[TokenLoss], TokenLoss]:
+    """Add a loss over tokens under its own name, with its facts: see LossFacts."""
+    add = LOSSES.add_with(LossFacts(unit, never_negative, counts_targets, rotation_free, terms))
+    return add if function is None else add(function)
+
+
+@overload
+def item_loss(function: ItemLoss, /) -> ItemLoss: ...
+
+
+@overload
+def item_loss(*, unit: str = ..., never_negative: bool = ...) -> Callable[[ItemLoss], ItemLoss]: ...
+
+
+def item_loss(
+    function: ItemLoss | None = None, /, *, unit: str = "nats", never_negative: bool = False
+) -> ItemLoss | Callable[[ItemLoss], ItemLoss]:
+    """Add a loss over the items of a multiple-choice task under its own name, with its facts: see LossFacts."""
+    add = ITEM_LOSSES.add_with(LossFacts(unit, never_negative))
+    return add if function is None else add(function)
+
+
+def loss_facts(name: str) -> LossFacts:
+    """Return what a loss, over tokens or over items, states of itself. Raises UnknownName."""
+    return ITEM_LOSSES.facts(name) if name in ITEM_LOSSES else LOSSES.facts(name)
+
+
 TOP_K = 512  # tokens that `topk_kl` tells apart
 
 
@@ -28,7 +104,7 @@ def to_float64(values: torch.Tensor) -> torch.Tensor:
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
-@loss
+@loss(never_negative=True)
 def kl(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """KL(teacher || student) of the next-token distributions, in nats; the default.
 
@@ -43,7 +119,13 @@ def kl(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> t
     return (p.exp() * (p - q)).sum(-1)
 
 
-@loss
+def js_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """What every word adds to `js`, from log-probabilities of both sides, [tokens, words]."""
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return 0.5 * (p.exp() * (p - middle) + q.exp() * (q - middle))
+
+
+@loss(never_negative=True, terms=js_terms)
 def js(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Jensen-Shannon divergence of the next-token distributions, in nats, between 0 and log 2; symmetric.
 
@@ -57,13 +139,13 @@ def js(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> t
     return js_terms(teacher.float().log_softmax(-1), student.float().log_softmax(-1)).sum(-1)
 
 
-def js_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """What every word adds to `js`, from log-probabilities of both sides, [tokens, words]."""
+def finercut_js_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """What every word adds to `finercut_js`, from log-probabilities of both sides, [tokens, words]."""
     middle = torch.logaddexp(p, q) - math.log(2)
-    return 0.5 * (p.exp() * (p - middle) + q.exp() * (q - middle))
+    return middle.exp() * (middle - 0.5 * (p + q))
 
 
-@loss
+@loss(never_negative=True, terms=finercut_js_terms)
 def finercut_js(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """FinerCut's Jensen-Shannon: (KL(M || P) + KL(M || Q)) / 2, M = (P + Q) / 2, in nats; symmetric.
 
@@ -79,13 +161,7 @@ def finercut_js(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Ten
     return finercut_js_terms(teacher.float().log_softmax(-1), student.float().log_softmax(-1)).sum(-1)
 
 
-def finercut_js_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """What every word adds to `finercut_js`, from log-probabilities of both sides, [tokens, words]."""
-    middle = torch.logaddexp(p, q) - math.log(2)
-    return middle.exp() * (middle - 0.5 * (p + q))
-
-
-@loss
+@loss(never_negative=True)
 def topk_kl(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """KL(teacher || student) over the teacher's 512 likeliest tokens and one bucket of all others, in nats.
 
@@ -113,7 +189,7 @@ def topk_and_rest(logits: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
     return torch.cat((logits.gather(-1, top), others), -1)
 
 
-@loss
+@loss(unit="radians", never_negative=True, rotation_free=True)
 def angular(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Angle between the logits of teacher and student, arccos of the cosine clamped to [0, 1], in radians.
 
@@ -130,7 +206,7 @@ def angular(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor)
     return angle.clamp(max=math.pi / 2)
 
 
-@loss
+@loss(unit="logits", never_negative=True, rotation_free=True)
 def norm(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """L2 norm, over the vocabulary, of the difference between the logits of teacher and student, in logits.
 
@@ -145,7 +221,7 @@ def norm(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) ->
     return (teacher.float() - student.float()).square().sum(-1).sqrt()
 
 
-@loss
+@loss(never_negative=True, counts_targets=True)
 def nll(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of the next token, in nats; its exponential is the perplexity.
 
@@ -160,18 +236,10 @@ def nll(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> 
     return F.cross_entropy(student.float(), targets, reduction="none", ignore_index=-100)
 
 
-COUNTS_TARGETS = frozenset({"nll"})  # losses over predicted tokens: the last token of a row has none
-
-# Of any token: a sum over some documents bounds the whole.
-NEVER_NEGATIVE = frozenset({"kl", "js", "nll", "finercut_js", "topk_kl", "angular", "norm", "task", "task_error"})
-SUMS_OVER_WORDS = {"js": js_terms, "finercut_js": finercut_js_terms}  # of log-probabilities of both sides
-ROTATION_FREE = frozenset({"angular", "norm"})  # the same if both sides' logits are rotated: of inner products alone
-
-
 # -- losses over the items of a multiple-choice task ----------------------------------------------------------------
 
 
-@item_loss
+@item_loss(never_negative=True)
 def task(log_probabilities: torch.Tensor, gold: int) -> torch.Tensor:
     """Cross-entropy in nats of the right choice among the choices of an item, by their log-probabilities.
 
@@ -186,7 +254,7 @@ def task(log_probabilities: torch.Tensor, gold: int) -> torch.Tensor:
     return -log_probabilities.log_softmax(-1)[..., gold]
 
 
-@item_loss
+@item_loss(never_negative=True)
 def task_error(log_probabilities: torch.Tensor, gold: int) -> torch.Tensor:
     """1 where another choice of an item is likelier than the right one, else 0; its mean is 1 - accuracy.
 

@@ -20,7 +20,7 @@ from billhook.data.token_sets import TokenSet, token_set
 from billhook.engine import activation_passes, channel_statistics, gradient_pass
 from billhook.engine.bench import WAVE_TOKENS, Measurer, WorkPlan, job_batches
 from billhook.engine.channel_statistics import GroupValues
-from billhook.engine.losses import COUNTS_TARGETS, NEVER_NEGATIVE
+from billhook.engine.losses import loss_facts
 from billhook.engine.measurements import DocumentIds, Known, PieceTable
 from billhook.engine.racing import Decision, Quality, Selection, SelectionTask, Sums, measure_all, measure_best, race
 from billhook.models.load import Teacher, undisturbed
@@ -216,7 +216,7 @@ class Probe:
         groups = self._measurer.groups
         order = sorted(range(len(groups)), key=lambda g: (-self._hardness[g] if self._hardness else 0, g))
         tokens = tuple(group.tokens for group in groups)
-        streamed, positive = self.teacher.weights is not None, self.loss in NEVER_NEGATIVE
+        streamed, positive = self.teacher.weights is not None, loss_facts(self.loss).never_negative
         least = self.layout.wave if streamed else WAVE_TOKENS // 4
         ceiling = None if below is None else {g: tuple(below[d] for d in of.documents) for g, of in enumerate(groups)}
         ballot = SelectionTask(len(masks), best or len(masks), tuple(order), tokens, least, streamed, positive, ceiling)
@@ -258,8 +258,9 @@ class Probe:
         if self.tokens.choices is not None:
             counts = [1] * len(counts)  # of items
             return Loss(self.loss, tuple(sums.get(d, 0.0) for d in range(len(counts))), tuple(counts), bound)
+        lacking = int(loss_facts(self.loss).counts_targets)  # the last token of a row has no target
         for document, length in zip(self.tokens.documents, self.tokens.lengths, strict=True):
-            counts[document] += length - int(self.loss in COUNTS_TARGETS)
+            counts[document] += length - lacking
         return Loss(self.loss, tuple(sums.get(d, 0.0) for d in range(len(counts))), tuple(counts), bound)
 
     def with_objective(self, loss: str, tokens: TokenSet | None = None) -> Probe:

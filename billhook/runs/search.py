@@ -15,7 +15,7 @@ from billhook.core.registry import resolve_options
 from billhook.core.results.measured import Loss
 from billhook.engine.probe import Probe
 from billhook.methods.metrics import GROUP_METRICS, METRICS
-from billhook.methods.search import OF_GROUPS, SEARCHES, Search, drive, estimate_losses, lowest_full
+from billhook.methods.search import SEARCHES, Search, drive, estimate_losses, lowest_full, narrows
 from billhook.runs.executor import Executor, OnProgress, RefitExecutor
 from billhook.runs.job import RunContext
 from billhook.runs.recipe import Recipe
@@ -35,7 +35,7 @@ def method_options(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
 def metric_of(recipe: Recipe) -> Callable[..., Any]:
     """The metric of a recipe; of channel groups for a search that lets those go."""
     assert recipe.metric is not None
-    return GROUP_METRICS[recipe.metric] if recipe.search in OF_GROUPS else METRICS[recipe.metric]
+    return GROUP_METRICS[recipe.metric] if narrows(recipe.search) else METRICS[recipe.metric]
 
 
 def compute_scores(job: RunContext, probe: Probe) -> ScoreFields:
@@ -50,12 +50,12 @@ def compute_scores(job: RunContext, probe: Probe) -> ScoreFields:
     if known is None:
         job.watch(Event("score", 0, None, recipe.metric))
         scores = metric_of(recipe)(probe, **options)
-        if recipe.search in OF_GROUPS:
+        if narrows(recipe.search):
             known = {str(site): values.tolist() for site, values in scores.items()}
         else:
             known = {format_unit(unit): score.value for unit, score in scores.items()}
         job.store.remember(probe.teacher.fingerprint, "scores", of, known, job.run)
-    if recipe.search in OF_GROUPS:
+    if narrows(recipe.search):
         return {"group_scores": {Site.parse(name): tuple(values) for name, values in known.items()}}
     return {"scores": {parse_unit(name): value for name, value in known.items()}}
 
@@ -112,7 +112,7 @@ def expected_losses(recipe: Recipe, problem: Problem) -> int | None:
 
     The metric's scores need not be known yet.
     """
-    if recipe.metric is not None and recipe.search in OF_GROUPS:
+    if recipe.metric is not None and narrows(recipe.search):
         problem = replace(problem, group_scores=problem.group_scores or {})
     elif recipe.metric is not None:
         problem = replace(problem, scores=problem.scores or {})

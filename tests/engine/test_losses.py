@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from billhook.engine.losses import COUNTS_TARGETS, LOSSES, NEVER_NEGATIVE, ROTATION_FREE, top_count, topk_and_rest
+from billhook.engine.losses import ITEM_LOSSES, LOSSES, loss_facts, top_count, topk_and_rest
 
 NONE = torch.zeros(6, dtype=torch.int64)
 LOGITS = st.builds(
@@ -19,7 +19,7 @@ LOGITS = st.builds(
     st.sampled_from([1e-3, 0.3, 3.0, 30.0]),
 )  # teacher and student: [2, tokens, words]
 some = settings(max_examples=25, deadline=None)
-DISTANCES = sorted(set(LOSSES) - COUNTS_TARGETS)
+DISTANCES = [name for name in LOSSES if not loss_facts(name).counts_targets]
 
 
 def value(loss: str, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_a_loss_is_what_its_formula_says(loss: str, logits: torch.Tensor) -> Non
     assert value(loss, *logits).tolist() == pytest.approx(expected, rel=2e-5, abs=2e-6)
 
 
-@pytest.mark.parametrize("loss", sorted(NEVER_NEGATIVE & set(LOSSES)))
+@pytest.mark.parametrize("loss", [name for name in LOSSES if loss_facts(name).never_negative])
 @some
 @given(logits=LOGITS)
 def test_no_token_counts_below_zero(loss: str, logits: torch.Tensor) -> None:
@@ -156,4 +156,26 @@ def test_which_losses_a_rotation_of_the_logits_leaves_as_they_are(loss: str) -> 
     rotation = torch.linalg.qr(torch.randn(12, 12, generator=draw, dtype=torch.float64)).Q.float()
     p, q = torch.randn(2, 6, 12, generator=draw) + 1
     same = torch.allclose(value(loss, p @ rotation, q @ rotation), value(loss, p, q), rtol=1e-5)
-    assert same == (loss in ROTATION_FREE)
+    assert same == loss_facts(loss).rotation_free
+
+
+def test_a_loss_states_its_facts_in_its_decorator() -> None:
+    facts = {name: loss_facts(name) for name in (*LOSSES, *ITEM_LOSSES)}
+    assert all(each.never_negative for each in facts.values())
+    assert {name: each.unit for name, each in facts.items() if each.unit != "nats"} == {
+        "angular": "radians", "norm": "logits"
+    }  # fmt: skip
+    assert [name for name, each in facts.items() if each.counts_targets] == ["nll"]
+    assert [name for name, each in facts.items() if each.rotation_free] == ["angular", "norm"]
+    assert [name for name, each in facts.items() if each.terms] == ["finercut_js", "js"]
+    assert "kl" in LOSSES
+    assert "task" not in LOSSES
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if loss_facts(name).terms])
+@some
+@given(logits=LOGITS)
+def test_a_sum_over_words_is_the_sum_of_its_terms(name: str, logits: torch.Tensor) -> None:
+    terms = loss_facts(name).terms
+    assert terms is not None
+    torch.testing.assert_close(terms(*logits.log_softmax(-1)).sum(-1), value(name, *logits), rtol=1e-5, atol=1e-6)

@@ -25,7 +25,7 @@ from billhook.core.results.measured import Loss
 from billhook.data.token_sets import Document, TokenSet, pack_rows
 from billhook.engine.bench import Measurer, job_batches
 from billhook.engine.head import VOCABULARY_AT_A_TIME
-from billhook.engine.losses import LOSSES, ROTATION_FREE
+from billhook.engine.losses import LOSSES, loss_facts
 from billhook.engine.measurements import DocumentIds, Known
 from billhook.engine.probe import NoCache, Probe, RacingOptions, logits
 from billhook.engine.racing import Quality, Sums
@@ -127,7 +127,7 @@ def test_a_head_of_less_than_full_rank(variant: str, tmp_path: Path) -> None:
         model.lm_head.weight[:, 7] = model.lm_head.weight[:, 3]
     model.save_pretrained(tmp_path)
     teacher, tokens = load(tmp_path), token_set()
-    for loss in sorted(ROTATION_FREE):
+    for loss in (name for name in LOSSES if loss_facts(name).rotation_free):
         for plan, measured in zip(PLANS, Probe(teacher, tokens, loss).losses(PLANS), strict=True):
             close(measured, plain(teacher, tokens, plan, loss))
 

@@ -24,7 +24,7 @@ from billhook.core.plan import PARTS, MeasureRequest, Plan
 from billhook.core.problem import Problem, parse_protection
 from billhook.core.registry import Registry
 from billhook.core.results.measured import Loss
-from billhook.methods.search import OF_GROUPS, SEARCHES, drive, estimate_losses
+from billhook.methods.search import SEARCHES, drive, estimate_losses, narrows
 
 HERE = Path(__file__).resolve().parents[1]
 Measure = Callable[[MeasureRequest], list[Loss]]
@@ -136,7 +136,7 @@ def walked(problem: Problem) -> Iterator[Plan]:
         ahead += sorted(following, key=Plan.key)
 
 
-OF_SITES = [name for name in SEARCHES if name not in OF_GROUPS]
+OF_SITES = [name for name in SEARCHES if not narrows(name)]
 
 
 @pytest.fixture(params=OF_SITES)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, TypeVar, overload
 
@@ -16,7 +16,7 @@ from billhook.core.anatomy import SiteSize
 from billhook.core.errors import UsageError
 from billhook.core.plan import MeasureRequest, Plan, Site
 from billhook.core.problem import Move, Problem
-from billhook.core.registry import Registry
+from billhook.core.registry import RegistryWithFacts
 from billhook.core.results.measured import Loss
 
 Search = Generator[MeasureRequest, list[Loss], list[Plan]]
@@ -24,36 +24,47 @@ F = TypeVar("F", bound=Callable[..., Search])
 EXHAUSTIVE_LIMIT = 1024  # tokens, for what only decides where to look first
 SWAP_LIMIT = 64  # exchanges a round, of the hundreds that there are in a model of 60 sites
 Count = Callable[..., int]  # (problem, options of the search) -> about how many losses it asks for; at once
-SEARCHES: Registry[Callable[..., Search]] = Registry("search")
-_COUNTS: dict[Callable[..., Search], Count] = {}
-OF_GROUPS = ("joint", "rank_channels")  # searches that let channel groups go, by metrics of their own
 
 
-@overload
-def search(function: F, /) -> F:
-    """File a search that does not say how many losses it asks for."""
+@dataclass(frozen=True, slots=True)
+class SearchFacts:
+    """What a search states of itself in its decorator.
 
-
-@overload
-def search(*, losses: Count) -> Callable[[F], F]:
-    """File a search that says how many."""
-
-
-def search(function: F | None = None, /, *, losses: Count | None = None) -> F | Callable[[F], F]:
-    """File a search under its own name.
-
-    `losses`: about how many it asks for, or at most, by a closed form over the problem and options of the same names.
-    It measures nothing, and asks of the problem's scores only whether there are any. A search without it has progress
-    without an end.
+    `losses`: about how many losses it asks for, or at most, by a closed form over the problem and options of the same
+    names; it measures nothing, and asks of the problem's scores only whether there are any. A search without it has
+    progress without an end. `channel_groups`: it narrows sites too, and takes metrics of channel groups.
     """
 
+    losses: Count | None = None
+    channel_groups: bool = False
+
+
+SEARCHES: RegistryWithFacts[Callable[..., Search], SearchFacts] = RegistryWithFacts("search", unstated=SearchFacts())
+
+
+@overload
+def search(function: F, /) -> F: ...
+
+
+@overload
+def search(*, losses: Count | None = ..., channel_groups: bool = ...) -> Callable[[F], F]: ...
+
+
+def search(
+    function: F | None = None, /, *, losses: Count | None = None, channel_groups: bool = False
+) -> F | Callable[[F], F]:
+    """Add a search under its own name, with its facts: see SearchFacts."""
+
     def add(given: F) -> F:
-        if losses is not None:
-            _COUNTS[given] = losses
-        SEARCHES.add(given)
+        SEARCHES.add_with(SearchFacts(losses, channel_groups))(given)
         return given
 
     return add if function is None else add(function)
+
+
+def narrows(name: str) -> bool:
+    """Return whether a search narrows sites, and takes metrics of channel groups. Raises UnknownName."""
+    return SEARCHES.facts(name).channel_groups
 
 
 def estimate_losses(name: str, problem: Problem, **options: Any) -> int | None:
@@ -61,7 +72,7 @@ def estimate_losses(name: str, problem: Problem, **options: Any) -> int | None:
 
     Raises what the search raises for options that it refuses.
     """
-    count = _COUNTS.get(SEARCHES[name])
+    count = SEARCHES.facts(name).losses
     return None if count is None else count(problem, **options)
 
 

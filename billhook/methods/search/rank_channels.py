@@ -25,7 +25,7 @@ def _losses(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts
     return 0
 
 
-@search(losses=_losses)
+@search(losses=_losses, channel_groups=True)
 def rank_channels(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts: str = "mix") -> Search:
     """Rank all channel groups by a metric, then drop them in that order, over all sites at once.
 
