@@ -46,7 +46,8 @@ ITEM_LOSSES: RegistryWithFacts[ItemLoss, LossFacts] = RegistryWithFacts("task_lo
 
 
 @overload
-def loss(function: TokenLoss, /) -> TokenLoss: ...
+def loss(function: TokenLoss, /) -> TokenLoss:
+    """Add a function that states nothing."""
 
 
 @overload
@@ -57,7 +58,8 @@ def loss(
     counts_targets: bool = ...,
     rotation_free: bool = ...,
     terms: WordTerms | None = ...,
-) -> Callable[[TokenLoss], TokenLoss]: ...
+) -> Callable[[TokenLoss], TokenLoss]:
+    """Return the decorator that adds a function with what it states."""
 
 
 def loss(
@@ -76,11 +78,13 @@ def loss(
 
 
 @overload
-def item_loss(function: ItemLoss, /) -> ItemLoss: ...
+def item_loss(function: ItemLoss, /) -> ItemLoss:
+    """Add a function that states nothing."""
 
 
 @overload
-def item_loss(*, unit: str = ..., never_negative: bool = ...) -> Callable[[ItemLoss], ItemLoss]: ...
+def item_loss(*, unit: str = ..., never_negative: bool = ...) -> Callable[[ItemLoss], ItemLoss]:
+    """Return the decorator that adds a function with what it states."""
 
 
 def item_loss(

@@ -43,11 +43,13 @@ SEARCHES: RegistryWithFacts[Callable[..., Search], SearchFacts] = RegistryWithFa
 
 
 @overload
-def search(function: F, /) -> F: ...
+def search(function: F, /) -> F:
+    """Add a function that states nothing."""
 
 
 @overload
-def search(*, losses: Count | None = ..., channel_groups: bool = ...) -> Callable[[F], F]: ...
+def search(*, losses: Count | None = ..., channel_groups: bool = ...) -> Callable[[F], F]:
+    """Return the decorator that adds a function with what it states."""
 
 
 def search(
