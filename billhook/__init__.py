@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from billhook.api import dry_run, evaluate_model, inspect, measure_speed, methods, prune, resume, runs, score, show
+    from billhook.api import (
+        dry_run,
+        evaluate_model,
+        inspect,
+        list_recipes,
+        measure_speed,
+        methods,
+        prune,
+        resume,
+        runs,
+        score,
+        show,
+    )
     from billhook.core.anatomy import Anatomy
     from billhook.core.budget import Budget
     from billhook.core.errors import BillhookError
@@ -50,6 +62,7 @@ __all__ = [
     "evaluate_tasks",
     "gate",
     "inspect",
+    "list_recipes",
     "load",
     "load_with_adapter",
     "masked",
@@ -86,6 +99,7 @@ _HOMES = {
     "evaluate_tasks": "studies.eval_sets",
     "gate": "studies.gate",
     "inspect": "api",
+    "list_recipes": "api",
     "load": "models.load",
     "load_with_adapter": "methods.export.adapter",
     "masked": "models.surgery",

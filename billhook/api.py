@@ -30,6 +30,7 @@ from billhook.models.device import dtype_name, environment
 from billhook.models.load import Teacher, load
 from billhook.report.run_report import write_report
 from billhook.runs import evaluation
+from billhook.runs.builtin_recipes import BuiltinRecipe, builtin_recipes
 from billhook.runs.job import run_environment
 from billhook.runs.pipeline import preview_run, run_pruning
 from billhook.runs.prepare import load_teacher, probe_of, tokens_for
@@ -317,3 +318,8 @@ def methods() -> list[dict[str, str]]:
     """Every registered method: family, name, what it does, source."""
     families = (METRICS, GROUP_METRICS, LOSSES, ITEM_LOSSES, SEARCHES, RECOVERIES, EVALUATIONS)
     return [row for registry in families for row in registry.describe()]
+
+
+def list_recipes() -> list[BuiltinRecipe]:
+    """Every built-in recipe by name: what it does, its paper, and what it makes."""
+    return builtin_recipes()

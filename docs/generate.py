@@ -105,10 +105,22 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
+def recipes() -> str:
+    """One row a built-in recipe: what it does, what it makes, and where it comes from."""
+    rows = []
+    for recipe in billhook.list_recipes():
+        makes = "depth and width" if recipe.makes == "both" else recipe.makes
+        size = recipe.remove.replace("params", "")
+        facts = (makes, recipe.checkpoint, "yes" if recipe.trains else "no", f"`{size}`")
+        rows.append((f"`{recipe.name}`", recipe.summary, *facts, recipe.paper or "ours"))
+    return _table(("recipe", "what it does", "makes", "checkpoint", "trains", "size", "source"), rows)
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "commands.md": help_texts,
     "methods.md": methods,
     "architectures.md": architectures,
+    "recipes.md": recipes,
 }
 
 

@@ -213,6 +213,15 @@ def methods_command(*, as_json: Json = False, verbose: Verbose = False) -> None:
         face.show({"methods": api.methods()}, "methods")
 
 
+@app.command(name="recipes")
+def recipes_command(*, as_json: Json = False, verbose: Verbose = False) -> None:
+    """List the built-in recipes: what each does, where it comes from, and what it makes."""
+    with CommandSession(as_json, True, verbose) as face:
+        from billhook import api
+
+        face.show({"recipes": [recipe.to_json() for recipe in api.list_recipes()]}, "recipes")
+
+
 def _existing(store: Path) -> Path:
     """Reading commands make no new store."""
     if not store.is_file():

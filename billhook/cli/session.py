@@ -120,7 +120,7 @@ def _tables() -> dict[str, Callable[[Console, Any], None]]:
     return {
         "result": result_table, "anatomy": anatomy_table, "plan_of_work": plan_of_work_table, "evaluation": evaluation_table,
         "speed": speed_table, "scores": tables.score_tables,
-        "evaluations": tables.evaluations, "runs": runs_table, "run": run_table, "methods": methods_table,
+        "evaluations": tables.evaluations, "runs": runs_table, "run": run_table, "methods": methods_table, "recipes": tables.recipe_table,
         "sweep": sweep_table, "trade": transfer_table, "stability": stability_table, "compare": study_tables.comparison_table,
         "gate": study_tables.gate_table, "baselines": study_tables.baseline_table, "tasks": study_tables.task_table,
         "threshold": study_tables.threshold_table, "abtest": study_tables.ab_table,

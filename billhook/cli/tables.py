@@ -113,6 +113,17 @@ def methods_table(console: Console, value: dict[str, Any]) -> None:
                 console.print(f"    {text}", style="dim", highlight=False)
 
 
+def recipe_table(console: Console, value: dict[str, Any]) -> None:
+    """Print every built-in recipe with what it makes, what it does and its paper."""
+    for row in value["recipes"]:
+        makes = "depth and width" if row["makes"] == "both" else row["makes"]
+        trains = ", trains" if row["trains"] else ""
+        head = f"{row['name']} ({makes}, {row['checkpoint']} type{trains}, {row['remove']}): {row['summary']}"
+        console.print(head, highlight=False, style="bold")
+        console.print(f"    {row['paper'] or 'ours'}", style="dim", highlight=False)
+    console.print("Use one: billhook prune MODEL --recipe NAME [--remove SIZE]", style="dim", highlight=False)
+
+
 def score_tables(console: Console, value: dict[str, Any]) -> None:
     """Of every metric a line a block, with its sites, and a line a length for spans of blocks."""
     for metric, told in value["scores"].items():

@@ -18,6 +18,7 @@ from test_cli import fits
 import billhook
 from billhook.core.errors import BudgetError, RecipeError, UsageError
 from billhook.core.plan import Plan
+from billhook.runs.builtin_recipes import describe_recipe
 from billhook.runs.recipe import BUILTIN, Recipe, parse_recipe, recipe_names, with_overrides
 from billhook.runs.store import Store
 
@@ -103,6 +104,9 @@ def test_a_recipe_runs_from_anywhere(
     if name == "evopress":
         assert sum(s.part == "attention" for s in kept.removed) * 2 == len(kept.removed)
     assert (Path(result["out"]) / "report.html").is_file()
+    facts, model_type = describe_recipe(name), json.loads(Path(result["out"], "config.json").read_text())["model_type"]
+    assert (facts.checkpoint == "own") == model_type.startswith("billhook-"), "as `billhook recipes` says"
+    assert (facts.makes != "depth") == bool(result["plan"]["narrowed"])
 
 
 def test_what_is_typed_overrules_a_recipe_and_a_new_target_its_own() -> None:
