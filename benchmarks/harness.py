@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from billhook.cli.session import tune_allocator
 from billhook.data.choice_tasks import task_tokens
 from billhook.data.texts import file_text
 from billhook.methods.evaluate.multiple_choice import log_probabilities, score_choices
+from billhook.models.device import keep_freed_memory
 from billhook.models.load import Teacher, load
 
 SUBJECT = "The following are multiple choice questions (with answers) about {{subject.replace('_', ' ')}}.\n\n"
@@ -33,7 +33,7 @@ def main() -> None:
     """Score every file twice."""
     given = _arguments()
     torch.set_num_threads(given.threads)
-    tune_allocator()
+    keep_freed_memory()
     teacher = load(given.model)
     with torch.inference_mode():
         teacher.model(torch.zeros(given.batch, 64, dtype=torch.int64))  # the first pass of a process is slower

@@ -26,9 +26,9 @@ from measured import put_back, written_down  # the files beside this one
 from results import PARTS, page
 
 import billhook
-from billhook.cli.session import tune_allocator
 from billhook.core.events import Event
 from billhook.methods.search import SEARCHES, narrows
+from billhook.models.device import keep_freed_memory
 from billhook.runs import prepare
 from billhook.runs.recipe import BUILTIN, parse_recipe, read_yaml, recipe_names
 from billhook.runs.store import Store
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "docs" / "results.md")
     given = parser.parse_args()
-    tune_allocator()
+    keep_freed_memory()
     given.work.mkdir(parents=True, exist_ok=True)
     texts = texts_of(given.data, given.work)
     parts = {"draws": draws, "calibration": calibration, "mixture": mixture, "regret": regret}

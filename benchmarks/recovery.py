@@ -24,7 +24,6 @@ from methods import LENGTH, MEASURED, SCALED, TASKS, TOKENS, file_result, texts_
 from results import page
 
 import billhook
-from billhook.cli.session import tune_allocator
 from billhook.core import statistics
 from billhook.core.events import Event
 from billhook.core.plan import Plan
@@ -33,6 +32,7 @@ from billhook.data.splits import train_validation_split
 from billhook.data.token_sets import TokenSet
 from billhook.methods.evaluate.multiple_choice import score_choices
 from billhook.methods.recover import RECOVERIES, RecoveryTask
+from billhook.models.device import keep_freed_memory
 from billhook.models.repair import NO_REPAIR, Repair
 from billhook.runs.evaluation import Student, choice_logprobs, perplexity_results
 from billhook.runs.job import RunContext
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "docs" / "results.md")
     given = parser.parse_args()
-    tune_allocator()
+    keep_freed_memory()
     given.work.mkdir(parents=True, exist_ok=True)
     texts = texts_of(given.data, given.work)
     database = given.work / "billhook.db"

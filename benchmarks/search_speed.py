@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-from billhook.cli.session import tune_allocator
 from billhook.core.budget import parse_budgets
 from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.problem import Problem
@@ -34,6 +33,7 @@ from billhook.data.texts import read_texts
 from billhook.data.token_sets import TokenSet, documents, pack_rows, special_prefix, token_set
 from billhook.engine.probe import Probe, RacingOptions
 from billhook.methods.search import SEARCHES, drive
+from billhook.models.device import keep_freed_memory
 from billhook.models.load import Teacher, load
 
 HELD_OUT = 64  # sequences on which the two plans are compared
@@ -83,7 +83,7 @@ def _child(side: str, plans: str = "{}") -> dict[str, Any]:
 
 
 def _side(given: argparse.Namespace) -> dict[str, Any]:
-    tune_allocator()
+    keep_freed_memory()
     teacher = load(given.model)
     calibration, held_out = _tokens(given, teacher)
     if given.side == "heldout":

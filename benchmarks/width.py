@@ -25,12 +25,12 @@ from recovery import recovered, results_of, row, tell
 from results import page
 
 import billhook
-from billhook.cli.session import tune_allocator
 from billhook.core import statistics
 from billhook.core.events import Event
 from billhook.core.plan import Plan
 from billhook.core.results.measured import EvalResult
 from billhook.methods.evaluate import speed
+from billhook.models.device import keep_freed_memory
 from billhook.models.repair import NO_REPAIR
 from billhook.models.surgery import apply
 from billhook.runs.evaluation import cache_dtype
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "docs" / "results.md")
     given = parser.parse_args()
-    tune_allocator()
+    keep_freed_memory()
     given.work.mkdir(parents=True, exist_ok=True)
     texts, database, file = texts_of(given.data, given.work), given.work / "billhook.db", MEASURED / "width.json"
     put_back(database, MEASURED)

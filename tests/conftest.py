@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from billhook.methods.evaluate import speed
+from billhook.models import device
 
 torch.set_num_threads(1)  # the tests themselves run side by side
 transformers.utils.logging.disable_progress_bar()
@@ -41,7 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def peak_of_this_process() -> Iterator[None]:
     """Peak memory is this process's, not that of two more which import torch for it; test_cli's are as for a user."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "peak_bytes", lambda *_: speed._resident_peak())
+        patch.setattr(speed, "peak_bytes", lambda *_: device.peak_memory(torch.device("cpu")))
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -38,9 +37,10 @@ class CommandSession:
 
     def __enter__(self) -> CommandSession:
         from billhook.cli import progress
+        from billhook.models.device import keep_freed_memory
 
         signal.signal(signal.SIGTERM, _interrupt)
-        tune_allocator()
+        keep_freed_memory()
         progress.silence_libraries(self.verbose)
         self.watch, self._close = progress.progress(quiet=self.quiet)
         return self
@@ -78,15 +78,6 @@ class CommandSession:
         if not self.verbose:
             traceback.print_exception(error)
         _leave("This is a bug in Billhook. Please report it with the lines above.", 1)
-
-
-def tune_allocator() -> None:
-    """Keep glibc from giving large buffers back after every forward pass and faulting them in anew (LOG.md, 1)."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

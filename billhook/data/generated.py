@@ -11,6 +11,7 @@ import transformers
 
 from billhook.core.errors import DataError
 from billhook.core.events import Event, EventListener, ignore_events
+from billhook.models.device import seeded
 
 MOST_AT_A_TIME = 64  # texts
 
@@ -46,8 +47,7 @@ def sample_texts(
     )
     texts: list[str] = []
     written, rounds, most = 0, 0, 8 + 8 * tokens // (batch * length)
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, model.device):
         while written < tokens:
             if rounds == most:
                 raise DataError(

@@ -19,8 +19,8 @@ from billhook.core.results.measured import Score
 from billhook.engine.bench import Measurer
 from billhook.engine.blocks import KEPT, NEITHER, NO_ATTENTION, NO_MLP, BlockRunner
 from billhook.engine.document_groups import DocumentGroup
-from billhook.engine.losses import to_float64
 from billhook.models import structure
+from billhook.models.device import to_float64
 
 Statistic = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # two of [tokens, width] -> [tokens]
 OfWeight = Callable[[torch.Tensor], torch.Tensor]  # [..., outputs, inputs] -> a number

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from billhook.core.errors import ModelError, UsageError
@@ -20,11 +19,10 @@ from billhook.engine.losses import ITEM_LOSSES, loss_facts
 from billhook.engine.prefix_trie import StreamCache, Walk, WalkJob
 from billhook.engine.racing import Quality, Sums
 from billhook.engine.single_plan import NarrowedWalk, RepairedWalk
-from billhook.models.device import dtype_name
+from billhook.models.device import CHUNK_TOKENS, dtype_name, free_memory
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import Repair
 
-CHUNK_TOKENS = {"cpu": 512, "cuda": 16384, "mps": 4096}  # tokens that go through a block at a time
 WAVE_TOKENS = 4096  # tokens times plans at a time where a model is in memory
 SAMPLE_EVERY = 4  # of the positions, where a cheap piece takes some of them
 
@@ -123,10 +121,8 @@ class Measurer:
 
     def _room(self, memory: int | None) -> int:
         """Bytes that are left for residual streams."""
-        device = self.teacher.device
         if memory is None:
-            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-            return int(free) // 2
+            return free_memory(self.teacher.device) // 2
         config = self.teacher.model.config
         wide = max(int(getattr(config, "intermediate_size", None) or 0), 4 * int(config.hidden_size))
         working = 4 * (self.runner.chunk * 4 * wide + HEAD_TOKENS_AT_A_TIME * VOCABULARY_AT_A_TIME)

@@ -13,9 +13,9 @@ from billhook.core.errors import ModelError
 from billhook.core.plan import Site
 from billhook.engine import gradient_pass
 from billhook.engine.bench import Measurer
-from billhook.engine.losses import to_float64
 from billhook.models import structure
 from billhook.models.channel_groups import ChannelLayout, ParameterSlice
+from billhook.models.device import to_float64
 
 GroupValues = dict[Site, torch.Tensor]
 OfWeight = Callable[[torch.Tensor], torch.Tensor]  # elementwise, of a parameter in float32

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from billhook.engine.losses import LOSSES, WordTerms, loss_facts, top_count, topk_and_rest
+from billhook.models.device import float64_place
 from billhook.models.load import Teacher
 
 VOCABULARY_AT_A_TIME = 8192
@@ -199,7 +200,7 @@ class Head:
         Summed and factored in float64, on the CPU where the device has none.
         """
         device = self._embedding.weight.device if self._teacher.weights is None else self._teacher.device
-        place = torch.device("cpu") if device.type == "mps" else device
+        place = float64_place(device)
         size = self.width + (self._bias is not None)
         gram = torch.zeros(size, size, dtype=torch.float64, device=place)
         for first, rows in self._pieces():

@@ -103,11 +103,6 @@ def loss_facts(name: str) -> LossFacts:
 TOP_K = 512  # tokens that `topk_kl` tells apart
 
 
-def to_float64(values: torch.Tensor) -> torch.Tensor:
-    """In float64, on the CPU where the device has none."""
-    return (values.cpu() if values.device.type == "mps" else values).double()
-
-
 @loss(never_negative=True)
 def kl(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """KL(teacher || student) of the next-token distributions, in nats; the default.

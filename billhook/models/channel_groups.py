@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from billhook.core.anatomy import GroupSize
 from billhook.core.plan import Part
 from billhook.models.modeling_billhook import set_attributes, set_parameter
+from billhook.models.transformers_internals import inputs_first, is_linear
 
 Config = Any  # a transformers config
 GroupIndices = torch.Tensor  # [groups, entries]: entries of each group along an axis
@@ -76,7 +76,7 @@ def _called(module: nn.Module, names: Sequence[str]) -> str | None:
 
 def _linears(module: nn.Module) -> set[str]:
     """What the linear modules right inside a part are called."""
-    return {name for name, inside in module.named_children() if isinstance(inside, nn.Linear | Conv1D)}
+    return {name for name, inside in module.named_children() if is_linear(inside)}
 
 
 def _unknown(module: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> str:
@@ -96,24 +96,24 @@ def _rows(groups: int, entries: int, start: int = 0) -> GroupIndices:
 def _slots(block: nn.Module, name: str, index: GroupIndices) -> list[ParameterSlice]:
     """Weight and bias of the linear module `name`, by its outputs."""
     module = block.get_submodule(name)
-    axis = 1 if isinstance(module, Conv1D) else 0
+    axis = 1 if inputs_first(module) else 0
     bias = [ParameterSlice(f"{name}.bias", 0, index)] if getattr(module, "bias", None) is not None else []
     return [ParameterSlice(f"{name}.weight", axis, index), *bias]
 
 
 def _output(block: nn.Module, name: str, index: GroupIndices) -> ParameterSlice:
     """The weight of the linear module `name`, by its inputs."""
-    return ParameterSlice(f"{name}.weight", 0 if isinstance(block.get_submodule(name), Conv1D) else 1, index)
+    return ParameterSlice(f"{name}.weight", 0 if inputs_first(block.get_submodule(name)) else 1, index)
 
 
 def _inputs_of(module: nn.Module) -> int:
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return int(weight.shape[0 if isinstance(module, Conv1D) else 1])
+    return int(weight.shape[0 if inputs_first(module) else 1])
 
 
 def _outputs_of(module: nn.Module) -> int:
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return int(weight.shape[1 if isinstance(module, Conv1D) else 0])
+    return int(weight.shape[1 if inputs_first(module) else 0])
 
 
 def head_dim(config: Config) -> int:

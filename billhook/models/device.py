@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,6 +23,7 @@ from billhook.core.errors import UsageError
 from billhook.core.results.measured import Environment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHUNK_TOKENS = {"cpu": 512, "cuda": 16384, "mps": 4096}  # tokens that go through a block at a time
 SHARE_OF_WEIGHTS = 0.75  # of a memory budget, above which a model is streamed: the rest is for activations
 
 
@@ -78,3 +87,81 @@ def dtype_bytes(name: str) -> int:
     """Bytes of one element of a dtype as safetensors writes it: 2 for BF16."""
     bits = re.search(r"\d+", name)
     return int(bits[0]) // 8 if bits else 1  # BOOL
+
+
+# -- computing --------------------------------------------------------------------------------------------------------
+
+
+def float64_place(device: torch.device) -> torch.device:
+    """Return where float64 is computed for tensors on `device`: the CPU for an Apple GPU, which has none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def to_float64(values: torch.Tensor) -> torch.Tensor:
+    """Return the values in float64, on the CPU where the device has none."""
+    return values.to(float64_place(values.device)).double()
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch draws from `seed` on the CPU and on `device`; afterwards from where it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+# -- time and memory --------------------------------------------------------------------------------------------------
+
+
+def synchronised_time(device: torch.device) -> float:
+    """Return seconds of a steady clock, once everything that was asked of `device` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has had: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if device.type == "mps":
+        return int(torch.mps.driver_allocated_memory())
+    status = Path("/proc/self/status")  # Linux keeps the parent's peak in ru_maxrss across a fork
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@torch.inference_mode()
+def bandwidth(device: torch.device, size_bytes: int = 2**28) -> float:
+    """Return bytes per second at which a matrix-vector product streams a matrix from memory; the median of 5."""
+    matrix = torch.zeros(size_bytes // 4 // 4096, 4096, device=device)
+    vector = torch.zeros(4096, device=device)
+    seconds = []
+    for _ in range(6):
+        start = synchronised_time(device)
+        matrix @ vector
+        seconds.append(synchronised_time(device) - start)
+    return size_bytes / statistics.median(seconds[1:])
+
+
+def keep_freed_memory() -> None:
+    """Keep glibc from returning large buffers after every forward pass and faulting them in anew (LOG.md, 1)."""
+    _set_allocator(map_above=2**30, trim_above=2**31 - 1)
+
+
+def release_freed_memory() -> None:
+    """Make glibc return what large tensors leave behind: a streamed model frees its weights all the time.
+
+    For the whole process: undoes `keep_freed_memory`, but for buffers of moderate size.
+    """
+    _set_allocator(map_above=2**26, trim_above=2**27)
+
+
+def _set_allocator(map_above: int, trim_above: int) -> None:
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, map_above)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, trim_above)  # M_TRIM_THRESHOLD

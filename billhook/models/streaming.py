@@ -6,38 +6,30 @@ one an expert), which parameters keep float32, and what is passed over. This fil
 
 from __future__ import annotations
 
-import copy
-import ctypes
-import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    build_glob_alternation,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from billhook.core.errors import ModelError
 from billhook.models import checks
 from billhook.models.device import dtype_bytes
+from billhook.models.transformers_internals import (
+    Conversion,
+    conversions,
+    fill_buffers,
+    generation_config_of,
+    names_in_float32,
+    tied_parameters,
+)
 
-Transform = Any  # one of transformers' WeightRenaming and WeightConverter
 COMPARED_ROWS = 4096  # of two embeddings at a time, where a checkpoint has both and its config says that they are one
 
 
@@ -54,33 +46,20 @@ def build_on_meta(folder: Path, dtype: torch.dtype, device: torch.device) -> Any
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
-        own = (folder / "generation_config.json").is_file()
-        more: dict[str, Any] = {} if own else {"config_file_name": "config.json", "_from_model_config": True}
-        model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder), **more)
+        model.generation_config = generation_config_of(folder)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise ModelError(f"transformers cannot load {folder}: {error}") from error
-    plan = model._get_dtype_plan(dtype)
-    wide = build_glob_alternation(list(plan))[0] if plan else None
+    wide = set(names_in_float32(model, dtype))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
-        if wide is not None and wide.search(name):
+        if name in wide:
             parameter.data = parameter.data.to(torch.float32)
     for name, buffer in list(model.named_buffers()):
         set_tensor(model, name, torch.empty_like(buffer, device="cpu"))
-    model.initialize_weights()  # fills the buffers; on the meta device it does nothing
+    fill_buffers(model)
     for name, buffer in list(model.named_buffers()):
         set_tensor(model, name, buffer.to(device))
     return model.eval()
-
-
-def release_freed_memory() -> None:
-    """Make glibc return what large tensors leave behind: a streamed model frees its weights all the time.
-
-    For the whole process: undoes what keeps buffers for a model in memory, but for those of moderate size.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**26)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**27)  # M_TRIM_THRESHOLD
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
@@ -97,35 +76,6 @@ def check_fit(**issues: Iterable[str]) -> None:
                 f"The weights do not fit the architecture: {len(names)} {kind.replace('_', ' ')}, such as {names[0]}. "
                 "Nothing is filled with random numbers; download the checkpoint again."
             )
-
-
-@dataclass(frozen=True, slots=True)
-class _Conversion:
-    """How transformers makes parameters of tensors in the file: one of one, or one of many experts' …"""
-
-    transform: Transform  # a fresh one; its copies are used up
-    first: str  # the parameter that names it
-    parts: list[tuple[str, str]] = field(default_factory=list)  # (transformers' pattern, name in the file), in order
-    targets: list[str] = field(default_factory=list)  # the parameters that it makes
-
-    def split(self) -> list[_Conversion]:
-        """One recipe an expert, each a slice of the first axis, if it only stacks them: none is in memory twice."""
-        merge, *rest = getattr(self.transform, "operations", None) or [None]
-        stacks = isinstance(merge, MergeModulelist) and merge.dim == 0
-        if not stacks or not all(isinstance(step, Concatenate) and step.dim > 0 for step in rest):
-            return [self]
-        columns: dict[str, list[tuple[str, str]]] = {}
-        for pattern, name in self.parts:
-            columns.setdefault(pattern, []).append((pattern, name))
-        return [replace(self, parts=list(row)) for row in zip(*columns.values(), strict=True)]
-
-    def convert(self, tensors: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-        """{parameter: tensor} of the tensors of the file. What is only renamed is not copied."""
-        transform = copy.deepcopy(self.transform)
-        for pattern, name in self.parts:
-            transform.add_tensor(self.first, name, pattern, tensors[name])
-        made = transform.convert(self.first, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
 class StreamedWeights:
@@ -157,7 +107,7 @@ class StreamedWeights:
                     piece = file.get_slice(name)
                     shapes[name] = torch.empty(piece.get_shape(), device="meta")
                     self._bytes[name] = shapes[name].numel() * dtype_bytes(piece.get_dtype())
-        self._recipes, unexpected = _conversions(model, list(self._shards))
+        self._recipes, unexpected = conversions(model, list(self._shards))
         self._source, mismatched = self._fit(shapes)
         self._input, self._output = (
             next(f"{name}.weight" for name, module in model.named_modules() if module is embedding)
@@ -167,9 +117,9 @@ class StreamedWeights:
         check_fit(missing_keys=missing, unexpected_keys=unexpected, mismatched_keys=mismatched)
         self._untie()
 
-    def _fit(self, shapes: dict[str, torch.Tensor]) -> tuple[dict[str, _Conversion], list[str]]:
+    def _fit(self, shapes: dict[str, torch.Tensor]) -> tuple[dict[str, Conversion], list[str]]:
         """{parameter: its recipe}, and the parameters whose shape is not the model's, by cooking on the meta device."""
-        source: dict[str, _Conversion] = {}
+        source: dict[str, Conversion] = {}
         wrong: list[str] = []
         for recipe in self._recipes:
             try:
@@ -187,18 +137,18 @@ class StreamedWeights:
         """The parameter of the checkpoint that `name` is tied to, or itself."""
         if name in self._source:
             return name
-        for target, source in self._model.all_tied_weights_keys.items():
+        for target, source in tied_parameters(self._model).items():
             if name in (target, source):
                 return str(source if name == target else target)
         return name
 
     def _untie(self) -> None:
         """As transformers does: what the config ties but the file holds twice, with different values, is not tied."""
-        for target, source in list(self._model.all_tied_weights_keys.items()):
+        for target, source in list(tied_parameters(self._model).items()):
             if {target, source} <= self._source.keys() and not self._same(target, source):
                 stood = self._model.get_parameter(target)
                 set_tensor(self._model, target, nn.Parameter(torch.empty_like(stood), requires_grad=False))
-                self._model.all_tied_weights_keys.pop(target)
+                tied_parameters(self._model).pop(target)
 
     def _same(self, one: str, other: str) -> bool:
         a, b = (self._mapped([self._file_name(name)])[self._file_name(name)] for name in (one, other))
@@ -223,7 +173,7 @@ class StreamedWeights:
             self.bytes_read += nbytes
 
     @torch.inference_mode(False)
-    def _cooked(self, recipe: _Conversion) -> dict[str, torch.Tensor]:
+    def _cooked(self, recipe: Conversion) -> dict[str, torch.Tensor]:
         """The parameters of a recipe, out of the map, in the model's dtypes and on the device."""
         mapped = self._mapped([name for _, name in recipe.parts])
         self._count(sum(tensor.nbytes for tensor in mapped.values()))
@@ -335,35 +285,6 @@ class StreamedWeights:
         tensor = self._mapped([name])[name]
         self._count(tensor.nbytes)
         return tensor
-
-
-def _conversions(model: Any, names: list[str]) -> tuple[list[_Conversion], list[str]]:
-    """How the tensors `names` of a file become parameters of `model`, and those that become nothing.
-
-    The same steps as in transformers' own loader; `model` remembers which conversions were used, as it does there.
-    """
-    wanted, prefix = model.state_dict(), model.base_model_prefix
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    recipes: dict[str, _Conversion] = {}
-    left: set[str] = set()
-    for name in sorted(names, key=dot_natural_key):
-        new, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
-        if new not in wanted and name in wanted:
-            new, pattern = rename_source_key(name, [], [], prefix, wanted)
-        if new not in wanted or (pattern is None and new in recipes):
-            left.add(new if new not in wanted else name)
-            continue
-        if new not in recipes:
-            fresh = WeightRenaming(name, new) if pattern is None else copy.deepcopy(by_pattern[pattern])
-            recipes[new] = _Conversion(fresh, new)
-        recipes[new].parts.append((name if pattern is None else pattern, name))
-    told = SimpleNamespace(missing_keys=set(), unexpected_keys=left)
-    model._adjust_missing_and_unexpected_keys(told)
-    model._weight_conversions = [entry for entry in mapping if entry.was_used()]
-    return list(recipes.values()), sorted(told.unexpected_keys)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from billhook.core.anatomy import Anatomy, SharedNorms, SiteSize, Unassigned
 from billhook.core.errors import ModelError, PlanError
@@ -14,6 +13,7 @@ from billhook.core.plan import PARTS, Part, Site, parse_ranges
 from billhook.models import channel_groups
 from billhook.models.architectures import Architecture, Config, architecture_of, base_type
 from billhook.models.modeling_billhook import PatchModule
+from billhook.models.transformers_internals import inputs_first, is_linear
 
 
 def blocks_of(model: nn.Module, row: Architecture) -> nn.ModuleList:
@@ -57,7 +57,7 @@ def output_projection(block: nn.Module, part: Part, row: Architecture, config: C
         module = block.get_submodule(name)
     except AttributeError:
         return None
-    return name if isinstance(module, nn.Linear | Conv1D) else None
+    return name if is_linear(module) else None
 
 
 def parameter_owners(block: nn.Module, row: Architecture, config: Config) -> dict[str, Part | None]:
@@ -76,8 +76,7 @@ def as_outputs_by_inputs(block: nn.Module, name: str, value: torch.Tensor) -> to
     module = block.get_submodule(name.rpartition(".")[0])
     if value.dim() < 2 or name.endswith("bias"):
         return value[..., None]
-    transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)  # of GPT-2; experts of GPT-OSS
-    return value.transpose(-1, -2) if transposed else value
+    return value.transpose(-1, -2) if inputs_first(module) else value
 
 
 def channel_layout(block: nn.Module, part: Part, row: Architecture, config: Config) -> channel_groups.ChannelLayout:

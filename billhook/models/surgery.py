@@ -20,9 +20,10 @@ from billhook.core.plan import PARTS, Plan, Site, format_ranges, parse_ranges
 from billhook.models import architectures, channel_groups, modeling_billhook, structure
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.modeling_billhook import number_caches, pruned_classes, remove_part, remove_skipped
-from billhook.models.pruned_config import fits_stock_shape, stock_classes, write_config
+from billhook.models.pruned_config import fits_stock_shape, write_config
 from billhook.models.repair import NO_REPAIR, Patch, Repair, add_bias, patch_module
 from billhook.models.streaming import StreamedWeights
+from billhook.models.transformers_internals import forget_layer_pattern, stock_classes
 
 
 def zeroed_block_weights(teacher: Teacher, plan: Plan, position: int, block: nn.Module) -> dict[str, torch.Tensor]:
@@ -287,8 +288,7 @@ def _set_blocks(student: Any, path: str, indices: list[int]) -> None:
         trimmed |= {"mlp_only_layers": [new for new, old in enumerate(indices) if dense[old]], "decoder_sparse_step": 1}
     if getattr(config, "max_window_layers", None) is not None:  # the first so many blocks see everything
         trimmed["max_window_layers"] = sum(i < config.max_window_layers for i in indices)
-    for name in ("sliding_window_pattern", "_sliding_window_pattern"):  # layer_types says it block by block
-        config.__dict__.pop(name, None)
+    forget_layer_pattern(config)
     config.num_hidden_layers = len(indices)
     for key, value in trimmed.items():
         setattr(config, key, value)

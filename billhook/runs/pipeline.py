@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
+import torch
 
 from billhook.core.budget import parse_budgets
 from billhook.core.errors import FingerprintError
@@ -27,6 +27,7 @@ from billhook.methods.export.checkpoint import (
     verify_streamed_round_trip,
     write_checkpoint,
 )
+from billhook.models.device import free_memory
 from billhook.models.load import Teacher
 from billhook.models.surgery import apply, effective_plan
 from billhook.runs import evaluation
@@ -198,7 +199,7 @@ def preview_run(recipe: Recipe, watch: EventListener) -> dict[str, Any]:
         "memory_bytes": {
             "weights": teacher.weight_bytes,
             "kept_for_the_search": layout.kept,
-            "free": psutil.virtual_memory().available,
+            "free": free_memory(torch.device("cpu")),
         },
         "layout": str(layout),
         "disk_bytes": teacher.anatomy.total("bytes"),

@@ -18,10 +18,10 @@ from billhook.core.results.measured import EvalResult
 from billhook.core.statistics import reliability_note
 from billhook.data.token_sets import TokenSet
 from billhook.data.token_sets import truncate as first_of
-from billhook.engine.losses import kl, to_float64
+from billhook.engine.losses import kl
 from billhook.methods.evaluate import batches, speed, vocabulary_size
 from billhook.methods.evaluate.speed import TimingProtocol
-from billhook.models.device import environment
+from billhook.models.device import environment, to_float64
 from billhook.models.load import Teacher
 from billhook.report import compare_page
 from billhook.runs.job import RunContext

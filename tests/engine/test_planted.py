@@ -181,7 +181,7 @@ class Game:
     def __init__(self, teacher: Teacher, value: Callable[[Plan], float]) -> None:
         self.teacher, self.value, self.loss = teacher, value, "kl"
 
-    def under(self, loss: str) -> Game:
+    def with_objective(self, loss: str) -> Game:
         return self
 
     def losses(self, plans: list[Plan]) -> list[Loss]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from billhook.core.errors import ModelError, UsageError
 from billhook.core.events import Event, EventListener, ignore_events
@@ -15,13 +14,10 @@ from billhook.core.results.measured import EvalResult
 from billhook.data.prefixes import Readout, batch_groups, group_by_prefix, keep_worthwhile, unique_inputs
 from billhook.data.token_sets import Choices, TokenSet
 from billhook.methods.evaluate import evaluation, vocabulary_size
+from billhook.models.transformers_internals import REPEATABLE_LAYERS, new_cache
 
 CHOICE_BATCH_POSITIONS = 512  # of one batch, cached and padded ones too; larger ones only cost memory traffic on a CPU
 CHOICE_LOGITS_BYTES = 2**26  # of one batch, in float32
-REPEATABLE_LAYERS = (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)  # layers of a cache, whose lines can be picked and repeated
 
 
 @evaluation
@@ -81,7 +77,7 @@ def log_probabilities(
     for batch in batch_groups(found, CHOICE_BATCH_POSITIONS, max(1, CHOICE_LOGITS_BYTES // (4 * words))):
         shared = batch[0].shared
         if shared:
-            cache = DynamicCache(config=model.config)
+            cache = new_cache(model)
             ids = [family.inputs[0].ids[:shared] for family in batch]
             reads = [[r for path in family.inputs for r in path.readouts if r[0] < shared] for family in batch]
             _read(model, ids, reads, sums, cache)
@@ -129,7 +125,7 @@ def _longest_shared(model: Any) -> int | None:
     None of it behind a sliding window, where tokens are dropped, nor by a cache of another kind, nor where a layer of
     the cache has no attention that fills it (a teacher with masked sites).
     """
-    cache: Any = DynamicCache(config=model.config)
+    cache = new_cache(model)
     model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache, use_cache=True)
     if any(type(layer) not in REPEATABLE_LAYERS or layer.get_seq_length() != 1 for layer in cache.layers):
         return 0

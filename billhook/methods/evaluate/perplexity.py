@@ -9,8 +9,9 @@ import torch
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.results.measured import EvalResult
 from billhook.data.token_sets import TokenSet
-from billhook.engine.losses import nll, to_float64
+from billhook.engine.losses import nll
 from billhook.methods.evaluate import batches, evaluation, vocabulary_size
+from billhook.models.device import to_float64
 
 
 @evaluation

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Plan, Site
 from billhook.core.results.measured import Timing
 from billhook.core.statistics import median_interval
-from billhook.models.device import DTYPES, dtype_name
+from billhook.models.device import DTYPES, bandwidth, dtype_name, peak_memory, synchronised_time
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.pruned_config import register
 from billhook.models.surgery import apply
@@ -85,21 +83,13 @@ def time_interleaved(
 def _once(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds of one prefill of `ids` [batch, time] and of `new_tokens` decoding steps."""
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    start = _now(model.device)
+    start = synchronised_time(model.device)
     out = model(input_ids=ids, use_cache=True, **last_only)
-    middle = _now(model.device)
+    middle = synchronised_time(model.device)
     for _ in range(new_tokens):
         token = out.logits[:, -1:].argmax(-1)
         out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-    return middle - start, _now(model.device) - middle
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    return time.perf_counter()
+    return middle - start, synchronised_time(model.device) - middle
 
 
 def peak_bytes(folder: Path, device: str, dtype: str, prompt: int, new_tokens: int) -> int | None:
@@ -132,22 +122,7 @@ def _child(folder: str, device: str, dtype: str, prompt: str, new_tokens: str) -
     model = auto.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True).to(device)
     with torch.inference_mode():
         _once(model.eval(), torch.zeros(1, int(prompt), dtype=torch.int64, device=device), int(new_tokens))
-    if model.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(model.device)
-    elif model.device.type == "mps":
-        peak = torch.mps.driver_allocated_memory()
-    else:
-        peak = _resident_peak()
-    print(json.dumps({"peak_bytes": peak}))
-
-
-def _resident_peak() -> int:
-    """Bytes of this process at most. Linux keeps the parent's peak in ru_maxrss across a fork, so not from there."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"peak_bytes": peak_memory(model.device)}))
 
 
 @undisturbed
@@ -246,19 +221,6 @@ def explain_gap(teacher: Timing, anatomy: Anatomy, speeds: dict[str, Any], devic
         "of calling each sublayer, attention over the context and the machine's noise, so speed follows the number and "
         "kind of the removed sublayers rather than their weights."
     )
-
-
-@torch.inference_mode()
-def bandwidth(device: torch.device, size_bytes: int = 2**28) -> float:
-    """Bytes per second at which a matrix-vector product streams a matrix from memory; the median of 5."""
-    matrix = torch.zeros(size_bytes // 4 // 4096, 4096, device=device)
-    vector = torch.zeros(4096, device=device)
-    seconds = []
-    for _ in range(6):
-        start = _now(device)
-        matrix @ vector
-        seconds.append(_now(device) - start)
-    return size_bytes / statistics.median(seconds[1:])
 
 
 if __name__ == "__main__":

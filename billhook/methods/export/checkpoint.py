@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
-from transformers.core_model_loading import revert_weight_conversion
 
 from billhook.core.errors import BillhookError, ModelError, ResourceError, UsageError
 from billhook.core.events import Event, EventListener, ignore_events
@@ -23,6 +22,7 @@ from billhook.models.device import dtype_name
 from billhook.models.load import Teacher, load
 from billhook.models.repair import Repair
 from billhook.models.surgery import copy_shards
+from billhook.models.transformers_internals import names_on_disk, tied_names
 
 MANIFEST = "billhook.json"
 SHARD_BYTES = 4 * 10**9
@@ -113,7 +113,7 @@ def write_checkpoint(
     else:
         state = _on_disk(student, teacher)
         watch(Event("save", 1, 3, f"{len(state)} tensors"))
-        tied = list((student._tied_weights_keys or {}) if student.config.tie_word_embeddings else ())
+        tied = tied_names(student)
         save_torch_state_dict(
             state, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"}, shared_tensors_to_discard=tied
         )
@@ -157,8 +157,7 @@ def _on_disk(student: Any, teacher: Teacher) -> dict[str, torch.Tensor]:
 
     A tensor that says the same as the source's in the compute dtype is the source's, bit for bit.
     """
-    with torch.no_grad():
-        state = revert_weight_conversion(student, student.state_dict())
+    state = names_on_disk(student, student.state_dict())
     tail = re.escape(teacher.architecture.blocks.rsplit(".", 1)[-1])
     kept = student.config.billhook["kept_blocks"]
     back = {new: teacher.positions.index(old) for new, old in enumerate(kept)}

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from billhook.core.errors import UsageError
 from billhook.core.events import EventListener, ignore_events
@@ -38,6 +37,7 @@ from billhook.models.load import Teacher
 from billhook.models.modeling_billhook import PatchModule
 from billhook.models.repair import NO_REPAIR, Repair
 from billhook.models.surgery import apply, extract_repair, replace_parameters
+from billhook.models.transformers_internals import is_linear
 
 RIDGE_VALIDATION_EVERY = 8  # of so many texts one chooses the ridge
 
@@ -91,7 +91,7 @@ def linear_maps(block: nn.Module) -> Iterator[str]:
     """The names of the linear maps inside a block; not those of a repair."""
     patches = [name for name, module in block.named_modules() if isinstance(module, PatchModule)]
     for name, module in block.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and not any(name.startswith(f"{patch}.") for patch in patches):
+        if is_linear(module) and not any(name.startswith(f"{patch}.") for patch in patches):
             yield name
 
 

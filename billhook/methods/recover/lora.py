@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from billhook.core.errors import MissingExtra, UsageError
 from billhook.data.token_sets import TokenSet
@@ -16,6 +15,7 @@ from billhook.methods.recover import RecoveryTask, finetune, linear_maps, recove
 from billhook.methods.recover.training import TrainingOptions
 from billhook.models import structure
 from billhook.models.repair import Repair
+from billhook.models.transformers_internals import Conv1D
 
 ADAPTER = "adapter"  # the folder, inside the work of a recovery, of one that is not merged
 

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from billhook.engine.losses import to_float64
+from billhook.models.device import float64_place, to_float64
 
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)  # of the diagonal of XᵀX
 MOMENT_TOKENS_AT_A_TIME = 8192
@@ -32,7 +32,7 @@ class Moments:
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
         """x [tokens, inputs], y [tokens, outputs], weight [tokens], all in float32."""
-        place = torch.device("cpu") if x.device.type == "mps" else x.device
+        place = float64_place(x.device)
         options = {"dtype": torch.float64, "device": place}
         self.xx = torch.zeros(x.shape[1], x.shape[1], **options)  # type: ignore[call-overload]
         self.xy = torch.zeros(x.shape[1], y.shape[1], **options)  # type: ignore[call-overload]
