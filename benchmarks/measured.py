@@ -41,7 +41,7 @@ def _short(text: str) -> object:
 def put_back(store: Path, folder: Path) -> None:
     """File what `written_down` wrote; what the store knows already stays."""
     with closing(Store(store)) as opened:
-        run = opened.new_run({}, {"laboratory": "measured before"}, "")
+        run = opened.new_run("measured before", {}, {}, "")
         opened.update(run, state="done")
     with closing(sqlite3.connect(store)) as db, db:
         for name, (table, columns, values, _) in KEPT.items():

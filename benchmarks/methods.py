@@ -170,7 +170,7 @@ def regret(given: argparse.Namespace, texts: dict[str, str]) -> None:
         "self_share": 0.0,
     }  # fmt: skip
     with closing(Store(given.work / "billhook.db")) as store:
-        run = store.new_run(parse_recipe(common).model_dump(), {"laboratory": "regret"}, str(given.work))
+        run = store.new_run("regret", parse_recipe(common).model_dump(), {}, str(given.work))
         bench = trials.StudyContext(store, run, billhook.load("demo"), tell)
         rows = []
         for number, (name, own) in enumerate(searches.items()):

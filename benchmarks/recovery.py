@@ -70,7 +70,7 @@ def main() -> None:
             "self_share": 0.0,
         }  # fmt: skip
         recipe = parse_recipe(with_overrides("billhook", **common, **SCALED["billhook"]))
-        run = store.new_run(recipe.model_dump(), {"laboratory": "recovery"}, str(given.work))
+        run = store.new_run("recovery", recipe.model_dump(), {}, str(given.work))
         bench = trials.StudyContext(store, run, billhook.load("demo"), tell)
         trial = trials.run_trial(bench, "billhook", recipe, trials.calibration_of(bench, recipe))
         grid = sweep.Grid(("billhook",), ("12sites",), (texts["c4"],), (texts["c4"], texts["wikitext2"]),

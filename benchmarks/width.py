@@ -75,7 +75,7 @@ def main() -> None:
     put_back(database, MEASURED)
     told: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": {}, "speed": {}}
     with closing(Store(database)) as store:
-        run = store.new_run({}, {"laboratory": "width"}, str(given.work))
+        run = store.new_run("width", {}, {}, str(given.work))
         bench = trials.StudyContext(store, run, billhook.load("demo"), tell)
         for what in given.only.split(",") if given.only else every:
             size, name = what.split("/")

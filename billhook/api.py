@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from billhook.core.events import EventListener, ignore_events
 from billhook.core.plan import Plan, Site
 from billhook.core.registry import resolve_options
 from billhook.core.results.measured import Score
+from billhook.core.results.specs import PRUNE
+from billhook.core.results.stored import RunSummary, StoredEvent, StoredRun, read_result
 from billhook.core.statistics import exp_capped, mean_interval, reliability_note, score_interval
 from billhook.data.token_sets import TokenSet
 from billhook.data.windows import fixed_windows, per_byte_and_word
@@ -38,8 +40,6 @@ from billhook.runs.recipe import TARGETS, Recipe, of_text, parse_recipe, with_ov
 from billhook.runs.result import anatomy_json
 from billhook.runs.store import STORE, Run, Store
 
-NOTHING_GOES = ("compare", "gate", "baseline", "eval")  # of runs that are no pruning
-
 
 def prune(
     model: str | Path = "demo",
@@ -60,7 +60,7 @@ def prune(
     asked = parse_recipe(with_overrides(recipe, model=str(model), **options), "The call")
     where = str(out) if out is not None else str(Path("pruned") / "{run}")
     with closing(Store(Path(store))) as opened:
-        run = opened.new_run(asked.model_dump(), run_environment(asked), where)
+        run = opened.new_run(PRUNE, asked.model_dump(), run_environment(asked.device), where)
         return run_pruning(opened, opened.run(run), watch, write_report)
 
 
@@ -84,10 +84,8 @@ def resume(
     """
     with closing(Store(Path(store))) as opened:
         chosen = opened.run(run) if run else _newest_unfinished(opened)
-        if "laboratory" in chosen.environment:
-            raise RunError(
-                f"Run {chosen.id} is no pruning. Begin it again: billhook {chosen.environment['laboratory']} …"
-            )
+        if chosen.kind != PRUNE:
+            raise RunError(f"Run {chosen.id} is no pruning. Begin it again: billhook {chosen.kind} …")
         if chosen.state == "done":
             raise RunError(
                 f"Run {chosen.id} is done; its checkpoint is {chosen.out}. `billhook show {chosen.id}` tells more."
@@ -102,8 +100,8 @@ def resume(
 def _same_recipe(run: Run, options: dict[str, Any]) -> None:
     """Raises FingerprintError unless `options` are what the run was begun with."""
     dropped = dict.fromkeys(TARGETS) if any(name in TARGETS for name in options) else {}
-    asked = parse_recipe({**run.recipe, **dropped, **options}, "The call").model_dump()
-    differ = [name for name in options if asked[name] != run.recipe.get(name)]
+    asked = parse_recipe({**run.spec, **dropped, **options}, "The call").model_dump()
+    differ = [name for name in options if asked[name] != run.spec.get(name)]
     if differ:
         raise FingerprintError(
             f"Run {run.id} was begun with another recipe ({', '.join(differ)} differ). Resume it without options, "
@@ -113,7 +111,7 @@ def _same_recipe(run: Run, options: dict[str, Any]) -> None:
 
 def _newest_unfinished(store: Store) -> Run:
     # A run that was refused before it had model and tokens has nothing to go on with.
-    prunings = [run for run in store.runs() if "laboratory" not in run.environment]
+    prunings = [run for run in store.runs() if run.kind == PRUNE]
     unfinished = [run for run in prunings if run.state != "done" and (run.fingerprints or run.state != "failed")]
     free = [run for run in unfinished if store.free(run.id)]
     if unfinished:
@@ -293,25 +291,39 @@ def measure_speed(
     return told | ({"ratio": timing.speed_ratio(*timings)} if other is not None else {})
 
 
-def runs(store: str | Path = STORE) -> list[dict[str, Any]]:
-    """The runs of a store, the newest first."""
-    with closing(Store(Path(store))) as opened:
-        return [
-            {"run": r.id, "created": r.created, "state": r.state, "model": r.recipe["model"],
-             "remove": None if r.environment.get("laboratory") in NOTHING_GOES else
-             r.recipe["remove"] or r.recipe["plan"] or r.recipe.get("within"),
-             "search": r.environment.get("laboratory") or r.recipe["search"], "out": r.out,
-             "losses": opened.count_losses(r.id)}
-            for r in opened.runs()
-        ]  # fmt: skip
+def runs(store: str | Path = STORE) -> list[RunSummary]:
+    """The runs of a store, the newest first. `pandas.DataFrame` takes the list."""
+    with closing(Store(Path(store), read_only=True)) as opened:
+        return [_summary(run, opened.count_losses(run.id)) for run in opened.runs()]
 
 
-def show(run: str, store: str | Path = STORE) -> dict[str, Any]:
-    """All that the store holds of one run: recipe, state, events, how many losses it measured, and its result."""
-    with closing(Store(Path(store))) as opened:
+def _summary(run: Run, losses: int) -> RunSummary:
+    """One run in a list. What a study or an evaluation of Billhook 0.1 was asked is not known, beyond its model."""
+    asked = run.spec if run.kind == PRUNE else {}
+    remove = asked.get("remove") or asked.get("plan") or asked.get("within")
+    return RunSummary(
+        *(
+            run.id,
+            run.kind,
+            run.created,
+            run.state,
+            str(run.spec.get("model", "")),
+            remove,
+            asked.get("search"),
+            run.out,
+            losses,
+        )
+    )
+
+
+def show(run: str, store: str | Path = STORE) -> StoredRun:
+    """All that the store holds of one run: what it was asked, state, events, losses that it measured, and its result."""
+    with closing(Store(Path(store), read_only=True)) as opened:
         found = opened.run(run)
-        events = [{"at": at, **asdict(event)} for at, event in opened.events(run)]
-        return asdict(found) | {"losses": opened.count_losses(run), "events": events}
+        events = tuple(StoredEvent(at, *astuple(event)) for at, event in opened.events(run))
+        result = None if found.result is None else read_result(found.kind, found.result)
+        about = {name: getattr(found, name) for name in found.__slots__ if name != "result"}
+        return StoredRun(**about, losses=opened.count_losses(run), events=events, result=result)
 
 
 def methods() -> list[dict[str, str]]:

@@ -189,7 +189,7 @@ def runs_command(*, store: StoreFile = DEFAULT_STORE, as_json: Json = False, ver
     with CommandSession(as_json, True, verbose) as face:
         from billhook import api
 
-        face.show({"runs": api.runs(_existing(store))}, "runs")
+        face.show({"runs": [run.to_json() for run in api.runs(store)]}, "runs")
 
 
 @app.command(name="show")
@@ -201,7 +201,7 @@ def show_command(
     with CommandSession(as_json, True, verbose) as face:
         from billhook import api
 
-        face.show(api.show(run, _existing(store)), "run")
+        face.show(api.show(run, store).to_json(), "run")
 
 
 @app.command(name="methods")

@@ -109,10 +109,11 @@ def _tables() -> dict[str, Callable[[Console, Any], None]]:
     from billhook.cli import study_tables, tables
 
     return {
-        "result": result_table, "anatomy": anatomy_table, "plan_of_work": plan_of_work_table, "evaluation": evaluation_table,
-        "speed": speed_table, "scores": tables.score_tables,
-        "evaluations": tables.evaluations, "runs": runs_table, "run": run_table, "methods": methods_table, "recipes": tables.recipe_table,
-        "sweep": sweep_table, "trade": transfer_table, "stability": stability_table, "compare": study_tables.comparison_table,
+        "result": result_table, "anatomy": anatomy_table, "plan_of_work": plan_of_work_table,
+        "evaluation": evaluation_table, "speed": speed_table, "scores": tables.score_tables,
+        "evaluations": tables.evaluations, "runs": runs_table, "run": run_table, "methods": methods_table,
+        "recipes": tables.recipe_table, "sweep": sweep_table, "transfer": transfer_table,
+        "stability": stability_table, "compare": study_tables.comparison_table,
         "gate": study_tables.gate_table, "baselines": study_tables.baseline_table, "tasks": study_tables.task_table,
         "threshold": study_tables.threshold_table, "abtest": study_tables.ab_table,
     }  # fmt: skip
@@ -121,14 +122,14 @@ def _tables() -> dict[str, Callable[[Console, Any], None]]:
 def run_table(console: Console, value: dict[str, Any]) -> None:
     """Print all that the store holds of one run."""
     out = f", out: {value['out']}" if value["out"] else ""
-    console.print(f"{value['id']}: {value['state']}, {value['losses']:,} losses measured{out}")
+    console.print(f"{value['id']}: {value['kind']}, {value['state']}, {value['losses']:,} losses measured{out}")
     for event in value["events"]:
         at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
         count = f" {event['done']}/{event['total']}" if event["total"] else ""
         console.print(f"{at} {event['stage']}{count} {event['note']}", style="dim", highlight=False)
     if result := value["result"]:
-        kind = result.get("laboratory", "prune")
-        if set(result) <= {"laboratory", "page"}:  # stored before results were stored whole
+        kind = value["kind"]
+        if set(result) <= {"laboratory", "page"}:  # Billhook 0.1 did not store results whole
             foot(console, result, [])
         elif kind == "baseline":
             _tables()["baselines"](console, {"baselines": [result]})

@@ -79,7 +79,7 @@ def transfer_command(
         told = transfer.transfer(
             model or "demo", split_commas(tasks), items=items, out=out, store=store, watch=face.watch, **options
         )
-        face.show(told, "trade")
+        face.show(told, "transfer")
 
 
 @with_options("remove", "data", *(name for name in STUDY_OPTIONS if name not in ("tokens", "metric")))

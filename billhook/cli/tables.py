@@ -96,9 +96,9 @@ def speed_table(console: Console, value: dict[str, Any]) -> None:
 
 def runs_table(console: Console, value: dict[str, Any]) -> None:
     """Print the runs of a store, a line each."""
-    table = empty_table("run", "state", "model", "remove", "search", "losses", "out")
+    table = empty_table("run", "kind", "state", "model", "remove", "search", "losses", "out")
     for row in value["runs"]:
-        cells = [row[k] for k in ("run", "state", "model", "remove", "search")]
+        cells = [row[k] for k in ("run", "kind", "state", "model", "remove", "search")]
         table.add_row(*(str(cell or "–") for cell in cells), f"{row['losses']:,}", row["out"])
     console.print(table if value["runs"] else "No runs yet. Start one: billhook prune --remove 25%sites")
 

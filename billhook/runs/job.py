@@ -15,9 +15,9 @@ from billhook.runs.recipe import Recipe
 from billhook.runs.store import Store
 
 
-def run_environment(recipe: Recipe) -> dict[str, Any]:
-    """Where a run is measured."""
-    return asdict(environment(str(pick_device(recipe.device)))) | {"folder": str(Path.cwd())}
+def run_environment(device: str) -> dict[str, Any]:
+    """Where a run is measured, and the folder that its paths start from. `device`: as a user names it."""
+    return asdict(environment(str(pick_device(device)))) | {"folder": str(Path.cwd())}
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ def run_pruning(store: Store, run: Run, watch: EventListener, write_report: Writ
 
     Nothing appears at the run's `out` before everything in it is proven.
     """
-    job = RunContext(Recipe(**run.recipe), store, run.id, Path(run.out), watch, {})
+    job = RunContext(Recipe(**run.spec), store, run.id, Path(run.out), watch, {})
     aside = staging_folder(job.out, job.run)
     with store.lock(run.id):
         finished = _finished(job)
@@ -172,7 +172,7 @@ def _bind(job: RunContext, bound: dict[str, str], teacher: Teacher, calibration:
             f"Run {job.run} was begun with another {' and other '.join(changed)}: the files have changed since. Begin "
             "a new run: leave --resume out."
         )
-    job.store.update(job.run, bound=now)
+    job.store.update(job.run, fingerprints=now)
 
 
 # -- the plan of work -----------------------------------------------------------------------------------------------

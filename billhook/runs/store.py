@@ -10,14 +10,15 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from billhook.core.errors import RunError, UsageError, nearest
 from billhook.core.events import Event
 from billhook.core.plan import Plan
 from billhook.core.results.measured import EvalResult, Loss, Timing
+from billhook.core.results.specs import PRUNE
 
 STORE = "billhook.db"
 
@@ -33,15 +34,23 @@ class LossKey:
     treatment: str = ""  # a repair applied inside the search; none yet applied is the empty string
 
 
+RunState = Literal["running", "interrupted", "failed", "done"]
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One row of the store. `state`: running, interrupted, failed or done."""
+    """One run of the store. `kind`: prune, sweep, compare, …; `spec`: what it was asked, of a pruning its recipe.
+
+    `result` is JSON, as the run stored it. What runs of Billhook 0.1 were asked, prunings aside, was not kept: their
+    `spec` is a recipe that holds what they had in common with one.
+    """
 
     id: str
+    kind: str
     created: float  # seconds since 1970, UTC
-    state: str
+    state: RunState
     out: str
-    recipe: dict[str, Any]
+    spec: dict[str, Any]
     environment: dict[str, Any]
     fingerprints: dict[str, str]  # fingerprints of model and tokens, once they are known
     result: dict[str, Any] | None
@@ -95,20 +104,47 @@ def _create_facts(db: sqlite3.Connection) -> None:
     )
 
 
-MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_create_tables, _create_pieces, _create_facts]
+FORMER_KINDS = {"trade": "transfer"}
+
+
+def _add_kind(db: sqlite3.Connection) -> None:
+    """What a run is. Until then the environment of those that were not prunings said so."""
+    db.execute(f"ALTER TABLE runs ADD COLUMN kind TEXT NOT NULL DEFAULT '{PRUNE}'")
+    for run, environment in db.execute("SELECT id, environment FROM runs").fetchall():
+        kind, rest = _former_kind(json.loads(environment))
+        db.execute("UPDATE runs SET kind = ?, environment = ? WHERE id = ?", (kind, _json(rest), run))
+
+
+def _former_kind(environment: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The kind of a run, and its environment, from an environment that tells both."""
+    kind = environment.get("laboratory", PRUNE)
+    return FORMER_KINDS.get(kind, kind), {name: value for name, value in environment.items() if name != "laboratory"}
+
+
+MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_create_tables, _create_pieces, _create_facts, _add_kind]
 
 
 class Store:
     """Reads and writes one store file. Every write is one transaction, so that a killed process loses nothing more."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        """Open the store at `path`, which appears if need be; `read_only` changes nothing, and reads older ones too.
+
+        Raises UsageError for a file that is no store, or one of a newer Billhook.
+        """
         self.path = path
+        if read_only and not path.is_file():
+            raise UsageError(f"There is no store {path}. Give the file that `billhook prune` wrote with --store.")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA foreign_keys = ON")
-            self._migrate()
+            if read_only:
+                self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA foreign_keys = ON")
+            self._db.row_factory = sqlite3.Row
+            self._check_version(read_only)
         except (sqlite3.DatabaseError, OSError) as error:
             raise UsageError(
                 f"--store {path} cannot be used ({error}). Give another file, or move this one."
@@ -117,14 +153,22 @@ class Store:
     def close(self) -> None:
         self._db.close()
 
-    def _migrate(self) -> None:
+    def _check_version(self, read_only: bool) -> None:
+        """Migrate an older store, unless it is only read. Raises UsageError for a newer one."""
+        version = self._version()
+        if version > len(MIGRATIONS):
+            raise UsageError(f"--store {self.path} was written by a newer Billhook. Upgrade, or give another file.")
+        if read_only and not version:
+            raise UsageError(f"{self.path} is not a store of Billhook. Give the file that `billhook prune` wrote.")
+        if read_only or version == len(MIGRATIONS):
+            return
         with self._write():
-            version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
-            if version > len(MIGRATIONS):
-                raise UsageError(f"--store {self.path} was written by a newer Billhook. Upgrade, or give another file.")
-            for number, migrate in enumerate(MIGRATIONS[version:], version + 1):
+            for number, migrate in enumerate(MIGRATIONS[self._version() :], self._version() + 1):
                 migrate(self._db)
                 self._db.execute(f"PRAGMA user_version = {number}")
+
+    def _version(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
 
     @contextmanager
     def _write(self) -> Iterator[None]:
@@ -140,12 +184,16 @@ class Store:
 
     # -- runs -------------------------------------------------------------------------------------------------------
 
-    def new_run(self, recipe: dict[str, Any], environment: dict[str, Any], out: str) -> str:
-        """File a new run; `out` may hold `{run}`. Returns its id."""
+    def new_run(self, kind: str, spec: Mapping[str, Any], environment: Mapping[str, Any], out: str) -> str:
+        """Store a new run of a kind, what it is asked, and where; `out` may hold `{run}`. Returns its id."""
         run = "r" + secrets.token_hex(3)
-        values = (run, time.time(), "running", out.replace("{run}", run), _json(recipe), _json(environment), "{}")
+        values = (run, kind, time.time(), "running", out.replace("{run}", run), _json(spec), _json(environment), "{}")
         with self._write():
-            self._db.execute(f"INSERT INTO runs VALUES ({','.join('?' * 7)}, NULL)", values)
+            self._db.execute(
+                "INSERT INTO runs (id, kind, created, state, out, recipe, environment, bound) "
+                f"VALUES ({','.join('?' * 8)})",
+                values,
+            )
         return run
 
     def runs(self) -> list[Run]:
@@ -161,13 +209,20 @@ class Store:
         guess = f" Did you mean {near}?" if near else ""
         raise RunError(f"There is no run {run!r} in {self.path}.{guess} `billhook runs` lists them.")
 
-    def update(self, run: str, **fields: Any) -> None:
-        """Set `state`, `bound` or `result` of a run."""
-        for name, value in fields.items():
-            assert name in ("state", "bound", "result")
-            with self._write():
-                text = value if name == "state" else json.dumps(value)  # a result keeps its order, which tables follow
-                self._db.execute(f"UPDATE runs SET {name} = ? WHERE id = ?", (text, run))
+    def update(
+        self,
+        run: str,
+        *,
+        state: RunState | None = None,
+        fingerprints: Mapping[str, str] | None = None,
+        result: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Set what is given of a run."""
+        texts = {"state": state, "bound": _text(fingerprints), "result": _text(result)}
+        given = {column: text for column, text in texts.items() if text is not None}
+        with self._write():
+            columns = ", ".join(f"{column} = ?" for column in given)
+            self._db.execute(f"UPDATE runs SET {columns} WHERE id = ?", (*given.values(), run))
 
     @contextmanager
     def lock(self, run: str) -> Iterator[None]:
@@ -209,31 +264,21 @@ class Store:
         row = self._db.execute(
             "SELECT sums, counts FROM losses WHERE model = ? AND tokens = ? AND loss = ? AND dtype = ? "
             "AND treatment = ? AND plan = ?",
-            (loss_key.model, loss_key.tokens, loss_key.loss, loss_key.dtype, loss_key.treatment, plan.key()),
+            (*astuple(loss_key), plan.key()),
         ).fetchone()
         return Loss(loss_key.loss, tuple(json.loads(row[0])), tuple(json.loads(row[1]))) if row else None
 
     def add_loss(self, loss_key: LossKey, plan: Plan, loss: Loss, run: str) -> None:
         """File a loss measured in full. The same loss measured twice changes nothing."""
         assert not loss.bound
-        values = (
-            *(
-                loss_key.model,
-                loss_key.tokens,
-                loss_key.loss,
-                loss_key.dtype,
-                loss_key.treatment,
-                plan.key(),
-                _json(plan.to_list()),
-            ),
-            *(_json(loss.sums), _json(loss.counts), run),
-        )
+        key = (*astuple(loss_key), plan.key())
+        values = (*key, _json(plan.to_list()), _json(loss.sums), _json(loss.counts), run)
         with self._write():
             self._db.execute(f"INSERT OR IGNORE INTO losses VALUES ({','.join('?' * 10)})", values)
             self._db.execute(
                 "DELETE FROM pieces WHERE model = ? AND tokens = ? AND loss = ? AND dtype = ? AND treatment = ? "
                 "AND plan = ? AND quality = 'full'",
-                values[:6],
+                key,
             )
 
     def pieces(self, loss_key: LossKey, plan: Plan) -> dict[str, dict[tuple[int, ...], tuple[float, ...]]]:
@@ -241,7 +286,7 @@ class Store:
         rows = self._db.execute(
             "SELECT quality, documents, sums FROM pieces WHERE model = ? AND tokens = ? AND loss = ? AND dtype = ? "
             "AND treatment = ? AND plan = ?",
-            (loss_key.model, loss_key.tokens, loss_key.loss, loss_key.dtype, loss_key.treatment, plan.key()),
+            (*astuple(loss_key), plan.key()),
         )
         told: dict[str, dict[tuple[int, ...], tuple[float, ...]]] = {}
         for quality, documents, sums in rows:
@@ -256,7 +301,7 @@ class Store:
         run: str,
     ) -> None:
         """File nats of document groups, all at once. Lower bounds and estimates have a quality of their own."""
-        key = (loss_key.model, loss_key.tokens, loss_key.loss, loss_key.dtype, loss_key.treatment)
+        key = astuple(loss_key)
         rows = [
             (*key, plan.key(), quality, _json(documents), _json(sums), run) for (plan, documents), sums in nats.items()
         ]
@@ -333,9 +378,18 @@ class Store:
         return [(row[0], Event(*row[1:])) for row in rows]
 
 
-def _run(row: tuple[Any, ...]) -> Run:
-    told: list[Any] = [json.loads(text) if text else None for text in row[4:]]
-    return Run(row[0], row[1], row[2], row[3], told[0], told[1], told[2], told[3])
+def _run(row: sqlite3.Row) -> Run:
+    kind, environment = _former_kind(json.loads(row["environment"]))
+    return Run(
+        row["id"], row["kind"] if "kind" in row.keys() else kind, row["created"], row["state"], row["out"],  # noqa: SIM118
+        json.loads(row["recipe"]), environment, json.loads(row["bound"]),
+        None if row["result"] is None else json.loads(row["result"]),
+    )  # fmt: skip
+
+
+def _text(value: Mapping[str, Any] | None) -> str | None:
+    """JSON that keeps its order, which tables follow."""
+    return None if value is None else json.dumps(value)
 
 
 def _json(value: Any) -> str:

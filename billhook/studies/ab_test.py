@@ -11,7 +11,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, fields
 from itertools import takewhile
 from pathlib import Path
@@ -21,9 +21,9 @@ from billhook.core import significance, statistics
 from billhook.core.errors import UnknownName
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.results.measured import Estimate, EvalResult
+from billhook.core.results.specs import AbTestSpec, ServerSpec
 from billhook.data.prompts import Prompt, read_prompts
-from billhook.models.device import environment
-from billhook.runs.store import STORE, Store
+from billhook.runs.store import STORE
 from billhook.studies.endpoint import Endpoint, RequestFailed, RequestOptions, connect
 from billhook.studies.openai_client import (
     Completion,
@@ -33,6 +33,7 @@ from billhook.studies.openai_client import (
     prompt_logprobs_support,
     warm_up,
 )
+from billhook.studies.run_study import begin_run
 
 SIDES = ("a", "b")
 ChoiceSums = list[float] | RequestFailed  # log-probabilities of the choices of an item, or why there are none
@@ -79,10 +80,13 @@ def request_options(options: Mapping[str, Any]) -> RequestOptions:
     return RequestOptions(**options)
 
 
-def run_config(a: Endpoint, b: Endpoint, prompts: str, limit: int | None, options: RequestOptions) -> dict[str, Any]:
-    """What a run of the store was told."""
-    what = {"model": f"{a.url} {b.url}", "remove": None, "plan": None, "prompts": prompts, "limit": limit}
-    return what | {"a": asdict(a), "b": asdict(b), "asking": asdict(options)}
+def run_spec(a: Endpoint, b: Endpoint, prompts: str, limit: int | None, options: RequestOptions) -> AbTestSpec:
+    """What a run of the store was asked."""
+    return AbTestSpec(f"{a.url} {b.url}", _server(a), _server(b), prompts, limit, asdict(options))
+
+
+def _server(end: Endpoint) -> ServerSpec:
+    return ServerSpec(end.url, end.model, end.key_env)
 
 
 # -- asking ---------------------------------------------------------------------------------------------------------
@@ -163,7 +167,6 @@ def _ab_result(transcript: Transcript, prompts: Sequence[Prompt], options: Reque
     rows = {name: _paired_row(pairs, options.seed) for name, pairs in times.items()}
     sides = [_side(end, [pair[side] for pair in transcript.answers]) for side, end in enumerate(transcript.ends)]
     return {
-        "laboratory": "abtest",
         "a": sides[0] | {name: row["a"] for name, row in rows.items()},
         "b": sides[1] | {name: row["b"] for name, row in rows.items()},
         "ratio": {name: row["ratio"] for name, row in rows.items()},
@@ -305,10 +308,7 @@ def ab_test(
     how = request_options(asking)
     ends = Endpoint.create("A", a, model_a, api_key_env_a), Endpoint.create("B", b, model_b, api_key_env_b)
     found = read_prompts(prompts, how.kind, limit, how.seed)
-    where = asdict(environment("cpu")) | {"folder": str(Path.cwd()), "laboratory": "abtest"}
-    with closing(Store(Path(store))) as opened:
-        run = opened.new_run(run_config(*ends, str(prompts), limit, how), where, "")
-        with opened.lock_and_track(run):
-            told = {"run": run, "prompts": str(prompts)} | run_ab_test(*ends, found, how, watch)
-            opened.update(run, state="done", result=told)
+    with begin_run(run_spec(*ends, str(prompts), limit, how), "cpu", Path(store), "") as (opened, run):
+        told = {"run": run, "prompts": str(prompts)} | run_ab_test(*ends, found, how, watch)
+        opened.update(run, result=told)
         return told

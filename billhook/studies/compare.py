@@ -15,6 +15,7 @@ from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Plan
 from billhook.core.results.measured import EvalResult
+from billhook.core.results.specs import CompareSpec, EvalItems, plain_options
 from billhook.core.statistics import reliability_note
 from billhook.data.token_sets import TokenSet
 from billhook.data.token_sets import truncate as first_of
@@ -28,7 +29,7 @@ from billhook.runs.job import RunContext
 from billhook.runs.recipe import of_text
 from billhook.runs.store import STORE
 from billhook.studies.eval_sets import ComparisonSpec, ModelResults, comparison_spec, evaluate_on_sets
-from billhook.studies.run_study import open_run, write_study
+from billhook.studies.run_study import open_run, several, write_study
 
 CLOSE_TOKENS = 4096  # on which two models are held against each other, word by word
 
@@ -246,7 +247,12 @@ def compare(
     sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from, "seen": seen, "timed": timed}
     asked = comparison_spec(data=data, tasks=tasks, score=score, margins=margins, **sets).check()
     recipe = of_text(str(models[0]), options)
-    with open_run("compare", recipe, Path(store), out) as (opened, run, folder):
-        job = RunContext(recipe, opened, run, folder, watch, {})
-        told = compare_models(job, [str(name) for name in models], asked)
-        return write_study(told, folder, compare_page.comparison_page, opened, run)
+    names = [str(name) for name in models]
+    on = EvalItems(several(data), several(tasks), items, shots, shots_from)
+    spec = CompareSpec(
+        *(names[0], tuple(names[1:]), on, several(score), margins), timed=timed, seen=seen,
+        options=plain_options(options),
+    )  # fmt: skip
+    with open_run(spec, recipe, Path(store), out, watch) as job:
+        told = compare_models(job, names, asked)
+        return write_study(told, job.out, compare_page.comparison_page, job.store, job.run)

@@ -13,6 +13,7 @@ from billhook.core.events import EventListener, ignore_events, scaled_events
 from billhook.core.margin import Margin, parse_amount
 from billhook.core.plan import Plan
 from billhook.core.results.measured import EvalResult
+from billhook.core.results.specs import EvalItems, EvalSpec, plain_options
 from billhook.core.statistics import reliability_note
 from billhook.data.calibration import mixed_sets
 from billhook.data.choice_tasks import FewShot, Split, load_items, read_items, requests
@@ -175,9 +176,11 @@ def evaluate_tasks(
     asked = comparison_spec(
         data=(), tasks=tasks, items=items, shots=shots, shots_from=shots_from, evaluations=several(evaluations)
     ).check()
-    with open_run("eval", recipe, Path(store), NO_FOLDER) as (opened, run, _):
-        told = evaluate_on_tasks(RunContext(recipe, opened, run, Path(), watch, {}), str(model), asked)
-        opened.update(run, result=told)
+    on = EvalItems((), asked.tasks, items, shots, shots_from)
+    spec = EvalSpec(str(model), on, asked.evaluations, plain_options(options))
+    with open_run(spec, recipe, Path(store), NO_FOLDER, watch) as job:
+        told = evaluate_on_tasks(job, str(model), asked)
+        job.store.update(job.run, result=told)
         return told
 
 

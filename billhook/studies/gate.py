@@ -15,6 +15,7 @@ from billhook.core.events import EventListener, ignore_events
 from billhook.core.margin import BOUND, Margin
 from billhook.core.plan import Plan
 from billhook.core.results.measured import EvalResult
+from billhook.core.results.specs import BaselineSpec, EvalItems, GateSpec, plain_options
 from billhook.core.statistics import exp_capped, reliability_note
 from billhook.models.device import environment
 from billhook.runs.job import RunContext
@@ -48,8 +49,12 @@ def gate(
     is as for `compare`.
     """
     recipe = of_text(str(student), options)
-    with open_run("gate", recipe, Path(store), NO_FOLDER) as (opened, run, _):
-        stored = load_baseline(opened, str(baseline))
+    on = EvalItems(() if data is None else several(data), several(tasks), items, shots, shots_from)
+    spec = GateSpec(
+        *(str(student), str(baseline), on, several(score), margins), seen=seen, options=plain_options(options)
+    )
+    with open_run(spec, recipe, Path(store), NO_FOLDER, watch) as job:
+        stored = load_baseline(job.store, str(baseline))
         if stored is not None and (
             data is not None or tasks or items is not None or shots or shots_from or several(score) != ("acc",)
         ):
@@ -61,10 +66,10 @@ def gate(
         sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from, "seen": seen}
         asked = comparison_spec(data=text, tasks=tasks, score=score, margins=margins, **sets)
         asked = asked.check() if stored is None else spec_of_baseline(stored, asked)
-        told = run_gate(RunContext(recipe, opened, run, Path(), watch, {}), str(student), str(baseline), asked)
+        told = run_gate(job, str(student), str(baseline), asked)
         if junit is not None:
             write_junit(told, Path(junit))
-        opened.update(run, result=told)
+        job.store.update(job.run, result=told)
         return told
 
 
@@ -86,10 +91,11 @@ def save_baseline(
     recipe = of_text(str(model), options)
     sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from}
     asked = comparison_spec(data=data, tasks=tasks, score=score, **sets).check()
-    with open_run("baseline", recipe, Path(store), NO_FOLDER) as (opened, run, _):
-        job = RunContext(recipe, opened, run, Path(), watch, {})
+    on = EvalItems(several(data), several(tasks), items, shots, shots_from)
+    spec = BaselineSpec(name, str(model), on, several(score), plain_options(options))
+    with open_run(spec, recipe, Path(store), NO_FOLDER, watch) as job:
         told = store_baseline(job, name, str(model), asked)
-        opened.update(run, result=told)
+        job.store.update(job.run, result=told)
         return told
 
 

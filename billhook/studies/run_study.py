@@ -12,16 +12,23 @@ from typing import Any, TypeVar
 
 from billhook.core.events import EventListener
 from billhook.core.results.json_form import PagedResult
+from billhook.core.results.specs import RunSpec
 from billhook.methods.export.checkpoint import check_target, publish, staging_folder
-from billhook.runs.job import run_environment
+from billhook.runs.job import RunContext, run_environment
 from billhook.runs.prepare import load_teacher
 from billhook.runs.recipe import Recipe
-from billhook.runs.store import Store
+from billhook.runs.store import Run, Store
 from billhook.studies.trials import StudyContext
 
 R = TypeVar("R", bound=PagedResult | dict[str, Any])
 
 NO_FOLDER = "-"  # the out of a run that writes no files
+
+
+def stored_run(run: str, store: str | Path) -> Run:
+    """A run of a store, which is only read. Raises RunError with the nearest one."""
+    with closing(Store(Path(store), read_only=True)) as opened:
+        return opened.run(run)
 
 
 def several(values: str | Sequence[str]) -> tuple[str, ...]:
@@ -31,30 +38,39 @@ def several(values: str | Sequence[str]) -> tuple[str, ...]:
 
 @contextmanager
 def open_study(
-    kind: str, recipe: Recipe, store: Path, out: str | Path | None, watch: EventListener
+    spec: RunSpec, recipe: Recipe, store: Path, out: str | Path | None, watch: EventListener
 ) -> Iterator[tuple[StudyContext, Path]]:
     """A run of the store, the loaded teacher, and the folder that will hold page and table."""
-    with open_run(kind, recipe, store, out) as (opened, run, folder):
-        yield StudyContext(opened, run, load_teacher(recipe, watch), watch), folder
+    with open_run(spec, recipe, store, out, watch) as job:
+        yield StudyContext(job.store, job.run, load_teacher(recipe, job.watch), job.watch), job.out
 
 
 @contextmanager
-def open_run(kind: str, recipe: Recipe, store: Path, out: str | Path | None) -> Iterator[tuple[Store, str, Path]]:
-    """The store, a new run of it that is held, and the folder that will hold page and table.
+def open_run(
+    spec: RunSpec, recipe: Recipe, store: Path, out: str | Path | None, watch: EventListener
+) -> Iterator[RunContext]:
+    """A new run of the store that this process holds; `recipe` says how models and texts are read.
 
-    Whoever asks for the run stores its result.
+    `out`: the folder that will hold page and table, `NO_FOLDER`, or None for one of the run's own. The caller stores
+    the result.
     """
-    with closing(Store(store)) as opened:
-        where = str(out) if out is not None else str(Path("lab") / "{run}")
-        run = opened.new_run(recipe.model_dump(), run_environment(recipe) | {"laboratory": kind}, where)
+    where = str(out) if out is not None else str(Path("lab") / "{run}")
+    with begin_run(spec, recipe.device, store, where) as (opened, run):
         folder = Path(opened.run(run).out)
         if where != NO_FOLDER:
             check_target(folder, None)
+        yield RunContext(recipe, opened, run, folder, watch, {})
+
+
+@contextmanager
+def begin_run(spec: RunSpec, device: str, store: Path, out: str) -> Iterator[tuple[Store, str]]:
+    """The store, and a new run of it that this process holds, and that is done when the block ends."""
+    with closing(Store(store)) as opened:
+        run = opened.new_run(spec.kind, spec.to_json(), run_environment(device), out)
         with opened.lock_and_track(run):
-            yield opened, run, folder
-            result = opened.run(run).result
-            assert result is not None, "every kind of run stores the whole of its result"
-            opened.update(run, state="done", result={"laboratory": kind, **result})
+            yield opened, run
+            assert opened.run(run).result is not None, "every kind of run stores the whole of its result"
+            opened.update(run, state="done")
 
 
 def write_study(result: R, folder: Path, page: Callable[[R], str], store: Store, run: str) -> R:
@@ -66,7 +82,7 @@ def write_study(result: R, folder: Path, page: Callable[[R], str], store: Store,
     else:
         told = result | {"page": where}
         result = told  # type: ignore[assignment]
-    aside = staging_folder(folder, "laboratory")
+    aside = staging_folder(folder, "study")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     (aside / "result.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from billhook.core import statistics
 from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Plan, Site
+from billhook.core.results.specs import StabilitySpec, plain_options
 from billhook.data.splits import disjoint_parts
 from billhook.data.token_sets import DOCUMENT_TOKENS
 from billhook.methods.metrics import METRICS
@@ -44,7 +45,8 @@ def stability(
     if draws < 2 or not sizes:
         raise UsageError("Stability compares sets: ask for at least 2 --draws and one of --sizes.")
     first = parse_recipe({"model": str(model), **options}, "The call")
-    with open_study("stability", first, Path(store), out, watch) as (bench, folder):
+    spec = StabilitySpec(str(model), metric, tuple(sizes), draws, plain_options(options))
+    with open_study(spec, first, Path(store), out, watch) as (bench, folder):
         told = run_stability(bench, metric, tuple(sizes), draws, options)
         return write_study(told, folder, study_pages.stability_page, bench.store, bench.run)
 

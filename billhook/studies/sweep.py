@@ -12,6 +12,7 @@ from typing import Any
 from billhook.core import statistics
 from billhook.core.errors import BudgetError, DataError, UsageError
 from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.results.specs import SweepSpec, plain_options
 from billhook.data.calibration import external_sources
 from billhook.data.choice_tasks import load_items
 from billhook.data.token_sets import TokenSet
@@ -61,7 +62,11 @@ def sweep(
         raise UsageError("What a model writes itself proves nothing. Name a text to measure on: --eval-data FILE.")
     grid = Grid(several(recipes), several(remove), texts, held_out, several(tasks), items)
     first = recipes_of(grid, str(model), options)[0][1]
-    with open_study("sweep", first, Path(store), out, watch) as (bench, folder):
+    spec = SweepSpec(
+        *(str(model), grid.recipes, grid.removes, texts, several(eval_data), grid.tasks, items),
+        options=plain_options(options),
+    )
+    with open_study(spec, first, Path(store), out, watch) as (bench, folder):
         return write_study(run_sweep(bench, grid, options), folder, study_pages.sweep_page, bench.store, bench.run)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.margin import Margin, MarginCheck
 from billhook.core.plan import Plan
+from billhook.core.results.specs import PRUNE, ThresholdSpec
 from billhook.core.statistics import reliability_note
 from billhook.data.token_sets import TokenSet
 from billhook.models.device import environment
@@ -23,8 +23,8 @@ from billhook.runs.evaluation import evaluate_plans
 from billhook.runs.job import RunContext
 from billhook.runs.prepare import tokens_for, validation_and_test
 from billhook.runs.recipe import parse_recipe
-from billhook.runs.store import STORE, Store
-from billhook.studies.run_study import open_study, several, write_study
+from billhook.runs.store import STORE
+from billhook.studies.run_study import open_study, several, stored_run, write_study
 
 
 def threshold(
@@ -44,14 +44,14 @@ def threshold(
     `out` (default: lab/<run>): `billhook prune --plan` takes the plan.
     """
     parsed = [Margin.parse(text) for text in several(margins)]
-    with closing(Store(Path(store))) as opened:
-        stored = opened.run(run) if run is not None else None
-    if stored is not None and ("laboratory" in stored.environment or not (stored.result or {}).get("steps")):
+    stored = stored_run(run, store) if run is not None else None
+    if stored is not None and (stored.kind != PRUNE or not (stored.result or {}).get("steps")):
         raise UsageError(f"Run {run} has no steps of a search. `billhook runs` lists the runs.")
     least: dict[str, Any] = {"remove": "40%"}
-    given = stored.recipe if stored is not None else least | {"model": str(model)}
+    given = stored.spec if stored is not None else least | {"model": str(model)}
     recipe = parse_recipe(given | options, "The call")
-    with open_study("threshold", recipe, Path(store), out, watch) as (bench, folder):
+    spec = ThresholdSpec(recipe.model, tuple(map(str, parsed)), run, recipe.model_dump(exclude_defaults=True))
+    with open_study(spec, recipe, Path(store), out, watch) as (bench, folder):
         steps = [] if stored is None else (stored.result or {})["steps"]
         told = find_threshold(bench.job(recipe), bench.teacher, steps, parsed)
         return write_study(told, folder, threshold_page.threshold_page, bench.store, bench.run)

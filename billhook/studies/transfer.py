@@ -9,6 +9,7 @@ from typing import Any
 from billhook.core import statistics
 from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.results.specs import TransferSpec, plain_options
 from billhook.data.choice_tasks import load_items
 from billhook.report import study_pages
 from billhook.runs.recipe import parse_recipe
@@ -35,7 +36,8 @@ def transfer(
     if not tasks:
         raise UsageError("There is no task to trade. Name files of multiple-choice items: --tasks a.jsonl,b.jsonl.")
     first = parse_recipe({"model": str(model), **options}, "The call")
-    with open_study("trade", first, Path(store), out, watch) as (bench, folder):
+    spec = TransferSpec(str(model), several(tasks), items, plain_options(options))
+    with open_study(spec, first, Path(store), out, watch) as (bench, folder):
         told = run_transfer(bench, several(tasks), items, options)
         return write_study(told, folder, study_pages.transfer_page, bench.store, bench.run)
 

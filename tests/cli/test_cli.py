@@ -136,15 +136,15 @@ def test_interrupted_it_says_how_to_go_on_and_that_is_so(pruned: Pruned, model: 
     assert "Traceback" not in stderr
     assert not out.exists()
     assert not list(out.parent.glob(".*.partial"))
-    (run,) = (r for r in api.runs(pruned.store) if r["out"] == str(out))
-    assert run["state"] == "interrupted"
+    (run,) = (r for r in api.runs(pruned.store) if r.out == str(out))
+    assert run.state == "interrupted"
 
     child = process(*shlex.split(last.split("Go on with: billhook ")[1]))
     stdout, stderr = child.communicate(timeout=200)
     assert child.returncode == 0, stderr
     assert fits(stdout), stdout
     assert "Removed 2 of 8 sites" in stdout
-    assert one_object((out / "report.json").read_text())["run"] == run["run"]
+    assert one_object((out / "report.json").read_text())["run"] == run.run
 
 
 def test_a_command_to_copy_is_quoted_and_says_what_was_typed() -> None:

@@ -439,7 +439,7 @@ def test_what_is_stored_comes_back_also_of_the_first_tokens(
     with closing(Store(tmp_path / "runs.db")) as store:
         told, sites = [], []
         for _ in range(2):
-            kept = store_cache(store, store.new_run({}, {}, "out"), teacher)
+            kept = store_cache(store, store.new_run("prune", {}, {}, "out"), teacher)
             probe = Probe(teacher, tokens, "task", cache_factory=kept)
             execute = Executor(probe)
             told.append([execute(each) for each in ask])

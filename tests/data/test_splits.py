@@ -173,7 +173,9 @@ def test_what_the_model_wrote_is_filed(tmp_path: Path) -> None:
     file = tiny.write_texts(tmp_path / "a.jsonl", 120)
     recipe = Recipe(remove="1sites", data=str(file), tokens=200, length=20, eval_tokens=200, eval_length=20)
     with closing(Store(tmp_path / "s.db")) as store:
-        job = RunContext(recipe, store, store.new_run(recipe.model_dump(), {}, ""), tmp_path, ignore_events, {})
+        job = RunContext(
+            recipe, store, store.new_run("prune", recipe.model_dump(), {}, ""), tmp_path, ignore_events, {}
+        )
         first_time = load_token_sets(job, teacher, text_spec(recipe))[0]
         assert first_time.source == f"{file}+self"
         teacher.model.generate = None  # it would fail

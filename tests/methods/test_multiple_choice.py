@@ -300,7 +300,7 @@ def test_a_killed_evaluation_goes_on_behind_its_last_portion(
     recipe = parse_recipe({"model": str(model), "remove": "1sites"})
 
     def ask(store: Store) -> tuple[str, list[list[float]]]:
-        run = store.new_run({}, {}, "out")
+        run = store.new_run("prune", {}, {}, "out")
         return run, choice_logprobs(RunContext(recipe, store, run, tmp_path, ignore_events, {}), teacher, sides, tokens)
 
     with closing(Dying(tmp_path / "runs.db")) as store:

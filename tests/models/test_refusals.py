@@ -355,9 +355,9 @@ def interrupted(copy: Path, tmp_path: Path) -> str:
             data=str(tmp_path / "texts.jsonl"), tokens=200, length=32, eval_tokens=200,
         )  # fmt: skip
     (run,) = billhook.runs(tmp_path / "runs.db")
-    assert run["state"] == "interrupted"
+    assert run.state == "interrupted"
     assert not list(tmp_path.rglob("*.partial"))
-    return str(run["run"])
+    return run.run
 
 
 def cannot_resume(home: Path, kind: type[BillhookError], *told: str, run: str | None = None, **options: Any) -> None:

@@ -26,7 +26,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def new(store: Store, out: str = "out/{run}") -> str:
-    return store.new_run({"model": "demo", "remove": "1sites"}, {"torch": "2"}, out)
+    return store.new_run("prune", {"model": "demo", "remove": "1sites"}, {"torch": "2"}, out)
 
 
 def test_what_is_filed_comes_back_to_the_last_bit(store: Store) -> None:
@@ -69,7 +69,7 @@ def test_runs_are_listed_newest_first_and_found_by_name(store: Store) -> None:
     runs = [new(store) for _ in range(3)]
     assert [run.id for run in store.runs()] == runs[::-1]
     assert store.run(runs[0]).out == f"out/{runs[0]}"
-    store.update(runs[0], state="done", result={"a": 1}, bound={"model": "m"})
+    store.update(runs[0], state="done", result={"a": 1}, fingerprints={"model": "m"})
     found = store.run(runs[0])
     assert (found.state, found.result, found.fingerprints) == ("done", {"a": 1}, {"model": "m"})
     with pytest.raises(RunError, match=rf"no run 'x{runs[1][1:]}'.*Did you mean {runs[1]}"):
@@ -91,8 +91,8 @@ def test_two_runs_share_a_store(store: Store) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from billhook.store import Store
-with Store(Path(sys.argv[1])).hold(sys.argv[2]):
+from billhook.runs.store import Store
+with Store(Path(sys.argv[1])).lock(sys.argv[2]):
     print("held", flush=True)
     sys.stdin.read()
 """

@@ -303,7 +303,7 @@ def test_a_server_that_cannot_be_asked_is_told_before_a_prompt_is(start: Any, tm
         assert [word for word in words if word not in str(caught.value)] == []
         assert caught.value.exit_code == 3
     assert good.prompts() == []
-    assert [run["state"] for run in api.runs(tmp_path / "runs.db")] == ["failed"] * 4
+    assert [run.state for run in api.runs(tmp_path / "runs.db")] == ["failed"] * 4
 
 
 @pytest.mark.parametrize(
@@ -565,7 +565,7 @@ def test_a_key_goes_to_its_server_and_nowhere_else(
     assert key not in json.dumps(told)
     for file in tmp_path.iterdir():
         assert key.encode() not in file.read_bytes()
-    assert "KEY_OF_B" in json.dumps(api.show(told["run"], tmp_path / "runs.db")["recipe"])
+    assert "KEY_OF_B" in json.dumps(api.show(told["run"], tmp_path / "runs.db").spec)
     assert key not in "".join(capsys.readouterr())
 
 
@@ -600,10 +600,10 @@ def test_the_command_shows_and_files_what_it_found(start: Any, tmp_path: Path) -
     result = json.loads(told.stdout)
     assert result["outcomes"][0]["b"]["text"] == HOSTILE
     assert HOSTILE[:5] in result["b"]["model"]
-    filed = api.show(result["run"], store)
-    assert (filed["state"], filed["result"]) == ("done", result)
+    kept = api.show(result["run"], store).to_json()
+    assert (kept["state"], kept["result"]) == ("done", result)
     assert "Latency, s" in command("show", result["run"], "--store", store).stdout
-    assert api.runs(store)[0]["search"] == "abtest"
+    assert api.runs(store)[0].kind == "abtest"
     with pytest.raises(RunError, match=r"is no pruning\. Begin it again: billhook abtest"):
         billhook.resume(result["run"], store=store)
     with pytest.raises(RunError, match="no unfinished run"):
@@ -611,10 +611,10 @@ def test_the_command_shows_and_files_what_it_found(start: Any, tmp_path: Path) -
 
 
 def test_a_run_of_the_laboratory_is_shown_by_its_page(capsys: pytest.CaptureFixture[str]) -> None:
-    run = {"id": "r1", "state": "done", "losses": 3, "out": "lab/r1", "events": []}
+    run = {"id": "r1", "kind": "sweep", "state": "done", "losses": 3, "out": "lab/r1", "events": []}
     session.print_result(run | {"result": {"laboratory": "sweep", "page": "lab/r1/index.html"}}, "run")
     assert capsys.readouterr().out.splitlines() == [
-        "r1: done, 3 losses measured, out: lab/r1",
+        "r1: sweep, done, 3 losses measured, out: lab/r1",
         "Page: lab/r1/index.html",
     ]
 
@@ -645,7 +645,7 @@ def test_an_interrupt_ends_it_with_its_code(sent: signal.Signals, start: Any, tm
     thread.join()
     assert (done.exit_code, done.stdout) == (130, ""), done.stderr
     assert done.stderr.splitlines()[-1].startswith("Interrupted.")
-    assert [run["state"] for run in api.runs(store)] == ["interrupted"]
+    assert [run.state for run in api.runs(store)] == ["interrupted"]
 
 
 # -- statistics -----------------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def test_a_sweep_goes_on_where_it_was_killed(six: Path, texts: Path, tmp_path: P
     assert held > 0
     told = sweep("two")
     assert len(told["rows"]) == 2
-    assert billhook.runs(tmp_path / "runs.db")[0]["state"] == "done"
+    assert billhook.runs(tmp_path / "runs.db")[0].state == "done"
     with pytest.raises(Exception, match="no unfinished run"):
         billhook.resume(store=tmp_path / "runs.db")
 
@@ -364,12 +364,13 @@ def test_show_tells_what_the_laboratory_told(
     done = typed(kind, model, *own, *small, "--store", store, "--out", out)
     assert done.exit_code == 0, done.stderr
     (run,) = billhook.runs(store)
-    shown = typed("show", run["run"], "--store", store)
+    shown = typed("show", run.run, "--store", store)
     assert shown.exit_code == 0, shown.stderr
     assert len(done.stdout.splitlines()) > 5
     assert shown.stdout.endswith(done.stdout)
-    kept = billhook.show(run["run"], store)["result"]
-    assert kept == json.loads((out / "result.json").read_text()) | {"laboratory": kind}
+    kept = billhook.show(run.run, store).to_json()["result"]
+    assert run.kind == kind
+    assert kept == json.loads((out / "result.json").read_text())
 
 
 def test_a_dry_run_takes_a_recipe_as_prune_does(model: Path, texts: Path, tmp_path: Path) -> None:

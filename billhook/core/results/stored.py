@@ -1,0 +1,78 @@
+"""What the store says of its runs: a line each, and everything of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from billhook.core.results.json_form import SCHEMA, Result, encode
+
+RESULTS: dict[str, type[Result]] = {}  # the class of a result by the kind of its run
+
+
+def read_result(kind: str, value: dict[str, Any]) -> Result | dict[str, Any]:
+    """The result of a run of a `kind`. Billhook 0.1 wrote results without a schema: they stay as they were stored."""
+    return RESULTS[kind].from_json(value) if kind in RESULTS and value.get("schema") == SCHEMA else value
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """One run in a list. `remove`, `search`: None of a run without them; `losses`: those that it measured itself."""
+
+    run: str
+    kind: str
+    created: float  # seconds since 1970, UTC
+    state: str
+    model: str
+    remove: str | None
+    search: str | None
+    out: str
+    losses: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field as plain JSON."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEvent:
+    """What a stage of a run had done at a time, in seconds since 1970."""
+
+    at: float
+    stage: str
+    done: int
+    total: int | None
+    note: str
+
+
+@dataclass(frozen=True, repr=False)
+class StoredRun:
+    """All that the store holds of one run. `spec`: what was asked; `losses`: how many it measured itself.
+
+    `result`: None until it is done, an object of the class of its kind, and plain JSON where Billhook 0.1 stored it.
+    """
+
+    id: str
+    kind: str
+    created: float
+    state: str
+    out: str
+    spec: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
+    losses: int
+    events: tuple[StoredEvent, ...]
+    result: Result | dict[str, Any] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field as plain JSON; the result as it is stored."""
+        plain = {name: encode(getattr(self, name)) for name in self.__dataclass_fields__ if name != "result"}
+        return plain | {"result": self.result.to_json() if isinstance(self.result, Result) else self.result}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The events as a flat table."""
+        return [dict(encode(event)) for event in self.events]
+
+    def __repr__(self) -> str:
+        return f"StoredRun({self.id}: {self.kind}, {self.state}, {len(self.events)} events)"
