@@ -291,7 +291,7 @@ def measure_speed(
     return told | ({"ratio": timing.speed_ratio(*timings)} if other is not None else {})
 
 
-def runs(store: str | Path = STORE) -> list[RunSummary]:
+def list_runs(store: str | Path = STORE) -> list[RunSummary]:
     """The runs of a store, the newest first. `pandas.DataFrame` takes the list."""
     with closing(Store(Path(store), read_only=True)) as opened:
         return [_summary(run, opened.count_losses(run.id)) for run in opened.runs()]
@@ -317,7 +317,7 @@ def _summary(run: Run, losses: int) -> RunSummary:
 
 
 def show(run: str, store: str | Path = STORE) -> StoredRun:
-    """All that the store holds of one run: what it was asked, state, events, losses that it measured, and its result."""
+    """All that the store holds of one run: what it was asked, its state, its events and its result."""
     with closing(Store(Path(store), read_only=True)) as opened:
         found = opened.run(run)
         events = tuple(StoredEvent(at, *astuple(event)) for at, event in opened.events(run))
@@ -326,7 +326,7 @@ def show(run: str, store: str | Path = STORE) -> StoredRun:
         return StoredRun(**about, losses=opened.count_losses(run), events=events, result=result)
 
 
-def methods() -> list[dict[str, str]]:
+def list_methods() -> list[dict[str, str]]:
     """Every registered method: family, name, what it does, source."""
     families = (METRICS, GROUP_METRICS, LOSSES, ITEM_LOSSES, SEARCHES, RECOVERIES, EVALUATIONS)
     return [row for registry in families for row in registry.describe()]

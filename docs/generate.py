@@ -36,7 +36,7 @@ def help_texts() -> str:
 def methods() -> str:
     """A section a family, and in it one of every registered method."""
     told, family = [], ""
-    for row in billhook.methods():
+    for row in billhook.list_methods():
         if row["family"] != family:
             family = row["family"]
             told.append(f"\n## {HEADINGS[family]}\n")

@@ -282,7 +282,7 @@ def of_perplexity(told: Mapping[str, Any]) -> dict[str, Any]:
 
 def losses_of(store: str) -> int:
     """How many losses all runs of a store measured."""
-    return sum(run["losses"] for run in map(plain, billhook.runs(store)))
+    return sum(run["losses"] for run in map(plain, billhook.list_runs(store)))
 
 
 # -- the runs ----------------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_every_command_and_option_is_documented() -> None:
 
 def test_every_method_architecture_unit_and_public_name_is_documented() -> None:
     wanted = {
-        "methods.md": {row["name"] for row in billhook.methods()},
+        "methods.md": {row["name"] for row in billhook.list_methods()},
         "architectures.md": set(ARCHITECTURES),
         "how-it-works.md": set(UNITS),
         "python.md": {*billhook.__all__, *(kind.__name__ for kind in _errors())},
@@ -223,7 +223,7 @@ def check_command(words: list[str], where: str) -> None:
 
 def check_values(arguments: list[str], where: str) -> None:
     """The budget, search and loss that a command line names."""
-    known = {family: {row["name"] for row in billhook.methods() if row["family"] == family} for family in FAMILIES}
+    known = {family: {row["name"] for row in billhook.list_methods() if row["family"] == family} for family in FAMILIES}
     for option, value in pairwise(arguments):
         if option == "--remove":
             parse_budgets(value)

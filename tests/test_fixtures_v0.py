@@ -68,7 +68,7 @@ def test_the_fixture_holds_a_run_of_every_kind() -> None:
 
 
 def test_the_runs_are_listed(home: Path) -> None:
-    told = {run["run"]: run for run in map(plain, billhook.runs("billhook.db"))}
+    told = {run["run"]: run for run in map(plain, billhook.list_runs("billhook.db"))}
     assert list(told) == list(RUNS), "the newest first"
     for run, about in RUNS.items():
         for name in ("state", "out", "losses"):
@@ -111,7 +111,7 @@ def test_the_interrupted_run_goes_on_and_measures_nothing_again(home: Path) -> N
 
 def test_what_was_measured_is_found_again(home: Path) -> None:
     again = plain(billhook.prune("llama", remove="3sites", out="again", store="billhook.db", **OPTIONS))
-    assert {run["run"]: run["losses"] for run in map(plain, billhook.runs("billhook.db"))}[again["run"]] == 0
+    assert {run["run"]: run["losses"] for run in map(plain, billhook.list_runs("billhook.db"))}[again["run"]] == 0
     assert [[step["sites"], step["loss"]] for step in again["steps"]] == FACTS["steps"]
     assert {name: again["perplexity"][name] for name in FACTS["perplexity"]} == FACTS["perplexity"]
     with closing(sqlite3.connect("billhook.db")) as db:
@@ -135,7 +135,7 @@ def test_a_threshold_takes_the_steps_of_a_stored_run(home: Path) -> None:
     now = json.loads(Path("now/result.json").read_text(encoding="utf-8"))
     assert (now["step"], now["steps"], now["losses"]) == (before["step"], before["steps"], before["losses"])
     assert sum(about["losses"] for about in RUNS.values()) == sum(
-        plain(run)["losses"] for run in billhook.runs("billhook.db")
+        plain(run)["losses"] for run in billhook.list_runs("billhook.db")
     )
 
 

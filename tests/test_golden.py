@@ -59,7 +59,7 @@ def differences(kept: Any, now: Any, rel: float, small: float, at: str = "") -> 
 
 def test_every_method_is_in_one_of_the_runs() -> None:
     by_family: dict[str, set[str]] = {}
-    for row in billhook.methods():
+    for row in billhook.list_methods():
         row = row if isinstance(row, dict) else golden_runs.plain(row)
         by_family.setdefault(row["family"], set()).add(row["name"])
     options = [options for _, _, options in PRUNES.values()]

@@ -189,7 +189,7 @@ def runs_command(*, store: StoreFile = DEFAULT_STORE, as_json: Json = False, ver
     with CommandSession(as_json, True, verbose) as face:
         from billhook import api
 
-        face.show({"runs": [run.to_json() for run in api.runs(store)]}, "runs")
+        face.show({"runs": [run.to_json() for run in api.list_runs(store)]}, "runs")
 
 
 @app.command(name="show")
@@ -210,7 +210,7 @@ def methods_command(*, as_json: Json = False, verbose: Verbose = False) -> None:
     with CommandSession(as_json, True, verbose) as face:
         from billhook import api
 
-        face.show({"methods": api.methods()}, "methods")
+        face.show({"methods": api.list_methods()}, "methods")
 
 
 @app.command(name="recipes")

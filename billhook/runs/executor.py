@@ -33,8 +33,8 @@ class Executor:
     def __call__(self, ask: MeasureRequest, on_progress: OnProgress = ignore_progress) -> list[Loss]:
         """The losses of the plans asked for, in the same order. Safe to run twice.
 
-        With `ask.best=k` the k lowest are in full, and others may be bounds. `on_progress(done, total, lowest mean so far)`
-        is called as the work goes on.
+        With `ask.full_results=k` the k lowest are in full, and others may be bounds. `on_progress(done, total, lowest
+        mean so far)` is called as the work goes on.
         """
         probe = self._probe(ask.tokens)
         found: dict[Plan, Loss] = {}

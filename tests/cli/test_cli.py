@@ -136,7 +136,7 @@ def test_interrupted_it_says_how_to_go_on_and_that_is_so(pruned: Pruned, model: 
     assert "Traceback" not in stderr
     assert not out.exists()
     assert not list(out.parent.glob(".*.partial"))
-    (run,) = (r for r in api.runs(pruned.store) if r.out == str(out))
+    (run,) = (r for r in api.list_runs(pruned.store) if r.out == str(out))
     assert run.state == "interrupted"
 
     child = process(*shlex.split(last.split("Go on with: billhook ")[1]))

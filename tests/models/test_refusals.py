@@ -354,7 +354,7 @@ def interrupted(copy: Path, tmp_path: Path) -> str:
             str(copy), out=tmp_path / "out", store=tmp_path / "runs.db", watch=stop, remove="2sites",
             data=str(tmp_path / "texts.jsonl"), tokens=200, length=32, eval_tokens=200,
         )  # fmt: skip
-    (run,) = billhook.runs(tmp_path / "runs.db")
+    (run,) = billhook.list_runs(tmp_path / "runs.db")
     assert run.state == "interrupted"
     assert not list(tmp_path.rglob("*.partial"))
     return run.run

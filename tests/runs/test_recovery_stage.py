@@ -120,7 +120,7 @@ def test_recoveries_and_their_options_are_checked_before_anything_is_computed(mo
         billhook.prune(model, recover="lora", recover_set={"loss": "klx"}, **asked)
     with pytest.raises(DataError, match="nowhere"):
         billhook.prune(model, recover="fold", recover_data=str(tmp_path / "nowhere.jsonl"), **asked)
-    assert all(run.losses == 0 for run in billhook.runs(tmp_path / "b.db"))
+    assert all(run.losses == 0 for run in billhook.list_runs(tmp_path / "b.db"))
     assert not (tmp_path / "out").exists()
 
 
@@ -129,7 +129,7 @@ def test_held_out_text_is_not_learnt_from(model: Path, text: Path, tmp_path: Pat
     wanted: dict[str, Any] = {"data": str(text), "eval_data": str(held), "recover_data": str(held), **SHORT}
     with pytest.raises((UsageError, DataError), match="held-out text too"):
         billhook.prune(model, recover="fold", out=tmp_path / "out", store=tmp_path / "b.db", **wanted)
-    assert all(run.losses == 0 for run in billhook.runs(tmp_path / "b.db"))
+    assert all(run.losses == 0 for run in billhook.list_runs(tmp_path / "b.db"))
 
 
 def test_an_option_is_of_all_methods_that_have_it_or_of_the_one_that_is_named() -> None:
@@ -199,7 +199,7 @@ def test_a_search_with_folds_is_that_by_hand_and_measures_nothing_twice(
     result = billhook.prune(model, **wanted, out=tmp_path / "a", store=tmp_path / "b.db")
     again = billhook.prune(model, **wanted, out=tmp_path / "c", store=tmp_path / "b.db")
     assert again["plan"] == result["plan"]
-    assert billhook.runs(tmp_path / "b.db")[0].losses == 0
+    assert billhook.list_runs(tmp_path / "b.db")[0].losses == 0
     teacher = billhook.load(model)
     recipe = parse_recipe({"model": str(model)} | wanted)
     calibration, _ = tokens_for(recipe, teacher, lambda event: None)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import multiprocessing
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from billhook.core.errors import RunError, UsageError
+from billhook.core.errors import ResultError, RunError, UsageError
 from billhook.core.events import Event
 from billhook.core.plan import Plan
 from billhook.core.results.measured import EvalResult, Loss, Timing
+from billhook.core.results.specs import SweepSpec, plain_options
 from billhook.runs.store import LossKey, Store
 
 OF = LossKey("model", "tokens", "kl", "float32")
@@ -76,6 +79,47 @@ def test_runs_are_listed_newest_first_and_found_by_name(store: Store) -> None:
         store.run("x" + runs[1][1:])
 
 
+def test_a_run_keeps_its_kind_and_its_spec(store: Store) -> None:
+    spec = SweepSpec(
+        "demo", ("billhook",), ("10%",), ("pydoc",), (), (), 200, plain_options({"seed": 1, "set": ("a",)})
+    )
+    run = store.new_run(spec.kind, spec.to_json(), {}, "-")
+    assert store.run(run).kind == "sweep"
+    assert SweepSpec.read(store.run(run).spec) == spec
+    del (broken := spec.to_json())["items"]
+    with pytest.raises(ResultError, match=r"SweepSpec of a stored result cannot be read"):
+        SweepSpec.read(broken)
+
+
+V0 = gzip.decompress((Path(__file__).parents[1] / "fixtures" / "v0" / "billhook.db.gz").read_bytes())
+
+
+def test_a_store_that_is_only_read_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "old.db").write_bytes(V0)
+    with closing(Store(tmp_path / "old.db", read_only=True)) as old:
+        kinds = {run.id: run.kind for run in old.runs()}
+        assert {"prune", "sweep", "transfer", "stability", "compare", "gate", "baseline", "eval", "threshold"} == {
+            *kinds.values()
+        }
+        assert all("laboratory" not in run.environment for run in old.runs())
+        assert sum(len(old.events(run)) for run in kinds) > 10
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            old.update(next(iter(kinds)), state="done")
+    assert (tmp_path / "old.db").read_bytes() == V0, "reading never migrates"
+    with closing(Store(tmp_path / "old.db")) as new:
+        assert {run.id: run.kind for run in new.runs()} == kinds, "writing does, and says the same"
+    assert (tmp_path / "old.db").read_bytes() != V0
+
+
+def test_what_is_missing_or_no_store_is_not_made_by_reading(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"There is no store .*none\.db\. Give the file"):
+        Store(tmp_path / "none.db", read_only=True)
+    sqlite3.connect(tmp_path / "empty.db").close()
+    with pytest.raises(UsageError, match=r"empty\.db is not a store of Billhook"):
+        Store(tmp_path / "empty.db", read_only=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.db"]
+
+
 def test_a_measurement_needs_a_run(store: Store) -> None:
     with pytest.raises(sqlite3.IntegrityError):
         store.add_loss(OF, Plan(), LOSS, "nobody")
@@ -91,6 +135,7 @@ def test_two_runs_share_a_store(store: Store) -> None:
 HOLD = """
 import sys
 from pathlib import Path
+from billhook.core.results.specs import SweepSpec, plain_options
 from billhook.runs.store import Store
 with Store(Path(sys.argv[1])).lock(sys.argv[2]):
     print("held", flush=True)

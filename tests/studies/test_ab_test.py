@@ -303,7 +303,7 @@ def test_a_server_that_cannot_be_asked_is_told_before_a_prompt_is(start: Any, tm
         assert [word for word in words if word not in str(caught.value)] == []
         assert caught.value.exit_code == 3
     assert good.prompts() == []
-    assert [run.state for run in api.runs(tmp_path / "runs.db")] == ["failed"] * 4
+    assert [run.state for run in api.list_runs(tmp_path / "runs.db")] == ["failed"] * 4
 
 
 @pytest.mark.parametrize(
@@ -603,7 +603,7 @@ def test_the_command_shows_and_files_what_it_found(start: Any, tmp_path: Path) -
     kept = api.show(result["run"], store).to_json()
     assert (kept["state"], kept["result"]) == ("done", result)
     assert "Latency, s" in command("show", result["run"], "--store", store).stdout
-    assert api.runs(store)[0].kind == "abtest"
+    assert api.list_runs(store)[0].kind == "abtest"
     with pytest.raises(RunError, match=r"is no pruning\. Begin it again: billhook abtest"):
         billhook.resume(result["run"], store=store)
     with pytest.raises(RunError, match="no unfinished run"):
@@ -645,7 +645,7 @@ def test_an_interrupt_ends_it_with_its_code(sent: signal.Signals, start: Any, tm
     thread.join()
     assert (done.exit_code, done.stdout) == (130, ""), done.stderr
     assert done.stderr.splitlines()[-1].startswith("Interrupted.")
-    assert [run.state for run in api.runs(store)] == ["interrupted"]
+    assert [run.state for run in api.list_runs(store)] == ["interrupted"]
 
 
 # -- statistics -----------------------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ def test_a_baseline_is_not_measured_again_and_does_not_change(
     assert str(model) not in loaded
     direct = billhook.gate(pruned["out"], model, data=str(text), tasks=str(task), store=store, **SHORT)
     assert told["checks"] == direct["checks"]
-    assert billhook.show(billhook.runs(store)[0].run, store).to_json()["result"]["verdict"] == direct["verdict"]
+    assert billhook.show(billhook.list_runs(store)[0].run, store).to_json()["result"]["verdict"] == direct["verdict"]
     with pytest.raises(UsageError, match="does not change"):
         billhook.save_baseline("v1", pruned["out"], data=str(text), tasks=str(task), store=store, **SHORT)
     with pytest.raises(UsageError, match="Leave --data"):
@@ -320,7 +320,7 @@ def test_show_tells_what_the_command_told(
     asked += ["--out", str(tmp_path / "out")] if kind in ("compare", "threshold") else []
     done = CliRunner().invoke(app, [*asked, "--store", str(store)])
     assert done.exit_code in (0, 4), done.output
-    run = billhook.runs(store)[0].run
+    run = billhook.list_runs(store)[0].run
     shown = CliRunner().invoke(app, ["show", run, "--store", str(store)])
     assert shown.exit_code == 0, shown.output
     assert len(done.stdout.splitlines()) >= 2
@@ -449,7 +449,7 @@ def test_the_command_that_a_threshold_prints_can_be_pasted(model: Path, text: Pa
 
 def test_a_threshold_takes_steps_of_a_pruning_only(model: Path, home: Path, pruned: dict[str, Any]) -> None:
     billhook.threshold(margins="60%ppl", run=pruned["run"], out=home / "once", store=home / "b.db", eval_tokens=1024)
-    run = billhook.runs(home / "b.db")[0].run
+    run = billhook.list_runs(home / "b.db")[0].run
     with pytest.raises(UsageError, match=f"Run {run} has no steps of a search"):
         billhook.threshold(margins="60%ppl", run=run, out=home / "twice", store=home / "b.db")
 

@@ -202,7 +202,7 @@ def test_a_sweep_goes_on_where_it_was_killed(six: Path, texts: Path, tmp_path: P
     assert held > 0
     told = sweep("two")
     assert len(told["rows"]) == 2
-    assert billhook.runs(tmp_path / "runs.db")[0].state == "done"
+    assert billhook.list_runs(tmp_path / "runs.db")[0].state == "done"
     with pytest.raises(Exception, match="no unfinished run"):
         billhook.resume(store=tmp_path / "runs.db")
 
@@ -363,7 +363,7 @@ def test_show_tells_what_the_laboratory_told(
     small = ["--data", texts, "--length", "24", "--eval-tokens", "480", "--eval-length", "24"]
     done = typed(kind, model, *own, *small, "--store", store, "--out", out)
     assert done.exit_code == 0, done.stderr
-    (run,) = billhook.runs(store)
+    (run,) = billhook.list_runs(store)
     shown = typed("show", run.run, "--store", store)
     assert shown.exit_code == 0, shown.stderr
     assert len(done.stdout.splitlines()) > 5
