@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from billhook.core.errors import UsageError
-from billhook.core.margin import Margin
+from billhook.core.margin import Margin, Margins
+from billhook.core.results.json_form import decode, encode
 from billhook.core.results.measured import EvalResult
 
 
@@ -82,3 +84,37 @@ def test_the_confidence_is_one_sided() -> None:
         student = [math.log(1.05) + draw.gauss(0, 0.1) for _ in range(50)]
         wrong += margin.check(result("p", [0.0] * 50), result("p", student)).within
     assert 5 <= wrong <= 40, wrong
+
+
+@pytest.mark.parametrize(
+    ("texts", "on_text", "on_a", "on_b"),
+    [
+        ((), "3%ppl", "1pp", "1pp"),
+        ("2.5%ppl", "2.5%ppl", "1pp", "1pp"),
+        (("2pp", "5%ppl"), "5%ppl", "2pp", "2pp"),
+        (("4pp:a.jsonl", "2pp"), "3%ppl", "4pp:a.jsonl", "2pp"),
+    ],
+)
+def test_margins_are_of_text_of_every_task_and_of_single_ones(
+    texts: str | tuple[str, ...], on_text: str, on_a: str, on_b: str
+) -> None:
+    margins = Margins.parse(texts)
+    on = (("t.txt", "perplexity"), ("a.jsonl", "acc"), ("b.jsonl", "flexible_match"))
+    assert [str(margins.on(*of)) for of in on] == [on_text, on_a, on_b]
+    assert decode(Margins, json.loads(json.dumps(encode(margins)))) == margins
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (("1%", "3%ppl"), r"'1%' is not a margin\. Write 3%ppl .* or 1pp .* 1pp:FILE"),
+        (("3%ppl", "1%ppl"), r"3%ppl and 1%ppl are both margins of perplexity"),
+        (("1pp", "3pp"), r"1pp and 3pp are both margins of accuracy on every task"),
+        (("1pp:x", "3pp:x"), r"both margins of accuracy on x\. Leave one of them out"),
+        ("101pp", r"Write for example 1pp\."),
+        ("1", "is not a margin"),
+    ],
+)
+def test_margins_that_contradict_each_other_are_refused(texts: str | tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Margins.parse(texts)
