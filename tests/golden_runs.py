@@ -22,6 +22,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import billhook
+from billhook.core.results.comparisons import (
+    Agreement,
+    Baseline,
+    Comparison,
+    GateReport,
+    PairVerdict,
+    SetValue,
+    TaskScores,
+)
+from billhook.core.results.measured import Estimate
 
 GOLDEN = Path(__file__).parent / "golden" / "golden.json"
 SHORT: dict[str, Any] = {"data": "texts.jsonl", "self_share": 0.0, "tokens": 240, "length": 24, "eval_tokens": 480,
@@ -248,31 +258,59 @@ def of_threshold(told: Mapping[str, Any]) -> dict[str, Any]:
     return facts | {"trials": trials, "test": [judged(each) for each in told["test"]]}
 
 
-def of_compare(told: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("change", "low", "high", "near_low", "near_high", "p", "p_holm", "gained", "lost", "limit", "verdict",
-             "reliable", "more")  # fmt: skip
+def of_compare(told: Comparison) -> dict[str, Any]:
+    def value(each: SetValue) -> dict[str, Any]:
+        return ends(each.estimate) | {"scores": each.scores}
+
+    def pair(each: PairVerdict | None) -> dict[str, Any]:
+        assert each is not None
+        near = {"near_low": each.interval90.low, "near_high": each.interval90.high, "limit": each.margin.limit}
+        names = ("p", "p_holm", "gained", "lost", "verdict", "more")
+        change = {
+            "change": each.change.value,
+            **only(ends(each.change), "low", "high"),
+            "reliable": each.change.reliable,
+        }
+        return change | near | {name: getattr(each, name) for name in names}
+
+    def alike(each: Agreement | None) -> dict[str, Any]:
+        assert each is not None
+        return {"kl": ends(each.kl), "agreement": ends(each.same), "text": each.text, "tokens": each.tokens}
+
+    sizes = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token")
     return {
-        "models": [only(each, "removed", "parameters", "bytes", "kv_bytes_per_token", "flops_per_token")
-                   for each in told["models"]],
-        "rows": [only(row, "set", "kind", "n", "values") | {"pairs": [only(pair, *names) for pair in row["pairs"]]}
-                 for row in told["rows"]],
-        "close": told["close"],
-        "flips": {task: [only(item, "number", "right", "probabilities") for item in items]
-                  for task, items in told["flips"].items()},
+        "models": [{"removed": each.earlier.names()} | {name: getattr(each.sizes, name) for name in sizes}
+                   for each in told.models],
+        "rows": [{"set": each.source, "kind": each.score, "n": each.n, "values": [*map(value, each.values)],
+                  "pairs": [*map(pair, each.pairs)]} for each in told.sets],
+        "close": [*map(alike, told.agreement)],
+        "flips": {each.source: [{"number": flip.number, "right": flip.right, "probabilities": flip.probabilities}
+                                for flip in each.flips] for each in told.sets if each.info.kind != "text"},
     }  # fmt: skip
 
 
-def of_gate(told: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("set", "kind", "score", "n", "verdict", "baseline", "student", "lost", "low", "high", "margin", "reliable")
-    return {"verdict": told["verdict"], "checks": [only(check, *names) for check in told["checks"]]}
+def ends(estimate: Estimate) -> dict[str, float]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
-def of_baseline(told: Mapping[str, Any]) -> dict[str, Any]:
-    return only(told, "sets", "values")
+def of_gate(told: GateReport) -> dict[str, Any]:
+    checks = [
+        {"set": check.source, "kind": "perplexity" if check.is_text else "accuracy", "score": check.score, "n": check.n,
+         "verdict": check.verdict, "baseline": check.baseline, "student": check.student, "lost": check.lost.value,
+         "low": check.lost.low, "high": check.lost.high, "margin": float(check.margin.amount),
+         "reliable": check.lost.reliable}
+        for check in told.checks
+    ]  # fmt: skip
+    return {"verdict": told.verdict, "checks": checks}
 
 
-def of_tasks(told: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rows": [only(row, "set", "score", "value", "low", "high", "n", "reliable") for row in told["rows"]]}
+def of_baseline(told: Baseline) -> dict[str, Any]:
+    return {"sets": told.stored()["sets"], "values": {each.source: each.value for each in told.sets}}
+
+
+def of_tasks(told: TaskScores) -> dict[str, Any]:
+    return {"rows": [{"set": each.source, "score": each.score, **ends(each.estimate), "n": each.estimate.n,
+                      "reliable": each.estimate.reliable} for each in told.scores]}  # fmt: skip
 
 
 def of_perplexity(told: Mapping[str, Any]) -> dict[str, Any]:
@@ -341,15 +379,17 @@ def judged() -> dict[str, Any]:
     on: dict[str, Any] = {"data": "texts.jsonl", "tasks": "first_test.jsonl"}
     billhook.compare(teacher, "judged", teacher, out="compared", store=store, timed=False, **on, **TEXT)
     kept = billhook.save_baseline("v1", teacher, store=store, **on, **TEXT)
-    gates = [billhook.gate("judged", "v1", store=store, margins=given) for given in (("1pp", "3%"), ("60pp", "90%"))]
+    gates = [
+        billhook.gate("judged", "v1", store=store, margins=given) for given in (("1pp", "3%ppl"), ("60pp", "90%ppl"))
+    ]
     tasks = billhook.evaluate_tasks("judged", ["first_test.jsonl", "second_test.jsonl"], shots=1, store=store)
     return {
         "threshold": of_threshold(written("threshold", "result.json")),
         "searched": of_threshold(written("searched", "result.json")),
-        "compared": of_compare(written("compared", "result.json")),
-        "baseline": of_baseline(plain(kept)),
-        "gates": [of_gate(plain(told)) for told in gates],
-        "tasks": of_tasks(plain(tasks)),
+        "compared": of_compare(Comparison.from_json(written("compared", "result.json"))),
+        "baseline": of_baseline(kept),
+        "gates": [of_gate(told) for told in gates],
+        "tasks": of_tasks(tasks),
         "losses": losses_of(store),
     }
 

@@ -119,14 +119,15 @@ def test_what_was_measured_is_found_again(home: Path) -> None:
 
 
 def test_a_stored_baseline_still_gates(home: Path) -> None:
-    assert [plain(each)["name"] for each in billhook.baselines("billhook.db")] == ["v1"]
+    assert [each.name for each in billhook.baselines("billhook.db")] == ["v1"]
     kept = next(run for run, about in RUNS.items() if about["search"] == "gate")
     before = plain(billhook.show(kept, "billhook.db"))["result"]
-    now = plain(billhook.gate("sites", "v1", store="billhook.db"))
-    assert now["verdict"] == before["verdict"]
-    for was, check in zip(before["checks"], now["checks"], strict=True):
-        for name in ("set", "verdict", "baseline", "student", "lost", "low", "high"):
-            assert check[name] == was[name]
+    now = billhook.gate("sites", "v1", store="billhook.db")
+    assert now.verdict == before["verdict"]
+    for was, check in zip(before["checks"], now.checks, strict=True):
+        found = {"set": check.source, "verdict": check.verdict, "baseline": check.baseline, "student": check.student}
+        found |= {"lost": check.lost.value, "low": check.lost.low, "high": check.lost.high}
+        assert found == {name: was[name] for name in found}
 
 
 def test_a_threshold_takes_the_steps_of_a_stored_run(home: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from billhook.core.registry import Registry
+from billhook.core.results.comparisons import TaskScores
 from billhook.engine.losses import ITEM_LOSSES, LOSSES
 from billhook.methods.evaluate import EVALUATIONS
 from billhook.methods.metrics import GROUP_METRICS, METRICS
@@ -184,9 +185,9 @@ def test_an_evaluation_that_cannot_be_asked_says_why(answers: dict[str, Answer],
 
 
 def test_a_registered_evaluation_is_asked_for_by_name_on_a_task(answers: dict[str, Answer]) -> None:
-    every, some = answers["every"].told["rows"], answers["some"].told["rows"]
-    assert [row["score"] for row in every] == ["acc", "acc_norm"]
-    assert [row["score"] for row in some] == ["acc_norm", "length"]
+    every, some = (TaskScores.from_json(answers[name].told).scores for name in ("every", "some"))
+    assert [each.score for each in every] == ["acc", "acc_norm"]
+    assert [each.score for each in some] == ["acc_norm", "length"]
     assert some[0] == every[1]
 
 

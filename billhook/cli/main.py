@@ -144,11 +144,11 @@ def eval_command(
         if tasks:
             if protocol is not None or {"data", "eval_data"} & set(options):
                 raise UsageError("--tasks are measured in the place of text. Leave --data and --protocol out.")
-            told = eval_sets.evaluate_tasks(
+            scores = eval_sets.evaluate_tasks(
                 model or "demo", split_commas(tasks), items=items, shots=shots, shots_from=shots_from, store=store,
                 evaluations=split_commas(evaluations), watch=face.watch, **options,
             )  # fmt: skip
-            return face.show(told, "tasks")
+            return face.show(scores, "tasks")
         names = split_commas(evaluations)
         told = api.evaluate_model(model or "demo", protocol=protocol, evaluations=names, watch=face.watch, **options)
         face.show(told, "evaluations" if names else "evaluation")

@@ -23,8 +23,10 @@ from billhook.cli.tables import (
     runs_table,
     speed_table,
 )
-from billhook.core.errors import BillhookError
+from billhook.core.errors import BillhookError, ResultError
 from billhook.core.events import EventListener
+from billhook.core.results.json_form import Result
+from billhook.core.results.stored import RESULTS
 
 
 class CommandSession:
@@ -52,7 +54,7 @@ class CommandSession:
 
         self._close()
         if self.as_json:
-            print(json.dumps(encode(value), indent=2))
+            print(json.dumps(value.to_json() if isinstance(value, Result) else encode(value), indent=2))
         else:
             session.print_result(value, kind)
 
@@ -131,7 +133,16 @@ def run_table(console: Console, value: dict[str, Any]) -> None:
         kind = value["kind"]
         if set(result) <= {"laboratory", "page"}:  # Billhook 0.1 did not store results whole
             foot(console, result, [])
-        elif kind == "baseline":
-            _tables()["baselines"](console, {"baselines": [result]})
+        elif kind in RESULTS:
+            _print_typed(console, kind, result)
         else:
             _tables()[{"prune": "result", "eval": "tasks"}.get(kind, kind)](console, result)
+
+
+def _print_typed(console: Console, kind: str, value: dict[str, Any]) -> None:
+    try:
+        result = RESULTS[kind].from_json(value)
+    except ResultError as error:
+        return console.print(str(error))
+    table = {"baseline": "baselines", "eval": "tasks"}.get(kind, kind)
+    return _tables()[table](console, {"baselines": [result]} if kind == "baseline" else result)

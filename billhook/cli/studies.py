@@ -110,9 +110,30 @@ def stability_command(
 
 
 NO_TEXT = tuple(name for name in TEXT_OPTIONS if name not in ("data", "eval_data"))
-Points = Annotated[str, typer.Option(help="Accuracy that may be less and still as good")]
-Percent = Annotated[str, typer.Option(help="Perplexity that may be more and still as good")]
+MarginTexts = Annotated[
+    list[str] | None,
+    typer.Option("--margin", help="What may be lost: 1pp, 1pp:FILE, 3%ppl; repeatable [default: 1pp, 3%ppl]"),
+]
+Percent = Annotated[str | None, typer.Option("--ppl-margin", help="Of perplexity: 3% means --margin 3%ppl")]
 AllowSeen = Annotated[bool, typer.Option("--seen", help="Also on data that a search has seen; marked everywhere")]
+
+
+def typed_margins(margin: list[str] | None, ppl_margin: str | None) -> list[str]:
+    """The margins of `--margin` and `--ppl-margin` as one list. Raises UsageError with what to type."""
+    from billhook.core.margin import Margin, Margins
+
+    texts = list(margin or ())
+    try:
+        if ppl_margin is not None:
+            text = ppl_margin.strip()
+            texts.append(str(Margin.parse(text if text.endswith("ppl") else f"{text.removesuffix('%')}%ppl")))
+    except UsageError as error:
+        raise UsageError(f"{ppl_margin!r} is not a margin of perplexity. Type for example: --ppl-margin 3%") from error
+    try:
+        Margins.parse(texts)
+    except UsageError as error:
+        raise UsageError(f"{error} Type for example: --margin 1pp --margin 3%ppl") from error
+    return texts
 
 
 @with_options(*NO_TEXT)
@@ -125,8 +146,8 @@ def compare_command(
     score: ScoreNames = "acc",
     shots: NumberOfShots = 0,
     shots_from: ShotsFrom = "",
-    margin: Points = "1pp",
-    ppl_margin: Percent = "3%",
+    margin: MarginTexts = None,
+    ppl_margin: Percent = None,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Time nothing")] = False,
     seen: AllowSeen = False,
     out: Out = None,
@@ -140,12 +161,12 @@ def compare_command(
     with CommandSession(as_json, quiet, verbose) as face:
         from billhook.studies import compare
 
-        told = compare.compare(
-            *models, data=split_commas(data), tasks=split_commas(tasks), items=items, score=split_commas(score), shots=shots,
-            shots_from=shots_from, margins=(margin, ppl_margin),
+        found = compare.compare(
+            *models, data=split_commas(data), tasks=split_commas(tasks), items=items, score=split_commas(score),
+            shots=shots, shots_from=shots_from, margins=typed_margins(margin, ppl_margin),
             timed=not no_speed, seen=seen, out=out, store=store, watch=face.watch, **options,
         )  # fmt: skip
-        face.show(told, "compare")
+        face.show(found, "compare")
 
 
 @with_options(*NO_TEXT)
@@ -159,8 +180,8 @@ def gate_command(
     score: ScoreNames = "acc",
     shots: NumberOfShots = 0,
     shots_from: ShotsFrom = "",
-    margin: Points = "1pp",
-    ppl_margin: Percent = "3%",
+    margin: MarginTexts = None,
+    ppl_margin: Percent = None,
     seen: AllowSeen = False,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML to this file too")] = None,
     store: StoreFile = DEFAULT_STORE,
@@ -173,15 +194,15 @@ def gate_command(
     with CommandSession(as_json, quiet, verbose) as face:
         from billhook.studies import gate
 
-        told = gate.gate(
-            student, baseline, data=None if data is None else split_commas(data), tasks=split_commas(tasks), items=items,
-            score=split_commas(score), shots=shots, shots_from=shots_from, margins=(margin, ppl_margin), seen=seen,
-            junit=junit, store=store, watch=face.watch, **options,
+        report = gate.gate(
+            student, baseline, data=None if data is None else split_commas(data), tasks=split_commas(tasks),
+            items=items, score=split_commas(score), shots=shots, shots_from=shots_from,
+            margins=typed_margins(margin, ppl_margin), seen=seen, junit=junit, store=store, watch=face.watch, **options,
         )  # fmt: skip
-        face.show(told, "gate")
-        if told["verdict"] != "PASS":
-            open_ = [check["set"] for check in told["checks"] if check["verdict"] != "PASS"]
-            raise GateFailed(f"The gate is not passed on {' and '.join(open_)}.")
+        face.show(report, "gate")
+        if report.verdict != "PASS":
+            failed = [check.source for check in report.checks if check.verdict != "PASS"]
+            raise GateFailed(f"The gate is not passed on {' and '.join(failed)}.")
 
 
 @with_options(*NO_TEXT)
@@ -211,11 +232,11 @@ def baseline_command(
         if name is None:
             face.show({"baselines": gate.baselines(store)}, "baselines")
             return
-        told = gate.save_baseline(
-            name, model or "demo", data=split_commas(data), tasks=split_commas(tasks), items=items, score=split_commas(score),
-            shots=shots, shots_from=shots_from, store=store, watch=face.watch, **options,
+        kept = gate.save_baseline(
+            name, model or "demo", data=split_commas(data), tasks=split_commas(tasks), items=items,
+            score=split_commas(score), shots=shots, shots_from=shots_from, store=store, watch=face.watch, **options,
         )  # fmt: skip
-        face.show({"baselines": [told]}, "baselines")
+        face.show({"baselines": [kept]}, "baselines")
 
 
 @with_options("remove", "data", "eval_data", *STUDY_OPTIONS)

@@ -8,19 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from billhook.core.margin import BOUND
-from billhook.report import ab_words, threshold_page
-from billhook.report.compare_words import (
-    VERDICT_COLUMNS,
-    close_words,
-    comparison_headline,
-    comparison_warnings,
-    flip_words,
-    names_of,
-    size_rows,
-    verdict_rows,
-)
-from billhook.report.numbers import format_accuracy, format_perplexity, printable
+from billhook.core.results.ab_report import AbReport
+from billhook.core.results.comparisons import Baseline, Comparison, GateReport, SeenSets, TaskScores
+from billhook.report import ab_words, compare_words, threshold_page
+from billhook.report.numbers import printable
 from billhook.report.study_words import short_names
 
 
@@ -175,73 +166,53 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return drawn
 
 
-def comparison_table(console: Console, value: dict[str, Any]) -> None:
+def comparison_table(console: Console, value: Comparison) -> None:
     """A comparison: for every model but the first its verdicts, sizes and what is behind them."""
-    for warning in comparison_warnings(value):
-        console.print(warning)
-    names = names_of(value)
+    _warn(console, value.seen)
+    names = compare_words.model_names(value)
     for other in range(1, len(names)):
         console.print(f"A: {names[0]}\nB: {names[other]}\n")
-        console.print(plain_table(VERDICT_COLUMNS, verdict_rows(value, other)))
+        console.print(plain_table(compare_words.VERDICT_COLUMNS, compare_words.verdict_rows(value, other)))
         console.print()
-        for words in [*flip_words(value, other), close_words(value, other)]:
+        for words in [*compare_words.flip_words(value, other), compare_words.agreement_words(value, other)]:
             if words:
                 console.print(words)
         console.print()
-        console.print(plain_table(("", "A", "B", "change"), size_rows(value, other)))
-        console.print(f"\n{comparison_headline(value, other)}")
-    if value.get("page"):
-        console.print(f"Page: {value['page']}", soft_wrap=True)
+        console.print(plain_table(("", "A", "B", "change"), compare_words.size_rows(value, other)))
+        console.print(f"\n{compare_words.comparison_headline(value, other)}")
+    if value.page:
+        console.print(f"Page: {value.page}", soft_wrap=True)
 
 
-def task_table(console: Console, value: dict[str, Any]) -> None:
-    """One model on tasks: one row a score."""
-    for warning in comparison_warnings(value):
+def _warn(console: Console, seen: Sequence[SeenSets]) -> None:
+    for warning in compare_words.seen_warnings(seen):
         console.print(warning)
-    brief = short_names(row["set"] for row in value["rows"])
-    rows = [
-        (brief[row["set"]], row["score"], format_accuracy(row["value"]), f"{format_accuracy(row['low'])} to {format_accuracy(row['high'])}",
-         f"{row['n']:,}")
-        for row in value["rows"]
-    ]  # fmt: skip
-    console.print(plain_table(("Task", "Score", "Right", "95%", "Items"), rows))
-    for note in dict.fromkeys(f"{brief[row['set']]}: {row['note']}" for row in value["rows"] if row["note"]):
+
+
+def task_table(console: Console, value: TaskScores) -> None:
+    """One model on tasks: one row for each score."""
+    _warn(console, value.seen)
+    console.print(plain_table(compare_words.SCORE_COLUMNS, compare_words.score_rows(value)))
+    for note in compare_words.score_notes(value):
         console.print(note)
 
 
-def gate_table(console: Console, value: dict[str, Any]) -> None:
-    """A gate: one row a set, then the verdict."""
-    for warning in comparison_warnings(value):
-        console.print(warning)
-    brief = short_names(check["set"] for check in value["checks"])
-    rows = []
-    for check in value["checks"]:
-        text = check["kind"] == "perplexity"
-        sides = [format_perplexity(check[s]) if text else format_accuracy(check[s]) for s in ("baseline", "student")]
-        much, low, high = (f"{round(check[end], 2) + 0.0:+.2f}".replace("-", "−") for end in ("lost", "low", "high"))
-        lost = f"{much} ({low} to {high})"
-        may = f"{check['margin']:g}{'%' if text else ' pp'}"
-        rows.append(
-            (f"{brief[check['set']]}, {'ppl' if text else check['score']}", *sides, lost, may, check["verdict"])
-        )
-    console.print(plain_table(("Set", "Baseline", "Student", f"Lost ({BOUND})", "May go", "Verdict"), rows))
-    for check in value["checks"]:
-        if check["note"]:
-            console.print(f"{brief[check['set']]}: {check['note']}")
-    console.print(f"\n{value['verdict']}: {printable(value['student'])} against {printable(value['baseline'])}")
+def gate_table(console: Console, value: GateReport) -> None:
+    """A gate: one row for each check, then the verdict."""
+    _warn(console, value.seen)
+    console.print(plain_table(compare_words.GATE_COLUMNS, compare_words.gate_rows(value)))
+    for note in compare_words.gate_notes(value):
+        console.print(note)
+    console.print(f"\n{compare_words.gate_sentence(value)}")
 
 
-def baseline_table(console: Console, value: dict[str, Any]) -> None:
-    """Stored baselines."""
+def baseline_table(console: Console, value: dict[str, Sequence[Baseline]]) -> None:
+    """Stored baselines, under `baselines`."""
     rows = [
-        (
-            printable(each["name"]),
-            printable(each["model"]),
-            each["fingerprint"],
-            ", ".join(short_names(each["sets"]).values()),
-        )
+        (printable(each.name), printable(each.model), each.fingerprint,
+         ", ".join(short_names(kept.source for kept in each.sets).values()))
         for each in value["baselines"]
-    ]
+    ]  # fmt: skip
     console.print(plain_table(("Name", "Model", "Fingerprint", "Sets"), rows) if rows else "No baseline is stored.")
 
 
@@ -257,11 +228,11 @@ def threshold_table(console: Console, value: dict[str, Any]) -> None:
     console.print(f"Page: {value['page']}", soft_wrap=True)
 
 
-def ab_table(console: Console, value: dict[str, Any]) -> None:
+def ab_table(console: Console, value: AbReport) -> None:
     """Two servers on the same prompts."""
-    for name in ("a", "b"):
-        model, url = (printable(value[name][key])[: ab_words.MOST] for key in ("model", "url"))
-        console.print(f"{name.upper()}: {model} at {url}", highlight=False)
+    for name, side in (("A", value.a), ("B", value.b)):
+        model, url = (printable(text)[: ab_words.MOST] for text in (side.model, side.url))
+        console.print(f"{name}: {model} at {url}", highlight=False)
     console.print(plain_table(("", "A", "B", "B / A"), ab_words.ab_rows(value)))
     for note in ab_words.ab_notes(value):
         console.print(note, style="dim", highlight=False)

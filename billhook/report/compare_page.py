@@ -1,61 +1,60 @@
 """A comparison as one self-contained HTML page: verdicts, sizes, and the items that flipped, which can be searched.
 
-Nothing is measured here: every number comes from the result, a plain JSON object. The page has the head of the run's
-page, asks the network for nothing (its Content-Security-Policy forbids it) and escapes every string of the result.
+Nothing is measured here: every number comes from the result. The page has the head of the run's page, asks the network
+for nothing (its Content-Security-Policy forbids it) and escapes every string of the result.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from html import escape
 from importlib.resources import files
 from string import Template
-from typing import Any
 
 from billhook.core.margin import BOUND
+from billhook.core.results.comparisons import Comparison, Flip
 from billhook.report.compare_words import (
     VERDICT_COLUMNS,
-    Result,
-    close_words,
+    agreement_words,
     comparison_headline,
-    comparison_warnings,
     flip_words,
-    names_of,
+    model_names,
+    seen_warnings,
+    set_names,
     size_rows,
     verdict_rows,
 )
 from billhook.report.frame import html_table, scrolling
-from billhook.report.numbers import about_tokens, printable
-from billhook.report.study_words import short_names
+from billhook.report.numbers import printable, token_facts
 
 MOST_FLIPS = 300  # of a task and a pair, on the page; the result has all
 
 
-def comparison_page(result: Result) -> str:
+def comparison_page(result: Comparison) -> str:
     """The page of one comparison."""
-    house, names = files("billhook.report").joinpath("templates"), names_of(result)
+    house, names = files("billhook.report").joinpath("templates"), model_names(result)
     head = house.joinpath("run.html").read_text(encoding="utf-8").partition("</style>")[0]
     body = [_pair(result, other) for other in range(1, len(names))]
     body += [_flips(result, other) for other in range(1, len(names))]
     body.append(_how(result))
-    told = [comparison_headline(result, other) for other in range(1, len(names))]
+    headlines = [comparison_headline(result, other) for other in range(1, len(names))]
     return Template(head + house.joinpath("compare.html").read_text(encoding="utf-8")).substitute(
         title=escape(f"{' and '.join(names[1:])} against {names[0]}"),
-        made=escape(f"Billhook · compare · {result['environment']['machine']}"),
-        verdict=escape(" ".join(told)),
-        notes="".join(f'<p class="note">{escape(note)}</p>' for note in comparison_warnings(result)),
+        made=escape(f"Billhook · compare · {result.environment.machine}"),
+        verdict=escape(" ".join(headlines)),
+        notes="".join(f'<p class="note">{escape(note)}</p>' for note in seen_warnings(result.seen)),
         body="".join(body),
     )
 
 
-def _pair(result: Result, other: int) -> str:
+def _pair(result: Comparison, other: int) -> str:
     """Verdicts, what is behind them, and sizes of A and one other model."""
-    names = names_of(result)
+    names = model_names(result)
     verdicts = html_table(VERDICT_COLUMNS, verdict_rows(result, other))
     verdicts = re.sub(r"<td>(better|equivalent|worse|undecided)</td>", r'<td class="word \1">\1</td>', verdicts)
     lines = "".join(
-        f"<p>{escape(words)}</p>" for words in [*flip_words(result, other), close_words(result, other)] if words
+        f"<p>{escape(words)}</p>" for words in [*flip_words(result, other), agreement_words(result, other)] if words
     )
     caption = (
         f"<p>A: {escape(names[0])}. B: {escape(names[other])}. Intervals are paired over items; p is adjusted for all "
@@ -68,52 +67,51 @@ def _pair(result: Result, other: int) -> str:
     )
 
 
-def _flips(result: Result, other: int) -> str:
+def _flips(result: Comparison, other: int) -> str:
     """The items that A and one other model do not answer alike, task by task."""
-    brief, told = short_names(row["set"] for row in result["rows"]), []
-    for file, items in result["flips"].items():
-        mine = [item for item in items if item["right"][0] != item["right"][other]]
-        if not mine:
+    brief, sections = set_names(result), []
+    for each in result.sets:
+        flips = [flip for flip in each.flips if flip.right[0] != flip.right[other]]
+        if not flips:
             continue
-        some = "".join(_item(item, other) for item in mine[:MOST_FLIPS])
-        cut = f"<p>The first {MOST_FLIPS} of {len(mine)}; result.json has all.</p>" if len(mine) > MOST_FLIPS else ""
+        items = "".join(_item(flip, other) for flip in flips[:MOST_FLIPS])
+        many = len(flips) > MOST_FLIPS
+        cut = f"<p>The first {MOST_FLIPS} of {len(flips)}; result.json has all.</p>" if many else ""
         tools = (
             '<div class="tools"><input type="search" placeholder="Search these items" '
-            f'aria-label="Search {escape(brief[file])}">'
+            f'aria-label="Search {escape(brief[each.source])}">'
             '<select aria-label="Who is right"><option value="">all that flipped</option>'
             '<option value="a">only A is right</option><option value="b">only B is right</option></select>'
             '<output aria-live="polite"></output></div>'
         )
-        title = f"<h2>{escape(brief[file])}: items that flipped, {escape(names_of(result)[other])}</h2>"
-        told.append(f'<section class="flips">{title}{tools}{cut}{some}</section>')
-    return "".join(told)
+        title = f"<h2>{escape(brief[each.source])}: items that flipped, {escape(model_names(result)[other])}</h2>"
+        sections.append(f'<section class="flips">{title}{tools}{cut}{items}</section>')
+    return "".join(sections)
 
 
-def _item(item: Mapping[str, Any], other: int) -> str:
+def _item(flip: Flip, other: int) -> str:
     """One item: what was asked, and what both models give to every choice, or wrote."""
-    who = "a" if item["right"][0] else "b"
-    head = f"<h3>Item {item['number']} <small>only {who.upper()} is right</small></h3>"
-    query = escape(_printable(str(item["query"])))
-    shows = _choices if "choices" in item else _answers
-    return f'<article class="flip" data-who="{who}">{head}<p class="query">{query}</p>{shows(item, other)}</article>'
+    who = "a" if flip.right[0] else "b"
+    head = f"<h3>Item {flip.number} <small>only {who.upper()} is right</small></h3>"
+    query = escape(_printable(flip.query))
+    details = _choices(flip, other) if flip.choices else _answers(flip, other)
+    return f'<article class="flip" data-who="{who}">{head}<p class="query">{query}</p>{details}</article>'
 
 
-def _choices(item: Mapping[str, Any], other: int) -> str:
+def _choices(flip: Flip, other: int) -> str:
     """A table of the choices with the probability that each model gives to each."""
-    a, b = item["probabilities"][0], item["probabilities"][other]
+    a, b = flip.probabilities[0], flip.probabilities[other]
     lines = []
-    for i, choice in enumerate(item["choices"]):
+    for i, choice in enumerate(flip.choices):
         cells = "".join(f"<td{' class=said' if p[i] == max(p) else ''}>{p[i]:.1%}</td>" for p in (a, b))
-        lines.append(
-            f"<tr{' class=gold' if i == item['gold'] else ''}><td>{escape(printable(choice))}</td>{cells}</tr>"
-        )
+        lines.append(f"<tr{' class=gold' if i == flip.gold else ''}><td>{escape(printable(choice))}</td>{cells}</tr>")
     return f"<table><thead><tr><th>Choice</th><th>A</th><th>B</th></tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def _answers(item: Mapping[str, Any], other: int) -> str:
+def _answers(flip: Flip, other: int) -> str:
     """What both wrote, and what is right."""
-    told = (("A", item["answers"][0]), ("B", item["answers"][other]), ("Right", item["target"]))
-    lines = "".join(f"<dt>{name}</dt><dd>{escape(_printable(str(text)))}</dd>" for name, text in told)
+    texts = (("A", flip.answers[0]), ("B", flip.answers[other]), ("Right", flip.target))
+    lines = "".join(f"<dt>{name}</dt><dd>{escape(_printable(text))}</dd>" for name, text in texts)
     return f'<dl class="answers">{lines}</dl>'
 
 
@@ -122,15 +120,13 @@ def _printable(text: str) -> str:
     return "\n".join(map(printable, text.splitlines()))
 
 
-def _how(result: Result) -> str:
+def _how(result: Comparison) -> str:
     """On what everything was measured."""
-    brief = short_names(result["sets"])
-    keys = ("tokens", "documents", "texts", "items")
-    sides = {name: about_tokens(about) for name, about in result["sets"].items()}
-    lines: Iterable[Sequence[str]] = [
-        (brief[name], *("–" if about.get(key) is None else f"{about[key]:,}" for key in keys))
-        for name, about in sides.items()
-    ]
+    brief, lines, keys = set_names(result), [], ("tokens", "documents", "texts", "items")
+    for each in result.sets:
+        facts = {} if each.info.tokens is None else token_facts(each.info.tokens)
+        lines.append((brief[each.source], *("–" if facts.get(key) is None else f"{facts[key]:,}" for key in keys)))
     sets = scrolling(html_table(("Set", *(key.capitalize() for key in keys)), lines), "Sets")
-    where = html_table(("Name", "Value"), [(key, printable(value)) for key, value in result["environment"].items()])
-    return f"<section><h2>Measured on</h2>{sets}</section><section><h2>Environment</h2>{where}</section>"
+    where = [(key, printable(value)) for key, value in asdict(result.environment).items()]
+    environment = html_table(("Name", "Value"), where)
+    return f"<section><h2>Measured on</h2>{sets}</section><section><h2>Environment</h2>{environment}</section>"

@@ -6,27 +6,39 @@ A pair is asked one after the other, A first in half of the pairs, so that a dri
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from billhook.core import significance, statistics
 from billhook.core.errors import UnknownName
 from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.results.ab_report import (
+    AbReport,
+    AbTask,
+    Answered,
+    Completion,
+    EndpointReport,
+    ItemScores,
+    Measure,
+    Outcome,
+    PairedAccuracy,
+    PairedMeasure,
+    RequestOptions,
+    TextAgreement,
+)
 from billhook.core.results.measured import Estimate, EvalResult
 from billhook.core.results.specs import AbTestSpec, ServerSpec
 from billhook.data.prompts import Prompt, read_prompts
 from billhook.runs.store import STORE
-from billhook.studies.endpoint import Endpoint, RequestFailed, RequestOptions, connect
+from billhook.studies.endpoint import Endpoint, RequestFailed, connect
 from billhook.studies.openai_client import (
-    Completion,
     choose_model,
     complete,
     endpoint_choice_logprobs,
@@ -35,7 +47,7 @@ from billhook.studies.openai_client import (
 )
 from billhook.studies.run_study import begin_run
 
-SIDES = ("a", "b")
+SIDES: tuple[Literal["a", "b"], ...] = ("a", "b")
 ChoiceSums = list[float] | RequestFailed  # log-probabilities of the choices of an item, or why there are none
 
 
@@ -43,7 +55,8 @@ ChoiceSums = list[float] | RequestFailed  # log-probabilities of the choices of 
 class Transcript:
     """What both endpoints answered, [prompt][side]. `order[i]`: the side that was asked first.
 
-    `logprobs_support`: of a task, how each offers log-probabilities, or why not; `choice_logprobs`: those of every item, if both offer them.
+    `logprobs_support`: of a task, how each offers log-probabilities, or why not; `choice_logprobs`: those of every
+    item, if both offer them.
     """
 
     ends: list[Endpoint]
@@ -59,7 +72,7 @@ def run_ab_test(
     prompts: Sequence[Prompt],
     options: RequestOptions | None = None,
     watch: EventListener = ignore_events,
-) -> dict[str, Any]:
+) -> AbReport:
     """Ask both endpoints every prompt; times, errors, agreement and scores, paired, and every prompt's outcome.
 
     It ends within `at_most_seconds` of the result, whatever the servers do. Raises EndpointError before any prompt is
@@ -67,12 +80,12 @@ def run_ab_test(
     """
     options = options if options is not None else RequestOptions()
     start = time.perf_counter()
-    heard = asyncio.run(_collect_answers((a, b), prompts, options, watch))
-    return _ab_result(heard, prompts, options) | {"seconds": round(time.perf_counter() - start, 3)}
+    transcript = asyncio.run(_collect_answers((a, b), prompts, options, watch))
+    return _ab_report(transcript, prompts, options, round(time.perf_counter() - start, 3))
 
 
 def request_options(options: Mapping[str, Any]) -> RequestOptions:
-    """`Asking` from its fields by name. Raises UnknownName for any other."""
+    """`RequestOptions` from its fields by name. Raises UnknownName for any other."""
     known = [each.name for each in fields(RequestOptions)]
     for name in options:
         if name not in known:
@@ -151,34 +164,35 @@ def _at_most_s(prompts: Sequence[Prompt], options: RequestOptions) -> float:
     return (first + pairs) * options.longest_s
 
 
-# -- telling --------------------------------------------------------------------------------------------------------
+# -- reporting ------------------------------------------------------------------------------------------------------
 
 
-def _ab_result(transcript: Transcript, prompts: Sequence[Prompt], options: RequestOptions) -> dict[str, Any]:
-    """The result: each side, B against A, and every outcome. Plain values that survive JSON."""
+def _ab_report(transcript: Transcript, prompts: Sequence[Prompt], options: RequestOptions, seconds: float) -> AbReport:
+    """Each side, B against A, and every outcome."""
     both = [pair for pair in transcript.answers if pair[0].error is None and pair[1].error is None]
     by_server = bool(both) and all(each.tokens is not None for pair in both for each in pair)
-    times: dict[str, list[list[float | None]]] = {
+    times: dict[Measure, list[list[float | None]]] = {
         "latency_s": [[each.seconds for each in pair] for pair in both],
         "total_s": [[each.total_s for each in pair] for pair in both],
         "first_token_s": [[each.first_s for each in pair] for pair in both],
         "tokens_per_s": [[_rate(each, by_server) for each in pair] for pair in both],
     }
-    rows = {name: _paired_row(pairs, options.seed) for name, pairs in times.items()}
-    sides = [_side(end, [pair[side] for pair in transcript.answers]) for side, end in enumerate(transcript.ends)]
-    return {
-        "a": sides[0] | {name: row["a"] for name, row in rows.items()},
-        "b": sides[1] | {name: row["b"] for name, row in rows.items()},
-        "ratio": {name: row["ratio"] for name, row in rows.items()},
-        "pairs": len(both),
-        "tokens_counted_by": "server" if by_server else "pieces",
-        "answered": _answered(transcript.answers),
-        "agreement": _agreement(both, options.seed) if both else None,
-        "task": _task(transcript, prompts, options.seed) if transcript.logprobs_support else None,
-        "asking": asdict(options),
-        "at_most_seconds": _at_most_s(prompts, options),
-        "outcomes": [_outcome(transcript, number, prompt) for number, prompt in enumerate(prompts)],
-    }
+    measured = (_paired_measure(name, pairs, options.seed) for name, pairs in times.items())
+    a, b = (_side(end, [pair[side] for pair in transcript.answers]) for side, end in enumerate(transcript.ends))
+    return AbReport(
+        a=a,
+        b=b,
+        measures=tuple(each for each in measured if each is not None),
+        pairs=len(both),
+        tokens_counted_by="server" if by_server else "pieces",
+        answered=_answered(transcript.answers),
+        agreement=_agreement(both, options.seed) if both else None,
+        task=_task(transcript, prompts, options.seed) if transcript.logprobs_support else None,
+        asking=options,
+        at_most_seconds=_at_most_s(prompts, options),
+        seconds=seconds,
+        outcomes=tuple(_outcome(transcript, number, prompt) for number, prompt in enumerate(prompts)),
+    )
 
 
 def _rate(completion: Completion, by_server: bool) -> float | None:
@@ -187,128 +201,117 @@ def _rate(completion: Completion, by_server: bool) -> float | None:
     return count / completion.seconds if count and completion.seconds else None
 
 
-def _paired_row(pairs: Sequence[Sequence[float | None]], seed: int) -> dict[str, Any]:
-    """Mean of A, mean of B and the ratio of both, over the pairs in which both are known."""
+def _paired_measure(name: Measure, pairs: Sequence[Sequence[float | None]], seed: int) -> PairedMeasure | None:
+    """Mean of A, mean of B and the ratio of both, over the pairs in which both are known; None if none is."""
     known = [(x, y) for x, y in pairs if x is not None and y is not None]
     if not known:
-        return {"a": None, "b": None, "ratio": None}
+        return None
     a, b = zip(*known, strict=True)
-    return {"a": _mean(a, seed), "b": _mean(b, seed), "ratio": _interval_json(statistics.paired_ratio(a, b, seed))}
+    return PairedMeasure(name, _mean(a, seed), _mean(b, seed), statistics.paired_ratio(a, b, seed))
 
 
-def _mean(values: Sequence[float], seed: int) -> dict[str, Any]:
-    return _interval_json(statistics.paired_ratio([1.0] * len(values), values, seed))
+def _mean(values: Sequence[float], seed: int) -> Estimate:
+    return statistics.paired_ratio([1.0] * len(values), values, seed)
 
 
-def _interval_json(interval: Estimate) -> dict[str, Any]:
-    """An interval as JSON; ends that are not known are null."""
-    low, high = (end if math.isfinite(end) else None for end in (interval.low, interval.high))
-    return {"value": interval.value, "low": low, "high": high, "n": interval.n, "reliable": interval.reliable}
+def _share(count: int, n: int) -> Estimate:
+    return Estimate(count / n, *statistics.wilson_interval(count, n), n, n, reliable=True)
 
 
-def _share(count: int, n: int) -> dict[str, Any]:
-    low, high = statistics.wilson_interval(count, n)
-    return {"value": count / n, "low": low, "high": high, "n": n, "reliable": True}
-
-
-def _side(end: Endpoint, answers: Sequence[Completion]) -> dict[str, Any]:
+def _side(end: Endpoint, answers: Sequence[Completion]) -> EndpointReport:
     good = [each for each in answers if each.error is None]
-    return {
-        "url": end.url,
-        "model": end.model,
-        "answered": _share(len(good), len(answers)),
-        "errors": dict(sorted(Counter(each.error for each in answers if each.error).items())),
-        "first_errors": {each.error: each.detail for each in reversed(answers) if each.error},
-        "retries": sum(each.attempts - 1 for each in answers),
-        "tokens": sum(each.tokens or 0 for each in good) if all(each.tokens is not None for each in good) else None,
-    }
+    return EndpointReport(
+        url=end.url,
+        model=end.model,
+        answered=_share(len(good), len(answers)),
+        errors=dict(sorted(Counter(each.error for each in answers if each.error).items())),
+        first_errors={each.error: each.detail for each in reversed(answers) if each.error},
+        retries=sum(each.attempts - 1 for each in answers),
+        tokens=sum(each.tokens or 0 for each in good) if all(each.tokens is not None for each in good) else None,
+    )
 
 
-def _answered(answers: Sequence[Sequence[Completion]]) -> dict[str, Any]:
-    """Which of both answered, by prompt, and McNemar's mid-p that they fail alike."""
+def _answered(answers: Sequence[Sequence[Completion]]) -> Answered:
     seen = Counter((a.error is None, b.error is None) for a, b in answers)
     only_a, only_b = seen[True, False], seen[False, True]
-    return {"both": seen[True, True], "only_a": only_a, "only_b": only_b, "neither": seen[False, False],
-            "p": significance.mcnemar(only_b, only_a)}  # fmt: skip
+    return Answered(seen[True, True], only_a, only_b, seen[False, False], significance.mcnemar(only_b, only_a))
 
 
-def _agreement(both: Sequence[Sequence[Completion]], seed: int) -> dict[str, Any]:
+def _agreement(both: Sequence[Sequence[Completion]], seed: int) -> TextAgreement:
     """How often the texts are the same, and how much of their beginnings is, on average."""
     texts = [(a.text or "", b.text or "") for a, b in both]
-    return {
-        "same": _share(sum(a == b for a, b in texts), len(texts)),
-        "prefix_words": _mean([_prefix(a.split(), b.split()) for a, b in texts], seed),
-        "prefix_characters": _mean([_prefix(a, b) for a, b in texts], seed),
-    }
+    return TextAgreement(
+        _share(sum(a == b for a, b in texts), len(texts)),
+        _mean([_prefix(a.split(), b.split()) for a, b in texts], seed),
+        _mean([_prefix(a, b) for a, b in texts], seed),
+    )
 
 
 def _prefix(a: Sequence[str], b: Sequence[str]) -> float:
     return float(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
 
 
-def _task(transcript: Transcript, prompts: Sequence[Prompt], seed: int) -> dict[str, Any]:
+def _task(transcript: Transcript, prompts: Sequence[Prompt], seed: int) -> AbTask:
     """Accuracy by log-probabilities over the items that both scored, and its change, paired; or why there is none."""
-    why = {name: can for name, can in zip(SIDES, transcript.logprobs_support, strict=True) if isinstance(can, str)}
-    told: dict[str, Any] = {"not_offered": why, "items": 0, "acc": None, "acc_norm": None}
+    why: dict[str, str] = {
+        name: can for name, can in zip(SIDES, transcript.logprobs_support, strict=True) if isinstance(can, str)
+    }
     scored = [
         (prompt, pair[0], pair[1])
         for prompt, pair in zip(prompts, transcript.choice_logprobs, strict=False)
         if not isinstance(pair[0], RequestFailed) and not isinstance(pair[1], RequestFailed)
     ]
-    told["errors"] = {
+    errors: dict[str, int] = {
         name: sum(isinstance(pair[side], RequestFailed) for pair in transcript.choice_logprobs)
         for side, name in enumerate(SIDES)
     }
-    told["items"] = n = len(scored)
-    for name in ("acc", "acc_norm") if scored else ():
-        right = [
-            tuple(
-                float(_choice(sums, prompt, name) == prompt.gold) for prompt, *both in scored for sums in [both[side]]
-            )
-            for side in (0, 1)
-        ]
-        a, b = (EvalResult(name, "", each, (1,) * n, tuple(range(n))) for each in right)
-        told[name] = {"a": _share(int(sum(a.sums)), n), "b": _share(int(sum(b.sums)), n)}
-        told[name]["change"] = _interval_json(statistics.paired_difference(a, b, seed))
-    return told
+    acc, acc_norm = (_accuracy(name, scored, seed) if scored else None for name in ("acc", "acc_norm"))
+    return AbTask(why, len(scored), errors, acc, acc_norm)
+
+
+def _accuracy(name: str, scored: Sequence[tuple[Prompt, list[float], list[float]]], seed: int) -> PairedAccuracy:
+    right = [
+        tuple(float(_choice(sums[side], prompt, name) == prompt.gold) for prompt, *sums in scored) for side in (0, 1)
+    ]
+    n = len(scored)
+    a, b = (EvalResult(name, "", each, (1,) * n, tuple(range(n))) for each in right)
+    change = statistics.paired_difference(a, b, seed)
+    return PairedAccuracy(_share(int(sum(a.sums)), n), _share(int(sum(b.sums)), n), change)
 
 
 def _choice(sums: Sequence[float], prompt: Prompt, name: str) -> int:
-    """The likeliest choice, the first of equal ones; for `acc_norm` by character, as `billhook.methods.evaluate` has it."""
+    """The likeliest choice, the first of equal ones; for `acc_norm` by character, as the evaluation of that name."""
     sizes = [request.characters if name == "acc_norm" else 1 for request in prompt.choices]
     return max(range(len(sums)), key=lambda i: sums[i] / sizes[i])
 
 
-def _outcome(transcript: Transcript, number: int, prompt: Prompt) -> dict[str, Any]:
+def _outcome(transcript: Transcript, number: int, prompt: Prompt) -> Outcome:
     a, b = transcript.answers[number]
-    told = {
-        "prompt": prompt.number,
-        "first": SIDES[transcript.order[number]],
-        "a": asdict(a),
-        "b": asdict(b),
-        "same": a.text == b.text if a.error is None and b.error is None else None,
-    }
-    if transcript.choice_logprobs:
-        told["scores"] = {
-            name: str(sums) if isinstance(sums, RequestFailed) else sums
-            for name, sums in zip(SIDES, transcript.choice_logprobs[number], strict=True)
-        } | {"gold": prompt.gold}
-    return told
+    same = a.text == b.text if a.error is None and b.error is None else None
+    first = SIDES[transcript.order[number]]
+    if not transcript.choice_logprobs:
+        return Outcome(prompt.number, first, a, b, same)
+    scores = [
+        ItemScores(error=str(sums)) if isinstance(sums, RequestFailed) else ItemScores(tuple(sums))
+        for sums in transcript.choice_logprobs[number]
+    ]
+    return Outcome(prompt.number, first, a, b, same, scores[0], scores[1], prompt.gold)
 
 
 def ab_test(
     a: str, b: str, prompts: str | Path, *, model_a: str = "", model_b: str = "", api_key_env_a: str = "",
-    api_key_env_b: str = "", limit: int | None = None, store: str | Path = STORE, watch: EventListener = ignore_events, **asking: Any,
-) -> dict[str, Any]:  # fmt: skip
+    api_key_env_b: str = "", limit: int | None = None, store: str | Path = STORE, watch: EventListener = ignore_events,
+    **asking: Any,
+) -> AbReport:  # fmt: skip
     """Two OpenAI-compatible servers on the prompts of a file: times, errors, agreement, and task scores, in pairs.
 
     `prompts`: a .txt, a .jsonl with `prompt` or `messages`, or a task's items; `limit` of them. `asking`: fields of
-    `Asking`, such as `timeout`. The result, with every answer, is filed in `store`.
+    `RequestOptions`, such as `timeout`. The result, with every answer, is stored in `store`.
     """
     how = request_options(asking)
     ends = Endpoint.create("A", a, model_a, api_key_env_a), Endpoint.create("B", b, model_b, api_key_env_b)
     found = read_prompts(prompts, how.kind, limit, how.seed)
     with begin_run(run_spec(*ends, str(prompts), limit, how), "cpu", Path(store), "") as (opened, run):
-        told = {"run": run, "prompts": str(prompts)} | run_ab_test(*ends, found, how, watch)
-        opened.update(run, result=told)
-        return told
+        report = replace(run_ab_test(*ends, found, how, watch), run=run, prompts=str(prompts))
+        opened.update(run, result=report.to_json())
+        return report

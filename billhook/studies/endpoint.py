@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import math
 import os
 import random
 import re
@@ -20,43 +19,12 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx
 
 from billhook.core.errors import MissingExtra, UsageError
+from billhook.core.results.ab_report import RequestOptions
 
 T = TypeVar("T")
 FIRST_WAIT_S = 0.5  # before a second attempt, and twice as long before each further one
 MOST_BYTES = 32 * 2**20  # of one answer
 LOCAL = ("localhost", "127.0.0.1", "::1")
-
-
-@dataclass(frozen=True, slots=True)
-class RequestOptions:
-    """How every prompt is asked, of both endpoints alike. `timeout`: seconds for a whole answer, and for each wait."""
-
-    kind: str = "chat"  # or text
-    max_tokens: int = 128
-    temperature: float = 0.0
-    timeout: float = 60.0
-    retries: int = 2
-    concurrency: int = 1  # pairs at a time
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises UsageError for what cannot be asked."""
-        if self.kind not in ("chat", "text"):
-            raise UsageError(f"There is no kind {self.kind!r}. Use chat (chat/completions) or text (completions).")
-        for name, least in (("max_tokens", 1), ("retries", 0), ("concurrency", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} {getattr(self, name)} is too small. Give at least {least}.")
-        if not 0 < self.timeout < math.inf:
-            raise UsageError(
-                f"A timeout of {self.timeout} s would never end, or end at once. Give seconds, such as 60."
-            )
-        if not 0 <= self.temperature < math.inf:
-            raise UsageError(f"A temperature of {self.temperature} makes no sense. Give 0, or say 0.7.")
-
-    @property
-    def longest_s(self) -> float:
-        """Seconds that one answer takes at most, all attempts and the waits between them."""
-        return (2 * self.retries + 1) * self.timeout
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from billhook.core import statistics
 from billhook.core.errors import DataError, ResourceError, RunError, UsageError
 from billhook.core.events import EventListener, ignore_events, scaled_events
-from billhook.core.margin import Margin, parse_amount
+from billhook.core.margin import Margins
 from billhook.core.plan import Plan
+from billhook.core.results.comparisons import (
+    EvalSetInfo,
+    ItemResponse,
+    SeenSets,
+    SetKind,
+    TaskScore,
+    TaskScores,
+)
 from billhook.core.results.measured import EvalResult
 from billhook.core.results.specs import EvalItems, EvalSpec, plain_options
-from billhook.core.statistics import reliability_note
 from billhook.data.calibration import mixed_sets
 from billhook.data.choice_tasks import FewShot, Split, load_items, read_items, requests
 from billhook.data.generation_tasks import GenerationPrompts, build_prompts, is_generation_task, read_questions
@@ -39,19 +46,18 @@ SCORES = ("acc", "acc_norm", "strict_match", "flexible_match")
 
 @dataclass(frozen=True)
 class ComparisonSpec:
-    """What to compare on. `items`: of each task, all if None; `points`, `percent`: margins of accuracy and perplexity.
+    """What to compare on. `items`: of each task, all if None; `margins`: what may be lost on each set.
 
     `scores`: those that the verdicts are about, by preference; `shots`: solved items before each one of a task, from
     `shots_from`, or from the task itself; `timed`: speed and memory too; `seen`: also on data that a search has seen,
-    which is marked. `evaluations`: by name, in the place of the scores of the tasks, of one model `evaluate_on_tasks`.
+    which is marked. `evaluations`: by name, instead of the scores of the tasks, of one model `evaluate_on_tasks`.
     """
 
     texts: tuple[str, ...]
     tasks: tuple[str, ...] = ()
     items: int | None = None
     scores: tuple[str, ...] = ("acc",)
-    points: float = 1.0
-    percent: float = 3.0
+    margins: Margins = Margins()  # noqa: RUF009 - an immutable value
     timed: bool = True
     seen: bool = False
     shots: int = 0
@@ -59,7 +65,7 @@ class ComparisonSpec:
     evaluations: tuple[str, ...] = ()
 
     def check(self) -> ComparisonSpec:
-        """Itself. Raises UsageError."""
+        """The spec itself. Raises UsageError where it asks for nothing, or for what there is not."""
         if not self.texts and not self.tasks:
             raise UsageError("There is nothing to compare on. Give --data, or --tasks a.jsonl,b.jsonl.")
         if self.shots_from and not self.shots:
@@ -68,12 +74,11 @@ class ComparisonSpec:
             for name in self.scores:
                 if name not in SCORES:
                     raise UsageError(f"--score {name} is no score of a task. Write one of {', '.join(SCORES)}.")
+        if other := [margin for margin in self.margins.files if margin.file not in self.tasks]:
+            raise UsageError(
+                f"The margin {other[0]} is of a task that is not measured. Measured: {', '.join(self.tasks) or 'none'}."
+            )
         return self
-
-    def limit(self, kind: str) -> float:
-        """The margin of a kind of evaluation in its units: nats per token, or a share of the items."""
-        margin = Margin.parse(f"{self.percent}%ppl" if kind == "perplexity" else f"{self.points}pp:x")
-        return margin.limit
 
 
 @dataclass
@@ -121,31 +126,33 @@ def evaluate_on_sets(job: RunContext, name: str, spec: ComparisonSpec) -> ModelR
             f"{teacher.name} was pruned, or recovered, on text that is in {' and '.join(seen)} too, so what it is "
             "compared on would flatter it. Give other text, or add --seen: then every output says so."
         )
-    told = {source: evaluate_set(job, teacher, each) for source, each in sets.items()}
-    return ModelResults(
-        teacher, sets, told, {source: each.primary_score(spec.scores) for source, each in told.items()}, seen
+    tested = {source: evaluate_set(job, teacher, each) for source, each in sets.items()}
+    results = {source: each.primary_score(spec.scores) for source, each in tested.items()}
+    return ModelResults(teacher, sets, tested, results, seen)
+
+
+def evaluate_on_tasks(job: RunContext, name: str, spec: ComparisonSpec) -> TaskScores:
+    """One model on all items of its tasks: every score with its interval over items."""
+    teacher = load_compared(job, name)
+    sets, scores = load_eval_sets(job, teacher, spec, part=None), []
+    for source, eval_set in sets.items():
+        names = spec.evaluations
+        results = named(job, teacher, eval_set, names) if names else evaluate_set(job, teacher, eval_set).scores
+        for score, result in results.items():
+            scores.append(TaskScore(source, score, statistics.mean_interval(result, job.recipe.seed)))
+    return TaskScores(
+        teacher.name,
+        teacher.fingerprint,
+        tuple(scores),
+        tuple(eval_set.info() for eval_set in sets.values()),
+        seen_sets(teacher, contaminated_sets(teacher, sets)),
+        environment(str(teacher.device)),
     )
 
 
-def evaluate_on_tasks(job: RunContext, name: str, spec: ComparisonSpec) -> dict[str, Any]:
-    """One model on all items of its tasks: every score with its interval over items."""
-    teacher = load_compared(job, name)
-    sets, rows = load_eval_sets(job, teacher, spec, part=None), []
-    for source, each in sets.items():
-        names = spec.evaluations
-        found = named(job, teacher, each, names) if names else evaluate_set(job, teacher, each).scores
-        for score, result in found.items():
-            spread = statistics.mean_interval(result, job.recipe.seed)
-            rows.append({"set": source, "score": score, "value": spread.value, "low": spread.low, "high": spread.high,
-                         "n": spread.n, "reliable": spread.reliable, "note": reliability_note(spread)})  # fmt: skip
-    return {
-        "model": teacher.name,
-        "fingerprint": teacher.fingerprint,
-        "rows": rows,
-        "sets": {source: each.describe() for source, each in sets.items()},
-        "seen": {teacher.name: list(seen)} if (seen := contaminated_sets(teacher, sets)) else {},
-        "environment": asdict(environment(str(teacher.device))),
-    }
+def seen_sets(teacher: Teacher, names: tuple[str, ...]) -> tuple[SeenSets, ...]:
+    """The sets of which the pruning of a model has seen some, as a result holds them."""
+    return (SeenSets(teacher.name, names),) if names else ()
 
 
 def contaminated_sets(teacher: Teacher, sets: Mapping[str, EvalSet]) -> tuple[str, ...]:
@@ -165,12 +172,12 @@ def evaluate_tasks(
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Any,
-) -> dict[str, Any]:
+) -> TaskScores:
     """Every score of one model on all items of tasks, or on `items` of each, with 95% intervals over items.
 
-    `tasks`, `shots`: as for `compare`. Answers are filed in `store` portion by portion: an evaluation that was killed
-    goes on behind the last one. `evaluations`: names of `billhook methods`, in the place of all scores. `options`:
-    fields of `Recipe` on model, memory and seed, and `set` for the evaluations.
+    `tasks`, `shots`: as for `compare`. Answers are stored in batches in `store`: an evaluation that was interrupted
+    resumes after the last one. `evaluations`: names of `billhook methods`, instead of all scores. `options`: fields of
+    `Recipe` on model, memory and seed, and `set` for the evaluations.
     """
     recipe = of_text(str(model), options)
     asked = comparison_spec(
@@ -179,24 +186,24 @@ def evaluate_tasks(
     on = EvalItems((), asked.tasks, items, shots, shots_from)
     spec = EvalSpec(str(model), on, asked.evaluations, plain_options(options))
     with open_run(spec, recipe, Path(store), NO_FOLDER, watch) as job:
-        told = evaluate_on_tasks(job, str(model), asked)
-        job.store.update(job.run, result=told)
-        return told
+        scores = evaluate_on_tasks(job, str(model), asked)
+        job.store.update(job.run, result=scores.to_json())
+        return scores
 
 
 def comparison_spec(
     *, data: str | Sequence[str], tasks: str | Sequence[str], score: str | Sequence[str] = "acc",
-    margins: tuple[str, str] = ("1pp", "3%"), **same: Any,
+    margins: str | Sequence[str] = (), **same: Any,
 ) -> ComparisonSpec:  # fmt: skip
     """What to compare on, from the arguments of a public function. Raises UsageError for a margin."""
-    points, percent = parse_amount(margins[0], "pp"), parse_amount(margins[1], "%")
-    return ComparisonSpec(several(data), several(tasks), scores=several(score), points=points, percent=percent, **same)
+    return ComparisonSpec(
+        several(data), several(tasks), scores=several(score), margins=Margins.parse(several(margins)), **same
+    )
 
 
 HARNESS = "lmeval:"  # before a task of lm-evaluation-harness
 BATCH_QUESTIONS = 50  # answered in writing, filed together
 GENERATION_TOKENS = 256  # at most, and no more than half of a model's positions
-SetKind = Literal["text", "choices", "written", "harness"]
 
 
 @dataclass(frozen=True)
@@ -219,23 +226,20 @@ class EvalSet:
         rows = self.tokens if self.prompts is None else self.prompts.tokens
         return () if rows is None else rows.digests
 
-    def describe(self) -> dict[str, Any]:
+    def info(self) -> EvalSetInfo:
         """Where it comes from and how much there is."""
-        told: dict[str, Any] = {"source": self.source, "kind": self.kind, "shots": self.shots}
         if self.prompts is not None:
-            return told | self.prompts.tokens.describe() | {"items": len(self.prompts.targets)}
-        return told | ({} if self.tokens is None else self.tokens.describe())
+            tokens = replace(self.prompts.tokens.info(), items=len(self.prompts.targets))
+            return EvalSetInfo(self.source, self.kind, self.shots, tokens)
+        return EvalSetInfo(self.source, self.kind, self.shots, None if self.tokens is None else self.tokens.info())
 
 
 @dataclass(frozen=True)
 class SetResult:
-    """What one model got on one set: `scores` by name, over the same items, and of each item what it `responses`.
-
-    `responses`: number, query and either choices, gold and `values`, a log-probability a choice; or target and `answer`.
-    """
+    """What one model got on one set: `scores` by name, over the same items, and its response to each item of a task."""
 
     scores: dict[str, EvalResult]
-    responses: Sequence[dict[str, Any]] = field(default=(), repr=False)
+    responses: Sequence[ItemResponse] = field(default=(), repr=False)
 
     def primary_score(self, names: Sequence[str]) -> EvalResult:
         """The score that verdicts are about: the first of `names` that there is, else the set's first."""
@@ -273,7 +277,7 @@ def read_task(
 
 
 def evaluate_set(job: RunContext, teacher: Teacher, eval_set: EvalSet) -> SetResult:
-    """A model on a set. What the store holds is not measured again, and what is new is filed in portions.
+    """A model on a set. What the store holds is not measured again, and what is new is stored in batches.
 
     Raises ResourceError where a streamed model would have to write, which takes its whole file a token.
     """
@@ -284,33 +288,29 @@ def evaluate_set(job: RunContext, teacher: Teacher, eval_set: EvalSet) -> SetRes
         )
     if eval_set.kind == "choices":
         assert eval_set.tokens is not None
-        told = _choice_result(
-            eval_set, evaluation.choice_logprobs(job, teacher, [(Plan(), NO_REPAIR)], eval_set.tokens)[0]
-        )
+        sums = evaluation.choice_logprobs(job, teacher, [(Plan(), NO_REPAIR)], eval_set.tokens)[0]
+        found = _choice_result(eval_set, sums)
     elif teacher.weights is not None:
         raise ResourceError(
             f"{teacher.name} is larger than the memory that is free, so it cannot be tested on {eval_set.source}."
         )
     elif eval_set.kind == "written":
-        told = _generation_result(job, teacher, eval_set)
+        found = _generation_result(job, teacher, eval_set)
     else:
+        task = eval_set.source.removeprefix(HARNESS)
         with teacher.lock:
-            told = SetResult(
-                *lm_harness.run_task(
-                    job, teacher, eval_set.source.removeprefix(HARNESS), eval_set.limit, eval_set.shots
-                )
-            )
-    for result in told.scores.values():
+            found = SetResult(*lm_harness.run_task(job, teacher, task, eval_set.limit, eval_set.shots))
+    for result in found.scores.values():
         job.store.add_evaluation(teacher.fingerprint, Plan(), teacher.compute_key, result, job.run)
-    return told
+    return found
 
 
-def named(job: RunContext, teacher: Teacher, of: EvalSet, names: Sequence[str]) -> dict[str, EvalResult]:
+def named(job: RunContext, teacher: Teacher, eval_set: EvalSet, names: Sequence[str]) -> dict[str, EvalResult]:
     """Evaluations by their names on one set. Raises UsageError for a task of the harness, which has its own scores."""
-    eval_set = of.tokens if of.prompts is None else of.prompts
-    if eval_set is None:
-        raise UsageError(f"{of.source} brings its own scores. Leave --evaluations out.")
-    return evaluate_by_name(teacher, eval_set, names, job.recipe.set, watch=job.watch, who=of.source)
+    items = eval_set.tokens if eval_set.prompts is None else eval_set.prompts
+    if items is None:
+        raise UsageError(f"{eval_set.source} brings its own scores. Leave --evaluations out.")
+    return evaluate_by_name(teacher, items, names, job.recipe.set, watch=job.watch, who=eval_set.source)
 
 
 def _choice_result(eval_set: EvalSet, sums: Sequence[float]) -> SetResult:
@@ -320,14 +320,13 @@ def _choice_result(eval_set: EvalSet, sums: Sequence[float]) -> SetResult:
     values: list[list[float]] = [[] for _ in eval_set.tokens.clusters]
     for document, value in zip(eval_set.tokens.documents, sums, strict=True):
         values[document].append(value)
-    said = []
-    for number, mine in zip(eval_set.tokens.clusters, values, strict=True):
+    responses = []
+    for number, nats in zip(eval_set.tokens.clusters, values, strict=True):
         item = items[number]
-        said.append({
-            "number": number, "query": item.query or requests(item)[0].context, "choices": list(item.choices),
-            "gold": item.gold, "values": mine, "characters": [request.characters for request in requests(item)],
-        })  # fmt: skip
-    return SetResult(score_choices(eval_set.tokens, sums), said)
+        asked = requests(item)
+        query, sizes = item.query or asked[0].context, tuple(request.characters for request in asked)
+        responses.append(ItemResponse(number, query, item.choices, item.gold, tuple(nats), sizes))
+    return SetResult(score_choices(eval_set.tokens, sums), responses)
 
 
 def _generation_result(job: RunContext, teacher: Teacher, eval_set: EvalSet) -> SetResult:
@@ -347,8 +346,8 @@ def _generation_result(job: RunContext, teacher: Teacher, eval_set: EvalSet) -> 
             job.store.remember(teacher.fingerprint, "written", key, fresh, job.run)
         answers += fresh
     questions = {question.number: question for question in read_questions(eval_set.source)}
-    said = [
-        {"number": number, "query": questions[number].query, "target": target, "answer": answer}
+    responses = [
+        ItemResponse(number, questions[number].query, target=target, answer=answer)
         for number, target, answer in zip(whole.tokens.clusters, whole.targets, answers, strict=True)
     ]
-    return SetResult(score_answers(whole, answers), said)
+    return SetResult(score_answers(whole, answers), responses)

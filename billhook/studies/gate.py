@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import xml.etree.ElementTree as ET
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from billhook.core.errors import FingerprintError, UsageError, nearest
 from billhook.core.events import EventListener, ignore_events
-from billhook.core.margin import BOUND, Margin
 from billhook.core.plan import Plan
+from billhook.core.results.comparisons import (
+    BASELINE_TEXT,
+    GATE_VERDICTS,
+    Baseline,
+    BaselineItems,
+    BaselineSet,
+    GateCheck,
+    GateReport,
+    GateVerdict,
+)
 from billhook.core.results.measured import EvalResult
 from billhook.core.results.specs import BaselineSpec, EvalItems, GateSpec, plain_options
-from billhook.core.statistics import exp_capped, reliability_note
+from billhook.core.statistics import exp_capped
 from billhook.models.device import environment
+from billhook.report.compare_words import junit_xml
 from billhook.runs.job import RunContext
 from billhook.runs.recipe import of_text
 from billhook.runs.store import STORE, Store
-from billhook.studies.eval_sets import ComparisonSpec, ModelResults, comparison_spec, evaluate_on_sets
+from billhook.studies.eval_sets import ComparisonSpec, ModelResults, comparison_spec, evaluate_on_sets, seen_sets
 from billhook.studies.run_study import NO_FOLDER, open_run, several
 
 
@@ -35,42 +43,43 @@ def gate(
     score: str | Sequence[str] = "acc",
     shots: int = 0,
     shots_from: str = "",
-    margins: tuple[str, str] = ("1pp", "3%"),
+    margins: str | Sequence[str] = ("1pp", "3%ppl"),
     seen: bool = False,
     junit: str | Path | None = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Any,
-) -> dict[str, Any]:
+) -> GateReport:
     """Whether a student is not worse than a baseline by more than the margins: PASS, FAIL or UNDECIDED, on every set.
 
     `baseline`: a model, or the name of one that `save_baseline` stored, which is not measured again: then `data`,
-    `tasks` and `items` are those that it was measured on. Else `data` is pydoc. `junit`: a file for JUnit XML. The rest
-    is as for `compare`.
+    `tasks` and `items` are those that it was measured on. Otherwise `data` is pydoc. `junit`: a file for JUnit XML. The
+    rest is as for `compare`.
     """
     recipe = of_text(str(student), options)
     on = EvalItems(() if data is None else several(data), several(tasks), items, shots, shots_from)
     spec = GateSpec(
-        *(str(student), str(baseline), on, several(score), margins), seen=seen, options=plain_options(options)
+        *(str(student), str(baseline), on, several(score), several(margins)), seen=seen, options=plain_options(options)
     )
     with open_run(spec, recipe, Path(store), NO_FOLDER, watch) as job:
         stored = load_baseline(job.store, str(baseline))
         if stored is not None and (
             data is not None or tasks or items is not None or shots or shots_from or several(score) != ("acc",)
         ):
+            sources = ", ".join(each.source for each in stored.sets)
             raise UsageError(
-                f"The baseline {baseline} was measured on {', '.join(stored['sets'])}. Leave --data, --tasks, --items, "
+                f"The baseline {baseline} was measured on {sources}. Leave --data, --tasks, --items, "
                 "--shots, --shots-from and --score out, or name the model instead."
             )
         text = "pydoc" if data is None else data
         sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from, "seen": seen}
         asked = comparison_spec(data=text, tasks=tasks, score=score, margins=margins, **sets)
-        asked = asked.check() if stored is None else spec_of_baseline(stored, asked)
-        told = run_gate(job, str(student), str(baseline), asked)
+        asked = (asked if stored is None else spec_of_baseline(stored, asked)).check()
+        report = run_gate(job, str(student), str(baseline), asked)
         if junit is not None:
-            write_junit(told, Path(junit))
-        job.store.update(job.run, result=told)
-        return told
+            write_junit(report, Path(junit))
+        job.store.update(job.run, result=report.to_json())
+        return report
 
 
 def save_baseline(
@@ -86,7 +95,7 @@ def save_baseline(
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Any,
-) -> dict[str, Any]:
+) -> Baseline:
     """Measure a model and keep what it got under a name, for `gate`. A name never changes what it stands for."""
     recipe = of_text(str(model), options)
     sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from}
@@ -94,114 +103,117 @@ def save_baseline(
     on = EvalItems(several(data), several(tasks), items, shots, shots_from)
     spec = BaselineSpec(name, str(model), on, several(score), plain_options(options))
     with open_run(spec, recipe, Path(store), NO_FOLDER, watch) as job:
-        told = store_baseline(job, name, str(model), asked)
-        job.store.update(job.run, result=told)
-        return told
+        kept = store_baseline(job, name, str(model), asked)
+        job.store.update(job.run, result=kept.to_json())
+        return kept
 
 
-def baselines(store: str | Path = STORE) -> list[dict[str, Any]]:
+def baselines(store: str | Path = STORE) -> list[Baseline]:
     """The baselines of a store, by name."""
     with closing(Store(Path(store))) as opened:
         return list_baselines(opened)
 
 
-GATE_OUTCOMES = ("FAIL", "UNDECIDED", "PASS")  # the worst of all sets is that of the whole
-TEXT_FIELDS = ("field", "eval_tokens", "eval_length", "seed")  # of a recipe, that decide which items there are
-
-
-def store_baseline(job: RunContext, name: str, model: str, spec: ComparisonSpec) -> dict[str, Any]:
+def store_baseline(job: RunContext, name: str, model: str, spec: ComparisonSpec) -> Baseline:
     """Measure a model, and keep what it got under a name. Raises UsageError if the name stands for something else."""
-    side = evaluate_on_sets(job, model, spec)
-    told: dict[str, Any] = {
-        "name": name,
-        "model": side.teacher.name,
-        "fingerprint": side.teacher.fingerprint,
-        "compute": side.teacher.compute_key,
-        "asked": asdict(replace(spec, timed=False)),
-        "text": {field: getattr(job.recipe, field) for field in TEXT_FIELDS},
-        "sets": {source: [result.name, result.tokens] for source, result in side.results.items()},
-    }
-    told = json.loads(json.dumps(told))  # as it is stored
-    known = job.store.cached("", "baseline", {"name": name})
-    if known is not None and known != told:
+    measured = evaluate_on_sets(job, model, spec)
+    teacher, text = measured.teacher, {field: getattr(job.recipe, field) for field in BASELINE_TEXT}
+    items = BaselineItems(spec.texts, spec.tasks, spec.items, spec.scores, spec.shots, spec.shots_from, **text)
+    sets = tuple(BaselineSet(source, result.name, result.tokens) for source, result in measured.results.items())
+    baseline = Baseline(name, teacher.name, teacher.fingerprint, teacher.compute_key, items, sets)
+    known = _stored_baseline(job.store, name)
+    if known is not None and known != baseline:
         raise UsageError(
-            f"The baseline {name} is stored already, of {known['model']} ({known['fingerprint']}). A baseline does not "
+            f"The baseline {name} is stored already, of {known.model} ({known.fingerprint}). A baseline does not "
             f"change: take another name, such as {name}-2."
         )
-    job.store.remember("", "baseline", {"name": name}, told, job.run)
-    return told | {"values": {source: _shown(side.results[source]) for source in side.sets}}
+    job.store.remember("", "baseline", {"name": name}, baseline.stored(), job.run)
+    return _with_values(job.store, baseline)
 
 
-def list_baselines(store: Store) -> list[dict[str, Any]]:
+def list_baselines(store: Store) -> list[Baseline]:
     """All that are stored, by name."""
-    return sorted(store.all_cached("", "baseline"), key=lambda told: str(told["name"]))
+    found = [_with_values(store, Baseline.from_stored(value)) for value in store.all_cached("", "baseline")]
+    return sorted(found, key=lambda baseline: baseline.name)
 
 
-def spec_of_baseline(baseline: Mapping[str, Any], spec: ComparisonSpec) -> ComparisonSpec:
+def _stored_baseline(store: Store, name: str) -> Baseline | None:
+    value = store.cached("", "baseline", {"name": name})
+    return None if value is None else Baseline.from_stored(value)
+
+
+def _with_values(store: Store, baseline: Baseline) -> Baseline:
+    """A baseline with the perplexities and accuracies that the store holds of it."""
+    sets = []
+    for each in baseline.sets:
+        result = _baseline_result(store, baseline, each.score, each.tokens)
+        sets.append(replace(each, value=None if result is None else _shown(result)))
+    return replace(baseline, sets=tuple(sets))
+
+
+def _baseline_result(store: Store, baseline: Baseline, score: str, tokens: str) -> EvalResult | None:
+    return store.evaluation(baseline.fingerprint, Plan(), score, tokens, baseline.compute)
+
+
+def spec_of_baseline(baseline: Baseline, spec: ComparisonSpec) -> ComparisonSpec:
     """What a baseline was measured on, with the margins of now."""
-    own = baseline["asked"]
-    same: dict[str, Any] = {name: tuple(own[name]) for name in ("texts", "tasks", "scores")}
-    return replace(spec, **same, **{name: own[name] for name in ("items", "shots", "shots_from")})
+    own = baseline.items
+    sets = replace(spec, texts=own.texts, tasks=own.tasks, items=own.items, scores=own.scores)
+    return replace(sets, shots=own.shots, shots_from=own.shots_from)
 
 
-def load_baseline(store: Store, name: str) -> dict[str, Any] | None:
+def load_baseline(store: Store, name: str) -> Baseline | None:
     """A stored baseline; None if the name is a model's. Raises UsageError for a name that is nearly one's."""
-    known = store.cached("", "baseline", {"name": name})
+    known = _stored_baseline(store, name)
     if known is None and not Path(name).exists() and "/" not in name and name != "demo":
-        names = [str(told["name"]) for told in list_baselines(store)]
+        names = [baseline.name for baseline in list_baselines(store)]
         near = nearest(name, names)
         if near:
             raise UsageError(f"There is no baseline {name!r}. Did you mean {near!r}? Stored: {', '.join(names)}.")
     return known
 
 
-def run_gate(job: RunContext, student: str, baseline: str, spec: ComparisonSpec) -> dict[str, Any]:
+def run_gate(job: RunContext, student: str, baseline: str, spec: ComparisonSpec) -> GateReport:
     """Whether a student loses no more than the margins on every set, each with 95% confidence.
 
     Every set must pass, so that no correction for several tests is due (Berger 1982, the intersection-union test).
     """
     stored = load_baseline(job.store, baseline)
     if stored is not None:
-        job = replace(job, recipe=job.recipe.model_copy(update=stored["text"]))
-    mine = evaluate_on_sets(job, student, spec)
+        job = replace(job, recipe=job.recipe.model_copy(update=stored.items.text_fields()))
+    tested = evaluate_on_sets(job, student, spec)
     if stored is not None:
-        theirs, fingerprint = _cached_results(job, stored, mine), stored["fingerprint"]
+        results, fingerprint = _cached_results(job, stored, tested), stored.fingerprint
     else:
         other = evaluate_on_sets(job, baseline, spec)
-        theirs, fingerprint = _compute_results(other, mine), other.teacher.fingerprint
-    same = fingerprint == mine.teacher.fingerprint
+        results, fingerprint = _compute_results(other, tested), other.teacher.fingerprint
+    same = fingerprint == tested.teacher.fingerprint
     checks = []
-    for source, result in mine.results.items():
-        kind = "perplexity" if result.name == "perplexity" else "accuracy"
-        margin = Margin.parse(f"{spec.percent}%ppl" if kind == "perplexity" else f"{spec.points}pp:{source}")
-        kept = margin.check(theirs[source], result, job.recipe.seed, same=same)
-        lost = kept.in_units(margin.kind)
-        limit = spec.percent if kind == "perplexity" else spec.points
-        word = "PASS" if kept.within else "FAIL" if kept.lost.low > margin.limit else "UNDECIDED"
-        checks.append({
-            "set": source, "kind": kind, "score": result.name, "n": len(result.sums), "verdict": word,
-            "baseline": _shown(theirs[source]), "student": _shown(result), "lost": lost.value,
-            "low": lost.low, "high": lost.high, "margin": limit, "reliable": lost.reliable, "note": reliability_note(lost),
-        })  # fmt: skip
-    return {
-        "verdict": min((check["verdict"] for check in checks), key=GATE_OUTCOMES.index),
-        "student": mine.teacher.name,
-        "baseline": baseline,
-        "checks": checks,
-        "seen": {mine.teacher.name: list(mine.seen)} if mine.seen else {},
-        "environment": asdict(environment(str(mine.teacher.device))),
-    }
+    for source, result in tested.results.items():
+        margin = spec.margins.on(source, result.name)
+        kept = margin.check(results[source], result, job.recipe.seed, same=same)
+        word: GateVerdict = "PASS" if kept.within else "FAIL" if kept.lost.low > margin.limit else "UNDECIDED"
+        values = _shown(results[source]), _shown(result), kept.in_units(margin.kind)
+        checks.append(GateCheck(source, result.name, len(result.sums), word, *values, margin))
+    return GateReport(
+        verdict=min((check.verdict for check in checks), key=GATE_VERDICTS.index),
+        student=tested.teacher.name,
+        baseline=baseline,
+        checks=tuple(checks),
+        seen=seen_sets(tested.teacher, tested.seen),
+        environment=environment(str(tested.teacher.device)),
+    )
 
 
-def _cached_results(job: RunContext, baseline: Mapping[str, Any], student: ModelResults) -> dict[str, EvalResult]:
+def _cached_results(job: RunContext, baseline: Baseline, student: ModelResults) -> dict[str, EvalResult]:
     """What a baseline got, which is not measured again. Raises FingerprintError if the student has other items."""
     found = {}
     for source, result in student.results.items():
-        kept = job.store.evaluation(baseline["fingerprint"], Plan(), result.name, result.tokens, baseline["compute"])
+        kept = _baseline_result(job.store, baseline, result.name, result.tokens)
         if kept is None:
             raise FingerprintError(
-                f"{source} gives {student.teacher.name} other tokens than the baseline {baseline['name']} was measured on: "
-                "the file has changed, or the tokenizer is another one. Save a new baseline."
+                f"{source} gives {student.teacher.name} other tokens than the baseline {baseline.name} was measured "
+                "on: the file has changed, or the tokenizer is another one. Save a new baseline."
             )
         found[source] = kept
     return found
@@ -215,8 +227,8 @@ def _compute_results(baseline: ModelResults, student: ModelResults) -> dict[str,
         if result.tokens != own.tokens:
             if student.sets[source].kind == "text":
                 raise FingerprintError(
-                    f"{student.teacher.name} and {baseline.teacher.name} have different tokenizers, so their perplexities "
-                    f"on {source} do not pair. Gate on --tasks alone: --data ''."
+                    f"{student.teacher.name} and {baseline.teacher.name} have different tokenizers, so their "
+                    f"perplexities on {source} do not pair. Gate on --tasks alone: --data ''."
                 )
             result = replace(result, tokens=own.tokens)
         found[source] = result
@@ -228,29 +240,8 @@ def _shown(result: EvalResult) -> float:
     return exp_capped(result.mean) if result.name == "perplexity" else result.mean
 
 
-def write_junit(result: Mapping[str, Any], path: Path) -> None:
-    """A gate as JUnit XML, a test case a set: what continuous integration shows. Written aside and renamed."""
-    checks = result["checks"]
-    failed = sum(check["verdict"] != "PASS" for check in checks)
-    suite = ET.Element("testsuite", name="billhook gate", tests=str(len(checks)), failures=str(failed))
-    for check in checks:
-        case = ET.SubElement(
-            suite, "testcase", classname=str(result["student"]), name=f"{check['set']} ({check['score']})"
-        )
-        if check["verdict"] != "PASS":
-            failure = ET.SubElement(case, "failure", type=check["verdict"], message=describe_check(check))
-            failure.text = describe_check(check)
-        ET.SubElement(case, "system-out").text = describe_check(check)
+def write_junit(report: GateReport, path: Path) -> None:
+    """A gate as JUnit XML, which continuous integration shows. Written aside and renamed."""
     aside = path.with_name(f".{path.name}.partial")
-    ET.ElementTree(suite).write(aside, encoding="utf-8", xml_declaration=True)
+    aside.write_bytes(junit_xml(report))
     aside.rename(path)
-
-
-def describe_check(check: Mapping[str, Any]) -> str:
-    """`loses 1.20 pp (one-sided 95%: 0.10 to 2.40); 1 may go`."""
-    unit = "% of perplexity" if check["kind"] == "perplexity" else "pp"
-    verb = "loses" if check["lost"] >= 0 else "gains"
-    return (
-        f"{verb} {abs(check['lost']):.2f} {unit} ({BOUND}: {check['low']:.2f} to {check['high']:.2f}); "
-        f"{check['margin']:g} may go"
-    )

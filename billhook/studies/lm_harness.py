@@ -14,6 +14,7 @@ import yaml
 from billhook.core.errors import DataError, MissingExtra
 from billhook.core.events import Event
 from billhook.core.plan import Plan
+from billhook.core.results.comparisons import ItemResponse
 from billhook.core.results.measured import EvalResult
 from billhook.models.load import Teacher
 from billhook.runs.job import RunContext
@@ -25,11 +26,11 @@ Scores = dict[str, EvalResult]
 
 def run_task(
     job: RunContext, teacher: Teacher, task: str, items: int | None, shots: int | None
-) -> tuple[Scores, list[dict[str, Any]]]:
-    """Every score of a task that is one number an item and better when higher, and what the model said to each item.
+) -> tuple[Scores, list[ItemResponse]]:
+    """Every score of a task that is one number an item and better when higher, and what the model made of each item.
 
     `task`: a task or group that the harness knows, or the .yaml of one. Scores of a filter are called `score,filter`.
-    What the model answered is filed PORTION requests at a time. Raises MissingExtra without the harness, DataError for
+    What the model answered is stored in batches. Raises MissingExtra without the harness, DataError for
     a task that it does not know or that has no such score.
 
     Source: Gao et al., lm-evaluation-harness 0.4.
@@ -47,12 +48,12 @@ def run_task(
     name = _named(file) if own else task
     if name not in manager.all_tasks:
         raise DataError(f"lm-evaluation-harness has no task {name!r}. `lm_eval ls tasks` lists what it has.")
-    found = lm_eval.simple_evaluate(
+    output = lm_eval.simple_evaluate(
         _cached_model(job, teacher, task), tasks=[name], task_manager=manager, num_fewshot=shots, limit=items,
         bootstrap_iters=0, log_samples=True, verbosity="ERROR", random_seed=job.recipe.seed,
         fewshot_random_seed=job.recipe.seed,
     )  # fmt: skip
-    return _by_item(found["samples"], found["higher_is_better"], task)
+    return _by_item(output["samples"], output["higher_is_better"], task)
 
 
 def _named(file: Path) -> str:
@@ -68,7 +69,7 @@ def _cached_model(job: RunContext, teacher: Teacher, task: str) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     def through(kind: str, answer: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
-        told: list[Any] = []
+        answers: list[Any] = []
         for start in range(0, len(requests), HARNESS_BATCH_REQUESTS):
             part = requests[start : start + HARNESS_BATCH_REQUESTS]
             asked = json.dumps([request.args for request in part], default=str, ensure_ascii=False)
@@ -77,9 +78,9 @@ def _cached_model(job: RunContext, teacher: Teacher, task: str) -> Any:
             if known is None:
                 known = answer(part, disable_tqdm=True)
                 job.store.remember(teacher.fingerprint, "lmeval", key, known, job.run)
-            told += [tuple(each) if isinstance(each, list) else each for each in known]
-            job.watch(Event("evaluate", len(told), len(requests), task))
-        return told
+            answers += [tuple(each) if isinstance(each, list) else each for each in known]
+            job.watch(Event("evaluate", len(answers), len(requests), task))
+        return answers
 
     class Filed(HFLM):  # type: ignore[misc]
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
@@ -100,16 +101,16 @@ def _digest(text: str) -> str:
 
 def _by_item(
     samples: dict[str, list[dict[str, Any]]], better: dict[str, dict[str, Any]], task: str
-) -> tuple[Scores, list[dict[str, Any]]]:
+) -> tuple[Scores, list[ItemResponse]]:
     """Samples of one or more tasks, each once a filter, as scores over items."""
     items: dict[tuple[str, int], dict[str, float]] = {}
-    said: dict[tuple[str, int], dict[str, Any]] = {}
+    responses: dict[tuple[str, int], ItemResponse] = {}
     asked: list[Any] = []
     for name in sorted(samples):
         for sample in sorted(samples[name], key=lambda each: (each["doc_id"], each["filter"])):
             place = (name, sample["doc_id"])
             if place not in items:
-                items[place], said[place] = {}, _item_responses(sample, len(said) + 1)
+                items[place], responses[place] = {}, _item_response(sample, len(responses) + 1)
                 asked.append([*place, sample["doc_hash"], sample["prompt_hash"], sample["target_hash"]])
             suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
             for metric in sample["metrics"]:
@@ -126,7 +127,7 @@ def _by_item(
     scores = {
         name: EvalResult(name, key, tuple(values[name] for values in items.values()), ones, clusters) for name in common
     }
-    return scores, list(said.values())
+    return scores, list(responses.values())
 
 
 def _common(items: Iterable[dict[str, float]]) -> list[str]:
@@ -135,16 +136,15 @@ def _common(items: Iterable[dict[str, float]]) -> list[str]:
     return [name for name in (rows[0] if rows else ()) if all(name in row for row in rows)]
 
 
-def _item_responses(sample: dict[str, Any], number: int) -> dict[str, Any]:
-    """An item with its choices and their log-probabilities, or with what was written."""
+def _item_response(sample: dict[str, Any], number: int) -> ItemResponse:
+    """An item with its choices and their log-probabilities, or with what was written, from a log of the harness."""
     arguments, answers = sample["arguments"], sample["resps"]
     query = str(arguments[0][0])
     if isinstance(answers[0][0], tuple | list) and len(answers) > 1 and isinstance(sample["target"], int):
         same = len({str(pair[1]) for pair in arguments}) == 1  # a gap: what differs stands before it
-        choices = [str(pair[0 if same else 1]).strip() for pair in arguments]
-        values = [float(each[0][0]) for each in answers]
-        return {"number": number, "query": query, "choices": choices, "gold": sample["target"], "values": values,
-                "characters": [len(choice) for choice in choices]}  # fmt: skip
+        choices = tuple(str(pair[0 if same else 1]).strip() for pair in arguments)
+        values = tuple(float(each[0][0]) for each in answers)
+        return ItemResponse(number, query, choices, sample["target"], values, tuple(map(len, choices)))
     answer = answers[0][0]
     shown = str(answer[0] if isinstance(answer, tuple | list) else answer)
-    return {"number": number, "query": query, "target": str(sample["target"]), "answer": shown}
+    return ItemResponse(number, query, target=str(sample["target"]), answer=shown)

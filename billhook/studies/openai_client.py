@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from billhook.core.errors import EndpointError
+from billhook.core.results.ab_report import Completion
 from billhook.data.choice_tasks import Request
 from billhook.report.numbers import printable
 from billhook.studies.endpoint import (
@@ -33,22 +34,6 @@ from billhook.studies.endpoint import (
 MOST_EVENT = 2**20  # bytes of one event of a stream
 DONE = b"[DONE]"
 NO_ECHO = "the answer does not repeat the prompt with them"
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What came of one prompt: the text, or what went wrong. Times are those of the last attempt, in seconds."""
-
-    text: str | None = None
-    error: str | None = None  # timeout, status, connection or malformed
-    detail: str = ""
-    code: int = 0  # the HTTP status, where that is the error
-    attempts: int = 1
-    seconds: float | None = None  # from sending to the end of the answer
-    first_s: float | None = None  # from sending to the first piece
-    pieces: int = 0
-    tokens: int | None = None  # by the server's own count
-    total_s: float = 0.0  # with failed attempts and waits
 
 
 # -- the first words ------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from billhook.core.errors import (
     UnknownName,
     UsageError,
 )
+from billhook.core.results.ab_report import AbReport, Answered, ItemScores, Measure
 from billhook.data.choice_tasks import read_items, requests, task_tokens
 from billhook.data.prompts import read_prompts
 from billhook.methods.evaluate.multiple_choice import log_probabilities, score_choices
@@ -61,7 +62,7 @@ def plain(server: Server, request: Request) -> None:
     request.stream(["an ", "answer"], usage=2)
 
 
-def compare(a: Server, b: Server, prompts: Path, **options: Any) -> dict[str, Any]:
+def compare(a: Server, b: Server, prompts: Path, **options: Any) -> AbReport:
     return billhook.ab_test(a.url, b.url, prompts, store=prompts.parent / "runs.db", **(QUICK | options))
 
 
@@ -87,22 +88,32 @@ def test_ratios_cover_what_was_planted(start: Any, tmp_path: Path) -> None:
 
     told = compare(start(behave(0)), start(behave(1)), file_of(tmp_path, list(first)), concurrency=1)
     planted = [sum(times[side] for times in first.values()) / n for side in (0, 1)]
-    for measure, share in (("first_token_s", 1.0), ("latency_s", 1.5)):
-        ratio = told["ratio"][measure]
-        seen = [math.fsum(times) / n for times in took[measure]]
-        assert ratio["low"] <= seen[1] / seen[0] <= ratio["high"], measure
-        assert ratio["value"] == pytest.approx(told["b"][measure]["value"] / told["a"][measure]["value"])
-        for side in (0, 1):
-            mean = told["ab"[side]][measure]
-            assert share * planted[side] <= mean["value"] <= seen[side] + 0.2
-            assert mean["low"] < mean["value"] < mean["high"]
-    assert told["ratio"]["tokens_per_s"]["high"] < 1
-    assert (told["tokens_counted_by"], told["a"]["tokens"], told["pairs"]) == ("server", 30 * n, n)
-    for outcome in told["outcomes"]:
-        rate = outcome["b"]["tokens"] / outcome["b"]["seconds"]
-        assert 0 < outcome["b"]["first_s"] < outcome["b"]["seconds"] <= outcome["b"]["total_s"]
-        assert rate < 30 / (1.5 * first[f"prompt {outcome['prompt'] - 1}"][1])
-    assert told["seconds"] < told["at_most_seconds"]
+    shares: dict[Measure, float] = {"first_token_s": 1.0, "latency_s": 1.5}
+    for name, share in shares.items():
+        measure = told.measure(name)
+        assert measure is not None
+        seen = [math.fsum(times) / n for times in took[name]]
+        assert measure.ratio.low <= seen[1] / seen[0] <= measure.ratio.high, name
+        assert measure.ratio.value == pytest.approx(measure.b.value / measure.a.value)
+        for side, mean in enumerate((measure.a, measure.b)):
+            assert share * planted[side] <= mean.value <= seen[side] + 0.2
+            assert mean.low < mean.value < mean.high
+    rates = told.measure("tokens_per_s")
+    assert rates is not None
+    assert rates.ratio.high < 1
+    assert (told.tokens_counted_by, told.a.tokens, told.pairs) == ("server", 30 * n, n)
+    for outcome in told.outcomes:
+        b = outcome.b
+        assert b.tokens is not None
+        assert b.seconds is not None
+        assert b.first_s is not None
+        assert 0 < b.first_s < b.seconds <= b.total_s
+        assert b.tokens / b.seconds < 30 / (1.5 * first[f"prompt {outcome.prompt - 1}"][1])
+    assert told.seconds < told.at_most_seconds
+    assert AbReport.from_json(json.loads(json.dumps(told.to_json()))) == told
+    assert [row["measure"] for row in told.rows()] == [measure.name for measure in told.measures]
+    assert all(isinstance(value, str | float) for row in told.rows() for value in row.values())
+    assert len(repr(told).splitlines()) == 1
 
 
 def test_agreement_is_what_was_planted(start: Any, tmp_path: Path) -> None:
@@ -116,14 +127,15 @@ def test_agreement_is_what_was_planted(start: Any, tmp_path: Path) -> None:
         request.stream(["red green", " blue"])
 
     told = compare(start(same), start(other), file_of(tmp_path, [f"number {i}" for i in range(20)]))
-    agreement = told["agreement"]
-    assert agreement["same"]["value"] == 0.75
-    assert (agreement["same"]["low"], agreement["same"]["high"]) == statistics.wilson_interval(15, 20)
-    assert agreement["prefix_words"]["value"] == pytest.approx((15 * 3 + 5 * 2) / 20)
-    assert agreement["prefix_characters"]["value"] == pytest.approx((15 * 14 + 5 * 12) / 20)
-    assert sum(outcome["same"] is False for outcome in told["outcomes"]) == 5
-    assert told["tokens_counted_by"] == "pieces"
-    assert [told["outcomes"][0][side]["pieces"] for side in "ab"] == [2, 3]
+    agreement = told.agreement
+    assert agreement is not None
+    assert agreement.same.value == 0.75
+    assert (agreement.same.low, agreement.same.high) == statistics.wilson_interval(15, 20)
+    assert agreement.prefix_words.value == pytest.approx((15 * 3 + 5 * 2) / 20)
+    assert agreement.prefix_characters.value == pytest.approx((15 * 14 + 5 * 12) / 20)
+    assert sum(outcome.same is False for outcome in told.outcomes) == 5
+    assert told.tokens_counted_by == "pieces"
+    assert (told.outcomes[0].a.pieces, told.outcomes[0].b.pieces) == (2, 3)
     assert any("pieces of the stream" in note for note in ab_words.ab_notes(told))
 
 
@@ -142,16 +154,16 @@ def test_pairs_are_asked_in_turn_and_in_an_order_of_the_seed(start: Any, tmp_pat
     for seed in (0, 0, 1):
         log.clear()
         told = compare(a, b, prompts, seed=seed, concurrency=1)
-        orders.append([outcome["first"] for outcome in told["outcomes"]])
+        orders.append([outcome.first for outcome in told.outcomes])
         expected = ["a Hello", "b Hello"]
         for number, first in enumerate(orders[-1]):
             expected += [f"{side} p{number}" for side in (first, "b" if first == "a" else "a")]
         assert log == expected
     assert orders[0] == orders[1] != orders[2]
     assert all(4 <= order.count("a") <= 5 for order in orders)
-    drawn = compare(a, b, prompts, limit=4)["outcomes"]
+    drawn = compare(a, b, prompts, limit=4).outcomes
     assert len(drawn) == 4
-    assert [each["prompt"] for each in drawn] == sorted(each["prompt"] for each in drawn)
+    assert [each.prompt for each in drawn] == sorted(each.prompt for each in drawn)
 
 
 @pytest.mark.parametrize("kind", ["chat", "text"])
@@ -169,8 +181,8 @@ def test_what_is_sent_is_what_was_asked_for(kind: str, start: Any, tmp_path: Pat
     common = {"max_tokens": 5, "temperature": 0.5, "stream": True, **what}
     assert a.bodies(path)[-1] == {"model": "mine", "stream_options": {"include_usage": True}, **common}
     assert b.bodies(path)[-1] == {"model": "first", **common}
-    assert (told["a"]["model"], told["b"]["model"], told["b"]["errors"]) == ("mine", "first", {})
-    assert told["outcomes"][0]["b"]["text"] == "ok"
+    assert (told.a.model, told.b.model, told.b.errors) == ("mine", "first", {})
+    assert told.outcomes[0].b.text == "ok"
 
 
 # -- a slow server that sometimes fails -----------------------------------------------------------------------------
@@ -226,25 +238,29 @@ def test_a_slow_server_that_sometimes_fails_is_told_as_it_is(start: Any, tmp_pat
     told = compare(a, b, file_of(tmp_path, list(FAULTS)), timeout=2.0, retries=2, concurrency=6)
     assert time.monotonic() - began < 30
     found = {}
-    for text, outcome in zip(FAULTS, told["outcomes"], strict=True):
-        found[text] = (outcome["b"]["error"], outcome["b"]["attempts"])
-        assert (outcome["b"]["text"] is None) == (outcome["b"]["error"] is not None)
-        assert outcome["a"]["text"] == "an answer"
-        assert b.prompts().count(text) == outcome["b"]["attempts"]
+    for text, outcome in zip(FAULTS, told.outcomes, strict=True):
+        found[text] = (outcome.b.error, outcome.b.attempts)
+        assert (outcome.b.text is None) == (outcome.b.error is not None)
+        assert outcome.a.text == "an answer"
+        assert b.prompts().count(text) == outcome.b.attempts
     assert found == FAULTS
-    details = {text: outcome["b"]["detail"] for text, outcome in zip(FAULTS, told["outcomes"], strict=True)}
+    details = {text: outcome.b.detail for text, outcome in zip(FAULTS, told.outcomes, strict=True)}
     assert "asks to wait 3600 s" in details["busy for long"]
     assert "out of memory" in details["error inside"]
     assert details["refused"] == "400 too long"
     assert "after 1 pieces" in details["half"]
-    assert told["answered"] == {"both": 4, "only_a": 14, "only_b": 0, "neither": 0, "p": significance.mcnemar(14, 0)}
-    counted = {kind: sum(error == kind for error, _ in FAULTS.values()) for kind in told["b"]["errors"]}
-    assert told["b"]["errors"] == counted
-    assert told["b"]["retries"] == sum(attempts - 1 for _, attempts in FAULTS.values())
-    assert (told["a"]["errors"], told["a"]["retries"], told["pairs"]) == ({}, 0, 4)
-    busy = told["outcomes"][list(FAULTS).index("busy once")]["b"]
-    assert busy["total_s"] >= 0.2 + busy["seconds"]
-    assert told["ratio"]["total_s"]["value"] > told["ratio"]["latency_s"]["value"] > 1
+    assert told.answered == Answered(both=4, only_a=14, only_b=0, neither=0, p=significance.mcnemar(14, 0))
+    counted = {kind: sum(error == kind for error, _ in FAULTS.values()) for kind in told.b.errors}
+    assert told.b.errors == counted
+    assert told.b.retries == sum(attempts - 1 for _, attempts in FAULTS.values())
+    assert (told.a.errors, told.a.retries, told.pairs) == ({}, 0, 4)
+    busy = told.outcomes[list(FAULTS).index("busy once")].b
+    assert busy.seconds is not None
+    assert busy.total_s >= 0.2 + busy.seconds
+    total, latency = told.measure("total_s"), told.measure("latency_s")
+    assert total is not None
+    assert latency is not None
+    assert total.ratio.value > latency.ratio.value > 1
 
 
 def test_two_servers_that_never_answer_end_in_time(start: Any, tmp_path: Path) -> None:
@@ -252,11 +268,11 @@ def test_two_servers_that_never_answer_end_in_time(start: Any, tmp_path: Path) -
     began = time.monotonic()
     told = compare(a, b, file_of(tmp_path, ["one", "two", "three"]), timeout=0.3)
     assert time.monotonic() - began < 5
-    assert told["a"]["errors"] == told["b"]["errors"] == {"timeout": 3}
-    assert told["answered"] == {"both": 0, "only_a": 0, "only_b": 0, "neither": 3, "p": 1.0}
-    assert told["agreement"] is None
-    assert told["ratio"]["latency_s"] is None
-    assert told["seconds"] < told["at_most_seconds"]
+    assert told.a.errors == told.b.errors == {"timeout": 3}
+    assert told.answered == Answered(both=0, only_a=0, only_b=0, neither=3, p=1.0)
+    assert told.agreement is None
+    assert told.measure("latency_s") is None
+    assert told.seconds < told.at_most_seconds
     assert "Latency" not in str(ab_words.ab_rows(told))
 
 
@@ -347,7 +363,7 @@ def test_prompts_are_read_from_rows_too(start: Any, tmp_path: Path) -> None:
     path.write_text(json.dumps({"messages": chat}) + "\n\n" + json.dumps({"prompt": "a\u2028b"}) + "\n")
     a = start(plain)
     told = compare(a, a, path, concurrency=1)
-    assert [outcome["prompt"] for outcome in told["outcomes"]] == [1, 3]
+    assert [outcome.prompt for outcome in told.outcomes] == [1, 3]
     assert [body["messages"] for body in a.bodies("completions")[2::2]] == [
         chat,
         [{"role": "user", "content": "a\u2028b"}],
@@ -440,6 +456,12 @@ def task(tmp_path: Path) -> Path:
     return path
 
 
+def scores_a(told: AbReport, number: int) -> ItemScores:
+    scores = told.outcomes[number].scores_a
+    assert scores is not None
+    return scores
+
+
 def by_hand(task: Path, salt: str, name: str) -> list[bool]:
     """Whether the likeliest choice is right, item by item."""
     right = []
@@ -457,17 +479,21 @@ def by_hand(task: Path, salt: str, name: str) -> list[bool]:
 def test_task_scores_are_the_sums_by_hand(start: Any, task: Path) -> None:
     a, b = start(scoring("a")), start(scoring("b", refuses_0=True, bos=True))
     told = compare(a, b, task)
-    assert told["task"]["not_offered"] == {}
-    assert (told["task"]["items"], told["task"]["errors"]) == (15, {"a": 0, "b": 0})
-    for name in ("acc", "acc_norm"):
+    scored = told.task
+    assert scored is not None
+    assert scored.not_offered == {}
+    assert (scored.items, scored.errors) == (15, {"a": 0, "b": 0})
+    for name, score in (("acc", scored.acc), ("acc_norm", scored.acc_norm)):
         hand = [by_hand(task, salt, name) for salt in "ab"]
-        score = told["task"][name]
-        assert [score[side]["value"] for side in "ab"] == pytest.approx([sum(each) / 15 for each in hand])
-        assert score["change"]["value"] == pytest.approx((sum(hand[1]) - sum(hand[0])) / 15)
-        assert score["change"]["low"] <= score["change"]["value"] <= score["change"]["high"]
+        assert score is not None
+        assert [score.a.value, score.b.value] == pytest.approx([sum(each) / 15 for each in hand])
+        assert score.change.value == pytest.approx((sum(hand[1]) - sum(hand[0])) / 15)
+        assert score.change.low <= score.change.value <= score.change.high
     assert {body["max_tokens"] for body in b.bodies("/v1/completions")[1:]} == {1}
     assert a.bodies("chat/completions")[-1]["messages"][0]["content"].startswith(("Question", "Gap", "The following"))
-    assert len(told["outcomes"][0]["scores"]["a"]) == 2
+    assert len(scores_a(told, 0).values) == 2
+    assert told.outcomes[1].gold == 1
+    assert AbReport.from_json(json.loads(json.dumps(told.to_json()))) == told
     assert any(row[0] == "Accuracy" for row in ab_words.ab_rows(told))
 
 
@@ -496,9 +522,12 @@ def test_log_probabilities_are_those_of_the_model_itself(start: Any, model: Path
     sums = log_probabilities(teacher.model, tokens)
     for document, number in enumerate(tokens.clusters):
         expected = [value for value, of in zip(sums, tokens.documents, strict=True) if of == document]
-        assert told["outcomes"][number - 1]["scores"]["a"] == pytest.approx(expected, abs=1e-4)
-    for name, result in score_choices(tokens, sums).items():
-        assert told["task"][name]["a"]["value"] == pytest.approx(result.mean)
+        assert list(scores_a(told, number - 1).values) == pytest.approx(expected, abs=1e-4)
+    assert told.task is not None
+    right = score_choices(tokens, sums)
+    for name, score in (("acc", told.task.acc), ("acc_norm", told.task.acc_norm)):
+        assert score is not None
+        assert score.a.value == pytest.approx(right[name].mean)
 
 
 def test_an_item_that_one_server_fails_is_in_neither_accuracy(start: Any, task: Path) -> None:
@@ -508,10 +537,14 @@ def test_an_item_that_one_server_fails_is_in_neither_accuracy(start: Any, task: 
         return scoring("b")(server, request)
 
     told = compare(start(scoring("a")), start(sometimes), task)
-    assert (told["task"]["items"], told["task"]["errors"]) == (14, {"a": 0, "b": 1})
+    assert told.task is not None
+    assert (told.task.items, told.task.errors) == (14, {"a": 0, "b": 1})
     hand = by_hand(task, "a", "acc")
-    assert told["task"]["acc"]["a"]["value"] == pytest.approx((sum(hand) - hand[3]) / 14)
-    assert "too long" in told["outcomes"][3]["scores"]["b"]
+    assert told.task.acc is not None
+    assert told.task.acc.a.value == pytest.approx((sum(hand) - hand[3]) / 14)
+    failed = told.outcomes[3].scores_b
+    assert failed is not None
+    assert "too long" in failed.error
 
 
 @pytest.mark.parametrize("how", ["generated only", "refused", "nothing", "hostile"])
@@ -530,9 +563,11 @@ def test_where_no_log_probabilities_are_offered_it_says_so_and_goes_on(how: str,
 
     a, b = start(scoring("a")), start(without)
     told = compare(a, b, task, limit=3)
-    assert list(told["task"]["not_offered"]) == ["b"]
-    assert told["task"]["acc"] is None
-    assert told["agreement"]["same"]["value"] == 1
+    assert told.task is not None
+    assert list(told.task.not_offered) == ["b"]
+    assert told.task.acc is None
+    assert told.agreement is not None
+    assert told.agreement.same.value == 1
     (note,) = (note for note in ab_words.ab_notes(told) if "No task scores" in note)
     assert note.startswith("No task scores: B offers no log-probabilities of a prompt (")
     assert note.isprintable()
@@ -560,12 +595,12 @@ def test_a_key_goes_to_its_server_and_nowhere_else(
     told = compare(a, b, prompts, api_key_env_b="KEY_OF_B")
     assert set(b.keys) == {None, f"Bearer {key}"}
     assert set(a.keys) == {None}
-    assert told["outcomes"][1]["b"]["text"] == "you said [key]"
-    assert told["outcomes"][0]["b"]["detail"] == "418 your Bearer [key]"
-    assert key not in json.dumps(told)
+    assert told.outcomes[1].b.text == "you said [key]"
+    assert told.outcomes[0].b.detail == "418 your Bearer [key]"
+    assert key not in json.dumps(told.to_json())
     for file in tmp_path.iterdir():
         assert key.encode() not in file.read_bytes()
-    assert "KEY_OF_B" in json.dumps(api.show(told["run"], tmp_path / "runs.db").spec)
+    assert "KEY_OF_B" in json.dumps(api.show(told.run, tmp_path / "runs.db").spec)
     assert key not in "".join(capsys.readouterr())
 
 
@@ -600,8 +635,8 @@ def test_the_command_shows_and_files_what_it_found(start: Any, tmp_path: Path) -
     result = json.loads(told.stdout)
     assert result["outcomes"][0]["b"]["text"] == HOSTILE
     assert HOSTILE[:5] in result["b"]["model"]
-    kept = api.show(result["run"], store).to_json()
-    assert (kept["state"], kept["result"]) == ("done", result)
+    kept = api.show(result["run"], store)
+    assert (kept.state, kept.result) == ("done", AbReport.from_json(result))
     assert "Latency, s" in command("show", result["run"], "--store", store).stdout
     assert api.list_runs(store)[0].kind == "abtest"
     with pytest.raises(RunError, match=r"is no pruning\. Begin it again: billhook abtest"):

@@ -8,6 +8,7 @@ import random
 import re
 import shlex
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ from typer.testing import CliRunner
 
 import billhook
 from billhook.cli.main import app
-from billhook.core.errors import DataError, FingerprintError, UsageError
+from billhook.core.errors import DataError, FingerprintError, ResultError, UsageError
+from billhook.core.results.comparisons import (
+    Baseline,
+    ComparedSet,
+    Comparison,
+    GateReport,
+    PairVerdict,
+    SeenSets,
+    TaskScores,
+)
 from billhook.data.choice_tasks import load_items, read_items
 from billhook.methods.evaluate.multiple_choice import log_probabilities
 from billhook.report import compare_page, compare_words, run_words, threshold_page
@@ -55,46 +65,63 @@ def pruned(model: Path, text: Path, home: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def compared(model: Path, text: Path, task: Path, home: Path, pruned: dict[str, Any]) -> dict[str, Any]:
+def compared(model: Path, text: Path, task: Path, home: Path, pruned: dict[str, Any]) -> Comparison:
     return billhook.compare(
         model, pruned["out"], model, data=str(text), tasks=str(task), out=home / "cmp", store=home / "b.db", **SHORT
     )
 
 
+def on(compared: Comparison, source: Path) -> tuple[ComparedSet, PairVerdict]:
+    """One set, and the verdict on the second model."""
+    (each,) = (each for each in compared.sets if each.source == str(source))
+    assert each.pairs[0] is not None
+    return each, each.pairs[0]
+
+
+def p_of(each: ComparedSet) -> float:
+    assert each.pairs[0] is not None
+    return each.pairs[0].p
+
+
 # -- compare --------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_is_as_good_as_itself(compared: dict[str, Any]) -> None:
-    for row in compared["rows"]:
-        same = row["pairs"][1]
-        assert (same["verdict"], same["change"], same["p_holm"]) == ("equivalent", 0, 1)
-        assert row["values"][0] == row["values"][2]
-    assert compared["close"][1]["kl"]["value"] == pytest.approx(0, abs=1e-6)
-    assert compared["close"][1]["agreement"]["value"] == 1
-    assert compared["close"][0]["kl"]["value"] > 0.05
+def test_a_model_is_as_good_as_itself(compared: Comparison) -> None:
+    for each in compared.sets:
+        same = each.pairs[1]
+        assert same is not None
+        assert (same.verdict, same.change.value, same.p_holm) == ("equivalent", 0, 1)
+        assert each.values[0] == each.values[2]
+    pruned, alike = compared.agreement
+    assert pruned is not None
+    assert alike is not None
+    assert alike.kl.value == pytest.approx(0, abs=1e-6)
+    assert alike.same.value == 1
+    assert pruned.kl.value > 0.05
 
 
 def test_heads_of_another_width_are_not_held_together(model: Path, text: Path, tmp_path: Path) -> None:
     wider = tiny.with_tokenizer(tmp_path / "wider", vocab_size=72)
     told = billhook.compare(model, wider, data=str(text), out=tmp_path / "cmp", store=tmp_path / "b.db", **SHORT)
-    assert told["close"] == [None]
-    assert told["rows"][0]["pairs"][0]["verdict"]
+    assert told.agreement == (None,)
+    assert told.verdicts()[0]
 
 
-def test_a_pruned_model_is_found_out(compared: dict[str, Any], pruned: dict[str, Any], text: Path) -> None:
-    row = next(row for row in compared["rows"] if row["set"] == str(text))
-    assert row["values"][1]["value"] == pytest.approx(pruned["perplexity"]["student"], rel=1e-5)
-    assert row["values"][0]["value"] == pytest.approx(pruned["perplexity"]["teacher"], rel=1e-5)
-    assert math.exp(row["pairs"][0]["change"]) == pytest.approx(pruned["perplexity"]["ratio"], rel=1e-5)
-    assert compared["models"][1]["parameters"] == pruned["parameters"]["student"]
-    assert compared["models"][1]["removed"] == pruned["plan"]["removed"]
+def test_a_pruned_model_is_found_out(compared: Comparison, pruned: dict[str, Any], text: Path) -> None:
+    each, pair = on(compared, text)
+    assert each.values[1].estimate.value == pytest.approx(pruned["perplexity"]["student"], rel=1e-5)
+    assert each.values[0].estimate.value == pytest.approx(pruned["perplexity"]["teacher"], rel=1e-5)
+    assert math.exp(pair.change.value) == pytest.approx(pruned["perplexity"]["ratio"], rel=1e-5)
+    assert compared.models[1].sizes.parameters == pruned["parameters"]["student"]
+    assert compared.models[1].earlier.names() == pruned["plan"]["removed"]
 
 
 def test_flips_are_the_items_on_which_two_models_differ(
-    compared: dict[str, Any], model: Path, pruned: dict[str, Any], task: Path
+    compared: Comparison, model: Path, pruned: dict[str, Any], task: Path
 ) -> None:
     items = {item.number: item for item in read_items(task)}
-    told = {each["number"]: each for each in compared["flips"][str(task)]}
+    each, pair = on(compared, task)
+    told = {flip.number: flip for flip in each.flips}
     sides = []
     for folder in (model, pruned["out"]):
         teacher = billhook.load(folder)
@@ -107,17 +134,18 @@ def test_flips_are_the_items_on_which_two_models_differ(
         assert (number in told) == (right[0] != right[1])
         if number in told:
             flipped += 1
-            assert told[number]["right"][:2] == right
-            assert told[number]["choices"] == list(items[number].choices)
-            for side, given in zip((sums, sides[1][number]), told[number]["probabilities"], strict=False):
+            assert list(told[number].right[:2]) == right
+            assert told[number].choices == items[number].choices
+            for side, given in zip((sums, sides[1][number]), told[number].probabilities, strict=False):
                 assert given == pytest.approx(side.double().softmax(-1).tolist(), abs=1e-5)
-    row = next(row for row in compared["rows"] if row["set"] == str(task))
-    assert row["pairs"][0]["gained"] + row["pairs"][0]["lost"] == flipped > 0
-    assert row["n"] == 75, "the half of the items that no search looks at"
+    assert pair.gained is not None
+    assert pair.lost is not None
+    assert pair.gained + pair.lost == flipped > 0
+    assert each.n == 75, "the half of the items that no search looks at"
 
 
 def test_nothing_is_measured_twice(
-    model: Path, text: Path, task: Path, home: Path, pruned: dict[str, Any], compared: dict[str, Any]
+    model: Path, text: Path, task: Path, home: Path, pruned: dict[str, Any], compared: Comparison
 ) -> None:
     stages: list[str] = []
     again = billhook.compare(
@@ -125,8 +153,8 @@ def test_nothing_is_measured_twice(
         watch=lambda event: stages.append(event.stage), **SHORT,
     )  # fmt: skip
     assert not {"evaluate", "compare", "speed"} & set(stages)
-    assert [row["pairs"][0]["p"] for row in again["rows"]] == [row["pairs"][0]["p"] for row in compared["rows"]]
-    assert again["speed"] == [None]
+    assert [p_of(each) for each in again.sets] == [p_of(each) for each in compared.sets]
+    assert again.speed == (None,)
 
 
 def test_what_a_search_has_seen_is_refused_or_marked_everywhere(model: Path, home: Path, tmp_path: Path) -> None:
@@ -143,13 +171,13 @@ def test_what_a_search_has_seen_is_refused_or_marked_everywhere(model: Path, hom
             billhook.compare(model, tmp_path / student, out=tmp_path / "no", **wanted)
         assert not (tmp_path / "no").exists()
         told = billhook.compare(model, tmp_path / student, out=tmp_path / f"yes{student}", seen=True, **wanted)
-        (warning,) = compare_words.comparison_warnings(told)
+        (warning,) = compare_words.seen_warnings(told.seen)
         assert warning.startswith("NOT A PROOF")
         assert warning in Elements((tmp_path / f"yes{student}" / "index.html").read_text()).text
     fine = billhook.compare(
         model, tmp_path / "pp", data=str(text), out=tmp_path / "ok", store=store, timed=False, **SHORT
     )
-    assert fine["seen"] == {}
+    assert fine.seen == ()
 
 
 def test_models_of_other_tokens_are_compared_on_tasks_alone(
@@ -170,27 +198,28 @@ def test_models_of_other_tokens_are_compared_on_tasks_alone(
         timed=False,
         **SHORT,
     )
-    pairs = {row["set"]: row["pairs"][0] for row in told["rows"]}
+    pairs = {each.source: each.pairs[0] for each in told.sets}
     assert pairs[str(text)] is None
     assert pairs[str(task)] is not None
-    assert told["close"] == [None]
+    assert told.agreement == (None,)
     assert "not comparable" in {row[1] for row in compare_words.verdict_rows(told)}
 
 
-def hostile(told: dict[str, Any]) -> dict[str, Any]:
-    told = json.loads(json.dumps(told))
-    for each in told["models"]:
-        each["model"] = HOSTILE
-    for flips in told["flips"].values():
-        for item in flips:
-            item |= {"query": HOSTILE, "choices": [HOSTILE] * 3}
-    told["seen"] = {HOSTILE: [HOSTILE]}
-    return told
+def hostile(told: Comparison) -> Comparison:
+    sets = []
+    for each in told.sets:
+        flips = (replace(flip, query=HOSTILE, choices=(HOSTILE,) * 3) for flip in each.flips)
+        sets.append(replace(each, flips=tuple(flips)))
+    models = tuple(replace(each, model=HOSTILE) for each in told.models)
+    return replace(told, models=models, sets=tuple(sets), seen=(SeenSets(HOSTILE, (HOSTILE,)),))
 
 
 @pytest.mark.parametrize("width", [390, 1440])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_in_a_browser(tab: Tab, compared: dict[str, Any], width: int, scheme: str, tmp_path: Path) -> None:
+def test_the_page_in_a_browser(
+    tab: Tab, compared: Comparison, task: Path, width: int, scheme: str, tmp_path: Path
+) -> None:
+    each, pair = on(compared, task)
     for name, told in (("plain", compared), ("hostile", hostile(compared))):
         file = tmp_path / f"{name}.html"
         file.write_text(compare_page.comparison_page(told), encoding="utf-8")
@@ -198,15 +227,15 @@ def test_the_page_in_a_browser(tab: Tab, compared: dict[str, Any], width: int, s
         assert tab.run(OVERFLOW) <= 0
         assert tab.complaints() == []
         assert tab.run("document.title") != "owned"
-        flips = sum(item["right"][0] != item["right"][1] for item in next(iter(told["flips"].values())))
+        flips = sum(flip.right[0] != flip.right[1] for flip in on(told, task)[0].flips)
         assert tab.run("document.querySelectorAll('article').length") == flips
     shown = "[...document.querySelectorAll('article')].filter(a => !a.hidden).length"
     tab.show(tmp_path / "plain.html", width, scheme)
     tab.run("{const s = document.querySelector('select'); s.value = 'a'; s.dispatchEvent(new Event('input'))}")
-    lost = next(row for row in compared["rows"] if row["kind"] == "acc")["pairs"][0]["lost"]
-    assert tab.run(shown) == lost
-    assert tab.run("document.querySelector('output').textContent") == f"{lost} of {flips} shown"
-    word = next(iter(compared["flips"].values()))[0]["query"].split()[0]
+    assert each.score == "acc"
+    assert tab.run(shown) == pair.lost
+    assert tab.run("document.querySelector('output').textContent") == f"{pair.lost} of {flips} shown"
+    word = each.flips[0].query.split()[0]
     tab.run(
         "{const s = document.querySelector('select'), i = document.querySelector('input'); s.value = ''; "
         f"i.value = '{word}'; i.dispatchEvent(new Event('input'))}}"
@@ -214,11 +243,11 @@ def test_the_page_in_a_browser(tab: Tab, compared: dict[str, Any], width: int, s
     assert 0 < tab.run(shown) <= flips
 
 
-def test_the_page_counts_items_of_tasks_and_texts_of_text(compared: dict[str, Any], text: Path, task: Path) -> None:
+def test_the_page_counts_items_of_tasks_and_texts_of_text(compared: Comparison, text: Path, task: Path) -> None:
     page = compare_page.comparison_page(compared)
     for file, keys in ((text, ("tokens", "documents", "texts", "–")), (task, ("tokens", "–", "–", "items"))):
-        about = compared["sets"][str(file)]
-        cells = "".join(f"<td>{key if key == '–' else format(about[key], ',')}</td>" for key in keys)
+        about = on(compared, file)[0].info.tokens
+        cells = "".join(f"<td>{key if key == '–' else format(getattr(about, key), ',')}</td>" for key in keys)
         assert f'<tr><th scope="row">{file.name}</th>{cells}</tr>' in page
 
 
@@ -246,9 +275,10 @@ def test_a_gate_passes_the_teacher_and_fails_a_broken_model(
     cases = ET.parse(junit).getroot().findall("testcase")
     assert [case.find("failure") is not None for case in cases] == [True, False]
     told = json.loads(runner.invoke(app, [*asked, "--json"]).stdout)
-    assert told["checks"][0]["verdict"] in ("FAIL", "UNDECIDED")
-    assert (told["checks"][0]["verdict"] == "FAIL") == (told["checks"][0]["low"] > 0.1)
-    assert told["checks"][1]["verdict"] == "PASS"
+    report = GateReport.from_json(told)
+    assert report.checks[0].verdict in ("FAIL", "UNDECIDED")
+    assert (report.checks[0].verdict == "FAIL") == (report.checks[0].lost.low > 0.1)
+    assert report.checks[1].verdict == "PASS"
 
 
 def test_a_baseline_is_not_measured_again_and_does_not_change(
@@ -256,15 +286,16 @@ def test_a_baseline_is_not_measured_again_and_does_not_change(
 ) -> None:
     store = tmp_path / "b.db"
     billhook.save_baseline("v1", model, data=str(text), tasks=str(task), store=store, **SHORT)
-    assert [told["name"] for told in billhook.baselines(store)] == ["v1"]
+    assert [baseline.name for baseline in billhook.baselines(store)] == ["v1"]
     loaded: list[str] = []
     told = billhook.gate(
         pruned["out"], "v1", store=store, watch=lambda e: loaded.append(e.note) if e.stage == "load" else None
     )
     assert str(model) not in loaded
     direct = billhook.gate(pruned["out"], model, data=str(text), tasks=str(task), store=store, **SHORT)
-    assert told["checks"] == direct["checks"]
-    assert billhook.show(billhook.list_runs(store)[0].run, store).to_json()["result"]["verdict"] == direct["verdict"]
+    assert told.checks == direct.checks
+    kept = billhook.show(billhook.list_runs(store)[0].run, store).result
+    assert kept == direct
     with pytest.raises(UsageError, match="does not change"):
         billhook.save_baseline("v1", pruned["out"], data=str(text), tasks=str(task), store=store, **SHORT)
     with pytest.raises(UsageError, match="Leave --data"):
@@ -285,18 +316,70 @@ def test_a_baseline_is_not_measured_again_and_does_not_change(
 def test_wrong_margins_and_sets_say_what_to_type(model: Path, tmp_path: Path) -> None:
     store = tmp_path / "b.db"
     for margins, match in (
-        (("1%", "3%"), "--margin 1pp"),
-        (("1pp", "3pp"), "--ppl-margin 3%"),
-        (("101pp", "3%"), "1pp"),
+        (("1%", "3%ppl"), "Write .* or 1pp for"),
+        (("1pp", "3pp"), "1pp and 3pp are both margins of accuracy on every task"),
+        (("101pp", "3%ppl"), "1pp"),
+        (("1pp:no.jsonl",), "The margin 1pp:no.jsonl is of a task that is not measured. Measured: none"),
     ):
         with pytest.raises(UsageError, match=match):
             billhook.compare(model, model, margins=margins, store=store)
+    for typed, match in (
+        (("--margin", "1%"), "--margin 1pp"),
+        (("--ppl-margin", "3pp"), "--ppl-margin 3%"),
+        (("--margin", "101pp"), "--margin 1pp"),
+        (("--margin", "2%ppl", "--ppl-margin", "3%"), "2%ppl and 3%ppl are both margins of perplexity"),
+    ):
+        refused = CliRunner().invoke(app, ["compare", str(model), str(model), *typed, "--store", str(store)])
+        assert refused.exit_code == 2
+        assert match in refused.output
     with pytest.raises(UsageError, match="two models"):
         billhook.compare(model, store=store)
     with pytest.raises(UsageError, match="nothing to compare on"):
         billhook.compare(model, model, data=(), store=store)
     with pytest.raises(UsageError, match="is no score of a task"):
         billhook.compare(model, model, score="f1", store=store)
+
+
+# -- values ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_margin_of_one_task_is_of_that_task_alone(
+    model: Path, task: Path, home: Path, pruned: dict[str, Any], tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(task.read_text())
+    wanted: dict[str, Any] = {"data": (), "tasks": [str(task), str(other)], "store": home / "b.db"}
+    report = billhook.gate(pruned["out"], model, margins=("100pp", f"0pp:{other}"), **wanted)
+    assert [str(check.margin) for check in report.checks] == ["100pp", f"0pp:{other}"]
+    wide, narrow = report.checks
+    assert (wide.baseline, wide.student, wide.verdict) == (narrow.baseline, narrow.student, "PASS")
+    assert narrow.verdict != "PASS"
+    assert report.verdict == narrow.verdict
+
+
+def test_results_are_values_with_rows_and_one_json_form(
+    model: Path, text: Path, task: Path, home: Path, pruned: dict[str, Any], compared: Comparison
+) -> None:
+    on_sets: dict[str, Any] = {"data": str(text), "tasks": str(task), "store": home / "b.db", **SHORT}
+    scores = billhook.evaluate_tasks(pruned["out"], str(task), store=home / "b.db")
+    gated = billhook.gate(pruned["out"], model, **on_sets)
+    kept = billhook.save_baseline("values", model, **on_sets)
+    rows = {Comparison: 6, GateReport: 2, Baseline: 2, TaskScores: 2}
+    for result in (compared, gated, kept, scores):
+        found = type(result).from_json(json.loads(json.dumps(result.to_json())))
+        assert found == result
+        assert len(result.rows()) == rows[type(result)]
+        scalars = (str, int, float, bool, type(None))
+        assert all(isinstance(value, scalars) for row in result.rows() for value in row.values())
+        assert len({tuple(row) for row in result.rows()}) == 1
+        assert type(result).__name__ in repr(result)
+        assert len(repr(result).splitlines()) == 1
+        assert result._repr_html_().startswith("<table>")
+        with pytest.raises(ResultError, match="Run the command again"):
+            type(result).from_json({"rows": []})
+    assert [row["verdict"] is None for row in compared.rows()] == [True, False, False] * 2
+    assert {each.value for each in kept.sets} == {check.baseline for check in gated.checks}
+    assert Baseline.from_stored(json.loads(json.dumps(kept.stored()))).stored() == kept.stored()
 
 
 # -- what every command leaves in the store ------------------------------------------------------------------------

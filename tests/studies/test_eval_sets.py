@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from typer.testing import CliRunner
 import billhook
 from billhook.cli.main import app
 from billhook.core.errors import DataError, MissingExtra, ResourceError, UsageError
+from billhook.core.results.comparisons import TaskScores
 from billhook.data.choice_tasks import task_tokens
 from billhook.data.generation_tasks import build_prompts
 from billhook.methods.evaluate.generation import flexible_number, generate_answers, score_answers
 from billhook.methods.evaluate.multiple_choice import log_probabilities, score_choices
 from billhook.report import compare_page
+from billhook.runs.evaluation import BATCH_ITEMS
 from billhook.runs.store import Store
-from billhook.studies import eval_sets
+from billhook.studies.eval_sets import BATCH_QUESTIONS
+from billhook.studies.lm_harness import HARNESS_BATCH_REQUESTS
 
 SHORT: dict[str, Any] = {"eval_tokens": 512, "eval_length": 24}
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and of what it imports
@@ -87,7 +91,7 @@ def test_questions_are_compared_by_what_both_models_write(
         model, pruned, data=(), tasks=str(questions), score="flexible_match", timed=False, out=tmp_path / "out",
         store=tmp_path / "b.db",
     )  # fmt: skip
-    (row,), sides = told["rows"], []
+    (each,), sides = told.sets, []
     for folder in (model, pruned):
         teacher = billhook.load(folder)
         most = positions(teacher)
@@ -95,15 +99,15 @@ def test_questions_are_compared_by_what_both_models_write(
         answers = generate_answers(teacher.model, prompts)
         right = score_answers(prompts, answers)["flexible_match"].sums
         sides.append({n: (r, a) for n, r, a in zip(prompts.tokens.clusters, right, answers, strict=True)})
-    assert row["kind"] == "flexible_match"
-    assert row["n"] == 30, "no search looks at questions, so all of them count"
-    assert row["values"][0]["value"] == 0.5
-    assert [side["scores"]["strict_match"] for side in row["values"]] == [0, 0]
-    assert row["values"][1]["value"] == pytest.approx(sum(right for right, _ in sides[1].values()) / 30)
+    assert each.score == "flexible_match"
+    assert each.n == 30, "no search looks at questions, so all of them count"
+    assert each.values[0].estimate.value == 0.5
+    assert [value.scores["strict_match"] for value in each.values] == [0, 0]
+    assert each.values[1].estimate.value == pytest.approx(sum(right for right, _ in sides[1].values()) / 30)
     flipped = {n for n in sides[0] if sides[0][n][0] != sides[1][n][0]}
-    assert {item["number"] for item in told["flips"][str(questions)]} == flipped != set()
-    for item in told["flips"][str(questions)]:
-        assert item["answers"] == [side[item["number"]][1] for side in sides]
+    assert {flip.number for flip in each.flips} == flipped != set()
+    for flip in each.flips:
+        assert list(flip.answers) == [side[flip.number][1] for side in sides]
 
 
 @pytest.mark.parametrize("width", [390, 1440])
@@ -116,52 +120,61 @@ def test_the_page_shows_what_both_wrote(
     )  # fmt: skip
     tab.show(tmp_path / "out" / "index.html", width, "light")
     assert tab.run(OVERFLOW) <= 0
-    items = told["flips"][str(questions)]
-    assert tab.run("document.querySelectorAll('dl.answers').length") == len(items)
-    assert tab.run("document.querySelector('dl.answers dd').textContent") == items[0]["answers"][0]
-    for item in items:
-        item |= {"query": HOSTILE, "target": HOSTILE, "answers": [HOSTILE, HOSTILE]}
-    (tmp_path / "hostile.html").write_text(compare_page.comparison_page(told), encoding="utf-8")
+    (each,) = told.sets
+    assert tab.run("document.querySelectorAll('dl.answers').length") == len(each.flips)
+    assert tab.run("document.querySelector('dl.answers dd').textContent") == each.flips[0].answers[0]
+    flips = tuple(replace(flip, query=HOSTILE, target=HOSTILE, answers=(HOSTILE, HOSTILE)) for flip in each.flips)
+    hostile = replace(told, sets=(replace(each, flips=flips),))
+    (tmp_path / "hostile.html").write_text(compare_page.comparison_page(hostile), encoding="utf-8")
     tab.show(tmp_path / "hostile.html", width, "light")
     assert tab.run(OVERFLOW) <= 0
     assert tab.complaints() == []
     assert tab.run("document.title") != "owned"
 
 
-def test_answers_are_filed_as_they_come(
-    model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(eval_sets, "PORTION_QUESTIONS", 10)
+def test_answers_are_stored_as_they_come(model: Path, tmp_path: Path) -> None:
+    """More questions than one batch holds, whose answers must not be written twice."""
+    words = phrases(5)
+    rows = [{"query": words(6), "answer": words(3), "target": "none"} for _ in range(2 * BATCH_QUESTIONS + 20)]
+    many = lines(tmp_path / "many.jsonl", rows)
 
     def killed(event: billhook.Event) -> None:
         if event.stage == "evaluate":
             finished.append(event.done)
-            if len(finished) == 2:
+            if event.done > BATCH_QUESTIONS:
                 raise KeyboardInterrupt
 
     finished: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        billhook.evaluate_tasks(model, str(questions), store=tmp_path / "b.db", watch=killed)
+        billhook.evaluate_tasks(model, str(many), store=tmp_path / "b.db", watch=killed)
     rest: list[int] = []
     told = billhook.evaluate_tasks(
-        model, str(questions), store=tmp_path / "b.db",
+        model, str(many), store=tmp_path / "b.db",
         watch=lambda e: rest.append(e.done) if e.stage == "evaluate" else None,
     )  # fmt: skip
-    assert rest == [20, 30], "the first ten answers are known"
-    assert {row["score"]: row["value"] for row in told["rows"]} == {"strict_match": 0, "flexible_match": 0.5}
-    assert all(row["n"] == 30 and row["low"] <= row["value"] <= row["high"] for row in told["rows"])
+    assert finished[0] <= BATCH_QUESTIONS < min(rest), "the first batch of answers is known"
+    assert rest[-1] == len(rows)
+    assert {each.score for each in told.scores} == {"strict_match", "flexible_match"}
+    for each in told.scores:
+        assert each.estimate.n == len(rows)
+        assert each.estimate.low <= each.estimate.value <= each.estimate.high
 
 
-def test_progress_is_that_of_the_whole_task(
-    model: Path, choices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from billhook.runs import evaluation
+def test_scores_of_questions_are_those_that_were_planted(model: Path, questions: Path, tmp_path: Path) -> None:
+    told = billhook.evaluate_tasks(model, str(questions), store=tmp_path / "b.db")
+    assert {each.score: each.estimate.value for each in told.scores} == {"strict_match": 0, "flexible_match": 0.5}
+    assert all(each.estimate.n == 30 for each in told.scores)
 
-    monkeypatch.setattr(evaluation, "PORTION_ITEMS", 25)
+
+def test_progress_is_that_of_the_whole_task(model: Path, tmp_path: Path) -> None:
+    words = phrases(7)
+    rows = [{"query": words(4), "choices": [words(1), words(2)], "gold": 0} for _ in range(2 * BATCH_ITEMS + 50)]
+    many = lines(tmp_path / "many.jsonl", rows)
     events: list[billhook.Event] = []
-    told = billhook.evaluate_tasks(model, str(choices), store=tmp_path / "b.db", watch=events.append)
+    told = billhook.evaluate_tasks(model, str(many), store=tmp_path / "b.db", watch=events.append)
     seen = [(event.done, event.total) for event in events if event.stage == "evaluate"]
-    total = told["sets"][str(choices)]["tokens"]
+    assert told.sets[0].tokens is not None
+    total = told.sets[0].tokens.tokens
     assert len(seen) >= 3
     assert seen == sorted(seen)
     assert seen[-1] == (total, total)
@@ -179,9 +192,9 @@ def test_eval_measures_all_items_with_shots(model: Path, choices: Path, tmp_path
     teacher = billhook.load(model)
     tokens = task_tokens(choices, teacher.tokenizer, positions=positions(teacher), shots=(choices, 2))
     right = score_choices(tokens, log_probabilities(teacher.model, tokens))
-    told = {row["score"]: row for row in json.loads(run.stdout)["rows"]}
-    assert {name: row["value"] for name, row in told.items()} == {n: pytest.approx(r.mean) for n, r in right.items()}
-    assert {row["n"] for row in told.values()} == {58}, "of 60, without the two that are shown solved"
+    told = {each.score: each.estimate for each in TaskScores.from_json(json.loads(run.stdout)).scores}
+    assert {name: each.value for name, each in told.items()} == {n: pytest.approx(r.mean) for n, r in right.items()}
+    assert {each.n for each in told.values()} == {58}, "of 60, without the two that are shown solved"
     shown = CliRunner().invoke(app, ["eval", str(model), "--tasks", str(choices), "--store", str(tmp_path / "b.db")])
     assert "acc_norm" in shown.output
     assert max(map(len, shown.output.splitlines())) <= 80
@@ -209,10 +222,10 @@ def test_a_model_that_is_streamed_is_tested_on_choices_alone(
     model: Path, choices: Path, questions: Path, tmp_path: Path
 ) -> None:
     told = [
-        billhook.evaluate_tasks(model, str(choices), store=tmp_path / f"{memory}.db", memory=memory)["rows"]
+        billhook.evaluate_tasks(model, str(choices), store=tmp_path / f"{memory}.db", memory=memory).scores
         for memory in (None, "0.1MB")
     ]
-    assert [row["value"] for row in told[0]] == [row["value"] for row in told[1]]
+    assert [each.estimate.value for each in told[0]] == [each.estimate.value for each in told[1]]
     with pytest.raises(ResourceError, match="larger than the memory"):
         billhook.evaluate_tasks(model, str(questions), store=tmp_path / "b.db", memory="0.1MB")
 
@@ -226,9 +239,9 @@ def test_a_gate_takes_all_kinds_and_a_stored_baseline(
         billhook.save_baseline("v1", model, **wanted)
     told = billhook.gate(pruned, "v1", store=store)
     direct = billhook.gate(pruned, model, **wanted)
-    assert told["checks"] == direct["checks"]
-    assert [check["score"] for check in told["checks"]] == ["acc_norm", "flexible_match"]
-    assert told["checks"][1]["baseline"] == 0.5
+    assert told.checks == direct.checks
+    assert [check.score for check in told.checks] == ["acc_norm", "flexible_match"]
+    assert told.checks[1].baseline == 0.5
 
 
 # -- the harness ----------------------------------------------------------------------------------------------------
@@ -263,45 +276,46 @@ def test_a_task_of_the_harness_equals_the_same_file(model: Path, pruned: Path, c
     )  # fmt: skip
     store = tmp_path / "b.db"
     told = billhook.compare(model, pruned, data=(), tasks=task, timed=False, out=tmp_path / "out", store=store)
-    for side, folder in enumerate((model, pruned)):
-        ours = billhook.evaluate_tasks(folder, str(choices), store=store)["rows"]
-        scores = told["rows"][0]["values"][side]["scores"]
-        assert scores == {row["score"]: pytest.approx(row["value"]) for row in ours}
-    assert told["rows"][0]["n"] == 60
-    flips = told["flips"][task]
-    assert len(flips) == told["rows"][0]["pairs"][0]["gained"] + told["rows"][0]["pairs"][0]["lost"] > 0
-    for item in flips:
-        best = [max(range(3), key=lambda i, p=p: p[i]) == item["gold"] for p in item["probabilities"]]  # type: ignore[misc]
-        assert best == item["right"]
+    (each,) = told.sets
+    for value, folder in zip(each.values, (model, pruned), strict=True):
+        ours = billhook.evaluate_tasks(folder, str(choices), store=store).scores
+        assert value.scores == {score.score: pytest.approx(score.estimate.value) for score in ours}
+    assert each.n == 60
+    pair = each.pairs[0]
+    assert pair is not None
+    assert pair.gained is not None
+    assert pair.lost is not None
+    assert len(each.flips) == pair.gained + pair.lost > 0
+    for flip in each.flips:
+        best = [max(range(3), key=lambda i, p=p: p[i]) == flip.gold for p in flip.probabilities]  # type: ignore[misc]
+        assert best == list(flip.right)
     again = billhook.gate(pruned, model, data=(), tasks=task, store=store)
-    assert again["checks"][0]["lost"] == pytest.approx(-100 * told["rows"][0]["pairs"][0]["change"])
+    assert again.checks[0].lost.value == pytest.approx(-100 * pair.change.value)
 
 
 @pytest.mark.usefixtures("offline")
-def test_answers_to_the_harness_are_filed_portion_by_portion(
-    model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from billhook.studies import lm_harness
-
-    monkeypatch.setattr(lm_harness, "PORTION", 4)
+def test_answers_to_the_harness_are_stored_in_batches(model: Path, tmp_path: Path) -> None:
+    words, many = phrases(9), HARNESS_BATCH_REQUESTS + 60
+    rows = [{"query": words(2), "target": "none"} for _ in range(many)]
     task = of_harness(
-        tmp_path, "in_writing", questions, output_type="generate_until", doc_to_target="target",
-        generation_kwargs={"until": ["w0"], "max_gen_toks": 4}, metric_list=[metric("exact_match")],
+        tmp_path, "in_writing", lines(tmp_path / "many.jsonl", rows), output_type="generate_until",
+        doc_to_target="target", generation_kwargs={"until": ["w0"], "max_gen_toks": 1},
+        metric_list=[metric("exact_match")],
     )  # fmt: skip
 
     def killed(event: billhook.Event) -> None:
-        if event.stage == "evaluate" and event.done == 8:
+        if event.stage == "evaluate":
             raise KeyboardInterrupt
 
     store = tmp_path / "b.db"
     with pytest.raises(KeyboardInterrupt):
-        billhook.evaluate_tasks(model, task, items=12, store=store, watch=killed)
-    told = billhook.evaluate_tasks(model, task, items=12, store=store)
-    assert [row["score"] for row in told["rows"]] == ["exact_match"]
-    assert told["rows"][0]["n"] == 12
+        billhook.evaluate_tasks(model, task, store=store, watch=killed)
+    told = billhook.evaluate_tasks(model, task, store=store)
+    assert [each.score for each in told.scores] == ["exact_match"]
+    assert told.scores[0].estimate.n == many
     with closing(Store(store)) as opened:
         asked = opened.all_cached(billhook.load(model).fingerprint, "lmeval")
-    assert sorted(map(len, asked)) == [4, 4, 4], "each portion once"
+    assert sorted(map(len, asked)) == [60, HARNESS_BATCH_REQUESTS], "each batch once"
 
 
 def test_a_task_that_the_harness_does_not_have(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ class CompareSpec(RunSpec):
     others: tuple[str, ...]
     on: EvalItems
     score: tuple[str, ...]
-    margins: tuple[str, str]
+    margins: tuple[str, ...]
     timed: bool
     seen: bool
     options: Options
@@ -130,7 +130,7 @@ class GateSpec(RunSpec):
     baseline: str
     on: EvalItems
     score: tuple[str, ...]
-    margins: tuple[str, str]
+    margins: tuple[str, ...]
     seen: bool
     options: Options
 

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from billhook.core.results.ab_report import AbReport
+from billhook.core.results.comparisons import Baseline, Comparison, GateReport, TaskScores
 from billhook.core.results.json_form import SCHEMA, Result, encode
 
-RESULTS: dict[str, type[Result]] = {}  # the class of a result by the kind of its run
+CLASSES: tuple[type[Result], ...] = (Comparison, GateReport, Baseline, TaskScores, AbReport)
+RESULTS = {each.kind: each for each in CLASSES}  # the class of a result by the kind of its run
 
 
 def read_result(kind: str, value: dict[str, Any]) -> Result | dict[str, Any]:
