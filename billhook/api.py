@@ -21,7 +21,8 @@ from billhook.core.results.stored import RunSummary, StoredEvent, StoredRun, rea
 from billhook.core.statistics import exp_capped, mean_interval, reliability_note, score_interval
 from billhook.data.token_sets import TokenSet
 from billhook.data.windows import fixed_windows, per_byte_and_word
-from billhook.engine.losses import ITEM_LOSSES, LOSSES
+from billhook.engine.losses import ITEM_LOSSES, LOSSES, parse_loss
+from billhook.engine.probe import Probe
 from billhook.methods.evaluate import EVALUATIONS, evaluate_by_name
 from billhook.methods.evaluate import speed as timing
 from billhook.methods.evaluate.speed import TimingProtocol
@@ -35,8 +36,8 @@ from billhook.runs import evaluation
 from billhook.runs.builtin_recipes import BuiltinRecipe, builtin_recipes
 from billhook.runs.job import run_environment
 from billhook.runs.pipeline import preview_run, run_pruning
-from billhook.runs.prepare import load_teacher, probe_of, tokens_for
-from billhook.runs.recipe import TARGETS, Recipe, of_text, parse_recipe, with_overrides
+from billhook.runs.prepare import load_teacher, read_calibration, read_held_out
+from billhook.runs.recipe import TARGETS, CalibrationOptions, EvalOptions, parse_options, parse_recipe, with_overrides
 from billhook.runs.result import anatomy_json
 from billhook.runs.store import STORE, Run, Store
 
@@ -153,10 +154,10 @@ def evaluate_model(
     perplexity; each is given those of the options `set` that it takes. The result has them under `evaluations`.
     """
     names = dict.fromkeys((evaluations,) if isinstance(evaluations, str) else evaluations)
-    recipe = of_text(str(model), options)  # held-out text does not depend on how much is for calibration
+    recipe = parse_options(EvalOptions, {"model": str(model), **options})
     teacher = load_teacher(recipe, watch)
     if protocol is None:
-        _, tokens = tokens_for(recipe, teacher, watch)
+        tokens = read_held_out(recipe, teacher)
     else:
         source = recipe.eval_data or recipe.data
         tokens = fixed_windows(source, protocol, recipe.field, teacher.tokenizer, teacher.model.config)
@@ -182,7 +183,7 @@ def evaluate_model(
 
 
 def _by_name(
-    teacher: Teacher, tokens: TokenSet, names: Sequence[str], recipe: Recipe, watch: EventListener
+    teacher: Teacher, tokens: TokenSet, names: Sequence[str], recipe: EvalOptions, watch: EventListener
 ) -> dict[str, Any]:
     """Evaluations by name on one text: the mean of each with its 95% interval over texts; of nats, their exp."""
     told: dict[str, Any] = {}
@@ -215,24 +216,22 @@ def score(
     metrics that share a pass.
     """
     names = list(dict.fromkeys(name.strip() for name in metric.split(",")))
-    options = parse_recipe({"remove": "1sites", "set": set or {}}, "The call").set
-    metrics = [GROUP_METRICS[name] if name in tuple(GROUP_METRICS) else METRICS[name] for name in names]
-    given = resolve_options(options, *metrics)
     known = model if isinstance(model, Teacher) else None
     name = known.name if known is not None else str(model)
-    least = {"remove": "1sites", "eval_tokens": 64, "eval_length": 16, "self_share": 0}  # no one looks at held-out text
-    recipe = parse_recipe({"model": name, **least, **fields}, "The call")
-    teacher = known if known is not None else load_teacher(recipe, watch)
-    calibration, _ = tokens_for(recipe, teacher, watch)
+    asked = parse_options(CalibrationOptions, {"model": name, "set": set or {}, **fields})
+    metrics = [GROUP_METRICS[name] if name in tuple(GROUP_METRICS) else METRICS[name] for name in names]
+    given = resolve_options(asked.set, *metrics)
+    teacher = known if known is not None else load_teacher(asked, watch)
+    calibration = read_calibration(asked, teacher, watch)
     start = time.perf_counter()
-    probe = probe_of(recipe, teacher, calibration)
+    probe = Probe(teacher, calibration, parse_loss(asked.loss).name, memory=asked.memory_bytes)
     found = zip(names, metrics, given, strict=True)
     scores = {name: _by_kind(teacher, metric(probe, **own)) for name, metric, own in found}
     return {
         "model": teacher.name,
         "fingerprint": teacher.fingerprint,
         "metric": ",".join(names),
-        "set": options,
+        "set": asked.set,
         **(scores[names[0]] if len(names) == 1 else {}),
         "scores": scores,
         "data": calibration.describe(),

@@ -1,94 +1,105 @@
-"""Calibration and held-out tokens of a run."""
+"""Calibration and held-out tokens: each from a text of its own, or from halves of the same one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from billhook.core.errors import BillhookError, DataError, UsageError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.data.generated import sample_texts
 from billhook.data.splits import interleave
-from billhook.data.texts import read_texts
-from billhook.data.token_sets import MIN_ROW, Document, TokenSet, documents, pack_rows, special_prefix
+from billhook.data.texts import SELF, SOURCE_SEPARATOR, TextSpec, read_texts, split_sources
+from billhook.data.token_sets import (
+    MIN_ROW,
+    Document,
+    TokenSet,
+    encode,
+    order_documents,
+    pack_rows,
+    special_prefix,
+)
 
 SPLIT_BY_TEXT = 60  # with so many texts both halves hold enough of them for an interval
 
-
-@dataclass(frozen=True, slots=True)
-class TextSpec:
-    """Where tokens come from and how many: calibration from `data`, evaluation from `eval_data` or what is left.
-
-    `least`: so many calibration tokens will do where the text holds no more; None: all that are wanted. `self_share`:
-    of the calibration tokens, in [0, 1), those that the model writes itself (`portions.mixed_sets`). `in_all`: the
-    calibration tokens of all sources, where `tokens` are the part of this one.
-    """
-
-    data: str
-    eval_data: str | None
-    field: str
-    tokens: int
-    length: int
-    eval_tokens: int
-    eval_length: int
-    seed: int
-    least: int | None = None
-    self_share: float = 0.0
-    in_all: int | None = None
+# -- calibration ----------------------------------------------------------------------------------------------------
 
 
-def token_sets(
+def calibration_tokens(
     spec: TextSpec,
     model: Any,
     tokenizer: Any,
     watch: EventListener = ignore_events,
     *,
+    held_out: str | None = None,
+    self_share: float = 0.0,
     generated: list[str] | None = None,
-) -> tuple[TokenSet, TokenSet]:
-    """Calibration and evaluation tokens, disjoint by document. `generated`: what the model wrote before, for data `self`.
+    least: int | None = None,
+) -> TokenSet:
+    """Calibration tokens of a text, or of several in turn.
 
-    Raises DataError if a text is too short, or if a document is in both; UsageError if a sequence is longer than the
-    model's positions.
+    Arguments:
+        held_out: the source of the held-out text; of a source that is in it, half is kept. None: of every source.
+        self_share: of the tokens, those that the model writes, if it can; in [0, 1).
+        generated: what the model wrote before (`generate_share`); empty: it cannot write. None: it writes now.
+        least: so many tokens will do where the text holds no more. None: all of `spec.tokens`.
+
+    Raises:
+        DataError: a text is too short, or the model has no tokenizer.
+        UsageError: the sequences are longer than the model's positions.
     """
-    if tokenizer is None:
-        raise DataError("The model has no tokenizer, so no text can be read. Put its tokenizer files into its folder.")
-    if spec.eval_data == "self":
-        raise DataError("--eval-data self would prove the model on its own words. Give a file, or leave it out.")
+    _require_tokenizer(tokenizer)
     check_length(spec.length, model.config)
-    prefix = special_prefix(tokenizer)
-    eval_length = min(spec.eval_length, getattr(model.config, "max_position_embeddings", spec.eval_length))
-    same = spec.data != "self" and spec.eval_data in (None, spec.data)
-    if spec.data == "self":
-        texts = generated or generate_calibration(spec, model, tokenizer, watch)
-    else:
-        texts = read_texts(spec.data, spec.field, tokenizer)
-    found = documents(texts, tokenizer, spec.seed)
-    order = documents(texts, tokenizer, 0) if same and spec.seed else found
-    mine, rest = _split(found, order) if same else (found, [])
-    calibration = pack_rows(mine, spec.tokens, spec.length, prefix, spec.data)
-    if calibration.tokens < (spec.tokens if spec.least is None else spec.least):
-        where = " in the half of it that is not kept for evaluation" if same else ""
-        in_all = spec.in_all or spec.tokens
-        part = f"{spec.tokens:,} of the {in_all:,}" if spec.tokens < in_all else f"{in_all:,}"
-        fewer = calibration.tokens * in_all // spec.tokens if calibration.tokens >= 2 * MIN_ROW else 0
-        raise DataError(
-            f"--data {spec.data} is too short: {part} calibration tokens are wanted of it, and it holds "
-            f"{calibration.tokens:,}{where}. Give more text{f', or --tokens {fewer}' if fewer else ''}."
-        )
-    held = spec.data if same else spec.eval_data or "pydoc"
-    if not same:
-        rest = documents(read_texts(held, spec.field, tokenizer), tokenizer, spec.seed)
-    evaluation = pack_rows(rest, spec.eval_tokens, eval_length, prefix, held)
-    if evaluation.tokens < 2 * MIN_ROW or len(evaluation.clusters) < 2:
-        raise DataError(f"Too little is left of {held} for evaluation. Give more text, or --eval-data FILE.")
-    twice = len(set(calibration.digests) & set(evaluation.digests))
-    if twice:
-        raise DataError(
-            f"{twice} documents of --eval-data {held} are in the calibration text too, so the proof would be worth "
-            "nothing. Give other text, or leave --eval-data out: then evaluation text is split off --data."
-        )
-    return calibration, evaluation
+    sources = split_sources(spec.source)
+    if generated is None:
+        generated = generate_share(spec, self_share, model, tokenizer, watch)
+    own = generated_token_count(spec, self_share) if generated and SELF not in sources else 0
+    shares = [(source, -(-(spec.tokens - own) // len(sources))) for source in sources] + [(SELF, own)] * bool(own)
+    enough = None if least is None else -(-least // len(sources))
+    parts = []
+    for source, tokens in shares:
+        if source == SELF:
+            found, halved = order_documents(encode(generated, tokenizer), spec.seed), False
+        else:
+            halved = held_out is None or source in split_sources(held_out)
+            found = _read(source, spec, tokenizer, half=0 if halved else None)
+        parts.append(pack_rows(found, tokens, spec.length, special_prefix(tokenizer), source))
+        _require_tokens(parts[-1], tokens, tokens if enough is None else enough, of=spec.tokens, halved=halved)
+    return _in_turn(parts)
+
+
+def _require_tokens(part: TokenSet, wanted: int, enough: int, *, of: int, halved: bool) -> None:
+    """Raises DataError for fewer than `enough` tokens; `wanted`: those asked of this source; `of`: of all of them."""
+    if part.tokens >= enough:
+        return
+    where = " in the half of it that is not kept for evaluation" if halved else ""
+    share = f"{wanted:,} of the {of:,}" if wanted < of else f"{of:,}"
+    fewer = part.tokens * of // wanted if part.tokens >= 2 * MIN_ROW else 0
+    raise DataError(
+        f"--data {part.source} is too short: {share} calibration tokens are wanted of it, and it holds "
+        f"{part.tokens:,}{where}. Give more text{f', or --tokens {fewer}' if fewer else ''}."
+    )
+
+
+def generated_token_count(spec: TextSpec, self_share: float) -> int:
+    """How many calibration tokens the model itself should write."""
+    sources = split_sources(spec.source)
+    return -(-spec.tokens // len(sources)) if SELF in sources else round(self_share * spec.tokens)
+
+
+def generate_share(
+    spec: TextSpec, self_share: float, model: Any, tokenizer: Any, watch: EventListener = ignore_events
+) -> list[str]:
+    """The texts that the model writes for its calibration; none, and an event, if it cannot and need not."""
+    if not (tokens := generated_token_count(spec, self_share)) or tokenizer is None:
+        return []
+    try:
+        return generate_calibration(replace(spec, tokens=tokens), model, tokenizer, watch)
+    except BillhookError as error:
+        if SELF in split_sources(spec.source):
+            raise
+        watch(Event("calibrate", 1, 1, f"on {spec.source} alone: {error}"))
+        return []
 
 
 def generate_calibration(spec: TextSpec, model: Any, tokenizer: Any, watch: EventListener = ignore_events) -> list[str]:
@@ -100,16 +111,6 @@ def generate_calibration(spec: TextSpec, model: Any, tokenizer: Any, watch: Even
     return sample_texts(model, tokenizer, tokens, spec.seed, length=spec.length, watch=watch)
 
 
-def _split(documents: list[Document], order: list[Document]) -> tuple[list[Document], list[Document]]:
-    """Every second text for calibration, the others for evaluation, whatever amount is wanted and whatever the seed;
-    where texts are few, every second document of `order`. A copy of a document for calibration is in neither."""
-    texts = {text: rank for rank, text in enumerate(dict.fromkeys(document.text for document in order))}
-    places = {d: texts[d.text] if len(texts) >= SPLIT_BY_TEXT else i for i, d in enumerate(order)}
-    mine = [document for document in documents if places[document] % 2 == 0]
-    seen = {document.ids for document in mine}
-    return mine, [d for d in documents if places[d] % 2 and d.ids not in seen]
-
-
 def check_length(length: int, config: Any) -> None:
     """Raises UsageError for a sequence length that the model has no positions for."""
     most = getattr(config, "max_position_embeddings", None)
@@ -119,76 +120,79 @@ def check_length(length: int, config: Any) -> None:
         raise UsageError(f"--length {length} is longer than the model's {most} positions. Use at most {most}.")
 
 
-SOURCE_SEPARATOR = "+"  # between the sources of a mixture
+# -- held-out text --------------------------------------------------------------------------------------------------
 
 
-def mixed_sets(
-    spec: TextSpec,
-    model: Any,
-    tokenizer: Any,
-    watch: EventListener = ignore_events,
-    *,
-    generated: list[str] | None = None,
-) -> tuple[TokenSet, TokenSet]:
-    """As `token_sets`, where `data` may name several sources: `my.jsonl+self`. Each gives as many tokens.
+def held_out_tokens(spec: TextSpec, model: Any, tokenizer: Any, *, calibration: str | None = None) -> TokenSet:
+    """Held-out tokens of a text, or of several in turn; sequences are no longer than the model's positions.
 
-    Where `self` is not among them, the model writes `spec.self_share` of the calibration tokens, if it can, and they
-    the others. Without held-out text of its own, each source but `self` gives its share of that too.
-    `generated`: what the model wrote for it before (`generate_share`); empty: it cannot.
+    Arguments:
+        calibration: the source of the calibration text; of a source that is in it, half is kept from it.
+            None: of every source.
+
+    Raises DataError if the text is too short, or is the model's own.
     """
-    sources = _sources(spec.data)
-    if generated is None:
-        generated = generate_share(spec, model, tokenizer, watch)
-    mine = generated_token_count(spec) if generated and "self" not in sources else 0
-    if len(sources) == 1 and not mine:
-        return token_sets(spec, model, tokenizer, watch, generated=generated)
-    texts = [source for source in sources if source != "self"]
-    held_apart = spec.eval_data is None and bool(texts)
-    least = None if spec.least is None else -(-spec.least // len(sources))
-    share = replace(spec, tokens=-(-(spec.tokens - mine) // len(sources)), in_all=spec.tokens, least=least)
-    if held_apart:
-        share = replace(share, eval_tokens=-(-spec.eval_tokens // len(texts)))
-    shares = [replace(share, data=source) for source in sources]
-    shares += [replace(spec, data="self", tokens=mine)] if mine else []
-    found = [token_sets(each, model, tokenizer, watch, generated=generated) for each in shares]
-    source = SOURCE_SEPARATOR.join(each.data for each in shares)
-    calibration = interleave([mine for mine, _ in found], source)
-    held = [rest for each, (_, rest) in zip(shares, found, strict=True) if not held_apart or each.data != "self"]
-    evaluation = interleave(held, SOURCE_SEPARATOR.join(texts)) if len(texts) > 1 and held_apart else held[0]
-    if twice := len(set(calibration.digests) & set(evaluation.digests)):
+    _require_tokenizer(tokenizer)
+    require_foreign(spec.source)
+    sources = split_sources(spec.source)
+    length = min(spec.length, getattr(model.config, "max_position_embeddings", spec.length))
+    parts = []
+    for source in sources:
+        halved = calibration is None or source in split_sources(calibration)
+        found = _read(source, spec, tokenizer, half=1 if halved else None)
+        part = pack_rows(found, -(-spec.tokens // len(sources)), length, special_prefix(tokenizer), source)
+        if part.tokens < 2 * MIN_ROW or len(part.clusters) < 2:
+            raise DataError(f"Too little is left of {source} for evaluation. Give more text, or --eval-data FILE.")
+        parts.append(part)
+    return _in_turn(parts)
+
+
+def require_foreign(source: str) -> None:
+    """Raises DataError for held-out text that the model would write."""
+    if SELF in split_sources(source):
         raise DataError(
-            f"{twice} documents of --data {source} are in more than one source, and would be in the proof too. "
-            "Name each text once."
+            "--eval-data self is not allowed: held-out text must not come from the model being evaluated. Give a "
+            "file, or leave it out."
         )
-    return calibration, evaluation
 
 
-def generated_token_count(spec: TextSpec) -> int:
-    """How many calibration tokens the model itself should write."""
-    sources = _sources(spec.data)
-    return -(-spec.tokens // len(sources)) if "self" in sources else round(spec.self_share * spec.tokens)
+def require_disjoint(calibration: TokenSet, held_out: TokenSet) -> None:
+    """Raises DataError, which names both, if a document is in the calibration text and in the held-out text."""
+    twice = len(set(calibration.digests) & set(held_out.digests))
+    if not twice:
+        return
+    several = SOURCE_SEPARATOR in calibration.source
+    raise DataError(
+        f"{twice} documents of the held-out text {held_out.source} are in the calibration text {calibration.source} "
+        f"too{' (some are in more than one source)' if several else ''}, so the comparison would be worth nothing. "
+        "Give other text, or leave --eval-data out: then held-out text is split off --data."
+    )
 
 
-def generate_share(spec: TextSpec, model: Any, tokenizer: Any, watch: EventListener = ignore_events) -> list[str]:
-    """The texts that the model writes for its calibration; none, and a word about it, if it cannot and need not."""
-    if not (tokens := generated_token_count(spec)) or tokenizer is None:
-        return []
-    try:
-        return generate_calibration(replace(spec, tokens=tokens), model, tokenizer, watch)
-    except BillhookError as error:
-        if "self" in _sources(spec.data):
-            raise
-        watch(Event("calibrate", 1, 1, f"on {spec.data} alone: {error}"))
-        return []
+# -- both -----------------------------------------------------------------------------------------------------------
 
 
-def external_sources(data: str) -> str:
-    """The sources of a mixture that are texts, without what the model writes itself."""
-    return SOURCE_SEPARATOR.join(source for source in _sources(data) if source != "self")
+def _require_tokenizer(tokenizer: Any) -> None:
+    if tokenizer is None:
+        raise DataError("The model has no tokenizer, so no text can be read. Put its tokenizer files into its folder.")
 
 
-def _sources(data: str) -> list[str]:
-    sources = [data] if Path(data).exists() else data.split(SOURCE_SEPARATOR)
-    if not all(sources):
-        raise UsageError(f"--data {data} mixes sources, and one of them is empty. Write my.jsonl+self.")
-    return sources
+def _read(source: str, spec: TextSpec, tokenizer: Any, half: int | None) -> list[Document]:
+    """The documents of one source, or of one half of it, in the order of the seed."""
+    encoded = encode(read_texts(source, spec.field, tokenizer), tokenizer)
+    found = order_documents(encoded, spec.seed)
+    return found if half is None else _halves(found, order_documents(encoded, 0))[half]
+
+
+def _halves(documents: list[Document], order: list[Document]) -> tuple[list[Document], list[Document]]:
+    """Every second text for calibration, the others for evaluation, whatever amount is wanted and whatever the seed;
+    where texts are few, every second document of `order`. A copy of a document for calibration is in neither."""
+    texts = {text: rank for rank, text in enumerate(dict.fromkeys(document.text for document in order))}
+    places = {d: texts[d.text] if len(texts) >= SPLIT_BY_TEXT else i for i, d in enumerate(order)}
+    even = [document for document in documents if places[document] % 2 == 0]
+    seen = {document.ids for document in even}
+    return even, [d for d in documents if places[d] % 2 and d.ids not in seen]
+
+
+def _in_turn(parts: list[TokenSet]) -> TokenSet:
+    return parts[0] if len(parts) == 1 else interleave(parts, SOURCE_SEPARATOR.join(part.source for part in parts))

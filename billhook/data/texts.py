@@ -7,12 +7,49 @@ import importlib.util
 import json
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from billhook.core.errors import DataError, MissingExtra, nearest
+from billhook.core.errors import DataError, MissingExtra, UsageError, nearest
 
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+
+SELF = "self"  # the source that the model writes
+
+SOURCE_SEPARATOR = "+"  # between the sources of a mixture
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpec:
+    """Text, and how many tokens of it.
+
+    Fields:
+        source: what `read_texts` takes; several with + between them give as many tokens each.
+        field: the field of a row that holds the text.
+        tokens: how many in all.
+        length: tokens per sequence at most, those that the tokenizer puts first included.
+        seed: of the order of the texts.
+    """
+
+    source: str
+    field: str
+    tokens: int
+    length: int
+    seed: int
+
+
+def split_sources(source: str) -> list[str]:
+    """The sources of a mixture. A file whose name has a + is one source. Raises UsageError for an empty source."""
+    sources = [source] if Path(source).exists() else source.split(SOURCE_SEPARATOR)
+    if not all(sources):
+        raise UsageError(f"--data {source} mixes sources, and one of them is empty. Write my.jsonl+self.")
+    return sources
+
+
+def external_sources(source: str) -> str:
+    """The sources of a mixture without what the model writes; empty if there are none."""
+    return SOURCE_SEPARATOR.join(each for each in split_sources(source) if each != SELF)
 
 
 # -- texts ----------------------------------------------------------------------------------------------------------

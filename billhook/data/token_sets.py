@@ -85,13 +85,23 @@ class Document:
 
 def documents(texts: list[str], tokenizer: Any, seed: int) -> list[Document]:
     """Texts as documents of at most 1,024 tokens, in a seeded order that takes every text once before any twice."""
-    order = list(range(len(texts)))
+    return order_documents(encode(texts, tokenizer), seed)
+
+
+def encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """The tokens of every text, without those that the tokenizer puts before one."""
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def order_documents(encoded: list[list[int]], seed: int) -> list[Document]:
+    """The documents of encoded texts in a seeded order that takes every text once before any twice."""
+    order = list(range(len(encoded)))
     random.Random(seed).shuffle(order)
-    encoded = tokenizer([texts[i] for i in order], add_special_tokens=False, verbose=False)["input_ids"]
     split = [
-        (start // DOCUMENT_TOKENS, rank, Document(text, tuple(ids[start : start + DOCUMENT_TOKENS])))
-        for rank, (text, ids) in enumerate(zip(order, encoded, strict=True))
-        for start in range(0, len(ids), DOCUMENT_TOKENS)
+        (start // DOCUMENT_TOKENS, rank, Document(text, tuple(encoded[text][start : start + DOCUMENT_TOKENS])))
+        for rank, text in enumerate(order)
+        for start in range(0, len(encoded[text]), DOCUMENT_TOKENS)
     ]
     return [document for _, _, document in sorted(split, key=lambda entry: entry[:2]) if len(document.ids) >= MIN_ROW]
 

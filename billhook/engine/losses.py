@@ -268,8 +268,19 @@ def task_error(log_probabilities: torch.Tensor, gold: int) -> torch.Tensor:
     return (log_probabilities.argmax(-1) != gold).to(log_probabilities.dtype)
 
 
-def parse_loss(spelled: str) -> tuple[str, str | None]:
-    """(name, task file) of a loss as a recipe spells it: `kl`, or `task:FILE`.
+@dataclass(frozen=True, slots=True)
+class LossSpec:
+    """A loss by `name`; of a task, the `file` of its items."""
+
+    name: str
+    file: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.file is None else f"{self.name}:{self.file}"
+
+
+def parse_loss(spelled: str) -> LossSpec:
+    """A loss as a recipe spells it: `kl`, or `task:FILE`.
 
     Raises UnknownName, or UsageError for a task loss without a file and for a file where none belongs.
     """
@@ -281,4 +292,4 @@ def parse_loss(spelled: str) -> tuple[str, str | None]:
         raise UsageError(f"--loss {name} needs a file of multiple-choice items. Type --loss {name}:FILE.jsonl")
     if name in tuple(LOSSES) and file:
         raise UsageError(f"--loss {name} takes no file. Type --loss {name}, or --loss task:{file}")
-    return name, file or None
+    return LossSpec(name, file or None)

@@ -116,7 +116,7 @@ def _judge(job: RunContext, teacher: Teacher, calibration: TokenSet) -> Callable
     train = truncate(select_documents(texts, others), FOLD_TOKENS) if others else None
     if train is None or train.tokens < LEAST_RECOVERY_TOKENS:
         raise UsageError("--fold-in-search refits on texts that the search is not judged on. Give more --recover-data.")
-    loss = parse_loss(recipe.loss)[0]
+    loss = parse_loss(recipe.loss).name
     treatment = f"fold {json.dumps([train.hash, FOLD])}"
     of = LossKey(teacher.fingerprint, calibration.hash, loss, teacher.compute_key, treatment)
     probe = Probe(teacher, calibration, loss, memory=recipe.memory_bytes)

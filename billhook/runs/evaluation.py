@@ -27,7 +27,7 @@ from billhook.models.device import environment
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import NO_REPAIR, Repair
 from billhook.models.surgery import apply, effective_plan
-from billhook.runs.job import RunContext
+from billhook.runs.job import EvalContext, RunContext
 
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -60,7 +60,7 @@ Student = tuple[Plan, Repair]  # a student: what a plan leaves of the teacher, r
 
 
 def perplexity_results(
-    job: RunContext, teacher: Teacher, students: Sequence[Student], tokens: TokenSet
+    job: EvalContext, teacher: Teacher, students: Sequence[Student], tokens: TokenSet
 ) -> list[EvalResult]:
     """Perplexity of students by a plain forward pass; of a streamed teacher by passes over its file. Stored."""
     of = (teacher.fingerprint, tokens.hash)
@@ -94,7 +94,7 @@ _NAMES = {"ppl": "perplexity", "pp": "acc"}
 
 
 def evaluate_plans(
-    job: RunContext, teacher: Teacher, plans: Sequence[Plan], tokens: TokenSet, kind: str
+    job: EvalContext, teacher: Teacher, plans: Sequence[Plan], tokens: TokenSet, kind: str
 ) -> list[EvalResult]:
     """Perplexity (`ppl`) or accuracy (`pp`) of what each plan leaves of a teacher, by the engine; stored."""
     name, dtype = _NAMES[kind], teacher.compute_key
@@ -144,7 +144,7 @@ def task_accuracy(
 
 
 def choice_logprobs(
-    job: RunContext, teacher: Teacher, students: Sequence[Student], tokens: TokenSet
+    job: EvalContext, teacher: Teacher, students: Sequence[Student], tokens: TokenSet
 ) -> list[list[float]]:
     """Log-probability in nats of the choice in every row, of each student; PORTION_ITEMS items at a time.
 
@@ -171,7 +171,7 @@ def choice_logprobs(
 
 
 def _batch_logprobs(
-    job: RunContext, teacher: Teacher, students: Sequence[Student], tokens: TokenSet
+    job: EvalContext, teacher: Teacher, students: Sequence[Student], tokens: TokenSet
 ) -> list[list[float]]:
     """In memory student by student, whose choices share their beginnings; streamed, all bare plans in one walk."""
     if teacher.weights is None:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from billhook.core.events import Event, EventListener
 from billhook.models.device import environment, pick_device
-from billhook.runs.recipe import Recipe
+from billhook.runs.recipe import EvalOptions, Recipe
 from billhook.runs.store import Store
 
 
@@ -20,16 +20,24 @@ def run_environment(device: str) -> dict[str, Any]:
     return asdict(environment(str(pick_device(device)))) | {"folder": str(Path.cwd())}
 
 
-@dataclass(frozen=True, slots=True)
-class RunContext:
-    """What every stage of one run shares."""
+O_co = TypeVar("O_co", bound=EvalOptions, covariant=True)
 
-    recipe: Recipe
+
+@dataclass(frozen=True)
+class Context(Generic[O_co]):
+    """What every stage of one run shares. `options`: what it was told; of a pruning its recipe."""
+
+    options: O_co
     store: Store
     run: str
     out: Path
     watch: EventListener
     seconds: dict[str, float]
+
+    @property
+    def recipe(self) -> O_co:
+        """The options, by the name that they have where something is pruned."""
+        return self.options
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -39,3 +47,8 @@ class RunContext:
         yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
         self.store.add_event(self.run, Event(name, 1, 1, f"{self.seconds[name]:.1f} s"))
+
+
+RunContext = Context[Recipe]  # of what prunes
+
+EvalContext = Context[EvalOptions]  # of what evaluates, a pruning among others

@@ -159,7 +159,7 @@ def test_text(recipe: Recipe, held_out: TokenSet) -> TokenSet:
 
 def task_files(recipe: Recipe) -> list[str]:
     """The tasks that a recipe is about."""
-    files = [parse_loss(recipe.loss)[1], recipe.margin.file if recipe.margin else None]
+    files = [parse_loss(recipe.loss).file, recipe.margin.file if recipe.margin else None]
     return sorted({file for file in files if file is not None})
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from billhook.core.anatomy import Anatomy
 from billhook.core.budget import Budget
 from billhook.core.errors import PlanError, ResourceError
@@ -12,23 +10,31 @@ from billhook.core.margin import Margin
 from billhook.core.plan import Plan
 from billhook.core.plan_files import read_plan
 from billhook.core.problem import Problem, parse_protection
-from billhook.data.calibration import TextSpec, generate_share, generated_token_count, mixed_sets
+from billhook.data.calibration import (
+    calibration_tokens,
+    generate_share,
+    generated_token_count,
+    held_out_tokens,
+    require_disjoint,
+    require_foreign,
+)
 from billhook.data.choice_tasks import load_items
 from billhook.data.splits import halves
-from billhook.data.token_sets import MIN_ROW, TokenSet
+from billhook.data.texts import TextSpec, external_sources
+from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.engine.probe import Probe, RacingOptions
 from billhook.models.load import Teacher, load
 from billhook.runs.executor import store_cache
 from billhook.runs.job import RunContext
-from billhook.runs.recipe import Recipe
+from billhook.runs.recipe import CalibrationOptions, EvalOptions, Recipe, TextOptions
 from billhook.runs.search import method_options
 
 LEAST_RECOVERY_TOKENS = 64  # tokens, of which something may be learnt
 
 
-def load_teacher(recipe: Recipe, watch: EventListener) -> Teacher:
-    """The model of a recipe, loaded as the recipe says. Raises ResourceError for a memory that two blocks fill."""
+def load_teacher(recipe: TextOptions, watch: EventListener) -> Teacher:
+    """The model of some options, loaded as they say. Raises ResourceError for a memory that two blocks fill."""
     teacher = load(
         recipe.model, device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code,
         memory=recipe.memory_bytes, watch=watch,
@@ -75,67 +81,107 @@ def problem_of(recipe: Recipe, anatomy: Anatomy, budgets: tuple[Budget, ...]) ->
     return Problem(anatomy, budgets, parse_protection(recipe.protect, anatomy), recipe.seed).check()
 
 
-def text_spec(recipe: Recipe) -> TextSpec:
-    """The texts that a recipe names, and how many tokens of them."""
-    return TextSpec(
-        *(recipe.data, recipe.eval_data, recipe.field),
-        *(recipe.tokens, recipe.length, recipe.eval_tokens, recipe.eval_length, recipe.seed),
-        self_share=recipe.self_share,
-    )
+def calibration_spec(options: CalibrationOptions) -> TextSpec:
+    """The calibration text that options name."""
+    return TextSpec(options.data, options.field, options.tokens, options.length, options.seed)
 
 
-def load_token_sets(job: RunContext, teacher: Teacher, spec: TextSpec) -> tuple[TokenSet, TokenSet]:
-    """Calibration and held-out tokens. What the model writes for them is filed, so that whoever asks again, on
-    another machine too, gets the same."""
+def held_out_spec(options: EvalOptions) -> TextSpec:
+    """The held-out text that options name: their own one, or what is kept of the calibration text.
+
+    Where the model writes all of that, the documentation of Python.
+    """
+    source = options.eval_data or external_sources(options.data) or "pydoc"
+    return TextSpec(source, options.field, options.eval_tokens, options.eval_length, options.seed)
+
+
+def read_held_out(options: EvalOptions, teacher: Teacher) -> TokenSet:
+    """The held-out tokens on which `prune` with the same options proves its student."""
+    return held_out_tokens(held_out_spec(options), teacher.model, teacher.tokenizer, calibration=options.data)
+
+
+def read_held_out_half(options: EvalOptions, source: str, teacher: Teacher, *, seed: int) -> TokenSet:
+    """Held-out tokens of a text, from the half of it that is never calibration, whatever is calibrated on."""
+    spec = TextSpec(external_sources(source) or source, options.field, options.eval_tokens, options.eval_length, seed)
+    return held_out_tokens(spec, teacher.model, teacher.tokenizer)
+
+
+def load_calibration(
+    job: RunContext,
+    teacher: Teacher,
+    spec: TextSpec,
+    *,
+    held_out: str | None = None,
+    self_share: float = 0.0,
+    least: int | None = None,
+) -> TokenSet:
+    """Calibration tokens as `calibration_tokens` reads them. What the model writes for them is stored, so that whoever
+    asks again, on another machine too, gets the same."""
     own = None
-    if tokens := generated_token_count(spec):
+    if tokens := generated_token_count(spec, self_share):
         of = {"tokens": tokens, "length": spec.length, "seed": spec.seed}
         own = job.store.cached(teacher.fingerprint, "written", of)
-        if own is None and (own := generate_share(spec, teacher.model, teacher.tokenizer, job.watch)):
+        if own is None and (own := generate_share(spec, self_share, teacher.model, teacher.tokenizer, job.watch)):
             job.store.remember(teacher.fingerprint, "written", of, own, job.run)
-    return mixed_sets(spec, teacher.model, teacher.tokenizer, job.watch, generated=own)
+    return calibration_tokens(
+        spec, teacher.model, teacher.tokenizer, job.watch, held_out=held_out, self_share=self_share, generated=own,
+        least=least,
+    )  # fmt: skip
 
 
-def task_calibration(recipe: Recipe, teacher: Teacher) -> TokenSet | None:
-    """Calibration tokens from a task, where the loss of a recipe is a task's."""
-    file = parse_loss(recipe.loss)[1]
-    return None if file is None else load_items(file, teacher, "calibration", tokens=recipe.tokens, seed=recipe.seed)
+def task_calibration(options: CalibrationOptions, teacher: Teacher) -> TokenSet | None:
+    """Calibration tokens from a task, where the loss is a task's."""
+    file = parse_loss(options.loss).file
+    return None if file is None else load_items(file, teacher, "calibration", tokens=options.tokens, seed=options.seed)
+
+
+def read_calibration(
+    options: CalibrationOptions,
+    teacher: Teacher,
+    watch: EventListener,
+    job: RunContext | None = None,
+    *,
+    self_share: float | None = None,
+) -> TokenSet:
+    """Calibration tokens of options; where their loss is a task's, that task's. What the model writes is stored by a
+    `job`. `self_share`: instead of theirs."""
+    if (task := task_calibration(options, teacher)) is not None:
+        return task
+    spec, share = calibration_spec(options), options.self_share if self_share is None else self_share
+    with teacher.lock:  # it may write some of it
+        if job is not None:
+            return load_calibration(job, teacher, spec, held_out=options.eval_data, self_share=share)
+        return calibration_tokens(
+            spec, teacher.model, teacher.tokenizer, watch, held_out=options.eval_data, self_share=share
+        )
 
 
 def tokens_for(
     recipe: Recipe, teacher: Teacher, watch: EventListener, job: RunContext | None = None
 ) -> tuple[TokenSet, TokenSet]:
-    """Calibration and held-out tokens of a recipe; where its loss is a task's, calibration is that task's.
-
-    What the model writes for a `job` is filed.
-    """
-    task, wanted = task_calibration(recipe, teacher), text_spec(recipe)
-    if task is not None:  # of text, only what is held out
-        wanted = replace(wanted, tokens=2 * MIN_ROW, self_share=0.0)
-    if recipe.plan is not None:  # nothing is searched
-        wanted = replace(wanted, self_share=0.0)
-    with teacher.lock:  # it may write some of it
-        if job is not None:
-            calibration, held_out = load_token_sets(job, teacher, wanted)
-        else:
-            calibration, held_out = mixed_sets(wanted, teacher.model, teacher.tokenizer, watch)
-    return (calibration if task is None else task), held_out
+    """Calibration and held-out tokens of a recipe, which share no document; see `read_calibration`."""
+    if recipe.eval_data is not None:
+        require_foreign(recipe.eval_data)
+    share = 0.0 if recipe.plan is not None else None  # nothing is searched
+    calibration = read_calibration(recipe, teacher, watch, job, self_share=share)
+    held_out = read_held_out(recipe, teacher)
+    if calibration.choices is None:
+        require_disjoint(calibration, held_out)
+    return calibration, held_out
 
 
 def recovery_tokens(recipe: Recipe, teacher: Teacher, watch: EventListener) -> TokenSet:
     """What recoveries learn from: the calibration half of the text, as much as is wanted or there is."""
     most = getattr(teacher.model.config, "max_position_embeddings", recipe.recover_length)
-    wanted = replace(
-        text_spec(recipe), data=recipe.recover_data or recipe.data, eval_data=None, tokens=recipe.recover_tokens,
-        length=min(recipe.recover_length, most), eval_tokens=64, eval_length=16, least=LEAST_RECOVERY_TOKENS, self_share=0.0,
-    )  # fmt: skip
-    return mixed_sets(wanted, teacher.model, teacher.tokenizer, watch)[0]
+    source, length = recipe.recover_data or recipe.data, min(recipe.recover_length, most)
+    spec = TextSpec(source, recipe.field, recipe.recover_tokens, length, recipe.seed)
+    return calibration_tokens(spec, teacher.model, teacher.tokenizer, watch, least=LEAST_RECOVERY_TOKENS)
 
 
 def probe_of(recipe: Recipe, teacher: Teacher, calibration: TokenSet, job: RunContext | None = None) -> Probe:
     """The measuring engine as a recipe wants it; measurements are kept in the store of a job."""
     fast = RacingOptions(recipe.shortlist, recipe.risk) if recipe.fast else None
-    loss = parse_loss(recipe.loss)[0]
+    loss = parse_loss(recipe.loss).name
     if job is None:
         return Probe(teacher, calibration, loss, memory=recipe.memory_bytes, fast=fast)
     kept = store_cache(job.store, job.run, teacher)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -13,26 +14,94 @@ from billhook.core.budget import Budget, parse_budgets
 from billhook.core.errors import RecipeError, nearest
 from billhook.core.margin import Margin
 
-
-def of_text(model: str, options: dict[str, Any]) -> Recipe:
-    """The fields of a recipe that concern model, text and seed, where nothing is pruned."""
-    return parse_recipe(
-        {"model": model, "remove": "1sites", "tokens": 16, "length": 16, "self_share": 0, **options}, "The call"
-    )
-
-
 BUILTIN = Path(__file__).parent / "recipes"
 TARGETS = ("remove", "plan", "within")  # of which a recipe has one
 FORMER_SEARCHES = {"narrow": "rank_channels", "solve": "ilp", "span": "contiguous"}  # in recipes of version 0.1
 
 
-class Recipe(BaseModel):
-    """What a pruning run is told. Frozen; unknown keys are refused."""
+class TextOptions(BaseModel):
+    """A model, how it is loaded, and the text that it reads. Frozen; unknown keys are refused.
+
+    This class and those below that extend it hold fields and how these are read, and nothing that acts.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    about: Annotated[str, Field(description="What a recipe takes from its paper, and what it cannot know")] = ""
     model: Annotated[str, Field(description="Folder, .gguf file, Hugging Face name, or demo")] = "demo"
+    set: Annotated[
+        dict[str, bool | int | float | str],
+        Field(description="An option of the metrics or the evaluations, such as kind=vector; repeatable"),
+    ] = {}
+    memory: Annotated[
+        str | None, Field(description="Memory for weights and activations, such as 4GB; less streams the model")
+    ] = None
+    data: Annotated[
+        str, Field(description="Calibration text: pydoc, a .txt, .jsonl or .parquet file, self, or a data set's name")
+    ] = "pydoc"
+    eval_data: Annotated[str | None, Field(description="Held-out text; left out, it is split off --data")] = None
+    field: Annotated[str, Field(description="The field of a .jsonl row that holds the text")] = "text"
+    seed: Annotated[int, Field(description="Seed of all that is drawn", ge=0)] = 0
+    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, mps")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
+    ] = "auto"
+    trust_remote_code: Annotated[bool, Field(description="Run Python code that the checkpoint brings")] = False
+
+    @field_validator("set", "recover_set", mode="before", check_fields=False)
+    @classmethod
+    def _named(cls, value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, list | tuple):
+            return value
+        pairs = [str(piece).partition("=") for piece in value]
+        if wrong := next((name for name, equals, _ in pairs if not name or not equals), None):
+            like = {"set": "front=0.4", "recover_set": "minutes=15"}[str(info.field_name)]
+            option = str(info.field_name).replace("_", "-")
+            raise RecipeError(f"--{option} {wrong!r} has no value. Write NAME=VALUE, such as {like}.")
+        return {name.strip(): text.strip() for name, _, text in pairs}
+
+    @field_validator("memory")
+    @classmethod
+    def _bytes(cls, value: str | None) -> str | None:
+        return value if value is None or parse_bytes(value) else None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The memory budget in bytes, if there is one."""
+        return None if self.memory is None else parse_bytes(self.memory)
+
+
+class EvalOptions(TextOptions):
+    """What an evaluation is told: `data` is what a pruning would calibrate on, of which the held-out half counts."""
+
+    eval_tokens: Annotated[int, Field(description="Held-out tokens", ge=64)] = 16384
+    eval_length: Annotated[int, Field(description="Tokens a held-out sequence", ge=16)] = 512
+
+
+class CalibrationOptions(TextOptions):
+    """What a score is told: the model, and the text that it is scored on."""
+
+    loss: Annotated[
+        str, Field(description="What to keep low: kl, js, nll …, or task:FILE for a multiple-choice task")
+    ] = "kl"
+    tokens: Annotated[int, Field(description="Calibration tokens", ge=16)] = 4096
+    length: Annotated[int, Field(description="Tokens a calibration sequence", ge=16)] = 128
+    self_share: Annotated[
+        float, Field(description="Of the calibration tokens, those that the model writes itself; 0: none", ge=0, lt=1)
+    ] = 0.0
+
+
+class Recipe(CalibrationOptions, EvalOptions):
+    """What a pruning run is told. Frozen; unknown keys are refused."""
+
+    set: Annotated[
+        dict[str, bool | int | float | str],
+        Field(description="An option of the search or the metric, such as front=0.4; repeatable"),
+    ] = {}
+    self_share: Annotated[
+        float, Field(description="Of the calibration tokens, those that the model writes itself; 0: none", ge=0, lt=1)
+    ] = 0.5
+    about: Annotated[str, Field(description="What a recipe takes from its paper, and what it cannot know")] = ""
     remove: Annotated[
         str | None,
         Field(description="What must go: 25% (of the parameters), 15sites, 3blocks, 30%kv, 20%ms …; repeatable"),
@@ -52,13 +121,6 @@ class Recipe(BaseModel):
         str | None,
         Field(description="How to score sites first, for the searches oneshot, solve, span, narrow and joint"),
     ] = None
-    loss: Annotated[
-        str, Field(description="What to keep low: kl, js, nll …, or task:FILE for a multiple-choice task")
-    ] = "kl"
-    set: Annotated[
-        dict[str, bool | int | float | str],
-        Field(description="An option of the search or the metric, such as front=0.4; repeatable"),
-    ] = {}
     uniform: Annotated[bool, Field(description="Where sites become narrower: all blocks alike, in the stock shape")] = (
         False
     )
@@ -75,24 +137,9 @@ class Recipe(BaseModel):
     audit: Annotated[bool, Field(description="With --fast: measure every round again in full, state the regret")] = (
         False
     )
-    memory: Annotated[
-        str | None, Field(description="Memory for weights and activations, such as 4GB; less streams the model")
-    ] = None
     protect: Annotated[str, Field(description="Sites that stay: attention.0,mlp.27-29, or blocks: 0-3,last2")] = ""
     batch: Annotated[int, Field(description="With a budget in ms: sequences at a time", ge=1)] = 1
     context: Annotated[int, Field(description="With a budget in ms: tokens before the one that is timed", ge=1)] = 128
-    data: Annotated[
-        str, Field(description="Calibration text: pydoc, a .txt, .jsonl or .parquet file, self, or a data set's name")
-    ] = "pydoc"
-    self_share: Annotated[
-        float, Field(description="Of the calibration tokens, those that the model writes itself; 0: none", ge=0, lt=1)
-    ] = 0.5
-    eval_data: Annotated[str | None, Field(description="Held-out text; left out, it is split off --data")] = None
-    field: Annotated[str, Field(description="The field of a .jsonl row that holds the text")] = "text"
-    tokens: Annotated[int, Field(description="Calibration tokens", ge=16)] = 4096
-    length: Annotated[int, Field(description="Tokens a calibration sequence", ge=16)] = 128
-    eval_tokens: Annotated[int, Field(description="Held-out tokens", ge=64)] = 16384
-    eval_length: Annotated[int, Field(description="Tokens a held-out sequence", ge=16)] = 512
     recover: Annotated[
         str, Field(description="What gets back what pruning took, in order: fold, or fold,lora; `billhook methods`")
     ] = ""
@@ -107,13 +154,6 @@ class Recipe(BaseModel):
     recover_tokens: Annotated[int, Field(description="Tokens to recover on, or all that the text has", ge=64)] = 32768
     recover_length: Annotated[int, Field(description="Tokens a sequence to recover on", ge=16)] = 256
     stock: Annotated[bool, Field(description="Keep the stock shape: removed sites hold zeros, no speed-up")] = False
-    seed: Annotated[int, Field(description="Seed of all that is drawn", ge=0)] = 0
-    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, mps")] = "auto"
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        Field(description="Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
-    ] = "auto"
-    trust_remote_code: Annotated[bool, Field(description="Run Python code that the checkpoint brings")] = False
 
     @field_validator("remove", mode="before")
     @classmethod
@@ -132,23 +172,6 @@ class Recipe(BaseModel):
     @classmethod
     def _margin(cls, value: str | None) -> str | None:
         return None if value is None else str(Margin.parse(value))
-
-    @field_validator("set", "recover_set", mode="before")
-    @classmethod
-    def _named(cls, value: object, info: ValidationInfo) -> object:
-        if not isinstance(value, list | tuple):
-            return value
-        pairs = [str(piece).partition("=") for piece in value]
-        if wrong := next((name for name, equals, _ in pairs if not name or not equals), None):
-            like = {"set": "front=0.4", "recover_set": "minutes=15"}[str(info.field_name)]
-            option = str(info.field_name).replace("_", "-")
-            raise RecipeError(f"--{option} {wrong!r} has no value. Write NAME=VALUE, such as {like}.")
-        return {name.strip(): text.strip() for name, _, text in pairs}
-
-    @field_validator("memory")
-    @classmethod
-    def _bytes(cls, value: str | None) -> str | None:
-        return value if value is None or parse_bytes(value) else None
 
     @model_validator(mode="after")
     def _one_target(self) -> Recipe:
@@ -170,11 +193,6 @@ class Recipe(BaseModel):
         return tuple(name.strip() for name in self.recover.split(",") if name.strip())
 
     @property
-    def memory_bytes(self) -> int | None:
-        """The memory budget in bytes, if there is one."""
-        return None if self.memory is None else parse_bytes(self.memory)
-
-    @property
     def budgets(self) -> tuple[Budget, ...]:
         """What must go, if the recipe says how much."""
         return () if self.remove is None else parse_budgets(self.remove)
@@ -186,7 +204,25 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         """This recipe as YAML, without what is at its default."""
-        return yaml.safe_dump(self.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
+        values = self.model_dump(exclude_defaults=True)
+        return yaml.safe_dump({name: values[name] for name in in_order(values)}, sort_keys=False, allow_unicode=True)
+
+
+# Names of fields as help and YAML list them: first what is pruned, and how much.
+ORDER = (
+    *("about", "model", *TARGETS, "search", "metric", "loss", "set", "uniform", "multiple", "fast", "shortlist"),
+    *("risk", "audit", "memory", "protect", "batch", "context", "data", "self_share", "eval_data", "field", "tokens"),
+    *("length", "eval_tokens", "eval_length", "recover", "fold_in_search", "recover_set", "recover_data"),
+    *("recover_tokens", "recover_length", "stock", "seed", "device", "dtype", "trust_remote_code"),
+)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of fields in the order of a reader."""
+    return sorted(names, key=ORDER.index)
+
+
+Options = TypeVar("Options", bound=TextOptions)
 
 
 def parse_bytes(text: str) -> int:
@@ -198,22 +234,27 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * base ** {"M": 2, "G": 3}[match[2]])
 
 
-def parse_recipe(values: dict[str, Any], where: str = "The recipe") -> Recipe:
+def parse_recipe(values: Mapping[str, Any], where: str = "The recipe") -> Recipe:
     """A Recipe from plain values. Raises RecipeError that names the key, what it holds, and the nearest right key."""
+    return parse_options(Recipe, values, where)
+
+
+def parse_options(kind: type[Options], values: Mapping[str, Any], where: str = "The call") -> Options:
+    """Options of one kind from plain values. Raises RecipeError as `parse_recipe`."""
     try:
-        return Recipe(**values)
+        return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "?"
         if first["type"] == "extra_forbidden":
-            raise _unknown_key(key, where) from error
+            raise _unknown_key(key, where, list(kind.model_fields)) from error
         raise RecipeError(f"{where} has {key}: {first['input']!r}. {first['msg']}.") from error
 
 
-def _unknown_key(key: str, where: str) -> RecipeError:
-    near = nearest(key, Recipe.model_fields)
+def _unknown_key(key: str, where: str, known: Iterable[str]) -> RecipeError:
+    near = nearest(key, known)
     guess = f" Did you mean {near}?" if near else ""
-    return RecipeError(f"{where} has the unknown key {key!r}.{guess} Known: {', '.join(Recipe.model_fields)}.")
+    return RecipeError(f"{where} has the unknown key {key!r}.{guess} Known: {', '.join(in_order(known))}.")
 
 
 def recipe_names() -> list[str]:
@@ -249,7 +290,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} holds no keys. A recipe looks like:\nmodel: demo\nremove: 25%sites")
     for key in map(str, values):
         if key not in Recipe.model_fields:
-            raise _unknown_key(key, str(path))
+            raise _unknown_key(key, str(path), list(Recipe.model_fields))
     return values
 
 

@@ -10,7 +10,7 @@ import billhook
 from billhook.core.anatomy import Anatomy
 from billhook.core.events import ignore_events
 from billhook.core.plan import Plan
-from billhook.data.calibration import SOURCE_SEPARATOR
+from billhook.data.texts import SOURCE_SEPARATOR
 from billhook.data.token_sets import TokenSet
 from billhook.models.device import dtype_name, environment
 from billhook.models.load import Teacher

@@ -35,8 +35,8 @@ from billhook.methods.evaluate.speed import TimingProtocol
 from billhook.models.device import environment, to_float64
 from billhook.models.load import Teacher
 from billhook.report import compare_page
-from billhook.runs.job import RunContext
-from billhook.runs.recipe import of_text
+from billhook.runs.job import EvalContext
+from billhook.runs.recipe import EvalOptions, parse_options
 from billhook.runs.store import STORE
 from billhook.studies.eval_sets import ComparisonSpec, ModelResults, comparison_spec, evaluate_on_sets, seen_sets
 from billhook.studies.run_study import open_run, several, write_study
@@ -44,20 +44,20 @@ from billhook.studies.run_study import open_run, several, write_study
 AGREEMENT_TOKENS = 4096  # on which two models are held against each other, word by word
 
 
-def compare_models(job: RunContext, models: Sequence[str], spec: ComparisonSpec) -> Comparison:
+def compare_models(job: EvalContext, models: Sequence[str], spec: ComparisonSpec) -> Comparison:
     """Every model on every set, the others paired with the first."""
     first = evaluate_on_sets(job, models[0], spec)
     compared, pairs, alike, speeds = [first], [], [], []
     for name in models[1:]:
         other = evaluate_on_sets(job, name, spec)
         compared.append(other)
-        pairs.append(_verdicts(first, other, spec, job.recipe.seed))
+        pairs.append(_verdicts(first, other, spec, job.options.seed))
         alike.append(measure_agreement(job, first, other))
         speeds.append(_compare_speed(job, first.teacher, other.teacher) if spec.timed else None)
         other.teacher = replace(other.teacher, model=None, weights=None)  # its memory is for the next
     return Comparison(
         models=tuple(_about(each.teacher) for each in compared),
-        sets=tuple(_compared_set(source, compared, pairs, job.recipe.seed) for source in first.sets),
+        sets=tuple(_compared_set(source, compared, pairs, job.options.seed) for source in first.sets),
         margins=spec.margins,
         agreement=tuple(alike),
         speed=tuple(speeds),
@@ -117,7 +117,7 @@ def _compared_set(
 # -- how alike two models are -----------------------------------------------------------------------------------------
 
 
-def measure_agreement(job: RunContext, first: ModelResults, other: ModelResults) -> Agreement | None:
+def measure_agreement(job: EvalContext, first: ModelResults, other: ModelResults) -> Agreement | None:
     """KL of B to A per token, and the share of tokens that both would say next, on the first text; with intervals.
 
     None where that cannot be had: no text, another tokenizer or width of the head, or a model that is streamed.
@@ -140,12 +140,12 @@ def measure_agreement(job: RunContext, first: ModelResults, other: ModelResults)
         results = [replace(each, name=name) for each, name in zip(computed, names, strict=True)]
         for each in results:
             job.store.add_evaluation(b.fingerprint, Plan(), b.compute_key, each, job.run)
-    kl_to_first, same = (statistics.mean_interval(each, job.recipe.seed) for each in results)
+    kl_to_first, same = (statistics.mean_interval(each, job.options.seed) for each in results)
     return Agreement(kl_to_first, same, text, sum(results[0].counts))
 
 
 @torch.inference_mode()
-def _side_by_side(job: RunContext, models: tuple[Any, Any], tokens: TokenSet) -> list[EvalResult]:
+def _side_by_side(job: EvalContext, models: tuple[Any, Any], tokens: TokenSet) -> list[EvalResult]:
     """KL and agreement by document; both models read each row."""
     sums, counts = ([0.0] * len(tokens.clusters), [0.0] * len(tokens.clusters)), [0] * len(tokens.clusters)
     done = 0
@@ -161,7 +161,7 @@ def _side_by_side(job: RunContext, models: tuple[Any, Any], tokens: TokenSet) ->
     return [EvalResult("", tokens.hash, tuple(each), tuple(counts), tokens.clusters) for each in sums]
 
 
-def _compare_speed(job: RunContext, a: Teacher, b: Teacher) -> SpeedPair | None:
+def _compare_speed(job: EvalContext, a: Teacher, b: Teacher) -> SpeedPair | None:
     """Speed of both, timed in turn, and peak memory; None where one is streamed."""
     if a.weights is not None or b.weights is not None:
         return None
@@ -250,7 +250,7 @@ def compare(
         raise UsageError("Name two models at least, the one that the others are held against first: compare A B.")
     sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from, "seen": seen, "timed": timed}
     asked = comparison_spec(data=data, tasks=tasks, score=score, margins=margins, **sets).check()
-    recipe = of_text(str(models[0]), options)
+    recipe = parse_options(EvalOptions, {"model": str(models[0]), **options})
     names = [str(name) for name in models]
     on = EvalItems(several(data), several(tasks), items, shots, shots_from)
     spec = CompareSpec(

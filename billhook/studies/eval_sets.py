@@ -22,7 +22,6 @@ from billhook.core.results.comparisons import (
 )
 from billhook.core.results.measured import EvalResult
 from billhook.core.results.specs import EvalItems, EvalSpec, plain_options
-from billhook.data.calibration import mixed_sets
 from billhook.data.choice_tasks import FewShot, Split, load_items, read_items, requests
 from billhook.data.generation_tasks import GenerationPrompts, build_prompts, is_generation_task, read_questions
 from billhook.data.splits import chunks
@@ -34,9 +33,9 @@ from billhook.models.device import environment
 from billhook.models.load import Teacher
 from billhook.models.repair import NO_REPAIR
 from billhook.runs import evaluation
-from billhook.runs.job import RunContext
-from billhook.runs.prepare import load_teacher, text_spec
-from billhook.runs.recipe import of_text
+from billhook.runs.job import EvalContext
+from billhook.runs.prepare import load_teacher, read_held_out_half
+from billhook.runs.recipe import EvalOptions, parse_options
 from billhook.runs.store import STORE, Store
 from billhook.studies import lm_harness
 from billhook.studies.run_study import NO_FOLDER, open_run, several
@@ -102,21 +101,21 @@ def resolve_model(name: str, store: Store) -> str:
         return name
 
 
-def load_compared(job: RunContext, name: str) -> Teacher:
+def load_compared(job: EvalContext, name: str) -> Teacher:
     """Load the model that a name means, as the recipe of the run says."""
-    return load_teacher(job.recipe.model_copy(update={"model": resolve_model(name, job.store)}), job.watch)
+    return load_teacher(job.options.model_copy(update={"model": resolve_model(name, job.store)}), job.watch)
 
 
 def load_eval_sets(
-    job: RunContext, teacher: Teacher, spec: ComparisonSpec, part: Split | None = "evaluation"
+    job: EvalContext, teacher: Teacher, spec: ComparisonSpec, part: Split | None = "evaluation"
 ) -> dict[str, EvalSet]:
     """Evaluation sets by name: the held-out half of every text, and of every task the half that no search looks at."""
-    given: dict[str, Any] = {"items": spec.items, "seed": job.recipe.seed, "shots": spec.shots}
+    given: dict[str, Any] = {"items": spec.items, "seed": job.options.seed, "shots": spec.shots}
     tasks = {t: read_task(teacher, t, part=part, shots_from=spec.shots_from, **given) for t in spec.tasks}
     return {text: read_text(job, teacher, text) for text in spec.texts} | tasks
 
 
-def evaluate_on_sets(job: RunContext, name: str, spec: ComparisonSpec) -> ModelResults:
+def evaluate_on_sets(job: EvalContext, name: str, spec: ComparisonSpec) -> ModelResults:
     """Load one model and evaluate it on everything that is asked for."""
     teacher = load_compared(job, name)
     sets = load_eval_sets(job, teacher, spec)
@@ -131,7 +130,7 @@ def evaluate_on_sets(job: RunContext, name: str, spec: ComparisonSpec) -> ModelR
     return ModelResults(teacher, sets, tested, results, seen)
 
 
-def evaluate_on_tasks(job: RunContext, name: str, spec: ComparisonSpec) -> TaskScores:
+def evaluate_on_tasks(job: EvalContext, name: str, spec: ComparisonSpec) -> TaskScores:
     """One model on all items of its tasks: every score with its interval over items."""
     teacher = load_compared(job, name)
     sets, scores = load_eval_sets(job, teacher, spec, part=None), []
@@ -139,7 +138,7 @@ def evaluate_on_tasks(job: RunContext, name: str, spec: ComparisonSpec) -> TaskS
         names = spec.evaluations
         results = named(job, teacher, eval_set, names) if names else evaluate_set(job, teacher, eval_set).scores
         for score, result in results.items():
-            scores.append(TaskScore(source, score, statistics.mean_interval(result, job.recipe.seed)))
+            scores.append(TaskScore(source, score, statistics.mean_interval(result, job.options.seed)))
     return TaskScores(
         teacher.name,
         teacher.fingerprint,
@@ -179,7 +178,7 @@ def evaluate_tasks(
     resumes after the last one. `evaluations`: names of `billhook methods`, instead of all scores. `options`: fields of
     `Recipe` on model, memory and seed, and `set` for the evaluations.
     """
-    recipe = of_text(str(model), options)
+    recipe = parse_options(EvalOptions, {"model": str(model), **options})
     asked = comparison_spec(
         data=(), tasks=tasks, items=items, shots=shots, shots_from=shots_from, evaluations=several(evaluations)
     ).check()
@@ -246,10 +245,9 @@ class SetResult:
         return self.scores[next((name for name in names if name in self.scores), next(iter(self.scores)))]
 
 
-def read_text(job: RunContext, teacher: Teacher, source: str) -> EvalSet:
+def read_text(job: EvalContext, teacher: Teacher, source: str) -> EvalSet:
     """The held-out half of a text."""
-    wanted = replace(text_spec(job.recipe), data=source, eval_data=None, tokens=16, length=16, self_share=0.0)
-    return EvalSet(source, "text", mixed_sets(wanted, teacher.model, teacher.tokenizer, job.watch)[1])
+    return EvalSet(source, "text", read_held_out_half(job.options, source, teacher, seed=job.options.seed))
 
 
 def read_task(
@@ -276,7 +274,7 @@ def read_task(
     return EvalSet(source, "choices", tokens, shots=shots)
 
 
-def evaluate_set(job: RunContext, teacher: Teacher, eval_set: EvalSet) -> SetResult:
+def evaluate_set(job: EvalContext, teacher: Teacher, eval_set: EvalSet) -> SetResult:
     """A model on a set. What the store holds is not measured again, and what is new is stored in batches.
 
     Raises ResourceError where a streamed model would have to write, which takes its whole file a token.
@@ -305,12 +303,12 @@ def evaluate_set(job: RunContext, teacher: Teacher, eval_set: EvalSet) -> SetRes
     return found
 
 
-def named(job: RunContext, teacher: Teacher, eval_set: EvalSet, names: Sequence[str]) -> dict[str, EvalResult]:
+def named(job: EvalContext, teacher: Teacher, eval_set: EvalSet, names: Sequence[str]) -> dict[str, EvalResult]:
     """Evaluations by their names on one set. Raises UsageError for a task of the harness, which has its own scores."""
     items = eval_set.tokens if eval_set.prompts is None else eval_set.prompts
     if items is None:
         raise UsageError(f"{eval_set.source} brings its own scores. Leave --evaluations out.")
-    return evaluate_by_name(teacher, items, names, job.recipe.set, watch=job.watch, who=eval_set.source)
+    return evaluate_by_name(teacher, items, names, job.options.set, watch=job.watch, who=eval_set.source)
 
 
 def _choice_result(eval_set: EvalSet, sums: Sequence[float]) -> SetResult:
@@ -329,7 +327,7 @@ def _choice_result(eval_set: EvalSet, sums: Sequence[float]) -> SetResult:
     return SetResult(score_choices(eval_set.tokens, sums), responses)
 
 
-def _generation_result(job: RunContext, teacher: Teacher, eval_set: EvalSet) -> SetResult:
+def _generation_result(job: EvalContext, teacher: Teacher, eval_set: EvalSet) -> SetResult:
     """Scores and answers of questions; filed as they are written, PORTION_QUESTIONS at a time."""
     assert eval_set.prompts is not None
     answers: list[str] = []

@@ -26,8 +26,8 @@ from billhook.core.results.specs import BaselineSpec, EvalItems, GateSpec, plain
 from billhook.core.statistics import exp_capped
 from billhook.models.device import environment
 from billhook.report.compare_words import junit_xml
-from billhook.runs.job import RunContext
-from billhook.runs.recipe import of_text
+from billhook.runs.job import EvalContext
+from billhook.runs.recipe import EvalOptions, parse_options
 from billhook.runs.store import STORE, Store
 from billhook.studies.eval_sets import ComparisonSpec, ModelResults, comparison_spec, evaluate_on_sets, seen_sets
 from billhook.studies.run_study import NO_FOLDER, open_run, several
@@ -56,7 +56,7 @@ def gate(
     `tasks` and `items` are those that it was measured on. Otherwise `data` is pydoc. `junit`: a file for JUnit XML. The
     rest is as for `compare`.
     """
-    recipe = of_text(str(student), options)
+    recipe = parse_options(EvalOptions, {"model": str(student), **options})
     on = EvalItems(() if data is None else several(data), several(tasks), items, shots, shots_from)
     spec = GateSpec(
         *(str(student), str(baseline), on, several(score), several(margins)), seen=seen, options=plain_options(options)
@@ -97,7 +97,7 @@ def save_baseline(
     **options: Any,
 ) -> Baseline:
     """Measure a model and keep what it got under a name, for `gate`. A name never changes what it stands for."""
-    recipe = of_text(str(model), options)
+    recipe = parse_options(EvalOptions, {"model": str(model), **options})
     sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from}
     asked = comparison_spec(data=data, tasks=tasks, score=score, **sets).check()
     on = EvalItems(several(data), several(tasks), items, shots, shots_from)
@@ -114,10 +114,10 @@ def baselines(store: str | Path = STORE) -> list[Baseline]:
         return list_baselines(opened)
 
 
-def store_baseline(job: RunContext, name: str, model: str, spec: ComparisonSpec) -> Baseline:
+def store_baseline(job: EvalContext, name: str, model: str, spec: ComparisonSpec) -> Baseline:
     """Measure a model, and keep what it got under a name. Raises UsageError if the name stands for something else."""
     measured = evaluate_on_sets(job, model, spec)
-    teacher, text = measured.teacher, {field: getattr(job.recipe, field) for field in BASELINE_TEXT}
+    teacher, text = measured.teacher, {field: getattr(job.options, field) for field in BASELINE_TEXT}
     items = BaselineItems(spec.texts, spec.tasks, spec.items, spec.scores, spec.shots, spec.shots_from, **text)
     sets = tuple(BaselineSet(source, result.name, result.tokens) for source, result in measured.results.items())
     baseline = Baseline(name, teacher.name, teacher.fingerprint, teacher.compute_key, items, sets)
@@ -173,14 +173,14 @@ def load_baseline(store: Store, name: str) -> Baseline | None:
     return known
 
 
-def run_gate(job: RunContext, student: str, baseline: str, spec: ComparisonSpec) -> GateReport:
+def run_gate(job: EvalContext, student: str, baseline: str, spec: ComparisonSpec) -> GateReport:
     """Whether a student loses no more than the margins on every set, each with 95% confidence.
 
     Every set must pass, so that no correction for several tests is due (Berger 1982, the intersection-union test).
     """
     stored = load_baseline(job.store, baseline)
     if stored is not None:
-        job = replace(job, recipe=job.recipe.model_copy(update=stored.items.text_fields()))
+        job = replace(job, options=job.options.model_copy(update=stored.items.text_fields()))
     tested = evaluate_on_sets(job, student, spec)
     if stored is not None:
         results, fingerprint = _cached_results(job, stored, tested), stored.fingerprint
@@ -191,7 +191,7 @@ def run_gate(job: RunContext, student: str, baseline: str, spec: ComparisonSpec)
     checks = []
     for source, result in tested.results.items():
         margin = spec.margins.on(source, result.name)
-        kept = margin.check(results[source], result, job.recipe.seed, same=same)
+        kept = margin.check(results[source], result, job.options.seed, same=same)
         word: GateVerdict = "PASS" if kept.within else "FAIL" if kept.lost.low > margin.limit else "UNDECIDED"
         values = _shown(results[source]), _shown(result), kept.in_units(margin.kind)
         checks.append(GateCheck(source, result.name, len(result.sums), word, *values, margin))
@@ -205,7 +205,7 @@ def run_gate(job: RunContext, student: str, baseline: str, spec: ComparisonSpec)
     )
 
 
-def _cached_results(job: RunContext, baseline: Baseline, student: ModelResults) -> dict[str, EvalResult]:
+def _cached_results(job: EvalContext, baseline: Baseline, student: ModelResults) -> dict[str, EvalResult]:
     """What a baseline got, which is not measured again. Raises FingerprintError if the student has other items."""
     found = {}
     for source, result in student.results.items():

@@ -17,7 +17,7 @@ from billhook.core.plan import Plan
 from billhook.core.results.comparisons import ItemResponse
 from billhook.core.results.measured import EvalResult
 from billhook.models.load import Teacher
-from billhook.runs.job import RunContext
+from billhook.runs.job import EvalContext
 
 HARNESS_BATCH_REQUESTS = 400  # requests, filed together
 HARNESS_BATCH_SIZE = 8
@@ -25,7 +25,7 @@ Scores = dict[str, EvalResult]
 
 
 def run_task(
-    job: RunContext, teacher: Teacher, task: str, items: int | None, shots: int | None
+    job: EvalContext, teacher: Teacher, task: str, items: int | None, shots: int | None
 ) -> tuple[Scores, list[ItemResponse]]:
     """Every score of a task that is one number an item and better when higher, and what the model made of each item.
 
@@ -50,8 +50,8 @@ def run_task(
         raise DataError(f"lm-evaluation-harness has no task {name!r}. `lm_eval ls tasks` lists what it has.")
     output = lm_eval.simple_evaluate(
         _cached_model(job, teacher, task), tasks=[name], task_manager=manager, num_fewshot=shots, limit=items,
-        bootstrap_iters=0, log_samples=True, verbosity="ERROR", random_seed=job.recipe.seed,
-        fewshot_random_seed=job.recipe.seed,
+        bootstrap_iters=0, log_samples=True, verbosity="ERROR", random_seed=job.options.seed,
+        fewshot_random_seed=job.options.seed,
     )  # fmt: skip
     return _by_item(output["samples"], output["higher_is_better"], task)
 
@@ -64,7 +64,7 @@ def _named(file: Path) -> str:
     raise DataError(f"{file} names no task. Give it a line such as `task: my_task`.")
 
 
-def _cached_model(job: RunContext, teacher: Teacher, task: str) -> Any:
+def _cached_model(job: EvalContext, teacher: Teacher, task: str) -> Any:
     """The harness's own view of a model, whose answers go through the store."""
     from lm_eval.models.huggingface import HFLM
 

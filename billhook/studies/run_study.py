@@ -14,9 +14,9 @@ from billhook.core.events import EventListener
 from billhook.core.results.json_form import PagedResult
 from billhook.core.results.specs import RunSpec
 from billhook.methods.export.checkpoint import check_target, publish, staging_folder
-from billhook.runs.job import RunContext, run_environment
+from billhook.runs.job import EvalContext, run_environment
 from billhook.runs.prepare import load_teacher
-from billhook.runs.recipe import Recipe
+from billhook.runs.recipe import EvalOptions, Recipe
 from billhook.runs.store import Run, Store
 from billhook.studies.trials import StudyContext
 
@@ -47,19 +47,19 @@ def open_study(
 
 @contextmanager
 def open_run(
-    spec: RunSpec, recipe: Recipe, store: Path, out: str | Path | None, watch: EventListener
-) -> Iterator[RunContext]:
-    """A new run of the store that this process holds; `recipe` says how models and texts are read.
+    spec: RunSpec, options: EvalOptions, store: Path, out: str | Path | None, watch: EventListener
+) -> Iterator[EvalContext]:
+    """A new run of the store that this process holds; `options` say how models and texts are read.
 
     `out`: the folder that will hold page and table, `NO_FOLDER`, or None for one of the run's own. The caller stores
     the result.
     """
     where = str(out) if out is not None else str(Path("lab") / "{run}")
-    with begin_run(spec, recipe.device, store, where) as (opened, run):
+    with begin_run(spec, options.device, store, where) as (opened, run):
         folder = Path(opened.run(run).out)
         if where != NO_FOLDER:
             check_target(folder, None)
-        yield RunContext(recipe, opened, run, folder, watch, {})
+        yield EvalContext(options, opened, run, folder, watch, {})
 
 
 @contextmanager

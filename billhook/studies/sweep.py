@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from billhook.core import statistics
-from billhook.core.errors import BudgetError, DataError, UsageError
+from billhook.core.errors import BudgetError, UsageError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.results.specs import SweepSpec, plain_options
-from billhook.data.calibration import external_sources
+from billhook.data.calibration import require_disjoint
 from billhook.data.choice_tasks import load_items
+from billhook.data.texts import external_sources
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.models.device import environment
@@ -118,11 +119,12 @@ def run_sweep(study: StudyContext, grid: Grid, common: Mapping[str, Any]) -> dic
     refused: list[dict[str, str]] = []
     for number, (name, recipe) in enumerate(combinations):
         study.watch(Event("sweep", number, len(combinations), f"{name}, {recipe.remove}, {Path(recipe.data).name}"))
-        key = (recipe.data, parse_loss(recipe.loss)[1], recipe.tokens, recipe.length, recipe.seed, recipe.field,
+        key = (recipe.data, parse_loss(recipe.loss).file, recipe.tokens, recipe.length, recipe.seed, recipe.field,
                recipe.self_share)  # fmt: skip
         if key not in tokens:
             tokens[key] = calibration_of(study, recipe)
-            _require_disjoint(tokens[key], sets)
+            for held_out in sets.values():
+                require_disjoint(tokens[key], held_out)
         try:
             trials.append(run_trial(study, name, recipe, tokens[key]))
         except BudgetError as error:
@@ -149,15 +151,6 @@ def run_sweep(study: StudyContext, grid: Grid, common: Mapping[str, Any]) -> dic
         "context": base.context,
         "environment": asdict(environment(str(study.teacher.device))),
     }
-
-
-def _require_disjoint(calibration: TokenSet, sets: Mapping[str, TokenSet]) -> None:
-    for name, tokens in sets.items():
-        if twice := set(calibration.digests) & set(tokens.digests):
-            raise DataError(
-                f"{len(twice)} documents of {calibration.source} are in {name} too, so the comparison would be worth "
-                "nothing. Give other text."
-            )
 
 
 def _add_gaps_to_best(rows: list[dict[str, Any]], trials: Sequence[Trial], grid: Grid, seed: int) -> None:

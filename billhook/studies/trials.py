@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,19 @@ from billhook.core.anatomy import Anatomy
 from billhook.core.events import Event, EventListener
 from billhook.core.plan import Plan
 from billhook.core.results.measured import EvalResult
-from billhook.data.calibration import mixed_sets
 from billhook.data.token_sets import TokenSet
 from billhook.models.load import Teacher
 from billhook.runs.choose_plan import choose_plan, timing_of
 from billhook.runs.evaluation import evaluate_plans
 from billhook.runs.job import RunContext
-from billhook.runs.prepare import counts_time, load_token_sets, recovery_tokens, task_calibration, text_spec
+from billhook.runs.prepare import (
+    calibration_spec,
+    counts_time,
+    load_calibration,
+    read_held_out_half,
+    recovery_tokens,
+    task_calibration,
+)
 from billhook.runs.recipe import Recipe
 from billhook.runs.store import Store
 
@@ -59,15 +65,14 @@ def calibration_of(study: StudyContext, recipe: Recipe, least: int | None = None
     task = task_calibration(recipe, study.teacher)
     if task is not None:
         return task
-    wanted = replace(text_spec(recipe), eval_data=None, eval_tokens=64, eval_length=16, least=least)
+    job, spec = study.job(recipe), calibration_spec(recipe)
     with study.teacher.lock:  # it may write some of it
-        return load_token_sets(study.job(recipe), study.teacher, wanted)[0]
+        return load_calibration(job, study.teacher, spec, self_share=recipe.self_share, least=least)
 
 
 def held_out_of(study: StudyContext, source: str, recipe: Recipe) -> TokenSet:
     """Held-out tokens of a text, from the half of it that is never calibration."""
-    wanted = replace(text_spec(recipe), data=source, eval_data=None, tokens=16, length=16, seed=0, self_share=0.0)
-    return mixed_sets(wanted, study.teacher.model, study.teacher.tokenizer, study.watch)[1]
+    return read_held_out_half(recipe, source, study.teacher, seed=0)
 
 
 def run_trial(study: StudyContext, name: str, recipe: Recipe, calibration: TokenSet) -> Trial:

@@ -25,7 +25,7 @@ from billhook.core.plan import MeasureRequest, Plan, Site
 from billhook.core.results.measured import Loss
 from billhook.data.choice_tasks import Item, read_items, requests, task_tokens
 from billhook.data.token_sets import TokenSet, truncate
-from billhook.engine.losses import ITEM_LOSSES, LOSSES, parse_loss
+from billhook.engine.losses import ITEM_LOSSES, LOSSES, LossSpec, parse_loss
 from billhook.engine.probe import Probe, RacingOptions
 from billhook.methods.evaluate import EVALUATIONS
 from billhook.methods.evaluate.multiple_choice import log_probabilities, score_choices
@@ -481,9 +481,9 @@ def test_a_metric_sees_the_tokens_of_a_task(checkpoint: Folder, file: Path, toke
 
 
 def test_how_a_loss_is_spelled() -> None:
-    assert [parse_loss(loss) for loss in LOSSES] == [(loss, None) for loss in LOSSES]
-    assert parse_loss("task:a/b:c.jsonl") == ("task", "a/b:c.jsonl")
-    assert parse_loss("task_error:x.jsonl.gz") == ("task_error", "x.jsonl.gz")
+    assert [parse_loss(loss) for loss in LOSSES] == [LossSpec(loss) for loss in LOSSES]
+    assert parse_loss("task:a/b:c.jsonl") == LossSpec("task", "a/b:c.jsonl")
+    assert parse_loss("task_error:x.jsonl.gz") == LossSpec("task_error", "x.jsonl.gz")
     for spelled in ("task", "task:"):
         with pytest.raises(UsageError, match=r"--loss task needs a file of .*items\. Type --loss task:FILE\.jsonl"):
             parse_loss(spelled)

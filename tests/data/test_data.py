@@ -16,9 +16,9 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 from billhook.core.errors import DataError
-from billhook.data.calibration import TextSpec, token_sets
+from billhook.data.calibration import calibration_tokens, held_out_tokens, require_disjoint
 from billhook.data.generated import sample_texts
-from billhook.data.texts import read_texts
+from billhook.data.texts import TextSpec, read_texts
 from billhook.data.token_sets import (
     DOCUMENT_TOKENS,
     MIN_ROW,
@@ -56,9 +56,23 @@ def rows(tokens: TokenSet) -> list[tuple[int, ...]]:
     return [tuple(row[:n].tolist()) for row, n in zip(tokens.rows, tokens.lengths, strict=True)]
 
 
-def wanted(data: Path | str, seed: int = 0, **options: Any) -> TextSpec:
-    fields = {"eval_data": None, "field": "text", "tokens": 300, "length": 32, "eval_tokens": 300, "eval_length": 48}
-    return TextSpec(data=str(data), seed=seed, **(fields | options))
+def token_sets(
+    data: Path | str,
+    model: Any,
+    tokenizer: Any,
+    *,
+    seed: int = 0,
+    tokens: int = 300,
+    eval_data: str | None = None,
+    eval_tokens: int = 300,
+) -> tuple[TokenSet, TokenSet]:
+    """Calibration and held-out tokens, which share no document."""
+    calibrated = TextSpec(str(data), "text", tokens, 32, seed)
+    held_out = TextSpec(eval_data or str(data), "text", eval_tokens, 48, seed)
+    calibration = calibration_tokens(calibrated, model, tokenizer, held_out=eval_data)
+    evaluation = held_out_tokens(held_out, model, tokenizer, calibration=str(data))
+    require_disjoint(calibration, evaluation)
+    return calibration, evaluation
 
 
 def in_file(home: Path, lines: list[str]) -> Path:
@@ -182,12 +196,12 @@ def test_the_first_tokens_are_whole_rows_from_the_front(count: int, tokenizer: A
 def test_calibration_and_evaluation_share_no_document(seed: int, tokenizer: Any, tmp_path: Path) -> None:
     said = texts(25, 60, seed)
     path = in_file(tmp_path, [*said, *said[:10]])  # ten texts come twice
-    calibration, evaluation = token_sets(wanted(path, seed), MODEL, tokenizer)
+    calibration, evaluation = token_sets(path, MODEL, tokenizer, seed=seed)
     assert calibration.tokens >= 300
     assert evaluation.tokens >= 100
     assert not set(calibration.digests) & set(evaluation.digests)
     assert not set(rows(calibration)) & set(rows(evaluation))
-    again = token_sets(wanted(path, seed), MODEL, tokenizer)
+    again = token_sets(path, MODEL, tokenizer, seed=seed)
     assert [tokens.hash for tokens in again] == [calibration.hash, evaluation.hash]
 
 
@@ -195,7 +209,7 @@ def test_calibration_and_evaluation_share_no_document(seed: int, tokenizer: Any,
 def test_what_is_held_out_is_so_under_every_seed(count: int, tokenizer: Any, tmp_path: Path) -> None:
     said = texts(count, 60, 0)
     path = in_file(tmp_path, [*said, *said[:10]])
-    drawn = [token_sets(wanted(path, seed, tokens=300), MODEL, tokenizer) for seed in range(4)]
+    drawn = [token_sets(path, MODEL, tokenizer, seed=seed, tokens=300) for seed in range(4)]
     seen = {digest for calibration, _ in drawn for digest in calibration.digests}
     assert len(seen) > len(drawn[0][0].digests), "every seed draws its own documents"
     assert not seen & {digest for _, evaluation in drawn for digest in evaluation.digests}
@@ -203,18 +217,18 @@ def test_what_is_held_out_is_so_under_every_seed(count: int, tokenizer: Any, tmp
 
 def test_calibration_does_not_depend_on_how_much_is_evaluated(tokenizer: Any, text: Path) -> None:
     """So that losses of an earlier run are found again."""
-    few, many = (token_sets(wanted(text, eval_tokens=n), MODEL, tokenizer) for n in (100, 1000))
+    few, many = (token_sets(text, MODEL, tokenizer, eval_tokens=n) for n in (100, 1000))
     assert few[0].hash == many[0].hash
     assert few[1].hash != many[1].hash
 
 
 def test_other_text_to_evaluate_on(tokenizer: Any, text: Path, tmp_path: Path) -> None:
     other = in_file(tmp_path, texts(20, 60, seed=5))
-    calibration, evaluation = token_sets(wanted(text, tokens=3000, eval_data=str(other)), MODEL, tokenizer)
+    calibration, evaluation = token_sets(text, MODEL, tokenizer, tokens=3000, eval_data=str(other))
     assert calibration.tokens == 3000, "all of the text may be calibrated on"
     assert (calibration.source, evaluation.source) == (str(text), str(other))
-    split = token_sets(wanted(text, eval_data=str(text)), MODEL, tokenizer)
-    assert [t.hash for t in split] == [t.hash for t in token_sets(wanted(text), MODEL, tokenizer)]
+    split = token_sets(text, MODEL, tokenizer, eval_data=str(text))
+    assert [t.hash for t in split] == [t.hash for t in token_sets(text, MODEL, tokenizer)]
 
 
 def test_self_is_sampled_in_batches_under_its_seed(model: Path, tokenizer: Any) -> None:
@@ -243,7 +257,7 @@ def test_self_is_not_cut_as_answers_are(model: Path, tokenizer: Any) -> None:
 
 def test_self_is_evaluated_on_other_text(model: Path, tokenizer: Any, text: Path) -> None:
     network = transformers.AutoModelForCausalLM.from_pretrained(model)
-    calibration, evaluation = token_sets(wanted("self", tokens=128, eval_data=str(text)), network, tokenizer)
+    calibration, evaluation = token_sets("self", network, tokenizer, tokens=128, eval_data=str(text))
     assert (calibration.source, evaluation.source) == ("self", str(text))
     assert calibration.tokens >= 128
 

@@ -16,15 +16,26 @@ from hypothesis import strategies as st
 
 from billhook.core.errors import DataError, UsageError
 from billhook.core.events import Event, ignore_events
-from billhook.data.calibration import TextSpec, mixed_sets
+from billhook.data.calibration import calibration_tokens, held_out_tokens, require_disjoint
 from billhook.data.splits import disjoint_parts, halves, interleave, select_documents
+from billhook.data.texts import TextSpec, external_sources
 from billhook.data.token_sets import Choices, Document, TokenSet, pack_rows, truncate
 from billhook.data.token_sets import token_set as token_set_of
-from billhook.models.load import load
+from billhook.models.load import Teacher, load
 from billhook.runs.job import RunContext
-from billhook.runs.prepare import load_token_sets, text_spec
+from billhook.runs.prepare import calibration_spec, load_calibration, tokens_for
 from billhook.runs.recipe import Recipe, parse_recipe, recipe_names, with_overrides
 from billhook.runs.store import Store
+
+
+def token_sets(data: str, teacher: Teacher, tokens: int, eval_tokens: int) -> tuple[TokenSet, TokenSet]:
+    """Calibration and held-out tokens of one text, or mixture, which share no document."""
+    spec = TextSpec(data, "text", tokens, 20, 0)
+    calibration = calibration_tokens(spec, teacher.model, teacher.tokenizer)
+    held_out = TextSpec(external_sources(data), "text", eval_tokens, 20, 0)
+    evaluation = held_out_tokens(held_out, teacher.model, teacher.tokenizer, calibration=data)
+    require_disjoint(calibration, evaluation)
+    return calibration, evaluation
 
 
 def token_set(texts: int, seed: int = 0, source: str = "made up") -> TokenSet:
@@ -113,13 +124,11 @@ def test_picking_everything_changes_nothing() -> None:
 def test_a_mixture_of_files_shares_out_tokens_and_proof(tmp_path: Path) -> None:
     teacher = load(tiny.with_tokenizer(tmp_path / "m"))
     one, two = (tiny.write_texts(tmp_path / f"{name}.jsonl", 120, seed=i) for i, name in enumerate("ab"))
-    wanted = TextSpec(f"{one}+{two}", None, "text", 400, 20, 400, 20, 0)
-    calibration, held_out = mixed_sets(wanted, teacher.model, teacher.tokenizer)
+    calibration, held_out = token_sets(f"{one}+{two}", teacher, 400, 400)
     assert 400 <= calibration.tokens <= 440
     assert 400 <= held_out.tokens <= 440
     assert not set(calibration.digests) & set(held_out.digests)
-    alone = [mixed_sets(TextSpec(str(p), None, "text", 200, 20, 200, 20, 0), teacher.model, teacher.tokenizer)
-             for p in (one, two)]  # fmt: skip
+    alone = [token_sets(str(p), teacher, 200, 200) for p in (one, two)]
     assert rows(calibration) == rows(alone[0][0]) + rows(alone[1][0])
     assert rows(held_out) == rows(alone[0][1]) + rows(alone[1][1])
 
@@ -127,9 +136,8 @@ def test_a_mixture_of_files_shares_out_tokens_and_proof(tmp_path: Path) -> None:
 def test_a_mixture_with_the_models_own_words_proves_on_the_text(tmp_path: Path) -> None:
     teacher = load(tiny.with_tokenizer(tmp_path / "m"))
     file = tiny.write_texts(tmp_path / "a.jsonl", 120)
-    wanted = TextSpec(f"{file}+self", None, "text", 200, 20, 200, 20, 0)
     transformers.set_seed(0)
-    calibration, held_out = mixed_sets(wanted, teacher.model, teacher.tokenizer)
+    calibration, held_out = token_sets(f"{file}+self", teacher, 200, 200)
     assert calibration.tokens >= 200
     assert held_out.source == str(file)
 
@@ -137,11 +145,13 @@ def test_a_mixture_with_the_models_own_words_proves_on_the_text(tmp_path: Path) 
 def test_the_model_writes_its_share_and_the_proof_is_the_texts(tmp_path: Path) -> None:
     teacher = load(tiny.with_tokenizer(tmp_path / "m"))
     file = tiny.write_texts(tmp_path / "a.jsonl", 120)
-    wanted = TextSpec(str(file), None, "text", 400, 20, 200, 20, 0)
-    alone, held_out = mixed_sets(wanted, teacher.model, teacher.tokenizer)
-    mixed, same = mixed_sets(replace(wanted, self_share=0.25), teacher.model, teacher.tokenizer)
+    wanted = TextSpec(str(file), "text", 400, 20, 0)
+    recipe = Recipe(remove="1sites", data=str(file), tokens=400, length=20, eval_tokens=200, eval_length=20)
+    alone, held_out = token_sets(str(file), teacher, 400, 200)
+    mixed, same = tokens_for(recipe.model_copy(update={"self_share": 0.25}), teacher, ignore_events)
     assert (mixed.source, same.hash) == (f"{file}+self", held_out.hash)
-    given, _ = mixed_sets(replace(wanted, tokens=300), teacher.model, teacher.tokenizer)
+    assert mixed.hash == calibration_tokens(wanted, teacher.model, teacher.tokenizer, self_share=0.25).hash
+    given = calibration_tokens(replace(wanted, tokens=300), teacher.model, teacher.tokenizer)
     assert not rows(given) - rows(mixed), "three quarters are the text's first rows"
     own = rows(mixed) - rows(given)
     assert 100 <= sum(count * len(ids) for (_, ids), count in own.items()) <= 120
@@ -152,8 +162,8 @@ def test_the_model_writes_its_share_and_the_proof_is_the_texts(tmp_path: Path) -
 def test_a_model_that_cannot_write_takes_the_text_alone_and_says_so(why: str, tmp_path: Path) -> None:
     teacher = load(tiny.with_tokenizer(tmp_path / "m"))
     file = tiny.write_texts(tmp_path / "a.jsonl", 120)
-    wanted = TextSpec(str(file), None, "text", 200, 20, 200, 20, 0)
-    alone, _ = mixed_sets(wanted, teacher.model, teacher.tokenizer)
+    wanted = TextSpec(str(file), "text", 200, 20, 0)
+    alone = calibration_tokens(wanted, teacher.model, teacher.tokenizer)
     if why == "no start":
         teacher.tokenizer.bos_token = teacher.tokenizer.eos_token = None
     elif why == "stops":
@@ -161,7 +171,7 @@ def test_a_model_that_cannot_write_takes_the_text_alone_and_says_so(why: str, tm
     else:
         teacher.model.to("meta")
     told: list[Event] = []
-    got, _ = mixed_sets(replace(wanted, self_share=0.5), teacher.model, teacher.tokenizer, told.append)
+    got = calibration_tokens(wanted, teacher.model, teacher.tokenizer, told.append, self_share=0.5)
     assert got.hash == alone.hash
     (note,) = [event.note for event in told if "alone" in event.note]
     assert {"no start": "neither a BOS", "stops": "stops at once", "streamed": "does not fit"}[why] in note
@@ -176,12 +186,13 @@ def test_what_the_model_wrote_is_filed(tmp_path: Path) -> None:
         job = RunContext(
             recipe, store, store.new_run("prune", recipe.model_dump(), {}, ""), tmp_path, ignore_events, {}
         )
-        first_time = load_token_sets(job, teacher, text_spec(recipe))[0]
+        spec = calibration_spec(recipe)
+        first_time = load_calibration(job, teacher, spec, self_share=recipe.self_share)
         assert first_time.source == f"{file}+self"
         teacher.model.generate = None  # it would fail
-        assert load_token_sets(job, teacher, text_spec(recipe))[0].hash == first_time.hash
+        assert load_calibration(job, teacher, spec, self_share=recipe.self_share).hash == first_time.hash
         with pytest.raises(TypeError):
-            load_token_sets(job, teacher, replace(text_spec(recipe), seed=1))
+            load_calibration(job, teacher, replace(spec, seed=1), self_share=recipe.self_share)
 
 
 def test_only_our_recipes_let_the_model_write() -> None:
@@ -195,7 +206,7 @@ def test_an_empty_source_is_refused(data: str, tmp_path: Path) -> None:
     teacher = load(tiny.with_tokenizer(tmp_path / "m"))
     file = tiny.write_texts(tmp_path / "a.jsonl", 120)
     with pytest.raises(UsageError, match=r"one of them is empty\. Write my\.jsonl\+self"):
-        mixed_sets(TextSpec(data.format(file), None, "text", 100, 20, 100, 20, 0), teacher.model, teacher.tokenizer)
+        token_sets(data.format(file), teacher, 100, 100)
 
 
 def test_the_same_text_twice_is_refused(tmp_path: Path) -> None:
@@ -205,4 +216,4 @@ def test_the_same_text_twice_is_refused(tmp_path: Path) -> None:
     two = tmp_path / "b.jsonl"
     two.write_text("\n".join(reversed(one.read_text().splitlines())) + "\n")
     with pytest.raises(DataError, match="more than one source"):
-        mixed_sets(TextSpec(f"{one}+{two}", None, "text", 2000, 20, 2000, 20, 0), teacher.model, teacher.tokenizer)
+        token_sets(f"{one}+{two}", teacher, 2000, 2000)

@@ -21,7 +21,8 @@ from billhook.cli.main import app
 from billhook.core.budget import Budget
 from billhook.core.errors import ModelError, PlanError, UsageError
 from billhook.core.plan import PARTS, KeptGroups, Plan, Site, format_ranges, parse_ranges
-from billhook.data.calibration import TextSpec, token_sets
+from billhook.data.calibration import calibration_tokens
+from billhook.data.texts import TextSpec
 from billhook.data.token_sets import Choices, TokenSet, token_set
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate.multiple_choice import log_probabilities
@@ -292,8 +293,8 @@ def test_a_run_narrows_what_its_plan_says_and_proves_it(model: Path, text: Path,
 
 
 def tokens_of(teacher: Teacher, options: dict[str, Any]) -> TokenSet:
-    wanted = TextSpec(options["data"], None, "text", options["tokens"], options["length"], 512, 24, 0)
-    return token_sets(wanted, teacher.model, teacher.tokenizer)[0]
+    wanted = TextSpec(options["data"], "text", options["tokens"], options["length"], 0)
+    return calibration_tokens(wanted, teacher.model, teacher.tokenizer)
 
 
 def test_the_engine_measures_what_the_cut_model_computes(checkpoint: Folder) -> None:

@@ -433,8 +433,11 @@ def test_text_that_is_not_there_or_not_allowed_is_refused(model: Path, text: Pat
 
 def test_calibration_text_does_not_prove_anything(model: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "same.jsonl").write_bytes(text.read_bytes())
-    told = ("documents of --eval-data", "are in the calibration text too", "leave --eval-data out")
     other = str(tmp_path / "same.jsonl")
+    told = (
+        f"documents of the held-out text {other} are in the calibration text {text}+self too",
+        "leave --eval-data out",
+    )
     refuse(tmp_path, DataError, *told, model=model, data=str(text), eval_data=other, tokens=3000, eval_tokens=3000)
     (tmp_path / "short.txt").write_text("w1 w2 w3")
     told = ("Too little is left", "short.txt", "Give more text")

@@ -23,7 +23,8 @@ import billhook
 from billhook.core.errors import ResourceError, UsageError
 from billhook.core.events import Event, EventListener
 from billhook.core.plan import Plan
-from billhook.data.calibration import TextSpec, token_sets
+from billhook.data.calibration import calibration_tokens, held_out_tokens
+from billhook.data.texts import TextSpec
 from billhook.methods.evaluate.speed import peak_bytes
 from billhook.models.surgery import masked
 from billhook.runs.store import Store
@@ -51,8 +52,7 @@ def result(model: Path, text: Path, home: Path, events: list[Event]) -> dict[str
 
 def perplexity(model: Any, text: Path, teacher: Any) -> float:
     """Written out: every held-out row alone, float64."""
-    wanted = TextSpec(str(text), None, "text", 240, 24, 600, 32, 0)
-    _, tokens = token_sets(wanted, teacher.model, teacher.tokenizer)
+    tokens = held_out_tokens(TextSpec(str(text), "text", 600, 32, 0), teacher.model, teacher.tokenizer)
     nll, count = 0.0, 0
     for row, length in zip(tokens.rows, tokens.lengths, strict=True):
         with torch.inference_mode():
@@ -81,7 +81,7 @@ def test_the_figures_are_those_of_the_saved_folder(result: dict[str, Any], model
 
 def test_the_steps_are_those_of_a_greedy_search_by_hand(result: dict[str, Any], model: Path, text: Path) -> None:
     teacher = billhook.load(model)
-    tokens, _ = token_sets(TextSpec(str(text), None, "text", 240, 24, 600, 32, 0), teacher.model, teacher.tokenizer)
+    tokens = calibration_tokens(TextSpec(str(text), "text", 240, 24, 0), teacher.model, teacher.tokenizer)
     ids = torch.stack([row for row, n in zip(tokens.rows, tokens.lengths, strict=True) if n == 24])
     assert len(ids) == len(tokens.lengths), "rows of one length, so that the mean is over all positions"
     with torch.inference_mode():

@@ -15,7 +15,7 @@ from billhook.core.anatomy import Anatomy, SiteSize, Unassigned
 from billhook.core.errors import FingerprintError, PlanError, RecipeError
 from billhook.core.plan import PARTS, Plan, Site
 from billhook.core.plan_files import read_plan
-from billhook.runs.recipe import Recipe, parse_recipe, read_yaml
+from billhook.runs.recipe import ORDER, Recipe, parse_recipe, read_yaml
 
 BLOCKS = 5
 SITES = tuple(SiteSize(Site(b, part), 10, 20, 4, 20) for b in range(BLOCKS) for part in PARTS)
@@ -115,7 +115,8 @@ def test_a_value_of_the_wrong_kind_is_named(said: dict[str, Any], told: str) -> 
 
 
 def test_the_command_line_has_the_recipes_fields() -> None:
-    fields = {name: field for name, field in Recipe.model_fields.items() if name not in ("about", "model")}
+    assert sorted(ORDER) == sorted(Recipe.model_fields)
+    fields = {name: Recipe.model_fields[name] for name in ORDER if name not in ("about", "model")}
     assert {name: (field.default, field.description) for name, field in fields.items()} == options.RECIPE
     assert list(fields) == list(options.RECIPE), "the same order"
 
