@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -19,19 +22,28 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
+import transformers
 import typer
 
 import billhook
 from billhook.core import errors
 from billhook.core.budget import UNITS, Budget, parse_budgets
+from billhook.core.problem import Problem
 from billhook.core.results.measured import LOSS_UNITS
 from billhook.engine.losses import LOSSES
+from billhook.methods.search import estimate_losses
+from billhook.models import structure
 from billhook.models.architectures import ARCHITECTURES
-from billhook.runs.recipe import Recipe
+from billhook.models.device import SHARE_OF_WEIGHTS
+from billhook.runs.recipe import Recipe, parse_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+GUIDES = sorted((DOCS / "guides").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")), *GUIDES]
+PROSE = [page for page in PAGES if page.name != "results.md"]  # which benchmarks/results.py writes
+MOST_WORDS = 25  # in a sentence
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -151,6 +163,48 @@ def test_every_budget_that_the_docs_name_can_be_read() -> None:
         assert [Budget.parse(text).unit for text in inline(cell)] == [unit] * len(inline(cell))
 
 
+def test_the_worked_example_is_computed_from_its_model() -> None:
+    """Sizes, losses and times of the guide's model of 7 billion parameters, from its shape alone."""
+    config = transformers.LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, vocab_size=32000,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    sizes = structure.anatomy(model, config, positions=range(32), removed=(), blocks=32, item_bytes=2)
+    attention, mlp = (next(size for size in sizes.sites if size.site.part == part) for part in ("attention", "mlp"))
+    problems = {remove: Problem(sizes, parse_budgets(remove)) for remove in ("20%", "20%blocks")}
+    losses = {name: estimate_losses(name, problems["20%"]) for name in ("oneshot", "greedy", "swap", "evolve")}
+    losses["joint"] = estimate_losses("joint", replace(problems["20%"], group_scores={}))
+    tflops = sizes.total("flops_per_token") * Recipe(remove="20%").tokens / 1e12
+    evaluate = 2 * sizes.total("flops_per_token") * Recipe(remove="20%").eval_tokens
+    need = float(0.2 * sizes.total("parameters"))
+    page = " ".join(read(DOCS / "guides" / "make-a-model-smaller.md").split())
+    for told in (
+        f"{sizes.total('parameters') / 1e9:.2f}B parameters, {sizes.total('bytes') / 1e9:.2f} GB",
+        f"{sizes.total('kv_bytes_per_token') / 1e3:.0f} kB KV per token",
+        f"{sizes.total('flops_per_token') / 1e9:.1f} GFLOPs per token",
+        f"{attention.parameters / 1e6:.1f}M parameters, {attention.bytes / 1e6:.0f} MB",
+        f"{attention.kv_bytes_per_token / 1e3:.1f} kB KV per token",
+        f"{mlp.parameters / 1e6:.1f}M parameters, {mlp.bytes / 1e6:.0f} MB",
+        f"20% is {need / 1e9:.2f} billion parameters",
+        f"or {math.ceil(need / attention.parameters)} attentions",
+        f"| one loss | {tflops:.0f} TFLOP |",
+        f"at most {losses['swap']:,} |",
+        f"at most {losses['swap'] * tflops / 60 / 60:.0f} minutes",
+        f"| {evaluate / 60e12:.0f} seconds |",
+        f"`swap` then asks for at most {estimate_losses('swap', problems['20%blocks'])} losses",
+        f"at most {(24 - sizes.total('bytes') / 1e9) / 2:.0f} GB",
+        f"about {0.8 * sizes.total('bytes') / 1e9:.1f} GB",
+        f"about {sizes.total('bytes') / 3e9:.0f} seconds",
+        *(f"| `{name}` | {losses[name]:,} |" for name in ("oneshot", "greedy", "evolve")),
+        f"| `joint` | at most {losses['joint']:,} |",
+    ):
+        assert told in page, told
+    assert math.ceil(need / mlp.parameters) == 10, "ten MLPs"
+    assert sizes.total("bytes") > SHARE_OF_WEIGHTS * parse_bytes("10GB"), "which streams the model"
+
+
 # -- nothing is named that is not there -----------------------------------------------------------------------------
 
 
@@ -170,6 +224,49 @@ def anchors(text: str) -> Iterator[str]:
     """The anchors that a reader's browser finds in a page: its headings, in GitHub's spelling."""
     for heading in re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE):
         yield re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@each_page
+def test_files_and_modules_that_a_page_names_are_there(page: Path) -> None:
+    for code in inline(read(page)):
+        if re.fullmatch(r"(billhook|tests|docs|examples|benchmarks|\.ci)/[\w./-]*", code):
+            assert (ROOT / code).exists(), f"{page.name}: `{code}`"
+        elif named := re.fullmatch(r"(billhook(?:\.\w+)+)(\(.*)?", code):
+            assert code in NO_MODULES or _resolves(named[1]), f"{page.name}: `{code}`"
+
+
+NO_MODULES = {"billhook.json", "billhook.db", "billhook.patches", "billhook.groups", "billhook.kept_blocks"}
+NO_MODULES |= {f"billhook.{family}" for family in ("metric", "group_metric", "loss", "task_loss", "search", "recovery")}
+NO_MODULES |= {f"billhook.{family}" for family in ("evaluation", "export", "architecture")}  # entry points
+
+
+def _resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    head, _, last = name.rpartition(".")
+    with suppress(ImportError):
+        return importlib.import_module(name) is not None
+    return hasattr(importlib.import_module(head), last) if head else False
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda path: path.name)
+def test_sentences_are_short(page: Path) -> None:
+    long = [sentence for sentence in sentences(read(page)) if len(sentence.split()) > MOST_WORDS]
+    assert not long, f"{page.name}: more than {MOST_WORDS} words: {long}"
+
+
+def sentences(text: str) -> Iterator[str]:
+    """What stands outside of headings, tables and code, up to a full stop, a colon or a semicolon each."""
+    text = FENCE.sub("", re.sub(r"<!-- generated.*?<!-- end -->", "", text, flags=re.DOTALL))
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`\n]*`", "code", text))
+    for paragraph in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", text):
+        if not paragraph.lstrip().startswith(("|", "#", "<")):
+            plain = re.sub(r"^\s*(?:[-*]|\d+\.) ", "", paragraph.replace("**", ""))
+            yield from re.split(r"(?<=[.!?:;])\s+(?=\S)", " ".join(plain.split()))
+
+
+def test_the_check_of_sentences_tells_long_from_short() -> None:
+    text = f"# A heading\n\n- One two `three four`. {'word ' * 26}end\n\n| a table |\n"
+    assert [len(sentence.split()) for sentence in sentences(text) if sentence] == [3, 27]
 
 
 @each_page
@@ -226,7 +323,8 @@ def check_values(arguments: list[str], where: str) -> None:
     known = {family: {row["name"] for row in billhook.list_methods() if row["family"] == family} for family in FAMILIES}
     for option, value in pairwise(arguments):
         if option == "--remove":
-            parse_budgets(value)
+            for size in value.split(",") if arguments[0] == "sweep" else [value]:
+                parse_budgets(size)
         elif option.removeprefix("--") in FAMILIES:
             assert value in known[option.removeprefix("--")], f"{where}: {option} {value}"
 
@@ -313,6 +411,20 @@ def test_the_snippets_run_and_the_result_is_as_described(workshop: Path) -> None
     section = read(DOCS / "python.md").partition("### The result")[2].partition("\n## ")[0]
     told = {name for cell in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in inline(cell)}
     assert told == set(json.loads(read(workshop / "pruned" / "report.json")))
+
+
+def test_the_snippets_of_readme_and_guides_run(tmp_path: Path) -> None:
+    """One script of all of them, with a tiny model and little text where a page says path/to/model and my.jsonl."""
+    tiny.with_tokenizer(tmp_path / "tiny", max_position_embeddings=512)
+    tiny.write_texts(tmp_path / "texts.jsonl", 120)
+    snippets = "\n".join(snippet for page in (ROOT / "README.md", *GUIDES) for snippet in fences(read(page), "python"))
+    little = "tokens=240, length=24, self_share=0, eval_tokens=640, eval_length=32"
+    for name, ours in (('"path/to/model"', '"tiny"'), ('data="my.jsonl"', f'data="texts.jsonl", {little}')):
+        assert name in snippets
+        snippets = snippets.replace(name, ours)
+    (tmp_path / "all.py").write_text(snippets, encoding="utf-8")
+    run(tmp_path / "all.py", tmp_path)
+    assert {"pruned", "without-the-end"} <= {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
