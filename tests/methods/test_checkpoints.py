@@ -320,6 +320,22 @@ def test_a_streamed_model_is_cut_and_saved_as_one_in_memory(variant: str, checkp
         assert torch.equal(logits(load(folders[1]).model), logits(load(folders[0]).model))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "mixtral"])
+def test_a_save_is_compared_block_by_block_where_a_second_copy_does_not_fit(
+    variant: str, dtype: str, checkpoint: Folder, tmp_path: Path
+) -> None:
+    teacher = load(checkpoint(variant), dtype=dtype)
+    plan = Plan.parse(PLANS["mixed"].split(","))
+    student = apply(teacher, plan)
+    save(student, None, plan, tmp_path / "s", teacher=teacher)
+    with torch.inference_mode():
+        verify_round_trip(student, tmp_path / "s", ROWS, memory=0)
+        next(student.get_output_embeddings().parameters()).data = student.get_output_embeddings().weight * 1.5
+        with pytest.raises(BillhookError, match="does not load back equal"):
+            verify_round_trip(student, tmp_path / "s", ROWS, memory=0)
+
+
 def test_a_streamed_checkpoint_that_does_not_load_back_equal_is_deleted(
     checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
