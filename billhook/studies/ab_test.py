@@ -136,14 +136,14 @@ async def _in_pairs(
     stage: str, ask: Callable[[int, int], Awaitable[Any]], order: Sequence[int], concurrency: int, watch: EventListener
 ) -> list[list[Any]]:
     """What `ask(number, side)` gives of every prompt, both sides in turn, `concurrency` pairs at a time."""
-    found: list[list[Any]] = [[None, None] for _ in order]
+    answers: list[list[Any]] = [[None, None] for _ in order]
     gate, done = asyncio.Semaphore(concurrency), 0
 
     async def pair(number: int) -> None:
         nonlocal done
         async with gate:
             for side in (order[number], 1 - order[number]):
-                found[number][side] = await ask(number, side)
+                answers[number][side] = await ask(number, side)
         done += 1
         watch(Event(stage, done, len(order)))
 
@@ -153,7 +153,7 @@ async def _in_pairs(
                 group.create_task(pair(number))
     except BaseExceptionGroup as several:  # of the watcher; what a server does is a value
         raise several.exceptions[0] from None
-    return found
+    return answers
 
 
 def _at_most_s(prompts: Sequence[Prompt], options: RequestOptions) -> float:
@@ -310,8 +310,8 @@ def ab_test(
     """
     how = request_options(asking)
     ends = Endpoint.create("A", a, model_a, api_key_env_a), Endpoint.create("B", b, model_b, api_key_env_b)
-    found = read_prompts(prompts, how.kind, limit, how.seed)
+    drawn = read_prompts(prompts, how.kind, limit, how.seed)
     with begin_run(run_spec(*ends, str(prompts), limit, how), "cpu", Path(store), "") as (opened, run):
-        report = replace(run_ab_test(*ends, found, how, watch), run=run, prompts=str(prompts))
+        report = replace(run_ab_test(*ends, drawn, how, watch), run=run, prompts=str(prompts))
         opened.update(run, result=report.to_json())
         return report

@@ -110,7 +110,7 @@ def _compared_set(
         values.append(SetValue(estimate, scores))
     info, result = models[0].sets[source].info(), models[0].results[source]
     flipped = find_flips(source, models) if info.kind != "text" else ()
-    verdicts = tuple(found[source] for found in pairs)
+    verdicts = tuple(of_model[source] for of_model in pairs)
     return ComparedSet(info, result.name, len(result.sums), tuple(values), verdicts, flipped)
 
 

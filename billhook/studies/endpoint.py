@@ -94,13 +94,13 @@ def base_url(url: str, option: str) -> str:
         raise UsageError(f"{option} {url!r} is longer than the address of the server. Write {option} {better}.")
     if not any(re.match(r"v\d", piece) for piece in path.split("/")):
         path += "/v1"
-    found = urlunsplit((parts.scheme, parts.netloc, path, "", ""))
+    whole_url = urlunsplit((parts.scheme, parts.netloc, path, "", ""))
     httpx = _httpx()
     try:
-        httpx.URL(found)
+        httpx.URL(whole_url)
     except httpx.InvalidURL as error:
         raise UsageError(f"{option} {url!r} is no address ({error}). {example}") from error
-    return found
+    return whole_url
 
 
 def _httpx() -> Any:
@@ -126,7 +126,7 @@ def _key(endpoint: Endpoint) -> str:
 
 @asynccontextmanager
 async def connect(endpoint: Endpoint, options: RequestOptions) -> AsyncIterator[Connection]:
-    """A line to an endpoint, closed at the end."""
+    """A connection to an endpoint, closed at the end."""
     httpx = _httpx()
     headers = {"accept-encoding": "identity", "content-type": "application/json"}
     if key := _key(endpoint):
@@ -172,10 +172,10 @@ def _failure(error: Exception, timeout: float) -> RequestFailed:
         return error
     if isinstance(error, TimeoutError | httpx.TimeoutException):
         return RequestFailed("timeout", f"no whole answer within {timeout:g} s")
-    told = str(error) or type(error).__name__
-    if isinstance(error, httpx.RemoteProtocolError) and not re.search("disconnected|closed", told):
-        return RequestFailed("malformed", f"this is not HTTP: {told}"[:300])
-    return RequestFailed("connection", told[:300], again=True)
+    words = str(error) or type(error).__name__
+    if isinstance(error, httpx.RemoteProtocolError) and not re.search("disconnected|closed", words):
+        return RequestFailed("malformed", f"this is not HTTP: {words}"[:300])
+    return RequestFailed("connection", words[:300], again=True)
 
 
 def redact_key(endpoint: Endpoint, text: str) -> str:
@@ -186,7 +186,7 @@ def redact_key(endpoint: Endpoint, text: str) -> str:
 
 @asynccontextmanager
 async def send(connection: Connection, path: str, body: Mapping[str, Any] | None) -> AsyncIterator[httpx.Response]:
-    """Send a request (GET without a body) and look at the status. Raises Failure for any but 200."""
+    """Send a request (GET without a body) and look at the status. Raises RequestFailed for any but 200."""
     method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
     async with connection.client.stream(method, f"{connection.endpoint.url}/{path}", content=content) as response:
         if response.status_code != 200:
@@ -214,8 +214,8 @@ def _said(raw: bytes) -> str:
     """What a body says of an error, in at most 300 characters."""
     text = raw.decode("utf-8", "replace")
     try:
-        told = json.loads(text)
-        inner = told.get("error", told)
+        parsed = json.loads(text)
+        inner = parsed.get("error", parsed)
         text = str(inner.get("message", inner) if isinstance(inner, dict) else inner)
     except (ValueError, AttributeError, RecursionError):
         pass
@@ -224,30 +224,30 @@ def _said(raw: bytes) -> str:
 
 def _after(headers: Mapping[str, str], again: bool) -> float | None:
     """Seconds that Retry-After asks to wait: a number, or a date."""
-    told = headers.get("retry-after") if again else None
-    if told is None:
+    asked = headers.get("retry-after") if again else None
+    if asked is None:
         return None
     try:
-        return max(0.0, float(told))
+        return max(0.0, float(asked))
     except ValueError:
         pass
     try:
-        return max(0.0, parsedate_to_datetime(told).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(asked).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return None
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """One JSON object. Raises Failure for anything else, and for an error in the place of one."""
+    """One JSON object. Raises RequestFailed for anything else, and for an error instead of one."""
     try:
-        told = json.loads(raw)
+        value = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise RequestFailed("malformed", f"no JSON: {raw[:80]!r}") from error
-    if not isinstance(told, dict):
+    if not isinstance(value, dict):
         raise RequestFailed("malformed", f"no JSON object: {raw[:80]!r}")
-    if told.get("error"):
+    if value.get("error"):
         raise RequestFailed("status", _said(raw))
-    return told
+    return value
 
 
 async def request_json(connection: Connection, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:

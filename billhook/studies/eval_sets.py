@@ -201,7 +201,7 @@ def comparison_spec(
 
 
 HARNESS = "lmeval:"  # before a task of lm-evaluation-harness
-BATCH_QUESTIONS = 50  # answered in writing, filed together
+BATCH_QUESTIONS = 50  # answered in writing, stored together
 GENERATION_TOKENS = 256  # at most, and no more than half of a model's positions
 
 
@@ -328,21 +328,21 @@ def _choice_result(eval_set: EvalSet, sums: Sequence[float]) -> SetResult:
 
 
 def _generation_result(job: EvalContext, teacher: Teacher, eval_set: EvalSet) -> SetResult:
-    """Scores and answers of questions; filed as they are written, PORTION_QUESTIONS at a time."""
+    """Scores and answers of questions; answers are stored in batches of `BATCH_QUESTIONS`."""
     assert eval_set.prompts is not None
     answers: list[str] = []
     whole = eval_set.prompts
-    for portion in chunks(whole.tokens, BATCH_QUESTIONS):
+    for batch in chunks(whole.tokens, BATCH_QUESTIONS):
         start = len(answers)
-        part = replace(whole, tokens=portion, targets=whole.targets[start : start + len(portion.clusters)])
+        part = replace(whole, tokens=batch, targets=whole.targets[start : start + len(batch.clusters)])
         key = {"plan": Plan().key(), "dtype": teacher.compute_key, "prompts": part.hash}
-        fresh = job.store.cached(teacher.fingerprint, "written", key)
-        if fresh is None:
+        written = job.store.cached(teacher.fingerprint, "written", key)
+        if written is None:
             watch = scaled_events(job.watch, start, len(whole.targets))
             with teacher.lock:
-                fresh = generate_answers(teacher.model, part, watch=watch, who=eval_set.source)
-            job.store.remember(teacher.fingerprint, "written", key, fresh, job.run)
-        answers += fresh
+                written = generate_answers(teacher.model, part, watch=watch, who=eval_set.source)
+            job.store.remember(teacher.fingerprint, "written", key, written, job.run)
+        answers += written
     questions = {question.number: question for question in read_questions(eval_set.source)}
     responses = [
         ItemResponse(number, questions[number].query, target=target, answer=answer)

@@ -133,8 +133,8 @@ def store_baseline(job: EvalContext, name: str, model: str, spec: ComparisonSpec
 
 def list_baselines(store: Store) -> list[Baseline]:
     """All that are stored, by name."""
-    found = [_with_values(store, Baseline.from_stored(value)) for value in store.all_cached("", "baseline")]
-    return sorted(found, key=lambda baseline: baseline.name)
+    known = [_with_values(store, Baseline.from_stored(value)) for value in store.all_cached("", "baseline")]
+    return sorted(known, key=lambda baseline: baseline.name)
 
 
 def _stored_baseline(store: Store, name: str) -> Baseline | None:
@@ -206,8 +206,8 @@ def run_gate(job: EvalContext, student: str, baseline: str, spec: ComparisonSpec
 
 
 def _cached_results(job: EvalContext, baseline: Baseline, student: ModelResults) -> dict[str, EvalResult]:
-    """What a baseline got, which is not measured again. Raises FingerprintError if the student has other items."""
-    found = {}
+    """The stored results of a baseline. Raises FingerprintError if the student has other items."""
+    results = {}
     for source, result in student.results.items():
         kept = _baseline_result(job.store, baseline, result.name, result.tokens)
         if kept is None:
@@ -215,13 +215,13 @@ def _cached_results(job: EvalContext, baseline: Baseline, student: ModelResults)
                 f"{source} gives {student.teacher.name} other tokens than the baseline {baseline.name} was measured "
                 "on: the file has changed, or the tokenizer is another one. Save a new baseline."
             )
-        found[source] = kept
-    return found
+        results[source] = kept
+    return results
 
 
 def _compute_results(baseline: ModelResults, student: ModelResults) -> dict[str, EvalResult]:
-    """What another model got on the student's items."""
-    found = {}
+    """The results of another model on the student's items."""
+    results = {}
     for source, own in student.results.items():
         result = baseline.results[source]
         if result.tokens != own.tokens:
@@ -231,8 +231,8 @@ def _compute_results(baseline: ModelResults, student: ModelResults) -> dict[str,
                     f"perplexities on {source} do not pair. Gate on --tasks alone: --data ''."
                 )
             result = replace(result, tokens=own.tokens)
-        found[source] = result
-    return found
+        results[source] = result
+    return results
 
 
 def _shown(result: EvalResult) -> float:

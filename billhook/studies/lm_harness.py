@@ -19,7 +19,7 @@ from billhook.core.results.measured import EvalResult
 from billhook.models.load import Teacher
 from billhook.runs.job import EvalContext
 
-HARNESS_BATCH_REQUESTS = 400  # requests, filed together
+HARNESS_BATCH_REQUESTS = 400  # requests, stored together
 HARNESS_BATCH_SIZE = 8
 Scores = dict[str, EvalResult]
 

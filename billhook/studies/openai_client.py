@@ -40,21 +40,21 @@ NO_ECHO = "the answer does not repeat the prompt with them"
 
 
 async def choose_model(connection: Connection) -> Connection:
-    """The line with a model: the given one, or the first that the server lists. Raises EndpointError."""
+    """The connection with a model: the given one, or the first that the server lists. Raises EndpointError."""
     end, option = connection.endpoint, f"--model-{connection.endpoint.name.lower()}"
-    told, _ = await with_retries(connection, lambda: request_json(connection, "models"))
-    if not isinstance(told, RequestFailed):
-        listed = told.get("data")
+    answer, _ = await with_retries(connection, lambda: request_json(connection, "models"))
+    if not isinstance(answer, RequestFailed):
+        listed = answer.get("data")
         names = [m.get("id") for m in listed if isinstance(m, dict)] if isinstance(listed, list) else []
         first = next((name for name in names if isinstance(name, str) and name), "")
         if end.model or first:
             return replace(connection, endpoint=replace(end, model=end.model or first))
         raise EndpointError(f"{end.name}, {end.url}, lists no model. Name one: {option} NAME.")
-    if told.code in (401, 403):
-        raise EndpointError(f"{end.name}, {end.url}, wants a key ({_printable_detail(told)}). {_hint(end)}")
-    if told.kind in ("connection", "timeout") or not (end.model and told.code < 500):
+    if answer.code in (401, 403):
+        raise EndpointError(f"{end.name}, {end.url}, wants a key ({_printable_detail(answer)}). {_hint(end)}")
+    if answer.kind in ("connection", "timeout") or not (end.model and answer.code < 500):
         raise EndpointError(
-            f"{end.name}, {end.url}, cannot be asked ({_printable_detail(told)}). Start the server, or correct "
+            f"{end.name}, {end.url}, cannot be asked ({_printable_detail(answer)}). Start the server, or correct "
             f"--{end.name.lower()}; this must list its models: curl {end.url}/models"
         )
     return connection  # some servers list nothing, and the model is named
@@ -66,15 +66,16 @@ async def warm_up(connection: Connection) -> Connection:
     A server that refuses to be asked for its count of tokens is not asked for it again.
     """
     end = connection.endpoint
-    told = await complete(connection, text="Hello")
-    if told.code in (400, 422):
+    answer = await complete(connection, text="Hello")
+    if answer.code in (400, 422):
         other = replace(connection, endpoint=replace(end, counts=False))
         if (await complete(other, text="Hello")).error is None:
             return other
-    if 400 <= told.code < 500 and told.code not in (408, 425, 429):
-        hint = _hint(end) if told.code in (401, 403) else "Look at --kind and the name of the model."
+    if 400 <= answer.code < 500 and answer.code not in (408, 425, 429):
+        hint = _hint(end) if answer.code in (401, 403) else "Look at --kind and the name of the model."
         raise EndpointError(
-            f"{end.name}, {end.url}, refuses to answer as {printable(end.model)[:100]} ({_printable_detail(told)}). {hint}"
+            f"{end.name}, {end.url}, refuses to answer as {printable(end.model)[:100]} "
+            f"({_printable_detail(answer)}). {hint}"
         )
     return connection
 
@@ -95,11 +96,13 @@ def _printable_detail(outcome: RequestFailed | Completion) -> str:
 async def complete(connection: Connection, text: str = "", messages: Sequence[Mapping[str, Any]] = ()) -> Completion:
     """The answer to a text, or to the messages of a chat."""
     start = time.perf_counter()
-    told, attempts = await with_retries(connection, lambda: _streamed(connection, text, messages))
+    outcome, attempts = await with_retries(connection, lambda: _streamed(connection, text, messages))
     total = time.perf_counter() - start
-    if isinstance(told, RequestFailed):
-        return Completion(error=told.kind, detail=told.detail, code=told.code, attempts=attempts, total_s=total)
-    return replace(told, text=redact_key(connection.endpoint, told.text or ""), attempts=attempts, total_s=total)
+    if isinstance(outcome, RequestFailed):
+        return Completion(
+            error=outcome.kind, detail=outcome.detail, code=outcome.code, attempts=attempts, total_s=total
+        )
+    return replace(outcome, text=redact_key(connection.endpoint, outcome.text or ""), attempts=attempts, total_s=total)
 
 
 async def _streamed(connection: Connection, text: str, messages: Sequence[Mapping[str, Any]]) -> Completion:
@@ -113,7 +116,7 @@ async def _streamed(connection: Connection, text: str, messages: Sequence[Mappin
         path, body["messages"] = "chat/completions", list(messages) or [{"role": "user", "content": text}]
     else:
         path, body["prompt"] = "completions", text
-    found: list[str] = []
+    texts: list[str] = []
     first, tokens, finished = None, None, False
     start = time.perf_counter()
     async with send(connection, path, body) as response, aclosing(_payloads(response)) as payloads:
@@ -121,25 +124,25 @@ async def _streamed(connection: Connection, text: str, messages: Sequence[Mappin
             piece = parse_chunk(payload, asking.kind)
             if piece.generated:
                 first = first if first is not None else time.perf_counter() - start
-                found.append(piece.text)
+                texts.append(piece.text)
             tokens = piece.tokens if piece.tokens is not None else tokens
             finished = finished or piece.finished
     if not finished:
-        raise RequestFailed("connection", f"the stream ended in the middle, after {len(found)} pieces", again=True)
+        raise RequestFailed("connection", f"the stream ended in the middle, after {len(texts)} pieces", again=True)
     seconds = time.perf_counter() - start
-    return Completion("".join(found), seconds=seconds, first_s=first, pieces=len(found), tokens=tokens)
+    return Completion("".join(texts), seconds=seconds, first_s=first, pieces=len(texts), tokens=tokens)
 
 
 async def _payloads(response: httpx.Response) -> AsyncGenerator[bytes, None]:
-    """The payloads of a stream, up to [DONE] or its end. Raises Failure for what is no stream of events."""
+    """The payloads of a stream, up to [DONE] or its end. Raises RequestFailed for what is no stream of events."""
     buffer, size, some = b"", 0, False
     async with aclosing(response.aiter_raw()) as pieces:  # type: ignore[type-var]
         async for chunk in pieces:
             size += len(chunk)
-            found, buffer = split_sse(buffer + chunk)
+            events, buffer = split_sse(buffer + chunk)
             if size > MOST_BYTES or len(buffer) > MOST_EVENT:
                 raise RequestFailed("malformed", f"more bytes than an answer has: {size}")
-            for payload in found:
+            for payload in events:
                 some = True
                 yield payload
                 if payload == DONE:
@@ -176,7 +179,7 @@ class Chunk:
 
 
 def parse_chunk(payload: bytes, kind: str) -> Chunk:
-    """Read one payload: text, the count of tokens, the end. Raises Failure for what has another shape."""
+    """Read one payload: text, the count of tokens, the end. Raises RequestFailed for what has another shape."""
     if payload == DONE:
         return Chunk(finished=True)
     event = parse_object(payload)
@@ -199,13 +202,13 @@ def parse_chunk(payload: bytes, kind: str) -> Chunk:
 
 
 async def prompt_logprobs_support(connection: Connection, request: Request) -> int | str:
-    """With how many new tokens a server tells the log-probabilities of a prompt (0 or 1), or why it does not."""
+    """With how many new tokens a server gives the log-probabilities of a prompt (0 or 1), or why it does not."""
     text, why = request.context + request.continuation, ""
     for new_tokens in (0, 1):  # older servers refuse 0
-        told, _ = await with_retries(connection, lambda n=new_tokens: prompt_logprobs(connection, text, n))  # type: ignore[misc]
-        if not isinstance(told, RequestFailed):
+        outcome, _ = await with_retries(connection, lambda n=new_tokens: prompt_logprobs(connection, text, n))  # type: ignore[misc]
+        if not isinstance(outcome, RequestFailed):
             return new_tokens
-        why = _printable_detail(told)
+        why = _printable_detail(outcome)
     return why
 
 
@@ -213,13 +216,15 @@ async def prompt_logprobs(connection: Connection, text: str, new_tokens: int) ->
     """Log-probability in nats of every token of `text`; None for the first, which nothing stands before.
 
     By `completions` with `echo`, as vLLM and llama-cpp-python offer it. llama.cpp's own server takes the request and
-    tells the generated token only, which must not be taken for the prompt's: the echo is looked for.
+    gives those of the generated token only, which must not be taken for the prompt's: the echo is looked for.
     """
-    body = {"model": connection.endpoint.model, "prompt": text, "max_tokens": new_tokens, "temperature": 0, "echo": True,
-            "logprobs": 1}  # fmt: skip
-    told = await request_json(connection, "completions", body)
+    body = {
+        "model": connection.endpoint.model, "prompt": text, "max_tokens": new_tokens, "temperature": 0, "echo": True,
+        "logprobs": 1,
+    }  # fmt: skip
+    answer = await request_json(connection, "completions", body)
     try:
-        choice, usage = told["choices"][0], told.get("usage") or {}
+        choice, usage = answer["choices"][0], answer.get("usage") or {}
         back, values = choice["text"], (choice["logprobs"] or {})["token_logprobs"]
         new = usage.get("completion_tokens", new_tokens) if new_tokens else 0
         values = values[: len(values) - new]
@@ -245,10 +250,10 @@ async def endpoint_choice_logprobs(
         head, whole = request.context.rstrip(), request.context + request.continuation
         values: list[float | None] = []
         for text in (whole,) if head in known else (head, whole):
-            told, _ = await with_retries(connection, lambda t=text: prompt_logprobs(connection, t, new_tokens))  # type: ignore[misc]
-            if isinstance(told, RequestFailed):
-                return told
-            values = told
+            outcome, _ = await with_retries(connection, lambda t=text: prompt_logprobs(connection, t, new_tokens))  # type: ignore[misc]
+            if isinstance(outcome, RequestFailed):
+                return outcome
+            values = outcome
             known.setdefault(head, len(values))  # the context is the first of both
         rest = [value for value in values[known[head] :] if value is not None]
         if not rest:
