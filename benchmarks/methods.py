@@ -115,7 +115,10 @@ def sweep(given: argparse.Namespace, part: str, recipes: Sequence[str], **option
 def tell(event: Event) -> None:
     """Only what begins."""
     if event.stage == "sweep" or event.done == event.total:
-        print(f"{time.strftime('%H:%M:%S')} {event.stage} {event.done}/{event.total} {event.note}", file=sys.stderr)
+        print(
+            f"{time.strftime('%H:%M:%S')} {event.stage} {event.done}/{event.total} {dict(event.values)}",
+            file=sys.stderr,
+        )
 
 
 def table(given: argparse.Namespace, texts: dict[str, str], size: str) -> None:
@@ -174,7 +177,7 @@ def regret(given: argparse.Namespace, texts: dict[str, str]) -> None:
         bench = trials.StudyContext(store, run, billhook.load("demo"), tell)
         rows = []
         for number, (name, own) in enumerate(searches.items()):
-            tell(Event("sweep", number, len(searches), name))
+            tell(Event("sweep", number, len(searches), {"search": name}))
             recipe = parse_recipe(common | own)
             trial = trials.run_trial(bench, name, recipe, tokens := trials.calibration_of(bench, recipe))
             loss = prepare.probe_of(recipe, bench.teacher, tokens, bench.job(recipe)).losses([trial.plan])[0].mean

@@ -94,7 +94,7 @@ def main() -> None:
                 "recover": names, "recover_tokens": given.tokens, "recover_data": data,
                 "recover_set": {"minutes": given.minutes, "epochs": 100} if set(names.split(",")) - set(FREE) else {},
             })  # fmt: skip
-            tell(Event("recovery", number, len(chains), chain))
+            tell(Event("recovery", number, len(chains), {"chain": chain}))
             start = time.perf_counter()
             repair, curve = recovered(bench.job(asked), bench, trial.plan, given.work / "training")
             seconds = time.perf_counter() - start
@@ -139,7 +139,10 @@ def results_of(
 def tell(event: Event) -> None:
     """What begins and ends."""
     if event.stage in ("recovery", "sweep") or event.done == event.total:
-        print(f"{time.strftime('%H:%M:%S')} {event.stage} {event.done}/{event.total} {event.note}", file=sys.stderr)
+        print(
+            f"{time.strftime('%H:%M:%S')} {event.stage} {event.done}/{event.total} {dict(event.values)}",
+            file=sys.stderr,
+        )
 
 
 def recovered(
@@ -151,9 +154,9 @@ def recovered(
 
     def watch(event: Event) -> None:
         bench.watch(event)
-        _, _, best = event.note.partition("best on validation ")
-        if best and (not curve or float(best) < curve[-1][1]):
-            curve.append((round(time.perf_counter() - start, 1), float(best)))
+        best = event.values.get("best")
+        if isinstance(best, float) and (not curve or best < curve[-1][1]):
+            curve.append((round(time.perf_counter() - start, 1), best))
 
     train, valid = train_validation_split(
         recovery_tokens(job.recipe, bench.teacher, job.watch), TRAINING_VALIDATION_EVERY

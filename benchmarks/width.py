@@ -165,7 +165,7 @@ def options_of_saap(bench: trials.StudyContext, texts: dict[str, str]) -> list[d
             gap = statistics.paired_difference(base[text], result)
             told.append({"recipe": name, "text": text, "perplexity": statistics.exp_capped(result.mean),
                          "change": gap.value, "low": gap.low, "high": gap.high})  # fmt: skip
-        tell(Event("recovery", 1, 1, name))
+        tell(Event("recovery", 1, 1, {"recovery": name}))
     return told
 
 
@@ -187,7 +187,7 @@ def timed(bench: trials.StudyContext, texts: dict[str, str], size: str, work: Pa
             found.setdefault(name, {})[str(batch)] = speed.rates(timing) | {
                 "ratio": speed.speed_ratio(timings[0], timing)
             }
-        tell(Event("recovery", batch, max(BATCHES[size]), f"{size}, times"))
+        tell(Event("recovery", batch, max(BATCHES[size]), {"size": size, "step": "times"}))
     shutil.rmtree(work)
     return found
 

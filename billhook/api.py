@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from billhook.core.plan import Plan, Site
 from billhook.core.registry import resolve_options
 from billhook.core.results.measured import Score
 from billhook.core.results.specs import PRUNE
-from billhook.core.results.stored import RunSummary, StoredEvent, StoredRun, read_result
+from billhook.core.results.stored import Run, RunSummary, StoredRun, read_result
 from billhook.core.statistics import exp_capped, mean_interval, reliability_note, score_interval
 from billhook.data.token_sets import TokenSet
 from billhook.data.windows import fixed_windows, per_byte_and_word
@@ -39,7 +39,7 @@ from billhook.runs.pipeline import preview_run, run_pruning
 from billhook.runs.prepare import load_teacher, read_calibration, read_held_out
 from billhook.runs.recipe import TARGETS, CalibrationOptions, EvalOptions, parse_options, parse_recipe, with_overrides
 from billhook.runs.result import anatomy_json
-from billhook.runs.store import STORE, Run, Store
+from billhook.runs.store import STORE, Store
 
 
 def prune(
@@ -319,7 +319,7 @@ def show(run: str, store: str | Path = STORE) -> StoredRun:
     """All that the store holds of one run: what it was asked, its state, its events and its result."""
     with closing(Store(Path(store), read_only=True)) as opened:
         found = opened.run(run)
-        events = tuple(StoredEvent(at, *astuple(event)) for at, event in opened.events(run))
+        events = tuple(opened.events(run))
         result = None if found.result is None else read_result(found.kind, found.result)
         about = {name: getattr(found, name) for name in found.__slots__ if name != "result"}
         return StoredRun(**about, losses=opened.count_losses(run), events=events, result=result)

@@ -5,13 +5,31 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.events import Event, EventListener, EventValue, ignore_events
+
+STEPS = {
+    "side_by_side": "side by side", "decode": "time of a decoding step", "load_back": "loading it back",
+    "equal": "loads back equal", "teacher_outputs": "the teacher's side", "fold": "fold",
+    "copy_shards": "copying shards", "generate": "the model writes text", "measure_again": "every candidate again",
+    "path": "along the path",
+}  # fmt: skip
+
+WORDS: dict[str, Callable[[Any], str]] = {  # of the values of an event, by name
+    "note": str, "of": str, "set": str, "model": str, "metric": str, "recipe": str, "data": str, "remove": str,
+    "step": lambda step: STEPS.get(step, step),
+    "converting": lambda name: f"converting {name} to safetensors, once",
+    "pruned_for": lambda task: f"pruned for {task}",
+    "tokens": lambda n: f"{n:,} tokens",
+    "tensors": lambda n: f"{n:,} tensors",
+    "best": lambda loss: f"best on validation {loss:.4f}",
+    "seconds": lambda seconds: f"{seconds:.1f} s",
+}  # fmt: skip
 
 PLAIN_SECONDS = 5.0  # without a terminal, at most one line in so many seconds
 
@@ -21,6 +39,30 @@ def silence_libraries(verbose: bool) -> None:
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def event_words(stage: str, values: Mapping[str, EventValue]) -> str:
+    """Return what the values of an event of a stage say, as one line without its counts."""
+    if stage == "round":
+        narrowed = [pair.partition("=") for pair in str(values["narrowed"]).split(",") if pair]
+        sites = [site for site in str(values["removed"]).split(",") if site]
+        sites += [f"{site} keeps {int(kept):,}" for site, _, kept in narrowed]
+        return f"{', '.join(sites) or 'nothing'}: {values['loss']:.6f}"
+    if "because" in values:
+        return f"on {values['alone_on']} alone: {values['because']}"
+    words = [f"{_amount(v)} of {_amount(values[f'target_{unit}'])} {unit} gone"
+             for name, v in values.items() for start, _, unit in [name.partition("_")] if start == "removed"]  # fmt: skip
+    words += [WORDS[name](value) for name, value in values.items() if name in WORDS and name != "best"]
+    if "steps_taken" in values:
+        words.append(f"{values['steps_taken']} of {values['steps']} steps")
+    for name, label in (("lowest", "lowest "), ("loss", "")):
+        if name in values and "objective" in values:
+            words.append(f"{label}{values['objective']} {values[name]:.4f}")
+    return ", ".join([*words, *(WORDS["best"](values["best"]) for name in values if name == "best")])
+
+
+def _amount(value: EventValue) -> str:
+    return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}"
 
 
 def progress(*, quiet: bool) -> tuple[EventListener, Callable[[], None]]:
@@ -62,7 +104,11 @@ class _Bars:
             self._since.pop(event.stage, None)
         start, first = self._since.setdefault(event.stage, (time.monotonic(), event.done))
         self._bars.update(
-            task, completed=event.done, total=event.total, note=event.note[:60], rate=_rate(event, start, first)
+            task,
+            completed=event.done,
+            total=event.total,
+            note=event_words(event.stage, event.values)[:60],
+            rate=_rate(event, start, first),
         )
 
 
@@ -89,6 +135,7 @@ def _plain_progress() -> EventListener:
         rate, left = _rate(event, last["start"], last["first"]), ""
         if rate and event.total:
             left = f", {(event.total - event.done) * (now - last['start']) / (event.done - last['first']):.0f} s left"
-        print(f"{event.stage}{count} {event.note} {rate}{left}".rstrip(), file=sys.stderr, flush=True)
+        words = event_words(event.stage, event.values)
+        print(f"{event.stage}{count} {words} {rate}{left}".rstrip(), file=sys.stderr, flush=True)
 
     return watch

@@ -125,10 +125,13 @@ def run_table(console: Console, value: dict[str, Any]) -> None:
     """Print all that the store holds of one run."""
     out = f", out: {value['out']}" if value["out"] else ""
     console.print(f"{value['id']}: {value['kind']}, {value['state']}, {value['losses']:,} losses measured{out}")
+    from billhook.cli.progress import event_words
+
     for event in value["events"]:
         at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
         count = f" {event['done']}/{event['total']}" if event["total"] else ""
-        console.print(f"{at} {event['stage']}{count} {event['note']}", style="dim", highlight=False)
+        words = event_words(event["stage"], event["values"])
+        console.print(f"{at} {event['stage']}{count} {words}", style="dim", highlight=False)
     if result := value["result"]:
         kind = value["kind"]
         if set(result) <= {"laboratory", "page"}:  # Billhook 0.1 did not store results whole

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+EventValue = float | int | str
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Progress of one stage: `done` of `total` units; `note` is what is known so far."""
+    """Progress of one stage: `done` of `total` units, and the `values` that are known so far, by name."""
 
     stage: str
     done: int = 0
     total: int | None = None
-    note: str = ""
+    values: Mapping[str, EventValue] = field(default_factory=dict)
 
 
 EventListener = Callable[[Event], None]
 
 
 def ignore_events(event: Event) -> None:
-    """A watcher that looks away."""
+    """Do nothing."""
+
+
+def fan_out(*listeners: EventListener) -> EventListener:
+    """Return a listener that hands every event to all `listeners`, in order."""
+
+    def hand_on(event: Event) -> None:
+        for listen in listeners:
+            listen(event)
+
+    return hand_on
 
 
 def scaled_events(watch: EventListener, before: int, total: int) -> EventListener:
-    """What watches one part of a whole of `total`, of which `before` is done."""
+    """Return what watches one part of a whole of `total`, of which `before` is done."""
     return lambda event: watch(replace(event, done=before + event.done, total=total))

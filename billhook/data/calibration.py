@@ -98,7 +98,7 @@ def generate_share(
     except BillhookError as error:
         if SELF in split_sources(spec.source):
             raise
-        watch(Event("calibrate", 1, 1, f"on {spec.source} alone: {error}"))
+        watch(Event("calibrate", 1, 1, {"alone_on": spec.source, "because": str(error)}))
         return []
 
 

@@ -61,7 +61,7 @@ def sample_texts(
             fresh = [text for text in tokenizer.batch_decode(rows, skip_special_tokens=True) if text.strip()]
             texts += fresh
             written += sum(map(len, tokenizer(fresh, add_special_tokens=False)["input_ids"])) if fresh else 0
-            watch(Event("calibrate", min(written, tokens), tokens, "the model writes text"))
+            watch(Event("calibrate", min(written, tokens), tokens, {"step": "generate"}))
     return texts
 
 

@@ -135,6 +135,17 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def resource_use() -> dict[str, float | int]:
+    """Return what this process uses: `cpu_seconds` so far, `memory_bytes`, and `gpu_memory_bytes` where it has a GPU."""
+    use: dict[str, float | int] = {
+        "cpu_seconds": round(time.process_time(), 3),
+        "memory_bytes": psutil.Process().memory_info().rss,
+    }
+    if torch.cuda.is_initialized():
+        use["gpu_memory_bytes"] = sum(torch.cuda.memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return use
+
+
 @torch.inference_mode()
 def bandwidth(device: torch.device, size_bytes: int = 2**28) -> float:
     """Return bytes per second at which a matrix-vector product streams a matrix from memory; the median of 5."""

@@ -132,7 +132,7 @@ def load(
     foreign or not supported, and UsageError for a device or dtype that the machine lacks.
     """
     place = pick_device(device)
-    watch(Event("load", note=str(name)))
+    watch(Event("load", values={"model": str(name)}))
     folder = locate(str(name), watch)
     raw, tensors = checks.inspect_checkpoint(folder, trust_remote_code)
     stored = checks.stored_dtype(raw, tensors)
@@ -154,7 +154,7 @@ def load(
     sizes = structure.anatomy(model, config, positions=kept, removed=gone, blocks=blocks, item_bytes=stored.itemsize)
     tokenizer = _tokenizer(folder, model, trust_remote_code)
     print_ = checks.fingerprint(folder)
-    watch(Event("load", 1, 1, note=str(name)))
+    watch(Event("load", 1, 1, values={"model": str(name)}))
     return Teacher(model, tokenizer, str(name), folder, stored, sizes, kept, Plan(frozenset(gone)), print_, weights)
 
 

@@ -86,7 +86,7 @@ def convert_gguf(path: Path, watch: EventListener = ignore_events) -> Path:
     target = cache_folder() / f"{path.stem}-{digest}"
     if target.is_dir():
         return target
-    watch(Event("load", note=f"converting {path.name} to safetensors, once"))
+    watch(Event("load", values={"converting": path.name}))
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(

@@ -354,7 +354,7 @@ def copy_shards(student: Any, teacher: Teacher, weights: StreamedWeights, folder
     shards = _packed(sizes, COPY_BYTES)
     files: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
-        watch(Event("save", i, len(shards) + 2, "copying shards"))
+        watch(Event("save", i, len(shards) + 2, {"step": "copy_shards"}))
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file({new: value(new).contiguous() for new in names}, folder / file, metadata={"format": "pt"})
         files |= dict.fromkeys(names, file)

@@ -15,6 +15,7 @@ from billhook.core.events import Event
 from billhook.core.margin import Margin, MarginCheck
 from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.problem import Problem
+from billhook.core.results.cache_keys import LossKey
 from billhook.core.results.measured import Loss, Step
 from billhook.core.statistics import reliability_note
 from billhook.data.splits import select_documents
@@ -38,7 +39,6 @@ from billhook.runs.prepare import (
 )
 from billhook.runs.recipe import Recipe
 from billhook.runs.search import ScoreFields, compute_scores, progress_of_request, run_search
-from billhook.runs.store import LossKey
 from billhook.runs.trace import measure_regret, removal_trace, search_summary, with_words
 
 FOLD_TOKENS = 8192  # for a fold inside the search
@@ -99,7 +99,7 @@ def choose_plan(
         return PlanChoice(Plan(), [], conducted, within)
     if not along:
         return PlanChoice(path[-1], [], conducted, within)
-    told = progress_of_request(job, "along the path", before=0, total=len(path))
+    told = progress_of_request(job, {"step": "path"}, before=0, total=len(path))
     measured = {plan for ask, losses in rounds for plan, loss in zip(ask.plans, losses, strict=True) if not loss.bound}
     on_path = measure(MeasureRequest(tuple(path)), *([] if measured.issuperset(path) else [told]))
     whole = [(ask.plans, losses) for ask, losses in rounds if ask.tokens is None]
@@ -139,11 +139,11 @@ def _audit(job: RunContext, probe: Probe, rounds: list[tuple[MeasureRequest, lis
     numbered = iter(range(len(rounds)))
 
     def measure(ask: MeasureRequest) -> list[Loss]:
-        job.watch(Event("audit", next(numbered), len(rounds), "every candidate again"))
+        job.watch(Event("audit", next(numbered), len(rounds), {"step": "measure_again"}))
         return exact(ask)
 
     told = measure_regret(rounds, measure)
-    job.watch(Event("audit", len(rounds), len(rounds), "done"))
+    job.watch(Event("audit", len(rounds), len(rounds)))
     return told
 
 

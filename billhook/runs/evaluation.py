@@ -213,7 +213,7 @@ def sample_answers(teacher: Teacher, student: Any, watch: EventListener) -> list
     done = 0
     for who, model in (("teacher", teacher.model), ("student", student)):
         for row in told:
-            watch(Event("answer", done, 2 * len(told), who))
+            watch(Event("answer", done, 2 * len(told), {"of": who}))
             text = row["prompt"]
             chatty = bool(getattr(tokenizer, "chat_template", None))  # the template writes BOS by itself
             if chatty:
@@ -225,7 +225,7 @@ def sample_answers(teacher: Teacher, student: Any, watch: EventListener) -> list
             written = model.generate(**inputs, max_new_tokens=SAMPLE_TOKENS, do_sample=False, pad_token_id=fill)
             row[who] = tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
             done += 1
-            watch(Event("answer", done, 2 * len(told), who))
+            watch(Event("answer", done, 2 * len(told), {"of": who}))
     return told
 
 

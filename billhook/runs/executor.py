@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import cast
 
 from billhook.core.plan import MeasureRequest, Plan
+from billhook.core.results.cache_keys import LossKey
 from billhook.core.results.measured import Loss
 from billhook.data.token_sets import TokenSet, truncate
 from billhook.engine.measurements import DocumentIds, Known, Pieces
 from billhook.engine.probe import CacheFactory, Probe
 from billhook.engine.racing import Quality, Sums
 from billhook.models.load import Teacher
-from billhook.runs.store import LossKey, Store
+from billhook.runs.store import Store
 
 OnProgress = Callable[[int, int, float], None]
 REFIT_CANDIDATES = 4  # candidates of a round, the best without a fold, are judged with one

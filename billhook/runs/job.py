@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from billhook.core.events import Event, EventListener
+from billhook.core.events import Event, EventListener, fan_out
 from billhook.models.device import environment, pick_device
 from billhook.runs.recipe import EvalOptions, Recipe
 from billhook.runs.store import Store
@@ -18,6 +19,11 @@ from billhook.runs.store import Store
 def run_environment(device: str) -> dict[str, Any]:
     """Where a run is measured, and the folder that its paths start from. `device`: as a user names it."""
     return asdict(environment(str(pick_device(device)))) | {"folder": str(Path.cwd())}
+
+
+def store_and_watch(store: Store, run: str, watch: EventListener) -> EventListener:
+    """Return the one listener of a run: it stores every event, and hands it on to `watch`."""
+    return fan_out(partial(store.add_event, run), watch)
 
 
 O_co = TypeVar("O_co", bound=EvalOptions, covariant=True)
@@ -41,12 +47,12 @@ class Context(Generic[O_co]):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time one stage, and tell and file that it began."""
-        self.store.add_event(self.run, Event(name))
+        """Time one stage, and store that it began and ended."""
+        self.store.add_event(self.run, Event(name), at_once=True)
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
-        self.store.add_event(self.run, Event(name, 1, 1, f"{self.seconds[name]:.1f} s"))
+        self.store.add_event(self.run, Event(name, 1, 1, {"seconds": self.seconds[name]}), at_once=True)
 
 
 RunContext = Context[Recipe]  # of what prunes

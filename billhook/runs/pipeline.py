@@ -15,6 +15,7 @@ from billhook.core.budget import parse_budgets
 from billhook.core.errors import FingerprintError
 from billhook.core.events import EventListener
 from billhook.core.plan import Plan
+from billhook.core.results.stored import Run
 from billhook.data.splits import halves
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
@@ -32,13 +33,13 @@ from billhook.models.load import Teacher
 from billhook.models.surgery import apply, effective_plan
 from billhook.runs import evaluation
 from billhook.runs.choose_plan import choose_plan
-from billhook.runs.job import RunContext
+from billhook.runs.job import RunContext, store_and_watch
 from billhook.runs.prepare import counts_time, load_teacher, probe_of, problem_of, tokens_for, validate
 from billhook.runs.recipe import Recipe
 from billhook.runs.recovery import RecoveryResult, load_recovery_tokens, recovery_options, run_recoveries
 from billhook.runs.result import all_seen_digests, describe_run, run_reasons, run_sizes
 from billhook.runs.search import expected_losses
-from billhook.runs.store import Run, Store
+from billhook.runs.store import Store
 
 WriteReport = Callable[[dict[str, Any], Path], None]  # writes the report of a result into a folder
 
@@ -48,7 +49,7 @@ def run_pruning(store: Store, run: Run, watch: EventListener, write_report: Writ
 
     Nothing appears at the run's `out` before everything in it is proven.
     """
-    job = RunContext(Recipe(**run.spec), store, run.id, Path(run.out), watch, {})
+    job = RunContext(Recipe(**run.spec), store, run.id, Path(run.out), store_and_watch(store, run.id, watch), {})
     aside = staging_folder(job.out, job.run)
     with store.lock(run.id):
         finished = _finished(job)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from billhook.core.events import Event
+from billhook.core.budget import UNITS, Budget
+from billhook.core.events import Event, EventValue
 from billhook.core.plan import MeasureRequest, Plan, Site
 from billhook.core.problem import Problem, format_unit, parse_unit
 from billhook.core.registry import resolve_options
@@ -48,7 +50,7 @@ def compute_scores(job: RunContext, probe: Probe) -> ScoreFields:
           "dtype": probe.teacher.compute_key}  # fmt: skip
     known = job.store.cached(probe.teacher.fingerprint, "scores", of)
     if known is None:
-        job.watch(Event("score", 0, None, recipe.metric))
+        job.watch(Event("score", 0, None, {"metric": recipe.metric}))
         scores = metric_of(recipe)(probe, **options)
         if narrows(recipe.search):
             known = {str(site): values.tolist() for site, values in scores.items()}
@@ -83,28 +85,40 @@ def _round(
     gone = [problem.removed_cost(Plan(frozenset.intersection(*(plan.removed for plan in ask.plans))))]
     if any(plan.narrowed for plan in ask.plans):  # each plan lacks other widths, so that they have nothing in common
         gone = list(map(problem.removed_cost, ask.plans))
-    each = zip(problem.budgets, map(min, zip(*gone, strict=True)), problem.targets, strict=True)
-    sofar = ", ".join(f"{b.format(spent).split()[0]} of {b.format(need)} gone" for b, spent, need in each)
+    sofar: dict[str, EventValue] = {}
+    for budget, spent, target in zip(problem.budgets, map(min, zip(*gone, strict=True)), problem.targets, strict=True):
+        sofar |= {
+            f"removed_{budget.unit}": _in_units(budget, spent),
+            f"target_{budget.unit}": _in_units(budget, target),
+        }
     before = sum(len(earlier.plans) for earlier, _ in measure.rounds)
     total = None if total is None else max(total, before + len(ask.plans))
     losses = measure(ask, progress_of_request(job, sofar, before=before, total=total))
     if not all(loss.bound for loss in losses):
         mean, plan = lowest_full(ask.plans, losses)
-        sites = [*plan.names(), *(f"{narrow.site} keeps {len(narrow.groups):,}" for narrow in sorted(plan.narrowed))]
-        note = f"{', '.join(sites) or 'nothing'}: {mean:.6f}"
-        job.store.add_event(job.run, Event("search", before + len(losses), total, note))
+        narrowed = ",".join(f"{narrow.site}={len(narrow.groups)}" for narrow in sorted(plan.narrowed))
+        values: dict[str, EventValue] = {"removed": ",".join(plan.names()), "narrowed": narrowed, "loss": mean}
+        job.store.add_event(job.run, Event("round", before + len(losses), total, values))
     return losses
 
 
-def progress_of_request(job: RunContext, sofar: str, *, before: int, total: int | None) -> OnProgress:
-    """Shows every loss of one Ask: `before` of `total` losses were known when it began."""
+def _in_units(budget: Budget, amount: Fraction | int) -> float:
+    """An amount as `removed_cost` counts, in the unit of the budget."""
+    fine = UNITS[budget.unit].fine
+    return math.ceil(amount) if fine == 1 else float(amount / fine)
 
-    def told(done: int, of: int, best: float) -> None:
-        known = f", lowest {job.recipe.loss} {best:.4f}" if math.isfinite(best) else ""
+
+def progress_of_request(
+    job: RunContext, sofar: Mapping[str, EventValue], *, before: int, total: int | None
+) -> OnProgress:
+    """Return what shows every loss of one request: `before` of `total` losses were known when it began."""
+
+    def show(done: int, of: int, best: float) -> None:
+        known: dict[str, EventValue] = {"objective": job.recipe.loss, "lowest": best} if math.isfinite(best) else {}
         most = None if total is None else max(total, before + of)
-        job.watch(Event("search", before + done, most, sofar + known))
+        job.watch(Event("search", before + done, most, {**sofar, **known}))
 
-    return told
+    return show
 
 
 def expected_losses(recipe: Recipe, problem: Problem) -> int | None:

@@ -4,56 +4,29 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from billhook.core.errors import RunError, UsageError, nearest
 from billhook.core.events import Event
 from billhook.core.plan import Plan
+from billhook.core.results.cache_keys import LossKey
 from billhook.core.results.measured import EvalResult, Loss, Timing
 from billhook.core.results.specs import PRUNE
+from billhook.core.results.stored import Run, RunState, StoredEvent, former_kind
+from billhook.models.device import resource_use
 
 STORE = "billhook.db"
 
-
-@dataclass(frozen=True, slots=True)
-class LossKey:
-    """What a stored loss is of. Two equal ones have the same loss on the same machine."""
-
-    model: str  # fingerprint
-    tokens: str  # hash of the token set
-    loss: str
-    dtype: str  # the compute dtype and the kind of device
-    treatment: str = ""  # a repair applied inside the search; none yet applied is the empty string
-
-
-RunState = Literal["running", "interrupted", "failed", "done"]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One run of the store. `kind`: prune, sweep, compare, …; `spec`: what it was asked, of a pruning its recipe.
-
-    `result` is JSON, as the run stored it. What runs of Billhook 0.1 were asked, prunings aside, was not kept: their
-    `spec` is a recipe that holds what they had in common with one.
-    """
-
-    id: str
-    kind: str
-    created: float  # seconds since 1970, UTC
-    state: RunState
-    out: str
-    spec: dict[str, Any]
-    environment: dict[str, Any]
-    fingerprints: dict[str, str]  # fingerprints of model and tokens, once they are known
-    result: dict[str, Any] | None
+EVENT_SECONDS = 1.0  # between two writes of a run's events
 
 
 def _create_tables(db: sqlite3.Connection) -> None:
@@ -104,35 +77,44 @@ def _create_facts(db: sqlite3.Connection) -> None:
     )
 
 
-FORMER_KINDS = {"trade": "transfer"}
-
-
 def _add_kind(db: sqlite3.Connection) -> None:
     """What a run is. Until then the environment of those that were not prunings said so."""
     db.execute(f"ALTER TABLE runs ADD COLUMN kind TEXT NOT NULL DEFAULT '{PRUNE}'")
     for run, environment in db.execute("SELECT id, environment FROM runs").fetchall():
-        kind, rest = _former_kind(json.loads(environment))
-        db.execute("UPDATE runs SET kind = ?, environment = ? WHERE id = ?", (kind, _json(rest), run))
+        kind, rest = former_kind(json.loads(environment))
+        db.execute(
+            "UPDATE runs SET kind = ?, environment = ? WHERE id = ?", (kind, json.dumps(rest, sort_keys=True), run)
+        )
 
 
-def _former_kind(environment: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The kind of a run, and its environment, from an environment that tells both."""
-    kind = environment.get("laboratory", PRUNE)
-    return FORMER_KINDS.get(kind, kind), {name: value for name, value in environment.items() if name != "laboratory"}
+def _add_event_values(db: sqlite3.Connection) -> None:
+    """Numbers of events, which were a sentence until then, and what the process used."""
+    db.execute("""ALTER TABLE events ADD COLUMN "values" TEXT NOT NULL DEFAULT '{}'""")
+    db.execute("ALTER TABLE events ADD COLUMN resources TEXT NOT NULL DEFAULT '{}'")
 
 
-MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [_create_tables, _create_pieces, _create_facts, _add_kind]
+MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [
+    *(_create_tables, _create_pieces, _create_facts, _add_kind, _add_event_values)
+]
+
+
+_LOSS_KEY = "model = ? AND tokens = ? AND loss = ? AND dtype = ? AND treatment = ? AND plan = ?"
 
 
 class Store:
     """Reads and writes one store file. Every write is one transaction, so that a killed process loses nothing more."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False, clock: Callable[[], float] = time.time) -> None:
         """Open the store at `path`, which appears if need be; `read_only` changes nothing, and reads older ones too.
 
+        `clock`: seconds since 1970, for events.
         Raises UsageError for a file that is no store, or one of a newer Billhook.
         """
-        self.path = path
+        self.path, self._clock = path, clock
+        self._pending: dict[
+            tuple[str, str], tuple[float, str, Event]
+        ] = {}  # the last event of a stage, not yet written
+        self._written: dict[str, float] = {}  # when a run's events were
         if read_only and not path.is_file():
             raise UsageError(f"There is no store {path}. Give the file that `billhook prune` wrote with --store.")
         try:
@@ -151,6 +133,7 @@ class Store:
             ) from error
 
     def close(self) -> None:
+        self._flush_events()
         self._db.close()
 
     def _check_version(self, read_only: bool) -> None:
@@ -218,6 +201,7 @@ class Store:
         result: Mapping[str, Any] | None = None,
     ) -> None:
         """Set what is given of a run."""
+        self._flush_events()
         texts = {"state": state, "bound": _text(fingerprints), "result": _text(result)}
         given = {column: text for column, text in texts.items() if text is not None}
         with self._write():
@@ -262,9 +246,7 @@ class Store:
 
     def loss(self, loss_key: LossKey, plan: Plan) -> Loss | None:
         row = self._db.execute(
-            "SELECT sums, counts FROM losses WHERE model = ? AND tokens = ? AND loss = ? AND dtype = ? "
-            "AND treatment = ? AND plan = ?",
-            (*astuple(loss_key), plan.key()),
+            f"SELECT sums, counts FROM losses WHERE {_LOSS_KEY}", (*astuple(loss_key), plan.key())
         ).fetchone()
         return Loss(loss_key.loss, tuple(json.loads(row[0])), tuple(json.loads(row[1]))) if row else None
 
@@ -275,18 +257,12 @@ class Store:
         values = (*key, _json(plan.to_list()), _json(loss.sums), _json(loss.counts), run)
         with self._write():
             self._db.execute(f"INSERT OR IGNORE INTO losses VALUES ({','.join('?' * 10)})", values)
-            self._db.execute(
-                "DELETE FROM pieces WHERE model = ? AND tokens = ? AND loss = ? AND dtype = ? AND treatment = ? "
-                "AND plan = ? AND quality = 'full'",
-                key,
-            )
+            self._db.execute(f"DELETE FROM pieces WHERE {_LOSS_KEY} AND quality = 'full'", key)
 
     def pieces(self, loss_key: LossKey, plan: Plan) -> dict[str, dict[tuple[int, ...], tuple[float, ...]]]:
         """Quality -> documents of a group -> nats of each, of a plan that may not be known in full."""
         rows = self._db.execute(
-            "SELECT quality, documents, sums FROM pieces WHERE model = ? AND tokens = ? AND loss = ? AND dtype = ? "
-            "AND treatment = ? AND plan = ?",
-            (*astuple(loss_key), plan.key()),
+            f"SELECT quality, documents, sums FROM pieces WHERE {_LOSS_KEY}", (*astuple(loss_key), plan.key())
         )
         told: dict[str, dict[tuple[int, ...], tuple[float, ...]]] = {}
         for quality, documents, sums in rows:
@@ -365,21 +341,54 @@ class Store:
         rows = self._db.execute("SELECT value FROM facts WHERE model = ? AND what = ? ORDER BY of", (model, what))
         return [json.loads(row[0]) for row in rows]
 
-    def add_event(self, run: str, event: Event) -> None:
+    # -- events -----------------------------------------------------------------------------------------------------
+
+    def add_event(self, run: str, event: Event, *, at_once: bool = False) -> None:
+        """Store an event of a run. Of those of a stage within a second the last one is kept, unless one is `at_once`.
+
+        What is held back for that is written with the next event after the second, or when the run or the store ends.
+        """
+        now = self._clock()
+        if at_once:
+            self._write_events([(now, run, event)])
+            return
+        self._pending[run, event.stage] = (now, run, event)
+        if now - self._written.get(run, -math.inf) >= EVENT_SECONDS:
+            self._written[run] = now
+            self._flush_events()
+
+    def _flush_events(self) -> None:
+        waiting, self._pending = [*self._pending.values()], {}
+        if waiting:
+            self._write_events(waiting)
+
+    def _write_events(self, events: Iterable[tuple[float, str, Event]]) -> None:
+        used = _json(resource_use())
+        rows = [(run, at, e.stage, e.done, e.total, "", _json(dict(e.values)), used) for at, run, e in events]
         with self._write():
-            self._db.execute(
-                "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)",
-                (run, time.time(), event.stage, event.done, event.total, event.note),
+            self._db.executemany(
+                'INSERT INTO events (run, at, stage, done, total, note, "values", resources) '
+                f"VALUES ({','.join('?' * 8)})",
+                rows,
             )
 
-    def events(self, run: str) -> list[tuple[float, Event]]:
-        """(seconds since 1970, event) of one run, in order."""
-        rows = self._db.execute("SELECT at, stage, done, total, note FROM events WHERE run = ? ORDER BY at", (run,))
-        return [(row[0], Event(*row[1:])) for row in rows]
+    def events(self, run: str) -> list[StoredEvent]:
+        """The events of one run, in order."""
+        self._flush_events()
+        rows = self._db.execute("SELECT * FROM events WHERE run = ? ORDER BY at, rowid", (run,))
+        return [_event(row) for row in rows]
+
+
+def _event(row: sqlite3.Row) -> StoredEvent:
+    has = set(row.keys())
+    values = json.loads(row["values"]) if "values" in has else {}
+    used = json.loads(row["resources"]) if "resources" in has else {}
+    told = {"note": row["note"]} if row["note"] else {}  # by Billhook 0.1
+    return StoredEvent(row["at"], row["stage"], row["done"], row["total"], told | values, used)
 
 
 def _run(row: sqlite3.Row) -> Run:
-    kind, environment = _former_kind(json.loads(row["environment"]))
+    kind, environment = former_kind(json.loads(row["environment"]))
     return Run(
         row["id"], row["kind"] if "kind" in row.keys() else kind, row["created"], row["state"], row["out"],  # noqa: SIM118
         json.loads(row["recipe"]), environment, json.loads(row["bound"]),

@@ -36,6 +36,7 @@ from billhook.core.results.ab_report import (
 from billhook.core.results.measured import Estimate, EvalResult
 from billhook.core.results.specs import AbTestSpec, ServerSpec
 from billhook.data.prompts import Prompt, read_prompts
+from billhook.runs.job import store_and_watch
 from billhook.runs.store import STORE
 from billhook.studies.endpoint import Endpoint, RequestFailed, connect
 from billhook.studies.openai_client import (
@@ -312,6 +313,7 @@ def ab_test(
     ends = Endpoint.create("A", a, model_a, api_key_env_a), Endpoint.create("B", b, model_b, api_key_env_b)
     drawn = read_prompts(prompts, how.kind, limit, how.seed)
     with begin_run(run_spec(*ends, str(prompts), limit, how), "cpu", Path(store), "") as (opened, run):
-        report = replace(run_ab_test(*ends, drawn, how, watch), run=run, prompts=str(prompts))
+        listen = store_and_watch(opened, run, watch)
+        report = replace(run_ab_test(*ends, drawn, how, listen), run=run, prompts=str(prompts))
         opened.update(run, result=report.to_json())
         return report

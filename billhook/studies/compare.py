@@ -157,7 +157,7 @@ def _side_by_side(job: EvalContext, models: tuple[Any, Any], tokens: TokenSet) -
             sums[1][document] += float((first.argmax(-1) == other.argmax(-1)).sum())
             counts[document] += n
         done += sum(batch.lengths)
-        job.watch(Event("compare", done, tokens.tokens, "side by side"))
+        job.watch(Event("compare", done, tokens.tokens, {"step": "side_by_side"}))
     return [EvalResult("", tokens.hash, tuple(each), tuple(counts), tokens.clusters) for each in sums]
 
 

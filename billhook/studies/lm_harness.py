@@ -79,7 +79,7 @@ def _cached_model(job: EvalContext, teacher: Teacher, task: str) -> Any:
                 known = answer(part, disable_tqdm=True)
                 job.store.remember(teacher.fingerprint, "lmeval", key, known, job.run)
             answers += [tuple(each) if isinstance(each, list) else each for each in known]
-            job.watch(Event("evaluate", len(answers), len(requests), task))
+            job.watch(Event("evaluate", len(answers), len(requests), {"set": task}))
         return answers
 
     class Filed(HFLM):  # type: ignore[misc]

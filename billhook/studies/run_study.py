@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 from billhook.core.events import EventListener
 from billhook.core.results.json_form import PagedResult
 from billhook.core.results.specs import RunSpec
+from billhook.core.results.stored import Run
 from billhook.methods.export.checkpoint import check_target, publish, staging_folder
-from billhook.runs.job import EvalContext, run_environment
+from billhook.runs.job import EvalContext, run_environment, store_and_watch
 from billhook.runs.prepare import load_teacher
 from billhook.runs.recipe import EvalOptions, Recipe
-from billhook.runs.store import Run, Store
+from billhook.runs.store import Store
 from billhook.studies.trials import StudyContext
 
 R = TypeVar("R", bound=PagedResult | dict[str, Any])
@@ -59,7 +60,7 @@ def open_run(
         folder = Path(opened.run(run).out)
         if where != NO_FOLDER:
             check_target(folder, None)
-        yield EvalContext(options, opened, run, folder, watch, {})
+        yield EvalContext(options, opened, run, folder, store_and_watch(opened, run, watch), {})
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def run_stability(
     for size, recipe, sets in zip(sizes, recipes, parts, strict=True):
         scores, plans = [], []
         for number, tokens in enumerate(sets):
-            study.watch(Event("stability", number, draws, f"{size} tokens"))
+            study.watch(Event("stability", number, draws, {"tokens": size}))
             job = study.job(recipe.model_copy(update={"metric": metric}))
             scored_by = compute_scores(job, probe_of(job.recipe, study.teacher, tokens, job))["scores"]
             scores.append({unit: value for unit, value in scored_by.items() if isinstance(unit, Site)})

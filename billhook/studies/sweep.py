@@ -118,7 +118,8 @@ def run_sweep(study: StudyContext, grid: Grid, common: Mapping[str, Any]) -> dic
     trials: list[Trial] = []
     refused: list[dict[str, str]] = []
     for number, (name, recipe) in enumerate(combinations):
-        study.watch(Event("sweep", number, len(combinations), f"{name}, {recipe.remove}, {Path(recipe.data).name}"))
+        at = {"recipe": name, "remove": str(recipe.remove), "data": Path(recipe.data).name}
+        study.watch(Event("sweep", number, len(combinations), at))
         key = (recipe.data, parse_loss(recipe.loss).file, recipe.tokens, recipe.length, recipe.seed, recipe.field,
                recipe.self_share)  # fmt: skip
         if key not in tokens:

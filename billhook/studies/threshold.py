@@ -91,7 +91,10 @@ def find_threshold(
     while high - low > 1:
         middle = (low + high) // 2
         job.watch(
-            Event("threshold", len(trials), math.ceil(math.log2(len(steps))) + 1, f"{middle} of {len(path)} steps")
+            Event(
+                *("threshold", len(trials), math.ceil(math.log2(len(steps))) + 1),
+                {"steps_taken": middle, "steps": len(path)},
+            )
         )
         kept = tuple(_check_plan(job, teacher, margin, sets[margin][0], path[middle]) for margin in margins)
         trials[middle] = MarginTrial(middle, kept)

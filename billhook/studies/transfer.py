@@ -60,7 +60,7 @@ def run_transfer(study: StudyContext, tasks: Sequence[str], items: int, common: 
     sets = {names[file]: load_items(file, study.teacher, "evaluation", items=items) for file in tasks}
     trials = []
     for number, (name, recipe) in enumerate(recipes):
-        study.watch(Event("trade", number, len(recipes), f"pruned for {name}"))
+        study.watch(Event("transfer", number, len(recipes), {"pruned_for": name}))
         trials.append(run_trial(study, name, recipe, calibration_of(study, recipe)))
     teacher = evaluate_trials(study, base, trials, sets)
     rows = [trial_row(trial, teacher, sets, study.teacher.anatomy, base.seed) for trial in trials]

@@ -119,7 +119,7 @@ def evaluate_trials(
         for start in range(0, len(plans), TOGETHER):
             some = plans[start : start + TOGETHER]
             found |= zip(some, evaluate_plans(job, study.teacher, some, tokens, kind), strict=True)
-            study.watch(Event("evaluate", len(found), len(plans), Path(name).name))
+            study.watch(Event("evaluate", len(found), len(plans), {"set": Path(name).name}))
         teacher[name] = found[Plan()]
         for trial in trials:
             trial.results[name] = found[trial.plan]

@@ -173,7 +173,7 @@ def test_a_model_that_cannot_write_takes_the_text_alone_and_says_so(why: str, tm
     told: list[Event] = []
     got = calibration_tokens(wanted, teacher.model, teacher.tokenizer, told.append, self_share=0.5)
     assert got.hash == alone.hash
-    (note,) = [event.note for event in told if "alone" in event.note]
+    (note,) = [str(event.values["because"]) for event in told if event.values.get("alone_on") == str(file)]
     assert {"no start": "neither a BOS", "stops": "stops at once", "streamed": "does not fit"}[why] in note
 
 

@@ -18,6 +18,7 @@ import torch
 from test_channel_groups import documents
 
 import billhook
+from billhook.cli.progress import event_words
 from billhook.core.anatomy import Anatomy, GroupSize, SiteSize, Unassigned
 from billhook.core.budget import Budget, parse_budgets
 from billhook.core.errors import BudgetError, UsageError
@@ -214,10 +215,10 @@ def test_progress_tells_how_much_is_gone_of_narrower_sites_too(model: Path, text
         str(model), recipe="billhook-joint", remove="20%params", data=str(text), out=tmp_path / "out",
         store=store, watch=seen.append, set={"levels": 3, "start": "none"}, **options,
     )  # fmt: skip
-    notes = [event.note for event in seen if event.stage == "search"]
+    notes = [event_words(event.stage, event.values) for event in seen if event.stage == "search"]
     assert any(re.match(r"[1-9][\d,]* of [\d,]+ params gone, lowest kl", note) for note in notes), notes
     with closing(Store(store)) as opened:
-        told = [e.note for _, e in opened.events(found["run"]) if e.stage == "search" and ":" in e.note]
+        told = [event_words(e.stage, e.values) for e in opened.events(found["run"]) if e.stage == "round"]
     words = r"(nothing|(, |(attention|mlp)\.\d+( keeps [\d,]+)?)+): [\d.]+"
     assert told
     assert all(re.fullmatch(words, note) for note in told), told

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import billhook
+from billhook.cli.progress import event_words
 from billhook.core.errors import ResourceError, UsageError
 from billhook.core.events import Event, EventListener
 from billhook.core.plan import Plan
@@ -123,7 +124,7 @@ def test_progress_is_told_for_every_stage(result: dict[str, Any], events: list[E
     searched = [event for event in events if event.stage == "search"]
     assert searched[-1].done == searched[-1].total == 8 + 7 + 6
     assert [event.done for event in searched] == sorted(event.done for event in searched)
-    assert any("2 of 3 sites gone, lowest kl" in event.note for event in searched)
+    assert any("2 of 3 sites gone, lowest kl" in event_words(event.stage, event.values) for event in searched)
 
 
 def test_peak_memory_is_that_of_a_process_which_holds_the_model(model: Path, tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ import pytest
 from billhook.core.errors import ResultError, RunError, UsageError
 from billhook.core.events import Event
 from billhook.core.plan import Plan
+from billhook.core.results.cache_keys import LossKey
 from billhook.core.results.measured import EvalResult, Loss, Timing
 from billhook.core.results.specs import SweepSpec, plain_options
-from billhook.runs.store import LossKey, Store
+from billhook.runs.store import Store
 
 OF = LossKey("model", "tokens", "kl", "float32")
 LOSS = Loss("kl", (0.1, 1 / 3, 2e-17), (3, 4, 5))
@@ -42,8 +43,9 @@ def test_what_is_filed_comes_back_to_the_last_bit(store: Store) -> None:
     key, timing = ("model", "p", "q", "here", "float32", "short"), Timing((0.1, 0.2), (1.0, 1.1), 8, 2, 1, None)
     store.add_timing(key, timing, run)
     assert store.timing(key) == timing
-    store.add_event(run, Event("search", 1, 2, "note"))
-    assert [event for _, event in store.events(run)] == [Event("search", 1, 2, "note")]
+    event = Event("search", 1, 2, {"lowest": 1 / 3, "plan": "mlp.1"})
+    store.add_event(run, event)
+    assert [Event(e.stage, e.done, e.total, e.values) for e in store.events(run)] == [event]
 
 
 def test_nothing_else_comes_back(store: Store) -> None:

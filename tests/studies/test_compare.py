@@ -289,7 +289,10 @@ def test_a_baseline_is_not_measured_again_and_does_not_change(
     assert [baseline.name for baseline in billhook.baselines(store)] == ["v1"]
     loaded: list[str] = []
     told = billhook.gate(
-        pruned["out"], "v1", store=store, watch=lambda e: loaded.append(e.note) if e.stage == "load" else None
+        pruned["out"],
+        "v1",
+        store=store,
+        watch=lambda e: loaded.append(str(e.values.get("model"))) if e.stage == "load" else None,
     )
     assert str(model) not in loaded
     direct = billhook.gate(pruned["out"], model, data=str(text), tasks=str(task), store=store, **SHORT)

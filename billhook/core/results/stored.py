@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from billhook.core.events import EventValue
 from billhook.core.results.ab_report import AbReport
 from billhook.core.results.comparisons import Baseline, Comparison, GateReport, TaskScores
 from billhook.core.results.json_form import SCHEMA, Result, encode
+from billhook.core.results.specs import PRUNE
 
 CLASSES: tuple[type[Result], ...] = (Comparison, GateReport, Baseline, TaskScores, AbReport)
 RESULTS = {each.kind: each for each in CLASSES}  # the class of a result by the kind of its run
@@ -17,6 +19,37 @@ RESULTS = {each.kind: each for each in CLASSES}  # the class of a result by the 
 def read_result(kind: str, value: dict[str, Any]) -> Result | dict[str, Any]:
     """The result of a run of a `kind`. Billhook 0.1 wrote results without a schema: they stay as they were stored."""
     return RESULTS[kind].from_json(value) if kind in RESULTS and value.get("schema") == SCHEMA else value
+
+
+RunState = Literal["running", "interrupted", "failed", "done"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of the store. `kind`: prune, sweep, compare, …; `spec`: what it was asked, of a pruning its recipe.
+
+    `result` is JSON, as the run stored it. What runs of Billhook 0.1 were asked, prunings aside, was not kept: their
+    `spec` is a recipe that holds what they had in common with one.
+    """
+
+    id: str
+    kind: str
+    created: float  # seconds since 1970, UTC
+    state: RunState
+    out: str
+    spec: dict[str, Any]
+    environment: dict[str, Any]
+    fingerprints: dict[str, str]  # fingerprints of model and tokens, once they are known
+    result: dict[str, Any] | None
+
+
+FORMER_KINDS = {"trade": "transfer"}
+
+
+def former_kind(environment: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The kind of a run, and its environment, from an environment that tells both."""
+    kind = environment.get("laboratory", PRUNE)
+    return FORMER_KINDS.get(kind, kind), {name: value for name, value in environment.items() if name != "laboratory"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +73,17 @@ class RunSummary:
 
 @dataclass(frozen=True, slots=True)
 class StoredEvent:
-    """What a stage of a run had done at a time, in seconds since 1970."""
+    """What a stage of a run had done at a time, in seconds since 1970.
+
+    `resources`: what the process used by then: `cpu_seconds`, `memory_bytes`, and `gpu_memory_bytes` where it has a GPU.
+    """
 
     at: float
     stage: str
     done: int
     total: int | None
-    note: str
+    values: Mapping[str, EventValue]
+    resources: Mapping[str, float | int]
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,8 +111,13 @@ class StoredRun:
         return plain | {"result": self.result.to_json() if isinstance(self.result, Result) else self.result}
 
     def rows(self) -> list[dict[str, Any]]:
-        """The events as a flat table."""
-        return [dict(encode(event)) for event in self.events]
+        """The events as a flat table: a column for every value and every resource that any of them has."""
+        columns = dict.fromkeys(name for event in self.events for name in (*event.values, *event.resources))
+        return [
+            {"at": event.at, "stage": event.stage, "done": event.done, "total": event.total}
+            | {name: event.values.get(name, event.resources.get(name)) for name in columns}
+            for event in self.events
+        ]
 
     def __repr__(self) -> str:
         return f"StoredRun({self.id}: {self.kind}, {self.state}, {len(self.events)} events)"

@@ -107,7 +107,7 @@ def generate_answers(
             own = new[: new.index(end)] if end in new else new
             answers[row] = truncate_at_stop(tokenizer.decode(own, skip_special_tokens=False))
         done += len(rows)
-        watch(Event("evaluate", done, len(answers), who))
+        watch(Event("evaluate", done, len(answers), {"of": who}))
     return answers
 
 

@@ -89,7 +89,7 @@ def log_probabilities(
             reads = [[(at - shared, word, row) for at, word, row in path.readouts if at >= shared] for _, path in rest]
             _read(model, ids, reads, sums, cache if shared else None)
         done += sum(tokens.lengths[row] for row in {r[2] for f in batch for path in f.inputs for r in path.readouts})
-        watch(Event("evaluate", done, tokens.tokens, who))
+        watch(Event("evaluate", done, tokens.tokens, {"of": who}))
     return sums
 
 

@@ -31,7 +31,7 @@ def perplexity(model: Any, tokens: TokenSet, *, watch: EventListener = ignore_ev
         for i, (row, n) in enumerate(zip(batch.rows, batch.lengths, strict=True)):
             per_row[row] = float(to_float64(nll(logits[i, :n], logits[i, :n], batch.targets[i, :n])).sum())
         done += sum(batch.lengths)
-        watch(Event("evaluate", done, tokens.tokens, who))
+        watch(Event("evaluate", done, tokens.tokens, {"of": who}))
     return EvalResult("perplexity", tokens.hash, *_by_document(tokens, per_row), tokens.clusters)
 
 

@@ -157,7 +157,7 @@ def site_times(
     seconds: list[list[float]] = [[] for _ in models]
     for repeat in range(repeats + 1):
         for i, model in enumerate(models):
-            watch(Event("cost", repeat * len(models) + i, (repeats + 1) * len(models), "time of a decoding step"))
+            watch(Event("cost", repeat * len(models) + i, (repeats + 1) * len(models), {"step": "decode"}))
             decode = _once(model, ids, steps)[1] / steps
             if repeat:  # the first is a warm-up
                 seconds[i].append(decode)

@@ -112,7 +112,7 @@ def write_checkpoint(
         copy_shards(student, teacher, teacher.weights, folder, watch)
     else:
         state = _on_disk(student, teacher)
-        watch(Event("save", 1, 3, f"{len(state)} tensors"))
+        watch(Event("save", 1, 3, {"tensors": len(state)}))
         tied = tied_names(student)
         save_torch_state_dict(
             state, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"}, shared_tensors_to_discard=tied
@@ -220,12 +220,12 @@ def verify_streamed_round_trip(
     Where sites are narrower, zeros stand in the teacher for what the folder lacks, and sums are rounded in another
     order: then they are equal within the root of the dtype's epsilon, of the largest logit.
     """
-    watch(Event("save", 2, 3, "loading it back"))
+    watch(Event("save", 2, 3, {"step": "load_back"}))
     again = load(folder, device=str(teacher.device), dtype=dtype_name(teacher.model.dtype), memory=0)
     mine, other = logits(teacher, plan, rows, repair), logits(again, Plan(), rows)
     room = float(mine.abs().max()) * torch.finfo(teacher.model.dtype).eps ** 0.5 if plan.narrowed else 0.0
     _require_equal(mine, other, room)
-    watch(Event("save", 3, 3, "loads back equal"))
+    watch(Event("save", 3, 3, {"step": "equal"}))
 
 
 def _require_equal(student: torch.Tensor, reloaded: torch.Tensor, room: float = 0.0) -> None:
@@ -247,7 +247,7 @@ def verify_round_trip(
     another order: then logits are equal within the root of the dtype's epsilon, of the largest. Raises BillhookError on
     any difference.
     """
-    watch(Event("save", 2, 3, "loading it back"))
+    watch(Event("save", 2, 3, {"step": "load_back"}))
     again = load(folder, device=str(student.device), dtype=dtype_name(student.dtype), memory=memory)
     rows = rows.to(student.device)
     mine = student(rows, use_cache=False).logits
@@ -256,5 +256,5 @@ def verify_round_trip(
     else:
         room = float(mine.abs().max()) * torch.finfo(student.dtype).eps ** 0.5
         _require_equal(mine.float(), logits(again, Plan(), rows), room)
-    watch(Event("save", 3, 3, "loads back equal"))
+    watch(Event("save", 3, 3, {"step": "equal"}))
     assert architectures.base_type(again.model.config.model_type) == architectures.base_type(student.config.model_type)

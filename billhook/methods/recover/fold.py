@@ -56,7 +56,7 @@ def fold(
     def visit(stage: SiteView) -> Change:
         nonlocal waiting, done, can
         done += 1
-        task.watch(Event("recover", done, len(sites), "fold"))
+        task.watch(Event("recover", done, len(sites), {"step": "fold"}))
         if stage.removed:
             waiting = True
             return None

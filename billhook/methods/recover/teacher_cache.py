@@ -58,7 +58,7 @@ def _teacher_outputs(
             top = logits.topk(min(TOP_WORDS, logits.shape[-1] // 2)).indices
             buckets = topk_and_rest(logits.flatten(0, 1), top.flatten(0, 1)).log_softmax(-1)
             yield top.int().cpu(), buckets.view(*top.shape[:2], -1).cpu()
-        watch(Event("recover", some.stop, len(rows.ids), "the teacher's side"))
+        watch(Event("recover", some.stop, len(rows.ids), {"step": "teacher_outputs"}))
 
 
 def _write(files: list[Path], batches: Iterator[tuple[torch.Tensor, ...]]) -> None:

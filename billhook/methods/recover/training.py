@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from billhook.core.errors import UsageError
-from billhook.core.events import Event, EventListener
+from billhook.core.events import Event, EventListener, EventValue
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import kl, topk_and_rest
 
@@ -260,8 +260,12 @@ class Trainer:
             state.step += 1
             if state.step % every == 0 or state.step == state.steps:
                 self._check(state, valid, set_inputs)
-            note = f"{self.course.loss} {loss:.4f}, best on validation {state.best:.4f}"
-            self.watch(Event("recover", state.step, state.steps, note))
+            values: dict[str, EventValue] = {
+                "objective": self.course.loss,
+                "loss": float(loss),
+                "best": float(state.best),
+            }
+            self.watch(Event("recover", state.step, state.steps, values))
             if time.perf_counter() - saved > SAVE_EVERY:
                 self._save(state, schedule)
                 saved = time.perf_counter()
