@@ -127,6 +127,21 @@ def test_progress_is_told_for_every_stage(result: dict[str, Any], events: list[E
     assert any("2 of 3 sites gone, lowest kl" in event_words(event.stage, event.values) for event in searched)
 
 
+def test_what_is_told_is_stored_too(result: dict[str, Any], home: Path) -> None:
+    stored = billhook.show(result["run"], home / "runs.db")
+    for stage in ("load", "calibrate", "search", "apply", "evaluate", "save", "speed", "report"):
+        (seconds,) = [
+            event.values["seconds"] for event in stored.events if "seconds" in event.values and event.stage == stage
+        ]
+        assert seconds >= 0
+    searched = [event for event in stored.events if event.stage == "search" and "objective" in event.values]
+    assert (searched[-1].done, searched[-1].total) == (21, 21)
+    rounds = [event for event in stored.events if event.stage == "round"]
+    assert str(rounds[-1].values["removed"]).split(",") == sorted(result["plan"]["removed"])
+    assert rounds[-1].values["loss"] == result["steps"][-1]["loss"]
+    assert {"at", "stage", "done", "total", "lowest", "memory_bytes"} <= set(stored.rows()[0])
+
+
 def test_peak_memory_is_that_of_a_process_which_holds_the_model(model: Path, tmp_path: Path) -> None:
     wide = tiny.saved(tmp_path / "wide", "llama", intermediate_size=60_000)
     small, large = (peak_bytes(folder, "cpu", "float32", 8, 2) for folder in (model, wide))

@@ -122,6 +122,46 @@ def test_what_is_missing_or_no_store_is_not_made_by_reading(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["empty.db"]
 
 
+def test_events_are_written_once_a_second_and_the_last_of_a_stage_is_kept(tmp_path: Path) -> None:
+    now = 100.0
+    store = Store(tmp_path / "runs.db", clock=lambda: now)
+    run, other = new(store), Store(tmp_path / "runs.db", read_only=True)
+
+    def rows() -> list[tuple[str, int]]:
+        return [(event.stage, event.done) for event in other.events(run)]
+
+    store.add_event(run, Event("search"), at_once=True)
+    for tick in range(40):  # four events a second
+        store.add_event(run, Event("search", tick, 40, {"lowest": 1 / (tick + 1)}))
+        now += 0.25
+    assert rows() == [("search", 0), *(("search", tick) for tick in range(0, 40, 4))], "a row a second"
+    store.add_event(run, Event("evaluate", 1, 2))
+    assert rows()[-2:] == [("search", 39), ("evaluate", 1)], "in order, with what was held back"
+    now += 0.1
+    store.add_event(run, Event("evaluate", 2, 2, {"of": "student"}))
+    assert rows()[-1] == ("evaluate", 1)
+    store.update(run, state="done")
+    assert rows()[-1] == ("evaluate", 2), "the end of a stage is never lost"
+    last = other.events(run)[-1]
+    assert (last.values, last.total) == ({"of": "student"}, 2)
+    assert last.resources["memory_bytes"] > 10**6
+    assert last.resources["cpu_seconds"] > 0
+    other.close()
+    store.add_event(run, Event("report", 1, 1))
+    store.close()
+    with closing(Store(tmp_path / "runs.db", read_only=True)) as again:
+        assert again.events(run)[-1].stage == "report", "nor that of a store which is closed"
+
+
+def test_events_of_the_first_version_keep_their_words(tmp_path: Path) -> None:
+    (tmp_path / "old.db").write_bytes(V0)
+    with closing(Store(tmp_path / "old.db", read_only=True)) as old:
+        notes = [event.values.get("note") for event in old.events("r0ee804")]
+    assert "attention.3: 0.151611" in notes
+    with closing(Store(tmp_path / "old.db")) as new:
+        assert [event.values.get("note") for event in new.events("r0ee804")] == notes
+
+
 def test_a_measurement_needs_a_run(store: Store) -> None:
     with pytest.raises(sqlite3.IntegrityError):
         store.add_loss(OF, Plan(), LOSS, "nobody")

@@ -1,0 +1,43 @@
+"""Events: every listener gets each one, and the terminal says in words what their values say."""
+
+from __future__ import annotations
+
+import pytest
+
+from billhook.cli.progress import event_words
+from billhook.core.events import Event, EventValue, fan_out, scaled_events
+
+
+def test_a_fan_out_hands_every_event_to_every_listener_in_order() -> None:
+    heard: list[tuple[str, Event]] = []
+    listen = fan_out(*(lambda event, name=name: heard.append((name, event)) for name in "ab"))  # type: ignore[misc]
+    first, second = Event("load"), Event("search", 1, 2, {"lowest": 0.5})
+    listen(first)
+    scaled_events(listen, before=3, total=9)(second)
+    assert heard == [(name, event) for event in (first, Event("search", 4, 9, second.values)) for name in "ab"]
+
+
+WORDS: list[tuple[str, dict[str, EventValue], str]] = [
+    ("load", {"model": "demo"}, "demo"),
+    ("search", {"removed_sites": 2, "target_sites": 3, "objective": "kl", "lowest": 0.12345},
+     "2 of 3 sites gone, lowest kl 0.1235"),
+    ("search", {"removed_params": 12345, "target_params": 20000, "removed_ms": 0.25, "target_ms": 1.5},
+     "12,345 of 20,000 params gone, 0.250 of 1.500 ms gone"),
+    ("round", {"removed": "attention.1,mlp.2", "narrowed": "mlp.0=1200", "loss": 0.5},
+     "attention.1, mlp.2, mlp.0 keeps 1,200: 0.500000"),
+    ("round", {"removed": "", "narrowed": "", "loss": 0.0}, "nothing: 0.000000"),
+    ("recover", {"objective": "kl", "loss": 0.25, "best": 0.2}, "kl 0.2500, best on validation 0.2000"),
+    ("recover", {"step": "teacher_outputs"}, "the teacher's side"),
+    ("calibrate", {"alone_on": "a.txt", "because": "No BOS."}, "on a.txt alone: No BOS."),
+    ("sweep", {"recipe": "billhook", "remove": "10%", "data": "a.txt"}, "billhook, 10%, a.txt"),
+    ("threshold", {"steps_taken": 3, "steps": 8}, "3 of 8 steps"),
+    ("save", {"tensors": 1200}, "1,200 tensors"),
+    ("search", {"seconds": 1.25}, "1.2 s"),
+    ("search", {"note": "attention.3: 0.151611"}, "attention.3: 0.151611"),
+    ("speed", {}, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "values", "words"), WORDS)
+def test_values_are_worded(stage: str, values: dict[str, EventValue], words: str) -> None:
+    assert event_words(stage, values) == words
