@@ -93,9 +93,7 @@ def _add_event_values(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE events ADD COLUMN resources TEXT NOT NULL DEFAULT '{}'")
 
 
-MIGRATIONS: list[Callable[[sqlite3.Connection], None]] = [
-    *(_create_tables, _create_pieces, _create_facts, _add_kind, _add_event_values)
-]
+MIGRATIONS = (_create_tables, _create_pieces, _create_facts, _add_kind, _add_event_values)
 
 
 _LOSS_KEY = "model = ? AND tokens = ? AND loss = ? AND dtype = ? AND treatment = ? AND plan = ?"
@@ -270,11 +268,7 @@ class Store:
         return told
 
     def add_pieces(
-        self,
-        loss_key: LossKey,
-        quality: str,
-        nats: Mapping[tuple[Plan, tuple[int, ...]], tuple[float, ...]],
-        run: str,
+        self, loss_key: LossKey, quality: str, nats: Mapping[tuple[Plan, tuple[int, ...]], tuple[float, ...]], run: str
     ) -> None:
         """File nats of document groups, all at once. Lower bounds and estimates have a quality of their own."""
         key = astuple(loss_key)
