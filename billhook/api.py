@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from billhook.core.errors import FingerprintError, ResourceError, RunError, UsageError
 from billhook.core.events import EventListener, ignore_events
+from billhook.core.options import EvaluateOptions, PruneOptions, ScoreOptions, shows_options
 from billhook.core.plan import Plan, Site
 from billhook.core.registry import resolve_options
 from billhook.core.results.measured import Score
@@ -37,11 +38,20 @@ from billhook.runs.builtin_recipes import BuiltinRecipe, builtin_recipes
 from billhook.runs.job import run_environment
 from billhook.runs.pipeline import preview_run, run_pruning
 from billhook.runs.prepare import load_teacher, read_calibration, read_held_out
-from billhook.runs.recipe import TARGETS, CalibrationOptions, EvalOptions, parse_options, parse_recipe, with_overrides
+from billhook.runs.recipe import (
+    TARGETS,
+    CalibrationOptions,
+    EvalOptions,
+    Recipe,
+    parse_options,
+    parse_recipe,
+    with_overrides,
+)
 from billhook.runs.result import anatomy_json
 from billhook.runs.store import STORE, Store
 
 
+@shows_options(PruneOptions, Recipe.model_fields)
 def prune(
     model: str | Path = "demo",
     *,
@@ -49,7 +59,7 @@ def prune(
     out: str | Path | None = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
-    **options: Any,
+    **options: Unpack[PruneOptions],
 ) -> dict[str, Any]:
     """Prune a model and prove it; returns the result that report.json holds.
 
@@ -65,19 +75,25 @@ def prune(
         return run_pruning(opened, opened.run(run), watch, write_report)
 
 
+@shows_options(PruneOptions, Recipe.model_fields)
 def dry_run(
     model: str | Path = "demo",
     *,
     recipe: str | Path | None = None,
     watch: EventListener = ignore_events,
-    **options: Any,
+    **options: Unpack[PruneOptions],
 ) -> dict[str, Any]:
     """What `prune` with the same options would do: losses to measure, memory, disk and time. Writes nothing."""
     return preview_run(parse_recipe(with_overrides(recipe, model=str(model), **options), "The call"), watch)
 
 
+@shows_options(PruneOptions, Recipe.model_fields, unset=True)
 def resume(
-    run: str | None = None, *, store: str | Path = STORE, watch: EventListener = ignore_events, **options: Any
+    run: str | None = None,
+    *,
+    store: str | Path = STORE,
+    watch: EventListener = ignore_events,
+    **options: Unpack[PruneOptions],
 ) -> dict[str, Any]:
     """Go on with an unfinished run (the newest one if none is named); nothing that was measured is measured again.
 
@@ -98,7 +114,7 @@ def resume(
         return run_pruning(opened, chosen, watch, write_report)
 
 
-def _same_recipe(run: Run, options: dict[str, Any]) -> None:
+def _same_recipe(run: Run, options: Mapping[str, Any]) -> None:
     """Raises FingerprintError unless `options` are what the run was begun with."""
     dropped = dict.fromkeys(TARGETS) if any(name in TARGETS for name in options) else {}
     asked = parse_recipe({**run.spec, **dropped, **options}, "The call").model_dump()
@@ -120,12 +136,24 @@ def _newest_unfinished(store: Store) -> Run:
     raise RunError(f"{store.path} holds no unfinished run. `billhook runs` lists what it holds.")
 
 
-def inspect(model: str | Path | Teacher = "demo", **options: Any) -> dict[str, Any]:
+def inspect(
+    model: str | Path | Teacher = "demo",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    memory: int | None = None,
+    watch: EventListener = ignore_events,
+) -> dict[str, Any]:
     """The anatomy of a model: every site with parameters, bytes, KV-cache bytes and FLOPs per token, and totals.
 
     `model`: as for `load`, whose options are passed on, or a loaded Teacher.
     """
-    teacher = model if isinstance(model, Teacher) else load(model, **options)
+    teacher = (
+        model
+        if isinstance(model, Teacher)
+        else load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, memory=memory, watch=watch)
+    )
     kinds = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token")
     return {
         "model": teacher.name,
@@ -138,13 +166,14 @@ def inspect(model: str | Path | Teacher = "demo", **options: Any) -> dict[str, A
     }
 
 
+@shows_options(EvaluateOptions, EvalOptions.model_fields)
 def evaluate_model(
     model: str | Path = "demo",
     *,
     protocol: str | None = None,
     evaluations: str | Sequence[str] = (),
     watch: EventListener = ignore_events,
-    **options: Any,
+    **options: Unpack[EvaluateOptions],
 ) -> dict[str, Any]:
     """Perplexity of one model on held-out text, with its 95% interval over texts, and in bytes and words.
 
@@ -198,13 +227,14 @@ def _by_name(
     return {"model": teacher.name, "evaluations": told, "data": tokens.describe()}
 
 
+@shows_options(ScoreOptions, CalibrationOptions.model_fields)
 def score(
     model: str | Path | Teacher = "demo",
     metric: str = "cosine",
     *,
     set: dict[str, Any] | list[str] | None = None,
     watch: EventListener = ignore_events,
-    **fields: Any,
+    **fields: Unpack[ScoreOptions],
 ) -> dict[str, Any]:
     """How much sites, blocks and spans of blocks matter, by one metric or by several with commas between their names.
 

@@ -51,7 +51,11 @@ def sweep_command(
     with CommandSession(as_json, quiet, verbose) as face:
         from billhook.studies import sweep
 
-        lists = {"remove": split_commas(remove), "data": split_commas(data), "eval_data": split_commas(eval_data)}
+        lists: dict[str, Any] = {
+            "remove": split_commas(remove),
+            "data": split_commas(data),
+            "eval_data": split_commas(eval_data),
+        }
         told = sweep.sweep(
             model or "demo", split_commas(recipes), tasks=split_commas(tasks), items=items, out=out, store=store,
             watch=face.watch, **lists, **options,
@@ -299,8 +303,8 @@ def abtest_command(
 
         told = ab_test.ab_test(
             a, b, prompts, model_a=model_a, model_b=model_b, api_key_env_a=api_key_env_a, api_key_env_b=api_key_env_b,
-            limit=limit, kind=kind, max_tokens=max_tokens, temperature=temperature, timeout=timeout, retries=retries,
-            concurrency=concurrency, store=store, watch=face.watch, **options,
+            limit=limit, max_tokens=max_tokens, temperature=temperature, timeout=timeout, retries=retries,
+            concurrency=concurrency, store=store, watch=face.watch, **(options | {"kind": kind}),
         )  # fmt: skip
         face.show(told, "abtest")
 

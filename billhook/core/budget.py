@@ -138,6 +138,12 @@ def _parse_unit(word: str) -> tuple[int, str]:
     return 1, word
 
 
+def spell_budget(value: object) -> str:
+    """A budget as text: a float between 0 and 1 is a share of the parameters, so 0.25 is 25%."""
+    share = isinstance(value, float) and 0 < value < 1
+    return f"{Decimal(str(value)) * 100:f}".rstrip("0").rstrip(".") + "%" if share else str(value)
+
+
 def parse_budgets(text: str) -> tuple[Budget, ...]:
     """Several budgets that must all be met, separated by commas: `20%params,30%kv`. Raises BudgetError."""
     budgets = tuple(Budget.parse(piece) for piece in text.split(","))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from billhook.core.budget import Budget, parse_budgets
+from billhook.core.budget import Budget, parse_budgets, spell_budget
 from billhook.core.errors import RecipeError, nearest
 from billhook.core.margin import Margin
 
@@ -59,6 +59,11 @@ class TextOptions(BaseModel):
             option = str(info.field_name).replace("_", "-")
             raise RecipeError(f"--{option} {wrong!r} has no value. Write NAME=VALUE, such as {like}.")
         return {name.strip(): text.strip() for name, _, text in pairs}
+
+    @field_validator("model", "data", "eval_data", "recover_data", "plan", mode="before", check_fields=False)
+    @classmethod
+    def _path(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
 
     @field_validator("memory")
     @classmethod
@@ -161,7 +166,7 @@ class Recipe(CalibrationOptions, EvalOptions):
         if value is None:
             return None
         pieces = value if isinstance(value, list | tuple) else [value]
-        return ",".join(map(str, parse_budgets(",".join(map(str, pieces)))))
+        return ",".join(map(str, parse_budgets(",".join(map(spell_budget, pieces)))))
 
     @field_validator("search", mode="before")
     @classmethod

@@ -14,11 +14,12 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from billhook.core import significance, statistics
 from billhook.core.errors import UnknownName
 from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.options import RequestFields, shows_options
 from billhook.core.results.ab_report import (
     AbReport,
     AbTask,
@@ -299,10 +300,14 @@ def _outcome(transcript: Transcript, number: int, prompt: Prompt) -> Outcome:
     return Outcome(prompt.number, first, a, b, same, scores[0], scores[1], prompt.gold)
 
 
+REQUEST_FIELDS = {each.name: each for each in fields(RequestOptions)}
+
+
+@shows_options(RequestFields, REQUEST_FIELDS)
 def ab_test(
     a: str, b: str, prompts: str | Path, *, model_a: str = "", model_b: str = "", api_key_env_a: str = "",
     api_key_env_b: str = "", limit: int | None = None, store: str | Path = STORE, watch: EventListener = ignore_events,
-    **asking: Any,
+    **asking: Unpack[RequestFields],
 ) -> AbReport:  # fmt: skip
     """Two OpenAI-compatible servers on the prompts of a file: times, errors, agreement, and task scores, in pairs.
 

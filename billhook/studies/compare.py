@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from billhook.core import significance, statistics
 from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.options import CompareOptions, shows_options
 from billhook.core.plan import Plan
 from billhook.core.results.comparisons import (
     Agreement,
@@ -221,6 +222,7 @@ def choice_probabilities(response: ItemResponse, normed: bool) -> tuple[float, .
 # -- against each other ----------------------------------------------------------------------------------------------
 
 
+@shows_options(CompareOptions, EvalOptions.model_fields)
 def compare(
     *models: str | Path,
     data: str | Sequence[str] = ("pydoc",),
@@ -235,7 +237,7 @@ def compare(
     out: str | Path | None = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
-    **options: Any,
+    **options: Unpack[CompareOptions],
 ) -> Comparison:
     """The first of `models` against each other one, over the same items: verdicts with intervals, and a page.
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from billhook.core import statistics
 from billhook.core.errors import DataError, ResourceError, RunError, UsageError
 from billhook.core.events import EventListener, ignore_events, scaled_events
 from billhook.core.margin import Margins
+from billhook.core.options import TaskOptions, shows_options
 from billhook.core.plan import Plan
 from billhook.core.results.comparisons import (
     EvalSetInfo,
@@ -160,6 +161,7 @@ def contaminated_sets(teacher: Teacher, sets: Mapping[str, EvalSet]) -> tuple[st
     return tuple(name for name, each in sets.items() if seen & set(each.digests))
 
 
+@shows_options(TaskOptions, EvalOptions.model_fields)
 def evaluate_tasks(
     model: str | Path = "demo",
     tasks: str | Sequence[str] = (),
@@ -170,7 +172,7 @@ def evaluate_tasks(
     evaluations: str | Sequence[str] = (),
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
-    **options: Any,
+    **options: Unpack[TaskOptions],
 ) -> TaskScores:
     """Every score of one model on all items of tasks, or on `items` of each, with 95% intervals over items.
 

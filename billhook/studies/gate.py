@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from billhook.core.errors import FingerprintError, UsageError, nearest
 from billhook.core.events import EventListener, ignore_events
+from billhook.core.options import CompareOptions, shows_options
 from billhook.core.plan import Plan
 from billhook.core.results.comparisons import (
     BASELINE_TEXT,
@@ -33,6 +34,7 @@ from billhook.studies.eval_sets import ComparisonSpec, ModelResults, comparison_
 from billhook.studies.run_study import NO_FOLDER, open_run, several
 
 
+@shows_options(CompareOptions, EvalOptions.model_fields)
 def gate(
     student: str | Path,
     baseline: str | Path,
@@ -48,7 +50,7 @@ def gate(
     junit: str | Path | None = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
-    **options: Any,
+    **options: Unpack[CompareOptions],
 ) -> GateReport:
     """Whether a student is not worse than a baseline by more than the margins: PASS, FAIL or UNDECIDED, on every set.
 
@@ -82,6 +84,7 @@ def gate(
         return report
 
 
+@shows_options(CompareOptions, EvalOptions.model_fields)
 def save_baseline(
     name: str,
     model: str | Path = "demo",
@@ -94,7 +97,7 @@ def save_baseline(
     shots_from: str = "",
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
-    **options: Any,
+    **options: Unpack[CompareOptions],
 ) -> Baseline:
     """Measure a model and keep what it got under a name, for `gate`. A name never changes what it stands for."""
     recipe = parse_options(EvalOptions, {"model": str(model), **options})

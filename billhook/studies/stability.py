@@ -6,11 +6,12 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from billhook.core import statistics
 from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.options import StabilityOptions, shows_options
 from billhook.core.plan import Plan, Site
 from billhook.core.results.specs import StabilitySpec, plain_options
 from billhook.data.splits import disjoint_parts
@@ -18,13 +19,14 @@ from billhook.data.token_sets import DOCUMENT_TOKENS
 from billhook.methods.metrics import METRICS
 from billhook.report import study_pages
 from billhook.runs.prepare import probe_of
-from billhook.runs.recipe import parse_recipe
+from billhook.runs.recipe import Recipe, parse_recipe
 from billhook.runs.search import compute_scores
 from billhook.runs.store import STORE
 from billhook.studies.run_study import open_study, write_study
 from billhook.studies.trials import StudyContext, calibration_of, run_trial
 
 
+@shows_options(StabilityOptions, Recipe.model_fields)
 def stability(
     model: str | Path = "demo",
     metric: str = "loo_kl",
@@ -34,7 +36,7 @@ def stability(
     out: str | Path | None = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
-    **options: Any,
+    **options: Unpack[StabilityOptions],
 ) -> dict[str, Any]:
     """How far scores and plans depend on the calibration text: `draws` sets of each of `sizes` tokens, disjoint.
 

@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from billhook.core import statistics
+from billhook.core.budget import spell_budget
 from billhook.core.errors import BudgetError, UsageError
 from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.options import Amount, SweepOptions, shows_options
 from billhook.core.results.specs import SweepSpec, plain_options
 from billhook.data.calibration import require_disjoint
 from billhook.data.choice_tasks import load_items
@@ -37,11 +39,12 @@ from billhook.studies.trials import (
 )
 
 
+@shows_options(SweepOptions, Recipe.model_fields)
 def sweep(
     model: str | Path = "demo",
     recipes: str | Sequence[str] = ("billhook",),
     *,
-    remove: str | Sequence[str] = ("10%", "20%", "30%"),
+    remove: Amount | Sequence[Amount] = ("10%", "20%", "30%"),
     data: str | Sequence[str] = ("pydoc",),
     eval_data: str | Sequence[str] = (),
     tasks: str | Sequence[str] = (),
@@ -49,7 +52,7 @@ def sweep(
     out: str | Path | None = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
-    **options: Any,
+    **options: Unpack[SweepOptions],
 ) -> dict[str, Any]:
     """Recipes against each other at several sizes on several calibration texts; a page, and the table behind it.
 
@@ -61,7 +64,8 @@ def sweep(
     held_out = several(eval_data) or tuple(dict.fromkeys(filter(None, map(external_sources, texts))))
     if not held_out:
         raise UsageError("What a model writes itself proves nothing. Name a text to measure on: --eval-data FILE.")
-    grid = Grid(several(recipes), several(remove), texts, held_out, several(tasks), items)
+    removes = tuple(map(spell_budget, [remove] if isinstance(remove, str | float) else remove))
+    grid = Grid(several(recipes), removes, texts, held_out, several(tasks), items)
     first = recipes_of(grid, str(model), options)[0][1]
     spec = SweepSpec(
         *(str(model), grid.recipes, grid.removes, texts, several(eval_data), grid.tasks, items),

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.margin import Margin, MarginCheck
+from billhook.core.options import StudyOptions, shows_options
 from billhook.core.plan import Plan
 from billhook.core.results.specs import PRUNE, ThresholdSpec
 from billhook.core.statistics import reliability_note
@@ -22,11 +23,12 @@ from billhook.runs.choose_plan import choose_plan
 from billhook.runs.evaluation import evaluate_plans
 from billhook.runs.job import RunContext
 from billhook.runs.prepare import tokens_for, validation_and_test
-from billhook.runs.recipe import parse_recipe
+from billhook.runs.recipe import Recipe, parse_recipe
 from billhook.runs.store import STORE
 from billhook.studies.run_study import open_study, several, stored_run, write_study
 
 
+@shows_options(StudyOptions, Recipe.model_fields)
 def threshold(
     model: str | Path = "demo",
     *,
@@ -35,13 +37,13 @@ def threshold(
     out: str | Path | None = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
-    **options: Any,
+    **options: Unpack[StudyOptions],
 ) -> dict[str, Any]:
     """How much can go: the last step of a search that is within every margin, chosen on some texts, proved on others.
 
     `margins`: such as 3%ppl or 1pp:FILE. `run`: the steps of a stored run are taken, with its model and its texts; else
     a search is made by `options`, fields of `Recipe`, up to `remove` (default: 40%). A plan file and a page appear in
-    `out` (default: lab/<run>): `billhook prune --plan` takes the plan.
+    `out` (default: lab/<run>): `prune(plan=...)` takes the plan.
     """
     parsed = [Margin.parse(text) for text in several(margins)]
     stored = stored_run(run, store) if run is not None else None

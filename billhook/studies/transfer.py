@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from billhook.core import statistics
 from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.options import StudyOptions, shows_options
 from billhook.core.results.specs import TransferSpec, plain_options
 from billhook.data.choice_tasks import load_items
 from billhook.report import study_pages
-from billhook.runs.recipe import parse_recipe
+from billhook.runs.recipe import Recipe, parse_recipe
 from billhook.runs.store import STORE
 from billhook.studies.run_study import open_study, several, write_study
 from billhook.studies.trials import StudyContext, calibration_of, estimate_of, evaluate_trials, run_trial, trial_row
 
 
+@shows_options(StudyOptions, Recipe.model_fields)
 def transfer(
     model: str | Path = "demo",
     tasks: str | Sequence[str] = (),
@@ -26,7 +28,7 @@ def transfer(
     out: str | Path | None = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
-    **options: Any,
+    **options: Unpack[StudyOptions],
 ) -> dict[str, Any]:
     """What adapting to one task costs on others: pruned for each of `tasks`, measured on each, with paired intervals.
 
