@@ -27,6 +27,7 @@ from results import PARTS, page
 
 import billhook
 from billhook.core.events import Event
+from billhook.core.results.studies import SweepResult
 from billhook.methods.search import SEARCHES, narrows
 from billhook.models.device import keep_freed_memory
 from billhook.runs import prepare
@@ -100,7 +101,7 @@ def recipe_files(work: Path, names: Sequence[str]) -> list[str]:
     return [str(folder / f"{name}.yaml") for name in names]
 
 
-def sweep(given: argparse.Namespace, part: str, recipes: Sequence[str], **options: Any) -> dict[str, Any]:
+def sweep(given: argparse.Namespace, part: str, recipes: Sequence[str], **options: Any) -> SweepResult:
     """One sweep into --work, through the store that all parts share."""
     shutil.rmtree(given.work / part, ignore_errors=True)
     common = {
@@ -127,16 +128,17 @@ def table(given: argparse.Namespace, texts: dict[str, str], size: str) -> None:
         given, size, PRUNINGS, remove=[size], data=[texts["c4"]], eval_data=[texts["c4"], texts["wikitext2"]],
         tasks=[texts[name] for name in TASKS],
     )  # fmt: skip
-    file_result(size, told)
+    file_result(size, told.to_json())
 
 
 def draws(given: argparse.Namespace, texts: dict[str, str]) -> None:
     """The strongest recipes on other draws of the calibration text."""
-    told = []
+    found = []
     for seed in (1, 2):
         both = [texts["c4"], texts["wikitext2"]]
-        told.append(sweep(given, f"draw{seed}", FINALISTS, remove=["20%"], data=both[:1], eval_data=both, seed=seed))
-    file_result("draws", {"draws": [each | {"seed": seed} for seed, each in enumerate(told, 1)]})
+        result = sweep(given, f"draw{seed}", FINALISTS, remove=["20%"], data=both[:1], eval_data=both, seed=seed)
+        found.append({"seed": seed, "sweep": result.to_json()})
+    file_result("draws", {"draws": found})
 
 
 def calibration(given: argparse.Namespace, texts: dict[str, str]) -> None:
@@ -144,17 +146,19 @@ def calibration(given: argparse.Namespace, texts: dict[str, str]) -> None:
     c4, wiki = texts["c4"], texts["wikitext2"]
     datas = [c4, wiki, "pydoc", "self", f"{c4}+self", f"{c4}+{wiki}"]
     told = sweep(given, "calibration", ["billhook"], remove=["10%"], data=datas, eval_data=[c4, wiki])
-    file_result("calibration", told)
+    file_result("calibration", told.to_json())
 
 
 def mixture(given: argparse.Namespace, texts: dict[str, str]) -> None:
     """The default recipe on a text alone, and with as much that the model writes, on several draws of both."""
-    told = []
+    found = []
     both = [texts["c4"], texts["wikitext2"]]
     for seed in (0, 1, 2):
         datas = [texts["c4"], f"{texts['c4']}+self"]
-        told.append(sweep(given, f"mixture{seed}", ["billhook"], remove=["20%"], data=datas, eval_data=both, seed=seed))
-        file_result("mixture", {"draws": [each | {"seed": seed} for seed, each in enumerate(told)]})
+        part = f"mixture{seed}"
+        result = sweep(given, part, ["billhook"], remove=["20%"], data=datas, eval_data=both, seed=seed)
+        found.append({"seed": seed, "sweep": result.to_json()})
+        file_result("mixture", {"draws": found})
 
 
 def regret(given: argparse.Namespace, texts: dict[str, str]) -> None:

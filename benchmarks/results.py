@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from billhook.core.plan import PARTS as MODEL_PARTS
+from billhook.core.results.studies import Outcome, SweepResult, TrialResult
+from billhook.report.study_words import fraction_kept, gap_to_best, tasks_of, texts_of
 
 SIZES = ("10%", "20%", "30%")
 PARTS = (*SIZES, "draws", "calibration", "mixture", "regret")
@@ -24,19 +29,25 @@ def page(measured: Path, scaled: Mapping[str, Any]) -> str:
     files = {part: measured / f"{part.removesuffix('%')}.json" for part in (*PARTS, *OTHERS)}
     found = {part: json.loads(file.read_text()) for part, file in files.items() if file.is_file()}
     sections = [HEAD]
-    if tables := [found[size] for size in SIZES if size in found]:
-        table = tables[0] | {what: [row for one in tables for row in one[what]] for what in ("rows", "refused")}
-        sizes = dict.fromkeys(row["remove"] for row in table["rows"])
-        sections += [_setting(table, scaled), _winners(table), *(_size(table, remove) for remove in sizes)]
-    sections += [_draws(found["draws"]["draws"])] if "draws" in found else []
-    sections += [_calibration(found["calibration"])] if "calibration" in found else []
-    sections += [_mixture(found["mixture"]["draws"])] if "mixture" in found else []
+    if sweeps := [SweepResult.from_json(found[size]) for size in SIZES if size in found]:
+        trials, refused = (tuple(each for s in sweeps for each in getattr(s, what)) for what in ("trials", "refused"))
+        whole = replace(sweeps[0], trials=trials, refused=refused)
+        sizes = dict.fromkeys(trial.remove for trial in trials)
+        sections += [_setting(whole, scaled), _winners(whole), *(_size(whole, remove) for remove in sizes)]
+    sections += [_draws(_drawn(found["draws"]))] if "draws" in found else []
+    sections += [_calibration(SweepResult.from_json(found["calibration"]))] if "calibration" in found else []
+    sections += [_mixture(_drawn(found["mixture"]))] if "mixture" in found else []
     sections += [_regret(found["regret"]["rows"])] if "regret" in found else []
     sections += [_recovery(found["recovery"])] if "recovery" in found else []
     sections += [_width(found["width"])] if "width" in found else []
     if missing := [part for part in (*PARTS, *OTHERS) if part not in found]:
         sections.append(f"Not measured yet: {', '.join(missing)}.\n")
     return "\n".join(sections)
+
+
+def _drawn(told: Mapping[str, Any]) -> list[tuple[int, SweepResult]]:
+    """(seed, sweep) of every draw."""
+    return [(draw["seed"], SweepResult.from_json(draw["sweep"])) for draw in told["draws"]]
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -49,21 +60,22 @@ def _name(source: str) -> str:
     return " + ".join(Path(piece).name.partition(".")[0].partition("_")[0] for piece in source.split("+"))
 
 
-def _setting(table: Mapping[str, Any], scaled: Mapping[str, Any]) -> str:
-    calibration, texts, where = table["calibration"][0], table["evaluation"], table["environment"]
+def _setting(sweep: SweepResult, scaled: Mapping[str, Any]) -> str:
+    calibration, where = sweep.calibration[0], sweep.environment
     told = [
-        f"Model: {table['model']}, {table['sizes']['parameters']:,} parameters, in float32, on {where['machine']}, "
-        f"torch {where['torch']}. Calibration: "
-        f"{calibration['tokens']:,} tokens of {_name(calibration['source'])} in {calibration['sequences']} rows, the "
+        f"Model: {sweep.model}, {sweep.sizes.parameters:,} parameters, in float32, on {where.machine}, "
+        f"torch {where.torch}. Calibration: "
+        f"{calibration.tokens:,} tokens of {_name(calibration.source)} in {calibration.sequences} rows, the "
         "same for every recipe, from texts that no evaluation sees. The published sizes stand in the recipes; other "
         "settings are as published, except for these, so that a search takes about ten minutes on two cores:\n",
     ]
     told += [f"- {name}: {_words(values)}" for name, values in scaled.items()]
     told += ["\nHeld out:\n"]
-    for name, each in texts.items():
-        what = f"{each['items']} items" if "items" in each else f"{each['tokens']:,} tokens of {each['texts']} texts"
-        value = table["teacher"][name]
-        told.append(f"- {_name(name)}: {what}; the unpruned model has {value['kind']} {_value(value)}")
+    for name, info in sweep.evaluation.items():
+        items = f"{info.items} items"
+        what = items if info.items is not None else f"{info.tokens:,} tokens of {info.texts} texts"
+        outcome = sweep.teacher[name]
+        told.append(f"- {_name(name)}: {what}; the unpruned model has {outcome.kind} {_value(outcome)}")
     told.append(
         "\nIntervals are 95%, over texts or items. *Above best*: nats per token above the lowest row of the "
         "same size on that text, paired; an interval that holds 0 means that the two are not told apart. No model was "
@@ -80,54 +92,57 @@ def _words(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} = {str(value).lower()}" for key, value in flat.items())
 
 
-def _value(value: Mapping[str, Any]) -> str:
-    scale, digits = (1, 1) if value["kind"] == "perplexity" else (100, 1)
-    middle, low, high = (f"{scale * min(value[key], 1e6):,.{digits}f}" for key in ("value", "low", "high"))
-    return f"{middle} ({low}–{high})" if value["kind"] == "perplexity" else f"{middle}% ({low}–{high})"
+def _value(outcome: Outcome) -> str:
+    text = outcome.kind == "perplexity"
+    ends = (outcome.estimate.value, outcome.estimate.low, outcome.estimate.high)
+    middle, low, high = (f"{(1 if text else 100) * min(x, 1e6):,.1f}" for x in ends)
+    return f"{middle} ({low}–{high})" if text else f"{middle}% ({low}–{high})"
 
 
-def _gap(row: Mapping[str, Any], text: str) -> str:
-    gap = row["results"][text].get("above_best")
+def _gap(trial: TrialResult, text: str) -> str:
+    gap = trial.results[text].above_best
     if gap is None:
         return ""
-    if gap["value"] == 0:
+    if gap.value == 0:
         return "**best**"
-    return f"{gap['value']:.3f} ({gap['low']:.3f}–{gap['high']:.3f})"
+    return f"{gap.value:.3f} ({gap.low:.3f}–{gap.high:.3f})"
 
 
-def _size(table: Mapping[str, Any], remove: str) -> str:
-    texts = [name for name, value in table["teacher"].items() if value["kind"] == "perplexity"]
-    tasks = [name for name in table["teacher"] if name not in texts]
-    rows = [row for row in table["rows"] if row["remove"] == remove]
-    rows.sort(key=lambda row: math.fsum(row["results"][text]["nats"] for text in texts))
+def _left(sweep: SweepResult, trial: TrialResult) -> str:
+    return f"{fraction_kept(sweep, trial):.1%}"
+
+
+def _size(sweep: SweepResult, remove: str) -> str:
+    texts, tasks = texts_of(sweep), tasks_of(sweep)
+    trials = [trial for trial in sweep.trials if trial.remove == remove]
+    trials.sort(key=lambda trial: math.fsum(trial.results[text].nats or 0.0 for text in texts))
     head = ["recipe", "att + mlp", "params", "KV"]
     head += [cell for text in texts for cell in (f"{_name(text)} perplexity", "above best")]
     head += [_name(task) for task in tasks] + ["search", "site evaluations"]
     lines = []
-    for row in rows:
-        left = [row["sizes"][size] / table["sizes"][size] for size in ("parameters", "kv_bytes_per_token")]
-        line = [f"`{row['recipe']}`", f"{row['attention']} + {row['mlp']}", *(f"{share:.1%}" for share in left)]
-        line += [cell for text in texts for cell in (_value(row["results"][text]), _gap(row, text))]
-        line += [_value(row["results"][task]) for task in tasks]
-        more = "more than " if row["resumed"] else ""
-        lines.append([*line, f"{more}{row['search_seconds']:,.0f} s", f"{more}{row['site_evaluations']:,.0f}"])
+    for trial in trials:
+        parts = " + ".join(str(trial.count(part)) for part in MODEL_PARTS)
+        left = [_left(sweep, trial), f"{fraction_kept(sweep, trial, 'kv_bytes_per_token'):.1%}"]
+        line = [f"`{trial.recipe}`", parts, *left]
+        line += [cell for text in texts for cell in (_value(trial.results[text]), _gap(trial, text))]
+        line += [_value(trial.results[task]) for task in tasks]
+        more = "more than " if trial.resumed else ""
+        lines.append([*line, f"{more}{trial.search_seconds:,.0f} s", f"{more}{trial.site_evaluations:,.0f}"])
     told = f"## {remove.removesuffix('params')} of the parameters\n\n{_markdown(head, lines)}"
-    refused = [each for each in table["refused"] if each["remove"] == remove]
-    return told + "".join(f"\n`{each['recipe']}` is missing: {each['why']}\n" for each in refused)
+    refused = [each for each in sweep.refused if each.remove == remove]
+    return told + "".join(f"\n`{each.recipe}` is missing: {each.reason}\n" for each in refused)
 
 
-def _winners(table: Mapping[str, Any]) -> str:
+def _winners(sweep: SweepResult) -> str:
     """For each size and text, which recipes are best or not told apart from the best."""
     lines = []
-    texts = [name for name, value in table["teacher"].items() if value["kind"] == "perplexity"]
-    for remove in dict.fromkeys(row["remove"] for row in table["rows"]):
-        for text in texts:
-            alike = [row for row in table["rows"] if row["remove"] == remove]
-            gaps = {row["recipe"]: row["results"][text]["above_best"] for row in alike}
-            best = min(gaps, key=lambda name: gaps[name]["value"])
-            near = [name for name, gap in gaps.items() if name != best and gap["low"] <= 0]
+    for remove in dict.fromkeys(trial.remove for trial in sweep.trials):
+        for text in texts_of(sweep):
+            gaps = {trial.recipe: gap_to_best(trial, text) for trial in sweep.trials if trial.remove == remove}
+            best = min(gaps, key=lambda name: gaps[name].value)
+            near = [name for name, gap in gaps.items() if name != best and gap.low <= 0]
             ours = gaps.get("billhook")
-            told = "" if ours is None else "best" if best == "billhook" else f"{ours['value']:.3f} above"
+            told = "" if ours is None else "best" if best == "billhook" else f"{ours.value:.3f} above"
             lines.append(
                 [remove.removesuffix("params"), _name(text), f"`{best}`", ", ".join(map(_code, near)) or "none", told]
             )
@@ -139,41 +154,39 @@ def _code(name: str) -> str:
     return f"`{name}`"
 
 
-def _draws(draws: Sequence[Mapping[str, Any]]) -> str:
+def _draws(draws: Sequence[tuple[int, SweepResult]]) -> str:
     lines = []
-    for told in draws:
-        texts = [name for name, value in told["teacher"].items() if value["kind"] == "perplexity"]
-        for row in told["rows"]:
-            left = row["sizes"]["parameters"] / told["sizes"]["parameters"]
-            cells = [cell for text in texts for cell in (_value(row["results"][text]), _gap(row, text))]
-            lines.append([str(told["seed"]), f"`{row['recipe']}`", f"{left:.1%}", *cells])
+    for seed, sweep in draws:
+        texts = texts_of(sweep)
+        for trial in sweep.trials:
+            cells = [cell for text in texts for cell in (_value(trial.results[text]), _gap(trial, text))]
+            lines.append([str(seed), f"`{trial.recipe}`", _left(sweep, trial), *cells])
     head = ["seed", "recipe", "params"] + [c for text in texts for c in (f"{_name(text)} perplexity", "above best")]
     return f"## Other draws of the calibration text\n\n{_markdown(head, lines)}"
 
 
-def _calibration(told: Mapping[str, Any]) -> str:
-    texts = list(told["teacher"])
+def _calibration(sweep: SweepResult) -> str:
+    texts = list(sweep.teacher)
     lines = []
-    for row in told["rows"]:
-        left = row["sizes"]["parameters"] / told["sizes"]["parameters"]
-        lines.append([_name(row["data"]), f"{left:.1%}", *(_value(row["results"][text]) for text in texts)])
+    for trial in sweep.trials:
+        cells = (_value(trial.results[text]) for text in texts)
+        lines.append([_name(trial.data), _left(sweep, trial), *cells])
     head = ["calibrated on", "params", *(f"{_name(text)} perplexity" for text in texts)]
     return f"## The default recipe on other calibration texts\n\n{_markdown(head, lines)}"
 
 
-def _mixture(draws: Sequence[Mapping[str, Any]]) -> str:
+def _mixture(draws: Sequence[tuple[int, SweepResult]]) -> str:
     """What it changes that the model writes half of the calibration text."""
     lines = []
-    for told in draws:
-        texts = list(told["teacher"])
-        for row in told["rows"]:
+    for seed, sweep in draws:
+        texts = list(sweep.teacher)
+        for trial in sweep.trials:
             cells = []
             for text in texts:
-                on = row["results"][text]
-                gap = on.get("above_first_text")
-                cells += [_value(on), f"{gap['value']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})" if gap else ""]
-            left = row["sizes"]["parameters"] / told["sizes"]["parameters"]
-            lines.append([str(told["seed"]), _name(row["data"]), f"{left:.1%}", *cells])
+                gap = trial.results[text].above_first_text
+                change = f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})" if gap else ""
+                cells += [_value(trial.results[text]), change]
+            lines.append([str(seed), _name(trial.data), _left(sweep, trial), *cells])
     head = ["seed", "calibrated on", "params"]
     head += [cell for text in texts for cell in (f"{_name(text)} perplexity", "change")]
     return (

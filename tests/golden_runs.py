@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import billhook
+from billhook.core.plan import PARTS
 from billhook.core.results.comparisons import (
     Agreement,
     Baseline,
@@ -234,27 +235,51 @@ def extremes(values: Sequence[float]) -> tuple[int, int, float]:
     return values.index(min(values)), values.index(max(values)), sum(values)
 
 
-def of_rows(told: Mapping[str, Any]) -> dict[str, Any]:
+def of_trials(told: Mapping[str, Any]) -> dict[str, Any]:
     """`told`: result.json of a sweep or a transfer."""
     rows = []
-    for row in told["rows"]:
-        sizes = {name: size for name, size in row["sizes"].items() if name != "ns_per_token"}
-        rows.append(only(row, "removed", "attention", "mlp", "site_evaluations", "results", "front") | {"sizes": sizes})
-        if "front" in row:
-            rows[-1]["front"] = [name for name in row["front"] if name != "ns_per_token"]
-    return {"teacher": told["teacher"], "rows": rows, "refused": len(told.get("refused", ()))}
+    for trial in told["trials"]:
+        sizes = {name: size for name, size in trial["sizes"].items() if name != "ns_per_token"}
+        removed = trial["plan"]["removed"] + trial["plan"]["narrowed"]
+        row = {part: sum(site.startswith(f"{part}.") for site in trial["plan"]["removed"]) for part in PARTS}
+        row |= {"removed": removed, "site_evaluations": trial["site_evaluations"], "sizes": sizes}
+        row["results"] = {name: of_outcome(outcome) for name, outcome in trial["results"].items()}
+        if told["kind"] == "sweep":
+            row["front"] = [name for name in trial["front"] if name != "ns_per_token"]
+        rows.append(row)
+    teacher = {name: of_outcome(outcome) for name, outcome in told["teacher"].items()}
+    return {"teacher": teacher, "rows": rows, "refused": len(told.get("refused", ()))}
+
+
+ENDS = ("value", "low", "high")
+
+
+def of_outcome(outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model got on a set, with the gaps that there are."""
+    found = only(outcome, "kind", "nats") | only(outcome["estimate"], *ENDS)
+    if change := outcome.get("change"):
+        names = {"change": "value", "change_low": "low", "change_high": "high", "reliable": "reliable"}
+        found |= {name: change[key] for name, key in names.items()}
+    gaps = ("above_best", "above_first_text", "against_text")
+    return found | {gap: only(outcome[gap], *ENDS) for gap in gaps if outcome.get(gap)}
 
 
 def of_stability(told: Mapping[str, Any]) -> dict[str, Any]:
-    return {"sizes": [only(row, "tokens", "sets", "rank_correlation", "overlap", "plans") for row in told["sizes"]]}
+    rows = []
+    for size in told["sizes"]:
+        plans = [plan["removed"] + plan["narrowed"] for plan in size["plans"]]
+        rows.append(only(size, "tokens", "sets", "rank_correlation", "overlap") | {"plans": plans})
+    return {"sizes": rows}
 
 
 def of_threshold(told: Mapping[str, Any]) -> dict[str, Any]:
     def judged(each: Mapping[str, Any]) -> dict[str, Any]:
-        return only(each, "lost", "low", "high", "limit", "within", "n", "reliable")
+        lost = each["lost"]
+        return only(each, "limit", "within") | only(lost, "low", "high", "n", "reliable") | {"lost": lost["value"]}
 
-    trials = [only(t, "step", "share", "within") | {"of": [judged(each) for each in t["of"]]} for t in told["trials"]]
-    facts = only(told, "removed", "step", "steps", "share", "confirmed", "shares", "losses", "knee")
+    trials = [only(t, "step", "share", "within") | {"of": list(map(judged, t["losses"]))} for t in told["trials"]]
+    facts = only(told, "step", "steps", "share", "confirmed", "shares", "losses", "knee")
+    facts["removed"] = told["plan"]["removed"]
     return facts | {"trials": trials, "test": [judged(each) for each in told["test"]]}
 
 
@@ -351,14 +376,14 @@ def swept() -> dict[str, Any]:
     billhook.sweep(model("llama"), ["shortgpt", "sleb"], remove=["10%", "90%", "2blocks"],
                    data=["texts.jsonl", "other.jsonl"], tasks=["first_test.jsonl"], items=15, out="swept",
                    store="swept.db", tokens=240, length=24, **TEXT)  # fmt: skip
-    return of_rows(written("swept", "result.json")) | {"losses": losses_of("swept.db")}
+    return of_trials(written("swept", "result.json")) | {"losses": losses_of("swept.db")}
 
 
 def transferred() -> dict[str, Any]:
     texts()
     billhook.transfer(model("llama"), ["first_test.jsonl", "second_test.jsonl"], remove="25%sites", search="greedy",
                    items=15, out="transfer", store="transfer.db", **SHORT)  # fmt: skip
-    return of_rows(written("transfer", "result.json")) | {"losses": losses_of("transfer.db")}
+    return of_trials(written("transfer", "result.json")) | {"losses": losses_of("transfer.db")}
 
 
 def stable() -> dict[str, Any]:

@@ -100,7 +100,7 @@ Model = Annotated[str | None, typer.Argument(help="Folder, .gguf file, Hugging F
 STUDY_OPTIONS = ("search", "metric", "loss", "set", "uniform", "multiple", "fast", "shortlist", "risk", "memory",
                "protect", "batch", "context", "self_share", "field", "tokens", "length", "eval_tokens", "eval_length",
                "seed", "device", "dtype", "trust_remote_code")  # fmt: skip
-Out = Annotated[Path | None, typer.Option(help="Folder for page and table [default: lab/<run>]")]
+Out = Annotated[Path | None, typer.Option(help="Folder for page and table [default: studies/<run>]")]
 Items = Annotated[int, typer.Option(help="Items of each task that are measured", min=2)]
 ItemLimit = Annotated[int | None, typer.Option(help="Items of each task [default: all]", min=2)]
 Tasks = Annotated[str, typer.Option(help="Tasks, separated by commas: files of items or questions, lmeval:NAME")]

@@ -135,7 +135,7 @@ def run_table(console: Console, value: dict[str, Any]) -> None:
     if result := value["result"]:
         kind = value["kind"]
         if set(result) <= {"laboratory", "page"}:  # Billhook 0.1 did not store results whole
-            foot(console, result, [])
+            foot(console, result.get("page", ""), [])
         elif kind in RESULTS:
             _print_typed(console, kind, result)
         else:
@@ -146,6 +146,7 @@ def _print_typed(console: Console, kind: str, value: dict[str, Any]) -> None:
     try:
         result = RESULTS[kind].from_json(value)
     except ResultError as error:
-        return console.print(str(error))
+        console.print(str(error))
+        return foot(console, value.get("page", ""), [])
     table = {"baseline": "baselines", "eval": "tasks"}.get(kind, kind)
     return _tables()[table](console, {"baselines": [result]} if kind == "baseline" else result)

@@ -3,157 +3,137 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from billhook.core.results.ab_report import AbReport
 from billhook.core.results.comparisons import Baseline, Comparison, GateReport, SeenSets, TaskScores
-from billhook.report import ab_words, compare_words, threshold_page
-from billhook.report.numbers import printable
+from billhook.core.results.measured import Estimate
+from billhook.core.results.studies import StabilityResult, SweepResult, ThresholdResult, TransferResult, TrialResult
+from billhook.report import ab_words, compare_words, numbers, study_words, threshold_page
+from billhook.report.numbers import format_accuracy, format_perplexity, printable
 from billhook.report.study_words import short_names
 
 
 def empty_table(*columns: str) -> Table:
     """A table with columns and no rows yet."""
-    from billhook.cli.study_tables import plain_table
-
     return plain_table(columns, ())
 
 
-# -- the laboratory -------------------------------------------------------------------------------------------------
+# -- trials, and agreement of calibration sets ------------------------------------------------------------------------
 
 
-def sweep_table(console: Console, value: dict[str, Any]) -> None:
+def sweep_table(console: Console, result: SweepResult) -> None:
     """A table a text, the best of each size first; then the tasks, three to a table."""
-    from billhook.report import numbers, study_words
-
-    names, rows = study_words.short_names(value["teacher"]), study_words.sorted_rows(value)
-    console.print(f"{numbers.printable(value['model'])}: {study_words.sweep_headline(value)}", highlight=False)
-    for text in study_words.texts_of(value) if rows else ():
-        teacher = value["teacher"][text]
-        whole = f"{numbers.format_perplexity(teacher['value'])} ({numbers.format_interval_short(teacher, numbers.format_perplexity)})"
+    names, trials = short_names(result.teacher), study_words.sorted_trials(result)
+    console.print(f"{printable(result.model)}: {study_words.sweep_headline(result)}", highlight=False)
+    for text in study_words.texts_of(result) if trials else ():
         table = empty_table("recipe", "left", "perplexity", "above best", "search")
-        for place, alike in _places(value, study_words.sorted_rows(value, text)):
+        for place, peers in _places(result, study_words.sorted_trials(result, text)):
             table.add_row(place, style="bold")
-            for row in alike:
-                told, left = row["results"][text], study_words.fraction_kept(value, row)
-                measured = f"{numbers.format_perplexity(told['value'])} ({numbers.format_interval_short(told, numbers.format_perplexity)})".replace(
-                    " ()", ""
-                )
-                cells = f"{left:.1%}", measured, _above(told, alike), numbers.format_duration(row["search_seconds"])
-                table.add_row(f" {numbers.printable(row['recipe'])}", *cells)
+            for trial in peers:
+                left, measured = study_words.fraction_kept(result, trial), _perplexity(trial.results[text].estimate)
+                gap = "–" if len(peers) == 1 else _above(study_words.gap_to_best(trial, text))
+                cells = f"{left:.1%}", measured.replace(" ()", ""), gap, numbers.format_duration(trial.search_seconds)
+                table.add_row(f" {printable(trial.recipe)}", *cells)
+        whole = _perplexity(result.teacher[text].estimate)
         console.print(f"\nPerplexity on {names[text]}; the teacher's: {whole}", highlight=False)
         console.print(table)
-    for some in _threes(study_words.tasks_of(value) if rows else []):
-        table = empty_table("recipe", *(f"{names[task]}, %" for task in some))
-        for place, alike in _places(value, rows):
+    for three in _threes(study_words.tasks_of(result) if trials else []):
+        table = empty_table("recipe", *(f"{names[task]}, %" for task in three))
+        for place, peers in _places(result, trials):
             table.add_row(place, style="bold")
-            for row in alike:
-                table.add_row(f" {numbers.printable(row['recipe'])}", *(_share(row["results"][task]) for task in some))
-        table.add_row("the teacher", *(_share(value["teacher"][task]) for task in some))
+            for trial in peers:
+                shares = (_share(trial.results[task].estimate) for task in three)
+                table.add_row(f" {printable(trial.recipe)}", *shares)
+        table.add_row("the teacher", *(_share(result.teacher[task].estimate) for task in three))
         console.print("\nAccuracy on tasks")
         console.print(table)
-    for each in value["refused"]:
-        console.print(
-            f"Refused: {numbers.printable(' '.join(each[key] for key in ('recipe', 'remove', 'data', 'why')))}"
-        )
-    told = "left: parameters; above best: nats, ≈ where not told apart; in brackets: 95% intervals"
-    foot(console, value, [told, *study_words.reliability_notes(value)])
+    for each in result.refused:
+        console.print(f"Refused: {printable(f'{each.recipe} {each.remove} {each.data} {each.reason}')}")
+    legend = "left: parameters; above best: nats, ≈ where not told apart; in brackets: 95% intervals"
+    foot(console, result.page, [legend, *study_words.reliability_notes(result)])
 
 
-def _above(gap: Any, alike: list[Any]) -> str:
-    """How far a row is above the best of those alike, in nats."""
-    from billhook.report import numbers, study_words
-
-    state = study_words.rank_label(gap["above_best"])
-    far = numbers.format_nats(gap["above_best"]["value"]) + (" ≈" if state else "  ")
-    return "–" if len(alike) == 1 else "best" if state == "best" else far
+def _perplexity(estimate: Estimate) -> str:
+    ends = numbers.format_interval_short(estimate, format_perplexity)
+    return f"{format_perplexity(estimate.value)} ({ends})"
 
 
-def _places(value: dict[str, Any], rows: list[Any]) -> list[tuple[str, list[Any]]]:
-    """Rows by size and calibration text, which is named where there are several."""
-    from billhook.report import numbers, study_words
+def _above(gap: Estimate) -> str:
+    """How far a trial is above the best of its peers, in nats."""
+    state = study_words.rank_label(gap)
+    return "best" if state == "best" else numbers.format_nats(gap.value) + (" ≈" if state else "  ")
 
-    datas = study_words.short_names(row["data"] for row in value["rows"])
-    told: dict[str, list[Any]] = {}
-    for row in rows:
-        place = numbers.printable(row["remove"]) + (f", by {datas[row['data']]}" if len(datas) > 1 else "")
-        told.setdefault(place, []).append(row)
-    return list(told.items())
+
+def _places(result: SweepResult, trials: Sequence[TrialResult]) -> list[tuple[str, list[TrialResult]]]:
+    """Trials by size and calibration text, which is named where there are several."""
+    datas = short_names(trial.data for trial in result.trials)
+    places: dict[str, list[TrialResult]] = {}
+    for trial in trials:
+        place = printable(trial.remove) + (f", by {datas[trial.data]}" if len(datas) > 1 else "")
+        places.setdefault(place, []).append(trial)
+    return list(places.items())
 
 
 def _threes(names: list[str]) -> list[list[str]]:
     return [names[start : start + 3] for start in range(0, len(names), 3)]
 
 
-def _share(interval: Any) -> str:
-    from billhook.report import numbers as words
-
-    return f"{words.format_accuracy(interval['value'])} ({words.format_interval_short(interval, words.format_accuracy)})".replace(
-        "%", ""
-    )
+def _share(estimate: Estimate) -> str:
+    ends = numbers.format_interval_short(estimate, format_accuracy)
+    return f"{format_accuracy(estimate.value)} ({ends})".replace("%", "")
 
 
-def transfer_table(console: Console, value: dict[str, Any]) -> None:
+def transfer_table(console: Console, result: TransferResult) -> None:
     """Changes against the teacher and against text, in points, three tasks to a table."""
-    from billhook.report import numbers, study_words
 
-    def cell(change: float, low: float, high: float) -> str:
-        whole = numbers.format_interval({"low": low, "high": high}, lambda x: f"{100 * x:+.0f}".replace("-", "−"))
-        return f"{numbers.format_points(change)} ({whole})"
+    def cell(gap: Estimate) -> str:
+        ends = numbers.format_interval(gap, lambda x: f"{100 * x:+.0f}".replace("-", "−"))
+        return f"{numbers.format_points(gap.value)} ({ends})"
 
-    console.print(f"{numbers.printable(value['model'])}: {study_words.transfer_headline(value)}", highlight=False)
-    for some in _threes(list(value["teacher"])):
-        table = empty_table("pruned for", *map(numbers.printable, some))
-        table.add_row("the teacher, %", *(_share(value["teacher"][task]) for task in some))
+    console.print(f"{printable(result.model)}: {study_words.transfer_headline(result)}", highlight=False)
+    for three in _threes(list(result.teacher)):
+        table = empty_table("pruned for", *map(printable, three))
+        table.add_row("the teacher, %", *(_share(result.teacher[task].estimate) for task in three))
         table.add_row("against the teacher", style="bold")
-        for row in value["rows"]:
-            told = [row["results"][task] for task in some]
-            cells = (cell(each["change"], each["change_low"], each["change_high"]) for each in told)
-            table.add_row(f" {numbers.printable(row['pruned_for'])}", *cells)
+        for trial in result.trials:
+            table.add_row(f" {printable(trial.recipe)}", *(cell(trial.results[task].change) for task in three))
         table.add_row("against text", style="bold")
-        for row in value["rows"][1:]:
-            told = [row["results"][task]["against_text"] for task in some]
-            cells = (cell(each["value"], each["low"], each["high"]) for each in told)
-            table.add_row(f" {numbers.printable(row['pruned_for'])}", *cells)
+        for trial in result.trials[1:]:
+            table.add_row(f" {printable(trial.recipe)}", *(cell(study_words.gap_to_text(trial, t)) for t in three))
         console.print(table)
-    foot(console, value, ["in points of accuracy; in brackets: 95% intervals", *study_words.reliability_notes(value)])
+    legend = "in points of accuracy; in brackets: 95% intervals"
+    foot(console, result.page, [legend, *study_words.reliability_notes(result)])
 
 
-def stability_table(console: Console, value: dict[str, Any]) -> None:
+def stability_table(console: Console, result: StabilityResult) -> None:
     """Print how far scores and plans agree between calibration sets."""
-    from billhook.report import numbers, study_words
-
-    console.print(
-        f"{numbers.printable(value['model'])}, {value['metric']}: {study_words.stability_headline(value)}",
-        highlight=False,
-    )
+    headline = study_words.stability_headline(result)
+    console.print(f"{printable(result.model)}, {printable(result.metric)}: {headline}", highlight=False)
     table = empty_table("tokens", "sets", "rank correlation", "overlap of plans", "in all", "in some")
-    for told in value["sizes"]:
-        ranks, overlap, votes = told["rank_correlation"], told["overlap"], study_words.removal_counts(told)
-        always = sum(n == told["sets"] for n in votes.values())
+    for size in result.sizes:
+        votes = study_words.removal_counts(size)
+        always = sum(n == size.sets for n in votes.values())
         cells = [
-            f"{numbers.format_correlation(ranks['mean'])} ({numbers.format_interval(ranks, numbers.format_correlation)})"
+            f"{spell(spread.mean)} ({numbers.format_interval(spread, spell)})"
+            for spread, spell in (
+                (size.rank_correlation, numbers.format_correlation),
+                (size.overlap, numbers.format_share),
+            )
         ]
-        cells += [
-            f"{numbers.format_share(overlap['mean'])} ({numbers.format_interval(overlap, numbers.format_share)})",
-            str(always),
-        ]
-        table.add_row(f"{told['tokens']:,}", str(told["sets"]), *cells, str(len(votes) - always))
+        table.add_row(f"{size.tokens:,}", str(size.sets), *cells, str(always), str(len(votes) - always))
     console.print(table)
-    foot(console, value, ["in brackets: lowest and highest pair of sets; in all, in some: sites by plans"])
+    foot(console, result.page, ["in brackets: lowest and highest pair of sets; in all, in some: sites by plans"])
 
 
-def foot(console: Console, value: dict[str, Any], notes: list[str]) -> None:
+def foot(console: Console, page: str, notes: Sequence[str]) -> None:
     """Print notes and where the page is."""
-    from billhook.report import numbers
-
     for note in notes:
         console.print(note, style="dim", highlight=False)
-    if "page" in value:
-        console.print(f"Page: {numbers.printable(value['page'])}", highlight=False, soft_wrap=True)
+    if page:
+        console.print(f"Page: {printable(page)}", highlight=False, soft_wrap=True)
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -216,16 +196,16 @@ def baseline_table(console: Console, value: dict[str, Sequence[Baseline]]) -> No
     console.print(plain_table(("Name", "Model", "Fingerprint", "Sets"), rows) if rows else "No baseline is stored.")
 
 
-def threshold_table(console: Console, value: dict[str, Any]) -> None:
+def threshold_table(console: Console, result: ThresholdResult) -> None:
     """The trials of a threshold, what was chosen, and whether it was confirmed."""
-    console.print(plain_table(threshold_page.TRIAL_COLUMNS, threshold_page.trial_rows(value)))
-    console.print(f"\n{threshold_page.threshold_headline(value)}")
-    console.print(threshold_page.knee_words(value))
-    for note in threshold_page.threshold_notes(value):
+    console.print(plain_table(threshold_page.TRIAL_COLUMNS, threshold_page.trial_rows(result)))
+    console.print(f"\n{threshold_page.threshold_headline(result)}")
+    console.print(threshold_page.knee_words(result))
+    for note in threshold_page.threshold_notes(result):
         console.print(note)
-    if command := threshold_page.command(value):
+    if command := threshold_page.command(result):
         console.print(f"Prune so: {command}", highlight=False, soft_wrap=True)
-    console.print(f"Page: {value['page']}", soft_wrap=True)
+    foot(console, result.page, [])
 
 
 def ab_table(console: Console, value: AbReport) -> None:

@@ -73,7 +73,7 @@ class Unassigned:
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class ModelSizes:
     """A whole model in numbers; units as in SiteSize. Time is 0 where it was not measured."""
 
     parameters: int
@@ -104,9 +104,9 @@ class Anatomy:
         narrower = sum(int(getattr(size.group, what)) * count for size, count in self.narrowed(plan))
         return sum(int(getattr(size, what)) for size in held) - narrower
 
-    def sizes(self, plan: Plan = Plan()) -> Sizes:  # noqa: B008 - an immutable value
+    def sizes(self, plan: Plan = Plan()) -> ModelSizes:  # noqa: B008 - an immutable value
         """All of the model's sizes after `plan`."""
-        return Sizes(*(self.total(each.name, plan) for each in fields(Sizes)))
+        return ModelSizes(*(self.total(each.name, plan) for each in fields(ModelSizes)))
 
     def narrowed(self, plan: Plan) -> list[tuple[SiteSize, int]]:
         """The sites that `plan` narrows, and how many of their channel groups go."""

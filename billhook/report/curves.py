@@ -1,4 +1,4 @@
-"""The curves of a sweep: what lab.html draws, with its switches and its key. HTML, every string escaped."""
+"""The curves of a sweep: what study.html draws, with its switches and its key. HTML, every string escaped."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from billhook.core.results.studies import StudentOutcome, SweepResult
 from billhook.report.numbers import pluralize, printable
-from billhook.report.study_words import Result, fraction_kept, short_names, sizes_of, tasks_of, texts_of
+from billhook.report.study_words import fraction_kept, short_names, sizes_of, tasks_of, texts_of
 
 COLOURS = ("#d9691b", "#3b82b0", "#3c9a54", "#9a68d0", "#cf4d8d", "#a08318", "#1c9a9c", "#808b97")  # on both grounds
 SYMBOLS = {  # plotly's names, and their outlines for the key, 16 × 16
@@ -41,51 +42,43 @@ def looks_of(recipes: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {name: told[name] for name in recipes}
 
 
-def numbers_of(result: Result, looks: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-    """What lab.html draws: a line a recipe and calibration text, its points with what is left (%) and the outcomes."""
-    datas = short_names(row["data"] for row in result["rows"])
+def numbers_of(result: SweepResult, looks: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+    """What study.html draws: a line a recipe and calibration text, its points with what is left (%) and the outcomes."""
+    datas = short_names(trial.data for trial in result.trials)
     dashes = {data: list(DASHES)[i % len(DASHES)] for i, data in enumerate(datas)}
     lines: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in result["rows"]:
-        colour, symbol = looks[row["recipe"]]
-        look = {"colour": colour, "symbol": symbol, "dash": dashes[row["data"]]}
-        line = lines.setdefault(
-            (row["recipe"], row["data"]),
-            {
-                "recipe": row["recipe"],
-                "label": printable(row["recipe"]),
-                "data": datas[row["data"]],
-                **look,
-                "points": [],
-            },
-        )
-        kept = {size: 100 * fraction_kept(result, row, size) for size in sizes_of(result)}
-        on = [_outcome(row["results"][name], name in texts_of(result)) for name in result["teacher"]]
-        line["points"].append({"size": printable(row["remove"]), "left": kept, "front": row["front"], "on": on})
+    for trial in result.trials:
+        colour, symbol = looks[trial.recipe]
+        look = {"colour": colour, "symbol": symbol, "dash": dashes[trial.data]}
+        words = {"recipe": trial.recipe, "label": printable(trial.recipe), "data": datas[trial.data]}
+        line = lines.setdefault((trial.recipe, trial.data), {**words, **look, "points": []})
+        kept = {size: 100 * fraction_kept(result, trial, size) for size in sizes_of(result)}
+        on = [_ends(trial.results[name]) for name in result.teacher]
+        line["points"].append({"size": printable(trial.remove), "left": kept, "front": list(trial.front), "on": on})
     return {
         "lines": list(lines.values()),
         "sizes": sizes_of(result),
-        "on": list(short_names(result["teacher"]).values()),
-        "teacher": [told["value"] for told in result["teacher"].values()],
+        "on": list(short_names(result.teacher).values()),
+        "teacher": [outcome.estimate.value for outcome in result.teacher.values()],
     }
 
 
-def _outcome(interval: Mapping[str, float], text: bool) -> list[float | None]:
+def _ends(outcome: StudentOutcome) -> list[float | None]:
     """Value, low and high: of a text the change in nats, of a task the accuracy."""
-    keys = ("change", "change_low", "change_high") if text else ("value", "low", "high")
-    return [interval[key] if math.isfinite(interval[key]) else None for key in keys]
+    drawn = outcome.change if outcome.kind == "perplexity" else outcome.estimate
+    return [x if math.isfinite(x) else None for x in (drawn.value, drawn.low, drawn.high)]
 
 
-def curves_of(result: Result, kind: str) -> str:
+def curves_of(result: SweepResult, kind: str) -> str:
     """One chart and its switches: what it is measured on, and what it is drawn against."""
-    names = short_names(result["teacher"])
+    names = short_names(result.teacher)
     order, wanted = list(names), texts_of(result) if kind == "perplexity" else tasks_of(result)
     if not wanted:
         return ""
     title = "Loss against what is left" if kind == "perplexity" else "Accuracy against what is left"
     switches = _choice("on", "Measured on", {str(order.index(name)): names[name] for name in wanted})
-    switches += _choice("against", "Against", sizes_of(result))
-    label = f"{kind} of {pluralize(len(result['rows']), 'row')} against what is left of the teacher; the table has the numbers"
+    switches += _choice("against", "Against", {str(size): words for size, words in sizes_of(result).items()})
+    label = f"{kind} of {pluralize(len(result.trials), 'row')} against what is left of the teacher; the table has the numbers"
     at = f'data-on="{order.index(wanted[0])}" data-against="{next(iter(sizes_of(result)))}"'
     box = f'<div class="chart" role="img" aria-label="{escape(label)}" data-kind="{kind}" {at}></div>'
     caption = (
@@ -110,7 +103,7 @@ def _choice(key: str, label: str, options: Mapping[str, str]) -> str:
     return f'<div{one} role="group" aria-label="{label}" data-choice="{key}"><span>{label}</span>{buttons}</div>'
 
 
-def key_of(result: Result, looks: Mapping[str, tuple[str, str]]) -> str:
+def key_of(result: SweepResult, looks: Mapping[str, tuple[str, str]]) -> str:
     """The key of both charts: a button a recipe, which singles it out, and the dashes of the calibration texts."""
     told = "".join(
         f'<button type="button" aria-pressed="false" data-recipe="{escape(name)}"><svg viewBox="-6 0 28 16" '
@@ -118,7 +111,7 @@ def key_of(result: Result, looks: Mapping[str, tuple[str, str]]) -> str:
         f'<path d="{SYMBOLS[symbol]}"/></svg>{escape(printable(name))}</button>'
         for name, (colour, symbol) in looks.items()
     )
-    datas = list(short_names(row["data"] for row in result["rows"]).values())
+    datas = list(short_names(trial.data for trial in result.trials).values())
     lines = "".join(
         f'<span><svg viewBox="0 0 40 16" aria-hidden="true"><path d="M0 8h40" class="stroke" stroke-dasharray='
         f'"{list(DASHES.values())[i % len(DASHES)]}"/></svg>calibrated on {escape(data)}</span>'

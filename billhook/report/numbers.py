@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from billhook.core.results.measured import TokenSetInfo
 from billhook.core.statistics import exp_capped
@@ -39,20 +39,30 @@ def format_points(x: float) -> str:
     return f"{100 * x:+.1f}".replace("-", "−")
 
 
-def format_interval(interval: Mapping[str, float], spell: Spell, low: str = "low", high: str = "high") -> str:
+class Ends(Protocol):
+    """What has two ends: an estimate, or the lowest and the highest of several values."""
+
+    @property
+    def low(self) -> float: ...
+
+    @property
+    def high(self) -> float: ...
+
+
+def format_interval(interval: Ends | Mapping[str, float], spell: Spell) -> str:
     """`1.40 to 1.52`; of an interval without ends (one text only) that it is not known."""
-    ends = interval[low], interval[high]
+    ends = (interval["low"], interval["high"]) if isinstance(interval, Mapping) else (interval.low, interval.high)
     return " to ".join(map(spell, ends)).replace("×", "") if _known(ends) else "not known"
 
 
-def format_interval_short(interval: Mapping[str, float], spell: Spell) -> str:
+def format_interval_short(interval: Ends, spell: Spell) -> str:
     """The same in brief, of what is never negative: `1.40–1.52`, `39–45%`; nothing where all of it is beyond exp."""
     words = format_interval(interval, spell)
-    return "" if interval["low"] >= UNBOUNDED else words.replace("% to ", "–").replace(" to ", "–")
+    return "" if interval.low >= UNBOUNDED else words.replace("% to ", "–").replace(" to ", "–")
 
 
 def format_perplexity(x: float) -> str:
-    """Three digits; what the laboratory capped is not told as if it were known."""
+    """Three digits; a value that `exp_capped` capped is only said to be larger."""
     return "over 1e304" if x >= UNBOUNDED else format_number(x)
 
 

@@ -1,8 +1,8 @@
-"""The laboratory, told: one self-contained HTML page each for a sweep, a trade and a stability study.
+"""Studies as HTML: one self-contained page each for a sweep, a transfer and a stability study.
 
-Nothing is measured here: every number comes from the result, a plain JSON object. The pages have the head of the run's
-page (style, icon, a Content-Security-Policy that forbids every request) and escape every string of the result. What
-they draw with is in lab.html.
+Nothing is measured here: every number comes from the result. The pages have the head of the run's page (style, icon, a
+Content-Security-Policy that forbids every request) and escape every string of the result. Their script, which draws the
+charts, is in study.html.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from string import Template
-from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from billhook.core.plan import PARTS, Plan, Site
+from billhook.core.plan import PARTS, Site
+from billhook.core.results.measured import Estimate, TokenSetInfo
+from billhook.core.results.studies import StabilityResult, StabilitySize, SweepResult, TransferResult, TrialResult
 from billhook.report.curves import curves_of, key_of, looks_of, numbers_of
 from billhook.report.frame import html_table, scrolling
 from billhook.report.numbers import (
-    about_tokens,
+    count_items,
     format_accuracy,
     format_correlation,
     format_duration,
@@ -31,20 +32,21 @@ from billhook.report.numbers import (
     format_perplexity,
     format_points,
     format_share,
-    how_many,
     pluralize,
     printable,
+    token_facts,
 )
 from billhook.report.study_words import (
-    Result,
     fraction_kept,
+    gap_to_best,
+    gap_to_text,
     peers,
     rank_label,
     reliability_notes,
     removal_counts,
     short_names,
     sizes_of,
-    sorted_rows,
+    sorted_trials,
     stability_headline,
     sweep_headline,
     tasks_of,
@@ -55,16 +57,15 @@ from billhook.report.study_words import (
 # -- the frame ---------------------------------------------------------------------------------------------------------
 
 
-def _page(kind: str, result: Result, words: tuple[str, str, Sequence[str]], body: Iterable[str], draws: bool) -> str:
-    """The head of the run's page, and the rest of lab.html. `words`: title, verdict, notes; `body`: HTML."""
+def _page(kind: str, fact: str, words: tuple[str, str, Sequence[str]], body: Iterable[str], draws: bool) -> str:
+    """The head of the run's page, and the rest of study.html.
+
+    `fact`: what stands beside the kind; `words`: title, headline, notes; `body`: HTML.
+    """
     title, verdict, notes = words
     house = files("billhook.report").joinpath("templates")
     head = house.joinpath("run.html").read_text(encoding="utf-8").partition("</style>")[0]
-    made = [
-        "Billhook",
-        kind,
-        *(f"{key} {printable(result[key])}" for key in ("fingerprint", "remove") if key in result),
-    ]
+    made = ["Billhook", kind, fact]
     return Template(head + house.joinpath("study.html").read_text(encoding="utf-8")).substitute(
         title=escape(title),
         kind=kind,
@@ -77,43 +78,46 @@ def _page(kind: str, result: Result, words: tuple[str, str, Sequence[str]], body
 
 
 def _section(title: str, body: str, caption: str = "") -> str:
-    told = f"<p>{escape(caption)}</p>" if caption else ""
-    return f"<section><h2>{escape(title)}</h2>{body}{told}</section>"
+    below = f"<p>{escape(caption)}</p>" if caption else ""
+    return f"<section><h2>{escape(title)}</h2>{body}{below}</section>"
 
 
 def _json(value: object) -> str:
     return escape(json.dumps(value, allow_nan=False))
 
 
-def _sets(about: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
-    """A table of token sets: (use, description) each."""
+def _sets(infos: Iterable[tuple[str, TokenSetInfo]]) -> str:
+    """A table of token sets: (use, numbers) each."""
     keys = ("tokens", "documents", "texts", "items")
-    told = [(use, each, [about_tokens(each).get(key) for key in keys]) for use, each in about]
-    lines = [(use, printable(each["source"]), *("–" if n is None else f"{n:,}" for n in ns)) for use, each, ns in told]
+    lines = []
+    for use, info in infos:
+        counts = (token_facts(info).get(key) for key in keys)
+        lines.append((use, printable(info.source), *("–" if n is None else f"{n:,}" for n in counts)))
     return html_table(("Use", "Source", *(key.capitalize() for key in keys)), lines)
 
 
 # -- the page of a sweep -----------------------------------------------------------------------------------------------
 
 
-def sweep_page(result: Result) -> str:
-    """One page of a sweep: losses and accuracies against what is left, all rows, what was refused, how."""
-    recipes = list(dict.fromkeys(row["recipe"] for row in result["rows"]))
-    tried = {*recipes, *(each["recipe"] for each in result["refused"])}
+def sweep_page(result: SweepResult) -> str:
+    """One page of a sweep: losses and accuracies against what is left, all trials, what was refused, how."""
+    recipes = list(dict.fromkeys(trial.recipe for trial in result.trials))
+    tried = {*recipes, *(each.recipe for each in result.refused)}
     drawn = ""
     if recipes:
         looks = looks_of(recipes)
         charts = [curves_of(result, kind) for kind in ("perplexity", "accuracy")]
         numbers = _json(numbers_of(result, looks))
         drawn = f'<div id="curves" data-numbers="{numbers}">{key_of(result, looks).join(charts)}</div>'
-    body = [drawn, _all_rows(result) if recipes else "", _refused(result), _how(result)]
-    title = f"{printable(result['model'])}: {pluralize(len(tried), 'recipe')}{' compared' if len(tried) > 1 else ''}"
-    return _page("sweep", result, (title, sweep_headline(result), reliability_notes(result)), body, bool(drawn))
+    body = [drawn, _all_trials(result) if recipes else "", _refused(result), _how(result)]
+    title = f"{printable(result.model)}: {pluralize(len(tried), 'recipe')}{' compared' if len(tried) > 1 else ''}"
+    words = (title, sweep_headline(result), reliability_notes(result))
+    return _page("sweep", f"fingerprint {printable(result.fingerprint)}", words, body, bool(drawn))
 
 
-def _all_rows(result: Result) -> str:
-    """The table of all rows, sortable by every column; at first by size, calibration text and loss."""
-    texts, tasks, names = texts_of(result), tasks_of(result), short_names(result["teacher"])
+def _all_trials(result: SweepResult) -> str:
+    """The table of all trials, sortable by every column; at first by size, calibration text and loss."""
+    texts, tasks, names = texts_of(result), tasks_of(result), short_names(result.teacher)
     heads = [("Recipe", ""), ("Calibrated on", ""), ("Size asked", "")]
     heads += [("Left", words) for words in sizes_of(result).values()]
     heads += [("Attention", "removed"), ("MLP", "removed")]
@@ -121,7 +125,7 @@ def _all_rows(result: Result) -> str:
         heads += [("Perplexity", names[text]), ("Above the best, nats", names[text])]
     heads += [("Accuracy", names[task]) for task in tasks] + [("Search", "time"), ("Site evaluations", "")]
     top = "".join(_heading(word, about, about in names.values(), i < 3) for i, (word, about) in enumerate(heads))
-    body = "".join(_sweep_row(result, row) for row in sorted_rows(result))
+    body = "".join(_trial_row(result, trial) for trial in sorted_trials(result))
     table = f'<table class="sortable"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
     caption = (
         "Below each value: its 95% interval. Above the best: the paired difference to the lowest loss of the same size "
@@ -138,27 +142,23 @@ def _heading(word: str, about: str, file: bool, words: bool) -> str:
     return f'<th scope="col"{" data-words" * words}><button type="button">{escape(word)}{small}</button></th>'
 
 
-def _sweep_row(result: Result, row: Result) -> str:
-    recipe, data, remove = (
-        printable(row["recipe"]),
-        short_names(r["data"] for r in result["rows"])[row["data"]],
-        row["remove"],
-    )
-    cells = [_cell(data, data), _cell(printable(remove), printable(remove))]
-    cells += [_cell(share, f"{share:.1%}") for share in (fraction_kept(result, row, size) for size in sizes_of(result))]
-    cells += [_cell(row[part], str(row[part])) for part in PARTS]
+def _trial_row(result: SweepResult, trial: TrialResult) -> str:
+    recipe, remove = printable(trial.recipe), printable(trial.remove)
+    data = short_names(each.data for each in result.trials)[trial.data]
+    shares = (fraction_kept(result, trial, size) for size in sizes_of(result))
+    cells = [_cell(data, data), _cell(remove, remove), *(_cell(share, f"{share:.1%}") for share in shares)]
+    cells += [_cell(trial.count(part), str(trial.count(part))) for part in PARTS]
     for text in texts_of(result):
-        told, gap = row["results"][text], row["results"][text]["above_best"]
-        cells.append(
-            _cell(told["value"], format_perplexity(told["value"]), format_interval_short(told, format_perplexity))
-        )
-        state = rank_label(gap) if peers(result, row) > 1 else "alone"
-        far = _cell(gap["value"], format_nats(gap["value"]), format_interval(gap, format_nats), state)
+        estimate, gap = trial.results[text].estimate, gap_to_best(trial, text)
+        ends = format_interval_short(estimate, format_perplexity)
+        cells.append(_cell(estimate.value, format_perplexity(estimate.value), ends))
+        state = rank_label(gap) if peers(result, trial) > 1 else "alone"
+        far = _cell(gap.value, format_nats(gap.value), format_interval(gap, format_nats), state)
         cells.append({"best": _BEST, "alone": _cell(0, "–")}.get(state, far))
-    cells += [_interval_cell(row["results"][task]) for task in tasks_of(result)]
-    cells.append(_cell(row["search_seconds"], format_duration(row["search_seconds"])))
-    cells.append(_cell(row["site_evaluations"], format_number(row["site_evaluations"])))
-    front = ' class="front"' if "parameters" in row["front"] else ""
+    cells += [_accuracy_cell(trial.results[task].estimate) for task in tasks_of(result)]
+    cells.append(_cell(trial.search_seconds, format_duration(trial.search_seconds)))
+    cells.append(_cell(trial.site_evaluations, format_number(trial.site_evaluations)))
+    front = ' class="front"' if "parameters" in trial.front else ""
     return f'<tr{front}><th scope="row" data-sort="{escape(recipe)}">{escape(recipe)}</th>{"".join(cells)}</tr>'
 
 
@@ -172,17 +172,16 @@ def _cell(sort: object, words: str, about: str = "", remark: str = "") -> str:
     return f'<td data-sort="{escape(str(sort))}">{escape(words)}{mark}{small}</td>'
 
 
-def _interval_cell(interval: Mapping[str, float]) -> str:
-    return _cell(
-        interval["value"], format_accuracy(interval["value"]), format_interval_short(interval, format_accuracy)
-    )
+def _accuracy_cell(estimate: Estimate) -> str:
+    ends = format_interval_short(estimate, format_accuracy)
+    return _cell(estimate.value, format_accuracy(estimate.value), ends)
 
 
-def _refused(result: Result) -> str:
-    datas = short_names(each["data"] for each in result["refused"])
+def _refused(result: SweepResult) -> str:
+    datas = short_names(each.data for each in result.refused)
     lines = [
-        (printable(each["recipe"]), printable(each["remove"]), datas[each["data"]], printable(each["why"]))
-        for each in result["refused"]
+        (printable(each.recipe), printable(each.remove), datas[each.data], printable(each.reason))
+        for each in result.refused
     ]
     if not lines:
         return ""
@@ -190,21 +189,22 @@ def _refused(result: Result) -> str:
     return _section("Refused", f'<div class="why">{table}</div>')
 
 
-def _how(result: Result) -> str:
+def _how(result: SweepResult) -> str:
     """Teacher, texts and tasks with their sizes, calibration, timing."""
-    names = short_names(result["teacher"])
+    names = short_names(result.teacher)
     lines = []
-    for name, told in result["teacher"].items():
-        spell = format_perplexity if told["kind"] == "perplexity" else format_accuracy
-        lines.append((names[name], told["kind"], spell(told["value"]), format_interval(told, spell)))
+    for name, outcome in result.teacher.items():
+        spell = format_perplexity if outcome.kind == "perplexity" else format_accuracy
+        ends = format_interval(outcome.estimate, spell)
+        lines.append((names[name], outcome.kind, spell(outcome.estimate.value), ends))
     teacher = html_table(("Measured on", "Kind", "Teacher", "95% interval"), lines)
-    sets = [(f"measured on {names[name]}", each) for name, each in result["evaluation"].items()]
-    sets += [("calibration", each) for each in result["calibration"]]
+    sets = [(f"measured on {names[name]}", info) for name, info in result.evaluation.items()]
+    sets += [("calibration", info) for info in result.calibration]
     timing = "Time per token was not measured."
-    if result["sizes"]["ns_per_token"]:
+    if result.sizes.ns_per_token:
         timing = (
-            f"Time per token: measured site by site, {pluralize(result['batch'], 'sequence')} at a time, "
-            f"{result['context']:,} tokens before the one that is timed."
+            f"Time per token: measured site by site, {pluralize(result.batch, 'sequence')} at a time, "
+            f"{result.context:,} tokens before the one that is timed."
         )
     caption = (
         "Calibration and held-out documents are never the same. All rows are measured on the same held-out documents, "
@@ -213,16 +213,15 @@ def _how(result: Result) -> str:
     return _section("How it was measured", f"{teacher}<h3></h3>{scrolling(_sets(sets), 'Token sets')}", caption)
 
 
-# -- the page of a trade -----------------------------------------------------------------------------------------------
+# -- the page of a transfer --------------------------------------------------------------------------------------------
 
 
-def transfer_page(result: Result) -> str:
-    """One page of a trade: pruned for (rows) against measured on (columns), against the teacher and against text."""
-    rows = result["rows"]
+def transfer_page(result: TransferResult) -> str:
+    """One page of a transfer: pruned for (rows), measured on (columns), against the teacher and against text."""
     pale = "Pale: the 95% interval includes 0. Framed: measured on the task that it was pruned for."
-    teacher = _heat(rows, lambda told: (told["change"], told["change_low"], told["change_high"]))
-    text = _heat(rows[1:], lambda told: tuple(told["against_text"][key] for key in ("value", "low", "high")))
-    sets = _sets((printable(name), each) for name, each in result["evaluation"].items())
+    teacher = _heat(result.trials, lambda trial, task: trial.results[task].change)
+    text = _heat(result.trials[1:], gap_to_text)
+    sets = _sets((printable(name), info) for name, info in result.evaluation.items())
     body = [
         _section(
             "Accuracy against the teacher",
@@ -231,56 +230,52 @@ def transfer_page(result: Result) -> str:
         ),
         _section(
             "Against pruning on text", text, f"The same, against the first row of the table above. {pale}"
-        ) if len(rows) > 1 else "",
+        ) if len(result.trials) > 1 else "",
         _accuracies(result),
         _section(
             "How it was measured", scrolling(sets, "Token sets"),
             "Items that a search looks at are never measured. Differences are paired, item by item.",
         ),
     ]  # fmt: skip
-    title = f"{printable(result['model'])}: pruned for one task, measured on another"
-    return _page("trade", result, (title, transfer_headline(result), reliability_notes(result)), body, False)
+    title = f"{printable(result.model)}: pruned for one task, measured on another"
+    words = (title, transfer_headline(result), reliability_notes(result))
+    return _page("transfer", f"remove {printable(result.remove)}", words, body, False)
 
 
-def _heat(rows: Sequence[Result], change: Callable[[Result], tuple[float, ...]]) -> str:
+def _heat(trials: Sequence[TrialResult], change: Callable[[TrialResult, str], Estimate]) -> str:
     """A cell a pair, as deep in colour as the change is large."""
-    most = max((abs(change(told)[0]) for row in rows for told in row["results"].values()), default=0) or 1
-    top = "".join(f'<th scope="col">{escape(printable(name))}</th>' for name in rows[0]["results"]) if rows else ""
+    tasks = list(trials[0].results) if trials else []
+    most = max((abs(change(trial, task).value) for trial in trials for task in tasks), default=0) or 1
+    top = "".join(f'<th scope="col">{escape(printable(task))}</th>' for task in tasks)
     body = ""
-    for row in rows:
-        body += f'<tr><th scope="row">{escape(printable(row["pruned_for"]))}</th>'
-        for name, told in row["results"].items():
-            value, low, high = change(told)
-            kinds = ["worse" if value < 0 else "better"] + ["pale"] * (low <= 0 <= high)
-            kinds += ["own"] * (name == row["pruned_for"])
-            depth = f"{10 + 50 * abs(value) / most:.0f}%"
-            ends = format_interval({"low": low, "high": high}, format_points)
-            body += f'<td class="{" ".join(kinds)}" style="--depth:{depth}">{format_points(value)}<small>{ends}</small></td>'
+    for trial in trials:
+        body += f'<tr><th scope="row">{escape(printable(trial.recipe))}</th>'
+        for task in tasks:
+            gap = change(trial, task)
+            kinds = ["worse" if gap.value < 0 else "better"] + ["pale"] * (gap.low <= 0 <= gap.high)
+            kinds += ["own"] * (task == trial.recipe)
+            depth = f"{10 + 50 * abs(gap.value) / most:.0f}%"
+            words = f"{format_points(gap.value)}<small>{format_interval(gap, format_points)}</small>"
+            body += f'<td class="{" ".join(kinds)}" style="--depth:{depth}">{words}</td>'
         body += "</tr>"
     head = f"<thead><tr><th>pruned for ↓<br>measured on →</th>{top}</tr></thead>"
     return scrolling(f'<table class="heat">{head}<tbody>{body}</tbody></table>', "pruned for, measured on")
 
 
-def _accuracies(result: Result) -> str:
-    """Plain accuracies, the teacher's first, and what every row removed."""
-    heads = (
-        "Pruned for",
-        *map(printable, result["teacher"]),
-        "Attention removed",
-        "MLP removed",
-        "Parameters",
-        "Search time",
-    )
+def _accuracies(result: TransferResult) -> str:
+    """Plain accuracies, the teacher's first, and what every trial removed."""
+    tasks = map(printable, result.teacher)
+    heads = ("Pruned for", *tasks, "Attention removed", "MLP removed", "Parameters", "Search time")
     top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
-    body = f'<tr><th scope="row">the teacher</th>{"".join(map(_interval_cell, result["teacher"].values()))}'
-    body += f"{'<td>–</td>' * 4}</tr>"
-    for row in result["rows"]:
-        body += f'<tr><th scope="row">{escape(printable(row["pruned_for"]))}</th>'
-        body += "".join(_interval_cell(row["results"][name]) for name in result["teacher"])
+    own = "".join(_accuracy_cell(outcome.estimate) for outcome in result.teacher.values())
+    body = f'<tr><th scope="row">the teacher</th>{own}{"<td>–</td>" * 4}</tr>'
+    for trial in result.trials:
+        body += f'<tr><th scope="row">{escape(printable(trial.recipe))}</th>'
+        body += "".join(_accuracy_cell(trial.results[name].estimate) for name in result.teacher)
         ends = [
-            *(str(row[part]) for part in PARTS),
-            format_number(row["sizes"]["parameters"]),
-            format_duration(row["search_seconds"]),
+            *(str(trial.count(part)) for part in PARTS),
+            format_number(trial.sizes.parameters),
+            format_duration(trial.search_seconds),
         ]
         body += "".join(f"<td>{end}</td>" for end in ends) + "</tr>"
     table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
@@ -290,27 +285,27 @@ def _accuracies(result: Result) -> str:
 # -- the page of a study of stability ----------------------------------------------------------------------------------
 
 
-def stability_page(result: Result) -> str:
+def stability_page(result: StabilityResult) -> str:
     """One page of a study of stability: agreement against calibration size, and the sites behind it."""
-    sizes = sorted(result["sizes"], key=lambda told: told["tokens"])
-    numbers: dict[str, list[float]] = {"tokens": [told["tokens"] for told in sizes]}
+    sizes = sorted(result.sizes, key=lambda size: size.tokens)
+    numbers: dict[str, list[float]] = {"tokens": [size.tokens for size in sizes]}
     for key in ("rank_correlation", "overlap"):
-        numbers |= {f"{key}_{end}": [told[key][end] for told in sizes] for end in ("mean", "low", "high")}
+        numbers |= {f"{key}_{end}": [getattr(getattr(s, key), end) for s in sizes] for end in ("mean", "low", "high")}
     label = "rank correlation and plan overlap against calibration tokens; the table below has the numbers"
     drawn = f'data-kind="stability" data-numbers="{_json(numbers)}"'
     box = f'<div class="chart" role="img" aria-label="{label}" {drawn}></div>'
     lines, sites = [], []
-    for told in sizes:
-        ranks, overlap, votes = told["rank_correlation"], told["overlap"], removal_counts(told)
-        always = [site for site, n in votes.items() if n == told["sets"]]
-        some = {site: n for site, n in votes.items() if n < told["sets"]}
-        pairs = told["sets"] * (told["sets"] - 1) // 2
+    for size in sizes:
+        ranks, overlap, votes = size.rank_correlation, size.overlap, removal_counts(size)
+        always = [site for site, n in votes.items() if n == size.sets]
+        some = {site: n for site, n in votes.items() if n < size.sets}
+        pairs = size.sets * (size.sets - 1) // 2
         cells = (
-            f"{format_correlation(ranks['mean'])} ({format_interval(ranks, format_correlation)})",
-            f"{format_share(overlap['mean'])} ({format_interval(overlap, format_share)})",
+            f"{format_correlation(ranks.mean)} ({format_interval(ranks, format_correlation)})",
+            f"{format_share(overlap.mean)} ({format_interval(overlap, format_share)})",
         )
-        lines.append((f"{told['tokens']:,}", str(told["sets"]), str(pairs), *cells, str(len(always)), str(len(some))))
-        sites.append((f"{told['tokens']:,}", _parts(dict.fromkeys(always, 0)), _parts(some)))
+        lines.append((f"{size.tokens:,}", str(size.sets), str(pairs), *cells, str(len(always)), str(len(some))))
+        sites.append((f"{size.tokens:,}", _parts(dict.fromkeys(always, 0)), _parts(some)))
     heads = ("Tokens", "Sets", "Pairs", "Rank correlation", "Overlap of plans", "Sites in all plans", "In some")
     body = [
         f'<section class="curves"><h2>Agreement of calibration sets</h2>{box}<p>Dots: mean over all pairs of sets; '
@@ -326,8 +321,12 @@ def stability_page(result: Result) -> str:
         ),
         _section("How it was measured", html_table(("", ""), _stability_conditions(result))),
     ]
-    title = f"{printable(result['model'])}: how far {printable(result['metric'])} can be trusted"
-    return _page("stability", result, (title, stability_headline(result), []), body, True)
+    words = (
+        f"{printable(result.model)}: how far {printable(result.metric)} can be trusted",
+        stability_headline(result),
+        (),
+    )
+    return _page("stability", f"remove {printable(result.remove)}", words, body, True)
 
 
 def _parts(votes: Mapping[str, int]) -> str:
@@ -339,20 +338,20 @@ def _parts(votes: Mapping[str, int]) -> str:
     return "; ".join(f"{part} {', '.join(blocks)}" for part, blocks in sorted(told.items())) or "none"
 
 
-def _stability_conditions(result: Result) -> list[tuple[str, str]]:
-    data = result["data"]
-    about = f"{printable(data['source'])}: {data['tokens']:,} tokens, {how_many(data)}"
-    told = {"Metric": result["metric"], "Search": result["search"], "Size asked": result["remove"]}
+def _stability_conditions(result: StabilityResult) -> list[tuple[str, str]]:
+    data = result.data
+    facts = f"{printable(data.source)}: {data.tokens:,} tokens, {count_items(data)}"
+    asked = {"Metric": result.metric, "Search": result.search, "Size asked": result.remove}
     return [
-        *((key, printable(value)) for key, value in told.items()),
-        ("Calibration", f"{about}; no two sets share {'a document' if data.get('items') is None else 'an item'}"),
+        *((key, printable(value)) for key, value in asked.items()),
+        ("Calibration", f"{facts}; no two sets share {'a document' if data.items is None else 'an item'}"),
     ]
 
 
-def _votes(sizes: Sequence[Result]) -> str:
+def _votes(sizes: Sequence[StabilitySize]) -> str:
     """Blocks from left to right, ten to a table; a row a part and calibration size, as deep as plans agree."""
-    votes = [removal_counts(told) for told in sizes]
-    last = max((site.block for each in votes for site in Plan.parse(each).sites()), default=0)
+    votes = [removal_counts(size) for size in sizes]
+    last = max((site.block for size in sizes for plan in size.plans for site in plan.removed), default=0)
     told = []
     for start in range(0, last + 1, 10):
         blocks = range(start, min(start + 10, last + 1))
@@ -360,12 +359,12 @@ def _votes(sizes: Sequence[Result]) -> str:
         for part in PARTS:
             lines += f'<tr class="part"><th colspan="{len(blocks) + 1}">{part}</th></tr>'
             for size, each in zip(sizes, votes, strict=True):
-                lines += f"<tr><th scope=row>{size['tokens']:,}</th>"
+                lines += f"<tr><th scope=row>{size.tokens:,}</th>"
                 for name in (str(Site(block, part)) for block in blocks):
                     n = each.get(name, 0)
-                    about = f"{name}: in {n} of {size['sets']} plans with {size['tokens']:,} tokens"
-                    kind = "none" if not n else "all" if n == size["sets"] else "some"
-                    depth = f"{100 * n / size['sets']:.0f}%"
+                    about = f"{name}: in {n} of {size.sets} plans with {size.tokens:,} tokens"
+                    kind = "none" if not n else "all" if n == size.sets else "some"
+                    depth = f"{100 * n / size.sets:.0f}%"
                     lines += f'<td><i class="{kind}" style="--depth:{depth}" title="{about}">{n or ""}</i></td>'
                 lines += "</tr>"
         told.append(f'<table style="--n:{len(blocks)}">{lines}</table>')

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import PurePath
-from typing import Any
 
-from billhook.core.plan import Plan
+from billhook.core.results.measured import Estimate
+from billhook.core.results.studies import (
+    SizeName,
+    StabilityResult,
+    StabilitySize,
+    SweepResult,
+    TransferResult,
+    TrialResult,
+)
 from billhook.report.numbers import (
     format_correlation,
     format_interval,
@@ -19,8 +26,12 @@ from billhook.report.numbers import (
     printable,
 )
 
-Result = Mapping[str, Any]
-SIZE_LABELS = {"parameters": "parameters", "kv_bytes_per_token": "KV cache", "ns_per_token": "time per token"}
+Trials = SweepResult | TransferResult  # results whose trials were measured on the same sets
+SIZE_LABELS: dict[SizeName, str] = {
+    "parameters": "parameters",
+    "kv_bytes_per_token": "KV cache",
+    "ns_per_token": "time per token",
+}
 
 
 # -- numbers and words -------------------------------------------------------------------------------------------------
@@ -34,77 +45,91 @@ def short_names(sources: Iterable[str]) -> dict[str, str]:
     return {source: printable(brief[source] if seen[brief[source]] == 1 else source) for source in given}
 
 
-def texts_of(result: Result) -> list[str]:
+def texts_of(result: Trials) -> list[str]:
     """Evaluation sets that are text; the others are tasks."""
-    return [name for name, told in result["teacher"].items() if told["kind"] == "perplexity"]
+    return [name for name, outcome in result.teacher.items() if outcome.kind == "perplexity"]
 
 
-def tasks_of(result: Result) -> list[str]:
+def tasks_of(result: Trials) -> list[str]:
     """Evaluation sets that are tasks."""
-    return [name for name, told in result["teacher"].items() if told["kind"] != "perplexity"]
+    return [name for name, outcome in result.teacher.items() if outcome.kind != "perplexity"]
 
 
-def fraction_kept(result: Result, row: Result, size: str = "parameters") -> float:
-    """The share of the teacher's parameters, KV bytes or time that a row keeps."""
-    return float(row["sizes"][size] / result["sizes"][size])
+def fraction_kept(result: Trials, trial: TrialResult, size: SizeName = "parameters") -> float:
+    """The share of the teacher's parameters, KV bytes or time that a student keeps."""
+    return float(getattr(trial.sizes, size) / getattr(result.sizes, size))
 
 
-def rank_label(gap: Mapping[str, float]) -> str:
+def rank_label(gap: Estimate) -> str:
     """What an interval above the best says: `best`, `not told apart` or nothing."""
-    if gap["value"] == gap["low"] == gap["high"] == 0:
+    if gap.value == gap.low == gap.high == 0:
         return "best"
-    return "not told apart" if gap["low"] <= 0 <= gap["high"] else ""
+    return "not told apart" if gap.low <= 0 <= gap.high else ""
 
 
-def reliability_notes(result: Result) -> list[str]:
+def reliability_notes(result: Trials) -> list[str]:
     """A note where intervals rest on few texts, and one where they rest on few items."""
-    names, told = short_names(result["teacher"]), []
+    names, notes = short_names(result.teacher), []
     for what, sets in (("texts", texts_of(result)), ("items", tasks_of(result))):
-        few = [names[on] for on in sets if any(not row["results"][on]["reliable"] for row in result["rows"])]
+        few = [names[on] for on in sets if any(not trial.results[on].change.reliable for trial in result.trials)]
         if few:
-            told.append(f"The intervals on {', '.join(few)} rest on few {what} and are not reliable.")
-    return told
+            notes.append(f"The intervals on {', '.join(few)} rest on few {what} and are not reliable.")
+    return notes
 
 
-def sorted_rows(result: Result, text: str = "") -> list[Result]:
-    """The rows of a sweep by size, calibration text and loss on a text, at first the first."""
+def gap_to_best(trial: TrialResult, text: str) -> Estimate:
+    """How far a trial of a sweep is above the best of its size and calibration text, on a text."""
+    gap = trial.results[text].above_best
+    assert gap is not None, "every trial of a sweep is compared with the best on every text"
+    return gap
+
+
+def gap_to_text(trial: TrialResult, task: str) -> Estimate:
+    """How a trial of a transfer differs from the one that was pruned on text, on a task."""
+    gap = trial.results[task].against_text
+    assert gap is not None, "every trial of a transfer is compared with the one on text"
+    return gap
+
+
+def sorted_trials(result: SweepResult, text: str = "") -> list[TrialResult]:
+    """The trials of a sweep by size, calibration text and loss on a text, by default the first."""
     texts = [text] if text else texts_of(result)
-    order = [list(dict.fromkeys(row[key] for row in result["rows"])) for key in ("remove", "data")]
+    removes, datas = (list(dict.fromkeys(getattr(t, key) for t in result.trials)) for key in ("remove", "data"))
 
-    def place(row: Result) -> tuple[float, ...]:
-        at = order[0].index(row["remove"]), order[1].index(row["data"])
-        return (*at, row["results"][texts[0]]["nats"]) if texts else at
+    def place(trial: TrialResult) -> tuple[float, ...]:
+        at = removes.index(trial.remove), datas.index(trial.data)
+        return (*at, trial.results[texts[0]].nats or 0.0) if texts else at
 
-    return sorted(result["rows"], key=place)
+    return sorted(result.trials, key=place)
 
 
-def peers(result: Result, row: Result) -> int:
-    """How many rows have the size and the calibration text of this one, itself included."""
-    return sum((each["remove"], each["data"]) == (row["remove"], row["data"]) for each in result["rows"])
+def peers(result: SweepResult, trial: TrialResult) -> int:
+    """How many trials have the size and the calibration text of this one, itself included."""
+    return sum((each.remove, each.data) == (trial.remove, trial.data) for each in result.trials)
 
 
 # -- a sweep in words --------------------------------------------------------------------------------------------------
 
 
-def grouped_gaps(result: Result) -> list[list[tuple[str, Mapping[str, float]]]]:
-    """For each size, calibration text and held-out text with two rows or more: recipes and distances, best first."""
-    told = []
+def grouped_gaps(result: SweepResult) -> list[list[tuple[str, Estimate]]]:
+    """For each size, calibration text and held-out text with two trials or more: recipes and gaps, best first."""
+    found = []
     for text in texts_of(result):
-        groups: dict[tuple[str, str], list[tuple[str, Mapping[str, float]]]] = {}
-        for row in result["rows"]:
-            entry = row["recipe"], row["results"][text]["above_best"]
-            groups.setdefault((row["remove"], row["data"]), []).append(entry)
-        told += [sorted(group, key=lambda e: (e[1]["value"], e[1]["low"])) for group in groups.values()]
-    return [group for group in told if len(group) > 1]
+        groups: dict[tuple[str, str], list[tuple[str, Estimate]]] = {}
+        for trial in result.trials:
+            entry = trial.recipe, gap_to_best(trial, text)
+            groups.setdefault((trial.remove, trial.data), []).append(entry)
+        found += [sorted(group, key=lambda e: (e[1].value, e[1].low)) for group in groups.values()]
+    return [group for group in found if len(group) > 1]
 
 
-def sweep_headline(result: Result) -> str:
+def sweep_headline(result: SweepResult) -> str:
     """The sweep in one sentence of plain words."""
-    rows, groups = result["rows"], grouped_gaps(result)
-    if not rows:
-        return f"Nothing was compared: {pluralize(len(result['refused']), 'combination')} of recipe and size refused."
+    groups = grouped_gaps(result)
+    if not result.trials:
+        return f"Nothing was compared: {pluralize(len(result.refused), 'combination')} of recipe and size refused."
     if not groups:
-        return _apart(result)
+        return _largest_student(result)
     firsts = Counter(group[0][0] for group in groups)
     name, wins = firsts.most_common(1)[0]
     won = [group for group in groups if group[0][0] == name]
@@ -121,65 +146,65 @@ def sweep_headline(result: Result) -> str:
     )
 
 
-def _apart(result: Result) -> str:
-    """The verdict where no two rows can be compared by perplexity: the largest student that was measured."""
-    row = max(result["rows"], key=lambda row: fraction_kept(result, row))
-    names, facts = short_names(result["teacher"]), []
-    for on, told in row["results"].items():
-        if result["teacher"][on]["kind"] == "perplexity":
-            facts.append(
-                f"perplexity {format_perplexity_ratio(told['change'])} on {names[on]} (95% interval "
-                f"{format_interval(told, format_perplexity_ratio, 'change_low', 'change_high')})"
-            )
+def _largest_student(result: SweepResult) -> str:
+    """The headline where no two trials can be compared by perplexity: the largest student that was measured."""
+    trial = max(result.trials, key=lambda trial: fraction_kept(result, trial))
+    names, facts = short_names(result.teacher), []
+    for on, outcome in trial.results.items():
+        change = outcome.change
+        if outcome.kind == "perplexity":
+            ends = format_interval(change, format_perplexity_ratio)
+            facts.append(f"perplexity {format_perplexity_ratio(change.value)} on {names[on]} (95% interval {ends})")
         else:
-            ends = format_interval(told, format_points, "change_low", "change_high")
-            facts.append(f"{format_points(told['change'])} points on {names[on]} (95% interval {ends})")
-    kept = f"{fraction_kept(result, row):.1%} of the parameters left"
-    return f"{printable(row['recipe'])} at {printable(row['remove'])}, with {kept}: {', '.join(facts)}."
+            ends = format_interval(change, format_points)
+            facts.append(f"{format_points(change.value)} points on {names[on]} (95% interval {ends})")
+    kept = f"{fraction_kept(result, trial):.1%} of the parameters left"
+    return f"{printable(trial.recipe)} at {printable(trial.remove)}, with {kept}: {', '.join(facts)}."
 
 
-def sizes_of(result: Result) -> dict[str, str]:
+def sizes_of(result: Trials) -> dict[SizeName, str]:
     """The sizes that the teacher has, and their words; time only where it was measured."""
-    return {size: words for size, words in SIZE_LABELS.items() if result["sizes"][size]}
+    return {size: words for size, words in SIZE_LABELS.items() if getattr(result.sizes, size)}
 
 
-# -- a trade and a study of stability in words -------------------------------------------------------------------------
+# -- a transfer and a study of stability in words ----------------------------------------------------------------------
 
 
-def transfer_headline(result: Result) -> str:
-    """The trade in one sentence of plain words."""
-    own: list[Mapping[str, float]] = []
-    other: list[Mapping[str, float]] = []
-    for row in result["rows"][1:]:
-        for task, told in row["results"].items():
-            (own if task == row["pruned_for"] else other).append(told["against_text"])
+def transfer_headline(result: TransferResult) -> str:
+    """The transfer in one sentence of plain words."""
+    own: list[Estimate] = []
+    others: list[Estimate] = []
+    for trial in result.trials[1:]:
+        for task in trial.results:
+            (own if task == trial.recipe else others).append(gap_to_text(trial, task))
     if not own:
-        return "There is nothing to trade: no task was given."
-    better, worse = sum(gap["low"] > 0 for gap in own), sum(gap["high"] < 0 for gap in other)
-    gained = sum(gap["low"] > 0 for gap in other)
-    rest = f"; on another task it is clearly worse in {worse} and clearly better in {gained} of {len(other)} pairs"
+        return "There is nothing to compare: no task was given."
+    better, worse = sum(gap.low > 0 for gap in own), sum(gap.high < 0 for gap in others)
+    gained = sum(gap.low > 0 for gap in others)
+    rest = f"; on another task it is clearly worse in {worse} and clearly better in {gained} of {len(others)} pairs"
     return (
         f"Pruned for a task instead of on text, the model is clearly better on that task in {better} of "
-        f"{pluralize(len(own), 'case')}{rest if other else ''}."
+        f"{pluralize(len(own), 'case')}{rest if others else ''}."
     )
 
 
-def stability_headline(result: Result) -> str:
+def stability_headline(result: StabilityResult) -> str:
     """The study in one sentence of plain words."""
-    sizes = sorted(result["sizes"], key=lambda told: told["tokens"])
+    sizes = sorted(result.sizes, key=lambda size: size.tokens)
     most, least = sizes[-1], sizes[0]
-    ranks, overlap = most["rank_correlation"], most["overlap"]
+    ranks, overlap = most.rank_correlation, most.overlap
     told = (
-        f"Two calibration sets of {most['tokens']:,} tokens rank the sites with a correlation of {format_correlation(ranks['mean'])} "
-        f"({format_interval(ranks, format_correlation)}), and their plans overlap by {format_share(overlap['mean'])} ({format_interval(overlap, format_share)})"
+        f"Two calibration sets of {most.tokens:,} tokens rank the sites with a correlation of "
+        f"{format_correlation(ranks.mean)} ({format_interval(ranks, format_correlation)}), and their plans overlap by "
+        f"{format_share(overlap.mean)} ({format_interval(overlap, format_share)})"
     )
     if least is most:
         return told + "."
-    before = f"{format_correlation(least['rank_correlation']['mean'])} and {format_share(least['overlap']['mean'])}"
-    return f"{told}; with {least['tokens']:,} tokens it is {before}."
+    before = f"{format_correlation(least.rank_correlation.mean)} and {format_share(least.overlap.mean)}"
+    return f"{told}; with {least.tokens:,} tokens it is {before}."
 
 
-def removal_counts(size_row: Mapping[str, Any]) -> dict[str, int]:
+def removal_counts(size: StabilitySize) -> dict[str, int]:
     """In how many plans of a size each site is removed, in order of the model."""
-    votes = Counter(site for plan in size_row["plans"] for site in plan)
-    return {str(site): votes[str(site)] for site in Plan.parse(votes).sites()}
+    votes = Counter(site for plan in size.plans for site in plan.removed)
+    return {str(site): votes[site] for site in sorted(votes)}

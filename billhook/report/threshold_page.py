@@ -1,147 +1,147 @@
 """A threshold as one self-contained HTML page: what every step loses, where the margin is, and what was confirmed.
 
-Nothing is measured here: every number comes from the result, a plain JSON object. The figures are SVG, drawn here.
+Nothing is measured here: every number comes from the result. The figures are SVG, drawn here.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import PurePath
 from string import Template
-from typing import Any
 
-from billhook.core.margin import BOUND
+from billhook.core.margin import BOUND, Margin
+from billhook.core.results.studies import ThresholdResult
+from billhook.core.statistics import reliability_note
 from billhook.report.frame import html_table, scrolling
 from billhook.report.numbers import format_number, pluralize, printable
 
-Result = Mapping[str, Any]
 WIDE, TALL = 480, 280
 MOST_PLAN = 2000  # characters that a command spells out; a longer plan is read from the result beside the page
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 44
 Point = tuple[float, float]
 
 
-def threshold_headline(result: Result) -> str:
+def threshold_headline(result: ThresholdResult) -> str:
     """The whole in one sentence."""
-    margins = " and ".join(map(printable, result["margins"]))
-    if not result["step"]:
-        return f"No step of {result['steps']} stays within {margins}: nothing can be removed."
-    told = "; ".join(
-        f"{_minus(of['lost'])} {unit_of(of['margin'])} ({BOUND}: {_minus(of['low'])} to {_minus(of['high'])})"
-        for of in result["test"]
+    margins = " and ".join(map(printable, result.margins))
+    if not result.step:
+        return f"No step of {result.steps} stays within {margins}: nothing can be removed."
+    losses = "; ".join(
+        f"{_minus(each.lost.value)} {unit_of(each.margin)} ({BOUND}: {_minus(each.lost.low)} to "
+        f"{_minus(each.lost.high)})"
+        for each in result.test
     )
-    word = "confirmed" if result["confirmed"] else "NOT CONFIRMED"
+    word = "confirmed" if result.confirmed else "NOT CONFIRMED"
     return (
-        f"{_sites_words(result)} within {margins}, {result['share']:.1%} of the parameters: step {result['step']} of "
-        f"{result['steps']}. On test items that no choice has seen it loses {told}: {word}."
+        f"{_sites_words(result)} within {margins}, {result.share:.1%} of the parameters: step {result.step} of "
+        f"{result.steps}. On test items that no choice has seen it loses {losses}: {word}."
     )
 
 
-def _sites_words(result: Result) -> str:
+def _sites_words(result: ThresholdResult) -> str:
     """How many sites can be removed whole, and how many can be narrowed, where there are any."""
-    narrowed = f" and {len(result['narrowed'])} narrowed" if result["narrowed"] else ""
-    return f"{pluralize(len(result['removed']), 'site')} can be removed{narrowed}"
+    plan = result.plan
+    narrowed = f" and {len(plan.narrowed)} narrowed" if plan.narrowed else ""
+    return f"{pluralize(len(plan.removed), 'site')} can be removed{narrowed}"
 
 
-def command(result: Result) -> str:
+def command(result: ThresholdResult) -> str:
     """The command that prunes so, quoted for a shell; empty where there is nothing to prune."""
-    plan = ",".join([*result["removed"], *result["narrowed"]])
+    plan = ",".join(result.plan.to_list())
     if len(plan) > MOST_PLAN:
-        plan = str(PurePath(result["page"]).with_name("result.json"))
-    return f"billhook prune {shlex.quote(printable(result['model']))} --plan {shlex.quote(plan)}" if plan else ""
+        plan = str(PurePath(result.page).with_name("result.json"))
+    return f"billhook prune {shlex.quote(printable(result.model))} --plan {shlex.quote(plan)}" if plan else ""
 
 
 def _minus(x: float) -> str:
     return f"{x:.2f}".replace("-", "−")
 
 
-def unit_of(margin: str) -> str:
+def unit_of(margin: Margin) -> str:
     """Percent of perplexity, or percentage points."""
-    return "% of perplexity" if margin.endswith("%ppl") else "pp of accuracy"
+    return "% of perplexity" if margin.kind == "ppl" else "pp of accuracy"
 
 
-def trial_rows(result: Result) -> list[tuple[str, ...]]:
-    """(step, share gone, margin, lost, at most, within) of every trial on validation items."""
+def trial_rows(result: ThresholdResult) -> list[tuple[str, ...]]:
+    """(step, share removed, margin, lost, at most, within) of every trial on validation items."""
     return [
         (
-            f"{trial['step']} of {result['steps']}", f"{trial['share']:.1%}", printable(of["margin"]),
-            _minus(of["lost"]), _minus(of["high"]), "within" if of["within"] else "too much",
+            f"{trial.step} of {result.steps}", f"{trial.share:.1%}", printable(each.margin),
+            _minus(each.lost.value), _minus(each.lost.high), "within" if each.within else "too much",
         )
-        for trial in result["trials"]
-        for of in trial["of"]
+        for trial in result.trials
+        for each in trial.losses
     ]  # fmt: skip
 
 
 TRIAL_COLUMNS = ("Step", "Gone", "Margin", "Loses", f"At most ({BOUND})", "Verdict")
 
 
-def knee_words(result: Result) -> str:
+def knee_words(result: ThresholdResult) -> str:
     """Where the curve bends, in a sentence."""
-    knee = result["knee"]
+    knee = result.knee
     if knee is None:
         return "The curve of the loss has no knee."
-    return f"The curve of the loss bends most after step {knee + 1}, with {result['shares'][knee + 1]:.1%} gone."
+    return f"The curve of the loss bends most after step {knee + 1}, with {result.shares[knee + 1]:.1%} gone."
 
 
-def threshold_page(result: Result) -> str:
+def threshold_page(result: ThresholdResult) -> str:
     """The page of one threshold."""
     house = files("billhook.report").joinpath("templates")
     head = house.joinpath("run.html").read_text(encoding="utf-8").partition("</style>")[0]
-    body = [_margin_figure(result, i) for i in range(len(result["margins"]))] + [_loss_figure(result)]
-    body.append(
-        f"<section><h2>Trials on validation items</h2>{scrolling(html_table(TRIAL_COLUMNS, trial_rows(result)), 'Trials')}</section>"
-    )
+    body = [_margin_figure(result, i) for i in range(len(result.margins))] + [_loss_figure(result)]
+    trials = scrolling(html_table(TRIAL_COLUMNS, trial_rows(result)), "Trials")
+    body.append(f"<section><h2>Trials on validation items</h2>{trials}</section>")
     body.append(f"<section><h2>Plan</h2><pre>{escape(command(result) or 'nothing')}</pre></section>")
     return Template(head + house.joinpath("compare.html").read_text(encoding="utf-8")).substitute(
-        title=escape(f"{printable(result['model'])}: how much can go"),
-        made=escape(f"Billhook · threshold · {result['environment']['machine']}"),
+        title=escape(f"{printable(result.model)}: how much can go"),
+        made=escape(f"Billhook · threshold · {result.environment.machine}"),
         verdict=escape(threshold_headline(result)),
         notes="".join(f'<p class="note">{escape(note)}</p>' for note in dict.fromkeys(threshold_notes(result))),
         body="".join(body),
     )
 
 
-def threshold_notes(result: Result) -> list[str]:
+def threshold_notes(result: ThresholdResult) -> list[str]:
     """What a reader must know."""
-    return [of["note"] for of in result["test"] if of["note"]]
+    return [note for each in result.test if (note := reliability_note(each.lost))]
 
 
-def _margin_figure(result: Result, number: int) -> str:
+def _margin_figure(result: ThresholdResult, number: int) -> str:
     """What the trials lose under one margin, with their intervals, the margin, and the proof of what was chosen."""
-    trials = [(100 * trial["share"], trial["of"][number]) for trial in result["trials"]]
-    proof = [(100 * result["share"], of) for of in result["test"][number : number + 1]]
-    limit = trials[0][1]["limit"]
-    tops = [of["high"] for _, of in proof] + [of["lost"] for _, of in trials] + [limit]
+    trials = [(100 * trial.share, trial.losses[number]) for trial in result.trials]
+    proof = [(100 * result.share, each) for each in result.test[number : number + 1]]
+    limit = trials[0][1].limit
+    tops = [each.lost.high for _, each in proof] + [each.lost.value for _, each in trials] + [limit]
     high = min(max(tops), 12 * limit) if limit else max(tops)
-    scale = _Scale(
-        (0.0, 100 * max(result["shares"])), (min(0.0, *(of["low"] for _, of in trials + proof)), 1.15 * high)
-    )
-    drawn = [scale.frame("% of the parameters gone", unit_of(result["margins"][number]))]
+    bottom = min(0.0, *(each.lost.low for _, each in trials + proof))
+    scale = _Scale((0.0, 100 * max(result.shares)), (bottom, 1.15 * high))
+    drawn = [scale.frame("% of the parameters gone", unit_of(result.margins[number]))]
     drawn.append(scale.line([(0, limit), (scale.x[1], limit)], "var(--dim)", dashes="4 4"))
     for shift, colour, points in ((0, "var(--blue)", trials), (5, "var(--orange)", proof)):
-        for x, of in points:
-            drawn.append(scale.bar(x, (of["low"], of["lost"], of["high"]), colour, shift))
+        for x, each in points:
+            drawn.append(scale.bar(x, (each.lost.low, each.lost.value, each.lost.high), colour, shift))
     caption = (
         "Blue: steps on validation items; orange: the chosen one on test items. Bars end at their lower and upper "
         f"bounds ({BOUND} each); dashed: the margin."
     )
-    name = f"{printable(result['margins'][number])}: what goes, and what it costs"
+    name = f"{printable(result.margins[number])}: what goes, and what it costs"
     return f"<section><h2>{escape(name)}</h2>{_svg(drawn, name)}<p>{caption}</p></section>"
 
 
-def _loss_figure(result: Result) -> str:
+def _loss_figure(result: ThresholdResult) -> str:
     """The loss along the steps, its knee, and the chosen step."""
-    points = [(100 * share, loss) for share, loss in zip(result["shares"][1:], result["losses"], strict=True)]
+    points = [(100 * share, loss) for share, loss in zip(result.shares[1:], result.losses, strict=True)]
     if not points:
         return ""
     scale = _Scale((0.0, max(x for x, _ in points)), (0.0, 1.08 * max(y for _, y in points)))
-    drawn = [scale.frame("% of the parameters gone", f"loss ({printable(result['loss'])})")]
+    drawn = [scale.frame("% of the parameters gone", f"loss ({printable(result.loss)})")]
     drawn.append(scale.line(points, "var(--orange)"))
     drawn += [scale.dot(point, "var(--orange)") for point in points]
-    for index, words in ((result["knee"], "knee"), (result["step"] - 1, "chosen")):
+    for index, words in ((result.knee, "knee"), (result.step - 1, "chosen")):
         if index is not None and index >= 0:
             drawn.append(scale.mark(points[index], words))
     figure = f"{_svg(drawn, 'Loss along the steps')}<p>{knee_words(result)}</p>"
@@ -174,12 +174,10 @@ class _Scale:
         for i in range(5):
             x, y = (ends[0] + (ends[1] - ends[0]) * i / 4 for ends in (self.x, self.y))
             (px, _), (_, py) = self.at(x, self.y[0]), self.at(self.x[0], y)
-            told.append(
-                f'<text x="{px:.1f}" y="{TALL - BOTTOM + 16}" text-anchor="middle" fill="var(--dim)">{format_number(x)}</text>'
-            )
-            told.append(
-                f'<text x="{LEFT - 6}" y="{py + 4:.1f}" text-anchor="end" fill="var(--dim)">{format_number(y)}</text>'
-            )
+            below_x = f'x="{px:.1f}" y="{TALL - BOTTOM + 16}" text-anchor="middle"'
+            beside_y = f'x="{LEFT - 6}" y="{py + 4:.1f}" text-anchor="end"'
+            told.append(f'<text {below_x} fill="var(--dim)">{format_number(x)}</text>')
+            told.append(f'<text {beside_y} fill="var(--dim)">{format_number(y)}</text>')
             told.append(f'<line x1="{LEFT}" x2="{WIDE - RIGHT}" y1="{py:.1f}" y2="{py:.1f}" stroke="var(--line)"/>')
         told.append(
             f'<text x="{WIDE / 2}" y="{TALL - 8}" text-anchor="middle" fill="var(--dim)">{escape(below)}</text>'

@@ -55,7 +55,7 @@ def open_run(
     `out`: the folder that will hold page and table, `NO_FOLDER`, or None for one of the run's own. The caller stores
     the result.
     """
-    where = str(out) if out is not None else str(Path("lab") / "{run}")
+    where = str(out) if out is not None else str(Path("studies") / "{run}")
     with begin_run(spec, options.device, store, where) as (opened, run):
         folder = Path(opened.run(run).out)
         if where != NO_FOLDER:

@@ -14,9 +14,11 @@ from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.options import StabilityOptions, shows_options
 from billhook.core.plan import Plan, Site
 from billhook.core.results.specs import StabilitySpec, plain_options
+from billhook.core.results.studies import PairSpread, StabilityResult, StabilitySize
 from billhook.data.splits import disjoint_parts
 from billhook.data.token_sets import DOCUMENT_TOKENS
 from billhook.methods.metrics import METRICS
+from billhook.models.device import environment
 from billhook.report import study_pages
 from billhook.runs.prepare import probe_of
 from billhook.runs.recipe import Recipe, parse_recipe
@@ -37,7 +39,7 @@ def stability(
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Unpack[StabilityOptions],
-) -> dict[str, Any]:
+) -> StabilityResult:
     """How far scores and plans depend on the calibration text: `draws` sets of each of `sizes` tokens, disjoint.
 
     Rank correlation of a metric's scores of sites, and overlap of the plans of the recipe's search. `options`: fields
@@ -49,8 +51,8 @@ def stability(
     first = parse_recipe({"model": str(model), **options}, "The call")
     spec = StabilitySpec(str(model), metric, tuple(sizes), draws, plain_options(options))
     with open_study(spec, first, Path(store), out, watch) as (bench, folder):
-        told = run_stability(bench, metric, tuple(sizes), draws, options)
-        return write_study(told, folder, study_pages.stability_page, bench.store, bench.run)
+        result = run_stability(bench, metric, tuple(sizes), draws, options)
+        return write_study(result, folder, study_pages.stability_page, bench.store, bench.run)
 
 
 # -- how far a result can be trusted --------------------------------------------------------------------------------
@@ -58,13 +60,13 @@ def stability(
 
 def run_stability(
     study: StudyContext, metric: str, sizes: Sequence[int], draws: int, common: Mapping[str, Any]
-) -> dict[str, Any]:
+) -> StabilityResult:
     """Scores and plans over disjoint calibration sets: `draws` sets of each of `sizes` tokens, seed by seed.
 
     For each size: the mean Spearman correlation between the scores of two sets, and the mean overlap (Jaccard) of the
     plans that they lead to, with the range over the pairs.
     """
-    told = []
+    found = []
     recipes = [parse_recipe({"model": study.teacher.name, **common, "tokens": size}) for size in sizes]
     enough = draws * (max(sizes) + DOCUMENT_TOKENS)  # a portion ends with its last document
     largest = recipes[sizes.index(max(sizes))].model_copy(update={"tokens": enough, "self_share": 0.0})
@@ -79,26 +81,28 @@ def run_stability(
             scores.append({unit: value for unit, value in scored_by.items() if isinstance(unit, Site)})
             plans.append(run_trial(study, metric, recipe, tokens).plan)
         pairs = list(itertools.combinations(range(len(sets)), 2))
-        told.append(
-            {
-                "tokens": size,
-                "sets": len(sets),
-                "rank_correlation": _spread([_spearman(scores[i], scores[j]) for i, j in pairs]),
-                "overlap": _spread([_overlap(plans[i], plans[j]) for i, j in pairs]),
-                "plans": [plan.to_list() for plan in plans],
-            }
-        )
-    return {"model": study.teacher.name, "metric": metric, "search": recipes[0].search, "remove": recipes[0].remove,
-            "data": whole.describe(), "sizes": told}  # fmt: skip
+        correlation = _spread([_spearman(scores[i], scores[j]) for i, j in pairs])
+        overlap = _spread([_overlap(plans[i], plans[j]) for i, j in pairs])
+        found.append(StabilitySize(size, len(sets), correlation, overlap, tuple(plans)))
+    return StabilityResult(
+        study.teacher.name,
+        study.teacher.fingerprint,
+        metric=metric,
+        search=recipes[0].search,
+        remove=str(recipes[0].remove),
+        data=whole.info(),
+        sizes=tuple(found),
+        environment=environment(str(study.teacher.device)),
+    )
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": math.fsum(values) / len(values), "low": min(values), "high": max(values)}
+def _spread(values: Sequence[float]) -> PairSpread:
+    return PairSpread(math.fsum(values) / len(values), min(values), max(values))
 
 
 def _overlap(a: Plan, b: Plan) -> float:
-    mine, theirs = ({*plan.removed, *plan.narrowed} for plan in (a, b))
-    return len(mine & theirs) / len(mine | theirs)
+    touched, others = ({*plan.removed, *plan.narrowed} for plan in (a, b))
+    return len(touched & others) / len(touched | others)
 
 
 def _spearman(a: Mapping[Site, float], b: Mapping[Site, float]) -> float:

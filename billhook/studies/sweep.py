@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,7 +14,9 @@ from billhook.core.budget import spell_budget
 from billhook.core.errors import BudgetError, UsageError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.options import Amount, SweepOptions, shows_options
+from billhook.core.results.measured import Estimate
 from billhook.core.results.specs import SweepSpec, plain_options
+from billhook.core.results.studies import SIZE_NAMES, RefusedTrial, SizeName, SweepResult, TrialResult
 from billhook.data.calibration import require_disjoint
 from billhook.data.choice_tasks import load_items
 from billhook.data.texts import external_sources
@@ -27,15 +29,14 @@ from billhook.runs.recipe import Recipe, parse_recipe, with_overrides
 from billhook.runs.store import STORE
 from billhook.studies.run_study import open_study, several, write_study
 from billhook.studies.trials import (
-    SIZES,
     StudyContext,
     Trial,
     calibration_of,
-    estimate_of,
     evaluate_trials,
     held_out_of,
+    outcome_of,
     run_trial,
-    trial_row,
+    trial_result,
 )
 
 
@@ -53,7 +54,7 @@ def sweep(
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Unpack[SweepOptions],
-) -> dict[str, Any]:
+) -> SweepResult:
     """Recipes against each other at several sizes on several calibration texts; a page, and the table behind it.
 
     `recipes`: names of ours, or YAML files. `eval_data`: held-out texts (default: those of `data`); `tasks`: files of
@@ -110,7 +111,7 @@ def recipes_of(grid: Grid, model: str, common: Mapping[str, Any]) -> list[tuple[
     return told
 
 
-def run_sweep(study: StudyContext, grid: Grid, common: Mapping[str, Any]) -> dict[str, Any]:
+def run_sweep(study: StudyContext, grid: Grid, common: Mapping[str, Any]) -> SweepResult:
     """Every recipe at every size on every calibration text: losses, sizes, times, with intervals, and the front.
 
     A recipe that cannot meet a size (a run of blocks that would be the whole model) has a row that says why.
@@ -120,7 +121,7 @@ def run_sweep(study: StudyContext, grid: Grid, common: Mapping[str, Any]) -> dic
     sets = evaluation_sets(study, grid, base)
     tokens: dict[tuple[Any, ...], TokenSet] = {}
     trials: list[Trial] = []
-    refused: list[dict[str, str]] = []
+    refused: list[RefusedTrial] = []
     for number, (name, recipe) in enumerate(combinations):
         at = {"recipe": name, "remove": str(recipe.remove), "data": Path(recipe.data).name}
         study.watch(Event("sweep", number, len(combinations), at))
@@ -133,62 +134,75 @@ def run_sweep(study: StudyContext, grid: Grid, common: Mapping[str, Any]) -> dic
         try:
             trials.append(run_trial(study, name, recipe, tokens[key]))
         except BudgetError as error:
-            refused.append({"recipe": name, "remove": str(recipe.remove), "data": recipe.data, "why": str(error)})
+            refused.append(RefusedTrial(name, str(recipe.remove), recipe.data, str(error)))
     teacher = evaluate_trials(study, base, trials, sets)
     anatomy = (
         study.teacher.anatomy if study.teacher.weights is not None else with_site_times(study.job(base), study.teacher)
     )
-    rows = [trial_row(trial, teacher, sets, anatomy, base.seed) for trial in trials]
-    _add_gaps_to_best(rows, trials, grid, base.seed)
-    _add_text_changes(rows, trials, grid, base.seed)
-    for row in rows:
-        row["front"] = [size for size in SIZES if not any(_dominates(other, row, size) for other in rows)]
-    return {
-        "model": study.teacher.name,
-        "fingerprint": study.teacher.fingerprint,
-        "teacher": {name: estimate_of(result, name, sets, base.seed) for name, result in teacher.items()},
-        "sizes": {size: anatomy.total(size) for size in SIZES},
-        "rows": rows,
-        "refused": refused,
-        "calibration": [each.describe() for each in tokens.values()],
-        "evaluation": {name: each.describe() for name, each in sets.items()},
-        "batch": base.batch,
-        "context": base.context,
-        "environment": asdict(environment(str(study.teacher.device))),
-    }
+    return SweepResult(
+        study.teacher.name,
+        study.teacher.fingerprint,
+        teacher={name: outcome_of(result, sets[name], base.seed) for name, result in teacher.items()},
+        sizes=anatomy.sizes(),
+        trials=_trial_results(trials, [trial_result(t, teacher, sets, anatomy, base.seed) for t in trials], grid, base),
+        refused=tuple(refused),
+        calibration=tuple(each.info() for each in tokens.values()),
+        evaluation={name: each.info() for name, each in sets.items()},
+        batch=base.batch,
+        context=base.context,
+        environment=environment(str(study.teacher.device)),
+    )
 
 
-def _add_gaps_to_best(rows: list[dict[str, Any]], trials: Sequence[Trial], grid: Grid, seed: int) -> None:
-    """On each text: how far each row is above the lowest of its size and calibration text, in nats, paired."""
+def _trial_results(
+    trials: Sequence[Trial], alone: Sequence[TrialResult], grid: Grid, base: Recipe
+) -> tuple[TrialResult, ...]:
+    """The results with what the trials are to each other: gaps on each text, and the fronts."""
+    best, first = _gaps_to_best(trials, grid, base.seed), _gaps_to_first_text(trials, grid, base.seed)
+    told = []
+    for number, result in enumerate(alone):
+        outcomes = {
+            name: replace(on, above_best=best.get((number, name)), above_first_text=first.get((number, name)))
+            for name, on in result.results.items()
+        }
+        front = tuple(size for size in SIZE_NAMES if not any(_dominates(other, result, size) for other in alone))
+        told.append(replace(result, results=outcomes, front=front))
+    return tuple(told)
+
+
+Gaps = dict[tuple[int, str], Estimate]  # by number of the trial, and text
+
+
+def _gaps_to_best(trials: Sequence[Trial], grid: Grid, seed: int) -> Gaps:
+    """On each text: how far each trial is above the lowest of its size and calibration text, in nats, paired."""
+    gaps: Gaps = {}
     for remove, data in itertools.product(dict.fromkeys(t.remove for t in trials), grid.datas):
-        alike = [i for i, trial in enumerate(trials) if (trial.remove, trial.data) == (remove, data)]
-        for text in grid.texts if alike else ():
-            best = min(alike, key=lambda i: trials[i].results[text].mean)
-            for i in alike:
+        peers = [i for i, trial in enumerate(trials) if (trial.remove, trial.data) == (remove, data)]
+        for text in grid.texts if peers else ():
+            best = min(peers, key=lambda i: trials[i].results[text].mean)
+            for i in peers:
                 gap = statistics.paired_difference(trials[best].results[text], trials[i].results[text], seed)
-                ends = (0.0, 0.0) if i == best else (gap.low, gap.high)
-                rows[i]["results"][text]["above_best"] = {"value": gap.value, "low": ends[0], "high": ends[1]}
+                gaps[i, text] = replace(gap, low=0.0, high=0.0) if i == best else gap
+    return gaps
 
 
-def _add_text_changes(rows: list[dict[str, Any]], trials: Sequence[Trial], grid: Grid, seed: int) -> None:
+def _gaps_to_first_text(trials: Sequence[Trial], grid: Grid, seed: int) -> Gaps:
     """Calibrated on another text than the first: what that changed for a recipe at a size, in nats, paired."""
     first = {(trial.recipe, trial.remove): trial for trial in trials if trial.data == grid.datas[0]}
-    for row, trial in zip(rows, trials, strict=True):
-        same = first.get((trial.recipe, trial.remove))
-        if same is None or same is trial:
-            continue
-        for text in grid.texts:
-            gap = statistics.paired_difference(same.results[text], trial.results[text], seed)
-            row["results"][text]["above_first_text"] = {"value": gap.value, "low": gap.low, "high": gap.high}
+    gaps: Gaps = {}
+    for number, trial in enumerate(trials):
+        peer = first.get((trial.recipe, trial.remove))
+        if peer is not None and peer is not trial:
+            for text in grid.texts:
+                gaps[number, text] = statistics.paired_difference(peer.results[text], trial.results[text], seed)
+    return gaps
 
 
-def _dominates(a: Mapping[str, Any], b: Mapping[str, Any], size: str) -> bool:
+def _dominates(a: TrialResult, b: TrialResult, size: SizeName) -> bool:
     """Whether `a` is as small and as good as `b` in nats over all texts, and better in one of both."""
-    nats = [math.fsum(r["nats"] for r in row["results"].values() if r["nats"] is not None) for row in (a, b)]
-    sizes = [row["sizes"][size] for row in (a, b)]
-    return (
-        a["data"] == b["data"]
-        and nats[0] <= nats[1]
-        and sizes[0] <= sizes[1]
-        and (nats[0], sizes[0]) != (nats[1], sizes[1])
-    )
+    places = [
+        (math.fsum(on.nats for on in trial.results.values() if on.nats is not None), getattr(trial.sizes, size))
+        for trial in (a, b)
+    ]
+    (nats, small), (other_nats, other_small) = places
+    return a.data == b.data and nats <= other_nats and small <= other_small and places[0] != places[1]

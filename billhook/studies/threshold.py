@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
-from billhook.core.margin import Margin, MarginCheck
+from billhook.core.margin import Margin
 from billhook.core.options import StudyOptions, shows_options
 from billhook.core.plan import Plan
+from billhook.core.results.json_form import decode
+from billhook.core.results.measured import Step
 from billhook.core.results.specs import PRUNE, ThresholdSpec
-from billhook.core.statistics import reliability_note
+from billhook.core.results.studies import MarginLoss, ThresholdData, ThresholdResult, ThresholdTrial
 from billhook.data.token_sets import TokenSet
 from billhook.models.device import environment
 from billhook.models.load import Teacher
@@ -38,14 +39,14 @@ def threshold(
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Unpack[StudyOptions],
-) -> dict[str, Any]:
+) -> ThresholdResult:
     """How much can go: the last step of a search that is within every margin, chosen on some texts, proved on others.
 
     `margins`: such as 3%ppl or 1pp:FILE. `run`: the steps of a stored run are taken, with its model and its texts; else
     a search is made by `options`, fields of `Recipe`, up to `remove` (default: 40%). A plan file and a page appear in
-    `out` (default: lab/<run>): `prune(plan=...)` takes the plan.
+    `out` (default: studies/<run>): `prune(plan=...)` takes the plan.
     """
-    parsed = [Margin.parse(text) for text in several(margins)]
+    parsed = list(dict.fromkeys(map(Margin.parse, several(margins))))
     stored = stored_run(run, store) if run is not None else None
     if stored is not None and (stored.kind != PRUNE or not (stored.result or {}).get("steps")):
         raise UsageError(f"Run {run} has no steps of a search. `billhook runs` lists the runs.")
@@ -54,93 +55,79 @@ def threshold(
     recipe = parse_recipe(given | options, "The call")
     spec = ThresholdSpec(recipe.model, tuple(map(str, parsed)), run, recipe.model_dump(exclude_defaults=True))
     with open_study(spec, recipe, Path(store), out, watch) as (bench, folder):
-        steps = [] if stored is None else (stored.result or {})["steps"]
-        told = find_threshold(bench.job(recipe), bench.teacher, steps, parsed)
-        return write_study(told, folder, threshold_page.threshold_page, bench.store, bench.run)
-
-
-@dataclass(frozen=True)
-class MarginTrial:
-    """One step of a path on the validation items of every margin."""
-
-    step: int
-    kept: tuple[MarginCheck, ...]
-
-    @property
-    def within(self) -> bool:
-        return all(kept.within for kept in self.kept)
+        steps = [] if stored is None else [decode(Step, step) for step in (stored.result or {})["steps"]]
+        result = find_threshold(bench.job(recipe), bench.teacher, steps, parsed)
+        return write_study(result, folder, threshold_page.threshold_page, bench.store, bench.run)
 
 
 def find_threshold(
-    job: RunContext, teacher: Teacher, steps: Sequence[Mapping[str, Any]], margins: Sequence[Margin]
-) -> dict[str, Any]:
+    job: RunContext, teacher: Teacher, steps: Sequence[Step], margins: Sequence[Margin]
+) -> ThresholdResult:
     """The last of `steps` within every margin on validation items, found by bisection, and its proof on test items.
 
-    `steps`: as a result holds them; without any the search of the recipe makes some. Assumes that what goes later costs
-    more, so that the steps within the margins come first. The test items are looked at once, for the plan that was
-    chosen, whatever they say.
+    Without steps the search of the recipe makes some. Assumes that what goes later costs more, so that the steps within
+    the margins come first. The test items are looked at once, for the plan that was chosen, whatever they say.
     """
     calibration, held_out = tokens_for(job.recipe, teacher, job.watch, job)
-    steps = list(steps) or [step.to_json() for step in choose_plan(job, teacher, calibration).steps]
+    steps = tuple(steps or choose_plan(job, teacher, calibration).steps)
     path = [Plan()]
     for step in steps:
-        path.append(path[-1].combined_with(Plan.parse([*step["sites"], *step.get("narrowed", ())])))
+        path.append(path[-1].combined_with(Plan(frozenset(step.sites), frozenset(step.narrowed))))
+    everything = teacher.anatomy.total("parameters")
+    shares = tuple(1 - teacher.anatomy.total("parameters", plan) / everything for plan in path)
     sets = {margin: validation_and_test(job.recipe, margin, teacher, held_out) for margin in margins}
-    trials = {
-        0: MarginTrial(0, tuple(_check_plan(job, teacher, margin, sets[margin][0], Plan()) for margin in margins))
-    }
+    trials = _bisect(job, teacher, path, shares, {margin: validation for margin, (validation, _) in sets.items()})
+    low = max(trial.step for trial in trials if trial.within or not trial.step)
+    proved = _lost_by(job, teacher, path[low], {margin: test for margin, (_, test) in sets.items()}) if low else ()
+    losses = tuple(step.loss for step in steps)
+    return ThresholdResult(
+        teacher.name,
+        teacher.fingerprint,
+        margins=tuple(margins),
+        plan=path[low],
+        step=low,
+        steps=len(steps),
+        share=shares[low],
+        confirmed=all(each.within for each in proved) if low else None,
+        test=proved,
+        trials=trials,
+        data={str(margin): ThresholdData(first.info(), second.info()) for margin, (first, second) in sets.items()},
+        shares=shares,
+        losses=losses,
+        loss=job.recipe.loss,
+        knee=knee(shares[1:], losses),
+        environment=environment(str(teacher.device)),
+    )
+
+
+def _bisect(
+    job: RunContext, teacher: Teacher, path: Sequence[Plan], shares: Sequence[float], sets: Mapping[Margin, TokenSet]
+) -> tuple[ThresholdTrial, ...]:
+    """What was tried to find the last plan of a path within all margins, by step; the first is without a step."""
+
+    def tried(step: int) -> ThresholdTrial:
+        losses = _lost_by(job, teacher, path[step], sets)
+        return ThresholdTrial(step, shares[step], all(each.within for each in losses), losses)
+
+    trials = {0: tried(0)}
     low, high = 0, len(path)
     while high - low > 1:
         middle = (low + high) // 2
-        job.watch(
-            Event(
-                *("threshold", len(trials), math.ceil(math.log2(len(steps))) + 1),
-                {"steps_taken": middle, "steps": len(path)},
-            )
-        )
-        kept = tuple(_check_plan(job, teacher, margin, sets[margin][0], path[middle]) for margin in margins)
-        trials[middle] = MarginTrial(middle, kept)
+        total = math.ceil(math.log2(len(path) - 1)) + 1
+        job.watch(Event("threshold", len(trials), total, {"steps_taken": middle, "steps": len(path)}))
+        trials[middle] = tried(middle)
         low, high = (middle, high) if trials[middle].within else (low, middle)
-    chosen = path[low]
-    proved = [_check_plan(job, teacher, margin, sets[margin][1], chosen) for margin in margins] if low else []
-    everything = teacher.anatomy.total("parameters")
-    sizes = [1 - teacher.anatomy.total("parameters", plan) / everything for plan in path]
-    return {
-        "removed": chosen.names(),
-        "narrowed": chosen.narrowed_names(),
-        "step": low,  # how many of the steps are taken
-        "steps": len(steps),
-        "share": sizes[low],
-        "confirmed": all(kept.within for kept in proved) if low else None,
-        "margins": [str(margin) for margin in margins],
-        "test": [_check_json(kept, margin) for kept, margin in zip(proved, margins, strict=False)],
-        "trials": [
-            {"step": n, "share": sizes[n], "within": trial.within,
-             "of": [_check_json(kept, margin) for kept, margin in zip(trial.kept, margins, strict=True)]}
-            for n, trial in sorted(trials.items())
-        ],
-        "data": {str(margin): {"validation": a.describe(), "test": b.describe()} for margin, (a, b) in sets.items()},
-        "shares": sizes,
-        "losses": [step["loss"] for step in steps],
-        "loss": job.recipe.loss,
-        "knee": knee(sizes[1:], [step["loss"] for step in steps]),
-        "model": teacher.name,
-        "fingerprint": teacher.fingerprint,
-        "environment": asdict(environment(str(teacher.device))),
-    }  # fmt: skip
+    return tuple(trial for _, trial in sorted(trials.items()))
 
 
-def _check_plan(job: RunContext, teacher: Teacher, margin: Margin, tokens: TokenSet, plan: Plan) -> MarginCheck:
-    dense, student = evaluate_plans(job, teacher, [Plan(), plan], tokens, margin.kind)
-    return margin.check(dense, student, job.recipe.seed, same=not plan)
-
-
-def _check_json(kept: MarginCheck, margin: Margin) -> dict[str, Any]:
-    lost = kept.in_units(margin.kind)
-    return {
-        "margin": str(margin), "lost": lost.value, "low": lost.low, "high": lost.high, "limit": float(margin.amount),
-        "within": kept.within, "n": lost.n, "reliable": lost.reliable, "note": reliability_note(lost),
-    }  # fmt: skip
+def _lost_by(job: RunContext, teacher: Teacher, plan: Plan, sets: Mapping[Margin, TokenSet]) -> tuple[MarginLoss, ...]:
+    """What a plan loses under every margin, on its items."""
+    losses = []
+    for margin, tokens in sets.items():
+        before, after = evaluate_plans(job, teacher, [Plan(), plan], tokens, margin.kind)
+        check = margin.check(before, after, job.recipe.seed, same=not plan)
+        losses.append(MarginLoss(margin, check.in_units(margin.kind), float(margin.amount), check.within))
+    return tuple(losses)
 
 
 def knee(shares: Sequence[float], losses: Sequence[float]) -> int | None:

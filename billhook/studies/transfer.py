@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -11,12 +12,22 @@ from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.options import StudyOptions, shows_options
 from billhook.core.results.specs import TransferSpec, plain_options
+from billhook.core.results.studies import TransferResult, TrialResult
 from billhook.data.choice_tasks import load_items
+from billhook.models.device import environment
 from billhook.report import study_pages
 from billhook.runs.recipe import Recipe, parse_recipe
 from billhook.runs.store import STORE
 from billhook.studies.run_study import open_study, several, write_study
-from billhook.studies.trials import StudyContext, calibration_of, estimate_of, evaluate_trials, run_trial, trial_row
+from billhook.studies.trials import (
+    StudyContext,
+    Trial,
+    calibration_of,
+    evaluate_trials,
+    outcome_of,
+    run_trial,
+    trial_result,
+)
 
 
 @shows_options(StudyOptions, Recipe.model_fields)
@@ -29,25 +40,25 @@ def transfer(
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Unpack[StudyOptions],
-) -> dict[str, Any]:
+) -> TransferResult:
     """What adapting to one task costs on others: pruned for each of `tasks`, measured on each, with paired intervals.
 
     `tasks`: files of multiple-choice items, of which `items` are measured and others calibrated on. `options`: fields
     of `Recipe`; `remove` is needed.
     """
     if not tasks:
-        raise UsageError("There is no task to trade. Name files of multiple-choice items: --tasks a.jsonl,b.jsonl.")
+        raise UsageError("There is no task to prune for. Name files of multiple-choice items: --tasks a.jsonl,b.jsonl.")
     first = parse_recipe({"model": str(model), **options}, "The call")
     spec = TransferSpec(str(model), several(tasks), items, plain_options(options))
     with open_study(spec, first, Path(store), out, watch) as (bench, folder):
-        told = run_transfer(bench, several(tasks), items, options)
-        return write_study(told, folder, study_pages.transfer_page, bench.store, bench.run)
+        result = run_transfer(bench, several(tasks), items, options)
+        return write_study(result, folder, study_pages.transfer_page, bench.store, bench.run)
 
 
 # -- tasks against each other ---------------------------------------------------------------------------------------
 
 
-def run_transfer(study: StudyContext, tasks: Sequence[str], items: int, common: Mapping[str, Any]) -> dict[str, Any]:
+def run_transfer(study: StudyContext, tasks: Sequence[str], items: int, common: Mapping[str, Any]) -> TransferResult:
     """Pruned for task A, measured on task B: the accuracy of each pair, and what it lost, paired, with intervals.
 
     The first row is pruned by the loss of the recipe on text. Items that a search looks at are never measured.
@@ -65,16 +76,24 @@ def run_transfer(study: StudyContext, tasks: Sequence[str], items: int, common: 
         study.watch(Event("transfer", number, len(recipes), {"pruned_for": name}))
         trials.append(run_trial(study, name, recipe, calibration_of(study, recipe)))
     teacher = evaluate_trials(study, base, trials, sets)
-    rows = [trial_row(trial, teacher, sets, study.teacher.anatomy, base.seed) for trial in trials]
-    for trial, row in zip(trials, rows, strict=True):
-        row["pruned_for"] = trial.recipe
-        for name in sets:
-            other = statistics.paired_difference(trials[0].results[name], trial.results[name], base.seed)
-            row["results"][name]["against_text"] = {"value": other.value, "low": other.low, "high": other.high}
-    return {
-        "model": study.teacher.name,
-        "remove": base.remove,
-        "teacher": {name: estimate_of(result, name, sets, base.seed) for name, result in teacher.items()},
-        "rows": rows,
-        "evaluation": {name: each.describe() for name, each in sets.items()},
-    }
+    seed, anatomy = base.seed, study.teacher.anatomy
+    results = [_against_text(trial_result(t, teacher, sets, anatomy, seed), t, trials[0], seed) for t in trials]
+    return TransferResult(
+        study.teacher.name,
+        study.teacher.fingerprint,
+        remove=str(base.remove),
+        teacher={name: outcome_of(result, sets[name], seed) for name, result in teacher.items()},
+        sizes=anatomy.sizes(),
+        trials=tuple(results),
+        evaluation={name: each.info() for name, each in sets.items()},
+        environment=environment(str(study.teacher.device)),
+    )
+
+
+def _against_text(result: TrialResult, trial: Trial, on_text: Trial, seed: int) -> TrialResult:
+    """The result with paired differences to the trial that was pruned on text."""
+    outcomes = {}
+    for name, outcome in result.results.items():
+        gap = statistics.paired_difference(on_text.results[name], trial.results[name], seed)
+        outcomes[name] = replace(outcome, against_text=gap)
+    return replace(result, results=outcomes)

@@ -13,6 +13,7 @@ from billhook.core.anatomy import Anatomy
 from billhook.core.events import Event, EventListener
 from billhook.core.plan import Plan
 from billhook.core.results.measured import EvalResult
+from billhook.core.results.studies import Outcome, StudentOutcome, TrialResult
 from billhook.data.token_sets import TokenSet
 from billhook.models.load import Teacher
 from billhook.runs.choose_plan import choose_plan, timing_of
@@ -30,12 +31,11 @@ from billhook.runs.recipe import Recipe
 from billhook.runs.store import Store
 
 TOGETHER = 6  # plans that are evaluated, and filed, at a time
-SIZES = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token", "ns_per_token")
 
 
 @dataclass(frozen=True)
 class StudyContext:
-    """What every experiment of a laboratory shares."""
+    """What every trial of a study shares."""
 
     store: Store
     run: str
@@ -126,35 +126,24 @@ def evaluate_trials(
     return teacher
 
 
-def estimate_of(result: EvalResult, name: str, sets: Mapping[str, TokenSet], seed: int) -> dict[str, Any]:
-    """Perplexity or accuracy with its 95% interval."""
-    spread = statistics.mean_interval(result, seed)
-    text = sets[name].choices is None
-    value, low, high = (statistics.exp_capped(x) if text else x for x in (spread.value, spread.low, spread.high))
-    kind = "perplexity" if text else "accuracy"
-    return {"kind": kind, "value": value, "low": low, "high": high, "nats": result.mean if text else None}
+def outcome_of(result: EvalResult, tokens: TokenSet, seed: int) -> Outcome:
+    """Perplexity or accuracy of one model with its 95% interval."""
+    estimate = statistics.mean_interval(result, seed)
+    if tokens.choices is None:
+        return Outcome("perplexity", estimate.mapped(statistics.exp_capped), result.mean)
+    return Outcome("accuracy", estimate, None)
 
 
-def trial_row(
+def trial_result(
     trial: Trial, teacher: Mapping[str, EvalResult], sets: Mapping[str, TokenSet], anatomy: Anatomy, seed: int
-) -> dict[str, Any]:
-    """One trial as a row of a study: its plan, sizes, cost, and what it got on every set."""
-    told: dict[str, Any] = {
-        "recipe": trial.recipe,
-        "remove": trial.remove,
-        "data": trial.data,
-        "removed": trial.plan.to_list(),
-        "attention": sum(site.part == "attention" for site in trial.plan.removed),
-        "mlp": sum(site.part == "mlp" for site in trial.plan.removed),
-        "sizes": {size: anatomy.total(size, trial.plan) for size in SIZES},
-        "search_seconds": trial.seconds,
-        "site_evaluations": trial.site_evaluations,
-        "resumed": trial.resumed,
-        "results": {},
-    }
+) -> TrialResult:
+    """One trial as a value of a study's result: its plan, sizes, cost, and what it got on every set."""
+    results = {}
     for name, result in trial.results.items():
+        own = outcome_of(result, sets[name], seed)
         change = statistics.paired_difference(teacher[name], result, seed)
-        told["results"][name] = estimate_of(result, name, sets, seed) | {
-            "change": change.value, "change_low": change.low, "change_high": change.high, "reliable": change.reliable
-        }  # fmt: skip
-    return told
+        results[name] = StudentOutcome(own.kind, own.estimate, own.nats, change)
+    cost = (trial.seconds, trial.site_evaluations, trial.resumed)
+    return TrialResult(
+        trial.recipe, trial.remove, trial.data, trial.plan, anatomy.sizes(trial.plan), *cost, results=results
+    )

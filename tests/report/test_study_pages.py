@@ -1,4 +1,4 @@
-"""Pages and tables of the laboratory: they tell every number, hold hostile strings, and work in a browser."""
+"""Pages and tables of studies: they tell every number, hold hostile strings, and work in a browser."""
 
 from __future__ import annotations
 
@@ -6,40 +6,48 @@ import html
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from browser import HOSTILE, OVERFLOW, Elements, Tab
-from lab_results import OURS, a_stability, a_sweep, a_trade
+from made_studies import OURS, a_stability, a_sweep, a_threshold, a_transfer, nats_of
 
 from billhook.cli import session
+from billhook.core.plan import Plan
+from billhook.core.results.json_form import PagedResult
+from billhook.core.results.studies import RefusedTrial, StudentOutcome, SweepResult
 from billhook.report import numbers, study_pages, study_words
 from billhook.report.curves import looks_of
+from billhook.report.threshold_page import threshold_page
 
 FEW = ("shortgpt", "sleb", "übermäßig-groß")
-UNKNOWN = {"low": 0.0, "high": math.exp(700), "change_low": -math.inf, "change_high": math.inf, "reliable": False}
 
 
-def attacked(seed: int) -> dict[str, Any]:
+def attacked(seed: int) -> SweepResult:
     """A sweep in which every free string is an attack."""
     recipes = [f"{HOSTILE}{i}" for i in range(3)]
     texts, tasks = (f"/a/{HOSTILE}", f"/b/{HOSTILE}", "straße.jsonl"), (f"/c/{HOSTILE}",)
-    told = a_sweep(seed, recipes, (HOSTILE, "25%sites"), texts, tasks, datas=(HOSTILE, "self"), refused=1)
-    told["refused"][0] |= dict.fromkeys(("recipe", "remove", "data", "why"), HOSTILE)
-    return told | {"model": HOSTILE, "fingerprint": HOSTILE, "page": HOSTILE}
+    result = a_sweep(seed, recipes, (HOSTILE, "25%sites"), texts, tasks, datas=(HOSTILE, "self"))
+    refused = (RefusedTrial(HOSTILE, HOSTILE, HOSTILE, HOSTILE),)
+    return replace(result, refused=refused, model=HOSTILE, fingerprint=HOSTILE, page=HOSTILE)
 
 
-def uncertain() -> dict[str, Any]:
+def unknown(outcome: StudentOutcome) -> StudentOutcome:
+    change = replace(outcome.change, low=-math.inf, high=math.inf, reliable=False, reason="one_text")
+    return replace(outcome, estimate=replace(outcome.estimate, low=0.0, high=math.exp(700)), change=change)
+
+
+def uncertain() -> SweepResult:
     """A sweep whose text has one cluster only: no interval is known."""
-    told = a_sweep(5, FEW, tasks=())
-    for row in told["rows"]:
-        for each in row["results"].values():
-            each |= UNKNOWN
-    return told
+    result = a_sweep(5, FEW, tasks=())
+    return replace(result, trials=tuple(
+        replace(trial, results={name: unknown(outcome) for name, outcome in trial.results.items()})
+        for trial in result.trials
+    ))  # fmt: skip
 
 
-def one_row() -> dict[str, Any]:
+def one_row() -> SweepResult:
     return a_sweep(6, FEW[2:], ("25%sites",), ("wiki.jsonl",), (), time=False)
 
 
@@ -71,36 +79,34 @@ def cells(page: str) -> list[list[str]]:
 def test_the_table_of_a_sweep_has_every_row_and_number(name: str) -> None:
     result = SWEEPS[name]
     told = cells(study_pages.sweep_page(result))
-    assert len(told) == len(result["rows"])
-    for line, row in zip(told, study_words.sorted_rows(result), strict=True):
-        sizes = [size for size in ("parameters", "kv_bytes_per_token", "ns_per_token") if result["sizes"][size]]
-        wanted = [row["recipe"], None, row["remove"]]
-        wanted += [f"{row['sizes'][size] / result['sizes'][size]:.1%}" for size in sizes]
-        wanted += [str(row["attention"]), str(row["mlp"])]
+    assert len(told) == len(result.trials)
+    for line, trial in zip(told, study_words.sorted_trials(result), strict=True):
+        sizes = [size for size in ("parameters", "kv_bytes_per_token", "ns_per_token") if getattr(result.sizes, size)]
+        wanted = [trial.recipe, None, trial.remove]
+        wanted += [f"{getattr(trial.sizes, size) / getattr(result.sizes, size):.1%}" for size in sizes]
+        parts = [site.part for site in trial.plan.removed]
+        wanted += [str(parts.count("attention")), str(parts.count("mlp"))]
         for text in study_words.texts_of(result):
-            each = row["results"][text]
-            known = each["value"] < 1e300
-            wanted.append(
-                f"{numbers.format_number(each['value'])}|{numbers.format_number(each['low'])}–{numbers.format_number(each['high'])}"
-            )
-            wanted[-1] = wanted[-1] if known else "over 1e304"
-            gap = each["above_best"]
-            far = numbers.format_nats(gap["value"]) + (" |not told apart|" if gap["low"] <= 0 else "")
-            ends = f"{numbers.format_nats(gap['low'])} to {numbers.format_nats(gap['high'])}"
-            wanted.append("–" if name == "one row" else "best" if gap["high"] == 0 else f"{far}|{ends}")
+            got, gap = trial.results[text].estimate, trial.results[text].above_best
+            value, low, high = map(numbers.format_number, (got.value, got.low, got.high))
+            wanted.append(f"{value}|{low}–{high}" if got.value < 1e300 else "over 1e304")
+            assert gap is not None
+            far = numbers.format_nats(gap.value) + (" |not told apart|" if gap.low <= 0 else "")
+            ends = f"{numbers.format_nats(gap.low)} to {numbers.format_nats(gap.high)}"
+            wanted.append("–" if name == "one row" else "best" if gap.high == 0 else f"{far}|{ends}")
         for task in study_words.tasks_of(result):
-            each = row["results"][task]
-            wanted.append(f"{each['value']:.1%}|{100 * each['low']:.1f}–{each['high']:.1%}")
-        wanted += [numbers.format_duration(row["search_seconds"]), numbers.format_number(row["site_evaluations"])]
+            got = trial.results[task].estimate
+            wanted.append(f"{got.value:.1%}|{100 * got.low:.1f}–{got.high:.1%}")
+        wanted += [numbers.format_duration(trial.search_seconds), numbers.format_number(trial.site_evaluations)]
         assert len(line) == len(wanted)
         for cell, want in zip(line, wanted, strict=True):
             assert want is None or cell == want
-        assert line[1].rpartition("+")[2] == row["data"].rpartition("/")[2]
+        assert line[1].rpartition("+")[2] == trial.data.rpartition("/")[2]
 
 
 def test_the_rows_are_in_order_of_size_calibration_and_loss() -> None:
-    rows = study_words.sorted_rows(SWEEPS["two"])
-    order = [(r["remove"], r["data"] != "/data/wiki.jsonl", r["results"]["/data/wiki.jsonl"]["nats"]) for r in rows]
+    trials = study_words.sorted_trials(SWEEPS["two"])
+    order = [(t.remove, t.data != "/data/wiki.jsonl", nats_of(t, "/data/wiki.jsonl")) for t in trials]
     assert order == sorted(order)
 
 
@@ -112,7 +118,7 @@ def test_the_verdict_counts_comparisons() -> None:
     name = verdict.split(" has the lowest")[0]
     assert f"in {sum(group[0][0] == name for group in groups)} of 12 comparisons" in verdict
     alone = study_words.sweep_headline(SWEEPS["one row"])
-    change = one_row()["rows"][0]["results"]["wiki.jsonl"]["change"]
+    change = one_row().trials[0].results["wiki.jsonl"].change.value
     assert f"perplexity ×{math.exp(change):.2f} on wiki.jsonl" in alone
     assert study_words.sweep_headline(SWEEPS["refused"]).startswith("Nothing was compared: 2 combinations")
     single = study_words.sweep_headline(a_sweep(1, FEW, ("25%sites",), ("wiki.jsonl",)))
@@ -151,25 +157,25 @@ def test_no_two_recipes_look_the_same(recipes: list[str]) -> None:
 
 
 @pytest.mark.parametrize("tasks", [("arc",), ("arc", "piqa", "boolq"), tuple(f"task{i}" for i in range(7))])
-def test_the_page_of_a_trade_has_every_number(tasks: tuple[str, ...]) -> None:
-    result = a_trade(len(tasks), tasks)
+def test_the_page_of_a_transfer_has_every_number(tasks: tuple[str, ...]) -> None:
+    result = a_transfer(len(tasks), tasks)
     page = study_pages.transfer_page(result)
-    pairs = [(row, task) for row in result["rows"] for task in tasks]
+    pairs = [(trial, task) for trial in result.trials for task in tasks]
     pale = 0
-    for row, task in pairs:
-        told = row["results"][task]
-        assert f">{numbers.format_points(told['change'])}<small>" in page
-        assert f"{numbers.format_points(told['change_low'])} to {numbers.format_points(told['change_high'])}" in page
-        assert f"{told['value']:.1%}" in page
-        pale += told["change_low"] <= 0 <= told["change_high"]
-        if row["pruned_for"] != "text":
-            assert f">{numbers.format_points(told['against_text']['value'])}<small>" in page
-            pale += told["against_text"]["low"] <= 0 <= told["against_text"]["high"]
+    for trial, task in pairs:
+        change, gap = trial.results[task].change, study_words.gap_to_text(trial, task)
+        assert f">{numbers.format_points(change.value)}<small>" in page
+        assert f"{numbers.format_points(change.low)} to {numbers.format_points(change.high)}" in page
+        assert f"{trial.results[task].estimate.value:.1%}" in page
+        pale += change.low <= 0 <= change.high
+        if trial.recipe != "text":
+            assert f">{numbers.format_points(gap.value)}<small>" in page
+            pale += gap.low <= 0 <= gap.high
     kinds = [set((about.get("class") or "").split()) for tag, about in Elements(page).found if tag == "td"]
     assert sum("pale" in kind for kind in kinds) == pale
     assert sum("own" in kind for kind in kinds) == 2 * len(tasks)
-    assert all(f"{each['value']:.1%}" in page for each in result["teacher"].values())
-    own = sum(row["results"][row["pruned_for"]]["against_text"]["low"] > 0 for row in result["rows"][1:])
+    assert all(f"{outcome.estimate.value:.1%}" in page for outcome in result.teacher.values())
+    own = sum(study_words.gap_to_text(trial, trial.recipe).low > 0 for trial in result.trials[1:])
     assert f"in {own} of {numbers.pluralize(len(tasks), 'case')}" in study_words.transfer_headline(result)
 
 
@@ -178,27 +184,38 @@ def test_the_page_of_a_study_of_stability_counts_sites(sizes: tuple[int, ...], s
     result = a_stability(1, sizes, sets)
     found = Elements(study_pages.stability_page(result)).found
     told = {about["title"]: about["class"] for tag, about in found if tag == "i"}
-    for size in result["sizes"]:
-        sites = {site for plan in size["plans"] for site in plan}
+    for size in result.sizes:
+        sites = {site for plan in size.plans for site in plan.removed}
         for site in sites:
-            n = sum(site in plan for plan in size["plans"])
-            about = f"{site}: in {n} of {sets} plans with {size['tokens']:,} tokens"
+            n = sum(site in plan.removed for plan in size.plans)
+            about = f"{site}: in {n} of {sets} plans with {size.tokens:,} tokens"
             assert told[about] == ("all" if n == sets else "some")
-        kept = [kind for about, kind in told.items() if about and about.endswith(f" {size['tokens']:,} tokens")]
+        kept = [kind for about, kind in told.items() if about and about.endswith(f" {size.tokens:,} tokens")]
         assert len(kept) - kept.count("none") == len(sites)
     drawn = next(json.loads(about["data-numbers"] or "") for _, about in found if "data-numbers" in about)
-    assert drawn["overlap_low"] == [size["overlap"]["low"] for size in result["sizes"]]
+    assert drawn["overlap_low"] == [size.overlap.low for size in result.sizes]
     assert study_words.stability_headline(result).count("tokens") == len(sizes[:2])
 
 
+def test_sites_of_plans_that_narrow_are_counted_apart() -> None:
+    """Two plans may keep other channel groups of one site: it is narrowed in both, and removed in neither."""
+    plans = tuple(map(Plan.parse, (["mlp.1", "mlp.0[0-1]"], ["mlp.1", "mlp.0[0-2]"], ["attention.2"])))
+    result = a_stability(1, (256,), 3)
+    result = replace(result, sizes=(replace(result.sizes[0], plans=plans),))
+    assert study_words.removal_counts(result.sizes[0]) == {"mlp.1": 2, "attention.2": 1}
+    assert "mlp.1: in 2 of 3 plans with 256 tokens" in study_pages.stability_page(result)
+
+
 def test_hostile_strings_stay_strings() -> None:
-    trade = a_trade(1, (HOSTILE, "straße")) | {"model": HOSTILE, "remove": HOSTILE}
-    stable = a_stability(1) | {"model": HOSTILE, "metric": HOSTILE, "search": HOSTILE, "remove": HOSTILE}
-    stable["data"]["source"] = HOSTILE
+    transfer = replace(a_transfer(1, (HOSTILE, "straße")), model=HOSTILE, remove=HOSTILE)
+    stable = replace(a_stability(1), model=HOSTILE, metric=HOSTILE, search=HOSTILE, remove=HOSTILE)
+    stable = replace(stable, data=replace(stable.data, source=HOSTILE))
+    machine = replace(a_threshold().environment, machine=HOSTILE)
     pairs = [
         (study_pages.sweep_page(a_sweep(3, FEW)), study_pages.sweep_page(attacked(3))),
-        (study_pages.transfer_page(a_trade(1, ("a", "b"))), study_pages.transfer_page(trade)),
+        (study_pages.transfer_page(a_transfer(1, ("a", "b"))), study_pages.transfer_page(transfer)),
         (study_pages.stability_page(a_stability(1)), study_pages.stability_page(stable)),
+        (threshold_page(a_threshold()), threshold_page(a_threshold(model=HOSTILE, environment=machine))),
     ]
     for safe, page in pairs:
         assert HOSTILE not in page
@@ -209,10 +226,10 @@ def test_hostile_strings_stay_strings() -> None:
 
 
 def test_few_texts_and_few_items_are_told_apart() -> None:
-    result = {
-        "teacher": {"/d/wiki.jsonl": {"kind": "perplexity"}, "/d/arc.jsonl": {"kind": "accuracy"}},
-        "rows": [{"results": {"/d/wiki.jsonl": {"reliable": False}, "/d/arc.jsonl": {"reliable": False}}}],
-    }
+    result = a_sweep(1, FEW, ("25%sites",), ("/d/wiki.jsonl",), ("/d/arc.jsonl",))
+    assert study_words.reliability_notes(result) == []
+    few = {name: unknown(outcome) for name, outcome in result.trials[0].results.items()}
+    result = replace(result, trials=(replace(result.trials[0], results=few), *result.trials[1:]))
     assert study_words.reliability_notes(result) == [
         "The intervals on wiki.jsonl rest on few texts and are not reliable.",
         "The intervals on arc.jsonl rest on few items and are not reliable.",
@@ -221,31 +238,29 @@ def test_few_texts_and_few_items_are_told_apart() -> None:
 
 # -- the terminal --------------------------------------------------------------------------------------------------
 
-SHOWN = [("sweep", result) for result in SWEEPS.values()]
-SHOWN += [("trade", a_trade(n, tuple(f"task{i}" for i in range(n)))) for n in (1, 3, 5)]
+SHOWN: list[tuple[str, PagedResult]] = [("sweep", result) for result in SWEEPS.values()]
+SHOWN += [("transfer", a_transfer(n, tuple(f"task{i}" for i in range(n)))) for n in (1, 3, 5)]
 SHOWN += [("stability", a_stability(2)), ("stability", a_stability(3, (16384,), 2))]
 
 
 @pytest.mark.parametrize(("kind", "result"), SHOWN, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_terminal_of_80_columns_shows_it(
-    kind: str, result: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    kind: str, result: PagedResult, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     session.print_result(result, kind)
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines if not line.startswith("Page: ")) <= 80
-    assert lines[-1] == f"Page: {numbers.printable(result['page'])}"
+    assert lines[-1] == f"Page: {numbers.printable(result.page)}"
     drawn = "\n".join(lines)
-    if kind == "sweep" and result["model"] != HOSTILE:
-        for row in result["rows"]:
-            assert row["recipe"] in drawn  # not even the longest name is broken
-            for on, told in row["results"].items():
-                text = on in study_words.texts_of(result)
-                assert (numbers.format_perplexity(told["value"]) if text else f"{100 * told['value']:.1f}") in drawn
-    del result["page"]
-    session.print_result(result, kind)
+    if isinstance(result, SweepResult) and result.model != HOSTILE:
+        for trial in result.trials:
+            assert trial.recipe in drawn  # not even the longest name is broken
+            for on, outcome in trial.results.items():
+                text, value = on in study_words.texts_of(result), outcome.estimate.value
+                assert (numbers.format_perplexity(value) if text else f"{100 * value:.1f}") in drawn
+    session.print_result(replace(result, page=""), kind)
     assert "Page:" not in capsys.readouterr().out
-    result["page"] = "back"
 
 
 # -- in a browser --------------------------------------------------------------------------------------------------
@@ -255,7 +270,7 @@ def test_a_terminal_of_80_columns_shows_it(
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     pages = {name: study_pages.sweep_page(result) for name, result in SWEEPS.items()}
-    pages["trade"] = study_pages.transfer_page(a_trade(1, ("arc", "piqa", "boolq", f"lang-{'x' * 60}", HOSTILE)))
+    pages["transfer"] = study_pages.transfer_page(a_transfer(1, ("arc", "piqa", "boolq", f"lang-{'x' * 60}", HOSTILE)))
     pages["stability"] = study_pages.stability_page(a_stability(1))
     told = {name: folder / f"{name.replace(' ', '-')}.html" for name in pages}
     for name, page in pages.items():
@@ -264,7 +279,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 LOOKS = [(390, "light"), (390, "dark"), (1440, "light"), (1440, "dark")]
-VIEWS = [(name, *look) for name in ("two", "hostile", "trade", "stability") for look in LOOKS]
+VIEWS = [(name, *look) for name in ("two", "hostile", "transfer", "stability") for look in LOOKS]
 VIEWS += [(name, *LOOKS[i % 4]) for i, name in enumerate(("usual", "tasks only", "uncertain", "one row", "refused"))]
 
 
@@ -274,7 +289,7 @@ def test_the_page_in_a_browser(tab: Tab, paths: dict[str, Path], name: str, widt
     assert tab.run("innerWidth") == width
     assert tab.run(OVERFLOW) <= 0
     assert tab.run("document.title") != "owned"
-    charts = 0 if name in ("trade", "refused") else 2 if name in ("two", "hostile", "usual") else 1
+    charts = 0 if name in ("transfer", "refused") else 2 if name in ("two", "hostile", "usual") else 1
     assert tab.run("document.querySelectorAll('.js-plotly-plot').length") == charts
     assert tab.run("document.querySelectorAll('.js-plotly-plot:has(.points path)').length") == charts
     assert tab.complaints() == []

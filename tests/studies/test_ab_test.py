@@ -645,7 +645,7 @@ def test_the_command_shows_and_files_what_it_found(start: Any, tmp_path: Path) -
         billhook.resume(store=store)
 
 
-def test_a_run_of_the_laboratory_is_shown_by_its_page(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_of_the_version_before_is_shown_by_its_page(capsys: pytest.CaptureFixture[str]) -> None:
     run = {"id": "r1", "kind": "sweep", "state": "done", "losses": 3, "out": "lab/r1", "events": []}
     session.print_result(run | {"result": {"laboratory": "sweep", "page": "lab/r1/index.html"}}, "run")
     assert capsys.readouterr().out.splitlines() == [

@@ -18,11 +18,13 @@ import torch
 from browser import HOSTILE, OVERFLOW, Elements, Tab
 from hypothesis import given
 from hypothesis import strategies as st
+from made_studies import MACHINE, a_threshold
 from typer.testing import CliRunner
 
 import billhook
 from billhook.cli.main import app
 from billhook.core.errors import DataError, FingerprintError, ResultError, UsageError
+from billhook.core.plan import KeptGroups, Plan, Site
 from billhook.core.results.comparisons import (
     Baseline,
     ComparedSet,
@@ -32,6 +34,7 @@ from billhook.core.results.comparisons import (
     SeenSets,
     TaskScores,
 )
+from billhook.core.results.studies import ThresholdResult
 from billhook.data.choice_tasks import load_items, read_items
 from billhook.methods.evaluate.multiple_choice import log_probabilities
 from billhook.report import compare_page, compare_words, run_words, threshold_page
@@ -452,24 +455,25 @@ def test_a_threshold_takes_the_last_step_within_and_proves_it_elsewhere(
     told = billhook.threshold(
         margins="60%ppl", run=pruned["run"], out=home / "thr", store=home / "b.db", eval_tokens=1024
     )
-    within = [trial["step"] for trial in told["trials"] if trial["within"]]
-    assert told["step"] == max(within)
-    beyond = [trial["step"] for trial in told["trials"] if not trial["within"]]
-    assert all(step > told["step"] for step in beyond)
-    sites = [site for step in pruned["steps"][: told["step"]] for site in step["sites"]]
-    assert sorted(told["removed"]) == sorted(sites)
-    for trial in told["trials"]:
-        for of in trial["of"]:
-            assert of["within"] == (of["high"] <= 60 + 1e-9)
-    assert told["confirmed"] == all(of["high"] <= 60 for of in told["test"])
-    sets = told["data"]["60%ppl"]
-    assert sets["validation"]["hash"] != sets["test"]["hash"]
-    assert told["losses"] == [step["loss"] for step in pruned["steps"]]
+    within = [trial.step for trial in told.trials if trial.within]
+    assert told.step == max(within)
+    beyond = [trial.step for trial in told.trials if not trial.within]
+    assert all(step > told.step for step in beyond)
+    sites = [site for step in pruned["steps"][: told.step] for site in step["sites"]]
+    assert sorted(told.plan.names()) == sorted(sites)
+    for trial in told.trials:
+        for each in trial.losses:
+            assert each.within == (each.lost.high <= 60 + 1e-9)
+    assert told.confirmed == all(each.lost.high <= 60 for each in told.test)
+    sets = told.data["60%ppl"]
+    assert sets.validation.hash != sets.test.hash
+    assert list(told.losses) == [step["loss"] for step in pruned["steps"]]
+    assert ThresholdResult.from_json(json.loads((home / "thr" / "result.json").read_text())) == told
     assert (home / "thr" / "index.html").is_file()
     nothing = billhook.threshold(
         margins="0%ppl", run=pruned["run"], out=home / "thr0", store=home / "b.db", eval_tokens=1024
     )
-    assert (nothing["step"], nothing["removed"], nothing["confirmed"]) == (0, [], None) or nothing["step"] > 0
+    assert (nothing.step, nothing.plan, nothing.confirmed) == (0, Plan(), None) or nothing.step > 0
     assert threshold_page.threshold_headline(nothing)
 
 
@@ -478,8 +482,8 @@ def test_without_a_run_a_threshold_searches(model: Path, text: Path, task: Path,
         model, margins=["200%ppl", f"100pp:{task}"], remove="2sites", data=str(text), out=tmp_path / "t",
         store=tmp_path / "b.db", **SEARCH,
     )  # fmt: skip
-    assert (told["step"], told["steps"], told["confirmed"]) == (2, 2, True)
-    assert [of["margin"] for of in told["test"]] == ["200%ppl", f"100pp:{task}"]
+    assert (told.step, told.steps, told.confirmed) == (2, 2, True)
+    assert [str(each.margin) for each in told.test] == ["200%ppl", f"100pp:{task}"]
 
 
 def test_a_threshold_takes_what_became_narrower(model: Path, text: Path, tmp_path: Path) -> None:
@@ -487,11 +491,12 @@ def test_a_threshold_takes_what_became_narrower(model: Path, text: Path, tmp_pat
         model, margins="1000%ppl", metric="flap", remove="20%", data=str(text), out=tmp_path / "t",
         store=tmp_path / "b.db", **(SEARCH | {"search": "rank_channels"}),
     )  # fmt: skip
-    assert (told["step"], told["steps"]) == (1, 1)
-    assert any("[" in name for name in told["narrowed"]), "channel groups"
-    assert told["share"] >= 0.2
-    assert told["removed"] == [], "a site that keeps some of its groups is not removed"
-    many = len(told["narrowed"])
+    assert (told.step, told.steps) == (1, 1)
+    assert all(kept.groups for kept in told.plan.narrowed), "channel groups"
+    assert told.share >= 0.2
+    assert told.plan.sites() == [], "a site that keeps some of its groups is not removed"
+    many = len(told.plan.narrowed)
+    assert many > 0
     assert f"0 sites can be removed and {many} narrowed" in threshold_page.threshold_headline(told)
 
 
@@ -501,11 +506,11 @@ def test_prune_takes_the_plan_that_a_threshold_wrote(
     told = billhook.threshold(
         margins="1000%ppl", run=pruned["run"], out=tmp_path / "t", store=home / "b.db", eval_tokens=1024
     )
-    assert told["removed"]
+    assert told.plan.removed
     plan = str(tmp_path / "t" / "result.json")
     small = SEARCH | {"data": str(text), "store": home / "b.db"}
     again = billhook.prune(model, plan=plan, out=tmp_path / "p", **small)
-    assert again["plan"]["removed"] == told["removed"]
+    assert again["plan"]["removed"] == told.plan.names()
     with pytest.raises(FingerprintError, match=r"made for another model \(fingerprint \w+, this one is"):
         billhook.prune(pruned["out"], plan=plan, out=tmp_path / "q", **small)
 
@@ -528,8 +533,9 @@ def test_the_command_that_a_threshold_prints_can_be_pasted(model: Path, text: Pa
     again = CliRunner().invoke(app, [*typed[1:], *small, "--out", str(tmp_path / "p"), "--json"])
     assert again.exit_code == 0, again.output
     told = json.loads((tmp_path / "t" / "result.json").read_text())
-    assert json.loads(again.stdout)["plan"]["narrowed"] == told["narrowed"] != []
-    long = told | {"narrowed": told["narrowed"] * 20}
+    assert json.loads(again.stdout)["plan"]["narrowed"] == told["plan"]["narrowed"] != []
+    wide = frozenset(KeptGroups(Site(block, "mlp"), tuple(range(0, 200, 2))) for block in range(20))
+    long = replace(ThresholdResult.from_json(told), plan=Plan(narrowed=wide))
     assert shlex.split(threshold_page.command(long))[3:] == ["--plan", str(tmp_path / "t" / "result.json")]
 
 
@@ -542,25 +548,16 @@ def test_a_threshold_takes_steps_of_a_pruning_only(model: Path, home: Path, prun
 
 @pytest.mark.parametrize("width", [390, 1440])
 def test_the_page_of_a_threshold_in_a_browser(tab: Tab, home: Path, tmp_path: Path, width: int) -> None:
-    steps = [0.1 * 1.5**i for i in range(12)]
-    shares = [i / 30 for i in range(13)]
-    of = {"margin": "3%ppl", "lost": 2.0, "low": 1.0, "high": 2.9, "limit": 3.0, "within": True, "note": HOSTILE}
-    told = {
-        "model": HOSTILE, "margins": ["3%ppl"], "step": 5, "steps": 12, "share": shares[5], "removed": ["mlp.3"] * 5,
-        "narrowed": ["mlp.0[0-1 3-4]"], "confirmed": True, "test": [of], "losses": steps, "shares": shares,
-        "loss": "kl", "knee": knee(shares[1:], steps),
-        "trials": [{"step": 3, "share": 0.1, "within": True, "of": [of]},
-                   {"step": 9, "share": 0.3, "within": False, "of": [of | {"high": 40.0, "lost": 30.0}]}],
-        "environment": {"machine": HOSTILE},
-    }  # fmt: skip
+    machine = replace(MACHINE, machine=HOSTILE)
+    result = a_threshold(1, HOSTILE.replace("\n", " "), model=HOSTILE, environment=machine, loss=HOSTILE)
     file = tmp_path / "t.html"
-    file.write_text(threshold_page.threshold_page(told), encoding="utf-8")
+    file.write_text(threshold_page.threshold_page(result), encoding="utf-8")
     tab.show(file, width, "light")
     assert tab.run(OVERFLOW) <= 0
     assert tab.complaints() == []
     assert tab.run("document.title") != "owned"
-    assert tab.run("document.querySelectorAll('svg').length") == 2
-    assert tab.run("document.querySelectorAll('svg')[1].querySelectorAll('circle').length") == 12 + 2
+    assert tab.run("document.querySelectorAll('svg').length") == 2 + 1
+    assert tab.run("document.querySelectorAll('svg')[2].querySelectorAll('circle').length") == 12 + 2
     inside = "[...document.querySelectorAll('svg *')].every(e => { const s = e.closest('svg').getBoundingClientRect(),"
     inside += " b = e.getBoundingClientRect(); return b.left >= s.left - 1 && b.right <= s.right + 1; })"
     assert tab.run(inside) is True

@@ -1,4 +1,4 @@
-"""Recipes run from anywhere and come back from YAML; the laboratory compares them, and measures nothing twice."""
+"""Recipes run from anywhere and come back from YAML; studies compare them, and measures nothing twice."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import tiny
 import yaml
+from made_studies import nats_of
 from test_cli import billhook as typed
 from test_cli import fits
 
 import billhook
 from billhook.core.errors import BudgetError, RecipeError, UsageError
 from billhook.core.plan import Plan
+from billhook.core.results.json_form import Result
+from billhook.core.results.studies import SweepResult, TransferResult
 from billhook.runs.builtin_recipes import describe_recipe
 from billhook.runs.recipe import BUILTIN, Recipe, parse_recipe, recipe_names, with_overrides
 from billhook.runs.store import Store
@@ -124,68 +127,81 @@ def test_a_recipe_that_is_not_there_names_the_nearest() -> None:
 # -- sweep ----------------------------------------------------------------------------------------------------------
 
 
+def again(result: Result) -> Result:
+    """A result by way of its JSON."""
+    return type(result).from_json(json.loads(json.dumps(result.to_json())))
+
+
 def losses(store: Path) -> int:
     with closing(Store(store)) as opened:
         return opened.count_losses()
 
 
 @pytest.fixture(scope="module")
-def swept(six: Path, texts: Path, tasks: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    home = tmp_path_factory.mktemp("swept")
-    told = billhook.sweep(
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("swept")
+
+
+@pytest.fixture(scope="module")
+def swept(six: Path, texts: Path, tasks: list[Path], home: Path) -> SweepResult:
+    return billhook.sweep(
         str(six), ["shortgpt", "billhook", "sleb"], remove=["10%", "30%"], data=[str(texts)], tasks=[str(tasks[0])],
-        items=15, out=home / "lab", store=home / "runs.db", **SMALL,
+        items=15, out=home / "out", store=home / "runs.db", **SMALL,
     )  # fmt: skip
-    return told | {"home": home}
 
 
-def test_a_sweep_has_a_row_for_every_combination(swept: dict[str, Any], texts: Path, tasks: list[Path]) -> None:
-    rows = swept["rows"]
-    assert [(row["recipe"], row["remove"]) for row in rows] == [
+def test_a_sweep_has_a_trial_for_every_combination(swept: SweepResult, texts: Path, tasks: list[Path]) -> None:
+    trials = swept.trials
+    assert [(trial.recipe, trial.remove) for trial in trials] == [
         (name, size) for name in ("shortgpt", "billhook", "sleb") for size in ("10%params", "30%params")
     ]
-    assert swept["refused"] == []
-    for row in rows:
-        share = 1 - row["sizes"]["parameters"] / swept["sizes"]["parameters"]
-        assert share >= int(row["remove"].partition("%")[0]) / 100
-        text, task = row["results"][str(texts)], row["results"][str(tasks[0])]
-        assert text["low"] <= text["value"] <= text["high"]
-        assert (text["kind"], task["kind"]) == ("perplexity", "accuracy")
-        assert 0 <= task["low"] <= task["value"] <= task["high"] <= 1
-        assert row["attention"] + row["mlp"] == len(row["removed"])
+    assert swept.refused == ()
+    for trial in trials:
+        share = 1 - trial.sizes.parameters / swept.sizes.parameters
+        assert share >= int(trial.remove.partition("%")[0]) / 100
+        text, task = trial.results[str(texts)], trial.results[str(tasks[0])]
+        assert text.estimate.low <= text.estimate.value <= text.estimate.high
+        assert (text.kind, task.kind) == ("perplexity", "accuracy")
+        assert 0 <= task.estimate.low <= task.estimate.value <= task.estimate.high <= 1
+        assert trial.count("attention") + trial.count("mlp") == len(trial.plan.removed) > 0
     for size in ("10%params", "30%params"):
-        gaps = [row["results"][str(texts)]["above_best"]["value"] for row in rows if row["remove"] == size]
+        outcomes = [trial.results[str(texts)] for trial in trials if trial.remove == size]
+        gaps = [each.above_best.value for each in outcomes if each.above_best]
         assert min(gaps) == 0
-        nats = [row["results"][str(texts)]["nats"] for row in rows if row["remove"] == size]
+        nats = [each.nats for each in outcomes if each.nats]
         assert gaps == pytest.approx([value - min(nats) for value in nats])
-    assert any("parameters" in row["front"] for row in rows)
-    assert swept["evaluation"][str(tasks[0])]["items"] == 15
+        assert len(gaps) == len(nats) == 3
+    assert any("parameters" in trial.front for trial in trials)
+    assert swept.evaluation[str(tasks[0])].items == 15
 
 
-def test_the_front_is_what_nothing_beats(swept: dict[str, Any]) -> None:
+def test_the_front_is_what_nothing_beats(swept: SweepResult) -> None:
     for size in ("parameters", "kv_bytes_per_token"):
-        points = [(row["sizes"][size], sum(r["nats"] or 0 for r in row["results"].values())) for row in swept["rows"]]
-        for row, (small, low) in zip(swept["rows"], points, strict=True):
+        points = [
+            (getattr(trial.sizes, size), sum(on.nats or 0 for on in trial.results.values())) for trial in swept.trials
+        ]
+        for trial, (small, low) in zip(swept.trials, points, strict=True):
             beaten = any(a <= small and b <= low and (a, b) != (small, low) for a, b in points)
-            assert (size in row["front"]) == (not beaten)
+            assert (size in trial.front) == (not beaten)
 
 
-def test_a_sweep_measures_nothing_twice_and_its_page_opens(swept: dict[str, Any], six: Path, texts: Path) -> None:
-    home = swept["home"]
+def test_a_sweep_measures_nothing_twice_and_its_page_opens(
+    swept: SweepResult, home: Path, six: Path, texts: Path
+) -> None:
     before = losses(home / "runs.db")
     again = billhook.sweep(
         str(six), ["shortgpt", "billhook", "sleb"], remove=["10%", "30%"], data=[str(texts)], out=home / "again",
         store=home / "runs.db", **SMALL,
     )  # fmt: skip
     assert losses(home / "runs.db") == before
-    assert [row["removed"] for row in again["rows"]] == [row["removed"] for row in swept["rows"]]
-    assert [row["search_seconds"] for row in again["rows"]] == [row["search_seconds"] for row in swept["rows"]]
-    assert json.loads((home / "lab" / "result.json").read_text())["rows"] == swept["rows"]
-    assert "<html" in (home / "lab" / "index.html").read_text()
+    assert [trial.plan for trial in again.trials] == [trial.plan for trial in swept.trials]
+    assert [trial.search_seconds for trial in again.trials] == [trial.search_seconds for trial in swept.trials]
+    assert SweepResult.from_json(json.loads((home / "out" / "result.json").read_text())) == swept
+    assert "<html" in Path(swept.page).read_text()
 
 
 def test_a_sweep_goes_on_where_it_was_killed(six: Path, texts: Path, tmp_path: Path) -> None:
-    def sweep(name: str, watch: Any = lambda event: None) -> dict[str, Any]:
+    def sweep(name: str, watch: Any = lambda event: None) -> SweepResult:
         return billhook.sweep(
             str(six), ["billhook"], remove=["10%", "20%"], data=[str(texts)], out=tmp_path / name,
             store=tmp_path / "runs.db", watch=watch, **SMALL,
@@ -201,57 +217,59 @@ def test_a_sweep_goes_on_where_it_was_killed(six: Path, texts: Path, tmp_path: P
     held = losses(tmp_path / "runs.db")
     assert held > 0
     told = sweep("two")
-    assert len(told["rows"]) == 2
+    assert len(told.trials) == 2
     assert billhook.list_runs(tmp_path / "runs.db")[0].state == "done"
     with pytest.raises(Exception, match="no unfinished run"):
         billhook.resume(store=tmp_path / "runs.db")
 
 
-def test_a_recipe_that_cannot_meet_a_size_has_a_reason_and_no_row(six: Path, texts: Path, tmp_path: Path) -> None:
+def test_a_recipe_that_cannot_meet_a_size_has_a_reason_and_no_trial(six: Path, texts: Path, tmp_path: Path) -> None:
     told = billhook.sweep(
-        str(six), ["shortened-llama-magnitude", "shortgpt"], remove=["30%"], data=[str(texts)], out=tmp_path / "lab",
+        str(six), ["shortened-llama-magnitude", "shortgpt"], remove=["30%"], data=[str(texts)], out=tmp_path / "out",
         store=tmp_path / "runs.db", **SMALL, protect="0-6",
     )  # fmt: skip
-    assert told["rows"] == []
-    assert [each["recipe"] for each in told["refused"]] == ["shortened-llama-magnitude", "shortgpt"]
-    assert all("cannot be met" in each["why"] for each in told["refused"])
+    assert told.trials == ()
+    assert [each.recipe for each in told.refused] == ["shortened-llama-magnitude", "shortgpt"]
+    assert all("cannot be met" in each.reason for each in told.refused)
 
 
 def test_calibration_text_is_an_axis(six: Path, texts: Path, tmp_path: Path) -> None:
     other = tiny.write_texts(tmp_path / "other.jsonl", 160, seed=9)
     told = billhook.sweep(
         str(six), ["shortgpt"], remove=["10%"], data=[str(texts), str(other), f"{texts}+{other}"],
-        eval_data=[str(texts), str(other)], out=tmp_path / "lab", store=tmp_path / "runs.db", **SMALL,
+        eval_data=[str(texts), str(other)], out=tmp_path / "out", store=tmp_path / "runs.db", **SMALL,
     )  # fmt: skip
     alone = billhook.sweep(
         str(six), "shortgpt", remove="10%", data=str(texts), out=tmp_path / "alone", store=tmp_path / "runs.db", **SMALL
     )
-    assert [row["removed"] for row in alone["rows"]] == [told["rows"][0]["removed"]], "one name is a list of one"
-    assert [row["data"] for row in told["rows"]] == [str(texts), str(other), f"{texts}+{other}"]
-    assert set(told["teacher"]) == {str(texts), str(other)}
-    for row in told["rows"]:
-        for text, on in row["results"].items():
-            gap = on["nats"] - told["rows"][0]["results"][text]["nats"]
-            assert (row is told["rows"][0]) == ("above_first_text" not in on)
-            assert "above_first_text" not in on or on["above_first_text"]["value"] == pytest.approx(gap, abs=1e-9)
+    assert [trial.plan for trial in alone.trials] == [told.trials[0].plan], "one name is a list of one"
+    assert [trial.data for trial in told.trials] == [str(texts), str(other), f"{texts}+{other}"]
+    assert set(told.teacher) == {str(texts), str(other)}
+    for trial in told.trials:
+        for text, on in trial.results.items():
+            gap = nats_of(trial, text) - nats_of(told.trials[0], text)
+            assert (trial is told.trials[0]) == (on.above_first_text is None)
+            assert on.above_first_text is None or on.above_first_text.value == pytest.approx(gap, abs=1e-9)
 
 
-# -- trade and stability --------------------------------------------------------------------------------------------
+# -- transfer and stability --------------------------------------------------------------------------------------------
 
 
-def test_a_trade_is_a_matrix_of_tasks(model: Path, tasks: list[Path], texts: Path, tmp_path: Path) -> None:
+def test_a_transfer_is_a_matrix_of_tasks(model: Path, tasks: list[Path], texts: Path, tmp_path: Path) -> None:
     told = billhook.transfer(
-        str(model), [str(t) for t in tasks], remove="25%sites", items=15, data=str(texts), out=tmp_path / "lab",
+        str(model), [str(t) for t in tasks], remove="25%sites", items=15, data=str(texts), out=tmp_path / "out",
         store=tmp_path / "runs.db", **SMALL,
     )  # fmt: skip
-    assert [row["pruned_for"] for row in told["rows"]] == ["text", "first_test", "second_test"]
-    for row in told["rows"]:
-        for name, result in row["results"].items():
-            assert result["change"] == pytest.approx(result["value"] - told["teacher"][name]["value"])
-            against = result["against_text"]
-            assert against["low"] <= against["value"] <= against["high"]
-    assert all(value["value"] == 0 for value in (r["against_text"] for r in told["rows"][0]["results"].values()))
-    with pytest.raises(UsageError, match="no task to trade"):
+    assert [trial.recipe for trial in told.trials] == ["text", "first_test", "second_test"]
+    for trial in told.trials:
+        for name, outcome in trial.results.items():
+            assert outcome.change.value == pytest.approx(outcome.estimate.value - told.teacher[name].estimate.value)
+            against = outcome.against_text
+            assert against is not None
+            assert against.low <= against.value <= against.high
+            assert trial is not told.trials[0] or against.value == 0
+    assert again(told) == told
+    with pytest.raises(UsageError, match="no task to prune for"):
         billhook.transfer(str(model), [], remove="25%sites")
 
 
@@ -259,18 +277,18 @@ def test_a_sweep_over_recipes_that_write_more_or_less_themselves(model: Path, te
     for share in (0.0, 0.5):
         (tmp_path / f"share{share}.yaml").write_text(f"search: oneshot\nself_share: {share}\n")
     recipes = [str(tmp_path / f"share{share}.yaml") for share in (0.0, 0.5)]
-    told = billhook.sweep(str(model), recipes, remove=["25%sites"], data=[str(texts)], out=tmp_path / "lab",
+    told = billhook.sweep(str(model), recipes, remove=["25%sites"], data=[str(texts)], out=tmp_path / "out",
                           store=tmp_path / "runs.db", **SMALL)  # fmt: skip
-    assert [each["source"] for each in told["calibration"]] == [str(texts), f"{texts}+self"]
+    assert [each.source for each in told.calibration] == [str(texts), f"{texts}+self"]
 
 
 def test_a_sweep_over_what_the_model_writes_measures_on_text(model: Path, texts: Path, tmp_path: Path) -> None:
     both = {"remove": ["25%sites"], "store": tmp_path / "runs.db", **SMALL}
     told = billhook.sweep(
-        str(model), ["shortgpt"], data=[str(texts), "self", f"{texts}+self"], out=tmp_path / "lab", **both
+        str(model), ["shortgpt"], data=[str(texts), "self", f"{texts}+self"], out=tmp_path / "out", **both
     )
-    assert list(told["evaluation"]) == [str(texts)]
-    assert len(told["rows"]) == 3
+    assert list(told.evaluation) == [str(texts)]
+    assert len(told.trials) == 3
     with pytest.raises(UsageError, match="--eval-data FILE"):
         billhook.sweep(str(model), ["shortgpt"], data=["self"], **both)
 
@@ -296,34 +314,35 @@ def test_a_plan_is_recalled_for_the_same_dtype_and_text_only(model: Path, tmp_pa
 def test_stability_compares_disjoint_sets(model: Path, texts: Path, tmp_path: Path) -> None:
     told = billhook.stability(
         str(model), "cosine", sizes=[48, 240], draws=3, remove="25%sites", data=str(texts), length=24,
-        out=tmp_path / "lab", store=tmp_path / "runs.db",
+        out=tmp_path / "out", store=tmp_path / "runs.db",
     )  # fmt: skip
-    assert [(row["tokens"], row["sets"], len(row["plans"])) for row in told["sizes"]] == [(48, 3, 3), (240, 3, 3)]
-    for row in told["sizes"]:
-        for key in ("rank_correlation", "overlap"):
-            assert -1 <= row[key]["low"] <= row[key]["mean"] <= row[key]["high"] <= 1
-    assert told["sizes"][1]["rank_correlation"]["mean"] > 0.5, "most of a ranking is the model's"
+    assert [(size.tokens, size.sets, len(size.plans)) for size in told.sizes] == [(48, 3, 3), (240, 3, 3)]
+    for size in told.sizes:
+        for spread in (size.rank_correlation, size.overlap):
+            assert -1 <= spread.low <= spread.mean <= spread.high <= 1
+    assert told.sizes[1].rank_correlation.mean > 0.5, "most of a ranking is the model's"
+    assert again(told) == told
 
 
 def test_stability_has_room_for_texts_that_do_not_divide(model: Path, tmp_path: Path) -> None:
     texts = tiny.write_texts(tmp_path / "t.jsonl", 200, words=37)
     told = billhook.stability(
         str(model), "cosine", sizes=[64, 300], draws=4, remove="25%sites", data=str(texts), length=24,
-        out=tmp_path / "lab", store=tmp_path / "runs.db",
+        out=tmp_path / "out", store=tmp_path / "runs.db",
     )  # fmt: skip
-    assert [row["sets"] for row in told["sizes"]] == [4, 4]
+    assert [size.sets for size in told.sizes] == [4, 4]
     others = tiny.write_texts(tmp_path / "u.jsonl", 34, words=37, seed=3)  # little more than its part
     mixed = billhook.stability(
         str(model), "cosine", sizes=[300], draws=4, remove="25%sites", data=f"{texts}+{others}", length=24,
         out=tmp_path / "mixed", store=tmp_path / "runs.db",
     )  # fmt: skip
-    assert mixed["sizes"][0]["sets"] == 4
+    assert mixed.sizes[0].sets == 4
 
 
 # -- the command line -----------------------------------------------------------------------------------------------
 
 
-def test_the_commands_of_the_laboratory(
+def test_the_commands_of_studies(
     model: Path, texts: Path, tasks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -333,11 +352,11 @@ def test_the_commands_of_the_laboratory(
     assert swept.exit_code == 0, swept.stderr
     assert fits(swept.stdout), swept.stdout
     assert "billhook" in swept.stdout
-    assert list(tmp_path.glob("lab/*/index.html"))
-    traded = typed("transfer", model, "--tasks", ",".join(map(str, tasks)), "--remove", "2sites", "--items", "15",
+    assert list(tmp_path.glob("studies/*/index.html"))
+    transferred = typed("transfer", model, "--tasks", ",".join(map(str, tasks)), "--remove", "2sites", "--items", "15",
                    "--data", texts, *small, "--json")  # fmt: skip
-    assert traded.exit_code == 0, traded.stderr
-    assert len(json.loads(traded.stdout)["rows"]) == 3
+    assert transferred.exit_code == 0, transferred.stderr
+    assert len(TransferResult.from_json(json.loads(transferred.stdout)).trials) == 3
     rest = [
         word for key, word in zip(small[::2], small[1::2], strict=True) if key != "--tokens" for word in (key, word)
     ]
@@ -350,7 +369,7 @@ def test_the_commands_of_the_laboratory(
 
 
 @pytest.mark.parametrize("kind", ["sweep", "transfer", "stability"])
-def test_show_tells_what_the_laboratory_told(
+def test_show_prints_what_a_study_printed(
     kind: str, model: Path, texts: Path, tasks: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
-from billhook.core.anatomy import Sizes
+from billhook.core.anatomy import ModelSizes
 from billhook.core.margin import Margin, Margins
 from billhook.core.plan import Plan
 from billhook.core.results.json_form import PagedResult, Result
@@ -50,7 +50,7 @@ class ComparedModel:
     model: str
     fingerprint: str
     earlier: Plan
-    sizes: Sizes
+    sizes: ModelSizes
 
 
 @dataclass(frozen=True, slots=True)

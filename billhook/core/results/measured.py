@@ -112,6 +112,12 @@ class Estimate:
         return replace(self, value=function(self.value), low=function(self.low), high=function(self.high))
 
 
+def estimate_columns(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+    """An estimate as columns of a table: `name`, `name_low` and `name_high`; empty where there is none."""
+    ends = (None, None, None) if estimate is None else (estimate.value, estimate.low, estimate.high)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One removal on the way: what went, the loss after it, and the gap to the second best (nats per token)."""

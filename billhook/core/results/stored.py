@@ -11,8 +11,12 @@ from billhook.core.results.ab_report import AbReport
 from billhook.core.results.comparisons import Baseline, Comparison, GateReport, TaskScores
 from billhook.core.results.json_form import SCHEMA, Result, encode
 from billhook.core.results.specs import PRUNE
+from billhook.core.results.studies import StabilityResult, SweepResult, ThresholdResult, TransferResult
 
-CLASSES: tuple[type[Result], ...] = (Comparison, GateReport, Baseline, TaskScores, AbReport)
+CLASSES: tuple[type[Result], ...] = (
+    *(SweepResult, TransferResult, StabilityResult, ThresholdResult),
+    *(Comparison, GateReport, Baseline, TaskScores, AbReport),
+)
 RESULTS = {each.kind: each for each in CLASSES}  # the class of a result by the kind of its run
 
 
