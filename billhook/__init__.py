@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from billhook.api import (
         dry_run,
-        evaluate_model,
+        evaluate,
         inspect,
         list_methods,
         list_recipes,
@@ -58,7 +58,7 @@ __all__ = [
     "baselines",
     "compare",
     "dry_run",
-    "evaluate_model",
+    "evaluate",
     "evaluate_tasks",
     "gate",
     "inspect",
@@ -95,7 +95,7 @@ _HOMES = {
     "baselines": "studies.gate",
     "compare": "studies.compare",
     "dry_run": "api",
-    "evaluate_model": "api",
+    "evaluate": "api",
     "evaluate_tasks": "studies.eval_sets",
     "gate": "studies.gate",
     "inspect": "api",

@@ -16,17 +16,29 @@ from billhook.core.events import EventListener, ignore_events
 from billhook.core.options import EvaluateOptions, PruneOptions, ScoreOptions, shows_options
 from billhook.core.plan import Plan, Site
 from billhook.core.registry import resolve_options
-from billhook.core.results.measured import Score
+from billhook.core.results.measured import Estimate, EvalResult, Score, TimingProtocol
+from billhook.core.results.model import (
+    BlockScore,
+    Evaluation,
+    GroupScores,
+    Inspection,
+    MetricScores,
+    ModelRates,
+    ScoreTable,
+    SiteScore,
+    SpanScore,
+    SpeedReport,
+    WorkEstimate,
+)
+from billhook.core.results.run import RunResult
 from billhook.core.results.specs import PRUNE
 from billhook.core.results.stored import Run, RunSummary, StoredRun, read_result
-from billhook.core.statistics import exp_capped, mean_interval, reliability_note, score_interval
-from billhook.data.token_sets import TokenSet
+from billhook.core.statistics import exp_capped, mean_interval, score_interval
 from billhook.data.windows import fixed_windows, per_byte_and_word
 from billhook.engine.losses import ITEM_LOSSES, LOSSES, parse_loss
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate import EVALUATIONS, evaluate_by_name
 from billhook.methods.evaluate import speed as timing
-from billhook.methods.evaluate.speed import TimingProtocol
 from billhook.methods.metrics import GROUP_METRICS, METRICS
 from billhook.methods.recover import RECOVERIES
 from billhook.methods.search import SEARCHES
@@ -47,7 +59,6 @@ from billhook.runs.recipe import (
     parse_recipe,
     with_overrides,
 )
-from billhook.runs.result import anatomy_json
 from billhook.runs.store import STORE, Store
 
 
@@ -60,7 +71,7 @@ def prune(
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Unpack[PruneOptions],
-) -> dict[str, Any]:
+) -> RunResult:
     """Prune a model and prove it; returns the result that report.json holds.
 
     `model`: a folder, a .gguf file, a Hugging Face name, or `demo`. `recipe`: a YAML file, or the name of one of ours.
@@ -82,7 +93,7 @@ def dry_run(
     recipe: str | Path | None = None,
     watch: EventListener = ignore_events,
     **options: Unpack[PruneOptions],
-) -> dict[str, Any]:
+) -> WorkEstimate:
     """What `prune` with the same options would do: losses to measure, memory, disk and time. Writes nothing."""
     return preview_run(parse_recipe(with_overrides(recipe, model=str(model), **options), "The call"), watch)
 
@@ -94,7 +105,7 @@ def resume(
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Unpack[PruneOptions],
-) -> dict[str, Any]:
+) -> RunResult:
     """Go on with an unfinished run (the newest one if none is named); nothing that was measured is measured again.
 
     Raises RunError if there is none, FingerprintError if `options`, fields of `Recipe`, are not the run's.
@@ -144,7 +155,7 @@ def inspect(
     trust_remote_code: bool = False,
     memory: int | None = None,
     watch: EventListener = ignore_events,
-) -> dict[str, Any]:
+) -> Inspection:
     """The anatomy of a model: every site with parameters, bytes, KV-cache bytes and FLOPs per token, and totals.
 
     `model`: as for `load`, whose options are passed on, or a loaded Teacher.
@@ -154,33 +165,32 @@ def inspect(
         if isinstance(model, Teacher)
         else load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, memory=memory, watch=watch)
     )
-    kinds = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token")
-    return {
-        "model": teacher.name,
-        "type": teacher.model.config.model_type,
-        "fingerprint": teacher.fingerprint,
-        "dtype": dtype_name(teacher.dtype),
-        "already_removed": teacher.removed_earlier.names(),
-        **anatomy_json(teacher.anatomy),
-        "total": {kind: teacher.anatomy.total(kind) for kind in kinds},
-    }
+    return Inspection(
+        model=teacher.name,
+        type=teacher.model.config.model_type,
+        fingerprint=teacher.fingerprint,
+        dtype=dtype_name(teacher.dtype),
+        already_removed=teacher.removed_earlier,
+        anatomy=teacher.anatomy,
+        total=teacher.anatomy.sizes(),
+    )
 
 
 @shows_options(EvaluateOptions, EvalOptions.model_fields)
-def evaluate_model(
+def evaluate(
     model: str | Path = "demo",
     *,
     protocol: str | None = None,
     evaluations: str | Sequence[str] = (),
     watch: EventListener = ignore_events,
     **options: Unpack[EvaluateOptions],
-) -> dict[str, Any]:
+) -> Evaluation:
     """Perplexity of one model on held-out text, with its 95% interval over texts, and in bytes and words.
 
     `options`: the fields of `Recipe` that concern model, text and seed; the text is the one on which `prune` with the
     same options proves its student, so that the two can be compared. `protocol`: all of the text, in windows, as papers
     measure it: gptq (2,048 tokens) or shortened-llama (128). `evaluations`: names of `billhook methods`, instead of
-    perplexity; each is given those of the options `set` that it takes. The result has them under `evaluations`.
+    perplexity; each is given those of the options `set` that it takes. The result has them in `evaluations`.
     """
     names = dict.fromkeys((evaluations,) if isinstance(evaluations, str) else evaluations)
     recipe = parse_options(EvalOptions, {"model": str(model), **options})
@@ -191,40 +201,21 @@ def evaluate_model(
         source = recipe.eval_data or recipe.data
         tokens = fixed_windows(source, protocol, recipe.field, teacher.tokenizer, teacher.model.config)
     if names:
-        return _by_name(teacher, tokens, list(names), recipe, watch) | {"protocol": protocol}
+        found = evaluate_by_name(teacher, tokens, list(names), recipe.set, watch=watch, who=teacher.name)
+        estimates = {name: _estimate(each, recipe.seed) for name, each in found.items()}
+        return Evaluation(teacher.name, tokens.info(), protocol, evaluations=estimates)
     if teacher.weights is not None:
         result = evaluation.streamed_perplexity(teacher, [Plan()], tokens, recipe.memory_bytes)[0]
     else:
         result = evaluate_by_name(teacher, tokens, ["perplexity"], {}, watch=watch, who=teacher.name)["perplexity"]
-    spread = mean_interval(result, recipe.seed)
-    return {
-        "model": teacher.name,
-        "perplexity": exp_capped(spread.value),
-        "ci95": [exp_capped(spread.low), exp_capped(spread.high)],
-        "n": spread.n,
-        "clusters": spread.clusters,
-        "reliable": spread.reliable,
-        "note": reliability_note(spread),
-        **per_byte_and_word(tokens, teacher.tokenizer, math.fsum(result.sums)),
-        "protocol": protocol,
-        "data": tokens.describe(),
-    }
+    bits, word = per_byte_and_word(tokens, teacher.tokenizer, math.fsum(result.sums))
+    return Evaluation(teacher.name, tokens.info(), protocol, _estimate(result, recipe.seed), bits, word)
 
 
-def _by_name(
-    teacher: Teacher, tokens: TokenSet, names: Sequence[str], recipe: EvalOptions, watch: EventListener
-) -> dict[str, Any]:
-    """Evaluations by name on one text: the mean of each with its 95% interval over texts; of nats, their exp."""
-    told: dict[str, Any] = {}
-    found = evaluate_by_name(teacher, tokens, names, recipe.set, watch=watch, who=teacher.name)
-    for name, result in found.items():
-        spread = mean_interval(result, recipe.seed)
-        value, low, high = (
-            exp_capped(x) if name == "perplexity" else x for x in (spread.value, spread.low, spread.high)
-        )
-        told[name] = {"value": value, "ci95": [low, high], "n": spread.n, "clusters": spread.clusters,
-                      "reliable": spread.reliable, "note": reliability_note(spread)}  # fmt: skip
-    return {"model": teacher.name, "evaluations": told, "data": tokens.describe()}
+def _estimate(result: EvalResult, seed: int) -> Estimate:
+    """The mean of an evaluation with its 95% interval over texts; of nats, their exp."""
+    mean = mean_interval(result, seed)
+    return mean.mapped(exp_capped) if result.name == "perplexity" else mean
 
 
 @shows_options(ScoreOptions, CalibrationOptions.model_fields)
@@ -235,15 +226,15 @@ def score(
     set: dict[str, Any] | list[str] | None = None,
     watch: EventListener = ignore_events,
     **fields: Unpack[ScoreOptions],
-) -> dict[str, Any]:
+) -> ScoreTable:
     """How much sites, blocks and spans of blocks matter, by one metric or by several with commas between their names.
 
     `model`: as for `load`, or a loaded Teacher. `set`: options of the metrics, such as {"kind": "vector"}; each is
     given those that it takes. `fields`: those of `Recipe` that concern model, memory, text and seed. Higher = removal
     hurts more. Returns `sites`, `blocks` and `spans`, each with value, standard error and 95% interval, and `groups`,
-    each with the numbers and values of a site's channel groups, under `scores` by metric; of a single metric also at
-    the top. A model larger than the memory is read block by block, once for all
-    metrics that share a pass.
+    each with the numbers and values of a site's channel groups, in `scores` by metric; of a single metric also as
+    attributes of the result. A model larger than the memory is read block by block, once for all metrics that share a
+    pass.
     """
     names = list(dict.fromkeys(name.strip() for name in metric.split(",")))
     known = model if isinstance(model, Teacher) else None
@@ -257,38 +248,35 @@ def score(
     probe = Probe(teacher, calibration, parse_loss(asked.loss).name, memory=asked.memory_bytes)
     found = zip(names, metrics, given, strict=True)
     scores = {name: _by_kind(teacher, metric(probe, **own)) for name, metric, own in found}
-    return {
-        "model": teacher.name,
-        "fingerprint": teacher.fingerprint,
-        "metric": ",".join(names),
-        "set": asked.set,
-        **(scores[names[0]] if len(names) == 1 else {}),
-        "scores": scores,
-        "data": calibration.describe(),
-        "streamed": teacher.weights is not None,
-        "bytes_read": teacher.weights.bytes_read if teacher.weights is not None else 0,
-        "seconds": round(time.perf_counter() - start, 3),
-    }
+    return ScoreTable(
+        model=teacher.name,
+        fingerprint=teacher.fingerprint,
+        set=asked.set,
+        scores=scores,
+        data=calibration.info(),
+        streamed=teacher.weights is not None,
+        bytes_read=teacher.weights.bytes_read if teacher.weights is not None else 0,
+        seconds=round(time.perf_counter() - start, 3),
+    )
 
 
-def _by_kind(teacher: Teacher, scores: Mapping[Any, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of sites, of blocks, of spans of blocks and of channel groups; `length` counts the blocks of a span."""
-    told: dict[str, list[dict[str, Any]]] = {"sites": [], "blocks": [], "spans": [], "groups": []}
-    sizes = {size.site: size for size in teacher.anatomy.sites}
+def _by_kind(teacher: Teacher, scores: Mapping[Any, Any]) -> MetricScores:
+    """Scores of sites, of blocks, of spans of blocks and of channel groups apart."""
+    sites, blocks, spans, groups = [], [], [], []
+    numbers = {size.site: size.groups for size in teacher.anatomy.sites}
     for unit, score in scores.items():
         if not isinstance(score, Score):
-            told["groups"].append({"site": str(unit), "numbers": sizes[unit].groups, "values": score.tolist()})
+            groups.append(GroupScores(unit, numbers[unit], tuple(score.tolist())))
             continue
-        low, high = score_interval(score)
-        row = {"value": score.value, "se": score.se, "low": low, "high": high}
+        values = (score.value, score.se, *score_interval(score))
         if isinstance(unit, Site):
-            told["sites"].append({"site": str(unit), **row})
+            sites.append(SiteScore(unit, *values))
         elif isinstance(unit, int):
-            told["blocks"].append({"block": unit, **row})
+            blocks.append(BlockScore(unit, *values))
         else:
             first, last = (teacher.positions.index(position) for position in unit)
-            told["spans"].append({"first": unit[0], "last": unit[1], "length": last - first + 1, **row})
-    return told
+            spans.append(SpanScore(unit[0], unit[1], last - first + 1, *values))
+    return MetricScores(tuple(sites), tuple(blocks), tuple(spans), tuple(groups))
 
 
 def measure_speed(
@@ -299,7 +287,7 @@ def measure_speed(
     dtype: str = "auto",
     protocol: TimingProtocol = TimingProtocol(),  # noqa: B008 - an immutable value
     watch: EventListener = ignore_events,
-) -> dict[str, Any]:
+) -> SpeedReport:
     """Prefill and decode speed and peak memory of one model, or of two timed in turn (A B A B)."""
     teachers = [load(name, device=device, dtype=dtype, watch=watch) for name in (model, other) if name is not None]
     if large := [teacher.name for teacher in teachers if teacher.weights is not None]:
@@ -309,15 +297,12 @@ def measure_speed(
     if most is not None and asked > most:
         raise UsageError(f"{asked} tokens of prompt and answer are more than the {most} positions. Ask for fewer.")
     timings = timing.time_interleaved(models, [t.folder for t in teachers], protocol, watch=watch)
-    told: dict[str, Any] = {
-        "models": [
-            {"model": teacher.name, **timing.rates(measured)}
-            for teacher, measured in zip(teachers, timings, strict=True)
-        ],
-        "protocol": asdict(protocol),
-        "environment": asdict(environment(str(models[0].device))),
-    }
-    return told | ({"ratio": timing.speed_ratio(*timings)} if other is not None else {})
+    return SpeedReport(
+        tuple(ModelRates(t.name, timing.rates(each)) for t, each in zip(teachers, timings, strict=True)),
+        protocol,
+        environment(str(models[0].device)),
+        timing.speed_ratio(timings[0], timings[1]) if other is not None else None,
+    )
 
 
 def list_runs(store: str | Path = STORE) -> list[RunSummary]:

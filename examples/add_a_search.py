@@ -40,6 +40,7 @@ def shortlist(problem: Problem, keep: int = 8) -> Search:
 model = sys.argv[1] if len(sys.argv) > 1 else "demo"
 text = sys.argv[2] if len(sys.argv) > 2 else "pydoc"
 result = billhook.prune(model, remove="25%sites", search="shortlist", data=text, out="pruned/own-search")
-for step in result["steps"]:
-    print(f"{step['loss']:9.5f} nats/token after {', '.join(step['sites'])}")
-print(f"perplexity x{result['perplexity']['ratio']:.3f}")
+for step in result.steps:
+    print(f"{step.loss:9.5f} nats/token after {', '.join(map(str, step.sites))}")
+if result.perplexity:
+    print(f"perplexity x{result.perplexity.ratio.value:.3f}")

@@ -15,16 +15,18 @@ text = sys.argv[2] if len(sys.argv) > 2 else "pydoc"
 
 result = billhook.prune(model, remove="25%sites", search="greedy", data=text, out="pruned/example")
 
-print("Removed:", ", ".join(result["plan"]["removed"]))
+print("Removed:", ", ".join(result.plan.names()))
+teacher, student = result.sizes.teacher, result.sizes.student
 for kind in ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token"):
-    was, now = result[kind]["teacher"], result[kind]["student"]
+    was, now = getattr(teacher, kind), getattr(student, kind)
     print(f"{kind}: {was:,} -> {now:,} ({now / was - 1:+.1%})")
 
-quality = result["perplexity"]
-low, high = quality["ci95"]
-print(f"perplexity: {quality['teacher']:.2f} -> {quality['student']:.2f}")
-print(f"ratio: {quality['ratio']:.3f} (95% interval {low:.3f} to {high:.3f}, {quality['clusters']} texts)")
+if result.perplexity:
+    quality, ratio = result.perplexity, result.perplexity.ratio
+    print(f"perplexity: {quality.teacher:.2f} -> {quality.student:.2f}")
+    print(f"ratio: {ratio.value:.3f} (95% interval {ratio.low:.3f} to {ratio.high:.3f}, {ratio.clusters} texts)")
 
-for phase, ratio in result["speed"]["ratio"].items():
-    print(f"{phase} speed: x{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})")
-print(f"Open {result['out']}/report.html")
+if result.speed:
+    for phase, times in (("prefill", result.speed.ratio.prefill), ("decode", result.speed.ratio.decode)):
+        print(f"{phase} speed: x{times.value:.2f} ({times.low:.2f} to {times.high:.2f})")
+print(f"Open {result.out}/report.html")

@@ -174,30 +174,52 @@ def only(told: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 def of_prune(report: Mapping[str, Any], losses: int) -> dict[str, Any]:
     """`report`: report.json."""
-    steps, search = report["steps"], report["search"] or {}
+    steps, search, sizes = report["steps"], report["search"] or {}, report["sizes"]
+    kinds = ("parameters", "bytes", "kv_bytes_per_token", "flops_per_token")
     return {
-        "kind": report["kind"],
+        "kind": report["checkpoint"] + (", zeroed: no speed-up" if "zeroed" in report["reasons"] else ""),
         "plan": only(report["plan"], "removed", "narrowed", "key"),
         "steps": [only(step, "sites", "narrowed", "loss", "gap", "gap_se") for step in steps],
         "decided": search.get("decided"),
         "site_evaluations": search.get("site_evaluations"),
-        "audit": [only(each, "chosen", "best", "regret", "regret_se") for each in search.get("audit") or []],
+        "audit": [
+            only(each, "regret", "regret_se") | {name: of_plan(each[name]) for name in ("chosen", "best")}
+            for each in search.get("audit") or []
+        ],
         "within": of_within(report["within"]),
-        "perplexity": only(report["perplexity"], "teacher", "student", "ratio", "ci95", "n", "clusters", "reliable"),
-        "tasks": [only(each, "file", "teacher", "student", "change", "ci95", "n", "reliable")
+        "perplexity": of_change(report["perplexity"], "teacher", "student", "ratio", "ci95", "n", "clusters",
+                                "reliable"),
+        "tasks": [of_change(each, "file", "teacher", "student", "change", "ci95", "n", "reliable")
                   for each in report["tasks"]],
-        "sizes": only(report, "parameters", "bytes", "kv_bytes_per_token", "flops_per_token"),
-        "recoveries": [only(each, "recovery", "parameters", "tokens", "on") for each in report["recoveries"]],
+        "sizes": {kind: {side: sizes[side][kind] for side in ("teacher", "student")} for kind in kinds},
+        "recoveries": [
+            only(each, "recovery", "parameters", "tokens")
+            | {"on": {use: of_change(gain, "teacher", "before", "after", "ratio", "ci95", "reliable", "closed")
+                      for use, gain in each["on"].items()}}
+            for each in report["recoveries"]
+        ],
         "seen": digest(report["seen"]),
         "data": {use: only(about, "tokens", "documents", "hash") for use, about in report["data"].items()},
         "losses": losses,
     }  # fmt: skip
 
 
+def of_plan(told: Mapping[str, Any]) -> list[str]:
+    return [*told["removed"], *told["narrowed"]]
+
+
+def of_change(told: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """A change as golden.json has it: the interval of its one estimate beside its value."""
+    ((key, estimate),) = [(key, value) for key, value in told.items() if isinstance(value, dict)]
+    flat = {key: estimate["value"], "ci95": [estimate["low"], estimate["high"]]}
+    return only({**told, **only(estimate, "n", "clusters", "reliable"), **flat}, *names)
+
+
 def of_within(told: Mapping[str, Any] | None) -> list[Any] | None:
     if told is None:
         return None
-    return [only(trial, "percent", "within", "lost", "low", "high", "n", "reliable") for trial in told["trials"]]
+    return [only(trial, "percent", "within") | {"lost": trial["lost"]["value"]} | only(trial["lost"], "low", "high")
+            for trial in told["trials"]]  # fmt: skip
 
 
 def of_checkpoint(folder: Path, exact: bool) -> dict[str, Any]:
@@ -340,7 +362,7 @@ def of_tasks(told: TaskScores) -> dict[str, Any]:
 
 def of_perplexity(told: Mapping[str, Any]) -> dict[str, Any]:
     names = ("perplexity", "ci95", "n", "clusters", "reliable", "bits_per_byte", "word_perplexity", "protocol")
-    return only(told, *names) | {"data": told["data"]["hash"]}
+    return of_change({**told, "data": None, "evaluations": None}, *names) | {"data": told["data"]["hash"]}
 
 
 def losses_of(store: str) -> int:
@@ -424,8 +446,8 @@ def measured() -> dict[str, Any]:
     texts()
     short, long = model("llama"), model("llama", max_position_embeddings=128)
     given: dict[str, Any] = {"data": "texts.jsonl", **TEXT}
-    told = [billhook.evaluate_model(short, **given), billhook.evaluate_model(short, memory="0.1MB", **given),
-            billhook.evaluate_model(long, protocol="shortened-llama", data="texts.jsonl")]  # fmt: skip
+    told = [billhook.evaluate(short, **given), billhook.evaluate(short, memory="0.1MB", **given),
+            billhook.evaluate(long, protocol="shortened-llama", data="texts.jsonl")]  # fmt: skip
     return {"told": [of_perplexity(plain(each)) for each in told]}
 
 

@@ -30,8 +30,7 @@ import billhook
 from billhook.core import errors
 from billhook.core.budget import UNITS, Budget, parse_budgets
 from billhook.core.problem import Problem
-from billhook.core.results.measured import LOSS_UNITS
-from billhook.engine.losses import LOSSES
+from billhook.engine.losses import LOSSES, loss_facts
 from billhook.methods.search import estimate_losses
 from billhook.models import structure
 from billhook.models.architectures import ARCHITECTURES
@@ -152,7 +151,7 @@ def test_the_architectures_that_are_said_to_be_tested_are() -> None:
 def test_every_loss_is_explained_with_its_unit() -> None:
     section = read(DOCS / "how-it-works.md").partition("## Losses")[2].partition("\n## ")[0]
     table = dict(re.findall(r"^\| `(\w+)`.* \| (\w+) \|$", section, re.MULTILINE))
-    assert table == {loss: LOSS_UNITS.get(loss, "nats") for loss in LOSSES}
+    assert table == {loss: loss_facts(loss).unit for loss in LOSSES}
 
 
 def test_every_budget_that_the_docs_name_can_be_read() -> None:

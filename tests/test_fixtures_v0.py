@@ -18,6 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import golden_runs
 import pytest
 import torch
 from test_cli import billhook as typed
@@ -113,7 +114,7 @@ def test_what_was_measured_is_found_again(home: Path) -> None:
     again = plain(billhook.prune("llama", remove="3sites", out="again", store="billhook.db", **OPTIONS))
     assert {run["run"]: run["losses"] for run in map(plain, billhook.list_runs("billhook.db"))}[again["run"]] == 0
     assert [[step["sites"], step["loss"]] for step in again["steps"]] == FACTS["steps"]
-    assert {name: again["perplexity"][name] for name in FACTS["perplexity"]} == FACTS["perplexity"]
+    assert golden_runs.of_change(again["perplexity"], *FACTS["perplexity"]) == FACTS["perplexity"]
     with closing(sqlite3.connect("billhook.db")) as db:
         assert db.execute("SELECT count(*) FROM evaluations WHERE run = ?", (again["run"],)).fetchone() == (0,)
 

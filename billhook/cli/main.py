@@ -150,8 +150,8 @@ def eval_command(
             )  # fmt: skip
             return face.show(scores, "tasks")
         names = split_commas(evaluations)
-        told = api.evaluate_model(model or "demo", protocol=protocol, evaluations=names, watch=face.watch, **options)
-        face.show(told, "evaluations" if names else "evaluation")
+        found = api.evaluate(model or "demo", protocol=protocol, evaluations=names, watch=face.watch, **options)
+        face.show(found, "evaluation")
 
 
 @app.command(name="speed")
@@ -172,7 +172,7 @@ def speed_command(
     """Measure prefill and decode speed and peak memory of one model, or of two in turn (A B A B)."""
     with CommandSession(as_json, quiet, verbose) as face:
         from billhook import api
-        from billhook.methods.evaluate.speed import TimingProtocol
+        from billhook.core.results.measured import TimingProtocol
 
         protocol = TimingProtocol(prompt_tokens, new_tokens, batch, repeats)
         told = api.measure_speed(model or "demo", other, protocol=protocol, watch=face.watch, **options)

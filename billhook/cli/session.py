@@ -113,7 +113,7 @@ def _tables() -> dict[str, Callable[[Console, Any], None]]:
     return {
         "result": result_table, "anatomy": anatomy_table, "plan_of_work": plan_of_work_table,
         "evaluation": evaluation_table, "speed": speed_table, "scores": tables.score_tables,
-        "evaluations": tables.evaluations, "runs": runs_table, "run": run_table, "methods": methods_table,
+        "runs": runs_table, "run": run_table, "methods": methods_table,
         "recipes": tables.recipe_table, "sweep": sweep_table, "transfer": transfer_table,
         "stability": stability_table, "compare": study_tables.comparison_table,
         "gate": study_tables.gate_table, "baselines": study_tables.baseline_table, "tasks": study_tables.task_table,
@@ -139,7 +139,7 @@ def run_table(console: Console, value: dict[str, Any]) -> None:
         elif kind in RESULTS:
             _print_typed(console, kind, result)
         else:
-            _tables()[{"prune": "result", "eval": "tasks"}.get(kind, kind)](console, result)
+            _tables()[{"eval": "tasks"}.get(kind, kind)](console, result)
 
 
 def _print_typed(console: Console, kind: str, value: dict[str, Any]) -> None:
@@ -148,5 +148,5 @@ def _print_typed(console: Console, kind: str, value: dict[str, Any]) -> None:
     except ResultError as error:
         console.print(str(error))
         return foot(console, value.get("page", ""), [])
-    table = {"baseline": "baselines", "eval": "tasks"}.get(kind, kind)
+    table = {"prune": "result", "baseline": "baselines", "eval": "tasks"}.get(kind, kind)
     return _tables()[table](console, {"baselines": [result]} if kind == "baseline" else result)

@@ -2,94 +2,127 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
 from billhook.cli.study_tables import empty_table, plain_table
+from billhook.core.anatomy import SiteSize, Sizes, Unassigned
+from billhook.core.plan import Site
+from billhook.core.results.model import (
+    BlockScore,
+    Evaluation,
+    GroupScores,
+    Inspection,
+    MetricScores,
+    ScoreTable,
+    SiteScore,
+    SpanScore,
+    SpeedReport,
+    WorkEstimate,
+)
+from billhook.core.results.run import RunResult
+from billhook.core.statistics import reliability_note
 
 
-def result_table(console: Console, value: dict[str, Any]) -> None:
+def result_table(console: Console, result: RunResult) -> None:
     """Print what a pruning removed and what that changed."""
     from billhook.report import run_words
 
-    removed = value["plan"]["removed"]
+    removed = result.plan.names()
     names = f": {', '.join(removed)}" if removed else ""
-    console.print(f"Removed {len(removed)} of {len(value['anatomy']['sites'])} sites{names}")
-    if narrow := run_words.kept_group_texts(value):
+    console.print(f"Removed {len(removed)} of {len(result.anatomy.sites)} sites{names}")
+    if narrow := run_words.kept_group_texts(result):
         console.print(run_words.kept_groups_sentence(narrow))
     table = empty_table("", "teacher", "student", "change")
-    for row in run_words.summary_rows(value):
+    for row in run_words.summary_rows(result):
         table.add_row(row.label, row.teacher, row.student, row.change)
     console.print(table)
-    for note in filter(None, (value["search"]["told"], *run_words.run_notes(value))):
+    for note in filter(None, (run_words.search_in_words(result.search), *run_words.run_notes(result))):
         console.print(note, style="dim")
-    console.print(f"Checkpoint and report: {value['out']} (open {value['out']}/report.html)")
+    console.print(f"Checkpoint and report: {result.out} (open {result.out}/report.html)")
 
 
-def anatomy_table(console: Console, value: dict[str, Any]) -> None:
+def anatomy_table(console: Console, found: Inspection) -> None:
     """Print the sites of a model and their sizes."""
-    console.print(f"{value['model']}: {value['type']}, {value['blocks']} blocks, {value['dtype']}")
+    anatomy = found.anatomy
+    console.print(f"{found.model}: {found.type}, {anatomy.blocks} blocks, {found.dtype}")
     table = empty_table("site", "parameters", "bytes", "KV B/token", "FLOPs/token", "groups")
-    rows = [*value["sites"], {"site": "the rest", **value["rest"]}, {"site": "total", **value["total"]}]
-    for row in rows:
-        numbers = (row["parameters"], row["bytes"], row["kv_bytes_per_token"], row["flops_per_token"])
-        table.add_row(row["site"], *(f"{n:,}" for n in numbers), f"{row['groups']:,}" if row.get("groups") else "")
+    rows: list[tuple[str, SiteSize | Unassigned | Sizes, int]] = [
+        (str(size.site), size, len(size.groups)) for size in anatomy.sites
+    ]
+    for name, size, groups in [*rows, ("the rest", anatomy.rest, 0), ("total", found.total, 0)]:
+        numbers = (size.parameters, size.bytes, size.kv_bytes_per_token, size.flops_per_token)
+        table.add_row(name, *(f"{n:,}" for n in numbers), f"{groups:,}" if groups else "")
     console.print(table)
-    if value["already_removed"]:
-        console.print(f"Removed before: {', '.join(value['already_removed'])}")
+    if found.already_removed:
+        console.print(f"Removed before: {', '.join(found.already_removed.names())}")
 
 
-def plan_of_work_table(console: Console, value: dict[str, Any]) -> None:
+def plan_of_work_table(console: Console, work: WorkEstimate) -> None:
     """Print what a pruning would measure, and what it would take."""
+    from billhook.report.run_words import work_in_words
+
     table = empty_table("", "")
-    calibration, held_out = value["data"]["calibration"], value["data"]["evaluation"]
-    weights, kept, free = (value["memory_bytes"][k] / 1e9 for k in ("weights", "kept_for_the_search", "free"))
-    seconds = value["expected_seconds"]
-    most = seconds["search_at_most"]
+    calibration, held_out, memory = work.data.calibration, work.data.evaluation, work.memory
+    weights, kept, free = (size / 1e9 for size in (memory.weights, memory.kept_for_search, memory.free))
+    most = work.seconds.search_at_most
     search = "unknown" if most is None else f"at most {most:,.0f} s"
     for label, text in (
-        ("remove", f"{value['remove']} of {value['model']}"),
-        ("losses to measure", "unknown" if value["losses"] is None else f"{value['losses']:,}"),
-        ("calibration", f"{calibration['tokens']:,} tokens of {calibration['source']}"),
-        ("held out", f"{held_out['tokens']:,} tokens of {held_out['source']}"),
+        ("remove", f"{work.remove} of {work.model}"),
+        ("losses to measure", "unknown" if work.losses is None else f"{work.losses:,}"),
+        ("calibration", f"{calibration.tokens:,} tokens of {calibration.source}"),
+        ("held out", f"{held_out.tokens:,} tokens of {held_out.source}"),
         ("memory", f"{weights:.2f} GB weights, {kept:.2f} GB kept for the search, {free:.1f} GB free"),
-        ("measured", value["layout"]),
-        ("disk", f"at most {value['disk_bytes'] / 1e9:.2f} GB"),
-        ("time", f"search {search}, evaluation {seconds['evaluate']:,.0f} s"),
+        ("measured", work_in_words(work.work)),
+        ("disk", f"at most {work.disk_bytes / 1e9:.2f} GB"),
+        ("time", f"search {search}, evaluation {work.seconds.evaluate:,.0f} s"),
     ):
         table.add_row(label, text)
     console.print(table)
 
 
-def evaluation_table(console: Console, value: dict[str, Any]) -> None:
-    """Print a perplexity with its interval."""
-    low, high = value["ci95"]
+def evaluation_table(console: Console, found: Evaluation) -> None:
+    """Print a perplexity with its interval, or a line for every evaluation that was named."""
+    if found.perplexity is None:
+        return _evaluations_by_name(console, found)
+    ppl, data = found.perplexity, found.data
     console.print(
-        f"{value['model']}: perplexity {value['perplexity']:.3f} (95% interval {low:.3f} to {high:.3f}; "
-        f"{value['n']} documents of {value['clusters']} texts, {value['data']['tokens']:,} tokens of "
-        f"{value['data']['source']})"
+        f"{found.model}: perplexity {ppl.value:.3f} (95% interval {ppl.low:.3f} to {ppl.high:.3f}; "
+        f"{ppl.n} documents of {ppl.clusters} texts, {data.tokens:,} tokens of {data.source})"
     )
-    console.print(f"{value['bits_per_byte']:.4f} bits a byte, perplexity of a word {value['word_perplexity']:,.2f}")
-    if value["note"]:
-        console.print(value["note"], style="dim")
+    console.print(f"{found.bits_per_byte:.4f} bits a byte, perplexity of a word {found.word_perplexity:,.2f}")
+    if note := reliability_note(ppl):
+        console.print(note, style="dim")
 
 
-def speed_table(console: Console, value: dict[str, Any]) -> None:
+def _evaluations_by_name(console: Console, found: Evaluation) -> None:
+    lines = [
+        [name, f"{each.value:#.4g}", f"{each.low:#.4g} to {each.high:#.4g}", f"{each.n:,}", reliability_note(each)]
+        for name, each in found.evaluations.items()
+    ]
+    console.print(f"{found.model}, {found.data.tokens:,} tokens of {found.data.source}")
+    console.print(plain_table(("evaluation", "value", "95% interval", "items", ""), lines))
+
+
+def speed_table(console: Console, found: SpeedReport) -> None:
     """Print tokens per second and peak memory."""
     table = empty_table("model", "prefill tok/s", "decode tok/s", "peak memory")
-    for row in value["models"]:
-        cells = [row[f"{kind}_tokens_per_s"] for kind in ("prefill", "decode")]
-        peak = f"{row['peak_bytes'] / 1e9:.2f} GB" if row["peak_bytes"] else "not measured"
-        table.add_row(row["model"], *(f"{c['median']:.1f} ({c['low']:.1f}–{c['high']:.1f})" for c in cells), peak)
+    for each in found.models:
+        rates = each.rates
+        cells = (rates.prefill_tokens_per_s, rates.decode_tokens_per_s)
+        peak = f"{rates.peak_bytes / 1e9:.2f} GB" if rates.peak_bytes else "not measured"
+        table.add_row(each.model, *(f"{c.value:.1f} ({c.low:.1f}–{c.high:.1f})" for c in cells), peak)
     console.print(table)
-    if "ratio" in value:
-        told = (f"{k} ×{r['median']:.2f} ({r['low']:.2f}–{r['high']:.2f})" for k, r in value["ratio"].items())
-        console.print(f"The second is faster by: {', '.join(told)}")
-    p = value["protocol"]
+    if found.ratio is not None:
+        phases = (("prefill", found.ratio.prefill), ("decode", found.ratio.decode))
+        times = (f"{name} ×{r.value:.2f} ({r.low:.2f}–{r.high:.2f})" for name, r in phases)
+        console.print(f"The second is faster by: {', '.join(times)}")
+    p = found.protocol
     console.print(
-        f"{p['repeats']} runs after a warm-up, batch {p['batch']}, {p['prompt_tokens']} tokens in, {p['new_tokens']} "
-        f"out, {value['environment']['machine']}; median (95% interval of the median)",
+        f"{p.repeats} runs after a warm-up, batch {p.batch}, {p.prompt_tokens} tokens in, {p.new_tokens} "
+        f"out, {found.environment.machine}; median (95% interval of the median)",
         style="dim",
     )
 
@@ -124,67 +157,57 @@ def recipe_table(console: Console, value: dict[str, Any]) -> None:
     console.print("Use one: billhook prune MODEL --recipe NAME [--remove SIZE]", style="dim", highlight=False)
 
 
-def score_tables(console: Console, value: dict[str, Any]) -> None:
+def score_tables(console: Console, found: ScoreTable) -> None:
     """Of every metric a line a block, with its sites, and a line a length for spans of blocks."""
-    for metric, told in value["scores"].items():
-        spread = any(row.get("se") is not None for rows in told.values() for row in rows)
-        note = " (± one standard error)" if spread else ""
-        console.print(f"{metric} of {value['model']}, higher = removal hurts more{note}")
-        if told["sites"] or told["blocks"]:
-            _by_block(console, told)
-        if told["spans"]:
-            _by_length(console, told["spans"])
-        if told["groups"]:
-            _by_group(console, told["groups"])
-    data = value["data"]
-    read = f", {value['bytes_read'] / 1e9:.2f} GB read from disk" if value["streamed"] else ""
-    console.print(f"{data['tokens']:,} tokens of {data['source']}, {value['seconds']:.1f} s{read}", style="dim")
+    for metric, scores in found.scores.items():
+        scored: list[SiteScore | BlockScore | SpanScore] = [*scores.sites, *scores.blocks, *scores.spans]
+        errors = any(each.se is not None for each in scored)
+        note = " (± one standard error)" if errors else ""
+        console.print(f"{metric} of {found.model}, higher = removal hurts more{note}")
+        if scores.sites or scores.blocks:
+            _by_block(console, scores)
+        if scores.spans:
+            _by_length(console, scores.spans)
+        if scores.groups:
+            _by_group(console, scores.groups)
+    read = f", {found.bytes_read / 1e9:.2f} GB read from disk" if found.streamed else ""
+    console.print(f"{found.data.tokens:,} tokens of {found.data.source}, {found.seconds:.1f} s{read}", style="dim")
 
 
-def evaluations(console: Console, value: dict[str, Any]) -> None:
-    """A line an evaluation that was named, with its interval."""
-    lines = [
-        [name, f"{row['value']:#.4g}", f"{row['ci95'][0]:#.4g} to {row['ci95'][1]:#.4g}", f"{row['n']:,}", row["note"]]
-        for name, row in value["evaluations"].items()
-    ]
-    console.print(f"{value['model']}, {value['data']['tokens']:,} tokens of {value['data']['source']}")
-    console.print(plain_table(("evaluation", "value", "95% interval", "items", ""), lines))
-
-
-def _by_block(console: Console, scores: dict[str, Any]) -> None:
-    sites = {row["site"]: row for row in scores["sites"]}
-    blocks = {row["block"]: row for row in scores["blocks"]}
+def _by_block(console: Console, scores: MetricScores) -> None:
+    sites = {each.site: each for each in scores.sites}
+    blocks = {each.block: each for each in scores.blocks}
     lines = []
-    for position in sorted({int(name.split(".")[1]) for name in sites} | set(blocks)):
-        rows = (blocks.get(position), sites.get(f"attention.{position}"), sites.get(f"mlp.{position}"))
-        lines.append([str(position), *(_score(row) for row in rows)])
+    for block in sorted({site.block for site in sites} | set(blocks)):
+        cells = (blocks.get(block), sites.get(Site(block, "attention")), sites.get(Site(block, "mlp")))
+        lines.append([str(block), *(_score(cell) for cell in cells)])
     console.print(plain_table(("block", "whole block", "attention", "mlp"), lines))
     if sites:
-        least = sorted(scores["sites"], key=lambda row: row["value"])[:5]
-        console.print(f"Least important sites: {', '.join(row['site'] for row in least)}")
+        least = sorted(scores.sites, key=lambda each: each.value)[:5]
+        console.print(f"Least important sites: {', '.join(str(each.site) for each in least)}")
 
 
-def _by_length(console: Console, spans: list[dict[str, Any]]) -> None:
+def _by_length(console: Console, spans: Sequence[SpanScore]) -> None:
     """The least important span of every length."""
     lines = []
-    for length in sorted({row["length"] for row in spans}):
-        least = min((row for row in spans if row["length"] == length), key=lambda row: row["value"])
-        lines.append([str(length), f"{least['first']}-{least['last']}", _score(least)])
+    for length in sorted({span.length for span in spans}):
+        least = min((span for span in spans if span.length == length), key=lambda span: span.value)
+        lines.append([str(length), f"{least.first}-{least.last}", _score(least)])
     console.print(plain_table(("blocks in a span", "least important", "score"), lines))
 
 
-def _by_group(console: Console, groups: list[dict[str, Any]]) -> None:
-    """Of every site the spread of its channel groups, and which one matters least."""
+def _by_group(console: Console, groups: Sequence[GroupScores]) -> None:
+    """Of every site the lowest, middle and highest score of its channel groups, and which one matters least."""
     lines = []
-    for row in groups:
-        ranked = sorted(row["values"])
-        spread = (ranked[0], ranked[len(ranked) // 2], ranked[-1])
-        least = row["numbers"][row["values"].index(ranked[0])]
-        lines.append([row["site"], f"{len(ranked):,}", *(f"{value:#.4g}" for value in spread), str(least)])
+    for each in groups:
+        ranked = sorted(each.values)
+        three = (ranked[0], ranked[len(ranked) // 2], ranked[-1])
+        least = each.numbers[each.values.index(ranked[0])]
+        lines.append([str(each.site), f"{len(ranked):,}", *(f"{value:#.4g}" for value in three), str(least)])
     console.print(plain_table(("site", "groups", "lowest", "middle", "highest", "lowest is"), lines))
 
 
-def _score(row: dict[str, Any] | None) -> str:
-    if row is None:
+def _score(each: SiteScore | BlockScore | SpanScore | None) -> str:
+    if each is None:
         return "gone"
-    return f"{row['value']:#.4g}" + (f" ± {row['se']:#.2g}" if row["se"] is not None else "")
+    return f"{each.value:#.4g}" + (f" ± {each.se:#.2g}" if each.se is not None else "")

@@ -37,7 +37,7 @@ def fixed_windows(source: str, protocol: str, field: str, tokenizer: Any, config
     return token_set(rows, range(count), [0] * count, [f"window {i}" for i in range(count)], source)
 
 
-def per_byte_and_word(tokens: TokenSet, tokenizer: Any, nats: float) -> dict[str, float]:
+def per_byte_and_word(tokens: TokenSet, tokenizer: Any, nats: float) -> tuple[float, float]:
     """Bits a byte and perplexity a word, from the `nats` of all predicted tokens: those of every row but its first.
 
     They compare models of different tokenizers on the same text. Words stand between blanks.
@@ -45,4 +45,4 @@ def per_byte_and_word(tokens: TokenSet, tokenizer: Any, nats: float) -> dict[str
     rows = [tokens.rows[r, 1:n].tolist() for r, n in enumerate(tokens.lengths)]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     size, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
-    return {"bits_per_byte": nats / math.log(2) / max(1, size), "word_perplexity": exp_capped(nats / max(1, words))}
+    return nats / math.log(2) / max(1, size), exp_capped(nats / max(1, words))

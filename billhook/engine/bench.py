@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from billhook.core.errors import ModelError, UsageError
 from billhook.core.plan import PARTS, Plan, Site
+from billhook.core.results.measured import WorkPlan
 from billhook.data.token_sets import TokenSet
 from billhook.engine.blocks import BlockRunner
 from billhook.engine.document_groups import document_groups
@@ -25,30 +25,6 @@ from billhook.models.repair import Repair
 
 WAVE_TOKENS = 4096  # tokens times plans at a time where a model is in memory
 SAMPLE_EVERY = 4  # of the positions, where a cheap piece takes some of them
-
-
-@dataclass(frozen=True, slots=True)
-class WorkPlan:
-    """How the work is arranged under a memory budget."""
-
-    walk: str  # "layers" or "depth-first"
-    streamed: bool
-    groups: int
-    checkpoint_every: int  # streams are kept after every so many blocks; 0: after none
-    limit: int  # bytes for kept streams
-    kept: int  # bytes of them that are expected
-    wave: int  # tokens times plans that are measured, and stored, at a time
-
-    def __str__(self) -> str:
-        weights = "blocks from disk, " if self.streamed else ""
-        often = "every block" if self.checkpoint_every == 1 else f"every {self.checkpoint_every} blocks"
-        kept = (
-            f"streams kept after {often}, at most {self.limit / 1e9:.1f} GB"
-            if self.checkpoint_every
-            else "no streams kept"
-        )
-        order = "layer by layer" if self.walk == "layers" else "depth-first"
-        return f"{weights}{order}, {self.groups} document groups, {kept}"
 
 
 class Measurer:

@@ -15,10 +15,10 @@ import torch
 
 from billhook.core.plan import Plan
 from billhook.core.problem import ScoredUnit
-from billhook.core.results.measured import Loss, Score
+from billhook.core.results.measured import Loss, Score, WorkPlan
 from billhook.data.token_sets import TokenSet, token_set
 from billhook.engine import activation_passes, channel_statistics, gradient_pass
-from billhook.engine.bench import WAVE_TOKENS, Measurer, WorkPlan, job_batches
+from billhook.engine.bench import WAVE_TOKENS, Measurer, job_batches
 from billhook.engine.channel_statistics import GroupValues
 from billhook.engine.losses import loss_facts
 from billhook.engine.measurements import DocumentIds, Known, PieceTable

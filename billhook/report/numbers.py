@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from billhook.core.results.measured import TokenSetInfo
+from billhook.core.results.measured import Estimate, TokenSetInfo
 from billhook.core.statistics import exp_capped
 
 Spell = Callable[[float], str]
@@ -128,10 +128,9 @@ def in_brackets(ends: Sequence[float], spell: Callable[[float], str] = format_nu
     return f"({spell(ends[0])}–{spell(ends[1])})".replace("×", "")
 
 
-def median_with_range(value: Mapping[str, float], spell: Callable[[float], str] = format_number) -> str:
-    """`871 (867–896)` of low, median and high."""
-    low, middle, high = (float(value[key]) for key in ("low", "median", "high"))
-    return f"{spell(middle)} {in_brackets((low, high), spell)}"
+def with_interval(estimate: Estimate, spell: Callable[[float], str] = format_number) -> str:
+    """`871 (867–896)`."""
+    return f"{spell(estimate.value)} {in_brackets((estimate.low, estimate.high), spell)}"
 
 
 def pluralize(n: int, noun: str) -> str:

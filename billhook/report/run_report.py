@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -13,25 +14,27 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from billhook.core.plan import PARTS, Plan, Site
-from billhook.core.results.measured import LOSS_UNITS
+from billhook.core.plan import PARTS, Site
+from billhook.core.results.measured import Step, TokenSetInfo
+from billhook.core.results.run import Answer, RunResult
 from billhook.report.frame import chart, escaped, html_table, markdown, readable_value, whole_spans, yaml_lines
-from billhook.report.numbers import about_tokens, format_duration, format_number, how_many, pluralize
+from billhook.report.numbers import count_items, format_duration, format_number, pluralize, token_facts
 from billhook.report.run_words import (
     RECOVERY_COLUMNS,
-    Result,
+    checkpoint_type,
     headline,
     kept_group_counts,
     kept_group_texts,
     recovery_rows,
     run_notes,
+    search_in_words,
     summary_rows,
 )
 
 
-def write_report(result: dict[str, Any], folder: Path) -> None:
+def write_report(result: RunResult, folder: Path) -> None:
     """Write report.json, the page and the model card of a result into a folder."""
-    (folder / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(run_page(result), encoding="utf-8")
     (folder / "README.md").write_text(model_card(result), encoding="utf-8")
 
@@ -39,46 +42,44 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
 NARROWER = '<span><i class="narrower" style="--left:60%"></i>narrower: the lower part stays</span>'
 
 
-def _removed_in_words(names: Iterable[str]) -> list[str]:
+def _sites_in_words(sites: Sequence[Site]) -> list[str]:
     """`attention of blocks 3, 5` and `mlp of block 2`."""
-    sites = Plan.parse(names).sites()
-    told = []
+    words = []
     for part in PARTS:
         blocks = [str(site.block) for site in sites if site.part == part]
         if blocks:
-            told.append(f"{part} of block{'s' if len(blocks) > 1 else ''} {', '.join(blocks)}")
-    return told
+            words.append(f"{part} of block{'s' if len(blocks) > 1 else ''} {', '.join(blocks)}")
+    return words
 
 
-def _gone(result: Result) -> list[str]:
-    """Sites of the unpruned model that were not there any more when this run began."""
-    alive = {size["site"] for size in result["anatomy"]["sites"]}
-    every = (str(Site(block, part)) for block in range(result["anatomy"]["blocks"]) for part in PARTS)
-    return [name for name in every if name not in alive]
+def _removed_earlier(result: RunResult) -> list[Site]:
+    """Sites of the unpruned model that were removed before this run."""
+    present = set(result.anatomy.sites_present())
+    all_sites = (Site(block, part) for block in range(result.anatomy.blocks) for part in PARTS)
+    return [site for site in all_sites if site not in present]
 
 
 # -- the model card ----------------------------------------------------------------------------------------------------
 
 
-def model_card(result: Result) -> str:
+def model_card(result: RunResult) -> str:
     """README.md of the checkpoint: Markdown with the YAML front matter of the Hugging Face hub."""
     front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- billhook\n- pruned\n---"
-    removed = _removed_in_words(result["plan"]["removed"]) or ["nothing"]
-    if gone := _gone(result):
-        removed.append(f"gone before this run: {'; '.join(_removed_in_words(gone))}")
+    removed = _sites_in_words(result.plan.sites()) or ["nothing"]
+    if gone := _removed_earlier(result):
+        removed.append(f"gone before this run: {'; '.join(_sites_in_words(gone))}")
     removed += [f"{site}: {left} channel groups stay" for site, left in kept_group_texts(result).items()]
     lines = [f"| {r.label} | {r.teacher} | {r.student} | {r.change} |" for r in summary_rows(result)]
     table = "\n".join(["| | teacher | student | change |", "|---|---|---|---|", *lines])
     data = [
-        f"- {use}: {markdown(about['source'])}, {about['tokens']:,} tokens in {how_many(about)}"
-        for use, about in result["data"].items()
-        if about
+        f"- {use}: {markdown(info.source)}, {info.tokens:,} tokens in {count_items(info)}"
+        for use, info in _data(result)
     ]
-    where = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
+    where = ", ".join(f"{key} {value}" for key, value in asdict(result.environment).items())
     return "\n\n".join(
         [
             front,
-            f"# {markdown(result['model']['name'])}, pruned",
+            f"# {markdown(result.model.name)}, pruned",
             headline(result),
             "\n".join(f"> {markdown(note)}\n>" for note in run_notes(result)).removesuffix("\n>"),
             "## What was removed",
@@ -86,38 +87,44 @@ def model_card(result: Result) -> str:
             "## Measured",
             table + "\n\nIn brackets: 95% intervals. The teacher is the model before this pruning.",
             _recovered_card(result),
-            f"## How to load it\n\n{_loading(result['kind'])}",
-            f"## Recipe\n\n```yaml\n{yaml_lines(result['recipe'])}\n```",
+            f"## How to load it\n\n{_loading(result)}",
+            f"## Recipe\n\n```yaml\n{yaml_lines(result.recipe)}\n```",
             "## Data\n\n" + "\n".join(data),
             f"## Environment\n\n{markdown(where)}",
-            f"Made with Billhook {markdown(result['billhook'])}, run {markdown(result['run'])}, {markdown(result['created'])}.\n",
+            f"Made with Billhook {markdown(result.billhook)}, run {markdown(result.run)}, "
+            f"{markdown(result.created)}.\n",
         ]
     ).replace("\n\n\n\n", "\n\n")
 
 
-def _recovered_card(result: Result) -> str:
+def _data(result: RunResult) -> list[tuple[str, TokenSetInfo]]:
+    """The tokens of a run with their use."""
+    return [("calibration", result.data.calibration), ("evaluation", result.data.evaluation)]
+
+
+def _recovered_card(result: RunResult) -> str:
     lines = [f"| {' | '.join(row)} |" for row in recovery_rows(result)]
     head = [f"| {' | '.join(RECOVERY_COLUMNS)} |", "|---|---|---|---|---|"]
     return "\n".join(["## What recovery gave back", "", *head, *lines]) if lines else ""
 
 
-def _loading(kind: str) -> str:
-    ours, trust = kind.startswith("billhook-"), ""
-    told = "A stock checkpoint: plain transformers loads it, and so does whatever reads this architecture."
-    if "zeroed" in kind:
-        told = (
+def _loading(result: RunResult) -> str:
+    ours, trust = result.checkpoint.startswith("billhook-"), ""
+    words = "A stock checkpoint: plain transformers loads it, and so does whatever reads this architecture."
+    if "zeroed" in result.reasons:
+        words = (
             "A stock checkpoint whose removed sites hold zeros: whatever reads this architecture loads it, "
             "**no speed-up** and no memory saved."
         )
     if ours:
         trust = ", trust_remote_code=True"
-        told = (
+        words = (
             "Single sites were removed, or made narrower, which no stock class can express: the checkpoint brings its "
             "own small class. Trust it as below, or install Billhook and call `import billhook; billhook.register()` "
             "first. Without either it fails to load."
         )
     return (
-        f"{told}\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"{words}\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'folder = "."  # where this file is\n'
         f"model = AutoModelForCausalLM.from_pretrained(folder{trust})\n"
         f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})\n```"
@@ -127,23 +134,24 @@ def _loading(kind: str) -> str:
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def run_page(result: Result) -> str:
+def run_page(result: RunResult) -> str:
     """One self-contained HTML page. The frame, its style and its small script are in report.html."""
     charts = _loss_chart(result), _speed_chart(result)
-    when = re.sub(r"T(\d\d:\d\d).*\+00:00$", r" \1 UTC", result["created"])
-    made = f"Billhook {result['billhook']} · run {result['run']} · {when} · {result['kind']}"
+    when = re.sub(r"T(\d\d:\d\d).*\+00:00$", r" \1 UTC", result.created)
+    kind = checkpoint_type(result)
+    made = f"Billhook {result.billhook} · run {result.run} · {when} · {kind}"
     measured = html_table(
         ("Measure", "Teacher", "Student", "Change"),
         [(r.label, r.teacher, r.student, r.change) for r in summary_rows(result)],
     )
-    facts = dict(result["environment"]) | {f"model {key}": value for key, value in result["model"].items()}
-    facts |= {key: result[key] for key in ("kind", "out", "created")}
-    data = {use: about_tokens(about) for use, about in result["data"].items() if about}
+    facts = asdict(result.environment) | {f"model {key}": value for key, value in asdict(result.model).items()}
+    facts |= {"kind": kind, "out": result.out, "created": result.created}
+    data = {use: token_facts(info) for use, info in _data(result)}
     keys = list(dict.fromkeys(key for about in data.values() for key in about))
-    seconds = {**result["seconds"], "total": math.fsum(result["seconds"].values())}
+    seconds = {**result.seconds, "total": math.fsum(result.seconds.values())}
     frame = Template(files("billhook.report").joinpath("templates").joinpath("run.html").read_text(encoding="utf-8"))
     return frame.substitute(
-        title=escaped(f"{result['model']['name']}, pruned"),
+        title=escaped(f"{result.model.name}, pruned"),
         made=escaped(made),
         verdict=escaped(headline(result)),
         notes="".join(f'<p class="note">{escaped(note)}</p>' for note in run_notes(result)),
@@ -153,8 +161,8 @@ def run_page(result: Result) -> str:
         removals=_removals(result),
         recovered=_recovered(result),
         charts="".join(charts),
-        answers=_answers(result["answers"]),
-        recipe=escaped(yaml_lines(result["recipe"])),
+        answers=_answers(result.answers),
+        recipe=escaped(yaml_lines(result.recipe)),
         data=html_table(
             ("", *data), [(key, *(readable_value(about.get(key)) for about in data.values())) for key in keys]
         ),
@@ -166,78 +174,77 @@ def run_page(result: Result) -> str:
     )
 
 
-def _cells(result: Result) -> dict[str, tuple[str, str, str]]:
+def _cells(result: RunResult) -> dict[Site, tuple[str, str, str]]:
     """Every site of the unpruned model: its state (kept, narrower, removed or gone), its mark and its description."""
-    steps, sizes = result["steps"], {size["site"]: size for size in result["anatomy"]["sites"]}
-    narrow = kept_group_texts(result)
-    turn = {site: (number, step) for number, step in enumerate(steps, 1) for site in step["sites"]}
-    cells = {name: ("gone", "", f"{name}: gone before this run") for name in _gone(result)}
-    for name in sizes:
-        about = f"{name}: {sizes[name]['parameters']:,} parameters, "
-        if name in narrow:
-            cells[name] = ("narrower", "", about + f"{narrow[name]} channel groups kept")
-        elif name not in result["plan"]["removed"]:
-            cells[name] = ("kept", "", about + "kept")
-        elif name in turn:
-            number, step = turn[name]
-            told = f"removal {number} of {len(steps)}, loss {step['loss']:.4g} after it"
-            cells[name] = ("removed", str(number), about + told)
+    steps, narrow = result.steps, kept_group_texts(result)
+    turn = {site: (number, step) for number, step in enumerate(steps, 1) for site in step.sites}
+    cells = {site: ("gone", "", f"{site}: gone before this run") for site in _removed_earlier(result)}
+    for size in result.anatomy.sites:
+        site = size.site
+        about = f"{site}: {size.parameters:,} parameters, "
+        if str(site) in narrow:
+            cells[site] = ("narrower", "", about + f"{narrow[str(site)]} channel groups kept")
+        elif site not in result.plan.removed:
+            cells[site] = ("kept", "", about + "kept")
+        elif site in turn:
+            number, step = turn[site]
+            order = f"removal {number} of {len(steps)}, loss {step.loss:.4g} after it"
+            cells[site] = ("removed", str(number), about + order)
         else:
-            cells[name] = ("removed", "×", about + "removed by the given plan")
+            cells[site] = ("removed", "×", about + "removed by the given plan")
     return cells
 
 
-def _map(result: Result) -> str:
+def _map(result: RunResult) -> str:
     """Blocks from left to right, ten to a table, so that narrow screens can stack the tables; attention above mlp."""
-    cells, blocks, told = _cells(result), result["anatomy"]["blocks"], []
-    shares = {site: left / had for site, (left, had) in kept_group_counts(result).items()}
+    cells, blocks, tables = _cells(result), result.anatomy.blocks, []
+    shares = {site: kept / had for site, (kept, had) in kept_group_counts(result).items()}
     for start in range(0, blocks, 10):
         span = range(start, min(start + 10, blocks))
         lines = f"<tr><th>block</th>{''.join(f'<th scope=col>{block}</th>' for block in span)}</tr>"
         for part in PARTS:
             lines += f"<tr><th scope=row>{part}</th>"
-            for name in (str(Site(block, part)) for block in span):
-                state, mark, about = cells[name]
-                stop = 0 if name == "attention.0" else -1
-                button = f'class="{state}" data-site="{name}" tabindex="{stop}" aria-label="{escaped(about)}"'
-                button += f' style="--left:{shares[name]:.0%}"' if name in shares else ""
+            for site in (Site(block, part) for block in span):
+                state, mark, about = cells[site]
+                stop = 0 if site == Site(0, "attention") else -1
+                button = f'class="{state}" data-site="{site}" tabindex="{stop}" aria-label="{escaped(about)}"'
+                button += f' style="--left:{shares[str(site)]:.0%}"' if str(site) in shares else ""
                 lines += f'<td><button type="button" {button}>{mark}</button></td>'
             lines += "</tr>"
-        told.append(f'<table style="--n:{len(span)}">{lines}</table>')
-    return f'<div class="map{" long" if blocks > 30 else ""}">{"".join(told)}</div>'
+        tables.append(f'<table style="--n:{len(span)}">{lines}</table>')
+    return f'<div class="map{" long" if blocks > 30 else ""}">{"".join(tables)}</div>'
 
 
-def _went(step: Mapping[str, Any]) -> str:
-    """What went in one step, in words."""
-    narrow = step.get("narrowed", ())
-    return ", ".join([*step["sites"], *([f"{pluralize(len(narrow), 'site')} narrower"] if narrow else [])])
+def _removed_in_step(step: Step) -> str:
+    """What one step removed, in words."""
+    narrowed = [f"{pluralize(len(step.narrowed), 'site')} narrower"] if step.narrowed else []
+    return ", ".join([*map(str, step.sites), *narrowed])
 
 
-def _removals(result: Result) -> str:
+def _removals(result: RunResult) -> str:
     """The removals as a table: what the map and the chart show, for reading and for screen readers."""
-    if not result["steps"]:
+    if not result.steps:
         return "<p>A given plan was applied without a search, so its removals have no order and no losses.</p>"
-    sizes = {size["site"]: size["parameters"] for size in result["anatomy"]["sites"]}
+    sizes = {size.site: size.parameters for size in result.anatomy.sites}
     lines = [
         (
             str(number),
-            _went(step),
-            "" if step.get("narrowed") else format_number(sum(sizes.get(site, 0) for site in step["sites"])),
-            f"{step['loss']:.4g}",
-            format_number(step["gap"])
-            + ("" if step["gap_se"] is None else f" ± {format_number(1.96 * step['gap_se'])}"),
+            _removed_in_step(step),
+            "" if step.narrowed else format_number(sum(sizes.get(site, 0) for site in step.sites)),
+            f"{step.loss:.4g}",
+            format_number(step.gap) + ("" if step.gap_se is None else f" ± {format_number(1.96 * step.gap_se)}"),
         )
-        for number, step in enumerate(result["steps"], 1)
+        for number, step in enumerate(result.steps, 1)
     ]
     table = html_table(("No.", "Site", "Parameters", "Loss", "Gap ± 95%"), lines)
-    told = f"<p>{escaped(result['search']['told'])}</p>"
+    words = f"<p>{escaped(search_in_words(result.search))}</p>"
     if narrow := kept_group_texts(result):
-        words = ", ".join(f"{site} ({left})" for site, left in narrow.items())
-        told += f"<p>{escaped(f'Narrower, with how many of their channel groups: {words}.')}</p>"
-    return f"{told}<details><summary>The removals in order, as a table</summary>{table}</details>"
+        listed = ", ".join(f"{site} ({kept})" for site, kept in narrow.items())
+        words += f"<p>{escaped(f'Narrower, with how many of their channel groups: {listed}.')}</p>"
+    return f"{words}<details><summary>The removals in order, as a table</summary>{table}</details>"
 
 
-def _recovered(result: Result) -> str:
+def _recovered(result: RunResult) -> str:
     """The recoveries of a run, on every text; nothing where there are none."""
     lines = recovery_rows(result)
     caption = "Before and after each, in pairs; in brackets 95% intervals. The gap is that to the teacher."
@@ -247,51 +254,52 @@ def _recovered(result: Result) -> str:
     )
 
 
-def _loss_chart(result: Result) -> str:
+def _loss_chart(result: RunResult) -> str:
     """The loss after every removal, and the gap to the second best with its 95% interval."""
-    steps = result["steps"]
+    steps = result.steps
     if not steps:
         return ""
-    errors = [None if step["gap_se"] is None else 1.96 * step["gap_se"] for step in steps]
-    known = [(step["gap"], error) for step, error in zip(steps, errors, strict=True) if step["gap"] is not None]
+    errors = [None if step.gap_se is None else 1.96 * step.gap_se for step in steps]
+    known = [(step.gap, error) for step, error in zip(steps, errors, strict=True) if step.gap is not None]
     clear = sum(error is not None and gap > error for gap, error in known)
-    label = f"Loss after each of {len(steps)} removals: from {steps[0]['loss']:.4g} to {steps[-1]['loss']:.4g}."
-    unit = LOSS_UNITS.get(result["loss"], "nats")
+    label = f"Loss after each of {len(steps)} removals: from {steps[0].loss:.4g} to {steps[-1].loss:.4g}."
     caption = (
-        f"Above: the loss ({result['loss']}, {unit} per token, lower is better) after each removal. Below: how much "
-        "worse the second-best choice was, with its 95% interval over documents (1.96 standard errors). Where it "
-        f"reaches zero (hollow), the choice may be noise. Clear of zero: {clear} of {pluralize(len(known), 'choice')}."
+        f"Above: the loss ({result.loss}, {result.loss_unit} per token, lower is better) after each removal. Below: "
+        "how much worse the second-best choice was, with its 95% interval over documents (1.96 standard errors). Where "
+        f"it reaches zero (hollow), the choice may be noise. Clear of zero: {clear} of "
+        f"{pluralize(len(known), 'choice')}."
     )
-    numbers: dict[str, list[Any]] = {"sites": [_went(step) for step in steps], "error": errors}
-    numbers |= {key: [step[key] for step in steps] for key in ("loss", "gap")}
+    numbers: dict[str, list[Any]] = {"sites": [_removed_in_step(step) for step in steps], "error": errors}
+    numbers |= {"loss": [step.loss for step in steps], "gap": [step.gap for step in steps]}
     return chart("loss", "Loss along the removals", label, caption, numbers)
 
 
-def _speed_chart(result: Result) -> str:
+def _speed_chart(result: RunResult) -> str:
     """Speed of the student over that of the teacher: measured with its interval, and predicted."""
-    speed = result["speed"]
+    speed = result.speed
     if not speed:
         return ""
-    predicted, phases = speed.get("predicted") or {}, ("prefill", "decode")
-    told = [row for row in summary_rows(result) if row.label.endswith("tokens/s")]
-    label = "Student's speed over teacher's. " + "; ".join(f"{row.label}: {row.change}" for row in told) + "."
+    rows = [row for row in summary_rows(result) if row.label.endswith("tokens/s")]
+    label = "Student's speed over teacher's. " + "; ".join(f"{row.label}: {row.change}" for row in rows) + "."
     caption = "Dots: measured, with 95% intervals. Diamonds: predicted. "
     caption += (
         "Protocol: "
-        + ", ".join(f"{key.replace('_', ' ')} {readable_value(value)}" for key, value in speed["protocol"].items())
+        + ", ".join(f"{key.replace('_', ' ')} {readable_value(value)}" for key, value in asdict(speed.protocol).items())
         + "."
     )
-    numbers = {key: [speed["ratio"][phase][key] for phase in phases] for key in ("median", "low", "high")}
-    return chart("speed", "Speed-up", label, caption, {**numbers, "predicted": [predicted.get(p) for p in phases]})
+    phases = (speed.ratio.prefill, speed.ratio.decode)
+    numbers = {"median": [p.value for p in phases], "low": [p.low for p in phases], "high": [p.high for p in phases]}
+    return chart("speed", "Speed-up", label, caption,
+                 {**numbers, "predicted": [speed.predicted.prefill, speed.predicted.decode]})  # fmt: skip
 
 
-def _answers(answers: Sequence[Mapping[str, str]]) -> str:
-    told = []
+def _answers(answers: Sequence[Answer]) -> str:
+    articles = []
     for answer in answers:
-        same = "<small>the same words</small>" if answer["teacher"] == answer["student"] else ""
-        words = {
-            who: escaped(answer[who]) or "<small>(nothing: it ended at once)</small>" for who in ("teacher", "student")
-        }
-        sides = "".join(f"<div><h4>{who.capitalize()}</h4><p>{text}</p></div>" for who, text in words.items())
-        told.append(f'<article><h3>{escaped(answer["prompt"])} {same}</h3><div class="pair">{sides}</div></article>')
-    return "".join(told) or "<p>No prompts were answered.</p>"
+        same = "<small>the same words</small>" if answer.teacher == answer.student else ""
+        sides = "".join(
+            f"<div><h4>{who}</h4><p>{escaped(text) or '<small>(nothing: it ended at once)</small>'}</p></div>"
+            for who, text in (("Teacher", answer.teacher), ("Student", answer.student))
+        )
+        articles.append(f'<article><h3>{escaped(answer.prompt)} {same}</h3><div class="pair">{sides}</div></article>')
+    return "".join(articles) or "<p>No prompts were answered.</p>"

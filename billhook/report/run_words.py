@@ -4,22 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from billhook.core.margin import BOUND
-from billhook.core.plan import Plan
+from billhook.core.results.measured import Estimate, WorkPlan
+from billhook.core.results.run import (
+    RecoveryReport,
+    RunReason,
+    RunResult,
+    SearchSummary,
+    SpeedChange,
+    SpeedGap,
+    WithinReport,
+)
+from billhook.core.statistics import reliability_note
 from billhook.report.numbers import (
     format_duration,
     format_number,
     format_ratio,
-    in_brackets,
-    median_with_range,
     percentage_points,
     pluralize,
     stem,
+    with_interval,
 )
 
-Result = Mapping[str, Any]
+SIZES = (("Parameters", "parameters", ""), ("On disk", "bytes", "B"), ("KV cache / token", "kv_bytes_per_token", "B"),
+         ("FLOPs / token", "flops_per_token", ""))  # fmt: skip
+
+REASONS: dict[RunReason, str] = {
+    "zeroed": "The removed sites hold zeros: equal outputs everywhere, no speed-up.",
+    "streamed": "The model was larger than the memory that it might use, and was read block by block: speed and sample "
+    "answers were not measured.",
+    "adapter_beside": "The weights are those without the adapter, which is in the folder adapter beside them; all "
+    "measurements are of both together, merged.",
+    "calibrated_on_text_alone": "Calibrated on the given text alone: this model cannot write its share of it here.",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,138 +50,198 @@ class SummaryRow:
     change: str
 
 
-def summary_rows(result: Result) -> list[SummaryRow]:
+def summary_rows(result: RunResult) -> list[SummaryRow]:
     """The table of the run. What was not measured has no row; `run_notes` says so."""
-    told: list[SummaryRow] = []
-    if quality := result["perplexity"]:
-        change = f"{format_ratio(quality['ratio'])} {in_brackets(quality['ci95'], format_ratio)}"
-        told.append(
-            SummaryRow(
-                "Held-out perplexity", format_number(quality["teacher"]), format_number(quality["student"]), change
-            )
+    rows: list[SummaryRow] = []
+    if quality := result.perplexity:
+        sides = format_number(quality.teacher), format_number(quality.student)
+        rows.append(SummaryRow("Held-out perplexity", *sides, with_interval(quality.ratio, format_ratio)))
+    for task in result.tasks:
+        sides = f"{100 * task.teacher:.1f}%", f"{100 * task.student:.1f}%"
+        rows.append(SummaryRow(f"Accuracy, {stem(task.file)}", *sides, with_interval(task.change, percentage_points)))
+    for label, name, unit in SIZES:
+        rows.append(_sizes(label, getattr(result.sizes.teacher, name), getattr(result.sizes.student, name), unit))
+    return rows + (_speed_rows(result.speed) if result.speed else [])
+
+
+def _speed_rows(speed: SpeedChange) -> list[SummaryRow]:
+    before, after, ratio, promised = speed.teacher, speed.student, speed.ratio, speed.predicted
+    rows = [
+        SummaryRow(label, with_interval(a), with_interval(b),
+                   f"{with_interval(times, format_ratio)}, predicted {format_ratio(predicted)}")
+        for label, a, b, times, predicted in (
+            ("Prefill tokens/s", before.prefill_tokens_per_s, after.prefill_tokens_per_s, ratio.prefill,
+             promised.prefill),
+            ("Decode tokens/s", before.decode_tokens_per_s, after.decode_tokens_per_s, ratio.decode, promised.decode),
         )
-    for task in result.get("tasks", ()):
-        teacher, student = (f"{100 * task[side]:.1f}%" for side in ("teacher", "student"))
-        change = f"{percentage_points(task['change'])} {in_brackets(task['ci95'], percentage_points)}"
-        told.append(SummaryRow(f"Accuracy, {stem(task['file'])}", teacher, student, change))
-    for label, key, unit in (
-        ("Parameters", "parameters", ""),
-        ("On disk", "bytes", "B"),
-        ("KV cache / token", "kv_bytes_per_token", "B"),
-        ("FLOPs / token", "flops_per_token", ""),
-    ):
-        told.append(_sizes(label, result[key]["teacher"], result[key]["student"], unit))
-    if speed := result["speed"]:
-        for label, phase in (("Prefill tokens/s", "prefill"), ("Decode tokens/s", "decode")):
-            sides = [median_with_range(speed[side][f"{phase}_tokens_per_s"]) for side in ("teacher", "student")]
-            predicted = (speed.get("predicted") or {}).get(phase)
-            change = median_with_range(speed["ratio"][phase], format_ratio) + (
-                f", predicted {format_ratio(predicted)}" if predicted else ""
-            )
-            told.append(SummaryRow(label, sides[0], sides[1], change))
-        peaks = speed["teacher"]["peak_bytes"], speed["student"]["peak_bytes"]
-        if any(peaks):
-            told.append(_sizes("Peak memory", *peaks, "B"))
-    return told
+    ]  # fmt: skip
+    peaks = before.peak_bytes, after.peak_bytes
+    return rows + ([_sizes("Peak memory", *peaks, "B")] if any(peaks) else [])
 
 
-def run_notes(result: Result) -> list[str]:
-    """What a reader of the numbers must know: the result's own notes, and what was not measured."""
-    told = [str(result["note"])] if result.get("note") else []
-    for key in ("perplexity", "speed"):
-        if not result[key]:
-            told.append(f"{key.capitalize()} was not measured.")
-        elif result[key]["note"]:
-            told.append(f"{key.capitalize()}: {result[key]['note']}")
-    quality = result["perplexity"]
-    if quality and not quality["reliable"] and not quality["note"]:
-        told.append(f"Perplexity: the interval rests on {quality['clusters']} texts only and is not reliable.")
-    if within := result.get("within"):
-        told.append(_within_in_words(within))
-    recoveries, before = [], 0
-    for each in result.get("recoveries", ()):
-        recoveries.append(_recovery_in_words(each, each["parameters"] - before))
-        before = each["parameters"]
-    return recoveries + told
+def run_notes(result: RunResult) -> list[str]:
+    """What a reader of the numbers must know: recoveries, reasons, and what was not measured."""
+    notes = [_recovery_in_words(report, added) for report, added in _added_parameters(result)]
+    if result.reasons:
+        notes.append(" ".join(REASONS[reason] for reason in result.reasons))
+    if result.perplexity is None:
+        notes.append("Perplexity was not measured.")
+    elif not result.perplexity.ratio.reliable:
+        notes.append(f"Perplexity: {_reliability(result.perplexity.ratio)}")
+    if result.speed is None:
+        notes.append("Speed was not measured.")
+    elif result.speed.gap is not None:
+        notes.append(f"Speed: {_gap_in_words(result.speed, result.speed.gap)}")
+    return notes + ([_within_in_words(result.within)] if result.within else [])
+
+
+def _reliability(estimate: Estimate) -> str:
+    few = f"the interval rests on {estimate.clusters} texts only and is not reliable."
+    return reliability_note(estimate) or few
+
+
+def _added_parameters(result: RunResult) -> list[tuple[RecoveryReport, int]]:
+    """Every recovery with the parameters that it added."""
+    totals = [0, *(report.parameters for report in result.recoveries)]
+    return [(report, report.parameters - before) for report, before in zip(result.recoveries, totals, strict=False)]
+
+
+def _gap_in_words(speed: SpeedChange, gap: SpeedGap) -> str:
+    kinds = " and ".join(
+        f"{phase} ({format_ratio(getattr(speed.ratio, phase).value)}, predicted "
+        f"{format_ratio(getattr(speed.predicted, phase))})"
+        for phase in gap.phases
+    )
+    return (
+        f"Measured and predicted differ by more than 15% in {kinds}. The prediction counts weights only. At batch "
+        f"{gap.batch} a decoding step of the teacher takes {1000 * gap.step_seconds:.1f} ms, of which reading the "
+        f"weights accounts for about {1000 * gap.read_seconds:.1f} ms at this machine's measured memory bandwidth; the "
+        "rest is the fixed cost of calling each site, attention over the context and the machine's noise, so speed "
+        "follows the number and kind of the removed sites rather than their weights."
+    )
 
 
 RECOVERY_COLUMNS = ("Recovery", "Text", "Perplexity", "Change", "Of the gap")
 
 
-def recovery_rows(result: Result) -> list[tuple[str, ...]]:
-    """What every recovery did on every text, as short strings under `RECOVERY_COLUMNS`; the gap is that to the teacher."""
+def recovery_rows(result: RunResult) -> list[tuple[str, ...]]:
+    """What every recovery did on every text, under `RECOVERY_COLUMNS`; the gap is that to the teacher."""
     return [
         (
-            each["recovery"],
+            report.recovery,
             text,
-            f"{format_number(on['before'])} → {format_number(on['after'])}",
-            f"{format_ratio(on['ratio'])} {in_brackets(on['ci95'], format_ratio)}",
-            "–" if on["closed"] is None else f"{on['closed']:.0%} closed" if on["closed"] >= 0 else "wider",
+            f"{format_number(gain.before)} → {format_number(gain.after)}",
+            with_interval(gain.ratio, format_ratio),
+            "–" if gain.closed is None else f"{gain.closed:.0%} closed" if gain.closed >= 0 else "wider",
         )
-        for each in result.get("recoveries", ())
-        for text, on in each["on"].items()
-    ]
+        for report in result.recoveries
+        for text, gain in report.on.items()
+    ]  # fmt: skip
 
 
-def _recovery_in_words(report: Mapping[str, Any], added: int) -> str:
+def _recovery_in_words(report: RecoveryReport, added: int) -> str:
     """What one recovery did to the perplexity on held-out text, loudly where that is nothing; `added` parameters."""
-    held = report["on"]["held-out"]
-    low, high = (format_ratio(x) for x in held["ci95"])
-    closed = f", {held['closed']:.0%} of the gap" if held["closed"] is not None else ""
-    figures = f"{format_number(held['before'])} to {format_number(held['after'])} ({format_ratio(held['ratio'])}, {low}–{high}{closed})"
+    gain = report.on["held-out"]
+    ratio = gain.ratio
+    times, low, high = (format_ratio(x) for x in (ratio.value, ratio.low, ratio.high))
+    closed = f", {gain.closed:.0%} of the gap" if gain.closed is not None else ""
+    figures = f"{format_number(gain.before)} to {format_number(gain.after)} ({times}, {low}–{high}{closed})"
     cost = f"{added:,} parameters more" if added else "nothing"
-    learnt = f"learnt from {report['tokens']:,} tokens in {format_duration(report['seconds'])}, at inference {cost}"
-    if held["ci95"][1] >= 1:
-        return f"{report['recovery']} DID NOT HELP on held-out text: perplexity {figures}; {learnt}. Leave it out."
-    return f"{report['recovery']}: held-out perplexity {figures}; {learnt}."
+    learnt = f"learnt from {report.tokens:,} tokens in {format_duration(report.seconds)}, at inference {cost}"
+    if ratio.high >= 1:
+        return f"{report.recovery} DID NOT HELP on held-out text: perplexity {figures}; {learnt}. Leave it out."
+    return f"{report.recovery}: held-out perplexity {figures}; {learnt}."
 
 
-def _within_in_words(within: Mapping[str, Any]) -> str:
+def _within_in_words(within: WithinReport) -> str:
     """Which sizes a margin was asked about, and what it said of the one that was taken."""
-    taken = max((t for t in within["trials"] if t["within"]), key=lambda t: float(t["percent"]))
-    refused = [f"{t['percent']:.1f}%" for t in within["trials"] if not t["within"]]
+    taken = within.taken
+    refused = [f"{trial.percent:.1f}%" for trial in within.trials if not trial.within]
     more = f" {', '.join(refused)} would lose more." if refused else ""
+    unit = "percent of the perplexity" if within.margin.kind == "ppl" else "percentage points of accuracy"
     return (
-        f"Within {within['margin']}, judged on {within['data']['tokens']:,} tokens that the proof does not use: "
-        f"{taken['percent']:.1f}% of the parameters can go, for {taken['lost']:.2f} {within['unit']}, at most "
-        f"{taken['high']:.2f} ({BOUND}).{more} {within.get('note') or ''}".rstrip()
+        f"Within {within.margin}, judged on {within.data.tokens:,} tokens that the proof does not use: "
+        f"{taken.percent:.1f}% of the parameters can go, for {taken.lost.value:.2f} {unit}, at most "
+        f"{taken.lost.high:.2f} ({BOUND}).{more} {reliability_note(taken.lost)}".rstrip()
     )
 
 
-def headline(result: Result) -> str:
+# -- the search --------------------------------------------------------------------------------------------------------
+
+
+def search_in_words(search: SearchSummary) -> str:
+    """How a search went, in a sentence; empty where it had nothing to decide."""
+    decided = search.decided
+    if not decided.total:
+        return ""
+    counts = (
+        (decided.full, "measured in full"),
+        (decided.bound, "dropped as soon as they were certain to lose"),
+        (decided.raced, "dropped as significantly worse"),
+        (decided.skipped, "not measured, by the ranking of the rounds before"),
+    )
+    parts = ", ".join(f"{count:,} {what}" for count, what in counts if count)
+    sentence = f"{search.mode.capitalize()} search, {decided.total:,} candidates: {parts}. "
+    sentence += f"Measured {work_in_words(search.work)}."
+    if search.audit is not None:
+        missed = [round_ for round_ in search.audit if round_.regret > 0]
+        worst = max((round_.regret for round_ in search.audit), default=0.0)
+        sentence += f" Audit: {len(missed)} of {len(search.audit)} rounds missed the best candidate"
+        sentence += f", by at most {worst:.3g} per token." if missed else "."
+    return sentence
+
+
+def work_in_words(work: WorkPlan) -> str:
+    """`layer by layer, 4 document groups, streams kept after every block, at most 1.0 GB`."""
+    weights = "blocks from disk, " if work.streamed else ""
+    often = "every block" if work.checkpoint_every == 1 else f"every {work.checkpoint_every} blocks"
+    kept = f"streams kept after {often}, at most {work.limit / 1e9:.1f} GB" if work.checkpoint_every else ""
+    order = "layer by layer" if work.walk == "layers" else "depth-first"
+    return f"{weights}{order}, {work.groups} document groups, {kept or 'no streams kept'}"
+
+
+# -- the plan ----------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_type(result: RunResult) -> str:
+    """The student's `model_type`, and that it holds zeros where it does."""
+    return result.checkpoint + (", zeroed: no speed-up" if "zeroed" in result.reasons else "")
+
+
+def headline(result: RunResult) -> str:
     """The run in one sentence of plain words."""
-    told, alive = result["plan"], len(result["anatomy"]["sites"])
-    plan = Plan.parse([*told["removed"], *told.get("narrowed", ())])
+    plan, present = result.plan, len(result.anatomy.sites)
     whole = f" ({pluralize(len(plan.blocks()), 'whole block')})" if plan.blocks() else ""
-    was, now = result["parameters"]["teacher"], result["parameters"]["student"]
+    was, now = result.sizes.teacher.parameters, result.sizes.student.parameters
     facts = [f"{1 - now / was:.1%} fewer parameters" if now < was else "as many parameters as before"]
-    if quality := result["perplexity"]:
-        low, high = (format_ratio(end)[1:] for end in quality["ci95"])
-        values = f"{format_number(quality['teacher'])} → {format_number(quality['student'])}"
-        facts.append(f"perplexity {values} ({format_ratio(quality['ratio'])}, 95% interval {low} to {high})")
-    if result["speed"]:
-        middle, low, high = (format_ratio(result["speed"]["ratio"]["decode"][key]) for key in ("median", "low", "high"))
+    if quality := result.perplexity:
+        low, high = (format_ratio(end)[1:] for end in (quality.ratio.low, quality.ratio.high))
+        values = f"{format_number(quality.teacher)} → {format_number(quality.student)}"
+        times = format_ratio(quality.ratio.value)
+        facts.append(f"perplexity {values} ({times}, 95% interval {low} to {high})")
+    if result.speed:
+        decode = result.speed.ratio.decode
+        middle, low, high = (format_ratio(x) for x in (decode.value, decode.low, decode.high))
         facts.append(f"decoding speed {middle} ({low[1:]} to {high[1:]})")
     narrower = f", {len(plan.narrowed)} narrower" if plan.narrowed else ""
-    return f"{len(plan.removed)} of {pluralize(alive, 'site')} removed{whole}{narrower}: {', '.join(facts)}."
+    return f"{len(plan.removed)} of {pluralize(present, 'site')} removed{whole}{narrower}: {', '.join(facts)}."
 
 
-def kept_group_counts(result: Result) -> dict[str, tuple[int, int]]:
-    """Of every site that became narrower, how many of its channel groups stayed, and how many it had."""
-    had = {size["site"]: size.get("groups", 0) for size in result["anatomy"]["sites"]}
-    left = sorted(Plan.parse(result["plan"].get("narrowed", ())).narrowed)
-    return {str(each.site): (len(each.groups), had[str(each.site)]) for each in left}
+def kept_group_counts(result: RunResult) -> dict[str, tuple[int, int]]:
+    """Of every narrowed site, how many of its channel groups were kept, and how many it had."""
+    had = {size.site: len(size.groups) for size in result.anatomy.sites}
+    return {str(kept.site): (len(kept.groups), had[kept.site]) for kept in sorted(result.plan.narrowed)}
 
 
-def kept_group_texts(result: Result) -> dict[str, str]:
+def kept_group_texts(result: RunResult) -> dict[str, str]:
     """The same in words: `{"mlp.2": "22 of 48"}`."""
-    return {site: f"{left:,} of {had:,}" for site, (left, had) in kept_group_counts(result).items()}
+    return {site: f"{kept:,} of {had:,}" for site, (kept, had) in kept_group_counts(result).items()}
 
 
-def kept_groups_sentence(left: Mapping[str, str], most: int = 6) -> str:
+def kept_groups_sentence(kept: Mapping[str, str], most: int = 6) -> str:
     """A sentence of what `kept_group_texts` says, of the first sites."""
-    some = ", ".join(f"{site} {words}" for site, words in list(left.items())[:most])
-    return f"Narrower, channel groups left: {some}" + (f" and {len(left) - most} more" if len(left) > most else "")
+    some = ", ".join(f"{site} {words}" for site, words in list(kept.items())[:most])
+    return f"Narrower, channel groups left: {some}" + (f" and {len(kept) - most} more" if len(kept) > most else "")
 
 
 def _sizes(label: str, teacher: float | None, student: float | None, unit: str) -> SummaryRow:

@@ -12,12 +12,12 @@ from billhook.core.anatomy import Anatomy
 from billhook.core.budget import Budget
 from billhook.core.errors import BudgetError, UsageError
 from billhook.core.events import Event
-from billhook.core.margin import Margin, MarginCheck
+from billhook.core.margin import MarginCheck
 from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.problem import Problem
 from billhook.core.results.cache_keys import LossKey
 from billhook.core.results.measured import Loss, Step
-from billhook.core.statistics import reliability_note
+from billhook.core.results.run import AuditedRound, MarginTrial, SearchSummary, WithinReport
 from billhook.data.splits import select_documents
 from billhook.data.token_sets import TokenSet, truncate
 from billhook.engine.losses import parse_loss
@@ -39,7 +39,7 @@ from billhook.runs.prepare import (
 )
 from billhook.runs.recipe import Recipe
 from billhook.runs.search import ScoreFields, compute_scores, progress_of_request, run_search
-from billhook.runs.trace import measure_regret, removal_trace, search_summary, with_words
+from billhook.runs.trace import measure_regret, removal_trace, search_summary
 
 FOLD_TOKENS = 8192  # for a fold inside the search
 FOLD = {"reach": "next"}  # its options; what stands farther behind is refitted after the search
@@ -53,8 +53,8 @@ class PlanChoice:
 
     plan: Plan
     steps: list[Step]
-    search_summary: dict[str, Any]
-    within: dict[str, Any] | None = None
+    search_summary: SearchSummary
+    within: WithinReport | None = None
 
 
 # -- the whole of it ------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def choose_plan(
     probe = probe_of(recipe, teacher, calibration, job)
     plain = Executor(probe)
     measure = RefitExecutor(plain, _judge(job, teacher, calibration)) if recipe.fold_in_search else plain
-    within: dict[str, Any] | None = None
+    within: WithinReport | None = None
     problem: Problem | None = None
     if given is not None:
         path = [given]
@@ -90,22 +90,20 @@ def choose_plan(
             anatomy = with_site_times(job, teacher) if counts_time(recipe) else teacher.anatomy
             problem = replace(problem_of(recipe, anatomy, recipe.budgets), **scores)
             path = run_search(job, problem, measure)
-    rounds, conducted = list(measure.rounds), search_summary(probe)
+    rounds, summary = list(measure.rounds), search_summary(probe)
     if recipe.audit:
         probe.release_streams()
-        conducted["audit"] = _audit(job, probe, rounds)
-    conducted = with_words(conducted)
+        summary = replace(summary, audit=tuple(_audit(job, probe, rounds)))
     if not path or not path[-1]:
-        return PlanChoice(Plan(), [], conducted, within)
+        return PlanChoice(Plan(), [], summary, within)
     if not along:
-        return PlanChoice(path[-1], [], conducted, within)
-    told = progress_of_request(job, {"step": "path"}, before=0, total=len(path))
+        return PlanChoice(path[-1], [], summary, within)
+    progress = progress_of_request(job, {"step": "path"}, before=0, total=len(path))
     measured = {plan for ask, losses in rounds for plan, loss in zip(ask.plans, losses, strict=True) if not loss.bound}
-    on_path = measure(MeasureRequest(tuple(path)), *([] if measured.issuperset(path) else [told]))
+    on_path = measure(MeasureRequest(tuple(path)), *([] if measured.issuperset(path) else [progress]))
     whole = [(ask.plans, losses) for ask, losses in rounds if ask.tokens is None]
-    return PlanChoice(
-        path[-1], removal_trace(path, whole, on_path, problem.cost if problem else len), conducted, within
-    )
+    steps = removal_trace(path, whole, on_path, problem.cost if problem else len)
+    return PlanChoice(path[-1], steps, summary, within)
 
 
 def _judge(job: RunContext, teacher: Teacher, calibration: TokenSet) -> Callable[[Plan], Loss]:
@@ -133,7 +131,7 @@ def _judge(job: RunContext, teacher: Teacher, calibration: TokenSet) -> Callable
     return judge
 
 
-def _audit(job: RunContext, probe: Probe, rounds: list[tuple[MeasureRequest, list[Loss]]]) -> list[dict[str, Any]]:
+def _audit(job: RunContext, probe: Probe, rounds: list[tuple[MeasureRequest, list[Loss]]]) -> list[AuditedRound]:
     """Every round again, exactly."""
     exact = Executor(probe_of(job.recipe.model_copy(update={"fast": False}), probe.teacher, probe.tokens, job))
     numbered = iter(range(len(rounds)))
@@ -142,9 +140,9 @@ def _audit(job: RunContext, probe: Probe, rounds: list[tuple[MeasureRequest, lis
         job.watch(Event("audit", next(numbered), len(rounds), {"step": "measure_again"}))
         return exact(ask)
 
-    told = measure_regret(rounds, measure)
+    audited = measure_regret(rounds, measure)
     job.watch(Event("audit", len(rounds), len(rounds)))
-    return told
+    return audited
 
 
 # -- time as a budget -----------------------------------------------------------------------------------------------
@@ -173,7 +171,7 @@ def with_site_times(job: RunContext, teacher: Teacher) -> Anatomy:
 
 def _largest_within_margin(
     job: RunContext, teacher: Teacher, measure: Executor | RefitExecutor, scores: ScoreFields, held_out: TokenSet
-) -> tuple[Problem, list[Plan], dict[str, Any]]:
+) -> tuple[Problem, list[Plan], WithinReport]:
     """The largest share of the parameters whose removal stays within the recipe's margin on validation items.
 
     Shares grow by half until one is too much, then the gap is halved; each has a search of its own, which reuses what
@@ -186,7 +184,7 @@ def _largest_within_margin(
     smallest = min(size.parameters for size in teacher.anatomy.sites) * Fraction(100, everything)
     low, high = Fraction(0), Fraction(100)
     best: tuple[Problem, list[Plan], MarginCheck] | None = None
-    trials: list[dict[str, Any]] = []
+    trials: list[MarginTrial] = []
     share = max(FINEST, smallest)
     while share < 100 and high - low > max(FINEST, smallest):
         try:
@@ -198,28 +196,19 @@ def _largest_within_margin(
         dense, student = evaluate_plans(job, teacher, [Plan(), path[-1]], validation, margin.kind)
         kept = margin.check(dense, student, recipe.seed)
         spent = Fraction(problem.removed_cost(path[-1])[0] * 100, everything)
-        trials.append({"percent": float(spent), "within": kept.within, **_in_units(kept, margin)})
+        trials.append(MarginTrial(float(spent), kept.within, kept.in_units(margin.kind)))
         if kept.within:
             low, best = spent, (problem, path, kept)
         else:
             high = share
         share = GROWTH * max(share, low) if high == 100 else (low + high) / 2
-    told = {"margin": str(margin), "unit": _UNITS[margin.kind], "trials": trials, "data": validation.describe()}
-    told["note"] = "" if best is None else reliability_note(best[2].lost)
     if not trials:
         raise BudgetError("Nothing can go: one attention, one mlp and everything protected stay. Protect less.")
     if best is None:
-        least = min(trials, key=lambda trial: trial["percent"])
+        unit = "percent of the perplexity" if margin.kind == "ppl" else "percentage points of accuracy"
+        least = min(trials, key=lambda trial: trial.percent)
         raise UsageError(
-            f"Nothing can go within {margin}: removing {least['percent']:.2f}% of the parameters may already lose "
-            f"{least['high']:.2f} {_UNITS[margin.kind]}. Allow more, or take more --eval-tokens."
+            f"Nothing can go within {margin}: removing {least.percent:.2f}% of the parameters may already lose "
+            f"{least.lost.high:.2f} {unit}. Allow more, or take more --eval-tokens."
         )
-    return best[0], best[1], told
-
-
-_UNITS = {"ppl": "percent of the perplexity", "pp": "percentage points of accuracy"}
-
-
-def _in_units(kept: MarginCheck, margin: Margin) -> dict[str, float]:
-    lost = kept.in_units(margin.kind)
-    return {"lost": lost.value, "low": lost.low, "high": lost.high}
+    return best[0], best[1], WithinReport(margin, tuple(trials), validation.info())

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ import torch
 
 from billhook.core.events import Event, EventListener, scaled_events
 from billhook.core.plan import Plan
-from billhook.core.results.measured import EvalResult
-from billhook.core.statistics import exp_capped, paired_difference, reliability_note
+from billhook.core.results.measured import EvalResult, TimingProtocol
+from billhook.core.results.run import Answer, PerplexityChange, SpeedChange, TaskChange
+from billhook.core.statistics import exp_capped, paired_difference
 from billhook.data.choice_tasks import load_items
 from billhook.data.splits import chunks, halves
 from billhook.data.token_sets import TokenSet
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate import EVALUATIONS, speed
 from billhook.methods.evaluate.multiple_choice import log_probabilities, score_choices
-from billhook.methods.evaluate.speed import TimingProtocol
-from billhook.models.device import environment
+from billhook.models.device import bandwidth, environment
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import NO_REPAIR, Repair
 from billhook.models.surgery import apply, effective_plan
@@ -40,20 +41,11 @@ BATCH_ITEMS = 200  # of a task, filed together
 
 def compare_perplexity(
     job: RunContext, teacher: Teacher, plan: Plan, tokens: TokenSet, repair: Repair = NO_REPAIR
-) -> dict[str, Any]:
+) -> PerplexityChange:
     """Held-out perplexity of teacher and student, and their ratio with its interval over texts."""
     results = perplexity_results(job, teacher, [(Plan(), NO_REPAIR), (plan, repair)], tokens)
     change = paired_difference(results[0], results[1], job.recipe.seed)
-    return {
-        "teacher": math.exp(results[0].mean),
-        "student": exp_capped(results[1].mean),
-        "ratio": exp_capped(change.value),
-        "ci95": [exp_capped(change.low), exp_capped(change.high)],
-        "n": change.n,
-        "clusters": change.clusters,
-        "reliable": change.reliable,
-        "note": reliability_note(change),
-    }
+    return PerplexityChange(math.exp(results[0].mean), exp_capped(results[1].mean), change.mapped(exp_capped))
 
 
 Student = tuple[Plan, Repair]  # a student: what a plan leaves of the teacher, repaired
@@ -118,9 +110,7 @@ def seen_digests(folder: Path) -> list[str]:
     return list(json.loads(report.read_text(encoding="utf-8")).get("seen", ())) if report.is_file() else []
 
 
-def task_accuracy(
-    job: RunContext, teacher: Teacher, plan: Plan, file: str, repair: Repair = NO_REPAIR
-) -> dict[str, Any]:
+def task_accuracy(job: RunContext, teacher: Teacher, plan: Plan, file: str, repair: Repair = NO_REPAIR) -> TaskChange:
     """Accuracy of teacher and student on those items of a task that no search or choice looks at, and what it lost."""
     tokens = load_items(file, teacher, "evaluation", seed=job.recipe.seed)
     if job.recipe.margin is not None and job.recipe.margin.file == file:
@@ -130,17 +120,7 @@ def task_accuracy(
     else:
         (before,) = evaluate_plans(job, teacher, [Plan()], tokens, "pp")
         after = score_choices(tokens, choice_logprobs(job, teacher, [(plan, repair)], tokens)[0])["acc"]
-    change = paired_difference(before, after, job.recipe.seed)
-    return {
-        "file": file,
-        "teacher": before.mean,
-        "student": after.mean,
-        "change": change.value,
-        "ci95": [change.low, change.high],
-        "n": change.n,
-        "reliable": change.reliable,
-        "note": reliability_note(change),
-    }
+    return TaskChange(file, before.mean, after.mean, paired_difference(before, after, job.recipe.seed))
 
 
 def choice_logprobs(
@@ -204,17 +184,17 @@ def streamed_perplexity(
 
 @undisturbed
 @torch.inference_mode()
-def sample_answers(teacher: Teacher, student: Any, watch: EventListener) -> list[dict[str, str]]:
+def sample_answers(teacher: Teacher, student: Any, watch: EventListener) -> list[Answer]:
     """What both models make of `PROMPTS`, greedily."""
     tokenizer = teacher.tokenizer
     assert tokenizer is not None, "token_sets refuses a model without one"
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    told = [{"prompt": prompt} for prompt in PROMPTS]
-    done = 0
+    answers: dict[str, list[str]] = {"teacher": [], "student": []}
+    done, total = 0, 2 * len(PROMPTS)
     for who, model in (("teacher", teacher.model), ("student", student)):
-        for row in told:
-            watch(Event("answer", done, 2 * len(told), {"of": who}))
-            text = row["prompt"]
+        for prompt in PROMPTS:
+            watch(Event("answer", done, total, {"of": who}))
+            text = prompt
             chatty = bool(getattr(tokenizer, "chat_template", None))  # the template writes BOS by itself
             if chatty:
                 chat = [{"role": "user", "content": text}]
@@ -223,13 +203,14 @@ def sample_answers(teacher: Teacher, student: Any, watch: EventListener) -> list
                 text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=not chatty
             ).to(model.device)
             written = model.generate(**inputs, max_new_tokens=SAMPLE_TOKENS, do_sample=False, pad_token_id=fill)
-            row[who] = tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+            text = tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            answers[who].append(text.strip())
             done += 1
-            watch(Event("answer", done, 2 * len(told), {"of": who}))
-    return told
+            watch(Event("answer", done, total, {"of": who}))
+    return [Answer(*each) for each in zip(PROMPTS, answers["teacher"], answers["student"], strict=True)]
 
 
-def compare_speed(job: RunContext, teacher: Teacher, student: Any, variant: Student, aside: Path) -> dict[str, Any]:
+def compare_speed(job: RunContext, teacher: Teacher, student: Any, variant: Student, aside: Path) -> SpeedChange:
     """Speed of both models, timed in turn; a pair that the store holds for this environment is not timed again."""
     plan, repair = variant
     protocol = TimingProtocol()
@@ -254,8 +235,18 @@ def compare_speed(job: RunContext, teacher: Teacher, student: Any, variant: Stud
         for key, timing in zip(keys, timings, strict=True):
             job.store.add_timing(key, timing, job.run)
     promised = speed.predicted_speed(teacher.anatomy, effective_plan(teacher, plan, job.recipe.stock))
-    told: dict[str, Any] = {"teacher": speed.rates(timings[0]), "student": speed.rates(timings[1])}
-    told |= {"ratio": speed.speed_ratio(*timings), "predicted": promised, "protocol": asdict(protocol)}
-    model = teacher.model
-    note = speed.explain_gap(timings[0], teacher.anatomy, told, model.device, model.dtype.itemsize)
-    return told | {"note": note}
+    pair, model = (timings[0], timings[1]), teacher.model
+    reads = partial(_stored_bandwidth, job, teacher)
+    gap = speed.explain_gap(pair, teacher.anatomy, promised, model.dtype.itemsize, reads)
+    rates = speed.rates(pair[0]), speed.rates(pair[1])
+    return SpeedChange(*rates, speed.speed_ratio(*pair), promised, protocol, gap)
+
+
+def _stored_bandwidth(job: RunContext, teacher: Teacher) -> float:
+    """Bytes per second that the device reads, measured once in an environment."""
+    where = asdict(environment(str(teacher.device)))
+    known = job.store.cached(teacher.fingerprint, "bandwidth", where)
+    if known is None:
+        known = bandwidth(teacher.model.device)
+        job.store.remember(teacher.fingerprint, "bandwidth", where, known, job.run)
+    return float(known)

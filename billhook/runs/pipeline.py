@@ -7,18 +7,20 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
+import billhook
 from billhook.core.budget import parse_budgets
 from billhook.core.errors import FingerprintError
 from billhook.core.events import EventListener
 from billhook.core.plan import Plan
+from billhook.core.results.model import ExpectedSeconds, MemoryUse, WorkEstimate
+from billhook.core.results.run import RunData, RunResult
 from billhook.core.results.stored import Run
 from billhook.data.splits import halves
 from billhook.data.token_sets import TokenSet
-from billhook.engine.losses import parse_loss
+from billhook.engine.losses import loss_facts, parse_loss
 from billhook.methods.export.adapter import save_adapter
 from billhook.methods.export.checkpoint import (
     check_target,
@@ -28,7 +30,7 @@ from billhook.methods.export.checkpoint import (
     verify_streamed_round_trip,
     write_checkpoint,
 )
-from billhook.models.device import free_memory
+from billhook.models.device import environment, free_memory
 from billhook.models.load import Teacher
 from billhook.models.surgery import apply, effective_plan
 from billhook.runs import evaluation
@@ -37,14 +39,14 @@ from billhook.runs.job import RunContext, store_and_watch
 from billhook.runs.prepare import counts_time, load_teacher, probe_of, problem_of, tokens_for, validate
 from billhook.runs.recipe import Recipe
 from billhook.runs.recovery import RecoveryResult, load_recovery_tokens, recovery_options, run_recoveries
-from billhook.runs.result import all_seen_digests, describe_run, run_reasons, run_sizes
+from billhook.runs.result import all_seen_digests, model_info, now, run_reasons, size_change
 from billhook.runs.search import expected_losses
 from billhook.runs.store import Store
 
-WriteReport = Callable[[dict[str, Any], Path], None]  # writes the report of a result into a folder
+WriteReport = Callable[[RunResult, Path], None]  # writes the report of a result into a folder
 
 
-def run_pruning(store: Store, run: Run, watch: EventListener, write_report: WriteReport) -> dict[str, Any]:
+def run_pruning(store: Store, run: Run, watch: EventListener, write_report: WriteReport) -> RunResult:
     """Carry out a filed run, from its beginning or from where an earlier attempt left it. Returns its result.
 
     Nothing appears at the run's `out` before everything in it is proven.
@@ -54,7 +56,7 @@ def run_pruning(store: Store, run: Run, watch: EventListener, write_report: Writ
     with store.lock(run.id):
         finished = _finished(job)
         if finished is not None:
-            store.update(run.id, state="done", result=finished)
+            store.update(run.id, state="done", result=finished.to_json())
             return finished
         store.update(run.id, state="running")
         shutil.rmtree(aside, ignore_errors=True)
@@ -67,7 +69,7 @@ def run_pruning(store: Store, run: Run, watch: EventListener, write_report: Writ
                 shutil.rmtree(work_folder(job), ignore_errors=True)
             store.update(run.id, state="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
             raise
-        store.update(run.id, state="done", result=result)
+        store.update(run.id, state="done", result=result.to_json())
     return result
 
 
@@ -76,14 +78,14 @@ def work_folder(job: RunContext) -> Path:
     return staging_folder(job.out, job.run).with_suffix(".recovery")
 
 
-def _finished(job: RunContext) -> dict[str, Any] | None:
-    """The result of a run that was killed after its folder appeared and before the store knew."""
-    told = job.out / "report.json"
-    result: dict[str, Any] = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
-    return result if result.get("run") == job.run else None
+def _finished(job: RunContext) -> RunResult | None:
+    """The result of a run that was killed after its folder was published and before the store knew."""
+    report = job.out / "report.json"
+    value = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    return RunResult.from_json(value) if value.get("run") == job.run else None
 
 
-def _stages(job: RunContext, bound: dict[str, str], aside: Path, write_report: WriteReport) -> dict[str, Any]:
+def _stages(job: RunContext, bound: dict[str, str], aside: Path, write_report: WriteReport) -> RunResult:
     recipe = job.recipe
     given_folder = Path(recipe.model).expanduser()
     check_target(job.out, given_folder if given_folder.is_dir() else None)
@@ -125,26 +127,36 @@ def _stages(job: RunContext, bound: dict[str, str], aside: Path, write_report: W
     with job.stage("speed"):
         timed = None if streamed else evaluation.compare_speed(job, teacher, student, (plan, repair), aside)
     with job.stage("report"):
-        result = {
-            **describe_run(job, teacher, student, plan, run_reasons(recipe, teacher, calibration, got)),
-            "data": {"calibration": calibration.describe(), "evaluation": proof_text.describe()},
-            "seen": all_seen_digests(recipe, teacher, calibration, held_out, got),
-            "steps": [step.to_json() for step in found.steps],
-            "search": found.search_summary,
-            "within": found.within,
-            "perplexity": perplexity,
-            "tasks": tasks,
-            **run_sizes(
-                teacher.anatomy,
-                effective_plan(teacher, plan, recipe.stock),
-                repair.parameters(),
-                teacher.dtype.itemsize,
-            ),
-            "recoveries": list(got.reports),
-            "speed": timed,
-            "answers": answers,
-            "seconds": job.seconds,
-        }
+        reasons = run_reasons(recipe, teacher, student, calibration, got)
+        left = effective_plan(teacher, plan, recipe.stock)
+        result = RunResult(
+            billhook=billhook.__version__,
+            run=job.run,
+            created=now(),
+            out=str(job.out),
+            checkpoint=student.config.model_type,
+            reasons=reasons,
+            model=model_info(teacher),
+            anatomy=teacher.anatomy,
+            already_removed=teacher.removed_earlier,
+            recipe=recipe.model_dump(),
+            environment=environment(str(teacher.device)),
+            loss=recipe.loss,
+            loss_unit=loss_facts(parse_loss(recipe.loss)[0]).unit,
+            plan=plan,
+            data=RunData(calibration.info(), proof_text.info()),
+            seen=tuple(all_seen_digests(recipe, teacher, calibration, held_out, got)),
+            steps=tuple(found.steps),
+            search=found.search_summary,
+            within=found.within,
+            perplexity=perplexity,
+            tasks=tuple(tasks),
+            sizes=size_change(teacher.anatomy, left, repair.parameters(), teacher.dtype.itemsize),
+            recoveries=got.reports,
+            speed=timed,
+            answers=tuple(answers),
+            seconds=job.seconds,
+        )
         write_report(result, aside)
         publish(aside, job.out)
     return result
@@ -179,7 +191,7 @@ def _bind(job: RunContext, bound: dict[str, str], teacher: Teacher, calibration:
 # -- the plan of work -----------------------------------------------------------------------------------------------
 
 
-def preview_run(recipe: Recipe, watch: EventListener) -> dict[str, Any]:
+def preview_run(recipe: Recipe, watch: EventListener) -> WorkEstimate:
     """What a run would do: losses to measure, memory, time. Loads the model and times two losses; writes nothing."""
     teacher = load_teacher(recipe, watch)
     given = validate(recipe, teacher)
@@ -190,25 +202,18 @@ def preview_run(recipe: Recipe, watch: EventListener) -> dict[str, Any]:
     start = time.perf_counter()
     probe.losses([Plan(frozenset(teacher.anatomy.sites_present()[:1]))])
     one = time.perf_counter() - start
-    layout = probe.arrange(len(teacher.anatomy.sites))
+    work = probe.arrange(len(teacher.anatomy.sites))
     evaluation = 2 * one * held_out.tokens / calibration.tokens
-    return {
-        "model": teacher.name,
-        "remove": recipe.remove or recipe.within or str(given),
-        "losses": count,
-        "data": {"calibration": calibration.describe(), "evaluation": held_out.describe()},
-        "memory_bytes": {
-            "weights": teacher.weight_bytes,
-            "kept_for_the_search": layout.kept,
-            "free": free_memory(torch.device("cpu")),
-        },
-        "layout": str(layout),
-        "disk_bytes": teacher.anatomy.total("bytes"),
-        "expected_seconds": {
-            "search_at_most": None if count is None else round(count * one, 1),
-            "evaluate": round(evaluation, 1),
-        },
-    }
+    return WorkEstimate(
+        model=teacher.name,
+        remove=recipe.remove or recipe.within or str(given),
+        losses=count,
+        data=RunData(calibration.info(), held_out.info()),
+        memory=MemoryUse(teacher.weight_bytes, work.kept, free_memory(torch.device("cpu"))),
+        work=work,
+        disk_bytes=teacher.anatomy.total("bytes"),
+        seconds=ExpectedSeconds(None if count is None else round(count * one, 1), round(evaluation, 1)),
+    )
 
 
 def _count(recipe: Recipe, teacher: Teacher) -> int | None:

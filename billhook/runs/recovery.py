@@ -13,6 +13,7 @@ from typing import Any
 from billhook.core.errors import UsageError
 from billhook.core.plan import Plan
 from billhook.core.registry import resolve_options
+from billhook.core.results.run import RecoveryGain, RecoveryReport
 from billhook.core.statistics import exp_capped, paired_difference
 from billhook.data.splits import train_validation_split
 from billhook.data.token_sets import TokenSet
@@ -32,13 +33,13 @@ TRAINING_VALIDATION_EVERY = 10  # of so many texts one validates
 
 @dataclass(frozen=True, slots=True)
 class RecoveryResult:
-    """What a run's recoveries found. `reports`: what each did to the perplexity, in pairs; `seen`: digests of documents.
+    """What a run's recoveries found. `reports`: what each did to the perplexity, in pairs; `seen`: of documents.
 
     `base`: the repair of the checkpoint, where that is not the whole one: without the last, which is in `adapter`.
     """
 
     repair: Repair = NO_REPAIR
-    reports: tuple[dict[str, Any], ...] = ()
+    reports: tuple[RecoveryReport, ...] = ()
     base: Repair | None = None
     adapter: Path | None = None
     seen: tuple[str, ...] = ()
@@ -80,7 +81,7 @@ def run_recoveries(
     options = recovery_options(recipe)
     train, valid = train_validation_split(learn, TRAINING_VALIDATION_EVERY)
     work.mkdir(parents=True, exist_ok=True)
-    told: list[dict[str, Any]] = []
+    reports: list[RecoveryReport] = []
     for number, (name, own) in enumerate(options.items(), 1):
         file, began = work / f"{number}-{name}.safetensors", time.perf_counter()
         before, seconds = repair, file.with_suffix(".json")
@@ -98,27 +99,18 @@ def run_recoveries(
                 (training / ADAPTER).rename(work / ADAPTER)
             repair.save(file)
             shutil.rmtree(training)
-        told.append({
-            "recovery": name, "options": own, "seconds": took, "parameters": repair.parameters(),
-            "tokens": train.tokens, "data": train.source,
-            "on": {text: _measure_gain(job, teacher, plan, (before, repair), tokens) for text, tokens in texts.items()},
-        })  # fmt: skip
+        gains = {text: _measure_gain(job, teacher, plan, (before, repair), tokens) for text, tokens in texts.items()}
+        reports.append(RecoveryReport(name, own, took, repair.parameters(), train.tokens, train.source, gains))
     apart = work / ADAPTER if (work / ADAPTER).is_dir() else None
-    return RecoveryResult(repair, tuple(told), before if apart else None, apart, learn.digests)
+    return RecoveryResult(repair, tuple(reports), before if apart else None, apart, learn.digests)
 
 
 def _measure_gain(
     job: RunContext, teacher: Teacher, plan: Plan, repairs: tuple[Repair, Repair], tokens: TokenSet
-) -> dict[str, Any]:
+) -> RecoveryGain:
     """Perplexity before and after one recovery, their ratio with its interval, and how much of the gap it closed."""
-    dense, before, after = perplexity_results(
-        job, teacher, [(Plan(), NO_REPAIR), (plan, repairs[0]), (plan, repairs[1])], tokens
-    )
-    change = paired_difference(before, after, job.recipe.seed)
-    perplexities = [exp_capped(each.mean) for each in (dense, before, after)]
-    lost = perplexities[1] - perplexities[0]
-    return {
-        "teacher": perplexities[0], "before": perplexities[1], "after": perplexities[2], "ratio": exp_capped(change.value),
-        "ci95": [exp_capped(change.low), exp_capped(change.high)], "reliable": change.reliable,
-        "closed": (perplexities[1] - perplexities[2]) / lost if lost > 0 else None,
-    }  # fmt: skip
+    results = perplexity_results(job, teacher, [(Plan(), NO_REPAIR), (plan, repairs[0]), (plan, repairs[1])], tokens)
+    change = paired_difference(results[1], results[2], job.recipe.seed)
+    teacher_ppl, before, after = (exp_capped(result.mean) for result in results)
+    closed = (before - after) / (before - teacher_ppl) if before > teacher_ppl else None
+    return RecoveryGain(teacher_ppl, before, after, change.mapped(exp_capped), closed)

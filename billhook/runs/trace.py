@@ -4,54 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Literal
 
 from billhook.core.plan import MeasureRequest, Plan, Site
 from billhook.core.results.measured import Loss, Step, paired_gap
+from billhook.core.results.run import AuditedRound, Decided, SearchSummary
 from billhook.engine.probe import Probe
 
 
-def search_summary(probe: Probe) -> dict[str, Any]:
-    """What a report says of the search so far: mode, how its candidates were decided, how the work was arranged."""
+def search_summary(probe: Probe) -> SearchSummary:
+    """How the search went so far: mode, how its candidates were decided, how the work was arranged."""
     tally = sum(probe.tally, Counter())
-    decided = {kind: tally[kind] for kind in ("full", "bound", "raced", "skipped")}
-    mode = "exact" if probe.fast is None else "fast"
-    return {"mode": mode, "decided": decided, "layout": str(probe.layout), "audit": None,
-            "site_evaluations": round(probe.site_evaluations, 1)}  # fmt: skip
-
-
-def with_words(summary: dict[str, Any]) -> dict[str, Any]:
-    """The same with a sentence `summary`, empty where there was nothing to decide."""
-    return summary | {"told": _in_words(summary) if sum(summary["decided"].values()) else ""}
-
-
-def _in_words(summary: dict[str, Any]) -> str:
-    decided = summary["decided"]
-    words = {
-        "full": "measured in full",
-        "bound": "dropped as soon as they were certain to lose",
-        "raced": "dropped as significantly worse",
-        "skipped": "not measured, by the ranking of the rounds before",
-    }
-    parts = [f"{decided[kind]:,} {text}" for kind, text in words.items() if decided[kind]]
-    sentence = f"{summary['mode'].capitalize()} search, {sum(decided.values()):,} candidates: {', '.join(parts)}. "
-    sentence += f"Measured {summary['layout']}."
-    if summary["audit"] is not None:
-        missed = [row for row in summary["audit"] if row["regret"] > 0]
-        worst = max((row["regret"] for row in summary["audit"]), default=0.0)
-        sentence += f" Audit: {len(missed)} of {len(summary['audit'])} rounds missed the best candidate"
-        sentence += f", by at most {worst:.3g} per token." if missed else "."
-    return sentence
+    decided = Decided(tally["full"], tally["bound"], tally["raced"], tally["skipped"])
+    mode: Literal["exact", "fast"] = "exact" if probe.fast is None else "fast"
+    return SearchSummary(mode, decided, probe.layout, round(probe.site_evaluations, 1))
 
 
 def measure_regret(
     rounds: Iterable[tuple[MeasureRequest, list[Loss]]], measure: Callable[[MeasureRequest], list[Loss]]
-) -> list[dict[str, Any]]:
+) -> list[AuditedRound]:
     """Every round of a search again, exactly: what it chose, what was best, and the regret per token.
 
     `regret`: loss of the chosen candidate minus that of the best one, with its standard error over documents.
     """
-    told = []
+    audited = []
     for ask, losses in rounds:
         if ask.full_results is None or len(ask.plans) <= ask.full_results or all(loss.bound for loss in losses):
             continue
@@ -62,8 +38,8 @@ def measure_regret(
             plan: loss for plan, loss in zip(ask.plans, again, strict=True) if not loss.bound
         }
         regret, error = paired_gap(known[chosen], known[best])
-        told.append({"chosen": chosen.to_list(), "best": best.to_list(), "regret": regret, "regret_se": error})
-    return told
+        audited.append(AuditedRound(chosen, best, regret, error))
+    return audited
 
 
 def _lowest(plans: tuple[Plan, ...], losses: list[Loss]) -> Plan:
@@ -82,14 +58,14 @@ def removal_trace(path: list[Plan], rounds: list[Round], on_path: list[Loss], co
     a step are the plans measured in the same round that extend the same predecessor; where a ranking of
     single removals decided (one-shot), they are the single removals that were still to come.
     """
-    told: list[Step] = []
+    steps: list[Step] = []
     previous = Plan()
     for plan, loss in zip(path, on_path, strict=True):
         gap, error = _gap(previous, plan, rounds, cost)
-        went = tuple(sorted(plan.removed - previous.removed)), tuple(sorted(plan.narrowed - previous.narrowed))
-        told.append(Step(went[0], loss.mean, gap, error, went[1]))
+        removed, narrowed = sorted(plan.removed - previous.removed), sorted(plan.narrowed - previous.narrowed)
+        steps.append(Step(tuple(removed), loss.mean, gap, error, tuple(narrowed)))
         previous = plan
-    return told
+    return steps
 
 
 def _gap(previous: Plan, plan: Plan, rounds: list[Round], cost: Cost) -> tuple[float | None, float | None]:

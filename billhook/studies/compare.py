@@ -27,12 +27,11 @@ from billhook.core.results.comparisons import (
     SetValue,
     SpeedPair,
 )
-from billhook.core.results.measured import Estimate, EvalResult, Timing
+from billhook.core.results.measured import EvalResult, Timing, TimingProtocol
 from billhook.core.results.specs import CompareSpec, EvalItems, plain_options
 from billhook.data.token_sets import TokenSet, truncate
 from billhook.engine.losses import kl
 from billhook.methods.evaluate import batches, speed, vocabulary_size
-from billhook.methods.evaluate.speed import TimingProtocol
 from billhook.models.device import environment, to_float64
 from billhook.models.load import Teacher
 from billhook.report import compare_page
@@ -171,20 +170,13 @@ def _compare_speed(job: EvalContext, a: Teacher, b: Teacher) -> SpeedPair | None
     if most is not None and most < protocol.prompt_tokens + protocol.new_tokens:
         protocol = replace(protocol, prompt_tokens=most // 2, new_tokens=most // 2)
     timings = speed.time_interleaved((a.model, b.model), (a.folder, b.folder), protocol, watch=job.watch)
-    ratios = speed.speed_ratio(*timings)
-    prefill, decode = (_median(ratios[phase], protocol.repeats) for phase in ("prefill", "decode"))
-    first, other = (_model_speed(timing, protocol.repeats) for timing in timings)
-    return SpeedPair(first, other, prefill, decode, **asdict(protocol))
+    ratio, first, other = speed.speed_ratio(*timings), *map(_model_speed, timings)
+    return SpeedPair(first, other, ratio.prefill, ratio.decode, **asdict(protocol))
 
 
-def _model_speed(timing: Timing, repeats: int) -> ModelSpeed:
+def _model_speed(timing: Timing) -> ModelSpeed:
     rates = speed.rates(timing)
-    prefill, decode = (_median(rates[f"{phase}_tokens_per_s"], repeats) for phase in ("prefill", "decode"))
-    return ModelSpeed(prefill, decode, timing.peak_bytes)
-
-
-def _median(ends: Mapping[str, float], repeats: int) -> Estimate:
-    return Estimate(ends["median"], ends["low"], ends["high"], repeats, repeats, reliable=True)
+    return ModelSpeed(rates.prefill_tokens_per_s, rates.decode_tokens_per_s, rates.peak_bytes)
 
 
 # -- items that flipped -----------------------------------------------------------------------------------------------

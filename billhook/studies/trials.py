@@ -97,7 +97,7 @@ def run_trial(study: StudyContext, name: str, recipe: Recipe, calibration: Token
         known = {
             "removed": found.plan.to_list(),
             "seconds": round(time.perf_counter() - start, 1),
-            "site_evaluations": found.search_summary["site_evaluations"],
+            "site_evaluations": found.search_summary.site_evaluations,
             "resumed": resumed,
         }
         study.store.remember(fingerprint, "plan", of, known, study.run)

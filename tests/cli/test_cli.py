@@ -21,6 +21,9 @@ from billhook import api
 from billhook.cli import main, options
 from billhook.cli.options import command_line
 from billhook.core.errors import ResourceError
+from billhook.core.results.measured import Environment, Estimate, TimingProtocol
+from billhook.core.results.model import ModelRates, SpeedReport
+from billhook.core.results.run import Rates, SpeedRatio
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("prune", "inspect", "eval", "speed", "abtest", "runs", "show", "methods")
@@ -90,10 +93,11 @@ def test_prune_says_what_it_did_in_one_object(pruned: Pruned, model: Path) -> No
     assert {site for step in told["steps"] for site in step["sites"]} == set(told["plan"]["removed"])
     assert all(step["loss"] > 0 and step["gap"] > 0 for step in told["steps"])
     perplexity = told["perplexity"]
-    assert perplexity["ratio"] == pytest.approx(perplexity["student"] / perplexity["teacher"])
-    assert perplexity["ci95"][0] <= perplexity["ratio"] <= perplexity["ci95"][1]
+    ratio = perplexity["ratio"]
+    assert ratio["value"] == pytest.approx(perplexity["student"] / perplexity["teacher"])
+    assert ratio["low"] <= ratio["value"] <= ratio["high"]
     for kind in ("parameters", "kv_bytes_per_token"):
-        assert told[kind]["teacher"] >= told[kind]["student"] > 0
+        assert told["sizes"]["teacher"][kind] >= told["sizes"]["student"][kind] > 0
     assert {"teacher", "student", "ratio"} <= set(told["speed"])
     assert {"load", "calibrate", "search", "apply", "evaluate", "save", "speed"} <= set(told["seconds"])
     written = one_object((pruned.out / "report.json").read_text())
@@ -115,7 +119,7 @@ def test_a_dry_run_writes_nothing(model: Path, pruned: Pruned, tmp_path: Path) -
     told = one_object(billhook(*command, "--json").stdout)
     assert told["losses"] == 8 + 7
     assert told["data"]["calibration"] == pruned.result["data"]["calibration"]
-    assert told["expected_seconds"]["search_at_most"] >= 0
+    assert told["seconds"]["search_at_most"] >= 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,11 +210,10 @@ def test_tables_fit_80_columns(command: str, pruned: Pruned, model: Path) -> Non
 def test_the_table_of_speeds_fits_80_columns(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from billhook.cli import session
 
-    rate = {"median": 123456.7, "low": 100000.1, "high": 150000.9}
-    row = {"model": str(model), "prefill_tokens_per_s": rate, "decode_tokens_per_s": rate, "peak_bytes": 4 * 10**11}
-    ratio = {kind: {"median": 1.3, "low": 1.25, "high": 1.35} for kind in ("prefill", "decode")}
-    protocol = {"repeats": 9, "batch": 1, "prompt_tokens": 128, "new_tokens": 32}
-    value = {"models": [row, row], "ratio": ratio, "protocol": protocol, "environment": {"machine": "x86_64, 2 cores"}}
+    rate, times = (Estimate(*of, 9, 9, True) for of in ((123456.7, 100000.1, 150000.9), (1.3, 1.25, 1.35)))
+    row = ModelRates(str(model), Rates(rate, rate, 4 * 10**11))
+    where = Environment("0.1.0", "3.12", "2.9", "5.16", "cpu", "x86_64, 2 cores", 2)
+    value = SpeedReport((row, row), TimingProtocol(), where, SpeedRatio(times, times))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "80")
         session.print_result(value, "speed")
@@ -219,13 +222,13 @@ def test_the_table_of_speeds_fits_80_columns(model: Path, capsys: pytest.Capture
 
 def test_what_a_command_shows_is_what_was_measured(pruned: Pruned, model: Path) -> None:
     anatomy = one_object(billhook("inspect", model, "--json").stdout)
-    assert anatomy["total"]["parameters"] == pruned.result["parameters"]["teacher"]
+    assert anatomy["total"]["parameters"] == pruned.result["sizes"]["teacher"]["parameters"]
     assert f"{anatomy['total']['parameters']:,}" in billhook("inspect", model).stdout
     student = one_object(billhook("inspect", pruned.out, "--json").stdout)
-    assert student["already_removed"] == pruned.result["plan"]["removed"]
-    assert student["total"]["parameters"] == pruned.result["parameters"]["student"]
+    assert student["already_removed"]["removed"] == pruned.result["plan"]["removed"]
+    assert student["total"]["parameters"] == pruned.result["sizes"]["student"]["parameters"]
     told = one_object(billhook("eval", model, *pruned.options[:2], *pruned.options[-2:], "--json").stdout)
-    assert told["perplexity"] == pytest.approx(pruned.result["perplexity"]["teacher"])
+    assert told["perplexity"]["value"] == pytest.approx(pruned.result["perplexity"]["teacher"])
     runs = one_object(billhook("runs", "--store", pruned.store, "--json").stdout)["runs"]
     (mine,) = (run for run in runs if run["run"] == pruned.run)
     assert (mine["state"], mine["out"]) == ("done", str(pruned.out))

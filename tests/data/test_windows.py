@@ -32,10 +32,10 @@ def test_windows_are_the_whole_text_cut_into_pieces(
         with torch.no_grad():
             logits = teacher.model(row[None]).logits[0, :-1]
         losses.append(float(torch.nn.functional.cross_entropy(logits, row[1:])))
-    told = billhook.evaluate_model(model, protocol="gptq", data=str(text))
-    assert told["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
-    assert told["protocol"] == "gptq"
-    assert not told["reliable"], "windows of one text"
+    told = billhook.evaluate(model, protocol="gptq", data=str(text))
+    assert told.perplexity.value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert told.protocol == "gptq"
+    assert not told.perplexity.reliable, "windows of one text"
 
 
 def test_bytes_and_words_are_those_of_the_predicted_tokens(
@@ -43,24 +43,22 @@ def test_bytes_and_words_are_those_of_the_predicted_tokens(
 ) -> None:
     monkeypatch.setitem(PROTOCOLS, "shortened-llama", 32)
     teacher = billhook.load(model)
-    told = billhook.evaluate_model(model, data=str(text), eval_tokens=256, eval_length=24)
-    nats = math.log(told["perplexity"]) * (told["data"]["tokens"] - told["data"]["sequences"])
-    words = told["data"]["tokens"] - told["data"]["sequences"]  # every token of the tiny tokenizer is a word
-    assert told["word_perplexity"] == pytest.approx(math.exp(nats / words), rel=1e-6)
+    told = billhook.evaluate(model, data=str(text), eval_tokens=256, eval_length=24)
+    nats = math.log(told.perplexity.value) * (told.data.tokens - told.data.sequences)
+    words = told.data.tokens - told.data.sequences  # every token of the tiny tokenizer is a word
+    assert told.word_perplexity == pytest.approx(math.exp(nats / words), rel=1e-6)
     tokens = fixed_windows(str(text), "shortened-llama", "text", teacher.tokenizer, teacher.model.config)
     decoded = teacher.tokenizer.batch_decode(tokens.rows[:, 1:].tolist())
     size = sum(len(piece.encode()) for piece in decoded)
-    assert per_byte_and_word(tokens, teacher.tokenizer, 100.0)["bits_per_byte"] == pytest.approx(
-        100 / math.log(2) / size
-    )
+    assert per_byte_and_word(tokens, teacher.tokenizer, 100.0)[0] == pytest.approx(100 / math.log(2) / size)
 
 
 def test_what_fits_no_window_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PROTOCOLS, "shortened-llama", 96)
     short = tiny.write_texts(tmp_path / "t.jsonl", 2)
     with pytest.raises(DataError, match="less than two windows of 96"):
-        billhook.evaluate_model(model, protocol="shortened-llama", data=str(short))
+        billhook.evaluate(model, protocol="shortened-llama", data=str(short))
     with pytest.raises(UnknownName, match="Known: gptq, shortened-llama"):
-        billhook.evaluate_model(model, protocol="gpt", data=str(short))
+        billhook.evaluate(model, protocol="gpt", data=str(short))
     with pytest.raises(UsageError, match=r"2,048 tokens: more than the 96 positions"):
-        billhook.evaluate_model(model, protocol="gptq", data=str(short))
+        billhook.evaluate(model, protocol="gptq", data=str(short))

@@ -32,6 +32,7 @@ from billhook.engine.racing import Quality, Sums
 from billhook.methods.export.checkpoint import save
 from billhook.models.load import Teacher, load
 from billhook.models.surgery import apply
+from billhook.report.run_words import work_in_words
 
 Folder = Callable[[str], Path]
 
@@ -444,9 +445,9 @@ def test_the_layout_follows_the_memory(checkpoint: Folder) -> None:
         close(a, b)
     assert (roomy.layout.walk, roomy.layout.checkpoint_every) == ("layers", 1)
     assert (tight.layout.walk, tight.layout.checkpoint_every, tight.layout.kept) == ("depth-first", 0, 0)
-    assert "layer by layer" in str(roomy.layout)
-    assert "depth-first" in str(tight.layout)
-    assert "no streams kept" in str(tight.layout)
+    assert "layer by layer" in work_in_words(roomy.layout)
+    assert "depth-first" in work_in_words(tight.layout)
+    assert "no streams kept" in work_in_words(tight.layout)
 
 
 def test_kept_streams_stay_within_their_bytes(checkpoint: Folder) -> None:

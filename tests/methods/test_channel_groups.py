@@ -349,11 +349,11 @@ def test_a_run_by_a_metric_of_groups(model: Path, text: Path, tmp_path: Path) ->
         "store": tmp_path / "b.db",
     }  # fmt: skip
     told = billhook.prune(model, remove="15%params", metric="flap", out=tmp_path / "out", **options)
-    assert told["plan"]["narrowed"]
-    assert told["parameters"]["student"] <= 0.85 * told["parameters"]["teacher"]
-    assert load(tmp_path / "out").anatomy.total("parameters") == told["parameters"]["student"]
+    assert told.plan.narrowed
+    assert told.sizes.student.parameters <= 0.85 * told.sizes.teacher.parameters
+    assert load(tmp_path / "out").anatomy.total("parameters") == told.sizes.student.parameters
     again = billhook.prune(model, remove="15%params", metric="flap", out=tmp_path / "twin", **options)
-    assert again["plan"] == told["plan"]
+    assert again.plan == told.plan
     with pytest.raises(UnknownName, match="metric of channel groups"):
         billhook.prune(model, remove="15%params", metric="cosine", out=tmp_path / "no", **options)
 
@@ -361,14 +361,14 @@ def test_a_run_by_a_metric_of_groups(model: Path, text: Path, tmp_path: Path) ->
 def test_score_tells_of_groups_as_of_sites(model: Path, text: Path) -> None:
     options: dict[str, Any] = {"tokens": 240, "length": 24, "data": str(text)}
     told = billhook.score(model, "flap,cosine", set={"kind": "ifv"}, **options)
-    assert len(told["scores"]["cosine"]["sites"]) == 8
-    assert told["scores"]["cosine"]["groups"] == told["scores"]["flap"]["sites"] == []
+    assert len(told.scores["cosine"].sites) == 8
+    assert told.scores["cosine"].groups == told.scores["flap"].sites == ()
     sizes = {str(size.site): size.groups for size in load(model).anatomy.sites}
-    rows = {row["site"]: row for row in told["scores"]["flap"]["groups"]}
-    assert {site: row["numbers"] for site, row in rows.items()} == sizes
-    assert all(len(row["values"]) == len(sizes[site]) for site, row in rows.items())
+    rows = {str(row.site): row for row in told.scores["flap"].groups}
+    assert {site: row.numbers for site, row in rows.items()} == sizes
+    assert all(len(row.values) == len(sizes[site]) for site, row in rows.items())
     alone = billhook.score(model, "flap", set={"kind": "ifv"}, **options)
-    assert alone["groups"] == told["scores"]["flap"]["groups"]
+    assert alone.groups == told.scores["flap"].groups
     with pytest.raises(UnknownName):
         billhook.score(model, "flab", **options)
 

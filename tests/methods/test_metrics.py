@@ -22,6 +22,7 @@ from billhook.core.errors import ModelError, ResourceError, UnknownName, UsageEr
 from billhook.core.plan import PARTS, Plan, Site
 from billhook.core.problem import ScoredUnit
 from billhook.core.results.measured import Score
+from billhook.core.results.model import MetricScores
 from billhook.data.token_sets import TokenSet
 from billhook.engine.probe import Probe
 from billhook.methods.export.checkpoint import save
@@ -330,13 +331,13 @@ def test_a_score_that_divides_by_zero_is_refused_and_spoils_no_other(tmp_path: P
 
 def test_score_gives_values_with_their_spread(model: Path, text: Path) -> None:
     told = billhook.score(str(model), "cosine", data=str(text), tokens=240, length=24)
-    assert [row["site"] for row in told["sites"]] == [f"{part}.{i}" for i in range(4) for part in ("attention", "mlp")]
-    assert [row["block"] for row in told["blocks"]] == [0, 1, 2, 3]
-    assert all(0 < row["value"] < 2 and row["se"] > 0 for row in told["sites"] + told["blocks"])
-    assert told["scores"]["cosine"] == {kind: told[kind] for kind in ("sites", "blocks", "spans", "groups")}
-    assert (told["streamed"], told["bytes_read"]) == (False, 0)
+    assert [str(row.site) for row in told.sites] == [f"{part}.{i}" for i in range(4) for part in ("attention", "mlp")]
+    assert [row.block for row in told.blocks] == [0, 1, 2, 3]
+    assert all(0 < row.value < 2 and row.se > 0 for row in told.sites + told.blocks)
+    assert told.scores["cosine"] == MetricScores(told.sites, told.blocks, told.spans, told.groups)
+    assert (told.streamed, told.bytes_read) == (False, 0)
     streamed = billhook.score(str(model), "cosine", data=str(text), tokens=240, length=24, memory="1MB")
-    assert streamed["streamed"] or model.stat().st_size < 750_000
+    assert streamed.streamed or model.stat().st_size < 750_000
     with pytest.raises(UnknownName, match="Did you mean 'cosine'"):
         billhook.score(str(model), "cosin")
 
@@ -344,11 +345,12 @@ def test_score_gives_values_with_their_spread(model: Path, text: Path) -> None:
 def test_score_of_several_metrics_with_options(model: Path, text: Path) -> None:
     text_options = {"data": str(text), "tokens": 240, "length": 24}
     told = billhook.score(str(model), "cosine, taylor,cosine", set={"kind": "vector"}, **text_options)
-    assert (told["metric"], told["set"]) == ("cosine,taylor", {"kind": "vector"})
-    assert "sites" not in told
+    assert (list(told.scores), told.set) == (["cosine", "taylor"], {"kind": "vector"})
+    with pytest.raises(UsageError, match=r"scores by cosine, taylor\. Choose one"):
+        told.sites  # noqa: B018 - the look-up is the test
     for name, options in (("cosine", {}), ("taylor", {"kind": "vector"})):
         alone = billhook.score(str(model), name, set=options, **text_options)
-        assert told["scores"][name] == alone["scores"][name]
+        assert told.scores[name] == alone.scores[name]
     for metric, options, message in (
         ("cosine,taylor", {"knid": 1}, "no option 'knid' of cosine and taylor. Did you mean kind.* Known: kind"),
         ("cosine", {"kind": "vector"}, "no option 'kind' of cosine. Known: none"),
@@ -364,16 +366,16 @@ def test_spans_of_blocks_are_told_by_their_ends(
 ) -> None:
     """The table has the least important span of every length."""
     told = billhook.score(str(model), "angular_span,relative_l2,magnitude", data=str(text), tokens=240, length=24)
-    spans = told["scores"]["angular_span"]["spans"]
-    assert {(row["first"], row["last"], row["length"]) for row in spans} == {
+    spans = told.scores["angular_span"].spans
+    assert {(row.first, row.last, row.length) for row in spans} == {
         (i, j, j - i + 1) for i in range(4) for j in range(i, 4) if j - i < 3
     }
     monkeypatch.setenv("COLUMNS", "80")
     session.print_result(told, "scores")
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
-    least = min((row for row in spans if row["length"] == 2), key=lambda row: row["value"])
-    assert f"{least['first']}-{least['last']}" in shown
+    least = min((row for row in spans if row.length == 2), key=lambda row: row.value)
+    assert f"{least.first}-{least.last}" in shown
     assert shown.count("Least important sites") == 2
     magnitude = shown.split("magnitude of")[1]
     assert "±" not in magnitude

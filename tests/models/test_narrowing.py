@@ -262,18 +262,18 @@ def test_a_run_narrows_what_its_plan_says_and_proves_it(model: Path, text: Path,
     names = "attention.0[1],mlp.2[0-20 30],mlp.3"
     options: dict[str, Any] = {"tokens": 240, "length": 24, "eval_tokens": 512, "eval_length": 24, "data": str(text)}
     told = billhook.prune(model, plan=names, out=tmp_path / "out", store=tmp_path / "b.db", **options)
-    assert told["plan"]["narrowed"] == ["attention.0[1]", "mlp.2[0-20 30]"]
+    assert told.plan.narrowed_names() == ["attention.0[1]", "mlp.2[0-20 30]"]
     teacher, plan = load(model), Plan.parse(names.split(","))
-    assert told["parameters"]["student"] == teacher.anatomy.total("parameters", plan)
+    assert told.sizes.student.parameters == teacher.anatomy.total("parameters", plan)
     student = load(tmp_path / "out")
-    assert student.anatomy.total("parameters") == told["parameters"]["student"]
-    again = billhook.evaluate_model(tmp_path / "out", **options)
-    assert told["perplexity"]["student"] == pytest.approx(again["perplexity"], rel=1e-5)
-    (step,) = told["steps"]
+    assert student.anatomy.total("parameters") == told.sizes.student.parameters
+    again = billhook.evaluate(tmp_path / "out", **options)
+    assert told.perplexity.student == pytest.approx(again.perplexity.value, rel=1e-5)
+    (step,) = told.steps
     probe = Probe(teacher, tokens_of(teacher, options), "kl")
-    assert step["loss"] == pytest.approx(probe.losses([plan])[0].mean, rel=1e-6)
+    assert step.loss == pytest.approx(probe.losses([plan])[0].mean, rel=1e-6)
     whole = probe.losses([Plan(plan.removed)])[0].mean
-    assert step["loss"] != pytest.approx(whole, rel=1e-3), "what became narrower counts"
+    assert step.loss != pytest.approx(whole, rel=1e-3), "what became narrower counts"
     page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
     assert "2 narrower" in page
     assert 'class="narrower" data-site="mlp.2" tabindex="-1"' in page
@@ -281,13 +281,13 @@ def test_a_run_narrows_what_its_plan_says_and_proves_it(model: Path, text: Path,
     assert "the lower part stays" in page
     assert "attention.0 (1 of 2), mlp.2 (22 of 48)" in page
     assert "mlp.2: 22 of 48 channel groups stay" in card
-    shown = CliRunner().invoke(app, ["show", told["run"], "--store", str(tmp_path / "b.db")]).output
+    shown = CliRunner().invoke(app, ["show", told.run, "--store", str(tmp_path / "b.db")]).output
     assert "Narrower, channel groups left: attention.0 1 of 2, mlp.2 22 of 48" in shown
     assert max(map(len, shown.splitlines())) <= 80
     manifest = billhook.prune(
         model, plan=str(tmp_path / "out" / "billhook.json"), out=tmp_path / "twin", store=tmp_path / "b.db", **options
     )
-    assert manifest["plan"] == told["plan"]
+    assert manifest.plan == told.plan
     with pytest.raises(PlanError, match="narrower"):
         billhook.prune(model, plan=names, out=tmp_path / "no", store=tmp_path / "b.db", stock=True, **options)
 
@@ -404,15 +404,15 @@ def test_a_narrow_run_recovers_and_saves_what_it_proved(model: Path, text: Path,
         model, plan=names, out=tmp_path / "out", store=tmp_path / "b.db", recover=recover, recover_tokens=800,
         recover_length=24, **options, **more,
     )  # fmt: skip
-    assert [each["recovery"] for each in told["recoveries"]] == recover.split(",")
-    first = told["recoveries"][0]["on"]["held-out"]
+    assert [each.recovery for each in told.recoveries] == recover.split(",")
+    first = told.recoveries[0].on["held-out"]
     bare = billhook.prune(model, plan=names, out=tmp_path / "bare", store=tmp_path / "b.db", **options)
-    assert first["before"] == pytest.approx(bare["perplexity"]["student"], rel=1e-6)
-    again = billhook.evaluate_model(tmp_path / "out", **options)
-    assert again["perplexity"] == pytest.approx(told["perplexity"]["student"], rel=1e-5)
+    assert first.before == pytest.approx(bare.perplexity.student, rel=1e-6)
+    again = billhook.evaluate(tmp_path / "out", **options)
+    assert again.perplexity.value == pytest.approx(told.perplexity.student, rel=1e-5)
     biases = 64 if "compensate" in recover else 0  # of an attention and an mlp
-    assert load(tmp_path / "out").anatomy.total("parameters") == bare["parameters"]["student"] + biases
-    assert told["parameters"]["student"] == bare["parameters"]["student"] + biases
+    assert load(tmp_path / "out").anatomy.total("parameters") == bare.sizes.student.parameters + biases
+    assert told.sizes.student.parameters == bare.sizes.student.parameters + biases
 
 
 def test_what_was_trained_narrow_is_not_refitted(checkpoint: Folder) -> None:

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import time
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,91 +18,106 @@ from browser import HOSTILE, OVERFLOW, Elements, Tab
 from rich.console import Console
 from rich.table import Table
 
+from billhook.core.anatomy import Anatomy, SiteSize, Unassigned
+from billhook.core.margin import Margin
+from billhook.core.plan import PARTS, Plan, Site
+from billhook.core.results.measured import Environment, Estimate, Step, TimingProtocol, TokenSetInfo, WorkPlan
+from billhook.core.results.run import (
+    Answer,
+    Decided,
+    MarginTrial,
+    ModelInfo,
+    PerplexityChange,
+    PredictedSpeed,
+    Rates,
+    RecoveryGain,
+    RecoveryReport,
+    RunData,
+    RunReason,
+    RunResult,
+    SearchSummary,
+    SizeChange,
+    SpeedChange,
+    SpeedGap,
+    SpeedRatio,
+    TaskChange,
+    WithinReport,
+)
 from billhook.report import numbers, run_report, run_words
 
+SITES = tuple(Site(block, part) for block in range(80) for part in PARTS)
 
-def a_result(seed: int = 0, blocks: int = 30, removals: int = 15, *, gone: tuple[str, ...] = (), **more: Any) -> Any:
-    """A run's result with numbers of its own for every seed. `more` replaces top-level entries."""
+
+def a_result(
+    seed: int = 0, blocks: int = 30, removals: int = 15, *, gone: tuple[str, ...] = (), **more: Any
+) -> RunResult:
+    """A run's result with numbers of its own for every seed. `more` replaces fields."""
     rng = random.Random(seed)
-    names = [f"{part}.{block}" for block in range(blocks) for part in ("attention", "mlp")]
-    alive = [name for name in names if name not in gone]
-    sizes = {name: rng.randint(10**5, 10**6) * (1 if name < "b" else 3) for name in alive}
-    removed = rng.sample(alive, removals)
-    teacher = sum(sizes.values()) + 28_312_128
-    student = teacher - sum(sizes[name] for name in removed)
-    heads, lost = (sum(name < "b" for name in names) for names in (alive, removed))
+    present = [site for site in SITES[: 2 * blocks] if str(site) not in gone]
+    counts = {site: rng.randint(10**5, 10**6) * (1 if site.part == "attention" else 3) for site in present}
+    removed = rng.sample(present, removals)
+    anatomy = Anatomy("llama", blocks, tuple(
+        SiteSize(site, n, 4 * n, 1536 * (site.part == "attention"), 2 * n) for site, n in counts.items()
+    ), Unassigned(28_312_128, 4 * 28_312_128, 2 * 28_312_128))  # fmt: skip
     loss, steps = 0.01, []
-    for name in removed:
+    for site in removed:
         loss *= 1 + 6 * rng.random() / removals
-        gap, error = loss * rng.random() / 9, loss * rng.random() / 40
-        steps.append({"sites": [name], "loss": loss, "gap": gap, "gap_se": error})
+        steps.append(Step((site,), loss, loss * rng.random() / 9, loss * rng.random() / 40))
     if steps:
-        steps[-1] |= {"gap": None, "gap_se": None}
+        steps[-1] = replace(steps[-1], gap=None, gap_se=None)
 
-    def near(x: float) -> dict[str, float]:
-        return {"median": x, "low": x * (1 - rng.random() / 20), "high": x * (1 + rng.random() / 20)}
+    def near(x: float) -> Estimate:
+        return Estimate(x, x * (1 - rng.random() / 20), x * (1 + rng.random() / 20), 9, 9, True)
 
-    def speed(x: float) -> dict[str, Any]:
-        return {f"{phase}_tokens_per_s": near(x * f) for phase, f in (("prefill", 30), ("decode", 1))}
+    def rates(x: float, peak: int) -> Rates:
+        return Rates(near(30 * x), near(x), peak)
 
     ratio, fast = 1 + rng.random(), 1 + rng.random() / 3
-    text = {"source": "pydoc", "tokens": 16384, "sequences": 40, "documents": 40, "texts": 38, "hash": "bb"}
+    text = TokenSetInfo("pydoc", 16384, 40, 40, 38, "bb")
 
-    def recovery(name: str, before: float, after: float, held: float) -> dict[str, Any]:
-        on = {
-            "teacher": 20.1,
-            "before": before,
-            "after": after,
-            "ratio": after / before,
-            "reliable": True,
-            "ci95": [after / before * 0.97, after / before * 1.02],
-            "closed": (before - after) / (before - 20.1),
-        }
-        return {"recovery": name, "options": {}, "seconds": 241.3, "parameters": 9_216, "tokens": 32_768,
-                "data": "pydoc", "on": {"calibration": on, "held-out": on | {"closed": held}}}  # fmt: skip
+    def recovery(name: str, before: float, after: float, held: float) -> RecoveryReport:
+        times = after / before
+        gain = RecoveryGain(20.1, before, after, Estimate(times, times * 0.97, times * 1.02, 40, 40, True),
+                            (before - after) / (before - 20.1))  # fmt: skip
+        on = {"calibration": gain, "held-out": replace(gain, closed=held)}
+        return RecoveryReport(name, {}, 241.3, 9_216, 32_768, "pydoc", on)
 
-    return {
-        "billhook": "0.1.0", "run": "r3fa9c1", "created": "2026-11-22T07:00:00+00:00", "kind": "billhook-llama",
-        "note": "", "out": "build/demo", "loss": "kl", "steps": steps,
-        "search": {"mode": "exact", "decided": {}, "layout": "", "audit": None, "told": "Exact: <b>."},
-        "model": {"name": "demo", "type": "llama", "fingerprint": "0123456789abcdef", "blocks": blocks},
-        "recipe": {"model": "demo", "remove": "25%sites", "data": "pydoc", "eval_data": None, "tokens": 512,
-                   "seed": seed, "loss": "kl", "search": "greedy", "protect": "", "plan": None, "stock": False},
-        "environment": {"billhook": "0.1.0", "torch": "2.13.0", "machine": "x86_64, 2 cores", "threads": 2},
-        "data": {"calibration": {**text, "hash": "aa", "tokens": 512}, "evaluation": text},
-        "anatomy": {"blocks": blocks, "sites": [{"site": name, "parameters": sizes[name]} for name in alive]},
-        "already_removed": list(gone),
-        "plan": {"removed": sorted(removed), "key": "cc"},
-        "perplexity": {"teacher": 20.1, "student": 20.1 * ratio, "ratio": ratio, "ci95": [ratio * 0.96, ratio * 1.05],
-                       "n": 40, "clusters": 38, "reliable": True, "note": ""},
-        "recoveries": [recovery("fold", 60.0, 42.5, 0.42), recovery("lora", 42.5, 43.0, -0.02)],
-        "parameters": {"teacher": teacher, "student": student},
-        "bytes": {"teacher": 4 * teacher, "student": 4 * student},
-        "kv_bytes_per_token": {"teacher": 1536 * heads, "student": 1536 * (heads - lost)},
-        "flops_per_token": {"teacher": 2 * teacher, "student": 2 * student},
-        "speed": {
-            "teacher": {**speed(30), "peak_bytes": 1_200_000_000},
-            "student": {**speed(30 * fast), "peak_bytes": 1_100_000_000},
-            "ratio": {"prefill": near(fast + 0.02), "decode": near(fast)},
-            "predicted": {"prefill": 1.21, "decode": 1.13}, "note": "",
-            "protocol": {"prompt_tokens": 128, "new_tokens": 32, "batch": 1, "repeats": 7},
-        },
-        "answers": [{"prompt": "What is the capital of France?", "teacher": "Paris.", "student": "Paris."}] * 3,
-        "seconds": {"load": 3.1, "calibrate": 1.2, "search": 400.0, "evaluate": 40.0, "speed": 30.0, "save": 8.0},
-        **more,
-    }  # fmt: skip
+    plan = Plan(frozenset(removed))
+    return replace(RunResult(
+        billhook="0.1.0", run="r3fa9c1", created="2026-11-22T07:00:00+00:00", out="build/demo",
+        checkpoint="billhook-llama", reasons=(), anatomy=anatomy,
+        already_removed=Plan.parse(gone), loss="kl", loss_unit="nats", plan=plan, seen=("d1", "d2"),
+        model=ModelInfo("demo", "llama", "0123456789abcdef", blocks, "float32", "float32", "cpu"),
+        recipe={"model": "demo", "remove": "25%sites", "data": "pydoc", "eval_data": None, "tokens": 512,
+                "seed": seed, "loss": "kl", "search": "greedy", "protect": "", "plan": None, "stock": False},
+        environment=Environment("0.1.0", "3.12.3", "2.13.0", "5.16.1", "cpu", "x86_64, 2 cores", 2),
+        data=RunData(replace(text, hash="aa", tokens=512), text), steps=tuple(steps),
+        search=SearchSummary("exact", Decided(full=removals), WorkPlan("layers", False, 1, 1, 10**9, 10**6, 4096), 9.5),
+        within=None, tasks=(), sizes=SizeChange(anatomy.sizes(), anatomy.sizes(plan)),
+        perplexity=PerplexityChange(20.1, 20.1 * ratio, Estimate(ratio, ratio * 0.96, ratio * 1.05, 40, 38, True)),
+        recoveries=(recovery("fold", 60.0, 42.5, 0.42), recovery("lora", 42.5, 43.0, -0.02)),
+        speed=SpeedChange(rates(30, 1_200_000_000), rates(30 * fast, 1_100_000_000),
+                          SpeedRatio(near(fast + 0.02), near(fast)), PredictedSpeed(1.21, 1.13),
+                          TimingProtocol(repeats=7), None),
+        answers=(Answer("What is the capital of France?", "Paris.", "Paris."),) * 3,
+        seconds={"load": 3.1, "calibrate": 1.2, "search": 400.0, "evaluate": 40.0, "speed": 30.0, "save": 8.0},
+    ), **more)  # fmt: skip
 
 
-def hostile(seed: int) -> Any:
+def hostile(seed: int) -> RunResult:
     """A result in which every free string is an attack."""
-    plain = a_result(seed, gone=("attention.4", "mlp.4", "mlp.29"))
-    for block in ("model", "recipe", "environment"):
-        plain[block] = {k: HOSTILE if isinstance(v, str) else v for k, v in plain[block].items()}
-    for about in plain["data"].values():
-        about |= {"source": HOSTILE, "hash": HOSTILE}
-    plain["answers"] = [{"prompt": HOSTILE, "teacher": HOSTILE * 3, "student": HOSTILE[::-1]}]
-    plain["perplexity"]["note"] = plain["speed"]["note"] = plain["note"] = HOSTILE
-    return plain | {"out": HOSTILE, "run": HOSTILE, "created": HOSTILE, "billhook": HOSTILE}
+    safe = a_result(seed, gone=("attention.4", "mlp.4", "mlp.29"))
+
+    def attack(block: Any) -> Any:
+        return replace(block, **{name: HOSTILE for name, value in asdict(block).items() if isinstance(value, str)})
+
+    texts = (replace(info, source=HOSTILE, hash=HOSTILE) for info in (safe.data.calibration, safe.data.evaluation))
+    return replace(
+        safe, model=attack(safe.model), environment=attack(safe.environment), data=RunData(*texts),
+        recipe={k: HOSTILE if isinstance(v, str) else v for k, v in safe.recipe.items()},
+        answers=(Answer(HOSTILE, HOSTILE * 3, HOSTILE[::-1]),), out=HOSTILE, run=HOSTILE, created=HOSTILE,
+        billhook=HOSTILE, loss=HOSTILE, loss_unit=HOSTILE,
+    )  # fmt: skip
 
 
 def number(text: str) -> float:
@@ -121,20 +137,21 @@ def test_rows_say_what_was_measured(seed: int) -> None:
     told = {row.label: row for row in run_words.summary_rows(result)}
     sizes = {"Parameters": "parameters", "On disk": "bytes", "KV cache / token": "kv_bytes_per_token"}
     for label, key in {**sizes, "FLOPs / token": "flops_per_token"}.items():
-        row, was, now = told[label], result[key]["teacher"], result[key]["student"]
+        row, was, now = told[label], getattr(result.sizes.teacher, key), getattr(result.sizes.student, key)
         assert [number(row.teacher), number(row.student)] == pytest.approx([was, now], rel=5e-3)
         assert number(row.change) == pytest.approx(100 * (now / was - 1), abs=0.051)
     quality = told["Held-out perplexity"]
     assert number(quality.change) == pytest.approx(number(quality.student) / number(quality.teacher), rel=0.01)
-    speed = result["speed"]
+    speed = result.speed
+    assert speed
     for label, phase in (("Prefill tokens/s", "prefill"), ("Decode tokens/s", "decode")):
         row = told[label]
-        assert number(row.teacher) == pytest.approx(speed["teacher"][f"{phase}_tokens_per_s"]["median"], rel=5e-3)
-        assert number(row.change) == pytest.approx(speed["ratio"][phase]["median"], rel=5e-3)
+        assert number(row.teacher) == pytest.approx(getattr(speed.teacher, f"{phase}_tokens_per_s").value, rel=5e-3)
+        assert number(row.change) == pytest.approx(getattr(speed.ratio, phase).value, rel=5e-3)
         low, high = (float(x) for x in row.change.split("(")[1].split(")")[0].split("–"))
-        assert low == pytest.approx(speed["ratio"][phase]["low"], abs=0.0051)
-        assert high == pytest.approx(speed["ratio"][phase]["high"], abs=0.0051)
-        assert row.change.endswith(f", predicted ×{speed['predicted'][phase]:.2f}")
+        assert low == pytest.approx(getattr(speed.ratio, phase).low, abs=0.0051)
+        assert high == pytest.approx(getattr(speed.ratio, phase).high, abs=0.0051)
+        assert row.change.endswith(f", predicted ×{getattr(speed.predicted, phase):.2f}")
 
 
 def test_recoveries_are_told_on_every_text_and_what_they_cost() -> None:
@@ -152,7 +169,7 @@ def test_recoveries_are_told_on_every_text_and_what_they_cost() -> None:
     assert "| fold | held-out | 60.0 → 42.5 | ×0.71 (0.69–0.72) | 42% closed |" in run_report.model_card(result)
     told = Elements(run_report.run_page(result)).text
     assert all(cell in told for row in run_words.recovery_rows(result) for cell in row)
-    assert "What recovery gave back" not in run_report.run_page(result | {"recoveries": []})
+    assert "What recovery gave back" not in run_report.run_page(replace(result, recoveries=()))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -172,15 +189,17 @@ def test_rows_fit_a_terminal_of_80_columns(seed: int) -> None:
 
 
 def test_tasks_and_margins_are_told() -> None:
-    task = {"file": "x/piqa_validation.jsonl.gz", "teacher": 0.682, "student": 0.551, "change": -0.131,
-            "ci95": [-0.16, -0.1], "n": 900, "reliable": True, "note": ""}  # fmt: skip
-    trials = [
-        {"percent": 4.2, "within": True, "lost": 1.1, "low": 0.5, "high": 1.9},
-        {"percent": 8.9, "within": False, "lost": 3.0, "low": 2.0, "high": 4.1},
-        {"percent": 6.3, "within": True, "lost": 2.05, "low": 1.0, "high": 2.96},
-    ]
-    within = {"margin": "3%ppl", "unit": "percent of the perplexity", "trials": trials, "data": {"tokens": 8192}}
-    result = a_result(tasks=[task], within=within)
+    task = TaskChange("x/piqa_validation.jsonl.gz", 0.682, 0.551, Estimate(-0.131, -0.16, -0.1, 900, 900, True))
+    trials = tuple(
+        MarginTrial(percent, ok, Estimate(*lost, 60, 60, True))
+        for percent, ok, lost in (
+            (4.2, True, (1.1, 0.5, 1.9)),
+            (8.9, False, (3.0, 2.0, 4.1)),
+            (6.3, True, (2.05, 1.0, 2.96)),
+        )
+    )
+    within = WithinReport(Margin.parse("3%ppl"), trials, TokenSetInfo("pydoc", 8192, 20, 20, 20, "cc"))
+    result = a_result(tasks=(task,), within=within)
     (row,) = [row for row in run_words.summary_rows(result) if row.label == "Accuracy, piqa_validation"]
     assert (row.teacher, row.student, row.change) == ("68.2%", "55.1%", "−13.1pp (−16.0pp–−10.0pp)")
     (note,) = [note for note in run_words.run_notes(result) if note.startswith("Within 3%ppl")]
@@ -196,14 +215,16 @@ def test_what_was_not_measured_has_no_row_and_a_note() -> None:
         "KV cache / token",
         "FLOPs / token",
     ]
-    assert run_words.run_notes(skipped | {"recoveries": []}) == [
+    assert run_words.run_notes(replace(skipped, recoveries=())) == [
         "Perplexity was not measured.",
         "Speed was not measured.",
     ]
     unknown = a_result()
-    unknown["speed"]["teacher"]["peak_bytes"] = None
+    assert unknown.speed
+    speed = replace(unknown.speed, teacher=replace(unknown.speed.teacher, peak_bytes=None))
+    unknown = replace(unknown, speed=speed)
     assert run_words.summary_rows(unknown)[-1] == run_words.SummaryRow("Peak memory", "–", "1.10 GB", "–")
-    unknown["speed"]["student"]["peak_bytes"] = None
+    unknown = replace(unknown, speed=replace(speed, student=replace(speed.student, peak_bytes=None)))
     assert run_words.summary_rows(unknown)[-1].label == "Decode tokens/s"
     for result in (skipped, unknown):
         assert "None" not in run_report.model_card(result).split("## Recipe")[0]
@@ -229,21 +250,27 @@ def test_seconds_and_minutes_never_reach_sixty() -> None:
 
 
 def test_notes_are_shown_everywhere() -> None:
-    result = a_result(note="the first note", recoveries=[])
-    result["perplexity"] |= {"reliable": False, "note": "rests on 3 texts"}
-    result["speed"]["note"] = "the machine was busy"
+    result = a_result(reasons=("zeroed", "streamed"), recoveries=())
+    assert result.perplexity
+    assert result.speed
+    few = replace(result.perplexity.ratio, clusters=3, reliable=False, reason="few_texts")
+    gap = SpeedGap(("prefill", "decode"), 1, 0.020, 0.005)
+    result = replace(result, perplexity=replace(result.perplexity, ratio=few), speed=replace(result.speed, gap=gap))
     told = run_words.run_notes(result)
     assert len(told) == 3
+    assert told[0].startswith("The removed sites hold zeros")
+    assert "block by block" in told[0]
+    assert "rests on 3 texts" in told[1]
+    assert "takes 20.0 ms, of which reading the weights accounts for about 5.0 ms" in told[2]
     for note in told:
         assert note in run_report.model_card(result).replace("\\", "")
-        assert note in run_report.run_page(result)
-    result["perplexity"]["note"] = ""
-    assert any("not reliable" in note for note in run_words.run_notes(result))
+        assert html.escape(note) in run_report.run_page(result)
+    unexplained = replace(result, perplexity=PerplexityChange(20.1, 30.0, replace(few, reason="")))
+    assert any("not reliable" in note for note in run_words.run_notes(unexplained))
 
 
 def test_the_verdict_counts_whole_blocks() -> None:
-    result = a_result(3, blocks=12, removals=0)
-    result["plan"]["removed"] = ["attention.4", "mlp.4", "mlp.9"]
+    result = a_result(3, blocks=12, removals=0, plan=Plan.parse(["attention.4", "mlp.4", "mlp.9"]))
     assert run_words.headline(result).startswith(
         "3 of 24 sites removed (1 whole block): as many parameters as before, "
     )
@@ -252,7 +279,7 @@ def test_the_verdict_counts_whole_blocks() -> None:
 # -- the card ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("result", [a_result(1), hostile(2), a_result(3, perplexity=None, speed=None, steps=[])])
+@pytest.mark.parametrize("result", [a_result(1), hostile(2), a_result(3, perplexity=None, speed=None, steps=())])
 def test_the_card_is_yaml_and_markdown(result: Any) -> None:
     card = run_report.model_card(result)
     empty, front, body = card.split("---\n", 2)
@@ -261,16 +288,16 @@ def test_the_card_is_yaml_and_markdown(result: Any) -> None:
     assert meta["library_name"] == "transformers"
     assert meta["tags"] == ["billhook", "pruned"]
     recipe = re.findall(r"^```yaml\n(.*?)\n```$", body, re.DOTALL | re.MULTILINE)
-    assert [yaml.safe_load(text) for text in recipe] == [result["recipe"]]
+    assert [yaml.safe_load(text) for text in recipe] == [result.recipe]
     for row in run_words.summary_rows(result):
         assert f"| {row.label} | {row.teacher} | {row.student} | {row.change} |" in body
     assert not re.search(r"(?<!\\)<\w", re.sub(r"```.*?```", "", body, flags=re.DOTALL))  # no element gets through
 
 
 def test_items_of_a_task_are_not_called_texts() -> None:
-    task = {"source": "arc.jsonl", "tokens": 900, "sequences": 160, "documents": 37, "texts": 37, "items": 37}
     result = a_result(1)
-    result["data"]["calibration"] = task
+    task = TokenSetInfo("arc.jsonl", 900, 160, 37, 37, "dd", 37)
+    result = replace(result, data=RunData(task, result.data.evaluation))
     card, page = run_report.model_card(result), run_report.run_page(result)
     assert r"- calibration: arc.jsonl, 900 tokens in 37 items" in card
     assert "tokens in 40 documents" in card
@@ -279,15 +306,16 @@ def test_items_of_a_task_are_not_called_texts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "said", "unsaid"),
+    ("kind", "reasons", "said", "unsaid"),
     [
-        ("llama", "plain transformers loads it", "trust_remote_code"),
-        ("billhook-llama", "trust_remote_code=True", "plain transformers loads it"),
-        ("llama, zeroed: no speed-up", "no speed-up", "trust_remote_code"),
+        ("llama", (), "plain transformers loads it", "trust_remote_code"),
+        ("billhook-llama", (), "trust_remote_code=True", "plain transformers loads it"),
+        ("llama", ("zeroed",), "no speed-up", "trust_remote_code"),
     ],
 )
-def test_the_card_says_how_to_load(kind: str, said: str, unsaid: str) -> None:
-    loading = run_report.model_card(a_result(kind=kind)).split("## How to load it")[1].split("## Recipe")[0]
+def test_the_card_says_how_to_load(kind: str, reasons: tuple[RunReason, ...], said: str, unsaid: str) -> None:
+    card = run_report.model_card(a_result(checkpoint=kind, reasons=reasons))
+    loading = card.split("## How to load it")[1].split("## Recipe")[0]
     assert said in loading
     assert unsaid not in loading
     assert ("billhook.register()" in loading) == kind.startswith("billhook-")
@@ -306,19 +334,19 @@ def test_the_map_shows_every_site_once(seed: int, blocks: int, removals: int) ->
     every = {f"{part}.{block}" for block in range(blocks) for part in ("attention", "mlp")}
     assert len(cells) == len(every)
     assert {cell["data-site"] for cell in cells} == every
-    for state, sites in (("removed", set(result["plan"]["removed"])), ("gone", set(gone))):
+    for state, sites in (("removed", set(result.plan.names())), ("gone", set(gone))):
         assert {cell["data-site"] for cell in cells if cell["class"] == state} == sites
     assert [cell["tabindex"] for cell in cells].count("0") == 1
     told = {cell["data-site"]: cell["aria-label"] for cell in cells}
-    for number_, step in enumerate(result["steps"], 1):
-        label = told[step["sites"][0]]
+    for number_, step in enumerate(result.steps, 1):
+        label = told[str(step.sites[0])]
         assert label
         assert f"removal {number_} of {removals}" in label
-        assert f"{step['loss']:.4g}" in label
+        assert f"{step.loss:.4g}" in label
 
 
 def test_a_given_plan_has_a_map_and_no_order() -> None:
-    result = a_result(4, steps=[], speed=None)
+    result = a_result(4, steps=(), speed=None)
     page = run_report.run_page(result)
     assert "given plan" in page
     assert "data-numbers" not in page
@@ -327,13 +355,14 @@ def test_a_given_plan_has_a_map_and_no_order() -> None:
 
 def test_the_charts_carry_the_numbers_of_the_run() -> None:
     result = a_result(5)
+    assert result.speed
     found = Elements(run_report.run_page(result)).found
     loss, speed = (json.loads(about["data-numbers"] or "") for _, about in found if "data-numbers" in about)
-    assert loss["loss"] == [step["loss"] for step in result["steps"]]
-    assert loss["gap"] == [step["gap"] for step in result["steps"]]
-    assert loss["error"][:-1] == pytest.approx([1.96 * step["gap_se"] for step in result["steps"][:-1]])
+    assert loss["loss"] == [step.loss for step in result.steps]
+    assert loss["gap"] == [step.gap for step in result.steps]
+    assert loss["error"][:-1] == pytest.approx([1.96 * (step.gap_se or 0) for step in result.steps[:-1]])
     assert loss["error"][-1] is None
-    assert speed["median"] == [result["speed"]["ratio"][phase]["median"] for phase in ("prefill", "decode")]
+    assert speed["median"] == [result.speed.ratio.prefill.value, result.speed.ratio.decode.value]
     assert speed["predicted"] == [1.21, 1.13]
 
 
@@ -358,7 +387,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     results = {
         "usual": a_result(11),
         "hostile": hostile(12),
-        "bare": a_result(13, steps=[], perplexity=None, speed=None),
+        "bare": a_result(13, steps=(), perplexity=None, speed=None),
         "large": a_result(14, blocks=80, removals=60),
     }
     for name, result in results.items():

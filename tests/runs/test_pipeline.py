@@ -24,10 +24,12 @@ from billhook.cli.progress import event_words
 from billhook.core.errors import ResourceError, UsageError
 from billhook.core.events import Event, EventListener
 from billhook.core.plan import Plan
+from billhook.core.results.run import RunResult
 from billhook.data.calibration import calibration_tokens, held_out_tokens
 from billhook.data.texts import TextSpec
 from billhook.methods.evaluate.speed import peak_bytes
 from billhook.models.surgery import masked
+from billhook.report.run_words import run_notes, search_in_words, work_in_words
 from billhook.runs.store import Store
 
 OPTIONS: dict[str, Any] = {"remove": "3sites", "search": "greedy", "tokens": 240, "length": 24, "eval_tokens": 600,
@@ -45,7 +47,7 @@ def events() -> list[Event]:
 
 
 @pytest.fixture(scope="module")
-def result(model: Path, text: Path, home: Path, events: list[Event]) -> dict[str, Any]:
+def result(model: Path, text: Path, home: Path, events: list[Event]) -> RunResult:
     return billhook.prune(
         str(model), data=str(text), out=home / "out", store=home / "runs.db", watch=events.append, **OPTIONS
     )
@@ -63,24 +65,24 @@ def perplexity(model: Any, text: Path, teacher: Any) -> float:
     return math.exp(nll / count)
 
 
-def test_the_figures_are_those_of_the_saved_folder(result: dict[str, Any], model: Path, text: Path) -> None:
-    teacher, student = billhook.load(model), billhook.load(result["out"])
-    assert student.removed_earlier.names() == result["plan"]["removed"]
+def test_the_figures_are_those_of_the_saved_folder(result: RunResult, model: Path, text: Path) -> None:
+    teacher, student = billhook.load(model), billhook.load(result.out)
+    assert student.removed_earlier.names() == result.plan.names()
     assert len(student.removed_earlier.removed) == 3
     for who, loaded in (("teacher", teacher), ("student", student)):
-        assert result["perplexity"][who] == pytest.approx(perplexity(loaded.model, text, teacher), rel=1e-5)
-        assert result["parameters"][who] == sum(p.numel() for p in loaded.model.parameters())
+        assert getattr(result.perplexity, who) == pytest.approx(perplexity(loaded.model, text, teacher), rel=1e-5)
+        assert getattr(result.sizes, who).parameters == sum(p.numel() for p in loaded.model.parameters())
         size = sum(t.numel() * t.element_size() for t in load_file(loaded.folder / "model.safetensors").values())
-        assert result["bytes"][who] == size
-        assert result["kv_bytes_per_token"][who] == loaded.anatomy.total("kv_bytes_per_token")
-    assert result["perplexity"]["ratio"] == pytest.approx(
-        result["perplexity"]["student"] / result["perplexity"]["teacher"], rel=1e-6
+        assert getattr(result.sizes, who).bytes == size
+        assert getattr(result.sizes, who).kv_bytes_per_token == loaded.anatomy.total("kv_bytes_per_token")
+    assert result.perplexity.ratio.value == pytest.approx(
+        result.perplexity.student / result.perplexity.teacher, rel=1e-6
     )
-    low, high = result["perplexity"]["ci95"]
-    assert low < result["perplexity"]["ratio"] < high
+    ratio = result.perplexity.ratio
+    assert ratio.low < ratio.value < ratio.high
 
 
-def test_the_steps_are_those_of_a_greedy_search_by_hand(result: dict[str, Any], model: Path, text: Path) -> None:
+def test_the_steps_are_those_of_a_greedy_search_by_hand(result: RunResult, model: Path, text: Path) -> None:
     teacher = billhook.load(model)
     tokens = calibration_tokens(TextSpec(str(text), "text", 240, 24, 0), teacher.model, teacher.tokenizer)
     ids = torch.stack([row for row, n in zip(tokens.rows, tokens.lengths, strict=True) if n == 24])
@@ -94,19 +96,19 @@ def test_the_steps_are_those_of_a_greedy_search_by_hand(result: dict[str, Any], 
         return float((p.exp() * (p - q)).sum(-1).mean())
 
     plan = Plan()
-    for step in result["steps"]:
+    for step in result.steps:
         tried = {site: kl(plan.without(site)) for site in teacher.anatomy.sites_present() if site not in plan.removed}
         ranked = sorted(tried, key=lambda site: tried[site])
-        assert step["sites"] == [str(ranked[0])]
-        assert step["loss"] == pytest.approx(tried[ranked[0]], rel=1e-4)
-        assert step["gap"] == pytest.approx(tried[ranked[1]] - tried[ranked[0]], rel=1e-2, abs=1e-6)
+        assert step.sites == (ranked[0],)
+        assert step.loss == pytest.approx(tried[ranked[0]], rel=1e-4)
+        assert step.gap == pytest.approx(tried[ranked[1]] - tried[ranked[0]], rel=1e-2, abs=1e-6)
         plan = plan.without(ranked[0])
-    assert plan.names() == result["plan"]["removed"]
+    assert plan.names() == result.plan.names()
 
 
-def test_what_is_written_is_what_is_returned(result: dict[str, Any]) -> None:
-    out = Path(result["out"])
-    written, returned = json.loads((out / "report.json").read_text()), json.loads(json.dumps(result))
+def test_what_is_written_is_what_is_returned(result: RunResult) -> None:
+    out = Path(result.out)
+    written, returned = json.loads((out / "report.json").read_text()), json.loads(json.dumps(result.to_json()))
     assert returned.pop("seconds").items() > written.pop("seconds").items()  # all but that of the report itself
     assert written == returned
     assert {"README.md", "report.html", "billhook.json", "config.json", "tokenizer.json", "modeling_billhook.py"} <= {
@@ -118,7 +120,7 @@ def test_what_is_written_is_what_is_returned(result: dict[str, Any]) -> None:
     ]  # no lock, no journal, nothing aside
 
 
-def test_progress_is_told_for_every_stage(result: dict[str, Any], events: list[Event]) -> None:
+def test_progress_is_told_for_every_stage(result: RunResult, events: list[Event]) -> None:
     stages = list(dict.fromkeys(event.stage for event in events))
     assert stages == ["load", "search", "evaluate", "answer", "save", "speed"]
     searched = [event for event in events if event.stage == "search"]
@@ -161,43 +163,44 @@ def measured(store: Path, run: str) -> tuple[int, int]:
         )
 
 
-def test_a_second_run_measures_nothing(result: dict[str, Any], model: Path, text: Path, home: Path) -> None:
+def test_a_second_run_measures_nothing(result: RunResult, model: Path, text: Path, home: Path) -> None:
     again = billhook.prune(str(model), data=str(text), out=home / "again", store=home / "runs.db", **OPTIONS)
-    first, second = (measured(home / "runs.db", run["run"]) for run in (result, again))
+    first, second = (measured(home / "runs.db", run.run) for run in (result, again))
     assert first[0] > 2 * 3, "the best two of three rounds, and what a bound did not rule out"
     assert second == (0, 0)
     for key in ("plan", "steps", "perplexity", "speed"):
-        assert again[key] == result[key]
+        assert getattr(again, key) == getattr(result, key)
 
 
 def test_blocks_make_a_stock_checkpoint(model: Path, text: Path, home: Path) -> None:
     options = OPTIONS | {"remove": "1blocks", "search": "oneshot", "loss": "nll"}
     result = billhook.prune(str(model), data=str(text), out=home / "blocks", store=home / "runs.db", **options)
-    assert result["kind"] == "llama"
+    assert (result.checkpoint, result.reasons) == ("llama", ())
     config = json.loads((home / "blocks" / "config.json").read_text())
     assert (config["model_type"], config["num_hidden_layers"]) == ("llama", 3)
     assert "auto_map" not in config
     assert len(config["billhook"]["kept_blocks"]) == 3
-    assert len(result["steps"]) == 1
-    assert len(result["steps"][0]["sites"]) == 2
+    assert len(result.steps) == 1
+    assert len(result.steps[0].sites) == 2
 
 
 # -- larger than memory ---------------------------------------------------------------------------------------------
 
 
 def test_a_model_larger_than_its_memory_ends_as_the_same_checkpoint(
-    result: dict[str, Any], model: Path, text: Path, home: Path, tmp_path: Path
+    result: RunResult, model: Path, text: Path, home: Path, tmp_path: Path
 ) -> None:
     options = OPTIONS | {"data": str(text), "memory": "0.1MB", "store": tmp_path / "runs.db", "out": tmp_path / "out"}
     told = billhook.prune(str(model), **options)
-    assert told["plan"] == result["plan"]
-    assert [step["loss"] for step in told["steps"]] == pytest.approx([step["loss"] for step in result["steps"]], 1e-4)
-    assert told["perplexity"]["ratio"] == pytest.approx(result["perplexity"]["ratio"], rel=1e-5)
-    assert (told["speed"], told["answers"]) == (None, [])
-    assert "read block by block" in told["note"]
-    assert "blocks from disk" in told["search"]["layout"]
+    assert told.plan == result.plan
+    assert [step.loss for step in told.steps] == pytest.approx([step.loss for step in result.steps], 1e-4)
+    assert told.perplexity.ratio.value == pytest.approx(result.perplexity.ratio.value, rel=1e-5)
+    assert (told.speed, told.answers) == (None, ())
+    assert told.reasons == ("streamed",)
+    assert "read block by block" in " ".join(run_notes(told))
+    assert "blocks from disk" in work_in_words(told.search.work)
     mine, other = ({k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
-                   for folder in (tmp_path / "out", Path(result["out"])))  # fmt: skip
+                   for folder in (tmp_path / "out", Path(result.out)))  # fmt: skip
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[name], other[name]) for name in mine)
     assert "was not timed" in (tmp_path / "out" / "report.html").read_text()
@@ -210,24 +213,27 @@ def test_the_model_writes_half_of_the_calibration_text_or_the_result_says_why_no
     options = OPTIONS | {"self_share": 0.5, "search": "oneshot", "data": str(text), "store": tmp_path / "runs.db"}
     mixed = billhook.prune(str(model), **options, out=tmp_path / "mixed")
     alone = billhook.prune(str(model), **options | {"self_share": 0.0}, out=tmp_path / "alone")
-    assert mixed["data"]["calibration"]["source"] == f"{text}+self"
-    assert (mixed["data"]["evaluation"], mixed["note"]) == (alone["data"]["evaluation"], "")
+    assert mixed.data.calibration.source == f"{text}+self"
+    assert (mixed.data.evaluation, mixed.reasons) == (alone.data.evaluation, ())
     streamed = billhook.prune(
         str(model), **options | {"store": tmp_path / "other.db"}, memory="0.1MB", out=tmp_path / "streamed"
     )
-    assert streamed["data"]["calibration"] == alone["data"]["calibration"]
-    assert "Calibrated on the given text alone" in streamed["note"]
+    assert streamed.data.calibration == alone.data.calibration
+    assert streamed.reasons == ("streamed", "calibrated_on_text_alone")
+    assert "Calibrated on the given text alone" in " ".join(run_notes(streamed))
 
 
 def test_a_streamed_model_is_evaluated_and_refuses_what_needs_it_whole(model: Path, text: Path) -> None:
     options = {"data": str(text), "eval_tokens": 600, "eval_length": 32}
-    whole, streamed = (billhook.evaluate_model(str(model), **options, **more) for more in ({}, {"memory": "0.1MB"}))
-    assert streamed["perplexity"] == pytest.approx(whole["perplexity"], rel=1e-5)
-    assert streamed["ci95"] == pytest.approx(whole["ci95"], rel=1e-5)
+    whole, streamed = (billhook.evaluate(str(model), **options, **more) for more in ({}, {"memory": "0.1MB"}))
+    assert streamed.perplexity.value == pytest.approx(whole.perplexity.value, rel=1e-5)
+    assert (streamed.perplexity.low, streamed.perplexity.high) == pytest.approx(
+        (whole.perplexity.low, whole.perplexity.high), rel=1e-5
+    )
     with pytest.raises(UsageError, match="--data self lets the model write"):
         billhook.score(str(model), data="self", length=24, memory="0.1MB")
     with pytest.raises(ResourceError, match=r"--memory 0\.01MB is too little.*Give --memory 1MB or more"):
-        billhook.evaluate_model(str(model), **options, memory="0.01MB")
+        billhook.evaluate(str(model), **options, memory="0.01MB")
 
 
 # -- racing ---------------------------------------------------------------------------------------------------------
@@ -235,17 +241,17 @@ def test_a_streamed_model_is_evaluated_and_refuses_what_needs_it_whole(model: Pa
 
 def test_racing_says_what_it_did_and_an_audit_what_that_cost(model: Path, text: Path, tmp_path: Path) -> None:
     options = OPTIONS | {"data": str(text), "fast": True, "shortlist": 3, "audit": True}
-    told = billhook.prune(str(model), out=tmp_path / "out", store=tmp_path / "runs.db", **options)["search"]
-    assert told["mode"] == "fast"
-    assert sum(told["decided"].values()) == 8 + 7 + 6
-    assert told["decided"]["skipped"] == 4 + 3
-    assert len(told["audit"]) == 3
-    for row in told["audit"]:
-        assert row["regret"] >= 0
-        assert (row["regret"] == 0) == (row["chosen"] == row["best"])
-    assert "Fast search, 21 candidates" in told["told"]
-    assert "Audit: " in told["told"]
-    assert told["told"] in html.unescape((tmp_path / "out" / "report.html").read_text())
+    told = billhook.prune(str(model), out=tmp_path / "out", store=tmp_path / "runs.db", **options).search
+    assert told.mode == "fast"
+    assert told.decided.total == 8 + 7 + 6
+    assert told.decided.skipped == 4 + 3
+    assert len(told.audit) == 3
+    for row in told.audit:
+        assert row.regret >= 0
+        assert (row.regret == 0) == (row.chosen == row.best)
+    assert "Fast search, 21 candidates" in search_in_words(told)
+    assert "Audit: " in search_in_words(told)
+    assert search_in_words(told) in html.unescape((tmp_path / "out" / "report.html").read_text())
 
 
 def test_estimates_are_never_filed_as_losses(model: Path, text: Path, tmp_path: Path) -> None:
@@ -256,9 +262,9 @@ def test_estimates_are_never_filed_as_losses(model: Path, text: Path, tmp_path: 
         billhook.prune(str(model), out=tmp_path / name, store=tmp_path / store, **options)
         for name, store in (("b", "one.db"), ("c", "two.db"))
     )
-    assert over["plan"] == own["plan"]
-    assert [s["loss"] for s in over["steps"]] == pytest.approx([s["loss"] for s in own["steps"]], rel=1e-5)
-    assert [s["gap"] for s in over["steps"]] == pytest.approx([s["gap"] for s in own["steps"]], rel=1e-3)
+    assert over.plan == own.plan
+    assert [s.loss for s in over.steps] == pytest.approx([s.loss for s in own.steps], rel=1e-5)
+    assert [s.gap for s in over.steps] == pytest.approx([s.gap for s in own.steps], rel=1e-3)
 
 
 # -- interrupted and resumed ----------------------------------------------------------------------------------------
@@ -300,11 +306,11 @@ def test_killed_at_any_moment_it_goes_on_and_measures_nothing_twice(
     assert not list(tmp_path.glob(".out.*"))
     store = Store(tmp_path / "runs.db")
     assert len(store.runs()) == 1
-    assert measured(tmp_path / "runs.db", resumed["run"]) == measured(tmp_path / "whole.db", result["run"])
-    assert resumed["search"]["decided"] == result["search"]["decided"]
+    assert measured(tmp_path / "runs.db", resumed.run) == measured(tmp_path / "whole.db", result.run)
+    assert resumed.search.decided == result.search.decided
     assert store.runs()[0].state == "done"
-    assert (resumed["plan"], resumed["steps"], resumed["perplexity"]) == (
-        result["plan"], result["steps"], result["perplexity"]
+    assert (resumed.plan, resumed.steps, resumed.perplexity) == (
+        result.plan, result.steps, result.perplexity
     )  # fmt: skip
 
 
@@ -318,7 +324,7 @@ def interrupt_at(stage: str, done: int) -> EventListener:
 
 @pytest.mark.parametrize("stage", ["search", "evaluate", "save", "speed"])
 def test_interrupted_it_leaves_nothing_half_written(
-    stage: str, model: Path, text: Path, home: Path, tmp_path: Path, result: dict[str, Any]
+    stage: str, model: Path, text: Path, home: Path, tmp_path: Path, result: RunResult
 ) -> None:
     store = home / "runs.db" if stage != "speed" else tmp_path / "runs.db"
     options = OPTIONS | {"search": "oneshot"} if stage == "speed" else OPTIONS
@@ -345,8 +351,8 @@ def test_out_defaults_to_a_folder_of_the_run(model: Path, text: Path, nowhere: P
     assert run.out == os.path.join("pruned", run.id)  # noqa: PTH118 - as it is stored
 
 
-def test_generation_of_the_saved_model_is_the_students(result: dict[str, Any]) -> None:
-    student = billhook.load(result["out"]).model
+def test_generation_of_the_saved_model_is_the_students(result: RunResult) -> None:
+    student = billhook.load(result.out).model
     rows = tiny.tokens(2, 6)
     kept = student.generate(rows, max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert torch.equal(

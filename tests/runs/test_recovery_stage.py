@@ -18,6 +18,7 @@ from billhook.core.events import Event
 from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.registry import resolve_options
 from billhook.core.results.measured import Loss
+from billhook.core.results.run import RunResult
 from billhook.data.splits import select_documents
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate.perplexity import perplexity
@@ -32,7 +33,7 @@ SHORT: dict[str, Any] = {"remove": "2sites", "search": "greedy", "tokens": 64, "
 
 
 @pytest.fixture(scope="module")
-def result(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def result(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     home = tmp_path_factory.mktemp("recovered")
     return billhook.prune(
         model, data=str(text), recover="mean,lowrank,bias", recover_set=["rank=3", "bias.epochs=2"], out=home / "out",
@@ -40,37 +41,37 @@ def result(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
     )  # fmt: skip
 
 
-def test_every_recovery_is_proved_where_the_last_one_ended(result: dict[str, Any]) -> None:
-    told = result["recoveries"]
-    assert [each["recovery"] for each in told] == ["mean", "lowrank", "bias"]
-    assert [each["options"] for each in told] == [{}, {"rank": 3}, {"epochs": 2}]
+def test_every_recovery_is_proved_where_the_last_one_ended(result: RunResult) -> None:
+    told = result.recoveries
+    assert [each.recovery for each in told] == ["mean", "lowrank", "bias"]
+    assert [each.options for each in told] == [{}, {"rank": 3}, {"epochs": 2}]
     for text in ("calibration", "held-out"):
         for before, after in pairwise(told):
-            assert after["on"][text]["before"] == before["on"][text]["after"]
-        assert len({each["on"][text]["teacher"] for each in told}) == 1
-    assert told[-1]["on"]["held-out"]["after"] == pytest.approx(result["perplexity"]["student"], rel=1e-6)
-    assert told[-1]["on"]["held-out"]["teacher"] == pytest.approx(result["perplexity"]["teacher"], rel=1e-6)
+            assert after.on[text].before == before.on[text].after
+        assert len({each.on[text].teacher for each in told}) == 1
+    assert told[-1].on["held-out"].after == pytest.approx(result.perplexity.student, rel=1e-6)
+    assert told[-1].on["held-out"].teacher == pytest.approx(result.perplexity.teacher, rel=1e-6)
     for each in told:
-        low, high = each["on"]["held-out"]["ci95"]
-        assert low <= each["on"]["held-out"]["ratio"] <= high
-        assert each["seconds"] >= 0
-        assert 0 < each["tokens"] <= SHORT["recover_tokens"]
+        ratio = each.on["held-out"].ratio
+        assert ratio.low <= ratio.value <= ratio.high
+        assert each.seconds >= 0
+        assert 0 < each.tokens <= SHORT["recover_tokens"]
 
 
-def test_the_folder_holds_what_was_proved(result: dict[str, Any]) -> None:
-    out = Path(result["out"])
+def test_the_folder_holds_what_was_proved(result: RunResult) -> None:
+    out = Path(result.out)
     again = billhook.load(out)
-    assert result["parameters"]["student"] == again.anatomy.total("parameters")
-    assert result["recoveries"][-1]["parameters"] == 2 * 32, "mean came first, and stands"
+    assert result.sizes.student.parameters == again.anatomy.total("parameters")
+    assert result.recoveries[-1].parameters == 2 * 32, "mean came first, and stands"
     assert sorted(p.name for p in out.parent.iterdir()) == ["b.db", "out"], "nothing half-written remains"
-    assert {f"{site.part}.{site.block}" for site in again.removed_earlier.removed} == set(result["plan"]["removed"])
+    assert {f"{site.part}.{site.block}" for site in again.removed_earlier.removed} == set(result.plan.names())
 
 
-def test_what_does_not_help_says_so_first(result: dict[str, Any]) -> None:
+def test_what_does_not_help_says_so_first(result: RunResult) -> None:
     told = run_notes(result)
-    for each, note in zip(result["recoveries"], told, strict=False):
-        assert note.startswith(each["recovery"])
-        assert ("DID NOT HELP" in note) == (each["on"]["held-out"]["ci95"][1] >= 1)
+    for each, note in zip(result.recoveries, told, strict=False):
+        assert note.startswith(each.recovery)
+        assert ("DID NOT HELP" in note) == (each.on["held-out"].ratio.high >= 1)
 
 
 @pytest.mark.parametrize("at", ["1-fold", "2-lora"])
@@ -104,7 +105,7 @@ def test_a_killed_recovery_goes_on(at: str, model: Path, text: Path, tmp_path: P
     rows = tiny.tokens(2, 12)
     with torch.no_grad():
         assert torch.allclose(a(rows).logits, b(rows).logits, rtol=1e-4, atol=1e-4)
-    ends = [r["recoveries"][-1]["on"]["held-out"]["after"] for r in (whole, result)]
+    ends = [r.recoveries[-1].on["held-out"].after for r in (whole, result)]
     assert ends[0] == pytest.approx(ends[1], rel=1e-4)
 
 
@@ -146,14 +147,14 @@ def test_an_adapter_that_is_not_merged_goes_with_its_own_checkpoint_only(
     wanted: dict[str, Any] = SHORT | {"data": str(text), "recover": "fold,lora", "store": tmp_path / "b.db"}
     learning = ["lora.epochs=6", "lora.rate=0.01", "lora.batch=2", "lora.loss=nll", "merge=no"]
     result = billhook.prune(model, out=tmp_path / "out", recover_set=learning, **wanted)
-    assert "without the adapter" in result["note"]
+    assert "without the adapter" in " ".join(run_notes(result))
     teacher = billhook.load(model)
-    _, held = tokens_for(Recipe(**result["recipe"]), teacher, lambda event: None)
+    _, held = tokens_for(Recipe(**result.recipe), teacher, lambda event: None)
     base, both = billhook.load(tmp_path / "out").model, billhook.load_with_adapter(tmp_path / "out")
-    last = result["recoveries"][-1]["on"]["held-out"]
-    assert math.exp(perplexity(base, held).mean) == pytest.approx(last["before"], rel=1e-4)
-    assert math.exp(perplexity(both, held).mean) == pytest.approx(last["after"], rel=1e-4)
-    assert last["after"] < 0.9 * last["before"]
+    last = result.recoveries[-1].on["held-out"]
+    assert math.exp(perplexity(base, held).mean) == pytest.approx(last.before, rel=1e-4)
+    assert math.exp(perplexity(both, held).mean) == pytest.approx(last.after, rel=1e-4)
+    assert last.after < 0.9 * last.before
     told = (tmp_path / "out" / "adapter" / "adapter_config.json").read_text()
     assert str(tmp_path) not in told
     assert str(model) not in told
@@ -198,7 +199,7 @@ def test_a_search_with_folds_is_that_by_hand_and_measures_nothing_twice(
     wanted = SHORT | {"data": str(text), "recover_tokens": 1200, "fold_in_search": True, "remove": "2sites"}
     result = billhook.prune(model, **wanted, out=tmp_path / "a", store=tmp_path / "b.db")
     again = billhook.prune(model, **wanted, out=tmp_path / "c", store=tmp_path / "b.db")
-    assert again["plan"] == result["plan"]
+    assert again.plan == result.plan
     assert billhook.list_runs(tmp_path / "b.db")[0].losses == 0
     teacher = billhook.load(model)
     recipe = parse_recipe({"model": str(model)} | wanted)
@@ -207,7 +208,7 @@ def test_a_search_with_folds_is_that_by_hand_and_measures_nothing_twice(
     train = select_documents(texts, [d for d, digest in enumerate(texts.digests) if digest not in calibration.digests])
     probe = Probe(teacher, calibration, "kl")
     plan = Plan()
-    for step in result["steps"]:
+    for step in result.steps:
         plans = [plan.without(site) for site in teacher.anatomy.sites_present() if site not in plan.removed]
         plans = [
             p
@@ -220,5 +221,5 @@ def test_a_search_with_folds_is_that_by_hand_and_measures_nothing_twice(
             repair = RECOVERIES["fold"](RecoveryTask(teacher, p), train, train, reach="next")
             told[p] = Probe(teacher, calibration, "kl", repaired=(p, repair)).losses([p])[0].mean
         plan = min(told, key=lambda p: told[p])
-        assert step["loss"] == pytest.approx(told[plan], rel=1e-4)
-    assert plan.names() == result["plan"]["removed"]
+        assert step.loss == pytest.approx(told[plan], rel=1e-4)
+    assert plan.names() == result.plan.names()

@@ -34,6 +34,7 @@ from billhook.core.results.comparisons import (
     SeenSets,
     TaskScores,
 )
+from billhook.core.results.run import RunResult
 from billhook.core.results.studies import ThresholdResult
 from billhook.data.choice_tasks import load_items, read_items
 from billhook.methods.evaluate.multiple_choice import log_probabilities
@@ -63,14 +64,14 @@ def task(home: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pruned(model: Path, text: Path, home: Path) -> dict[str, Any]:
+def pruned(model: Path, text: Path, home: Path) -> RunResult:
     return billhook.prune(model, remove="4sites", data=str(text), out=home / "pruned", store=home / "b.db", **SEARCH)
 
 
 @pytest.fixture(scope="module")
-def compared(model: Path, text: Path, task: Path, home: Path, pruned: dict[str, Any]) -> Comparison:
+def compared(model: Path, text: Path, task: Path, home: Path, pruned: RunResult) -> Comparison:
     return billhook.compare(
-        model, pruned["out"], model, data=str(text), tasks=str(task), out=home / "cmp", store=home / "b.db", **SHORT
+        model, pruned.out, model, data=str(text), tasks=str(task), out=home / "cmp", store=home / "b.db", **SHORT
     )
 
 
@@ -110,23 +111,23 @@ def test_heads_of_another_width_are_not_held_together(model: Path, text: Path, t
     assert told.verdicts()[0]
 
 
-def test_a_pruned_model_is_found_out(compared: Comparison, pruned: dict[str, Any], text: Path) -> None:
+def test_a_pruned_model_is_found_out(compared: Comparison, pruned: RunResult, text: Path) -> None:
     each, pair = on(compared, text)
-    assert each.values[1].estimate.value == pytest.approx(pruned["perplexity"]["student"], rel=1e-5)
-    assert each.values[0].estimate.value == pytest.approx(pruned["perplexity"]["teacher"], rel=1e-5)
-    assert math.exp(pair.change.value) == pytest.approx(pruned["perplexity"]["ratio"], rel=1e-5)
-    assert compared.models[1].sizes.parameters == pruned["parameters"]["student"]
-    assert compared.models[1].earlier.names() == pruned["plan"]["removed"]
+    assert each.values[1].estimate.value == pytest.approx(pruned.perplexity.student, rel=1e-5)
+    assert each.values[0].estimate.value == pytest.approx(pruned.perplexity.teacher, rel=1e-5)
+    assert math.exp(pair.change.value) == pytest.approx(pruned.perplexity.ratio.value, rel=1e-5)
+    assert compared.models[1].sizes.parameters == pruned.sizes.student.parameters
+    assert compared.models[1].earlier.names() == pruned.plan.names()
 
 
 def test_flips_are_the_items_on_which_two_models_differ(
-    compared: Comparison, model: Path, pruned: dict[str, Any], task: Path
+    compared: Comparison, model: Path, pruned: RunResult, task: Path
 ) -> None:
     items = {item.number: item for item in read_items(task)}
     each, pair = on(compared, task)
     told = {flip.number: flip for flip in each.flips}
     sides = []
-    for folder in (model, pruned["out"]):
+    for folder in (model, pruned.out):
         teacher = billhook.load(folder)
         tokens = load_items(task, teacher, "evaluation")
         sums = torch.tensor(log_probabilities(teacher.model, tokens)).view(-1, 3)
@@ -148,11 +149,11 @@ def test_flips_are_the_items_on_which_two_models_differ(
 
 
 def test_nothing_is_measured_twice(
-    model: Path, text: Path, task: Path, home: Path, pruned: dict[str, Any], compared: Comparison
+    model: Path, text: Path, task: Path, home: Path, pruned: RunResult, compared: Comparison
 ) -> None:
     stages: list[str] = []
     again = billhook.compare(
-        model, pruned["run"], data=str(text), tasks=str(task), out=home / "again", store=home / "b.db", timed=False,
+        model, pruned.run, data=str(text), tasks=str(task), out=home / "again", store=home / "b.db", timed=False,
         watch=lambda event: stages.append(event.stage), **SHORT,
     )  # fmt: skip
     assert not {"evaluate", "compare", "speed"} & set(stages)
@@ -258,7 +259,7 @@ def test_the_page_counts_items_of_tasks_and_texts_of_text(compared: Comparison, 
 
 
 def test_a_gate_passes_the_teacher_and_fails_a_broken_model(
-    model: Path, text: Path, task: Path, home: Path, pruned: dict[str, Any], tmp_path: Path
+    model: Path, text: Path, task: Path, home: Path, pruned: RunResult, tmp_path: Path
 ) -> None:
     runner, common = CliRunner(), ["--eval-tokens", "512", "--eval-length", "24", "--store", str(home / "b.db"), "-q"]
     sets = ["--data", str(text), "--tasks", str(task)]
@@ -285,38 +286,38 @@ def test_a_gate_passes_the_teacher_and_fails_a_broken_model(
 
 
 def test_a_baseline_is_not_measured_again_and_does_not_change(
-    model: Path, text: Path, task: Path, home: Path, pruned: dict[str, Any], tmp_path: Path
+    model: Path, text: Path, task: Path, home: Path, pruned: RunResult, tmp_path: Path
 ) -> None:
     store = tmp_path / "b.db"
     billhook.save_baseline("v1", model, data=str(text), tasks=str(task), store=store, **SHORT)
     assert [baseline.name for baseline in billhook.baselines(store)] == ["v1"]
     loaded: list[str] = []
     told = billhook.gate(
-        pruned["out"],
+        pruned.out,
         "v1",
         store=store,
         watch=lambda e: loaded.append(str(e.values.get("model"))) if e.stage == "load" else None,
     )
     assert str(model) not in loaded
-    direct = billhook.gate(pruned["out"], model, data=str(text), tasks=str(task), store=store, **SHORT)
+    direct = billhook.gate(pruned.out, model, data=str(text), tasks=str(task), store=store, **SHORT)
     assert told.checks == direct.checks
     kept = billhook.show(billhook.list_runs(store)[0].run, store).result
     assert kept == direct
     with pytest.raises(UsageError, match="does not change"):
-        billhook.save_baseline("v1", pruned["out"], data=str(text), tasks=str(task), store=store, **SHORT)
+        billhook.save_baseline("v1", pruned.out, data=str(text), tasks=str(task), store=store, **SHORT)
     with pytest.raises(UsageError, match="Leave --data"):
-        billhook.gate(pruned["out"], "v1", data=str(text), store=store)
+        billhook.gate(pruned.out, "v1", data=str(text), store=store)
     for options in ({"score": "acc_norm"}, {"shots_from": str(task)}):
         with pytest.raises(UsageError, match="--score out"):
-            billhook.gate(pruned["out"], "v1", store=store, **options)
+            billhook.gate(pruned.out, "v1", store=store, **options)
     with pytest.raises(UsageError, match="Did you mean 'v1'"):
-        billhook.gate(pruned["out"], "v2", store=store)
+        billhook.gate(pruned.out, "v2", store=store)
     text_moved = tmp_path / "text.jsonl"
     text_moved.write_text(text.read_text())
     billhook.save_baseline("other", model, data=str(text_moved), store=store, **SHORT)
     tiny.write_texts(text_moved, 80, seed=9)
     with pytest.raises(FingerprintError, match="Save a new baseline"):
-        billhook.gate(pruned["out"], "other", store=store)
+        billhook.gate(pruned.out, "other", store=store)
 
 
 def test_wrong_margins_and_sets_say_what_to_type(model: Path, tmp_path: Path) -> None:
@@ -350,12 +351,12 @@ def test_wrong_margins_and_sets_say_what_to_type(model: Path, tmp_path: Path) ->
 
 
 def test_a_margin_of_one_task_is_of_that_task_alone(
-    model: Path, task: Path, home: Path, pruned: dict[str, Any], tmp_path: Path
+    model: Path, task: Path, home: Path, pruned: RunResult, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text(task.read_text())
     wanted: dict[str, Any] = {"data": (), "tasks": [str(task), str(other)], "store": home / "b.db"}
-    report = billhook.gate(pruned["out"], model, margins=("100pp", f"0pp:{other}"), **wanted)
+    report = billhook.gate(pruned.out, model, margins=("100pp", f"0pp:{other}"), **wanted)
     assert [str(check.margin) for check in report.checks] == ["100pp", f"0pp:{other}"]
     wide, narrow = report.checks
     assert (wide.baseline, wide.student, wide.verdict) == (narrow.baseline, narrow.student, "PASS")
@@ -364,11 +365,11 @@ def test_a_margin_of_one_task_is_of_that_task_alone(
 
 
 def test_results_are_values_with_rows_and_one_json_form(
-    model: Path, text: Path, task: Path, home: Path, pruned: dict[str, Any], compared: Comparison
+    model: Path, text: Path, task: Path, home: Path, pruned: RunResult, compared: Comparison
 ) -> None:
     on_sets: dict[str, Any] = {"data": str(text), "tasks": str(task), "store": home / "b.db", **SHORT}
-    scores = billhook.evaluate_tasks(pruned["out"], str(task), store=home / "b.db")
-    gated = billhook.gate(pruned["out"], model, **on_sets)
+    scores = billhook.evaluate_tasks(pruned.out, str(task), store=home / "b.db")
+    gated = billhook.gate(pruned.out, model, **on_sets)
     kept = billhook.save_baseline("values", model, **on_sets)
     rows = {Comparison: 6, GateReport: 2, Baseline: 2, TaskScores: 2}
     for result in (compared, gated, kept, scores):
@@ -401,10 +402,10 @@ LEAVES = {
 
 @pytest.mark.parametrize("kind", LEAVES)
 def test_show_tells_what_the_command_told(
-    kind: str, model: Path, text: Path, task: Path, home: Path, pruned: dict[str, Any], tmp_path: Path
+    kind: str, model: Path, text: Path, task: Path, home: Path, pruned: RunResult, tmp_path: Path
 ) -> None:
     store = home / "b.db"
-    values = {"model": model, "text": text, "task": task, "pruned": pruned["out"], "run": pruned["run"]}
+    values = {"model": model, "text": text, "task": task, "pruned": pruned.out, "run": pruned.run}
     asked = [word.format(**values) for word in LEAVES[kind]] + ["--eval-tokens", "512", "--eval-length", "24"]
     asked += ["--out", str(tmp_path / "out")] if kind in ("compare", "threshold") else []
     done = CliRunner().invoke(app, [*asked, "--store", str(store)])
@@ -421,17 +422,17 @@ def test_show_tells_what_the_command_told(
 
 
 def test_one_label_for_one_sided_bounds(
-    model: Path, text: Path, task: Path, home: Path, pruned: dict[str, Any], tmp_path: Path
+    model: Path, text: Path, task: Path, home: Path, pruned: RunResult, tmp_path: Path
 ) -> None:
     store, junit = home / "b.db", tmp_path / "junit.xml"
-    asked = ["gate", str(pruned["out"]), "--baseline", str(model), "--data", str(text), "--tasks", str(task)]
+    asked = ["gate", str(pruned.out), "--baseline", str(model), "--data", str(text), "--tasks", str(task)]
     asked += ["--eval-tokens", "512", "--eval-length", "24", "--store", str(store), "--junit", str(junit)]
     gated = CliRunner().invoke(app, asked).stdout
-    told = billhook.threshold(margins="60%ppl", run=pruned["run"], out=tmp_path / "t", store=store, eval_tokens=1024)
+    told = billhook.threshold(margins="60%ppl", run=pruned.run, out=tmp_path / "t", store=store, eval_tokens=1024)
     within = billhook.prune(
         model, within="60%ppl", data=str(text), out=tmp_path / "w", store=store, **SEARCH | {"eval_tokens": 1024}
     )
-    both = billhook.compare(model, pruned["out"], data=str(text), timed=False, out=tmp_path / "c", store=store, **SHORT)
+    both = billhook.compare(model, pruned.out, data=str(text), timed=False, out=tmp_path / "c", store=store, **SHORT)
     places = {
         "the table of a gate": gated,
         "its JUnit": junit.read_text(),
@@ -450,16 +451,16 @@ def test_one_label_for_one_sided_bounds(
 
 
 def test_a_threshold_takes_the_last_step_within_and_proves_it_elsewhere(
-    model: Path, text: Path, home: Path, pruned: dict[str, Any]
+    model: Path, text: Path, home: Path, pruned: RunResult
 ) -> None:
     told = billhook.threshold(
-        margins="60%ppl", run=pruned["run"], out=home / "thr", store=home / "b.db", eval_tokens=1024
+        margins="60%ppl", run=pruned.run, out=home / "thr", store=home / "b.db", eval_tokens=1024
     )
     within = [trial.step for trial in told.trials if trial.within]
     assert told.step == max(within)
     beyond = [trial.step for trial in told.trials if not trial.within]
     assert all(step > told.step for step in beyond)
-    sites = [site for step in pruned["steps"][: told.step] for site in step["sites"]]
+    sites = [str(site) for step in pruned.steps[: told.step] for site in step.sites]
     assert sorted(told.plan.names()) == sorted(sites)
     for trial in told.trials:
         for each in trial.losses:
@@ -467,11 +468,11 @@ def test_a_threshold_takes_the_last_step_within_and_proves_it_elsewhere(
     assert told.confirmed == all(each.lost.high <= 60 for each in told.test)
     sets = told.data["60%ppl"]
     assert sets.validation.hash != sets.test.hash
-    assert list(told.losses) == [step["loss"] for step in pruned["steps"]]
+    assert list(told.losses) == [step.loss for step in pruned.steps]
     assert ThresholdResult.from_json(json.loads((home / "thr" / "result.json").read_text())) == told
     assert (home / "thr" / "index.html").is_file()
     nothing = billhook.threshold(
-        margins="0%ppl", run=pruned["run"], out=home / "thr0", store=home / "b.db", eval_tokens=1024
+        margins="0%ppl", run=pruned.run, out=home / "thr0", store=home / "b.db", eval_tokens=1024
     )
     assert (nothing.step, nothing.plan, nothing.confirmed) == (0, Plan(), None) or nothing.step > 0
     assert threshold_page.threshold_headline(nothing)
@@ -501,18 +502,18 @@ def test_a_threshold_takes_what_became_narrower(model: Path, text: Path, tmp_pat
 
 
 def test_prune_takes_the_plan_that_a_threshold_wrote(
-    model: Path, text: Path, home: Path, pruned: dict[str, Any], tmp_path: Path
+    model: Path, text: Path, home: Path, pruned: RunResult, tmp_path: Path
 ) -> None:
     told = billhook.threshold(
-        margins="1000%ppl", run=pruned["run"], out=tmp_path / "t", store=home / "b.db", eval_tokens=1024
+        margins="1000%ppl", run=pruned.run, out=tmp_path / "t", store=home / "b.db", eval_tokens=1024
     )
     assert told.plan.removed
     plan = str(tmp_path / "t" / "result.json")
     small = SEARCH | {"data": str(text), "store": home / "b.db"}
     again = billhook.prune(model, plan=plan, out=tmp_path / "p", **small)
-    assert again["plan"]["removed"] == told.plan.names()
+    assert again.plan.names() == told.plan.names()
     with pytest.raises(FingerprintError, match=r"made for another model \(fingerprint \w+, this one is"):
-        billhook.prune(pruned["out"], plan=plan, out=tmp_path / "q", **small)
+        billhook.prune(pruned.out, plan=plan, out=tmp_path / "q", **small)
 
 
 def test_the_command_that_a_threshold_prints_can_be_pasted(model: Path, text: Path, tmp_path: Path) -> None:
@@ -539,8 +540,8 @@ def test_the_command_that_a_threshold_prints_can_be_pasted(model: Path, text: Pa
     assert shlex.split(threshold_page.command(long))[3:] == ["--plan", str(tmp_path / "t" / "result.json")]
 
 
-def test_a_threshold_takes_steps_of_a_pruning_only(model: Path, home: Path, pruned: dict[str, Any]) -> None:
-    billhook.threshold(margins="60%ppl", run=pruned["run"], out=home / "once", store=home / "b.db", eval_tokens=1024)
+def test_a_threshold_takes_steps_of_a_pruning_only(model: Path, home: Path, pruned: RunResult) -> None:
+    billhook.threshold(margins="60%ppl", run=pruned.run, out=home / "once", store=home / "b.db", eval_tokens=1024)
     run = billhook.list_runs(home / "b.db")[0].run
     with pytest.raises(UsageError, match=f"Run {run} has no steps of a search"):
         billhook.threshold(margins="60%ppl", run=run, out=home / "twice", store=home / "b.db")

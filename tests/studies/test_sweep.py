@@ -89,27 +89,27 @@ def test_a_recipe_runs_from_anywhere(
     monkeypatch.chdir(tmp_path)
     healed = {"recover_data": str(texts), "recover_tokens": 640, "recover_length": 32}
     result = billhook.prune(str(six), recipe=name, data=str(texts), **(SMALL | healed | FEW.get(name, {})))
-    assert result["plan"]["removed"] or result["plan"]["narrowed"]
-    assert [told["recovery"] for told in result["recoveries"]] == list(parse_recipe(with_overrides(name)).recoveries)
-    assert result["recipe"]["about"]
-    kept = Plan.parse(result["plan"]["removed"])
+    assert result.plan
+    assert [told.recovery for told in result.recoveries] == list(parse_recipe(with_overrides(name)).recoveries)
+    assert result.recipe["about"]
+    kept = Plan(result.plan.removed)
     blocks = {"shortgpt", "sleb", "uidl", "replaceme", "partial"}
     if name in blocks or name.startswith("shortened-llama"):
         assert len(kept.blocks()) * 2 == len(kept.removed), "whole blocks"
     if name.startswith("shortened-llama"):
         assert set(kept.blocks()) <= {4, 5, 6}
     if name == "replaceme":
-        assert Path(result["out"], "config.json").read_text().count("billhook-") == 0, "a stock checkpoint"
+        assert Path(result.out, "config.json").read_text().count("billhook-") == 0, "a stock checkpoint"
     if name == "sleb":
         assert not {0, 8} & set(kept.blocks())
     if name in ("uidl", "replaceme", "partial"):
         assert kept.blocks() == list(range(kept.blocks()[0], kept.blocks()[0] + len(kept.blocks())))
     if name == "evopress":
         assert sum(s.part == "attention" for s in kept.removed) * 2 == len(kept.removed)
-    assert (Path(result["out"]) / "report.html").is_file()
-    facts, model_type = describe_recipe(name), json.loads(Path(result["out"], "config.json").read_text())["model_type"]
+    assert (Path(result.out) / "report.html").is_file()
+    facts, model_type = describe_recipe(name), json.loads(Path(result.out, "config.json").read_text())["model_type"]
     assert (facts.checkpoint == "own") == model_type.startswith("billhook-"), "as `billhook recipes` says"
-    assert (facts.makes != "depth") == bool(result["plan"]["narrowed"])
+    assert (facts.makes != "depth") == bool(result.plan.narrowed)
 
 
 def test_what_is_typed_overrules_a_recipe_and_a_new_target_its_own() -> None:
@@ -395,10 +395,10 @@ def test_show_prints_what_a_study_printed(
 def test_a_dry_run_takes_a_recipe_as_prune_does(model: Path, texts: Path, tmp_path: Path) -> None:
     small = SMALL | {"data": str(texts)}
     told = billhook.dry_run(model, recipe="finercut", **small)
-    assert told["remove"] == "25%sites"
+    assert told.remove == "25%sites"
     given = {"remove": "25%sites", "search": "greedy", "loss": "finercut_js", "set": {"weigh": False, "front": 0.4}}
-    assert told["losses"] == billhook.dry_run(model, self_share=0, **given, **small)["losses"]
-    assert billhook.dry_run(model, recipe="finercut", remove="1sites", **small)["remove"] == "1sites"
+    assert told.losses == billhook.dry_run(model, self_share=0, **given, **small).losses
+    assert billhook.dry_run(model, recipe="finercut", remove="1sites", **small).remove == "1sites"
     words = [word for key, value in small.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     done = typed("prune", model, "--recipe", "finercut", "--dry-run", *words, "--store", tmp_path / "b.db", "--json")
     assert done.exit_code == 0, done.stderr
@@ -418,18 +418,18 @@ def test_several_budgets_and_options_are_typed_one_by_one(model: Path, texts: Pa
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["recipe"]["remove"] == "10%params,25%kv"
-    assert told["recipe"]["set"] == {"width": "2"}
-    assert told["kv_bytes_per_token"]["student"] <= 0.75 * told["kv_bytes_per_token"]["teacher"]
-    assert told["parameters"]["student"] <= 0.9 * told["parameters"]["teacher"]
+    assert told.recipe["remove"] == "10%params,25%kv"
+    assert told.recipe["set"] == {"width": "2"}
+    assert told.sizes.student.kv_bytes_per_token <= 0.75 * told.sizes.teacher.kv_bytes_per_token
+    assert told.sizes.student.parameters <= 0.9 * told.sizes.teacher.parameters
 
 
 def test_milliseconds_are_measured_and_kept(model: Path, texts: Path, tmp_path: Path) -> None:
     small = {"data": str(texts), **SMALL, "store": tmp_path / "runs.db"}
     first = billhook.prune(str(model), remove="20%ms", out=tmp_path / "one", batch=2, context=16, **small)
-    assert first["plan"]["removed"]
+    assert first.plan.removed
     again = billhook.prune(str(model), remove="20%ms", out=tmp_path / "two", batch=2, context=16, **small)
-    assert again["plan"] == first["plan"], "the same table of costs, and the same losses"
+    assert again.plan == first.plan, "the same table of costs, and the same losses"
     with pytest.raises(BudgetError, match="cannot be met"):
         billhook.prune(str(model), remove="99%ms", out=tmp_path / "three", batch=2, context=16, **small)
 
@@ -438,20 +438,20 @@ def test_as_much_as_a_margin_allows(model: Path, texts: Path, tasks: list[Path],
     small = {"data": str(texts), **SMALL, "store": tmp_path / "runs.db"}
     loose = billhook.prune(str(model), within="400%ppl", out=tmp_path / "one", **small)
     tight = billhook.prune(str(model), within="60%ppl", out=tmp_path / "two", **small)
-    assert tight["parameters"]["student"] >= loose["parameters"]["student"]
+    assert tight.sizes.student.parameters >= loose.sizes.student.parameters
     for result, margin in ((loose, 400), (tight, 60)):
-        trials = result["within"]["trials"]
-        assert all(trial["within"] == (trial["high"] <= margin) for trial in trials)
-        kept = max(trial["percent"] for trial in trials if trial["within"])
-        share = 1 - result["parameters"]["student"] / result["parameters"]["teacher"]
+        trials = result.within.trials
+        assert all(trial.within == (trial.lost.high <= margin) for trial in trials)
+        kept = max(trial.percent for trial in trials if trial.within)
+        share = 1 - result.sizes.student.parameters / result.sizes.teacher.parameters
         assert share == pytest.approx(kept / 100)
-        assert result["within"]["data"]["hash"] != result["data"]["evaluation"]["hash"]
+        assert result.within.data.hash != result.data.evaluation.hash
     task = billhook.prune(
         str(model), within=f"90pp:{tasks[0]}", loss=f"task:{tasks[0]}", out=tmp_path / "three", **small
     )
-    assert task["within"]["unit"].startswith("percentage points")
-    (proof,) = task["tasks"]
+    assert task.within.margin.kind == "pp"
+    (proof,) = task.tasks
     assert proof["file"] == str(tasks[0])
-    assert proof["n"] + task["within"]["data"]["items"] == 20, "half of the items are for searches"
+    assert proof.change.n + task.within.data.items == 20, "half of the items are for searches"
     with pytest.raises(UsageError, match="Nothing can go within 0%ppl"):
         billhook.prune(str(model), within="0%ppl", out=tmp_path / "four", **small)

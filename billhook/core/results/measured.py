@@ -9,16 +9,14 @@ from typing import Literal
 
 from billhook.core.plan import KeptGroups, Site
 
-LOSS_UNITS = {"angular": "radians", "norm": "logits"}  # of losses that are not in nats
-
 
 @dataclass(frozen=True, slots=True)
 class Loss:
     """How far one plan's outputs are from the teacher's or from the data. Lower is better; nats per token.
 
-    Some are in other units: `LOSS_UNITS`. `sums[d]` is the sum over the counted tokens of document d, `counts[d]` their
-    number; of a task a document is an item, and counts once. `bound=True`: a lower bound or an estimate, never stored
-    as a loss.
+    Some are in other units, which their decorator states. `sums[d]` is the sum over the counted tokens of document d,
+    `counts[d]` their number; of a task a document is an item, and counts once. `bound=True`: a lower bound or an
+    estimate, never stored as a loss.
     """
 
     name: str
@@ -88,15 +86,16 @@ class TokenSetInfo:
     items: int | None = None
 
 
-Reason = Literal["", "few_texts", "few_items", "one_text"]
+Reason = Literal["", "few_texts", "few_items", "one_text", "few_runs"]
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """A value with its 95% interval, over `n` items that come from `clusters` texts.
 
-    `reliable=False` where it rests on too little, and `reason` says on what: `few_texts`, `few_items` (of a task), or
-    `one_text`, whose `clusters` documents were resampled instead. An end that is not known is infinite.
+    `reliable=False` where it rests on too little, and `reason` says on what: `few_texts`, `few_items` (of a task),
+    `few_runs` (of a timing), or `one_text`, whose `clusters` documents were resampled instead. An end that is not known
+    is infinite.
     """
 
     value: float
@@ -145,6 +144,29 @@ class Timing:
     new_tokens: int
     batch: int
     peak_bytes: int | None  # of the whole process that loads the model and answers, or of the device
+
+
+@dataclass(frozen=True, slots=True)
+class TimingProtocol:
+    """`batch` random prompts of `prompt_tokens`, `new_tokens` decoded greedily with the KV cache, `repeats` times."""
+
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    batch: int = 1
+    repeats: int = 9
+
+
+@dataclass(frozen=True, slots=True)
+class WorkPlan:
+    """How measuring is arranged under a memory budget: in which order, and what is kept between plans."""
+
+    walk: str  # "layers" or "depth-first"
+    streamed: bool  # the weights are read from disk block by block
+    groups: int  # of documents that are measured together
+    checkpoint_every: int  # streams are kept after every so many blocks; 0: after none
+    limit: int  # bytes for kept streams
+    kept: int  # bytes of them that are expected
+    wave: int  # tokens times plans that are measured, and stored, at a time
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,12 @@ from billhook.core.events import EventValue
 from billhook.core.results.ab_report import AbReport
 from billhook.core.results.comparisons import Baseline, Comparison, GateReport, TaskScores
 from billhook.core.results.json_form import SCHEMA, Result, encode
+from billhook.core.results.run import RunResult
 from billhook.core.results.specs import PRUNE
 from billhook.core.results.studies import StabilityResult, SweepResult, ThresholdResult, TransferResult
 
 CLASSES: tuple[type[Result], ...] = (
+    RunResult,
     *(SweepResult, TransferResult, StabilityResult, ThresholdResult),
     *(Comparison, GateReport, Baseline, TaskScores, AbReport),
 )

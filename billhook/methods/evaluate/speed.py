@@ -7,8 +7,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,17 @@ from billhook.core.anatomy import Anatomy
 from billhook.core.errors import ResourceError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Plan, Site
-from billhook.core.results.measured import Timing
+from billhook.core.results.measured import Estimate, Timing, TimingProtocol
+from billhook.core.results.run import Phase, PredictedSpeed, Rates, SpeedGap, SpeedRatio
 from billhook.core.statistics import median_interval
-from billhook.models.device import DTYPES, bandwidth, dtype_name, peak_memory, synchronised_time
+from billhook.models.device import DTYPES, dtype_name, peak_memory, synchronised_time
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.pruned_config import register
 from billhook.models.surgery import apply
 
+FEWEST_RUNS = 6  # whose median has a 95% interval
 
-@dataclass(frozen=True, slots=True)
-class TimingProtocol:
-    """`batch` random prompts of `prompt_tokens`, `new_tokens` decoded greedily with the KV cache, `repeats` times."""
-
-    prompt_tokens: int = 128
-    new_tokens: int = 32
-    batch: int = 1
-    repeats: int = 9
+FAR = 0.15  # from the predicted speed, above which the reason is looked for
 
 
 def max_positions(models: Sequence[Any]) -> int | None:
@@ -168,59 +162,62 @@ def site_times(
     return table | {"rest": max(0, round(statistics.median(seconds[0]) * 1e9) - sum(table.values()))}
 
 
-def rates(timing: Timing) -> dict[str, Any]:
+def rates(timing: Timing) -> Rates:
     """Tokens per second, median and 95% interval of the median, and the peak memory."""
-    sizes = {"prefill": timing.prompt_tokens * timing.batch, "decode": timing.new_tokens * timing.batch}
-    told: dict[str, Any] = {}
-    for kind, seconds in (("prefill", timing.prefill_s), ("decode", timing.decode_s)):
-        median, low, high = median_interval(tuple(sizes[kind] / s for s in seconds))
-        told[f"{kind}_tokens_per_s"] = {"median": median, "low": low, "high": high}
-    return told | {"peak_bytes": timing.peak_bytes}
+    prompt, new = timing.prompt_tokens * timing.batch, timing.new_tokens * timing.batch
+    return Rates(
+        _median([prompt / s for s in timing.prefill_s]), _median([new / s for s in timing.decode_s]), timing.peak_bytes
+    )
 
 
-def speed_ratio(teacher: Timing, student: Timing) -> dict[str, Any]:
+def speed_ratio(teacher: Timing, student: Timing) -> SpeedRatio:
     """How many times faster the student is, from the pairs that ran one after the other."""
-    told = {}
-    for kind in ("prefill", "decode"):
-        pairs = zip(getattr(teacher, f"{kind}_s"), getattr(student, f"{kind}_s"), strict=True)
-        median, low, high = median_interval(tuple(a / b for a, b in pairs))
-        told[kind] = {"median": median, "low": low, "high": high}
-    return told
+
+    def phase(before: Sequence[float], after: Sequence[float]) -> Estimate:
+        return _median([a / b for a, b in zip(before, after, strict=True)])
+
+    return SpeedRatio(phase(teacher.prefill_s, student.prefill_s), phase(teacher.decode_s, student.decode_s))
 
 
-def predicted_speed(anatomy: Anatomy, plan: Plan) -> dict[str, float]:
+def _median(values: Sequence[float]) -> Estimate:
+    """The median with its 95% interval; fewer than 6 values have no such interval, only their range."""
+    median, low, high = median_interval(tuple(values))
+    reliable = len(values) >= FEWEST_RUNS
+    return Estimate(median, low, high, len(values), len(values), reliable, "" if reliable else "few_runs")
+
+
+def predicted_speed(anatomy: Anatomy, plan: Plan) -> PredictedSpeed:
     """What the anatomy promises: speed in proportion to the weights that a token meets.
 
     Prefill computes the head for one token of the prompt only, decoding for every token.
     """
     head = anatomy.rest.flops_per_token
-    dense, left = anatomy.total("flops_per_token"), anatomy.total("flops_per_token", plan)
-    return {"prefill": (dense - head) / max(left - head, 1), "decode": dense / left}
+    whole, left = anatomy.total("flops_per_token"), anatomy.total("flops_per_token", plan)
+    return PredictedSpeed((whole - head) / max(left - head, 1), whole / left)
 
 
-def explain_gap(teacher: Timing, anatomy: Anatomy, speeds: dict[str, Any], device: torch.device, itemsize: int) -> str:
-    """Why measured speed differs from the predicted one, where it does by more than 15%; else the empty string.
+def explain_gap(
+    timings: tuple[Timing, Timing], anatomy: Anatomy, promised: PredictedSpeed, itemsize: int,
+    bandwidth: Callable[[], float],
+) -> SpeedGap | None:  # fmt: skip
+    """Why measured speed differs from the predicted one, where it does by more than 15%; else None.
 
-    `speeds` holds `speed_ratio` and `predicted_speed`. Reading the weights once a token at the measured memory bandwidth is the
-    least that decoding takes; what is above it is the fixed cost of the calls, which goes with the number of
-    sublayers, whatever their size.
+    Reading the weights once per token at the measured memory bandwidth is the least that decoding takes; what is above
+    it is the fixed cost of the calls, which goes with the number of sublayers, whatever their size.
+
+    timings: of teacher and student, in turn
+    bandwidth: bytes per second that the device reads, which is asked for where it is needed
     """
-    off = {k: speeds["ratio"][k]["median"] / speeds["predicted"][k] for k in ("prefill", "decode")}
-    far = [k for k, value in off.items() if abs(value - 1) > 0.15]
+    teacher, ratio = timings[0], speed_ratio(*timings)
+    pairs: dict[Phase, float] = {
+        "prefill": ratio.prefill.value / promised.prefill,
+        "decode": ratio.decode.value / promised.decode,
+    }
+    far = tuple(phase for phase, off in pairs.items() if abs(off - 1) > FAR)
     if not far:
-        return ""
-    step_ms = 1000 * statistics.median(teacher.decode_s) / teacher.new_tokens
-    read_ms = 1000 * anatomy.total("flops_per_token") / 2 * itemsize / bandwidth(device)
-    kinds = " and ".join(
-        f"{k} (×{speeds['ratio'][k]['median']:.2f}, predicted ×{speeds['predicted'][k]:.2f})" for k in far
-    )
-    return (
-        f"Measured and predicted differ by more than 15% in {kinds}. The prediction counts weights only. At batch "
-        f"{teacher.batch} a decoding step of the teacher takes {step_ms:.1f} ms, of which reading the weights "
-        f"accounts for about {read_ms:.1f} ms at this machine's measured memory bandwidth; the rest is the fixed cost "
-        "of calling each sublayer, attention over the context and the machine's noise, so speed follows the number and "
-        "kind of the removed sublayers rather than their weights."
-    )
+        return None
+    step = statistics.median(teacher.decode_s) / teacher.new_tokens
+    return SpeedGap(far, teacher.batch, step, anatomy.total("flops_per_token") / 2 * itemsize / bandwidth())
 
 
 if __name__ == "__main__":

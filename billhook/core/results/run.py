@@ -1,0 +1,287 @@
+"""The result of a pruning: what was removed, what that changed, and how it was found."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from billhook.core.anatomy import Anatomy, Sizes
+from billhook.core.margin import Margin
+from billhook.core.plan import Plan
+from billhook.core.results.json_form import Result
+from billhook.core.results.measured import (
+    Environment,
+    Estimate,
+    Step,
+    TimingProtocol,
+    TokenSetInfo,
+    WorkPlan,
+    estimate_columns,
+)
+
+Phase = Literal["prefill", "decode"]
+
+RunReason = Literal["zeroed", "streamed", "adapter_beside", "calibrated_on_text_alone"]
+
+# -- facts of a model, and of a plan ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The teacher of a run. `dtype` is that of its checkpoint, `compute_dtype` that of the measurements."""
+
+    name: str
+    type: str
+    fingerprint: str
+    blocks: int
+    dtype: str
+    compute_dtype: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class SizeChange:
+    """Counted sizes of both models; the student's with what a repair added."""
+
+    teacher: Sizes
+    student: Sizes
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """The tokens of a run: what a search sees, and what proves its student."""
+
+    calibration: TokenSetInfo
+    evaluation: TokenSetInfo
+
+
+# -- what was measured -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PerplexityChange:
+    """Perplexity of both models on held-out text. `ratio`: student over teacher, in pairs."""
+
+    teacher: float
+    student: float
+    ratio: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class TaskChange:
+    """Accuracy of both models on a task file. `change`: student minus teacher, in pairs."""
+
+    file: str
+    teacher: float
+    student: float
+    change: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryGain:
+    """Perplexity on one text before and after one recovery.
+
+    `ratio`: after over before, in pairs. `closed`: the share of the gap to the teacher; None where there is no gap.
+    """
+
+    teacher: float
+    before: float
+    after: float
+    ratio: Estimate
+    closed: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryReport:
+    """What one recovery learnt from, took and gave. `parameters`: of the repair so far; `on`: by use of the text."""
+
+    recovery: str
+    options: dict[str, Any]
+    seconds: float
+    parameters: int
+    tokens: int
+    data: str
+    on: dict[str, RecoveryGain]
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Tokens per second, medians with intervals. `peak_bytes`: of a process that loads the model and answers."""
+
+    prefill_tokens_per_s: Estimate
+    decode_tokens_per_s: Estimate
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedRatio:
+    """How many times faster the second model is, from pairs that ran one after the other."""
+
+    prefill: Estimate
+    decode: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class PredictedSpeed:
+    """The same ratio as the sizes promise it."""
+
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedGap:
+    """Why measured and predicted speed differ: the time of a decoding step of the teacher, and of reading weights."""
+
+    phases: tuple[Phase, ...]  # in which they do
+    batch: int
+    step_seconds: float
+    read_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedChange:
+    """Speed of both models, timed in turn. `gap`: None where the prediction holds."""
+
+    teacher: Rates
+    student: Rates
+    ratio: SpeedRatio
+    predicted: PredictedSpeed
+    protocol: TimingProtocol
+    gap: SpeedGap | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What both models make of one prompt."""
+
+    prompt: str
+    teacher: str
+    student: str
+
+
+# -- how the plan was found ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """How many candidates were measured in full, dropped by a bound, dropped by a test, and not measured."""
+
+    full: int = 0
+    bound: int = 0
+    raced: int = 0
+    skipped: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.full + self.bound + self.raced + self.skipped
+
+
+@dataclass(frozen=True, slots=True)
+class AuditedRound:
+    """One round measured again, exactly. `regret`: loss of the chosen candidate minus that of the best, per token."""
+
+    chosen: Plan
+    best: Plan
+    regret: float
+    regret_se: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSummary:
+    """How a search went. `site_evaluations`: sites computed, over all tokens; `audit`: None where not asked for."""
+
+    mode: Literal["exact", "fast"]
+    decided: Decided
+    work: WorkPlan
+    site_evaluations: float
+    audit: tuple[AuditedRound, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MarginTrial:
+    """One size that was tried for a margin. `lost`: percent of perplexity, or percentage points of accuracy."""
+
+    percent: float  # of the parameters that it removes
+    within: bool
+    lost: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class WithinReport:
+    """What a margin said of each trial, judged on `data`."""
+
+    margin: Margin
+    trials: tuple[MarginTrial, ...]
+    data: TokenSetInfo
+
+    @property
+    def taken(self) -> MarginTrial:
+        """The largest trial within the margin."""
+        return max((trial for trial in self.trials if trial.within), key=lambda trial: trial.percent)
+
+
+# -- results ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class RunResult(Result):
+    """What a pruning removed, what that changed, and how it was found.
+
+    `checkpoint`: the student's `model_type`; `reasons`: what a reader of the numbers must know; `recipe`: what was
+    asked; `seen`: digests of the documents and items that a search, a recovery or an earlier pruning has looked at.
+    """
+
+    kind: ClassVar[str] = "prune"
+
+    billhook: str
+    run: str
+    created: str
+    out: str
+    checkpoint: str
+    reasons: tuple[RunReason, ...]
+    model: ModelInfo
+    anatomy: Anatomy
+    already_removed: Plan
+    recipe: dict[str, Any]
+    environment: Environment
+    loss: str
+    loss_unit: str
+    plan: Plan
+    data: RunData
+    seen: tuple[str, ...]
+    steps: tuple[Step, ...]
+    search: SearchSummary
+    within: WithinReport | None
+    perplexity: PerplexityChange | None
+    tasks: tuple[TaskChange, ...]
+    sizes: SizeChange
+    recoveries: tuple[RecoveryReport, ...]
+    speed: SpeedChange | None
+    answers: tuple[Answer, ...]
+    seconds: dict[str, float]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row, so that the rows of several runs make a table."""
+        quality, speed = self.perplexity, self.speed
+        row: dict[str, Any] = {
+            "run": self.run, "model": self.model.name, "out": self.out, "removed": len(self.plan.removed),
+            "narrowed": len(self.plan.narrowed), "plan": str(self.plan),
+        }  # fmt: skip
+        for side, sizes in (("teacher", self.sizes.teacher), ("student", self.sizes.student)):
+            row |= {f"{name}_{side}": size for name, size in asdict(sizes).items()}
+        before, after = (quality.teacher, quality.student) if quality else (None, None)
+        row |= {"perplexity_teacher": before, "perplexity_student": after}
+        row |= estimate_columns("perplexity_ratio", quality.ratio if quality else None)
+        for task in self.tasks:
+            row |= {f"{task.file}_teacher": task.teacher, f"{task.file}_student": task.student}
+            row |= estimate_columns(f"{task.file}_change", task.change)
+        row |= estimate_columns("prefill_ratio", speed.ratio.prefill if speed else None)
+        row |= estimate_columns("decode_ratio", speed.ratio.decode if speed else None)
+        return [row | {"seconds": sum(self.seconds.values())}]
+
+    def __repr__(self) -> str:
+        gone = f"{len(self.plan.removed)} of {len(self.anatomy.sites)} sites removed"
+        narrow = f", {len(self.plan.narrowed)} narrowed" if self.plan.narrowed else ""
+        quality = f", perplexity ×{self.perplexity.ratio.value:.3g}" if self.perplexity else ""
+        return f"RunResult({self.run} of {self.model.name}: {gone}{narrow}{quality})"
