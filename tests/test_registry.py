@@ -154,7 +154,7 @@ def test_methods_of_another_package_are_listed(answers: dict[str, Answer]) -> No
 
 
 def test_a_group_metric_of_another_package_is_used_by_name(answers: dict[str, Answer]) -> None:
-    groups = answers["score"].told["groups"]
+    groups = answers["score"].told["scores"]["heaviest"]["groups"]
     assert len(groups) == 8
     assert all(min(row["values"]) > 0 for row in groups)
     assert answers["narrow"].told["plan"]["narrowed"]
@@ -164,9 +164,9 @@ def test_an_evaluation_of_another_package_is_used_by_name(answers: dict[str, Ans
     told, plain = answers["eval"].told, answers["plain"].told
     row = told["evaluations"]["length"]
     assert row["value"] * row["n"] == pytest.approx(0.5 * told["data"]["tokens"])
-    assert row["ci95"][0] <= row["value"] <= row["ci95"][1]
-    assert told["evaluations"]["perplexity"]["value"] == pytest.approx(plain["perplexity"])
-    assert told["evaluations"]["perplexity"]["ci95"] == pytest.approx(plain["ci95"])
+    assert row["low"] <= row["value"] <= row["high"]
+    for name in ("value", "low", "high"):
+        assert told["evaluations"]["perplexity"][name] == pytest.approx(plain["perplexity"][name])
     assert "length" in answers["shown"].words
     assert "95% interval" in answers["shown"].words
 
@@ -193,7 +193,7 @@ def test_a_registered_evaluation_is_asked_for_by_name_on_a_task(answers: dict[st
 
 def test_a_search_without_an_estimate_runs_without_an_end_in_sight(answers: dict[str, Answer]) -> None:
     told = answers["dry"].told
-    assert (told["losses"], told["expected_seconds"]["search_at_most"]) == (None, None)
+    assert (told["losses"], told["seconds"]["search_at_most"]) == (None, None)
     assert "search unknown" in answers["dry shown"].words
     assert answers["first"].told["plan"]["removed"] == ["attention.0", "mlp.0"]
 

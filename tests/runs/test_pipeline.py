@@ -130,7 +130,7 @@ def test_progress_is_told_for_every_stage(result: RunResult, events: list[Event]
 
 
 def test_what_is_told_is_stored_too(result: dict[str, Any], home: Path) -> None:
-    stored = billhook.show(result["run"], home / "runs.db")
+    stored = billhook.show(result.run, home / "runs.db")
     for stage in ("load", "calibrate", "search", "apply", "evaluate", "save", "speed", "report"):
         (seconds,) = [
             event.values["seconds"] for event in stored.events if "seconds" in event.values and event.stage == stage
@@ -139,8 +139,8 @@ def test_what_is_told_is_stored_too(result: dict[str, Any], home: Path) -> None:
     searched = [event for event in stored.events if event.stage == "search" and "objective" in event.values]
     assert (searched[-1].done, searched[-1].total) == (21, 21)
     rounds = [event for event in stored.events if event.stage == "round"]
-    assert str(rounds[-1].values["removed"]).split(",") == sorted(result["plan"]["removed"])
-    assert rounds[-1].values["loss"] == result["steps"][-1]["loss"]
+    assert str(rounds[-1].values["removed"]).split(",") == sorted(result.plan.names())
+    assert rounds[-1].values["loss"] == result.steps[-1].loss
     assert {"at", "stage", "done", "total", "lowest", "memory_bytes"} <= set(stored.rows()[0])
 
 
