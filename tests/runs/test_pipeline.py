@@ -203,7 +203,7 @@ def test_a_model_larger_than_its_memory_ends_as_the_same_checkpoint(
                    for folder in (tmp_path / "out", Path(result.out)))  # fmt: skip
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[name], other[name]) for name in mine)
-    assert "was not timed" in (tmp_path / "out" / "report.html").read_text()
+    assert "speed and sample answers were not measured" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_the_model_writes_half_of_the_calibration_text_or_the_result_says_why_not(
