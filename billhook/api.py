@@ -7,7 +7,6 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any, Unpack
 

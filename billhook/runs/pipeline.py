@@ -142,7 +142,7 @@ def _stages(job: RunContext, bound: dict[str, str], aside: Path, write_report: W
             recipe=recipe.model_dump(),
             environment=environment(str(teacher.device)),
             loss=recipe.loss,
-            loss_unit=loss_facts(parse_loss(recipe.loss)[0]).unit,
+            loss_unit=loss_facts(parse_loss(recipe.loss).name).unit,
             plan=plan,
             data=RunData(calibration.info(), proof_text.info()),
             seen=tuple(all_seen_digests(recipe, teacher, calibration, held_out, got)),
