@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from billhook.cli.study_tables import empty_table, plain_table
-from billhook.core.anatomy import SiteSize, Sizes, Unassigned
+from billhook.core.anatomy import ModelSizes, SiteSize, Unassigned
 from billhook.core.plan import Site
 from billhook.core.results.model import (
     BlockScore,
@@ -49,7 +49,7 @@ def anatomy_table(console: Console, found: Inspection) -> None:
     anatomy = found.anatomy
     console.print(f"{found.model}: {found.type}, {anatomy.blocks} blocks, {found.dtype}")
     table = empty_table("site", "parameters", "bytes", "KV B/token", "FLOPs/token", "groups")
-    rows: list[tuple[str, SiteSize | Unassigned | Sizes, int]] = [
+    rows: list[tuple[str, SiteSize | Unassigned | ModelSizes, int]] = [
         (str(size.site), size, len(size.groups)) for size in anatomy.sites
     ]
     for name, size, groups in [*rows, ("the rest", anatomy.rest, 0), ("total", found.total, 0)]:

@@ -184,7 +184,7 @@ def streamed_perplexity(
 
 @undisturbed
 @torch.inference_mode()
-def sample_answers(teacher: Teacher, student: Any, watch: EventListener) -> list[Answer]:
+def sample_answers(teacher: Teacher, student: Any, watch: EventListener) -> tuple[Answer, ...]:
     """What both models make of `PROMPTS`, greedily."""
     tokenizer = teacher.tokenizer
     assert tokenizer is not None, "token_sets refuses a model without one"
@@ -207,7 +207,7 @@ def sample_answers(teacher: Teacher, student: Any, watch: EventListener) -> list
             answers[who].append(text.strip())
             done += 1
             watch(Event("answer", done, total, {"of": who}))
-    return [Answer(*each) for each in zip(PROMPTS, answers["teacher"], answers["student"], strict=True)]
+    return tuple(Answer(*each) for each in zip(PROMPTS, answers["teacher"], answers["student"], strict=True))
 
 
 def compare_speed(job: RunContext, teacher: Teacher, student: Any, variant: Student, aside: Path) -> SpeedChange:

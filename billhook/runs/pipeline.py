@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-import billhook
 from billhook.core.budget import parse_budgets
 from billhook.core.errors import FingerprintError
 from billhook.core.events import EventListener
@@ -20,7 +19,7 @@ from billhook.core.results.run import RunData, RunResult
 from billhook.core.results.stored import Run
 from billhook.data.splits import halves
 from billhook.data.token_sets import TokenSet
-from billhook.engine.losses import loss_facts, parse_loss
+from billhook.engine.losses import parse_loss
 from billhook.methods.export.adapter import save_adapter
 from billhook.methods.export.checkpoint import (
     check_target,
@@ -30,16 +29,16 @@ from billhook.methods.export.checkpoint import (
     verify_streamed_round_trip,
     write_checkpoint,
 )
-from billhook.models.device import environment, free_memory
+from billhook.models.device import free_memory
 from billhook.models.load import Teacher
-from billhook.models.surgery import apply, effective_plan
+from billhook.models.surgery import apply
 from billhook.runs import evaluation
 from billhook.runs.choose_plan import choose_plan
 from billhook.runs.job import RunContext, store_and_watch
 from billhook.runs.prepare import counts_time, load_teacher, probe_of, problem_of, tokens_for, validate
 from billhook.runs.recipe import Recipe
 from billhook.runs.recovery import RecoveryResult, load_recovery_tokens, recovery_options, run_recoveries
-from billhook.runs.result import all_seen_digests, model_info, now, run_reasons, size_change
+from billhook.runs.result import Measured, Texts, run_result
 from billhook.runs.search import expected_losses
 from billhook.runs.store import Store
 
@@ -112,8 +111,8 @@ def _stages(job: RunContext, bound: dict[str, str], aside: Path, write_report: W
         student = apply(teacher, plan, stock=recipe.stock, repair=repair)
     with job.stage("evaluate"):
         perplexity = evaluation.compare_perplexity(job, teacher, plan, proof_text, repair)
-        tasks = [evaluation.task_accuracy(job, teacher, plan, file, repair) for file in task_files(recipe)]
-        answers = [] if streamed else evaluation.sample_answers(teacher, student, job.watch)
+        tasks = tuple(evaluation.task_accuracy(job, teacher, plan, file, repair) for file in task_files(recipe))
+        answers = () if streamed else evaluation.sample_answers(teacher, student, job.watch)
     with job.stage("save"):
         saved = student if got.base is None else apply(teacher, plan, repair=got.base)
         write_checkpoint(saved, teacher.tokenizer, plan, aside, teacher=teacher, watch=job.watch)
@@ -127,36 +126,8 @@ def _stages(job: RunContext, bound: dict[str, str], aside: Path, write_report: W
     with job.stage("speed"):
         timed = None if streamed else evaluation.compare_speed(job, teacher, student, (plan, repair), aside)
     with job.stage("report"):
-        reasons = run_reasons(recipe, teacher, student, calibration, got)
-        left = effective_plan(teacher, plan, recipe.stock)
-        result = RunResult(
-            billhook=billhook.__version__,
-            run=job.run,
-            created=now(),
-            out=str(job.out),
-            checkpoint=student.config.model_type,
-            reasons=reasons,
-            model=model_info(teacher),
-            anatomy=teacher.anatomy,
-            already_removed=teacher.removed_earlier,
-            recipe=recipe.model_dump(),
-            environment=environment(str(teacher.device)),
-            loss=recipe.loss,
-            loss_unit=loss_facts(parse_loss(recipe.loss).name).unit,
-            plan=plan,
-            data=RunData(calibration.info(), proof_text.info()),
-            seen=tuple(all_seen_digests(recipe, teacher, calibration, held_out, got)),
-            steps=tuple(found.steps),
-            search=found.search_summary,
-            within=found.within,
-            perplexity=perplexity,
-            tasks=tuple(tasks),
-            sizes=size_change(teacher.anatomy, left, repair.parameters(), teacher.dtype.itemsize),
-            recoveries=got.reports,
-            speed=timed,
-            answers=tuple(answers),
-            seconds=job.seconds,
-        )
+        tokens, measured = Texts(calibration, held_out, proof_text), Measured(perplexity, tasks, timed, answers)
+        result = run_result(job, teacher, student, texts=tokens, choice=found, recovered=got, measured=measured)
         write_report(result, aside)
         publish(aside, job.out)
     return result

@@ -1,23 +1,95 @@
-"""Parts of the result of a run: its model, sizes, reasons, and the documents that it has seen."""
+"""The result of a run, put together from what its stages found."""
 
 from __future__ import annotations
 
 import datetime
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import billhook
 from billhook.core.anatomy import Anatomy
 from billhook.core.events import ignore_events
 from billhook.core.plan import Plan
-from billhook.core.results.run import ModelInfo, RunReason, SizeChange
+from billhook.core.results.run import (
+    Answer,
+    ModelInfo,
+    PerplexityChange,
+    RunData,
+    RunReason,
+    RunResult,
+    SizeChange,
+    SpeedChange,
+    TaskChange,
+)
 from billhook.data.texts import SOURCE_SEPARATOR
 from billhook.data.token_sets import TokenSet
-from billhook.models.device import dtype_name
+from billhook.engine.losses import loss_facts, parse_loss
+from billhook.models.device import dtype_name, environment
 from billhook.models.load import Teacher
+from billhook.models.surgery import effective_plan
 from billhook.runs import evaluation
+from billhook.runs.choose_plan import PlanChoice
+from billhook.runs.job import RunContext
 from billhook.runs.prepare import recovery_tokens, validation_and_test
 from billhook.runs.recipe import Recipe
 from billhook.runs.recovery import RecoveryResult
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """The tokens of a run: `calibration` for searches, `held_out`, and the part of it that no choice has seen."""
+
+    calibration: TokenSet
+    held_out: TokenSet
+    proof: TokenSet
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a run measured of its student."""
+
+    perplexity: PerplexityChange
+    tasks: tuple[TaskChange, ...]
+    speed: SpeedChange | None
+    answers: tuple[Answer, ...]
+
+
+def run_result(
+    job: RunContext, teacher: Teacher, student: Any, *, texts: Texts, choice: PlanChoice, recovered: RecoveryResult,
+    measured: Measured,
+) -> RunResult:  # fmt: skip
+    """Return the result of a run whose stages are done."""
+    recipe = job.recipe
+    left = effective_plan(teacher, choice.plan, recipe.stock)
+    patched = recovered.repair.parameters()
+    return RunResult(
+        billhook=billhook.__version__,
+        run=job.run,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        out=str(job.out),
+        checkpoint=student.config.model_type,
+        reasons=run_reasons(recipe, teacher, student, texts.calibration, recovered),
+        model=model_info(teacher),
+        anatomy=teacher.anatomy,
+        already_removed=teacher.removed_earlier,
+        recipe=recipe.model_dump(),
+        environment=environment(str(teacher.device)),
+        loss=recipe.loss,
+        loss_unit=loss_facts(parse_loss(recipe.loss).name).unit,
+        plan=choice.plan,
+        data=RunData(texts.calibration.info(), texts.proof.info()),
+        seen=tuple(all_seen_digests(recipe, teacher, texts.calibration, texts.held_out, recovered)),
+        steps=tuple(choice.steps),
+        search=choice.search_summary,
+        within=choice.within,
+        perplexity=measured.perplexity,
+        tasks=measured.tasks,
+        sizes=size_change(teacher.anatomy, left, patched, teacher.dtype.itemsize),
+        recoveries=recovered.reports,
+        speed=measured.speed,
+        answers=measured.answers,
+        seconds=job.seconds,
+    )
 
 
 def all_seen_digests(
@@ -70,8 +142,3 @@ def size_change(anatomy: Anatomy, plan: Plan, patched: int, item_bytes: int) -> 
         flops_per_token=left.flops_per_token + 2 * patched,
     )
     return SizeChange(anatomy.sizes(), student)
-
-
-def now() -> str:
-    """The time in UTC, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -453,9 +453,7 @@ def test_one_label_for_one_sided_bounds(
 def test_a_threshold_takes_the_last_step_within_and_proves_it_elsewhere(
     model: Path, text: Path, home: Path, pruned: RunResult
 ) -> None:
-    told = billhook.threshold(
-        margins="60%ppl", run=pruned.run, out=home / "thr", store=home / "b.db", eval_tokens=1024
-    )
+    told = billhook.threshold(margins="60%ppl", run=pruned.run, out=home / "thr", store=home / "b.db", eval_tokens=1024)
     within = [trial.step for trial in told.trials if trial.within]
     assert told.step == max(within)
     beyond = [trial.step for trial in told.trials if not trial.within]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from billhook.core.anatomy import Anatomy, Sizes
+from billhook.core.anatomy import Anatomy, ModelSizes
 from billhook.core.errors import UsageError
 from billhook.core.plan import Plan, Site
 from billhook.core.results.json_form import Result
@@ -75,7 +75,7 @@ class Inspection(Result):
     dtype: str
     already_removed: Plan
     anatomy: Anatomy
-    total: Sizes
+    total: ModelSizes
 
     def rows(self) -> list[dict[str, Any]]:
         """A row a site."""

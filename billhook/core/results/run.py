@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
-from billhook.core.anatomy import Anatomy, Sizes
+from billhook.core.anatomy import Anatomy, ModelSizes
 from billhook.core.margin import Margin
 from billhook.core.plan import Plan
 from billhook.core.results.json_form import Result
@@ -43,8 +43,8 @@ class ModelInfo:
 class SizeChange:
     """Counted sizes of both models; the student's with what a repair added."""
 
-    teacher: Sizes
-    student: Sizes
+    teacher: ModelSizes
+    student: ModelSizes
 
 
 @dataclass(frozen=True, slots=True)

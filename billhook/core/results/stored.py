@@ -81,7 +81,7 @@ class RunSummary:
 class StoredEvent:
     """What a stage of a run had done at a time, in seconds since 1970.
 
-    `resources`: what the process used by then: `cpu_seconds`, `memory_bytes`, and `gpu_memory_bytes` where it has a GPU.
+    `resources`: what the process used by then: `cpu_seconds`, `memory_bytes`, and `gpu_memory_bytes` with a GPU.
     """
 
     at: float
