@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from html import escape
-from typing import Any
 
-from billhook.core.results.studies import StudentOutcome, SweepResult
+from billhook.core.results.studies import SizeName, StudentOutcome, SweepResult
 from billhook.report.numbers import pluralize, printable
 from billhook.report.study_words import fraction_kept, short_names, sizes_of, tasks_of, texts_of
 
@@ -33,30 +33,52 @@ def looks_of(recipes: Sequence[str]) -> dict[str, tuple[str, str]]:
     for name in recipes:
         start = name.partition("-")[0]
         families.setdefault(start if sizes[start] <= len(SYMBOLS) else name, []).append(name)
-    told, used = {}, dict.fromkeys(COLOURS, 0)
+    found, used = {}, dict.fromkeys(COLOURS, 0)
     for family in families.values():
         colour = min(COLOURS, key=used.__getitem__)  # the first of those that the fewest have
         for name in family:
-            told[name] = colour, list(SYMBOLS)[(COLOURS.index(colour) + used[colour]) % len(SYMBOLS)]
+            found[name] = colour, list(SYMBOLS)[(COLOURS.index(colour) + used[colour]) % len(SYMBOLS)]
             used[colour] += 1
-    return {name: told[name] for name in recipes}
+    return {name: found[name] for name in recipes}
 
 
-def numbers_of(result: SweepResult, looks: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-    """What study.html draws: a line a recipe and calibration text, its points with what is left (%) and the outcomes."""
+@dataclass(frozen=True)
+class Point:
+    """One trial of a line. `size`: as it was asked; `left`: percent of the teacher's, by size; `on`: by set."""
+
+    size: str
+    left: dict[SizeName, float]
+    front: tuple[SizeName, ...]
+    on: list[list[float | None]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """The trials of one recipe on one calibration text, and their look."""
+
+    recipe: str
+    label: str
+    data: str
+    colour: str
+    symbol: str
+    dash: str
+    points: list[Point]
+
+
+def numbers_of(result: SweepResult, looks: Mapping[str, tuple[str, str]]) -> dict[str, object]:
+    """What study.html draws: a line for each recipe and calibration text, with what is left and the outcomes."""
     datas = short_names(trial.data for trial in result.trials)
     dashes = {data: list(DASHES)[i % len(DASHES)] for i, data in enumerate(datas)}
-    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    lines: dict[tuple[str, str], Line] = {}
     for trial in result.trials:
-        colour, symbol = looks[trial.recipe]
-        look = {"colour": colour, "symbol": symbol, "dash": dashes[trial.data]}
-        words = {"recipe": trial.recipe, "label": printable(trial.recipe), "data": datas[trial.data]}
-        line = lines.setdefault((trial.recipe, trial.data), {**words, **look, "points": []})
-        kept = {size: 100 * fraction_kept(result, trial, size) for size in sizes_of(result)}
+        look = (*looks[trial.recipe], dashes[trial.data])
+        line = Line(trial.recipe, printable(trial.recipe), datas[trial.data], *look, points=[])
+        left = {size: 100 * fraction_kept(result, trial, size) for size in sizes_of(result)}
         on = [_ends(trial.results[name]) for name in result.teacher]
-        line["points"].append({"size": printable(trial.remove), "left": kept, "front": list(trial.front), "on": on})
+        point = Point(printable(trial.remove), left, trial.front, on)
+        lines.setdefault((trial.recipe, trial.data), line).points.append(point)
     return {
-        "lines": list(lines.values()),
+        "lines": list(map(asdict, lines.values())),
         "sizes": sizes_of(result),
         "on": list(short_names(result.teacher).values()),
         "teacher": [outcome.estimate.value for outcome in result.teacher.values()],
@@ -105,7 +127,7 @@ def _choice(key: str, label: str, options: Mapping[str, str]) -> str:
 
 def key_of(result: SweepResult, looks: Mapping[str, tuple[str, str]]) -> str:
     """The key of both charts: a button a recipe, which singles it out, and the dashes of the calibration texts."""
-    told = "".join(
+    buttons = "".join(
         f'<button type="button" aria-pressed="false" data-recipe="{escape(name)}"><svg viewBox="-6 0 28 16" '
         f'aria-hidden="true" style="color:{colour}"><path d="M-6 8h28" class="stroke"/>'
         f'<path d="{SYMBOLS[symbol]}"/></svg>{escape(printable(name))}</button>'
@@ -118,4 +140,4 @@ def key_of(result: SweepResult, looks: Mapping[str, tuple[str, str]]) -> str:
         for i, data in enumerate(datas)
     )
     hint = "<small>Point at a recipe to single it out; press it to keep it so.</small>" if len(looks) > 1 else ""
-    return f'<div class="legend">{told}{lines if len(datas) > 1 else ""}{hint}</div>'
+    return f'<div class="legend">{buttons}{lines if len(datas) > 1 else ""}{hint}</div>'

@@ -331,11 +331,11 @@ def stability_page(result: StabilityResult) -> str:
 
 def _parts(votes: Mapping[str, int]) -> str:
     """`attention 2, 4 (3); mlp 16`: sites and, where it is not 0, their number of plans."""
-    told: dict[str, list[str]] = {}
+    blocks: dict[str, list[str]] = {}
     for site, n in votes.items():
         part, block = site.split(".")
-        told.setdefault(part, []).append(f"{block} ({n})" if n else block)
-    return "; ".join(f"{part} {', '.join(blocks)}" for part, blocks in sorted(told.items())) or "none"
+        blocks.setdefault(part, []).append(f"{block} ({n})" if n else block)
+    return "; ".join(f"{part} {', '.join(numbers)}" for part, numbers in sorted(blocks.items())) or "none"
 
 
 def _stability_conditions(result: StabilityResult) -> list[tuple[str, str]]:
@@ -352,7 +352,7 @@ def _votes(sizes: Sequence[StabilitySize]) -> str:
     """Blocks from left to right, ten to a table; a row a part and calibration size, as deep as plans agree."""
     votes = [removal_counts(size) for size in sizes]
     last = max((site.block for size in sizes for plan in size.plans for site in plan.removed), default=0)
-    told = []
+    tables = []
     for start in range(0, last + 1, 10):
         blocks = range(start, min(start + 10, last + 1))
         lines = f"<tr><th>block</th>{''.join(f'<th scope=col>{block}</th>' for block in blocks)}</tr>"
@@ -367,6 +367,6 @@ def _votes(sizes: Sequence[StabilitySize]) -> str:
                     depth = f"{100 * n / size.sets:.0f}%"
                     lines += f'<td><i class="{kind}" style="--depth:{depth}" title="{about}">{n or ""}</i></td>'
                 lines += "</tr>"
-        told.append(f'<table style="--n:{len(blocks)}">{lines}</table>')
+        tables.append(f'<table style="--n:{len(blocks)}">{lines}</table>')
     caption = f"In how many plans each site is removed, a row for each number of tokens. After block {last}: none."
-    return f'<div class="map long votes">{"".join(told)}</div><p>{caption}</p>'
+    return f'<div class="map long votes">{"".join(tables)}</div><p>{caption}</p>'

@@ -193,15 +193,15 @@ def stability_headline(result: StabilityResult) -> str:
     sizes = sorted(result.sizes, key=lambda size: size.tokens)
     most, least = sizes[-1], sizes[0]
     ranks, overlap = most.rank_correlation, most.overlap
-    told = (
+    words = (
         f"Two calibration sets of {most.tokens:,} tokens rank the sites with a correlation of "
         f"{format_correlation(ranks.mean)} ({format_interval(ranks, format_correlation)}), and their plans overlap by "
         f"{format_share(overlap.mean)} ({format_interval(overlap, format_share)})"
     )
     if least is most:
-        return told + "."
+        return f"{words}."
     before = f"{format_correlation(least.rank_correlation.mean)} and {format_share(least.overlap.mean)}"
-    return f"{told}; with {least.tokens:,} tokens it is {before}."
+    return f"{words}; with {least.tokens:,} tokens it is {before}."
 
 
 def removal_counts(size: StabilitySize) -> dict[str, int]:

@@ -170,24 +170,24 @@ class _Scale:
         )
 
     def frame(self, below: str, beside: str) -> str:
-        told = []
+        drawn = []
         for i in range(5):
             x, y = (ends[0] + (ends[1] - ends[0]) * i / 4 for ends in (self.x, self.y))
             (px, _), (_, py) = self.at(x, self.y[0]), self.at(self.x[0], y)
             below_x = f'x="{px:.1f}" y="{TALL - BOTTOM + 16}" text-anchor="middle"'
             beside_y = f'x="{LEFT - 6}" y="{py + 4:.1f}" text-anchor="end"'
-            told.append(f'<text {below_x} fill="var(--dim)">{format_number(x)}</text>')
-            told.append(f'<text {beside_y} fill="var(--dim)">{format_number(y)}</text>')
-            told.append(f'<line x1="{LEFT}" x2="{WIDE - RIGHT}" y1="{py:.1f}" y2="{py:.1f}" stroke="var(--line)"/>')
-        told.append(
+            drawn.append(f'<text {below_x} fill="var(--dim)">{format_number(x)}</text>')
+            drawn.append(f'<text {beside_y} fill="var(--dim)">{format_number(y)}</text>')
+            drawn.append(f'<line x1="{LEFT}" x2="{WIDE - RIGHT}" y1="{py:.1f}" y2="{py:.1f}" stroke="var(--line)"/>')
+        drawn.append(
             f'<text x="{WIDE / 2}" y="{TALL - 8}" text-anchor="middle" fill="var(--dim)">{escape(below)}</text>'
         )
         middle = (TALL - BOTTOM) / 2
-        told.append(
+        drawn.append(
             f'<text transform="translate(12 {middle}) rotate(-90)" text-anchor="middle" fill="var(--dim)">'
             f"{escape(beside)}</text>"
         )
-        return "".join(told)
+        return "".join(drawn)
 
     def line(self, points: Sequence[Point], colour: str, dashes: str = "") -> str:
         places = " ".join(f"{x:.1f},{y:.1f}" for x, y in (self.at(*point) for point in points))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from billhook.core.events import EventListener
 from billhook.core.results.json_form import PagedResult
@@ -21,7 +21,7 @@ from billhook.runs.recipe import EvalOptions, Recipe
 from billhook.runs.store import Store
 from billhook.studies.trials import StudyContext
 
-R = TypeVar("R", bound=PagedResult | dict[str, Any])
+R = TypeVar("R", bound=PagedResult)
 
 NO_FOLDER = "-"  # the out of a run that writes no files
 
@@ -77,17 +77,12 @@ def begin_run(spec: RunSpec, device: str, store: Path, out: str) -> Iterator[tup
 def write_study(result: R, folder: Path, page: Callable[[R], str], store: Store, run: str) -> R:
     """Write a result and its page, whole or not at all, and store it; the result with the place of the page."""
     where = str(folder / "index.html")
-    if isinstance(result, PagedResult):
-        result = replace(result, page=where)
-        told = result.to_json()
-    else:
-        told = result | {"page": where}
-        result = told  # type: ignore[assignment]
+    result = replace(result, page=where)
     aside = staging_folder(folder, "study")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    (aside / "result.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    (aside / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     (aside / "index.html").write_text(page(result), encoding="utf-8")
     publish(aside, folder)
-    store.update(run, result=told)
+    store.update(run, result=result.to_json())
     return result

@@ -104,11 +104,11 @@ def recipes_of(grid: Grid, model: str, common: Mapping[str, Any]) -> list[tuple[
 
     Raises RecipeError before anything is computed.
     """
-    told = []
+    recipes = []
     for data, name, remove in itertools.product(grid.datas, grid.recipes, grid.removes):
         given = {"model": model, "remove": remove, "data": data, **common}
-        told.append((Path(name).stem, parse_recipe(with_overrides(name, **given), f"The recipe {name}")))
-    return told
+        recipes.append((Path(name).stem, parse_recipe(with_overrides(name, **given), f"The recipe {name}")))
+    return recipes
 
 
 def run_sweep(study: StudyContext, grid: Grid, common: Mapping[str, Any]) -> SweepResult:
@@ -159,15 +159,15 @@ def _trial_results(
 ) -> tuple[TrialResult, ...]:
     """The results with what the trials are to each other: gaps on each text, and the fronts."""
     best, first = _gaps_to_best(trials, grid, base.seed), _gaps_to_first_text(trials, grid, base.seed)
-    told = []
+    compared = []
     for number, result in enumerate(alone):
         outcomes = {
             name: replace(on, above_best=best.get((number, name)), above_first_text=first.get((number, name)))
             for name, on in result.results.items()
         }
         front = tuple(size for size in SIZE_NAMES if not any(_dominates(other, result, size) for other in alone))
-        told.append(replace(result, results=outcomes, front=front))
-    return tuple(told)
+        compared.append(replace(result, results=outcomes, front=front))
+    return tuple(compared)
 
 
 Gaps = dict[tuple[int, str], Estimate]  # by number of the trial, and text

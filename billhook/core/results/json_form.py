@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_o
 from billhook.core.errors import ResultError
 
 T = TypeVar("T")
+Row = dict[str, str | int | float | None]  # a line of a flat table: column, cell
 SCHEMA = 2  # of all results; Billhook before 0.2 wrote results without one
 
 
@@ -41,7 +42,7 @@ class Result:
             )
         return decode(cls, value)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """The result as a flat table: a dictionary a line, equal keys in each."""
         raise NotImplementedError
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from billhook.core.anatomy import ModelSizes
 from billhook.core.margin import Margin
 from billhook.core.plan import PARTS, Part, Plan
-from billhook.core.results.json_form import PagedResult
+from billhook.core.results.json_form import PagedResult, Row
 from billhook.core.results.measured import Environment, Estimate, TokenSetInfo, estimate_columns
 
 SizeName = Literal["parameters", "bytes", "kv_bytes_per_token", "flops_per_token", "ns_per_token"]
@@ -70,7 +70,7 @@ class TrialResult:
         """How many sites of a part are removed whole."""
         return sum(site.part == part for site in self.plan.removed)
 
-    def columns(self) -> dict[str, Any]:
+    def columns(self) -> Row:
         """All but the outcomes, as columns of a table."""
         return {
             "recipe": self.recipe, "remove": self.remove, "data": self.data,
@@ -80,12 +80,12 @@ class TrialResult:
         }  # fmt: skip
 
 
-def _outcome_columns(name: str, outcome: StudentOutcome, gaps: tuple[str, ...]) -> dict[str, Any]:
-    told: dict[str, Any] = {"set": name, "kind": outcome.kind, **estimate_columns("value", outcome.estimate)}
-    told |= {"nats": outcome.nats, **estimate_columns("change", outcome.change), "reliable": outcome.change.reliable}
+def _outcome_columns(name: str, outcome: StudentOutcome, gaps: tuple[str, ...]) -> Row:
+    row: Row = {"set": name, "kind": outcome.kind, **estimate_columns("value", outcome.estimate)}
+    row |= {"nats": outcome.nats, **estimate_columns("change", outcome.change), "reliable": outcome.change.reliable}
     for gap in gaps:
-        told |= estimate_columns(gap, getattr(outcome, gap))
-    return told
+        row |= estimate_columns(gap, getattr(outcome, gap))
+    return row
 
 
 # -- sweep -------------------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ class SweepResult(PagedResult):
     context: int
     environment: Environment
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """A row for each trial and evaluation set."""
         gaps = ("above_best", "above_first_text")
         return [
@@ -155,7 +155,7 @@ class TransferResult(PagedResult):
     evaluation: dict[str, TokenSetInfo]
     environment: Environment
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """A row for each task that was pruned for and task that was measured."""
         return [
             {"model": self.model, **trial.columns(), **_outcome_columns(name, outcome, ("against_text",))}
@@ -209,7 +209,7 @@ class StabilityResult(PagedResult):
     sizes: tuple[StabilitySize, ...]
     environment: Environment
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """A row for each number of tokens."""
         return [
             {
@@ -254,7 +254,7 @@ class ThresholdTrial:
 
 @dataclass(frozen=True, slots=True)
 class ThresholdData:
-    """The items that a margin is held against: those that choose, and those that prove."""
+    """The items on which a margin is checked: those that choose the plan, and those that prove it."""
 
     validation: TokenSetInfo
     test: TokenSetInfo
@@ -291,7 +291,7 @@ class ThresholdResult(PagedResult):
     knee: int | None
     environment: Environment
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """A row for each trial and margin on validation items, then one for each margin on test items."""
         tried = [("validation", trial.step, trial.share, each) for trial in self.trials for each in trial.losses]
         return [
