@@ -100,7 +100,8 @@ def curves_of(result: SweepResult, kind: str) -> str:
     title = "Loss against what is left" if kind == "perplexity" else "Accuracy against what is left"
     switches = _choice("on", "Measured on", {str(order.index(name)): names[name] for name in wanted})
     switches += _choice("against", "Against", {str(size): words for size, words in sizes_of(result).items()})
-    label = f"{kind} of {pluralize(len(result.trials), 'row')} against what is left of the teacher; the table has the numbers"
+    trials = pluralize(len(result.trials), "row")
+    label = f"{kind} of {trials} against what is left of the teacher; the table has the numbers"
     at = f'data-on="{order.index(wanted[0])}" data-against="{next(iter(sizes_of(result)))}"'
     box = f'<div class="chart" role="img" aria-label="{escape(label)}" data-kind="{kind}" {at}></div>'
     caption = (

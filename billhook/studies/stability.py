@@ -50,9 +50,9 @@ def stability(
         raise UsageError("Stability compares sets: ask for at least 2 --draws and one of --sizes.")
     first = parse_recipe({"model": str(model), **options}, "The call")
     spec = StabilitySpec(str(model), metric, tuple(sizes), draws, plain_options(options))
-    with open_study(spec, first, Path(store), out, watch) as (bench, folder):
-        result = run_stability(bench, metric, tuple(sizes), draws, options)
-        return write_study(result, folder, study_pages.stability_page, bench.store, bench.run)
+    with open_study(spec, first, Path(store), out, watch) as (study, folder):
+        result = run_stability(study, metric, tuple(sizes), draws, options)
+        return write_study(result, folder, study_pages.stability_page, study.store, study.run)
 
 
 # -- how far a result can be trusted --------------------------------------------------------------------------------

@@ -72,8 +72,8 @@ def sweep(
         *(str(model), grid.recipes, grid.removes, texts, several(eval_data), grid.tasks, items),
         options=plain_options(options),
     )
-    with open_study(spec, first, Path(store), out, watch) as (bench, folder):
-        return write_study(run_sweep(bench, grid, options), folder, study_pages.sweep_page, bench.store, bench.run)
+    with open_study(spec, first, Path(store), out, watch) as (study, folder):
+        return write_study(run_sweep(study, grid, options), folder, study_pages.sweep_page, study.store, study.run)
 
 
 def evaluation_sets(study: StudyContext, grid: Grid, recipe: Recipe) -> dict[str, TokenSet]:

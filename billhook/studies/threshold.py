@@ -54,10 +54,10 @@ def threshold(
     given = stored.spec if stored is not None else least | {"model": str(model)}
     recipe = parse_recipe(given | options, "The call")
     spec = ThresholdSpec(recipe.model, tuple(map(str, parsed)), run, recipe.model_dump(exclude_defaults=True))
-    with open_study(spec, recipe, Path(store), out, watch) as (bench, folder):
+    with open_study(spec, recipe, Path(store), out, watch) as (study, folder):
         steps = [] if stored is None else [decode(Step, step) for step in (stored.result or {})["steps"]]
-        result = find_threshold(bench.job(recipe), bench.teacher, steps, parsed)
-        return write_study(result, folder, threshold_page.threshold_page, bench.store, bench.run)
+        result = find_threshold(study.job(recipe), study.teacher, steps, parsed)
+        return write_study(result, folder, threshold_page.threshold_page, study.store, study.run)
 
 
 def find_threshold(

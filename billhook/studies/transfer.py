@@ -50,9 +50,9 @@ def transfer(
         raise UsageError("There is no task to prune for. Name files of multiple-choice items: --tasks a.jsonl,b.jsonl.")
     first = parse_recipe({"model": str(model), **options}, "The call")
     spec = TransferSpec(str(model), several(tasks), items, plain_options(options))
-    with open_study(spec, first, Path(store), out, watch) as (bench, folder):
-        result = run_transfer(bench, several(tasks), items, options)
-        return write_study(result, folder, study_pages.transfer_page, bench.store, bench.run)
+    with open_study(spec, first, Path(store), out, watch) as (study, folder):
+        result = run_transfer(study, several(tasks), items, options)
+        return write_study(result, folder, study_pages.transfer_page, study.store, study.run)
 
 
 # -- tasks against each other ---------------------------------------------------------------------------------------
