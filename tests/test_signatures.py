@@ -36,7 +36,7 @@ def test_prune_shows_every_field_of_a_recipe_with_its_default() -> None:
     for name, field in Recipe.model_fields.items():
         assert shown[name].default == field.default, name
     assert "tokens: Calibration tokens" in (billhook.prune.__doc__ or "")
-    assert "With `fast`" in (billhook.prune.__doc__ or "")
+    assert "each round of `fast`" in (billhook.prune.__doc__ or "")
 
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))

@@ -44,21 +44,17 @@ def prune_command(
     *,
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write [default: pruned/<run>]")] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="A YAML file of options, or one of ours by name; typed ones win")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest unfinished run")] = False,
-    run: Annotated[str | None, typer.Option(help="With --resume: which run")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be measured, memory and time")
-    ] = False,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe: a YAML file, or the name of a built-in one")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the newest unfinished run")] = False,
+    run: Annotated[str | None, typer.Option(help="Run to resume, with --resume")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate losses, memory and time, and stop")] = False,
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     options: dict[str, Any],
 ) -> None:
-    """Remove the sites that a model can lose, prove what that cost and gained, and save the rest."""
+    """Prune a model: search, remove, measure what that cost and gained, and save the rest."""
     again = command_line("prune", "--resume", store=store)
     with CommandSession(as_json, quiet, verbose, again) as face:
         from billhook import api
@@ -98,15 +94,13 @@ def inspect_command(
 def score_command(
     *,
     model: Model = None,
-    metric: Annotated[
-        str, typer.Option(help="How to score, several as cosine,l2; `billhook methods` lists the metrics")
-    ] = "cosine",
+    metric: Annotated[str, typer.Option(help="Metric, or several: cosine,l2")] = "cosine",
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     options: dict[str, Any],
 ) -> None:
-    """Score sites, blocks, spans of blocks or channel groups: how much each seems to matter, without removing it."""
+    """Score sites, blocks, spans or channel groups: how much their removal would hurt."""
     with CommandSession(as_json, quiet, verbose) as face:
         from billhook import api
 
@@ -118,23 +112,19 @@ def score_command(
 def eval_command(
     *,
     model: Model = None,
-    protocol: Annotated[
-        str | None, typer.Option(help="All of the text in windows, as papers do: gptq (2,048 tokens), shortened-llama")
-    ] = None,
+    protocol: Annotated[str | None, typer.Option(help="Windows over all of the text: gptq or shortened-llama")] = None,
     tasks: Tasks = "",
     items: ItemLimit = None,
     shots: NumberOfShots = 0,
     shots_from: ShotsFrom = "",
-    evaluations: Annotated[
-        str, typer.Option(help="Evaluations by name, as mine,acc, instead of perplexity or a task's own scores")
-    ] = "",
-    store: Annotated[Path, typer.Option(help="With --tasks: where answers are filed as they come")] = DEFAULT_STORE,
+    evaluations: Annotated[str, typer.Option(help="Registered evaluations by name, separated by commas")] = "",
+    store: Annotated[Path, typer.Option(help="Run store for answers to --tasks")] = DEFAULT_STORE,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     options: dict[str, Any],
 ) -> None:
-    """Measure perplexity on held-out text, on which prune with the same options proves its student, or --tasks."""
+    """Measure the perplexity of a model on held-out text, or its scores on --tasks."""
     own = {"tasks": tasks, "items": items, "shots": shots, "shots_from": shots_from, "store": store}
     again = command_line("eval", model or "demo", **own, **options) if tasks else ""
     with CommandSession(as_json, quiet, verbose, resume=again) as face:
@@ -159,11 +149,11 @@ def eval_command(
 def speed_command(
     *,
     model: Model = None,
-    other: Annotated[str | None, typer.Argument(help="A second model, timed in turn with the first")] = None,
+    other: Annotated[str | None, typer.Argument(help="Second model, timed in turn with the first")] = None,
     batch: Annotated[int, typer.Option(help="Prompts at a time", min=1)] = 1,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens a prompt", min=1)] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded", min=1)] = 32,
-    repeats: Annotated[int, typer.Option(help="Counted runs of each", min=2)] = 9,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Decoded tokens per prompt", min=1)] = 32,
+    repeats: Annotated[int, typer.Option(help="Counted runs per model", min=2)] = 9,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -194,7 +184,7 @@ def runs_command(*, store: StoreFile = DEFAULT_STORE, as_json: Json = False, ver
 
 @app.command(name="show")
 def show_command(
-    *, run: Annotated[str, typer.Argument(help="The run's id, as `billhook runs` lists it")],
+    *, run: Annotated[str, typer.Argument(help="Id of the run, as `billhook runs` lists it")],
     store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Show all that the store holds of one run."""
@@ -206,7 +196,7 @@ def show_command(
 
 @app.command(name="methods")
 def methods_command(*, as_json: Json = False, verbose: Verbose = False) -> None:
-    """List every registered metric, loss, search and evaluation with its source."""
+    """List every registered method with its options, cost and source."""
     with CommandSession(as_json, True, verbose) as face:
         from billhook import api
 

@@ -18,42 +18,42 @@ DEFAULT_STORE = Path("billhook.db")
 
 # The fields of `Recipe` with their defaults and help texts, so that `--help` needs no pydantic; a test compares them.
 RECIPE: dict[str, tuple[Any, str]] = {
-    "remove": (None, "What must go: 25% (of the parameters), 15sites, 3blocks, 30%kv, 20%ms …; repeatable"),
-    "plan": (None, "No search, remove this: attention.7,mlp.16, a plan file, a drop list of LLM-Drop or EvoPress"),
-    "within": (None, "As much as can go within a margin: 3%ppl, or 1pp:FILE (accuracy on a task)"),
-    "search": ("swap", "How to search; `billhook methods` lists the searches"),
-    "metric": (None, "How to score sites first, for the searches oneshot, solve, span, narrow and joint"),
-    "loss": ("kl", "What to keep low: kl, js, nll …, or task:FILE for a multiple-choice task"),
-    "set": ({}, "An option of the search or the metric, such as front=0.4; repeatable"),
-    "uniform": (False, "Where sites become narrower: all blocks alike, in the stock shape"),
-    "multiple": (1, "Where sites become narrower: channels that stay are a multiple of it: 8, 32, 256"),
-    "fast": (False, "Race a round's candidates instead of proving which is best"),
-    "shortlist": (12, "With --fast: candidates a round, by the ranking of the rounds before"),
-    "risk": (0.05, "With --fast: risk of dropping the best candidate at one comparison"),
-    "audit": (False, "With --fast: measure every round again in full, state the regret"),
-    "memory": (None, "Memory for weights and activations, such as 4GB; less streams the model"),
-    "protect": ("", "Sites that stay: attention.0,mlp.27-29, or blocks: 0-3,last2"),
-    "batch": (1, "With a budget in ms: sequences at a time"),
-    "context": (128, "With a budget in ms: tokens before the one that is timed"),
-    "data": ("pydoc", "Calibration text: pydoc, a .txt, .jsonl or .parquet file, self, or a data set's name"),
-    "self_share": (0.5, "Of the calibration tokens, those that the model writes itself; 0: none"),
-    "eval_data": (None, "Held-out text; left out, it is split off --data"),
-    "field": ("text", "The field of a .jsonl row that holds the text"),
+    "remove": (None, "How much to remove: 25%, 15sites, 3blocks, 30%kv …; repeatable"),
+    "plan": (None, "Plan instead of a search: attention.7,mlp.16, or its file"),
+    "within": (None, "Margin instead of a size: 3%ppl, or 1pp:FILE"),
+    "search": ("swap", "Search method, as `billhook methods` lists them"),
+    "metric": (None, "Metric for oneshot, ilp, contiguous, rank_channels, joint"),
+    "loss": ("kl", "Objective to minimise: kl, js, nll, … or task:FILE"),
+    "set": ({}, "Option of search or metric, such as front=0.4; repeatable"),
+    "uniform": (False, "Equal widths in all blocks, which keep the stock shape"),
+    "multiple": (1, "Widths in multiples of this: 8, 32, 256"),
+    "fast": (False, "Race the candidates of a round: faster, not exact"),
+    "shortlist": (12, "Candidates in each round of --fast"),
+    "risk": (0.05, "Risk of --fast to drop the best, per comparison"),
+    "audit": (False, "Exact check of every round of --fast, with its regret"),
+    "memory": (None, "Memory limit such as 4GB; a larger model is streamed"),
+    "protect": ("", "Sites or blocks to keep: attention.0,mlp.27-29,0-3,last2"),
+    "batch": (1, "Sequences at a time, for a budget in ms"),
+    "context": (128, "Tokens before the timed one, for a budget in ms"),
+    "data": ("pydoc", "Calibration text: a file, a data set's name, pydoc or self"),
+    "self_share": (0.5, "Share of calibration tokens that the model writes"),
+    "eval_data": (None, "Held-out text [default: split off --data]"),
+    "field": ("text", "Field of a .jsonl row that holds the text"),
     "tokens": (4096, "Calibration tokens"),
-    "length": (128, "Tokens a calibration sequence"),
+    "length": (128, "Tokens per calibration sequence"),
     "eval_tokens": (16384, "Held-out tokens"),
-    "eval_length": (512, "Tokens a held-out sequence"),
-    "recover": ("", "What gets back what pruning took, in order: fold, or fold,lora; `billhook methods`"),
-    "fold_in_search": (False, "Judge the best candidates of a round after a fold of what they leave"),
-    "recover_set": ({}, "An option of a recovery, such as minutes=15 or lora.rank=8; repeatable"),
-    "recover_data": (None, "Text to recover on; left out, that of --data"),
-    "recover_tokens": (32768, "Tokens to recover on, or all that the text has"),
-    "recover_length": (256, "Tokens a sequence to recover on"),
-    "stock": (False, "Keep the stock shape: removed sites hold zeros, no speed-up"),
-    "seed": (0, "Seed of all that is drawn"),
-    "device": ("auto", "auto, cpu, cuda, cuda:1, mps"),
+    "eval_length": (512, "Tokens per held-out sequence"),
+    "recover": ("", "Recovery methods to apply after pruning, in order: fold,lora"),
+    "fold_in_search": (False, "Judge the best candidates of a round after a fold"),
+    "recover_set": ({}, "Option of a recovery: minutes=15, lora.rank=8; repeatable"),
+    "recover_data": (None, "Text for the recovery [default: that of --data]"),
+    "recover_tokens": (32768, "Tokens for the recovery at most"),
+    "recover_length": (256, "Tokens per sequence for the recovery"),
+    "stock": (False, "Stock shape: zeros in removed sites, no speed-up"),
+    "seed": (0, "Seed of every random choice"),
+    "device": ("auto", "Device: auto, cpu, cuda, cuda:1, mps"),
     "dtype": ("auto", "Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
-    "trust_remote_code": (False, "Run Python code that the checkpoint brings"),
+    "trust_remote_code": (False, "Run Python code of the checkpoint"),
 }
 REPEATABLE_OPTIONS = ("remove", "set", "recover_set")
 TEXT_OPTIONS = ("data", "eval_data", "field", "eval_tokens", "eval_length", "memory", "seed", "device", "dtype",
@@ -101,12 +101,12 @@ STUDY_OPTIONS = ("search", "metric", "loss", "set", "uniform", "multiple", "fast
                "protect", "batch", "context", "self_share", "field", "tokens", "length", "eval_tokens", "eval_length",
                "seed", "device", "dtype", "trust_remote_code")  # fmt: skip
 Out = Annotated[Path | None, typer.Option(help="Folder for page and table [default: studies/<run>]")]
-Items = Annotated[int, typer.Option(help="Items of each task that are measured", min=2)]
-ItemLimit = Annotated[int | None, typer.Option(help="Items of each task [default: all]", min=2)]
+Items = Annotated[int, typer.Option(help="Items per task", min=2)]
+ItemLimit = Annotated[int | None, typer.Option(help="Items per task [default: all]", min=2)]
 Tasks = Annotated[str, typer.Option(help="Tasks, separated by commas: files of items or questions, lmeval:NAME")]
-ScoreNames = Annotated[str, typer.Option(help="The score that counts, where a task has it, such as acc_norm")]
-NumberOfShots = Annotated[int, typer.Option("--shots", help="Solved items before each item of a task", min=0)]
-ShotsFrom = Annotated[str, typer.Option(help="Where they come from; left out, from the task itself")]
+ScoreNames = Annotated[str, typer.Option(help="Score for the verdict, where a task has it: acc_norm")]
+NumberOfShots = Annotated[int, typer.Option("--shots", help="Solved items before each item", min=0)]
+ShotsFrom = Annotated[str, typer.Option(help="File of the solved items [default: the task itself]")]
 
 
 def split_commas(text: str) -> list[str]:

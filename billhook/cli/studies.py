@@ -76,7 +76,7 @@ def transfer_command(
     verbose: Verbose = False,
     options: dict[str, Any],
 ) -> None:
-    """Show what adapting to one task costs on others: pruned for each task, measured on each."""
+    """Prune for each task and measure on each: what adapting to one task costs on the others."""
     with CommandSession(as_json, quiet, verbose) as face:
         from billhook.studies import transfer
 
@@ -90,7 +90,7 @@ def transfer_command(
 def stability_command(
     *,
     model: Model = None,
-    metric: Annotated[str, typer.Option(help="Whose scores are compared")] = "loo_kl",
+    metric: Annotated[str, typer.Option(help="Metric whose scores are compared")] = "loo_kl",
     sizes: Annotated[str, typer.Option(help="Calibration tokens, separated by commas")] = "512,2048",
     draws: Annotated[int, typer.Option(help="Disjoint calibration sets of each size", min=2)] = 4,
     out: Out = None,
@@ -100,7 +100,7 @@ def stability_command(
     verbose: Verbose = False,
     options: dict[str, Any],
 ) -> None:
-    """Show how far scores and plans depend on the calibration text: disjoint sets of several sizes."""
+    """Compare scores and plans of disjoint calibration sets: how far they depend on the text."""
     with CommandSession(as_json, quiet, verbose) as face:
         from billhook.studies import stability
 
@@ -116,10 +116,10 @@ def stability_command(
 NO_TEXT = tuple(name for name in TEXT_OPTIONS if name not in ("data", "eval_data"))
 MarginTexts = Annotated[
     list[str] | None,
-    typer.Option("--margin", help="What may be lost: 1pp, 1pp:FILE, 3%ppl; repeatable [default: 1pp, 3%ppl]"),
+    typer.Option("--margin", help="Margin: 1pp, 1pp:FILE, 3%ppl; repeatable [default: 1pp, 3%ppl]"),
 ]
-Percent = Annotated[str | None, typer.Option("--ppl-margin", help="Of perplexity: 3% means --margin 3%ppl")]
-AllowSeen = Annotated[bool, typer.Option("--seen", help="Also on data that a search has seen; marked everywhere")]
+Percent = Annotated[str | None, typer.Option("--ppl-margin", help="The same as --margin 3%ppl for 3%")]
+AllowSeen = Annotated[bool, typer.Option("--seen", help="Allow data that a search has seen, and mark it")]
 
 
 def typed_margins(margin: list[str] | None, ppl_margin: str | None) -> list[str]:
@@ -143,7 +143,7 @@ def typed_margins(margin: list[str] | None, ppl_margin: str | None) -> list[str]
 @with_options(*NO_TEXT)
 def compare_command(
     *,
-    models: Annotated[list[str], typer.Argument(help="Models, folders or runs; the others are held against the first")],
+    models: Annotated[list[str], typer.Argument(help="Models, folders or runs; the first is the reference")],
     data: Annotated[str, typer.Option(help="Texts to compare on, separated by commas")] = "pydoc",
     tasks: Tasks = "",
     items: ItemLimit = None,
@@ -152,7 +152,7 @@ def compare_command(
     shots_from: ShotsFrom = "",
     margin: MarginTexts = None,
     ppl_margin: Percent = None,
-    no_speed: Annotated[bool, typer.Option("--no-speed", help="Time nothing")] = False,
+    no_speed: Annotated[bool, typer.Option("--no-speed", help="No measurement of speed")] = False,
     seen: AllowSeen = False,
     out: Out = None,
     store: StoreFile = DEFAULT_STORE,
@@ -161,7 +161,7 @@ def compare_command(
     verbose: Verbose = False,
     options: dict[str, Any],
 ) -> None:
-    """Hold models against the first one over the same items: better, equivalent, worse or undecided, and how sure."""
+    """Compare models with the first one on the same items: better, equivalent, worse or undecided."""
     with CommandSession(as_json, quiet, verbose) as face:
         from billhook.studies import compare
 
@@ -176,8 +176,8 @@ def compare_command(
 @with_options(*NO_TEXT)
 def gate_command(
     *,
-    student: Annotated[str, typer.Argument(help="The model, folder or run that is tested")],
-    baseline: Annotated[str, typer.Option(help="The model that it may not be worse than, or a stored baseline")],
+    student: Annotated[str, typer.Argument(help="Model, folder or run to test")],
+    baseline: Annotated[str, typer.Option(help="Model to compare with, or a stored baseline")],
     data: Annotated[str | None, typer.Option(help="Texts, separated by commas [default: pydoc]")] = None,
     tasks: Tasks = "",
     items: ItemLimit = None,
@@ -194,7 +194,7 @@ def gate_command(
     verbose: Verbose = False,
     options: dict[str, Any],
 ) -> None:
-    """Exit with 0 if a student is not worse than a baseline by more than the margins, with 4 if it is or may be."""
+    """Exit with 0 if a student loses no more than the margins against a baseline, with 4 if it does or may."""
     with CommandSession(as_json, quiet, verbose) as face:
         from billhook.studies import gate
 
@@ -213,8 +213,8 @@ def gate_command(
 def baseline_command(
     *,
     action: Annotated[str, typer.Argument(help="save, or list")],
-    name: Annotated[str | None, typer.Argument(help="With save: what `gate --baseline` calls it")] = None,
-    model: Annotated[str | None, typer.Argument(help="With save: the model, folder or run [default: demo]")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of the baseline, for save")] = None,
+    model: Annotated[str | None, typer.Argument(help="Model, folder or run, for save [default: demo]")] = None,
     data: Annotated[str, typer.Option(help="Texts, separated by commas")] = "pydoc",
     tasks: Tasks = "",
     items: ItemLimit = None,
@@ -227,7 +227,7 @@ def baseline_command(
     verbose: Verbose = False,
     options: dict[str, Any],
 ) -> None:
-    """Measure a model and keep what it got under a name, so that `gate` need not run it again; or list the names."""
+    """Measure a model and store the result under a name for `gate`, or list the names."""
     with CommandSession(as_json, quiet, verbose) as face:
         from billhook.studies import gate
 
@@ -248,9 +248,9 @@ def threshold_command(
     *,
     model: Model = None,
     margin: Annotated[
-        list[str] | None, typer.Option(help="What may be lost: 3%ppl, or 1pp:FILE; repeatable [default: 3%ppl]")
+        list[str] | None, typer.Option(help="Margin: 3%ppl or 1pp:FILE; repeatable [default: 3%ppl]")
     ] = None,
-    run: Annotated[str | None, typer.Option(help="Take the steps of this run; without it, search")] = None,
+    run: Annotated[str | None, typer.Option(help="Stored run whose steps are used instead of a search")] = None,
     out: Out = None,
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
@@ -258,7 +258,7 @@ def threshold_command(
     verbose: Verbose = False,
     options: dict[str, Any],
 ) -> None:
-    """Find how much can go within a margin: chosen on validation items, confirmed once on test items; with its knee."""
+    """Find how much can be removed within a margin: chosen on validation items, confirmed once on test items."""
     with CommandSession(as_json, quiet, verbose) as face:
         from billhook.studies import threshold
 
@@ -268,28 +268,28 @@ def threshold_command(
         face.show(told, "threshold")
 
 
-ModelName = Annotated[str, typer.Option(help="The model to ask for [default: the first that the server lists]")]
-KeyEnv = Annotated[str, typer.Option(metavar="NAME", help="The environment variable that holds the key of this server")]
+ModelName = Annotated[str, typer.Option(help="Model to request [default: the first of the server]")]
+KeyEnv = Annotated[str, typer.Option(metavar="NAME", help="Environment variable with the key of this server")]
 
 
 @with_options("seed")
 def abtest_command(
     *,
-    a: Annotated[str, typer.Option(metavar="URL", help="The first server, such as http://127.0.0.1:8000/v1")],
-    b: Annotated[str, typer.Option(metavar="URL", help="The second server, which is compared with the first")],
-    prompts: Annotated[
-        Path, typer.Option(help="A .txt, one prompt a line; a .jsonl with prompt or messages; a task's items")
-    ],
-    limit: Annotated[int | None, typer.Option(help="Prompts, drawn from the file [default: all]", min=1)] = None,
-    kind: Annotated[str, typer.Option(help="chat (chat/completions) or text (completions)")] = "chat",
+    a: Annotated[str, typer.Option(metavar="URL", help="First server, such as http://127.0.0.1:8000/v1")],
+    b: Annotated[str, typer.Option(metavar="URL", help="Second server, compared with the first")],
+    prompts: Annotated[Path, typer.Option(help="Prompts: a .txt of lines, a .jsonl, or a task's items")],
+    limit: Annotated[
+        int | None, typer.Option(help="Number of prompts, drawn from the file [default: all]", min=1)
+    ] = None,
+    kind: Annotated[str, typer.Option(help="API: chat (chat/completions) or text (completions)")] = "chat",
     model_a: ModelName = "",
     model_b: ModelName = "",
     api_key_env_a: KeyEnv = "",
     api_key_env_b: KeyEnv = "",
-    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most", min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token", min=0)] = 0.0,
-    timeout: Annotated[float, typer.Option(help="Seconds for a whole answer")] = 60.0,
-    retries: Annotated[int, typer.Option(help="Further attempts after 429, 5xx or a broken connection", min=0)] = 2,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens per answer", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="Temperature; 0 takes the likeliest token", min=0)] = 0.0,
+    timeout: Annotated[float, typer.Option(help="Most seconds per answer")] = 60.0,
+    retries: Annotated[int, typer.Option(help="Attempts after 429, 5xx or a broken connection", min=0)] = 2,
     concurrency: Annotated[int, typer.Option(help="Pairs of requests at a time", min=1)] = 1,
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,

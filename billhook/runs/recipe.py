@@ -30,23 +30,19 @@ class TextOptions(BaseModel):
     model: Annotated[str, Field(description="Folder, .gguf file, Hugging Face name, or demo")] = "demo"
     set: Annotated[
         dict[str, bool | int | float | str],
-        Field(description="An option of the metrics or the evaluations, such as kind=vector; repeatable"),
+        Field(description="Option of a metric or evaluation: kind=vector; repeatable"),
     ] = {}
-    memory: Annotated[
-        str | None, Field(description="Memory for weights and activations, such as 4GB; less streams the model")
-    ] = None
-    data: Annotated[
-        str, Field(description="Calibration text: pydoc, a .txt, .jsonl or .parquet file, self, or a data set's name")
-    ] = "pydoc"
-    eval_data: Annotated[str | None, Field(description="Held-out text; left out, it is split off --data")] = None
-    field: Annotated[str, Field(description="The field of a .jsonl row that holds the text")] = "text"
-    seed: Annotated[int, Field(description="Seed of all that is drawn", ge=0)] = 0
-    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1, mps")] = "auto"
+    memory: Annotated[str | None, Field(description="Memory limit such as 4GB; a larger model is streamed")] = None
+    data: Annotated[str, Field(description="Calibration text: a file, a data set's name, pydoc or self")] = "pydoc"
+    eval_data: Annotated[str | None, Field(description="Held-out text [default: split off --data]")] = None
+    field: Annotated[str, Field(description="Field of a .jsonl row that holds the text")] = "text"
+    seed: Annotated[int, Field(description="Seed of every random choice", ge=0)] = 0
+    device: Annotated[str, Field(description="Device: auto, cpu, cuda, cuda:1, mps")] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Field(description="Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
     ] = "auto"
-    trust_remote_code: Annotated[bool, Field(description="Run Python code that the checkpoint brings")] = False
+    trust_remote_code: Annotated[bool, Field(description="Run Python code of the checkpoint")] = False
 
     @field_validator("set", "recover_set", mode="before", check_fields=False)
     @classmethod
@@ -80,20 +76,18 @@ class EvalOptions(TextOptions):
     """What an evaluation is told: `data` is what a pruning would calibrate on, of which the held-out half counts."""
 
     eval_tokens: Annotated[int, Field(description="Held-out tokens", ge=64)] = 16384
-    eval_length: Annotated[int, Field(description="Tokens a held-out sequence", ge=16)] = 512
+    eval_length: Annotated[int, Field(description="Tokens per held-out sequence", ge=16)] = 512
 
 
 class CalibrationOptions(TextOptions):
     """What a score is told: the model, and the text that it is scored on."""
 
-    loss: Annotated[
-        str, Field(description="What to keep low: kl, js, nll …, or task:FILE for a multiple-choice task")
-    ] = "kl"
+    loss: Annotated[str, Field(description="Objective to minimise: kl, js, nll, … or task:FILE")] = "kl"
     tokens: Annotated[int, Field(description="Calibration tokens", ge=16)] = 4096
-    length: Annotated[int, Field(description="Tokens a calibration sequence", ge=16)] = 128
-    self_share: Annotated[
-        float, Field(description="Of the calibration tokens, those that the model writes itself; 0: none", ge=0, lt=1)
-    ] = 0.0
+    length: Annotated[int, Field(description="Tokens per calibration sequence", ge=16)] = 128
+    self_share: Annotated[float, Field(description="Share of calibration tokens that the model writes", ge=0, lt=1)] = (
+        0.0
+    )
 
 
 class Recipe(CalibrationOptions, EvalOptions):
@@ -101,64 +95,48 @@ class Recipe(CalibrationOptions, EvalOptions):
 
     set: Annotated[
         dict[str, bool | int | float | str],
-        Field(description="An option of the search or the metric, such as front=0.4; repeatable"),
+        Field(description="Option of search or metric, such as front=0.4; repeatable"),
     ] = {}
-    self_share: Annotated[
-        float, Field(description="Of the calibration tokens, those that the model writes itself; 0: none", ge=0, lt=1)
-    ] = 0.5
+    self_share: Annotated[float, Field(description="Share of calibration tokens that the model writes", ge=0, lt=1)] = (
+        0.5
+    )
     about: Annotated[str, Field(description="What a recipe takes from its paper, and what it cannot know")] = ""
     remove: Annotated[
         str | None,
-        Field(description="What must go: 25% (of the parameters), 15sites, 3blocks, 30%kv, 20%ms …; repeatable"),
+        Field(description="How much to remove: 25%, 15sites, 3blocks, 30%kv …; repeatable"),
     ] = None
     plan: Annotated[
         str | None,
-        Field(
-            description="No search, remove this: attention.7,mlp.16, a plan file, a drop list of LLM-Drop or EvoPress"
-        ),
+        Field(description="Plan instead of a search: attention.7,mlp.16, or its file"),
     ] = None
     within: Annotated[
         str | None,
-        Field(description="As much as can go within a margin: 3%ppl, or 1pp:FILE (accuracy on a task)"),
+        Field(description="Margin instead of a size: 3%ppl, or 1pp:FILE"),
     ] = None
-    search: Annotated[str, Field(description="How to search; `billhook methods` lists the searches")] = "swap"
+    search: Annotated[str, Field(description="Search method, as `billhook methods` lists them")] = "swap"
     metric: Annotated[
         str | None,
-        Field(description="How to score sites first, for the searches oneshot, solve, span, narrow and joint"),
+        Field(description="Metric for oneshot, ilp, contiguous, rank_channels, joint"),
     ] = None
-    uniform: Annotated[bool, Field(description="Where sites become narrower: all blocks alike, in the stock shape")] = (
-        False
-    )
-    multiple: Annotated[
-        int, Field(description="Where sites become narrower: channels that stay are a multiple of it: 8, 32, 256", ge=1)
-    ] = 1
-    fast: Annotated[bool, Field(description="Race a round's candidates instead of proving which is best")] = False
-    shortlist: Annotated[
-        int, Field(description="With --fast: candidates a round, by the ranking of the rounds before", ge=2)
-    ] = 12
-    risk: Annotated[
-        float, Field(description="With --fast: risk of dropping the best candidate at one comparison", gt=0, lt=0.5)
-    ] = 0.05
-    audit: Annotated[bool, Field(description="With --fast: measure every round again in full, state the regret")] = (
-        False
-    )
-    protect: Annotated[str, Field(description="Sites that stay: attention.0,mlp.27-29, or blocks: 0-3,last2")] = ""
-    batch: Annotated[int, Field(description="With a budget in ms: sequences at a time", ge=1)] = 1
-    context: Annotated[int, Field(description="With a budget in ms: tokens before the one that is timed", ge=1)] = 128
-    recover: Annotated[
-        str, Field(description="What gets back what pruning took, in order: fold, or fold,lora; `billhook methods`")
-    ] = ""
-    fold_in_search: Annotated[
-        bool, Field(description="Judge the best candidates of a round after a fold of what they leave")
-    ] = False
+    uniform: Annotated[bool, Field(description="Equal widths in all blocks, which keep the stock shape")] = False
+    multiple: Annotated[int, Field(description="Widths in multiples of this: 8, 32, 256", ge=1)] = 1
+    fast: Annotated[bool, Field(description="Race the candidates of a round: faster, not exact")] = False
+    shortlist: Annotated[int, Field(description="Candidates in each round of --fast", ge=2)] = 12
+    risk: Annotated[float, Field(description="Risk of --fast to drop the best, per comparison", gt=0, lt=0.5)] = 0.05
+    audit: Annotated[bool, Field(description="Exact check of every round of --fast, with its regret")] = False
+    protect: Annotated[str, Field(description="Sites or blocks to keep: attention.0,mlp.27-29,0-3,last2")] = ""
+    batch: Annotated[int, Field(description="Sequences at a time, for a budget in ms", ge=1)] = 1
+    context: Annotated[int, Field(description="Tokens before the timed one, for a budget in ms", ge=1)] = 128
+    recover: Annotated[str, Field(description="Recovery methods to apply after pruning, in order: fold,lora")] = ""
+    fold_in_search: Annotated[bool, Field(description="Judge the best candidates of a round after a fold")] = False
     recover_set: Annotated[
         dict[str, bool | int | float | str],
-        Field(description="An option of a recovery, such as minutes=15 or lora.rank=8; repeatable"),
+        Field(description="Option of a recovery: minutes=15, lora.rank=8; repeatable"),
     ] = {}
-    recover_data: Annotated[str | None, Field(description="Text to recover on; left out, that of --data")] = None
-    recover_tokens: Annotated[int, Field(description="Tokens to recover on, or all that the text has", ge=64)] = 32768
-    recover_length: Annotated[int, Field(description="Tokens a sequence to recover on", ge=16)] = 256
-    stock: Annotated[bool, Field(description="Keep the stock shape: removed sites hold zeros, no speed-up")] = False
+    recover_data: Annotated[str | None, Field(description="Text for the recovery [default: that of --data]")] = None
+    recover_tokens: Annotated[int, Field(description="Tokens for the recovery at most", ge=64)] = 32768
+    recover_length: Annotated[int, Field(description="Tokens per sequence for the recovery", ge=16)] = 256
+    stock: Annotated[bool, Field(description="Stock shape: zeros in removed sites, no speed-up")] = False
 
     @field_validator("remove", mode="before")
     @classmethod
