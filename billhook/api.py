@@ -38,6 +38,7 @@ from billhook.engine.losses import ITEM_LOSSES, LOSSES, parse_loss
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate import EVALUATIONS, evaluate_by_name
 from billhook.methods.evaluate import speed as timing
+from billhook.methods.export import EXPORTS
 from billhook.methods.metrics import GROUP_METRICS, METRICS
 from billhook.methods.recover import RECOVERIES
 from billhook.methods.search import SEARCHES
@@ -341,7 +342,7 @@ def show(run: str, store: str | Path = STORE) -> StoredRun:
 
 def list_methods() -> list[dict[str, str]]:
     """Every registered method: family, name, what it does, source."""
-    families = (METRICS, GROUP_METRICS, LOSSES, ITEM_LOSSES, SEARCHES, RECOVERIES, EVALUATIONS)
+    families = (METRICS, GROUP_METRICS, LOSSES, ITEM_LOSSES, SEARCHES, RECOVERIES, EVALUATIONS, EXPORTS)
     return [row for registry in families for row in registry.describe()]
 
 

@@ -62,6 +62,7 @@ HEADINGS = {
     "search": "Searches",
     "recovery": "Recoveries",
     "evaluation": "Evaluations",
+    "export": "Exports",
 }
 SET = ("metric", "search", "recovery")  # whose options are typed, as --set or --recover-set NAME=VALUE
 

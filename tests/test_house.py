@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -197,6 +198,32 @@ def test_files_and_functions_keep_their_budgets(name: str) -> None:
 def test_no_file_is_a_drawer_for_everything() -> None:
     drawers = {"utils", "util", "common", "helpers", "helper", "types", "misc"}
     assert not [str(path) for path in HOUSE.rglob("*") if path.stem.strip("_") in drawers]
+
+
+# --- architectures -----------------------------------------------------------------------------------------------
+
+
+def module_names() -> set[str]:
+    """Every name of a module, a weight or a number of a module that a row or a constant of architectures.py holds."""
+    tree = ast.parse(NAMES["models.architectures"].read_text())
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    named = {part for text in texts if " " not in text for part in text.split(".") if "_" in part}
+    own = {field.name for field in fields(module("models.architectures").Architecture)}
+    return named - own - {*module("models.architectures").ARCHITECTURES} - WIDELY_KNOWN
+
+
+# What every config of transformers has, or what Billhook calls by these names too.
+WIDELY_KNOWN = {"hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "model_type", "text_config"}
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"models.architectures", "models.modeling_billhook"}))
+def test_only_the_table_of_architectures_knows_the_names_of_modules(name: str) -> None:
+    known = module_names()
+    assert {"q_proj", "gate_up_proj", "query_key_value", "post_attention_layernorm", "layer_types"} <= known
+    tree = ast.parse(NAMES[name].read_text())
+    words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    words |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not {word for word in words if known & set(word.split("."))}
 
 
 # --- docstrings --------------------------------------------------------------------------------------------------

@@ -4,31 +4,85 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from billhook.core.errors import UnknownName, UsageError, nearest
 
 F = TypeVar("F", bound=Callable[..., object])
 
+T = TypeVar("T")
 V = TypeVar("V")
 
 
-class Registry(Generic[F]):
-    """Functions of one family under their own names.
+class Entries(Generic[T]):
+    """Values of one family by name, those of other packages included.
 
     `family`: what messages call it. `group`: the entry-point group by which other packages add theirs, `billhook.` and
-    a name without spaces; the value of an entry is the function itself.
+    a name without spaces; the value of an entry is the value itself. `fits` tells whether a value is of the family.
     """
 
-    def __init__(self, family: str, group: str = "") -> None:
+    def __init__(
+        self,
+        family: str,
+        entries: Mapping[str, T] | None = None,
+        *,
+        group: str = "",
+        fits: Callable[[object], bool] = callable,
+    ) -> None:
         self.family = family
         self.group = f"billhook.{group or family}"
         if not re.fullmatch(r"billhook\.[a-z_]+", self.group):
-            raise ValueError(f"{self.group!r} is no entry-point group. Use small letters and _ only.")
-        self._entries: dict[str, F] = {}
+            raise ValueError(f"{self.group!r} is not an entry-point group. Use small letters and _ only.")
+        self._fits = fits
+        self._entries: dict[str, T] = dict(entries or {})
+
+    def __contains__(self, name: object) -> bool:
+        if name not in self._entries:
+            self._load_entry_points()
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self:
+            raise UnknownName(self.family, name, self._entries, " `billhook methods` describes them.")
+        return self._entries[name]
+
+    def get(self, name: str) -> T | None:
+        """Return the entry `name`, or None if there is none."""
+        return self._entries[name] if name in self else None
+
+    def __iter__(self) -> Iterator[str]:
+        self._load_entry_points()
+        return iter(sorted(self._entries))
+
+    def _load_entry_points(self) -> None:
+        for entry in entry_points(group=self.group):
+            if entry.name not in self._entries:
+                self._entries[entry.name] = self._loaded(entry)
+
+    def _loaded(self, entry: EntryPoint) -> T:
+        """Return the value of an entry point. Raises UsageError where its package is broken, and says which."""
+        package = entry.dist.name if entry.dist is not None else entry.module
+        told = f"The package {package} offers the {self.family} {entry.name} as {entry.value}, and"
+        try:
+            value: Any = entry.load()
+        except Exception as error:  # code of others, which may fail in any way
+            raise UsageError(
+                f"{told} importing it failed ({type(error).__name__}: {error}). Repair it, or type: pip uninstall "
+                f"{package}"
+            ) from error
+        if not self._fits(value):
+            raise UsageError(f"{told} that is {value!r}, no {self.family}. Repair it, or type: pip uninstall {package}")
+        return value  # type: ignore[no-any-return]
+
+
+class Registry(Entries[F]):
+    """Functions of one family under their own names."""
+
+    def __init__(self, family: str, group: str = "") -> None:
+        super().__init__(family, group=group)
 
     def add(self, function: F) -> F:
         """Add `function` under its own name."""
@@ -37,34 +91,9 @@ class Registry(Generic[F]):
             raise ValueError(f"Two of the {self.family} are called {name!r}. Rename one of them.")
         return function
 
-    def __contains__(self, name: object) -> bool:
-        if name not in self._entries:
-            self._load_entry_points()
-        return name in self._entries
-
-    def __getitem__(self, name: str) -> F:
-        if name not in self._entries:
-            self._load_entry_points()
-        if name not in self._entries:
-            raise UnknownName(self.family, name, self._entries, " `billhook methods` describes them.")
-        return self._entries[name]
-
-    def get(self, name: str) -> F | None:
-        """Return the entry `name`, or None if there is none."""
-        return self._entries[name] if name in self else None
-
-    def __iter__(self) -> Iterator[str]:
-        self._load_entry_points()
-        return iter(sorted(self._entries))
-
     def describe(self) -> list[dict[str, Any]]:
         """One row an entry: family, name, and what its docstring and its signature tell: see `parse_docstring`."""
         return [{"family": self.family, "name": name, **parse_docstring(self[name])} for name in self]
-
-    def _load_entry_points(self) -> None:
-        for entry in entry_points(group=self.group):
-            if entry.name not in self._entries:
-                self._entries[entry.name] = entry.load()
 
 
 class RegistryWithFacts(Registry[F], Generic[F, V]):

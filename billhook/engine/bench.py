@@ -19,6 +19,7 @@ from billhook.engine.losses import ITEM_LOSSES, loss_facts
 from billhook.engine.prefix_trie import StreamCache, Walk, WalkJob
 from billhook.engine.racing import Quality, Sums
 from billhook.engine.single_plan import NarrowedWalk, RepairedWalk
+from billhook.models.architectures import widest
 from billhook.models.device import CHUNK_TOKENS, dtype_name, free_memory
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import Repair
@@ -100,7 +101,7 @@ class Measurer:
         if memory is None:
             return free_memory(self.teacher.device) // 2
         config = self.teacher.model.config
-        wide = max(int(getattr(config, "intermediate_size", None) or 0), 4 * int(config.hidden_size))
+        wide = widest(config)
         working = 4 * (self.runner.chunk * 4 * wide + HEAD_TOKENS_AT_A_TIME * VOCABULARY_AT_A_TIME)
         if self.teacher.weights is not None:  # a piece of the head as it is stored, and in float32
             working += 6 * VOCABULARY_AT_A_TIME * int(config.hidden_size)

@@ -16,22 +16,19 @@ from torch import nn
 
 from billhook.core.anatomy import GroupSize
 from billhook.core.plan import Part
+from billhook.models.architectures import (
+    CONFIG_FIELDS,
+    MODULE_WIDTHS,
+    OF_EXPERTS_ONLY,
+    Architecture,
+    Config,
+    head_dim,
+    head_numbers,
+)
 from billhook.models.modeling_billhook import set_attributes, set_parameter
 from billhook.models.transformers_internals import inputs_first, is_linear
 
-Config = Any  # a transformers config
 GroupIndices = torch.Tensor  # [groups, entries]: entries of each group along an axis
-MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h")
-MLP_OUTPUTS = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
-ATTENTION_INPUTS = ("q_proj", "qkv_proj", "c_attn", "query_key_value")
-ATTENTION_OUTPUTS = ("o_proj", "dense", "out_proj", "c_proj")
-OF_EXPERTS = 8  # neurons of an expert come in so many: grouped products want 16 bytes between rows, in bfloat16 too
-
-# What configs call the widths of a part; the first that one has counts.
-CONFIG_FIELDS: dict[Part, tuple[str, ...]] = {
-    "attention": ("num_attention_heads", "num_key_value_heads", "num_kv_heads"),
-    "mlp": ("moe_intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim", "intermediate_size"),
-}
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,8 @@ class ChannelLayout:
 
     `output`: the slot whose entries turn a group's channels into output. `heads`: query heads of a group, 0 of neurons;
     `own_kv`: whether a group has keys and values of its own. `experts`: groups are numbered expert by expert.
-    `norms`: parameters of norms over all groups together.
+    `norms`: parameters of norms over all groups together. `never_zero`: slots whose entries stay where a group that is
+    removed holds zeros: norms and sinks of its heads.
     """
 
     groups: int
@@ -62,16 +60,12 @@ class ChannelLayout:
     own_kv: bool = False
     experts: int = 1
     norms: tuple[str, ...] = ()
+    never_zero: tuple[str, ...] = ()
 
 
-def find_layout(block: nn.Module, part: Part, path: str, config: Config) -> ChannelLayout | str:
-    """The layout of a part, whose modules lie at `path` in its block ("" : in the block itself); or why it has none."""
-    return _attention(block, path, config) if part == "attention" else _mlp(block, path)
-
-
-def _called(module: nn.Module, names: Sequence[str]) -> str | None:
-    """The first of `names` that a module has."""
-    return next((name for name in names if hasattr(module, name)), None)
+def find_layout(block: nn.Module, part: Part, row: Architecture, config: Config) -> ChannelLayout | str:
+    """Return the layout of a part of a block, whose architecture has `row`; or why the part has none."""
+    return _attention(block, row, config) if part == "attention" else _mlp(block, row)
 
 
 def _linears(module: nn.Module) -> set[str]:
@@ -79,12 +73,12 @@ def _linears(module: nn.Module) -> set[str]:
     return {name for name, inside in module.named_children() if is_linear(inside)}
 
 
-def _unknown(module: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> str:
+def _unknown(module: nn.Module, inputs: Sequence[str], output: str) -> str:
     """Why a part whose linear modules have other names has no groups."""
     has = ", ".join(sorted(_linears(module))) or "none"
     return (
-        f"its linear modules are {has}, and known are {' or '.join(inputs)} before {' or '.join(outputs)} "
-        "(billhook/width.py)"
+        f"its linear modules are {has}, and its architecture names {', '.join(inputs)} before {output} "
+        "(billhook/models/architectures.py)"
     )
 
 
@@ -116,104 +110,100 @@ def _outputs_of(module: nn.Module) -> int:
     return int(weight.shape[1 if inputs_first(module) else 0])
 
 
-def head_dim(config: Config) -> int:
-    """Channels of one head."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
 # -- attention ------------------------------------------------------------------------------------------------------
 
 
-def _attention(block: nn.Module, path: str, config: Config) -> ChannelLayout | str:
+def _attention(block: nn.Module, row: Architecture, config: Config) -> ChannelLayout | str:
     """KV groups with their query heads; where all heads share one key and value, single query heads."""
+    path = row.attention
     module, dim = block.get_submodule(path), head_dim(config)
-    if getattr(config, "alibi", False):
-        return "its ALiBi slopes are made for all heads at once"
-    if getattr(module, "qk_layernorm", False) and hasattr(getattr(module, "q_layernorm", None), "norms"):
-        return "each head has a norm module of its own"
-    output, fused = _called(module, ATTENTION_OUTPUTS), _called(module, ATTENTION_INPUTS)
-    apart = ("k_proj", "v_proj") if fused == "q_proj" else ()
-    if output is None or fused is None or _linears(module) != {output, fused, *apart}:
-        return _unknown(module, ("q_proj, k_proj, v_proj", *ATTENTION_INPUTS[1:]), ATTENTION_OUTPUTS)
-    heads = _inputs_of(getattr(module, output)) // dim
-    rows = _outputs_of(getattr(module, fused)) // dim
-    ratio = max(1, int(config.num_attention_heads) // int(getattr(config, "num_kv_heads", 0) or 1))  # of falcon
-    shared = _multi_query(config)
+    if reason := row.no_groups(module, config):
+        return reason
+    if _linears(module) != {row.attention_output, *row.attention_inputs}:
+        return _unknown(module, row.attention_inputs, row.attention_output)
+    first = row.attention_inputs[0]
+    heads = _inputs_of(getattr(module, row.attention_output)) // dim
+    rows = _outputs_of(getattr(module, first)) // dim
+    shared = row.shared_kv(config)
     if shared:
         kv = 1
-    elif fused == "q_proj":
-        kv = _outputs_of(module.k_proj) // dim  # type: ignore[arg-type]
-    elif fused != "query_key_value":
+    elif row.fused_attention == "in turn":
         kv = (rows - heads) // 2
+    elif row.fused_attention == "by group":
+        kv = rows // (row.queries_per_group(config) + 2)
     else:
-        kv = rows // (ratio + 2) if getattr(config, "new_decoder_architecture", False) else heads
+        kv = _outputs_of(getattr(module, row.attention_inputs[1])) // dim
     groups, each = (heads, 1) if shared else (kv, heads // kv)
     slots: list[ParameterSlice] = []
     queries = _rows(groups, each * dim)
-    if fused == "q_proj":
-        slots += _slots(block, f"{path}.q_proj", queries)
-        for name in () if shared else ("k_proj", "v_proj"):
-            slots += _slots(block, f"{path}.{name}", _rows(groups, dim))
-    elif fused != "query_key_value":  # all queries, all keys, all values
+    if row.fused_attention == "in turn":  # all queries, all keys, all values
         own = () if shared else tuple(_rows(groups, dim, (heads + i * kv) * dim) for i in range(2))
-        slots += _slots(block, f"{path}.{fused}", torch.cat([queries, *own], 1))
-    else:  # group by group: its queries, its key, its value
-        slots += _slots(block, f"{path}.{fused}", queries if shared else _rows(groups, (each + 2) * dim))
-    norms = []
-    for name, count in (("q_norm", each), ("k_norm", 0 if shared else 1)):
+        slots += _slots(block, f"{path}.{first}", torch.cat([queries, *own], 1))
+    elif row.fused_attention == "by group":  # its queries, its key, its value
+        slots += _slots(block, f"{path}.{first}", queries if shared else _rows(groups, (each + 2) * dim))
+    else:
+        slots += _slots(block, f"{path}.{first}", queries)
+        for name in () if shared else row.attention_inputs[1:]:
+            slots += _slots(block, f"{path}.{name}", _rows(groups, dim))
+    of_heads, norms = _of_heads(module, row, (groups, each, 0 if shared else 1), dim)
+    last = _output(block, f"{path}.{row.attention_output}", queries)
+    never_zero = tuple(slot.name for slot in of_heads)
+    return ChannelLayout(groups, (*slots, *of_heads, last), last, each, not shared, norms=norms, never_zero=never_zero)
+
+
+def _of_heads(
+    module: nn.Module, row: Architecture, counts: tuple[int, int, int], dim: int
+) -> tuple[list[ParameterSlice], tuple[str, ...]]:
+    """Slots of what heads have of their own besides channels, and which of them are norms over all heads together.
+
+    `counts`: groups, queries a group, keys a group.
+    """
+    path, (groups, queries, keys) = row.attention, counts
+    slots, norms = [], []
+    for name, count in zip(row.head_norms, (queries, keys), strict=True):
         weight = getattr(getattr(module, name, None), "weight", None)
         if weight is None or tuple(weight.shape) == (dim,) or not count:
             continue  # none, or one that all heads share
         together = weight.dim() == 1
         norms += [f"{path}.{name}"] if together else []
         slots.append(ParameterSlice(f"{path}.{name}.weight", 0, _rows(groups, count * dim if together else count)))
-    if hasattr(module, "sinks"):
-        slots.append(ParameterSlice(f"{path}.sinks", 0, _rows(groups, each)))
-    last = _output(block, f"{path}.{output}", queries)
-    return ChannelLayout(groups, (*slots, last), last, each, not shared, norms=tuple(norms))
-
-
-def _multi_query(config: Config) -> bool:
-    """Whether all heads of the unpruned model share one key and value."""
-    if hasattr(config, "multi_query"):  # falcon
-        return bool(config.multi_query and not config.new_decoder_architecture)
-    return getattr(config, "num_key_value_heads", None) == 1
+    if hasattr(module, row.head_sinks):
+        slots.append(ParameterSlice(f"{path}.{row.head_sinks}", 0, _rows(groups, queries)))
+    return slots, tuple(norms)
 
 
 # -- mlp ------------------------------------------------------------------------------------------------------------
 
 
-def _mlp(block: nn.Module, path: str) -> ChannelLayout | str:
+def _mlp(block: nn.Module, row: Architecture) -> ChannelLayout | str:
     """Neurons: an entry of each input's outputs and of the output's inputs."""
+    path = row.path("mlp")
     module = block.get_submodule(path)
     before = f"{path}." if path else ""
-    if hasattr(module, "experts"):
-        return _experts(module.experts, f"{before}experts.")  # type: ignore[arg-type]
-    output = _called(module, MLP_OUTPUTS)
-    inputs = [name for name in MLP_INPUTS if hasattr(module, name)]
-    if output is None or not inputs or (path and _linears(module) != {output, *inputs}):
-        return _unknown(module, MLP_INPUTS, MLP_OUTPUTS)
-    neurons = _inputs_of(getattr(module, output))
-    slots = []
-    for name in inputs:
-        index = _rows(neurons, 1)
-        both = torch.cat([index, neurons + index], 1) if name == "gate_up_proj" else index
-        slots += _slots(block, f"{before}{name}", both)
-    last = _output(block, f"{before}{output}", _rows(neurons, 1))
+    if hasattr(module, row.experts):
+        return _experts(getattr(module, row.experts), f"{before}{row.experts}.", row)
+    wanted = {row.mlp_output, *row.mlp_inputs}
+    if not wanted <= _linears(module) or (path and _linears(module) != wanted):
+        return _unknown(module, row.mlp_inputs, row.mlp_output)
+    neurons = _inputs_of(getattr(module, row.mlp_output))
+    index = _rows(neurons, 1)
+    both = torch.cat([index, neurons + index], 1) if row.fused_mlp else index
+    slots = [slot for name in row.mlp_inputs for slot in _slots(block, f"{before}{name}", both)]
+    last = _output(block, f"{before}{row.mlp_output}", index)
     return ChannelLayout(neurons, (*slots, last), last)
 
 
-def _experts(module: nn.Module, before: str) -> ChannelLayout | str:
-    """Neurons of stacked experts. GPT-OSS has its weights [experts, inputs, outputs], gate and up in turn."""
-    turned = bool(getattr(module, "is_transposed", False)) or hasattr(module, "gate_up_proj_bias")
-    down: torch.Tensor = module.down_proj  # type: ignore[assignment]
+def _experts(module: nn.Module, before: str, row: Architecture) -> ChannelLayout:
+    """Neurons of stacked experts, [experts, outputs, inputs], or turned, gate and up in turn."""
+    turned = row.gate_and_up_in_turn
+    down: torch.Tensor = getattr(module, row.expert_output)
     experts, neurons = int(down.shape[0]), int(down.shape[1 if turned else 2])
     index = _rows(neurons, 1)
     both = _rows(neurons, 2) if turned else torch.cat([index, neurons + index], 1)
-    slots = [ParameterSlice(f"{before}gate_up_proj", 2 if turned else 1, both)]
-    if hasattr(module, "gate_up_proj_bias"):
-        slots.append(ParameterSlice(f"{before}gate_up_proj_bias", 1, both))
-    last = ParameterSlice(f"{before}down_proj", 1 if turned else 2, index)
+    slots = [ParameterSlice(f"{before}{row.expert_input}", 2 if turned else 1, both)]
+    if hasattr(module, f"{row.expert_input}_bias"):
+        slots.append(ParameterSlice(f"{before}{row.expert_input}_bias", 1, both))
+    last = ParameterSlice(f"{before}{row.expert_output}", 1 if turned else 2, index)
     return ChannelLayout(experts * neurons, (*slots, last), last, experts=experts)
 
 
@@ -244,9 +234,7 @@ def config_fields(layout: ChannelLayout, count: int, config: Config) -> dict[str
     if layout.heads:
         heads, *kv = config_field_names("attention", config)
         return {heads: count * layout.heads} | dict.fromkeys(kv, count if layout.own_kv else 1)
-    names = [
-        name for name in config_field_names("mlp", config) if name != "moe_intermediate_size" or layout.experts > 1
-    ]
+    names = [name for name in config_field_names("mlp", config) if name != OF_EXPERTS_ONLY or layout.experts > 1]
     return {names[0]: count // layout.experts}
 
 
@@ -289,9 +277,9 @@ def kept_tensor(
 
 
 def cut_channels(
-    block: nn.Module, path: str, layout: ChannelLayout, config: Config, kept: list[list[int]]
+    block: nn.Module, row: Architecture, layout: ChannelLayout, config: Config, kept: list[list[int]]
 ) -> dict[str, Any]:
-    """Cut the part of a block at `path` in place to the groups that stay; returns what a checkpoint must tell of it.
+    """Cut the part of a block that has `layout` in place to the groups that stay; returns what a checkpoint must tell of it.
 
     The parameters are new, the old ones untouched. A norm over all heads keeps its divisor: less of its input is left,
     and what is gone counts as zero, so that its weight and its epsilon carry the ratio.
@@ -307,36 +295,24 @@ def cut_channels(
         set_parameter(block, slot.name, tensor.contiguous())
         shapes[slot.name] = list(tensor.shape)
     if layout.heads:
-        attributes[path] = _numbers(block.get_submodule(path), layout, count, config)
+        heads, kv = count * layout.heads, count if layout.own_kv else 1
+        module = block.get_submodule(row.attention)
+        attributes[row.attention] = head_numbers(module, row, heads, kv, head_dim(config))
     else:
-        where = layout.output.name.rpartition(".")[0] if layout.experts > 1 else path
+        where = layout.output.name.rpartition(".")[0] if layout.experts > 1 else row.path("mlp")
         module = block.get_submodule(where)
-        names = [name for name in ("intermediate_size", "intermediate_dim") if hasattr(module, name)]
+        names = [name for name in MODULE_WIDTHS if hasattr(module, name)]
         attributes[where] = dict.fromkeys(names, count // layout.experts)
     attributes = {name: values for name, values in attributes.items() if values}
     set_attributes(block, attributes)
     return {"shapes": shapes, "attributes": attributes}
 
 
-def _numbers(module: Any, layout: ChannelLayout, count: int, config: Config) -> dict[str, Any]:
-    """What an attention module must know of its heads, under whichever names it keeps that."""
-    heads = count * layout.heads
-    kv = count if layout.own_kv else 1
-    values = {
-        "num_heads": heads, "num_key_value_heads": kv, "num_key_value_groups": heads // kv, "num_kv_heads": kv,
-        "split_size": heads * head_dim(config),
-    }  # fmt: skip
-    told: dict[str, Any] = {name: value for name, value in values.items() if hasattr(module, name)}
-    if hasattr(module, "qkv_proj"):  # phi3 asks its config
-        told["config"] = {"num_attention_heads": heads, "num_key_value_heads": kv}
-    return told
-
-
 def zeroed_weights(block: nn.Module, layout: ChannelLayout, kept: list[list[int]]) -> Mapping[str, torch.Tensor]:
     """Parameters of a part in whole, zero where groups do not stay: {name in the block: tensor}. Norms stay."""
     told: dict[str, torch.Tensor] = {}
     for slot in layout.slots:
-        if "norm" in slot.name or slot.name.endswith("sinks"):
+        if slot.name in layout.never_zero:
             continue
         tensor = block.get_parameter(slot.name).detach().clone()
         for expert, places in enumerate(kept):

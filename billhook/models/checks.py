@@ -12,7 +12,6 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from billhook.core.errors import ModelError
 from billhook.models import architectures
@@ -71,10 +70,10 @@ def _check_config(raw: dict[str, Any], trust_remote_code: bool) -> None:
         )
     if not model_type:
         raise ModelError("config.json names no model_type, so its architecture is unknown. Download the file again.")
-    blocks, layer_types = raw.get("num_hidden_layers"), raw.get("layer_types")
-    if isinstance(layer_types, list) and isinstance(blocks, int) and len(layer_types) != blocks:
+    blocks, kinds = raw.get("num_hidden_layers"), raw.get(architectures.BLOCK_KINDS)
+    if isinstance(kinds, list) and isinstance(blocks, int) and len(kinds) != blocks:
         raise ModelError(
-            f"config.json says num_hidden_layers={blocks} but lists {len(layer_types)} layer_types. One of them is "
+            f"config.json says num_hidden_layers={blocks} but lists {len(kinds)} {architectures.BLOCK_KINDS}. One of them is "
             "wrong; download config.json again."
         )
     try:
@@ -109,32 +108,9 @@ def _suggestion(config: Any) -> str:
     try:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
-        return suggest_architecture(model, config)
+        return architectures.suggest_architecture(model, config)
     except Exception as error:  # a foreign architecture may fail in any way; the suggestion is a courtesy
         return f"none suggests itself ({type(error).__name__})"
-
-
-def suggest_architecture(model: nn.Module, config: Any) -> str:
-    """The row that is probably missing for an unknown model, as text: only a suggestion, never used."""
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
-    ]
-    if len(found) != 1:
-        return f"it has {len(found)} lists of {config.num_hidden_layers} blocks, so no row suggests itself"
-    path, blocks = found[0]
-    names = [name for name, _ in blocks[0].named_children()]
-    attention = next((n for n in names if "att" in n and "norm" not in n), "?")
-    mlp = [n for n in names if n in ("mlp", "ffn", "feed_forward") or ("mlp" in n and "norm" not in n)][:1]
-    matrices = {n for n, module in blocks[0].named_children() if any(p.dim() > 1 for p in module.parameters())}
-    mlp = mlp or [n for n in names if n in matrices and n != attention] or ["?"]
-    given = ", ".join(f'"{n}"' for n in mlp) + "," * (len(mlp) == 1)
-    norms = [n for n in names if "norm" in n or n.startswith("ln")]
-    return (
-        f'"{config.model_type}": Row(blocks="{path}", attention="{attention}", mlp=({given}), '
-        f"attention_norms=…, mlp_norms=…)   # norms of a block: {', '.join(norms) or 'none'}"
-    )
 
 
 def _inside(folder: Path, path: Path) -> None:

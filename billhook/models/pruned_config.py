@@ -9,8 +9,9 @@ import torch
 import transformers
 from torch import nn
 
+from billhook.core.errors import ModelError
 from billhook.core.plan import Site
-from billhook.models import architectures, channel_groups
+from billhook.models import architectures
 from billhook.models.modeling_billhook import pruned_classes
 from billhook.models.transformers_internals import stock_classes
 
@@ -18,7 +19,13 @@ from billhook.models.transformers_internals import stock_classes
 def register() -> None:
     """Teach transformers the model types that Billhook writes, so that they load without trust_remote_code."""
     for model_type in architectures.ARCHITECTURES:
-        config_class, model_class = pruned_classes(*stock_classes(model_type))
+        try:
+            config_class, model_class = pruned_classes(*stock_classes(model_type))
+        except (ValueError, KeyError) as error:
+            raise ModelError(
+                f"There is a row for the architecture {model_type}, and transformers {transformers.__version__} knows no "
+                "causal language model of that type. Upgrade transformers, or uninstall the package that adds the row."
+            ) from error
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         transformers.AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
@@ -45,7 +52,7 @@ def fits_stock_shape(student: Any, narrow: dict[Site, dict[str, Any]], base: str
         if any(widths.setdefault(name, number) != number for name, number in entry["fields"].items()):
             return False
     if any(site.part == "attention" for site in narrow):
-        widths["head_dim"] = channel_groups.head_dim(student.config)
+        widths["head_dim"] = architectures.head_dim(student.config)
     config = copy.deepcopy(student.config)
     config.__class__, model = stock_classes(base)
     config.__dict__.pop("model_type", None)

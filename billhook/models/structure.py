@@ -11,7 +11,15 @@ from billhook.core.anatomy import Anatomy, SharedNorms, SiteSize, Unassigned
 from billhook.core.errors import ModelError, PlanError
 from billhook.core.plan import PARTS, Part, Site, parse_ranges
 from billhook.models import channel_groups
-from billhook.models.architectures import Architecture, Config, architecture_of, base_type
+from billhook.models.architectures import (
+    EXPERT_MULTIPLE,
+    Architecture,
+    Config,
+    architecture_of,
+    base_type,
+    experts_per_token,
+    head_dim,
+)
 from billhook.models.modeling_billhook import PatchModule
 from billhook.models.transformers_internals import inputs_first, is_linear
 
@@ -25,7 +33,7 @@ def blocks_of(model: nn.Module, row: Architecture) -> nn.ModuleList:
     if not isinstance(blocks, nn.ModuleList):
         raise ModelError(
             f"{row.blocks} is a {type(blocks).__name__} and not a list of blocks, where its architecture keeps the "
-            "blocks. Correct its row in billhook/arch.py."
+            "blocks. Correct its row in billhook/models/architectures.py."
         )
     return blocks
 
@@ -38,7 +46,7 @@ def site_modules(block: nn.Module, part: Part, row: Architecture, config: Config
     if missing := [name for name in wanted if not hasattr(block, name)]:
         raise ModelError(
             f"A block of this model has no {', '.join(missing)}, which its architecture names as its {part}: it has "
-            f"{', '.join(name for name, _ in block.named_children())}. Correct its row in billhook/arch.py."
+            f"{', '.join(name for name, _ in block.named_children())}. Correct its row in billhook/models/architectures.py."
         )
     return [getattr(block, name) for name in wanted]
 
@@ -48,11 +56,10 @@ def output_projection(block: nn.Module, part: Part, row: Architecture, config: C
 
     Mixtures of experts have none: each token has its own.
     """
-    inside = {"attention": row.attention_output, "mlp": row.mlp_output}[part]
-    if inside is None:
+    if row.norm_before_sum:
         return None
-    whole = row.parts(block, config)[part]["zero"][0]
-    name = f"{whole}.{inside}" if inside else whole
+    inside = {"attention": row.attention_output, "mlp": row.mlp_output}[part]
+    name = f"{row.path(part)}.{inside}".removeprefix(".")
     try:
         module = block.get_submodule(name)
     except AttributeError:
@@ -81,7 +88,7 @@ def as_outputs_by_inputs(block: nn.Module, name: str, value: torch.Tensor) -> to
 
 def channel_layout(block: nn.Module, part: Part, row: Architecture, config: Config) -> channel_groups.ChannelLayout:
     """The channel groups of a part of a block. Raises PlanError where it has none, and says why."""
-    of = channel_groups.find_layout(block, part, row.path(part), config)
+    of = channel_groups.find_layout(block, part, row, config)
     if isinstance(of, str):
         raise PlanError(f"This {part} cannot be narrowed: {of}. Remove it whole, or leave it.")
     return of
@@ -102,7 +109,7 @@ def anatomy(
     already lacks; `item_bytes`: bytes of one parameter or cache entry in the checkpoint's dtype.
     """
     row, gone = architecture_of(config), set(removed)
-    kv_bytes = 2 * row.kv_heads(config) * channel_groups.head_dim(config) * item_bytes
+    kv_bytes = 2 * row.kv_heads(config) * head_dim(config) * item_bytes
     sizes: list[SiteSize] = []
     shared: list[SharedNorms] = []
     owned: set[int] = set()
@@ -115,7 +122,7 @@ def anatomy(
             parameters = _parameters(modules)
             owned |= {id(p) for p in parameters}
             count = sum(p.numel() for p in parameters)
-            of = channel_groups.find_layout(block, part, row.path(part), config)
+            of = channel_groups.find_layout(block, part, row, config)
             kv, group = (kv_bytes if part == "attention" else 0), None
             mine: tuple[int, ...] = ()
             experts = channels = 1
@@ -123,10 +130,10 @@ def anatomy(
                 experts, channels = of.experts, int(of.output.index.shape[1]) // max(1, of.heads)
                 mine, whole = channel_group_ids(config, site, of.groups)
                 kv = kv * of.groups // whole if of.own_kv else kv
-                picked = getattr(config, "num_experts_per_tok", None) or 1
+                picked = experts_per_token(config)
                 group = channel_groups.group_size(block, of, item_bytes, kv, picked)
             flops = _flops(modules, config)
-            step = 1 if experts == 1 else channel_groups.OF_EXPERTS
+            step = 1 if experts == 1 else EXPERT_MULTIPLE
             sizes.append(SiteSize(site, count, count * item_bytes, kv, flops, 0, mine, group, experts, channels, step))
         common = [p for p in _parameters([block]) if id(p) not in owned]
         patched = any(isinstance(module, PatchModule) for module in block.modules())  # then the block never goes
@@ -149,7 +156,7 @@ def _parameters(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
 
 def _flops(modules: Iterable[nn.Module], config: Config) -> int:
     """2 per weight that one token meets; of the experts (3-d weights) only those that the router picks."""
-    picked = getattr(config, "num_experts_per_tok", None) or 1
+    picked = experts_per_token(config)
     flops = 0
     for module in modules:
         for name, p in module.named_parameters():

@@ -23,7 +23,7 @@ from billhook.models.modeling_billhook import number_caches, pruned_classes, rem
 from billhook.models.pruned_config import fits_stock_shape, write_config
 from billhook.models.repair import NO_REPAIR, Patch, Repair, add_bias, patch_module
 from billhook.models.streaming import StreamedWeights
-from billhook.models.transformers_internals import forget_layer_pattern, stock_classes
+from billhook.models.transformers_internals import stock_classes
 
 
 def zeroed_block_weights(teacher: Teacher, plan: Plan, position: int, block: nn.Module) -> dict[str, torch.Tensor]:
@@ -70,9 +70,6 @@ _Cut = tuple[
 ]  # of which layout, which slot, and what stays of each expert
 COPY_BYTES = 3 * 10**8  # of a shard of a model that is never in memory as a whole
 
-# Lists in a config that hold one entry a block.
-PER_BLOCK_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "kv_sharing_modes")
-
 
 @undisturbed
 def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair = NO_REPAIR) -> Any:
@@ -116,7 +113,7 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
         number_caches(student.get_submodule(path), {})
         if lacking:
             told["zeroed"] = [str(s) for s in lacking]
-            _zero(student, path, kept, lacking, parts)
+            _zero(student, row, kept, lacking)
     else:
         told |= {"blocks_path": path, "parts": parts}
         config.__class__, student.__class__ = pruned_classes(*stock_classes(base))
@@ -146,7 +143,7 @@ def _narrowed(student: Any, teacher: Teacher, plan: Plan, repair: Repair) -> dic
         if site not in plan.removed:
             index = teacher.positions.index(site.block)
             own: dict[str, Any] = next((entry for key, entry in before.items() if int(key) == index), {})
-            fields = {name: own[name] for name in channel_groups.CONFIG_FIELDS[site.part] if name in own}
+            fields = {name: own[name] for name in architectures.CONFIG_FIELDS[site.part] if name in own}
             alike = {name: getattr(config, name) for name in channel_groups.config_field_names(site.part, config)}
             entries[site] = {"groups": groups, "fields": fields or alike}
             if (module := told.get("narrow", {}).get(f"{site.part}.{index}")) is not None:  # else the config says it
@@ -162,7 +159,7 @@ def _narrowed(student: Any, teacher: Teacher, plan: Plan, repair: Repair) -> dic
                 "memory. Narrow its attentions, with --set parts=mha, or give it more --memory."
             )
         module = channel_groups.cut_channels(
-            block, row.path(part), of, config, channel_groups.kept_positions(of, alive, each.groups)
+            block, row, of, config, channel_groups.kept_positions(of, alive, each.groups)
         )
         output = of.output.name.removesuffix(".weight")
         if each.site in repair.biases:
@@ -279,28 +276,16 @@ def _set_blocks(student: Any, path: str, indices: list[int]) -> None:
     owner, _, name = path.rpartition(".")
     setattr(student.get_submodule(owner), name, nn.ModuleList(blocks[i] for i in indices))
     config.per_layer_config = None
-    lists = {name: getattr(config, name, None) for name in PER_BLOCK_LISTS}
-    trimmed: dict[str, Any] = {name: [old[i] for i in indices] for name, old in lists.items() if old}
-    if getattr(config, "mlp_only_layers", None) is not None:  # qwen3_moe: say which blocks are dense, one by one
-        step = config.decoder_sparse_step
-        experts = getattr(config, "num_experts", 0)
-        dense = [i in config.mlp_only_layers or not (experts > 0 and (i + 1) % step == 0) for i in range(len(blocks))]
-        trimmed |= {"mlp_only_layers": [new for new, old in enumerate(indices) if dense[old]], "decoder_sparse_step": 1}
-    if getattr(config, "max_window_layers", None) is not None:  # the first so many blocks see everything
-        trimmed["max_window_layers"] = sum(i < config.max_window_layers for i in indices)
-    forget_layer_pattern(config)
-    config.num_hidden_layers = len(indices)
-    for key, value in trimmed.items():
-        setattr(config, key, value)
+    architectures.keep_blocks(config, indices, len(blocks))
 
 
-def _zero(student: Any, path: str, kept: list[int], sites: list[Site], parts: dict[str, dict[str, Any]]) -> None:
+def _zero(student: Any, row: architectures.Architecture, kept: list[int], sites: list[Site]) -> None:
     """New zero tensors in the place of every weight of `sites`; their norms stay. The teacher's are not touched."""
-    blocks = student.get_submodule(path)
+    blocks = student.get_submodule(row.blocks)
     for site in sites:
-        names = parts[site.part]
-        inner = [n for n in names["drop"] if "norm" not in n and not n.startswith("ln")]
-        for name in (*names["zero"], *inner):
+        whole = row.attention if site.part == "attention" else row.mlp[-1]
+        inner = row.mlp[:-1] if site.part == "mlp" else ()
+        for name in (whole, *inner):
             for module in getattr(blocks[kept.index(site.block)], name).modules():
                 for key, tensor in list(module.named_parameters(recurse=False)):
                     setattr(module, key, nn.Parameter(torch.zeros_like(tensor), requires_grad=False))

@@ -20,15 +20,8 @@ from billhook.core.results.stored import Run
 from billhook.data.splits import halves
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
-from billhook.methods.export.adapter import save_adapter
-from billhook.methods.export.checkpoint import (
-    check_target,
-    publish,
-    staging_folder,
-    verify_round_trip,
-    verify_streamed_round_trip,
-    write_checkpoint,
-)
+from billhook.methods.export import Student, export_student
+from billhook.methods.export.checkpoint import check_target, publish, staging_folder
 from billhook.models.device import free_memory
 from billhook.models.load import Teacher
 from billhook.models.surgery import apply
@@ -114,15 +107,9 @@ def _stages(job: RunContext, bound: dict[str, str], aside: Path, write_report: W
         tasks = tuple(evaluation.task_accuracy(job, teacher, plan, file, repair) for file in task_files(recipe))
         answers = () if streamed else evaluation.sample_answers(teacher, student, job.watch)
     with job.stage("save"):
-        saved = student if got.base is None else apply(teacher, plan, repair=got.base)
-        write_checkpoint(saved, teacher.tokenizer, plan, aside, teacher=teacher, watch=job.watch)
-        probe_row = calibration.rows[:1, : calibration.lengths[0]]
-        if streamed:
-            verify_streamed_round_trip(teacher, plan, aside, probe_row, repair=repair, watch=job.watch)
-        else:
-            verify_round_trip(saved, aside, probe_row, job.watch)
-        if got.adapter is not None:
-            save_adapter(got.adapter, aside, student, probe_row)
+        tokens = calibration.rows[:1, : calibration.lengths[0]]
+        whole = Student(student, teacher, plan, tokens, repair, got.base, got.adapter, job.watch)
+        export_student(recipe.writes if got.adapter is None else "adapter", whole, aside)
     with job.stage("speed"):
         timed = None if streamed else evaluation.compare_speed(job, teacher, student, (plan, repair), aside)
     with job.stage("report"):

@@ -24,6 +24,7 @@ from billhook.data.texts import TextSpec, external_sources
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.engine.probe import Probe, RacingOptions
+from billhook.methods.export import check_expressible
 from billhook.models.load import Teacher, load
 from billhook.runs.executor import store_cache
 from billhook.runs.job import RunContext
@@ -52,6 +53,7 @@ def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:
     """The plan that a recipe gives, if it gives one. Raises UsageError before anything is computed."""
     parse_loss(recipe.loss)
     method_options(recipe)
+    check_expressible(recipe.writes, teacher, Plan())
     protected = parse_protection(recipe.protect, teacher.anatomy)
     lost = sorted(site for site in teacher.removed_earlier.removed if site.block in teacher.positions)
     if recipe.stock and lost:

@@ -137,6 +137,7 @@ class Recipe(CalibrationOptions, EvalOptions):
     recover_tokens: Annotated[int, Field(description="Tokens for the recovery at most", ge=64)] = 32768
     recover_length: Annotated[int, Field(description="Tokens per sequence for the recovery", ge=16)] = 256
     stock: Annotated[bool, Field(description="Stock shape: zeros in removed sites, no speed-up")] = False
+    export: Annotated[str, Field(description="Form of the checkpoint, as `billhook methods` lists them")] = "transformers"
 
     @field_validator("remove", mode="before")
     @classmethod
@@ -145,6 +146,12 @@ class Recipe(CalibrationOptions, EvalOptions):
             return None
         pieces = value if isinstance(value, list | tuple) else [value]
         return ",".join(map(str, parse_budgets(",".join(map(spell_budget, pieces)))))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stock_is_an_export(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The export `stock` and the option of that name are one."""
+        return {**values, "export": "transformers", "stock": True} if values.get("export") == "stock" else values
 
     @field_validator("search", mode="before")
     @classmethod
@@ -168,7 +175,14 @@ class Recipe(CalibrationOptions, EvalOptions):
             raise RecipeError(f"--recover {self.recover} does {twice[0]} twice. Name every recovery once.")
         if self.audit and not self.fast:
             raise RecipeError("--audit states what --fast cost. Add --fast, or leave --audit out.")
+        if self.stock and self.export != "transformers":
+            raise RecipeError(f"--stock writes the export stock, and --export {self.export} another. Leave one out.")
         return self
+
+    @property
+    def writes(self) -> str:
+        """The name of the export that writes the checkpoint."""
+        return "stock" if self.stock else self.export
 
     @property
     def recoveries(self) -> tuple[str, ...]:

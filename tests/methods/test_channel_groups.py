@@ -41,7 +41,7 @@ def documents(rows: int = 8, length: int = 12, seed: int = 1) -> TokenSet:
 
 def layout(teacher: Teacher, site: Site) -> tuple[torch.nn.Module, channel_groups.ChannelLayout]:
     block = teacher.block(site.block)
-    of = channel_groups.find_layout(block, site.part, teacher.architecture.path(site.part), teacher.model.config)
+    of = channel_groups.find_layout(block, site.part, teacher.architecture, teacher.model.config)
     assert not isinstance(of, str)
     return block, of
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def masked(teacher: Teacher, plan: Plan) -> Any:
     sizes = {size.site: size for size in teacher.anatomy.sites}
     for each in plan.narrowed:
         block = structure.blocks_of(model, teacher.architecture)[teacher.positions.index(each.site.block)]
-        of = channel_groups.find_layout(block, each.site.part, teacher.architecture.path(each.site.part), model.config)
+        of = channel_groups.find_layout(block, each.site.part, teacher.architecture, model.config)
         assert not isinstance(of, str)
         kept = channel_groups.kept_positions(of, sizes[each.site].groups, each.groups)
         for name, tensor in channel_groups.zeroed_weights(block, of, kept).items():
@@ -429,16 +430,24 @@ def test_what_was_trained_narrow_is_not_refitted(checkpoint: Folder) -> None:
 
 
 # Types without a row: where parts lie, and what is unusual.
-UNUSUAL: dict[str, tuple[Architecture, dict[str, str]]] = {
-    "gptj": (Architecture(blocks="transformer.h", attention="attn", attention_norms=("ln_1",), mlp_norms=()),
-             {"mlp": "fc_in, fc_out"}),
-    "codegen": (Architecture(blocks="transformer.h", attention="attn", attention_norms=("ln_1",), mlp_norms=()),
-                {"mlp": "fc_in, fc_out"}),
-    "mpt": (Architecture(blocks="transformer.blocks", attention="attn", mlp=("ffn",), attention_norms=("norm_1",),
-                     mlp_norms=("norm_2",)), {"attention": "Wqkv, out_proj"}),
-    "xglm": (Architecture(mlp=("fc1", "fc2"), attention_norms=("self_attn_layer_norm",), mlp_norms=("final_layer_norm",)),
-             {}),
-}  # fmt: skip
+_GPTJ = Architecture(
+    blocks="transformer.h", attention="attn", attention_norms=("ln_1",), mlp_norms=(), attention_output="out_proj"
+)
+_CODEGEN = replace(_GPTJ, attention_inputs=("qkv_proj",), fused_attention="in turn")
+_MPT = Architecture(
+    blocks="transformer.blocks", attention="attn", mlp=("ffn",), attention_norms=("norm_1",), mlp_norms=("norm_2",),
+    mlp_inputs=("up_proj",),
+)  # fmt: skip
+_XGLM = Architecture(
+    mlp=("fc1", "fc2"), attention_norms=("self_attn_layer_norm",), mlp_norms=("final_layer_norm",),
+    attention_output="out_proj", mlp_inputs=("fc1",), mlp_output="fc2",
+)  # fmt: skip
+UNUSUAL: dict[str, tuple[Architecture, dict[str, str]]] = {  # types without a row, and what is unusual
+    "gptj": (_GPTJ, {"mlp": "fc_in, fc_out"}),
+    "codegen": (_CODEGEN, {"mlp": "fc_in, fc_out"}),
+    "mpt": (_MPT, {"attention": "Wqkv, out_proj"}),
+    "xglm": (_XGLM, {}),
+}
 
 
 @pytest.mark.parametrize("model_type", UNUSUAL)
@@ -450,7 +459,7 @@ def test_a_part_whose_modules_have_unusual_names_has_no_groups_and_says_why(mode
     block = structure.blocks_of(model, row)[0]
     for part in PARTS:
         assert sum(p.numel() for m in structure.site_modules(block, part, row, config) for p in m.parameters()) > 0
-        of = channel_groups.find_layout(block, part, row.path(part), config)
+        of = channel_groups.find_layout(block, part, row, config)
         assert isinstance(of, str) == (part in unusual), of
         if part in unusual:
             with pytest.raises(PlanError, match=rf"This {part} cannot be narrowed: .*{unusual[part]}.*Remove it whole"):

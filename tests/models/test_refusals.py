@@ -190,20 +190,20 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "olmo": (
         only_config(model_type="olmo", **SMALL),
         ("no row for the architecture 'olmo'", "nearest known type is olmo2", "The row that is probably missing",
-         '"olmo": Row(blocks="model.layers", attention="self_attn", mlp=("mlp",)'),
+         '"olmo": Architecture(blocks="model.layers", attention="self_attn", mlp=("mlp",)'),
     ),
     "granite": (
         only_config(model_type="granite", num_key_value_heads=4, **SMALL),
-        ("no row for the architecture 'granite'", "Known: cohere, falcon", '"granite": Row(blocks="model.layers"'),
+        ("no row for the architecture 'granite'", "Known: cohere, falcon", '"granite": Architecture(blocks="model.layers"'),
     ),
     "biogpt": (
         only_config(model_type="biogpt", num_hidden_layers=2),
-        ("no row for the architecture 'biogpt'", '"biogpt": Row(blocks="biogpt.layers", attention="self_attn"',
+        ("no row for the architecture 'biogpt'", '"biogpt": Architecture(blocks="biogpt.layers", attention="self_attn"',
          'mlp=("fc1", "fc2")'),
     ),
     "granitemoe": (
         only_config(model_type="granitemoe", num_hidden_layers=2),
-        ('"granitemoe": Row(blocks="model.layers"', 'mlp=("block_sparse_moe",)'),
+        ('"granitemoe": Architecture(blocks="model.layers"', 'mlp=("block_sparse_moe",)'),
     ),
     "blocks of two kinds": (
         only_config(model_type="longcat_flash", num_hidden_layers=2),

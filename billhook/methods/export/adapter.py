@@ -6,17 +6,36 @@ import importlib.util
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from billhook.core.errors import BillhookError, DataError, FingerprintError, MissingExtra
+from billhook.core.errors import BillhookError, DataError, FingerprintError, MissingExtra, UsageError
+from billhook.methods.export import EXPORTS, Exported, Student, export
 from billhook.models import checks
 from billhook.models.load import load
+from billhook.models.surgery import apply
 
 ADAPTER_FOLDER = "adapter"  # inside the checkpoint's own
 ADAPTER_MANIFEST = "billhook.json"  # inside the adapter's: what it belongs to
+
+
+@export(inserts=True)
+def adapter(student: Student, folder: Path) -> Exported:
+    """A Hugging Face checkpoint without the last training, and a LoRA adapter beside it that adds that.
+
+    Formula: as transformers; W + α/r · B A with the adapter
+    Cost: as transformers, and one more loading.
+    Source: Hu et al. 2021, LoRA (arXiv 2106.09685), in peft's format.
+    """
+    if student.adapter is None or student.base is None:
+        raise UsageError("This student has no adapter beside it. Train one: --recover lora --recover-set merge=no")
+    model = apply(student.teacher, student.plan, repair=student.base)
+    written = EXPORTS["transformers"](replace(student, model=model, repair=student.base), folder)
+    gap = save_adapter(student.adapter, folder, student.model, student.tokens)
+    return replace(written, files=tuple(sorted(folder.rglob("*"))), difference=gap)
 
 
 def load_with_adapter(folder: str | Path, adapter: str | Path | None = None) -> Any:
@@ -51,13 +70,13 @@ def load_with_adapter(folder: str | Path, adapter: str | Path | None = None) -> 
 
 
 @torch.inference_mode()
-def save_adapter(adapter: Path, folder: Path, merged: Any, rows: torch.Tensor) -> None:
+def save_adapter(trained: Path, folder: Path, merged: Any, rows: torch.Tensor) -> float:
     """Copy a trained adapter into the checkpoint in `folder`, tied to it, and prove that both give the merged model.
 
-    `rows` [rows, time]: tokens on which their logits must agree, up to the rounding of a sum in another order. Raises
-    BillhookError if they do not.
+    `rows` [rows, time]: tokens on which their logits must agree, up to the rounding of a sum in another order. Returns
+    by how much they differ. Raises BillhookError if it is more.
     """
-    shutil.copytree(adapter, folder / ADAPTER_FOLDER)
+    shutil.copytree(trained, folder / ADAPTER_FOLDER)
     tie = {"base": checks.fingerprint(folder)}
     (folder / ADAPTER_FOLDER / ADAPTER_MANIFEST).write_text(json.dumps(tie) + "\n", encoding="utf-8")
     rows = rows.to(merged.device)
@@ -66,3 +85,4 @@ def save_adapter(adapter: Path, folder: Path, merged: Any, rows: torch.Tensor) -
     gap, scale = float((mine - other).abs().max()), float(mine.abs().max())
     if gap > 0.02 * scale:
         raise BillhookError(f"The adapter does not load back equal (logits differ by {gap:g}); it was deleted.")
+    return gap
