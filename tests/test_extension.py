@@ -52,7 +52,7 @@ def lateness(probe, *, slope: float = 1.0):
     alive, blocks = probe.teacher.anatomy.sites_present(), probe.teacher.anatomy.blocks
     found = {site: Score(slope * (site.block + 0.5 * (site.part == "mlp"))) for site in alive}
     found |= {block: Score(slope * block) for block in range(blocks)}
-    return found | {(i, j): Score(slope * i) for i in range(blocks) for j in range(i + 1, blocks + 1)}
+    return found | {(i, j): Score(slope * i) for i in range(blocks) for j in range(i, blocks)}
 
 
 def heaviest(probe, *, power: float = 1.0):

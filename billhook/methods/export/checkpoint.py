@@ -17,52 +17,15 @@ from billhook.core.errors import BillhookError, ModelError, ResourceError, Usage
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Plan
 from billhook.engine.probe import logits
-from billhook.methods.export import Exported, Student, export
 from billhook.models import architectures, checks, modeling_billhook
 from billhook.models.device import dtype_name
 from billhook.models.load import Teacher, load
 from billhook.models.repair import Repair
-from billhook.models.surgery import apply, copy_shards
+from billhook.models.surgery import copy_shards
 from billhook.models.transformers_internals import names_on_disk, tied_names
 
 MANIFEST = "billhook.json"
 SHARD_BYTES = 4 * 10**9
-
-
-@export()
-def transformers(student: Student, folder: Path) -> Exported:
-    """A Hugging Face checkpoint: stock where whole blocks are missing, else of its own type with its modelling code.
-
-    Formula: the tensors that are left, bit for bit
-    Cost: the size of what is left on disk; one loading.
-    Source: ours.
-    """
-    return _proven(student, student.model, folder)
-
-
-@export(sites="zeros", widths="alike", inserts=False)
-def stock(student: Student, folder: Path) -> Exported:
-    """A Hugging Face checkpoint of the stock type whose removed sites hold zeros: loads everywhere, without speed-up.
-
-    Formula: as transformers, and zeros for the weights of removed sites
-    Cost: the size of the unpruned model on disk; one loading.
-    Source: ours.
-    """
-    model = student.model
-    if model.config.model_type.startswith("billhook-"):
-        model = apply(student.teacher, student.plan, stock=True, repair=student.repair)
-    return _proven(student, model, folder)
-
-
-def _proven(student: Student, model: Any, folder: Path) -> Exported:
-    """Write a model and load it back. Raises BillhookError on any difference."""
-    teacher, watch = student.teacher, student.watch
-    files = write_checkpoint(model, teacher.tokenizer, student.plan, folder, teacher=teacher, watch=watch)
-    if teacher.weights is not None:
-        verify_streamed_round_trip(teacher, student.plan, folder, student.tokens, repair=student.repair, watch=watch)
-    else:
-        verify_round_trip(model, folder, student.tokens, watch)
-    return Exported(folder, tuple(files), str(model.config.model_type))
 
 
 def check_target(folder: Path, source: Path | None = None, needed_bytes: int = 0) -> None:
