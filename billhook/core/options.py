@@ -84,6 +84,7 @@ class SearchOptions(TaskOptions, total=False):
     recover_tokens: int
     recover_length: int
     stock: bool
+    export: str
 
 
 class StabilityOptions(SearchOptions, total=False):

@@ -210,7 +210,7 @@ ORDER = (
     *("about", "model", *TARGETS, "search", "metric", "loss", "set", "uniform", "multiple", "fast", "shortlist"),
     *("risk", "audit", "memory", "protect", "batch", "context", "data", "self_share", "eval_data", "field", "tokens"),
     *("length", "eval_tokens", "eval_length", "recover", "fold_in_search", "recover_set", "recover_data"),
-    *("recover_tokens", "recover_length", "stock", "seed", "device", "dtype", "trust_remote_code"),
+    *("recover_tokens", "recover_length", "stock", "export", "seed", "device", "dtype", "trust_remote_code"),
 )
 
 
