@@ -107,8 +107,8 @@ def _stages(job: RunContext, bound: dict[str, str], aside: Path, write_report: W
         tasks = tuple(evaluation.task_accuracy(job, teacher, plan, file, repair) for file in task_files(recipe))
         answers = () if streamed else evaluation.sample_answers(teacher, student, job.watch)
     with job.stage("save"):
-        tokens = calibration.rows[:1, : calibration.lengths[0]]
-        whole = Student(student, teacher, plan, tokens, repair, got.base, got.adapter, job.watch)
+        probe_row = calibration.rows[:1, : calibration.lengths[0]]
+        whole = Student(student, teacher, plan, probe_row, repair, got.base, got.adapter, job.watch)
         export_student(recipe.writes if got.adapter is None else "adapter", whole, aside)
     with job.stage("speed"):
         timed = None if streamed else evaluation.compare_speed(job, teacher, student, (plan, repair), aside)

@@ -137,7 +137,9 @@ class Recipe(CalibrationOptions, EvalOptions):
     recover_tokens: Annotated[int, Field(description="Tokens for the recovery at most", ge=64)] = 32768
     recover_length: Annotated[int, Field(description="Tokens per sequence for the recovery", ge=16)] = 256
     stock: Annotated[bool, Field(description="Stock shape: zeros in removed sites, no speed-up")] = False
-    export: Annotated[str, Field(description="Form of the checkpoint, as `billhook methods` lists them")] = "transformers"
+    export: Annotated[str, Field(description="Form of the checkpoint, as `billhook methods` lists them")] = (
+        "transformers"
+    )
 
     @field_validator("remove", mode="before")
     @classmethod
