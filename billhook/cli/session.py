@@ -23,7 +23,7 @@ from billhook.cli.tables import (
     runs_table,
     speed_table,
 )
-from billhook.core.errors import BillhookError, ResultError
+from billhook.core.errors import BillhookError, ResultError, on_command_line
 from billhook.core.events import EventListener
 from billhook.core.results.json_form import Result
 from billhook.core.results.stored import RESULTS
@@ -71,7 +71,7 @@ class CommandSession:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
         if isinstance(error, BillhookError):
-            _leave(str(error), error.exit_code)
+            _leave(on_command_line(error.message), error.exit_code)
         full = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # a GPU's, a CPU's
         if isinstance(error, MemoryError) or full:
             _leave(f"Out of memory: {error}. Use fewer --tokens, a shorter --length, or --dtype bfloat16.", 5)
@@ -146,7 +146,7 @@ def _print_typed(console: Console, kind: str, value: dict[str, Any]) -> None:
     try:
         result = RESULTS[kind].from_json(value)
     except ResultError as error:
-        console.print(str(error))
+        console.print(on_command_line(error.message))
         return foot(console, value.get("page", ""), [])
     table = {"prune": "result", "baseline": "baselines", "eval": "tasks"}.get(kind, kind)
     return _tables()[table](console, {"baselines": [result]} if kind == "baseline" else result)

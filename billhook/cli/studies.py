@@ -136,7 +136,7 @@ def typed_margins(margin: list[str] | None, ppl_margin: str | None) -> list[str]
     try:
         Margins.parse(texts)
     except UsageError as error:
-        raise UsageError(f"{error} Type for example: --margin 1pp --margin 3%ppl") from error
+        raise UsageError(f"{error.message} Type for example: --margin 1pp --margin 3%ppl") from error
     return texts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from billhook.core.errors import PlanError
+from billhook.core.errors import PlanError, option
 from billhook.core.plan import PARTS, Plan, Site, format_ranges, parse_ranges
 
 
@@ -124,7 +124,9 @@ class Anatomy:
         self._check_groups(plan)
         hit = sorted((plan.removed | {narrow.site for narrow in plan.narrowed}) & protected)
         if hit:
-            raise PlanError(f"The plan removes {', '.join(map(str, hit))}, which --protect keeps. Change one of them.")
+            raise PlanError(
+                f"The plan removes {', '.join(map(str, hit))}, which {option('protect')} keeps. Change one of them."
+            )
         left = alive - plan.removed
         for part in PARTS:
             if not any(site.part == part for site in left):

@@ -17,19 +17,60 @@
     ├── GateFailed                4    a student is worse than a gate allows, or may be
     └── ResourceError             5    the machine lacks memory or disk
 
-Every message says what was wrong, what is allowed and what to type next.
+Every message says what was wrong, what is allowed and what to type next: parameters in Python, flags on the command
+line. It names both by `option`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+
+_EITHER = re.compile("\x0e([^\x0e-\x10]*)\x0f([^\x0e-\x10]*)\x10")  # what `either` puts into a message
+
+
+def either(python: str, command_line: str) -> str:
+    """Words of a message that are others in Python than on the command line."""
+    return f"\x0e{python}\x0f{command_line}\x10"
+
+
+def option(name: str, value: object = None) -> str:
+    """An option in a message, `eval_data='FILE'` in Python and `--eval-data FILE` on the command line.
+
+    Without a value `eval_data=`, or `--eval-data`; True is a flag alone; a mapping is `NAME=VALUE`, a list has commas.
+    """
+    flag = "--" + name.replace("_", "-")
+    if value is None:
+        return either(f"{name}=", flag)
+    if isinstance(value, Mapping):
+        typed = " ".join(f"{flag} {shlex.quote(f'{key}={each}')}" for key, each in value.items())
+    elif value is True:
+        typed = flag
+    else:
+        typed = f"{flag} {shlex.quote(','.join(map(str, value)) if isinstance(value, list) else str(value))}"
+    return either(f"{name}={value!r}", typed)
+
+
+def in_python(message: str) -> str:
+    """A message for who calls a function."""
+    return _EITHER.sub(r"\1", message)
+
+
+def on_command_line(message: str) -> str:
+    """A message for who typed a command."""
+    return _EITHER.sub(r"\2", message)
 
 
 class BillhookError(Exception):
-    """The root of the tree. `exit_code` is what the command line returns."""
+    """The root of the tree. `exit_code` is what the command line returns; `message` is for both readers."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(in_python(message))
+        self.message = message
 
 
 class UsageError(BillhookError):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 from billhook.core.anatomy import Anatomy
-from billhook.core.errors import FingerprintError, PlanError
+from billhook.core.errors import FingerprintError, PlanError, option
 from billhook.core.plan import Plan, Site
 
 # -- plans written by people and by other tools ---------------------------------------------------------------------
@@ -53,7 +52,8 @@ def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
     if made_for is not None and made_for != fingerprint:
         raise FingerprintError(
             f"{path} was made for another model (fingerprint {made_for}, this one is {fingerprint}). To use its sites "
-            f"all the same, name them: --plan {shlex.quote(','.join(map(str, removed[:3])) + ',…')}"
+            "all the same, name them: "
+            f"{option('plan', ','.join(map(str, removed[:3])))}{' …' if len(removed) > 3 else ''}"
         )
     return anatomy.check(Plan.parse(map(str, removed)))
 

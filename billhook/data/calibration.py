@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from billhook.core.errors import BillhookError, DataError, UsageError
+from billhook.core.errors import BillhookError, DataError, UsageError, option
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.data.generated import sample_texts
 from billhook.data.splits import interleave
@@ -75,9 +75,10 @@ def _require_tokens(part: TokenSet, wanted: int, enough: int, *, of: int, halved
     where = " in the half of it that is not kept for evaluation" if halved else ""
     share = f"{wanted:,} of the {of:,}" if wanted < of else f"{of:,}"
     fewer = part.tokens * of // wanted if part.tokens >= 2 * MIN_ROW else 0
+    advice = f", or {option('tokens', fewer)}" if fewer else ""
     raise DataError(
-        f"--data {part.source} is too short: {share} calibration tokens are wanted of it, and it holds "
-        f"{part.tokens:,}{where}. Give more text{f', or --tokens {fewer}' if fewer else ''}."
+        f"{option('data', part.source)} is too short: {share} calibration tokens are wanted of it, and it holds "
+        f"{part.tokens:,}{where}. Give more text{advice}."
     )
 
 
@@ -98,7 +99,7 @@ def generate_share(
     except BillhookError as error:
         if SELF in split_sources(spec.source):
             raise
-        watch(Event("calibrate", 1, 1, {"alone_on": spec.source, "because": str(error)}))
+        watch(Event("calibrate", 1, 1, {"alone_on": spec.source, "because": str(error).split(". ")[0]}))
         return []
 
 
@@ -106,7 +107,10 @@ def generate_calibration(spec: TextSpec, model: Any, tokenizer: Any, watch: Even
     """Texts by the model, of a row's length, for all of `spec.tokens`. Raises UsageError if it is not in memory,
     DataError if it writes nothing."""
     if model.get_input_embeddings().weight.device.type == "meta":
-        raise UsageError("--data self lets the model write, and it does not fit into memory. Give --data a file.")
+        raise UsageError(
+            "The model would write its calibration text itself, and it does not fit into memory. Give "
+            f"{option('data')} a file."
+        )
     tokens = 3 * spec.tokens // 2  # more than are wanted: a text may end in the middle of a row
     return sample_texts(model, tokenizer, tokens, spec.seed, length=spec.length, watch=watch)
 
@@ -115,9 +119,9 @@ def check_length(length: int, config: Any) -> None:
     """Raises UsageError for a sequence length that the model has no positions for."""
     most = getattr(config, "max_position_embeddings", None)
     if length < 2 * MIN_ROW:
-        raise UsageError(f"--length {length} is too short. Use at least {2 * MIN_ROW} tokens a sequence.")
+        raise UsageError(f"{option('length', length)} is too short. Use at least {2 * MIN_ROW} tokens a sequence.")
     if most is not None and length > most:
-        raise UsageError(f"--length {length} is longer than the model's {most} positions. Use at most {most}.")
+        raise UsageError(f"{option('length', length)} is longer than the model's {most} positions. Use at most {most}.")
 
 
 # -- held-out text --------------------------------------------------------------------------------------------------
@@ -142,7 +146,9 @@ def held_out_tokens(spec: TextSpec, model: Any, tokenizer: Any, *, calibration: 
         found = _read(source, spec, tokenizer, half=1 if halved else None)
         part = pack_rows(found, -(-spec.tokens // len(sources)), length, special_prefix(tokenizer), source)
         if part.tokens < 2 * MIN_ROW or len(part.clusters) < 2:
-            raise DataError(f"Too little is left of {source} for evaluation. Give more text, or --eval-data FILE.")
+            raise DataError(
+                f"Too little is left of {source} for evaluation. Give more text, or {option('eval_data', 'FILE')}."
+            )
         parts.append(part)
     return _in_turn(parts)
 
@@ -151,7 +157,8 @@ def require_foreign(source: str) -> None:
     """Raises DataError for held-out text that the model would write."""
     if SELF in split_sources(source):
         raise DataError(
-            "--eval-data self is not allowed: held-out text must not come from the model being evaluated. Give a "
+            f"{option('eval_data', 'self')} is not allowed: held-out text must not come from the model being "
+            "evaluated. Give a "
             "file, or leave it out."
         )
 
@@ -165,7 +172,7 @@ def require_disjoint(calibration: TokenSet, held_out: TokenSet) -> None:
     raise DataError(
         f"{twice} documents of the held-out text {held_out.source} are in the calibration text {calibration.source} "
         f"too{' (some are in more than one source)' if several else ''}, so the comparison would be worth nothing. "
-        "Give other text, or leave --eval-data out: then held-out text is split off --data."
+        f"Give other text, or leave {option('eval_data')} out: then held-out text is split off {option('data')}."
     )
 
 

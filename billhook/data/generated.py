@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from billhook.core.errors import DataError
+from billhook.core.errors import DataError, option
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.models.device import seeded
 
@@ -29,7 +29,9 @@ def sample_texts(
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
-        raise DataError("The tokenizer has neither a BOS nor an EOS token to start from. Give --data a file instead.")
+        raise DataError(
+            f"The tokenizer has neither a BOS nor an EOS token to start from. Give {option('data')} a file instead."
+        )
     length = min(length, getattr(model.config, "max_position_embeddings", length))
     batch = min(-(-tokens // length), MOST_AT_A_TIME)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start
@@ -52,7 +54,7 @@ def sample_texts(
             if rounds == most:
                 raise DataError(
                     f"The model wrote only {written:,} tokens in {rounds} rounds of {batch} texts, and {tokens:,} are "
-                    "wanted: it stops at once. Give --data a file instead."
+                    f"wanted: it stops at once. Give {option('data')} a file instead."
                 )
             rounds += 1
             starts = torch.full((batch, 1), start, device=model.device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from billhook.core.errors import DataError, UsageError
+from billhook.core.errors import DataError, UsageError, option
 from billhook.data.choice_tasks import Request, read_items, requests
 from billhook.data.texts import file_text, json_lines
 
@@ -67,7 +67,9 @@ def _parse_prompt(row: Any, number: int, where: str, kind: str) -> Prompt:
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
         raise DataError(f"{where} is no prompt. A row is {PROMPT_EXAMPLES}.")
     if kind != "chat":
-        raise UsageError(f"{where} holds messages, which only a chat takes. Use --kind chat, or give `prompt`.")
+        raise UsageError(
+            f"{where} holds messages, which only a chat takes. Use {option('kind', 'chat')}, or give `prompt`."
+        )
     return Prompt(number, messages=tuple(messages))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from billhook.core.errors import DataError, UsageError
+from billhook.core.errors import DataError, UsageError, option
 from billhook.data.token_sets import Choices, TokenSet, token_set
 
 
@@ -54,7 +54,9 @@ def halves(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
     """
     sides = split_every_nth(tokens, 2)
     if not all(sides):
-        raise UsageError("Held-out text of one document cannot be halved. Give more text, or more --eval-tokens.")
+        raise UsageError(
+            f"Held-out text of one document cannot be halved. Give more text, or more {option('eval_tokens')}."
+        )
     return select_documents(tokens, sides[0]), select_documents(tokens, sides[1])
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from billhook.core.errors import DataError, MissingExtra, UsageError, nearest
+from billhook.core.errors import DataError, MissingExtra, UsageError, nearest, option
 
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
@@ -43,7 +43,7 @@ def split_sources(source: str) -> list[str]:
     """The sources of a mixture. A file whose name has a + is one source. Raises UsageError for an empty source."""
     sources = [source] if Path(source).exists() else source.split(SOURCE_SEPARATOR)
     if not all(sources):
-        raise UsageError(f"--data {source} mixes sources, and one of them is empty. Write my.jsonl+self.")
+        raise UsageError(f"{option('data', source)} mixes sources, and one of them is empty. Write my.jsonl+self.")
     return sources
 
 
@@ -150,6 +150,6 @@ def _rows_to_texts(rows: Iterable[dict[str, Any]], field: str, tokenizer: Any, s
             texts.append(tokenizer.apply_chat_template(row["messages"], tokenize=False))
         else:
             near = nearest(field, row)
-            guess = f" Did you mean --field {near}?" if near else ""
+            guess = f" Did you mean {option('field')} {near}?" if near else ""
             raise DataError(f"{source}, row {number}, has no text field {field!r}.{guess} It has: {', '.join(row)}.")
     return texts

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from billhook.core.errors import ModelError, ResourceError
+from billhook.core.errors import ModelError, ResourceError, option
 from billhook.core.plan import PARTS, Part, Site
 from billhook.core.problem import ScoredUnit
 from billhook.core.results.measured import Score
@@ -58,7 +58,7 @@ def require_finite_scores(scores: dict[ScoredUnit, Score]) -> dict[ScoredUnit, S
             name = unit if isinstance(unit, Site) else f"block {unit}"
             raise ModelError(
                 f"The score of {name} is NaN or infinite: it divides by zero, or does not fit into the dtype. Take "
-                "another metric, or compute with --dtype float32."
+                f"another metric, or compute with {option('dtype', 'float32')}."
             )
     return scores
 
@@ -121,7 +121,8 @@ def mean_over_spans(bench: Measurer, distance: Statistic, last: bool) -> dict[Sc
     if not last and needed > bench.room:
         raise ResourceError(
             f"The streams between all blocks take {needed / 1e9:.2f} GB for {len(of):,} tokens, and there is room for "
-            f"{bench.room / 1e9:.2f} GB. Use fewer --tokens, more --memory, or the last tokens of rows only."
+            f"{bench.room / 1e9:.2f} GB. Use fewer {option('tokens')}, more {option('memory')}, or the last tokens "
+            "of rows only."
         )
 
     def picked(streams: list[torch.Tensor]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from billhook.core.errors import ModelError, UsageError
+from billhook.core.errors import ModelError, UsageError, option
 from billhook.core.plan import PARTS, Plan, Site
 from billhook.core.results.measured import WorkPlan
 from billhook.data.token_sets import TokenSet
@@ -249,7 +249,9 @@ class Measurer:
         where = f"block {min(bad)}" if bad else "the head"
         without = f" with {plan} removed" if plan else ""
         broken = "the checkpoint itself is broken: download it again."
-        advice = f"Try --dtype float32; if it stays, {broken}" if dtype != "float32" else broken.capitalize()
+        advice = (
+            f"Try {option('dtype', 'float32')}; if it stays, {broken}" if dtype != "float32" else broken.capitalize()
+        )
         return f"Activations are NaN or infinite from {where} on{without}, in {dtype}. {advice}"
 
     @undisturbed
@@ -263,9 +265,12 @@ class Measurer:
 def _unfit(loss: str, tokens: TokenSet) -> str:
     """What to type where a loss and a token set do not belong together."""
     if tokens.choices is None:
-        return f"--loss {loss} scores multiple-choice items, and {tokens.source} is text. Type --loss {loss}:FILE.jsonl"
-    names = " or ".join(f"{name}:{tokens.source}" for name in ITEM_LOSSES)
-    return f"--loss {loss} reads text, and {tokens.source} holds multiple-choice items. Type --loss {names}"
+        return (
+            f"{option('loss', loss)} scores multiple-choice items, and {tokens.source} is text. Type "
+            f"{option('loss', f'{loss}:FILE.jsonl')}"
+        )
+    names = " or ".join(option("loss", f"{name}:{tokens.source}") for name in ITEM_LOSSES)
+    return f"{option('loss', loss)} reads text, and {tokens.source} holds multiple-choice items. Type {names}"
 
 
 def job_batches(jobs: Sequence[WalkJob], sizes: Sequence[int], most: int, *, split: bool) -> Iterator[list[WalkJob]]:

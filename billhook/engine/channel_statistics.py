@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from billhook.core.errors import ModelError
+from billhook.core.errors import ModelError, option
 from billhook.core.plan import Site
 from billhook.engine import gradient_pass
 from billhook.engine.bench import Measurer
@@ -143,7 +143,7 @@ def require_finite(group_values: GroupValues) -> GroupValues:
         if not math.isfinite(float(values.sum())):
             raise ModelError(
                 f"A score of the channel groups of {site} is NaN or infinite. Take another metric, or compute with "
-                "--dtype float32."
+                f"{option('dtype', 'float32')}."
             )
     return group_values
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from billhook.core.errors import ResourceError
+from billhook.core.errors import ResourceError, option
 from billhook.core.problem import ScoredUnit
 from billhook.core.results.measured import Score
 from billhook.engine.activation_passes import sums_over_parameters
@@ -89,7 +89,8 @@ def _check_room(bench: Measurer, fisher: bool) -> None:
     if needed > bench.room:
         raise ResourceError(
             f"Gradients take {needed / 1e9:.2f} GB besides the model ({streams / 1e9:.2f} GB of streams between the "
-            f"blocks), and there is room for {bench.room / 1e9:.2f} GB. Use fewer --tokens, or more --memory."
+            f"blocks), and there is room for {bench.room / 1e9:.2f} GB. Use fewer {option('tokens')}, or more "
+            f"{option('memory')}."
         )
 
 

@@ -13,7 +13,7 @@ from typing import overload
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from billhook.core.errors import UnknownName, UsageError
+from billhook.core.errors import UnknownName, UsageError, option
 from billhook.core.registry import RegistryWithFacts
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -289,7 +289,11 @@ def parse_loss(spelled: str) -> LossSpec:
     if name not in known:
         raise UnknownName("loss", name, known, " `billhook methods` describes them.")
     if name in tuple(ITEM_LOSSES) and not file:
-        raise UsageError(f"--loss {name} needs a file of multiple-choice items. Type --loss {name}:FILE.jsonl")
+        raise UsageError(
+            f"{option('loss', name)} needs a file of multiple-choice items. Type {option('loss', f'{name}:FILE.jsonl')}"
+        )
     if name in tuple(LOSSES) and file:
-        raise UsageError(f"--loss {name} takes no file. Type --loss {name}, or --loss task:{file}")
+        raise UsageError(
+            f"{option('loss', name)} takes no file. Type {option('loss', name)}, or {option('loss', f'task:{file}')}"
+        )
     return LossSpec(name, file or None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from billhook.core.errors import UsageError
+from billhook.core.errors import UsageError, option
 from billhook.core.plan import PARTS, Plan, Site
 from billhook.engine.blocks import BlockRunner
 from billhook.engine.prefix_trie import StreamCache, Walk, WalkJob
@@ -39,7 +39,7 @@ def patched_block(trunk: BlockRunner, index: int, block: nn.Module, plan: Plan, 
                 if tensor.shape != block.get_parameter(key).shape:
                     raise UsageError(
                         f"What was trained of a narrower site ({name}) cannot be refitted. Recover by fold before "
-                        "training: --recover fold,lora."
+                        f"training: {option('recover', 'fold,lora')}."
                     )
                 weights.setdefault(key, set_tensor(block, key, tensor.to(block.get_parameter(key))))
         for site in (Site(position, part) for part in PARTS):

@@ -13,7 +13,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from billhook.core.errors import ModelError
+from billhook.core.errors import ModelError, option
 from billhook.models import architectures
 from billhook.models.device import SAFETENSORS_DTYPES
 
@@ -65,7 +65,8 @@ def _check_config(raw: dict[str, Any], trust_remote_code: bool) -> None:
     if raw.get("auto_map") and not ours and not trust_remote_code:
         raise ModelError(
             "The checkpoint brings its own Python code (auto_map in config.json), which is not run unasked. If you "
-            "trust it, add --trust-remote-code; if transformers' own class of the type computes the same, delete "
+            f"trust it, add {option('trust_remote_code', True)}; if transformers' own class of the type computes the "
+            "same, delete "
             "auto_map from config.json instead."
         )
     if not model_type:

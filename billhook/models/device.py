@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import billhook
-from billhook.core.errors import UsageError
+from billhook.core.errors import UsageError, option
 from billhook.core.results.measured import Environment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,7 +48,7 @@ def pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dt
     if name not in DTYPES:
         raise UsageError(f"There is no dtype {name!r}. Allowed: auto, {', '.join(DTYPES)}.")
     if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UsageError("This GPU has no bfloat16. Use --dtype float16 or float32.")
+        raise UsageError(f"This GPU has no bfloat16. Use {option('dtype', 'float16')} or float32.")
     return DTYPES[name]
 
 

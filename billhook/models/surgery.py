@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from billhook.core.errors import PlanError
+from billhook.core.errors import PlanError, option
 from billhook.core.events import Event, EventListener
 from billhook.core.plan import PARTS, Plan, Site, format_ranges, parse_ranges
 from billhook.models import architectures, channel_groups, modeling_billhook, structure
@@ -87,7 +87,9 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     patched = _patched(teacher) | {site: patch.spec() for site, patch in repair.patches.items()}
     if stock and patched:
         what = f"what stands at {min(patched)} now: a constant or a matrix of a repair"
-        raise PlanError(f"--stock has no place for {what}. Leave --stock out, or recover by fold alone.")
+        raise PlanError(
+            f"{option('stock', True)} has no place for {what}. Leave {option('stock')} out, or recover by fold alone."
+        )
     gone = set(removed.blocks()) - {site.block for site in patched}
     kept = [p for p in teacher.positions if p not in gone]
     lacking = [s for s in removed.sites() if s.block not in gone]
@@ -106,7 +108,10 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
         told["groups"] = {str(site): entry["groups"] for site, entry in sorted(narrow.items())}
         narrow = {} if (stock or not lacking) and fits_stock_shape(student, narrow, base) else narrow
     if stock and narrow:
-        raise PlanError(f"--stock has no place for a width of its own, as {min(narrow)} has. Leave --stock out.")
+        raise PlanError(
+            f"{option('stock', True)} has no place for a width of its own, as {min(narrow)} has. Leave "
+            f"{option('stock')} out."
+        )
     if stock or not (lacking or narrow):
         config.__class__, student.__class__ = stock_classes(base)
         config.per_layer_config = None
@@ -156,7 +161,8 @@ def _narrowed(student: Any, teacher: Teacher, plan: Plan, repair: Repair) -> dic
         if of.experts > 1 and teacher.weights is not None:
             raise PlanError(
                 f"{teacher.name} is larger than the memory, and the experts of {each.site} can only be narrowed in "
-                "memory. Narrow its attentions, with --set parts=mha, or give it more --memory."
+                f"memory. Narrow its attentions, with {option('set', {'parts': 'mha'})}, or give it more "
+                f"{option('memory')}."
             )
         module = channel_groups.cut_channels(
             block, row, of, config, channel_groups.kept_positions(of, alive, each.groups)

@@ -10,7 +10,7 @@ from typing import Any
 
 from billhook.core.anatomy import Anatomy
 from billhook.core.budget import Budget
-from billhook.core.errors import BudgetError, UsageError
+from billhook.core.errors import BudgetError, UsageError, option
 from billhook.core.events import Event
 from billhook.core.margin import MarginCheck
 from billhook.core.plan import MeasureRequest, Plan
@@ -113,7 +113,10 @@ def _judge(job: RunContext, teacher: Teacher, calibration: TokenSet) -> Callable
     others = [d for d, digest in enumerate(texts.digests) if digest not in set(calibration.digests)]
     train = truncate(select_documents(texts, others), FOLD_TOKENS) if others else None
     if train is None or train.tokens < LEAST_RECOVERY_TOKENS:
-        raise UsageError("--fold-in-search refits on texts that the search is not judged on. Give more --recover-data.")
+        raise UsageError(
+            f"{option('fold_in_search', True)} refits on texts that the search is not judged on. Give more "
+            f"{option('recover_data')}."
+        )
     loss = parse_loss(recipe.loss).name
     treatment = f"fold {json.dumps([train.hash, FOLD])}"
     of = LossKey(teacher.fingerprint, calibration.hash, loss, teacher.compute_key, treatment)
@@ -209,6 +212,6 @@ def _largest_within_margin(
         least = min(trials, key=lambda trial: trial.percent)
         raise UsageError(
             f"Nothing can go within {margin}: removing {least.percent:.2f}% of the parameters may already lose "
-            f"{least.lost.high:.2f} {unit}. Allow more, or take more --eval-tokens."
+            f"{least.lost.high:.2f} {unit}. Allow more, or take more {option('eval_tokens')}."
         )
     return best[0], best[1], WithinReport(margin, tuple(trials), validation.info())

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from billhook.core.budget import parse_budgets
-from billhook.core.errors import FingerprintError
+from billhook.core.errors import FingerprintError, either
 from billhook.core.events import EventListener
 from billhook.core.plan import Plan
 from billhook.core.results.model import ExpectedSeconds, MemoryUse, WorkEstimate
@@ -141,7 +141,7 @@ def _bind(job: RunContext, bound: dict[str, str], teacher: Teacher, calibration:
     if changed:
         raise FingerprintError(
             f"Run {job.run} was begun with another {' and other '.join(changed)}: the files have changed since. Begin "
-            "a new run: leave --resume out."
+            f"a new run: {either('call prune', 'leave --resume out')}."
         )
     job.store.update(job.run, fingerprints=now)
 

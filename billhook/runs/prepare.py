@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from billhook.core.anatomy import Anatomy
 from billhook.core.budget import Budget
-from billhook.core.errors import PlanError, ResourceError
+from billhook.core.errors import PlanError, ResourceError, option
 from billhook.core.events import EventListener
 from billhook.core.margin import Margin
 from billhook.core.plan import Plan
@@ -42,8 +42,10 @@ def load_teacher(recipe: TextOptions, watch: EventListener) -> Teacher:
     )  # fmt: skip
     if recipe.memory_bytes is not None and teacher.weights is not None and teacher.weight_bytes > recipe.memory_bytes:
         raise ResourceError(
-            f"--memory {recipe.memory} is too little: a block that is measured and the next one that is read take "
-            f"{teacher.weight_bytes / 1e6:,.0f} MB of weights. Give --memory {-(-4 * teacher.weight_bytes // 10**6)}MB "
+            f"{option('memory', recipe.memory)} is too little: a block that is measured and the next one that is "
+            "read take "
+            f"{teacher.weight_bytes / 1e6:,.0f} MB of weights. Give "
+            f"{option('memory', f'{-(-4 * teacher.weight_bytes // 10**6)}MB')} "
             "or more."
         )
     return teacher
@@ -58,15 +60,16 @@ def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:
     lost = sorted(site for site in teacher.removed_earlier.removed if site.block in teacher.positions)
     if recipe.stock and lost:
         raise PlanError(
-            f"--stock needs weights for every site that stays in the shape, and {', '.join(map(str, lost))} went in an "
-            "earlier pruning. Leave --stock out, or start from the unpruned model."
+            f"{option('stock', True)} needs weights for every site that stays in the shape, and "
+            f"{', '.join(map(str, lost))} went in an "
+            f"earlier pruning. Leave {option('stock')} out, or start from the unpruned model."
         )
     if recipe.plan is not None:
         plan = read_plan(recipe.plan, teacher.anatomy, teacher.fingerprint)
         if not plan:
-            raise PlanError(f"--plan {recipe.plan!r} removes nothing. Name sites to remove: attention.7,mlp.16.")
+            raise PlanError(f"{option('plan', recipe.plan)} removes nothing. Name sites to remove: attention.7,mlp.16.")
         if plan.narrowed and recipe.stock:
-            raise PlanError("--stock has no place for sites that become narrower. Leave it out.")
+            raise PlanError(f"{option('stock', True)} has no place for sites that become narrower. Leave it out.")
         return teacher.anatomy.check(plan, protected)
     if recipe.remove is not None and not counts_time(recipe):
         problem_of(recipe, teacher.anatomy, recipe.budgets)

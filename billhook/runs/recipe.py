@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from billhook.core.budget import Budget, parse_budgets, spell_budget
-from billhook.core.errors import RecipeError, nearest
+from billhook.core.errors import RecipeError, nearest, option
 from billhook.core.margin import Margin
 
 BUILTIN = Path(__file__).parent / "recipes"
@@ -171,14 +171,21 @@ class Recipe(CalibrationOptions, EvalOptions):
         if len(given) != 1:
             what = " and ".join(given) if given else "neither remove nor plan nor within"
             raise RecipeError(
-                f"The recipe has {what}. Give one: --remove 25%sites, --plan attention.7,mlp.16, or --within 3%ppl."
+                f"The recipe has {what}. Give one: {option('remove', '25%sites')}, "
+                f"{option('plan', 'attention.7,mlp.16')}, or {option('within', '3%ppl')}."
             )
         if twice := [name for name in self.recoveries if self.recoveries.count(name) > 1]:
-            raise RecipeError(f"--recover {self.recover} does {twice[0]} twice. Name every recovery once.")
+            raise RecipeError(f"{option('recover', self.recover)} does {twice[0]} twice. Name every recovery once.")
         if self.audit and not self.fast:
-            raise RecipeError("--audit states what --fast cost. Add --fast, or leave --audit out.")
+            raise RecipeError(
+                f"{option('audit', True)} states what {option('fast')} cost. Add {option('fast', True)}, or leave "
+                f"{option('audit')} out."
+            )
         if self.stock and self.export != "transformers":
-            raise RecipeError(f"--stock writes the export stock, and --export {self.export} another. Leave one out.")
+            raise RecipeError(
+                f"{option('stock', True)} writes the export stock, and {option('export', self.export)} another. Leave one "
+                "out."
+            )
         return self
 
     @property
@@ -228,7 +235,9 @@ def parse_bytes(text: str) -> int:
     """`4GB`, `500MB` or `2.5GiB` in bytes. Raises RecipeError with the allowed spellings."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG])(i?)B\s*", text)
     if not match or float(match[1]) == 0:
-        raise RecipeError(f"--memory {text!r} is not an amount of memory. Write for example 4GB, 500MB or 2.5GiB.")
+        raise RecipeError(
+            f"{option('memory', text)} is not an amount of memory. Write for example 4GB, 500MB or 2.5GiB."
+        )
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** {"M": 2, "G": 3}[match[2]])
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from billhook.core.errors import UsageError
+from billhook.core.errors import UsageError, option
 from billhook.core.plan import Plan
 from billhook.core.registry import resolve_options
 from billhook.core.results.run import RecoveryGain, RecoveryReport
@@ -55,7 +55,7 @@ def recovery_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
     if apart and (recipe.recoveries[-1] != apart[-1] or recipe.stock):
         raise UsageError(
             f"{apart[0]} with merge=no leaves an adapter beside the checkpoint, so it must be the last recovery, and "
-            "not with --stock. Leave merge=no out to merge it."
+            f"not with {option('stock', True)}. Leave merge=no out to merge it."
         )
     return options
 
@@ -66,7 +66,7 @@ def load_recovery_tokens(job: RunContext, teacher: Teacher, held_out: TokenSet) 
         return None
     tokens = recovery_tokens(job.recipe, teacher, job.watch)
     if set(tokens.digests) & set(held_out.digests):
-        raise UsageError("The text to recover on is in the held-out text too. Give other --recover-data.")
+        raise UsageError(f"The text to recover on is in the held-out text too. Give other {option('recover_data')}.")
     return tokens
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
-from billhook.core.errors import RunError, UsageError, nearest
+from billhook.core.errors import RunError, UsageError, nearest, option
 from billhook.core.events import Event
 from billhook.core.plan import Plan
 from billhook.core.results.cache_keys import LossKey
@@ -114,7 +114,7 @@ class Store:
         ] = {}  # the last event of a stage, not yet written
         self._written: dict[str, float] = {}  # when a run's events were
         if read_only and not path.is_file():
-            raise UsageError(f"There is no store {path}. Give the file that `billhook prune` wrote with --store.")
+            raise UsageError(f"There is no store {path}. Give the file that prune wrote: {option('store', 'FILE')}.")
         try:
             if read_only:
                 self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)
@@ -127,7 +127,7 @@ class Store:
             self._check_version(read_only)
         except (sqlite3.DatabaseError, OSError) as error:
             raise UsageError(
-                f"--store {path} cannot be used ({error}). Give another file, or move this one."
+                f"{option('store', str(path))} cannot be used ({error}). Give another file, or move this one."
             ) from error
 
     def close(self) -> None:
@@ -138,7 +138,9 @@ class Store:
         """Migrate an older store, unless it is only read. Raises UsageError for a newer one."""
         version = self._version()
         if version > len(MIGRATIONS):
-            raise UsageError(f"--store {self.path} was written by a newer Billhook. Upgrade, or give another file.")
+            raise UsageError(
+                f"{option('store', str(self.path))} was written by a newer Billhook. Upgrade, or give another file."
+            )
         if read_only and not version:
             raise UsageError(f"{self.path} is not a store of Billhook. Give the file that `billhook prune` wrote.")
         if read_only or version == len(MIGRATIONS):

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 
-from billhook.core.errors import MissingExtra, UsageError
+from billhook.core.errors import MissingExtra, UsageError, option
 from billhook.core.results.ab_report import RequestOptions
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class Endpoint:
     @staticmethod
     def create(name: str, url: str, model: str = "", key_env: str = "") -> Endpoint:
         """An endpoint whose address and key have been looked at. Raises UsageError, and MissingExtra without httpx."""
-        end = Endpoint(name, base_url(url, f"--{name.lower()}"), model, key_env)
+        end = Endpoint(name, base_url(url, name.lower()), model, key_env)
         _key(end)
         return end
 
@@ -67,12 +67,12 @@ class Connection:
 # -- addresses and keys ---------------------------------------------------------------------------------------------
 
 
-def base_url(url: str, option: str) -> str:
+def base_url(url: str, name: str) -> str:
     """The address under which `models` and `completions` stand. `http://host:8000` and `http://host:8000/v1` are one.
 
     Raises UsageError for what is no such address.
     """
-    example = f"Write for example {option} http://127.0.0.1:8000/v1."
+    example = f"Write for example {option(name, 'http://127.0.0.1:8000/v1')}."
     try:
         parts = urlsplit(url.strip())
         whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -80,18 +80,19 @@ def base_url(url: str, option: str) -> str:
     except ValueError:
         whole = False
     if not whole:
-        raise UsageError(f"{option} {url!r} is no http or https address. {example}")
+        raise UsageError(f"{option(name, url)} is no http or https address. {example}")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UsageError(
-            f"{option} holds more than an address: a user, a password, or what follows ? or #. They would be stored. "
-            f"Leave them out; {option.replace('--', '--api-key-env-')} names the variable that holds a key."
+            f"{option(name)} holds more than an address: a user, a password, or what follows ? or #. They would be "
+            "stored. "
+            f"Leave them out; {option(f'api_key_env_{name}')} names the variable that holds a key."
         )
     path = parts.path.rstrip("/")
     short = re.sub(r"/(chat/completions|completions|models)$", "", path)
     short = re.sub(r"/v1(/v1)+$", "/v1", short)
     if short != path:
         better = urlunsplit((parts.scheme, parts.netloc, short, "", ""))
-        raise UsageError(f"{option} {url!r} is longer than the address of the server. Write {option} {better}.")
+        raise UsageError(f"{option(name, url)} is longer than the address of the server. Write {option(name, better)}.")
     if not any(re.match(r"v\d", piece) for piece in path.split("/")):
         path += "/v1"
     whole_url = urlunsplit((parts.scheme, parts.netloc, path, "", ""))
@@ -99,7 +100,7 @@ def base_url(url: str, option: str) -> str:
     try:
         httpx.URL(whole_url)
     except httpx.InvalidURL as error:
-        raise UsageError(f"{option} {url!r} is no address ({error}). {example}") from error
+        raise UsageError(f"{option(name, url)} is no address ({error}). {example}") from error
     return whole_url
 
 

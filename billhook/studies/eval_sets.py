@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from billhook.core import statistics
-from billhook.core.errors import DataError, ResourceError, RunError, UsageError
+from billhook.core.errors import DataError, ResourceError, RunError, UsageError, option
 from billhook.core.events import EventListener, ignore_events, scaled_events
 from billhook.core.margin import Margins
 from billhook.core.options import TaskOptions, shows_options
@@ -67,13 +67,20 @@ class ComparisonSpec:
     def check(self) -> ComparisonSpec:
         """The spec itself. Raises UsageError where it asks for nothing, or for what there is not."""
         if not self.texts and not self.tasks:
-            raise UsageError("There is nothing to compare on. Give --data, or --tasks a.jsonl,b.jsonl.")
+            raise UsageError(
+                f"There is nothing to compare on. Give {option('data')}, or {option('tasks', ['a.jsonl', 'b.jsonl'])}."
+            )
         if self.shots_from and not self.shots:
-            raise UsageError("--shots-from says where solved items come from, and --shots how many. Add --shots 5.")
+            raise UsageError(
+                f"{option('shots_from')} says where solved items come from, and {option('shots')} how many. Add "
+                f"{option('shots', 5)}."
+            )
         if not any(task.startswith(HARNESS) for task in self.tasks):  # whose scores are known once it has run
             for name in self.scores:
                 if name not in SCORES:
-                    raise UsageError(f"--score {name} is no score of a task. Write one of {', '.join(SCORES)}.")
+                    raise UsageError(
+                        f"{option('score', name)} is no score of a task. Write one of {', '.join(SCORES)}."
+                    )
         if other := [margin for margin in self.margins.files if margin.file not in self.tasks]:
             raise UsageError(
                 f"The margin {other[0]} is of a task that is not measured. Measured: {', '.join(self.tasks) or 'none'}."
@@ -124,7 +131,7 @@ def evaluate_on_sets(job: EvalContext, name: str, spec: ComparisonSpec) -> Model
     if seen and not spec.seen:
         raise DataError(
             f"{teacher.name} was pruned, or recovered, on text that is in {' and '.join(seen)} too, so what it is "
-            "compared on would flatter it. Give other text, or add --seen: then every output says so."
+            f"compared on would flatter it. Give other text, or add {option('seen', True)}: then every output says so."
         )
     tested = {source: evaluate_set(job, teacher, each) for source, each in sets.items()}
     results = {source: each.primary_score(spec.scores) for source, each in tested.items()}
@@ -263,7 +270,9 @@ def read_task(
     """
     if source.startswith(HARNESS):
         if shots_from:
-            raise UsageError(f"{source} brings its own examples. Leave --shots-from out; --shots says how many.")
+            raise UsageError(
+                f"{source} brings its own examples. Leave {option('shots_from')} out; {option('shots')} says how many."
+            )
         return EvalSet(source, "harness", limit=items, shots=shots or None)
     given: FewShot | None = (shots_from or source, shots) if shots else None
     if is_generation_task(source):
@@ -309,7 +318,7 @@ def named(job: EvalContext, teacher: Teacher, eval_set: EvalSet, names: Sequence
     """Evaluations by their names on one set. Raises UsageError for a task of the harness, which has its own scores."""
     items = eval_set.tokens if eval_set.prompts is None else eval_set.prompts
     if items is None:
-        raise UsageError(f"{eval_set.source} brings its own scores. Leave --evaluations out.")
+        raise UsageError(f"{eval_set.source} brings its own scores. Leave {option('evaluations')} out.")
     return evaluate_by_name(teacher, items, names, job.options.set, watch=job.watch, who=eval_set.source)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from billhook.core.errors import FingerprintError, UsageError, nearest
+from billhook.core.errors import FingerprintError, UsageError, nearest, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.options import CompareOptions, shows_options
 from billhook.core.plan import Plan
@@ -70,8 +70,9 @@ def gate(
         ):
             sources = ", ".join(each.source for each in stored.sets)
             raise UsageError(
-                f"The baseline {baseline} was measured on {sources}. Leave --data, --tasks, --items, "
-                "--shots, --shots-from and --score out, or name the model instead."
+                f"The baseline {baseline} was measured on {sources}. Leave {option('data')}, {option('tasks')}, "
+                f"{option('items')}, "
+                f"{option('shots')}, {option('shots_from')} and {option('score')} out, or name the model instead."
             )
         text = "pydoc" if data is None else data
         sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from, "seen": seen}
@@ -231,7 +232,7 @@ def _compute_results(baseline: ModelResults, student: ModelResults) -> dict[str,
             if student.sets[source].kind == "text":
                 raise FingerprintError(
                     f"{student.teacher.name} and {baseline.teacher.name} have different tokenizers, so their "
-                    f"perplexities on {source} do not pair. Gate on --tasks alone: --data ''."
+                    f"perplexities on {source} do not pair. Gate on {option('tasks')} alone: {option('data', '')}."
                 )
             result = replace(result, tokens=own.tokens)
         results[source] = result

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from billhook.core.errors import EndpointError
+from billhook.core.errors import EndpointError, option
 from billhook.core.results.ab_report import Completion
 from billhook.data.choice_tasks import Request
 from billhook.report.numbers import printable
@@ -41,7 +41,7 @@ NO_ECHO = "the answer does not repeat the prompt with them"
 
 async def choose_model(connection: Connection) -> Connection:
     """The connection with a model: the given one, or the first that the server lists. Raises EndpointError."""
-    end, option = connection.endpoint, f"--model-{connection.endpoint.name.lower()}"
+    end = connection.endpoint
     answer, _ = await with_retries(connection, lambda: request_json(connection, "models"))
     if not isinstance(answer, RequestFailed):
         listed = answer.get("data")
@@ -49,13 +49,15 @@ async def choose_model(connection: Connection) -> Connection:
         first = next((name for name in names if isinstance(name, str) and name), "")
         if end.model or first:
             return replace(connection, endpoint=replace(end, model=end.model or first))
-        raise EndpointError(f"{end.name}, {end.url}, lists no model. Name one: {option} NAME.")
+        raise EndpointError(
+            f"{end.name}, {end.url}, lists no model. Name one: {option(f'model_{end.name.lower()}', 'NAME')}."
+        )
     if answer.code in (401, 403):
         raise EndpointError(f"{end.name}, {end.url}, wants a key ({_printable_detail(answer)}). {_hint(end)}")
     if answer.kind in ("connection", "timeout") or not (end.model and answer.code < 500):
         raise EndpointError(
             f"{end.name}, {end.url}, cannot be asked ({_printable_detail(answer)}). Start the server, or correct "
-            f"--{end.name.lower()}; this must list its models: curl {end.url}/models"
+            f"{option(end.name.lower())}; this must list its models: curl {end.url}/models"
         )
     return connection  # some servers list nothing, and the model is named
 
@@ -72,7 +74,7 @@ async def warm_up(connection: Connection) -> Connection:
         if (await complete(other, text="Hello")).error is None:
             return other
     if 400 <= answer.code < 500 and answer.code not in (408, 425, 429):
-        hint = _hint(end) if answer.code in (401, 403) else "Look at --kind and the name of the model."
+        hint = _hint(end) if answer.code in (401, 403) else f"Look at {option('kind')} and the name of the model."
         raise EndpointError(
             f"{end.name}, {end.url}, refuses to answer as {printable(end.model)[:100]} "
             f"({_printable_detail(answer)}). {hint}"
@@ -81,8 +83,8 @@ async def warm_up(connection: Connection) -> Connection:
 
 
 def _hint(end: Endpoint) -> str:
-    name = f"--api-key-env-{end.name.lower()}"
-    return f"Put the key into an environment variable and name that: {name} VARIABLE."
+    name = option(f"api_key_env_{end.name.lower()}", "VARIABLE")
+    return f"Put the key into an environment variable and name that: {name}."
 
 
 def _printable_detail(outcome: RequestFailed | Completion) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from billhook.core import statistics
-from billhook.core.errors import UsageError
+from billhook.core.errors import UsageError, option
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.options import StabilityOptions, shows_options
 from billhook.core.plan import Plan, Site
@@ -47,7 +47,7 @@ def stability(
     """
     METRICS[metric]
     if draws < 2 or not sizes:
-        raise UsageError("Stability compares sets: ask for at least 2 --draws and one of --sizes.")
+        raise UsageError(f"Stability compares sets: ask for at least 2 {option('draws')} and one of {option('sizes')}.")
     first = parse_recipe({"model": str(model), **options}, "The call")
     spec = StabilitySpec(str(model), metric, tuple(sizes), draws, plain_options(options))
     with open_study(spec, first, Path(store), out, watch) as (study, folder):

@@ -11,7 +11,7 @@ from typing import Any, Unpack
 
 from billhook.core import statistics
 from billhook.core.budget import spell_budget
-from billhook.core.errors import BudgetError, UsageError
+from billhook.core.errors import BudgetError, UsageError, option
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.options import Amount, SweepOptions, shows_options
 from billhook.core.results.measured import Estimate
@@ -64,7 +64,9 @@ def sweep(
     texts = several(data)
     held_out = several(eval_data) or tuple(dict.fromkeys(filter(None, map(external_sources, texts))))
     if not held_out:
-        raise UsageError("What a model writes itself proves nothing. Name a text to measure on: --eval-data FILE.")
+        raise UsageError(
+            f"What a model writes itself proves nothing. Name a text to measure on: {option('eval_data', 'FILE')}."
+        )
     removes = tuple(map(spell_budget, [remove] if isinstance(remove, str | float) else remove))
     grid = Grid(several(recipes), removes, texts, held_out, several(tasks), items)
     first = recipes_of(grid, str(model), options)[0][1]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from billhook.core import statistics
-from billhook.core.errors import UsageError
+from billhook.core.errors import UsageError, option
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.options import StudyOptions, shows_options
 from billhook.core.results.specs import TransferSpec, plain_options
@@ -47,7 +47,10 @@ def transfer(
     of `Recipe`; `remove` is needed.
     """
     if not tasks:
-        raise UsageError("There is no task to prune for. Name files of multiple-choice items: --tasks a.jsonl,b.jsonl.")
+        raise UsageError(
+            "There is no task to prune for. Name files of multiple-choice items: "
+            f"{option('tasks', ['a.jsonl', 'b.jsonl'])}."
+        )
     first = parse_recipe({"model": str(model), **options}, "The call")
     spec = TransferSpec(str(model), several(tasks), items, plain_options(options))
     with open_study(spec, first, Path(store), out, watch) as (study, folder):

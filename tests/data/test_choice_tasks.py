@@ -322,7 +322,7 @@ def test_of_equal_choices_the_first_is_the_answer(tokenizer: Any, tmp_path: Path
 def test_accuracy_of_text_and_of_broken_models_is_refused(model: Path, file: Path, tokenizer: Any) -> None:
     with pytest.raises(UsageError, match=r"made up is text, and accuracy needs multiple-choice items\. Give"):
         EVALUATIONS["acc"](load(model).model, text_tokens())
-    with pytest.raises(ModelError, match=r"NaN or infinite\. Try --dtype float32"):
+    with pytest.raises(ModelError, match=r"NaN or infinite\. Try dtype='float32'"):
         score_choices(task_tokens(file, tokenizer, limit_items=1), [float("nan")] * 5)
 
 
@@ -451,12 +451,10 @@ def test_what_is_stored_comes_back_also_of_the_first_tokens(
 
 def test_a_loss_and_a_token_set_must_fit(checkpoint: Folder, file: Path, tokenizer: Any) -> None:
     teacher = load(checkpoint("llama"))
-    with pytest.raises(UsageError, match=r"--loss task scores .*, and made up is text\. Type --loss task:FILE"):
+    with pytest.raises(UsageError, match=r"loss='task' scores .*, and made up is text\. Type loss='task:FILE"):
         Probe(teacher, text_tokens(), "task")
     for loss in LOSSES:
-        with pytest.raises(
-            UsageError, match=rf"--loss {loss} reads text, and .*items\. Type --loss task:.*task_error:"
-        ):
+        with pytest.raises(UsageError, match=rf"loss='{loss}' reads text, and .*items\. Type loss='task:.*task_error:"):
             Probe(teacher, task_tokens(file, tokenizer), loss)
 
 
@@ -485,9 +483,9 @@ def test_how_a_loss_is_spelled() -> None:
     assert parse_loss("task:a/b:c.jsonl") == LossSpec("task", "a/b:c.jsonl")
     assert parse_loss("task_error:x.jsonl.gz") == LossSpec("task_error", "x.jsonl.gz")
     for spelled in ("task", "task:"):
-        with pytest.raises(UsageError, match=r"--loss task needs a file of .*items\. Type --loss task:FILE\.jsonl"):
+        with pytest.raises(UsageError, match=r"loss='task' needs a file of .*items\. Type loss='task:FILE\.jsonl'"):
             parse_loss(spelled)
-    with pytest.raises(UsageError, match=r"--loss kl takes no file\. Type --loss kl, or --loss task:x\.jsonl"):
+    with pytest.raises(UsageError, match=r"loss='kl' takes no file\. Type loss='kl', or loss='task:x\.jsonl'"):
         parse_loss("kl:x.jsonl")
     with pytest.raises(UnknownName, match=r"'taks'.*'task'\?.*js, kl, .*task, task_error"):
         parse_loss("taks:x.jsonl")

@@ -168,7 +168,7 @@ def test_leaving_one_out_by_perplexity_ranks_as_by_likelihood(checkpoint: Callab
 
 def test_metrics_of_a_task_want_a_task(checkpoint: Callable[[str], Path]) -> None:
     for name in BY_TASK:
-        with pytest.raises(UsageError, match="--loss task:FILE"):
+        with pytest.raises(UsageError, match="loss='task:FILE'"):
             METRICS[name](Probe(load(checkpoint("llama")), tokens(), "kl"))
 
 

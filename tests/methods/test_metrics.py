@@ -166,7 +166,7 @@ def test_spans_of_small_models(blocks: int, spans: list[ScoredUnit], tmp_path: P
 
 def test_streams_that_do_not_fit_are_refused(checkpoint: Folder) -> None:
     probe = Probe(load(checkpoint("llama")), documents(4), "kl", memory=1)
-    with pytest.raises(ResourceError, match=r"0\.00 GB for 96 tokens.*fewer --tokens, more --memory, or the last"):
+    with pytest.raises(ResourceError, match=r"0\.00 GB for 96 tokens.*fewer tokens=, more memory=, or the last"):
         METRICS["angular_span"](probe, tokens="all")
     assert METRICS["angular_span"](probe, tokens="last")
     with pytest.raises(UnknownName, match=r"There is no choice of tokens called 'lats'. Did you mean 'last'"):

@@ -407,7 +407,7 @@ def test_exhaustive_measures_all_plans_without_anything_to_spare(problem: Proble
 def test_exhaustive_refuses_what_would_take_too_long_before_it_measures() -> None:
     problem, log = problem_of("4sites", blocks=6), list[MeasureRequest]()
     plans = comb(12, 4)
-    with pytest.raises(UsageError, match=rf"more than {plans - 1} plans.*--set most={10 * (plans - 1)}.*swap"):
+    with pytest.raises(UsageError, match=rf"more than {plans - 1} plans.*set={{'most': {10 * (plans - 1)}}}.*swap"):
         run("exhaustive", problem, additive(0), log, most=plans - 1)
     assert log == []
     assert len(run("exhaustive", problem, additive(0), log, most=plans)) == 1
@@ -573,7 +573,7 @@ def test_a_start_by_sites_must_be_a_plan_that_meets_the_budget() -> None:
     problem = problem_of("3sites", "mlp.4")
     cases = [
         ("mlp.0,mlp.1", UsageError, r"'mlp\.0,mlp\.1' does not meet the budget\. Name more sites"),
-        ("mlp.0,mlp.1,mlp.4", PlanError, r"removes mlp\.4, which --protect keeps"),
+        ("mlp.0,mlp.1,mlp.4", PlanError, r"removes mlp\.4, which protect= keeps"),
         ("mlp.0,mlp.1,mlp.9", PlanError, r"no mlp\.9"),
         ("mlp.0,mlp.1,mpl.2", PlanError, r"Did you mean mlp\.2"),
     ]

@@ -234,7 +234,7 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("This gpt2 model cannot be pruned", "scale_attn_by_inverse_layer_idx"),
     ),
     # 12
-    "code": (config(auto_map={"AutoModelForCausalLM": "own.Model"}), ("auto_map", "not run", "--trust-remote-code")),
+    "code": (config(auto_map={"AutoModelForCausalLM": "own.Model"}), ("auto_map", "not run", "trust_remote_code=True")),
     # 19
     "tokenizer": (
         lambda folder: tiny.saved(folder, "llama", vocab_size=60),
@@ -297,7 +297,7 @@ PLANS: dict[str, tuple[str, ...]] = {
     ALL["attention"]: ("every attention site", "At least one of each kind must stay"),
     ALL["mlp"]: ("every mlp site", "At least one of each kind must stay"),
     f"{ALL['attention']},{ALL['mlp']}": ("every attention site", "At least one of each kind must stay"),
-    "mlp.1,attention.3": ("removes attention.3", "--protect", "Change one of them"),
+    "mlp.1,attention.3": ("removes attention.3", "protect=", "Change one of them"),
     "attention.1,mlp.4": ("no mlp.4", "blocks 0 to 3"),
     "attention.99": ("no attention.99", "blocks 0 to 3"),
     "attention.-1": ("'attention.-1' is not a site", "attention.7 or mlp.16"),
@@ -332,7 +332,7 @@ def test_a_plan_of_another_model_is_refused(form: str, model: Path, text: Path, 
         "report.json": {"model": {"fingerprint": other}, "plan": {"removed": ["mlp.1"]}},
     }
     (tmp_path / form).write_text(json.dumps(contents[form]))
-    told = ("made for another model", other, billhook.load(model).fingerprint, "--plan mlp.1")
+    told = ("made for another model", other, billhook.load(model).fingerprint, "plan='mlp.1'")
     plan = str(tmp_path / form)
     refuse(tmp_path, FingerprintError, *told, model=model, data=str(text), remove=None, plan=plan)
 
@@ -377,12 +377,12 @@ def test_a_run_does_not_go_on_under_another_recipe(interrupted: str, tmp_path: P
 
 def test_a_run_does_not_go_on_over_another_model(interrupted: str, copy: Path, tmp_path: Path) -> None:
     tiny.with_tokenizer(copy, seed=1)
-    cannot_resume(tmp_path, FingerprintError, interrupted, "another model and other tokens:", "leave --resume out")
+    cannot_resume(tmp_path, FingerprintError, interrupted, "another model and other tokens:", "call prune")
 
 
 def test_a_run_does_not_go_on_over_other_text(interrupted: str, tmp_path: Path) -> None:
     tiny.write_texts(tmp_path / "texts.jsonl", 80, seed=1)
-    cannot_resume(tmp_path, FingerprintError, interrupted, "another tokens:", "leave --resume out")
+    cannot_resume(tmp_path, FingerprintError, interrupted, "another tokens:", "call prune")
 
 
 def test_a_run_belongs_to_one_process(interrupted: str, tmp_path: Path) -> None:
@@ -400,14 +400,14 @@ TEXTS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "empty": ("a.txt", b"", ("a.txt holds no text", "Give another")),
     "blank": ("a.txt", b" \n\t\n", ("a.txt holds no text", "Give another")),
     "no rows": ("a.jsonl", b"\n", ("a.jsonl holds no text", "Give another")),
-    "too short": ("a.txt", b"w1 " * 50, ("too short", "100 of the 200", "holds 50", "or --tokens 100.")),
+    "too short": ("a.txt", b"w1 " * 50, ("too short", "100 of the 200", "holds 50", "or tokens=100.")),
     "far too short": ("a.txt", b"w1 w2 w3", ("too short", "holds 0", "Give more text.")),
     "latin-1": ("a.txt", b"w1 caf\xe9 w2", ("not UTF-8", "0xe9", "iconv -t UTF-8 a.txt")),
     "latin-1 rows": ("a.jsonl", b'{"text": "caf\xe9"}', ("not UTF-8", "0xe9", "iconv -t UTF-8 a.jsonl")),
     "no gzip": ("a.txt.gz", b"w1 w2", ("no gzip file", "Compress the text again")),
     "no JSON": ("a.jsonl", b'{"text": "w1"}\n{"te', ("line 2", "is not JSON", "One object a line")),
     "no object": ("a.jsonl", b'["w1"]', ("row 1", "no object with a field 'text'")),
-    "no field": ("a.jsonl", b'{"text": "w1"}\n{"txt": "w1", "n": 1}', ("row 2", "'text'", "--field txt?", "txt, n")),
+    "no field": ("a.jsonl", b'{"text": "w1"}\n{"txt": "w1", "n": 1}', ("row 2", "'text'", "field= txt?", "txt, n")),
     "no string": ("a.jsonl", b'{"text": null}', ("row 1", "no text field 'text'", "It has: text")),
     "no parquet": ("a.parquet", b"PAR1", ("a.parquet", "cannot be read as .parquet", "download it again")),
 }
@@ -425,8 +425,8 @@ def test_text_that_is_not_there_or_not_allowed_is_refused(model: Path, text: Pat
         ({"data": str(tmp_path / "no.jsonl")}, ("no.jsonl is missing", "a .txt, .jsonl or .parquet file, pydoc")),
         ({"data": str(tmp_path)}, ("is a folder", "a .txt, .jsonl or .parquet file, pydoc")),
         ({"data": "nonesuch"}, ("no file 'nonesuch'", "local .txt, .jsonl or .parquet file")),
-        ({"data": str(text), "eval_data": "self"}, ("--eval-data self", "Give a file, or leave it out")),
-        ({"data": str(text), "tokens": 10_000}, ("5,000 of the 10,000", "1,600", "half", "--tokens 3200")),
+        ({"data": str(text), "eval_data": "self"}, ("eval_data='self'", "Give a file, or leave it out")),
+        ({"data": str(text), "tokens": 10_000}, ("5,000 of the 10,000", "1,600", "half", "tokens=3200")),
     ):
         refuse(tmp_path, DataError, *told, model=model, **options)
 
@@ -436,7 +436,7 @@ def test_calibration_text_does_not_prove_anything(model: Path, text: Path, tmp_p
     other = str(tmp_path / "same.jsonl")
     told = (
         f"documents of the held-out text {other} are in the calibration text {text}+self too",
-        "leave --eval-data out",
+        "leave eval_data= out",
     )
     refuse(tmp_path, DataError, *told, model=model, data=str(text), eval_data=other, tokens=3000, eval_tokens=3000)
     (tmp_path / "short.txt").write_text("w1 w2 w3")
@@ -445,7 +445,7 @@ def test_calibration_text_does_not_prove_anything(model: Path, text: Path, tmp_p
 
 
 def test_a_sequence_is_no_longer_than_the_positions(model: Path, text: Path, tmp_path: Path) -> None:
-    told = ("--length 97", "96 positions", "Use at most 96")
+    told = ("length=97", "96 positions", "Use at most 96")
     refuse(tmp_path, UsageError, *told, model=model, data=str(text), length=97)
 
 
@@ -469,7 +469,7 @@ def test_an_output_folder_is_refused(copy: Path, text: Path, tmp_path: Path) -> 
         (copy.parent, ("the input model's own folder", "another")),
         (lone / "inside", ("cannot be written", "Choose another folder")),
     ):
-        refuse(tmp_path, UsageError, f"--out {out}", *told, model=copy, data=str(text), out=out)
+        refuse(tmp_path, UsageError, f"out={str(out)!r}", *told, model=copy, data=str(text), out=out)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
@@ -500,8 +500,8 @@ RECIPES: dict[str, tuple[type[BillhookError], dict[str, Any], tuple[str, ...]]] 
     "all of it": (BudgetError, {"remove": "100%"}, ("cannot be met", "at most", "Ask for less")),
     "all attention": (BudgetError, {"remove": "4attention"}, ("cannot be met", "at most 3", "Ask for less")),
     "protected": (BudgetError, {"remove": "2blocks", "protect": "0-2"}, ("at most 1", "protect less")),
-    "both": (RecipeError, {"plan": "mlp.1"}, ("has remove and plan", "--plan attention.7,mlp.16, or --within")),
-    "neither": (RecipeError, {"remove": None}, ("neither remove nor plan nor within", "--remove 25%sites, --plan")),
+    "both": (RecipeError, {"plan": "mlp.1"}, ("has remove and plan", "plan='attention.7,mlp.16', or within=")),
+    "neither": (RecipeError, {"remove": None}, ("neither remove nor plan nor within", "remove='25%sites', plan=")),
     "key": (RecipeError, {"serch": "greedy"}, ("'serch'", "Did you mean search?", "Known: about, model, remove")),
     "kind": (RecipeError, {"tokens": "many"}, ("tokens: 'many'", "integer")),
     "too small": (RecipeError, {"tokens": 3}, ("tokens: 3", "greater than or equal to 16")),

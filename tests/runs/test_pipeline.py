@@ -230,9 +230,9 @@ def test_a_streamed_model_is_evaluated_and_refuses_what_needs_it_whole(model: Pa
     assert (streamed.perplexity.low, streamed.perplexity.high) == pytest.approx(
         (whole.perplexity.low, whole.perplexity.high), rel=1e-5
     )
-    with pytest.raises(UsageError, match="--data self lets the model write"):
+    with pytest.raises(UsageError, match="would write its calibration text itself, and it does not fit"):
         billhook.score(str(model), data="self", length=24, memory="0.1MB")
-    with pytest.raises(ResourceError, match=r"--memory 0\.01MB is too little.*Give --memory 1MB or more"):
+    with pytest.raises(ResourceError, match=r"memory='0\.01MB' is too little.*Give memory='1MB' or more"):
         billhook.evaluate(str(model), **options, memory="0.01MB")
 
 

@@ -209,5 +209,5 @@ def test_memory_is_an_amount_with_a_unit() -> None:
 
 def test_an_audit_is_of_a_race() -> None:
     assert parse_recipe({"remove": "1sites", "fast": True, "audit": True}).audit
-    with pytest.raises(RecipeError, match="Add --fast"):
+    with pytest.raises(RecipeError, match="Add fast=True"):
         parse_recipe({"remove": "1sites", "audit": True})

@@ -286,19 +286,19 @@ def test_two_servers_that_never_answer_end_in_time(start: Any, tmp_path: Path) -
      ("https://h/v1beta/openai", "https://h/v1beta/openai")],
 )  # fmt: skip
 def test_both_forms_of_an_address_are_taken(given: str, found: str) -> None:
-    assert base_url(given, "--a") == found
+    assert base_url(given, "a") == found
 
 
 @pytest.mark.parametrize(
     ("given", "told"),
-    [("localhost:8000", "no http or https address"), ("ftp://h", "Write for example --a http://"), ("", "--a ''"),
-     ("http://h:99999", "no http"), ("http://", "no http"), ("http://h/v1/v1", "Write --a http://h/v1."),
-     ("http://h/v1/chat/completions", "Write --a http://h/v1."), ("http://u:secret@h/v1", "--api-key-env-a"),
+    [("localhost:8000", "no http or https address"), ("ftp://h", "Write for example a='http://"), ("", "a=''"),
+     ("http://h:99999", "no http"), ("http://", "no http"), ("http://h/v1/v1", "Write a='http://h/v1'."),
+     ("http://h/v1/chat/completions", "Write a='http://h/v1'."), ("http://u:secret@h/v1", "api_key_env_a="),
      ("http://h/v1?key=secret", "would be stored"), ("http://h h/", "no http")],
 )  # fmt: skip
 def test_other_addresses_are_refused(given: str, told: str) -> None:
     with pytest.raises(UsageError, match=re.escape(told)) as caught:
-        base_url(given, "--a")
+        base_url(given, "a")
     assert "secret" not in str(caught.value)
 
 
@@ -309,10 +309,10 @@ def test_a_server_that_cannot_be_asked_is_told_before_a_prompt_is(start: Any, tm
     gone = Server(plain)
     gone.server_close()
     for server, words in (
-        (gone, ("cannot be asked", "curl", "correct --b")),
-        (empty, ("lists no model", "--model-b NAME")),
+        (gone, ("cannot be asked", "curl", "correct b=")),
+        (empty, ("lists no model", "model_b='NAME'")),
         (silent, ("no whole answer within 0.4 s",)),
-        (refusing, ("refuses to answer as model-of-the-test (404", "Look at --kind", "�")),
+        (refusing, ("refuses to answer as model-of-the-test (404", "Look at kind=", "�")),
     ):
         with pytest.raises(EndpointError) as caught:
             compare(good, server, prompts, timeout=0.4, retries=1)
@@ -346,7 +346,7 @@ def test_without_httpx_the_line_that_installs_it_is_told(monkeypatch: pytest.Mon
     ("name", "text", "told"),
     [("x.txt", " \n\n", "is empty"), ("x.md", "x", "no .txt or .jsonl"), ("x.jsonl", '{"text": "x"}', "row 1, is no"),
      ("x.jsonl", '{"prompt": "x"}\n{"messages": []}', "row 2, is no"), ("x.jsonl", "{", "is not JSON"),
-     ("x.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "Use --kind chat"),
+     ("x.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "Use kind='chat'"),
      ("x.jsonl", '{"query": " ", "choices": ["a", "b"], "gold": 0}', "nothing before its choices")],
 )  # fmt: skip
 def test_a_file_without_prompts_is_refused(name: str, text: str, told: str, tmp_path: Path) -> None:
@@ -590,7 +590,7 @@ def test_a_key_goes_to_its_server_and_nowhere_else(
         return request.stream(["you said ", key])
 
     a, b, prompts = start(plain), start(gossip), file_of(tmp_path, ["fail", "talk"])
-    with pytest.raises(EndpointError, match=r"401 wrong key.*--api-key-env-b VARIABLE"):
+    with pytest.raises(EndpointError, match=r"401 wrong key.*api_key_env_b='VARIABLE'"):
         compare(a, b, prompts)
     told = compare(a, b, prompts, api_key_env_b="KEY_OF_B")
     assert set(b.keys) == {None, f"Bearer {key}"}

@@ -203,8 +203,8 @@ def test_eval_measures_all_items_with_shots(model: Path, choices: Path, tmp_path
 def test_wrong_sets_say_what_to_type(model: Path, choices: Path, home: Path, tmp_path: Path) -> None:
     store = tmp_path / "b.db"
     for options, match in (
-        ({"score": "f1"}, "--score f1 is no score"),
-        ({"shots_from": str(choices)}, "Add --shots 5"),
+        ({"score": "f1"}, "score='f1' is no score"),
+        ({"shots_from": str(choices)}, "Add shots=5"),
         ({"shots": 100}, "100 shots are wanted"),
     ):
         with pytest.raises((UsageError, DataError), match=match):

@@ -289,7 +289,7 @@ def test_a_sweep_over_what_the_model_writes_measures_on_text(model: Path, texts:
     )
     assert list(told.evaluation) == [str(texts)]
     assert len(told.trials) == 3
-    with pytest.raises(UsageError, match="--eval-data FILE"):
+    with pytest.raises(UsageError, match="eval_data='FILE'"):
         billhook.sweep(str(model), ["shortgpt"], data=["self"], **both)
 
 

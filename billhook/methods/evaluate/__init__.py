@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from billhook.core.errors import ResourceError, UsageError
+from billhook.core.errors import ResourceError, UsageError, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.registry import Registry, resolve_options
 from billhook.core.results.measured import EvalResult
@@ -53,7 +53,7 @@ def evaluate_by_name(
     if teacher.weights is not None:
         raise ResourceError(
             f"{teacher.name} is larger than the memory that is free, so evaluations that are named have no model to "
-            "ask. Give more --memory, or leave --evaluations out."
+            f"ask. Give more {option('memory')}, or leave {option('evaluations')} out."
         )
     pairs = zip(names, own, strict=True)
     with teacher.lock:

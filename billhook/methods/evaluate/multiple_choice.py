@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from billhook.core.errors import ModelError, UsageError
+from billhook.core.errors import ModelError, UsageError, option
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.results.measured import EvalResult
 from billhook.data.prefixes import Readout, batch_groups, group_by_prefix, keep_worthwhile, unique_inputs
@@ -48,7 +48,7 @@ def score_choices(tokens: TokenSet, row_sums: Sequence[float]) -> dict[str, Eval
     """
     choices = _choices(tokens)
     if not all(map(math.isfinite, row_sums)):
-        raise ModelError("The model's log-probabilities are NaN or infinite. Try --dtype float32.")
+        raise ModelError(f"The model's log-probabilities are NaN or infinite. Try {option('dtype', 'float32')}.")
     rows: list[list[int]] = [[] for _ in choices.gold]
     for row, document in enumerate(tokens.documents):
         rows[document].append(row)

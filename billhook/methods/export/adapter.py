@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from billhook.core.errors import BillhookError, DataError, FingerprintError, MissingExtra, UsageError
+from billhook.core.errors import BillhookError, DataError, FingerprintError, MissingExtra, UsageError, option
 from billhook.methods.export import EXPORTS, Exported, Student, export
 from billhook.models import checks
 from billhook.models.load import load
@@ -31,7 +31,10 @@ def adapter(student: Student, folder: Path) -> Exported:
     Source: Hu et al. 2021, LoRA (arXiv 2106.09685), in peft's format.
     """
     if student.adapter is None or student.base is None:
-        raise UsageError("This student has no adapter beside it. Train one: --recover lora --recover-set merge=no")
+        raise UsageError(
+            "This student has no adapter beside it. Train one: "
+            f"{option('recover', 'lora')} {option('recover_set', {'merge': 'no'})}"
+        )
     model = apply(student.teacher, student.plan, repair=student.base)
     written = EXPORTS["transformers"](replace(student, model=model, repair=student.base), folder)
     gap = save_adapter(student.adapter, folder, student.model, student.tokens)
@@ -52,7 +55,8 @@ def load_with_adapter(folder: str | Path, adapter: str | Path | None = None) -> 
     chosen = Path(adapter).expanduser() if adapter is not None else folder / ADAPTER_FOLDER
     if not (chosen / ADAPTER_MANIFEST).is_file():
         raise DataError(
-            f"{chosen} is no adapter of Billhook's. One comes with --recover lora --recover-set merge=no, in the "
+            f"{chosen} is no adapter of Billhook's. One comes with {option('recover', 'lora')} "
+            f"{option('recover_set', {'merge': 'no'})}, in the "
             f"folder {ADAPTER_FOLDER} of the pruned model."
         )
     wanted, found = (

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 
-from billhook.core.errors import BillhookError, ModelError, ResourceError, UsageError
+from billhook.core.errors import BillhookError, ModelError, ResourceError, UsageError, option
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Plan
 from billhook.engine.probe import logits
@@ -31,10 +31,12 @@ SHARD_BYTES = 4 * 10**9
 def check_target(folder: Path, source: Path | None = None, needed_bytes: int = 0) -> None:
     """Raises UsageError or ResourceError unless a checkpoint can be written to `folder`."""
     if source is not None and source.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(f"--out {folder} is the input model's own folder. Choose another one.")
+        raise UsageError(f"{option('out', str(folder))} is the input model's own folder. Choose another one.")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         what = "is a file" if folder.is_file() else "is not empty"
-        raise UsageError(f"--out {folder} {what}. Choose a folder that is not there yet, such as {folder}-pruned.")
+        raise UsageError(
+            f"{option('out', str(folder))} {what}. Choose a folder that is not there yet, such as {folder}-pruned."
+        )
     parent = folder.resolve().parent
     while not parent.exists():
         parent = parent.parent
@@ -43,11 +45,14 @@ def check_target(folder: Path, source: Path | None = None, needed_bytes: int = 0
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UsageError(f"--out {folder} cannot be written ({error.strerror}). Choose another folder.") from error
+        raise UsageError(
+            f"{option('out', str(folder))} cannot be written ({error.strerror}). Choose another folder."
+        ) from error
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise ResourceError(
-            f"--out {folder} needs {needed_bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left. Free some "
+            f"{option('out', str(folder))} needs {needed_bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB "
+            "left. Free some "
             "space, or choose a folder on another disk."
         )
 
@@ -177,7 +182,7 @@ def _on_disk(student: Any, teacher: Teacher) -> dict[str, torch.Tensor]:
             if tensor.dtype.itemsize < teacher.dtype.itemsize:
                 raise ModelError(
                     f"{name} is not among the source's tensors by any known name, and the copy in memory is rounded to "
-                    f"{dtype_name(tensor.dtype)}. Use --dtype float32."
+                    f"{dtype_name(tensor.dtype)}. Use {option('dtype', 'float32')}."
                 )
             done[_place(tensor)] = tensor.to("cpu", teacher.dtype, copy=True)
     return {name: done[_place(tensor)] for name, tensor in state.items()}

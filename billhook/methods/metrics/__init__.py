@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from billhook.core.errors import UsageError
+from billhook.core.errors import UsageError, option
 from billhook.core.problem import ScoredUnit
 from billhook.core.registry import Registry
 from billhook.core.results.measured import Score
@@ -27,7 +27,7 @@ group_metric = GROUP_METRICS.add
 def require_task(probe: Probe) -> Probe:
     """The probe itself, if its tokens are a task's. Raises UsageError otherwise."""
     if probe.tokens.choices is None:
-        raise UsageError("This metric looks at a multiple-choice task. Name one: --loss task:FILE.")
+        raise UsageError(f"This metric looks at a multiple-choice task. Name one: {option('loss', 'task:FILE')}.")
     return probe
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from billhook.core.errors import UnknownName, UsageError
+from billhook.core.errors import UnknownName, UsageError, option
 from billhook.data.splits import select_documents
 from billhook.engine.channel_statistics import GroupValues, Inputs, standardised
 from billhook.engine.probe import Probe
@@ -176,7 +176,7 @@ def saap(
     documents = len(probe.tokens.clusters)
     if batches < 2 or documents < batches:
         raise UsageError(
-            f"saap compares {batches} mini-batches, and there are {documents} documents. Give more --tokens."
+            f"saap compares {batches} mini-batches, and there are {documents} documents. Give more {option('tokens')}."
         )
     fused = fuse(_taylor(probe), fusion)
     told = standardised(fused, within=within)

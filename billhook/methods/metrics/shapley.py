@@ -7,7 +7,7 @@ import random
 import statistics
 from collections.abc import Sequence
 
-from billhook.core.errors import UsageError
+from billhook.core.errors import UsageError, option
 from billhook.core.plan import Plan, Site
 from billhook.core.problem import ScoredUnit
 from billhook.core.results.measured import Score
@@ -82,7 +82,10 @@ def present_absent(
     for i, unit in enumerate(units):
         without, held = ([m for m, row in zip(means, absent, strict=True) if row[i] is gone] for gone in (True, False))
         if min(len(without), len(held)) < 2:
-            raise UsageError(f"{draws} draws leave too few with and without each player. Ask for more: --set draws=64.")
+            raise UsageError(
+                f"{draws} draws leave too few with and without each player. Ask for more: "
+                f"{option('set', {'draws': 64})}."
+            )
         spread = statistics.variance(without) / len(without) + statistics.variance(held) / len(held)
         value = statistics.fmean(without) - statistics.fmean(held)
         found[_unit(unit, players)] = Score(value, math.sqrt(spread))

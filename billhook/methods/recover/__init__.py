@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from billhook.core.errors import UsageError
+from billhook.core.errors import UsageError, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.plan import Plan
 from billhook.core.registry import Registry
@@ -112,7 +112,7 @@ def finetune(
     if teacher.weights is not None:
         raise UsageError("The model is larger than the memory, and cannot be trained so. Recover by fold, or mean.")
     if teacher.model.dtype == torch.float16:
-        raise UsageError("float16 loses small gradients. Train with --dtype bfloat16 or float32.")
+        raise UsageError(f"float16 loses small gradients. Train with {option('dtype', 'bfloat16')} or float32.")
     student = apply(teacher, task.plan, repair=task.repair)
     student.requires_grad_(False)
     blocks = structure.blocks_of(student, teacher.architecture)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import accumulate
 
-from billhook.core.errors import UsageError
+from billhook.core.errors import UsageError, option
 from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.problem import Move, Problem
 from billhook.methods.search import Search, lowest_full, search
@@ -53,7 +53,7 @@ def exhaustive(problem: Problem, *, most: int = 20_000) -> Search:
         if len(plans) > most:
             raise UsageError(
                 f"The search exhaustive would measure more than {most:,} plans. Protect more, remove less, raise it "
-                f"with --set most={10 * most}, or take the search swap."
+                f"with {option('set', {'most': 10 * most})}, or take the search swap."
             )
     return [lowest_full(plans, (yield MeasureRequest(tuple(plans), full_results=2)))[1]]
 

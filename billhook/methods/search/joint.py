@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from billhook.core.anatomy import SiteSize
-from billhook.core.errors import BudgetError, UsageError
+from billhook.core.errors import BudgetError, UsageError, option
 from billhook.core.integer_program import Bound, cheapest_selections
 from billhook.core.plan import PARTS, KeptGroups, MeasureRequest, Plan, Site
 from billhook.core.problem import Problem
@@ -100,7 +100,9 @@ def _checked(problem: Problem, levels: int, multiple: int, parts: str) -> Proble
     """The problem of the parts that may change. Raises what the search refuses, before anything is measured."""
     problem = restricted(problem, parts)
     if problem.group_scores is None:
-        raise UsageError("The search joint orders channel groups. Name a metric of groups: --metric taylor_mix.")
+        raise UsageError(
+            f"The search joint orders channel groups. Name a metric of groups: {option('metric', 'taylor_mix')}."
+        )
     if problem.whole_blocks:
         raise BudgetError("The search joint has no use for a budget in blocks. Count in params, bytes, kv or flops.")
     if levels < 1 or multiple < 1:

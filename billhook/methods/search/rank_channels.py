@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from billhook.core.errors import BudgetError, UsageError
+from billhook.core.errors import BudgetError, UsageError, option
 from billhook.core.plan import KeptGroups, Plan, Site
 from billhook.core.problem import Problem
 from billhook.methods.search import Search, ascending, kept_groups, restricted, search
@@ -77,7 +77,9 @@ def _checked(problem: Problem, multiple: int, parts: str) -> Problem:
     """The problem of the parts that may become narrower. Raises UsageError for what the search has no use for."""
     problem = restricted(problem, parts)
     if problem.group_scores is None:
-        raise UsageError("The search narrow ranks channel groups. Name a metric of groups: --metric flap.")
+        raise UsageError(
+            f"The search narrow ranks channel groups. Name a metric of groups: {option('metric', 'flap')}."
+        )
     if multiple < 1:
         raise UsageError(f"multiple={multiple} is no number of channels. Write for example 8, 32 or 256.")
     return problem
