@@ -194,6 +194,19 @@ def show_command(
         face.show(api.show(run, store).to_json(), "run")
 
 
+@app.command(name="report")
+def report_command(
+    *, run: Annotated[str, typer.Argument(help="The run's id, as `billhook runs` lists it")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write [default: reports/<run>]")] = None,
+    store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Make the page of a finished run again, from the store alone."""
+    with CommandSession(as_json, True, verbose) as face:
+        from billhook.studies import run_study
+
+        face.show({"page": str(run_study.make_report(run, out=out, store=store))}, "report")
+
+
 @app.command(name="methods")
 def methods_command(*, as_json: Json = False, verbose: Verbose = False) -> None:
     """List every registered method with its options, cost and source."""

@@ -118,6 +118,7 @@ def _tables() -> dict[str, Callable[[Console, Any], None]]:
         "stability": stability_table, "compare": study_tables.comparison_table,
         "gate": study_tables.gate_table, "baselines": study_tables.baseline_table, "tasks": study_tables.task_table,
         "threshold": study_tables.threshold_table, "abtest": study_tables.ab_table,
+        "report": lambda console, value: foot(console, value["page"], []),
     }  # fmt: skip
 
 

@@ -36,7 +36,6 @@ from billhook.engine.losses import kl
 from billhook.methods.evaluate import batches, speed, vocabulary_size
 from billhook.models.device import environment, to_float64
 from billhook.models.load import Teacher
-from billhook.report import compare_page
 from billhook.runs.job import EvalContext
 from billhook.runs.recipe import EvalOptions, parse_options
 from billhook.runs.store import STORE
@@ -250,4 +249,4 @@ def compare(
     )  # fmt: skip
     with open_run(spec, recipe, Path(store), out, watch) as job:
         comparison = compare_models(job, names, asked)
-        return write_study(comparison, job.out, compare_page.comparison_page, job.store, job.run)
+        return write_study(comparison, job.out, job.store, job.run)
