@@ -347,7 +347,8 @@ def _generation_result(job: EvalContext, teacher: Teacher, eval_set: EvalSet) ->
         part = replace(whole, tokens=batch, targets=whole.targets[start : start + len(batch.clusters)])
         watch = scaled_events(job.watch, start, len(whole.targets))
         key = AnswersKey(teacher.fingerprint, Plan(), teacher.compute_key, part.hash)
-        answers += job.store.remember(key, partial(_generate, teacher, part, watch, eval_set.source), job.run)
+        written = job.store.remember(key, partial(_generate, teacher, part, watch, eval_set.source), job.run)
+        answers += written
     questions = {question.number: question for question in read_questions(eval_set.source)}
     responses = [
         ItemResponse(number, questions[number].query, target=target, answer=answer)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from billhook.core.plan import Plan
 from billhook.core.results.json_form import decode
-from billhook.core.results.measured import Environment, EvalResult, Loss, Timing
+from billhook.core.results.measured import Environment, EvalResult, Loss, Timing, TimingProtocol
 
 T = TypeVar("T")
 
@@ -151,7 +151,7 @@ class TimingKey(CacheKey[Timing]):
     rival: Plan
     environment: Environment
     dtype: str
-    protocol: Mapping[str, int]
+    protocol: TimingProtocol
     patches: tuple[Mapping[str, Any], ...] = ()
     stock: bool = False
 
@@ -159,7 +159,7 @@ class TimingKey(CacheKey[Timing]):
         shape = "stock" if self.stock else json.dumps(self.patches) if self.patches else ""
         return {"model": self.model, "plan": self.plan.key(), "rival": self.rival.key(), "dtype": self.dtype,
                 "environment": _json(asdict(self.environment)),
-                "protocol": json.dumps(dict(self.protocol)) + shape}  # fmt: skip
+                "protocol": json.dumps(asdict(self.protocol)) + shape}  # fmt: skip
 
     def encode(self, value: Timing) -> dict[str, str]:
         return {"timing": _json(asdict(value))}
@@ -262,6 +262,17 @@ class SiteTimesKey(FactKey[dict[str, int]]):
     machine: str
     threads: int
     torch: str
+
+
+@dataclass(frozen=True)
+class BandwidthKey(FactKey[float]):
+    """Bytes per second at which a device reads."""
+
+    what = "bandwidth"
+    environment: Environment
+
+    def parts(self) -> dict[str, Any]:
+        return asdict(self.environment)
 
 
 @dataclass(frozen=True)
