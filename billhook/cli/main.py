@@ -179,7 +179,7 @@ def runs_command(*, store: StoreFile = DEFAULT_STORE, as_json: Json = False, ver
     with CommandSession(as_json, True, verbose) as face:
         from billhook import api
 
-        face.show({"runs": [run.to_json() for run in api.list_runs(store)]}, "runs")
+        face.show({"runs": api.list_runs(store)}, "runs")
 
 
 @app.command(name="show")
@@ -191,7 +191,7 @@ def show_command(
     with CommandSession(as_json, True, verbose) as face:
         from billhook import api
 
-        face.show(api.show(run, store).to_json(), "run")
+        face.show(api.show(run, store), "run")
 
 
 @app.command(name="report")

@@ -114,7 +114,7 @@ def save_baseline(
 
 def baselines(store: str | Path = STORE) -> list[Baseline]:
     """The baselines of a store, by name."""
-    with closing(Store(Path(store))) as opened:
+    with closing(Store(Path(store), read_only=True)) as opened:
         return list_baselines(opened)
 
 

@@ -117,8 +117,8 @@ def make_report(run: str, *, out: str | Path | None = None, store: str | Path = 
     result = read_result(stored.kind, stored.result)
     if not isinstance(result, Result):
         raise ResultError(
-            f"Billhook 0.1 stored the result of run {run}, and this Billhook makes no page of it. Run the command again "
-            f"({again}), or read what the store says: billhook show {run}."
+            f"Billhook 0.1 stored the result of run {run}, and this Billhook makes no page of it. Run the command "
+            f"again ({again}), or read what the store says: billhook show {run}."
         )
     folder = Path(out) if out is not None else Path("reports") / run
     check_target(folder, None)

@@ -144,6 +144,15 @@ def test_what_is_told_is_stored_too(result: dict[str, Any], home: Path) -> None:
     assert {"at", "stage", "done", "total", "lowest", "memory_bytes"} <= set(stored.rows()[0])
 
 
+def test_the_page_of_a_run_is_made_again_from_the_store(result: RunResult, home: Path, tmp_path: Path) -> None:
+    page = billhook.make_report(result.run, out=tmp_path / "again", store=home / "runs.db")
+    assert page.read_text() == (Path(result.out) / "report.html").read_text()
+    kept = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert kept == billhook.show(result.run, home / "runs.db").to_json()["result"]
+    with pytest.raises(UsageError, match="is not empty"):
+        billhook.make_report(result.run, out=tmp_path / "again", store=home / "runs.db")
+
+
 def test_peak_memory_is_that_of_a_process_which_holds_the_model(model: Path, tmp_path: Path) -> None:
     wide = tiny.saved(tmp_path / "wide", "llama", intermediate_size=60_000)
     small, large = (peak_bytes(folder, "cpu", "float32", 8, 2) for folder in (model, wide))
