@@ -28,12 +28,13 @@ import billhook
 from billhook.core import statistics
 from billhook.core.events import Event
 from billhook.core.plan import Plan
+from billhook.core.results.cache_keys import EvaluationKey, repaired_dtype
 from billhook.core.results.measured import EvalResult
 from billhook.methods.evaluate import speed
 from billhook.models.device import keep_freed_memory
 from billhook.models.repair import NO_REPAIR
 from billhook.models.surgery import apply
-from billhook.runs.evaluation import cache_dtype
+from billhook.runs.evaluation import repair_key
 from billhook.runs.recipe import parse_recipe, with_overrides
 from billhook.runs.store import Store
 from billhook.studies import sweep, trials
@@ -120,7 +121,8 @@ def measured(bench: trials.StudyContext, texts: dict[str, str], what: str, work:
     anatomy = bench.teacher.anatomy
     return row(*sides, seconds) | {
         "removed": trial.plan.names(), "narrowed": trial.plan.narrowed_names(),
-        "filed": {"before": cache_dtype(bench.teacher, NO_REPAIR), "after": cache_dtype(bench.teacher, repair)},
+        "filed": {"before": bench.teacher.compute_key,
+                  "after": repaired_dtype(bench.teacher.compute_key, repair_key(repair))},
         "parameters": anatomy.total("parameters", trial.plan), "kv": anatomy.total("kv_bytes_per_token", trial.plan),
     }  # fmt: skip
 
@@ -132,8 +134,10 @@ def held_against(bench: trials.StudyContext, rows: dict[str, Any], size: str) ->
     def filed(what: str, text: str, when: str) -> EvalResult:
         row = rows[what]
         plan = Plan.parse(row["removed"] + row["narrowed"])
-        of = (bench.teacher.fingerprint, plan, "perplexity", row["on"][text]["tokens"], row["filed"][when])
-        found = bench.store.evaluation(*of)
+        key = EvaluationKey(
+            bench.teacher.fingerprint, plan, "perplexity", row["on"][text]["tokens"], row["filed"][when]
+        )
+        found = bench.store.lookup(key)
         assert found is not None, f"{what} was measured, but is not filed"
         return found
 

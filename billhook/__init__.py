@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from billhook.studies.compare import compare
     from billhook.studies.eval_sets import evaluate_tasks
     from billhook.studies.gate import baselines, gate, save_baseline
+    from billhook.studies.run_study import make_report
     from billhook.studies.stability import stability
     from billhook.studies.sweep import sweep
     from billhook.studies.threshold import threshold
@@ -67,6 +68,7 @@ __all__ = [
     "list_runs",
     "load",
     "load_with_adapter",
+    "make_report",
     "masked",
     "measure_speed",
     "prune",
@@ -104,6 +106,7 @@ _HOMES = {
     "list_runs": "api",
     "load": "models.load",
     "load_with_adapter": "methods.export.adapter",
+    "make_report": "studies.run_study",
     "masked": "models.surgery",
     "measure_speed": "api",
     "prune": "api",

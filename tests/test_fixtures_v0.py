@@ -24,6 +24,7 @@ import torch
 from test_cli import billhook as typed
 
 import billhook
+from billhook.core.errors import ResultError
 
 V0 = Path(__file__).parent / "fixtures" / "v0"
 FACTS: dict[str, Any] = json.loads((V0 / "facts.json").read_text(encoding="utf-8"))
@@ -93,6 +94,13 @@ def test_the_done_run_is_shown_with_what_it_found(home: Path) -> None:
     assert result["plan"]["removed"] == CHECKPOINTS["sites"]["removed"]
     assert [[step["sites"], step["loss"]] for step in result["steps"]] == FACTS["steps"]
     assert {name: result["perplexity"][name] for name in FACTS["perplexity"]} == FACTS["perplexity"]
+
+
+def test_a_page_of_an_old_result_is_refused_with_what_to_do(home: Path) -> None:
+    old = next(run for run, about in RUNS.items() if about["search"] == "sweep")
+    with pytest.raises(ResultError, match=rf"Billhook 0\.1 stored the result of run {old}.*Run the command again"):
+        billhook.make_report(old, store="billhook.db")
+    assert not (home / "reports").exists()
 
 
 def test_the_interrupted_run_goes_on_and_measures_nothing_again(home: Path) -> None:

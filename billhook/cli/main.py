@@ -179,7 +179,7 @@ def runs_command(*, store: StoreFile = DEFAULT_STORE, as_json: Json = False, ver
     with CommandSession(as_json, True, verbose) as face:
         from billhook import api
 
-        face.show({"runs": [run.to_json() for run in api.list_runs(store)]}, "runs")
+        face.show({"runs": api.list_runs(store)}, "runs")
 
 
 @app.command(name="show")
@@ -191,7 +191,20 @@ def show_command(
     with CommandSession(as_json, True, verbose) as face:
         from billhook import api
 
-        face.show(api.show(run, store).to_json(), "run")
+        face.show(api.show(run, store), "run")
+
+
+@app.command(name="report")
+def report_command(
+    *, run: Annotated[str, typer.Argument(help="The run's id, as `billhook runs` lists it")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write [default: reports/<run>]")] = None,
+    store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Make the page of a finished run again, from the store alone."""
+    with CommandSession(as_json, True, verbose) as face:
+        from billhook.studies import run_study
+
+        face.show({"page": str(run_study.make_report(run, out=out, store=store))}, "report")
 
 
 @app.command(name="methods")

@@ -23,10 +23,10 @@ from billhook.cli.tables import (
     runs_table,
     speed_table,
 )
-from billhook.core.errors import BillhookError, ResultError, on_command_line
+from billhook.core.errors import BillhookError, on_command_line
 from billhook.core.events import EventListener
 from billhook.core.results.json_form import Result
-from billhook.core.results.stored import RESULTS
+from billhook.core.results.stored import StoredRun
 
 
 class CommandSession:
@@ -118,35 +118,31 @@ def _tables() -> dict[str, Callable[[Console, Any], None]]:
         "stability": stability_table, "compare": study_tables.comparison_table,
         "gate": study_tables.gate_table, "baselines": study_tables.baseline_table, "tasks": study_tables.task_table,
         "threshold": study_tables.threshold_table, "abtest": study_tables.ab_table,
+        "report": lambda console, value: foot(console, value["page"], []),
     }  # fmt: skip
 
 
-def run_table(console: Console, value: dict[str, Any]) -> None:
+TABLES = {"prune": "result", "baseline": "baselines", "eval": "tasks"}  # of kinds of run, where called otherwise
+
+
+def run_table(console: Console, run: StoredRun) -> None:
     """Print all that the store holds of one run."""
-    out = f", out: {value['out']}" if value["out"] else ""
-    console.print(f"{value['id']}: {value['kind']}, {value['state']}, {value['losses']:,} losses measured{out}")
     from billhook.cli.progress import event_words
 
-    for event in value["events"]:
-        at = time.strftime("%H:%M:%S", time.localtime(event["at"]))
-        count = f" {event['done']}/{event['total']}" if event["total"] else ""
-        words = event_words(event["stage"], event["values"])
-        console.print(f"{at} {event['stage']}{count} {words}", style="dim", highlight=False)
-    if result := value["result"]:
-        kind = value["kind"]
-        if set(result) <= {"laboratory", "page"}:  # Billhook 0.1 did not store results whole
-            foot(console, result.get("page", ""), [])
-        elif kind in RESULTS:
-            _print_typed(console, kind, result)
-        else:
-            _tables()[{"eval": "tasks"}.get(kind, kind)](console, result)
-
-
-def _print_typed(console: Console, kind: str, value: dict[str, Any]) -> None:
-    try:
-        result = RESULTS[kind].from_json(value)
-    except ResultError as error:
-        console.print(on_command_line(error.message))
-        return foot(console, value.get("page", ""), [])
-    table = {"prune": "result", "baseline": "baselines", "eval": "tasks"}.get(kind, kind)
-    return _tables()[table](console, {"baselines": [result]} if kind == "baseline" else result)
+    out = f", out: {run.out}" if run.out else ""
+    console.print(f"{run.id}: {run.kind}, {run.state}, {run.losses:,} losses measured{out}")
+    for event in run.events:
+        at = time.strftime("%H:%M:%S", time.localtime(event.at))
+        count = f" {event.done}/{event.total}" if event.total else ""
+        words = event_words(event.stage, event.values)
+        console.print(f"{at} {event.stage}{count} {words}".rstrip(), style="dim", highlight=False)
+    if isinstance(run.result, Result):
+        shown = {"baselines": [run.result]} if run.kind == "baseline" else run.result
+        _tables()[TABLES.get(run.kind, run.kind)](console, shown)
+    elif run.result is not None:
+        if set(run.result) - {"laboratory", "page"}:
+            console.print(
+                "Billhook 0.1 stored the result. For its JSON add --json; for tables run the command again: what the "
+                "store holds is not measured again."
+            )
+        foot(console, str(run.result.get("page", "")), [])

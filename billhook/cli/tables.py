@@ -23,6 +23,7 @@ from billhook.core.results.model import (
     WorkEstimate,
 )
 from billhook.core.results.run import RunResult
+from billhook.core.results.stored import RunSummary
 from billhook.core.statistics import reliability_note
 
 
@@ -127,12 +128,12 @@ def speed_table(console: Console, found: SpeedReport) -> None:
     )
 
 
-def runs_table(console: Console, value: dict[str, Any]) -> None:
+def runs_table(console: Console, value: dict[str, list[RunSummary]]) -> None:
     """Print the runs of a store, a line each."""
     table = empty_table("run", "kind", "state", "model", "remove", "search", "losses", "out")
     for row in value["runs"]:
-        cells = [row[k] for k in ("run", "kind", "state", "model", "remove", "search")]
-        table.add_row(*(str(cell or "–") for cell in cells), f"{row['losses']:,}", row["out"])
+        cells = (row.run, row.kind, row.state, row.model, row.remove, row.search)
+        table.add_row(*(cell or "–" for cell in cells), f"{row.losses:,}", row.out)
     console.print(table if value["runs"] else "No runs yet. Start one: billhook prune --remove 25%sites")
 
 

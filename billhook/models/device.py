@@ -136,7 +136,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def resource_use() -> dict[str, float | int]:
-    """Return what this process uses: `cpu_seconds` so far, `memory_bytes`, and `gpu_memory_bytes` where it has a GPU."""
+    """Return what this process uses: `cpu_seconds` so far, `memory_bytes`, and on a GPU `gpu_memory_bytes`."""
     use: dict[str, float | int] = {
         "cpu_seconds": round(time.process_time(), 3),
         "memory_bytes": psutil.Process().memory_info().rss,

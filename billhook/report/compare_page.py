@@ -27,10 +27,12 @@ from billhook.report.compare_words import (
 )
 from billhook.report.frame import html_table, scrolling
 from billhook.report.numbers import printable, token_facts
+from billhook.report.pages import page
 
 MOST_FLIPS = 300  # of a task and a pair, on the page; the result has all
 
 
+@page(Comparison)
 def comparison_page(result: Comparison) -> str:
     """The page of one comparison."""
     house, names = files("billhook.report").joinpath("templates"), model_names(result)

@@ -19,6 +19,7 @@ from billhook.core.results.measured import Step, TokenSetInfo
 from billhook.core.results.run import Answer, RunResult
 from billhook.report.frame import chart, escaped, html_table, markdown, readable_value, whole_spans, yaml_lines
 from billhook.report.numbers import count_items, format_duration, format_number, pluralize, token_facts
+from billhook.report.pages import page
 from billhook.report.run_words import (
     RECOVERY_COLUMNS,
     checkpoint_type,
@@ -134,6 +135,7 @@ def _loading(result: RunResult) -> str:
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
+@page(RunResult)
 def run_page(result: RunResult) -> str:
     """One self-contained HTML page. The frame, its style and its small script are in report.html."""
     charts = _loss_chart(result), _speed_chart(result)

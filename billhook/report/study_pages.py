@@ -36,6 +36,7 @@ from billhook.report.numbers import (
     printable,
     token_facts,
 )
+from billhook.report.pages import page
 from billhook.report.study_words import (
     fraction_kept,
     gap_to_best,
@@ -99,6 +100,7 @@ def _sets(infos: Iterable[tuple[str, TokenSetInfo]]) -> str:
 # -- the page of a sweep -----------------------------------------------------------------------------------------------
 
 
+@page(SweepResult)
 def sweep_page(result: SweepResult) -> str:
     """One page of a sweep: losses and accuracies against what is left, all trials, what was refused, how."""
     recipes = list(dict.fromkeys(trial.recipe for trial in result.trials))
@@ -216,6 +218,7 @@ def _how(result: SweepResult) -> str:
 # -- the page of a transfer --------------------------------------------------------------------------------------------
 
 
+@page(TransferResult)
 def transfer_page(result: TransferResult) -> str:
     """One page of a transfer: pruned for (rows), measured on (columns), against the teacher and against text."""
     pale = "Pale: the 95% interval includes 0. Framed: measured on the task that it was pruned for."
@@ -285,6 +288,7 @@ def _accuracies(result: TransferResult) -> str:
 # -- the page of a study of stability ----------------------------------------------------------------------------------
 
 
+@page(StabilityResult)
 def stability_page(result: StabilityResult) -> str:
     """One page of a study of stability: agreement against calibration size, and the sites behind it."""
     sizes = sorted(result.sizes, key=lambda size: size.tokens)

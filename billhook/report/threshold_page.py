@@ -17,6 +17,7 @@ from billhook.core.results.studies import ThresholdResult
 from billhook.core.statistics import reliability_note
 from billhook.report.frame import html_table, scrolling
 from billhook.report.numbers import format_number, pluralize, printable
+from billhook.report.pages import page
 
 WIDE, TALL = 480, 280
 MOST_PLAN = 2000  # characters that a command spells out; a longer plan is read from the result beside the page
@@ -88,6 +89,7 @@ def knee_words(result: ThresholdResult) -> str:
     return f"The curve of the loss bends most after step {knee + 1}, with {result.shares[knee + 1]:.1%} gone."
 
 
+@page(ThresholdResult)
 def threshold_page(result: ThresholdResult) -> str:
     """The page of one threshold."""
     house = files("billhook.report").joinpath("templates")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from functools import partial
 
 from billhook.core.anatomy import Anatomy
 from billhook.core.budget import Budget
@@ -15,7 +14,7 @@ from billhook.core.events import Event
 from billhook.core.margin import MarginCheck
 from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.problem import Problem
-from billhook.core.results.cache_keys import LossKey
+from billhook.core.results.cache_keys import FoldedOn, LossKey, PlanLossKey, SiteTimesKey
 from billhook.core.results.measured import Loss, Step
 from billhook.core.results.run import AuditedRound, MarginTrial, SearchSummary, WithinReport
 from billhook.data.splits import select_documents
@@ -118,18 +117,17 @@ def _judge(job: RunContext, teacher: Teacher, calibration: TokenSet) -> Callable
             f"{option('recover_data')}."
         )
     loss = parse_loss(recipe.loss).name
-    treatment = f"fold {json.dumps([train.hash, FOLD])}"
+    treatment = FoldedOn(train.hash, **FOLD)
     of = LossKey(teacher.fingerprint, calibration.hash, loss, teacher.compute_key, treatment)
     probe = Probe(teacher, calibration, loss, memory=recipe.memory_bytes)
     subject = RecoveryTask(teacher, Plan(), memory=recipe.memory_bytes, seed=recipe.seed, streams_by_tokens={})
 
+    def measure(plan: Plan) -> Loss:
+        repair = RECOVERIES["fold"](replace(subject, plan=plan), train, train, **FOLD).cast_through(teacher.dtype)
+        return probe.loss_with_repair(plan, repair)
+
     def judge(plan: Plan) -> Loss:
-        known = job.store.loss(of, plan)
-        if known is None:
-            repair = RECOVERIES["fold"](replace(subject, plan=plan), train, train, **FOLD).cast_through(teacher.dtype)
-            known = probe.loss_with_repair(plan, repair)
-            job.store.add_loss(of, plan, known, job.run)
-        return known
+        return job.store.remember(PlanLossKey(of, plan), partial(measure, plan), job.run)
 
     return judge
 
@@ -151,22 +149,20 @@ def _audit(job: RunContext, probe: Probe, rounds: list[tuple[MeasureRequest, lis
 # -- time as a budget -----------------------------------------------------------------------------------------------
 
 
-def timing_of(recipe: Recipe, teacher: Teacher) -> dict[str, Any]:
-    """What a measured time of a site depends on."""
+def site_times_key(recipe: Recipe, teacher: Teacher) -> SiteTimesKey:
+    """What the measured times of the sites depend on."""
     where = environment(str(teacher.device))
-    return {"batch": recipe.batch, "context": recipe.context, "dtype": teacher.compute_key, "machine": where.machine,
-            "threads": where.threads, "torch": where.torch}  # fmt: skip
+    machine = (where.machine, where.threads, where.torch)
+    return SiteTimesKey(teacher.fingerprint, recipe.batch, recipe.context, teacher.compute_key, *machine)
 
 
 def with_site_times(job: RunContext, teacher: Teacher) -> Anatomy:
     """The anatomy with the time that each site takes of a decoding step, measured once and kept."""
-    recipe, of = job.recipe, timing_of(job.recipe, teacher)
-    known = job.store.cached(teacher.fingerprint, "ns", of)
-    if known is None:
-        known = speed.site_times(teacher, recipe.batch, recipe.context, job.watch)
-        job.store.remember(teacher.fingerprint, "ns", of, known, job.run)
-    sites = tuple(replace(size, ns_per_token=known[str(size.site)]) for size in teacher.anatomy.sites)
-    return replace(teacher.anatomy, sites=sites, rest=replace(teacher.anatomy.rest, ns_per_token=known["rest"]))
+    recipe = job.recipe
+    measure = partial(speed.site_times, teacher, recipe.batch, recipe.context, job.watch)
+    times = job.store.remember(site_times_key(recipe, teacher), measure, job.run)
+    sites = tuple(replace(size, ns_per_token=times[str(size.site)]) for size in teacher.anatomy.sites)
+    return replace(teacher.anatomy, sites=sites, rest=replace(teacher.anatomy.rest, ns_per_token=times["rest"]))
 
 
 # -- as much as a margin allows -------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 
 from billhook.core.events import Event, EventListener, scaled_events
 from billhook.core.plan import Plan
-from billhook.core.results.measured import EvalResult, TimingProtocol
+from billhook.core.results.cache_keys import BandwidthKey, ChoicesKey, EvaluationKey, TimingKey
+from billhook.core.results.measured import EvalResult, Timing, TimingProtocol
 from billhook.core.results.run import Answer, PerplexityChange, SpeedChange, TaskChange
 from billhook.core.statistics import exp_capped, paired_difference
 from billhook.data.choice_tasks import load_items
@@ -55,31 +56,43 @@ def perplexity_results(
     job: EvalContext, teacher: Teacher, students: Sequence[Student], tokens: TokenSet
 ) -> list[EvalResult]:
     """Perplexity of students by a plain forward pass; of a streamed teacher by passes over its file. Stored."""
-    of = (teacher.fingerprint, tokens.hash)
-    found = [job.store.evaluation(of[0], p, "perplexity", of[1], cache_dtype(teacher, r)) for p, r in students]
-    missing = [side for side, known in zip(students, found, strict=True) if known is None]
+    keys = [evaluation_key(teacher, plan, "perplexity", tokens, repair) for plan, repair in students]
+
+    def compute(missing: list[int]) -> Iterator[EvalResult]:
+        return _perplexities(job, teacher, [students[i] for i in missing], tokens)
+
+    return job.store.remember_each(keys, compute, job.run)
+
+
+def _perplexities(
+    job: EvalContext, teacher: Teacher, students: Sequence[Student], tokens: TokenSet
+) -> Iterator[EvalResult]:
     if teacher.weights is not None:
-        bare = [plan for plan, repair in missing if repair == NO_REPAIR]
-        one_pass = dict(zip(bare, streamed_perplexity(teacher, bare, tokens, job.recipe.memory_bytes), strict=True))
-    fresh: list[EvalResult] = []
-    for plan, repair in missing:
-        if teacher.weights is None:
-            model = apply(teacher, plan, repair=repair) if plan else teacher.model
-            who = "student" if plan else "teacher"
-            with nullcontext() if plan else teacher.lock:
-                fresh.append(EVALUATIONS["perplexity"](model, tokens, watch=job.watch, who=who))
-        elif plan in one_pass and repair == NO_REPAIR:
-            fresh.append(one_pass[plan])
-        else:
-            fresh += streamed_perplexity(teacher, [plan], tokens, job.recipe.memory_bytes, repair)
-    for (plan, repair), result in zip(missing, fresh, strict=True):
-        job.store.add_evaluation(of[0], plan, cache_dtype(teacher, repair), result, job.run)
-    return [fresh.pop(0) if known is None else known for known in found]
+        memory = job.recipe.memory_bytes
+        bare = [plan for plan, repair in students if repair == NO_REPAIR]
+        one_pass = dict(zip(bare, streamed_perplexity(teacher, bare, tokens, memory), strict=True))
+        for plan, repair in students:
+            alone = None if repair == NO_REPAIR else streamed_perplexity(teacher, [plan], tokens, memory, repair)
+            yield one_pass[plan] if alone is None else alone[0]
+        return
+    for plan, repair in students:
+        model = apply(teacher, plan, repair=repair) if plan else teacher.model
+        who = "student" if plan else "teacher"
+        with nullcontext() if plan else teacher.lock:
+            result = EVALUATIONS["perplexity"](model, tokens, watch=job.watch, who=who)
+        yield result
 
 
-def cache_dtype(teacher: Teacher, repair: Repair) -> str:
-    """Compute dtype, kind of device, and what a repair changed."""
-    return teacher.compute_key if repair == NO_REPAIR else f"{teacher.compute_key}, repaired {repair.key()}"
+def evaluation_key(
+    teacher: Teacher, plan: Plan, name: str, tokens: TokenSet, repair: Repair = NO_REPAIR
+) -> EvaluationKey:
+    """The key of an evaluation of what a plan leaves of a teacher, repaired."""
+    return EvaluationKey(teacher.fingerprint, plan, name, tokens.hash, teacher.compute_key, repair_key(repair))
+
+
+def repair_key(repair: Repair) -> str:
+    """The key of a repair; empty for none."""
+    return "" if repair == NO_REPAIR else repair.key()
 
 
 _NAMES = {"ppl": "perplexity", "pp": "acc"}
@@ -89,19 +102,17 @@ def evaluate_plans(
     job: EvalContext, teacher: Teacher, plans: Sequence[Plan], tokens: TokenSet, kind: str
 ) -> list[EvalResult]:
     """Perplexity (`ppl`) or accuracy (`pp`) of what each plan leaves of a teacher, by the engine; stored."""
-    name, dtype = _NAMES[kind], teacher.compute_key
-    known = [job.store.evaluation(teacher.fingerprint, p, name, tokens.hash, dtype) for p in plans]
-    missing = [p for p, found in zip(plans, known, strict=True) if found is None]
-    if missing and kind == "ppl":
-        fresh = streamed_perplexity(teacher, missing, tokens, job.recipe.memory_bytes)
-    elif missing:
-        sums = choice_logprobs(job, teacher, [(plan, NO_REPAIR) for plan in missing], tokens)
-        fresh = [score_choices(tokens, of_one)[name] for of_one in sums]
-    else:
-        fresh = []
-    for p, result in zip(missing, fresh, strict=True):
-        job.store.add_evaluation(teacher.fingerprint, p, dtype, result, job.run)
-    return [fresh.pop(0) if found is None else found for found in known]
+    name = _NAMES[kind]
+
+    def compute(missing: list[int]) -> list[EvalResult]:
+        left = [plans[i] for i in missing]
+        if kind == "ppl":
+            return streamed_perplexity(teacher, left, tokens, job.recipe.memory_bytes)
+        sums = choice_logprobs(job, teacher, [(plan, NO_REPAIR) for plan in left], tokens)
+        return [score_choices(tokens, of_one)[name] for of_one in sums]
+
+    keys = [evaluation_key(teacher, plan, name, tokens) for plan in plans]
+    return job.store.remember_each(keys, compute, job.run)
 
 
 def seen_digests(folder: Path) -> list[str]:
@@ -126,28 +137,34 @@ def task_accuracy(job: RunContext, teacher: Teacher, plan: Plan, file: str, repa
 def choice_logprobs(
     job: EvalContext, teacher: Teacher, students: Sequence[Student], tokens: TokenSet
 ) -> list[list[float]]:
-    """Log-probability in nats of the choice in every row, of each student; PORTION_ITEMS items at a time.
+    """Log-probability in nats of the choice in every row, of each student; `BATCH_ITEMS` items at a time.
 
-    Each portion is filed as soon as it is known, so that an evaluation that was killed goes on behind it. A streamed
-    teacher takes all items at once: every portion would read its file again.
+    Each batch is stored as soon as it is known, so that an interrupted evaluation resumes after it. A streamed teacher
+    takes all items at once: every batch would read its file again.
     """
     sums: list[list[float]] = [[] for _ in students]
     done = 0
-    for portion in chunks(tokens, BATCH_ITEMS if teacher.weights is None else len(tokens.clusters)):
-        keys = [{"plan": p.key(), "dtype": cache_dtype(teacher, r), "tokens": portion.hash} for p, r in students]
-        known: list[Any] = [job.store.cached(teacher.fingerprint, "choices", key) for key in keys]
-        missing = [i for i, found in enumerate(known) if found is None]
+    for batch in chunks(tokens, BATCH_ITEMS if teacher.weights is None else len(tokens.clusters)):
         part = replace(job, watch=scaled_events(job.watch, done, tokens.tokens))
-        done += portion.tokens
-        for i, fresh in zip(
-            missing, _batch_logprobs(part, teacher, [students[i] for i in missing], portion), strict=True
-        ):
-            score_choices(portion, fresh)  # refuses what is not finite
-            job.store.remember(teacher.fingerprint, "choices", keys[i], fresh, job.run)
-            known[i] = fresh
-        for whole, part in zip(sums, known, strict=True):
-            whole += part
+        done += batch.tokens
+        for whole, values in zip(sums, _stored_logprobs(part, teacher, students, batch), strict=True):
+            whole += values
     return sums
+
+
+def _stored_logprobs(
+    job: EvalContext, teacher: Teacher, students: Sequence[Student], tokens: TokenSet
+) -> list[list[float]]:
+    def compute(missing: list[int]) -> Iterator[list[float]]:
+        for values in _batch_logprobs(job, teacher, [students[i] for i in missing], tokens):
+            score_choices(tokens, values)  # refuses what is not finite
+            yield values
+
+    keys = [
+        ChoicesKey(teacher.fingerprint, plan, teacher.compute_key, tokens.hash, repair_key(repair))
+        for plan, repair in students
+    ]
+    return job.store.remember_each(keys, compute, job.run)
 
 
 def _batch_logprobs(
@@ -218,22 +235,20 @@ def compare_speed(job: RunContext, teacher: Teacher, student: Any, variant: Stud
     if most is not None:  # a model of few positions gets a shorter prompt, and the report says how short
         new = min(protocol.new_tokens, most // 2)
         protocol = replace(protocol, new_tokens=new, prompt_tokens=min(protocol.prompt_tokens, most - new))
-    where = json.dumps(asdict(environment(str(teacher.device))), sort_keys=True)
-    dtype = teacher.compute_key
-    shape = "stock" if job.recipe.stock else json.dumps([patch.spec() for _, patch in sorted(repair.patches.items())])
-    shape = "" if shape == "[]" else shape
+    patches = tuple(patch.spec() for _, patch in sorted(repair.patches.items()))
     keys = [
-        (teacher.fingerprint, mine.key(), other.key(), where, dtype, json.dumps(asdict(protocol)) + shape)
-        for mine, other in ((Plan(), plan), (plan, Plan()))
-    ]
-    timings = [found for key in keys if (found := job.store.timing(key)) is not None]
-    if len(timings) != 2:
+        TimingKey(
+            *(teacher.fingerprint, kept, rival, environment(str(teacher.device)), teacher.compute_key),
+            protocol=protocol, patches=patches, stock=job.recipe.stock,
+        )
+        for kept, rival in ((Plan(), plan), (plan, Plan()))
+    ]  # fmt: skip
+
+    def measure() -> Sequence[Timing]:
         with teacher.lock:
-            timings = speed.time_interleaved(
-                (teacher.model, student), (teacher.folder, aside), protocol, watch=job.watch
-            )
-        for key, timing in zip(keys, timings, strict=True):
-            job.store.add_timing(key, timing, job.run)
+            return speed.time_interleaved((teacher.model, student), (teacher.folder, aside), protocol, watch=job.watch)
+
+    timings = job.store.remember_together(keys, measure, job.run)
     promised = speed.predicted_speed(teacher.anatomy, effective_plan(teacher, plan, job.recipe.stock))
     pair, model = (timings[0], timings[1]), teacher.model
     reads = partial(_stored_bandwidth, job, teacher)
@@ -244,9 +259,5 @@ def compare_speed(job: RunContext, teacher: Teacher, student: Any, variant: Stud
 
 def _stored_bandwidth(job: RunContext, teacher: Teacher) -> float:
     """Bytes per second that the device reads, measured once in an environment."""
-    where = asdict(environment(str(teacher.device)))
-    known = job.store.cached(teacher.fingerprint, "bandwidth", where)
-    if known is None:
-        known = bandwidth(teacher.model.device)
-        job.store.remember(teacher.fingerprint, "bandwidth", where, known, job.run)
-    return float(known)
+    key = BandwidthKey(teacher.fingerprint, environment(str(teacher.device)))
+    return job.store.remember(key, partial(bandwidth, teacher.model.device), job.run)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import cast
 
 from billhook.core.plan import MeasureRequest, Plan
-from billhook.core.results.cache_keys import LossKey
+from billhook.core.results.cache_keys import LossKey, PlanLossKey
 from billhook.core.results.measured import Loss
 from billhook.data.token_sets import TokenSet, truncate
 from billhook.engine.measurements import DocumentIds, Known, Pieces
@@ -114,7 +114,8 @@ class _StoreCache:
 
     def lookup(self, plans: Sequence[Plan]) -> list[Known]:
         return [
-            Known(self._store.loss(self._of, plan), cast(Pieces, self._store.pieces(self._of, plan))) for plan in plans
+            Known(self._store.lookup(PlanLossKey(self._of, plan)), cast(Pieces, self._store.pieces(self._of, plan)))
+            for plan in plans
         ]
 
     def add_partial(self, quality: Quality, nats: Mapping[tuple[Plan, DocumentIds], Sums]) -> None:

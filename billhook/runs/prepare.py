@@ -10,6 +10,7 @@ from billhook.core.margin import Margin
 from billhook.core.plan import Plan
 from billhook.core.plan_files import read_plan
 from billhook.core.problem import Problem, parse_protection
+from billhook.core.results.cache_keys import GeneratedKey
 from billhook.data.calibration import (
     calibration_tokens,
     generate_share,
@@ -124,10 +125,10 @@ def load_calibration(
     asks again, on another machine too, gets the same."""
     own = None
     if tokens := generated_token_count(spec, self_share):
-        of = {"tokens": tokens, "length": spec.length, "seed": spec.seed}
-        own = job.store.cached(teacher.fingerprint, "written", of)
+        key = GeneratedKey(teacher.fingerprint, tokens, spec.length, spec.seed)
+        own = job.store.lookup(key)
         if own is None and (own := generate_share(spec, self_share, teacher.model, teacher.tokenizer, job.watch)):
-            job.store.remember(teacher.fingerprint, "written", of, own, job.run)
+            job.store.add(key, own, job.run)  # unless it could not write any: another machine may
     return calibration_tokens(
         spec, teacher.model, teacher.tokenizer, job.watch, held_out=held_out, self_share=self_share, generated=own,
         least=least,

@@ -14,6 +14,7 @@ from billhook.core.events import Event, EventValue
 from billhook.core.plan import MeasureRequest, Plan, Site
 from billhook.core.problem import Problem, format_unit, parse_unit
 from billhook.core.registry import resolve_options
+from billhook.core.results.cache_keys import ScoresKey
 from billhook.core.results.measured import Loss
 from billhook.engine.probe import Probe
 from billhook.methods.metrics import GROUP_METRICS, METRICS
@@ -45,21 +46,21 @@ def compute_scores(job: RunContext, probe: Probe) -> ScoreFields:
     recipe = job.recipe
     if recipe.metric is None:
         return {}
-    options = method_options(recipe)[1]
-    of = {"metric": recipe.metric, "options": options, "tokens": probe.tokens.hash, "loss": probe.loss,
-          "dtype": probe.teacher.compute_key}  # fmt: skip
-    known = job.store.cached(probe.teacher.fingerprint, "scores", of)
-    if known is None:
-        job.watch(Event("score", 0, None, {"metric": recipe.metric}))
+    metric, options = recipe.metric, method_options(recipe)[1]
+
+    def compute() -> dict[str, Any]:
+        job.watch(Event("score", 0, None, {"metric": metric}))
         scores = metric_of(recipe)(probe, **options)
         if narrows(recipe.search):
-            known = {str(site): values.tolist() for site, values in scores.items()}
-        else:
-            known = {format_unit(unit): score.value for unit, score in scores.items()}
-        job.store.remember(probe.teacher.fingerprint, "scores", of, known, job.run)
+            return {str(site): values.tolist() for site, values in scores.items()}
+        return {format_unit(unit): score.value for unit, score in scores.items()}
+
+    teacher = probe.teacher
+    key = ScoresKey(teacher.fingerprint, metric, options, probe.tokens.hash, probe.loss, teacher.compute_key)
+    values = job.store.remember(key, compute, job.run)
     if narrows(recipe.search):
-        return {"group_scores": {Site.parse(name): tuple(values) for name, values in known.items()}}
-    return {"scores": {parse_unit(name): value for name, value in known.items()}}
+        return {"group_scores": {Site.parse(name): tuple(groups) for name, groups in values.items()}}
+    return {"scores": {parse_unit(name): value for name, value in values.items()}}
 
 
 def search_of(recipe: Recipe, problem: Problem) -> Search:

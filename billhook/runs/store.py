@@ -9,20 +9,21 @@ import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from billhook.core.errors import RunError, UsageError, nearest, option
 from billhook.core.events import Event
 from billhook.core.plan import Plan
-from billhook.core.results.cache_keys import LossKey
-from billhook.core.results.measured import EvalResult, Loss, Timing
+from billhook.core.results.cache_keys import CacheKey, FactKey, LossKey, PlanLossKey
+from billhook.core.results.measured import Loss
 from billhook.core.results.specs import PRUNE
 from billhook.core.results.stored import Run, RunState, StoredEvent, former_kind
 from billhook.models.device import resource_use
+
+T = TypeVar("T")
 
 STORE = "billhook.db"
 
@@ -97,6 +98,10 @@ MIGRATIONS = (_create_tables, _create_pieces, _create_facts, _add_kind, _add_eve
 
 
 _LOSS_KEY = "model = ? AND tokens = ? AND loss = ? AND dtype = ? AND treatment = ? AND plan = ?"
+
+
+def _loss_columns(key: LossKey, plan: Plan) -> tuple[str, ...]:
+    return (*key.columns().values(), plan.key())
 
 
 class Store:
@@ -244,25 +249,70 @@ class Store:
 
     # -- measurements -----------------------------------------------------------------------------------------------
 
-    def loss(self, loss_key: LossKey, plan: Plan) -> Loss | None:
-        row = self._db.execute(
-            f"SELECT sums, counts FROM losses WHERE {_LOSS_KEY}", (*astuple(loss_key), plan.key())
-        ).fetchone()
-        return Loss(loss_key.loss, tuple(json.loads(row[0])), tuple(json.loads(row[1]))) if row else None
+    def lookup(self, key: CacheKey[T]) -> T | None:
+        """The value that is stored under a key."""
+        columns = key.columns()
+        where = " AND ".join(f"{name} = ?" for name in columns)
+        row = self._db.execute(f"SELECT * FROM {key.table} WHERE {where}", (*columns.values(),)).fetchone()
+        return key.decode(row) if row else None
 
-    def add_loss(self, loss_key: LossKey, plan: Plan, loss: Loss, run: str) -> None:
-        """File a loss measured in full. The same loss measured twice changes nothing."""
-        assert not loss.bound
-        key = (*astuple(loss_key), plan.key())
-        values = (*key, _json(plan.to_list()), _json(loss.sums), _json(loss.counts), run)
+    def add(self, key: CacheKey[T], value: T, run: str) -> None:
+        """Store a value that a run computed. The first value of a key stays, unless the key `replaces`."""
         with self._write():
-            self._db.execute(f"INSERT OR IGNORE INTO losses VALUES ({','.join('?' * 10)})", values)
-            self._db.execute(f"DELETE FROM pieces WHERE {_LOSS_KEY} AND quality = 'full'", key)
+            self._insert(key, value, run)
+
+    def _insert(self, key: CacheKey[T], value: T, run: str) -> None:
+        columns = key.columns() | key.encode(value) | {"run": run}
+        how, marks = "REPLACE" if key.replaces else "IGNORE", ",".join("?" * len(columns))
+        self._db.execute(
+            f"INSERT OR {how} INTO {key.table} ({','.join(columns)}) VALUES ({marks})", (*columns.values(),)
+        )
+
+    def remember(self, key: CacheKey[T], compute: Callable[[], T], run: str) -> T:
+        """The value under a key, computed and stored if it is not known."""
+        known = self.lookup(key)
+        if known is None:
+            known = compute()
+            self.add(key, known, run)
+        return known
+
+    def remember_each(
+        self, keys: Sequence[CacheKey[T]], compute: Callable[[list[int]], Iterable[T]], run: str
+    ) -> list[T]:
+        """The values under several keys. `compute` gives those that are not known, by their numbers and in that order;
+        each is stored as soon as it is there."""
+        known = dict(enumerate(map(self.lookup, keys)))
+        missing = [number for number, value in known.items() if value is None]
+        for number, value in zip(missing, compute(missing) if missing else (), strict=True):
+            self.add(keys[number], value, run)
+            known[number] = value
+        return [value for value in known.values() if value is not None]
+
+    def remember_together(self, keys: Sequence[CacheKey[T]], compute: Callable[[], Iterable[T]], run: str) -> list[T]:
+        """The values under several keys that are measured together: all of them again if one is not known."""
+        known = [value for value in map(self.lookup, keys) if value is not None]
+        if len(known) == len(keys):
+            return known
+        computed = list(compute())
+        for key, value in zip(keys, computed, strict=True):
+            self.add(key, value, run)
+        return computed
+
+    def all_of(self, kind: type[FactKey[T]]) -> list[Any]:
+        """All values of one kind, whatever they depend on."""
+        rows = self._db.execute("SELECT value FROM facts WHERE what = ? ORDER BY model, of", (kind.what,))
+        return [json.loads(row["value"]) for row in rows]
+
+    def add_loss(self, key: LossKey, plan: Plan, loss: Loss, run: str) -> None:
+        """Store a loss measured in full, in place of its pieces. The same loss measured twice changes nothing."""
+        with self._write():
+            self._insert(PlanLossKey(key, plan), loss, run)
+            self._db.execute(f"DELETE FROM pieces WHERE {_LOSS_KEY} AND quality = 'full'", _loss_columns(key, plan))
 
     def pieces(self, loss_key: LossKey, plan: Plan) -> dict[str, dict[tuple[int, ...], tuple[float, ...]]]:
         """Quality -> documents of a group -> nats of each, of a plan that may not be known in full."""
         rows = self._db.execute(
-            f"SELECT quality, documents, sums FROM pieces WHERE {_LOSS_KEY}", (*astuple(loss_key), plan.key())
+            f"SELECT quality, documents, sums FROM pieces WHERE {_LOSS_KEY}", _loss_columns(loss_key, plan)
         )
         told: dict[str, dict[tuple[int, ...], tuple[float, ...]]] = {}
         for quality, documents, sums in rows:
@@ -273,9 +323,9 @@ class Store:
         self, loss_key: LossKey, quality: str, nats: Mapping[tuple[Plan, tuple[int, ...]], tuple[float, ...]], run: str
     ) -> None:
         """File nats of document groups, all at once. Lower bounds and estimates have a quality of their own."""
-        key = astuple(loss_key)
         rows = [
-            (*key, plan.key(), quality, _json(documents), _json(sums), run) for (plan, documents), sums in nats.items()
+            (*_loss_columns(loss_key, plan), quality, _json(documents), _json(sums), run)
+            for (plan, documents), sums in nats.items()
         ]
         with self._write():
             self._db.executemany(f"INSERT OR IGNORE INTO pieces VALUES ({','.join('?' * 10)})", rows)
@@ -284,58 +334,6 @@ class Store:
         """How many losses are stored: in all, or those that one run measured itself."""
         where, values = ("WHERE run = ?", (run,)) if run else ("", ())
         return int(self._db.execute(f"SELECT count(*) FROM losses {where}", values).fetchone()[0])
-
-    def evaluation(self, model: str, plan: Plan, name: str, tokens: str, dtype: str) -> EvalResult | None:
-        row = self._db.execute(
-            "SELECT sums, counts, clusters FROM evaluations "
-            "WHERE model = ? AND plan = ? AND name = ? AND tokens = ? AND dtype = ?",
-            (model, plan.key(), name, tokens, dtype),
-        ).fetchone()
-        return EvalResult(name, tokens, *(tuple(json.loads(text)) for text in row)) if row else None
-
-    def add_evaluation(self, model: str, plan: Plan, dtype: str, result: EvalResult, run: str) -> None:
-        values = (
-            *(model, plan.key(), result.name, result.tokens, dtype),
-            *(_json(result.sums), _json(result.counts), _json(result.clusters), run),
-        )
-        with self._write():
-            self._db.execute(f"INSERT OR IGNORE INTO evaluations VALUES ({','.join('?' * 9)})", values)
-
-    def timing(self, key: tuple[str, str, str, str, str, str]) -> Timing | None:
-        """A timing under (model, plan key, rival's plan key, environment, dtype, protocol)."""
-        row = self._db.execute(
-            "SELECT timing FROM timings WHERE model = ? AND plan = ? AND rival = ? AND environment = ? AND dtype = ? "
-            "AND protocol = ?",
-            key,
-        ).fetchone()
-        if not row:
-            return None
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(row[0]).items()}
-        return Timing(**fields)
-
-    def add_timing(self, key: tuple[str, str, str, str, str, str], timing: Timing, run: str) -> None:
-        with self._write():
-            self._db.execute(
-                f"INSERT OR REPLACE INTO timings VALUES ({','.join('?' * 8)})", (*key, _json(asdict(timing)), run)
-            )
-
-    def cached(self, model: str, what: str, key: dict[str, Any]) -> Any | None:
-        """What is known of a model: `what`, such as `scores`, `key` everything that it depends on."""
-        row = self._db.execute(
-            "SELECT value FROM facts WHERE model = ? AND what = ? AND of = ?", (model, what, _json(key))
-        ).fetchone()
-        return json.loads(row[0]) if row else None
-
-    def remember(self, model: str, what: str, key: dict[str, Any], value: Any, run: str) -> None:
-        with self._write():
-            self._db.execute(
-                "INSERT OR IGNORE INTO facts VALUES (?, ?, ?, ?, ?)", (model, what, _json(key), _json(value), run)
-            )
-
-    def all_cached(self, model: str, what: str) -> list[Any]:
-        """All that is known of one kind."""
-        rows = self._db.execute("SELECT value FROM facts WHERE model = ? AND what = ? ORDER BY of", (model, what))
-        return [json.loads(row[0]) for row in rows]
 
     # -- events -----------------------------------------------------------------------------------------------------
 

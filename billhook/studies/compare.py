@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -15,6 +16,7 @@ from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.options import CompareOptions, shows_options
 from billhook.core.plan import Plan
+from billhook.core.results.cache_keys import ComparedWith, EvaluationKey
 from billhook.core.results.comparisons import (
     Agreement,
     ComparedModel,
@@ -34,7 +36,6 @@ from billhook.engine.losses import kl
 from billhook.methods.evaluate import batches, speed, vocabulary_size
 from billhook.models.device import environment, to_float64
 from billhook.models.load import Teacher
-from billhook.report import compare_page
 from billhook.runs.job import EvalContext
 from billhook.runs.recipe import EvalOptions, parse_options
 from billhook.runs.store import STORE
@@ -132,14 +133,9 @@ def measure_agreement(job: EvalContext, first: ModelResults, other: ModelResults
     if tokens.hash != others.hash or vocabulary_size(a.model) != vocabulary_size(b.model):
         return None
     tokens = truncate(tokens, AGREEMENT_TOKENS)
-    names = (f"kl to {a.fingerprint} {a.compute_key}", f"agreement with {a.fingerprint} {a.compute_key}")
-    known = [job.store.evaluation(b.fingerprint, Plan(), name, tokens.hash, b.compute_key) for name in names]
-    results = [each for each in known if each is not None]
-    if len(results) < len(names):
-        computed = _side_by_side(job, (a.model, b.model), tokens)
-        results = [replace(each, name=name) for each, name in zip(computed, names, strict=True)]
-        for each in results:
-            job.store.add_evaluation(b.fingerprint, Plan(), b.compute_key, each, job.run)
+    names = [ComparedWith(name, a.fingerprint, a.compute_key) for name in ("kl", "agreement")]
+    keys = [EvaluationKey(b.fingerprint, Plan(), name, tokens.hash, b.compute_key) for name in names]
+    results = job.store.remember_together(keys, partial(_side_by_side, job, (a.model, b.model), tokens), job.run)
     kl_to_first, same = (statistics.mean_interval(each, job.options.seed) for each in results)
     return Agreement(kl_to_first, same, text, sum(results[0].counts))
 
@@ -253,4 +249,4 @@ def compare(
     )  # fmt: skip
     with open_run(spec, recipe, Path(store), out, watch) as job:
         comparison = compare_models(job, names, asked)
-        return write_study(comparison, job.out, compare_page.comparison_page, job.store, job.run)
+        return write_study(comparison, job.out, job.store, job.run)

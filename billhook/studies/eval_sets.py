@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -13,6 +14,7 @@ from billhook.core.events import EventListener, ignore_events, scaled_events
 from billhook.core.margin import Margins
 from billhook.core.options import TaskOptions, shows_options
 from billhook.core.plan import Plan
+from billhook.core.results.cache_keys import AnswersKey, EvaluationKey
 from billhook.core.results.comparisons import (
     EvalSetInfo,
     ItemResponse,
@@ -310,7 +312,8 @@ def evaluate_set(job: EvalContext, teacher: Teacher, eval_set: EvalSet) -> SetRe
         with teacher.lock:
             found = SetResult(*lm_harness.run_task(job, teacher, task, eval_set.limit, eval_set.shots))
     for result in found.scores.values():
-        job.store.add_evaluation(teacher.fingerprint, Plan(), teacher.compute_key, result, job.run)
+        key = EvaluationKey(teacher.fingerprint, Plan(), result.name, result.tokens, teacher.compute_key)
+        job.store.add(key, result, job.run)
     return found
 
 
@@ -338,6 +341,11 @@ def _choice_result(eval_set: EvalSet, sums: Sequence[float]) -> SetResult:
     return SetResult(score_choices(eval_set.tokens, sums), responses)
 
 
+def _generate(teacher: Teacher, prompts: GenerationPrompts, watch: EventListener, source: str) -> list[str]:
+    with teacher.lock:
+        return generate_answers(teacher.model, prompts, watch=watch, who=source)
+
+
 def _generation_result(job: EvalContext, teacher: Teacher, eval_set: EvalSet) -> SetResult:
     """Scores and answers of questions; answers are stored in batches of `BATCH_QUESTIONS`."""
     assert eval_set.prompts is not None
@@ -346,13 +354,9 @@ def _generation_result(job: EvalContext, teacher: Teacher, eval_set: EvalSet) ->
     for batch in chunks(whole.tokens, BATCH_QUESTIONS):
         start = len(answers)
         part = replace(whole, tokens=batch, targets=whole.targets[start : start + len(batch.clusters)])
-        key = {"plan": Plan().key(), "dtype": teacher.compute_key, "prompts": part.hash}
-        written = job.store.cached(teacher.fingerprint, "written", key)
-        if written is None:
-            watch = scaled_events(job.watch, start, len(whole.targets))
-            with teacher.lock:
-                written = generate_answers(teacher.model, part, watch=watch, who=eval_set.source)
-            job.store.remember(teacher.fingerprint, "written", key, written, job.run)
+        watch = scaled_events(job.watch, start, len(whole.targets))
+        key = AnswersKey(teacher.fingerprint, Plan(), teacher.compute_key, part.hash)
+        written = job.store.remember(key, partial(_generate, teacher, part, watch, eval_set.source), job.run)
         answers += written
     questions = {question.number: question for question in read_questions(eval_set.source)}
     responses = [

@@ -12,6 +12,7 @@ from billhook.core.errors import FingerprintError, UsageError, nearest, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.options import CompareOptions, shows_options
 from billhook.core.plan import Plan
+from billhook.core.results.cache_keys import BaselineKey, EvaluationKey
 from billhook.core.results.comparisons import (
     BASELINE_TEXT,
     GATE_VERDICTS,
@@ -114,7 +115,7 @@ def save_baseline(
 
 def baselines(store: str | Path = STORE) -> list[Baseline]:
     """The baselines of a store, by name."""
-    with closing(Store(Path(store))) as opened:
+    with closing(Store(Path(store), read_only=True)) as opened:
         return list_baselines(opened)
 
 
@@ -125,24 +126,24 @@ def store_baseline(job: EvalContext, name: str, model: str, spec: ComparisonSpec
     items = BaselineItems(spec.texts, spec.tasks, spec.items, spec.scores, spec.shots, spec.shots_from, **text)
     sets = tuple(BaselineSet(source, result.name, result.tokens) for source, result in measured.results.items())
     baseline = Baseline(name, teacher.name, teacher.fingerprint, teacher.compute_key, items, sets)
-    known = _stored_baseline(job.store, name)
-    if known is not None and known != baseline:
+    key = BaselineKey("", name)
+    known = Baseline.from_stored(job.store.remember(key, baseline.stored, job.run))
+    if known != baseline:
         raise UsageError(
             f"The baseline {name} is stored already, of {known.model} ({known.fingerprint}). A baseline does not "
             f"change: take another name, such as {name}-2."
         )
-    job.store.remember("", "baseline", {"name": name}, baseline.stored(), job.run)
     return _with_values(job.store, baseline)
 
 
 def list_baselines(store: Store) -> list[Baseline]:
     """All that are stored, by name."""
-    known = [_with_values(store, Baseline.from_stored(value)) for value in store.all_cached("", "baseline")]
+    known = [_with_values(store, Baseline.from_stored(value)) for value in store.all_of(BaselineKey)]
     return sorted(known, key=lambda baseline: baseline.name)
 
 
 def _stored_baseline(store: Store, name: str) -> Baseline | None:
-    value = store.cached("", "baseline", {"name": name})
+    value = store.lookup(BaselineKey("", name))
     return None if value is None else Baseline.from_stored(value)
 
 
@@ -156,7 +157,7 @@ def _with_values(store: Store, baseline: Baseline) -> Baseline:
 
 
 def _baseline_result(store: Store, baseline: Baseline, score: str, tokens: str) -> EvalResult | None:
-    return store.evaluation(baseline.fingerprint, Plan(), score, tokens, baseline.compute)
+    return store.lookup(EvaluationKey(baseline.fingerprint, Plan(), score, tokens, baseline.compute))
 
 
 def spec_of_baseline(baseline: Baseline, spec: ComparisonSpec) -> ComparisonSpec:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 from billhook.core.errors import DataError, MissingExtra
 from billhook.core.events import Event
 from billhook.core.plan import Plan
+from billhook.core.results.cache_keys import HarnessKey
 from billhook.core.results.comparisons import ItemResponse
 from billhook.core.results.measured import EvalResult
 from billhook.models.load import Teacher
@@ -73,11 +75,8 @@ def _cached_model(job: EvalContext, teacher: Teacher, task: str) -> Any:
         for start in range(0, len(requests), HARNESS_BATCH_REQUESTS):
             part = requests[start : start + HARNESS_BATCH_REQUESTS]
             asked = json.dumps([request.args for request in part], default=str, ensure_ascii=False)
-            key = {"plan": Plan().key(), "dtype": teacher.compute_key, "kind": kind, "asked": _digest(asked)}
-            known = job.store.cached(teacher.fingerprint, "lmeval", key)
-            if known is None:
-                known = answer(part, disable_tqdm=True)
-                job.store.remember(teacher.fingerprint, "lmeval", key, known, job.run)
+            key = HarnessKey(teacher.fingerprint, Plan(), teacher.compute_key, kind, _digest(asked))
+            known = job.store.remember(key, partial(answer, part, disable_tqdm=True), job.run)
             answers += [tuple(each) if isinstance(each, list) else each for each in known]
             job.watch(Event("evaluate", len(answers), len(requests), {"set": task}))
         return answers

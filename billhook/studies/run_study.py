@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from billhook.core.errors import ResultError, RunError
 from billhook.core.events import EventListener
-from billhook.core.results.json_form import PagedResult
-from billhook.core.results.specs import RunSpec
-from billhook.core.results.stored import Run
+from billhook.core.results.json_form import PagedResult, Result
+from billhook.core.results.specs import PRUNE, RunSpec
+from billhook.core.results.stored import Run, read_result
 from billhook.methods.export.checkpoint import check_target, publish, staging_folder
+from billhook.report.pages import page_of
 from billhook.runs.job import EvalContext, run_environment, store_and_watch
 from billhook.runs.prepare import load_teacher
 from billhook.runs.recipe import EvalOptions, Recipe
-from billhook.runs.store import Store
+from billhook.runs.store import STORE, Store
 from billhook.studies.trials import StudyContext
 
-R = TypeVar("R", bound=PagedResult)
+R = TypeVar("R", bound=Result)
 
 NO_FOLDER = "-"  # the out of a run that writes no files
+
+PAGE = "index.html"
 
 
 def stored_run(run: str, store: str | Path) -> Run:
@@ -74,15 +78,49 @@ def begin_run(spec: RunSpec, device: str, store: Path, out: str) -> Iterator[tup
             opened.update(run, state="done")
 
 
-def write_study(result: R, folder: Path, page: Callable[[R], str], store: Store, run: str) -> R:
-    """Write a result and its page, whole or not at all, and store it; the result with the place of the page."""
-    where = str(folder / "index.html")
-    result = replace(result, page=where)
+def write_study(result: R, folder: Path, store: Store, run: str) -> R:
+    """Write a result and its page, whole or not at all, and store it; returns it with the place of the page."""
+    result = _write_page(result, folder)
+    store.update(run, result=result.to_json())
+    return result
+
+
+def _write_page(result: R, folder: Path) -> R:
+    if isinstance(result, PagedResult):
+        result = replace(result, page=str(folder / PAGE))
+    html = page_of(result.kind)(result)
     aside = staging_folder(folder, "study")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     (aside / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
-    (aside / "index.html").write_text(page(result), encoding="utf-8")
+    (aside / PAGE).write_text(html, encoding="utf-8")
     publish(aside, folder)
-    store.update(run, result=result.to_json())
     return result
+
+
+def make_report(run: str, *, out: str | Path | None = None, store: str | Path = STORE) -> Path:
+    """Make the page of a stored run again, with its result beside it as JSON, from the store alone.
+
+    Arguments:
+        run: the id of a run that is done.
+        out: the folder to write, which must not hold anything (default: reports/<run>).
+
+    Returns the page. Raises RunError for a run without a result or of a kind without a page, ResultError for a result
+    that Billhook 0.1 stored.
+    """
+    stored = stored_run(run, store)
+    page_of(stored.kind)
+    again = "what the store holds is not measured again"
+    if stored.result is None:
+        how = f"billhook prune --resume --run {run}" if stored.kind == PRUNE else f"billhook {stored.kind} …"
+        raise RunError(f"Run {run} is {stored.state} and has no result. Finish it: {how}; {again}.")
+    result = read_result(stored.kind, stored.result)
+    if not isinstance(result, Result):
+        raise ResultError(
+            f"Billhook 0.1 stored the result of run {run}, and this Billhook makes no page of it. Run the command "
+            f"again ({again}), or read what the store says: billhook show {run}."
+        )
+    folder = Path(out) if out is not None else Path("reports") / run
+    check_target(folder, None)
+    _write_page(result, folder)
+    return folder / PAGE

@@ -19,7 +19,6 @@ from billhook.data.splits import disjoint_parts
 from billhook.data.token_sets import DOCUMENT_TOKENS
 from billhook.methods.metrics import METRICS
 from billhook.models.device import environment
-from billhook.report import study_pages
 from billhook.runs.prepare import probe_of
 from billhook.runs.recipe import Recipe, parse_recipe
 from billhook.runs.search import compute_scores
@@ -52,7 +51,7 @@ def stability(
     spec = StabilitySpec(str(model), metric, tuple(sizes), draws, plain_options(options))
     with open_study(spec, first, Path(store), out, watch) as (study, folder):
         result = run_stability(study, metric, tuple(sizes), draws, options)
-        return write_study(result, folder, study_pages.stability_page, study.store, study.run)
+        return write_study(result, folder, study.store, study.run)
 
 
 # -- how far a result can be trusted --------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from billhook.data.texts import external_sources
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.models.device import environment
-from billhook.report import study_pages
 from billhook.runs.choose_plan import with_site_times
 from billhook.runs.recipe import Recipe, parse_recipe, with_overrides
 from billhook.runs.store import STORE
@@ -75,7 +74,7 @@ def sweep(
         options=plain_options(options),
     )
     with open_study(spec, first, Path(store), out, watch) as (study, folder):
-        return write_study(run_sweep(study, grid, options), folder, study_pages.sweep_page, study.store, study.run)
+        return write_study(run_sweep(study, grid, options), folder, study.store, study.run)
 
 
 def evaluation_sets(study: StudyContext, grid: Grid, recipe: Recipe) -> dict[str, TokenSet]:

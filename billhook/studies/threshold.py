@@ -19,7 +19,6 @@ from billhook.core.results.studies import MarginLoss, ThresholdData, ThresholdRe
 from billhook.data.token_sets import TokenSet
 from billhook.models.device import environment
 from billhook.models.load import Teacher
-from billhook.report import threshold_page
 from billhook.runs.choose_plan import choose_plan
 from billhook.runs.evaluation import evaluate_plans
 from billhook.runs.job import RunContext
@@ -57,7 +56,7 @@ def threshold(
     with open_study(spec, recipe, Path(store), out, watch) as (study, folder):
         steps = [] if stored is None else [decode(Step, step) for step in (stored.result or {})["steps"]]
         result = find_threshold(study.job(recipe), study.teacher, steps, parsed)
-        return write_study(result, folder, threshold_page.threshold_page, study.store, study.run)
+        return write_study(result, folder, study.store, study.run)
 
 
 def find_threshold(

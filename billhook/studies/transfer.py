@@ -15,7 +15,6 @@ from billhook.core.results.specs import TransferSpec, plain_options
 from billhook.core.results.studies import TransferResult, TrialResult
 from billhook.data.choice_tasks import load_items
 from billhook.models.device import environment
-from billhook.report import study_pages
 from billhook.runs.recipe import Recipe, parse_recipe
 from billhook.runs.store import STORE
 from billhook.studies.run_study import open_study, several, write_study
@@ -55,7 +54,7 @@ def transfer(
     spec = TransferSpec(str(model), several(tasks), items, plain_options(options))
     with open_study(spec, first, Path(store), out, watch) as (study, folder):
         result = run_transfer(study, several(tasks), items, options)
-        return write_study(result, folder, study_pages.transfer_page, study.store, study.run)
+        return write_study(result, folder, study.store, study.run)
 
 
 # -- tasks against each other ---------------------------------------------------------------------------------------

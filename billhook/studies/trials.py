@@ -6,17 +6,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from billhook.core import statistics
 from billhook.core.anatomy import Anatomy
 from billhook.core.events import Event, EventListener
 from billhook.core.plan import Plan
+from billhook.core.results.cache_keys import AttemptKey, PlanKey, TrialPlan
 from billhook.core.results.measured import EvalResult
 from billhook.core.results.studies import Outcome, StudentOutcome, TrialResult
 from billhook.data.token_sets import TokenSet
 from billhook.models.load import Teacher
-from billhook.runs.choose_plan import choose_plan, timing_of
+from billhook.runs.choose_plan import choose_plan, site_times_key
 from billhook.runs.evaluation import evaluate_plans
 from billhook.runs.job import RunContext
 from billhook.runs.prepare import (
@@ -77,33 +77,28 @@ def held_out_of(study: StudyContext, source: str, recipe: Recipe) -> TokenSet:
 
 def run_trial(study: StudyContext, name: str, recipe: Recipe, calibration: TokenSet) -> Trial:
     """Search by a recipe, or recall what an earlier one found."""
-    fingerprint = study.teacher.fingerprint
     passed = {"about": "", "model": "", "eval_data": None, "eval_tokens": 64, "eval_length": 16}
     later = ("recover", "recover_set", *(() if recipe.fold_in_search else ("recover_data", "recover_tokens",
              "recover_length")))  # fmt: skip
     passed |= {name: Recipe.model_fields[name].default for name in ("self_share", *later)}  # in the tokens, or after
-    of: dict[str, Any] = {"recipe": recipe.model_copy(update=passed).model_dump(exclude_defaults=True),
-                          "tokens": calibration.hash, "compute": study.teacher.compute_key}  # fmt: skip
-    if counts_time(recipe):
-        of["ns"] = timing_of(recipe, study.teacher)
-    if recipe.fold_in_search:
-        of["refitted"] = recovery_tokens(recipe, study.teacher, study.watch).hash
-    known = study.store.cached(fingerprint, "plan", of)
-    if known is None:
-        resumed = study.store.cached(fingerprint, "attempt", of) is not None
-        study.store.remember(fingerprint, "attempt", of, study.run, study.run)
+    key = PlanKey(
+        *(study.teacher.fingerprint, recipe.model_copy(update=passed).model_dump(exclude_defaults=True)),
+        *(calibration.hash, study.teacher.compute_key),
+        site_times=site_times_key(recipe, study.teacher) if counts_time(recipe) else None,
+        refitted_on=recovery_tokens(recipe, study.teacher, study.watch).hash if recipe.fold_in_search else None,
+    )
+
+    def search() -> TrialPlan:
+        attempt = AttemptKey(study.teacher.fingerprint, key)
+        resumed = study.store.remember(attempt, lambda: study.run, study.run) != study.run
         start = time.perf_counter()
-        found = choose_plan(study.job(recipe), study.teacher, calibration, along=False)
-        known = {
-            "removed": found.plan.to_list(),
-            "seconds": round(time.perf_counter() - start, 1),
-            "site_evaluations": found.search_summary.site_evaluations,
-            "resumed": resumed,
-        }
-        study.store.remember(fingerprint, "plan", of, known, study.run)
-    plan = Plan.parse(known["removed"])
-    cost = (known["seconds"], known["site_evaluations"], known.get("resumed", False))
-    return Trial(name, str(recipe.remove), recipe.data, plan, *cost)
+        choice = choose_plan(study.job(recipe), study.teacher, calibration, along=False)
+        seconds = round(time.perf_counter() - start, 1)
+        return TrialPlan(choice.plan, seconds, choice.search_summary.site_evaluations, resumed)
+
+    found = study.store.remember(key, search, study.run)
+    cost = (found.seconds, found.site_evaluations, found.resumed)
+    return Trial(name, str(recipe.remove), recipe.data, found.plan, *cost)
 
 
 def evaluate_trials(

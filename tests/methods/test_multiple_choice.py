@@ -275,11 +275,11 @@ class Dying(Store):
 
     last = 10**6
 
-    def add_fact(self, *values: Any) -> None:
+    def add(self, *values: Any) -> None:
         if self.last == 0:
             raise KeyboardInterrupt
         self.last -= 1
-        super().remember(*values)
+        super().add(*values)
 
 
 def filed(store: Store) -> dict[str, int]:

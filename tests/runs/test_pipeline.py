@@ -29,6 +29,7 @@ from billhook.data.calibration import calibration_tokens, held_out_tokens
 from billhook.data.texts import TextSpec
 from billhook.methods.evaluate.speed import peak_bytes
 from billhook.models.surgery import masked
+from billhook.report.run_report import run_page
 from billhook.report.run_words import run_notes, search_in_words, work_in_words
 from billhook.runs.store import Store
 
@@ -142,6 +143,15 @@ def test_what_is_told_is_stored_too(result: dict[str, Any], home: Path) -> None:
     assert str(rounds[-1].values["removed"]).split(",") == sorted(result.plan.names())
     assert rounds[-1].values["loss"] == result.steps[-1].loss
     assert {"at", "stage", "done", "total", "lowest", "memory_bytes"} <= set(stored.rows()[0])
+
+
+def test_the_page_of_a_run_is_made_again_from_the_store(result: RunResult, home: Path, tmp_path: Path) -> None:
+    page = billhook.make_report(result.run, out=tmp_path / "again", store=home / "runs.db")
+    assert page.read_text() == run_page(result), "as in the run's folder, with the seconds that its report took"
+    kept = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert kept == billhook.show(result.run, home / "runs.db").to_json()["result"]
+    with pytest.raises(UsageError, match="is not empty"):
+        billhook.make_report(result.run, out=tmp_path / "again", store=home / "runs.db")
 
 
 def test_peak_memory_is_that_of_a_process_which_holds_the_model(model: Path, tmp_path: Path) -> None:

@@ -3,24 +3,47 @@
 from __future__ import annotations
 
 import gzip
+import itertools
+import json
 import multiprocessing
+import re
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from billhook.core.errors import ResultError, RunError, UsageError
 from billhook.core.events import Event
 from billhook.core.plan import Plan
-from billhook.core.results.cache_keys import LossKey
-from billhook.core.results.measured import EvalResult, Loss, Timing
+from billhook.core.results.cache_keys import (
+    AttemptKey,
+    BaselineKey,
+    ChoicesKey,
+    ComparedWith,
+    EvaluationKey,
+    FactKey,
+    FoldedOn,
+    LossKey,
+    PlanKey,
+    PlanLossKey,
+    ScoresKey,
+    SiteTimesKey,
+    TimingKey,
+)
+from billhook.core.results.measured import Environment, EvalResult, Loss, Timing, TimingProtocol
 from billhook.core.results.specs import SweepSpec, plain_options
 from billhook.runs.store import Store
 
+SITES = [f"{part}.{block}" for block in range(4) for part in ("attention", "mlp")]
+
 OF = LossKey("model", "tokens", "kl", "float32")
+TIMING = Timing((0.1, 0.2), (1.0, 1.1), 8, 2, 1, None)
 LOSS = Loss("kl", (0.1, 1 / 3, 2e-17), (3, 4, 5))
 
 
@@ -36,13 +59,15 @@ def new(store: Store, out: str = "out/{run}") -> str:
 def test_what_is_filed_comes_back_to_the_last_bit(store: Store) -> None:
     run, plan = new(store), Plan.parse(["attention.1"])
     store.add_loss(OF, plan, LOSS, run)
-    assert store.loss(OF, plan) == LOSS
+    assert store.lookup(PlanLossKey(OF, plan)) == LOSS
     result = EvalResult("perplexity", "t", (1.5, 2.25), (10, 11), (0, 0))
-    store.add_evaluation("model", plan, "float32", result, run)
-    assert store.evaluation("model", plan, "perplexity", "t", "float32") == result
-    key, timing = ("model", "p", "q", "here", "float32", "short"), Timing((0.1, 0.2), (1.0, 1.1), 8, 2, 1, None)
-    store.add_timing(key, timing, run)
-    assert store.timing(key) == timing
+    evaluation = EvaluationKey("model", plan, "perplexity", "t", "float32")
+    store.add(evaluation, result, run)
+    assert store.lookup(evaluation) == result
+    here = Environment("0", "3", "2", "5", "cpu", "a machine", 1)
+    key, timing = TimingKey("model", plan, Plan(), here, "float32", TimingProtocol()), TIMING
+    store.add(key, timing, run)
+    assert store.lookup(key) == timing
     event = Event("search", 1, 2, {"lowest": 1 / 3, "plan": "mlp.1"})
     store.add_event(run, event)
     assert [Event(e.stage, e.done, e.total, e.values) for e in store.events(run)] == [event]
@@ -56,17 +81,17 @@ def test_nothing_else_comes_back(store: Store) -> None:
         LossKey("model", "other", "kl", "float32"),
         LossKey("model", "tokens", "js", "float32"),
         LossKey("model", "tokens", "kl", "bfloat16"),
-        LossKey("model", "tokens", "kl", "float32", "folded"),
+        LossKey("model", "tokens", "kl", "float32", FoldedOn("texts", "next")),
     ):
-        assert store.loss(other, plan) is None
-    assert store.loss(OF, Plan.parse(["mlp.1"])) is None
+        assert store.lookup(PlanLossKey(other, plan)) is None
+    assert store.lookup(PlanLossKey(OF, Plan.parse(["mlp.1"]))) is None
 
 
 def test_a_second_measurement_changes_nothing(store: Store) -> None:
     first, second, plan = new(store), new(store), Plan()
     store.add_loss(OF, plan, LOSS, first)
     store.add_loss(OF, plan, Loss("kl", (9.0,), (1,)), second)
-    assert store.loss(OF, plan) == LOSS
+    assert store.lookup(PlanLossKey(OF, plan)) == LOSS
     assert (store.count_losses(), store.count_losses(first), store.count_losses(second)) == (1, 1, 0)
 
 
@@ -122,6 +147,89 @@ def test_what_is_missing_or_no_store_is_not_made_by_reading(tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["empty.db"]
 
 
+# -- the cache ------------------------------------------------------------------------------------------------------
+
+
+def test_a_value_is_computed_once(store: Store) -> None:
+    run, calls = new(store), list[int]()
+
+    def compute() -> list[float]:
+        calls.append(1)
+        return [0.5, 1 / 3]
+
+    key = ChoicesKey("model", Plan(), "float32", "tokens")
+    assert store.lookup(key) is None
+    assert [store.remember(key, compute, run) for _ in range(3)] == [[0.5, 1 / 3]] * 3
+    assert store.remember(replace(key, repair="r1"), compute, run) == [0.5, 1 / 3]
+    assert len(calls) == 2, "a repaired model is another one"
+
+
+def test_of_several_values_the_missing_ones_are_computed_and_each_is_kept_at_once(store: Store) -> None:
+    run = new(store)
+    keys = [ChoicesKey("model", Plan.parse([f"mlp.{i}"]), "float32", "tokens") for i in range(4)]
+    store.add(keys[1], [1.0], run)
+
+    def compute(missing: list[int]) -> Iterator[list[float]]:
+        assert missing == [0, 2, 3]
+        for number in missing:
+            if number == 3:
+                raise KeyboardInterrupt
+            yield [float(number)]
+
+    with pytest.raises(KeyboardInterrupt):
+        store.remember_each(keys, compute, run)
+    assert [store.lookup(key) for key in keys] == [[0.0], [1.0], [2.0], None]
+    assert store.remember_each(keys, lambda missing: [[9.0]], run) == [[0.0], [1.0], [2.0], [9.0]]
+
+
+def test_values_that_are_measured_together_are_measured_again_together(store: Store) -> None:
+    run, here = new(store), Environment("0", "3", "2", "5", "cpu", "a machine", 1)
+    plans = (Plan(), Plan.parse(["mlp.1"]))
+    keys = [TimingKey("model", a, b, here, "float32", TimingProtocol()) for a, b in (plans, plans[::-1])]
+    store.add(keys[0], TIMING, run)
+    later = replace(TIMING, batch=7)
+    assert store.remember_together(keys, lambda: [later, later], run) == [later, later]
+    assert store.remember_together(keys, lambda: [TIMING, TIMING], run) == [later, later]
+
+
+def typed_key(model: str, what: str, parts: dict[str, Any]) -> FactKey[Any]:
+    """The key of a fact from its JSON."""
+    if what in ("plan", "attempt"):
+        times = SiteTimesKey(model, **parts["ns"]) if "ns" in parts else None
+        key = PlanKey(model, parts["recipe"], parts["tokens"], parts["compute"], times, parts.get("refitted"))
+        return key if what == "plan" else AttemptKey(model, key)
+    kinds = {"scores": ScoresKey, "choices": ChoicesKey, "ns": SiteTimesKey, "baseline": BaselineKey}
+    if "plan" in parts:
+        parts = parts | {"plan": PLANS[parts["plan"]]}
+    return kinds[what](model, **parts)
+
+
+PLANS = {plan.key(): plan for n in range(5) for plan in map(Plan.parse, itertools.combinations(SITES, n))}
+
+
+def test_everything_that_the_first_version_stored_has_a_typed_key(tmp_path: Path) -> None:
+    (tmp_path / "old.db").write_bytes(V0)
+    with closing(sqlite3.connect(tmp_path / "old.db")) as db:
+        facts = db.execute("SELECT model, what, of, value FROM facts").fetchall()
+        evaluations = db.execute("SELECT model, plan, name, tokens, dtype FROM evaluations").fetchall()
+        timings = db.execute("SELECT model, plan, rival, environment, dtype, protocol FROM timings").fetchall()
+    assert {row[1] for row in facts} == {"scores", "choices", "ns", "plan", "attempt", "baseline"}
+    with closing(Store(tmp_path / "old.db")) as store:
+        for model, what, text, value in facts:
+            found = store.lookup(typed_key(model, what, json.loads(text)))
+            assert found is not None, (what, text)
+            if what not in ("plan", "attempt"):
+                assert found == json.loads(value)
+        for model, plan, name, tokens, dtype in evaluations:
+            which = re.fullmatch(r"(kl|agreement) (?:to|with) (\w+) (.*)", name)
+            of = ComparedWith(*which.groups()) if which else name
+            assert store.lookup(EvaluationKey(model, PLANS[plan], of, tokens, dtype)) is not None, name
+        for model, plan, rival, environment, dtype, protocol in timings:
+            here = Environment(**json.loads(environment))
+            key = TimingKey(model, PLANS[plan], PLANS[rival], here, dtype, TimingProtocol(**json.loads(protocol)))
+            assert store.lookup(key) is not None, protocol
+
+
 def test_events_are_written_once_a_second_and_the_last_of_a_stage_is_kept(tmp_path: Path) -> None:
     now = 100.0
     store = Store(tmp_path / "runs.db", clock=lambda: now)
@@ -171,7 +279,7 @@ def test_two_runs_share_a_store(store: Store) -> None:
     other = Store(store.path)
     plan = Plan.parse(["mlp.0"])
     other.add_loss(OF, plan, LOSS, new(other))
-    assert store.loss(OF, plan) == LOSS
+    assert store.lookup(PlanLossKey(OF, plan)) == LOSS
 
 
 HOLD = """
@@ -217,7 +325,7 @@ def test_processes_that_write_at_once_lose_nothing(store: Store) -> None:
         worker.join()
         assert worker.exitcode == 0
     assert store.count_losses() == 60
-    found = [store.loss(OF, Plan.parse([f"attention.{i}"])) for i in range(60)]
+    found = [store.lookup(PlanLossKey(OF, Plan.parse([f"attention.{i}"]))) for i in range(60)]
     assert [loss.mean for loss in found if loss] == list(range(60))
 
 

@@ -34,6 +34,7 @@ from billhook.core.errors import (
     UsageError,
 )
 from billhook.core.results.ab_report import AbReport, Answered, ItemScores, Measure
+from billhook.core.results.stored import StoredRun
 from billhook.data.choice_tasks import read_items, requests, task_tokens
 from billhook.data.prompts import read_prompts
 from billhook.methods.evaluate.multiple_choice import log_probabilities, score_choices
@@ -646,8 +647,9 @@ def test_the_command_shows_and_files_what_it_found(start: Any, tmp_path: Path) -
 
 
 def test_a_study_of_the_version_before_is_shown_by_its_page(capsys: pytest.CaptureFixture[str]) -> None:
-    run = {"id": "r1", "kind": "sweep", "state": "done", "losses": 3, "out": "lab/r1", "events": []}
-    session.print_result(run | {"result": {"laboratory": "sweep", "page": "lab/r1/index.html"}}, "run")
+    result = {"laboratory": "sweep", "page": "lab/r1/index.html"}
+    run = StoredRun("r1", "sweep", 0.0, "done", "lab/r1", {}, {}, {}, losses=3, events=(), result=result)
+    session.print_result(run, "run")
     assert capsys.readouterr().out.splitlines() == [
         "r1: sweep, done, 3 losses measured, out: lab/r1",
         "Page: lab/r1/index.html",

@@ -417,6 +417,13 @@ def test_show_tells_what_the_command_told(
     assert shown.stdout.endswith(done.stdout)
     kept = billhook.show(run, store)
     assert kept.kind == kind
+    report = CliRunner().invoke(app, ["report", run, "--store", str(store), "--out", str(tmp_path / "again")])
+    if kind in ("compare", "threshold"):
+        pages = [(tmp_path / name / "index.html").read_text() for name in ("out", "again")]
+        assert pages[0] == pages[1], "from the store alone"
+    else:
+        assert (report.exit_code, (tmp_path / "again").exists()) == (2, False)
+        assert f"A run of kind {kind} has no page" in " ".join(report.stderr.split())
     if kind in ("compare", "threshold"):
         assert kept.to_json()["result"] == json.loads((tmp_path / "out" / "result.json").read_text())
 

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import billhook
 from billhook.cli.main import app
 from billhook.core.errors import DataError, MissingExtra, ResourceError, UsageError
+from billhook.core.results.cache_keys import HarnessKey
 from billhook.core.results.comparisons import TaskScores
 from billhook.data.choice_tasks import task_tokens
 from billhook.data.generation_tasks import build_prompts
@@ -314,7 +315,7 @@ def test_answers_to_the_harness_are_stored_in_batches(model: Path, tmp_path: Pat
     assert [each.score for each in told.scores] == ["exact_match"]
     assert told.scores[0].estimate.n == many
     with closing(Store(store)) as opened:
-        asked = opened.all_cached(billhook.load(model).fingerprint, "lmeval")
+        asked = opened.all_of(HarnessKey)
     assert sorted(map(len, asked)) == [60, HARNESS_BATCH_REQUESTS], "each batch once"
 
 

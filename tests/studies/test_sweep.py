@@ -387,6 +387,10 @@ def test_show_prints_what_a_study_printed(
     assert shown.exit_code == 0, shown.stderr
     assert len(done.stdout.splitlines()) > 5
     assert shown.stdout.endswith(done.stdout)
+    again = typed("report", run.run, "--store", store, "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.stderr
+    pages = [(folder / "index.html").read_text() for folder in (out, tmp_path / "again")]
+    assert pages[0] == pages[1], "from the store alone"
     kept = billhook.show(run.run, store).to_json()["result"]
     assert run.kind == kind
     assert kept == json.loads((out / "result.json").read_text())
