@@ -180,9 +180,7 @@ def test_batches_write_what_every_prompt_gets_alone(
         expected = one_by_one(model, prompts)
         assert len(set(expected)) > 5
         for most in (1, 40, 4096):
-            with pytest.MonkeyPatch.context() as patched:
-                patched.setattr(generation, "BATCH_POSITIONS", most)
-                assert generate_answers(model, prompts) == expected
+            assert generate_answers(model, prompts, batch_positions=most) == expected
 
 
 def test_every_line_stops_by_itself(checkpoint: Folder, words: Any, questions: Path) -> None:
@@ -190,9 +188,7 @@ def test_every_line_stops_by_itself(checkpoint: Folder, words: Any, questions: P
     model, prompts = load(checkpoint("llama")).model, build_prompts(questions, words, new_tokens=12)
     free = generate_answers(model, prompts)
     stop = next(word for word in words.get_vocab() if 2 < sum(word in text.split() for text in free) < len(free) - 2)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(generation, "STOPS", (stop,))
-        stopped = generate_answers(model, prompts)
+    stopped = generate_answers(model, prompts, stops=(stop,))
     assert stopped == [text.partition(stop)[0] for text in free]
     assert stopped != free
 
