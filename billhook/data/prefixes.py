@@ -73,7 +73,7 @@ def unique_inputs(tokens: TokenSet) -> list[Input]:
 
 
 def group_by_prefix(
-    inputs: Sequence[Input], longest: int | None, costs: SharingCosts = SharingCosts()  # noqa: B008 - immutable
+    inputs: Sequence[Input], longest: int | None, costs: SharingCosts = SharingCosts()
 ) -> list[PrefixGroup]:  # fmt: skip
     """Group sorted inputs so that they take the fewest positions; each shared prefix counts `costs.group` more.
 
@@ -100,7 +100,7 @@ def group_by_prefix(
 
 
 def keep_worthwhile(
-    groups: Sequence[PrefixGroup], costs: SharingCosts = SharingCosts()  # noqa: B008 - immutable
+    groups: Sequence[PrefixGroup], costs: SharingCosts = SharingCosts()
 ) -> list[PrefixGroup]:  # fmt: skip
     """Split the groups that, with all others of as long a prefix, save less than `costs` asks."""
     saved: Counter[int] = Counter()

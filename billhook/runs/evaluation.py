@@ -124,16 +124,16 @@ def task_accuracy(job: RunContext, teacher: Teacher, plan: Plan, file: str, repa
 
 
 def choice_logprobs(
-    job: EvalContext, teacher: Teacher, students: Sequence[Student], tokens: TokenSet
+    job: EvalContext, teacher: Teacher, students: Sequence[Student], tokens: TokenSet, batch_items: int = BATCH_ITEMS
 ) -> list[list[float]]:
-    """Log-probability in nats of the choice in every row, of each student; PORTION_ITEMS items at a time.
+    """Log-probability in nats of the choice in every row, of each student; `batch_items` items at a time.
 
     Each portion is filed as soon as it is known, so that an evaluation that was killed goes on behind it. A streamed
     teacher takes all items at once: every portion would read its file again.
     """
     sums: list[list[float]] = [[] for _ in students]
     done = 0
-    for portion in chunks(tokens, BATCH_ITEMS if teacher.weights is None else len(tokens.clusters)):
+    for portion in chunks(tokens, batch_items if teacher.weights is None else len(tokens.clusters)):
         keys = [{"plan": p.key(), "dtype": cache_dtype(teacher, r), "tokens": portion.hash} for p, r in students]
         known: list[Any] = [job.store.cached(teacher.fingerprint, "choices", key) for key in keys]
         missing = [i for i, found in enumerate(known) if found is None]

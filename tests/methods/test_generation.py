@@ -16,7 +16,7 @@ from test_choice_tasks import letters, write
 from billhook.core.errors import DataError
 from billhook.core.plan import Plan
 from billhook.data.generation_tasks import GenerationPrompts, build_prompts, read_questions
-from billhook.methods.evaluate import EVALUATIONS, generation
+from billhook.methods.evaluate import EVALUATIONS
 from billhook.methods.evaluate.generation import (
     flexible_number,
     generate_answers,
@@ -104,7 +104,7 @@ def test_shots_stand_with_their_answers_before_the_question(tmp_path: Path) -> N
         build_prompts(path, letters(), shots=(path, 3))
     with pytest.raises(DataError, match=r"4 shots are wanted, and .* has 3 questions\. Ask for 1 to 3"):
         build_prompts(path, letters(), shots=(path, 4))
-    with pytest.raises(DataError, match=r"has 5 positions, and answers of 5 tokens leave no prompt"):
+    with pytest.raises(DataError, match=r"has 5 positions, and answers of 5 tokens leave no room for a prompt"):
         build_prompts(path, letters(), positions=5, new_tokens=5)
     with pytest.raises(DataError, match="no tokenizer"):
         build_prompts(path, None)
@@ -113,7 +113,7 @@ def test_shots_stand_with_their_answers_before_the_question(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ([1], r"row 2, is no object\. A row is"),
+        ([1], r"row 2, is not an object\. A row is"),
         ({"query": "a", "anwser": "b", "target": "1"}, r"row 2, has no field 'answer'\. Is it 'anwser'\?"),
         (ROW | {"target": 3}, r"row 2, has 3 as its 'target'"),
         (ROW | {"answer": " "}, r"row 2, has ' ' as its 'answer'"),

@@ -23,7 +23,6 @@ from billhook.methods.evaluate.multiple_choice import log_probabilities
 from billhook.models.load import Teacher, load
 from billhook.models.repair import NO_REPAIR, Repair
 from billhook.models.surgery import apply, masked
-from billhook.runs import evaluation
 from billhook.runs.evaluation import choice_logprobs
 from billhook.runs.job import RunContext
 from billhook.runs.recipe import parse_recipe
@@ -263,11 +262,11 @@ def test_the_same_again_and_progress_to_the_end(teacher: Teacher) -> None:
 
 
 class Dying(Store):
-    """A store whose process is killed before it files its fact number `last`."""
+    """A store whose process is killed before it stores its value number `last`."""
 
     last = 10**6
 
-    def add_fact(self, *values: Any) -> None:
+    def remember(self, *values: Any) -> None:
         if self.last == 0:
             raise KeyboardInterrupt
         self.last -= 1
@@ -275,15 +274,12 @@ class Dying(Store):
 
 
 def filed(store: Store) -> dict[str, int]:
-    """How many portions each run has measured."""
+    """How many batches each run has measured."""
     return dict(store._db.execute("SELECT run, count(*) FROM facts WHERE what = 'choices' GROUP BY run").fetchall())
 
 
 @pytest.mark.parametrize("repaired", [False, True])
-def test_a_killed_evaluation_goes_on_behind_its_last_portion(
-    repaired: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluation, "PORTION_ITEMS", 6)
+def test_a_killed_evaluation_resumes_after_its_last_batch(repaired: bool, model: Path, tmp_path: Path) -> None:
     teacher = load(model)
     tokens = items_set(drawn(20, 17))
     plan = Plan.parse(["mlp.1", "attention.2"])
@@ -293,14 +289,15 @@ def test_a_killed_evaluation_goes_on_behind_its_last_portion(
 
     def ask(store: Store) -> tuple[str, list[list[float]]]:
         run = store.new_run("prune", {}, {}, "out")
-        return run, choice_logprobs(RunContext(recipe, store, run, tmp_path, ignore_events, {}), teacher, sides, tokens)
+        context = RunContext(recipe, store, run, tmp_path, ignore_events, {})
+        return run, choice_logprobs(context, teacher, sides, tokens, batch_items=6)
 
     with closing(Dying(tmp_path / "runs.db")) as store:
         store.last = 2 * len(sides)
         with pytest.raises(KeyboardInterrupt):
             ask(store)
         (killed,) = filed(store)
-        assert filed(store) == {killed: 2 * len(sides)}, "two portions of four"
+        assert filed(store) == {killed: 2 * len(sides)}, "two batches of four"
     with closing(Store(tmp_path / "runs.db")) as store:
         second, sums = ask(store)
         assert filed(store) == {killed: 2 * len(sides), second: 2 * len(sides)}

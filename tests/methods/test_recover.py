@@ -382,7 +382,7 @@ def test_scale_gives_the_stream_its_length(checkpoint: Folder) -> None:
     side_by_side(TeacherStreams(Measurer(teacher, tokens, "kl")), plan, repair, look)
     for site in repair.patches:
         assert lengths[site][0] == pytest.approx(lengths[site][1], rel=1e-4)
-    with pytest.raises(UsageError, match="a norm stays there"):
+    with pytest.raises(UsageError, match="attention.1: its norm is kept. Use --recover mean, lowrank or fold"):
         recovered("scale", load(checkpoint("phi")), plan, tokens)
 
 

@@ -344,7 +344,7 @@ def test_without_httpx_the_line_that_installs_it_is_told(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("name", "text", "told"),
-    [("x.txt", " \n\n", "is empty"), ("x.md", "x", "no .txt or .jsonl"), ("x.jsonl", '{"text": "x"}', "row 1, is no"),
+    [("x.txt", " \n\n", "is empty"), ("x.md", "x", "not .txt or .jsonl"), ("x.jsonl", '{"text": "x"}', "row 1, is not a prompt"),
      ("x.jsonl", '{"prompt": "x"}\n{"messages": []}', "row 2, is no"), ("x.jsonl", "{", "is not JSON"),
      ("x.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "Use kind='chat'"),
      ("x.jsonl", '{"query": " ", "choices": ["a", "b"], "gold": 0}', "nothing before its choices")],
