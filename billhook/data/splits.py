@@ -18,7 +18,7 @@ def select_documents(tokens: TokenSet, documents: Sequence[int]) -> TokenSet:
         choices = Choices(first, characters, tuple(choices.gold[d] for d in number))
     ids = [tuple(tokens.rows[r, : tokens.lengths[r]].tolist()) for r in rows]
     new_documents = [number[tokens.documents[r]] for r in rows]
-    clusters, digests = ([of_documents[d] for d in number] for of_documents in (tokens.clusters, tokens.digests))
+    clusters, digests = [tokens.clusters[d] for d in number], [tokens.digests[d] for d in number]
     return token_set(ids, new_documents, clusters, digests, tokens.source, choices=choices)
 
 

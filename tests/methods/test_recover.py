@@ -382,7 +382,7 @@ def test_scale_gives_the_stream_its_length(checkpoint: Folder) -> None:
     side_by_side(TeacherStreams(Measurer(teacher, tokens, "kl")), plan, repair, look)
     for site in repair.patches:
         assert lengths[site][0] == pytest.approx(lengths[site][1], rel=1e-4)
-    with pytest.raises(UsageError, match="attention.1: its norm is kept. Use --recover mean, lowrank or fold"):
+    with pytest.raises(UsageError, match=r"attention\.1: its norm is kept\. Use --recover mean, lowrank or fold"):
         recovered("scale", load(checkpoint("phi")), plan, tokens)
 
 
@@ -498,7 +498,7 @@ def test_a_repair_survives_its_file(checkpoint: Folder, tmp_path: Path) -> None:
     ("fold", {"parts": "head"}, "fold takes parts"),
     ("lowrank", {"rank": 0}, "rank of at least 1"),
     ("linear", {"where": "here"}, "inserted or fused"),
-    ("lora", {"loss": "l2"}, "Use nll, kl or mse"),
+    ("lora", {"loss": "l2"}, "none of nll, kl and mse. Use one of them"),
     ("full", {"rate": 0.0}, "a rate above 0"),
 ])  # fmt: skip
 def test_options_are_refused(name: str, options: dict[str, Any], told: str, checkpoint: Folder) -> None:

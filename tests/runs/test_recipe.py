@@ -193,7 +193,7 @@ def test_a_plan_file_is_refused(content: str, told: str, tmp_path: Path) -> None
 
 def test_a_plan_is_of_sites_that_are_left() -> None:
     left = Anatomy("llama", BLOCKS, tuple(s for s in SITES if s.site != Site(2, "mlp")), ANATOMY.rest)
-    with pytest.raises(PlanError, match=r"mlp\.2 is already gone from this model\. `billhook inspect`"):
+    with pytest.raises(PlanError, match=r"mlp\.2 was already removed from this model\. `billhook inspect`"):
         read_plan("mlp.2", left, MINE)
 
 

@@ -80,7 +80,9 @@ def compensate(task: RecoveryTask, train: TokenSet, valid: TokenSet) -> Repair:
     teacher = task.teacher_streams(train)
     narrowed = {narrow.site for narrow in task.plan.narrowed}
     if not narrowed:
-        raise UsageError("compensate needs narrowed sites, and this plan has none. Use --recover mean, scale or fold.")
+        raise UsageError(
+            "compensate needs narrowed sites, and the plan narrows none. Use --recover mean, scale or fold."
+        )
 
     def visit(view: SiteView) -> Change:
         if view.site not in narrowed or view.weight is None:

@@ -53,7 +53,7 @@ class TrainingOptions:
     def check(self) -> TrainingOptions:
         """Return the options. Raises UsageError for values out of range."""
         if self.loss not in ("nll", "kl", "mse"):
-            raise UsageError(f"loss={self.loss!r} is not a training loss. Use nll, kl or mse.")
+            raise UsageError(f"loss={self.loss!r} is none of nll, kl and mse. Use one of them.")
         if self.rate <= 0 or self.epochs < 1 or self.batch < 1 or self.minutes < 0:
             raise UsageError(
                 "A training needs a rate above 0, at least 1 epoch, a batch of at least 1, minutes from 0."
