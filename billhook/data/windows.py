@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from billhook.core.errors import DataError, UnknownName, UsageError
+from billhook.core.errors import DataError, UnknownName, UsageError, option
 from billhook.core.statistics import exp_capped
 from billhook.data.texts import read_texts
 from billhook.data.token_sets import TokenSet, token_set
@@ -27,7 +27,7 @@ def fixed_windows(source: str, protocol: str, field: str, tokenizer: Any, config
     most = getattr(config, "max_position_embeddings", None)
     if most is not None and length > most:
         raise UsageError(
-            f"The protocol {protocol} needs {length:,} positions, and this model has {most:,}. Leave --protocol out."
+            f"The protocol {protocol} needs {length:,} positions, and this model has {most:,}. Leave {option('protocol')} out."
         )
     ids = tokenizer("\n\n".join(read_texts(source, field, tokenizer)), verbose=False)["input_ids"]
     count = len(ids) // length

@@ -200,7 +200,7 @@ def test_without_leaves_the_plan_as_it_was() -> None:
 
 
 def test_a_plan_refuses_a_site_that_is_named_twice() -> None:
-    with pytest.raises(PlanError, match=r"names mlp\.2 more than once.*Name every site once"):
+    with pytest.raises(PlanError, match=r"names mlp\.2 more than once.*Name each site once"):
         Plan.parse(["mlp.2", "attention.2", "mlp:2"])
 
 

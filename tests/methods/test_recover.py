@@ -382,7 +382,7 @@ def test_scale_gives_the_stream_its_length(checkpoint: Folder) -> None:
     side_by_side(TeacherStreams(Measurer(teacher, tokens, "kl")), plan, repair, look)
     for site in repair.patches:
         assert lengths[site][0] == pytest.approx(lengths[site][1], rel=1e-4)
-    with pytest.raises(UsageError, match=r"attention\.1: its norm is kept\. Use --recover mean, lowrank or fold"):
+    with pytest.raises(UsageError, match=r"attention\.1: its norm is kept\. Use mean, lowrank or fold"):
         recovered("scale", load(checkpoint("phi")), plan, tokens)
 
 
@@ -646,7 +646,7 @@ def test_only_patches_learn_from_where_the_closed_form_ended(checkpoint: Folder)
     assert repair.weights == {}
     before, after = (Probe(teacher, tokens, "kl", repaired=(PLAN, r)).losses([PLAN])[0].mean for r in (closed, repair))
     assert after < before
-    with pytest.raises(UsageError, match="run lowrank first: --recover lowrank,patches"):
+    with pytest.raises(UsageError, match="run lowrank first: recover='lowrank,patches'"):
         RECOVERIES["patches"](RecoveryTask(teacher, PLAN), tokens, tokens)
 
 

@@ -106,7 +106,7 @@ def finetune(
     options.check()
     teacher = task.teacher
     if teacher.weights is not None:
-        raise UsageError("A model larger than the memory cannot be trained. Use --recover fold or mean.")
+        raise UsageError(f"A model larger than the memory cannot be trained. Use {option('recover')} fold or mean.")
     if teacher.model.dtype == torch.float16:
         raise UsageError(f"float16 loses small gradients. Train with {option('dtype', 'bfloat16')} or float32.")
     student = apply(teacher, task.plan, repair=task.repair)
@@ -117,7 +117,7 @@ def finetune(
     if not selected:
         raise UsageError(
             "This recovery finds no trainable parameters in this model. Use lora or full, or run lowrank first: "
-            "--recover lowrank,patches."
+            f"{option('recover', 'lowrank,patches')}."
         )
     in_student = names & selected.keys()  # the others were added by `learn`
     unshare_parameters(student, sorted(in_student))

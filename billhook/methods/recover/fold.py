@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from billhook.core.errors import UsageError
+from billhook.core.errors import UsageError, option
 from billhook.core.events import Event
 from billhook.data.token_sets import TokenSet
 from billhook.methods.recover import RecoveryTask, recovery
@@ -72,6 +72,6 @@ def fold(
     if not supported:
         raise UsageError(
             "fold finds no output projection that adds to the residual stream directly: this model has a norm between, "
-            "or experts. Use --recover lowrank, linear or lora."
+            f"or experts. Use {option('recover')} lowrank, linear or lora."
         )
     return repair

@@ -81,7 +81,7 @@ def compensate(task: RecoveryTask, train: TokenSet, valid: TokenSet) -> Repair:
     narrowed = {narrow.site for narrow in task.plan.narrowed}
     if not narrowed:
         raise UsageError(
-            "compensate needs narrowed sites, and the plan narrows none. Use --recover mean, scale or fold."
+            "compensate needs narrowed sites, and the plan narrows none. Use mean, scale or fold."
         )
 
     def visit(view: SiteView) -> Change:
@@ -108,7 +108,7 @@ def scale(task: RecoveryTask, train: TokenSet, valid: TokenSet) -> Repair:
         if view.site not in ends or view.site in task.repair.patches:
             return None
         if not torch.equal(view.inputs, view.before):
-            raise UsageError(f"scale cannot repair {view.site}: its norm is kept. Use --recover mean, lowrank or fold.")
+            raise UsageError(f"scale cannot repair {view.site}: its norm is kept. Use mean, lowrank or fold.")
         factor = view.teacher_after.norm(dim=-1).mean() / view.after.norm(dim=-1).mean()
         return Patch(gain=(factor - 1)[None])
 
