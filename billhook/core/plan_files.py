@@ -76,8 +76,8 @@ def _from_lines(content: str, path: Path, anatomy: Anatomy) -> Plan:
     if wrong is not None or len(lines) != anatomy.blocks:
         what = f"the line {wrong!r}" if wrong is not None else f"{len(lines)} lines"
         raise PlanError(
-            f"{path} holds no plan: {what}. A drop list has {anatomy.blocks} lines (one per block), each none, attn, mlp "
-            "or attn+mlp."
+            f"{path} holds no plan: {what}. A drop list has {anatomy.blocks} lines, one per block, each none, attn, "
+            "mlp or attn+mlp."
         )
     return Plan.parse(f"{part}.{i}" for i, line in enumerate(lines) for part in words[line.strip()])
 

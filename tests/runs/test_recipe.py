@@ -180,7 +180,7 @@ def test_only_a_plan_that_says_its_model_is_held_to_it(form: str, tmp_path: Path
         ('{"drop_mlp_list": 3}', "a drop list that is not a list: 3. Give indices, or a boolean per block"),
         ('{"drop_attn_list": [0, 1, 2, 3, 4]}', "every attention site"),
         ("none\nattn\n", "2 lines. A drop list has 5 lines"),
-        ("none\nattn\nnone\nffn\nnone", "the line 'ffn'. A drop list has 5 lines (one a block), each none, attn, mlp"),
+        ("none\nattn\nnone\nffn\nnone", "the line 'ffn'. A drop list has 5 lines, one per block, each none, attn, mlp"),
         ("", "0 lines. A drop list has 5 lines"),
     ],
 )
