@@ -27,7 +27,8 @@ def fixed_windows(source: str, protocol: str, field: str, tokenizer: Any, config
     most = getattr(config, "max_position_embeddings", None)
     if most is not None and length > most:
         raise UsageError(
-            f"The protocol {protocol} needs {length:,} positions, and this model has {most:,}. Leave {option('protocol')} out."
+            f"The protocol {protocol} needs {length:,} positions, and this model has {most:,}. Leave "
+            f"{option('protocol')} out."
         )
     ids = tokenizer("\n\n".join(read_texts(source, field, tokenizer)), verbose=False)["input_ids"]
     count = len(ids) // length

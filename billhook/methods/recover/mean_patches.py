@@ -80,9 +80,7 @@ def compensate(task: RecoveryTask, train: TokenSet, valid: TokenSet) -> Repair:
     teacher = task.teacher_streams(train)
     narrowed = {narrow.site for narrow in task.plan.narrowed}
     if not narrowed:
-        raise UsageError(
-            "compensate needs narrowed sites, and the plan narrows none. Use mean, scale or fold."
-        )
+        raise UsageError("compensate needs narrowed sites, and the plan narrows none. Use mean, scale or fold.")
 
     def visit(view: SiteView) -> Change:
         if view.site not in narrowed or view.weight is None:
