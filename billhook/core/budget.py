@@ -1,4 +1,4 @@
-"""How much must go, and in what it is counted. Plain values; no torch."""
+"""Budgets: how much must be removed, and its units. Plain values; no torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from billhook.core.plan import Plan, Site
 
 @dataclass(frozen=True, slots=True)
 class BudgetUnit:
-    """How a budget is counted: which moves a search may make, and what a site is worth.
+    """The unit of a budget: which moves a search may make, and the cost of a site.
 
-    `cost`: of one site; in units of `whole_blocks` a block is worth 1. `total`: the field of an anatomy that a share is
-    of, the parts that no site owns included; None: of what all sites together cost. `fine`: costs a unit.
+    - `cost`: of one site; in units of `whole_blocks` a block costs 1.
+    - `total`: the field of an anatomy that a share refers to; None: the cost of all sites together.
+    - `fine`: costs per unit.
     """
 
     name: str
@@ -54,7 +55,7 @@ _EXAMPLES = (
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What must go: at least `amount` of `unit`, or that many percent of it."""
+    """The amount to remove: at least `amount` of `unit`, or that many percent of it."""
 
     amount: Fraction
     unit: str
@@ -62,7 +63,7 @@ class Budget:
 
     @staticmethod
     def parse(text: str) -> Budget:
-        """`25%`, `25%sites`, `15sites`, `30Mparams`, `30%kv` … Raises BudgetError with the allowed spellings."""
+        """Parse `25%`, `25%sites`, `15sites`, `30Mparams`, `30%kv` … Raises BudgetError with the allowed spellings."""
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*([A-Za-z]*)\s*", text)
         if not match:
             raise BudgetError(f"{text!r} is not a budget. Write for example {_EXAMPLES}.")
@@ -76,7 +77,7 @@ class Budget:
         if unit not in UNITS:
             near = nearest(word, UNITS)
             guess = f" Did you mean {near}?" if near else ""
-            raise BudgetError(f"{text!r} counts in {word!r}, which is no unit.{guess} Units: {', '.join(UNITS)}.")
+            raise BudgetError(f"{text!r} counts in {word!r}, which is not a unit.{guess} Units: {', '.join(UNITS)}.")
         amount = Fraction(number) * scale
         if percent and (scale != 1 or amount > 100):
             raise BudgetError(f"{text!r} is not a share. A share is a number up to 100 and a percent sign.")
@@ -91,27 +92,23 @@ class Budget:
         return f"{number}%{self.unit}" if self.share else f"{number}{self.unit}"
 
     def cost(self, anatomy: Anatomy, sites: Iterable[Site]) -> int:
-        """What `sites` are worth to this budget, in its unit's fine costs; a group of a `whole_blocks` unit is 1."""
+        """Return the cost of `sites` in the unit's fine costs; a move of a `whole_blocks` unit costs 1."""
         unit, chosen = UNITS[self.unit], set(sites)
         return 1 if unit.whole_blocks else sum(unit.cost(size) for size in anatomy.sites if size.site in chosen)
 
     def removed_cost(self, anatomy: Anatomy, plan: Plan) -> int:
-        """What `plan` takes away, in the unit's fine costs (ns for `ms`, else the unit itself)."""
+        """Return the cost that `plan` removes, in the unit's fine costs (ns for `ms`, else the unit)."""
         if UNITS[self.unit].whole_blocks:
-            alive = set(anatomy.sites_present())
-            return len({site.block for site in alive} - {site.block for site in alive - plan.removed})
-        return self.cost(anatomy, plan.removed) + self._narrowed(anatomy, plan)
-
-    def _narrowed(self, anatomy: Anatomy, plan: Plan) -> int:
-        """What goes of sites that stay: units that count sites count none of it."""
-        unit = UNITS[self.unit]
-        if unit.total is None:
-            return 0
-        lost = anatomy.narrowed(plan)
-        return sum(unit.cost(replace(size, **asdict(size.group))) * count for size, count in lost if size.group)
+            present = set(anatomy.sites_present())
+            return len({site.block for site in present} - {site.block for site in present - plan.removed})
+        unit, narrowed = UNITS[self.unit], anatomy.narrowed(plan)
+        cost = self.cost(anatomy, plan.removed)
+        if unit.total is None:  # units that count sites do not count channel groups
+            return cost
+        return cost + sum(unit.cost(replace(size, **asdict(size.group))) * n for size, n in narrowed if size.group)
 
     def target(self, anatomy: Anatomy) -> Fraction:
-        """What must go, as `removed_cost` counts: a share is of everything in the model as it was given."""
+        """Return the least `removed_cost` that meets the budget; a share refers to the model as given."""
         unit = UNITS[self.unit]
         if not self.share:
             return self.amount * unit.fine
@@ -124,13 +121,13 @@ class Budget:
         return self.removed_cost(anatomy, plan) >= self.target(anatomy)
 
     def format(self, amount: Fraction | int) -> str:
-        """An amount as `removed_cost` counts, in the unit: `1,234 params`, `0.52 ms`."""
+        """Write a `removed_cost` in the unit: `1,234 params`, `0.52 ms`."""
         fine = UNITS[self.unit].fine
         return f"{math.ceil(amount):,} {self.unit}" if fine == 1 else f"{float(amount / fine):,.3f} {self.unit}"
 
 
 def _parse_unit(word: str) -> tuple[int, str]:
-    """(scale, unit) of what stands behind a number: `Mparams`, `kv`, `MB`; an unknown one comes back as it is."""
+    """Return (scale, unit) of `Mparams`, `kv`, `MB`; an unknown unit is returned unchanged."""
     for scale, rest in ((1, word), (_SCALES.get(word[:1], 0), word[1:])):
         unit = _ALIASES.get(rest, rest)
         if scale and unit in UNITS and not (scale > 1 and not rest):
@@ -145,7 +142,7 @@ def spell_budget(value: object) -> str:
 
 
 def parse_budgets(text: str) -> tuple[Budget, ...]:
-    """Several budgets that must all be met, separated by commas: `20%params,30%kv`. Raises BudgetError."""
+    """Parse budgets that must all be met, separated by commas: `20%params,30%kv`. Raises BudgetError."""
     budgets = tuple(Budget.parse(piece) for piece in text.split(","))
     units = [budget.unit for budget in budgets]
     twice = next((unit for unit in units if units.count(unit) > 1), None)

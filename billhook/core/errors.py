@@ -7,13 +7,13 @@
     │   ├── RecipeError                a recipe with an unknown, repeated or contradicting key
     │   ├── UnknownName                a method, model row or option that does not exist
     │   ├── MissingExtra               an optional package is not installed
-    │   ├── RunError                   no such run, a finished one, or one that another process holds
+    │   ├── RunError                   no such run, a finished one, or one of another process
     │   └── ResultError                a stored result that this version cannot read
     ├── RefusedError              3    the model or the data must not be used
     │   ├── ModelError                 a checkpoint that is damaged, foreign, quantised, unknown …
     │   ├── DataError                  calibration or evaluation text that cannot be used
-    │   ├── EndpointError              a server that cannot be reached, or refuses what it is asked
-    │   └── FingerprintError           something that was made for another model, tokenizer or data
+    │   ├── EndpointError              a server that cannot be reached, or refuses a request
+    │   └── FingerprintError           a file made for another model, tokenizer or data
     ├── GateFailed                4    a student is worse than a gate allows, or may be
     └── ResourceError             5    the machine lacks memory or disk
 
@@ -84,7 +84,7 @@ class BudgetError(UsageError):
 
 
 class PlanError(UsageError):
-    """A plan that names sites which do not exist, or removes what must stay."""
+    """A plan that names sites which do not exist, or removes required ones."""
 
 
 class RecipeError(UsageError):
@@ -92,7 +92,7 @@ class RecipeError(UsageError):
 
 
 class RunError(UsageError):
-    """A run that does not exist, is finished, or is held by another process."""
+    """A run that does not exist, is finished, or is in use by another process."""
 
 
 class ResultError(UsageError):
@@ -100,7 +100,7 @@ class ResultError(UsageError):
 
 
 class UnknownName(UsageError):
-    """A name that nothing is registered under. The message lists the nearest ones."""
+    """A name that is not registered. The message gives the nearest one."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         choices = sorted(known)
@@ -131,11 +131,11 @@ class DataError(RefusedError):
 
 
 class EndpointError(RefusedError):
-    """A server that cannot be reached, or refuses what it is asked."""
+    """A server that cannot be reached, or refuses a request."""
 
 
 class FingerprintError(RefusedError):
-    """Something that was made for another model, tokenizer, data or recipe."""
+    """A file made for another model, tokenizer, data or recipe."""
 
 
 class GateFailed(BillhookError):
@@ -151,6 +151,6 @@ class ResourceError(BillhookError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like `name`, or None if none is close."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return found[0] if found else None
+    """Return the known name most like `name`, or None if none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None

@@ -1,4 +1,4 @@
-"""Progress of a run, as values: what a stage has done, and who listens."""
+"""Events: the progress of a run as values, and their listeners."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EventValue = float | int | str
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Progress of one stage: `done` of `total` units, and the `values` that are known so far, by name."""
+    """Progress of one stage: `done` of `total` units, and current `values` by name."""
 
     stage: str
     done: int = 0
@@ -36,5 +36,5 @@ def fan_out(*listeners: EventListener) -> EventListener:
 
 
 def scaled_events(watch: EventListener, before: int, total: int) -> EventListener:
-    """Return what watches one part of a whole of `total`, of which `before` is done."""
+    """Return a listener for one part of a whole of `total` units, `before` of which are done."""
     return lambda event: watch(replace(event, done=before + event.done, total=total))

@@ -1,4 +1,4 @@
-"""An integer programme over things that may be chosen: the least price that meets every budget (HiGHS)."""
+"""An integer program that selects at the least price and meets all budgets (HiGHS)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ from fractions import Fraction
 
 from billhook.core.errors import MissingExtra
 
-Bound = tuple[Sequence[int], int]  # how much each choice counts, and the most that all chosen ones may
+Bound = tuple[Sequence[int], int]  # the weight of each choice, and the limit of the selected weights
 
 
 def cheapest_selections(
-    name: str,
-    prices: Sequence[float],
-    costs: Sequence[Sequence[int]],
-    needed: Sequence[Fraction],
+    name: str, prices: Sequence[float], costs: Sequence[Sequence[int]], needed: Sequence[Fraction],
     bounds: Sequence[Bound],
-) -> Iterator[list[int]]:
-    """The choices of the least total price that meet `needed` and keep within `bounds`, then the next best others.
+) -> Iterator[list[int]]:  # fmt: skip
+    """Yield the selection of the least price that meets `needed` within `bounds`, then the next best ones.
 
-    `costs`: of each choice, what it is worth to each budget. Coefficients are exact and the solver's feasibility has a
-    tolerance, so the caller looks whether a selection suffices; where it does not, its parts do not either, and what
-    comes next holds something else. Ends if nothing is left. Raises MissingExtra, naming the search `name`.
+    `costs`: for each choice, what it adds to each budget. The solver's feasibility has a tolerance, so the caller
+    checks whether a selection meets the budgets; if not, no part of it does, and the next one contains another choice.
+    Raises MissingExtra, naming the search `name`.
 
     Source: Huangfu and Hall 2018, HiGHS.
     """
@@ -36,21 +33,21 @@ def cheapest_selections(
     model.setOptionValue("mip_rel_gap", 0.0)
     model.setOptionValue("mip_abs_gap", 0.0)
     model.setOptionValue("threads", 1)
-    chosen = [model.addBinary() for _ in prices]
+    binaries = [model.addBinary() for _ in prices]
     for number, least in enumerate(needed):
-        worth = [cost[number] for cost in costs]
-        unit = math.gcd(*worth) or 1  # small whole numbers, so that the tolerance decides nothing
-        model.addConstr(sum(x * (c // unit) for x, c in zip(chosen, worth, strict=True)) >= math.ceil(least / unit))
+        values = [cost[number] for cost in costs]
+        unit = math.gcd(*values) or 1  # small whole numbers, so that the tolerance decides nothing
+        model.addConstr(sum(x * (c // unit) for x, c in zip(binaries, values, strict=True)) >= math.ceil(least / unit))
     for counts, most in bounds:
-        model.addConstr(sum(x * c for x, c in zip(chosen, counts, strict=True)) <= most)
+        model.addConstr(sum(x * c for x, c in zip(binaries, counts, strict=True)) <= most)
     scale = max(map(abs, prices), default=0.0) or 1.0
     while True:
-        model.minimize(sum(x * (price / scale) for x, price in zip(chosen, prices, strict=True)))
+        model.minimize(sum(x * (price / scale) for x, price in zip(binaries, prices, strict=True)))
         if model.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return
-        found = [i for i, x in enumerate(chosen) if model.val(x) > 0.5]
-        yield found
-        others = [x for i, x in enumerate(chosen) if i not in found]
+        selected = [i for i, x in enumerate(binaries) if model.val(x) > 0.5]
+        yield selected
+        others = [x for i, x in enumerate(binaries) if i not in selected]
         if not others:
             return
         model.addConstr(sum(others) >= 1)

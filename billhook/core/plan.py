@@ -1,4 +1,4 @@
-"""What "a pruning" means: sites, plans, anatomies, and what a search asks for. Plain values; no torch."""
+"""Sites, plans, and the measurement requests of a search. Plain values; no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARTS: tuple[Part, ...] = ("attention", "mlp")
 
 @dataclass(frozen=True, order=True, slots=True)
 class Site:
-    """One half of a block. `block` is its position in the unpruned model, from 0."""
+    """The attention or the mlp of a block; `block`: its position in the unpruned model, from 0."""
 
     block: int
     part: Part
@@ -34,7 +34,7 @@ class Site:
 
     @staticmethod
     def parse(text: str) -> Site:
-        """`attention.7` or `mlp.16`. Raises PlanError with the spelling that is meant."""
+        """Parse `attention.7` or `mlp.16`. Raises PlanError with the nearest spelling."""
         match = re.fullmatch(r"\s*([A-Za-z_]+)[.:](\d+)\s*", text)
         if match and match[1] in PARTS:
             return Site(int(match[2]), cast(Part, match[1]))
@@ -45,7 +45,7 @@ class Site:
 
 @dataclass(frozen=True, order=True, slots=True)
 class KeptGroups:
-    """A site that stays with some of its channel groups: `groups`, ascending, in numbers of the unpruned model."""
+    """A narrowed site and its kept channel groups, ascending, numbered as in the unpruned model."""
 
     site: Site
     groups: tuple[int, ...]
@@ -62,7 +62,7 @@ class KeptGroups:
 
 
 def format_ranges(numbers: Iterable[int]) -> str:
-    """`0-511 600` of ascending numbers."""
+    """Write ascending numbers as `0-511 600`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -73,65 +73,64 @@ def format_ranges(numbers: Iterable[int]) -> str:
 
 
 def parse_ranges(text: str) -> tuple[int, ...]:
-    """What `format_ranges` wrote. Raises PlanError unless it ascends."""
+    """Read what `format_ranges` wrote. Raises PlanError unless it ascends."""
     if not re.fullmatch(r"\s*\d+(-\d+)?(\s+\d+(-\d+)?)*\s*", text):
-        raise PlanError(f"[{text}] does not say which channel groups stay. Write their numbers: [0-511 600].")
-    told = [tuple(map(int, piece.split("-"))) for piece in text.split()]
-    found = [number for piece in told for number in range(piece[0], piece[-1] + 1)]
-    if found != sorted(set(found)) or any(piece[0] > piece[-1] for piece in told):
-        raise PlanError(f"[{text}] does not ascend. Write every channel group once, in order: [0-511 600].")
-    return tuple(found)
+        raise PlanError(f"[{text}] does not list channel groups. Write the numbers of those to keep: [0-511 600].")
+    ranges = [tuple(map(int, piece.split("-"))) for piece in text.split()]
+    numbers = [number for ends in ranges for number in range(ends[0], ends[-1] + 1)]
+    if numbers != sorted(set(numbers)) or any(ends[0] > ends[-1] for ends in ranges):
+        raise PlanError(f"[{text}] does not ascend. Write each channel group once, in order: [0-511 600].")
+    return tuple(numbers)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What goes. Counts in positions of the unpruned model, so that removing one site renumbers nothing.
+    """The sites to remove, and those to narrow with their kept channel groups; others are kept whole.
 
-    `narrowed`: sites that stay with some of their channel groups; all others keep all that they have.
+    Numbers are those of the unpruned model, so that removing one site renumbers nothing.
     """
 
     removed: frozenset[Site] = frozenset()
     narrowed: frozenset[KeptGroups] = frozenset()
 
     def __bool__(self) -> bool:
-        """Whether anything goes."""
+        """Return whether the plan removes or narrows anything."""
         return bool(self.removed or self.narrowed)
 
     def without(self, *sites: Site) -> Plan:
-        """This plan with `sites` removed as well."""
+        """Return this plan with `sites` removed as well."""
         return self.combined_with(Plan(frozenset(sites)))
 
     def combined_with(self, step: Plan) -> Plan:
-        """This plan with what `step` removes gone as well, and what it narrows as narrow as it says."""
+        """Return this plan followed by `step`; where both narrow a site, `step` decides."""
         touched = step.removed | {narrow.site for narrow in step.narrowed}
-        stay = frozenset(narrow for narrow in self.narrowed if narrow.site not in touched)
-        return Plan(self.removed | step.removed, stay | step.narrowed)
+        untouched = frozenset(narrow for narrow in self.narrowed if narrow.site not in touched)
+        return Plan(self.removed | step.removed, untouched | step.narrowed)
 
     def sites(self) -> list[Site]:
-        """The removed sites, sorted by block and, within a block, attention first."""
+        """List the removed sites by block, attention first."""
         return sorted(self.removed)
 
     def names(self) -> list[str]:
-        """`["attention.7", "mlp.16", …]`, sorted as `sites()`."""
+        """List the removed sites' names: `["attention.7", "mlp.16", …]`."""
         return [str(site) for site in self.sites()]
 
     def narrowed_names(self) -> list[str]:
-        """`["mlp.3[0-511 600]", …]`, sorted by site."""
+        """List the narrowed sites with their kept groups: `["mlp.3[0-511 600]", …]`."""
         return [str(narrow) for narrow in sorted(self.narrowed)]
 
     def to_list(self) -> list[str]:
-        """All of it, as `parse` reads it: `names()`, then `narrowed_names()`."""
+        """List all names, as `parse` reads them: `names()`, then `narrowed_names()`."""
         return [*self.names(), *self.narrowed_names()]
 
     def blocks(self) -> list[int]:
-        """Blocks that lost both of their sites."""
+        """List the blocks of which both sites are removed."""
         return sorted({s.block for s in self.removed if {Site(s.block, p) for p in PARTS} <= self.removed})
 
     def key(self) -> str:
-        """16 hex digits. Equal plans have equal keys on every machine."""
-        told: list[object] = [(s.block, s.part) for s in self.sites()]
-        told += self.narrowed_names()
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        """Return 16 hex digits; equal plans have equal keys on all machines."""
+        content = [*((s.block, s.part) for s in self.sites()), *self.narrowed_names()]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
         return ",".join(self.to_list()) or "nothing"
@@ -145,7 +144,7 @@ class Plan:
 
     @staticmethod
     def parse(names: Iterable[str]) -> Plan:
-        """A plan from what `names()` and `narrowed_names()` write. Raises PlanError on a malformed or repeated name."""
+        """Parse what `to_list()` returns. Raises PlanError on a malformed or repeated name."""
         sites: list[Site] = []
         narrowed: list[KeptGroups] = []
         for name in names:
@@ -154,20 +153,21 @@ class Plan:
                 narrowed.append(KeptGroups(Site.parse(match[1]), parse_ranges(match[2])))
             else:
                 sites.append(Site.parse(name))
-        every = [*sites, *(narrow.site for narrow in narrowed)]
-        twice = sorted({s for s in every if every.count(s) > 1})
+        named = [*sites, *(narrow.site for narrow in narrowed)]
+        twice = sorted({s for s in named if named.count(s) > 1})
         if twice:
-            raise PlanError(f"The plan names {', '.join(map(str, twice))} more than once. Name every site once.")
+            raise PlanError(f"The plan names {', '.join(map(str, twice))} more than once. Name each site once.")
         return Plan(frozenset(sites), frozenset(narrowed))
 
 
 @dataclass(frozen=True, slots=True)
 class MeasureRequest:
-    """What a search wants measured. `full_results=k`: the k lowest losses in full, the others may come back as bounds.
+    """Plans that a search wants measured.
 
-    `tokens=n`: only the first n calibration tokens. `expected`: what the search expects of each plan, lower = better,
-    in any unit; only their order counts, and only for what is measured first. `ceiling`: nats of every document; a
-    plan that has more in all may come back as a bound, even if it is among the best.
+    - `full_results=k`: measure the k lowest losses in full; the others may be returned as bounds.
+    - `tokens=n`: only the first n calibration tokens.
+    - `expected`: the search's estimate per plan, lower = better; only their order matters, for what is measured first.
+    - `ceiling`: nats per document; a plan with a larger sum may be returned as a bound, even among the best.
     """
 
     plans: tuple[Plan, ...]

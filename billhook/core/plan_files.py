@@ -1,4 +1,4 @@
-"""Plans from files: our own, and the drop lists of LLM-Drop and EvoPress."""
+"""Plans from files: Billhook's, and the drop lists of LLM-Drop and EvoPress."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from billhook.core.anatomy import Anatomy
 from billhook.core.errors import FingerprintError, PlanError, option
 from billhook.core.plan import Plan, Site
 
-# -- plans written by people and by other tools ---------------------------------------------------------------------
-
 
 def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
-    """A plan from `attention.7,mlp.16`, from our billhook.json, report.json or result.json of a threshold, or from a
-    drop list of another tool.
+    """Read a plan: sites such as `attention.7,mlp.16`, a file of Billhook, or a drop list of another tool.
 
-    LLM-Drop: JSON with `drop_attn_list` and `drop_mlp_list` (indices, or a boolean a block). EvoPress: a line a block,
-    none, attn, mlp or attn+mlp. Raises PlanError if it cannot be read or does not fit, FingerprintError if it was made
-    for another model.
+    - Billhook: billhook.json, report.json, or result.json of a threshold.
+    - LLM-Drop: JSON with `drop_attn_list` and `drop_mlp_list` (indices, or a boolean per block).
+    - EvoPress: a line per block, none, attn, mlp or attn+mlp.
+
+    Raises PlanError if it cannot be read or does not fit, FingerprintError if it was made for another model.
     """
     path = Path(text).expanduser()
     if not _is_file(path):
@@ -41,25 +40,23 @@ def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
         sites = {Site(i, "attention") for i in attention} | {Site(i, "mlp") for i in mlp}
         return anatomy.check(Plan(frozenset(sites)))
     made_for = _made_for(value)
-    told = value["plan"] if isinstance(value.get("plan"), dict) else value
-    removed = told.get("removed")
-    if isinstance(removed, list):
-        removed = [*removed, *told.get("narrowed", ())]
-    if not isinstance(removed, list):
+    plan = value["plan"] if isinstance(value.get("plan"), dict) else value
+    if not isinstance(plan.get("removed"), list):
         raise PlanError(
             f"{path} holds no plan: neither `removed` nor drop lists. Name sites instead: attention.7,mlp.16."
         )
+    names = [str(name) for name in [*plan["removed"], *plan.get("narrowed", ())]]
     if made_for is not None and made_for != fingerprint:
         raise FingerprintError(
             f"{path} was made for another model (fingerprint {made_for}, this one is {fingerprint}). To use its sites "
             "all the same, name them: "
-            f"{option('plan', ','.join(map(str, removed[:3])))}{' …' if len(removed) > 3 else ''}"
+            f"{option('plan', ','.join(names[:3]))}{' …' if len(names) > 3 else ''}"
         )
-    return anatomy.check(Plan.parse(map(str, removed)))
+    return anatomy.check(Plan.parse(names))
 
 
 def _is_file(path: Path) -> bool:
-    """Whether there is such a file; a plan of many sites is longer than a file's name may be."""
+    """Return whether the file exists; a plan of many sites is too long for a file name."""
     try:
         return path.is_file()
     except OSError:
@@ -67,7 +64,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _made_for(value: dict[str, Any]) -> Any:
-    """The fingerprint in a plan file: of its own in a threshold's, under `model` in report.json, `model` otherwise."""
+    """Return a plan file's fingerprint: under `fingerprint`, `model.fingerprint`, or `model`."""
     model = value.get("model")
     return value.get("fingerprint") or (model.get("fingerprint") if isinstance(model, dict) else model)
 
@@ -79,20 +76,22 @@ def _from_lines(content: str, path: Path, anatomy: Anatomy) -> Plan:
     if wrong is not None or len(lines) != anatomy.blocks:
         what = f"the line {wrong!r}" if wrong is not None else f"{len(lines)} lines"
         raise PlanError(
-            f"{path} holds no plan: {what}. A drop list has {anatomy.blocks} lines (one a block), each none, attn, mlp "
-            "or attn+mlp."
+            f"{path} holds no plan: {what}. A drop list has {anatomy.blocks} lines, one per block, each none, attn, "
+            "mlp or attn+mlp."
         )
     return Plan.parse(f"{part}.{i}" for i, line in enumerate(lines) for part in words[line.strip()])
 
 
 def _indices(entries: Any, path: Path, anatomy: Anatomy) -> list[int]:
-    """Block indices from a list of indices or of one boolean a block."""
+    """Read block indices from a list of indices, or of one boolean per block."""
     if not isinstance(entries, list):
-        raise PlanError(f"{path} has a drop list that is no list: {entries!r}. Give indices, or a boolean a block.")
+        raise PlanError(
+            f"{path} has a drop list that is not a list: {entries!r}. Give indices, or a boolean per block."
+        )
     if entries and all(isinstance(e, bool) for e in entries):
         if len(entries) != anatomy.blocks:
             raise PlanError(f"{path} lists {len(entries)} blocks, the model has {anatomy.blocks}.")
-        return [i for i, gone in enumerate(entries) if gone]
+        return [i for i, removed in enumerate(entries) if removed]
     if not all(isinstance(e, int) and e >= 0 for e in entries) or len(set(entries)) != len(entries):
         raise PlanError(f"{path} has a drop list with negative, repeated or non-integer entries: {entries}.")
     return list(entries)

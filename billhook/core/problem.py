@@ -1,4 +1,4 @@
-"""What a search is asked to solve: an anatomy, what must go, and what must stay. Plain values; no torch."""
+"""The problem of a search: an anatomy, budgets, and protected sites. Plain values; no torch."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from billhook.core.plan import PARTS, Part, Plan, Site
 
 NOTHING = Plan()
 Move = tuple[Site, ...]
-MoveKind = tuple[tuple[int, ...], frozenset[Part]]  # what a group is worth to each budget, and its parts
+MoveKind = tuple[tuple[int, ...], frozenset[Part]]  # the cost of a move to each budget, and its parts
 
-# What a score is of: a site, a block, or a span of blocks, what is left from its first to its last; by their positions
-# in the unpruned model.
+# A site, a block, or a span of blocks from its first to its last, by positions in the unpruned model.
 ScoredUnit = Site | int | tuple[int, int]
 _NAMED = {"shortened-llama": "first4,last2", "sleb": "first1,last1"}  # protection of the papers
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a search is asked to solve. A search sees this and the losses it asks for, and nothing else.
+    """The problem of a search, which sees this and the losses that it requests, and nothing else.
 
-    `budgets` must all be met. `scores`: of sites, blocks and runs by a metric, higher = removal hurts more; None where
-    no metric was asked for. `group_scores`: of the channel groups of sites, in the order of the anatomy.
+    All `budgets` must be met. `scores`: importance scores of sites, blocks and spans, higher = removal hurts more; None
+    without a metric. `group_scores`: those of channel groups, in the order of the anatomy.
     """
 
     anatomy: Anatomy
@@ -45,13 +44,13 @@ class Problem:
         return self._suffices(self.removed_cost(plan))
 
     def is_valid(self, plan: Plan) -> bool:
-        """Whether a plan leaves one attention, one mlp and all that is protected."""
+        """Return whether a plan keeps at least one attention, one mlp, and all protected sites."""
         one_left = (any(s.part == part and s not in plan.removed for s in self._costs) for part in PARTS)
         return all(one_left) and plan.removed.isdisjoint(self.protected)
 
     @cached_property
     def targets(self) -> tuple[Fraction, ...]:
-        """What each budget needs, as `Budget.removed_cost` counts."""
+        """The least `removed_cost` that meets each budget."""
         return tuple(budget.target(self.anatomy) for budget in self.budgets)
 
     @cached_property
@@ -65,57 +64,59 @@ class Problem:
 
     @property
     def whole_blocks(self) -> bool:
-        """Whether blocks go as a whole: one of the budgets counts them."""
+        """Whether moves remove whole blocks: one of the budgets counts them."""
         return any(UNITS[budget.unit].whole_blocks for budget in self.budgets)
 
     def groups(self, plan: Plan = NOTHING) -> list[Move]:
-        """What may move at all, sorted: sites or whole blocks that `plan` leaves and some budget counts."""
+        """List the moves, sorted: sites or whole blocks that `plan` keeps and a budget counts."""
         left = [site for site in self._costs if site not in plan.removed]
         if self.whole_blocks:
             return [tuple(sites) for _, sites in groupby(left, key=lambda site: site.block)]
         return [(site,) for site in left if any(self.cost((site,)))]
 
     def removed_moves(self, plan: Plan) -> list[Move]:
-        """What a plan removes, as groups that may come back; what no budget counts, site by site."""
+        """List the removed sites of a plan as moves; sites that no budget counts one by one."""
         groups = [group for group in self.groups() if set(group) <= plan.removed]
         counted = {site for group in groups for site in group}
         return groups + [(site,) for site in plan.sites() if site not in counted]
 
     def moves(self, plan: Plan) -> list[Move]:
-        """What may go next, in order: groups that help a budget which is not met; never the last of a part, nor what
-        would put the budgets out of reach."""
+        """List the next moves in order: those that help an unmet budget.
+
+        Moves are left out that remove the last site of a part, or put the budgets out of reach.
+        """
         short = [spent < needed for spent, needed in zip(self.removed_cost(plan), self.targets, strict=True)]
         free = {group: self._kind(group) for group in self._free(plan)}
         count = Counter(free.values())
         enough = [set(keep) for keep, most in self._last(plan) if self._suffices(most)]
         if not enough:
             return []
-        stays = {kind for kind in set.intersection(*enough) if count[kind] == 1}  # whatever else goes
+        required = {kind for kind in set.intersection(*enough) if count[kind] == 1}  # whatever else is removed
         helps = {kind: not any(short) or any(c for c, s in zip(kind[0], short, strict=True) if s) for kind in count}
-        return [group for group, kind in free.items() if helps[kind] and kind not in stays]
+        return [group for group, kind in free.items() if helps[kind] and kind not in required]
 
     def cost(self, sites: Iterable[Site]) -> tuple[int, ...]:
-        """What a move of `sites` is worth to each budget, in its unit."""
+        """Return the cost of removing `sites` to each budget, in its unit."""
         costs = [self._costs[site] for site in sites]
         return tuple(
             1 if UNITS[b.unit].whole_blocks else sum(cost[i] for cost in costs) for i, b in enumerate(self.budgets)
         )
 
     def removed_cost(self, plan: Plan) -> tuple[int, ...]:
-        """What a plan takes away, of each budget."""
+        """Return what a plan removes, in the unit of each budget."""
         whole = [UNITS[b.unit].whole_blocks for b in self.budgets]
         cost = self.cost(plan.removed)
-        each = zip(self.budgets, whole, cost, strict=True)
-        return tuple(b.removed_cost(self.anatomy, plan) if w or plan.narrowed else c for b, w, c in each)
+        parts = zip(self.budgets, whole, cost, strict=True)
+        return tuple(b.removed_cost(self.anatomy, plan) if w or plan.narrowed else c for b, w, c in parts)
 
     def relative_cost(self, sites: Iterable[Site]) -> Fraction:
-        """What a move is worth, as a share of what the budgets need, summed over them."""
+        """Return the cost of a move as a share of each target, summed over the budgets."""
         return sum((cost / needed for cost, needed in zip(self.cost(sites), self.targets, strict=True)), Fraction(0))
 
     def marginal_value(self, sites: Iterable[Site], plan: Plan) -> Fraction:
-        """As `relative_cost`, but no more of each budget than `plan` still lacks."""
-        each = zip(self.cost(sites), self.removed_cost(plan), self.targets, strict=True)
-        return sum((min(Fraction(c), max(Fraction(0), n - s)) / n for c, s, n in each), Fraction(0))
+        """Return `relative_cost`, capped for each budget at what `plan` still lacks."""
+        parts = zip(self.cost(sites), self.removed_cost(plan), self.targets, strict=True)
+        return sum((min(Fraction(c), max(Fraction(0), n - s)) / n for c, s, n in parts), Fraction(0))
 
     # -- what can be reached ----------------------------------------------------------------------------------------
 
@@ -126,12 +127,12 @@ class Problem:
         return self.cost(group), frozenset(site.part for site in group)
 
     def _last(self, plan: Plan) -> Iterator[tuple[tuple[MoveKind, ...], tuple[int, ...]]]:
-        """Every choice of what stays as the last of its part, and what each budget gets if all else goes that can."""
+        """Yield each choice of the last kept sites, and each budget's cost if all others are removed."""
         free = self._free(plan)
-        going = {site for group in free for site in group} | plan.removed
-        missing = set(PARTS) - {site.part for site in self._costs if site not in going}
-        total = self.removed_cost(plan.without(*going))
-        kinds = list(dict.fromkeys(map(self._kind, free)))  # two of a kind never stay for two different parts
+        removable = {site for group in free for site in group} | plan.removed
+        missing = set(PARTS) - {site.part for site in self._costs if site not in removable}
+        total = self.removed_cost(plan.without(*removable))
+        kinds = list(dict.fromkeys(map(self._kind, free)))  # two of a kind are never kept for two parts
         for keep in (keep for n in range(len(missing) + 1) for keep in combinations(kinds, n)):
             if missing <= {part for _, parts in keep for part in parts}:
                 yield keep, tuple(t - sum(cost[i] for cost, _ in keep) for i, t in enumerate(total))
@@ -140,11 +141,11 @@ class Problem:
         return all(s >= n for s, n in zip(spent, self.targets, strict=True))
 
     def reachable(self, plan: Plan = NOTHING) -> tuple[int, ...]:
-        """The most that each budget alone can get, if `plan` goes: one attention, one mlp, all protected stay."""
-        return tuple(max(of_one) for of_one in zip(*(most for _, most in self._last(plan)), strict=True))
+        """Return the largest cost of each budget alone that a plan containing `plan` can remove."""
+        return tuple(max(costs) for costs in zip(*(most for _, most in self._last(plan)), strict=True))
 
     def check(self) -> Problem:
-        """The problem itself. Raises BudgetError, with the most that can go, if no plan meets the budgets."""
+        """Return the problem. Raises BudgetError, with the most that can be removed, if no plan meets the budgets."""
         for budget, needed in zip(self.budgets, self.targets, strict=True):
             if not needed:
                 raise BudgetError(f"{budget} asks for nothing: this model has no {budget.unit} to remove.")
@@ -163,12 +164,12 @@ class Problem:
 
 
 def format_unit(unit: ScoredUnit) -> str:
-    """`attention.3`, `3` for a block, `3-7` for a run of blocks."""
+    """Write `attention.3`, `3` for a block, `3-7` for a span of blocks."""
     return "-".join(map(str, unit)) if isinstance(unit, tuple) else str(unit)
 
 
 def parse_unit(text: str) -> ScoredUnit:
-    """The unit that `format_unit` wrote."""
+    """Read the unit that `format_unit` wrote."""
     ends = text.split("-")
     if len(ends) == 2:
         return int(ends[0]), int(ends[1])
@@ -176,10 +177,10 @@ def parse_unit(text: str) -> ScoredUnit:
 
 
 def parse_protection(text: str, anatomy: Anatomy) -> frozenset[Site]:
-    """Sites that must stay, from `attention.0,mlp.27-29,5-7,first4,last2`: a site, a range of one part, whole blocks.
+    """Parse protected sites: `attention.0,mlp.27-29,5-7,first4,last2`, sites, ranges of one part, or whole blocks.
 
-    `shortened-llama` and `sleb` are the rules of these papers: first4,last2 and first1,last1. Raises PlanError if a
-    piece cannot be read or lies outside the model.
+    `shortened-llama` and `sleb` are the rules of these papers: first4,last2 and first1,last1. Raises PlanError for a
+    malformed piece, or one outside the model.
     """
     sites: set[Site] = set()
     pieces = [piece for p in text.split(",") for piece in _NAMED.get(p.strip(), p).split(",")]

@@ -1,4 +1,4 @@
-"""How methods are found: one decorator, one look-up with the nearest name, and entry points of other packages."""
+"""Registries of methods: one decorator, one look-up with the nearest name, and entry points of other packages."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ V = TypeVar("V")
 class Entries(Generic[T]):
     """Values of one family by name, those of other packages included.
 
-    `family`: what messages call it. `group`: the entry-point group by which other packages add theirs, `billhook.` and
-    a name without spaces; the value of an entry is the value itself. `fits` tells whether a value is of the family.
+    `family`: its name in messages. `group`: the entry-point group `billhook.GROUP` of other packages, whose entries are
+    the values. `fits`: whether a value is of the family.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Registry(Entries[F]):
         return function
 
     def describe(self) -> list[dict[str, Any]]:
-        """One row an entry: family, name, and what its docstring and its signature tell: see `parse_docstring`."""
+        """Return one row per entry: family, name, and the fields of `parse_docstring`."""
         return [{"family": self.family, "name": name, **parse_docstring(self[name])} for name in self]
 
 
@@ -122,38 +122,38 @@ class RegistryWithFacts(Registry[F], Generic[F, V]):
 
 
 def options(function: Callable[..., object]) -> dict[str, Any]:
-    """The options of a method with their defaults: its keyword-only parameters of plain kinds."""
+    """Return the options of a method with their defaults: its keyword-only parameters of plain types."""
     parameters = inspect.signature(function).parameters.values()
     named = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     return {name: default for name, default in named.items() if isinstance(default, bool | int | float | str)}
 
 
 def resolve_options(given: dict[str, Any], *functions: Callable[..., object]) -> list[dict[str, Any]]:
-    """For each method those of the `given` options that it takes, as values of its own kinds.
+    """Return for each function those of the `given` options that it takes, converted to its types.
 
-    `rank` is of every method that has such an option, `lora.rank` of one. Raises UsageError for an option that none of
-    them takes, with the nearest one, or for a value of another kind.
+    `rank` is an option of all functions that have it, `lora.rank` of one. Raises UsageError for an option that none of
+    them has, with the nearest one, and for a value of another type.
     """
     known = [options(function) for function in functions]
-    every = {name: default for of_one in known for name, default in of_one.items()}
+    all_options = {name: default for of_one in known for name, default in of_one.items()}
     for function, of_one in zip(functions, known, strict=True):
-        every |= {f"{function.__name__}.{name}": default for name, default in of_one.items()}
+        all_options |= {f"{function.__name__}.{name}": default for name, default in of_one.items()}
     for name in given:
-        if name not in every:
-            near = nearest(name, every)
+        if name not in all_options:
+            near = nearest(name, all_options)
             guess = f" Did you mean {near}?" if near else ""
             names = " and ".join(function.__name__ for function in functions)
-            known_names = ", ".join(sorted(name for name in every if "." not in name)) or "none"
+            known_names = ", ".join(sorted(name for name in all_options if "." not in name)) or "none"
             raise UsageError(f"There is no option {name!r} of {names}.{guess} Known: {known_names}.")
-    found = []
+    resolved = []
     for function, of_one in zip(functions, known, strict=True):
-        mine = {name: given.get(f"{function.__name__}.{name}", given.get(name)) for name in of_one}
-        found.append({n: _value(n, value, of_one[n]) for n, value in mine.items() if value is not None})
-    return found
+        values = {name: given.get(f"{function.__name__}.{name}", given.get(name)) for name in of_one}
+        resolved.append({n: _value(n, value, of_one[n]) for n, value in values.items() if value is not None})
+    return resolved
 
 
 def _value(name: str, value: Any, default: Any) -> Any:
-    """`value`, typed or read from a file, as a value of the kind of `default`."""
+    """Convert `value` to the type of `default`."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if isinstance(default, bool):
         if isinstance(value, bool):
@@ -172,16 +172,15 @@ def _value(name: str, value: Any, default: Any) -> Any:
 
 
 def parse_docstring(function: Callable[..., object]) -> dict[str, Any]:
-    """What a docstring tells: `summary`, its first line; `text`; and what stands behind Formula:, Cost:, Source: and
-    Deviation: or Deviations:. Besides, the `options` with their defaults."""
+    """Return a docstring's `summary`, `text`, `formula`, `cost`, `source` and `deviation`, and the `options`."""
     lines = (inspect.getdoc(function) or "").split("\n", 1)
     pieces = re.split(r"(?:^|\s)(Formula|Cost|Source|Deviations?):\s", lines[1] if len(lines) > 1 else "")
-    found = {"text": pieces[0], "Formula": "", "Cost": "", "Source": "", "Deviation": ""}
-    found |= {mark.removesuffix("s"): piece for mark, piece in zip(pieces[1::2], pieces[2::2], strict=True)}
-    flat = {mark.lower(): " ".join(piece.split()) for mark, piece in found.items()}
+    parts = {"text": pieces[0], "Formula": "", "Cost": "", "Source": "", "Deviation": ""}
+    parts |= {mark.removesuffix("s"): piece for mark, piece in zip(pieces[1::2], pieces[2::2], strict=True)}
+    flat = {mark.lower(): " ".join(piece.split()) for mark, piece in parts.items()}
     return {"summary": lines[0], **flat, "options": options(function)}
 
 
 def source_line(function: Callable[..., object]) -> str:
-    """What a docstring gives under `Source:`, on one line."""
+    """Return the `Source:` of a docstring, on one line."""
     return str(parse_docstring(function)["source"])

@@ -1,4 +1,4 @@
-"""Text that a model writes by itself: calibration text that nobody has to find."""
+"""Text that a model generates as its own calibration text."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ MOST_AT_A_TIME = 64  # texts
 def sample_texts(
     model: Any, tokenizer: Any, tokens: int, seed: int, *, length: int, watch: EventListener = ignore_events
 ) -> list[str]:
-    """Texts of at most `length` tokens, `tokens` or more in all, that the model writes from its token of beginning.
+    """Sample texts of at most `length` tokens, at least `tokens` in all, that the model writes after its BOS token.
 
-    Sampled at temperature 1, seeded, in as few rounds as memory for 64 texts allows. Raises DataError if the tokenizer
-    has no token to begin with, or if the model stops at once.
+    Temperature 1, seeded, at most 64 texts at a time. Raises DataError if the tokenizer has no BOS or EOS token, or if
+    the model stops at once.
 
     Source: Williams et al. 2024, Self-calibration for language model quantization and pruning (arXiv 2410.17170).
     """
@@ -37,16 +37,10 @@ def sample_texts(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start
     stop = None if model.generation_config is None else model.generation_config.eos_token_id
     plain = transformers.GenerationConfig(
-        max_new_tokens=length - 1,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        bos_token_id=start,
-        eos_token_id=tokenizer.eos_token_id if stop is None else stop,
-        pad_token_id=pad,
+        max_new_tokens=length - 1, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, bos_token_id=start,
+        eos_token_id=tokenizer.eos_token_id if stop is None else stop, pad_token_id=pad,
         remove_invalid_values=True,  # a model that overflows is refused where the block can be named
-    )
+    )  # fmt: skip
     texts: list[str] = []
     written, rounds, most = 0, 0, 8 + 8 * tokens // (batch * length)
     with seeded(seed, model.device):
@@ -60,18 +54,18 @@ def sample_texts(
             starts = torch.full((batch, 1), start, device=model.device)
             with _generating_by(model, plain):
                 rows = model.generate(starts, attention_mask=torch.ones_like(starts))
-            fresh = [text for text in tokenizer.batch_decode(rows, skip_special_tokens=True) if text.strip()]
-            texts += fresh
-            written += sum(map(len, tokenizer(fresh, add_special_tokens=False)["input_ids"])) if fresh else 0
+            new = [text for text in tokenizer.batch_decode(rows, skip_special_tokens=True) if text.strip()]
+            texts += new
+            written += sum(map(len, tokenizer(new, add_special_tokens=False)["input_ids"])) if new else 0
             watch(Event("calibrate", min(written, tokens), tokens, {"step": "generate"}))
     return texts
 
 
 @contextmanager
 def _generating_by(model: Any, plain: transformers.GenerationConfig) -> Iterator[None]:
-    """Inside, nothing of the checkpoint's own settings: its penalties and cuts are for answers."""
-    own, model.generation_config = model.generation_config, plain
+    """Inside, the model generates by `plain`: the checkpoint's penalties and cuts are meant for answers."""
+    original, model.generation_config = model.generation_config, plain
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = original

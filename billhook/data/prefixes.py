@@ -1,28 +1,39 @@
-"""Rows that begin alike: what of a token set must be computed at all, and which beginnings are worth computing once.
+"""Shared prefixes: which inputs of a token set must be computed, and which prefixes are worth computing once.
 
-Nothing is read after the last token of a row, so that it is never an input. Rows with the same input are one `Input`.
-Inputs that share their first tokens may be a `PrefixGroup`: the shared prefix is computed once, then the rest of each
-on copies of its KV cache.
+The last token of a row is never an input. Rows with the same input are one `Input`. Inputs that share their first
+tokens may form a `PrefixGroup`: the prefix is computed once, then the rest of each input on a copy of its KV cache.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from billhook.data.token_sets import TokenSet
 
-SHARING_TOKENS = 16  # what a family must save: copies of the cache, and padding, cost about as much
-BATCH_TOKENS = 96  # what all families with beginnings of one length must save: they take passes of their own
-SHARE_SAVED = 1 / 3  # of their positions, at least: two passes over fewer tokens each are slower by the token
-MOST_INPUTS = 64  # of one family
+MOST_INPUTS = 64  # per group
 Readout = tuple[int, int, int]  # position, next token, row of the token set
 
 
 @dataclass(frozen=True, slots=True)
+class SharingCosts:
+    """The least savings for which a prefix is shared.
+
+    - `group`: tokens that a group must save; copies and padding of the cache cost about as much.
+    - `length`: tokens that all groups with prefixes of one length must save; they need passes of their own.
+    - `share`: the share of their positions that these must save; shorter passes are slower per token.
+    """
+
+    group: int = 16
+    length: int = 96
+    share: float = 1 / 3
+
+
+@dataclass(frozen=True, slots=True)
 class Input:
-    """One input, and what is read of it, from position `first` on."""
+    """One input, and the positions that are read, from `first` on."""
 
     ids: tuple[int, ...]
     first: int
@@ -31,96 +42,97 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class PrefixGroup:
-    """Paths whose first `shared` tokens are the same and computed once; 0: one path, which shares nothing."""
+    """Inputs whose first `shared` tokens are computed once; 0: a single input, which shares nothing."""
 
     inputs: tuple[Input, ...]
     shared: int
 
     @property
     def positions(self) -> int:
-        """How many token positions it takes."""
-        return self.shared + sum(len(path.ids) - self.shared for path in self.inputs)
+        """Token positions that it computes."""
+        return self.shared + sum(len(x.ids) - self.shared for x in self.inputs)
 
     @property
     def longest(self) -> int:
-        return max(len(path.ids) for path in self.inputs)
+        return max(len(x.ids) for x in self.inputs)
 
     @property
     def reads(self) -> int:
-        """How many positions the head looks at, at most."""
-        return sum(len(path.ids) - path.first for path in self.inputs)
+        """Upper bound of the positions that the head reads."""
+        return sum(len(x.ids) - x.first for x in self.inputs)
 
 
 def unique_inputs(tokens: TokenSet) -> list[Input]:
-    """The distinct inputs of a token set of choices, in the order of their tokens."""
+    """List the distinct inputs of a token set of choices, in the order of their tokens."""
     assert tokens.choices is not None, "only rows that are choices say where reading begins"
     reads: dict[tuple[int, ...], list[Readout]] = {}
     for row, (n, first) in enumerate(zip(tokens.lengths, tokens.choices.first, strict=True)):
         ids = tokens.rows[row, :n].tolist()
         reads.setdefault(tuple(ids[:-1]), []).extend((at - 1, ids[at], row) for at in range(first, n))
-    return [Input(ids, min(at for at, _, _ in of), tuple(of)) for ids, of in sorted(reads.items())]
+    return [Input(ids, min(at for at, _, _ in readouts), tuple(readouts)) for ids, readouts in sorted(reads.items())]
 
 
-def group_by_prefix(paths: Sequence[Input], longest: int | None) -> list[PrefixGroup]:
-    """Sorted paths as families that take the fewest positions in all; each shared beginning counts SHARING_TOKENS more.
+def group_by_prefix(
+    inputs: Sequence[Input], longest: int | None, costs: SharingCosts = SharingCosts()
+) -> list[PrefixGroup]:  # fmt: skip
+    """Group sorted inputs so that they take the fewest positions; each shared prefix counts `costs.group` more.
 
-    `longest`: the longest path that may share anything; None: any.
+    `longest`: length of the longest input that may share anything; None: any.
     """
-    alike = [_shared_length(a.ids, b.ids) for a, b in pairwise(paths)]  # each with the next
-    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # of the first i paths: cost, where the last family begins, shared
-    for end, last in enumerate(paths, 1):
-        found = (best[end - 1][0] + len(last.ids), end - 1, 0)
+    common = [_shared_length(a.ids, b.ids) for a, b in pairwise(inputs)]  # of each with the next
+    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # of the first i inputs: cost, start of the last group, shared
+    for end, last in enumerate(inputs, 1):
+        cheapest = (best[end - 1][0] + len(last.ids), end - 1, 0)
         shared, total = len(last.ids), len(last.ids)
         for start in range(end - 2, max(end - 1 - MOST_INPUTS, -1), -1):
-            shared, total = min(shared, alike[start]), total + len(paths[start].ids)
-            if shared == 0 or (longest is not None and max(len(paths[start].ids), len(last.ids)) > longest):
+            shared, total = min(shared, common[start]), total + len(inputs[start].ids)
+            if shared == 0 or (longest is not None and max(len(inputs[start].ids), len(last.ids)) > longest):
                 break
-            cost = best[start][0] + total - (end - start - 1) * shared + SHARING_TOKENS
-            found = min(found, (cost, start, shared))
-        best.append(found)
-    told, end = [], len(paths)
+            cost = best[start][0] + total - (end - start - 1) * shared + costs.group
+            cheapest = min(cheapest, (cost, start, shared))
+        best.append(cheapest)
+    groups, end = [], len(inputs)
     while end:
         _, start, shared = best[end]
-        told.append(PrefixGroup(tuple(paths[start:end]), shared))
+        groups.append(PrefixGroup(tuple(inputs[start:end]), shared))
         end = start
-    return told[::-1]
+    return groups[::-1]
 
 
-def keep_worthwhile(groups: Sequence[PrefixGroup]) -> list[PrefixGroup]:
-    """Families of which only those share that, with all others of as long a beginning, save BATCH_TOKENS and
-    SHARE_SAVED of their positions."""
-    saved: dict[int, int] = {}
-    whole: dict[int, int] = {}
-    for family in groups:
-        total = sum(len(path.ids) for path in family.inputs)
-        whole[family.shared] = whole.get(family.shared, 0) + total
-        saved[family.shared] = saved.get(family.shared, 0) + total - family.positions
-    told = []
-    for family in groups:
-        enough = saved[family.shared] >= max(BATCH_TOKENS, SHARE_SAVED * whole[family.shared])
-        told += [family] if enough else [PrefixGroup((path,), 0) for path in family.inputs]
-    return told
+def keep_worthwhile(
+    groups: Sequence[PrefixGroup], costs: SharingCosts = SharingCosts()
+) -> list[PrefixGroup]:  # fmt: skip
+    """Split the groups that, with all others of as long a prefix, save less than `costs` asks."""
+    saved: Counter[int] = Counter()
+    whole: Counter[int] = Counter()
+    for group in groups:
+        total = sum(len(x.ids) for x in group.inputs)
+        whole[group.shared] += total
+        saved[group.shared] += total - group.positions
+    worthwhile = {n for n, total in whole.items() if saved[n] >= max(costs.length, costs.share * total)}
+    parts = ([g] if g.shared in worthwhile else [PrefixGroup((x,), 0) for x in g.inputs] for g in groups)
+    return [group for part in parts for group in part]
 
 
 def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first tokens are the same."""
+    """Count the first tokens that are the same."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def batch_groups(groups: Sequence[PrefixGroup], most_positions: int, most_reads: int) -> Iterator[list[PrefixGroup]]:
-    """Families that are computed together: with beginnings of equal length, paths of similar length, the longest first.
+    """Yield groups to compute together: prefixes of equal length, inputs of similar length, the longest first.
 
-    At most so many positions, padding and cached ones too, and so many that are read, unless one family has more.
+    A batch has at most `most_positions`, padding and cached ones too, and `most_reads`, unless one group has more.
     """
     batch: list[PrefixGroup] = []
     lines = longest = reads = 0
-    for family in sorted(groups, key=lambda f: (-f.shared, -f.longest, f.inputs[0].ids)):
-        more = lines + len(family.inputs), max(longest, family.longest), reads + family.reads
+    for group in sorted(groups, key=lambda g: (-g.shared, -g.longest, g.inputs[0].ids)):
+        more = lines + len(group.inputs), max(longest, group.longest), reads + group.reads
         full = more[0] * more[1] > most_positions or more[2] > most_reads
-        if batch and (full or family.shared != batch[0].shared):
+        if batch and (full or group.shared != batch[0].shared):
             yield batch
-            batch, more = [], (len(family.inputs), family.longest, family.reads)
-        batch.append(family)
+            batch, more = [], (len(group.inputs), group.longest, group.reads)
+        batch.append(group)
         lines, longest, reads = more
     if batch:
         yield batch

@@ -18,9 +18,9 @@ PROMPT_EXAMPLES = (
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt: a text, or the messages of a chat. `number`: of its line in the file, from 1.
+    """One prompt: a text, or the messages of a chat. `number`: its line in the file, from 1.
 
-    `choices` and `gold`: of an item of a task, what is scored, and which of it is right.
+    `choices`, `gold`: the scored choices of a task's item, and which of them is right.
     """
 
     number: int
@@ -31,22 +31,22 @@ class Prompt:
 
 
 def read_prompts(path: str | Path, kind: str = "chat", limit: int | None = None, seed: int = 0) -> list[Prompt]:
-    """The prompts of a file in its order, or `limit` of them drawn by `seed`.
+    """Read the prompts of a file in order, or a sample of `limit` by `seed`.
 
-    .txt: one a line; .jsonl: rows with `prompt` or `messages`, or a task's (`choice_tasks`); .gz of both. Raises
-    DataError, with the line, for what is none, and UsageError for messages where `kind` is not chat.
+    .txt: one per line; .jsonl: rows with `prompt` or `messages`, or a task's (`choice_tasks`); .gz of both. Raises
+    DataError, with the line, for a malformed row, and UsageError for messages where `kind` is not chat.
     """
     file = Path(path).expanduser()
     suffix = next((s for s in reversed(file.suffixes) if s != ".gz"), "")
     if not file.is_file() or suffix not in (".txt", ".jsonl"):
-        kind_of = "missing" if not file.exists() else "a folder" if file.is_dir() else "no .txt or .jsonl"
-        raise DataError(f"The file of prompts {path} is {kind_of}. Give a .txt, one prompt a line, or a .jsonl file.")
-    found = _lines(file_text(file)) if suffix == ".txt" else _rows(file, str(path), kind)
-    if not found:
-        raise DataError(f"The file of prompts {path} is empty. Write one prompt a line.")
-    if limit is None or limit >= len(found):
-        return found
-    return [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), limit))]
+        problem = "missing" if not file.exists() else "a folder" if file.is_dir() else "not .txt or .jsonl"
+        raise DataError(f"The file of prompts {path} is {problem}. Give a .txt, one prompt per line, or a .jsonl file.")
+    prompts = _lines(file_text(file)) if suffix == ".txt" else _rows(file, str(path), kind)
+    if not prompts:
+        raise DataError(f"The file of prompts {path} is empty. Write one prompt per line.")
+    if limit is None or limit >= len(prompts):
+        return prompts
+    return [prompts[i] for i in sorted(random.Random(seed).sample(range(len(prompts)), limit))]
 
 
 def _lines(text: str) -> list[Prompt]:
@@ -65,7 +65,7 @@ def _parse_prompt(row: Any, number: int, where: str, kind: str) -> Prompt:
     if isinstance(text, str) and text.strip():
         return Prompt(number, text)
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise DataError(f"{where} is no prompt. A row is {PROMPT_EXAMPLES}.")
+        raise DataError(f"{where} is not a prompt. A row is {PROMPT_EXAMPLES}.")
     if kind != "chat":
         raise UsageError(
             f"{where} holds messages, which only a chat takes. Use {option('kind', 'chat')}, or give `prompt`."
@@ -74,11 +74,11 @@ def _parse_prompt(row: Any, number: int, where: str, kind: str) -> Prompt:
 
 
 def _items(source: str) -> list[Prompt]:
-    """The items of a task: the query is what is asked, each choice after it what is scored."""
-    found = []
+    """Read the items of a task: the query is the prompt, the choices after it are scored."""
+    prompts = []
     for item in read_items(source):
-        asked = tuple(requests(item))
-        if not all(request.context.strip() for request in asked):
-            raise DataError(f"{source}, row {item.number}, has nothing before its choices to ask. Leave the row out.")
-        found.append(Prompt(item.number, asked[0].context, choices=asked, gold=item.gold))
-    return found
+        choices = tuple(requests(item))
+        if not all(choice.context.strip() for choice in choices):
+            raise DataError(f"{source}, row {item.number}, has no text before its choices. Leave the row out.")
+        prompts.append(Prompt(item.number, choices[0].context, choices=choices, gold=item.gold))
+    return prompts

@@ -1,4 +1,4 @@
-"""Splits of token sets: by item, into halves, for training and validation."""
+"""Splits and joins of token sets: by document, into chunks, halves, training and validation."""
 
 from __future__ import annotations
 
@@ -9,26 +9,21 @@ from billhook.data.token_sets import Choices, TokenSet, token_set
 
 
 def select_documents(tokens: TokenSet, documents: Sequence[int]) -> TokenSet:
-    """Some documents of a token set, in their order."""
+    """Return these documents of a token set, in their order."""
     number = {document: i for i, document in enumerate(sorted(documents))}
     rows = [r for r, document in enumerate(tokens.documents) if document in number]
-    of = tokens.choices
-    if of is not None:
-        of = Choices(
-            tuple(of.first[r] for r in rows), tuple(of.characters[r] for r in rows), tuple(of.gold[d] for d in number)
-        )
-    return token_set(
-        [tuple(tokens.rows[r, : tokens.lengths[r]].tolist()) for r in rows],
-        [number[tokens.documents[r]] for r in rows],
-        [tokens.clusters[d] for d in number],
-        [tokens.digests[d] for d in number],
-        tokens.source,
-        choices=of,
-    )
+    choices = tokens.choices
+    if choices is not None:
+        first, characters = (tuple(of_rows[r] for r in rows) for of_rows in (choices.first, choices.characters))
+        choices = Choices(first, characters, tuple(choices.gold[d] for d in number))
+    ids = [tuple(tokens.rows[r, : tokens.lengths[r]].tolist()) for r in rows]
+    new_documents = [number[tokens.documents[r]] for r in rows]
+    clusters, digests = [tokens.clusters[d] for d in number], [tokens.digests[d] for d in number]
+    return token_set(ids, new_documents, clusters, digests, tokens.source, choices=choices)
 
 
 def chunks(tokens: TokenSet, count: int) -> list[TokenSet]:
-    """A token set in portions of `count` documents, in order; the last one may have fewer."""
+    """Split a token set into chunks of `count` documents, in order; the last may have fewer."""
     whole = len(tokens.clusters)
     if whole <= count:
         return [tokens]
@@ -36,9 +31,10 @@ def chunks(tokens: TokenSet, count: int) -> list[TokenSet]:
 
 
 def split_every_nth(tokens: TokenSet, count: int) -> tuple[list[int], list[int]]:
-    """The documents of all texts but every `count`-th, and of those; where there is one text only, documents count.
+    """Return the documents of all texts except every `count`-th, and those of every `count`-th text.
 
-    With fewer than `count` of them every last one; the first list is empty where there is nothing to share.
+    A single text is split by documents instead. With fewer than `count` texts the second list has the last one; the
+    first list is empty if there is nothing to split.
     """
     texts = {text: rank for rank, text in enumerate(dict.fromkeys(tokens.clusters))}
     ranks = [texts[text] if len(texts) > 1 else d for d, text in enumerate(tokens.clusters)]
@@ -48,70 +44,65 @@ def split_every_nth(tokens: TokenSet, count: int) -> tuple[list[int], list[int]]
 
 
 def halves(tokens: TokenSet) -> tuple[TokenSet, TokenSet]:
-    """Every second text of a token set, and the others; every second document, where it has one text only.
+    """Split a token set into every second text and the others; a single text by documents.
 
     Raises UsageError if there is nothing to halve.
     """
-    sides = split_every_nth(tokens, 2)
-    if not all(sides):
+    split = split_every_nth(tokens, 2)
+    if not all(split):
         raise UsageError(
             f"Held-out text of one document cannot be halved. Give more text, or more {option('eval_tokens')}."
         )
-    return select_documents(tokens, sides[0]), select_documents(tokens, sides[1])
+    return select_documents(tokens, split[0]), select_documents(tokens, split[1])
 
 
 def train_validation_split(tokens: TokenSet, count: int) -> tuple[TokenSet, TokenSet]:
-    """All texts of a token set but every `count`-th, and those; documents, where there is one text only.
+    """Split a token set into training tokens and every `count`-th text for validation; a single text by documents.
 
-    Raises DataError if there is nothing to share.
+    Raises DataError if there is nothing to split.
     """
-    rest, chosen = split_every_nth(tokens, count)
-    if not rest:
-        raise DataError(f"{tokens.source} holds one document, and a recovery needs a second one to validate on.")
-    return select_documents(tokens, rest), select_documents(tokens, chosen)
+    train, validation = split_every_nth(tokens, count)
+    if not train:
+        raise DataError(
+            f"{tokens.source} holds one document, and a recovery needs a second one to validate on. Give more text."
+        )
+    return select_documents(tokens, train), select_documents(tokens, validation)
 
 
 def disjoint_parts(tokens: TokenSet, size: int, count: int) -> list[TokenSet]:
-    """`count` portions of at least `size` tokens each that share no document, in order.
+    """Return `count` parts of at least `size` tokens each that share no document, in order.
 
-    Raises DataError if the tokens do not suffice.
+    Raises DataError for too few tokens.
     """
     lengths = [0] * len(tokens.clusters)
     for document, length in zip(tokens.documents, tokens.lengths, strict=True):
         lengths[document] += length
-    portions: list[list[int]] = [[]]
-    held = 0
+    parts: list[list[int]] = [[]]
+    filled = 0
     for document, length in enumerate(lengths):
-        if held >= size:
-            portions.append([])
-            held = 0
-        portions[-1].append(document)
-        held += length
-    whole = portions if held >= size else portions[:-1]
+        if filled >= size:
+            parts.append([])
+            filled = 0
+        parts[-1].append(document)
+        filled += length
+    whole = parts if filled >= size else parts[:-1]
     if len(whole) < count:
         raise DataError(
-            f"{tokens.source} gives {len(whole)} portions of {size:,} tokens that share no document, and {count} are "
-            "wanted. Give more text, or ask for fewer or smaller ones."
+            f"{tokens.source} gives {len(whole)} parts of {size:,} tokens that share no document, and {count} are "
+            "wanted. Give more text, or ask for fewer or smaller parts."
         )
     return [select_documents(tokens, documents) for documents in whole[:count]]
 
 
 def interleave(sets: Sequence[TokenSet], source: str) -> TokenSet:
-    """Several token sets of text as one, in turn; texts of different sets stay different texts."""
-    order = sorted(
-        (d, s) for s, tokens in enumerate(sets) for d in range(len(tokens.clusters))
-    )  # so that any beginning
-    texts: dict[tuple[int, int], int] = {}  # of the whole is a mixture too
+    """Join token sets of text by taking documents in turn; texts of different sets remain different texts."""
+    order = sorted((d, s) for s, tokens in enumerate(sets) for d in range(len(tokens.clusters)))
+    texts: dict[tuple[int, int], int] = {}
     for d, s in order:
         texts.setdefault((s, sets[s].clusters[d]), len(texts))
     number = {place: i for i, place in enumerate(order)}
-    rows = sorted(
-        (number[tokens.documents[r], s], r, s) for s, tokens in enumerate(sets) for r in range(len(tokens.lengths))
-    )
-    return token_set(
-        [tuple(sets[s].rows[r, : sets[s].lengths[r]].tolist()) for _, r, s in rows],
-        [document for document, _, _ in rows],
-        [texts[s, sets[s].clusters[d]] for d, s in order],
-        [sets[s].digests[d] for d, s in order],
-        source,
-    )
+    rows = sorted((number[d, s], r, s) for s, tokens in enumerate(sets) for r, d in enumerate(tokens.documents))
+    ids = [tuple(sets[s].rows[r, : sets[s].lengths[r]].tolist()) for _, r, s in rows]
+    clusters = [texts[s, sets[s].clusters[d]] for d, s in order]
+    digests = [sets[s].digests[d] for d, s in order]
+    return token_set(ids, [document for document, _, _ in rows], clusters, digests, source)

@@ -1,25 +1,25 @@
-"""Perplexity as papers measure it, and in units that models of different tokenizers share: bytes and words."""
+"""Fixed windows for the perplexity of papers, and perplexity per byte and word, which compares across tokenizers."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from billhook.core.errors import DataError, UnknownName, UsageError
+from billhook.core.errors import DataError, UnknownName, UsageError, option
 from billhook.core.statistics import exp_capped
 from billhook.data.texts import read_texts
 from billhook.data.token_sets import TokenSet, token_set
 
-# Tokens a window. gptq: Frantar et al. 2022 (arXiv 2210.17323), then SparseGPT, Wanda, SliceGPT and most others;
+# Tokens per window. gptq: Frantar et al. 2022 (arXiv 2210.17323), then SparseGPT, Wanda, SliceGPT and most others;
 # shortened-llama: Kim et al. 2024 (arXiv 2402.02834).
 PROTOCOLS = {"gptq": 2048, "shortened-llama": 128}
 
 
 def fixed_windows(source: str, protocol: str, field: str, tokenizer: Any, config: Any) -> TokenSet:
-    """All of a text in windows: its pieces joined by two line ends, tokenised at once, the last part window left out.
+    """Cut a whole text into windows: its texts joined by two line ends, tokenised at once, without a last partial one.
 
-    Every window is a row, and all are of one text. Raises DataError for less than two windows, UnknownName, and
-    UsageError where the model has too few positions.
+    Each window is a row; all belong to one text. Raises DataError for less than two windows, UnknownName, and
+    UsageError if the model has too few positions.
     """
     if protocol not in PROTOCOLS:
         raise UnknownName("protocol of perplexity", protocol, PROTOCOLS)
@@ -27,7 +27,8 @@ def fixed_windows(source: str, protocol: str, field: str, tokenizer: Any, config
     most = getattr(config, "max_position_embeddings", None)
     if most is not None and length > most:
         raise UsageError(
-            f"The protocol {protocol} reads windows of {length:,} tokens: more than the {most:,} positions."
+            f"The protocol {protocol} needs {length:,} positions, and this model has {most:,}. Leave "
+            f"{option('protocol')} out."
         )
     ids = tokenizer("\n\n".join(read_texts(source, field, tokenizer)), verbose=False)["input_ids"]
     count = len(ids) // length
@@ -38,9 +39,9 @@ def fixed_windows(source: str, protocol: str, field: str, tokenizer: Any, config
 
 
 def per_byte_and_word(tokens: TokenSet, tokenizer: Any, nats: float) -> tuple[float, float]:
-    """Bits a byte and perplexity a word, from the `nats` of all predicted tokens: those of every row but its first.
+    """Return bits per byte and perplexity per word, from the `nats` of all tokens except the first of each row.
 
-    They compare models of different tokenizers on the same text. Words stand between blanks.
+    They compare models of different tokenizers on the same text. Blanks separate words.
     """
     rows = [tokens.rows[r, 1:n].tolist() for r, n in enumerate(tokens.lengths)]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)

@@ -135,16 +135,16 @@ def task_accuracy(job: RunContext, teacher: Teacher, plan: Plan, file: str, repa
 
 
 def choice_logprobs(
-    job: EvalContext, teacher: Teacher, students: Sequence[Student], tokens: TokenSet
+    job: EvalContext, teacher: Teacher, students: Sequence[Student], tokens: TokenSet, batch_items: int = BATCH_ITEMS
 ) -> list[list[float]]:
-    """Log-probability in nats of the choice in every row, of each student; `BATCH_ITEMS` items at a time.
+    """Log-probability in nats of the choice in every row, of each student; `batch_items` items at a time.
 
     Each batch is stored as soon as it is known, so that an interrupted evaluation resumes after it. A streamed teacher
     takes all items at once: every batch would read its file again.
     """
     sums: list[list[float]] = [[] for _ in students]
     done = 0
-    for batch in chunks(tokens, BATCH_ITEMS if teacher.weights is None else len(tokens.clusters)):
+    for batch in chunks(tokens, batch_items if teacher.weights is None else len(tokens.clusters)):
         part = replace(job, watch=scaled_events(job.watch, done, tokens.tokens))
         done += batch.tokens
         for whole, values in zip(sums, _stored_logprobs(part, teacher, students, batch), strict=True):

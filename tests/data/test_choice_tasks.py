@@ -498,7 +498,7 @@ def test_how_a_loss_is_spelled() -> None:
     ("row", "message"),
     [
         ("{", r"line 2, is not JSON \(.*\)\. One object a line, please"),
-        ([1], r"row 2, is no object\. A row is \{"),
+        ([1], r"row 2, is not an object\. A row is \{"),
         ({"query": "a", "choices": ["b", "c"]}, r"row 2, has no field 'gold'\. A row is .*\"gold\": 0"),
         ({"querry": "a", "choices": ["b", "c"], "gold": 0}, r"row 2, has no field 'query'\. Is it 'querry'\?"),
         (ROW | {"query": 3}, r"row 2, has 3 as its 'query'"),
@@ -515,7 +515,7 @@ def test_how_a_loss_is_spelled() -> None:
         (ROW | {"contexts": "bc", "continuation": "b"}, r"row 2, has 'bc' in its 'contexts'"),
         (
             ROW | {"contexts": ["b"] * 3, "continuation": "b"},
-            r"row 2, has 3 contexts for 2 choices\. Give one a choice",
+            r"row 2, has 3 contexts for 2 choices\. Give one per choice",
         ),
         (ROW | {"contexts": ["b"] * 2, "continuation": 7}, r"row 2, has 7 as its 'continuation'\. Give a text"),
         (ROW | {"subject": 7}, r"row 2, has 7 as its 'subject'\. Give a text, or leave it out"),

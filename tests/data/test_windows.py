@@ -60,5 +60,5 @@ def test_what_fits_no_window_is_refused(model: Path, tmp_path: Path, monkeypatch
         billhook.evaluate(model, protocol="shortened-llama", data=str(short))
     with pytest.raises(UnknownName, match="Known: gptq, shortened-llama"):
         billhook.evaluate(model, protocol="gpt", data=str(short))
-    with pytest.raises(UsageError, match=r"2,048 tokens: more than the 96 positions"):
+    with pytest.raises(UsageError, match=r"needs 2,048 positions, and this model has 96"):
         billhook.evaluate(model, protocol="gptq", data=str(short))

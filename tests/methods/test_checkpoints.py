@@ -207,7 +207,7 @@ def test_pruning_again_composes_in_positions_of_the_unpruned_model(checkpoint: F
         assert again.positions == (2, 3)
         with masked(teacher, both):
             assert torch.equal(logits(again.model), logits(teacher.model))
-        with pytest.raises(billhook.BillhookError, match=r"attention\.0 is already gone"):
+        with pytest.raises(billhook.BillhookError, match=r"attention\.0 was already removed"):
             apply(middle, Plan.parse(["attention.0"]))
 
 

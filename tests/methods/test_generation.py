@@ -16,7 +16,7 @@ from test_choice_tasks import letters, write
 from billhook.core.errors import DataError
 from billhook.core.plan import Plan
 from billhook.data.generation_tasks import GenerationPrompts, build_prompts, read_questions
-from billhook.methods.evaluate import EVALUATIONS, generation
+from billhook.methods.evaluate import EVALUATIONS
 from billhook.methods.evaluate.generation import (
     flexible_number,
     generate_answers,
@@ -104,7 +104,7 @@ def test_shots_stand_with_their_answers_before_the_question(tmp_path: Path) -> N
         build_prompts(path, letters(), shots=(path, 3))
     with pytest.raises(DataError, match=r"4 shots are wanted, and .* has 3 questions\. Ask for 1 to 3"):
         build_prompts(path, letters(), shots=(path, 4))
-    with pytest.raises(DataError, match=r"has 5 positions, and answers of 5 tokens leave no prompt"):
+    with pytest.raises(DataError, match=r"has 5 positions, and answers of 5 tokens leave no room for a prompt"):
         build_prompts(path, letters(), positions=5, new_tokens=5)
     with pytest.raises(DataError, match="no tokenizer"):
         build_prompts(path, None)
@@ -113,7 +113,7 @@ def test_shots_stand_with_their_answers_before_the_question(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ([1], r"row 2, is no object\. A row is"),
+        ([1], r"row 2, is not an object\. A row is"),
         ({"query": "a", "anwser": "b", "target": "1"}, r"row 2, has no field 'answer'\. Is it 'anwser'\?"),
         (ROW | {"target": 3}, r"row 2, has 3 as its 'target'"),
         (ROW | {"answer": " "}, r"row 2, has ' ' as its 'answer'"),
@@ -180,9 +180,7 @@ def test_batches_write_what_every_prompt_gets_alone(
         expected = one_by_one(model, prompts)
         assert len(set(expected)) > 5
         for most in (1, 40, 4096):
-            with pytest.MonkeyPatch.context() as patched:
-                patched.setattr(generation, "BATCH_POSITIONS", most)
-                assert generate_answers(model, prompts) == expected
+            assert generate_answers(model, prompts, batch_positions=most) == expected
 
 
 def test_every_line_stops_by_itself(checkpoint: Folder, words: Any, questions: Path) -> None:
@@ -190,9 +188,7 @@ def test_every_line_stops_by_itself(checkpoint: Folder, words: Any, questions: P
     model, prompts = load(checkpoint("llama")).model, build_prompts(questions, words, new_tokens=12)
     free = generate_answers(model, prompts)
     stop = next(word for word in words.get_vocab() if 2 < sum(word in text.split() for text in free) < len(free) - 2)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(generation, "STOPS", (stop,))
-        stopped = generate_answers(model, prompts)
+    stopped = generate_answers(model, prompts, stops=(stop,))
     assert stopped == [text.partition(stop)[0] for text in free]
     assert stopped != free
 

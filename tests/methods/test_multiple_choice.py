@@ -17,14 +17,12 @@ from test_checkpoints import hooked
 
 from billhook.core.events import ignore_events
 from billhook.core.plan import Plan
-from billhook.data import prefixes
-from billhook.data.prefixes import batch_groups, group_by_prefix, keep_worthwhile, unique_inputs
+from billhook.data.prefixes import Input, SharingCosts, batch_groups, group_by_prefix, keep_worthwhile, unique_inputs
 from billhook.data.token_sets import Choices, TokenSet, token_set
 from billhook.methods.evaluate.multiple_choice import log_probabilities
 from billhook.models.load import Teacher, load
 from billhook.models.repair import NO_REPAIR, Repair
 from billhook.models.surgery import apply, masked
-from billhook.runs import evaluation
 from billhook.runs.evaluation import choice_logprobs
 from billhook.runs.job import RunContext
 from billhook.runs.recipe import parse_recipe
@@ -75,8 +73,9 @@ def by_rows(model: Any, tokens: TokenSet) -> list[float]:
     return sums
 
 
-def close(model: Any, tokens: TokenSet) -> None:
-    assert log_probabilities(model, tokens) == pytest.approx(by_rows(model, tokens), rel=1e-4, abs=1e-4)
+def close(model: Any, tokens: TokenSet, sharing: SharingCosts = SharingCosts()) -> None:  # noqa: B008
+    sums = log_probabilities(model, tokens, sharing=sharing)
+    assert sums == pytest.approx(by_rows(model, tokens), rel=1e-4, abs=1e-4)
 
 
 @contextmanager
@@ -98,14 +97,9 @@ def counted(model: Any) -> Iterator[list[tuple[int, int]]]:
             handle.remove()
 
 
-@contextmanager
-def sharing_from(saved: int) -> Iterator[None]:
-    """Inside, beginnings are shared from so many saved tokens on."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(prefixes, "SHARING_TOKENS", saved)
-        patched.setattr(prefixes, "BATCH_TOKENS", saved)
-        patched.setattr(prefixes, "SHARE_SAVED", 0)
-        yield
+def sharing_from(saved: int) -> SharingCosts:
+    """Prefixes are shared from so many saved tokens on."""
+    return SharingCosts(group=saved, length=saved, share=0)
 
 
 # -- no number changes ----------------------------------------------------------------------------------------------
@@ -120,8 +114,7 @@ def test_sums_are_those_of_rows_on_their_own(variant: str, checkpoint: Folder, m
         for seed, most in ((0, 20), (1, 4)):
             tokens = items_set(drawn(8, seed, most=most))
             close(model, tokens)
-            with sharing_from(0):
-                close(model, tokens)
+            close(model, tokens, sharing_from(0))
 
 
 TOKENS = st.lists(st.integers(3, 8), min_size=1, max_size=7).map(tuple)  # few kinds, so that beginnings meet
@@ -138,8 +131,7 @@ def teacher(checkpoint: Folder) -> Teacher:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(items=st.lists(ITEM, min_size=1, max_size=6), sharing=st.sampled_from([0, 1, 32]))
 def test_any_items_shared_or_not(items: list[Item], sharing: int, teacher: Teacher) -> None:
-    with sharing_from(sharing):
-        close(teacher.model, items_set(items))
+    close(teacher.model, items_set(items), sharing_from(sharing))
 
 
 def test_a_teacher_with_masked_sites_is_read_the_plain_way(checkpoint: Folder, teacher: Teacher) -> None:
@@ -159,8 +151,8 @@ def test_nothing_is_shared_behind_a_sliding_window(checkpoint: Folder) -> None:
     for item, shared in ((short, True), (long, False)):
         tokens = items_set([(list(item[0]), list(item[1]))])
         close(model, tokens)
-        with sharing_from(0), counted(model) as seen:
-            log_probabilities(model, tokens)
+        with counted(model) as seen:
+            log_probabilities(model, tokens, sharing=sharing_from(0))
         assert (len(seen) == 3) == shared, "the trial of the cache, and two passes where a beginning is shared"
 
 
@@ -170,8 +162,8 @@ def test_nothing_is_shared_behind_a_sliding_window(checkpoint: Folder) -> None:
 def test_a_context_is_computed_once_and_the_head_where_it_is_read(teacher: Teacher) -> None:
     context = tuple(random.Random(5).choices(range(3, 64), k=30))
     tokens = items_set([([context], [(5, 6, 7), (8, 9), (10, 11, 12), (13,)])])
-    with sharing_from(16), counted(teacher.model) as seen:
-        log_probabilities(teacher.model, tokens)
+    with counted(teacher.model) as seen:
+        log_probabilities(teacher.model, tokens, sharing=sharing_from(16))
     assert seen[1:] == [(30, 1), (3 * 2, 2 + 1 + 2)], "30 tokens once, then 2, 1 and 2, padded to 2"
 
 
@@ -201,11 +193,11 @@ def test_a_preamble_is_shared_across_items(teacher: Teacher) -> None:
     assert sum(positions for positions, _ in seen[1:]) < 60 + 20 * 7 < tokens.tokens / 10
 
 
-def cheapest(paths: list[prefixes.Input]) -> int:
-    """Positions, and SHARING_TOKENS for each beginning, of the best way to cut the sorted paths, by trying all."""
+def cheapest(paths: list[Input], sharing: int) -> int:
+    """Positions, and `sharing` more for each prefix, of the best way to cut the sorted paths, by trying all."""
     if not paths:
         return 0
-    found = [len(paths[0].ids) + cheapest(paths[1:])]
+    found = [len(paths[0].ids) + cheapest(paths[1:], sharing)]
     for end in range(2, len(paths) + 1):
         some = paths[:end]
         shared = next(
@@ -213,8 +205,8 @@ def cheapest(paths: list[prefixes.Input]) -> int:
         )
         shared = min(shared, *(len(path.ids) for path in some))
         if shared:
-            cost = sum(len(path.ids) for path in some) - (end - 1) * shared + prefixes.SHARING_TOKENS
-            found.append(cost + cheapest(paths[end:]))
+            cost = sum(len(path.ids) for path in some) - (end - 1) * shared + sharing
+            found.append(cost + cheapest(paths[end:], sharing))
     return min(found)
 
 
@@ -222,11 +214,10 @@ def cheapest(paths: list[prefixes.Input]) -> int:
 @given(items=st.lists(ITEM, min_size=1, max_size=3), sharing=st.sampled_from([0, 2, 5]))
 def test_families_take_the_fewest_positions(items: list[Item], sharing: int) -> None:
     paths = unique_inputs(items_set(items))[:9]
-    with sharing_from(sharing):
-        found = group_by_prefix(paths, None)
-        assert [path for family in found for path in family.inputs] == paths
-        assert all(path.ids[: f.shared] == f.inputs[0].ids[: f.shared] for f in found for path in f.inputs)
-        assert sum(f.positions + sharing * bool(f.shared) for f in found) == cheapest(paths)
+    found = group_by_prefix(paths, None, sharing_from(sharing))
+    assert [path for family in found for path in family.inputs] == paths
+    assert all(path.ids[: f.shared] == f.inputs[0].ids[: f.shared] for f in found for path in f.inputs)
+    assert sum(f.positions + sharing * bool(f.shared) for f in found) == cheapest(paths, sharing)
 
 
 def test_beginnings_of_a_length_of_which_there_are_few_are_not_shared(teacher: Teacher) -> None:
@@ -271,7 +262,7 @@ def test_the_same_again_and_progress_to_the_end(teacher: Teacher) -> None:
 
 
 class Dying(Store):
-    """A store whose process is killed before it files its fact number `last`."""
+    """A store whose process is killed before it stores its value number `last`."""
 
     last = 10**6
 
@@ -283,15 +274,12 @@ class Dying(Store):
 
 
 def filed(store: Store) -> dict[str, int]:
-    """How many portions each run has measured."""
+    """How many batches each run has measured."""
     return dict(store._db.execute("SELECT run, count(*) FROM facts WHERE what = 'choices' GROUP BY run").fetchall())
 
 
 @pytest.mark.parametrize("repaired", [False, True])
-def test_a_killed_evaluation_goes_on_behind_its_last_portion(
-    repaired: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluation, "PORTION_ITEMS", 6)
+def test_a_killed_evaluation_resumes_after_its_last_batch(repaired: bool, model: Path, tmp_path: Path) -> None:
     teacher = load(model)
     tokens = items_set(drawn(20, 17))
     plan = Plan.parse(["mlp.1", "attention.2"])
@@ -301,14 +289,15 @@ def test_a_killed_evaluation_goes_on_behind_its_last_portion(
 
     def ask(store: Store) -> tuple[str, list[list[float]]]:
         run = store.new_run("prune", {}, {}, "out")
-        return run, choice_logprobs(RunContext(recipe, store, run, tmp_path, ignore_events, {}), teacher, sides, tokens)
+        context = RunContext(recipe, store, run, tmp_path, ignore_events, {})
+        return run, choice_logprobs(context, teacher, sides, tokens, batch_items=6)
 
     with closing(Dying(tmp_path / "runs.db")) as store:
         store.last = 2 * len(sides)
         with pytest.raises(KeyboardInterrupt):
             ask(store)
         (killed,) = filed(store)
-        assert filed(store) == {killed: 2 * len(sides)}, "two portions of four"
+        assert filed(store) == {killed: 2 * len(sides)}, "two batches of four"
     with closing(Store(tmp_path / "runs.db")) as store:
         second, sums = ask(store)
         assert filed(store) == {killed: 2 * len(sides), second: 2 * len(sides)}

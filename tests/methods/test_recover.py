@@ -382,7 +382,7 @@ def test_scale_gives_the_stream_its_length(checkpoint: Folder) -> None:
     side_by_side(TeacherStreams(Measurer(teacher, tokens, "kl")), plan, repair, look)
     for site in repair.patches:
         assert lengths[site][0] == pytest.approx(lengths[site][1], rel=1e-4)
-    with pytest.raises(UsageError, match="a norm stays there"):
+    with pytest.raises(UsageError, match=r"attention\.1: its norm is kept\. Use mean, lowrank or fold"):
         recovered("scale", load(checkpoint("phi")), plan, tokens)
 
 
@@ -496,9 +496,9 @@ def test_a_repair_survives_its_file(checkpoint: Folder, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "options", "told"), [
     ("fold", {"parts": "head"}, "fold takes parts"),
-    ("lowrank", {"rank": 0}, "rank of 1 at least"),
+    ("lowrank", {"rank": 0}, "rank of at least 1"),
     ("linear", {"where": "here"}, "inserted or fused"),
-    ("lora", {"loss": "l2"}, "none of nll, kl and mse"),
+    ("lora", {"loss": "l2"}, "none of nll, kl and mse. Use one of them"),
     ("full", {"rate": 0.0}, "a rate above 0"),
 ])  # fmt: skip
 def test_options_are_refused(name: str, options: dict[str, Any], told: str, checkpoint: Folder) -> None:
@@ -514,10 +514,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("name", sorted(TRAINED))
-def test_a_killed_training_ends_as_an_undisturbed_one(
-    name: str, checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("billhook.methods.recover.training.SAVE_EVERY", 0.0)
+def test_a_killed_training_ends_as_an_undisturbed_one(name: str, checkpoint: Folder, tmp_path: Path) -> None:
     teacher, tokens, valid = load(checkpoint("llama")), many_texts(24), many_texts(6, seed=9)
     whole = RECOVERIES[name](RecoveryTask(teacher, PLAN), tokens, valid, **SHORT)
     calls = 0
@@ -529,7 +526,7 @@ def test_a_killed_training_ends_as_an_undisturbed_one(
             calls = 100
             raise Killed
 
-    subject = RecoveryTask(teacher, PLAN, work=tmp_path, watch=watch)
+    subject = RecoveryTask(teacher, PLAN, work=tmp_path, watch=watch, save_every=0.0)
     with pytest.raises(Killed):
         RECOVERIES[name](subject, tokens, valid, **SHORT)
     assert sorted(path.name.partition("-")[0] for path in tmp_path.iterdir()) == [*4 * ["teacher"], "training.pt"]
@@ -601,12 +598,9 @@ def test_dropout_of_lora_drops(checkpoint: Folder) -> None:
     assert none != some == again
 
 
-def test_a_training_does_not_go_on_with_other_texts(
-    checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("billhook.methods.recover.training.SAVE_EVERY", 0.0)
+def test_a_training_does_not_go_on_with_other_texts(checkpoint: Folder, tmp_path: Path) -> None:
     teacher, tokens, valid = load(checkpoint("llama")), many_texts(12), many_texts(6, seed=9)
-    subject = RecoveryTask(teacher, PLAN, work=tmp_path)
+    subject = RecoveryTask(teacher, PLAN, work=tmp_path, save_every=0.0)
     RECOVERIES["bias"](subject, many_texts(12, seed=5), valid, **SHORT)
     assert (tmp_path / "training.pt").is_file()
     anew = RECOVERIES["bias"](RecoveryTask(teacher, PLAN), tokens, valid, **SHORT)
@@ -652,7 +646,7 @@ def test_only_patches_learn_from_where_the_closed_form_ended(checkpoint: Folder)
     assert repair.weights == {}
     before, after = (Probe(teacher, tokens, "kl", repaired=(PLAN, r)).losses([PLAN])[0].mean for r in (closed, repair))
     assert after < before
-    with pytest.raises(UsageError, match="put lowrank before it"):
+    with pytest.raises(UsageError, match="run lowrank first: recover='lowrank,patches'"):
         RECOVERIES["patches"](RecoveryTask(teacher, PLAN), tokens, tokens)
 
 
@@ -665,5 +659,5 @@ def test_minutes_bound_the_steps(checkpoint: Folder) -> None:
 
 
 def test_a_model_larger_than_memory_is_not_trained(checkpoint: Folder) -> None:
-    with pytest.raises(UsageError, match="larger than the memory"):
+    with pytest.raises(UsageError, match="larger than the memory cannot be trained"):
         recovered("lora", load(checkpoint("llama"), memory=0), PLAN, many_texts())

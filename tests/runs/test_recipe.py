@@ -177,10 +177,10 @@ def test_only_a_plan_that_says_its_model_is_held_to_it(form: str, tmp_path: Path
         ('{"drop_mlp_list": [1.5]}', "entries: [1.5]"),
         ('{"drop_mlp_list": [5]}', "There is no mlp.5: the model has blocks 0 to 4"),
         ('{"drop_mlp_list": [true, false]}', "lists 2 blocks, the model has 5"),
-        ('{"drop_mlp_list": 3}', "a drop list that is no list: 3. Give indices, or a boolean a block"),
+        ('{"drop_mlp_list": 3}', "a drop list that is not a list: 3. Give indices, or a boolean per block"),
         ('{"drop_attn_list": [0, 1, 2, 3, 4]}', "every attention site"),
         ("none\nattn\n", "2 lines. A drop list has 5 lines"),
-        ("none\nattn\nnone\nffn\nnone", "the line 'ffn'. A drop list has 5 lines (one a block), each none, attn, mlp"),
+        ("none\nattn\nnone\nffn\nnone", "the line 'ffn'. A drop list has 5 lines, one per block, each none, attn, mlp"),
         ("", "0 lines. A drop list has 5 lines"),
     ],
 )
@@ -193,7 +193,7 @@ def test_a_plan_file_is_refused(content: str, told: str, tmp_path: Path) -> None
 
 def test_a_plan_is_of_sites_that_are_left() -> None:
     left = Anatomy("llama", BLOCKS, tuple(s for s in SITES if s.site != Site(2, "mlp")), ANATOMY.rest)
-    with pytest.raises(PlanError, match=r"mlp\.2 is already gone from this model\. `billhook inspect`"):
+    with pytest.raises(PlanError, match=r"mlp\.2 was already removed from this model\. `billhook inspect`"):
         read_plan("mlp.2", left, MINE)
 
 

@@ -345,10 +345,10 @@ def test_without_httpx_the_line_that_installs_it_is_told(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("name", "text", "told"),
-    [("x.txt", " \n\n", "is empty"), ("x.md", "x", "no .txt or .jsonl"), ("x.jsonl", '{"text": "x"}', "row 1, is no"),
+    [("x.txt", " \n\n", "is empty"), ("x.md", "x", "not .txt or .jsonl"), ("x.jsonl", '{"text": "x"}', "row 1, is not"),
      ("x.jsonl", '{"prompt": "x"}\n{"messages": []}', "row 2, is no"), ("x.jsonl", "{", "is not JSON"),
      ("x.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "Use kind='chat'"),
-     ("x.jsonl", '{"query": " ", "choices": ["a", "b"], "gold": 0}', "nothing before its choices")],
+     ("x.jsonl", '{"query": " ", "choices": ["a", "b"], "gold": 0}', "no text before its choices")],
 )  # fmt: skip
 def test_a_file_without_prompts_is_refused(name: str, text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)

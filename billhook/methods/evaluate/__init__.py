@@ -1,4 +1,4 @@
-"""Evaluations: each gives one outcome per item, in a fixed order, so that two models can be paired."""
+"""Evaluations: each returns one outcome per item, in a fixed order, so that two models can be paired."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from billhook.models.load import Teacher
 
 EVALUATIONS: Registry[Callable[..., EvalResult]] = Registry("evaluation")
 evaluation = EVALUATIONS.add
-BATCH_LOGITS_BYTES = 2**28  # logits of one batch, in float32
+BATCH_LOGITS_BYTES = 2**28  # logits per batch, in float32
 
 
 def evaluate(
     name: str, model: Any, eval_set: Any, *, watch: EventListener = ignore_events, who: str = "", **options: Any
 ) -> EvalResult:
-    """What the evaluation of a name says of a model on a set: text, items of choices, or prompts; an outcome an item.
+    """Evaluate a model by name on a set: text, items of choices, or prompts. Returns one outcome per item.
 
-    `watch` and `who` are passed on where the evaluation takes them. Raises UsageError for an unknown name, and for one
-    that does not give as many counts and texts as outcomes.
+    `watch` and `who` are passed on where the evaluation takes them. Raises UsageError for an unknown name, and for an
+    evaluation with other numbers of counts or texts than of outcomes.
     """
     function = EVALUATIONS[name]
-    taken = inspect.signature(function).parameters
-    seen = {key: value for key, value in {"watch": watch, "who": who}.items() if key in taken}
-    result = function(model, eval_set, **seen, **options)
+    parameters = inspect.signature(function).parameters
+    progress = {key: value for key, value in {"watch": watch, "who": who}.items() if key in parameters}
+    result = function(model, eval_set, **progress, **options)
     sizes = len(result.sums), len(result.counts), len(result.clusters)
     if not sizes[0] or len(set(sizes)) > 1:
         raise UsageError(
             f"The evaluation {name} gave {sizes[0]} outcomes, {sizes[1]} counts and {sizes[2]} texts. It must give one "
-            "of each for every item."
+            "of each per item."
         )
     return result
 
@@ -45,24 +45,24 @@ def evaluate(
 def evaluate_by_name(
     teacher: Teacher, eval_set: Any, names: Sequence[str], options: Mapping[str, Any], *, watch: EventListener, who: str
 ) -> dict[str, EvalResult]:
-    """Each of the named evaluations of a model on one set, with those of `options` that it takes.
+    """Evaluate a model on one set by each of `names`, with those of `options` that it takes.
 
-    Raises ResourceError for a streamed model, which no evaluation but ours can ask.
+    Raises ResourceError for a streamed model, which only the built-in evaluations support.
     """
-    own = resolve_options(dict(options), *(EVALUATIONS[name] for name in names))
+    resolved = resolve_options(dict(options), *(EVALUATIONS[name] for name in names))
     if teacher.weights is not None:
         raise ResourceError(
-            f"{teacher.name} is larger than the memory that is free, so evaluations that are named have no model to "
-            f"ask. Give more {option('memory')}, or leave {option('evaluations')} out."
+            f"{teacher.name} is larger than the free memory, and {option('evaluations')} needs it in memory. Give more "
+            f"{option('memory')}, or leave {option('evaluations')} out."
         )
-    pairs = zip(names, own, strict=True)
+    pairs = zip(names, resolved, strict=True)
     with teacher.lock:
-        return {name: evaluate(name, teacher.model, eval_set, watch=watch, who=who, **mine) for name, mine in pairs}
+        return {name: evaluate(name, teacher.model, eval_set, watch=watch, who=who, **given) for name, given in pairs}
 
 
 @dataclass(frozen=True)
 class RowBatch:
-    """Some rows of a token set: `ids` [rows, time], `targets` [rows, time] (-100: none), and their row numbers."""
+    """Rows of a token set: `ids` [rows, time], `targets` [rows, time] (-100: none), row numbers and lengths."""
 
     ids: torch.Tensor
     targets: torch.Tensor
@@ -71,12 +71,12 @@ class RowBatch:
 
 
 def vocabulary_size(model: Any) -> int:
-    """How many logits its head gives of a token."""
+    """Return the number of logits per token."""
     return int(model.get_output_embeddings().weight.shape[0])
 
 
 def batches(tokens: TokenSet, vocabulary: int, device: torch.device) -> Iterator[RowBatch]:
-    """The rows of a token set, longest first, as many at a time as keep the logits within bounds."""
+    """Yield the rows of a token set, longest first, with at most BATCH_LOGITS_BYTES of logits per batch."""
     order = sorted(range(len(tokens.lengths)), key=lambda r: (-tokens.lengths[r], r))
     start = 0
     while start < len(order):
@@ -92,8 +92,4 @@ def batches(tokens: TokenSet, vocabulary: int, device: torch.device) -> Iterator
         start += count
 
 
-from billhook.methods.evaluate import (  # noqa: E402, F401 - they file themselves in the registry above
-    generation,
-    multiple_choice,
-    perplexity,
-)
+from billhook.methods.evaluate import generation, multiple_choice, perplexity  # noqa: E402, F401 - they register

@@ -17,10 +17,10 @@ from billhook.models.device import to_float64
 @evaluation
 @torch.inference_mode()
 def perplexity(model: Any, tokens: TokenSet, *, watch: EventListener = ignore_events, who: str = "") -> EvalResult:
-    """Negative log-likelihood of every document in nats; exp of its mean per token is the perplexity.
+    """Return the negative log-likelihood of each document in nats; exp of the mean per token is the perplexity.
 
-    Every row of `tokens` is read on its own from its first token (no sliding window), so that numbers depend on the
-    row length: compare only what was measured on the same token set.
+    Each row of `tokens` is read on its own from its first token, without a sliding window. Values depend on the row
+    length: compare only those of the same token set.
 
     Source: Jelinek et al. 1977; the window rule is ours.
     """
@@ -36,7 +36,7 @@ def perplexity(model: Any, tokens: TokenSet, *, watch: EventListener = ignore_ev
 
 
 def _by_document(tokens: TokenSet, per_row: list[float]) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Sums and counts of predicted tokens of the documents, from the sums of the rows."""
+    """Return the sums and counts of predicted tokens per document, from the sums per row."""
     sums, counts = [0.0] * len(tokens.clusters), [0] * len(tokens.clusters)
     for document, value, length in zip(tokens.documents, per_row, tokens.lengths, strict=True):
         sums[document] += value

@@ -1,4 +1,4 @@
-"""Latency, throughput and memory, measured. Two models are timed in turn, so that a drifting machine hits both."""
+"""Measured latency, throughput and memory. Two models are timed in turn, so that drift affects both."""
 
 from __future__ import annotations
 
@@ -32,23 +32,20 @@ FAR = 0.15  # from the predicted speed, above which the reason is looked for
 
 
 def max_positions(models: Sequence[Any]) -> int | None:
-    """How many positions all of the models have, or None where none of them sets a limit."""
+    """Return the positions that all models have; None if no model sets a limit."""
     limits = [getattr(model.config, "max_position_embeddings", None) for model in models]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 @torch.inference_mode()
 def time_interleaved(
-    models: Sequence[Any],
-    folders: Sequence[Path],
-    protocol: TimingProtocol,
-    seed: int = 0,
-    watch: EventListener = ignore_events,
-) -> list[Timing]:
-    """One Timing a model. Order A B A B …; one uncounted warm-up each; wall seconds with the device synchronised.
+    models: Sequence[Any], folders: Sequence[Path], protocol: TimingProtocol,
+    seed: int = 0, watch: EventListener = ignore_events,
+) -> list[Timing]:  # fmt: skip
+    """Time each model, in the order A B A B …: wall seconds on a synchronised device, after one warm-up each.
 
-    `folders[i]` holds model i's checkpoint: its peak memory is that of a process of its own which loads it and answers
-    one prompt.
+    `folders[i]` holds the checkpoint of model i: peak memory is that of a fresh process that loads it and answers one
+    prompt.
     """
     prompt = protocol.prompt_tokens
     draw = torch.Generator().manual_seed(seed)
@@ -75,7 +72,7 @@ def time_interleaved(
 
 
 def _once(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of one prefill of `ids` [batch, time] and of `new_tokens` decoding steps."""
+    """Return the seconds of a prefill of `ids` [batch, time] and of `new_tokens` decoding steps."""
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     start = synchronised_time(model.device)
     out = model(input_ids=ids, use_cache=True, **last_only)
@@ -87,20 +84,12 @@ def _once(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]
 
 
 def peak_bytes(folder: Path, device: str, dtype: str, prompt: int, new_tokens: int) -> int | None:
-    """Peak memory of a fresh process that loads `folder` and answers: resident on a CPU, allocated on a GPU.
+    """Return the peak memory of a fresh process that loads `folder` and answers: resident on a CPU, allocated on a GPU.
 
-    None where the process fails, for example because the memory does not hold a second copy.
+    None if the process fails, for example because the memory does not hold a second copy.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "billhook.methods.evaluate.speed",
-        str(folder),
-        device,
-        dtype,
-        str(prompt),
-        str(new_tokens),
-    ]
+    arguments = [str(folder), device, dtype, str(prompt), str(new_tokens)]
+    command = [sys.executable, "-m", "billhook.methods.evaluate.speed", *arguments]
     try:
         done = subprocess.run(
             command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900
@@ -122,30 +111,28 @@ def _child(folder: str, device: str, dtype: str, prompt: str, new_tokens: str) -
 @undisturbed
 @torch.inference_mode()
 def site_times(
-    teacher: Teacher,
-    batch: int,
-    context: int,
-    watch: EventListener = ignore_events,
-    *,
-    steps: int = 8,
-    repeats: int = 9,
-) -> dict[str, int]:
-    """Nanoseconds that each site takes of one decoding step of `batch` sequences after `context` tokens, and the rest.
+    teacher: Teacher, batch: int, context: int, watch: EventListener = ignore_events, *,
+    steps: int = 8, repeats: int = 9,
+) -> dict[str, int]:  # fmt: skip
+    """Return each site's nanoseconds of a decoding step of `batch` sequences after `context` tokens, and the `rest`.
 
-    Sites of one kind (part and size) cost the same: the median over `repeats` of the step with and without as many of
-    them as can go, timed in turn, divided by their number. Keys: site names, and `rest`. Raises ResourceError for a
+    Sites of one kind (part and size) cost the same: the median over `repeats` of the step with all of them minus the
+    step with as few as possible, timed in turn, divided by the number of removed ones. Raises ResourceError for a
     streamed teacher.
 
-    As Park et al. 2025, SPRINT (arXiv 2506.03510) measure a sublayer's latency; by kind, and with all of them gone.
+    Source: Park et al. 2025, SPRINT (arXiv 2506.03510), its latency of a sublayer. Deviation: measured by kind, with
+    all sites of a kind removed.
     """
     if teacher.weights is not None:
         raise ResourceError("A model larger than its memory cannot be timed here. Count the budget in flops instead.")
     kinds: dict[tuple[str, int, int], list[Site]] = {}
     for size in teacher.anatomy.sites:
         kinds.setdefault((size.site.part, size.parameters, size.kv_bytes_per_token), []).append(size.site)
-    alive = teacher.anatomy.sites_present()
-    gone = {kind: sites[int(len(sites) == sum(s.part == kind[0] for s in alive)) :] for kind, sites in kinds.items()}
-    models = [teacher.model, *(apply(teacher, Plan(frozenset(sites))) for sites in gone.values())]
+    present = teacher.anatomy.sites_present()
+    removed = {
+        kind: sites[int(len(sites) == sum(s.part == kind[0] for s in present)) :] for kind, sites in kinds.items()
+    }
+    models = [teacher.model, *(apply(teacher, Plan(frozenset(sites))) for sites in removed.values())]
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, teacher.model.config.vocab_size, (batch, context), generator=draw).to(teacher.device)
     seconds: list[list[float]] = [[] for _ in models]
@@ -156,7 +143,7 @@ def site_times(
             if repeat:  # the first is a warm-up
                 seconds[i].append(decode)
     table: dict[str, int] = {}
-    for (kind, sites), without in zip(gone.items(), seconds[1:], strict=True):
+    for (kind, sites), without in zip(removed.items(), seconds[1:], strict=True):
         saved = statistics.median(a - b for a, b in zip(seconds[0], without, strict=True)) / max(1, len(sites))
         table |= dict.fromkeys(map(str, kinds[kind]), max(1, round(saved * 1e9)))
     return table | {"rest": max(0, round(statistics.median(seconds[0]) * 1e9) - sum(table.values()))}
@@ -180,16 +167,16 @@ def speed_ratio(teacher: Timing, student: Timing) -> SpeedRatio:
 
 
 def _median(values: Sequence[float]) -> Estimate:
-    """The median with its 95% interval; fewer than 6 values have no such interval, only their range."""
+    """Return the median with its 95% interval; of fewer than 6 values their range."""
     median, low, high = median_interval(tuple(values))
     reliable = len(values) >= FEWEST_RUNS
     return Estimate(median, low, high, len(values), len(values), reliable, "" if reliable else "few_runs")
 
 
 def predicted_speed(anatomy: Anatomy, plan: Plan) -> PredictedSpeed:
-    """What the anatomy promises: speed in proportion to the weights that a token meets.
+    """Predict the speed-up from the anatomy: in proportion to the weights that each token uses.
 
-    Prefill computes the head for one token of the prompt only, decoding for every token.
+    Prefill computes the head for one token of the prompt only, decoding for each token.
     """
     head = anatomy.rest.flops_per_token
     whole, left = anatomy.total("flops_per_token"), anatomy.total("flops_per_token", plan)
@@ -200,13 +187,13 @@ def explain_gap(
     timings: tuple[Timing, Timing], anatomy: Anatomy, promised: PredictedSpeed, itemsize: int,
     bandwidth: Callable[[], float],
 ) -> SpeedGap | None:  # fmt: skip
-    """Why measured speed differs from the predicted one, where it does by more than 15%; else None.
+    """Explain why measured and predicted speed differ by more than 15%; None if they do not.
 
-    Reading the weights once per token at the measured memory bandwidth is the least that decoding takes; what is above
-    it is the fixed cost of the calls, which goes with the number of sublayers, whatever their size.
+    Reading the weights once per token at the measured memory bandwidth is the least that decoding takes. The
+    rest is the fixed cost of the calls, which depends on the number of sublayers, not on their size.
 
     timings: of teacher and student, in turn
-    bandwidth: bytes per second that the device reads, which is asked for where it is needed
+    bandwidth: bytes per second that the device reads, measured only if needed
     """
     teacher, ratio = timings[0], speed_ratio(*timings)
     pairs: dict[Phase, float] = {

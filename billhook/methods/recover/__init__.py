@@ -1,8 +1,7 @@
-"""Recoveries: what gets back of what pruning took, cheapest first.
+"""Recoveries: methods that restore quality after pruning, cheapest first.
 
-A recovery is a function of a subject, training tokens and validation tokens, with options, that gives a Repair: the one
-that the subject has, and what the recovery adds to it. It measures nothing but what it learns from, and writes to no
-tensor; whoever called it proves whether it helped.
+A recovery takes a task, training tokens, validation tokens and options. It returns a Repair: the task's own, with its
+changes added. It writes to no tensor of the teacher; its caller measures whether it helped.
 """
 
 from __future__ import annotations
@@ -39,16 +38,16 @@ from billhook.models.repair import NO_REPAIR, Repair
 from billhook.models.surgery import apply, extract_repair, replace_parameters
 from billhook.models.transformers_internals import is_linear
 
-RIDGE_VALIDATION_EVERY = 8  # of so many texts one chooses the ridge
+RIDGE_VALIDATION_EVERY = 8  # one text of this many chooses the ridge
 
 
 @dataclass(frozen=True)
 class RecoveryTask:
-    """What is to be recovered: what `plan` leaves of `teacher`, with the `repair` of the recoveries before.
+    """The student to recover: what `plan` keeps of `teacher`, with the `repair` of earlier recoveries.
 
-    `memory`: bytes for weights and activations (None: half of what is free); `work`: a folder for checkpoints of a
-    training, which a later call with the same arguments resumes; `streams_by_tokens`: streams of the teacher, by the
-    hash of tokens, kept for recoveries of other plans.
+    `memory`: bytes for weights and activations (None: half of what is free). `work`: a folder for training checkpoints;
+    a later call with the same arguments resumes from it. `streams_by_tokens`: the teacher's streams by hash of the
+    tokens, cached for recoveries of other plans. `save_every`: seconds between training checkpoints (None: 30).
     """
 
     teacher: Teacher
@@ -59,24 +58,21 @@ class RecoveryTask:
     work: Path | None = None
     watch: EventListener = ignore_events
     streams_by_tokens: dict[str, TeacherStreams] | None = None
-
-    def measurer(self, tokens: TokenSet) -> Measurer:
-        """Where teacher and student meet on some tokens."""
-        return Measurer(self.teacher, tokens, "kl", memory=self.memory)
+    save_every: float | None = None
 
     def teacher_streams(self, tokens: TokenSet, *, again: bool = False) -> TeacherStreams:
-        """The teacher on some tokens; `again`: where it may be gone through more than once."""
-        if self.streams_by_tokens is None:
-            return TeacherStreams(self.measurer(tokens), again=again)
-        if tokens.hash not in self.streams_by_tokens:
-            self.streams_by_tokens[tokens.hash] = TeacherStreams(self.measurer(tokens), again=True)
-        return self.streams_by_tokens[tokens.hash]
+        """Return the teacher's streams on `tokens`; `again`: they may be read more than once."""
+        cache = {} if self.streams_by_tokens is None else self.streams_by_tokens
+        if tokens.hash not in cache:
+            bench = Measurer(self.teacher, tokens, "kl", memory=self.memory)
+            cache[tokens.hash] = TeacherStreams(bench, again=again or self.streams_by_tokens is not None)
+        return cache[tokens.hash]
 
     def validation_mask(self, bench: Measurer, tokens: TokenSet) -> torch.Tensor:
-        """Which tokens of `measurer` only choose, and are not fitted to: those of every eighth text. [tokens], bool."""
+        """Return which tokens of `bench` choose the ridge and are not fitted: every eighth text's. [tokens], bool."""
         chosen = set(split_every_nth(tokens, RIDGE_VALIDATION_EVERY)[1])
-        of = [group.documents[i] in chosen for group in bench.groups for i in group.of.tolist()]
-        return torch.tensor(of, device=self.teacher.device)
+        mask = [group.documents[i] in chosen for group in bench.groups for i in group.of.tolist()]
+        return torch.tensor(mask, device=self.teacher.device)
 
 
 Recovery = Callable[..., Repair]
@@ -88,7 +84,7 @@ recovery = RECOVERIES.add
 
 
 def linear_maps(block: nn.Module) -> Iterator[str]:
-    """The names of the linear maps inside a block; not those of a repair."""
+    """Yield the names of the linear maps inside a block, without those of a repair."""
     patches = [name for name, module in block.named_modules() if isinstance(module, PatchModule)]
     for name, module in block.named_modules():
         if is_linear(module) and not any(name.startswith(f"{patch}.") for patch in patches):
@@ -96,7 +92,7 @@ def linear_maps(block: nn.Module) -> Iterator[str]:
 
 
 def unshare_parameters(student: Any, names: Iterable[str]) -> None:
-    """Give the student parameters of its own, which can learn, in the place of those that it shares; ties stay."""
+    """Replace the student's shared parameters `names` by trainable float32 copies; tied parameters stay tied."""
     old = dict(student.named_parameters())
     replace_parameters(student, {old[name]: nn.Parameter(old[name].detach().float().clone()) for name in names})
 
@@ -106,51 +102,44 @@ def finetune(
     task: RecoveryTask, tokens: tuple[TokenSet, TokenSet], options: TrainingOptions,
     learn: Callable[[Any, nn.ModuleList], dict[str, nn.Parameter]], on_end: Callable[[Any], Any] = lambda x: x,
 ) -> Repair:  # fmt: skip
-    """Materialise the student, train what `learn` chooses of it, and note in which tensors it differs now."""
+    """Build the student, train the parameters that `learn` selects, and return the tensors that changed as a Repair."""
     options.check()
     teacher = task.teacher
     if teacher.weights is not None:
-        raise UsageError("The model is larger than the memory, and cannot be trained so. Recover by fold, or mean.")
+        raise UsageError(f"A model larger than the memory cannot be trained. Use {option('recover')} fold or mean.")
     if teacher.model.dtype == torch.float16:
         raise UsageError(f"float16 loses small gradients. Train with {option('dtype', 'bfloat16')} or float32.")
     student = apply(teacher, task.plan, repair=task.repair)
     student.requires_grad_(False)
     blocks = structure.blocks_of(student, teacher.architecture)
-    before = {name: id(p) for name, p in student.named_parameters()}
-    chosen = learn(student, blocks)
-    if not chosen:
+    names = {name for name, _ in student.named_parameters()}
+    selected = learn(student, blocks)
+    if not selected:
         raise UsageError(
-            "Nothing in this model would learn by this recovery. Take lora or full, or put lowrank before it."
+            "This recovery finds no trainable parameters in this model. Use lora or full, or run lowrank first: "
+            f"{option('recover', 'lowrank,patches')}."
         )
-    mine = [name for name in chosen if name in before]
-    unshare_parameters(student, mine)
-    parameters = {name: p for name, p in student.named_parameters() if name in set(mine)} or chosen
+    in_student = names & selected.keys()  # the others were added by `learn`
+    unshare_parameters(student, sorted(in_student))
+    parameters = {name: p for name, p in student.named_parameters() if name in in_student} or selected
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     first = next((i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())), 0)
     if any(p.requires_grad for p in student.get_input_embeddings().parameters()):
         first = 0
-    learnt_from, checked = (rows_of(each, teacher.device) for each in tokens)
-    for rows in (learnt_from, checked):
-        kept = task.work and task.work / f"teacher-{teacher.fingerprint}-{teacher.compute_key.replace(' on ', '-')}"
+    train, valid = (rows_of(token_set, teacher.device) for token_set in tokens)
+    files = task.work and task.work / f"teacher-{teacher.fingerprint}-{teacher.compute_key.replace(' on ', '-')}"
+    for rows in (train, valid):
         with teacher.lock:
-            cache_teacher_outputs(teacher.model, rows, options.loss, task.watch, kept)
+            cache_teacher_outputs(teacher.model, rows, options.loss, task.watch, files)
         cache_frozen_streams(student, blocks, first, rows)
-    compute = teacher.model.dtype
-    trainer = Trainer(student, parameters, options, task.work, task.watch, compute=compute)
-    again: Iterable[nn.Module] = blocks[first:] if options.checkpointing else []
-    with (
-        skip_frozen_blocks(student, blocks, first, teacher.architecture.block_outputs) as give,
-        gradient_checkpointing(again),
-    ):
-        trainer.run(learnt_from, checked, give)
+    trainer = Trainer(
+        student, parameters, options, task.work, task.watch, compute=teacher.model.dtype, save_every=task.save_every
+    )
+    frozen = skip_frozen_blocks(student, blocks, first, teacher.architecture.block_outputs)
+    with frozen as set_inputs, gradient_checkpointing(blocks[first:] if options.checkpointing else ()):
+        trainer.run(train, valid, set_inputs)
     return extract_repair(teacher, task.plan, on_end(student))
 
 
-from billhook.methods.recover import (  # noqa: E402, F401 - they file themselves in the registry above
-    fold,
-    linear_patches,
-    lora,
-    mean_patches,
-    tuning,
-)
+from billhook.methods.recover import fold, linear_patches, lora, mean_patches, tuning  # noqa: E402, F401 - they register

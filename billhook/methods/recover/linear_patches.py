@@ -1,4 +1,4 @@
-"""Recoveries that put a matrix in the place of removed sublayers, found in closed form."""
+"""Recoveries that replace removed sublayers by a matrix, in closed form."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from billhook.models.repair import Patch, Repair
 
 @recovery
 def lowrank(task: RecoveryTask, train: TokenSet, valid: TokenSet, *, rank: int = 32, bias: bool = True) -> Repair:
-    """x -> x + U V x + b in the place of every removed sublayer: the best matrices of `rank`, in closed form.
+    """Replace each removed sublayer by x -> x + U V x + b, the best matrices of `rank` in closed form.
 
-    What it is fitted to is all that the student's stream lacks at that place. A fit that does not help on held-out
+    The fit's target is the whole error of the student's stream at that place. A fit that does not help on held-out
     texts is left out. `bias`: with the constant b.
 
-    Formula: the rank-r minimum of Σ_t |h_t - x_t - U V x_t - b|²: ridge regression, then the r directions of its
-    fitted values that carry most
-    Cost: one forward pass of the teacher and one of the student, a solve a removed sublayer; at inference two products
-    of `rank` by width.
+    Formula: the rank-r minimum of Σ_t |h_t - x_t - U V x_t - b|²: ridge regression, then the r principal directions of
+    its fitted values
+    Cost: one forward pass of the teacher and one of the student, a solve per removed sublayer; at inference two
+    products of `rank` by width.
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), its low-rank adapters;
     reduced-rank regression, Izenman 1975. Deviations: not trained; fitted to the student's stream, not to the removed
     sublayer's output.
     """
     if rank < 1:
-        raise UsageError(f"lowrank takes a rank of 1 at least, not {rank}.")
-    side = task.teacher_streams(train)
-    held = task.validation_mask(side.bench, train)
+        raise UsageError(f"lowrank takes a rank of at least 1, not {rank}.")
+    teacher = task.teacher_streams(train)
+    validation = task.validation_mask(teacher.bench, train)
 
-    def visit(stage: SiteView) -> Change:
-        if not stage.removed or stage.site in task.repair.patches:
+    def visit(view: SiteView) -> Change:
+        if not view.removed or view.site in task.repair.patches:
             return None
-        return _low_rank(stage, held, rank, bias)
+        return _low_rank(view, validation, rank, bias)
 
-    return side_by_side(side, task.plan, task.repair, visit)
+    return side_by_side(teacher, task.plan, task.repair, visit)
 
 
-def _low_rank(stage: SiteView, validation: torch.Tensor, rank: int, bias: bool) -> Patch | None:
-    x, y = stage.inputs, stage.teacher_after - stage.after
+def _low_rank(view: SiteView, validation: torch.Tensor, rank: int, bias: bool) -> Patch | None:
+    x, y = view.inputs, view.teacher_after - view.after
     centre, middle = (x.mean(0), y.mean(0)) if bias else (torch.zeros_like(x[0]), torch.zeros_like(y[0]))
     even = torch.ones(len(x), device=x.device)
     fit = ridge_fit(x - centre, y - middle, even, validation)
@@ -66,45 +66,42 @@ def _low_rank(stage: SiteView, validation: torch.Tensor, rank: int, bias: bool) 
 
 @recovery
 def linear(task: RecoveryTask, train: TokenSet, valid: TokenSet, *, where: str = "inserted") -> Repair:
-    """One matrix for every run of removed sublayers: in their place, or fused into the projection before them.
+    """Replace each run of removed sublayers by one matrix, inserted or fused into the projection before the run.
 
-    `where`: inserted, x -> x + W x at the end of the run; or fused into the output projection of the last MLP or
-    attention that is left before the run, so that the shapes stay. One that does not help on held-out texts is left
-    out, and so is a fused one with nothing before it.
+    `where`: inserted, x -> x + W x at the end of the run; or fused into the output projection of the last sublayer kept
+    before the run, with unchanged shapes. A matrix that does not help on held-out texts is left out, and so is a fused
+    one with no sublayer before it.
 
     Formula: inserted: min over W of Σ_t |h_t - x_t - W x_t|²; fused: the same with m_t, the output of the sublayer
-    before the run, in the place of W's x_t, and W W_out added to its output projection W_out
-    Cost: one forward pass of the teacher and one of the student (fused: two, where its streams do not
-    fit into memory), a solve a run; at inference a product of
-    width by width a run, or nothing.
+    before the run, instead of W's x_t, and W W_out added to its output projection W_out
+    Cost: one forward pass of the teacher and one of the student (fused: two, where its streams do not fit into memory),
+    a solve per run; at inference a product of width by width per run, or nothing.
     Source: Ghosted Layers (arXiv 2605.15491), inserted; ReplaceMe (NeurIPS 2025), fused, its least squares.
     Deviations: any runs of single sublayers, ridge chosen on held-out texts.
     """
     if where not in ("inserted", "fused"):
         raise UsageError(f"linear is inserted or fused, not {where!r}.")
-    side = task.teacher_streams(train, again=where == "fused")
-    held = task.validation_mask(side.bench, train)
-    sites = execution_order(side.bench)
-    gone = removed_runs(sites, task.plan)
-    even = torch.ones(len(held), device=held.device)
+    teacher = task.teacher_streams(train, again=where == "fused")
+    validation, sites = task.validation_mask(teacher.bench, train), execution_order(teacher.bench)
+    even = torch.ones(len(validation), device=validation.device)
     if where == "inserted":
-        ends = {run[-1] for run in gone}
+        ends = {run[-1] for run in removed_runs(sites, task.plan)}
 
-        def insert(stage: SiteView) -> Change:
-            if stage.site not in ends or stage.site in task.repair.patches:
+        def insert(view: SiteView) -> Change:
+            if view.site not in ends or view.site in task.repair.patches:
                 return None
-            fit = ridge_fit(stage.inputs, stage.teacher_after - stage.after, even, held)
-            width = len(fit.matrix)
-            return Patch(down=fit.matrix, up=torch.eye(width, device=held.device)) if fit.remaining_error < 1 else None
+            fit = ridge_fit(view.inputs, view.teacher_after - view.after, even, validation)
+            identity = torch.eye(len(fit.matrix), device=even.device)
+            return Patch(down=fit.matrix, up=identity) if fit.remaining_error < 1 else None
 
-        return side_by_side(side, task.plan, task.repair, insert)
-    behind = lookahead_targets(sites, task.plan)
-    streams = streams_after(side, set(behind.values()))
+        return side_by_side(teacher, task.plan, task.repair, insert)
+    run_end = lookahead_targets(sites, task.plan)
+    streams = streams_after(teacher, set(run_end.values()))
 
-    def fuse(stage: SiteView) -> Change:
-        if stage.site not in behind or stage.value is None:
+    def fuse(view: SiteView) -> Change:
+        if view.site not in run_end or view.value is None:
             return None
-        fit = ridge_fit(stage.after - stage.before, streams[behind[stage.site]] - stage.after, even, held)
-        return fit.matrix @ stage.value if fit.remaining_error < 1 else None
+        fit = ridge_fit(view.after - view.before, streams[run_end[view.site]] - view.after, even, validation)
+        return fit.matrix @ view.value if fit.remaining_error < 1 else None
 
-    return side_by_side(side, task.plan, task.repair, fuse)
+    return side_by_side(teacher, task.plan, task.repair, fuse)

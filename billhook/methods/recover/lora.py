@@ -1,4 +1,4 @@
-"""Recoveries by low-rank updates of the linear maps in the blocks, merged in the end."""
+"""Recoveries by low-rank updates of the linear maps in the blocks, merged after training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from billhook.models import structure
 from billhook.models.repair import Repair
 from billhook.models.transformers_internals import Conv1D
 
-ADAPTER = "adapter"  # the folder, inside the work of a recovery, of one that is not merged
+ADAPTER = "adapter"  # the folder of an unmerged adapter, inside the recovery's work folder
 
 
 @recovery
@@ -28,12 +28,12 @@ def lora(
 ) -> Repair:  # fmt: skip
     """Train low-rank updates of every linear map in the blocks, then merge them.
 
-    `merge=False`: the checkpoint stays without them, and they come beside it, as an adapter for peft; the recovery must
-    be the last one then, and what is measured is both together.
+    `merge=False`: write them beside the checkpoint, as an adapter for peft. The recovery must then be the last one;
+    Billhook measures both together.
 
-    Formula: W + alpha / rank · B A, B and A by AdamW on `loss` (nll, kl against the teacher, mse of what the heads
-    read)
-    Cost: a forward and a backward pass of the student a step, a forward pass of the teacher a row; nothing at
+    Formula: W + alpha / rank · B A, B and A by AdamW on `loss` (nll, kl against the teacher, mse of the hidden states
+    before the head)
+    Cost: a forward and a backward pass of the student per step, a forward pass of the teacher per row; nothing at
     inference.
     Source: Hu et al. 2021, LoRA (arXiv 2106.09685), by peft; after pruning Kim et al. 2024, Shortened LLaMA (arXiv
     2402.02834). Deviation: distilled from the teacher by default.
@@ -42,23 +42,23 @@ def lora(
         raise MissingExtra("The recovery lora", "heal")
     import peft
 
-    course = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
+    training = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
     if not merge and task.work is None:
-        raise UsageError("An adapter that is not merged needs a folder: give the subject its `work`.")
+        raise UsageError("lora with merge=False needs a folder for the adapter. Use RecoveryTask(..., work=FOLDER).")
     adapted: list[Any] = []
 
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
         path = task.teacher.architecture.blocks
         names = [f"{path}.{i}.{name}" for i, block in enumerate(blocks) for name in linear_maps(block)]
-        unshare_parameters(student, [f"{name}.weight" for name in names])  # merging writes to what stands there
-        turned = any(isinstance(module, Conv1D) for module in blocks.modules())  # GPT-2's weights are [inputs, outputs]
-        settings = peft.LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, fan_in_fan_out=turned
+        unshare_parameters(student, [f"{name}.weight" for name in names])  # merging writes to these weights
+        transposed = any(isinstance(module, Conv1D) for module in blocks.modules())  # GPT-2's are [inputs, outputs]
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, fan_in_fan_out=transposed
         )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
             torch.manual_seed(task.seed)
-            adapted.append(peft.get_peft_model(student, settings))
+            adapted.append(peft.get_peft_model(student, config))
         return {name: p for name, p in adapted[0].named_parameters() if "lora_" in name}
 
     def end(student: Any) -> Any:
@@ -67,7 +67,7 @@ def lora(
             adapted[0].save_pretrained(task.work / ADAPTER)
         return adapted[0].merge_and_unload()
 
-    return finetune(task, (train, valid), course, learn, end)
+    return finetune(task, (train, valid), training, learn, end)
 
 
 @recovery
@@ -78,14 +78,14 @@ def qa_lora(
 ) -> Repair:  # fmt: skip
     """Quantise the linear maps in the blocks, and train low-rank updates that are the same for all inputs of a group.
 
-    Every `group` consecutive inputs of an output share a scale and a zero point, and what is learnt is added to the
-    zero point alone: the weights that come out have as few values in each group as before, so that quantising them
-    again, with the same groups by minimum and maximum, loses nothing but the rounding of scales and zero points (llama.
-    cpp's Q4_1 has groups of 32 and 4 bits). The checkpoint holds them in its own dtype. `bits=0`: nothing is quantised.
+    Each `group` of consecutive inputs of an output shares a scale and a zero point. Training changes the zero points
+    alone, so that the weights of a group keep their few values: quantising them again, with the same groups by minimum
+    and maximum, loses only the rounding of scales and zero points (llama.cpp's Q4_1 has groups of 32 and 4 bits). The
+    checkpoint holds them in its own dtype. `bits=0`: nothing is quantised.
 
     Formula: W' = Q(W) + alpha / rank · B A P, P the sum over each group of inputs divided by its size; Q(w) = s
     round((w - min) / s) + min, s = (max - min) / (2^bits - 1); B and A by AdamW on `loss`
-    Cost: a forward and a backward pass of the student a step, a forward pass of the teacher a row; nothing at
+    Cost: a forward and a backward pass of the student per step, a forward pass of the teacher per row; nothing at
     inference.
     Source: Xu et al. 2023, QA-LoRA (arXiv 2309.14717); after pruning Zheng et al. 2024, SAAP (arXiv 2412.15127), its
     group-wise tuning, which has no public code: group size, bits and rank are those of QA-LoRA. Deviation: distilled
@@ -93,37 +93,35 @@ def qa_lora(
     """
     if group < 1 or not 0 <= bits <= 8 or rank < 1:
         raise UsageError(f"qa_lora takes group and rank from 1 and bits from 0 to 8, not {group}, {rank} and {bits}.")
-    course = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
+    training = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
     updates: list[Update] = []
 
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
-        path, learnt = task.teacher.architecture.blocks, dict[str, nn.Parameter]()
+        path, factors = task.teacher.architecture.blocks, dict[str, nn.Parameter]()
         names = [(i, name) for i, block in enumerate(blocks) for name in linear_maps(block)]
         unshare_parameters(student, [f"{path}.{i}.{name}.weight" for i, name in names])
         draw = torch.Generator().manual_seed(task.seed)
         for i, name in names:
-            module = blocks[i].get_submodule(name)
-            weight = structure.as_outputs_by_inputs(
-                blocks[i], f"{name}.weight", module.get_parameter("weight").detach()
-            )
-            module.requires_grad_(False)
+            module = blocks[i].get_submodule(name).requires_grad_(False)
+            stored = module.get_parameter("weight").detach()
+            weight = structure.as_outputs_by_inputs(blocks[i], f"{name}.weight", stored)
             weight.copy_(quantised(weight, group, bits))
             updates.append(Update(module, weight, group, rank=rank, scale=alpha / rank, draw=draw))
-            learnt |= {f"{path}.{i}.{name}.down": updates[-1].down, f"{path}.{i}.{name}.up": updates[-1].up}
-        return learnt
+            factors |= {f"{path}.{i}.{name}.down": updates[-1].down, f"{path}.{i}.{name}.up": updates[-1].up}
+        return factors
 
     def end(student: Any) -> Any:
         for update in updates:
             update.merge()
         return student
 
-    return finetune(task, (train, valid), course, learn, end)
+    return finetune(task, (train, valid), training, learn, end)
 
 
 class Update:
     """A low-rank update of a linear map, `scale` · `up` · `down`, the same for all inputs of a group.
 
-    `down` [rank, groups], drawn; `up` [outputs, rank], zeros; `weight` [outputs, inputs]: a view of the map's own.
+    `down` [rank, groups], random; `up` [outputs, rank], zeros; `weight` [outputs, inputs]: a view of the map's weight.
     """
 
     def __init__(
@@ -133,10 +131,10 @@ class Update:
         down = torch.randn(rank, -(-weight.shape[1] // group), generator=draw) / weight.shape[1] ** 0.5
         self.down = nn.Parameter(down.to(weight.device))
         self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
-        self._hook = module.register_forward_hook(self._added)
+        self._hook = module.register_forward_hook(self._add)
 
-    def _added(self, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
-        """The output of the map with that of the update."""
+    def _add(self, module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+        """Return the output of the map plus that of the update."""
         x = nn.functional.pad(args[0], (0, -args[0].shape[-1] % self.group))
         means = x.unflatten(-1, (-1, self.group)).sum(-1) / self.group
         update: torch.Tensor = self.scale * (means.to(self.down.dtype) @ self.down.T @ self.up.T)
@@ -144,14 +142,14 @@ class Update:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the update to the weight, and leave the map alone."""
+        """Add the update to the weight, and remove the hook."""
         self._hook.remove()
         columns = (self.scale / self.group) * (self.up @ self.down)
         self.weight += columns.repeat_interleave(self.group, 1)[:, : self.weight.shape[1]]
 
 
 def quantised(weight: torch.Tensor, group: int, bits: int) -> torch.Tensor:
-    """Weights [outputs, inputs] rounded to 2^bits values in every group of inputs, from its minimum to its maximum."""
+    """Round weights [outputs, inputs] to 2^bits values per group of inputs, from its minimum to its maximum."""
     if not bits:
         return weight
     pieces = []

@@ -1,4 +1,4 @@
-"""Recoveries that put a vector or a number in the place of removed sublayers."""
+"""Recoveries that replace removed sublayers by a vector or a number."""
 
 from __future__ import annotations
 
@@ -23,93 +23,91 @@ from billhook.models.repair import Patch, Repair
 
 @recovery
 def mean(task: RecoveryTask, train: TokenSet, valid: TokenSet) -> Repair:
-    """The emulated update: the mean of what a removed sublayer adds in the unpruned model, in its place.
+    """Replace each removed sublayer by its mean output in the unpruned model, the emulated update.
 
-    Vectors between which nothing reads the stream are one: in the bias of the output projection before them, where it
-    has one, or else where one of the sublayers was.
+    Vectors with no reader of the stream between them become one: in the bias of the output projection before them, if
+    it has one, else at the place of one of the sublayers.
 
-    Formula: b = mean over tokens of f(x), x and f as in the teacher; the stream goes on as x + b
-    Cost: one forward pass of the teacher and one of the student; at inference a vector a run of removed sublayers, or
+    Formula: b = mean over tokens of f(x), x and f as in the teacher; the stream becomes x + b
+    Cost: one forward pass of the teacher and one of the student; at inference a vector per run of removed sublayers, or
     nothing.
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), its emulated update.
     Deviation: its code for this is not public; means are over the tokens of all texts alike.
     """
-    side = task.teacher_streams(train)
+    teacher = task.teacher_streams(train)
     constants: dict[Site, torch.Tensor] = {}
-    biases: dict[Site, tuple[str, torch.Tensor]] = {}  # of output projections that stay, with their names
+    biases: dict[Site, tuple[str, torch.Tensor]] = {}  # names and values of kept output projections' biases
 
-    def visit(stage: SiteView) -> Change:
-        if stage.bias is not None and stage.weight is not None:
-            biases[stage.site] = f"{stage.weight.removesuffix('weight')}bias", stage.bias
-        if not stage.removed or stage.site in task.repair.patches:
+    def visit(view: SiteView) -> Change:
+        if view.bias is not None and view.weight is not None:
+            biases[view.site] = f"{view.weight.removesuffix('weight')}bias", view.bias
+        if not view.removed or view.site in task.repair.patches:
             return None
-        constants[stage.site] = (stage.teacher_after - stage.teacher_before).mean(0)
-        return Patch(bias=constants[stage.site])
+        constants[view.site] = (view.teacher_after - view.teacher_before).mean(0)
+        return Patch(bias=constants[view.site])
 
-    repair = side_by_side(side, task.plan, task.repair, visit)
+    repair = side_by_side(teacher, task.plan, task.repair, visit)
     patches, weights = dict(task.repair.patches), dict[str, torch.Tensor]()
-    lasting = (getattr(task.teacher.model.config, "billhook", None) or {}).get("patches")  # of an earlier pruning
-    stay = {site.block for site in execution_order(side.bench) if site not in task.plan.removed}
-    for place in equivalent_places(side.bench, task.plan):
-        mine = [site for site in place if site in constants]
-        if lasting or len(mine) < sum(site in repair.patches for site in place):  # an earlier patch reads the stream
-            patches |= {site: repair.patches[site] for site in mine}
-            continue
-        if not mine:
-            continue
-        total = torch.stack([constants[site] for site in mine]).sum(0)
-        holder = next((biases[site] for site in place if site in biases), None)
-        if holder is None:
-            patches[min(mine, key=lambda site: (site.block not in stay, site))] = Patch(bias=total)
-        else:
-            weights[holder[0]] = holder[1] + total
+    earlier = (getattr(task.teacher.model.config, "billhook", None) or {}).get("patches")  # of an earlier pruning
+    kept_blocks = {site.block for site in execution_order(teacher.bench) if site not in task.plan.removed}
+    for place in equivalent_places(teacher.bench, task.plan):
+        sites = [site for site in place if site in constants]
+        if earlier or len(sites) < sum(site in repair.patches for site in place):  # an earlier patch reads the stream
+            patches |= {site: repair.patches[site] for site in sites}
+        elif sites:
+            total = torch.stack([constants[site] for site in sites]).sum(0)
+            name, bias = next((biases[site] for site in place if site in biases), ("", total))
+            if name:
+                weights[name] = bias + total
+            else:
+                patches[min(sites, key=lambda site: (site.block not in kept_blocks, site))] = Patch(bias=total)
     return replace(repair, patches=dict(sorted(patches.items()))).with_weights(weights)
 
 
 @recovery
 def compensate(task: RecoveryTask, train: TokenSet, valid: TokenSet) -> Repair:
-    """A bias in every output projection of a narrower site, which gives back the mean of what its groups carried.
+    """Add a bias to each narrowed site's output projection: the mean contribution of its removed channel groups.
 
-    From the front to the back, each on what the student before it makes of the text.
+    Sites are compensated in order, each on the student's own activations.
 
-    Formula: b += mean over tokens of (f(h) - g(x)), f(h) what the site adds in the teacher, g(x) in the student
-    Cost: one forward pass of the teacher and one of the student; at inference a vector a narrower site, and nothing
+    Formula: b += mean over tokens of (f(h) - g(x)), f(h) the site's output in the teacher, g(x) in the student
+    Cost: one forward pass of the teacher and one of the student; at inference a vector per narrowed site, and nothing
     where the output projection has a bias already.
     Source: An et al. 2024, FLAP (arXiv 2312.11983), its baseline bias compensation. Deviations: the student's own
-    stream is measured, so that what earlier sites have changed is made up for too; a type without biases is carried
-    by the checkpoint's modelling file.
+    stream is measured, so that changes of earlier sites are compensated too; the checkpoint's modelling file adds
+    biases to a type without them.
     """
-    side = task.teacher_streams(train)
-    narrower = {narrow.site for narrow in task.plan.narrowed}
-    if not narrower:
-        raise UsageError("compensate gives narrower sites a bias, and the plan narrows none. Use mean, scale or fold.")
+    teacher = task.teacher_streams(train)
+    narrowed = {narrow.site for narrow in task.plan.narrowed}
+    if not narrowed:
+        raise UsageError("compensate needs narrowed sites, and the plan narrows none. Use mean, scale or fold.")
 
-    def visit(stage: SiteView) -> Change:
-        if stage.site not in narrower or stage.weight is None:
+    def visit(view: SiteView) -> Change:
+        if view.site not in narrowed or view.weight is None:
             return None
-        return (stage.teacher_after - stage.teacher_before).mean(0) - (stage.after - stage.before).mean(0)
+        return (view.teacher_after - view.teacher_before).mean(0) - (view.after - view.before).mean(0)
 
-    return side_by_side(side, task.plan, task.repair, visit)
+    return side_by_side(teacher, task.plan, task.repair, visit)
 
 
 @recovery
 def scale(task: RecoveryTask, train: TokenSet, valid: TokenSet) -> Repair:
-    """One factor at the end of every run of removed sublayers, which gives the stream back its length.
+    """Scale the residual stream at the end of each run of removed sublayers to the teacher's length.
 
     Formula: x -> a x, a = mean over tokens of |h| / mean over tokens of |x|, h the teacher's stream at that place
-    Cost: one forward pass of the teacher and one of the student; at inference a factor a run.
-    Source: Prune&Comp (arXiv 2507.18212), its magnitude compensation. Deviations: the factor stands at the cut and is
-    not multiplied into all earlier weights; the student's own stream is measured; no search is repeated.
+    Cost: one forward pass of the teacher and one of the student; at inference a factor per run.
+    Source: Prune&Comp (arXiv 2507.18212), its magnitude compensation. Deviations: the factor is applied at the cut and
+    is not multiplied into all earlier weights; the student's own stream is measured; no search is repeated.
     """
-    side = task.teacher_streams(train)
-    ends = {run[-1] for run in removed_runs(execution_order(side.bench), task.plan)}
+    teacher = task.teacher_streams(train)
+    ends = {run[-1] for run in removed_runs(execution_order(teacher.bench), task.plan)}
 
-    def visit(stage: SiteView) -> Change:
-        if stage.site not in ends or stage.site in task.repair.patches:
+    def visit(view: SiteView) -> Change:
+        if view.site not in ends or view.site in task.repair.patches:
             return None
-        if not torch.equal(stage.inputs, stage.before):
-            raise UsageError(f"scale cannot stand at {stage.site}: a norm stays there. Use mean, lowrank or fold.")
-        factor = stage.teacher_after.norm(dim=-1).mean() / stage.after.norm(dim=-1).mean()
+        if not torch.equal(view.inputs, view.before):
+            raise UsageError(f"scale cannot repair {view.site}: its norm is kept. Use mean, lowrank or fold.")
+        factor = view.teacher_after.norm(dim=-1).mean() / view.after.norm(dim=-1).mean()
         return Patch(gain=(factor - 1)[None])
 
-    return side_by_side(side, task.plan, task.repair, visit)
+    return side_by_side(teacher, task.plan, task.repair, visit)

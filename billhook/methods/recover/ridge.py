@@ -1,4 +1,4 @@
-"""Least squares for repairs: solved in float64, with the ridge that held-out tokens choose."""
+"""Least squares for repairs: solved in float64, with the ridge that validation tokens choose."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 from billhook.models.device import float64_place, to_float64
 
-RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)  # of the diagonal of XᵀX
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)  # shares of the diagonal of XᵀX
 MOMENT_TOKENS_AT_A_TIME = 8192
-EMPTY = 1e-14  # of the mean diagonal: inputs that are all but zero
+EMPTY = 1e-14  # share of the mean diagonal: below, an input is almost zero
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """A linear map and how it was found. `matrix` [outputs, inputs], float32.
+    """A linear map, `matrix` [outputs, inputs] in float32.
 
-    `ridge`: as a share of the diagonal; `remaining_error`: the share of the squared error that is left on validation
-    tokens, by a fit that has not seen them; above 1 the map does harm.
+    `ridge`: a share of the diagonal. `remaining_error`: share of the squared error that remains on validation tokens
+    after a fit on the others; above 1 the map does harm.
     """
 
     matrix: torch.Tensor
@@ -45,34 +45,34 @@ class Moments:
             self.yy += float(to_float64(b).square().sum())
 
     def plus(self, other: Moments) -> Moments:
-        """Of both sets of tokens."""
+        """Return the moments of both sets of tokens."""
         both = object.__new__(Moments)
         both.xx, both.xy, both.yy = self.xx + other.xx, self.xy + other.xy, self.yy + other.yy
         return both
 
     def solve(self, ridge: float) -> torch.Tensor:
-        """argmin over B of |Y - X B|² + ridge · Σ_i |x_i|² |b_i|²: [inputs, outputs].
+        """Return argmin over B of |Y - X B|² + ridge · Σ_i |x_i|² |b_i|²: [inputs, outputs].
 
-        x_i a column of X and b_i the row of B that it goes through, so that no input counts by its unit.
+        x_i is a column of X, b_i its row of B: the units of an input do not matter.
         """
         whole = self.xx.clone()
         least = EMPTY * float(self.xx.diagonal().mean())
         whole.diagonal().mul_(1 + ridge).clamp_(min=max(least, 1e-300))
         factor, failed = torch.linalg.cholesky_ex(whole)
         if failed:
-            found: torch.Tensor = torch.linalg.lstsq(whole, self.xy, driver="gelsd").solution
-            return found
+            solution: torch.Tensor = torch.linalg.lstsq(whole, self.xy, driver="gelsd").solution
+            return solution
         return torch.cholesky_solve(self.xy, factor)
 
     def error(self, b: torch.Tensor) -> float:
-        """|Y - X B|²."""
+        """Return |Y - X B|²."""
         return self.yy - 2 * float((b * self.xy).sum()) + float(((self.xx @ b) * b).sum())
 
 
 def ridge_fit(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, validation: torch.Tensor) -> Fit:
-    """The map from x to y with the ridge that has the least error on `validation` tokens [tokens, bool], fitted on all.
+    """Fit x to y on all tokens, with the ridge of the least error on the `validation` tokens ([tokens], bool).
 
-    From the middle of `RIDGES` to whichever neighbour is better, until none is.
+    The search for the ridge starts in the middle of `RIDGES` and moves to a better neighbour until there is none.
     """
     seen = Moments(x[~validation], y[~validation], weight[~validation])
     unseen = Moments(x[validation], y[validation], weight[validation])

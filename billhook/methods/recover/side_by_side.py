@@ -1,8 +1,7 @@
-"""Teacher and student side by side, block by block: what repairs without training see.
+"""Teacher and student side by side, block by block: the view of recoveries without training.
 
-One pass reads every block once, whatever it computes, so that a model larger than memory is read from the file once.
-The student is what a plan leaves of the teacher, with what a repair has changed so far; a visitor may change more at
-every site, and the student goes on with that.
+One pass reads each block once, so that a model larger than memory is read from its file once. A visitor may change the
+student at each site; later sites see the change.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -28,13 +26,13 @@ from billhook.models.repair import Patch, Repair
 
 @dataclass(slots=True)
 class SiteView:
-    """One site, reached by both sides. Over the counted tokens of all groups, in float32.
+    """One site of teacher and student, over the counted tokens of all groups, in float32.
 
-    `inputs` [tokens, m]: what the student's output projection reads, m wide; of a removed site, what its place is
-    given. `before`, `after` [tokens, width]: the student's residual stream; `teacher_before`, `teacher_after`: the
-    teacher's. `weight`: the teacher's name for the weight of the output projection; None where the site is removed, or
-    its output is not added to the stream as it is. `value` [width, m]: that weight, as the student has it; `bias`
-    [width]: of the same projection, where it has one.
+    - `inputs` [tokens, m]: input of the student's output projection; of a removed site, input of a patch.
+    - `before`, `after` [tokens, width]: the student's residual stream; `teacher_*`: the teacher's.
+    - `weight`: the teacher's name of the output projection's weight; None where the site is removed, or its output is
+      not added to the stream directly.
+    - `value` [width, m], `bias` [width]: that weight in the student, and the bias if there is one.
     """
 
     site: Site
@@ -49,93 +47,91 @@ class SiteView:
     teacher_after: torch.Tensor
 
 
-# What a visitor wants: to add to the weight [width, m] or the bias [width] of an output projection, to put a patch
-# there, or nothing.
+# A visitor's answer: an addition to the weight [width, m] or bias [width] of the output projection, a patch, or None.
 Change = torch.Tensor | Patch | None
 Visit = Callable[[SiteView], Change]
 
-# Of a block: the streams of all groups before and after each part of it.
+# For each part of a block, the streams of all groups before and after it.
 Passed = dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]
 
 
 def execution_order(bench: Measurer) -> list[Site]:
-    """The sites that the teacher has, as `side_by_side` shows them: of parallel parts the attention last."""
+    """List the teacher's sites in the order of `side_by_side`: of parallel parts the attention last."""
     sites = bench.teacher.anatomy.sites_present()
     return sorted(sites, key=lambda s: (s.block, (s.part == "attention") == bench.runner.parallel))
 
 
 def removed_runs(sites: Sequence[Site], plan: Plan) -> list[tuple[Site, ...]]:
-    """The removed sites of `sites`, those that follow each other together."""
-    return [tuple(run) for gone, run in groupby(sites, key=lambda site: site in plan.removed) if gone]
+    """Group the removed sites among `sites` into runs without a kept site between."""
+    return [tuple(run) for removed, run in groupby(sites, key=lambda site: site in plan.removed) if removed]
 
 
 def equivalent_places(bench: Measurer, plan: Plan) -> list[tuple[Site, ...]]:
-    """The sites of a teacher, those together between which no sublayer that stays reads the residual stream.
+    """Group the teacher's sites into places between which no kept sublayer reads the residual stream.
 
-    What one of them adds to the stream, another of the same place may add in its stead.
+    An addition to the stream at one site of a place has the effect of the same addition at another.
     """
-    told: list[tuple[Site, ...]] = []
+    places: list[tuple[Site, ...]] = []
     for _, together in groupby(execution_order(bench), key=lambda site: site.block if bench.runner.parallel else site):
-        sites = tuple(together)  # which add to the stream at once
-        if told and plan.removed.issuperset(sites):
-            told[-1] += sites
+        sites = tuple(together)  # parallel parts add to the stream at once
+        if places and plan.removed.issuperset(sites):
+            places[-1] += sites
         else:
-            told.append(sites)
-    return told
+            places.append(sites)
+    return places
 
 
 def _flat(bench: Measurer, streams: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The counted tokens of all groups: [tokens, any], in float32."""
+    """Join the counted tokens of all groups: [tokens, any], in float32."""
     return torch.cat([x[group.counted] for x, group in zip(streams, bench.groups, strict=True)]).float()
 
 
 def lookahead_targets(sites: Sequence[Site], plan: Plan) -> dict[Site, Site]:
-    """The last removed site behind each that stays and is followed by removed ones."""
-    gone = {run[0]: run[-1] for run in removed_runs(sites, plan)}
-    return {before: gone[after] for before, after in pairwise(sites) if after in gone and before not in plan.removed}
+    """Map each kept site that precedes a run of removed sites to the last site of that run."""
+    ends = {run[0]: run[-1] for run in removed_runs(sites, plan)}
+    return {before: ends[after] for before, after in pairwise(sites) if after in ends and before not in plan.removed}
 
 
 class TeacherStreams:
-    """The teacher's residual streams before and after every site, on the tokens of a bench.
+    """The teacher's residual streams before and after each site, on the tokens of a bench.
 
-    `again`: what one pass has computed, the next one is given, if all of it fits into half of the room of the bench.
+    `again`: cache the streams of the first pass for later ones, if they fit into half of the bench's memory.
     """
 
     def __init__(self, bench: Measurer, *, again: bool = False) -> None:
         self.bench = bench
         streams = (3 if bench.runner.parallel else 2) * bench.runner.depth
         tokens = sum(group.ids.numel() for group in bench.groups)
-        self._keeps = again and streams * tokens * bench.token_bytes <= bench.room // 2
-        self._kept: list[Passed] = []
+        self._caches = again and streams * tokens * bench.token_bytes <= bench.room // 2
+        self._cached: list[Passed] = []
 
     @property
     def teacher(self) -> Teacher:
-        """Whose streams these are."""
+        """The teacher that these streams belong to."""
         return self.bench.teacher
 
     def step(self, index: int, block: nn.Module, streams: list[torch.Tensor]) -> Passed:
-        """What block `index` makes of the streams that the teacher has before it. Blocks in order, from the first."""
-        if index < len(self._kept):
-            return self._kept[index]
-        trunk = self.bench.runner
-        wanted = {KEPT, NO_MLP, NO_ATTENTION} if trunk.parallel else {KEPT, NO_MLP}
-        done = trunk.step(index, block, [(x, wanted) for x in streams])
-        ends, middles, others = ([each.get(v, each[KEPT]) for each in done] for v in (KEPT, NO_MLP, NO_ATTENTION))
-        passed = {"attention": (streams, middles), "mlp": (middles, ends)}
-        if trunk.parallel:  # both read the same stream: each is seen as if it came last
-            passed = {"attention": (others, ends), "mlp": (middles, ends)}
-        if self._keeps:
-            self._kept.append(passed)
+        """Compute block `index` from the teacher's streams before it. Blocks must come in order, from the first."""
+        if index < len(self._cached):
+            return self._cached[index]
+        runner = self.bench.runner
+        variants = {KEPT, NO_MLP, NO_ATTENTION} if runner.parallel else {KEPT, NO_MLP}
+        outputs = runner.step(index, block, [(x, variants) for x in streams])
+        ends, middles, others = ([out.get(v, out[KEPT]) for out in outputs] for v in (KEPT, NO_MLP, NO_ATTENTION))
+        # parallel parts read the same stream: each is seen as if it came last
+        passed = {"attention": (others, ends) if runner.parallel else (streams, middles), "mlp": (middles, ends)}
+        if self._caches:
+            self._cached.append(passed)
         return passed
 
     def passes(self) -> Iterator[Passed]:
-        """All blocks, in order. Nothing is read or computed where all is known."""
-        trunk = self.bench.runner
-        if len(self._kept) == trunk.depth:
-            yield from self._kept
+        """Yield all blocks in order, from the cache if it holds all of them."""
+        runner = self.bench.runner
+        if len(self._cached) == runner.depth:
+            yield from self._cached
             return
-        streams = [trunk.embed(group.ids) for group in self.bench.groups]
-        for index, block in enumerate(trunk.blocks(range(trunk.depth))):
+        streams = [runner.embed(group.ids) for group in self.bench.groups]
+        for index, block in enumerate(runner.blocks(range(runner.depth))):
             passed = self.step(index, block, streams)
             yield passed
             streams = passed["mlp"][1]
@@ -144,54 +140,53 @@ class TeacherStreams:
 @undisturbed
 @torch.inference_mode()
 def streams_after(streams: TeacherStreams, sites: Collection[Site]) -> dict[Site, torch.Tensor]:
-    """The teacher's residual stream after each of `sites`, [tokens, width] in float32."""
-    found: dict[Site, torch.Tensor] = {}
-    for position, passed in zip(streams.bench.teacher.positions, streams.passes(), strict=True):
+    """Return the teacher's residual stream after each of `sites`, [tokens, width] in float32."""
+    after: dict[Site, torch.Tensor] = {}
+    for position, passed in zip(streams.teacher.positions, streams.passes(), strict=True):
         for site in (Site(position, part) for part in PARTS):
             if site in sites:
-                found[site] = _flat(streams.bench, passed[site.part][1])
-    return found
+                after[site] = _flat(streams.bench, passed[site.part][1])
+    return after
 
 
 @undisturbed
 @torch.inference_mode()
 def side_by_side(streams: TeacherStreams, plan: Plan, repair: Repair, visit: Visit) -> Repair:
-    """Show `visit` every site that the teacher has, in order of execution; the repair with all that it changed."""
-    bench, trunk, groups = streams.bench, streams.bench.runner, streams.bench.groups
-    teacher = [trunk.embed(group.ids) for group in groups]
+    """Show `visit` each site of the teacher in order of execution; return the repair with all changes."""
+    bench, runner = streams.bench, streams.bench.runner
+    teacher = [runner.embed(group.ids) for group in bench.groups]
     student = list(teacher)
-    alive = set(trunk.teacher.anatomy.sites_present())
-    flat = partial(_flat, bench)
+    present = set(runner.teacher.anatomy.sites_present())
 
-    for index, block in enumerate(trunk.blocks(range(trunk.depth))):
-        position = trunk.teacher.positions[index]
-        sites = [Site(position, part) for part in PARTS if Site(position, part) in alive]
+    for index, block in enumerate(runner.blocks(range(runner.depth))):
+        position = runner.teacher.positions[index]
+        sites = [Site(position, part) for part in PARTS if Site(position, part) in present]
         passed = streams.step(index, block, teacher)
-        with patched_block(trunk, index, block, plan, repair):
-            for together in [sites] if trunk.parallel else [[site] for site in sites]:
-                after, heard = _capture_inputs(trunk, index, block, student, together)
+        with patched_block(runner, index, block, plan, repair):
+            for together in [sites] if runner.parallel else [[site] for site in sites]:
+                after, inputs = _capture_inputs(runner, index, block, student, together)
                 for site in together[::-1]:
-                    weight = None if site in plan.removed else _output(trunk, index, block, site)
-                    value, bias = (None, None) if weight is None else _values(trunk, index, block, weight)
-                    told = (flat(x) for x in (heard[site], student, after, *passed[site.part]))
-                    change = visit(SiteView(site, site in plan.removed, weight, value, bias, *told))
+                    weight = None if site in plan.removed else _output(runner, index, block, site)
+                    value, bias = (None, None) if weight is None else _values(runner, index, block, weight)
+                    tokens = (_flat(bench, x) for x in (inputs[site], student, after, *passed[site.part]))
+                    change = visit(SiteView(site, site in plan.removed, weight, value, bias, *tokens))
                     repair = _with(repair, block, site, (weight, value), change)
-                    after = _changed(after, heard[site], change)
+                    after = _changed(after, inputs[site], change)
                 student = after
         teacher = passed["mlp"][1]
     bench.check_finite(student)
     return repair
 
 
-def _output(trunk: BlockRunner, index: int, block: nn.Module, site: Site) -> str | None:
-    """What the teacher calls the weight of a site's output projection."""
-    name = structure.output_projection(block, site.part, trunk.row, trunk.model.config)
-    return None if name is None else f"{trunk.row.blocks}.{index}.{name}.weight"
+def _output(runner: BlockRunner, index: int, block: nn.Module, site: Site) -> str | None:
+    """Return the teacher's name of the weight of a site's output projection."""
+    name = structure.output_projection(block, site.part, runner.row, runner.model.config)
+    return None if name is None else f"{runner.row.blocks}.{index}.{name}.weight"
 
 
-def _values(trunk: BlockRunner, index: int, block: nn.Module, weight: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An output projection as it stands in block `index`, in float32: [outputs, inputs], and its bias [outputs]."""
-    name = weight.removeprefix(f"{trunk.row.blocks}.{index}.")
+def _values(runner: BlockRunner, index: int, block: nn.Module, weight: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return an output projection of block `index` in float32: [outputs, inputs], and its bias [outputs]."""
+    name = weight.removeprefix(f"{runner.row.blocks}.{index}.")
     module = block.get_submodule(name.removesuffix(".weight"))
     bias = getattr(module, "bias", None)
     value = structure.as_outputs_by_inputs(block, name, block.get_parameter(name).detach()).float()
@@ -201,57 +196,53 @@ def _values(trunk: BlockRunner, index: int, block: nn.Module, weight: str) -> tu
 def _with(
     repair: Repair, block: nn.Module, site: Site, at: tuple[str | None, torch.Tensor | None], change: Change
 ) -> Repair:
-    """The repair with one change more; `at`: name and value of the weight of the output projection."""
+    """Return the repair with one more change; `at`: name and value of the output projection's weight."""
     if change is None:
         return repair
     if isinstance(change, Patch):
         assert site not in repair.patches, f"{site} has a patch"
         return repair.with_patches({site: change})
     weight, value = at
-    assert weight is not None, f"{site} has no weight to change"
-    assert value is not None, f"{site} has no weight to change"
+    assert weight is not None and value is not None, f"{site} has no weight to change"  # noqa: PT018
     name = next(name for name, _ in block.named_parameters() if weight.endswith(f".{name}"))
     if change.dim() == 1:
         bias = getattr(block.get_submodule(name.removesuffix(".weight")), "bias", None)
         if bias is None or site in repair.biases:
             return repair.with_bias(site, change + repair.biases.get(site, torch.zeros_like(change)))
         return repair.with_weights({f"{weight.removesuffix('weight')}bias": bias.detach() + change.to(bias.dtype)})
-    own = block.get_parameter(name)
-    fresh = torch.empty_like(own)
-    structure.as_outputs_by_inputs(block, name, fresh).copy_(value + change)
-    return repair.with_weights({weight: fresh})
+    changed = torch.empty_like(block.get_parameter(name))
+    structure.as_outputs_by_inputs(block, name, changed).copy_(value + change)
+    return repair.with_weights({weight: changed})
 
 
 def _capture_inputs(
-    trunk: BlockRunner, index: int, block: nn.Module, streams: list[torch.Tensor], sites: list[Site]
+    runner: BlockRunner, index: int, block: nn.Module, streams: list[torch.Tensor], sites: list[Site]
 ) -> tuple[list[torch.Tensor], dict[Site, list[torch.Tensor]]]:
-    """The streams after a block with no parts but those of `sites`, and what their output projections read."""
-    parts = trunk.row.parts(block, trunk.model.config)
+    """Run a block with only the parts of `sites`; return its streams and the inputs of the output projections."""
+    config = runner.model.config
+    parts = runner.row.parts(block, config)
     without = tuple(part for part in PARTS if part not in [site.part for site in sites])
-    heard: dict[Site, list[torch.Tensor]] = {site: [] for site in sites}
-    with trunk.without_parts(block, without), ExitStack() as stack:
+    captured: dict[Site, list[torch.Tensor]] = {site: [] for site in sites}
+    with runner.without_parts(block, without), ExitStack() as stack:
         for site in sites:
-            name = (
-                structure.output_projection(block, site.part, trunk.row, trunk.model.config)
-                or parts[site.part]["zero"][0]
-            )
-            module, kept = block.get_submodule(name), heard[site]
+            name = structure.output_projection(block, site.part, runner.row, config) or parts[site.part]["zero"][0]
 
-            def hear(module: nn.Module, args: Any, kwargs: Any, kept: list[torch.Tensor] = kept) -> None:
-                kept.append(args[0] if args else kwargs["hidden_states"])
+            def capture(module: nn.Module, args: Any, kwargs: Any, site: Site = site) -> None:
+                captured[site].append(args[0] if args else kwargs["hidden_states"])
 
-            stack.callback(module.register_forward_pre_hook(hear, with_kwargs=True).remove)
-        after = [trunk.call(index, block, x) for x in streams]
-    return after, {site: _shaped(inputs, after) for site, inputs in heard.items()}
-
-
-def _shaped(inputs: list[torch.Tensor], streams: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Inputs as [rows, time, m]: some blocks flatten rows and time."""
-    return [x.reshape(*y.shape[:2], -1) for x, y in zip(inputs, streams, strict=True)]
+            stack.callback(block.get_submodule(name).register_forward_pre_hook(capture, with_kwargs=True).remove)
+        after = [runner.call(index, block, x) for x in streams]
+    return (
+        after,
+        {  # [rows, time, m]: some blocks flatten rows and time
+            site: [x.reshape(*y.shape[:2], -1) for x, y in zip(inputs, after, strict=True)]
+            for site, inputs in captured.items()
+        },
+    )
 
 
 def _changed(streams: list[torch.Tensor], inputs: list[torch.Tensor], change: Change) -> list[torch.Tensor]:
-    """Streams after a change at the site that they have just passed."""
+    """Return the streams after a change at the site that they have just passed."""
     if change is None:
         return streams
     pairs = zip(streams, inputs, strict=True)

@@ -1,6 +1,6 @@
-"""What a training has to know of the teacher about its rows, kept in files, so that neither memory nor a kill loses it.
+"""The teacher's outputs on training rows, cached in files, so that they need no memory and survive a kill.
 
-Of every token the likeliest words with their log-probabilities, or what the head reads.
+For each token: the likeliest words with their log-probabilities, or the hidden states before the head.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from billhook.core.events import Event, EventListener
 from billhook.engine.losses import topk_and_rest
 from billhook.methods.recover.training import TrainingRows
 
-TOP_WORDS = 64  # of the teacher's words whose probabilities are kept; the others are one bucket
+TOP_WORDS = 64  # the teacher's likeliest words, whose probabilities are cached; all others share one bucket
 
 
 def cache_teacher_outputs(
-    teacher: Any, rows: TrainingRows, loss: str, watch: EventListener, kept: Path | None = None
+    teacher: Any, rows: TrainingRows, loss: str, watch: EventListener, prefix: Path | None = None
 ) -> None:
-    """Note in `rows` what the loss has to know of the teacher. Nothing for nll.
+    """Set in `rows` the teacher's outputs that the loss reads; nll reads none.
 
-    `kept`: a folder, and how the names of files in it begin that hold what this teacher says; they are mapped, not
-    loaded, and are not written again where a call before has written them whole. None: all of it is in memory.
+    `prefix`: folder and first part of the names of the cache files, which are mapped, not loaded; complete files are
+    not written again. None: the outputs are held in memory.
     """
     if loss == "nll":
         return
     kinds = {"hidden": teacher.dtype} if loss == "mse" else {"top": torch.int32, "likely": torch.float32}
-    if kept is None:
-        found = list(_teacher_outputs(teacher, rows, loss, watch))
-        parts = [torch.cat(part) for part in zip(*found, strict=True)]
+    if prefix is None:
+        batches = list(_teacher_outputs(teacher, rows, loss, watch))
+        parts = [torch.cat(part) for part in zip(*batches, strict=True)]
     else:
-        of = rows.digest()
-        files = [kept.with_name(f"{kept.name}-{name}-{of}") for name in kinds]
+        digest = rows.digest()
+        files = [prefix.with_name(f"{prefix.name}-{name}-{digest}") for name in kinds]
         if not all(file.is_file() for file in files):
             _write(files, _teacher_outputs(teacher, rows, loss, watch))
         mapped = (_mapped(file, dtype) for file, dtype in zip(files, kinds.values(), strict=True))
@@ -48,7 +48,7 @@ def cache_teacher_outputs(
 def _teacher_outputs(
     teacher: Any, rows: TrainingRows, loss: str, watch: EventListener
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """What is noted of some rows at a time, in order: hidden [rows, time, width], or top and likely."""
+    """Yield the outputs of each slice of rows, in order: hidden [rows, time, width], or top and likely."""
     for some in rows.slices():
         ids, mask = rows.ids[some], rows.counted[some].long()
         if loss == "mse":
@@ -62,7 +62,7 @@ def _teacher_outputs(
 
 
 def _write(files: list[Path], batches: Iterator[tuple[torch.Tensor, ...]]) -> None:
-    """The parts, each into its file, aside and then under its name."""
+    """Write each part to its file, aside first."""
     asides = [file.with_name(f"{file.name}.partial") for file in files]
     with ExitStack() as stack:
         outs = [stack.enter_context(aside.open("wb")) for aside in asides]
@@ -74,5 +74,5 @@ def _write(files: list[Path], batches: Iterator[tuple[torch.Tensor, ...]]) -> No
 
 
 def _mapped(file: Path, dtype: torch.dtype) -> torch.Tensor:
-    """A file as a flat tensor. Its pages are read when they are asked for."""
+    """Map a file as a flat tensor; its pages are read on use."""
     return torch.from_file(str(file), shared=False, size=file.stat().st_size // dtype.itemsize, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Recoveries by training: each says which parameters learn; the loop is the same."""
+"""Recoveries by training: each selects the trained parameters of the common loop."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def bias(
     loss: str = "kl", rate: float = 2e-3, epochs: int = 3, minutes: float = 0.0, batch: int = 8,
     checkpointing: bool = False,
 ) -> Repair:  # fmt: skip
-    """Train what is a vector: biases, norms, and the constants of a repair before.
+    """Train all vectors: biases, norms, and the constants of an earlier repair.
 
-    Formula: AdamW on `loss` (nll, kl against the teacher, mse of what the heads read)
-    Cost: a forward and a backward pass of the student a step, a forward pass of the teacher a row; nothing at
+    Formula: AdamW on `loss` (nll, kl against the teacher, mse of the hidden states before the head)
+    Cost: a forward and a backward pass of the student per step, a forward pass of the teacher per row; nothing at
     inference.
     Source: Zimmer et al. 2023, PERP (arXiv 2312.15230). Deviation: distilled from the teacher by default.
     """
@@ -33,8 +33,8 @@ def bias(
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
         return {name: p for name, p in student.named_parameters() if p.dim() == 1}
 
-    course = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
-    return finetune(task, (train, valid), course, learn)
+    training = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
+    return finetune(task, (train, valid), training, learn)
 
 
 @recovery
@@ -43,21 +43,21 @@ def patches(
     loss: str = "kl", rate: float = 1e-3, epochs: int = 3, minutes: float = 0.0, batch: int = 8,
     checkpointing: bool = False,
 ) -> Repair:  # fmt: skip
-    """Train what the recoveries before put in the place of removed sublayers, as after `lowrank,patches`.
+    """Train the patches that earlier recoveries put at removed sublayers, as in `lowrank,patches`.
 
-    Formula: AdamW on `loss` (nll, kl against the teacher, mse of what the heads read)
-    Cost: a forward and a backward pass of the student a step, a forward pass of the teacher a row; nothing more at
+    Formula: AdamW on `loss` (nll, kl against the teacher, mse of the hidden states before the head)
+    Cost: a forward and a backward pass of the student per step, a forward pass of the teacher per row; nothing more at
     inference.
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), its low-rank adapters.
-    Deviation: it begins where the closed form ends.
+    Deviation: it starts from the closed form.
     """
 
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
         inside = {id(p) for module in student.modules() if isinstance(module, PatchModule) for p in module.parameters()}
         return {name: p for name, p in student.named_parameters() if id(p) in inside}
 
-    course = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
-    return finetune(task, (train, valid), course, learn)
+    training = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
+    return finetune(task, (train, valid), training, learn)
 
 
 @recovery
@@ -66,27 +66,27 @@ def partial(
     loss: str = "kl", rate: float = 2e-4, epochs: int = 3, minutes: float = 0.0, batch: int = 8,
     checkpointing: bool = False,
 ) -> Repair:  # fmt: skip
-    """Train the last three blocks, the final norm, and the head unless it is the embedding too.
+    """Train the last three blocks, the final norm, and an untied head.
 
-    What the blocks before give is computed once.
+    The outputs of the earlier blocks are computed once.
 
-    Formula: AdamW on `loss` (nll, kl against the teacher, mse of what the heads read)
-    Cost: a forward pass of the student and the teacher a row, then passes of three blocks and the head; nothing at
+    Formula: AdamW on `loss` (nll, kl against the teacher, mse of the hidden states before the head)
+    Cost: a forward pass of the student and the teacher per row, then passes of three blocks and the head; nothing at
     inference.
     Source: partial-layer tuning, Reassessing Layer Pruning in LLMs (arXiv 2411.15558). Deviations: distilled from the
-    teacher by default; a tied head stays, since it would take the embedding along.
+    teacher by default; a tied head is not trained, because it is the embedding too.
     """
 
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
-        chosen = {id(p) for block in blocks[-LAST_BLOCKS:] for p in block.parameters()}
-        chosen |= {id(p) for p in _final(task, student)}
+        trained = {id(p) for block in blocks[-LAST_BLOCKS:] for p in block.parameters()}
+        trained |= {id(p) for p in _final(task, student)}
         head, embedding = student.get_output_embeddings(), student.get_input_embeddings()
         if head.weight is not embedding.weight:
-            chosen |= {id(p) for p in head.parameters()}
-        return {name: p for name, p in student.named_parameters() if id(p) in chosen}
+            trained |= {id(p) for p in head.parameters()}
+        return {name: p for name, p in student.named_parameters() if id(p) in trained}
 
-    course = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
-    return finetune(task, (train, valid), course, learn)
+    training = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
+    return finetune(task, (train, valid), training, learn)
 
 
 @recovery
@@ -97,7 +97,7 @@ def full(
 ) -> Repair:  # fmt: skip
     """Train every parameter: continued pretraining with `loss=nll`, distillation with `loss=kl`.
 
-    Formula: AdamW on `loss` (nll, kl against the teacher, mse of what the heads read)
+    Formula: AdamW on `loss` (nll, kl against the teacher, mse of the hidden states before the head)
     Cost: a forward and a backward pass of the student a step, a forward pass of the teacher a row, memory for four
     copies of the student; nothing at inference.
     Source: Kim et al. 2024, Shortened LLaMA (arXiv 2402.02834), its continued pretraining. Deviation: distilled by
@@ -107,12 +107,12 @@ def full(
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
         return dict(student.named_parameters())
 
-    course = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
-    return finetune(task, (train, valid), course, learn)
+    training = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
+    return finetune(task, (train, valid), training, learn)
 
 
 def _final(task: RecoveryTask, student: Any) -> Iterable[nn.Parameter]:
-    """Parameters between the last block and the head."""
+    """Yield the parameters between the last block and the head."""
     for path in task.teacher.architecture.final:
         owner, _, name = path.rpartition(".")
         module = getattr(student.get_submodule(owner), name, None)
