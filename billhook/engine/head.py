@@ -12,7 +12,7 @@ probability it costs a fraction, and the rest of the vocabulary has, by Jensen's
 m_t = the teacher's probability outside S, ū_t its mean row of W there: a lower bound of KL for d floats a token more.
 
 Losses that only see lengths of logits and angles between them are computed from R h, where RᵀR = WᵀW: as many numbers
-as h has, in the place of the vocabulary, with the same lengths and angles.
+as h has, instead of the vocabulary, with the same lengths and angles.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def js(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> t
     """Jensen-Shannon divergence of the next-token distributions, in nats, between 0 and log 2; symmetric.
 
     `teacher`, `student`: logits [tokens, vocabulary]; `targets`: [tokens] (not used). Returns [tokens]. Deviation:
-    the textbook definition; FinerCut's code computes KL(M || P) in the place of KL(P || M).
+    the textbook definition; FinerCut's code computes KL(M || P) instead of KL(P || M).
 
     Formula: (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2
     Cost: the head four times: logits of both sides, twice.

@@ -75,7 +75,7 @@ class RecoveryTask:
     def validation_mask(self, bench: Measurer, tokens: TokenSet) -> torch.Tensor:
         """Which tokens of `measurer` only choose, and are not fitted to: those of every eighth text. [tokens], bool."""
         chosen = set(split_every_nth(tokens, RIDGE_VALIDATION_EVERY)[1])
-        of = [group.documents[i] in chosen for group in bench.groups for i in group.of.tolist()]
+        of = [group.documents[i] in chosen for group in bench.groups for i in group.document_of.tolist()]
         return torch.tensor(of, device=self.teacher.device)
 
 
