@@ -46,7 +46,7 @@ class _Batch:
 def sum_over_gradients(bench: Measurer, function: GradientFunction, fisher: bool) -> dict[ScoredUnit, Score]:
     """Return the sum of function(w, g, f) over the weights of each site and block; see `Probe.sum_over_gradients`."""
     sums: dict[int, dict[ScoredUnit, Score]] = {}
-    for index, block, slopes, squares in gradients_sums(bench, fisher):
+    for index, block, slopes, squares in gradients_by_block(bench, fisher):
         weights = dict(block.named_parameters())
         if fisher:
             sums[index] = sums_over_parameters(bench, index, block, function, weights, slopes, squares)
@@ -60,7 +60,7 @@ Gradients = dict[str, torch.Tensor]  # by parameter of a block, in float32
 
 @torch.inference_mode(False)  # what is computed inside that mode cannot have a graph
 @torch.no_grad()
-def gradients_sums(bench: Measurer, fisher: bool) -> Iterator[tuple[int, nn.Module, Gradients, Gradients]]:
+def gradients_by_block(bench: Measurer, fisher: bool) -> Iterator[tuple[int, nn.Module, Gradients, Gradients]]:
     """Yield (index, block, gradients, mean squares of the gradients of rows if `fisher`), the last block first."""
     _check_room(bench, fisher)
     runner = BlockRunner(bench.teacher, bench.runner.chunk)  # the bench's own has recorded calls without graphs
