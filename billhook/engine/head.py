@@ -218,7 +218,7 @@ class Head:
     # -- students ---------------------------------------------------------------------------------------------------
 
     def bound(self, hidden: torch.Tensor, reference: Reference) -> torch.Tensor:
-        """Return a lower bound of each token's KL, but for rounding: `hidden` [plans, tokens, width] -> [plans, tokens]."""
+        """Return a lower bound of each token's KL, up to rounding: [plans, tokens], like `hidden` without its width."""
         assert self._rows is not None
         assert self._picked is not None
         bias = None if self._bias is None else self._bias[self._picked]
