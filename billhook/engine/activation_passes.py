@@ -1,6 +1,6 @@
-"""Passes over a whole model that score its sites, its blocks and the spans of its blocks.
+"""Passes over a whole model that score its sites, blocks and spans of blocks.
 
-Each reads every block once, whatever it computes, so that a model larger than memory is read from the file once.
+Each pass reads every block once, so that a model larger than memory is read from its file once.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from billhook.models import structure
 from billhook.models.device import to_float64
 
 Statistic = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # two of [tokens, width] -> [tokens]
-OfWeight = Callable[[torch.Tensor], torch.Tensor]  # [..., outputs, inputs] -> a number
+WeightFunction = Callable[[torch.Tensor], torch.Tensor]  # [..., outputs, inputs] -> a number
 ELEMENTS_AT_A_TIME = 2**22  # of a weight, in float32
 
 
 class DocumentMeans:
-    """Sums over tokens, document by document, so that their mean has a standard error.
+    """Sums over tokens by document, so that their mean has a standard error.
 
-    `of`: of each group, the document of each of its tokens (if `last`, of the last token of each of its rows).
+    `document_of`: for each group, the document of each token (if `last`, of the last token of each row).
     """
 
     def __init__(self, groups: Sequence[DocumentGroup], last: bool = False) -> None:
-        self.of: list[torch.Tensor] = []
+        self.document_of: list[torch.Tensor] = []
         first = 0
         for group in groups:
-            self.of.append(first + group.of[last_tokens(group) if last else slice(None)].cpu())
+            self.document_of.append(first + group.document_of[last_tokens(group) if last else slice(None)].cpu())
             first += len(group.documents)
-        self._counts = to_float64(torch.cat(self.of).bincount(minlength=first))
+        self._counts = to_float64(torch.cat(self.document_of).bincount(minlength=first))
         self._sums: dict[ScoredUnit, torch.Tensor] = defaultdict(lambda: torch.zeros_like(self._counts))
 
     def add(self, unit: ScoredUnit, documents: torch.Tensor, values: torch.Tensor) -> None:
-        """`values` [tokens] of a unit, and the documents of the tokens."""
+        """Add the `values` [tokens] of a unit, given the documents of the tokens."""
         self._sums[unit].index_add_(0, documents, to_float64(values.cpu()))
 
     def scores(self) -> dict[ScoredUnit, Score]:
-        """The means."""
+        """Return the means."""
         return {unit: Score.of(sums.tolist(), self._counts.tolist()) for unit, sums in self._sums.items()}
 
 
 def require_finite_scores(scores: dict[ScoredUnit, Score]) -> dict[ScoredUnit, Score]:
-    """`scores` themselves. Raises ModelError if one is not finite."""
+    """Return `scores`. Raises ModelError if one is not finite."""
     for unit, score in scores.items():
         if not math.isfinite(score.value):
             name = unit if isinstance(unit, Site) else f"block {unit}"
@@ -64,7 +64,7 @@ def require_finite_scores(scores: dict[ScoredUnit, Score]) -> dict[ScoredUnit, S
 
 
 def last_tokens(group: DocumentGroup) -> torch.Tensor:
-    """Where, among the tokens of a group that count, the last one of each row is: [rows]."""
+    """Return the index, among the counted tokens of a group, of the last one in each row: [rows]."""
     return group.counted.sum(1).cumsum(0) - 1
 
 
@@ -72,30 +72,30 @@ def last_tokens(group: DocumentGroup) -> torch.Tensor:
 
 
 def mean_over_tokens(bench: Measurer, statistics: Mapping[str, Statistic]) -> dict[str, dict[ScoredUnit, Score]]:
-    """Mean over tokens of each statistic(x, y), x and y [tokens, width] in float32, before and after each unit.
+    """Return the mean over tokens of each statistic(x, y), x and y [tokens, width] in float32, before and after a unit.
 
-    A statistic that divides by zero gives scores that are not finite; others of the same pass are not spoilt.
+    A statistic that divides by zero gives scores that are not finite; others of the same pass are not affected.
     """
-    trunk, groups = bench.runner, bench.groups
+    runner, groups = bench.runner, bench.groups
     means = {name: DocumentMeans(groups) for name in statistics}
-    streams = [trunk.embed(group.ids) for group in groups]
-    wanted = {KEPT, NO_MLP, NO_ATTENTION} if trunk.parallel else {KEPT, NO_MLP}
-    for index, block in enumerate(trunk.blocks(range(trunk.depth))):
-        done = trunk.step(index, block, [(x, wanted) for x in streams])
+    streams = [runner.embed(group.ids) for group in groups]
+    wanted = {KEPT, NO_MLP, NO_ATTENTION} if runner.parallel else {KEPT, NO_MLP}
+    for index, block in enumerate(runner.blocks(range(runner.depth))):
+        done = runner.step(index, block, [(x, wanted) for x in streams])
         for g, (x, after) in enumerate(zip(streams, done, strict=True)):
             for unit, before, then in _units(bench, index, x, after):
                 pair = before[groups[g].counted].float(), then[groups[g].counted].float()
                 for name, statistic in statistics.items():
-                    means[name].add(unit, means[name].of[g], statistic(*pair))
+                    means[name].add(unit, means[name].document_of[g], statistic(*pair))
         streams = [after[KEPT] for after in done]
     bench.check_finite(streams)
-    return {name: found.scores() for name, found in means.items()}
+    return {name: mean.scores() for name, mean in means.items()}
 
 
 def _units(
     bench: Measurer, index: int, x: torch.Tensor, after: dict[int, torch.Tensor]
 ) -> Iterator[tuple[ScoredUnit, torch.Tensor, torch.Tensor]]:
-    """(site or block, stream before, stream after) of one block."""
+    """Yield (site or block, stream before, stream after) for the units of one block."""
     position = bench.teacher.positions[index]
     attention, mlp = _alive(bench, index)
     if attention:
@@ -107,38 +107,39 @@ def _units(
 
 
 def _alive(bench: Measurer, index: int) -> tuple[bool, bool]:
-    """Whether a block still has its attention, and its mlp."""
-    position, alive = bench.teacher.positions[index], bench.teacher.anatomy.sites_present()
-    return Site(position, "attention") in alive, Site(position, "mlp") in alive
+    """Return whether a block still has its attention, and its mlp."""
+    position, present = bench.teacher.positions[index], bench.teacher.anatomy.sites_present()
+    return Site(position, "attention") in present, Site(position, "mlp") in present
 
 
 def mean_over_spans(bench: Measurer, distance: Statistic, last: bool) -> dict[ScoredUnit, Score]:
-    """Mean of distance(x, y), before and after every span of blocks, over all tokens or the last one of each row."""
-    trunk, groups, positions = bench.runner, bench.groups, bench.teacher.positions
+    """Return the mean of distance(x, y), before and after each span of blocks, over all tokens or each row's last."""
+    runner, groups, positions = bench.runner, bench.groups, bench.teacher.positions
     means = DocumentMeans(groups, last)
-    of = torch.cat(means.of)
-    needed = 4 * (trunk.depth + 1) * len(of) * int(trunk.model.config.hidden_size)
+    documents = torch.cat(means.document_of)
+    needed = 4 * (runner.depth + 1) * len(documents) * int(runner.model.config.hidden_size)
     if not last and needed > bench.room:
         raise ResourceError(
-            f"The streams between all blocks take {needed / 1e9:.2f} GB for {len(of):,} tokens, and there is room for "
-            f"{bench.room / 1e9:.2f} GB. Use fewer {option('tokens')}, more {option('memory')}, or the last tokens "
-            "of rows only."
+            f"The streams between all blocks take {needed / 1e9:.2f} GB for {len(documents):,} tokens, and there is "
+            f"room for {bench.room / 1e9:.2f} GB. Use fewer {option('tokens')}, more {option('memory')}, or the last "
+            "tokens of rows only."
         )
 
     def picked(streams: list[torch.Tensor]) -> torch.Tensor:
-        some = [x[group.counted] for x, group in zip(streams, groups, strict=True)]
-        some = [x[last_tokens(group)] for x, group in zip(some, groups, strict=True)] if last else some
-        return torch.cat(some).float().cpu()
+        counted = [x[group.counted] for x, group in zip(streams, groups, strict=True)]
+        if last:
+            counted = [x[last_tokens(group)] for x, group in zip(counted, groups, strict=True)]
+        return torch.cat(counted).float().cpu()
 
-    streams = [trunk.embed(group.ids) for group in groups]
+    streams = [runner.embed(group.ids) for group in groups]
     kept = [picked(streams)]  # of each depth: [tokens, width]
-    for index, block in enumerate(trunk.blocks(range(trunk.depth))):
-        streams = [after[KEPT] for after in trunk.step(index, block, [(x, {KEPT}) for x in streams])]
+    for index, block in enumerate(runner.blocks(range(runner.depth))):
+        streams = [after[KEPT] for after in runner.step(index, block, [(x, {KEPT}) for x in streams])]
         kept.append(picked(streams))
     bench.check_finite(streams)
-    for start in range(trunk.depth):
-        for end in range(start + 1, min(trunk.depth, start + trunk.depth - 1) + 1):  # not all blocks at once
-            means.add((positions[start], positions[end - 1]), of, distance(kept[start], kept[end]))
+    for start in range(runner.depth):
+        for end in range(start + 1, min(runner.depth, start + runner.depth - 1) + 1):  # not all blocks at once
+            means.add((positions[start], positions[end - 1]), documents, distance(kept[start], kept[end]))
     return require_finite_scores(means.scores())
 
 
@@ -146,90 +147,87 @@ def mean_over_spans(bench: Measurer, distance: Statistic, last: bool) -> dict[Sc
 
 
 def mean_at_next_mlp(bench: Measurer, error: Statistic) -> dict[ScoredUnit, Score]:
-    """Mean over tokens of error(f, g): what the next MLP adds, with and without a unit; behind the last, the end.
+    """Return the mean over tokens of error(f, g): what the next MLP adds, with and without a unit.
 
-    An MLP that adds nothing at all, to no token, is passed over as if it were gone.
+    After the last MLP, f and g are the streams after the last block. An MLP that adds nothing to any token is skipped.
     """
-    trunk, groups = bench.runner, bench.groups
+    runner, groups = bench.runner, bench.groups
     means = DocumentMeans(groups)
-    streams = [trunk.embed(group.ids) for group in groups]
+    streams = [runner.embed(group.ids) for group in groups]
     waiting: list[tuple[list[ScoredUnit], list[torch.Tensor]]] = []  # units, and the streams without any one of them
 
-    def judge(units: list[ScoredUnit], with_it: list[torch.Tensor], without: list[torch.Tensor]) -> None:
-        for g, (f, other) in enumerate(zip(with_it, without, strict=True)):
+    def add_errors(units: list[ScoredUnit], with_unit: list[torch.Tensor], without: list[torch.Tensor]) -> None:
+        for g, (f, other) in enumerate(zip(with_unit, without, strict=True)):
             values = error(f[groups[g].counted].float(), other[groups[g].counted].float())
             for unit in units:
-                means.add(unit, means.of[g], values)
+                means.add(unit, means.document_of[g], values)
 
-    for index, block in enumerate(trunk.blocks(range(trunk.depth))):
-        done = trunk.step(index, block, [(x, {KEPT, NO_ATTENTION, NO_MLP, NEITHER}) for x in streams])
-        added = _added(trunk, streams, done)
+    for index, block in enumerate(runner.blocks(range(runner.depth))):
+        done = runner.step(index, block, [(x, {KEPT, NO_ATTENTION, NO_MLP, NEITHER}) for x in streams])
+        added = _added(runner, streams, done)
         adds = any(bool(f[group.counted].any()) for f, group in zip(added, groups, strict=True))
-        wanted = {KEPT} if not adds else {NO_ATTENTION} if trunk.parallel else {KEPT, NO_MLP}
-        passed = []
+        wanted = {KEPT} if not adds else {NO_ATTENTION} if runner.parallel else {KEPT, NO_MLP}
+        still_waiting = []
         for units, others in waiting:
-            after = trunk.step(index, block, [(x, wanted) for x in others])
+            after = runner.step(index, block, [(x, wanted) for x in others])
             if adds:
-                judge(units, added, _added(trunk, others, after))
+                add_errors(units, added, _added(runner, others, after))
             else:
-                passed.append((units, [each[KEPT] for each in after]))
-        waiting = passed
+                still_waiting.append((units, [variants[KEPT] for variants in after]))
+        waiting = still_waiting
         for variant, units in _removals(bench, index):
-            without = [each[variant] for each in done]
-            if variant == NO_ATTENTION and adds and not trunk.parallel:  # its own block's MLP is the next one
-                judge(units, added, [y - x for x, y in zip(streams, without, strict=True)])
+            without = [variants[variant] for variants in done]
+            if variant == NO_ATTENTION and adds and not runner.parallel:  # the MLP of the same block is the next one
+                add_errors(units, added, [y - x for x, y in zip(streams, without, strict=True)])
             else:
                 waiting.append((units, without))
-        streams = [each[KEPT] for each in done]
+        streams = [variants[KEPT] for variants in done]
     bench.check_finite(streams)
     for units, others in waiting:
-        judge(units, streams, others)
+        add_errors(units, streams, others)
     order: list[ScoredUnit] = [*bench.teacher.anatomy.sites_present(), *bench.teacher.positions]
-    found = require_finite_scores(means.scores())
-    return {unit: found[unit] for unit in order}
+    scores = require_finite_scores(means.scores())
+    return {unit: scores[unit] for unit in order}
 
 
-def _added(trunk: BlockRunner, before: list[torch.Tensor], after: list[dict[int, torch.Tensor]]) -> list[torch.Tensor]:
-    """What the MLP of a block adds to each stream, as exactly as the dtype of the stream holds it."""
-    if trunk.parallel:
+def _added(runner: BlockRunner, before: list[torch.Tensor], after: list[dict[int, torch.Tensor]]) -> list[torch.Tensor]:
+    """Return what the MLP of a block adds to each stream, as exactly as the dtype of the stream holds it."""
+    if runner.parallel:
         return [y[NO_ATTENTION] - x for x, y in zip(before, after, strict=True)]
     return [y[KEPT] - y[NO_MLP] for y in after]
 
 
 def _removals(bench: Measurer, index: int) -> Iterable[tuple[int, list[ScoredUnit]]]:
-    """(what is left of a block, the sites or block whose removal leaves it)."""
+    """Return pairs (variant of a block, the sites or block whose removal leaves it)."""
     position = bench.teacher.positions[index]
     attention, mlp = _alive(bench, index)
-    left: dict[int, list[ScoredUnit]] = defaultdict(list)
+    units: dict[int, list[ScoredUnit]] = defaultdict(list)
     if attention:
-        left[NO_ATTENTION if mlp else NEITHER].append(Site(position, "attention"))
+        units[NO_ATTENTION if mlp else NEITHER].append(Site(position, "attention"))
     if mlp:
-        left[NO_MLP if attention else NEITHER].append(Site(position, "mlp"))
-    left[NEITHER].append(position)
-    return left.items()
+        units[NO_MLP if attention else NEITHER].append(Site(position, "mlp"))
+    units[NEITHER].append(position)
+    return units.items()
 
 
 # -- weights --------------------------------------------------------------------------------------------------------
 
 
-def sum_over_weights(bench: Measurer, function: OfWeight) -> dict[ScoredUnit, Score]:
-    """Sum of function(w) over the weights of every site and block, w [..., outputs, inputs] in float32."""
-    found: dict[ScoredUnit, Score] = {}
+def sum_over_weights(bench: Measurer, function: WeightFunction) -> dict[ScoredUnit, Score]:
+    """Return the sum of function(w) over the weights of each site and block, w [..., outputs, inputs] in float32."""
+    scores: dict[ScoredUnit, Score] = {}
     for index, block in enumerate(bench.runner.blocks(range(bench.runner.depth))):
-        found |= sums_over_parameters(bench, index, block, function, dict(block.named_parameters()))
-    return found
+        scores |= sums_over_parameters(bench, index, block, function, dict(block.named_parameters()))
+    return scores
 
 
 def sums_over_parameters(
-    bench: Measurer,
-    index: int,
-    block: nn.Module,
-    function: Callable[..., torch.Tensor],
+    bench: Measurer, index: int, block: nn.Module, function: Callable[..., torch.Tensor],
     *values: Mapping[str, torch.Tensor],
-) -> dict[ScoredUnit, Score]:
-    """Sum of function(…) over the parameters of one block, for its sites and itself.
+) -> dict[ScoredUnit, Score]:  # fmt: skip
+    """Return the sum of function(…) over the parameters of one block, for its sites and for the block.
 
-    `values` are shaped like the parameters; function is given pieces of them, [..., outputs, inputs] in float32.
+    `values` are shaped like the parameters; `function` gets pieces of them, [..., outputs, inputs] in float32.
     Raises ModelError where a sum is not finite.
     """
     owners = structure.parameter_owners(block, bench.teacher.architecture, bench.teacher.model.config)
@@ -240,9 +238,9 @@ def sums_over_parameters(
         for pieces in zip(*(value.split(rows) for value in shaped), strict=True):
             total[owner].append(float(function(*(piece.float() for piece in pieces))))
     position = bench.teacher.positions[index]
-    found: dict[ScoredUnit, Score] = {}
-    for part, alive in zip(PARTS, _alive(bench, index), strict=True):
-        if alive:
-            found[Site(position, part)] = Score(math.fsum(total[part]))
-    found[position] = Score(math.fsum(x for some in total.values() for x in some))
-    return require_finite_scores(found)
+    scores: dict[ScoredUnit, Score] = {}
+    for part, present in zip(PARTS, _alive(bench, index), strict=True):
+        if present:
+            scores[Site(position, part)] = Score(math.fsum(total[part]))
+    scores[position] = Score(math.fsum(x for sums in total.values() for x in sums))
+    return require_finite_scores(scores)

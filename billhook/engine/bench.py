@@ -1,4 +1,4 @@
-"""Pieces measured: the walk over the blocks, the head, and how both are laid out in the memory that there is."""
+"""Measuring of pieces: the walk over the blocks, the head, and their layout in the available memory."""
 
 from __future__ import annotations
 
@@ -25,26 +25,21 @@ from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import Repair
 
 WAVE_TOKENS = 4096  # tokens times plans at a time where a model is in memory
-SAMPLE_EVERY = 4  # of the positions, where a cheap piece takes some of them
+SAMPLE_EVERY = 4  # a sampled piece takes one of so many positions
 
 
 class Measurer:
-    """Measures jobs of one teacher on one token set under one loss.
+    """Measurer of the jobs of one teacher on one token set under one loss.
 
-    `memory`: bytes for weights and activations together; None is half of what the machine has free. `walk` fixes the
-    order of the walk instead of choosing it by memory. `mended`: a plan that is measured under a repair of its blocks.
+    - `memory`: bytes for weights and activations together; None is half of what the machine has free.
+    - `walk`: the order of the walk, instead of choosing it by memory.
+    - `repaired`: a plan to measure under a repair of its blocks.
     """
 
     def __init__(
-        self,
-        teacher: Teacher,
-        tokens: TokenSet,
-        loss: str,
-        *,
-        memory: int | None = None,
-        walk: str | None = None,
+        self, teacher: Teacher, tokens: TokenSet, loss: str, *, memory: int | None = None, walk: str | None = None,
         repaired: tuple[Plan, Repair] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._item_loss = ITEM_LOSSES.get(loss)
         if (self._item_loss is None) != (tokens.choices is None):
             raise UsageError(_unfit(loss, tokens))
@@ -69,15 +64,15 @@ class Measurer:
         self.layout = self.arrange(1)
 
     def mask(self, plan: Plan) -> int:
-        """A plan as the walk sees it."""
+        """Return a plan's removals as the bit mask that the walk reads."""
         return sum(self._bits[site] for site in plan.removed)
 
     def use_repair(self, plan: Plan, repair: Repair) -> None:
-        """From now on measure `plan` under `repair`."""
+        """Measure `plan` under `repair` from now on."""
         self._runs = RepairedWalk(self.walk, plan, self.mask(plan), repair)
 
     def use_narrowing(self, plan: Plan) -> None:
-        """From now on measure what `plan`, which narrows sites, leaves, in the place of the plan of its removals.
+        """Measure `plan`, which narrows sites, from now on wherever the plan of its removals is requested.
 
         Raises PlanError if it does not fit the teacher.
         """
@@ -93,98 +88,92 @@ class Measurer:
 
     @property
     def token_bytes(self) -> int:
-        """Of one token's residual stream."""
+        """Bytes of one token's residual stream."""
         return int(self.teacher.model.config.hidden_size) * int(self.teacher.model.dtype.itemsize)
 
     def _room(self, memory: int | None) -> int:
-        """Bytes that are left for residual streams."""
+        """Return the bytes for residual streams under a memory budget."""
         if memory is None:
             return free_memory(self.teacher.device) // 2
         config = self.teacher.model.config
-        wide = widest(config)
+        width, wide = int(config.hidden_size), widest(config)
         working = 4 * (self.runner.chunk * 4 * wide + HEAD_TOKENS_AT_A_TIME * VOCABULARY_AT_A_TIME)
         if self.teacher.weights is not None:  # a piece of the head as it is stored, and in float32
-            working += 6 * VOCABULARY_AT_A_TIME * int(config.hidden_size)
+            working += 6 * VOCABULARY_AT_A_TIME * width
         if loss_facts(self.loss).rotation_free:  # in float64: WᵀW, its factor and a piece of the head
-            working += 8 * int(config.hidden_size) * (2 * int(config.hidden_size) + VOCABULARY_AT_A_TIME)
-        tokens = sum(group.tokens for group in self.groups)
-        reference = 4 * tokens * (3 * int(config.hidden_size) + 2)
+            working += 8 * width * (2 * width + VOCABULARY_AT_A_TIME)
+        reference = 4 * sum(group.tokens for group in self.groups) * (3 * width + 2)
         return max(0, memory - self.teacher.weight_bytes - working - reference)
 
     def arrange(self, plans: int) -> WorkPlan:
         """Choose walk and checkpoints for a batch of so many plans."""
         largest = max(group.ids.numel() for group in self.groups)
-        everything = sum(group.ids.numel() for group in self.groups)
+        tokens = sum(group.ids.numel() for group in self.groups)
         streamed = self.teacher.weights is not None
         width = int(self.teacher.model.config.hidden_size)
-        wave = (
-            max(1, self._limit // (2 * (self.token_bytes + 4 * width))) if streamed else WAVE_TOKENS
-        )  # and what heads read
+        wave = max(1, self._limit // (2 * (self.token_bytes + 4 * width))) if streamed else WAVE_TOKENS  # with hidden
         live = 2 * (plans + 1) * largest * self.token_bytes  # before and after a block
         if streamed:
-            live = 2 * min(wave, (plans + 1) * everything) * self.token_bytes
+            live = 2 * min(wave, (plans + 1) * tokens) * self.token_bytes
         walk = self._fixed or ("layers" if streamed or live <= self._limit // 2 else "depth-first")
-        left = max(0, self._limit - (live if walk == "layers" else 0))
+        free = max(0, self._limit - (live if walk == "layers" else 0))
         depth = self.runner.depth
-        wanted = (plans + 1) * depth * everything * self.token_bytes // 2  # a branch begins half way, on average
-        every = 0 if left < wanted / depth else -(-wanted // left)
+        wanted = (plans + 1) * depth * tokens * self.token_bytes // 2  # a branch begins half way, on average
+        interval = 0 if free < wanted / depth else -(-wanted // free)
         ends = frozenset({depth})
-        self.walk.checkpoints = ends | frozenset(range(every, depth, every)) if every else ends
-        self.walk.streams.limit = left
-        kept = min(left, wanted // every) if every else 0
-        return WorkPlan(walk, streamed, len(self.groups), every, left, kept, wave)
+        self.walk.checkpoints = ends | frozenset(range(interval, depth, interval)) if interval else ends
+        self.walk.streams.limit = free
+        kept = min(free, wanted // interval) if interval else 0
+        return WorkPlan(walk, streamed, len(self.groups), interval, free, kept, wave)
 
     # -- measuring --------------------------------------------------------------------------------------------------
 
     @property
     def bounds(self) -> bool:
-        """Whether there are pieces that are lower bounds."""
+        """Whether pieces can be measured as lower bounds."""
         self._refer()
         return self._head.bounds
 
     def supported_quality(self, quality: Quality) -> Quality:
-        """The quality in which pieces of a kind can be had: items cannot be sampled position by position."""
+        """Return the quality that can be measured: items cannot be sampled position by position."""
         return quality if self._item_loss is None else "full"
 
     def measure(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
-        """Nats of every document of each job's group; of a task, the loss of every item."""
-        found = self.row_nats(self.supported_quality(quality), jobs)
+        """Return the nats of each document of each job's group; of a task, the loss of each item."""
+        nats = self.row_nats(self.supported_quality(quality), jobs)
         if self._item_loss is None:
-            return found
+            return nats
         by_item: dict[WalkJob, Sums] = {}
-        by_group: dict[int, list[WalkJob]] = defaultdict(list)
-        for job in jobs:
-            by_group[job[0]].append(job)
-        for g, of in by_group.items():
-            likely = -torch.tensor([found[job] for job in of], dtype=torch.float64)  # [plans, rows]
+        for g, group_jobs in _by_group(jobs).items():
+            likely = -torch.tensor([nats[job] for job in group_jobs], dtype=torch.float64)  # [plans, rows]
             values = [self._item_loss(likely[:, rows], gold) for rows, gold in self.groups[g].items]
-            by_item |= dict(zip(of, map(tuple, torch.stack(values, 1).tolist()), strict=True))
+            by_item |= dict(zip(group_jobs, map(tuple, torch.stack(values, 1).tolist()), strict=True))
         return by_item
 
     @undisturbed
     def row_nats(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
-        """Nats of every document of each job's group; where rows are choices, of every row."""
+        """Return the nats of each document of each job's group; where rows are choices, of each row."""
         self._refer()
-        found: dict[WalkJob, Sums] = {}
+        sums: dict[WalkJob, Sums] = {}
         waiting: dict[int, list[tuple[WalkJob, torch.Tensor]]] = defaultdict(list)
         for job, stream in self._runs.run(jobs, self.layout.walk == "layers"):
             group = self.groups[job[0]]
             waiting[job[0]].append((job, self.runner.final_norm(stream)[group.read]))
             if self.teacher.weights is None and len(waiting[job[0]]) * len(group.targets) >= HEAD_TOKENS_AT_A_TIME:
-                found |= self._sums(quality, [waiting.pop(job[0])])
+                sums |= self._sums(quality, [waiting.pop(job[0])])
         rest = list(waiting.values())
         waiting.clear()
-        return found | self._sums(quality, rest)  # a streamed head is read once for all, for the losses of our own
+        return sums | self._sums(quality, rest)  # a streamed head is read once for all, for built-in losses
 
     def _sums(self, quality: Quality, waiting: list[list[tuple[WalkJob, torch.Tensor]]]) -> dict[WalkJob, Sums]:
-        """Nats by document, or by row of choices, from what the heads read; each list is of one document group."""
-        numbers = [held[0][0][0] for held in waiting]
-        jobs = [[job for job, _ in held] for held in waiting]
+        """Return nats by document, or by row of choices, from the heads' inputs; each list is of one document group."""
+        numbers = [pairs[0][0][0] for pairs in waiting]
+        jobs = [[job for job, _ in pairs] for pairs in waiting]
         batches = []
-        for number in numbers:  # what was stacked is let go
+        for number in numbers:  # the parts of a stack are released
             batches.append((torch.stack([h for _, h in waiting.pop(0)]), self._references[number]))
         by_row = self._item_loss is not None
-        of = [(self.groups[g].row_of if by_row else self.groups[g].of).cpu() for g in numbers]
+        of = [(self.groups[g].row_of if by_row else self.groups[g].document_of).cpu() for g in numbers]
         share = [1.0] * len(numbers)
         if quality == "bound":
             values = [self._head.bound(hidden, reference) for hidden, reference in batches]
@@ -196,26 +185,26 @@ class Measurer:
             values = self._head.losses(some)
         else:
             values = self._head.losses(batches)
-        found: dict[WalkJob, Sums] = {}
-        for held, g, documents, value, times in zip(jobs, numbers, of, values, share, strict=True):
+        by_job: dict[WalkJob, Sums] = {}
+        for group_jobs, g, documents, value, times in zip(jobs, numbers, of, values, share, strict=True):
             size = len(self.groups[g].rows if by_row else self.groups[g].documents)
-            sums = torch.zeros(len(held), size, dtype=torch.float64)
+            sums = torch.zeros(len(group_jobs), size, dtype=torch.float64)
             sums.index_add_(1, documents, value.cpu().double()).mul_(times)
-            for job, row in zip(held, sums.tolist(), strict=True):
+            for job, row in zip(group_jobs, sums.tolist(), strict=True):
                 if not all(math.isfinite(x) for x in row):
                     raise ModelError(self._where_not_finite(job))
-                found[job] = tuple(row)
-        return found
+                by_job[job] = tuple(row)
+        return by_job
 
     @undisturbed
     def _refer(self) -> None:
-        """The teacher's side, once."""
+        """Compute the teacher's references, once."""
         if self._references:
             return
         targets = [group.targets for group in self.groups]
-        if self.loss == "nll":  # asks the data, not the teacher
+        if self.loss == "nll":  # needs the data, not the teacher
             nothing = torch.empty(0, self._head.width, device=self.teacher.device)
-            self._references = [Reference(nothing, each) for each in targets]
+            self._references = [Reference(nothing, target) for target in targets]
             return
         jobs = [(g, 0) for g in range(len(self.groups))]
         final = {job[0]: self.runner.final_norm(stream) for job, stream in self.walk.run(jobs, layers=True)}
@@ -227,13 +216,13 @@ class Measurer:
 
     @undisturbed
     def check_finite(self, streams: Sequence[torch.Tensor]) -> None:
-        """Raises ModelError, naming the block, unless the streams after the last block, one a group, are finite."""
+        """Raise ModelError, naming the block, unless the streams after the last block, one per group, are finite."""
         for number, (group, stream) in enumerate(zip(self.groups, streams, strict=True)):
             if not bool(torch.isfinite(stream[group.counted]).all()):
                 raise ModelError(self._where_not_finite((number, 0)))
 
     def _where_not_finite(self, job: WalkJob) -> str:
-        """Which block first gives NaN or infinity."""
+        """Return the message that names the first block with NaN or infinity."""
         bad: list[int] = []
 
         def look(depth: int, streams: Sequence[torch.Tensor]) -> None:
@@ -256,14 +245,14 @@ class Measurer:
 
     @undisturbed
     def logits(self, plan: Plan) -> torch.Tensor:
-        """Logits [rows, time, vocabulary] of all rows under a plan, in float32."""
+        """Return the logits [rows, time, vocabulary] of all rows under a plan, in float32."""
         ((_, stream),) = self._runs.run([(0, self.mask(plan))], layers=True)
         hidden = self.runner.final_norm(stream)
         return self._head.logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
 
 
 def _unfit(loss: str, tokens: TokenSet) -> str:
-    """What to type where a loss and a token set do not belong together."""
+    """Return the message for a loss that does not fit a token set."""
     if tokens.choices is None:
         return (
             f"{option('loss', loss)} scores multiple-choice items, and {tokens.source} is text. Type "
@@ -273,20 +262,25 @@ def _unfit(loss: str, tokens: TokenSet) -> str:
     return f"{option('loss', loss)} reads text, and {tokens.source} holds multiple-choice items. Type {names}"
 
 
-def job_batches(jobs: Sequence[WalkJob], sizes: Sequence[int], most: int, *, split: bool) -> Iterator[list[WalkJob]]:
-    """Jobs in portions of at most `most` tokens, of whole document groups; larger ones are `split` or stay whole."""
+def _by_group(jobs: Sequence[WalkJob]) -> dict[int, list[WalkJob]]:
+    """Return the jobs by document group."""
     by_group: dict[int, list[WalkJob]] = defaultdict(list)
     for job in jobs:
         by_group[job[0]].append(job)
-    wave: list[WalkJob] = []
-    held = 0
-    for group, of in by_group.items():
-        step = max(1, most // sizes[group]) if split else len(of)
-        for part in (of[start : start + step] for start in range(0, len(of), step)):
-            if wave and held + len(part) * sizes[group] > most:
-                yield wave
-                wave, held = [], 0
-            wave += part
-            held += len(part) * sizes[group]
-    if wave:
-        yield wave
+    return by_group
+
+
+def job_batches(jobs: Sequence[WalkJob], sizes: Sequence[int], most: int, *, split: bool) -> Iterator[list[WalkJob]]:
+    """Yield jobs in batches of at most `most` tokens, of whole document groups; larger groups are `split` or whole."""
+    batch: list[WalkJob] = []
+    tokens = 0
+    for group, group_jobs in _by_group(jobs).items():
+        step = max(1, most // sizes[group]) if split else len(group_jobs)
+        for part in (group_jobs[start : start + step] for start in range(0, len(group_jobs), step)):
+            if batch and tokens + len(part) * sizes[group] > most:
+                yield batch
+                batch, tokens = [], 0
+            batch += part
+            tokens += len(part) * sizes[group]
+    if batch:
+        yield batch

@@ -1,7 +1,7 @@
-"""The model's own blocks, called one at a time on residual streams of our choosing.
+"""The model's own blocks, called one at a time on given residual streams.
 
-What a block is called with besides the stream (masks, positions) is recorded from one call of the model's own forward
-in which the blocks pass their input through, so that every architecture computes by its own code.
+The other arguments of a block (masks, positions) are recorded from one call of the model's own forward in which the
+blocks return their input. So every architecture computes by its own code.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from billhook.models import structure
 from billhook.models.load import Teacher
 from billhook.models.modeling_billhook import remove_part
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is given besides the residual stream
-KEPT, NO_ATTENTION, NO_MLP, NEITHER = range(4)  # what a plan leaves of a block
-MEMORY_OF_CALLS = 64  # shapes whose recorded calls are kept
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # a block's arguments besides the residual stream
+KEPT, NO_ATTENTION, NO_MLP, NEITHER = range(4)  # variants of a block under a plan
+CACHED_SHAPES = 64  # shapes whose recorded calls are cached
 
 
-class _Known(nn.Module):
-    """Gives back what a sublayer gave before, and computes nothing."""
+class _CachedOutput(nn.Module):
+    """Stand-in for a site that returns its earlier output and computes nothing."""
 
     layer_idx = None
 
@@ -38,8 +38,8 @@ class _Known(nn.Module):
 class BlockRunner:
     """Runs the blocks of one teacher, its weights in memory or streamed, on stacks of residual streams.
 
-    It swaps modules of the blocks for a moment and puts them back: whoever calls it holds the lock of the teacher.
-    `chunk`: tokens that go through a block at a time. `computed`: tokens times sublayers so far, padding included.
+    It swaps modules of the blocks for a moment and restores them, so the caller must hold the teacher's lock.
+    `chunk`: tokens that pass a block at a time. `computed`: tokens times sites so far, padding included.
     """
 
     def __init__(self, teacher: Teacher, chunk: int) -> None:
@@ -49,51 +49,51 @@ class BlockRunner:
         self.parallel = self.row.parallel(self.model.config)
         self._blocks = structure.blocks_of(self.model, self.row)
         self._parts = self.row.parts(self._blocks[0], self.model.config)
-        alive = set(teacher.anatomy.sites_present())
-        self._alive = [{s.part for s in alive if s.block == p} for p in teacher.positions]
+        present = set(teacher.anatomy.sites_present())
+        self._present = [{s.part for s in present if s.block == p} for p in teacher.positions]
         self._calls: dict[tuple[int, int], list[Call]] = {}
 
     # -- before and after the blocks --------------------------------------------------------------------------------
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """The residual stream [rows, time, width] before the first block, of token ids [rows, time]."""
+        """Return the residual stream [rows, time, width] before the first block, for token ids [rows, time]."""
         weights = self.teacher.weights
         if weights is None:
             return self._record(ids)
-        found, inside = torch.unique(ids, return_inverse=True)
+        unique, renumbered = torch.unique(ids, return_inverse=True)
         embedding = self.model.get_input_embeddings()
         whole, padding = embedding.weight, getattr(embedding, "padding_idx", None)
-        embedding.weight, embedding.padding_idx = nn.Parameter(weights.rows(found), requires_grad=False), None
-        try:  # the model's own forward, on an embedding that holds only the rows it needs
-            return self._record(inside)
+        embedding.weight, embedding.padding_idx = nn.Parameter(weights.rows(unique), requires_grad=False), None
+        try:  # the model's own forward, on an embedding with only the rows it needs
+            return self._record(renumbered)
         finally:
             embedding.weight, embedding.padding_idx = whole, padding
 
     def _record(self, ids: torch.Tensor) -> torch.Tensor:
-        """One call of the model's forward in which the blocks hand their input on."""
+        """Call the model's forward once with blocks that return their input; cache their arguments."""
         calls: list[Call] = []
         streams: list[torch.Tensor] = []
 
-        def passing(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def pass_through(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             calls.append((args, kwargs))
             streams.append(hidden_states)
             return (hidden_states, None) if self.row.block_outputs == 2 else hidden_states
 
         for block in self._blocks:
-            block.forward = passing
+            block.forward = pass_through
         try:
             with torch.no_grad():
                 self.model.base_model(input_ids=ids, use_cache=False)
         finally:
             for block in self._blocks:
                 del block.forward
-        if len(self._calls) >= MEMORY_OF_CALLS:
+        if len(self._calls) >= CACHED_SHAPES:
             del self._calls[next(iter(self._calls))]
         self._calls[ids.shape[0], ids.shape[1]] = calls
         return streams[0]
 
     def final_norm(self, stream: torch.Tensor) -> torch.Tensor:
-        """What the head reads, in float32, of the residual stream after the last block."""
+        """Return the head's input, in float32, from the residual stream after the last block."""
         for path in self.row.final:
             owner, _, name = path.rpartition(".")
             module = getattr(self.model.get_submodule(owner), name, None)
@@ -103,7 +103,7 @@ class BlockRunner:
     # -- the blocks -------------------------------------------------------------------------------------------------
 
     def blocks(self, indices: Iterable[int]) -> Iterator[nn.Module]:
-        """Blocks ready to be called, in the order asked; a streamed one only until the next is asked for."""
+        """Yield blocks that can be called, in the given order; a streamed one is valid until the next is yielded."""
         if self.teacher.weights is not None:
             yield from self.teacher.weights.blocks(indices)
         else:
@@ -112,10 +112,10 @@ class BlockRunner:
     def step(
         self, index: int, block: nn.Module | None, items: list[tuple[torch.Tensor, set[int]]]
     ) -> list[dict[int, torch.Tensor]]:
-        """Each residual stream after block `index`, in each of the variants asked for (KEPT, NO_ATTENTION …).
+        """Return for each item (stream, variants) its stream after block `index`, by variant (KEPT, NO_ATTENTION …).
 
-        A sublayer runs once on a stream, however many variants use it, and not at all where it is removed; without any
-        part of it, the block itself is not needed.
+        A site runs once on a stream, however many variants use it, and not at all where it is removed. `block` may be
+        None if all variants are NEITHER.
         """
         if block is None:
             return [{NEITHER: x} for x, _ in items]
@@ -140,20 +140,14 @@ class BlockRunner:
         return done
 
     def _parallel(
-        self,
-        index: int,
-        block: nn.Module,
-        items: list[tuple[torch.Tensor, set[int]]],
-        which: tuple[list[int], list[int], list[int]],
-        done: list[dict[int, torch.Tensor]],
-    ) -> None:
-        """The split variants of blocks whose two parts read the same stream: each part once, then put together."""
+        self, index: int, block: nn.Module, items: list[tuple[torch.Tensor, set[int]]],
+        which: tuple[list[int], list[int], list[int]], done: list[dict[int, torch.Tensor]],
+    ) -> None:  # fmt: skip
+        """Add to `done` the variants of a block whose parts read the same stream: each part runs once."""
         first, alone, both = which
-        heard: dict[str, dict[int, Any]] = {}
-        for part, other, variant, chosen in (
-            ("attention", "mlp", NO_MLP, first),
-            ("mlp", "attention", NO_ATTENTION, sorted({*alone, *both})),
-        ):
+        captured: dict[str, dict[int, Any]] = {}
+        orders = ("attention", "mlp", NO_MLP, first), ("mlp", "attention", NO_ATTENTION, sorted({*alone, *both}))
+        for part, other, variant, chosen in orders:
             outputs: list[Any] = []
             module = getattr(block, self._parts[part]["zero"][0])
             handle = module.register_forward_hook(lambda m, args, output, outputs=outputs: outputs.append(output))
@@ -163,12 +157,12 @@ class BlockRunner:
                     done[i] |= {variant: y} if variant in items[i][1] else {}
             finally:
                 handle.remove()
-            heard[part] = dict(zip(chosen, outputs, strict=True))
+            captured[part] = dict(zip(chosen, outputs, strict=True))
         for i in both:
-            stood = {part: self._parts[part]["zero"][0] for part in heard}
-            modules = {name: getattr(block, name) for name in stood.values()}
-            for part, name in stood.items():
-                setattr(block, name, _Known(heard[part][i]))
+            names = {part: self._parts[part]["zero"][0] for part in captured}
+            modules = {name: getattr(block, name) for name in names.values()}
+            for part, name in names.items():
+                setattr(block, name, _CachedOutput(captured[part][i]))
             try:
                 done[i][KEPT] = self.call(index, block, items[i][0])
             finally:
@@ -176,15 +170,10 @@ class BlockRunner:
                     setattr(block, name, module)
 
     def _run(
-        self,
-        index: int,
-        block: nn.Module,
-        streams: list[torch.Tensor],
-        without: tuple[str, ...] = (),
-        *,
+        self, index: int, block: nn.Module, streams: list[torch.Tensor], without: tuple[str, ...] = (), *,
         stack: bool = True,
-    ) -> list[torch.Tensor]:
-        """A block without some of its parts, on many streams [rows, time, width], stacked where they are as long."""
+    ) -> list[torch.Tensor]:  # fmt: skip
+        """Run a block `without` parts on many streams [rows, time, width], stacked where their times are equal."""
         outputs: list[torch.Tensor] = [torch.empty(0)] * len(streams)
         with self.without_parts(block, without):
             for chunk in self._chunks(streams, stack):
@@ -192,17 +181,18 @@ class BlockRunner:
                 y = self.call(index, block, x)
                 for i, piece in zip(chunk, y.split([streams[i].shape[0] for i in chunk]), strict=True):
                     outputs[i] = piece
-                self.computed += x.shape[0] * x.shape[1] * len(self._alive[index] - set(without))
+                self.computed += x.shape[0] * x.shape[1] * len(self._present[index] - set(without))
         return outputs
 
     def _chunks(self, streams: list[torch.Tensor], stack: bool) -> Iterator[list[int]]:
+        """Yield numbers of streams of equal time, at most `chunk` tokens together, or one by one without `stack`."""
         by_time: dict[int, list[int]] = {}
         for i, stream in enumerate(streams):
             by_time.setdefault(stream.shape[1], []).append(i)
-        for time, found in by_time.items():
+        for time, numbers in by_time.items():
             chunk: list[int] = []
             rows = 0
-            for i in found:
+            for i in numbers:
                 if chunk and (not stack or (rows + streams[i].shape[0]) * time > self.chunk):
                     yield chunk
                     chunk, rows = [], 0
@@ -212,18 +202,18 @@ class BlockRunner:
 
     @contextmanager
     def without_parts(self, block: nn.Module, parts: tuple[str, ...]) -> Iterator[None]:
-        """Inside, `block` is without some of its parts."""
-        stood: dict[str, nn.Module] = {}
+        """Remove parts of `block` inside the context."""
+        original: dict[str, nn.Module] = {}
         for part in parts:
-            stood |= remove_part(block, self._parts[part])
+            original |= remove_part(block, self._parts[part])
         try:
             yield
         finally:
-            for name, module in stood.items():
+            for name, module in original.items():
                 setattr(block, name, module)
 
     def call(self, index: int, block: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
-        """The stream [rows, time, width] after block `index`, computed by `block`: itself, or what stands for it."""
+        """Return the stream [rows, time, width] after block `index`, computed by `block` or a stand-in for it."""
         shape = (x.shape[0], x.shape[1])
         if shape not in self._calls:
             self.embed(torch.zeros(shape, dtype=torch.int64, device=x.device))

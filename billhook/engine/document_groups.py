@@ -1,4 +1,4 @@
-"""Document groups: the portions of a token set in which plans are measured, dropped and stored."""
+"""Document groups: the parts of a token set in which plans are measured, dropped and stored."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 
 from billhook.data.token_sets import TokenSet
 
-GROUPS = 16  # about so many a token set, so that a bad plan can go after a fraction of it
-LEAST_TOKENS = 64  # of a group
+GROUPS = 16  # about how many a token set has, so that a bad plan is dropped after a fraction of it
+LEAST_TOKENS = 64  # per group
 
 
 @dataclass(frozen=True)
 class DocumentGroup:
-    """All rows of some documents. `counted`: which positions are tokens and not padding.
+    """All rows of a few documents.
 
-    `read`: at which positions the head reads, those counted; of choices, those before the tokens of a choice.
+    - `counted`: which positions are tokens and not padding.
+    - `read`: the positions that the head reads: those counted; for choices, those before the tokens of a choice.
     """
 
     documents: tuple[int, ...]
@@ -24,31 +25,31 @@ class DocumentGroup:
     counted: torch.Tensor  # [rows, time], bool
     read: torch.Tensor  # [rows, time], bool
     targets: torch.Tensor  # [read]: the next token, -100 where there is none
-    of: torch.Tensor  # [tokens]: index into `documents`
+    document_of: torch.Tensor  # [tokens]: index into `documents`
     rows: tuple[int, ...]  # of the token set; those of one document stand together
     row_of: torch.Tensor  # [read]: index into `rows`
     items: tuple[tuple[slice, int], ...] = ()  # of choices: where in `rows` each document is, and its right one
 
     @property
     def tokens(self) -> int:
-        return len(self.of)
+        return len(self.document_of)
 
 
 def document_groups(tokens: TokenSet, device: torch.device) -> list[DocumentGroup]:
-    """The documents of a token set, those with long rows first, so that little is padding."""
+    """Return the documents of a token set in groups, those with long rows first, so that little is padding."""
     rows: dict[int, list[int]] = {}
     for row, document in enumerate(tokens.documents):
         rows.setdefault(document, []).append(row)
-    longest = {d: max(tokens.lengths[r] for r in of) for d, of in rows.items()}
-    size = max(LEAST_TOKENS, tokens.tokens // GROUPS)
+    longest = {d: max(tokens.lengths[r] for r in own_rows) for d, own_rows in rows.items()}
+    least = max(LEAST_TOKENS, tokens.tokens // GROUPS)
     groups: list[list[int]] = []
-    held = 0
+    size = 0
     for document in sorted(rows, key=lambda d: (-longest[d], d)):
-        if not groups or held >= size:
+        if not groups or size >= least:
             groups.append([])
-            held = 0
+            size = 0
         groups[-1].append(document)
-        held += sum(tokens.lengths[r] for r in rows[document])
+        size += sum(tokens.lengths[r] for r in rows[document])
     return [_group(tokens, documents, rows, device) for documents in groups]
 
 

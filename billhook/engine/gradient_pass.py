@@ -1,9 +1,9 @@
-"""Gradients of the negative log-likelihood by the weights, one block's at a time.
+"""Gradients of the negative log-likelihood by the weights, one block at a time.
 
-A pass forward keeps the residual stream between all blocks; then, from the last block to the first, each is run once
-more, with a graph, and backward. Memory: the model's own, those streams, and the gradients of one block; a model that
-is larger than memory is read twice. The graph is built on stand-ins that share the teacher's tensors, so that neither
-its parameters nor their `grad` and `requires_grad` are touched.
+A forward pass keeps the residual stream between all blocks. Then each block, from the last to the first, runs once
+more with a graph, and backward. Memory: the model, those streams, and the gradients of one block; a model that is
+larger than memory is read twice. The graph is built on stand-ins that share the teacher's tensors, so that neither its
+parameters nor their `grad` and `requires_grad` change.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from billhook.engine.document_groups import DocumentGroup
 from billhook.engine.head import Head
 from billhook.models import structure
 
-# (w, g, f), each [..., outputs, inputs] -> a number; f is None unless asked for
-OfGradient = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+# (w, g, f), each [..., outputs, inputs] -> a number, or a value per element; f is None without `fisher`
+GradientFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(slots=True)
 class _Batch:
-    """Rows of as many tokens that go through a block together, and what is known of them."""
+    """Rows of equal length that pass a block together."""
 
     targets: torch.Tensor  # [rows, time]: the next token, -100 where there is none
     streams: list[torch.Tensor]  # [rows, time, width] each: before the first block, the second …
@@ -43,16 +43,16 @@ class _Batch:
         return int((self.targets >= 0).sum())
 
 
-def sum_over_gradients(bench: Measurer, function: OfGradient, fisher: bool) -> dict[ScoredUnit, Score]:
-    """Sum of function(w, g, f) over the weights of every site and block; see `Probe.sum_over_gradients`."""
-    found: dict[int, dict[ScoredUnit, Score]] = {}
+def sum_over_gradients(bench: Measurer, function: GradientFunction, fisher: bool) -> dict[ScoredUnit, Score]:
+    """Return the sum of function(w, g, f) over the weights of each site and block; see `Probe.sum_over_gradients`."""
+    sums: dict[int, dict[ScoredUnit, Score]] = {}
     for index, block, slopes, squares in gradients_by_block(bench, fisher):
         weights = dict(block.named_parameters())
         if fisher:
-            found[index] = sums_over_parameters(bench, index, block, function, weights, slopes, squares)
+            sums[index] = sums_over_parameters(bench, index, block, function, weights, slopes, squares)
         else:
-            found[index] = sums_over_parameters(bench, index, block, lambda w, g: function(w, g, None), weights, slopes)
-    return {unit: score for index in sorted(found) for unit, score in found[index].items()}
+            sums[index] = sums_over_parameters(bench, index, block, lambda w, g: function(w, g, None), weights, slopes)
+    return {unit: score for index in sorted(sums) for unit, score in sums[index].items()}
 
 
 Gradients = dict[str, torch.Tensor]  # by parameter of a block, in float32
@@ -61,26 +61,24 @@ Gradients = dict[str, torch.Tensor]  # by parameter of a block, in float32
 @torch.inference_mode(False)  # what is computed inside that mode cannot have a graph
 @torch.no_grad()
 def gradients_by_block(bench: Measurer, fisher: bool) -> Iterator[tuple[int, nn.Module, Gradients, Gradients]]:
-    """(index, block, gradients, mean squares of the gradients of rows if `fisher`), the last block first."""
+    """Yield (index, block, gradients, mean squares of the gradients of rows if `fisher`), the last block first."""
     _check_room(bench, fisher)
-    trunk = BlockRunner(
-        bench.teacher, bench.runner.chunk
-    )  # a fresh one: what the other knows was recorded without graphs
-    batches = [_Batch(t, [trunk.embed(ids)]) for ids, t in _rows(bench.groups, 1 if fisher else trunk.chunk)]
-    order = range(trunk.depth)
-    for index, block in zip(order, trunk.blocks(order), strict=True):
+    runner = BlockRunner(bench.teacher, bench.runner.chunk)  # the bench's own has recorded calls without graphs
+    batches = [_Batch(t, [runner.embed(ids)]) for ids, t in _rows(bench.groups, 1 if fisher else runner.chunk)]
+    order = range(runner.depth)
+    for index, block in zip(order, runner.blocks(order), strict=True):
         for batch in batches:
-            batch.streams.append(trunk.call(index, block, batch.streams[-1]))
+            batch.streams.append(runner.call(index, block, batch.streams[-1]))
     if not all(bool(torch.isfinite(batch.streams[-1][batch.targets >= 0]).all()) for batch in batches):
         final = dict(bench.walk.run([(g, 0) for g in range(len(bench.groups))], layers=True))
         bench.check_finite([final[g, 0] for g in range(len(bench.groups))])
-    _through_head(trunk, batches)
-    for index, block in zip(order[::-1], trunk.blocks(order[::-1]), strict=True):
-        yield index, block, *_through_block(trunk, index, block, batches, fisher)
+    _through_head(runner, batches)
+    for index, block in zip(order[::-1], runner.blocks(order[::-1]), strict=True):
+        yield index, block, *_through_block(runner, index, block, batches, fisher)
 
 
 def _check_room(bench: Measurer, fisher: bool) -> None:
-    """Raises ResourceError if streams and gradients would not fit into the probe's memory."""
+    """Raise ResourceError if streams and gradients would not fit into the probe's memory."""
     config, blocks = bench.teacher.model.config, structure.blocks_of(bench.teacher.model, bench.teacher.architecture)
     tokens = sum(group.ids.numel() for group in bench.groups)
     streams = (len(blocks) + 1) * tokens * int(config.hidden_size) * int(bench.teacher.model.dtype.itemsize)
@@ -95,7 +93,7 @@ def _check_room(bench: Measurer, fisher: bool) -> None:
 
 
 def _rows(groups: Sequence[DocumentGroup], tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(ids, targets) [rows, time] of at most so many tokens, but of at least one row."""
+    """Yield (ids, targets) [rows, time] of at most so many tokens, but of at least one row."""
     by_time: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for group in groups:
         targets = torch.full_like(group.ids, -100)
@@ -103,27 +101,27 @@ def _rows(groups: Sequence[DocumentGroup], tokens: int) -> Iterator[tuple[torch.
         by_time.setdefault(group.ids.shape[1], []).append((group.ids, targets))
     for time, pairs in by_time.items():
         rows = max(1, tokens // time)
-        ids, targets = (torch.cat(each).split(rows) for each in zip(*pairs, strict=True))
+        ids, targets = (torch.cat(parts).split(rows) for parts in zip(*pairs, strict=True))
         yield from zip(ids, targets, strict=True)
 
 
-def _through_head(trunk: BlockRunner, batches: Sequence[_Batch]) -> None:
-    """The slope of the summed loss by the stream after the last block, through head and final norm."""
-    at = [batch.targets >= 0 for batch in batches]
-    hidden = [trunk.final_norm(batch.streams[-1])[here] for batch, here in zip(batches, at, strict=True)]
-    targets = torch.cat([batch.targets[here] for batch, here in zip(batches, at, strict=True)])
-    slopes = Head(trunk.teacher, "nll", 0).nll_gradients(torch.cat(hidden), targets)
-    for batch, here, slope in zip(batches, at, slopes.split([len(h) for h in hidden]), strict=True):
+def _through_head(runner: BlockRunner, batches: Sequence[_Batch]) -> None:
+    """Set each batch's slope of the summed loss by the stream after the last block, through head and final norm."""
+    predicted = [batch.targets >= 0 for batch in batches]
+    hidden = [runner.final_norm(batch.streams[-1])[at] for batch, at in zip(batches, predicted, strict=True)]
+    targets = torch.cat([batch.targets[at] for batch, at in zip(batches, predicted, strict=True)])
+    slopes = Head(runner.teacher, "nll", 0).nll_gradients(torch.cat(hidden), targets)
+    for batch, at, slope in zip(batches, predicted, slopes.split([len(h) for h in hidden]), strict=True):
         x = batch.streams.pop().detach().requires_grad_()
         with torch.enable_grad():
-            read = trunk.final_norm(x)[here]
+            read = runner.final_norm(x)[at]
         (batch.slope,) = torch.autograd.grad(read, x, slope)
 
 
 def _through_block(
-    trunk: BlockRunner, index: int, block: nn.Module, batches: Sequence[_Batch], fisher: bool
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Gradients of the mean loss by each parameter, and their mean squares over rows if `fisher`, in float32.
+    runner: BlockRunner, index: int, block: nn.Module, batches: Sequence[_Batch], fisher: bool
+) -> tuple[Gradients, Gradients]:
+    """Return gradients of the mean loss by each parameter, and their mean squares over rows if `fisher`, in float32.
 
     The loss is summed until the end, so that half precision has no tiny gradients to lose. Each batch's `slope` moves
     to the stream before the block.
@@ -154,7 +152,7 @@ def _through_block(
         share = 1 / (max(1, batch.predicted) * predicted)
         x = batch.streams.pop().detach().requires_grad_()
         with torch.enable_grad():
-            y = trunk.call(index, called, x)
+            y = runner.call(index, called, x)
         torch.autograd.backward(y, batch.slope)
         assert x.grad is not None
         batch.slope = x.grad

@@ -1,18 +1,18 @@
-"""From what the head reads to losses, without the logits of the whole set.
+"""Losses from the head's inputs, without the logits of the whole set.
 
 For a linear head z = W h + b the divergence needs no logits of the teacher; u_t = Wᵀ softmax(z_p) is a row of floats:
 
     KL_t = lse(z_q) - lse(z_p) - u_t · (h_q - h_p)
 
-and lse(z_q) is summed up over pieces of the vocabulary. Over the words S that hold nearly all of the teacher's
-probability it costs a fraction, and the rest of the vocabulary has, by Jensen's inequality, at least
+and lse(z_q) is summed over pieces of the vocabulary. Over the words S with nearly all of the teacher's probability it
+costs a fraction, and the rest of the vocabulary has, by Jensen's inequality, at least
 
     Σ_{v not in S} exp(z_q,v) ≥ m_t · exp(lse(z_p) + ū_t · (h_q - h_p)),
 
-m_t = the teacher's probability outside S, ū_t its mean row of W there: a lower bound of KL for d floats a token more.
+m_t = the teacher's probability outside S, ū_t its mean row of W there: a lower bound of KL for d more floats per token.
 
-Losses that only see lengths of logits and angles between them are computed from R h, where RᵀR = WᵀW: as many numbers
-as h has, in the place of the vocabulary, with the same lengths and angles.
+Losses that depend only on lengths of logits and angles between them are computed from R h, where RᵀR = WᵀW: it has the
+size of h instead of the vocabulary's, and the same lengths and angles.
 """
 
 from __future__ import annotations
@@ -29,41 +29,41 @@ from billhook.models.load import Teacher
 
 VOCABULARY_AT_A_TIME = 8192
 HEAD_TOKENS_AT_A_TIME = 1024
-LOGITS_BYTES = 2**26  # of one document's logits, where a loss needs them whole
-COVERED = 0.98  # of the teacher's probability, by the words that a bound looks at
-LEAST_OUTSIDE = 1e-3  # of the probability
+LOGITS_BYTES = 2**26  # per document, where a loss needs whole logits
+COVERED = 0.98  # share of the teacher's probability that the words of a bound cover
+LEAST_OUTSIDE = 1e-3  # least probability outside the bound's words that counts
 WORTH_BOUNDING = 0.5  # the largest share of the vocabulary for which a bound is cheaper than the loss
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What losses need to know of the teacher on one document group; all over its counted tokens, in float32."""
+    """Values of the teacher that losses need on one document group; all over its counted tokens, in float32."""
 
-    hidden: torch.Tensor  # [tokens, width], what its head read; [0, width] where the loss does not ask the teacher
+    hidden: torch.Tensor  # [tokens, width], the head's inputs; [0, width] where the loss does not need the teacher
     targets: torch.Tensor  # [tokens], -100 where there is none
     lse: torch.Tensor | None = None  # [tokens]
     mean_row: torch.Tensor | None = None  # u: [tokens, width]
     rest: torch.Tensor | None = None  # lse over the words that are not in the bound, or not in `top`: [tokens]
     rest_row: torch.Tensor | None = None  # ū: [tokens, width]
     top: torch.Tensor | None = None  # the likeliest words: [tokens, k]
-    top_logits: torch.Tensor | None = None  # theirs: [tokens, k]
+    top_logits: torch.Tensor | None = None  # logits of `top`: [tokens, k]
 
     def at(self, picked: slice) -> Reference:
-        """The reference of some of the tokens."""
+        """Return the reference of the picked tokens."""
         parts = (getattr(self, field.name) for field in fields(self))
         return Reference(*(None if x is None else x[picked] for x in parts))  # type: ignore[arg-type]
 
 
-HeadBatch = tuple[
-    torch.Tensor, Reference
-]  # what the heads of some students read [plans, tokens, width], and the teacher
+HeadBatch = tuple[torch.Tensor, Reference]  # inputs of students' heads [plans, tokens, width], and the teacher
 
 
 class Head:
-    """The output embedding of one teacher and the losses that it knows a short way for."""
+    """Output embedding of one teacher, with fast ways to its losses.
+
+    `room`: bytes that a copy of the bound's rows may take.
+    """
 
     def __init__(self, teacher: Teacher, loss: str, room: int) -> None:
-        """`room`: bytes that a copy of the bound's rows may take."""
         model, row = teacher.model, teacher.architecture
         self._teacher, self.loss, self._room = teacher, loss, room
         self._facts = loss_facts(loss)
@@ -75,7 +75,7 @@ class Head:
         self._cap: float | None = getattr(model.config, row.head_softcap, None) if row.head_softcap else None
         self._picked: torch.Tensor | None = None  # words of the bound
         self._rows: torch.Tensor | None = None  # their rows of W
-        self._rotated: tuple[torch.Tensor, torch.Tensor | None] | None = None  # R, and what it makes of the bias
+        self._rotated: tuple[torch.Tensor, torch.Tensor | None] | None = None  # R, and the rotated bias
 
     @property
     def bounds(self) -> bool:
@@ -85,7 +85,7 @@ class Head:
     # -- logits -----------------------------------------------------------------------------------------------------
 
     def _pieces(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first word, rows of W in float32 [words, width]) over the vocabulary, in order."""
+        """Yield (first word, rows of W in float32 [words, width]) over the vocabulary, in order."""
         weights = self._teacher.weights
         first = 0
         streamed = weights is not None
@@ -103,9 +103,9 @@ class Head:
         return None if self._bias is None else self._bias[first : first + count]
 
     def _lse(self, all_hidden: list[torch.Tensor]) -> list[torch.Tensor]:
-        """log Σ exp of the logits of each [tokens, width]: [tokens] each. Reads the head once."""
+        """Return log Σ exp of the logits, [tokens], for each [tokens, width]. Reads the head once."""
         sizes = [len(hidden) for hidden in all_hidden]
-        if len(sizes) > 1 and sum(sizes) <= 4 * HEAD_TOKENS_AT_A_TIME:  # small ones are faster together
+        if len(sizes) > 1 and sum(sizes) <= 4 * HEAD_TOKENS_AT_A_TIME:  # small tensors are faster together
             return list(self._lse([torch.cat(all_hidden)])[0].split(sizes))
         totals = [torch.full(hidden.shape[:1], -torch.inf, device=hidden.device) for hidden in all_hidden]
         for first, rows in self._pieces():
@@ -118,7 +118,7 @@ class Head:
     # -- the teacher ------------------------------------------------------------------------------------------------
 
     def references(self, hidden: list[torch.Tensor], targets: list[torch.Tensor]) -> list[Reference]:
-        """The teacher's side, from what its head read on each document group ([tokens, width]) and the targets."""
+        """Return the teacher's references, from its head's inputs [tokens, width] and targets by document group."""
         if self.loss == "topk_kl":
             return self._with_top(hidden, targets)
         if self._facts.rotation_free and self._cap is None:
@@ -126,28 +126,28 @@ class Head:
         if self.loss != "kl" and self._facts.terms is None:
             return [Reference(h, t) for h, t in zip(hidden, targets, strict=True)]
         if self.loss != "kl" or self._cap is not None:
-            return [Reference(*each) for each in zip(hidden, targets, self._lse(hidden), strict=True)]
+            return [Reference(*values) for values in zip(hidden, targets, self._lse(hidden), strict=True)]
         sizes = [len(h) for h in hidden]
-        everything = torch.cat(hidden)
-        lse = self._lse([everything])[0]
-        mean_row = torch.zeros_like(everything)
-        mass = torch.zeros(self.words, device=everything.device)
+        joined = torch.cat(hidden)
+        lse = self._lse([joined])[0]
+        mean_row = torch.zeros_like(joined)
+        mass = torch.zeros(self.words, device=joined.device)
         for first, rows in self._pieces():
             bias = self._bias_of(first, len(rows))
-            for h, at, u in zip(*(x.split(HEAD_TOKENS_AT_A_TIME) for x in (everything, lse, mean_row)), strict=True):
+            for h, at, u in zip(*(x.split(HEAD_TOKENS_AT_A_TIME) for x in (joined, lse, mean_row)), strict=True):
                 p = (self._logits(h, rows, bias) - at[:, None]).exp()
                 u += p @ rows
                 mass[first : first + len(rows)] += p.sum(0)
-        rest, rest_row = self._choose_words(everything, lse, mean_row, mass)
+        rest, rest_row = self._choose_words(joined, lse, mean_row, mass)
         parts = [x.split(sizes) if x is not None else [None] * len(sizes) for x in (lse, mean_row, rest, rest_row)]
-        return [Reference(*each) for each in zip(hidden, targets, *parts, strict=True)]
+        return [Reference(*values) for values in zip(hidden, targets, *parts, strict=True)]
 
     def _choose_words(
         self, hidden: torch.Tensor, lse: torch.Tensor, mean_row: torch.Tensor, mass: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Pick the words of the bound; log of what is outside and the mean row there, or nothing if it is not worth it.
+        """Choose the words of the bound; return the lse outside and the mean row there, or None twice if it costs more.
 
-        `mass` [words]: the teacher's probability of every word, summed over the tokens.
+        `mass` [words]: the teacher's probability of each word, summed over the tokens.
         """
         order = mass.argsort(descending=True)
         sorted_mass = mass[order].cpu().double()
@@ -165,19 +165,19 @@ class Head:
                                   strict=True):  # fmt: skip
             p = (self._logits(h, self._rows, bias) - at[:, None]).exp()
             outside = 1 - p.sum(-1)
-            some = outside > LEAST_OUTSIDE  # below, what is left of the differences is rounding: the bound does without
-            r[:] = torch.where(some[:, None], (u - p @ self._rows) / outside[:, None], 0.0)
-            m[:] = torch.where(some, outside.log() + at, -torch.inf)
+            enough = outside > LEAST_OUTSIDE  # below it the differences are rounding, and the bound leaves them out
+            r[:] = torch.where(enough[:, None], (u - p @ self._rows) / outside[:, None], 0.0)
+            m[:] = torch.where(enough, outside.log() + at, -torch.inf)
         return rest, rest_row
 
     def _with_top(self, hidden: list[torch.Tensor], targets: list[torch.Tensor]) -> list[Reference]:
-        """References that know the likeliest words: the best of every piece and of those so far are kept."""
-        everything = torch.cat(hidden)
-        chunks = everything.split(HEAD_TOKENS_AT_A_TIME)
+        """Return references with the likeliest words, chosen anew from each piece and the best so far."""
+        joined = torch.cat(hidden)
+        chunks = joined.split(HEAD_TOKENS_AT_A_TIME)
         best = [(h.new_empty(len(h), 0), h.new_empty(len(h), 0, dtype=torch.int64)) for h in chunks]
-        rest = torch.full(everything.shape[:1], -torch.inf, device=everything.device)
+        rest = torch.full(joined.shape[:1], -torch.inf, device=joined.device)
         for first, rows in self._pieces():
-            words = torch.arange(first, first + len(rows), device=everything.device)
+            words = torch.arange(first, first + len(rows), device=joined.device)
             for i, (h, others) in enumerate(zip(chunks, rest.split(HEAD_TOKENS_AT_A_TIME), strict=True)):
                 known, ids = best[i]
                 values = torch.cat((known, self._logits(h, rows, self._bias_of(first, len(rows)))), -1)
@@ -195,9 +195,9 @@ class Head:
         ]
 
     def _rotate(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """R [n, width] and c [n] such that R h + c has for all h the lengths and angles of W h + b; n <= width + 1.
+        """Return R [n, width] and c [n] such that R h + c has the lengths and angles of W h + b; n <= width + 1.
 
-        Summed and factored in float64, on the CPU where the device has none.
+        Summed and factored in float64, on the CPU where the device lacks it.
         """
         device = self._embedding.weight.device if self._teacher.weights is None else self._teacher.device
         place = float64_place(device)
@@ -209,7 +209,7 @@ class Head:
             whole = whole.to(place).double()
             gram.addmm_(whole.T, whole)
         factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
-        if failed:  # W has less than full rank: slower, the same up to rounding
+        if failed:  # W has less than full rank: slower, equal up to rounding
             values, vectors = torch.linalg.eigh(gram)
             factor = values.clamp(min=0).sqrt()[:, None] * vectors.T
         factor = factor.float().to(device)
@@ -218,7 +218,7 @@ class Head:
     # -- students ---------------------------------------------------------------------------------------------------
 
     def bound(self, hidden: torch.Tensor, reference: Reference) -> torch.Tensor:
-        """A lower bound of every token's KL, up to rounding: `hidden` [plans, tokens, width] -> [plans, tokens]."""
+        """Return a lower bound of each token's KL, up to rounding: [plans, tokens], like `hidden` without its width."""
         assert self._rows is not None
         assert self._picked is not None
         bias = None if self._bias is None else self._bias[self._picked]
@@ -233,18 +233,18 @@ class Head:
         return torch.logaddexp(inside, reference.rest + outside) - reference.lse - along
 
     def _moved(self, hidden: torch.Tensor, reference: Reference, *rows: torch.Tensor) -> list[torch.Tensor]:
-        """(h_q - h_p) times each of `rows` [tokens, width], scaled as the head scales: [plans, tokens] each."""
-        found = _dots(hidden - reference.hidden, *rows)
-        return found if self._scale == 1.0 else [x * self._scale for x in found]
+        """Return (h_q - h_p) times each of `rows` [tokens, width], scaled like the head: [plans, tokens] each."""
+        products = _dots(hidden - reference.hidden, *rows)
+        return products if self._scale == 1.0 else [x * self._scale for x in products]
 
     def losses(self, batches: list[HeadBatch]) -> list[torch.Tensor]:
-        """The loss of every token of each batch ([plans, tokens, width] and its reference): [plans, tokens]."""
+        """Return the loss of each token of each batch ([plans, tokens, width] and its reference): [plans, tokens]."""
         if self.loss == "kl" and self._cap is not None:
             return self._capped_kl(batches)
         if self.loss == "topk_kl":
             return self._topk_kl(batches)
         if self.loss not in ("kl", "nll") and self._facts.terms is None:
-            return [self._plainly(hidden, reference) for hidden, reference in batches]
+            return [self._from_logits(hidden, reference) for hidden, reference in batches]
         flat = self._lse([hidden.flatten(0, 1) for hidden, _ in batches])
         lse = [x.view(hidden.shape[:2]) for x, (hidden, _) in zip(flat, batches, strict=True)]
         if self._facts.terms is not None:
@@ -267,33 +267,33 @@ class Head:
         return (lse - z).masked_fill(reference.targets < 0, 0.0)
 
     def nll_gradients(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """d nll / d hidden of every token: [tokens, width], as `hidden`. Each has a target: [tokens].
+        """Return d nll / d hidden of each token, [tokens, width] like `hidden`. Each token has a target: [tokens].
 
         A streamed head is read twice.
         """
-        found = torch.zeros_like(hidden)
+        gradients = torch.zeros_like(hidden)
         lse = self._lse([hidden])[0]
         for first, rows in self._pieces():
             bias = self._bias_of(first, len(rows))
-            for parts in zip(*(x.split(HEAD_TOKENS_AT_A_TIME) for x in (hidden, lse, targets, found)), strict=True):
-                h, at, target, out = parts
+            parts = (x.split(HEAD_TOKENS_AT_A_TIME) for x in (hidden, lse, targets, gradients))
+            for h, at, target, out in zip(*parts, strict=True):
                 z = self._logits(h, rows, bias)
                 slope = (z - at[:, None]).exp()  # of the loss by the logits: [tokens, words]
                 here = ((target >= first) & (target < first + len(rows))).nonzero()[:, 0]
                 slope[here, target[here] - first] -= 1
                 slope *= self._scale * (1 - (z / self._cap) ** 2 if self._cap else 1.0)
                 out += slope @ rows
-        return found
+        return gradients
 
     def _walk(self, batches: list[HeadBatch]) -> Iterator[tuple[int, torch.Tensor, int, slice]]:
-        """Every piece of the head with some tokens of every batch: (first word, rows of W, batch, tokens)."""
+        """Yield each piece of the head with slices of each batch: (first word, rows of W, batch, tokens)."""
         for first, rows in self._pieces():
             for number, (hidden, _) in enumerate(batches):
                 for start in range(0, hidden.shape[1], HEAD_TOKENS_AT_A_TIME):
                     yield first, rows, number, slice(start, start + HEAD_TOKENS_AT_A_TIME)
 
     def _both(self, batches: list[HeadBatch]) -> Iterator[tuple[int, int, slice, torch.Tensor, torch.Tensor]]:
-        """Logits of teacher and student, piece by piece: (batch, plan, tokens, z_p, z_q), z: [tokens, words]."""
+        """Yield the logits of teacher and student by piece: (batch, plan, tokens, z_p, z_q), z: [tokens, words]."""
         for first, rows, number, at in self._walk(batches):
             bias = self._bias_of(first, len(rows))
             hidden, reference = batches[number]
@@ -302,7 +302,7 @@ class Head:
                 yield number, plan, at, teacher, self._logits(student, rows, bias)
 
     def _capped_kl(self, batches: list[HeadBatch]) -> list[torch.Tensor]:
-        """KL through a head that is not linear: the same sums, over logits of both sides."""
+        """Return KL through a head that is not linear: the sums of `_kl`, over logits of both sides."""
         lse = [torch.full(hidden.shape[:2], -torch.inf, device=hidden.device) for hidden, _ in batches]
         along = [torch.zeros(hidden.shape[:2], device=hidden.device) for hidden, _ in batches]
         for i, plan, at, teacher, student in self._both(batches):
@@ -316,7 +316,7 @@ class Head:
         return [x - y for x, y in zip(lse, along, strict=True)]
 
     def _over_words(self, batches: list[HeadBatch], lse: list[torch.Tensor], terms: WordTerms) -> list[torch.Tensor]:
-        """Losses that are sums over words, from log-probabilities of both sides."""
+        """Return losses that are sums over words, from log-probabilities of both sides."""
         values = [torch.zeros(hidden.shape[:2], device=hidden.device) for hidden, _ in batches]
         for i, plan, at, teacher, student in self._both(batches):
             reference = batches[i][1].lse
@@ -325,10 +325,10 @@ class Head:
         return values
 
     def _topk_kl(self, batches: list[HeadBatch]) -> list[torch.Tensor]:
-        """lse(z_q) - lse(z_p) - the mean under the teacher of z_q - z_p; of the other words, z is the lse of theirs."""
+        """Return lse(z_q) - lse(z_p) - the teacher's mean of z_q - z_p; all other words count as one."""
         top = [torch.full(hidden.shape[:2], -torch.inf, device=hidden.device) for hidden, _ in batches]
-        rest = [each.clone() for each in top]
-        along = [torch.zeros_like(each) for each in top]
+        rest = [x.clone() for x in top]
+        along = [torch.zeros_like(x) for x in top]
         for first, rows, i, at in self._walk(batches):
             hidden, reference = batches[i][0], batches[i][1].at(at)
             assert reference.top is not None
@@ -345,36 +345,36 @@ class Head:
                 top[i][plan, at] = torch.logaddexp(top[i][plan, at], inside.logsumexp(-1))
                 rest[i][plan, at] = torch.logaddexp(rest[i][plan, at], z.logsumexp(-1))
                 along[i][plan, at] = along[i][plan, at].index_add(0, token, p * (after - before))
-        found = []
+        losses = []
         for inside, outside, moved, (_, reference) in zip(top, rest, along, batches, strict=True):
             assert reference.lse is not None
             assert reference.rest is not None
             others = (reference.rest - reference.lse).exp() * (outside - reference.rest)
-            found.append(torch.logaddexp(inside, outside) - reference.lse - moved - others)
-        return found
+            losses.append(torch.logaddexp(inside, outside) - reference.lse - moved - others)
+        return losses
 
-    def _plainly(self, hidden: torch.Tensor, reference: Reference) -> torch.Tensor:
-        """Any registered loss, from logits, or what stands for them, of a few tokens at a time."""
+    def _from_logits(self, hidden: torch.Tensor, reference: Reference) -> torch.Tensor:
+        """Return any registered loss, from logits, or their rotation, of a few tokens at a time."""
         token_loss = LOSSES[self.loss]
         values = torch.empty(hidden.shape[:2], device=hidden.device)
         words = self.words if self._rotated is None else len(self._rotated[0])
         few = max(1, min(HEAD_TOKENS_AT_A_TIME, LOGITS_BYTES // (4 * words)))
         for start in range(0, hidden.shape[1], few):
             at = slice(start, start + few)
-            teacher, targets = self._seen(reference.hidden[at]), reference.targets[at]
+            teacher, targets = self._loss_inputs(reference.hidden[at]), reference.targets[at]
             together = max(1, few // len(targets))
             for students, out in zip(hidden.split(together), values.split(together), strict=True):
-                logits = self._seen(students[:, at].flatten(0, 1)).split(len(targets))
+                logits = self._loss_inputs(students[:, at].flatten(0, 1)).split(len(targets))
                 for i, student in enumerate(logits):
                     out[i, at] = token_loss(teacher, student, targets)
         return values
 
-    def _seen(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits, or numbers of the same lengths and angles if the loss is content with these: [tokens, any]."""
+    def _loss_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits, or for a rotation-free loss numbers of equal lengths and angles: [tokens, any]."""
         return self.logits(hidden) if self._rotated is None else self._logits(hidden, *self._rotated)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[tokens, vocabulary], for few tokens."""
+        """Return the logits [tokens, vocabulary] of few tokens."""
         logits = torch.empty(len(hidden), self.words, device=hidden.device)
         for first, rows in self._pieces():
             logits[:, first : first + len(rows)] = self._logits(hidden, rows, self._bias_of(first, len(rows)))
@@ -382,7 +382,7 @@ class Head:
 
 
 def _dots(hidden: torch.Tensor, *rows: torch.Tensor) -> list[torch.Tensor]:
-    """`hidden` [plans, tokens, width] times each of `rows` [tokens, width], token by token: [plans, tokens] each."""
-    together = torch.stack(rows, dim=-1)  # [tokens, width, kinds]
-    found = torch.bmm(hidden.transpose(0, 1), together)  # [tokens, plans, kinds]: reads `hidden` once
-    return [found[:, :, k].T for k in range(len(rows))]
+    """Return `hidden` [plans, tokens, width] times each of `rows` [tokens, width] by token: [plans, tokens] each."""
+    stacked = torch.stack(rows, dim=-1)  # [tokens, width, kinds]
+    products = torch.bmm(hidden.transpose(0, 1), stacked)  # [tokens, plans, kinds]: reads `hidden` once
+    return [products[:, :, k].T for k in range(len(rows))]

@@ -1,6 +1,6 @@
-"""How far a student is from its teacher, or from the data, token by token. Registered; accumulated in float32.
+"""Losses: the distance of a student from its teacher, or from the data, by token. Accumulated in float32.
 
-In nats, but for `angular` (radians) and `norm` (logits).
+In nats, except `angular` (radians) and `norm` (logits).
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ WordTerms = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # log-probabil
 
 @dataclass(frozen=True, slots=True)
 class LossFacts:
-    """What a loss states of itself in its decorator.
+    """Facts that a loss states in its decorator.
 
-    `unit`: of its values. `never_negative`: no token's value is below 0, so that a sum over some documents bounds the
-    whole and bad candidates are dropped early. `counts_targets`: it counts predicted tokens, and the last token of a
-    row has no target. `rotation_free`: it is the same if both sides' logits are rotated, so that it is computed from
-    inner products alone. `terms`: it is a sum over words of these terms, and is computed over pieces of the vocabulary.
+    - `unit`: of its values.
+    - `never_negative`: no token's value is below 0, so that a partial sum bounds the whole and bad candidates are
+      dropped early.
+    - `counts_targets`: it counts predicted tokens; the last token of a row has no target.
+    - `rotation_free`: rotating both sides' logits does not change it, so that inner products suffice.
+    - `terms`: it is a sum over words of these terms, computed over pieces of the vocabulary.
     """
 
     unit: str = "nats"
@@ -47,31 +49,21 @@ ITEM_LOSSES: RegistryWithFacts[ItemLoss, LossFacts] = RegistryWithFacts("task_lo
 
 @overload
 def loss(function: TokenLoss, /) -> TokenLoss:
-    """Add a function that states nothing."""
+    """Add a loss without facts."""
 
 
 @overload
 def loss(
-    *,
-    unit: str = ...,
-    never_negative: bool = ...,
-    counts_targets: bool = ...,
-    rotation_free: bool = ...,
+    *, unit: str = ..., never_negative: bool = ..., counts_targets: bool = ..., rotation_free: bool = ...,
     terms: WordTerms | None = ...,
-) -> Callable[[TokenLoss], TokenLoss]:
-    """Return the decorator that adds a function with what it states."""
+) -> Callable[[TokenLoss], TokenLoss]:  # fmt: skip
+    """Return the decorator that adds a loss with these facts."""
 
 
 def loss(
-    function: TokenLoss | None = None,
-    /,
-    *,
-    unit: str = "nats",
-    never_negative: bool = False,
-    counts_targets: bool = False,
-    rotation_free: bool = False,
-    terms: WordTerms | None = None,
-) -> TokenLoss | Callable[[TokenLoss], TokenLoss]:
+    function: TokenLoss | None = None, /, *, unit: str = "nats", never_negative: bool = False,
+    counts_targets: bool = False, rotation_free: bool = False, terms: WordTerms | None = None,
+) -> TokenLoss | Callable[[TokenLoss], TokenLoss]:  # fmt: skip
     """Add a loss over tokens under its own name, with its facts: see LossFacts."""
     add = LOSSES.add_with(LossFacts(unit, never_negative, counts_targets, rotation_free, terms))
     return add if function is None else add(function)
@@ -79,12 +71,12 @@ def loss(
 
 @overload
 def item_loss(function: ItemLoss, /) -> ItemLoss:
-    """Add a function that states nothing."""
+    """Add an item loss without facts."""
 
 
 @overload
 def item_loss(*, unit: str = ..., never_negative: bool = ...) -> Callable[[ItemLoss], ItemLoss]:
-    """Return the decorator that adds a function with what it states."""
+    """Return the decorator that adds an item loss with these facts."""
 
 
 def item_loss(
@@ -96,7 +88,7 @@ def item_loss(
 
 
 def loss_facts(name: str) -> LossFacts:
-    """Return what a loss, over tokens or over items, states of itself. Raises UnknownName."""
+    """Return the facts of a loss over tokens or over items. Raises UnknownName."""
     return ITEM_LOSSES.facts(name) if name in ITEM_LOSSES else LOSSES.facts(name)
 
 
@@ -119,7 +111,7 @@ def kl(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> t
 
 
 def js_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """What every word adds to `js`, from log-probabilities of both sides, [tokens, words]."""
+    """Return the terms of `js` by word, from log-probabilities of both sides, [tokens, words]."""
     middle = torch.logaddexp(p, q) - math.log(2)
     return 0.5 * (p.exp() * (p - middle) + q.exp() * (q - middle))
 
@@ -129,7 +121,7 @@ def js(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> t
     """Jensen-Shannon divergence of the next-token distributions, in nats, between 0 and log 2; symmetric.
 
     `teacher`, `student`: logits [tokens, vocabulary]; `targets`: [tokens] (not used). Returns [tokens]. Deviation:
-    the textbook definition; FinerCut's code computes KL(M || P) in the place of KL(P || M).
+    the textbook definition; FinerCut's code computes KL(M || P) instead of KL(P || M).
 
     Formula: (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2
     Cost: the head four times: logits of both sides, twice.
@@ -139,7 +131,7 @@ def js(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor) -> t
 
 
 def finercut_js_terms(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """What every word adds to `finercut_js`, from log-probabilities of both sides, [tokens, words]."""
+    """Return the terms of `finercut_js` by word, from log-probabilities of both sides, [tokens, words]."""
     middle = torch.logaddexp(p, q) - math.log(2)
     return middle.exp() * (middle - 0.5 * (p + q))
 
@@ -178,12 +170,12 @@ def topk_kl(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor)
 
 
 def top_count(words: int) -> int:
-    """How many tokens of a vocabulary of `words` `topk_kl` tells apart; some are always left for the bucket."""
+    """Return how many tokens of a vocabulary of `words` `topk_kl` tells apart; the bucket is never empty."""
     return min(TOP_K, words // 2)
 
 
 def topk_and_rest(logits: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    """Logits [tokens, words] of the words `top` [tokens, k] and, last, of all others together: [tokens, k + 1]."""
+    """Return the logits of the words `top` [tokens, k] and, last, of all others together: [tokens, k + 1]."""
     others = logits.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat((logits.gather(-1, top), others), -1)
 
@@ -197,7 +189,7 @@ def angular(teacher: torch.Tensor, student: torch.Tensor, targets: torch.Tensor)
     where they are almost parallel, where arccos is not.
 
     Formula: arccos(clamp(z_p·z_q / (||z_p|| ||z_q||), 0, 1))
-    Cost: width² a token, through the inner products of the head's rows; the whole head where it is soft-capped.
+    Cost: width² per token, through the inner products of the head's rows; the whole head where it is soft-capped.
     Source: Zhang et al. 2024, FinerCut (arXiv 2405.18218), its `angular_distance`.
     """
     u, v = F.normalize(teacher.float(), dim=-1), F.normalize(student.float(), dim=-1)
@@ -270,7 +262,7 @@ def task_error(log_probabilities: torch.Tensor, gold: int) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LossSpec:
-    """A loss by `name`; of a task, the `file` of its items."""
+    """A loss by `name`, with the `file` of a task's items."""
 
     name: str
     file: str | None = None
@@ -280,9 +272,9 @@ class LossSpec:
 
 
 def parse_loss(spelled: str) -> LossSpec:
-    """A loss as a recipe spells it: `kl`, or `task:FILE`.
+    """Return the loss that a recipe spells `kl`, or `task:FILE`.
 
-    Raises UnknownName, or UsageError for a task loss without a file and for a file where none belongs.
+    Raises UnknownName, or UsageError for a task loss without a file and for a file with another loss.
     """
     name, _, file = spelled.partition(":")
     known = (*LOSSES, *ITEM_LOSSES)

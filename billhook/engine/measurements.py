@@ -1,4 +1,4 @@
-"""What is known of one batch of plans, piece by piece. No torch."""
+"""Measurements of one batch of plans, piece by piece. No torch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ Pieces = Mapping[Quality, Mapping[DocumentIds, Sums]]
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What was known of a plan before: its loss, or sums of some document groups by quality."""
+    """Cached measurements of a plan: its loss, or sums of document groups by quality."""
 
     loss: Loss | None = None
     pieces: Pieces = field(default_factory=dict)
 
 
 class PieceTable:
-    """Sums of pieces by quality. `documents[g]`: the documents of group g; `recalled[p]`: what was known of plan p.
+    """Sums of pieces by quality.
 
-    What was recalled counts only when it is asked for, so that a search decides as if it had measured it. `instead`: a
-    full piece may stand for a bound, which changes nothing that is exact.
+    - `documents[g]`: the documents of group g.
+    - `recalled[p]`: the cached measurements of plan p. They count only once requested, so that a search decides as if
+      it had measured them.
+    - `instead`: a full piece may replace a bound, which does not change exact results.
     """
 
     def __init__(self, documents: Sequence[DocumentIds], recalled: Sequence[Known], instead: bool) -> None:
@@ -42,7 +44,7 @@ class PieceTable:
                     self._recalled["full"][plan, group] = tuple(known.loss.sums[d] for d in members)
 
     def reuse(self, quality: Quality, pieces: Sequence[Piece]) -> list[Piece]:
-        """Let in what was recalled of `pieces`; returns those that must be measured."""
+        """Add the recalled ones of `pieces`; return those that must be measured."""
         for piece in pieces:
             for kind in (quality, "full") if self._instead else (quality,):
                 if piece in self._recalled[kind]:
@@ -50,48 +52,48 @@ class PieceTable:
         return [piece for piece in pieces if self.known(quality, piece) is None]
 
     def known(self, quality: Quality, piece: Piece) -> Sums | None:
-        """A piece in the quality asked for, or the full one where that may stand for it."""
-        found = self._sums[quality].get(piece)
-        return self._sums["full"].get(piece) if found is None and self._instead else found
+        """Return a piece in this quality, or the full one where that may replace it; None if neither is known."""
+        sums = self._sums[quality].get(piece)
+        return self._sums["full"].get(piece) if sums is None and self._instead else sums
 
     def sums(self, quality: Quality, piece: Piece) -> Sums:
-        """A piece that is known."""
-        found = self.known(quality, piece)
-        assert found is not None
-        return found
+        """Return a piece that is known."""
+        sums = self.known(quality, piece)
+        assert sums is not None
+        return sums
 
     def add(self, quality: Quality, sums: Mapping[Piece, Sums]) -> None:
         self._sums[quality].update(sums)
 
     def complete(self) -> set[int]:
-        """Plans that are known in full."""
+        """Return the plans that are known in full."""
         groups = range(len(self._documents))
         return {p for p in range(self._plans) if all((p, g) in self._sums["full"] for g in groups)}
 
     def share(self) -> float:
-        """Of all pieces, how many are known in some quality."""
+        """Return the share of all pieces that are known in any quality."""
         known = self._sums["full"].keys() | self._sums["bound"].keys() | self._sums["sample"].keys()
         return len(known) / (self._plans * len(self._documents))
 
     def by_document(self, plan: int) -> dict[int, float]:
-        """Nats by document of one plan, of the groups that are known, each in its best quality."""
-        told: dict[int, float] = {}
+        """Return nats by document of one plan, for the groups that are known, each in its best quality."""
+        nats: dict[int, float] = {}
         for group, members in enumerate(self._documents):
-            found = [kind[plan, group] for kind in self._sums.values() if (plan, group) in kind]
-            told |= dict(zip(members, found[0], strict=True)) if found else {}
-        return told
+            known = [sums[plan, group] for sums in self._sums.values() if (plan, group) in sums]
+            nats |= dict(zip(members, known[0], strict=True)) if known else {}
+        return nats
 
     def total(self, plan: int) -> float:
-        """Nats of a plan that is complete."""
+        """Return the nats of a plan that is complete."""
         return math.fsum(x for g in range(len(self._documents)) for x in self._sums["full"][plan, g])
 
     def most_measured(self) -> int:
-        """The plan that was measured on the most groups; of several the one with the fewest nats."""
-        told = [self.by_document(plan) for plan in range(self._plans)]
-        return min(range(self._plans), key=lambda p: (-len(told[p]), math.fsum(told[p].values()), p))
+        """Return the plan that was measured on the most groups; of several the one with the fewest nats."""
+        nats = [self.by_document(plan) for plan in range(self._plans)]
+        return min(range(self._plans), key=lambda p: (-len(nats[p]), math.fsum(nats[p].values()), p))
 
     def gap_to(self, plan: int, leader: int) -> float | None:
-        """How much a plan is above another, in nats per group, over the groups in which both are known alike."""
+        """Return how far a plan is above another, in nats per group, over groups known in the same quality."""
         for quality in ("bound", "sample", "full"):
             sums = self._sums[quality]
             both = [g for g in range(len(self._documents)) if (plan, g) in sums and (leader, g) in sums]

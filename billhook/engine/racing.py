@@ -1,7 +1,7 @@
-"""Which pieces of a batch of plans have to be measured. Pure: no torch; generators that want pieces and get their sums.
+"""Choice of the pieces to measure for a batch of plans. Pure: generators that request pieces and are sent their sums.
 
 A piece is one plan on one document group, in one of three qualities: `full`, the loss; `bound`, a lower bound of it
-that costs less of the head; `sample`, an estimate from some positions. What a generator returns says how each plan was
+that needs less of the head; `sample`, an estimate from a part of the positions. A generator returns how each plan was
 decided.
 """
 
@@ -19,10 +19,10 @@ Quality = Literal["full", "bound", "sample"]
 Decision = Literal["full", "bound", "raced", "skipped"]
 Piece = tuple[int, int]  # plan, document group
 Sums = tuple[float, ...]  # nats of each document of the group
-Nats = dict[int, float]  # of each group, of one plan
+Nats = dict[int, float]  # nats of one plan by group
 Selection = Generator["PieceRequest", dict[Piece, Sums], list[Decision]]
-LEADERS = 4  # of a race are never dropped: so few documents tell little of plans that are nearly as good
-RELATIVE, ABSOLUTE = 1e-5, 1e-6  # rounding that a bound may exceed a loss by; the second in nats per token
+LEADERS = 4  # leaders of a race that are never dropped: few documents do not separate plans that are nearly as good
+RELATIVE, ABSOLUTE = 1e-5, 1e-6  # rounding by which a bound may exceed a loss; the second in nats per token
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,14 @@ class PieceRequest:
 
 @dataclass(frozen=True, slots=True)
 class SelectionTask:
-    """What is to be decided. `order`: document groups, the most telling first; `tokens`: of each group by number.
+    """Task of a selection.
 
-    `best`: how many of `plans` are wanted in full. `wave`: pieces of at least so many tokens are wanted at a time.
-    `together`: every Want costs a pass over a file, so that few large ones are better. `positive`: losses never are
-    negative. `ceiling`: nats of each document of each group; who has more in all is not wanted.
+    - `plans`, `best`: the number of plans, and how many of them must be known in full.
+    - `order`: document groups, the most informative first; `tokens`: of each group by number.
+    - `wave`: the least tokens to request at a time.
+    - `together`: each request costs a pass over a file, so that few large ones are better.
+    - `positive`: losses are never negative.
+    - `ceiling`: nats of each document by group; a plan with a larger total is not needed.
     """
 
     plans: int
@@ -53,16 +56,16 @@ class SelectionTask:
 
 
 def measure_all(task: SelectionTask) -> Selection:
-    """All plans in full."""
+    """Measure all plans in full."""
     yield PieceRequest("full", [(plan, group) for group in task.order for plan in range(task.plans)])
     return ["full"] * task.plans
 
 
 def measure_best(task: SelectionTask, bounds: bool) -> Selection:
-    """The `best` lowest plans in full; the others only as far as proves that they are not among them.
+    """Measure the `best` lowest plans in full, and the others until it is proved that they are not among them.
 
-    Losses are never negative, so that the sum over some groups, and over a lower bound, is a lower bound of the total:
-    a plan beyond the best-th lowest total is out. `bounds`: whether there are pieces of that quality.
+    Losses are never negative, so that a sum over a part of the groups, or over lower bounds, is a lower bound of the
+    total: a plan beyond the best-th lowest total is excluded. `bounds`: whether pieces of that quality exist.
     """
     quality: Quality = "bound" if bounds else "full"
     known: list[Nats] = [{} for _ in range(task.plans)]
@@ -71,11 +74,11 @@ def measure_best(task: SelectionTask, bounds: bool) -> Selection:
     left, seen = list(task.order), []
     while left and alive:
         groups = _next_wave(left, len(alive), task)
-        told = yield PieceRequest(quality, [(p, g) for g in groups for p in alive])
+        sums = yield PieceRequest(quality, [(p, g) for g in groups for p in alive])
         for plan in alive:
-            known[plan] |= {g: math.fsum(told[plan, g]) for g in groups}
+            known[plan] |= {g: math.fsum(sums[plan, g]) for g in groups}
         seen += groups
-        # The most promising are finished at once: their totals are what the others are held against.
+        # The most promising plans are finished at once: the others are compared with their totals.
         ranked = sorted(alive, key=lambda p: (_total(known[p]), p))
         rivals = sorted(math.fsum(nats[g] for g in seen) for nats in full.values())
         most = min(rivals[task.best - 1] if len(rivals) >= task.best else math.inf, _ceiling(task, seen))
@@ -95,12 +98,12 @@ def _finish(
 ) -> Generator[PieceRequest, dict[Piece, Sums], None]:
     """Measure plans in full, in order, into `full`; only those that by their bounds may still be among the best.
 
-    One by one and in two halves, since what is known in full replaces its bound and the total rises; or all at once.
+    They are measured all at once, or one by one in two halves: full sums replace bounds, so that the total rises.
     """
     if task.together:
         left = [p for p in plans if not _is_excluded(bounds[p], task, full)]
-        told = yield PieceRequest("full", [(p, g) for g in task.order for p in left])
-        full |= {p: {g: math.fsum(told[p, g]) for g in task.order} for p in left}
+        sums = yield PieceRequest("full", [(p, g) for g in task.order for p in left])
+        full |= {p: {g: math.fsum(sums[p, g]) for g in task.order} for p in left}
         return
     cut = len(task.order) // 2
     for plan in plans:
@@ -108,31 +111,31 @@ def _finish(
         for groups in (task.order[:cut], task.order[cut:]):
             if _is_excluded(nats, task, full):
                 break
-            told = yield PieceRequest("full", [(plan, g) for g in groups])
-            nats |= {g: math.fsum(told[plan, g]) for g in groups}
+            sums = yield PieceRequest("full", [(plan, g) for g in groups])
+            nats |= {g: math.fsum(sums[plan, g]) for g in groups}
         else:
             full[plan] = nats
 
 
 def _is_excluded(nats: Nats, task: SelectionTask, full: dict[int, Nats]) -> bool:
-    """Whether what is known of a plan proves that it is not among the best."""
+    """Return whether the known sums prove that a plan is not among the best."""
     return task.positive and _total(nats) > _limit(full, task)
 
 
 def _limit(full: dict[int, Nats], task: SelectionTask) -> float:
-    """What a bound must exceed to be out: the best-th lowest total, and what rounding may add."""
+    """Return the total above which a plan is excluded: the best-th lowest one, and a margin for rounding."""
     lowest = sorted(map(_total, full.values()))
     limit = lowest[task.best - 1] if len(lowest) >= task.best else math.inf
     return min(limit, _ceiling(task, task.order)) * (1 + RELATIVE) + ABSOLUTE * sum(task.tokens)
 
 
 def _ceiling(task: SelectionTask, groups: Sequence[int]) -> float:
-    """What the ceiling allows over some groups."""
+    """Return the nats that the ceiling allows over these groups."""
     return math.inf if task.ceiling is None else math.fsum(math.fsum(task.ceiling[g]) for g in groups)
 
 
 def _next_wave(left: list[int], alive: int, task: SelectionTask) -> list[int]:
-    """Take groups off `left`: as many as give `task.wave` tokens at once."""
+    """Pop groups from `left`: as many as give `task.wave` tokens at once."""
     groups: list[int] = []
     while left and (not groups or alive * sum(task.tokens[g] for g in groups) < task.wave):
         groups.append(left.pop(0))
@@ -140,17 +143,17 @@ def _next_wave(left: list[int], alive: int, task: SelectionTask) -> list[int]:
 
 
 def race(task: SelectionTask, shortlist: Sequence[int], risk: float, bounds: bool) -> Selection:
-    """The likely best of a shortlist in full; the others are dropped as soon as they are significantly worse.
+    """Measure the likely best of a shortlist in full, and drop the others as soon as they are significantly worse.
 
-    After 2, 3, 4, 6, 9 … groups each plan is compared with the leader, document by document: it goes if the mean
-    difference exceeds the (1 - risk) quantile of Student's t, times its standard error. `risk`: of dropping, at one
-    comparison, a plan that is as good as the leader; the four that lead are not dropped. Under a ceiling whatever
-    is above it goes, at a tenth of the risk. `bounds`: whether cheap pieces are lower bounds, and not samples.
+    After 2, 3, 4, 6, 9 … groups each plan is compared with the leader, document by document. It is dropped if the mean
+    difference exceeds the (1 - risk) quantile of Student's t, times its standard error. `risk`: the probability of
+    dropping, at one comparison, a plan that is as good as the leader; the four leaders are not dropped. A plan above
+    the ceiling is dropped at a tenth of the risk. `bounds`: whether cheap pieces are lower bounds, and not samples.
 
     Source: racing of Maron and Moore 1994 (Hoeffding races), here with paired differences.
     """
     cheap: Quality = "bound" if bounds else "sample"
-    verdicts: list[Decision] = ["skipped"] * task.plans
+    decisions: list[Decision] = ["skipped"] * task.plans
     alive = list(shortlist)
     seen: dict[int, list[float]] = {plan: [] for plan in alive}
     known: list[Nats] = [{} for _ in range(task.plans)]
@@ -158,31 +161,32 @@ def race(task: SelectionTask, shortlist: Sequence[int], risk: float, bounds: boo
     while taken < len(task.order):
         groups = task.order[taken : max(2, taken + max(1, taken // 2))]
         taken += len(groups)
-        told = yield PieceRequest(cheap, [(p, g) for g in groups for p in alive])
+        sums = yield PieceRequest(cheap, [(p, g) for g in groups for p in alive])
         for plan in alive:
-            seen[plan] += [x for g in groups for x in told[plan, g]]
-            known[plan] |= {g: math.fsum(told[plan, g]) for g in groups}
+            seen[plan] += [x for g in groups for x in sums[plan, g]]
+            known[plan] |= {g: math.fsum(sums[plan, g]) for g in groups}
         ranked = sorted(alive, key=lambda p: (math.fsum(seen[p]), p))
         leader = seen[ranked[0]]
         for plan in ranked[max(task.best, LEADERS) :]:
             if _worse([a - b for a, b in zip(seen[plan], leader, strict=True)], risk):
-                verdicts[plan] = "raced"
+                decisions[plan] = "raced"
         if task.ceiling is not None:
             most = [x for g in task.order[:taken] for x in task.ceiling[g]]
             for plan in ranked:
                 if _worse([a - b for a, b in zip(seen[plan], most, strict=True)], risk / 10):
-                    verdicts[plan] = "raced"
-        alive = [p for p in ranked if verdicts[p] != "raced"]
+                    decisions[plan] = "raced"
+        alive = [p for p in ranked if decisions[p] != "raced"]
         if len(alive) <= task.best:
             break
     full: dict[int, Nats] = {}
     yield from _finish(alive, task, full, known if bounds else [{} for _ in known])
     for plan in alive:
-        verdicts[plan] = "full" if plan in full else "bound"
-    return verdicts
+        decisions[plan] = "full" if plan in full else "bound"
+    return decisions
 
 
 def _worse(differences: list[float], risk: float) -> bool:
+    """Return whether the mean of paired differences is significantly above 0."""
     n = len(differences)
     if n < 2:
         return False

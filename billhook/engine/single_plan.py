@@ -1,4 +1,4 @@
-"""Walks of one plan at a time: under a repair of its blocks, or with narrower sites."""
+"""Walks of one plan at a time: under a repair of its blocks, or with narrowed sites."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ from billhook.models.surgery import zeroed_block_weights
 
 
 @contextmanager
-def patched_block(trunk: BlockRunner, index: int, block: nn.Module, plan: Plan, repair: Repair) -> Iterator[None]:
-    """Inside, block `index` is as a repaired student has it: removed parts out, patches and biases in, weights new, and
-    zeros where channel groups go."""
-    position, row, config = trunk.teacher.positions[index], trunk.row, trunk.model.config
+def patched_block(runner: BlockRunner, index: int, block: nn.Module, plan: Plan, repair: Repair) -> Iterator[None]:
+    """Give block `index`, inside the context, the sites, patches, biases and weights that a repaired student has.
+
+    Removed channel groups are zeros.
+    """
+    position, row, config = runner.teacher.positions[index], runner.row, runner.model.config
     parts = row.parts(block, config)
-    stood: dict[str, nn.Module] = {}
+    original: dict[str, nn.Module] = {}
     weights: dict[str, torch.Tensor] = {}
-    inside = f"{row.blocks}.{index}."
+    prefix = f"{row.blocks}.{index}."
     biased: list[nn.Module] = []
     try:
-        for key, tensor in zeroed_block_weights(trunk.teacher, plan, position, block).items():
+        for key, tensor in zeroed_block_weights(runner.teacher, plan, position, block).items():
             weights[key] = set_tensor(block, key, tensor)
         for name, tensor in repair.weights.items():
-            if name.startswith(inside):
-                key = name.removeprefix(inside)
+            if name.startswith(prefix):
+                key = name.removeprefix(prefix)
                 if tensor.shape != block.get_parameter(key).shape:
                     raise UsageError(
-                        f"What was trained of a narrower site ({name}) cannot be refitted. Recover by fold before "
+                        f"The trained weights of a narrowed site ({name}) cannot be refitted. Recover by fold before "
                         f"training: {option('recover', 'fold,lora')}."
                     )
                 weights.setdefault(key, set_tensor(block, key, tensor.to(block.get_parameter(key))))
@@ -48,15 +50,15 @@ def patched_block(trunk: BlockRunner, index: int, block: nn.Module, plan: Plan, 
                 biased.append(block.get_submodule(str(output)))
                 add_bias(biased[-1], repair.biases[site])
             if site in plan.removed:
-                outputs, place = parts[site.part]["outputs"], None
+                outputs, patch = parts[site.part]["outputs"], None
                 if site in repair.patches:
-                    place = patch_module(repair.patches[site], outputs, trunk.teacher.device, trunk.model.dtype)
-                stood |= remove_part(block, parts[site.part], place)
+                    patch = patch_module(repair.patches[site], outputs, runner.teacher.device, runner.model.dtype)
+                original |= remove_part(block, parts[site.part], patch)
         yield
     finally:
         for module in biased:
-            setattr(module, "bias", None)  # noqa: B010 (a typed assignment wants a tensor)
-        for name, module in stood.items():
+            setattr(module, "bias", None)  # noqa: B010 (a typed assignment needs a tensor)
+        for name, module in original.items():
             setattr(block, name, module)
         for key, parameter in weights.items():
             set_tensor(block, key, parameter)
@@ -64,7 +66,7 @@ def patched_block(trunk: BlockRunner, index: int, block: nn.Module, plan: Plan, 
 
 @dataclass(frozen=True)
 class RepairedWalk:
-    """Walks like `walk`, but for the jobs of one plan, which goes as its repair has it, block by block."""
+    """Walk that runs the jobs of one plan under its repair, block by block, and all others by `walk`."""
 
     walk: Walk
     plan: Plan
@@ -72,22 +74,22 @@ class RepairedWalk:
     repair: Repair
 
     def run(self, jobs: Sequence[WalkJob], layers: bool) -> Iterator[tuple[WalkJob, torch.Tensor]]:
-        """As `Walk.run`."""
+        """Yield (job, final stream) like `Walk.run`."""
         if others := [job for job in jobs if job[1] != self.mask]:
             yield from self.walk.run(others, layers)
-        trunk, mine = self.walk.trunk, [job for job in jobs if job[1] == self.mask]
-        streams = [trunk.embed(self.walk.ids[group]) for group, _ in mine]
-        for index, block in enumerate(trunk.blocks(range(trunk.depth) if mine else ())):
-            with patched_block(trunk, index, block, self.plan, self.repair):
-                streams = [trunk.call(index, block, x) for x in streams]
-        yield from zip(mine, streams, strict=True)
+        runner, repaired = self.walk.runner, [job for job in jobs if job[1] == self.mask]
+        streams = [runner.embed(self.walk.ids[group]) for group, _ in repaired]
+        for index, block in enumerate(runner.blocks(range(runner.depth) if repaired else ())):
+            with patched_block(runner, index, block, self.plan, self.repair):
+                streams = [runner.call(index, block, x) for x in streams]
+        yield from zip(repaired, streams, strict=True)
 
 
 @dataclass
 class NarrowedWalk:
-    """Walks like `walk`, but for the jobs of one `plan`, which narrows sites: zeros stand where channel groups go.
+    """Walk of one `plan` that narrows sites; removed channel groups are zeros.
 
-    It begins at the deepest block whose streams an earlier plan that is the same so far has left in `streams`.
+    It begins at the deepest block whose streams an earlier plan with the same beginning has left in `streams`.
     """
 
     walk: Walk
@@ -95,24 +97,24 @@ class NarrowedWalk:
     streams: StreamCache[Plan]
 
     def run(self, jobs: Sequence[WalkJob], layers: bool) -> Iterator[tuple[WalkJob, torch.Tensor]]:
-        """As `Walk.run`."""
-        trunk, groups = self.walk.trunk, [group for group, _ in jobs]
-        so_far = [self._before(position) for position in trunk.teacher.positions] + [self.plan]
-        start = trunk.depth
-        while start and not all((group, start, so_far[start]) in self.streams for group in groups):
+        """Yield (job, final stream) like `Walk.run`."""
+        runner, groups = self.walk.runner, [group for group, _ in jobs]
+        prefixes = [self._before(position) for position in runner.teacher.positions] + [self.plan]
+        start = runner.depth
+        while start and not all((group, start, prefixes[start]) in self.streams for group in groups):
             start -= 1
-        held = [
-            self.streams.get((group, start, so_far[start])) if start else trunk.embed(self.walk.ids[group])
-            for group in groups
-        ]
-        for index, block in enumerate(trunk.blocks(range(start, trunk.depth)), start):
-            with patched_block(trunk, index, block, self.plan, NO_REPAIR):
-                held = [trunk.call(index, block, x) for x in held]
-            for group, x in zip(groups, held, strict=True):
-                self.streams.put((group, index + 1, so_far[index + 1]), x)
-        yield from zip(jobs, held, strict=True)
+        if start:
+            streams = [self.streams.get((group, start, prefixes[start])) for group in groups]
+        else:
+            streams = [runner.embed(self.walk.ids[group]) for group in groups]
+        for index, block in enumerate(runner.blocks(range(start, runner.depth)), start):
+            with patched_block(runner, index, block, self.plan, NO_REPAIR):
+                streams = [runner.call(index, block, x) for x in streams]
+            for group, x in zip(groups, streams, strict=True):
+                self.streams.put((group, index + 1, prefixes[index + 1]), x)
+        yield from zip(jobs, streams, strict=True)
 
     def _before(self, position: int) -> Plan:
-        """What of the plan concerns the blocks before a position."""
+        """Return the part of the plan that concerns the blocks before a position."""
         narrowed = frozenset(narrow for narrow in self.plan.narrowed if narrow.site.block < position)
         return Plan(frozenset(site for site in self.plan.removed if site.block < position), narrowed)

@@ -271,5 +271,5 @@ def test_what_joint_cannot_do_is_said() -> None:
         found_by(replace(both("20%params"), group_scores=None), lambda plan: 0.0)
     with pytest.raises(BudgetError, match="no use for a budget in blocks"):
         found_by(both("1block"), lambda plan: 0.0)
-    with pytest.raises(UsageError, match="both are 1 or more"):
+    with pytest.raises(UsageError, match="both must be 1 or more"):
         found_by(both("20%params"), lambda plan: 0.0, levels=0)

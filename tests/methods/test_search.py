@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from inspect import signature
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +25,6 @@ from billhook.core.registry import Registry
 from billhook.core.results.measured import Loss
 from billhook.methods.search import SEARCHES, drive, estimate_losses, narrows
 
-HERE = Path(__file__).resolve().parents[1]
 Measure = Callable[[MeasureRequest], list[Loss]]
 Score = Callable[[Plan], float]
 Key = tuple[Plan, int | None]  # what is measured: a plan, on so many tokens
@@ -205,7 +203,7 @@ def answers() -> list[str]:
 
 
 def test_a_search_repeats_itself_in_another_process() -> None:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), "PYTHONHASHSEED": "77"}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "77"}
     command = [sys.executable, "-c", "import test_search; print(*test_search.answers(), sep='\\n')"]
     printed = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
     assert printed.split() == answers()
@@ -339,7 +337,7 @@ def test_every_option_that_takes_words_is_tried() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("beam", {"width": 0}, "width=0 keeps no plan. Keep 1 at least"),
+        ("beam", {"width": 0}, "width=0 keeps no plan. Write 1 or more"),
         ("evolve", {"offspring": 0}, "offspring=0, survivors=2: a generation needs 1 of each"),
         ("evolve", {"survivors": 0}, "survivors=0"),
     ],

@@ -29,7 +29,7 @@ from billhook.core.budget import parse_budgets
 from billhook.core.errors import BudgetError, PlanError, UsageError
 from billhook.core.plan import PARTS, MeasureRequest, Plan, Site
 from billhook.core.problem import Move, Problem
-from billhook.methods.search import EXHAUSTIVE_LIMIT, SEARCHES, narrows
+from billhook.methods.search import SCREENING_TOKENS, SEARCHES, narrows
 
 
 def asked(log: list[MeasureRequest]) -> list[Plan]:
@@ -95,7 +95,7 @@ def test_a_metric_without_the_scores_that_a_budget_needs_is_refused(search: str)
     runs = {(0, 1): 0.5, (1, 2): 0.1}
     sites = {Site(b, "attention"): 0.5 for b in range(5)}
     cases = [
-        ("3sites", runs, r"no score for attention\.0, and this budget removes sites\..*cosine.*span"),
+        ("3sites", runs, r"no score for attention\.0, and this budget removes sites\..*cosine.*--search contiguous"),
         ("3sites", sites, r"no score for mlp\.0, and this budget removes sites"),
         ("2blocks", sites, r"no score for block 0, and this budget removes blocks"),
     ]
@@ -331,7 +331,7 @@ def test_swap_measures_halves_first_and_the_likeliest_exchanges_before_others() 
     assert pairs.full_results == 1
     assert len(pairs.plans) == 1 + r * (n - r)
     assert pairs.expected is not None
-    assert (halves.tokens, pairs.tokens) == (EXHAUSTIVE_LIMIT, None)
+    assert (halves.tokens, pairs.tokens) == (SCREENING_TOKENS, None)
     assert pairs.expected[0] == -inf, "the plan as it is takes part in any race"
     assert list(pairs.expected[1:]) == sorted(pairs.expected[1:])
     few = dict(zip(halves.plans, (loss.mean for loss in executor(score)(halves)), strict=True))
@@ -478,7 +478,7 @@ def test_span_takes_the_lowest_run_of_a_metric_without_a_loss() -> None:
     scores = {(0, 1): 0.5, (1, 2): 0.2, (2, 3): 0.1, (3, 4): 0.3, (0, 4): 0.0}
     assert run("contiguous", scored(problem, scores), additive(0), log)[-1].blocks() == [2, 3]
     assert log == []
-    with pytest.raises(UsageError, match="wants a metric of runs, such as angular_span"):
+    with pytest.raises(UsageError, match=r"The search contiguous needs a metric of runs.*--metric angular_span"):
         run("contiguous", scored(problem, {Site(0, "mlp"): 1.0}), additive(0))
 
 

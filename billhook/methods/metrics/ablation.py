@@ -1,4 +1,4 @@
-"""Metrics that remove one site or block at a time: a loss for each, by the measuring engine, kept like a search's."""
+"""Metrics that remove one site or block at a time and measure a loss for each, cached like those of a search."""
 
 from __future__ import annotations
 
@@ -11,44 +11,45 @@ from billhook.methods.metrics import metric, require_task
 
 
 def leave_one_out(probe: Probe) -> tuple[Loss, dict[ScoredUnit, Loss]]:
-    """The loss of the dense model, and of the model without each site and each block."""
-    anatomy = probe.teacher.anatomy
-    alone: dict[ScoredUnit, Plan] = {site: Plan(frozenset([site])) for site in anatomy.sites_present()}
-    for block in sorted({site.block for site in anatomy.sites_present()}):
-        alone[block] = Plan(frozenset(site for site in anatomy.sites_present() if site.block == block))
-    dense, *losses = probe.losses([Plan(), *alone.values()])
-    return dense, dict(zip(alone, losses, strict=True))
+    """Return the teacher's loss, and the loss without each site and each block."""
+    present = probe.teacher.anatomy.sites_present()
+    alone: dict[ScoredUnit, Plan] = {site: Plan(frozenset([site])) for site in present}
+    for block in sorted({site.block for site in present}):
+        alone[block] = Plan(frozenset(site for site in present if site.block == block))
+    teacher, *losses = probe.losses([Plan(), *alone.values()])
+    return teacher, dict(zip(alone, losses, strict=True))
 
 
 def _rises(probe: Probe) -> dict[ScoredUnit, Score]:
-    dense, without = leave_one_out(probe)
-    return {unit: Score(*paired_gap(loss, dense)) for unit, loss in without.items()}
+    """Return the rise of the loss without each unit, with its standard error over documents."""
+    teacher, without = leave_one_out(probe)
+    return {unit: Score(*paired_gap(loss, teacher)) for unit, loss in without.items()}
 
 
 @metric
 def loo_nll(probe: Probe) -> dict[ScoredUnit, Score]:
-    """How much the negative log-likelihood rises without the site or block, in nats per token.
+    """Rise of the negative log-likelihood without the site or block, in nats per token.
 
-    Formula: NLL(without) - NLL(dense).
+    Formula: NLL(without) - NLL(teacher).
     Cost: a loss for each site and block, about half a forward pass each.
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), whose code
-    calls it a Shapley value. Deviation: the rise over the dense model, with its standard error over documents.
+    calls it a Shapley value. Deviation: the rise over the teacher's loss, with its standard error over documents.
     """
     return _rises(probe.with_objective("nll"))
 
 
 @metric
 def loo_ppl(probe: Probe) -> dict[ScoredUnit, Score]:
-    """The perplexity without the site or block; not in nats: the lower, the less it matters.
+    """Perplexity without the site or block; not in nats.
 
-    Formula: exp(NLL(without)); its standard error is that of the rise over the dense model, by the delta method.
+    Formula: exp(NLL(without)); its standard error is that of the rise over the teacher's, by the delta method.
     Cost: a loss for each site and block, about half a forward pass each.
     Source: Kim et al. 2024, Shortened LLaMA (arXiv 2402.02834).
     """
-    dense, without = leave_one_out(probe.with_objective("nll"))
+    teacher, without = leave_one_out(probe.with_objective("nll"))
     scores: dict[ScoredUnit, Score] = {}
     for unit, loss in without.items():
-        value, error = exp_capped(loss.mean), paired_gap(loss, dense)[1]
+        value, error = exp_capped(loss.mean), paired_gap(loss, teacher)[1]
         scores[unit] = Score(value, None if error is None else value * error)
     return scores
 
@@ -89,11 +90,11 @@ def loo_logits(probe: Probe) -> dict[ScoredUnit, Score]:
 
 @metric
 def loo_task(probe: Probe) -> dict[ScoredUnit, Score]:
-    """How much the loss of a multiple-choice task rises without the site or block; wants a loss task:FILE.
+    """Rise of the loss of a multiple-choice task without the site or block; needs --loss task:FILE.
 
-    With task:FILE in nats per item, with task_error:FILE in shares of the items.
+    In nats per item with task:FILE, in shares of the items with task_error:FILE.
 
-    Formula: L(without) - L(dense).
+    Formula: L(without) - L(teacher).
     Cost: a loss for each site and block, about half a forward pass each.
     Source: Siddiqui et al. 2024, A deeper look at depth pruning of LLMs (arXiv 2407.16286), adaptive metrics.
     """

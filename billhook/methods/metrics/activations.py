@@ -1,4 +1,4 @@
-"""Metrics that see the residual stream before and after: one pass over the model, whatever its size."""
+"""Metrics of the residual stream before and after each unit: one pass over the model, whatever its size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _relative(x: torch.Tensor, y: torch.Tensor, p: int = 2) -> torch.Tensor:
     return change
 
 
-STATISTICS = {  # of x and y [tokens, width], before and after; whoever asks for one has them all from the same pass
+STATISTICS = {  # of x and y [tokens, width], before and after; one pass computes all of them
     "cosine": lambda x, y: 1 - F.cosine_similarity(x, y, dim=-1),
     "l1": lambda x, y: (y - x).norm(1, dim=-1),
     "l2": lambda x, y: (y - x).norm(2, dim=-1),
@@ -33,13 +33,13 @@ STATISTICS = {  # of x and y [tokens, width], before and after; whoever asks for
 def cosine(probe: Probe) -> dict[ScoredUnit, Score]:
     """Block influence: the mean over tokens of 1 - cos(x, y), x and y the residual stream before and after.
 
-    Of every site and, by position, of every block. Range [0, 2]; 0: nothing is turned.
+    For each site and block. Range [0, 2]; 0: the direction does not change.
 
     Formula: mean over tokens of 1 - x·y / (||x||₂ ||y||₂)
     Cost: one forward pass, shared by cosine, l1, l2, relative_l1 and relative_l2.
     Source: Men et al. 2024, ShortGPT (arXiv 2403.03853), for blocks; Siddiqui et al. 2024, A deeper look at depth
     pruning of LLMs (arXiv 2407.16286), for attention and MLP as well. Deviation: in parallel blocks each site is
-    judged by what it alone adds to the block's input.
+    scored by what it alone adds to the block's input.
     """
     return require_finite_scores(probe.mean_over_tokens(STATISTICS)["cosine"])
 
@@ -48,7 +48,7 @@ def cosine(probe: Probe) -> dict[ScoredUnit, Score]:
 def l1(probe: Probe) -> dict[ScoredUnit, Score]:
     """Size of the update: the mean over tokens of ||y - x||₁, x and y the residual stream before and after.
 
-    Of every site and block. Streams grow with depth, so that it ranks late blocks high.
+    For each site and block. Streams grow with depth, so that late blocks rank high.
 
     Formula: mean over tokens of ||y - x||₁
     Cost: one forward pass, shared by cosine, l1, l2, relative_l1 and relative_l2.
@@ -62,7 +62,7 @@ def l1(probe: Probe) -> dict[ScoredUnit, Score]:
 def l2(probe: Probe) -> dict[ScoredUnit, Score]:
     """Size of the update: the mean over tokens of ||y - x||₂, x and y the residual stream before and after.
 
-    Of every site and block. Streams grow with depth, so that it ranks late blocks high.
+    For each site and block. Streams grow with depth, so that late blocks rank high.
 
     Formula: mean over tokens of ||y - x||₂
     Cost: one forward pass, shared by cosine, l1, l2, relative_l1 and relative_l2.
@@ -104,15 +104,15 @@ def relative_l2(probe: Probe) -> dict[ScoredUnit, Score]:
 def sprint_local(probe: Probe) -> dict[ScoredUnit, Score]:
     """Relative error at the next MLP: the mean over tokens of ||g - f||₂ / ||f||₂ without the site, f with it.
 
-    f is what the next MLP that is left adds to the residual stream: of the same block for an attention, of a later one
-    for an MLP, for a block, and for an attention whose MLP runs in parallel. Behind the last MLP, f is the residual
-    stream after the last block. Both sides see the unpruned model but for the site or block itself.
+    f is what the next MLP adds to the residual stream: that of the same block for an attention, a later one for an
+    MLP, for a block, and for an attention whose MLP runs in parallel. After the last MLP, f is the residual stream
+    after the last block. Nothing but the site or block itself is removed.
 
     Formula: mean over tokens of ||g - f||₂ / ||f||₂
     Cost: about three forward passes: every block on several streams, its weights touched once.
     Source: Park et al. 2025, SPRINT (arXiv 2506.03510). Deviations: not divided by the latency of the site, and no MLP
-    is fitted anew before the judgement; Euclidean norms of tokens, where its code has L1 norms of sentences; blocks as
-    well; an MLP that adds nothing to any token is passed over.
+    is fitted anew before scoring; Euclidean norms of tokens, where its code has L1 norms of sentences; blocks as well;
+    an MLP that adds nothing to any token is skipped.
     """
     return probe.mean_at_next_mlp(lambda f, g: (g - f).norm(dim=-1) / f.norm(dim=-1))
 
@@ -122,10 +122,10 @@ TOKENS = ("last", "all")
 
 @metric
 def angular_span(probe: Probe, *, tokens: str = "last") -> dict[ScoredUnit, Score]:
-    """Angular distance, arccos(cos(x, y)) / π, between the residual stream before and after every span of blocks.
+    """Angular distance, arccos(cos(x, y)) / π, between the residual stream before and after each span of blocks.
 
-    Keys are (first, last) positions, for all lengths but that of the whole model. The mean over the last token of each
-    row, or with `tokens="all"` over all tokens, for which the streams between all blocks have to fit into memory.
+    Keys are (first, last) positions, for all lengths except that of the whole model. `tokens="last"`: the mean over
+    the last token of each row; `all`: over all tokens, for which the streams between all blocks must fit into memory.
 
     Formula: mean over tokens of arccos(x·y / (||x||₂ ||y||₂)) / π
     Cost: one forward pass.

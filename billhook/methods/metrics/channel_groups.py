@@ -10,12 +10,12 @@ from billhook.engine.channel_statistics import GroupValues, Inputs, standardised
 from billhook.engine.probe import Probe
 from billhook.methods.metrics import group_metric
 
-BATCHES = 8  # of calibration text, between which importance fluctuates
+BATCHES = 8  # parts of the calibration text, between which importance varies
 
 
 @group_metric
 def group_magnitude(probe: Probe, *, p: int = 2) -> GroupValues:
-    """How large the weights of a group are.
+    """Size of the weights of a group.
 
     Formula: (Σ |w|^p)^(1/p) over all weights of the group, in every matrix that has some
     Cost: none but reading the weights.
@@ -23,7 +23,7 @@ def group_magnitude(probe: Probe, *, p: int = 2) -> GroupValues:
     Source: Ma et al. 2023, LLM-Pruner (arXiv 2305.11627), its magnitude baseline, `p` 1 or 2.
     """
     if p < 1:
-        raise UsageError(f"group_magnitude takes p=1, p=2 or more, not {p}.")
+        raise UsageError(f"group_magnitude takes p=1, p=2 or more, not {p}. Type {option('set', {'p': 2})}.")
     return {site: values ** (1 / p) for site, values in probe.groups_of_weights(lambda w: w.abs() ** p).items()}
 
 
@@ -47,7 +47,7 @@ def _mix(w: torch.Tensor, g: torch.Tensor, f: torch.Tensor | None) -> torch.Tens
 
 @group_metric
 def taylor_vector(probe: Probe) -> GroupValues:
-    """How much the loss would move, to first order, if each row or column of a group were zero.
+    """Change of the loss, to first order, if each row or column of a group were zero.
 
     Formula: Σ over the rows (of inputs) and columns (of outputs) of the group of |Σ over their weights of g w|
     Cost: about three forward passes.
@@ -59,7 +59,7 @@ def taylor_vector(probe: Probe) -> GroupValues:
 
 @group_metric
 def taylor_element1(probe: Probe) -> GroupValues:
-    """How much the loss would move, to first order, weight by weight.
+    """Change of the loss, to first order, weight by weight.
 
     Formula: Σ over the weights of the group of |g w|
     Cost: about three forward passes.
@@ -95,7 +95,7 @@ def taylor_mix(probe: Probe) -> GroupValues:
 
 @group_metric
 def wanda_sp(probe: Probe) -> GroupValues:
-    """How large the output projection is times how large what it reads is, channel by channel.
+    """Size of the output projection's weights times the size of its inputs, channel by channel.
 
     Formula: mean over a group's channels c of (mean over outputs of |W_oc|) · ‖x_c‖, ‖x_c‖² = Σ over tokens of x_c²
     Cost: one forward pass.
@@ -122,9 +122,10 @@ FLAP = {"wifv": _wifv, "ifv": _ifv, "wifn": _wifn}
 
 @group_metric
 def flap(probe: Probe, *, kind: str = "wifv", standardise: bool = True) -> GroupValues:
-    """How much what a channel carries fluctuates between tokens: what does not can be made up for by a constant.
+    """Variance of a channel's activation across tokens, weighted by its output weights.
 
-    `kind`: wifv, ifv (fluctuation alone) or wifn (magnitudes); `standardise=False`: scores as they are.
+    A channel that hardly varies can be replaced by a bias. `kind`: wifv, ifv (variance alone) or wifn (magnitudes);
+    `standardise=False`: the plain scores.
 
     Formula: mean over a group's channels c of Var(x_c) ‖W_:c‖², then less the mean and divided by the deviation of the
     site's groups
@@ -134,19 +135,19 @@ def flap(probe: Probe, *, kind: str = "wifv", standardise: bool = True) -> Group
     """
     if kind not in FLAP:
         raise UnknownName("kind of flap", kind, FLAP)
-    found = probe.groups_of_inputs(FLAP[kind])
-    return standardised(found) if standardise else found
+    scores = probe.groups_of_inputs(FLAP[kind])
+    return standardised(scores) if standardise else scores
 
 
 @group_metric
 def activation(probe: Probe) -> GroupValues:
-    """How large what the output projection reads of a group is.
+    """Size of a group's activations, which the output projection reads.
 
     Formula: mean over a group's channels of (mean over tokens of |x_c|)
     Cost: one forward pass.
 
     Source: Muralidharan et al. 2024, Minitron (arXiv 2407.14679), neurons and heads. Deviation: a head counts by the
-    mean over its channels, not by its norm a token.
+    mean over its channels, not by its norm per token.
     """
     return probe.groups_of_inputs(lambda x, w: x.absolute)
 
@@ -155,14 +156,14 @@ def activation(probe: Probe) -> GroupValues:
 def saap(
     probe: Probe, *, stability: float = 0.5, batches: int = BATCHES, fusion: str = "kendall", within: bool = True
 ) -> GroupValues:
-    """SAAP: coarse and fine importance fused under homoscedastic uncertainty; what fluctuates goes first.
+    """SAAP: coarse and fine importance fused under homoscedastic uncertainty; unstable groups are removed first.
 
     A reconstruction: the paper has no public code. Its text says that vector-wise and element-wise Taylor scores are
-    fused by the multi-task construction of Kendall et al. 2018, and that unstable structures are pruned; how stability
-    is measured it does not say. Here: σ² of each branch is its mean score, which minimises Σ I/(2σ²) + G log σ, so that
-    the fused score does not depend on the scale of either; fluctuation is the coefficient of variation of a group's
-    fused score over `batches` parts of the text, that of a group which is worth nothing the largest of its site; both
-    are standardised within each site (`within=False`: over all sites of a kind). `stability=0` is plain fusion.
+    fused by the multi-task construction of Kendall et al. 2018, and that unstable structures are pruned; it does not
+    say how stability is measured. Here, σ² of each branch is its mean score. This minimises Σ I/(2σ²) + G log σ, so
+    that the fused score does not depend on the scale of either branch. Fluctuation is the coefficient of variation of
+    a group's fused score over `batches` parts of the text; a group with no importance gets the largest of its site.
+    Both are standardised within each site (`within=False`: over all sites of a kind). `stability=0` is plain fusion.
     `fusion`: kendall, vector or element.
 
     Formula: z(I_v/(2σ_v²) + I_e/(2σ_e²)) - stability · z(sd_b(I_b) / mean_b(I_b)), I_v of `taylor_vector`, I_e of
@@ -179,19 +180,19 @@ def saap(
             f"saap compares {batches} mini-batches, and there are {documents} documents. Give more {option('tokens')}."
         )
     fused = fuse(_taylor(probe), fusion)
-    told = standardised(fused, within=within)
+    scores = standardised(fused, within=within)
     if not stability:
-        return told
+        return scores
     parts = [select_documents(probe.tokens, range(part, documents, batches)) for part in range(batches)]
-    each = [fuse(_taylor(probe.with_objective(probe.loss, part)), fusion) for part in parts]
+    by_part = [fuse(_taylor(probe.with_objective(probe.loss, part)), fusion) for part in parts]
     fluctuation: GroupValues = {}
     for site in fused:
-        values = torch.stack([one[site] for one in each])
+        values = torch.stack([part[site] for part in by_part])
         variation = values.std(0) / values.mean(0)
-        dead = variation.isnan()  # of no importance in any part, so that nothing of it is stable
+        dead = variation.isnan()  # no importance in any part
         fluctuation[site] = variation.masked_fill(dead, float(variation[~dead].max()) if (~dead).any() else 0.0)
-    unrest = standardised(fluctuation, within=within)
-    return {site: told[site] - stability * unrest[site] for site in told}
+    instability = standardised(fluctuation, within=within)
+    return {site: scores[site] - stability * instability[site] for site in scores}
 
 
 def _taylor(probe: Probe) -> dict[str, GroupValues]:
@@ -199,11 +200,10 @@ def _taylor(probe: Probe) -> dict[str, GroupValues]:
 
 
 def fuse(branches: dict[str, GroupValues], fusion: str) -> GroupValues:
-    """Branches divided by twice their mean over all groups, and added; or one of them."""
-    used = {name: values for name, values in branches.items() if fusion in ("kendall", name)}
-    told: GroupValues = {}
-    for values in used.values():
+    """Return the sum of the branches, each divided by twice its mean over all groups; or one of them."""
+    fused: GroupValues = {}
+    for values in (values for name, values in branches.items() if fusion in ("kendall", name)):
         mean = torch.cat(list(values.values())).mean().clamp(min=1e-300)
         for site, scores in values.items():
-            told[site] = told.get(site, torch.zeros_like(scores)) + scores / (2 * mean)
-    return told
+            fused[site] = fused.get(site, torch.zeros_like(scores)) + scores / (2 * mean)
+    return fused

@@ -1,4 +1,4 @@
-"""Metrics that see gradients: a pass forward and one back, with the gradients of one block in memory."""
+"""Metrics of gradients: one forward and one backward pass, with the gradients of one block in memory."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ KINDS = {"element": _element, "vector": _vector, "second": _second}
 
 @metric
 def taylor(probe: Probe, *, kind: str = "element") -> dict[ScoredUnit, Score]:
-    """How much the loss would move, by its Taylor series, if the weights of a site or block were zero.
+    """Change of the loss, by its Taylor series, if the weights of a site or block were zero.
 
     The loss is the mean negative log-likelihood of a predicted token, w a weight and g its gradient. Rows count by
-    their predicted tokens in f (the diagonal of the Fisher matrix, for that of the Hessian). Biases and norms are
-    weights, one an output. Of Llama-2-7B it ranks the first block lowest, which must not go: protect it.
+    their predicted tokens in f (the diagonal of the Fisher matrix, for that of the Hessian). Biases and norms count as
+    weights, one per output. On Llama-2-7B it ranks the first block lowest, which must not be removed: protect it.
 
     Formula: `element`: sum over weights of |g w|; `vector`: sum over the outputs of every matrix of |sum over its
     inputs of g w|; `second`: sum over weights of |g w - f w² / 2|, f = mean over rows of (gradient of the row's own

@@ -1,4 +1,4 @@
-"""Metrics that see the weights alone: the text does not matter."""
+"""Metrics of the weights alone, independent of the text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from billhook.methods.metrics import metric
 
 @metric
 def magnitude(probe: Probe) -> dict[ScoredUnit, Score]:
-    """Sum of |w| over the weights of every site and block, norms and biases included.
+    """Sum of |w| over the weights of each site and block, norms and biases included.
 
-    A norm that both sites of a block share counts for the block alone. Large sites score high for their size.
+    A norm that both sites of a block share counts for the block alone. Large sites score high because of their size.
 
     Formula: sum over weights of |w|
     Cost: none; the weights are read once.

@@ -71,7 +71,7 @@ class RecoveryTask:
     def validation_mask(self, bench: Measurer, tokens: TokenSet) -> torch.Tensor:
         """Return which tokens of `bench` choose the ridge and are not fitted: every eighth text's. [tokens], bool."""
         chosen = set(split_every_nth(tokens, RIDGE_VALIDATION_EVERY)[1])
-        mask = [group.documents[i] in chosen for group in bench.groups for i in group.of.tolist()]
+        mask = [group.documents[i] in chosen for group in bench.groups for i in group.document_of.tolist()]
         return torch.tensor(mask, device=self.teacher.device)
 
 

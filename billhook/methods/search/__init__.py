@@ -1,4 +1,4 @@
-"""Searches: generators that yield Asks, are sent their losses and return the path of plans to the answer.
+"""Searches: generators that yield MeasureRequests, are sent their losses and return the path of plans to the answer.
 
 A search sees a Problem and losses: no model, no file, no clock, no torch. The returned path starts with the first
 removal and ends with the plan that meets the budgets; a search without an order returns its answer alone.
@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Any, TypeVar, overload
 
 from billhook.core.anatomy import SiteSize
-from billhook.core.errors import UsageError
+from billhook.core.errors import UsageError, option
 from billhook.core.plan import MeasureRequest, Plan, Site
 from billhook.core.problem import Move, Problem
 from billhook.core.registry import RegistryWithFacts
@@ -21,18 +21,18 @@ from billhook.core.results.measured import Loss
 
 Search = Generator[MeasureRequest, list[Loss], list[Plan]]
 F = TypeVar("F", bound=Callable[..., Search])
-EXHAUSTIVE_LIMIT = 1024  # tokens, for what only decides where to look first
-SWAP_LIMIT = 64  # exchanges a round, of the hundreds that there are in a model of 60 sites
-Count = Callable[..., int]  # (problem, options of the search) -> about how many losses it asks for; at once
+SCREENING_TOKENS = 1024  # for losses that only rank candidates
+SWAP_LIMIT = 64  # exchanges measured in each round, of the hundreds that a model of 60 sites has
+Count = Callable[..., int]  # (problem, options of the search) -> about how many losses it requests; measures nothing
 
 
 @dataclass(frozen=True, slots=True)
 class SearchFacts:
-    """What a search states of itself in its decorator.
+    """Facts that a search states in its decorator.
 
-    `losses`: about how many losses it asks for, or at most, by a closed form over the problem and options of the same
-    names; it measures nothing, and asks of the problem's scores only whether there are any. A search without it has
-    progress without an end. `channel_groups`: it narrows sites too, and takes metrics of channel groups.
+    - `losses`: about how many losses it requests, or at most; a closed form over the problem and the search's options.
+      It may only read whether the problem has scores. Without it, progress has no end.
+    - `channel_groups`: the search narrows sites too, and takes metrics of channel groups.
     """
 
     losses: Count | None = None
@@ -44,12 +44,12 @@ SEARCHES: RegistryWithFacts[Callable[..., Search], SearchFacts] = RegistryWithFa
 
 @overload
 def search(function: F, /) -> F:
-    """Add a function that states nothing."""
+    """Add a search without facts."""
 
 
 @overload
 def search(*, losses: Count | None = ..., channel_groups: bool = ...) -> Callable[[F], F]:
-    """Return the decorator that adds a function with what it states."""
+    """Return the decorator that adds a search with these facts."""
 
 
 def search(
@@ -70,7 +70,7 @@ def narrows(name: str) -> bool:
 
 
 def estimate_losses(name: str, problem: Problem, **options: Any) -> int | None:
-    """About how many losses a search asks for on a problem; None where it does not say.
+    """Return about how many losses a search requests on a problem; None where it does not state it.
 
     Raises what the search raises for options that it refuses.
     """
@@ -79,77 +79,76 @@ def estimate_losses(name: str, problem: Problem, **options: Any) -> int | None:
 
 
 def drive(steps: Search, measure: Callable[[MeasureRequest], list[Loss]]) -> list[Plan]:
-    """Run a search: measure each Ask it yields, send the losses back, return its path."""
+    """Run a search: measure each request, send the losses back, return its path."""
     try:
-        ask = next(steps)
+        request = next(steps)
         while True:
-            ask = steps.send(measure(ask))
+            request = steps.send(measure(request))
     except StopIteration as end:
         path: list[Plan] = end.value
         return path
 
 
-# -- what several searches do ---------------------------------------------------------------------------------------
+# -- steps that searches share --------------------------------------------------------------------------------------
 
 
 def cost_per_unit(rise: float, worth: float | Fraction) -> float:
-    """What a move costs per unit of the budget that it frees: the rise of the loss, divided by what it is worth.
+    """Return the rise of the loss per unit of the budget that a move frees (`worth`); lower is removed first.
 
-    A removal that lowers the loss is the better, the more it frees. Lower goes first.
+    Of removals that lower the loss, one that frees more is better: their rise is multiplied.
     """
     return rise / float(worth) if rise > 0 else rise * float(worth)
 
 
 def lowest_full(plans: Sequence[Plan], losses: Sequence[Loss]) -> tuple[float, Plan]:
-    """The lowest loss that is known in full, and its plan; of equal ones the first."""
-    found = [(loss.mean, i) for i, loss in enumerate(losses) if not loss.bound]
-    loss, i = min(found)
+    """Return the lowest loss that is known in full, and its plan; of equal ones the first."""
+    loss, i = min((loss.mean, i) for i, loss in enumerate(losses) if not loss.bound)
     return loss, plans[i]
 
 
 def restricted(problem: Problem, parts: str, early: int = 0, latter: int = 0) -> Problem:
-    """The problem with fewer moves: `parts` mix, mha or mlp; the first `early` and the last `latter` blocks stay.
+    """Return the problem with fewer moves: those of `parts` (mix, mha or mlp), outside the end blocks.
 
-    Raises UsageError for another word, BudgetError if the budget cannot be met so.
+    `early`, `latter`: how many first and last blocks are kept. Raises UsageError for another word, BudgetError if
+    the budget cannot be met so.
     """
     kept = {"mix": (), "mha": ("mlp",), "mlp": ("attention",)}.get(parts)
     if kept is None:
-        raise UsageError(f"parts={parts!r} is none of mix, mha and mlp.")
+        raise UsageError(f"parts={parts!r} is not known. Write mix, mha or mlp.")
     alive, blocks = problem.anatomy.sites_present(), problem.anatomy.blocks
-    stay = {s for s in alive if s.part in kept or s.block < early or s.block >= blocks - latter}
-    return replace(problem, protected=problem.protected | stay).check() if stay else problem
+    protected = {s for s in alive if s.part in kept or s.block < early or s.block >= blocks - latter}
+    return replace(problem, protected=problem.protected | protected).check() if protected else problem
 
 
 def single_moves(problem: Problem) -> list[Move]:
-    """Every group that may go, alone: what rankings are made of."""
+    """Return the moves from the unpruned model, which rankings order."""
     return problem.moves(Plan())
 
 
 def move_scores(problem: Problem, moves: Sequence[Move]) -> dict[Move, float] | None:
-    """What a metric says of each move, a block by its own score; None where there is no metric.
+    """Return the metric's score of each move, a block by its own score; None without a metric.
 
-    Raises UsageError if the metric scores no such things.
+    Raises UsageError if the metric does not score such moves.
     """
     if problem.scores is None:
         return None
     keys: dict[Move, Site | int] = {move: move[0].block if problem.whole_blocks else move[0] for move in moves}
     if missing := [key for key in keys.values() if key not in problem.scores]:
-        one, all_ = (f"block {missing[0]}", "blocks") if problem.whole_blocks else (missing[0], "sites")
+        one, kind = (f"block {missing[0]}", "blocks") if problem.whole_blocks else (missing[0], "sites")
         raise UsageError(
-            f"The metric gives no score for {one}, and this budget removes {all_}. Take another metric, such as "
-            "cosine, or the search span for a metric of runs."
+            f"The metric gives no score for {one}, and this budget removes {kind}. Take another metric, such as "
+            f"{option('metric', 'cosine')}, or {option('search', 'contiguous')} for a metric of runs."
         )
     return {move: problem.scores[key] for move, key in keys.items()}
 
 
 def improve_by_swaps(
-    problem: Problem, plan: Plan, tried: int = SWAP_LIMIT
+    problem: Problem, plan: Plan, limit: int = SWAP_LIMIT
 ) -> Generator[MeasureRequest, list[Loss], tuple[Plan, float]]:
-    """The best single exchange (one group comes back, another goes), again and again until none helps.
+    """Make the best single exchange (restore one move, make another), until none lowers the loss.
 
-    The plan that is reached, and its loss. What only comes back counts too, where the budgets stay met. Of all
-    exchanges the `tried` (0: all) that look best by what each half does alone, on few tokens, are held against the plan
-    as it is, and most of them are dropped early.
+    Returns the plan and its loss. Restoring alone counts too, where the budgets stay met. Each half is measured alone
+    on few tokens; the `limit` exchanges (0: all) with the lowest sums are measured in full, most of them dropped early.
     """
     groups = problem.groups()
     now = (yield MeasureRequest((plan,)))[0].mean
@@ -161,90 +160,96 @@ def improve_by_swaps(
         for g, without in less.items():
             pairs |= {p: (g, h) for h in outside if problem.is_met(p := without.without(*h)) and problem.is_valid(p)}
         halves = (plan, *less.values(), *more.values())
-        few = {
-            p: loss.mean
-            for p, loss in zip(halves, (yield MeasureRequest(halves, tokens=EXHAUSTIVE_LIMIT)), strict=True)
-        }
+        losses = yield MeasureRequest(halves, tokens=SCREENING_TOKENS)
+        few = {p: loss.mean for p, loss in zip(halves, losses, strict=True)}
         gain = {g: few[p] - few[plan] for g, p in less.items()}
         rise = {h: few[p] - few[plan] for h, p in more.items()}
-        hopeful = sorted(pairs, key=lambda p: (_expected(pairs[p], gain, rise), p.key()))
-        hopeful = hopeful[:tried] if tried else hopeful
-        plans = (plan, *hopeful)
-        hints = (-math.inf, *(_expected(pairs[p], gain, rise) for p in hopeful))
-        loss, best = lowest_full(plans, (yield MeasureRequest(plans, full_results=1, expected=hints)))
+        promising = sorted(pairs, key=lambda p: (_expected(pairs[p], gain, rise), p.key()))[: limit or None]
+        plans = (plan, *promising)
+        expected = (-math.inf, *(_expected(pairs[p], gain, rise) for p in promising))
+        loss, best = lowest_full(plans, (yield MeasureRequest(plans, full_results=1, expected=expected)))
         if best == plan or loss >= now:
             return plan, now
         now, plan = loss, best
 
 
 def _expected(pair: tuple[Move, Move | None], gain: dict[Move, float], rise: dict[Move, float]) -> float:
-    """How much an exchange is likely to add to the loss, if its halves did not act together."""
-    back, gone = pair
-    return gain[back] + (rise.get(gone, 0.0) if gone is not None else 0.0)
+    """Return what an exchange would add to the loss if its halves did not interact."""
+    restored, removed = pair
+    return gain[restored] + (rise.get(removed, 0.0) if removed is not None else 0.0)
 
 
 def drop_redundant(problem: Problem, plan: Plan, order: Sequence[Move]) -> Plan:
-    """A plan that meets the budgets without what it need not remove: groups come back in `order` while they may."""
-    for group in order:
-        back = Plan(plan.removed - set(group))
-        if set(group) <= plan.removed and problem.is_met(back):
-            plan = back
+    """Return a plan without the removals that the budgets do not need: moves are restored in `order` while possible."""
+    for move in order:
+        restored = Plan(plan.removed - set(move))
+        if set(move) <= plan.removed and problem.is_met(restored):
+            plan = restored
     return plan
 
 
 def ascending(values: Sequence[float]) -> list[int]:
-    """Places of groups, the lowest score first."""
+    """Return the places of groups, the lowest score first."""
     return sorted(range(len(values)), key=lambda place: (values[place], place))
 
 
-def kept_count(size: SiteSize, going: int, multiple: int) -> int:
-    """How many groups of each expert stay, a `multiple` of channels, where `going` of all should go."""
+def kept_count(size: SiteSize, removed: int, multiple: int) -> int:
+    """Return how many groups of each expert are kept, a `multiple` of channels, if `removed` of all should go."""
     multiple = math.lcm(multiple // math.gcd(multiple, size.channels), size.multiple)
-    each = len(size.groups) // size.experts
-    count = each - going // size.experts
-    return min(each, max(multiple, -(-count // multiple) * multiple))
+    groups = len(size.groups) // size.experts
+    count = groups - removed // size.experts
+    return min(groups, max(multiple, -(-count // multiple) * multiple))
 
 
-def kept_groups(size: SiteSize, order: Sequence[int], going: int, multiple: int) -> tuple[int, ...]:
-    """The groups that stay, a `multiple` of channels, as many of every expert, where `going` of all should go.
+def kept_groups(size: SiteSize, order: Sequence[int], removed: int, multiple: int) -> tuple[int, ...]:
+    """Return the groups to keep, a `multiple` of channels and as many in every expert, if `removed` should go.
 
-    `order`: the places of all groups; the first ones of each expert go first.
+    `order`: the places of all groups; the first ones of each expert are removed first.
     """
-    each, count = len(size.groups) // size.experts, kept_count(size, going, multiple)
+    per_expert, count = len(size.groups) // size.experts, kept_count(size, removed, multiple)
     rank = {place: i for i, place in enumerate(order)}
-    stay: list[int] = []
-    for expert in range(size.experts):
-        mine = range(expert * each, (expert + 1) * each)
-        stay += sorted(mine, key=rank.__getitem__, reverse=True)[:count]
-    return tuple(size.groups[place] for place in sorted(stay))
+    kept: list[int] = []
+    for start in range(0, size.experts * per_expert, per_expert):
+        kept += sorted(range(start, start + per_expert), key=rank.__getitem__, reverse=True)[:count]
+    return tuple(size.groups[place] for place in sorted(kept))
 
 
 # -- how many losses, without measuring any --------------------------------------------------------------------------
 
 
-def removals(problem: Problem) -> tuple[int, int]:
-    """(n, r): how many moves there are, and about how many of them a plan that meets the budgets takes."""
+def count_moves(problem: Problem) -> tuple[int, int]:
+    """Return (n, r): how many moves there are, and about how many of them a plan needs to meet the budgets."""
     costs = [problem.cost(move) for move in single_moves(problem)]
-    wanted = [0]
-    for number, needed in enumerate(problem.targets):
+    needed = [0]
+    for number, target in enumerate(problem.targets):
         counted = [cost[number] for cost in costs if cost[number]]
-        wanted.append(math.ceil(needed * len(counted) / (sum(counted) or 1)))
-    return len(costs), min(len(costs), max(wanted))
+        needed.append(math.ceil(target * len(counted) / (sum(counted) or 1)))
+    return len(costs), min(len(costs), max(needed))
 
 
-def exchanges_asked(problem: Problem, tried: int = SWAP_LIMIT) -> int:
-    """About how many losses `improve_by_swaps` asks for: two rounds, of which the second finds nothing better."""
-    n, r = removals(problem)
+def count_swap_losses(problem: Problem, limit: int = SWAP_LIMIT) -> int:
+    """Return about how many losses `improve_by_swaps` requests: two rounds, of which the second improves nothing."""
+    n, r = count_moves(problem)
     pairs = r * (n - r) + 1
-    return 1 + 2 * (1 + n + (min(tried, pairs) if tried else pairs))
+    return 1 + 2 * (1 + n + (min(limit, pairs) if limit else pairs))
 
 
-def singles_asked(problem: Problem) -> int:
-    """How many losses a ranking of single moves takes: none where a metric scores them."""
+def count_single_losses(problem: Problem) -> int:
+    """Return how many losses a ranking of single moves requests: none where a metric scores them."""
     return 0 if problem.scores is not None else 1 + len(single_moves(problem))
 
 
-from billhook.methods.search import (  # noqa: E402, F401 - they file themselves in the registry above
+def single_scores(problem: Problem) -> Generator[MeasureRequest, list[Loss], dict[Move, float]]:
+    """Return a score for each single move: the metric's, or else the rise of the loss by that move alone."""
+    moves = single_moves(problem)
+    scores = move_scores(problem, moves)
+    if scores is not None:
+        return scores
+    unpruned, *losses = yield MeasureRequest((Plan(), *(Plan().without(*move) for move in moves)))
+    return {move: loss.mean - unpruned.mean for move, loss in zip(moves, losses, strict=True)}
+
+
+from billhook.methods.search import (  # noqa: E402, F401 - they register themselves above
     beam,
     contiguous,
     evolve,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from billhook.core.errors import BudgetError, UsageError
+from billhook.core.errors import BudgetError, UsageError, option
 from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.problem import Problem
 from billhook.methods.search import Search, lowest_full, search
 
 
 def _losses(problem: Problem, *, run: str = "best", keep_last: int = 0) -> int:
-    """A loss for every start of a run; none where a metric scores runs, or the last one goes."""
+    """Return one loss for each start of a run; none where a metric scores runs, or with `run=last`."""
     runs = _runs(problem, run, keep_last)
     return 0 if run == "last" or problem.scores is not None else len(runs)
 
@@ -18,8 +18,7 @@ def _losses(problem: Problem, *, run: str = "best", keep_last: int = 0) -> int:
 def contiguous(problem: Problem, *, run: str = "best", keep_last: int = 0) -> Search:
     """Remove one contiguous run of whole blocks: the best by a metric of runs, or by the loss.
 
-    `run=last`: the last blocks, but
-    for `keep_last` of them, a baseline that is hard to beat once the model is trained again.
+    `run=last`: the last blocks, except `keep_last` of them; hard to beat once the model is trained again.
 
     Formula: argmin over starts l of the score of the run, or of L, for the shortest run from l that meets the budget.
     Cost: none besides the metric's (angular_span: one pass); without a metric a loss for every start.
@@ -34,15 +33,17 @@ def contiguous(problem: Problem, *, run: str = "best", keep_last: int = 0) -> Se
     if all(ends in scores for ends in runs):
         return [runs[min(runs, key=lambda ends: (scores[ends], ends))]]
     if scores:
-        raise UsageError("The search span wants a metric of runs, such as angular_span, or none.")
+        raise UsageError(
+            f"The search contiguous needs a metric of runs, or none. Type {option('metric', 'angular_span')}."
+        )
     plans = tuple(runs.values())
     return [lowest_full(plans, (yield MeasureRequest(plans, full_results=2)))[1]]
 
 
 def _runs(problem: Problem, run: str, keep_last: int) -> dict[tuple[int, int], Plan]:
-    """The shortest run of blocks from every start that meets the budget. Raises BudgetError if there is none."""
+    """Return the shortest run of blocks from each start that meets the budget. Raises BudgetError without any."""
     if run not in ("best", "last"):
-        raise UsageError(f"run={run!r} is neither best nor last.")
+        raise UsageError(f"run={run!r} is neither best nor last. Write one of them.")
     alive = problem.anatomy.sites_present()
     blocks = sorted({site.block for site in alive})
     runs: dict[tuple[int, int], Plan] = {}
@@ -54,5 +55,7 @@ def _runs(problem: Problem, run: str, keep_last: int) -> dict[tuple[int, int], P
                     runs[blocks[start], blocks[end]] = plan
                 break
     if not runs:
-        raise BudgetError("No single run of blocks meets the budget and leaves what must stay. Try the search greedy.")
+        raise BudgetError(
+            "No single run of blocks meets the budget and keeps the protected sites. Try the search greedy."
+        )
     return runs

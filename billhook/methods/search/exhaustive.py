@@ -1,4 +1,4 @@
-"""All plans, for small models."""
+"""Enumeration of all plans, for small models."""
 
 from __future__ import annotations
 
@@ -14,32 +14,35 @@ from billhook.methods.search import Search, lowest_full, search
 
 
 def most_minimal(problem: Problem) -> int:
-    """At most how many plans meet the budgets with nothing to spare: none of them holds another, so that they are no
-    more than the subsets of one size, between the fewest removals that may do and the most that are needed (LYM)."""
+    """Return an upper bound of how many plans meet the budgets without a redundant removal.
+
+    None of them contains another, so that they are at most the subsets of one size (LYM inequality): a size between
+    the fewest removals that may be enough and the most that are needed.
+    """
     costs = [problem.cost(g) for g in problem.groups() if not set(g) & problem.protected]
     fewest, most = 0, 0
-    for number, needed in enumerate(problem.targets):
-        each = sorted(cost[number] for cost in costs if cost[number])
-        fewest = max(fewest, _how_many(each[::-1], needed))
-        most += min(len(each), _how_many(each, needed))
+    for number, target in enumerate(problem.targets):
+        counted = sorted(cost[number] for cost in costs if cost[number])
+        fewest = max(fewest, _count_needed(counted[::-1], target))
+        most += min(len(counted), _count_needed(counted, target))
     return max(math.comb(len(costs), k) for k in range(fewest, min(len(costs), most) + 1))
 
 
-def _how_many(costs: Sequence[int], needed: Fraction) -> int:
-    """How many of the first costs are enough."""
-    return next((i for i, spent in enumerate(accumulate(costs), 1) if spent >= needed), len(costs))
+def _count_needed(costs: Sequence[int], target: Fraction) -> int:
+    """Return how many of the costs, from the first on, reach the target."""
+    return next((i for i, total in enumerate(accumulate(costs), 1) if total >= target), len(costs))
 
 
 def _losses(problem: Problem, *, most: int = 20_000) -> int:
-    """At most: all plans of one size; more than `most` are refused."""
+    """Return at most how many: all plans of one size; more than `most` are refused."""
     return min(most, most_minimal(problem))
 
 
 @search(losses=_losses)
 def exhaustive(problem: Problem, *, most: int = 20_000) -> Search:
-    """Measure every plan that meets the budget and removes nothing that it need not; the optimum.
+    """Measure every plan that meets the budget without a redundant removal, and return the optimum.
 
-    Refused where there are more than `most`.
+    More than `most` plans are refused.
 
     Formula: argmin of L over all minimal plans that meet the budget.
     Cost: n choose k losses to remove k of n sites, most of them dropped early.
@@ -59,10 +62,9 @@ def exhaustive(problem: Problem, *, most: int = 20_000) -> Search:
 
 
 def _minimal(problem: Problem, groups: list[Move], plan: Plan) -> Iterator[Plan]:
-    """The legal plans that extend `plan` by some of `groups`, meet the budgets, and do so with nothing to spare."""
+    """Yield the valid plans that extend `plan` by moves of `groups`, meet the budgets and have no redundant removal."""
     if problem.is_met(plan):
-        gone = [g for g in problem.groups() if set(g) <= plan.removed]
-        if not any(problem.is_met(Plan(plan.removed - set(g))) for g in gone):
+        if not any(problem.is_met(Plan(plan.removed - set(move))) for move in problem.removed_moves(plan)):
             yield plan
         return
     for i, group in enumerate(groups):
