@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
@@ -14,6 +15,25 @@ from billhook.core.errors import UnknownName, UsageError, nearest
 F = TypeVar("F", bound=Callable[..., object])
 
 V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class MethodInfo:
+    """One entry of a registry: what its docstring says, and its `options` with their defaults."""
+
+    family: str
+    name: str
+    summary: str
+    text: str
+    formula: str
+    cost: str
+    source: str
+    deviation: str
+    options: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field as plain JSON."""
+        return asdict(self)
 
 
 class Registry(Generic[F]):
@@ -57,9 +77,9 @@ class Registry(Generic[F]):
         self._load_entry_points()
         return iter(sorted(self._entries))
 
-    def describe(self) -> list[dict[str, Any]]:
-        """One row an entry: family, name, and what its docstring and its signature tell: see `parse_docstring`."""
-        return [{"family": self.family, "name": name, **parse_docstring(self[name])} for name in self]
+    def describe(self) -> list[MethodInfo]:
+        """Return what the docstring and the signature of every entry say: see `parse_docstring`."""
+        return [MethodInfo(self.family, name, **parse_docstring(self[name])) for name in self]
 
     def _load_entry_points(self) -> None:
         for entry in entry_points(group=self.group):

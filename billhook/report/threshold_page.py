@@ -14,9 +14,8 @@ from string import Template
 
 from billhook.core.margin import BOUND, Margin
 from billhook.core.results.studies import ThresholdResult
-from billhook.core.statistics import reliability_note
 from billhook.report.frame import html_table, scrolling
-from billhook.report.numbers import format_number, pluralize, printable
+from billhook.report.numbers import format_number, pluralize, printable, reliability_note
 
 WIDE, TALL = 480, 280
 MOST_PLAN = 2000  # characters that a command spells out; a longer plan is read from the result beside the page
