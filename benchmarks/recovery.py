@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,10 @@ def main() -> None:
         grid = sweep.Grid(("billhook",), ("12sites",), (texts["c4"],), (texts["c4"], texts["wikitext2"]),
                         tuple(texts[task] for task in TASKS[:2]))  # fmt: skip
         sets = sweep.evaluation_sets(bench, grid, recipe)
-        told |= {"removed": trial.plan.names(), "evaluation": {name: each.describe() for name, each in sets.items()}}
+        told |= {
+            "removed": trial.plan.names(),
+            "evaluation": {name: asdict(each.info()) for name, each in sets.items()},
+        }
 
         job = bench.job(recipe)
         if IN_SEARCH in given.only:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from billhook.core.errors import BillhookError
     from billhook.core.events import Event
     from billhook.core.plan import Plan, Site
+    from billhook.core.results.measured import TimingProtocol
+    from billhook.core.results.run import RunResult
     from billhook.methods.export.adapter import load_with_adapter
     from billhook.methods.export.checkpoint import save
     from billhook.models.load import Teacher, load
@@ -52,8 +54,10 @@ __all__ = [
     "Event",
     "Plan",
     "Recipe",
+    "RunResult",
     "Site",
     "Teacher",
+    "TimingProtocol",
     "ab_test",
     "apply",
     "baselines",
@@ -90,8 +94,10 @@ _HOMES = {
     "Event": "core.events",
     "Plan": "core.plan",
     "Recipe": "runs.recipe",
+    "RunResult": "core.results.run",
     "Site": "core.plan",
     "Teacher": "models.load",
+    "TimingProtocol": "core.results.measured",
     "ab_test": "studies.ab_test",
     "apply": "models.surgery",
     "baselines": "studies.gate",

@@ -14,7 +14,7 @@ from billhook.core.errors import FingerprintError, ResourceError, RunError, Usag
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.options import EvaluateOptions, PruneOptions, ScoreOptions, shows_options
 from billhook.core.plan import Plan, Site
-from billhook.core.registry import resolve_options
+from billhook.core.registry import MethodInfo, resolve_options
 from billhook.core.results.measured import Estimate, EvalResult, Score, TimingProtocol
 from billhook.core.results.model import (
     BlockScore,
@@ -340,10 +340,10 @@ def show(run: str, store: str | Path = STORE) -> StoredRun:
         return StoredRun(**about, losses=opened.count_losses(run), events=events, result=result)
 
 
-def list_methods() -> list[dict[str, str]]:
+def list_methods() -> list[MethodInfo]:
     """Every registered method: family, name, what it does, source."""
     families = (METRICS, GROUP_METRICS, LOSSES, ITEM_LOSSES, SEARCHES, RECOVERIES, EVALUATIONS, EXPORTS)
-    return [row for registry in families for row in registry.describe()]
+    return [method for registry in families for method in registry.describe()]
 
 
 def list_recipes() -> list[BuiltinRecipe]:

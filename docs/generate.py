@@ -36,20 +36,20 @@ def help_texts() -> str:
 def methods() -> str:
     """A section a family, and in it one of every registered method."""
     told, family = [], ""
-    for row in billhook.list_methods():
-        if row["family"] != family:
-            family = row["family"]
+    for method in billhook.list_methods():
+        if method.family != family:
+            family = method.family
             told.append(f"\n## {HEADINGS[family]}\n")
-        told.append(f"\n### `{row['name']}`\n\n{row['summary']}\n")
-        if row["text"]:
-            told.append(f"\n{row['text']}\n")
-        options = ", ".join(f"`{name}` = `{_shown(default)}`" for name, default in row["options"].items())
+        told.append(f"\n### `{method.name}`\n\n{method.summary}\n")
+        if method.text:
+            told.append(f"\n{method.text}\n")
+        options = ", ".join(f"`{name}` = `{_shown(default)}`" for name, default in method.options.items())
         lines = [
-            ("Formula", _code(row["formula"])),
-            ("Cost", row["cost"]),
-            ("Options", options if row["family"] in SET else ""),
+            ("Formula", _code(method.formula)),
+            ("Cost", method.cost),
+            ("Options", options if method.family in SET else ""),
         ]
-        lines += [("Source", row["source"]), ("Deviations", row["deviation"])]
+        lines += [("Source", method.source), ("Deviations", method.deviation)]
         told.append("\n" + "".join(f"- {name}: {text}\n" for name, text in lines if text))
     return "".join(told) + "\n"
 

@@ -120,7 +120,7 @@ def test_every_command_and_option_is_documented() -> None:
 
 def test_every_method_architecture_unit_and_public_name_is_documented() -> None:
     wanted = {
-        "methods.md": {row["name"] for row in billhook.list_methods()},
+        "methods.md": {method.name for method in billhook.list_methods()},
         "architectures.md": set(ARCHITECTURES),
         "how-it-works.md": set(UNITS),
         "python.md": {*billhook.__all__, *(kind.__name__ for kind in _errors())},
@@ -319,7 +319,7 @@ def check_command(words: list[str], where: str) -> None:
 
 def check_values(arguments: list[str], where: str) -> None:
     """The budget, search and loss that a command line names."""
-    known = {family: {row["name"] for row in billhook.list_methods() if row["family"] == family} for family in FAMILIES}
+    known = {family: {each.name for each in billhook.list_methods() if each.family == family} for family in FAMILIES}
     for option, value in pairwise(arguments):
         if option == "--remove":
             for size in value.split(",") if arguments[0] == "sweep" else [value]:

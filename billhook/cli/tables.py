@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +10,7 @@ from rich.console import Console
 from billhook.cli.study_tables import empty_table, plain_table
 from billhook.core.anatomy import ModelSizes, SiteSize, Unassigned
 from billhook.core.plan import Site
+from billhook.core.registry import MethodInfo
 from billhook.core.results.model import (
     BlockScore,
     Evaluation,
@@ -24,7 +25,7 @@ from billhook.core.results.model import (
 )
 from billhook.core.results.run import RunResult
 from billhook.core.results.stored import RunSummary
-from billhook.core.statistics import reliability_note
+from billhook.report.numbers import reliability_note
 
 
 def result_table(console: Console, result: RunResult) -> None:
@@ -137,12 +138,12 @@ def runs_table(console: Console, value: dict[str, list[RunSummary]]) -> None:
     console.print(table if value["runs"] else "No runs yet. Start one: billhook prune --remove 25%sites")
 
 
-def methods_table(console: Console, value: dict[str, Any]) -> None:
+def methods_table(console: Console, value: Mapping[str, Sequence[MethodInfo]]) -> None:
     """Print every registered method with its options and source."""
-    for row in value["methods"]:
-        console.print(f"{row['name']} ({row['family']}): {row['summary']}", highlight=False, style="bold")
-        options = ", ".join(f"{name}={default}" for name, default in row["options"].items())
-        for text in (row["cost"] and f"Cost: {row['cost']}", options and f"Options: {options}", row["source"]):
+    for method in value["methods"]:
+        console.print(f"{method.name} ({method.family}): {method.summary}", highlight=False, style="bold")
+        options = ", ".join(f"{name}={default}" for name, default in method.options.items())
+        for text in (method.cost and f"Cost: {method.cost}", options and f"Options: {options}", method.source):
             if text:
                 console.print(f"    {text}", style="dim", highlight=False)
 

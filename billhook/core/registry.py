@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +16,25 @@ F = TypeVar("F", bound=Callable[..., object])
 
 T = TypeVar("T")
 V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class MethodInfo:
+    """One entry of a registry: what its docstring says, and its `options` with their defaults."""
+
+    family: str
+    name: str
+    summary: str
+    text: str
+    formula: str
+    cost: str
+    source: str
+    deviation: str
+    options: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field as plain JSON."""
+        return asdict(self)
 
 
 class Entries(Generic[T]):
@@ -91,9 +111,9 @@ class Registry(Entries[F]):
             raise ValueError(f"Two of the {self.family} are called {name!r}. Rename one of them.")
         return function
 
-    def describe(self) -> list[dict[str, Any]]:
-        """Return one row per entry: family, name, and the fields of `parse_docstring`."""
-        return [{"family": self.family, "name": name, **parse_docstring(self[name])} for name in self]
+    def describe(self) -> list[MethodInfo]:
+        """Return what the docstring and the signature of every entry say: see `parse_docstring`."""
+        return [MethodInfo(self.family, name, **parse_docstring(self[name])) for name in self]
 
 
 class RegistryWithFacts(Registry[F], Generic[F, V]):

@@ -124,18 +124,6 @@ def _interval(
     return Estimate(value, *ends, n, clusters, reliable, "" if reliable else reason)
 
 
-def reliability_note(estimate: Estimate) -> str:
-    """On what an interval rests that is not reliable, in words; nothing for one that is."""
-    what = {"few_texts": "texts", "few_items": "items", "one_text": "documents of one text"}
-    if not estimate.reason:
-        return ""
-    few, many = ("items", "items") if estimate.reason == "few_items" else ("documents", "texts")
-    return (
-        f"Few {few}: the interval rests on {estimate.clusters} {what[estimate.reason]}, and is to be relied on from "
-        f"{FEW_CLUSTERS} {many} on."
-    )
-
-
 def bootstrap_t(
     sums: Floats, counts: Floats, seed: int, level: float = 0.95, resamples: int = RESAMPLES
 ) -> tuple[float, float]:

@@ -58,16 +58,6 @@ class TokenSet:
         documents, texts = len(self.clusters), len(set(self.clusters))
         return TokenSetInfo(self.source, self.tokens, len(self.lengths), documents, texts, self.hash, items)
 
-    def describe(self) -> dict[str, Any]:
-        return {
-            "source": self.source,
-            "tokens": self.tokens,
-            "sequences": len(self.lengths),
-            "documents": len(self.clusters),
-            "texts": len(set(self.clusters)),
-            "hash": self.hash,
-        } | ({} if self.choices is None else {"items": len(self.choices.gold)})
-
 
 @dataclass(frozen=True, slots=True)
 class Document:

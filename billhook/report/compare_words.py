@@ -17,7 +17,6 @@ from billhook.core.results.comparisons import (
     TaskScores,
 )
 from billhook.core.results.measured import Estimate
-from billhook.core.statistics import reliability_note
 from billhook.report.numbers import (
     Spell,
     format_accuracy,
@@ -29,6 +28,7 @@ from billhook.report.numbers import (
     format_ratio,
     pluralize,
     printable,
+    reliability_note,
 )
 from billhook.report.study_words import short_names
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from billhook.core.results.measured import Estimate, TokenSetInfo
-from billhook.core.statistics import exp_capped
+from billhook.core.results.measured import Estimate, Reason, TokenSetInfo
+from billhook.core.statistics import FEW_CLUSTERS, exp_capped
 
 Spell = Callable[[float], str]
 UNBOUNDED = 1e304  # stats.exp ends there
@@ -149,16 +149,19 @@ def count_items(info: TokenSetInfo) -> str:
     return pluralize(info.documents, "document") if info.items is None else pluralize(info.items, "item")
 
 
-def about_tokens(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What a token set says of itself, for readers: a task has items, text has documents and texts."""
-    of_text = ("documents", "texts") if about.get("items") is not None else ()
-    return {key: value for key, value in about.items() if key not in of_text}
-
-
-def how_many(about: Mapping[str, Any]) -> str:
-    """`40 items` of a task, `38 documents` of text."""
-    items = about.get("items")
-    return pluralize(about["documents"], "document") if items is None else pluralize(items, "item")
+def reliability_note(estimate: Estimate) -> str:
+    """On what an interval rests that is not reliable, in words; nothing for one that is."""
+    if estimate.reliable:
+        return ""
+    n, many = estimate.clusters, f"and is to be relied on from {FEW_CLUSTERS}"
+    words: dict[Reason, str] = {
+        "": f"Few documents: the interval rests on {n} texts only and is not reliable.",
+        "few_texts": f"Few documents: the interval rests on {n} texts, {many} texts on.",
+        "one_text": f"Few documents: the interval rests on {n} documents of one text, {many} texts on.",
+        "few_items": f"Few items: the interval rests on {n} items, {many} items on.",
+        "few_runs": f"Few runs: the interval is the range of {n} runs; from 6 on it holds with 95% confidence.",
+    }
+    return words[estimate.reason]
 
 
 def format_duration(seconds: float) -> str:

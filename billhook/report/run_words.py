@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from billhook.core.margin import BOUND
-from billhook.core.results.measured import Estimate, WorkPlan
+from billhook.core.results.measured import WorkPlan
 from billhook.core.results.run import (
     RecoveryReport,
     RunReason,
@@ -16,13 +16,13 @@ from billhook.core.results.run import (
     SpeedGap,
     WithinReport,
 )
-from billhook.core.statistics import reliability_note
 from billhook.report.numbers import (
     format_duration,
     format_number,
     format_ratio,
     percentage_points,
     pluralize,
+    reliability_note,
     stem,
     with_interval,
 )
@@ -87,17 +87,12 @@ def run_notes(result: RunResult) -> list[str]:
     if result.perplexity is None:
         notes.append("Perplexity was not measured.")
     elif not result.perplexity.ratio.reliable:
-        notes.append(f"Perplexity: {_reliability(result.perplexity.ratio)}")
+        notes.append(f"Perplexity: {reliability_note(result.perplexity.ratio)}")
     if result.speed is None:
         notes.append("Speed was not measured.")
     elif result.speed.gap is not None:
         notes.append(f"Speed: {_gap_in_words(result.speed, result.speed.gap)}")
     return notes + ([_within_in_words(result.within)] if result.within else [])
-
-
-def _reliability(estimate: Estimate) -> str:
-    few = f"the interval rests on {estimate.clusters} texts only and is not reliable."
-    return reliability_note(estimate) or few
 
 
 def _added_parameters(result: RunResult) -> list[tuple[RecoveryReport, int]]:

@@ -14,9 +14,8 @@ from string import Template
 
 from billhook.core.margin import BOUND, Margin
 from billhook.core.results.studies import ThresholdResult
-from billhook.core.statistics import reliability_note
 from billhook.report.frame import html_table, scrolling
-from billhook.report.numbers import format_number, pluralize, printable
+from billhook.report.numbers import format_number, pluralize, printable, reliability_note
 from billhook.report.pages import page
 
 WIDE, TALL = 480, 280

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from billhook.core.plan import PARTS, Plan, Site
+from billhook.core.results.json_form import decode, encode
 from billhook.core.results.measured import Loss, Step, paired_gap
 from billhook.runs.trace import Round, removal_trace
 
@@ -145,6 +146,7 @@ def test_without_a_rival_there_is_no_gap() -> None:
 def test_a_step_survives_json() -> None:
     plan = Plan.parse(["attention.3", "mlp.3", "mlp.1[0-5 7]"])
     step = Step(tuple(plan.sites()), 0.25, None, None, tuple(plan.narrowed))
-    read = json.loads(json.dumps(step.to_json()))
+    read = json.loads(json.dumps(encode(step)))
+    assert decode(Step, json.loads(json.dumps(read))) == step
     assert Plan.parse(["mlp.1[0-2]"]).combined_with(Plan.parse([*read.pop("sites"), *read.pop("narrowed")])) == plan
     assert read == {"loss": step.loss, "gap": None, "gap_se": None}

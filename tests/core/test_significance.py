@@ -22,7 +22,8 @@ from billhook.core.significance import (
     mcnemar,
     power,
 )
-from billhook.core.statistics import bootstrap_t, paired_difference, reliability_note
+from billhook.core.statistics import bootstrap_t, paired_difference
+from billhook.report.numbers import reliability_note
 
 
 def right(outcomes: list[int], clusters: list[int] | None = None) -> EvalResult:

@@ -22,11 +22,11 @@ from billhook.core.statistics import (
     median_interval,
     paired_difference,
     ranks,
-    reliability_note,
     score_interval,
     student_quantile,
     zero_difference,
 )
+from billhook.report.numbers import reliability_note
 
 
 def results(texts: int, seed: int, per_text: int = 3, shuffle: bool = True) -> tuple[EvalResult, EvalResult]:

@@ -220,7 +220,7 @@ def test_one_row_a_choice_and_one_document_an_item(file: Path, tokenizer: Any) -
     assert tokens.documents == tuple(d for d, item in enumerate(taken) for _ in item.choices)
     assert tokens.choices.gold == tuple(item.gold for item in taken)
     assert tokens.choices.characters == tuple(r.characters for item in taken for r in requests(item))
-    assert tokens.describe()["items"] == tokens.describe()["texts"] == 50
+    assert tokens.info().items == tokens.info().texts == 50
     assert len(set(tokens.digests)) == 50
     assert task_tokens(file, tokenizer).hash == tokens.hash != task_tokens(file, tokenizer, seed=1).hash
 

@@ -127,12 +127,6 @@ class Step:
     gap_se: float | None  # standard error of the gap over documents
     narrowed: tuple[KeptGroups, ...] = ()  # sites that became narrower, as they are now
 
-    def to_json(self) -> dict[str, object]:
-        return {
-            "sites": [str(s) for s in self.sites], "narrowed": [str(narrow) for narrow in self.narrowed],
-            "loss": self.loss, "gap": self.gap, "gap_se": self.gap_se,
-        }  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class Timing:

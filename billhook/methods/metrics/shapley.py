@@ -73,7 +73,9 @@ def present_absent(
     half kept for losses, nine tenths for tasks.
     """
     if not 0 < keep < 1:
-        raise UsageError(f"keep={keep} is not a share of the sites between 0 and 1. Type {option('set', {'keep': 0.5})}.")
+        raise UsageError(
+            f"keep={keep} is not a share of the sites between 0 and 1. Type {option('set', {'keep': 0.5})}."
+        )
     units, draw = _players(probe, players), random.Random(seed)
     absent = [[draw.random() >= keep for _ in units] for _ in range(draws)]
     plans = [_union([u for u, removed in zip(units, row, strict=True) if removed]) for row in absent]
@@ -94,7 +96,9 @@ def present_absent(
 def _shapley(probe: Probe, pairs: int, players: str, seed: int) -> dict[ScoredUnit, Score]:
     """Return the mean rise of the loss by each player over `pairs` of random orders and their reverses."""
     if pairs < 2:
-        raise UsageError(f"pairs={pairs} gives no interval. Ask for at least 2 pairs of orders: {option('set', {'pairs': 8})}.")
+        raise UsageError(
+            f"pairs={pairs} gives no interval. Ask for at least 2 pairs of orders: {option('set', {'pairs': 8})}."
+        )
     units, draw = _players(probe, players), random.Random(seed)
     orders: list[list[tuple[Site, ...]]] = []
     for _ in range(pairs):
