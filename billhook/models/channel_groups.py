@@ -279,7 +279,7 @@ def kept_tensor(
 def cut_channels(
     block: nn.Module, row: Architecture, layout: ChannelLayout, config: Config, kept: list[list[int]]
 ) -> dict[str, Any]:
-    """Cut the part of a block that has `layout` in place to the groups that stay; returns what a checkpoint must tell of it.
+    """Cut the part of a block that has `layout` in place to its kept groups; returns what a checkpoint says of it.
 
     The parameters are new, the old ones untouched. A norm over all heads keeps its divisor: less of its input is left,
     and what is gone counts as zero, so that its weight and its epsilon carry the ratio.

@@ -23,8 +23,8 @@ def register() -> None:
             config_class, model_class = pruned_classes(*stock_classes(model_type))
         except (ValueError, KeyError) as error:
             raise ModelError(
-                f"There is a row for the architecture {model_type}, and transformers {transformers.__version__} knows no "
-                "causal language model of that type. Upgrade transformers, or uninstall the package that adds the row."
+                f"There is a row for the architecture {model_type}, and transformers {transformers.__version__} knows "
+                "no causal language model of that type. Upgrade transformers, or uninstall the package that adds the row."
             ) from error
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         transformers.AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)

@@ -33,7 +33,7 @@ def blocks_of(model: nn.Module, row: Architecture) -> nn.ModuleList:
     if not isinstance(blocks, nn.ModuleList):
         raise ModelError(
             f"{row.blocks} is a {type(blocks).__name__} and not a list of blocks, where its architecture keeps the "
-            "blocks. Correct its row in billhook/models/architectures.py."
+            "blocks. Correct its row in models/architectures.py."
         )
     return blocks
 
@@ -46,7 +46,7 @@ def site_modules(block: nn.Module, part: Part, row: Architecture, config: Config
     if missing := [name for name in wanted if not hasattr(block, name)]:
         raise ModelError(
             f"A block of this model has no {', '.join(missing)}, which its architecture names as its {part}: it has "
-            f"{', '.join(name for name, _ in block.named_children())}. Correct its row in billhook/models/architectures.py."
+            f"{', '.join(name for name, _ in block.named_children())}. Correct its row in models/architectures.py."
         )
     return [getattr(block, name) for name in wanted]
 

@@ -183,8 +183,8 @@ class Recipe(CalibrationOptions, EvalOptions):
             )
         if self.stock and self.export != "transformers":
             raise RecipeError(
-                f"{option('stock', True)} writes the export stock, and {option('export', self.export)} another. Leave one "
-                "out."
+                f"{option('stock', True)} writes the export stock, and {option('export', self.export)} another. Leave "
+                "one out."
             )
         return self
 

@@ -27,7 +27,8 @@ def test_facts_of_devices_stand_in_one_file() -> None:
         tree = ast.parse("\n".join(lines))
         found += [f"{path.name}:{node.lineno}: {ast.unparse(node)}" for node in ast.walk(tree)
                   if isinstance(node, ast.Compare) and ast.unparse(node.left).endswith("device.type")
-                  and any(isinstance(c, ast.Constant) and c.value in ("cuda", "mps") for c in node.comparators)]  # fmt: skip
+                  and any(isinstance(c, ast.Constant) and c.value in ("cuda", "mps")
+                          for c in node.comparators)]  # fmt: skip
     assert not found
 
 

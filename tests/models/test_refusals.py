@@ -194,7 +194,8 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "granite": (
         only_config(model_type="granite", num_key_value_heads=4, **SMALL),
-        ("no row for the architecture 'granite'", "Known: cohere, falcon", '"granite": Architecture(blocks="model.layers"'),
+        ("no row for the architecture 'granite'", "Known: cohere, falcon",
+         '"granite": Architecture(blocks="model.layers"'),
     ),
     "biogpt": (
         only_config(model_type="biogpt", num_hidden_layers=2),

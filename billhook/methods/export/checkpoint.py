@@ -220,7 +220,7 @@ def verify_streamed_round_trip(
     repair: Repair | None = None,
     watch: EventListener = ignore_events,
 ) -> None:
-    """`verify_round_trip` for a teacher that is streamed: what the plan leaves of it against `folder`, streamed as well.
+    """Compare what the plan leaves of a streamed teacher with `folder`, streamed as well.
 
     Where sites are narrower, zeros stand in the teacher for what the folder lacks, and sums are rounded in another
     order: then they are equal within the root of the dtype's epsilon, of the largest logit.

@@ -85,7 +85,8 @@ def present_absent(
         without, kept = ([m for m, row in zip(means, absent, strict=True) if row[i] is out] for out in (True, False))
         if min(len(without), len(kept)) < 2:
             raise UsageError(
-                f"{draws} draws leave too few with and without each player. Ask for more: {option('set', {'draws': 64})}."
+                f"{draws} draws leave too few with and without each player. Ask for more: "
+                f"{option('set', {'draws': 64})}."
             )
         variance = statistics.variance(without) / len(without) + statistics.variance(kept) / len(kept)
         value = statistics.fmean(without) - statistics.fmean(kept)
