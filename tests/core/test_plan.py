@@ -239,7 +239,7 @@ def test_check_says_what_was_wrong_and_what_to_do() -> None:
         (Plan.parse(["attention.3"]), frozenset(), r"no attention\.3.*blocks 0 to 2"),
         (Plan(frozenset({Site(-1, "mlp")})), frozenset(), r"no mlp\.-1.*blocks 0 to 2"),
         (Plan.parse(["mlp.1"]), frozenset(), r"mlp\.1 was already removed.*billhook inspect"),
-        (Plan.parse(["mlp.2"]), frozenset({Site(2, "mlp")}), r"removes mlp\.2, which --protect keeps\. Change one"),
+        (Plan.parse(["mlp.2"]), frozenset({Site(2, "mlp")}), r"removes mlp\.2, which protect= keeps\. Change one"),
         (Plan.parse(["mlp.0", "mlp.2"]), frozenset(), r"every mlp site\. At least one of each kind must stay"),
         (Plan.parse(["attention.0", "attention.2"]), frozenset(), r"every attention site"),
     ]
