@@ -14,7 +14,7 @@ from billhook.data.token_sets import (
     MIN_ROW,
     Document,
     TokenSet,
-    encode,
+    encode_texts,
     order_documents,
     pack_rows,
     special_prefix,
@@ -59,7 +59,7 @@ def calibration_tokens(
     parts = []
     for source, tokens in shares:
         if source == SELF:
-            found, halved = order_documents(encode(generated, tokenizer), spec.seed), False
+            found, halved = order_documents(encode_texts(generated, tokenizer), spec.seed), False
         else:
             halved = held_out is None or source in split_sources(held_out)
             found = _read(source, spec, tokenizer, half=0 if halved else None)
@@ -186,7 +186,7 @@ def _require_tokenizer(tokenizer: Any) -> None:
 
 def _read(source: str, spec: TextSpec, tokenizer: Any, half: int | None) -> list[Document]:
     """The documents of one source, or of one half of it, in the order of the seed."""
-    encoded = encode(read_texts(source, spec.field, tokenizer), tokenizer)
+    encoded = encode_texts(read_texts(source, spec.field, tokenizer), tokenizer)
     found = order_documents(encoded, spec.seed)
     return found if half is None else _halves(found, order_documents(encoded, 0))[half]
 

@@ -75,10 +75,10 @@ class Document:
 
 def documents(texts: list[str], tokenizer: Any, seed: int) -> list[Document]:
     """Texts as documents of at most 1,024 tokens, in a seeded order that takes every text once before any twice."""
-    return order_documents(encode(texts, tokenizer), seed)
+    return order_documents(encode_texts(texts, tokenizer), seed)
 
 
-def encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+def encode_texts(texts: list[str], tokenizer: Any) -> list[list[int]]:
     """The tokens of every text, without those that the tokenizer puts before one."""
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return ids

@@ -74,8 +74,8 @@ def _check_config(raw: dict[str, Any], trust_remote_code: bool) -> None:
     blocks, kinds = raw.get("num_hidden_layers"), raw.get(architectures.BLOCK_KINDS)
     if isinstance(kinds, list) and isinstance(blocks, int) and len(kinds) != blocks:
         raise ModelError(
-            f"config.json says num_hidden_layers={blocks} but lists {len(kinds)} {architectures.BLOCK_KINDS}. One of them "
-            "is wrong; download config.json again."
+            f"config.json says num_hidden_layers={blocks} but lists {len(kinds)} {architectures.BLOCK_KINDS}. "
+            "One of them is wrong; download config.json again."
         )
     try:
         config = transformers.AutoConfig.for_model(architectures.base_type(model_type), **_stock_fields(raw))

@@ -24,7 +24,7 @@ def register() -> None:
         except (ValueError, KeyError) as error:
             raise ModelError(
                 f"There is a row for the architecture {model_type}, and transformers {transformers.__version__} knows "
-                "no causal language model of that type. Upgrade transformers, or uninstall the package that adds the row."
+                "no causal language model of that type. Upgrade transformers, or uninstall the package that adds it."
             ) from error
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         transformers.AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)

@@ -86,9 +86,9 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     removed = Plan(teacher.removed_earlier.removed | plan.removed)
     patched = _patched(teacher) | {site: patch.spec() for site, patch in repair.patches.items()}
     if stock and patched:
-        what = f"what stands at {min(patched)} now: a constant or a matrix of a repair"
         raise PlanError(
-            f"{option('stock', True)} has no place for {what}. Leave {option('stock')} out, or recover by fold alone."
+            f"{option('stock', True)} has no place for the patch at {min(patched)}, a constant or a matrix of a repair. "
+            f"Leave {option('stock')} out, or recover by fold alone."
         )
     gone = set(removed.blocks()) - {site.block for site in patched}
     kept = [p for p in teacher.positions if p not in gone]
@@ -108,10 +108,8 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
         told["groups"] = {str(site): entry["groups"] for site, entry in sorted(narrow.items())}
         narrow = {} if (stock or not lacking) and fits_stock_shape(student, narrow, base) else narrow
     if stock and narrow:
-        raise PlanError(
-            f"{option('stock', True)} has no place for a width of its own, as {min(narrow)} has. Leave "
-            f"{option('stock')} out."
-        )
+        what = f"a width of its own, as {min(narrow)} has"
+        raise PlanError(f"{option('stock', True)} has no place for {what}. Leave {option('stock')} out.")
     if stock or not (lacking or narrow):
         config.__class__, student.__class__ = stock_classes(base)
         config.per_layer_config = None
@@ -131,8 +129,8 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
             stood[site] = patch_module(patch, parts[site.part]["outputs"], teacher.device, teacher.model.dtype)
         for site, module in stood.items():
             setattr(student.get_submodule(path)[kept.index(site.block)], parts[site.part]["zero"][0], module)
-    rest = repair.weights.keys() - whole.keys()
-    assign_weights(student, {name: repair.weights[old] for old in rest if (name := student_name(teacher, old, kept))})
+    rest = {student_name(teacher, old, kept): repair.weights[old] for old in repair.weights.keys() - whole.keys()}
+    assign_weights(student, {name: weight for name, weight in rest.items() if name})
     return student
 
 

@@ -28,9 +28,9 @@ from billhook.core.results.ab_report import (
     EndpointReport,
     ItemScores,
     Measure,
-    Outcome,
     PairedAccuracy,
     PairedMeasure,
+    PromptOutcome,
     RequestOptions,
     TextAgreement,
 )
@@ -287,17 +287,17 @@ def _choice(sums: Sequence[float], prompt: Prompt, name: str) -> int:
     return max(range(len(sums)), key=lambda i: sums[i] / sizes[i])
 
 
-def _outcome(transcript: Transcript, number: int, prompt: Prompt) -> Outcome:
+def _outcome(transcript: Transcript, number: int, prompt: Prompt) -> PromptOutcome:
     a, b = transcript.answers[number]
     same = a.text == b.text if a.error is None and b.error is None else None
     first = SIDES[transcript.order[number]]
     if not transcript.choice_logprobs:
-        return Outcome(prompt.number, first, a, b, same)
+        return PromptOutcome(prompt.number, first, a, b, same)
     scores = [
         ItemScores(error=str(sums)) if isinstance(sums, RequestFailed) else ItemScores(tuple(sums))
         for sums in transcript.choice_logprobs[number]
     ]
-    return Outcome(prompt.number, first, a, b, same, scores[0], scores[1], prompt.gold)
+    return PromptOutcome(prompt.number, first, a, b, same, scores[0], scores[1], prompt.gold)
 
 
 REQUEST_FIELDS = {each.name: each for each in fields(RequestOptions)}

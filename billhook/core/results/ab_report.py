@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from billhook.core.errors import UsageError
-from billhook.core.results.comparisons import estimate_columns
 from billhook.core.results.json_form import Result
-from billhook.core.results.measured import Estimate
+from billhook.core.results.measured import Estimate, estimate_columns
 
 Measure = Literal["latency_s", "total_s", "first_token_s", "tokens_per_s"]
 
@@ -137,7 +136,7 @@ class ItemScores:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class PromptOutcome:
     """One prompt: which side was asked `first`, both answers, and of an item of a task the scores and the right choice.
 
     `same`: whether the texts are equal; None where one side failed.
@@ -174,7 +173,7 @@ class AbReport(Result):
     asking: RequestOptions
     at_most_seconds: float
     seconds: float
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[PromptOutcome, ...]
     run: str = ""
     prompts: str = ""
 
@@ -188,7 +187,7 @@ class AbReport(Result):
     def rows(self) -> list[dict[str, Any]]:
         """A row for each measure."""
         return [
-            {"measure": each.name, **estimate_columns(each.a, "a"), **estimate_columns(each.b, "b"),
-             **estimate_columns(each.ratio, "ratio")}
+            {"measure": each.name, **estimate_columns("a", each.a), **estimate_columns("b", each.b),
+             **estimate_columns("ratio", each.ratio)}
             for each in self.measures
         ]  # fmt: skip

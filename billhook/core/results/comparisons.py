@@ -9,7 +9,7 @@ from billhook.core.anatomy import ModelSizes
 from billhook.core.margin import Margin, Margins
 from billhook.core.plan import Plan
 from billhook.core.results.json_form import PagedResult, Result
-from billhook.core.results.measured import Environment, Estimate, TokenSetInfo
+from billhook.core.results.measured import Environment, Estimate, TokenSetInfo, estimate_columns
 
 Verdict = Literal["better", "equivalent", "worse", "undecided"]
 
@@ -199,7 +199,7 @@ class Comparison(PagedResult):
         """A row for each set and model; the first model has no verdict."""
         return [
             {"set": each.source, "score": each.score, "n": each.n, "model": about.model}
-            | estimate_columns(value.estimate)
+            | estimate_columns("value", value.estimate)
             | _verdict_columns(each.pairs[number - 1] if number else None)
             for each in self.sets
             for number, (about, value) in enumerate(zip(self.models, each.values, strict=True))
@@ -209,14 +209,7 @@ class Comparison(PagedResult):
 def _verdict_columns(pair: PairVerdict | None) -> dict[str, Any]:
     names = ("p", "p_holm", "gained", "lost", "verdict")
     own = {name: None if pair is None else getattr(pair, name) for name in names}
-    return estimate_columns(None if pair is None else pair.change, "change") | own
-
-
-def estimate_columns(estimate: Estimate | None, name: str = "") -> dict[str, float | None]:
-    """An estimate as the columns `value`, `low` and `high`, or `NAME`, `NAME_low` and `NAME_high`; None where it is."""
-    columns = (name, f"{name}_low", f"{name}_high") if name else ("value", "low", "high")
-    values = (None,) * 3 if estimate is None else (estimate.value, estimate.low, estimate.high)
-    return dict(zip(columns, values, strict=True))
+    return estimate_columns("change", None if pair is None else pair.change) | own
 
 
 # -- gate -------------------------------------------------------------------------------------------------------------
@@ -265,7 +258,7 @@ class GateReport(Result):
         return [
             {"set": check.source, "score": check.score, "n": check.n, "verdict": check.verdict}
             | {"baseline": check.baseline, "student": check.student, "margin": str(check.margin)}
-            | estimate_columns(check.lost, "lost")
+            | estimate_columns("lost", check.lost)
             for check in self.checks
         ]
 
@@ -377,6 +370,6 @@ class TaskScores(Result):
         """A row for each score."""
         return [
             {"set": each.source, "score": each.score, "n": each.estimate.n, "reliable": each.estimate.reliable}
-            | estimate_columns(each.estimate)
+            | estimate_columns("value", each.estimate)
             for each in self.scores
         ]

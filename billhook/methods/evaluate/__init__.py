@@ -21,7 +21,7 @@ evaluation = EVALUATIONS.add
 BATCH_LOGITS_BYTES = 2**28  # logits per batch, in float32
 
 
-def evaluate(
+def run_evaluation(
     name: str, model: Any, eval_set: Any, *, watch: EventListener = ignore_events, who: str = "", **options: Any
 ) -> EvalResult:
     """Evaluate a model by name on a set: text, items of choices, or prompts. Returns one outcome per item.
@@ -57,7 +57,9 @@ def evaluate_by_name(
         )
     pairs = zip(names, resolved, strict=True)
     with teacher.lock:
-        return {name: evaluate(name, teacher.model, eval_set, watch=watch, who=who, **given) for name, given in pairs}
+        return {
+            name: run_evaluation(name, teacher.model, eval_set, watch=watch, who=who, **given) for name, given in pairs
+        }
 
 
 @dataclass(frozen=True)
