@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from billhook.core.errors import ResultError, RunError
+from billhook.core.errors import ResultError, RunError, either
 from billhook.core.events import EventListener
 from billhook.core.results.json_form import PagedResult, Result
 from billhook.core.results.specs import PRUNE, RunSpec
@@ -112,13 +112,15 @@ def make_report(run: str, *, out: str | Path | None = None, store: str | Path = 
     page_of(stored.kind)
     again = "what the store holds is not measured again"
     if stored.result is None:
-        how = f"billhook prune --resume --run {run}" if stored.kind == PRUNE else f"billhook {stored.kind} …"
+        resume = either(f"billhook.resume({run!r})", f"billhook prune --resume --run {run}")
+        how = resume if stored.kind == PRUNE else f"run {stored.kind} again"
         raise RunError(f"Run {run} is {stored.state} and has no result. Finish it: {how}; {again}.")
     result = read_result(stored.kind, stored.result)
     if not isinstance(result, Result):
+        look = either(f"billhook.show({run!r})", f"billhook show {run}")
         raise ResultError(
             f"Billhook 0.1 stored the result of run {run}, and this Billhook makes no page of it. Run the command "
-            f"again ({again}), or read what the store says: billhook show {run}."
+            f"again ({again}), or read what the store says: {look}."
         )
     folder = Path(out) if out is not None else Path("reports") / run
     check_target(folder, None)
