@@ -41,10 +41,13 @@ LEAST_RECOVERY_TOKENS = 64  # tokens, of which something may be learnt
 
 
 def load_teacher(recipe: TextOptions, watch: EventListener, loaded: Mapping[str, Teacher] = NOTHING) -> Teacher:
-    """The model of some options, loaded as they say, or the one of its name that is `loaded`. Raises ResourceError for a memory that two blocks fill."""
+    """The model of some options, loaded as they say, or the one of its name that is `loaded`.
+
+    Raises ResourceError for a memory that two blocks fill.
+    """
     teacher = as_teacher(
-        loaded.get(recipe.model, recipe.model), device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code,
-        memory=recipe.memory_bytes, watch=watch,
+        loaded.get(recipe.model, recipe.model), device=recipe.device, dtype=recipe.dtype, memory=recipe.memory_bytes,
+        trust_remote_code=recipe.trust_remote_code, watch=watch,
     )  # fmt: skip
     if recipe.memory_bytes is not None and teacher.weights is not None and teacher.weight_bytes > recipe.memory_bytes:
         raise ResourceError(
