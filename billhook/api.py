@@ -43,7 +43,7 @@ from billhook.methods.metrics import GROUP_METRICS, METRICS
 from billhook.methods.recover import RECOVERIES
 from billhook.methods.search import SEARCHES
 from billhook.models.device import dtype_name, environment
-from billhook.models.load import Teacher, load
+from billhook.models.load import Model, Teacher, as_teacher, loaded_by_name, name_of
 from billhook.report.run_report import write_report
 from billhook.runs import evaluation
 from billhook.runs.builtin_recipes import BuiltinRecipe, builtin_recipes
@@ -64,7 +64,7 @@ from billhook.runs.store import STORE, Store
 
 @shows_options(PruneOptions, Recipe.model_fields)
 def prune(
-    model: str | Path = "demo",
+    model: Model = "demo",
     *,
     recipe: str | Path | None = None,
     out: str | Path | None = None,
@@ -74,28 +74,31 @@ def prune(
 ) -> RunResult:
     """Prune a model and prove it; returns the result that report.json holds.
 
-    `model`: a folder, a .gguf file, a Hugging Face name, or `demo`. `recipe`: a YAML file, or the name of one of ours.
+    `model`: a folder, a .gguf file, a Hugging Face name, `demo`, or a loaded Teacher. `recipe`: a YAML file, or the
+    name of one of ours.
     `options`: the fields of `Recipe`, which overrule it; one of `remove`, `plan` and `within` is needed. The checkpoint
     and its report appear at `out` (default: pruned/<run>), whole or not at all.
     Measurements that `store` holds are not repeated. Raises BillhookError; nothing half-written remains.
     """
-    asked = parse_recipe(with_overrides(recipe, model=str(model), **options), "The call")
+    asked = parse_recipe(with_overrides(recipe, model=name_of(model), **options), "The call")
     where = str(out) if out is not None else str(Path("pruned") / "{run}")
     with closing(Store(Path(store))) as opened:
         run = opened.new_run(PRUNE, asked.model_dump(), run_environment(asked.device), where)
-        return run_pruning(opened, opened.run(run), watch, write_report)
+        return run_pruning(opened, opened.run(run), watch, write_report, loaded_by_name(model))
 
 
 @shows_options(PruneOptions, Recipe.model_fields)
 def dry_run(
-    model: str | Path = "demo",
+    model: Model = "demo",
     *,
     recipe: str | Path | None = None,
     watch: EventListener = ignore_events,
     **options: Unpack[PruneOptions],
 ) -> WorkEstimate:
     """What `prune` with the same options would do: losses to measure, memory, disk and time. Writes nothing."""
-    return preview_run(parse_recipe(with_overrides(recipe, model=str(model), **options), "The call"), watch)
+    return preview_run(
+        parse_recipe(with_overrides(recipe, model=name_of(model), **options), "The call"), watch, loaded_by_name(model)
+    )
 
 
 @shows_options(PruneOptions, Recipe.model_fields, unset=True)
@@ -148,7 +151,7 @@ def _newest_unfinished(store: Store) -> Run:
 
 
 def inspect(
-    model: str | Path | Teacher = "demo",
+    model: Model = "demo",
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -160,10 +163,8 @@ def inspect(
 
     `model`: as for `load`, whose options are passed on, or a loaded Teacher.
     """
-    teacher = (
-        model
-        if isinstance(model, Teacher)
-        else load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, memory=memory, watch=watch)
+    teacher = as_teacher(
+        model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, memory=memory, watch=watch
     )
     return Inspection(
         model=teacher.name,
@@ -178,7 +179,7 @@ def inspect(
 
 @shows_options(EvaluateOptions, EvalOptions.model_fields)
 def evaluate(
-    model: str | Path = "demo",
+    model: Model = "demo",
     *,
     protocol: str | None = None,
     evaluations: str | Sequence[str] = (),
@@ -193,8 +194,8 @@ def evaluate(
     perplexity; each is given those of the options `set` that it takes. The result has them in `evaluations`.
     """
     names = dict.fromkeys((evaluations,) if isinstance(evaluations, str) else evaluations)
-    recipe = parse_options(EvalOptions, {"model": str(model), **options})
-    teacher = load_teacher(recipe, watch)
+    recipe = parse_options(EvalOptions, {"model": name_of(model), **options})
+    teacher = load_teacher(recipe, watch, loaded_by_name(model))
     if protocol is None:
         tokens = read_held_out(recipe, teacher)
     else:
@@ -220,7 +221,7 @@ def _estimate(result: EvalResult, seed: int) -> Estimate:
 
 @shows_options(ScoreOptions, CalibrationOptions.model_fields)
 def score(
-    model: str | Path | Teacher = "demo",
+    model: Model = "demo",
     metric: str = "cosine",
     *,
     set: dict[str, Any] | list[str] | None = None,
@@ -237,12 +238,10 @@ def score(
     pass.
     """
     names = list(dict.fromkeys(name.strip() for name in metric.split(",")))
-    known = model if isinstance(model, Teacher) else None
-    name = known.name if known is not None else str(model)
-    asked = parse_options(CalibrationOptions, {"model": name, "set": set or {}, **fields})
+    asked = parse_options(CalibrationOptions, {"model": name_of(model), "set": set or {}, **fields})
     metrics = [GROUP_METRICS[name] if name in tuple(GROUP_METRICS) else METRICS[name] for name in names]
     given = resolve_options(asked.set, *metrics)
-    teacher = known if known is not None else load_teacher(asked, watch)
+    teacher = load_teacher(asked, watch, loaded_by_name(model))
     calibration = read_calibration(asked, teacher, watch)
     start = time.perf_counter()
     probe = Probe(teacher, calibration, parse_loss(asked.loss).name, memory=asked.memory_bytes)
@@ -280,8 +279,8 @@ def _by_kind(teacher: Teacher, scores: Mapping[Any, Any]) -> MetricScores:
 
 
 def measure_speed(
-    model: str | Path = "demo",
-    other: str | Path | None = None,
+    model: Model = "demo",
+    other: Model | None = None,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -289,7 +288,8 @@ def measure_speed(
     watch: EventListener = ignore_events,
 ) -> SpeedReport:
     """Prefill and decode speed and peak memory of one model, or of two timed in turn (A B A B)."""
-    teachers = [load(name, device=device, dtype=dtype, watch=watch) for name in (model, other) if name is not None]
+    given = [each for each in (model, other) if each is not None]
+    teachers = [as_teacher(each, device=device, dtype=dtype, watch=watch) for each in given]
     if large := [teacher.name for teacher in teachers if teacher.weights is not None]:
         raise ResourceError(f"{large[0]} is larger than the memory that is free, so it cannot be timed here.")
     models = [teacher.model for teacher in teachers]

@@ -141,7 +141,7 @@ def shows_options(kind: Any, fields: Mapping[str, Any], *, unset: bool = False) 
     """
 
     def decorate(function: F) -> F:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         lines = []
         for name, hint in get_type_hints(kind).items():

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from billhook.core.anatomy import Anatomy
-from billhook.core.errors import ModelError
+from billhook.core.errors import ModelError, UsageError, option
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Part, Plan, Site
 from billhook.models import architectures, checks, structure
@@ -88,6 +88,9 @@ class Teacher:
         return structure.blocks_of(self.model, self.architecture)[self.positions.index(position)]
 
 
+Model = str | Path | Teacher  # a folder, a .gguf file, a Hugging Face name or demo; or one that is loaded
+
+
 class HasTeacher(Protocol):
     """What works on a teacher."""
 
@@ -156,6 +159,49 @@ def load(
     print_ = checks.fingerprint(folder)
     watch(Event("load", 1, 1, values={"model": str(name)}))
     return Teacher(model, tokenizer, str(name), folder, stored, sizes, kept, Plan(frozenset(gone)), print_, weights)
+
+
+def as_teacher(
+    model: Model,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    memory: int | None = None,
+    watch: EventListener = ignore_events,
+) -> Teacher:
+    """The teacher of a model: a loaded one itself, another as `load` reads it.
+
+    Raises UsageError for a loaded one that `load` with these options would not have returned.
+    """
+    if not isinstance(model, Teacher):
+        return load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, memory=memory, watch=watch)
+    place, compute = pick_device(device), dtype_name(model.model.dtype)
+    again = "Load it so, or leave the option out."
+    if device != "auto" and (place.type, place.index or 0) != (model.device.type, model.device.index or 0):
+        raise UsageError(f"{model.name} is loaded on {model.device}, not by {option('device', device)}. {again}")
+    if dtype not in ("auto", compute):
+        raise UsageError(f"{model.name} is loaded in {compute}, not by {option('dtype', dtype)}. {again}")
+    if memory is not None and model.weights is None and model.weight_bytes > SHARE_OF_WEIGHTS * memory:
+        raise UsageError(
+            f"{model.name} is loaded whole and takes {model.weight_bytes / 1e6:,.1f} MB, which {option('memory')} of "
+            f"{memory / 1e6:,.1f} MB has no room for. {again}"
+        )
+    return model
+
+
+def name_of(model: Model) -> str:
+    """What a model is called in results and runs."""
+    return model.name if isinstance(model, Teacher) else str(model)
+
+
+def loaded_by_name(*models: Model) -> dict[str, Teacher]:
+    """The loaded ones among models. Raises UsageError if two of them have one name."""
+    loaded: dict[str, Teacher] = {}
+    for model in models:
+        if isinstance(model, Teacher) and loaded.setdefault(model.name, model) is not model:
+            raise UsageError(f"Two loaded models are called {model.name}. Load one of them from another path.")
+    return loaded
 
 
 def _part(name: str) -> Part:

@@ -86,10 +86,8 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     removed = Plan(teacher.removed_earlier.removed | plan.removed)
     patched = _patched(teacher) | {site: patch.spec() for site, patch in repair.patches.items()}
     if stock and patched:
-        raise PlanError(
-            f"{option('stock', True)} has no place for the patch at {min(patched)}, a constant or a matrix of a repair. "
-            f"Leave {option('stock')} out, or recover by fold alone."
-        )
+        what = f"what stands at {min(patched)} now: a constant or a matrix of a repair"
+        raise _no_stock_place(what, ", or recover by fold alone")
     gone = set(removed.blocks()) - {site.block for site in patched}
     kept = [p for p in teacher.positions if p not in gone]
     lacking = [s for s in removed.sites() if s.block not in gone]
@@ -108,8 +106,7 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
         told["groups"] = {str(site): entry["groups"] for site, entry in sorted(narrow.items())}
         narrow = {} if (stock or not lacking) and fits_stock_shape(student, narrow, base) else narrow
     if stock and narrow:
-        what = f"a width of its own, as {min(narrow)} has"
-        raise PlanError(f"{option('stock', True)} has no place for {what}. Leave {option('stock')} out.")
+        raise _no_stock_place(f"a width of its own, as {min(narrow)} has")
     if stock or not (lacking or narrow):
         config.__class__, student.__class__ = stock_classes(base)
         config.per_layer_config = None
@@ -132,6 +129,11 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     rest = {student_name(teacher, old, kept): repair.weights[old] for old in repair.weights.keys() - whole.keys()}
     assign_weights(student, {name: weight for name, weight in rest.items() if name})
     return student
+
+
+def _no_stock_place(what: str, instead: str = "") -> PlanError:
+    """The refusal of what the stock shape cannot hold."""
+    return PlanError(f"{option('stock', True)} has no place for {what}. Leave {option('stock')} out{instead}.")
 
 
 def _narrowed(student: Any, teacher: Teacher, plan: Plan, repair: Repair) -> dict[Site, dict[str, Any]]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from billhook.core.events import Event, EventListener, fan_out
 from billhook.models.device import environment, pick_device
+from billhook.models.load import Teacher
 from billhook.runs.recipe import EvalOptions, Recipe
 from billhook.runs.store import Store
 
@@ -39,6 +40,7 @@ class Context(Generic[O_co]):
     out: Path
     watch: EventListener
     seconds: dict[str, float]
+    loaded: Mapping[str, Teacher] = field(default_factory=dict)  # models that the caller loaded, by name
 
     @property
     def recipe(self) -> O_co:

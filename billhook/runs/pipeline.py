@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from billhook.models.surgery import apply
 from billhook.runs import evaluation
 from billhook.runs.choose_plan import choose_plan
 from billhook.runs.job import RunContext, store_and_watch
-from billhook.runs.prepare import counts_time, load_teacher, probe_of, problem_of, tokens_for, validate
+from billhook.runs.prepare import NOTHING, counts_time, load_teacher, probe_of, problem_of, tokens_for, validate
 from billhook.runs.recipe import Recipe
 from billhook.runs.recovery import RecoveryResult, load_recovery_tokens, recovery_options, run_recoveries
 from billhook.runs.result import Measured, Texts, run_result
@@ -38,12 +38,17 @@ from billhook.runs.store import Store
 WriteReport = Callable[[RunResult, Path], None]  # writes the report of a result into a folder
 
 
-def run_pruning(store: Store, run: Run, watch: EventListener, write_report: WriteReport) -> RunResult:
+def run_pruning(
+    store: Store, run: Run, watch: EventListener, write_report: WriteReport, loaded: Mapping[str, Teacher] = NOTHING
+) -> RunResult:
     """Carry out a filed run, from its beginning or from where an earlier attempt left it. Returns its result.
 
-    Nothing appears at the run's `out` before everything in it is proven.
+    `loaded`: models that need not be loaded, by name. Nothing appears at the run's `out` before everything in it is
+    proven.
     """
-    job = RunContext(Recipe(**run.spec), store, run.id, Path(run.out), store_and_watch(store, run.id, watch), {})
+    job = RunContext(
+        Recipe(**run.spec), store, run.id, Path(run.out), store_and_watch(store, run.id, watch), {}, loaded
+    )
     aside = staging_folder(job.out, job.run)
     with store.lock(run.id):
         finished = _finished(job)
@@ -82,7 +87,7 @@ def _stages(job: RunContext, bound: dict[str, str], aside: Path, write_report: W
     given_folder = Path(recipe.model).expanduser()
     check_target(job.out, given_folder if given_folder.is_dir() else None)
     with job.stage("load"):
-        teacher = load_teacher(recipe, job.watch)
+        teacher = load_teacher(recipe, job.watch, job.loaded)
         given = validate(recipe, teacher)
         recovery_options(recipe)
         streamed = teacher.weights is not None
@@ -149,9 +154,9 @@ def _bind(job: RunContext, bound: dict[str, str], teacher: Teacher, calibration:
 # -- the plan of work -----------------------------------------------------------------------------------------------
 
 
-def preview_run(recipe: Recipe, watch: EventListener) -> WorkEstimate:
+def preview_run(recipe: Recipe, watch: EventListener, loaded: Mapping[str, Teacher] = NOTHING) -> WorkEstimate:
     """What a run would do: losses to measure, memory, time. Loads the model and times two losses; writes nothing."""
-    teacher = load_teacher(recipe, watch)
+    teacher = load_teacher(recipe, watch, loaded)
     given = validate(recipe, teacher)
     calibration, held_out = tokens_for(recipe, teacher, watch)
     count = 1 if given is not None else _count(recipe, teacher)

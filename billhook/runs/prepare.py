@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from billhook.core.anatomy import Anatomy
 from billhook.core.budget import Budget
 from billhook.core.errors import PlanError, ResourceError, option
@@ -26,20 +29,25 @@ from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.engine.probe import Probe, RacingOptions
 from billhook.methods.export import check_expressible
-from billhook.models.load import Teacher, load
+from billhook.models.load import Teacher, as_teacher
 from billhook.runs.executor import store_cache
 from billhook.runs.job import RunContext
 from billhook.runs.recipe import CalibrationOptions, EvalOptions, Recipe, TextOptions
 from billhook.runs.search import method_options
 
+NOTHING: Mapping[str, Teacher] = MappingProxyType({})
+
 LEAST_RECOVERY_TOKENS = 64  # tokens, of which something may be learnt
 
 
-def load_teacher(recipe: TextOptions, watch: EventListener) -> Teacher:
-    """The model of some options, loaded as they say. Raises ResourceError for a memory that two blocks fill."""
-    teacher = load(
-        recipe.model, device=recipe.device, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code,
-        memory=recipe.memory_bytes, watch=watch,
+def load_teacher(recipe: TextOptions, watch: EventListener, loaded: Mapping[str, Teacher] = NOTHING) -> Teacher:
+    """The model of some options, loaded as they say, or the one of its name that is `loaded`.
+
+    Raises ResourceError for a memory that two blocks fill.
+    """
+    teacher = as_teacher(
+        loaded.get(recipe.model, recipe.model), device=recipe.device, dtype=recipe.dtype, memory=recipe.memory_bytes,
+        trust_remote_code=recipe.trust_remote_code, watch=watch,
     )  # fmt: skip
     if recipe.memory_bytes is not None and teacher.weights is not None and teacher.weight_bytes > recipe.memory_bytes:
         raise ResourceError(

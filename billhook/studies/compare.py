@@ -35,7 +35,7 @@ from billhook.data.token_sets import TokenSet, truncate
 from billhook.engine.losses import kl
 from billhook.methods.evaluate import batches, speed, vocabulary_size
 from billhook.models.device import environment, to_float64
-from billhook.models.load import Teacher
+from billhook.models.load import Model, Teacher, loaded_by_name, name_of
 from billhook.runs.job import EvalContext
 from billhook.runs.recipe import EvalOptions, parse_options
 from billhook.runs.store import STORE
@@ -212,7 +212,7 @@ def choice_probabilities(response: ItemResponse, normed: bool) -> tuple[float, .
 
 @shows_options(CompareOptions, EvalOptions.model_fields)
 def compare(
-    *models: str | Path,
+    *models: Model,
     data: str | Sequence[str] = ("pydoc",),
     tasks: str | Sequence[str] = (),
     items: int | None = None,
@@ -240,13 +240,13 @@ def compare(
         raise UsageError("Name two models at least, the one that the others are held against first: compare A B.")
     sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from, "seen": seen, "timed": timed}
     asked = comparison_spec(data=data, tasks=tasks, score=score, margins=margins, **sets).check()
-    recipe = parse_options(EvalOptions, {"model": str(models[0]), **options})
-    names = [str(name) for name in models]
+    recipe = parse_options(EvalOptions, {"model": name_of(models[0]), **options})
+    names = [name_of(model) for model in models]
     on = EvalItems(several(data), several(tasks), items, shots, shots_from)
     spec = CompareSpec(
         *(names[0], tuple(names[1:]), on, several(score), several(margins)), timed=timed, seen=seen,
         options=plain_options(options),
     )  # fmt: skip
-    with open_run(spec, recipe, Path(store), out, watch) as job:
+    with open_run(spec, recipe, Path(store), out, watch, loaded=loaded_by_name(*models)) as job:
         comparison = compare_models(job, names, asked)
         return write_study(comparison, job.out, job.store, job.run)

@@ -33,7 +33,7 @@ from billhook.methods.evaluate import evaluate_by_name
 from billhook.methods.evaluate.generation import generate_answers, score_answers
 from billhook.methods.evaluate.multiple_choice import score_choices
 from billhook.models.device import environment
-from billhook.models.load import Teacher
+from billhook.models.load import Model, Teacher, loaded_by_name, name_of
 from billhook.models.repair import NO_REPAIR
 from billhook.runs import evaluation
 from billhook.runs.job import EvalContext
@@ -113,7 +113,8 @@ def resolve_model(name: str, store: Store) -> str:
 
 def load_compared(job: EvalContext, name: str) -> Teacher:
     """Load the model that a name means, as the recipe of the run says."""
-    return load_teacher(job.options.model_copy(update={"model": resolve_model(name, job.store)}), job.watch)
+    model = name if name in job.loaded else resolve_model(name, job.store)
+    return load_teacher(job.options.model_copy(update={"model": model}), job.watch, job.loaded)
 
 
 def load_eval_sets(
@@ -172,7 +173,7 @@ def contaminated_sets(teacher: Teacher, sets: Mapping[str, EvalSet]) -> tuple[st
 
 @shows_options(TaskOptions, EvalOptions.model_fields)
 def evaluate_tasks(
-    model: str | Path = "demo",
+    model: Model = "demo",
     tasks: str | Sequence[str] = (),
     *,
     items: int | None = None,
@@ -189,14 +190,14 @@ def evaluate_tasks(
     resumes after the last one. `evaluations`: names of `billhook methods`, instead of all scores. `options`: fields of
     `Recipe` on model, memory and seed, and `set` for the evaluations.
     """
-    recipe = parse_options(EvalOptions, {"model": str(model), **options})
+    recipe = parse_options(EvalOptions, {"model": name_of(model), **options})
     asked = comparison_spec(
         data=(), tasks=tasks, items=items, shots=shots, shots_from=shots_from, evaluations=several(evaluations)
     ).check()
     on = EvalItems((), asked.tasks, items, shots, shots_from)
-    spec = EvalSpec(str(model), on, asked.evaluations, plain_options(options))
-    with open_run(spec, recipe, Path(store), NO_FOLDER, watch) as job:
-        scores = evaluate_on_tasks(job, str(model), asked)
+    spec = EvalSpec(name_of(model), on, asked.evaluations, plain_options(options))
+    with open_run(spec, recipe, Path(store), NO_FOLDER, watch, loaded=loaded_by_name(model)) as job:
+        scores = evaluate_on_tasks(job, name_of(model), asked)
         job.store.update(job.run, result=scores.to_json())
         return scores
 

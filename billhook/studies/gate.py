@@ -27,6 +27,7 @@ from billhook.core.results.measured import EvalResult
 from billhook.core.results.specs import BaselineSpec, EvalItems, GateSpec, plain_options
 from billhook.core.statistics import exp_capped
 from billhook.models.device import environment
+from billhook.models.load import Model, loaded_by_name, name_of
 from billhook.report.compare_words import junit_xml
 from billhook.runs.job import EvalContext
 from billhook.runs.recipe import EvalOptions, parse_options
@@ -37,8 +38,8 @@ from billhook.studies.run_study import NO_FOLDER, open_run, several
 
 @shows_options(CompareOptions, EvalOptions.model_fields)
 def gate(
-    student: str | Path,
-    baseline: str | Path,
+    student: Model,
+    baseline: Model,
     *,
     data: str | Sequence[str] | None = None,
     tasks: str | Sequence[str] = (),
@@ -59,13 +60,15 @@ def gate(
     `tasks` and `items` are those that it was measured on. Otherwise `data` is pydoc. `junit`: a file for JUnit XML. The
     rest is as for `compare`.
     """
-    recipe = parse_options(EvalOptions, {"model": str(student), **options})
+    recipe = parse_options(EvalOptions, {"model": name_of(student), **options})
     on = EvalItems(() if data is None else several(data), several(tasks), items, shots, shots_from)
     spec = GateSpec(
-        *(str(student), str(baseline), on, several(score), several(margins)), seen=seen, options=plain_options(options)
+        *(name_of(student), name_of(baseline), on, several(score), several(margins)),
+        seen=seen,
+        options=plain_options(options),
     )
-    with open_run(spec, recipe, Path(store), NO_FOLDER, watch) as job:
-        stored = load_baseline(job.store, str(baseline))
+    with open_run(spec, recipe, Path(store), NO_FOLDER, watch, loaded=loaded_by_name(student, baseline)) as job:
+        stored = load_baseline(job.store, name_of(baseline))
         if stored is not None and (
             data is not None or tasks or items is not None or shots or shots_from or several(score) != ("acc",)
         ):
@@ -79,7 +82,7 @@ def gate(
         sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from, "seen": seen}
         asked = comparison_spec(data=text, tasks=tasks, score=score, margins=margins, **sets)
         asked = (asked if stored is None else spec_of_baseline(stored, asked)).check()
-        report = run_gate(job, str(student), str(baseline), asked)
+        report = run_gate(job, name_of(student), name_of(baseline), asked)
         if junit is not None:
             write_junit(report, Path(junit))
         job.store.update(job.run, result=report.to_json())
@@ -89,7 +92,7 @@ def gate(
 @shows_options(CompareOptions, EvalOptions.model_fields)
 def save_baseline(
     name: str,
-    model: str | Path = "demo",
+    model: Model = "demo",
     *,
     data: str | Sequence[str] = ("pydoc",),
     tasks: str | Sequence[str] = (),
@@ -102,13 +105,13 @@ def save_baseline(
     **options: Unpack[CompareOptions],
 ) -> Baseline:
     """Measure a model and keep what it got under a name, for `gate`. A name never changes what it stands for."""
-    recipe = parse_options(EvalOptions, {"model": str(model), **options})
+    recipe = parse_options(EvalOptions, {"model": name_of(model), **options})
     sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from}
     asked = comparison_spec(data=data, tasks=tasks, score=score, **sets).check()
     on = EvalItems(several(data), several(tasks), items, shots, shots_from)
-    spec = BaselineSpec(name, str(model), on, several(score), plain_options(options))
-    with open_run(spec, recipe, Path(store), NO_FOLDER, watch) as job:
-        kept = store_baseline(job, name, str(model), asked)
+    spec = BaselineSpec(name, name_of(model), on, several(score), plain_options(options))
+    with open_run(spec, recipe, Path(store), NO_FOLDER, watch, loaded=loaded_by_name(model)) as job:
+        kept = store_baseline(job, name, name_of(model), asked)
         job.store.update(job.run, result=kept.to_json())
         return kept
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from billhook.core.errors import ResultError, RunError
+from billhook.core.errors import ResultError, RunError, either
 from billhook.core.events import EventListener
 from billhook.core.results.json_form import PagedResult, Result
 from billhook.core.results.specs import PRUNE, RunSpec
 from billhook.core.results.stored import Run, read_result
 from billhook.methods.export.checkpoint import check_target, publish, staging_folder
+from billhook.models.load import Teacher
 from billhook.report.pages import page_of
 from billhook.runs.job import EvalContext, run_environment, store_and_watch
-from billhook.runs.prepare import load_teacher
+from billhook.runs.prepare import NOTHING, load_teacher
 from billhook.runs.recipe import EvalOptions, Recipe
 from billhook.runs.store import STORE, Store
 from billhook.studies.trials import StudyContext
@@ -43,16 +44,28 @@ def several(values: str | Sequence[str]) -> tuple[str, ...]:
 
 @contextmanager
 def open_study(
-    spec: RunSpec, recipe: Recipe, store: Path, out: str | Path | None, watch: EventListener
+    spec: RunSpec,
+    recipe: Recipe,
+    store: Path,
+    out: str | Path | None,
+    watch: EventListener,
+    *,
+    loaded: Mapping[str, Teacher] = NOTHING,
 ) -> Iterator[tuple[StudyContext, Path]]:
     """A run of the store, the loaded teacher, and the folder that will hold page and table."""
-    with open_run(spec, recipe, store, out, watch) as job:
-        yield StudyContext(job.store, job.run, load_teacher(recipe, job.watch), job.watch), job.out
+    with open_run(spec, recipe, store, out, watch, loaded=loaded) as job:
+        yield StudyContext(job.store, job.run, load_teacher(recipe, job.watch, loaded), job.watch), job.out
 
 
 @contextmanager
 def open_run(
-    spec: RunSpec, options: EvalOptions, store: Path, out: str | Path | None, watch: EventListener
+    spec: RunSpec,
+    options: EvalOptions,
+    store: Path,
+    out: str | Path | None,
+    watch: EventListener,
+    *,
+    loaded: Mapping[str, Teacher] = NOTHING,
 ) -> Iterator[EvalContext]:
     """A new run of the store that this process holds; `options` say how models and texts are read.
 
@@ -64,7 +77,7 @@ def open_run(
         folder = Path(opened.run(run).out)
         if where != NO_FOLDER:
             check_target(folder, None)
-        yield EvalContext(options, opened, run, folder, store_and_watch(opened, run, watch), {})
+        yield EvalContext(options, opened, run, folder, store_and_watch(opened, run, watch), {}, loaded)
 
 
 @contextmanager
@@ -112,13 +125,15 @@ def make_report(run: str, *, out: str | Path | None = None, store: str | Path = 
     page_of(stored.kind)
     again = "what the store holds is not measured again"
     if stored.result is None:
-        how = f"billhook prune --resume --run {run}" if stored.kind == PRUNE else f"billhook {stored.kind} …"
+        resume = either(f"billhook.resume({run!r})", f"billhook prune --resume --run {run}")
+        how = resume if stored.kind == PRUNE else f"run {stored.kind} again"
         raise RunError(f"Run {run} is {stored.state} and has no result. Finish it: {how}; {again}.")
     result = read_result(stored.kind, stored.result)
     if not isinstance(result, Result):
+        look = either(f"billhook.show({run!r})", f"billhook show {run}")
         raise ResultError(
             f"Billhook 0.1 stored the result of run {run}, and this Billhook makes no page of it. Run the command "
-            f"again ({again}), or read what the store says: billhook show {run}."
+            f"again ({again}), or read what the store says: {look}."
         )
     folder = Path(out) if out is not None else Path("reports") / run
     check_target(folder, None)

@@ -19,6 +19,7 @@ from billhook.data.splits import disjoint_parts
 from billhook.data.token_sets import DOCUMENT_TOKENS
 from billhook.methods.metrics import METRICS
 from billhook.models.device import environment
+from billhook.models.load import Model, loaded_by_name, name_of
 from billhook.runs.prepare import probe_of
 from billhook.runs.recipe import Recipe, parse_recipe
 from billhook.runs.search import compute_scores
@@ -29,7 +30,7 @@ from billhook.studies.trials import StudyContext, calibration_of, run_trial
 
 @shows_options(StabilityOptions, Recipe.model_fields)
 def stability(
-    model: str | Path = "demo",
+    model: Model = "demo",
     metric: str = "loo_kl",
     *,
     sizes: Sequence[int] = (512, 2048),
@@ -47,9 +48,9 @@ def stability(
     METRICS[metric]
     if draws < 2 or not sizes:
         raise UsageError(f"Stability compares sets: ask for at least 2 {option('draws')} and one of {option('sizes')}.")
-    first = parse_recipe({"model": str(model), **options}, "The call")
-    spec = StabilitySpec(str(model), metric, tuple(sizes), draws, plain_options(options))
-    with open_study(spec, first, Path(store), out, watch) as (study, folder):
+    first = parse_recipe({"model": name_of(model), **options}, "The call")
+    spec = StabilitySpec(name_of(model), metric, tuple(sizes), draws, plain_options(options))
+    with open_study(spec, first, Path(store), out, watch, loaded=loaded_by_name(model)) as (study, folder):
         result = run_stability(study, metric, tuple(sizes), draws, options)
         return write_study(result, folder, study.store, study.run)
 

@@ -23,6 +23,7 @@ from billhook.data.texts import external_sources
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.models.device import environment
+from billhook.models.load import Model, loaded_by_name, name_of
 from billhook.runs.choose_plan import with_site_times
 from billhook.runs.recipe import Recipe, parse_recipe, with_overrides
 from billhook.runs.store import STORE
@@ -41,7 +42,7 @@ from billhook.studies.trials import (
 
 @shows_options(SweepOptions, Recipe.model_fields)
 def sweep(
-    model: str | Path = "demo",
+    model: Model = "demo",
     recipes: str | Sequence[str] = ("billhook",),
     *,
     remove: Amount | Sequence[Amount] = ("10%", "20%", "30%"),
@@ -68,12 +69,12 @@ def sweep(
         )
     removes = tuple(map(spell_budget, [remove] if isinstance(remove, str | float) else remove))
     grid = Grid(several(recipes), removes, texts, held_out, several(tasks), items)
-    first = recipes_of(grid, str(model), options)[0][1]
+    first = recipes_of(grid, name_of(model), options)[0][1]
     spec = SweepSpec(
-        *(str(model), grid.recipes, grid.removes, texts, several(eval_data), grid.tasks, items),
+        *(name_of(model), grid.recipes, grid.removes, texts, several(eval_data), grid.tasks, items),
         options=plain_options(options),
     )
-    with open_study(spec, first, Path(store), out, watch) as (study, folder):
+    with open_study(spec, first, Path(store), out, watch, loaded=loaded_by_name(model)) as (study, folder):
         return write_study(run_sweep(study, grid, options), folder, study.store, study.run)
 
 

@@ -18,7 +18,7 @@ from billhook.core.results.specs import PRUNE, ThresholdSpec
 from billhook.core.results.studies import MarginLoss, ThresholdData, ThresholdResult, ThresholdTrial
 from billhook.data.token_sets import TokenSet
 from billhook.models.device import environment
-from billhook.models.load import Teacher
+from billhook.models.load import Model, Teacher, loaded_by_name, name_of
 from billhook.runs.choose_plan import choose_plan
 from billhook.runs.evaluation import evaluate_plans
 from billhook.runs.job import RunContext
@@ -30,7 +30,7 @@ from billhook.studies.run_study import open_study, several, stored_run, write_st
 
 @shows_options(StudyOptions, Recipe.model_fields)
 def threshold(
-    model: str | Path = "demo",
+    model: Model = "demo",
     *,
     margins: str | Sequence[str] = ("3%ppl",),
     run: str | None = None,
@@ -50,10 +50,10 @@ def threshold(
     if stored is not None and (stored.kind != PRUNE or not (stored.result or {}).get("steps")):
         raise UsageError(f"Run {run} has no steps of a search. `billhook runs` lists the runs.")
     least: dict[str, Any] = {"remove": "40%"}
-    given = stored.spec if stored is not None else least | {"model": str(model)}
+    given = stored.spec if stored is not None else least | {"model": name_of(model)}
     recipe = parse_recipe(given | options, "The call")
     spec = ThresholdSpec(recipe.model, tuple(map(str, parsed)), run, recipe.model_dump(exclude_defaults=True))
-    with open_study(spec, recipe, Path(store), out, watch) as (study, folder):
+    with open_study(spec, recipe, Path(store), out, watch, loaded=loaded_by_name(model)) as (study, folder):
         steps = [] if stored is None else [decode(Step, step) for step in (stored.result or {})["steps"]]
         result = find_threshold(study.job(recipe), study.teacher, steps, parsed)
         return write_study(result, folder, study.store, study.run)

@@ -15,6 +15,7 @@ from billhook.core.results.specs import TransferSpec, plain_options
 from billhook.core.results.studies import TransferResult, TrialResult
 from billhook.data.choice_tasks import load_items
 from billhook.models.device import environment
+from billhook.models.load import Model, loaded_by_name, name_of
 from billhook.runs.recipe import Recipe, parse_recipe
 from billhook.runs.store import STORE
 from billhook.studies.run_study import open_study, several, write_study
@@ -31,7 +32,7 @@ from billhook.studies.trials import (
 
 @shows_options(StudyOptions, Recipe.model_fields)
 def transfer(
-    model: str | Path = "demo",
+    model: Model = "demo",
     tasks: str | Sequence[str] = (),
     *,
     items: int = 200,
@@ -50,9 +51,9 @@ def transfer(
             "There is no task to prune for. Name files of multiple-choice items: "
             f"{option('tasks', ['a.jsonl', 'b.jsonl'])}."
         )
-    first = parse_recipe({"model": str(model), **options}, "The call")
-    spec = TransferSpec(str(model), several(tasks), items, plain_options(options))
-    with open_study(spec, first, Path(store), out, watch) as (study, folder):
+    first = parse_recipe({"model": name_of(model), **options}, "The call")
+    spec = TransferSpec(name_of(model), several(tasks), items, plain_options(options))
+    with open_study(spec, first, Path(store), out, watch, loaded=loaded_by_name(model)) as (study, folder):
         result = run_transfer(study, several(tasks), items, options)
         return write_study(result, folder, study.store, study.run)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import billhook
 from billhook.core.errors import ResultError, RunError, UsageError
 from billhook.core.events import Event
 from billhook.core.plan import Plan
@@ -136,6 +137,13 @@ def test_a_store_that_is_only_read_stays_as_it_is(tmp_path: Path) -> None:
     with closing(Store(tmp_path / "old.db")) as new:
         assert {run.id: run.kind for run in new.runs()} == kinds, "writing does, and says the same"
     assert (tmp_path / "old.db").read_bytes() != V0
+
+
+def test_a_run_without_a_result_has_no_page_yet(store: Store, tmp_path: Path) -> None:
+    run = new(store)
+    with pytest.raises(RunError, match=rf"is running and has no result. Finish it: billhook.resume\('{run}'\)"):
+        billhook.make_report(run, out=tmp_path / "page", store=store.path)
+    assert not (tmp_path / "page").exists()
 
 
 def test_what_is_missing_or_no_store_is_not_made_by_reading(tmp_path: Path) -> None:
@@ -331,7 +339,7 @@ def test_processes_that_write_at_once_lose_nothing(store: Store) -> None:
 
 def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("this is no database, whatever its name says " * 50)
-    with pytest.raises(UsageError, match=r"text\.db cannot be used.*Give another file"):
+    with pytest.raises(UsageError, match=r"store='.*text\.db' cannot be used.*Give another file"):
         Store(tmp_path / "text.db")
     Store(tmp_path / "new.db")._db.execute("PRAGMA user_version = 99")
     with pytest.raises(UsageError, match="written by a newer Billhook"):

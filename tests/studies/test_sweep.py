@@ -20,6 +20,7 @@ import billhook
 from billhook.core.errors import BudgetError, RecipeError, UsageError
 from billhook.core.plan import Plan
 from billhook.core.results.json_form import Result
+from billhook.core.results.run import RunResult
 from billhook.core.results.studies import SweepResult, TransferResult
 from billhook.runs.builtin_recipes import describe_recipe
 from billhook.runs.recipe import BUILTIN, Recipe, parse_recipe, recipe_names, with_overrides
@@ -421,7 +422,7 @@ def test_several_budgets_and_options_are_typed_one_by_one(model: Path, texts: Pa
         tmp_path / "runs.db", "--out", out, "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
-    told = json.loads(done.stdout)
+    told = RunResult.from_json(json.loads(done.stdout))
     assert told.recipe["remove"] == "10%params,25%kv"
     assert told.recipe["set"] == {"width": "2"}
     assert told.sizes.student.kv_bytes_per_token <= 0.75 * told.sizes.teacher.kv_bytes_per_token
