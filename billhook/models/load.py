@@ -15,7 +15,7 @@ import transformers
 from billhook.core.anatomy import Anatomy
 from billhook.core.errors import ModelError, UsageError, option
 from billhook.core.events import Event, EventListener, ignore_events
-from billhook.core.plan import Part, Plan, Site
+from billhook.core.plan import Plan
 from billhook.models import architectures, checks, structure
 from billhook.models.device import (
     SHARE_OF_WEIGHTS,
@@ -25,8 +25,7 @@ from billhook.models.device import (
     pick_dtype,
     release_freed_memory,
 )
-from billhook.models.modeling_billhook import skipped_parts
-from billhook.models.pruned_config import register
+from billhook.models.pruned_config import PrunedConfig, read_config, register
 from billhook.models.sources import locate
 from billhook.models.streaming import StreamedWeights, build_on_meta, check_finite, check_fit
 from billhook.models.transformers_internals import runs_own_code
@@ -82,6 +81,11 @@ class Teacher:
     @property
     def architecture(self) -> architectures.Architecture:
         return architectures.architecture_of(self.model.config)
+
+    @property
+    def pruned(self) -> PrunedConfig:
+        """What its config says of an earlier pruning."""
+        return read_config(self.model.config)
 
     def block(self, position: int) -> torch.nn.Module:
         """The block that stood at `position` in the unpruned model."""
@@ -149,16 +153,14 @@ def load(
         for key, tensor in model.named_parameters():
             check_finite(key, tensor)
     config = model.config
-    ours = getattr(config, "billhook", None) or {}
-    kept = tuple(ours.get("kept_blocks", range(config.num_hidden_layers)))
-    blocks = int(ours.get("blocks", config.num_hidden_layers))
-    gone = {Site(b, part) for b in range(blocks) if b not in kept for part in ("attention", "mlp")}
-    gone |= {Site(kept[i], _part(p)) for i, parts in skipped_parts(config).items() for p in parts}
-    sizes = structure.anatomy(model, config, positions=kept, removed=gone, blocks=blocks, item_bytes=stored.itemsize)
+    pruned = read_config(config)
+    sizes = structure.anatomy(model, config, pruned, item_bytes=stored.itemsize)
     tokenizer = _tokenizer(folder, model, trust_remote_code)
     print_ = checks.fingerprint(folder)
     watch(Event("load", 1, 1, values={"model": str(name)}))
-    return Teacher(model, tokenizer, str(name), folder, stored, sizes, kept, Plan(frozenset(gone)), print_, weights)
+    return Teacher(
+        model, tokenizer, str(name), folder, stored, sizes, pruned.kept_blocks, pruned.removed, print_, weights
+    )
 
 
 def as_teacher(
@@ -202,11 +204,6 @@ def loaded_by_name(*models: Model) -> dict[str, Teacher]:
         if isinstance(model, Teacher) and loaded.setdefault(model.name, model) is not model:
             raise UsageError(f"Two loaded models are called {model.name}. Load one of them from another path.")
     return loaded
-
-
-def _part(name: str) -> Part:
-    assert name in ("attention", "mlp")
-    return "attention" if name == "attention" else "mlp"
 
 
 def _streamed(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, StreamedWeights]:

@@ -1,8 +1,16 @@
-"""What the config of a pruned checkpoint says, and the classes that read it."""
+"""What a pruned checkpoint says of itself, and the classes of transformers that read it.
+
+It stands in the config, under `billhook` and `per_layer_config`, and in the file billhook.json beside it. One function
+reads each, and one writes each.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +18,12 @@ import transformers
 from torch import nn
 
 from billhook.core.errors import ModelError
-from billhook.core.plan import Site
+from billhook.core.plan import PARTS, Part, Plan, Site, format_ranges, parse_ranges
 from billhook.models import architectures
-from billhook.models.modeling_billhook import pruned_classes
+from billhook.models.modeling_billhook import pruned_classes, skipped_parts
 from billhook.models.transformers_internals import stock_classes
+
+MANIFEST = "billhook.json"  # beside the weights of every checkpoint that Billhook writes
 
 
 def register() -> None:
@@ -30,26 +40,134 @@ def register() -> None:
         transformers.AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
 
-def write_config(
-    config: Any, fields: dict[str, Any], kept: list[int], lacking: list[Site], narrow: dict[Site, dict[str, Any]]
-) -> None:
-    """Say in a config which parts blocks lack, and how wide narrower ones are."""
+@dataclass(frozen=True, slots=True)
+class NarrowedSite:
+    """What a config says of a narrowed site.
+
+    `groups`: the numbers of the channel groups that it keeps, `whole`: how many it had once. `widths`: in upstream's
+    spelling. `module`: shapes of its parameters and attributes of its modules, as the modelling file builds them; None
+    where the stock config says it.
+    """
+
+    groups: tuple[int, ...]
+    whole: int
+    widths: Mapping[str, int] = field(default_factory=dict)
+    module: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedConfig:
+    """What the config of a checkpoint says of its pruning; every site by its place in the unpruned model.
+
+    `blocks`: of the unpruned model; `kept_blocks`: those that are left, in order; `lacking`: sites that are missing from
+    them. `zeroed`: sites that hold zeros in a stock shape. `narrowed`: what is left of narrowed sites. `patches`: the
+    shape of what a repair put in the place of a site.
+    """
+
+    blocks: int
+    kept_blocks: tuple[int, ...]
+    lacking: tuple[Site, ...] = ()
+    zeroed: tuple[Site, ...] = ()
+    narrowed: Mapping[Site, NarrowedSite] = field(default_factory=dict)
+    patches: Mapping[Site, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def removed(self) -> Plan:
+        """The plan of all that is missing: blocks that are not kept, and sites of those that are."""
+        gone = {Site(block, part) for block in set(range(self.blocks)) - set(self.kept_blocks) for part in PARTS}
+        return Plan(frozenset(gone | set(self.lacking)))
+
+    def index(self, site: Site) -> int:
+        """Return where the block of a site is now."""
+        return self.kept_blocks.index(site.block)
+
+    def group_ids(self, site: Site, there: int) -> tuple[tuple[int, ...], int]:
+        """Return the numbers of the channel groups that a site has, of which `there` are there, and how many it had."""
+        told = self.narrowed.get(site)
+        return (told.groups, told.whole) if told is not None else (tuple(range(there)), there)
+
+
+def read_config(config: Any) -> PrunedConfig:
+    """Return what a config says of a pruning; of a model that was never pruned, that all its blocks are kept."""
+    told: dict[str, Any] = getattr(config, "billhook", None) or {}
+    kept = tuple(told.get("kept_blocks", range(config.num_hidden_layers)))
+    layers = {int(i): entry for i, entry in (config.to_dict().get("per_layer_config") or {}).items()}
+    lacking = [Site(kept[i], _part(part)) for i, parts in skipped_parts(config).items() for part in parts]
+    narrowed: dict[Site, NarrowedSite] = {}
+    for name, groups in told.get("groups", {}).items():
+        site = Site.parse(name)
+        index = kept.index(site.block) if site.block in kept else None
+        own = layers.get(index, {}) if index is not None else {}
+        widths = {name: own[name] for name in architectures.CONFIG_FIELDS[site.part] if name in own}
+        module = told.get("narrow", {}).get(f"{site.part}.{index}")
+        narrowed[site] = NarrowedSite(parse_ranges(groups["kept"]), int(groups["of"]), widths, module)
+    places = {Site.parse(name): entry for name, entry in told.get("patches", {}).items()}
+    return PrunedConfig(
+        int(told.get("blocks", config.num_hidden_layers)),
+        kept,
+        tuple(sorted(lacking)),
+        tuple(sorted(map(Site.parse, told.get("zeroed", ())))),
+        narrowed,
+        {Site(kept[site.block], site.part): entry for site, entry in places.items()},
+    )
+
+
+def write_config(config: Any, pruned: PrunedConfig, path: str, parts: Mapping[str, Any]) -> None:
+    """Say in a config what `read_config` reads; in a config of a stock class nothing that needs the modelling file.
+
+    `path`: where the blocks are; `parts`: which modules make up a part, for the modelling file.
+    """
+    told: dict[str, Any] = {"blocks": pruned.blocks, "kept_blocks": list(pruned.kept_blocks)}
+    config.billhook = told
+    if pruned.narrowed:
+        told["groups"] = {
+            str(site): {"kept": format_ranges(each.groups), "of": each.whole}
+            for site, each in sorted(pruned.narrowed.items())
+        }
+    if pruned.zeroed:
+        told["zeroed"] = list(map(str, pruned.zeroed))
     own: dict[int, dict[str, Any]] = {}
-    for site in lacking:
-        own.setdefault(kept.index(site.block), {}).setdefault("skip", []).append(site.part)
-    for site, entry in narrow.items():
-        own.setdefault(kept.index(site.block), {}).update(entry["fields"])
-    config.per_layer_config = {index: own[index] for index in sorted(own)}
-    modules = {f"{s.part}.{kept.index(s.block)}": e["module"] for s, e in sorted(narrow.items()) if "module" in e}
-    if modules:
-        fields["narrow"] = modules
+    for site in pruned.lacking:
+        own.setdefault(pruned.index(site), {}).setdefault("skip", []).append(site.part)
+    modules: dict[str, Any] = {}
+    for site, each in sorted(pruned.narrowed.items()):
+        if each.widths:
+            own.setdefault(pruned.index(site), {}).update(each.widths)
+        if each.module is not None:
+            modules[f"{site.part}.{pruned.index(site)}"] = each.module
+    config.per_layer_config = {index: own[index] for index in sorted(own)} or None
+    if not own:
+        return
+    told |= {"blocks_path": path, "parts": parts} | ({"narrow": modules} if modules else {})
+    if pruned.patches:
+        told["patches"] = {f"{s.part}.{pruned.index(s)}": dict(each) for s, each in sorted(pruned.patches.items())}
 
 
-def fits_stock_shape(student: Any, narrow: dict[Site, dict[str, Any]], base: str) -> bool:
+def write_manifest(folder: Path, teacher: str, blocks: int, plan: Plan, earlier: Plan) -> None:
+    """Write billhook.json: the plan that was taken out of the model of a fingerprint, and what that lacked before.
+
+    `read_plan` of core/plan_files.py reads it.
+    """
+    manifest = {
+        "model": teacher,
+        "blocks": blocks,
+        "removed": plan.names(),
+        "narrowed": plan.narrowed_names(),
+        "already_removed": earlier.names(),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _part(name: str) -> Part:
+    assert name in PARTS
+    return "attention" if name == "attention" else "mlp"
+
+
+def fits_stock_shape(student: Any, narrow: Mapping[Site, NarrowedSite], base: str) -> bool:
     """Whether a stock config can say how narrow a student is, since all blocks are alike; then its own one does."""
     widths: dict[str, int] = {}
     for entry in narrow.values():
-        if any(widths.setdefault(name, number) != number for name, number in entry["fields"].items()):
+        if any(widths.setdefault(name, number) != number for name, number in entry.widths.items()):
             return False
     if any(site.part == "attention" for site in narrow):
         widths["head_dim"] = architectures.head_dim(student.config)

@@ -9,7 +9,7 @@ from torch import nn
 
 from billhook.core.anatomy import Anatomy, SharedNorms, SiteSize, Unassigned
 from billhook.core.errors import ModelError, PlanError
-from billhook.core.plan import PARTS, Part, Site, parse_ranges
+from billhook.core.plan import PARTS, Part, Site
 from billhook.models import channel_groups
 from billhook.models.architectures import (
     EXPERT_MULTIPLE,
@@ -21,6 +21,7 @@ from billhook.models.architectures import (
     head_dim,
 )
 from billhook.models.modeling_billhook import PatchModule
+from billhook.models.pruned_config import PrunedConfig
 from billhook.models.transformers_internals import inputs_first, is_linear
 
 
@@ -94,26 +95,18 @@ def channel_layout(block: nn.Module, part: Part, row: Architecture, config: Conf
     return of
 
 
-def channel_group_ids(config: Config, site: Site, there: int) -> tuple[tuple[int, ...], int]:
-    """The numbers of the channel groups that a site still has, of which `there` are there; how many it had once."""
-    told = (getattr(config, "billhook", None) or {}).get("groups", {}).get(str(site))
-    return (parse_ranges(told["kept"]), int(told["of"])) if told else (tuple(range(there)), there)
+def anatomy(model: nn.Module, config: Config, pruned: PrunedConfig, *, item_bytes: int) -> Anatomy:
+    """Return the sites of a loaded model and their sizes.
 
-
-def anatomy(
-    model: nn.Module, config: Config, *, positions: Iterable[int], removed: Iterable[Site], blocks: int, item_bytes: int
-) -> Anatomy:
-    """The sites of a loaded model and their sizes.
-
-    `positions`: where the model's blocks stood in the unpruned model of `blocks` blocks; `removed`: sites that it
-    already lacks; `item_bytes`: bytes of one parameter or cache entry in the checkpoint's dtype.
+    `pruned`: what its config says of an earlier pruning; `item_bytes`: bytes of one parameter or cache entry in the
+    checkpoint's dtype.
     """
-    row, gone = architecture_of(config), set(removed)
+    row, gone = architecture_of(config), pruned.removed.removed
     kv_bytes = 2 * row.kv_heads(config) * head_dim(config) * item_bytes
     sizes: list[SiteSize] = []
     shared: list[SharedNorms] = []
     owned: set[int] = set()
-    for position, block in zip(positions, blocks_of(model, row), strict=True):
+    for position, block in zip(pruned.kept_blocks, blocks_of(model, row), strict=True):
         for part in PARTS:
             site = Site(position, part)
             if site in gone:
@@ -128,7 +121,7 @@ def anatomy(
             experts = channels = 1
             if not isinstance(of, str):
                 experts, channels = of.experts, int(of.output.index.shape[1]) // max(1, of.heads)
-                mine, whole = channel_group_ids(config, site, of.groups)
+                mine, whole = pruned.group_ids(site, of.groups)
                 kv = kv * of.groups // whole if of.own_kv else kv
                 picked = experts_per_token(config)
                 group = channel_groups.group_size(block, of, item_bytes, kv, picked)
@@ -146,7 +139,7 @@ def anatomy(
     head = model.get_output_embeddings()  # type: ignore[operator]
     head_flops = 2 * int(head.weight.numel()) if head is not None else 0
     others = Unassigned(count, count * item_bytes, head_flops)
-    return Anatomy(base_type(config.model_type), blocks, tuple(sizes), others, tuple(shared))
+    return Anatomy(base_type(config.model_type), pruned.blocks, tuple(sizes), others, tuple(shared))
 
 
 def _parameters(modules: Iterable[nn.Module]) -> list[torch.Tensor]:

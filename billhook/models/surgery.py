@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from torch import nn
 
 from billhook.core.errors import PlanError, option
 from billhook.core.events import Event, EventListener
-from billhook.core.plan import PARTS, Plan, Site, format_ranges, parse_ranges
+from billhook.core.plan import PARTS, Plan, Site
 from billhook.models import architectures, channel_groups, modeling_billhook, structure
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.modeling_billhook import number_caches, pruned_classes, remove_part, remove_skipped
-from billhook.models.pruned_config import fits_stock_shape, write_config
+from billhook.models.pruned_config import NarrowedSite, PrunedConfig, fits_stock_shape, read_config, write_config
 from billhook.models.repair import NO_REPAIR, Patch, Repair, add_bias, patch_module
 from billhook.models.streaming import StreamedWeights
 from billhook.models.transformers_internals import stock_classes
@@ -75,7 +76,7 @@ COPY_BYTES = 3 * 10**8  # of a shard of a model that is never in memory as a who
 def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair = NO_REPAIR) -> Any:
     """What the plan leaves of the teacher's model, as a transformers model that can be saved and generates.
 
-    A block that loses both sites goes and the rest are renumbered; `config.billhook["kept_blocks"]` lists the original
+    A block that loses both sites goes and the rest are renumbered; the config lists the original
     positions. Where only whole blocks are missing, or all blocks are as narrow, the class is the stock one; else it is
     `billhook-<type>`, or with `stock=True` the stock one whose removed sites hold zeros. `repair`: new
     weights, and patches in the place of sites; a block that has a patch stays. The student shares all other tensors
@@ -84,7 +85,8 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     teacher.anatomy.check(plan)
     row = teacher.architecture
     removed = Plan(teacher.removed_earlier.removed | plan.removed)
-    patched = _patched(teacher) | {site: patch.spec() for site, patch in repair.patches.items()}
+    earlier = dict(teacher.pruned.patches)
+    patched = earlier | {site: patch.spec() for site, patch in repair.patches.items()}
     if stock and patched:
         what = f"what stands at {min(patched)} now: a constant or a matrix of a repair"
         raise _no_stock_place(what, ", or recover by fold alone")
@@ -100,28 +102,24 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     narrow = _narrowed(student, teacher, plan, repair)
     _set_blocks(student, path, [teacher.positions.index(p) for p in kept])
     config.__dict__.pop("model_type", None)  # left by from_pretrained; the class says it
-    config.billhook = told = {"blocks": teacher.anatomy.blocks, "kept_blocks": kept}
+    config.billhook = {}
     base = architectures.base_type(config.model_type)
-    if narrow:
-        told["groups"] = {str(site): entry["groups"] for site, entry in sorted(narrow.items())}
-        narrow = {} if (stock or not lacking) and fits_stock_shape(student, narrow, base) else narrow
-    if stock and narrow:
+    alike = bool(narrow) and (stock or not lacking) and fits_stock_shape(student, narrow, base)
+    if alike:  # the stock config says how wide
+        narrow = {site: replace(each, widths={}, module=None) for site, each in narrow.items()}
+    elif stock and narrow:
         raise _no_stock_place(f"a width of its own, as {min(narrow)} has")
-    if stock or not (lacking or narrow):
+    pruned = PrunedConfig(teacher.anatomy.blocks, tuple(kept), narrowed=narrow, patches=patched)
+    if stock or not (lacking or (narrow and not alike)):
         config.__class__, student.__class__ = stock_classes(base)
-        config.per_layer_config = None
+        write_config(config, replace(pruned, zeroed=tuple(lacking)), path, parts)
         number_caches(student.get_submodule(path), {})
-        if lacking:
-            told["zeroed"] = [str(s) for s in lacking]
-            _zero(student, row, kept, lacking)
+        _zero(student, row, kept, lacking)
     else:
-        told |= {"blocks_path": path, "parts": parts}
         config.__class__, student.__class__ = pruned_classes(*stock_classes(base))
-        write_config(config, told, kept, lacking, narrow)
-        if patched:
-            told["patches"] = {f"{s.part}.{kept.index(s.block)}": entry for s, entry in sorted(patched.items())}
+        write_config(config, replace(pruned, lacking=tuple(lacking)), path, parts)
         remove_skipped(student)
-        stood = {site: _place(teacher, site) for site in _patched(teacher)}
+        stood = {site: _place(teacher, site) for site in earlier}
         for site, patch in repair.patches.items():
             stood[site] = patch_module(patch, parts[site.part]["outputs"], teacher.device, teacher.model.dtype)
         for site, module in stood.items():
@@ -136,23 +134,14 @@ def _no_stock_place(what: str, instead: str = "") -> PlanError:
     return PlanError(f"{option('stock', True)} has no place for {what}. Leave {option('stock')} out{instead}.")
 
 
-def _narrowed(student: Any, teacher: Teacher, plan: Plan, repair: Repair) -> dict[Site, dict[str, Any]]:
-    """Cut what a plan narrows, in place. Of every narrower site that stays, what a config tells: `module`, what builds
-    it; `groups`, those that it has, and of how many; `fields`, its widths in upstream's spelling."""
-    config, row = teacher.model.config, teacher.architecture
-    told = getattr(config, "billhook", None) or {}
-    before = config.to_dict().get("per_layer_config") or {}
-    entries: dict[Site, dict[str, Any]] = {}
-    for name, groups in told.get("groups", {}).items():
-        site = Site.parse(name)
+def _narrowed(student: Any, teacher: Teacher, plan: Plan, repair: Repair) -> dict[Site, NarrowedSite]:
+    """Cut what a plan narrows, in place. Returns every narrowed site that is kept, those of earlier prunings too."""
+    config, row, pruned = teacher.model.config, teacher.architecture, teacher.pruned
+    entries: dict[Site, NarrowedSite] = {}
+    for site, before in pruned.narrowed.items():
         if site not in plan.removed:
-            index = teacher.positions.index(site.block)
-            own: dict[str, Any] = next((entry for key, entry in before.items() if int(key) == index), {})
-            fields = {name: own[name] for name in architectures.CONFIG_FIELDS[site.part] if name in own}
             alike = {name: getattr(config, name) for name in channel_groups.config_field_names(site.part, config)}
-            entries[site] = {"groups": groups, "fields": fields or alike}
-            if (module := told.get("narrow", {}).get(f"{site.part}.{index}")) is not None:  # else the config says it
-                entries[site]["module"] = module
+            entries[site] = replace(before, widths=before.widths or alike)
     sizes = {size.site: size for size in teacher.anatomy.sites}
     for each in sorted(plan.narrowed):
         block = structure.blocks_of(student, row)[teacher.positions.index(each.site.block)]
@@ -172,21 +161,10 @@ def _narrowed(student: Any, teacher: Teacher, plan: Plan, repair: Repair) -> dic
             add_bias(block.get_submodule(output), repair.biases[each.site])
         if (bias := dict(block.named_parameters()).get(f"{output}.bias")) is not None:
             module["shapes"][f"{output}.bias"] = list(bias.shape)
-        whole = structure.channel_group_ids(config, each.site, of.groups)[1]
-        fields = channel_groups.config_fields(of, len(each.groups), config)
-        entries[each.site] = {
-            "module": module,
-            "groups": {"kept": format_ranges(each.groups), "of": whole},
-            "fields": fields,
-        }
+        whole = pruned.group_ids(each.site, of.groups)[1]
+        widths = channel_groups.config_fields(of, len(each.groups), config)
+        entries[each.site] = NarrowedSite(each.groups, whole, widths, module)
     return entries
-
-
-def _patched(teacher: Teacher) -> dict[Site, dict[str, Any]]:
-    """The patches that a teacher has already, by site in the unpruned model."""
-    told = (getattr(teacher.model.config, "billhook", None) or {}).get("patches", {})
-    sites = {Site.parse(name): entry for name, entry in told.items()}
-    return {Site(teacher.positions[site.block], site.part): entry for site, entry in sites.items()}
 
 
 def _place(teacher: Teacher, site: Site) -> nn.Module:
@@ -197,7 +175,7 @@ def _place(teacher: Teacher, site: Site) -> nn.Module:
     return module
 
 
-def student_name(teacher: Teacher, name: str, kept: list[int]) -> str | None:
+def student_name(teacher: Teacher, name: str, kept: Sequence[int]) -> str | None:
     """A student's name of a parameter of its teacher, whose block at position p is at `kept.index(p)`; None if gone.
 
     Of a tensor in the teacher's files likewise: what stands before the blocks may differ.
@@ -212,7 +190,7 @@ def student_name(teacher: Teacher, name: str, kept: list[int]) -> str | None:
 def extract_repair(teacher: Teacher, plan: Plan, student: Any) -> Repair:
     """The repair with which `apply` makes this student of its teacher, by the tensors that they do not share."""
     shared = {id(p) for p in teacher.model.parameters()}
-    kept: list[int] = student.config.billhook["kept_blocks"]
+    kept = read_config(student.config).kept_blocks
     has = {name for name, _ in teacher.model.named_parameters(remove_duplicate=False)}
     path, weights, patches, biases = f"{teacher.architecture.blocks}.", {}, {}, {}
     places = {f"{s.part}.{kept.index(s.block)}": s for s in plan.sites() if s.block in kept}
@@ -305,7 +283,7 @@ def copy_shards(student: Any, teacher: Teacher, weights: StreamedWeights, folder
 
     What a repair changed, or put in, comes from memory, in the checkpoint's dtype.
     """
-    kept = student.config.billhook["kept_blocks"]
+    kept = read_config(student.config).kept_blocks
     has = student.state_dict(keep_vars=True)
     own = {id(p) for p in teacher.model.parameters()} | {id(b) for b in teacher.model.buffers()}
     cuts, narrower = _cuts(student, teacher), dict[str, _Cut]()
@@ -355,14 +333,14 @@ def copy_shards(student: Any, teacher: Teacher, weights: StreamedWeights, folder
 
 def _cuts(student: Any, teacher: Teacher) -> dict[str, _Cut]:
     """How the parameters of sites that became narrower come of the teacher's, by the student's names."""
-    told, row, cuts = student.config.billhook, teacher.architecture, dict[str, _Cut]()
-    sizes = {str(size.site): size for size in teacher.anatomy.sites}
-    for name, groups in told.get("groups", {}).items():
-        size, left = sizes[name], parse_ranges(groups["kept"])
+    pruned, row, cuts = read_config(student.config), teacher.architecture, dict[str, _Cut]()
+    sizes = {size.site: size for size in teacher.anatomy.sites}
+    for site, narrowed in pruned.narrowed.items():
+        size, left = sizes[site], narrowed.groups
         if left == size.groups:
             continue
         of = structure.channel_layout(teacher.block(size.site.block), size.site.part, row, teacher.model.config)
-        place = f"{row.blocks}.{told['kept_blocks'].index(size.site.block)}."
+        place = f"{row.blocks}.{pruned.index(site)}."
         for slot in of.slots:
             cuts[place + slot.name] = of, slot, channel_groups.kept_positions(of, size.groups, left)
     return cuts

@@ -26,6 +26,7 @@ from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import loss_facts, parse_loss
 from billhook.models.device import dtype_name, environment
 from billhook.models.load import Teacher
+from billhook.models.pruned_config import read_config
 from billhook.models.surgery import effective_plan
 from billhook.runs import evaluation
 from billhook.runs.choose_plan import PlanChoice
@@ -111,7 +112,7 @@ def run_reasons(
     text = calibration.choices is None and recipe.plan is None
     alone = text and recipe.self_share > 0 and "self" not in calibration.source.split(SOURCE_SEPARATOR)
     holds: dict[RunReason, bool] = {
-        "zeroed": bool(student.config.billhook.get("zeroed")),
+        "zeroed": bool(read_config(student.config).zeroed),
         "streamed": teacher.weights is not None,
         "adapter_beside": got.adapter is not None,
         "calibrated_on_text_alone": alone,

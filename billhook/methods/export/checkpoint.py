@@ -20,11 +20,11 @@ from billhook.engine.probe import logits
 from billhook.models import architectures, checks, modeling_billhook
 from billhook.models.device import dtype_name
 from billhook.models.load import Teacher, load
+from billhook.models.pruned_config import read_config, write_manifest
 from billhook.models.repair import Repair
 from billhook.models.surgery import copy_shards
 from billhook.models.transformers_internals import names_on_disk, tied_names
 
-MANIFEST = "billhook.json"
 SHARD_BYTES = 4 * 10**9
 
 
@@ -127,14 +127,7 @@ def write_checkpoint(
         student.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    manifest = {
-        "model": teacher.fingerprint,
-        "blocks": teacher.anatomy.blocks,
-        "removed": plan.names(),
-        "narrowed": plan.narrowed_names(),
-        "already_removed": teacher.removed_earlier.names(),
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    write_manifest(folder, teacher.fingerprint, teacher.anatomy.blocks, plan, teacher.removed_earlier)
     return sorted(folder.iterdir())
 
 
@@ -164,7 +157,7 @@ def _on_disk(student: Any, teacher: Teacher) -> dict[str, torch.Tensor]:
     """
     state = names_on_disk(student, student.state_dict())
     tail = re.escape(teacher.architecture.blocks.rsplit(".", 1)[-1])
-    kept = student.config.billhook["kept_blocks"]
+    kept = read_config(student.config).kept_blocks
     back = {new: teacher.positions.index(old) for new, old in enumerate(kept)}
 
     def source_name(name: str) -> str:

@@ -48,7 +48,7 @@ def mean(task: RecoveryTask, train: TokenSet, valid: TokenSet) -> Repair:
 
     repair = side_by_side(teacher, task.plan, task.repair, visit)
     patches, weights = dict(task.repair.patches), dict[str, torch.Tensor]()
-    earlier = (getattr(task.teacher.model.config, "billhook", None) or {}).get("patches")  # of an earlier pruning
+    earlier = task.teacher.pruned.patches  # of an earlier pruning
     kept_blocks = {site.block for site in execution_order(teacher.bench) if site not in task.plan.removed}
     for place in equivalent_places(teacher.bench, task.plan):
         sites = [site for site in place if site in constants]
