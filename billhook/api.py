@@ -14,7 +14,7 @@ from billhook.core.errors import FingerprintError, ResourceError, RunError, Usag
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.options import EvaluateOptions, PruneOptions, ScoreOptions, shows_options
 from billhook.core.plan import Plan, Site
-from billhook.core.registry import MethodInfo, resolve_options
+from billhook.core.registry import MethodInfo, OptionValues, resolve_options
 from billhook.core.results.measured import Estimate, EvalResult, Score, TimingProtocol
 from billhook.core.results.model import (
     BlockScore,
@@ -224,7 +224,7 @@ def score(
     model: Model = "demo",
     metric: str = "cosine",
     *,
-    set: dict[str, Any] | list[str] | None = None,
+    set: OptionValues | list[str] | None = None,
     watch: EventListener = ignore_events,
     **fields: Unpack[ScoreOptions],
 ) -> ScoreTable:

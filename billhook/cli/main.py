@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,6 +27,7 @@ from billhook.cli.options import (
 from billhook.cli.session import CommandSession
 from billhook.cli.studies import COMMANDS
 from billhook.core.errors import UsageError
+from billhook.core.registry import OptionValues
 
 app = typer.Typer(
     name="billhook",
@@ -52,7 +53,7 @@ def prune_command(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    options: dict[str, Any],
+    options: OptionValues,
 ) -> None:
     """Prune a model: search, remove, measure what that cost and gained, and save the rest."""
     again = command_line("prune", "--resume", store=store)
@@ -79,7 +80,7 @@ def prune_command(
 @app.command(name="inspect")
 @with_options("device", "dtype", "trust_remote_code")
 def inspect_command(
-    *, model: Model = None, as_json: Json = False, verbose: Verbose = False, options: dict[str, Any]
+    *, model: Model = None, as_json: Json = False, verbose: Verbose = False, options: OptionValues
 ) -> None:
     """Show a model's anatomy: every site with its parameters, bytes, KV-cache bytes and FLOPs per token."""
     with CommandSession(as_json, False, verbose) as face:
@@ -98,7 +99,7 @@ def score_command(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    options: dict[str, Any],
+    options: OptionValues,
 ) -> None:
     """Score sites, blocks, spans or channel groups: how much their removal would hurt."""
     with CommandSession(as_json, quiet, verbose) as face:
@@ -122,7 +123,7 @@ def eval_command(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    options: dict[str, Any],
+    options: OptionValues,
 ) -> None:
     """Measure the perplexity of a model on held-out text, or its scores on --tasks."""
     own = {"tasks": tasks, "items": items, "shots": shots, "shots_from": shots_from, "store": store}
@@ -157,7 +158,7 @@ def speed_command(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    options: dict[str, Any],
+    options: OptionValues,
 ) -> None:
     """Measure prefill and decode speed and peak memory of one model, or of two in turn (A B A B)."""
     with CommandSession(as_json, quiet, verbose) as face:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -28,6 +28,7 @@ from billhook.cli.options import (
 )
 from billhook.cli.session import CommandSession
 from billhook.core.errors import GateFailed, UsageError
+from billhook.core.registry import OptionValues
 
 
 @with_options(*STUDY_OPTIONS)
@@ -45,13 +46,13 @@ def sweep_command(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    options: dict[str, Any],
+    options: OptionValues,
 ) -> None:
     """Compare recipes at several sizes and on several calibration texts: one table, one page, through one store."""
     with CommandSession(as_json, quiet, verbose) as face:
         from billhook.studies import sweep
 
-        lists: dict[str, Any] = {
+        lists: OptionValues = {
             "remove": split_commas(remove),
             "data": split_commas(data),
             "eval_data": split_commas(eval_data),
@@ -74,7 +75,7 @@ def transfer_command(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    options: dict[str, Any],
+    options: OptionValues,
 ) -> None:
     """Prune for each task and measure on each: what adapting to one task costs on the others."""
     with CommandSession(as_json, quiet, verbose) as face:
@@ -98,7 +99,7 @@ def stability_command(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    options: dict[str, Any],
+    options: OptionValues,
 ) -> None:
     """Compare scores and plans of disjoint calibration sets: how far they depend on the text."""
     with CommandSession(as_json, quiet, verbose) as face:
@@ -159,7 +160,7 @@ def compare_command(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    options: dict[str, Any],
+    options: OptionValues,
 ) -> None:
     """Compare models with the first one on the same items: better, equivalent, worse or undecided."""
     with CommandSession(as_json, quiet, verbose) as face:
@@ -192,7 +193,7 @@ def gate_command(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    options: dict[str, Any],
+    options: OptionValues,
 ) -> None:
     """Exit with 0 if a student loses no more than the margins against a baseline, with 4 if it does or may."""
     with CommandSession(as_json, quiet, verbose) as face:
@@ -225,7 +226,7 @@ def baseline_command(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    options: dict[str, Any],
+    options: OptionValues,
 ) -> None:
     """Measure a model and store the result under a name for `gate`, or list the names."""
     with CommandSession(as_json, quiet, verbose) as face:
@@ -256,7 +257,7 @@ def threshold_command(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    options: dict[str, Any],
+    options: OptionValues,
 ) -> None:
     """Find how much can be removed within a margin: chosen on validation items, confirmed once on test items."""
     with CommandSession(as_json, quiet, verbose) as face:
@@ -295,7 +296,7 @@ def abtest_command(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-    options: dict[str, Any],
+    options: OptionValues,
 ) -> None:
     """Compare two OpenAI-compatible servers on the same prompts: times, errors, agreement and task scores."""
     with CommandSession(as_json, quiet, verbose) as face:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 from billhook.core.errors import PlanError, option
 from billhook.core.plan import PARTS, Plan, Site, format_ranges, parse_ranges
+from billhook.core.results.json_form import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,13 @@ class SiteSize:
     channels: int = 1  # per group: one of a neuron, those of a head of a KV group
     multiple: int = 1  # the kept groups of an expert, or of the site, are a multiple of this
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return the fields; `groups` is the number of channel groups, `numbers` their ranges."""
         changed = {"site": str(self.site), "groups": len(self.groups), "numbers": format_ranges(self.groups)}
         return asdict(self) | changed
 
     @staticmethod
-    def from_json(value: dict[str, Any]) -> SiteSize:
+    def from_json(value: JsonObject) -> SiteSize:
         fields = {name: x for name, x in value.items() if name != "numbers"}
         groups = parse_ranges(value["numbers"]) if value["numbers"] else ()
         group = None if value["group"] is None else GroupSize(**value["group"])

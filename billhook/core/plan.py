@@ -7,9 +7,10 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from billhook.core.errors import PlanError, nearest
+from billhook.core.results.json_form import JsonObject
 
 Part = Literal["attention", "mlp"]
 PARTS: tuple[Part, ...] = ("attention", "mlp")
@@ -135,11 +136,11 @@ class Plan:
     def __str__(self) -> str:
         return ",".join(self.to_list()) or "nothing"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return {"removed": self.names(), "narrowed": self.narrowed_names(), "key": self.key()}
 
     @staticmethod
-    def from_json(value: dict[str, Any]) -> Plan:
+    def from_json(value: JsonObject) -> Plan:
         return Plan.parse([*value["removed"], *value["narrowed"]])
 
     @staticmethod

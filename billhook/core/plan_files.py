@@ -9,6 +9,7 @@ from typing import Any
 from billhook.core.anatomy import Anatomy
 from billhook.core.errors import FingerprintError, PlanError, option
 from billhook.core.plan import Plan, Site
+from billhook.core.results.json_form import JsonObject
 
 
 def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
@@ -63,7 +64,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _made_for(value: dict[str, Any]) -> Any:
+def _made_for(value: JsonObject) -> Any:
     """Return a plan file's fingerprint: under `fingerprint`, `model.fingerprint`, or `model`."""
     model = value.get("model")
     return value.get("fingerprint") or (model.get("fingerprint") if isinstance(model, dict) else model)

@@ -14,6 +14,7 @@ from billhook.core.errors import UnknownName, UsageError, nearest
 
 F = TypeVar("F", bound=Callable[..., object])
 
+OptionValues = dict[str, Any]  # of a method or a command, by name
 T = TypeVar("T")
 V = TypeVar("V")
 
@@ -30,9 +31,9 @@ class MethodInfo:
     cost: str
     source: str
     deviation: str
-    options: dict[str, Any]
+    options: OptionValues
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> OptionValues:
         """Every field as plain JSON."""
         return asdict(self)
 
@@ -141,14 +142,14 @@ class RegistryWithFacts(Registry[F], Generic[F, V]):
         return self._facts.get(self[name], self._unstated)
 
 
-def options(function: Callable[..., object]) -> dict[str, Any]:
+def options(function: Callable[..., object]) -> OptionValues:
     """Return the options of a method with their defaults: its keyword-only parameters of plain types."""
     parameters = inspect.signature(function).parameters.values()
     named = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     return {name: default for name, default in named.items() if isinstance(default, bool | int | float | str)}
 
 
-def resolve_options(given: dict[str, Any], *functions: Callable[..., object]) -> list[dict[str, Any]]:
+def resolve_options(given: OptionValues, *functions: Callable[..., object]) -> list[OptionValues]:
     """Return for each function those of the `given` options that it takes, converted to its types.
 
     `rank` is an option of all functions that have it, `lora.rank` of one. Raises UsageError for an option that none of
@@ -191,7 +192,7 @@ def _value(name: str, value: Any, default: Any) -> Any:
     raise UsageError(f"The option {name} is {kind}, not {value!r}. Its default is {default}.")
 
 
-def parse_docstring(function: Callable[..., object]) -> dict[str, Any]:
+def parse_docstring(function: Callable[..., object]) -> OptionValues:
     """Return a docstring's `summary`, `text`, `formula`, `cost`, `source` and `deviation`, and the `options`."""
     lines = (inspect.getdoc(function) or "").split("\n", 1)
     pieces = re.split(r"(?:^|\s)(Formula|Cost|Source|Deviations?):\s", lines[1] if len(lines) > 1 else "")

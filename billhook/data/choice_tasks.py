@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from billhook.core.errors import DataError, nearest
+from billhook.core.results.json_form import JsonObject
 from billhook.data.texts import file_text, json_lines
 from billhook.data.token_sets import Choices, TokenSet, special_prefix, token_set
 from billhook.models.load import Teacher
@@ -97,7 +98,7 @@ def check_fields(row: Any, fields: Mapping[str, type], where: str, example: str)
             raise DataError(f"{where} has {row[name]!r} as its {name!r}. A row is {example}.")
 
 
-def _texts(row: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
+def _texts(row: JsonObject, name: str, where: str) -> tuple[str, ...]:
     """Return the texts under `name`. Raises DataError if one is blank."""
     texts = row.get(name) or []
     bad = texts if not isinstance(texts, list) else [x for x in texts if not isinstance(x, str) or not x.strip()]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from billhook.core.errors import DataError, UsageError, option
+from billhook.core.results.json_form import JsonObject
 from billhook.data.choice_tasks import Request, read_items, requests
 from billhook.data.texts import file_text, json_lines
 
@@ -25,7 +26,7 @@ class Prompt:
 
     number: int
     text: str = ""
-    messages: tuple[dict[str, Any], ...] = ()
+    messages: tuple[JsonObject, ...] = ()
     choices: tuple[Request, ...] = ()
     gold: int = 0
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from billhook.core.errors import DataError, MissingExtra, UsageError, nearest, option
+from billhook.core.results.json_form import JsonObject
 
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
@@ -119,13 +120,13 @@ def _read_hub(source: str, field: str, tokenizer: Any) -> list[str]:
     return _rows_to_texts(_dataset(name or "", config or None, split=split or "train"), field, tokenizer, source)
 
 
-def _dataset(name: str, config: str | None = None, **options: Any) -> Iterable[dict[str, Any]]:
+def _dataset(name: str, config: str | None = None, **options: Any) -> Iterable[JsonObject]:
     if importlib.util.find_spec("datasets") is None:
         raise MissingExtra(f"Reading the data set {name!r}", "data")
     import datasets
 
     try:
-        rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, config, **({"split": "train"} | options))
+        rows: Iterable[JsonObject] = datasets.load_dataset(name, config, **({"split": "train"} | options))
     except Exception as error:  # the hub's and the library's own exceptions, of many kinds
         reason = str(error).strip().split("\n")[0][:200]
         if file := options.get("data_files"):
@@ -137,7 +138,7 @@ def _dataset(name: str, config: str | None = None, **options: Any) -> Iterable[d
     return rows
 
 
-def _rows_to_texts(rows: Iterable[dict[str, Any]], field: str, tokenizer: Any, source: str) -> list[str]:
+def _rows_to_texts(rows: Iterable[JsonObject], field: str, tokenizer: Any, source: str) -> list[str]:
     texts = []
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):

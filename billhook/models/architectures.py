@@ -14,6 +14,7 @@ from torch import nn
 from billhook.core.errors import ModelError, nearest
 from billhook.core.plan import Part
 from billhook.core.registry import Entries
+from billhook.core.results.json_form import JsonObject
 from billhook.models.transformers_internals import forget_layer_pattern
 
 Config = Any  # a transformers config; its classes share no useful static type
@@ -109,7 +110,7 @@ class Architecture:
         """Where the modules of a part lie in its block: "" in the block itself."""
         return self.attention if part == "attention" else self.mlp[0] if len(self.mlp) == 1 else ""
 
-    def parts(self, block: nn.Module, config: Config) -> dict[str, dict[str, Any]]:
+    def parts(self, block: nn.Module, config: Config) -> dict[str, JsonObject]:
         """What removing a part of `block` takes: module names to `zero`, to `drop`, and how many `outputs` to give."""
         own = not self.shared_norm(config)
 
@@ -331,7 +332,7 @@ def base_type(model_type: str) -> str:
 def keep_blocks(config: Config, indices: Sequence[int], blocks: int) -> None:
     """Make everything in a config of `blocks` blocks that speaks of single blocks speak of those at `indices` alone."""
     lists = {name: getattr(config, name, None) for name in PER_BLOCK_LISTS}
-    trimmed: dict[str, Any] = {name: [old[i] for i in indices] for name, old in lists.items() if old}
+    trimmed: JsonObject = {name: [old[i] for i in indices] for name, old in lists.items() if old}
     if getattr(config, "mlp_only_layers", None) is not None:  # qwen3_moe: say which blocks are dense, one by one
         step = config.decoder_sparse_step
         experts = getattr(config, "num_experts", 0)
@@ -360,13 +361,13 @@ def head_dim(config: Config) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def head_numbers(attention: nn.Module, row: Architecture, heads: int, kv: int, dim: int) -> dict[str, Any]:
+def head_numbers(attention: nn.Module, row: Architecture, heads: int, kv: int, dim: int) -> JsonObject:
     """Return what an attention module must know of its heads, under the names by which it keeps that."""
     values = {
         "num_heads": heads, "num_key_value_heads": kv, "num_key_value_groups": heads // kv, "num_kv_heads": kv,
         "split_size": heads * dim,
     }  # fmt: skip
-    found: dict[str, Any] = {name: value for name, value in values.items() if hasattr(attention, name)}
+    found: JsonObject = {name: value for name, value in values.items() if hasattr(attention, name)}
     if row.heads_from_config:
         found["config"] = {"num_attention_heads": heads, "num_key_value_heads": kv}
     return found

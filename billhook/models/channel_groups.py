@@ -16,6 +16,7 @@ from torch import nn
 
 from billhook.core.anatomy import GroupSize
 from billhook.core.plan import Part
+from billhook.core.results.json_form import JsonObject
 from billhook.models.architectures import (
     CONFIG_FIELDS,
     MODULE_WIDTHS,
@@ -278,7 +279,7 @@ def kept_tensor(
 
 def cut_channels(
     block: nn.Module, row: Architecture, layout: ChannelLayout, config: Config, kept: list[list[int]]
-) -> dict[str, Any]:
+) -> JsonObject:
     """Cut the part of a block that has `layout` in place to its kept groups; returns what a checkpoint says of it.
 
     The parameters are new, the old ones untouched. A norm over all heads keeps its divisor: less of its input is left,
@@ -286,7 +287,7 @@ def cut_channels(
     """
     count = sum(map(len, kept))
     shapes: dict[str, list[int]] = {}
-    attributes: dict[str, dict[str, Any]] = {}
+    attributes: dict[str, JsonObject] = {}
     for slot in layout.slots:
         tensor = kept_tensor(block.get_parameter(slot.name).detach(), layout, slot, kept)
         if (name := slot.name.removesuffix(".weight")) in layout.norms:

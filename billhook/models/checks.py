@@ -14,15 +14,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from billhook.core.errors import ModelError, option
+from billhook.core.results.json_form import JsonObject
 from billhook.models import architectures
 from billhook.models.device import SAFETENSORS_DTYPES
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def inspect_checkpoint(
-    folder: Path, trust_remote_code: bool = False
-) -> tuple[dict[str, Any], dict[str, tuple[str, int]]]:
+def inspect_checkpoint(folder: Path, trust_remote_code: bool = False) -> tuple[JsonObject, dict[str, tuple[str, int]]]:
     """Check a model folder without loading it: its raw config, and {tensor: (dtype, elements)}.
 
     Raises ModelError for everything that must not be loaded.
@@ -34,7 +33,7 @@ def inspect_checkpoint(
     return raw, tensors
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def _read_json(folder: Path, name: str) -> JsonObject:
     path = folder / name
     if not path.is_file():
         raise ModelError(f"{folder} has no {name}, so it is no Hugging Face checkpoint. Give the folder that holds it.")
@@ -48,7 +47,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _check_config(raw: dict[str, Any], trust_remote_code: bool) -> None:
+def _check_config(raw: JsonObject, trust_remote_code: bool) -> None:
     model_type = str(raw.get("model_type", ""))
     ours = model_type.startswith("billhook-")
     if quantised := raw.get("quantization_config"):
@@ -101,7 +100,7 @@ def _check_config(raw: dict[str, Any], trust_remote_code: bool) -> None:
         raise ModelError(f"{error} The row that is probably missing: {_suggestion(config)}") from error
 
 
-def _stock_fields(raw: dict[str, Any]) -> dict[str, Any]:
+def _stock_fields(raw: JsonObject) -> JsonObject:
     return {k: v for k, v in raw.items() if k not in ("model_type", "per_layer_config", "auto_map", "billhook")}
 
 
@@ -172,7 +171,7 @@ def _tensors(folder: Path) -> dict[str, tuple[str, int]]:
     return tensors
 
 
-def _check_depth(raw: dict[str, Any], tensors: dict[str, tuple[str, int]]) -> None:
+def _check_depth(raw: JsonObject, tensors: dict[str, tuple[str, int]]) -> None:
     model_type = str(raw["model_type"])
     row = architectures.ARCHITECTURES[architectures.base_type(model_type)]
     tail = row.blocks.rsplit(".", 1)[-1]
@@ -185,7 +184,7 @@ def _check_depth(raw: dict[str, Any], tensors: dict[str, tuple[str, int]]) -> No
         )
 
 
-def stored_dtype(raw: dict[str, Any], tensors: dict[str, tuple[str, int]]) -> torch.dtype:
+def stored_dtype(raw: JsonObject, tensors: dict[str, tuple[str, int]]) -> torch.dtype:
     """The dtype that holds most of the checkpoint's elements."""
     elements: dict[str, int] = {}
     for dtype, count in tensors.values():

@@ -19,6 +19,7 @@ from torch import nn
 
 from billhook.core.errors import ModelError
 from billhook.core.plan import PARTS, Part, Plan, Site, format_ranges, parse_ranges
+from billhook.core.results.json_form import JsonObject
 from billhook.models import architectures
 from billhook.models.modeling_billhook import pruned_classes, skipped_parts
 from billhook.models.transformers_internals import stock_classes
@@ -59,8 +60,8 @@ class NarrowedSite:
 class PrunedConfig:
     """What the config of a checkpoint says of its pruning; every site by its place in the unpruned model.
 
-    `blocks`: of the unpruned model; `kept_blocks`: those that are left, in order; `lacking`: sites that are missing from
-    them. `zeroed`: sites that hold zeros in a stock shape. `narrowed`: what is left of narrowed sites. `patches`: the
+    `blocks`: of the unpruned model; `kept_blocks`: those that are kept, in order; `lacking`: sites that are missing
+    from them. `zeroed`: sites that hold zeros in a stock shape. `narrowed`: kept groups of narrowed sites. `patches`: the
     shape of what a repair put in the place of a site.
     """
 
@@ -89,7 +90,7 @@ class PrunedConfig:
 
 def read_config(config: Any) -> PrunedConfig:
     """Return what a config says of a pruning; of a model that was never pruned, that all its blocks are kept."""
-    told: dict[str, Any] = getattr(config, "billhook", None) or {}
+    told: JsonObject = getattr(config, "billhook", None) or {}
     kept = tuple(told.get("kept_blocks", range(config.num_hidden_layers)))
     layers = {int(i): entry for i, entry in (config.to_dict().get("per_layer_config") or {}).items()}
     lacking = [Site(kept[i], _part(part)) for i, parts in skipped_parts(config).items() for part in parts]
@@ -117,7 +118,7 @@ def write_config(config: Any, pruned: PrunedConfig, path: str, parts: Mapping[st
 
     `path`: where the blocks are; `parts`: which modules make up a part, for the modelling file.
     """
-    told: dict[str, Any] = {"blocks": pruned.blocks, "kept_blocks": list(pruned.kept_blocks)}
+    told: JsonObject = {"blocks": pruned.blocks, "kept_blocks": list(pruned.kept_blocks)}
     config.billhook = told
     if pruned.narrowed:
         told["groups"] = {
@@ -126,10 +127,10 @@ def write_config(config: Any, pruned: PrunedConfig, path: str, parts: Mapping[st
         }
     if pruned.zeroed:
         told["zeroed"] = list(map(str, pruned.zeroed))
-    own: dict[int, dict[str, Any]] = {}
+    own: dict[int, JsonObject] = {}
     for site in pruned.lacking:
         own.setdefault(pruned.index(site), {}).setdefault("skip", []).append(site.part)
-    modules: dict[str, Any] = {}
+    modules: JsonObject = {}
     for site, each in sorted(pruned.narrowed.items()):
         if each.widths:
             own.setdefault(pruned.index(site), {}).update(each.widths)
@@ -189,9 +190,9 @@ def fits_stock_shape(student: Any, narrow: Mapping[Site, NarrowedSite], base: st
     return True
 
 
-def shape_signature(model: nn.Module) -> dict[str, Any]:
+def shape_signature(model: nn.Module) -> JsonObject:
     """What a model is but for its values: shapes, and the numbers that its modules know of themselves."""
-    told: dict[str, Any] = {
+    told: JsonObject = {
         name: tuple(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
     for name, module in list(model.named_modules())[1:]:

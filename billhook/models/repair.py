@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from billhook.core.plan import Site
+from billhook.core.results.json_form import JsonObject
 from billhook.models import modeling_billhook
 
 PATCH_TENSORS = ("bias", "gain", "down", "up")
@@ -35,7 +35,7 @@ class Patch:
         """Of its matrix; 0 without one."""
         return 0 if self.down is None else int(self.down.shape[0])
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> JsonObject:
         """Its shape, as a checkpoint's config tells it."""
         return {"bias": self.bias is not None, "gain": self.gain is not None, "rank": self.rank}
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from billhook.core.budget import Budget, parse_budgets, spell_budget
 from billhook.core.errors import RecipeError, nearest, option
 from billhook.core.margin import Margin
+from billhook.core.registry import OptionValues
 
 BUILTIN = Path(__file__).parent / "recipes"
 TARGETS = ("remove", "plan", "within")  # of which a recipe has one
@@ -151,7 +152,7 @@ class Recipe(CalibrationOptions, EvalOptions):
 
     @model_validator(mode="before")
     @classmethod
-    def _stock_is_an_export(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _stock_is_an_export(cls, values: OptionValues) -> OptionValues:
         """The export `stock` and the option of that name are one."""
         return {**values, "export": "transformers", "stock": True} if values.get("export") == "stock" else values
 
@@ -270,7 +271,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in BUILTIN.glob("*.yaml"))
 
 
-def with_overrides(recipe: str | Path | None, **given: Any) -> dict[str, Any]:
+def with_overrides(recipe: str | Path | None, **given: Any) -> OptionValues:
     """The values of a recipe, by file or by name, overruled by what is `given`; a new target drops the recipe's."""
     values = {} if recipe is None else read_yaml(Path(recipe))
     if any(given.get(name) is not None for name in TARGETS):
@@ -278,7 +279,7 @@ def with_overrides(recipe: str | Path | None, **given: Any) -> dict[str, Any]:
     return values | given
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> OptionValues:
     """The values of a recipe file, or of a recipe of ours by its name.
 
     Raises RecipeError if it cannot be read, or holds an unknown key or one twice.

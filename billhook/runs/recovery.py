@@ -8,11 +8,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from billhook.core.errors import UsageError, option
 from billhook.core.plan import Plan
-from billhook.core.registry import resolve_options
+from billhook.core.registry import OptionValues, resolve_options
 from billhook.core.results.run import RecoveryGain, RecoveryReport
 from billhook.core.statistics import exp_capped, paired_difference
 from billhook.data.splits import train_validation_split
@@ -45,7 +44,7 @@ class RecoveryResult:
     seen: tuple[str, ...] = ()
 
 
-def recovery_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
+def recovery_options(recipe: Recipe) -> dict[str, OptionValues]:
     """The recoveries of a recipe in order, with their options. Raises UnknownName or UsageError."""
     methods = [RECOVERIES[name] for name in recipe.recoveries]
     options = dict(zip(recipe.recoveries, resolve_options(recipe.recover_set, *methods), strict=True))

@@ -13,7 +13,7 @@ from billhook.core.budget import UNITS, Budget
 from billhook.core.events import Event, EventValue
 from billhook.core.plan import MeasureRequest, Plan, Site
 from billhook.core.problem import Problem, format_unit, parse_unit
-from billhook.core.registry import resolve_options
+from billhook.core.registry import OptionValues, resolve_options
 from billhook.core.results.cache_keys import ScoresKey
 from billhook.core.results.measured import Loss
 from billhook.engine.probe import Probe
@@ -23,10 +23,10 @@ from billhook.runs.executor import Executor, OnProgress, RefitExecutor
 from billhook.runs.job import RunContext
 from billhook.runs.recipe import Recipe
 
-ScoreFields = dict[str, Any]  # what a metric gives a Problem: `scores`, or `group_scores`
+ScoreFields = OptionValues  # what a metric gives a Problem: `scores`, or `group_scores`
 
 
-def method_options(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+def method_options(recipe: Recipe) -> tuple[OptionValues, OptionValues]:
     """The options of the search and of the metric."""
     methods: list[Callable[..., Any]] = [SEARCHES[recipe.search]]
     methods += [metric_of(recipe)] if recipe.metric else []
@@ -48,7 +48,7 @@ def compute_scores(job: RunContext, probe: Probe) -> ScoreFields:
         return {}
     metric, options = recipe.metric, method_options(recipe)[1]
 
-    def compute() -> dict[str, Any]:
+    def compute() -> OptionValues:
         job.watch(Event("score", 0, None, {"metric": metric}))
         scores = metric_of(recipe)(probe, **options)
         if narrows(recipe.search):

@@ -16,6 +16,7 @@ from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.options import CompareOptions, shows_options
 from billhook.core.plan import Plan
+from billhook.core.registry import OptionValues
 from billhook.core.results.cache_keys import ComparedWith, EvaluationKey
 from billhook.core.results.comparisons import (
     Agreement,
@@ -238,7 +239,7 @@ def compare(
     """
     if len(models) < 2:
         raise UsageError("Name two models at least, the one that the others are held against first: compare A B.")
-    sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from, "seen": seen, "timed": timed}
+    sets: OptionValues = {"items": items, "shots": shots, "shots_from": shots_from, "seen": seen, "timed": timed}
     asked = comparison_spec(data=data, tasks=tasks, score=score, margins=margins, **sets).check()
     recipe = parse_options(EvalOptions, {"model": name_of(models[0]), **options})
     names = [name_of(model) for model in models]

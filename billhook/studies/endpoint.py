@@ -20,6 +20,7 @@ import httpx
 
 from billhook.core.errors import MissingExtra, UsageError, option
 from billhook.core.results.ab_report import RequestOptions
+from billhook.core.results.json_form import JsonObject
 
 T = TypeVar("T")
 FIRST_WAIT_S = 0.5  # before a second attempt, and twice as long before each further one
@@ -238,7 +239,7 @@ def _after(headers: Mapping[str, str], again: bool) -> float | None:
         return None
 
 
-def parse_object(raw: bytes) -> dict[str, Any]:
+def parse_object(raw: bytes) -> JsonObject:
     """One JSON object. Raises RequestFailed for anything else, and for an error instead of one."""
     try:
         value = json.loads(raw)
@@ -251,7 +252,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     return value
 
 
-async def request_json(connection: Connection, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+async def request_json(connection: Connection, path: str, body: Mapping[str, Any] | None = None) -> JsonObject:
     """One JSON object, whole."""
     async with send(connection, path, body) as response:
         raw = await read_body(response, MOST_BYTES)

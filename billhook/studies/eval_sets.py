@@ -14,6 +14,7 @@ from billhook.core.events import EventListener, ignore_events, scaled_events
 from billhook.core.margin import Margins
 from billhook.core.options import TaskOptions, shows_options
 from billhook.core.plan import Plan
+from billhook.core.registry import OptionValues
 from billhook.core.results.cache_keys import AnswersKey, EvaluationKey
 from billhook.core.results.comparisons import (
     EvalSetInfo,
@@ -121,7 +122,7 @@ def load_eval_sets(
     job: EvalContext, teacher: Teacher, spec: ComparisonSpec, part: Split | None = "evaluation"
 ) -> dict[str, EvalSet]:
     """Evaluation sets by name: the held-out half of every text, and of every task the half that no search looks at."""
-    given: dict[str, Any] = {"items": spec.items, "seed": job.options.seed, "shots": spec.shots}
+    given: OptionValues = {"items": spec.items, "seed": job.options.seed, "shots": spec.shots}
     tasks = {t: read_task(teacher, t, part=part, shots_from=spec.shots_from, **given) for t in spec.tasks}
     return {text: read_text(job, teacher, text) for text in spec.texts} | tasks
 
@@ -281,7 +282,7 @@ def read_task(
     if is_generation_task(source):
         most = getattr(teacher.model.config, "max_position_embeddings", None)
         new = GENERATION_TOKENS if most is None else min(GENERATION_TOKENS, most // 2)
-        asking: dict[str, Any] = {"limit_items": items, "seed": seed, "positions": most, "new_tokens": new}
+        asking: OptionValues = {"limit_items": items, "seed": seed, "positions": most, "new_tokens": new}
         prompts = build_prompts(source, teacher.tokenizer, shots=given, **asking)
         return EvalSet(source, "written", prompts=prompts, shots=shots)
     tokens = load_items(source, teacher, part, items=items, seed=seed, shots=given)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from billhook.core.errors import FingerprintError, UsageError, nearest, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.options import CompareOptions, shows_options
 from billhook.core.plan import Plan
+from billhook.core.registry import OptionValues
 from billhook.core.results.cache_keys import BaselineKey, EvaluationKey
 from billhook.core.results.comparisons import (
     BASELINE_TEXT,
@@ -79,7 +80,7 @@ def gate(
                 f"{option('shots')}, {option('shots_from')} and {option('score')} out, or name the model instead."
             )
         text = "pydoc" if data is None else data
-        sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from, "seen": seen}
+        sets: OptionValues = {"items": items, "shots": shots, "shots_from": shots_from, "seen": seen}
         asked = comparison_spec(data=text, tasks=tasks, score=score, margins=margins, **sets)
         asked = (asked if stored is None else spec_of_baseline(stored, asked)).check()
         report = run_gate(job, name_of(student), name_of(baseline), asked)
@@ -106,7 +107,7 @@ def save_baseline(
 ) -> Baseline:
     """Measure a model and keep what it got under a name, for `gate`. A name never changes what it stands for."""
     recipe = parse_options(EvalOptions, {"model": name_of(model), **options})
-    sets: dict[str, Any] = {"items": items, "shots": shots, "shots_from": shots_from}
+    sets: OptionValues = {"items": items, "shots": shots, "shots_from": shots_from}
     asked = comparison_spec(data=data, tasks=tasks, score=score, **sets).check()
     on = EvalItems(several(data), several(tasks), items, shots, shots_from)
     spec = BaselineSpec(name, name_of(model), on, several(score), plain_options(options))

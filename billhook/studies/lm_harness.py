@@ -17,6 +17,7 @@ from billhook.core.events import Event
 from billhook.core.plan import Plan
 from billhook.core.results.cache_keys import HarnessKey
 from billhook.core.results.comparisons import ItemResponse
+from billhook.core.results.json_form import JsonObject
 from billhook.core.results.measured import EvalResult
 from billhook.models.load import Teacher
 from billhook.runs.job import EvalContext
@@ -99,7 +100,7 @@ def _digest(text: str) -> str:
 
 
 def _by_item(
-    samples: dict[str, list[dict[str, Any]]], better: dict[str, dict[str, Any]], task: str
+    samples: dict[str, list[JsonObject]], better: dict[str, JsonObject], task: str
 ) -> tuple[Scores, list[ItemResponse]]:
     """Samples of one or more tasks, each once a filter, as scores over items."""
     items: dict[tuple[str, int], dict[str, float]] = {}
@@ -135,7 +136,7 @@ def _common(items: Iterable[dict[str, float]]) -> list[str]:
     return [name for name in (rows[0] if rows else ()) if all(name in row for row in rows)]
 
 
-def _item_response(sample: dict[str, Any], number: int) -> ItemResponse:
+def _item_response(sample: JsonObject, number: int) -> ItemResponse:
     """An item with its choices and their log-probabilities, or with what was written, from a log of the harness."""
     arguments, answers = sample["arguments"], sample["resps"]
     query = str(arguments[0][0])

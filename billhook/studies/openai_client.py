@@ -17,6 +17,7 @@ import httpx
 
 from billhook.core.errors import EndpointError, option
 from billhook.core.results.ab_report import Completion
+from billhook.core.results.json_form import JsonObject
 from billhook.data.choice_tasks import Request
 from billhook.report.numbers import printable
 from billhook.studies.endpoint import (
@@ -110,7 +111,7 @@ async def complete(connection: Connection, text: str = "", messages: Sequence[Ma
 async def _streamed(connection: Connection, text: str, messages: Sequence[Mapping[str, Any]]) -> Completion:
     """One attempt."""
     asking = connection.options
-    body: dict[str, Any] = {"model": connection.endpoint.model, "max_tokens": asking.max_tokens, "stream": True}
+    body: JsonObject = {"model": connection.endpoint.model, "max_tokens": asking.max_tokens, "stream": True}
     body["temperature"] = asking.temperature
     if connection.endpoint.counts:
         body["stream_options"] = {"include_usage": True}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.margin import Margin
 from billhook.core.options import StudyOptions, shows_options
 from billhook.core.plan import Plan
+from billhook.core.registry import OptionValues
 from billhook.core.results.json_form import decode
 from billhook.core.results.measured import Step
 from billhook.core.results.specs import PRUNE, ThresholdSpec
@@ -49,7 +50,7 @@ def threshold(
     stored = stored_run(run, store) if run is not None else None
     if stored is not None and (stored.kind != PRUNE or not (stored.result or {}).get("steps")):
         raise UsageError(f"Run {run} has no steps of a search. `billhook runs` lists the runs.")
-    least: dict[str, Any] = {"remove": "40%"}
+    least: OptionValues = {"remove": "40%"}
     given = stored.spec if stored is not None else least | {"model": name_of(model)}
     recipe = parse_recipe(given | options, "The call")
     spec = ThresholdSpec(recipe.model, tuple(map(str, parsed)), run, recipe.model_dump(exclude_defaults=True))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from billhook.core.errors import UsageError
-from billhook.core.results.json_form import Result
+from billhook.core.results.json_form import JsonObject, Result
 from billhook.core.results.measured import Estimate, estimate_columns
 
 Measure = Literal["latency_s", "total_s", "first_token_s", "tokens_per_s"]
@@ -184,7 +184,7 @@ class AbReport(Result):
     def __repr__(self) -> str:
         return f"AbReport({self.a.model} against {self.b.model}, {self.pairs} pairs)"
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """A row for each measure."""
         return [
             {"measure": each.name, **estimate_columns("a", each.a), **estimate_columns("b", each.b),

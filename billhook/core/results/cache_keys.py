@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
 from billhook.core.plan import Plan
-from billhook.core.results.json_form import decode
+from billhook.core.results.json_form import JsonObject, decode
 from billhook.core.results.measured import Environment, EvalResult, Loss, Timing, TimingProtocol
 
 T = TypeVar("T")
@@ -179,7 +179,7 @@ class FactKey(CacheKey[T]):
     what: ClassVar[str]
     model: str
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> JsonObject:
         """Everything but the model that the value depends on, as plain JSON; a plan by its key."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "model"}
         return {name: value.key() if isinstance(value, Plan) else value for name, value in values.items()}
@@ -195,7 +195,7 @@ class FactKey(CacheKey[T]):
 
 
 @dataclass(frozen=True)
-class ScoresKey(FactKey[dict[str, Any]]):
+class ScoresKey(FactKey[JsonObject]):
     """The scores of a metric by unit: a number, or of channel groups a list."""
 
     what = "scores"
@@ -216,7 +216,7 @@ class ChoicesKey(FactKey[list[float]]):
     tokens: str
     repair: str = ""
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> JsonObject:
         return {"plan": self.plan.key(), "dtype": repaired_dtype(self.dtype, self.repair), "tokens": self.tokens}
 
 
@@ -271,7 +271,7 @@ class BandwidthKey(FactKey[float]):
     what = "bandwidth"
     environment: Environment
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> JsonObject:
         return asdict(self.environment)
 
 
@@ -299,8 +299,8 @@ class PlanKey(FactKey[TrialPlan]):
     site_times: SiteTimesKey | None = None
     refitted_on: str | None = None
 
-    def parts(self) -> dict[str, Any]:
-        parts: dict[str, Any] = {"recipe": self.recipe, "tokens": self.tokens, "compute": self.compute}
+    def parts(self) -> JsonObject:
+        parts: JsonObject = {"recipe": self.recipe, "tokens": self.tokens, "compute": self.compute}
         if self.site_times is not None:
             parts["ns"] = self.site_times.parts()
         return parts if self.refitted_on is None else parts | {"refitted": self.refitted_on}
@@ -323,12 +323,12 @@ class AttemptKey(FactKey[str]):
     what = "attempt"
     plan: PlanKey
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> JsonObject:
         return self.plan.parts()
 
 
 @dataclass(frozen=True)
-class BaselineKey(FactKey[dict[str, Any]]):
+class BaselineKey(FactKey[JsonObject]):
     """A baseline by its name, of whatever model."""
 
     what = "baseline"

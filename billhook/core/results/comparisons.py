@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from billhook.core.anatomy import ModelSizes
 from billhook.core.margin import Margin, Margins
 from billhook.core.plan import Plan
-from billhook.core.results.json_form import PagedResult, Result
+from billhook.core.results.json_form import JsonObject, PagedResult, Result
 from billhook.core.results.measured import Environment, Estimate, TokenSetInfo, estimate_columns
 
 Verdict = Literal["better", "equivalent", "worse", "undecided"]
@@ -195,7 +195,7 @@ class Comparison(PagedResult):
         """What every set says of the model number `other`, where it can be held against the first."""
         return tuple(pair.verdict for each in self.sets if (pair := each.pairs[other - 1]) is not None)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """A row for each set and model; the first model has no verdict."""
         return [
             {"set": each.source, "score": each.score, "n": each.n, "model": about.model}
@@ -206,7 +206,7 @@ class Comparison(PagedResult):
         ]
 
 
-def _verdict_columns(pair: PairVerdict | None) -> dict[str, Any]:
+def _verdict_columns(pair: PairVerdict | None) -> JsonObject:
     names = ("p", "p_holm", "gained", "lost", "verdict")
     own = {name: None if pair is None else getattr(pair, name) for name in names}
     return estimate_columns("change", None if pair is None else pair.change) | own
@@ -253,7 +253,7 @@ class GateReport(Result):
     def __repr__(self) -> str:
         return f"GateReport({self.verdict}: {self.student} against {self.baseline}, {len(self.checks)} checks)"
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """A row for each check."""
         return [
             {"set": check.source, "score": check.score, "n": check.n, "verdict": check.verdict}
@@ -281,7 +281,7 @@ class BaselineItems:
     eval_length: int
     seed: int
 
-    def text_fields(self) -> dict[str, Any]:
+    def text_fields(self) -> JsonObject:
         """The fields of a recipe."""
         return {name: getattr(self, name) for name in BASELINE_TEXT}
 
@@ -316,12 +316,12 @@ class Baseline(Result):
     def __repr__(self) -> str:
         return f"Baseline({self.name}: {self.model}, {', '.join(each.source for each in self.sets)})"
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """A row for each set."""
         own = {"name": self.name, "model": self.model, "fingerprint": self.fingerprint}
         return [own | {"set": each.source, "score": each.score, "value": each.value} for each in self.sets]
 
-    def stored(self) -> dict[str, Any]:
+    def stored(self) -> JsonObject:
         """The form in which a store caches it, without values. It never changes: old stores hold it."""
         asked = asdict(self.items)
         return {
@@ -332,7 +332,7 @@ class Baseline(Result):
         }  # fmt: skip
 
     @staticmethod
-    def from_stored(value: dict[str, Any]) -> Baseline:
+    def from_stored(value: JsonObject) -> Baseline:
         """The baseline that `stored` wrote, in this version or an older one."""
         asked = {name: value["asked"][name] for name in BASELINE_SETS}
         asked |= {name: tuple(asked[name]) for name in ("texts", "tasks", "scores")}
@@ -366,7 +366,7 @@ class TaskScores(Result):
     seen: tuple[SeenSets, ...]
     environment: Environment
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """A row for each score."""
         return [
             {"set": each.source, "score": each.score, "n": each.estimate.n, "reliable": each.estimate.reliable}

@@ -14,6 +14,7 @@ from billhook.core.errors import ResultError
 
 T = TypeVar("T")
 Row = dict[str, str | int | float | None]  # a line of a flat table: column, cell
+JsonObject = dict[str, Any]  # a JSON object, as json.loads gives it
 SCHEMA = 2  # of all results; Billhook before 0.2 wrote results without one
 
 
@@ -27,12 +28,12 @@ class Result:
 
     kind: ClassVar[str]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Every field as plain JSON, with `schema` and `kind`. Infinite ends of intervals are strings."""
         return {"schema": SCHEMA, "kind": self.kind, **encode(self)}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
+    def from_json(cls, value: JsonObject) -> Self:
         """The result that `to_json` wrote. Raises ResultError for one of another schema, or an incomplete one."""
         if value.get("schema") != SCHEMA or value.get("kind") != cls.kind:
             raise ResultError(
@@ -123,7 +124,7 @@ def _optional(args: tuple[Any, ...]) -> bool:
     return len(args) == 2 and type(None) in args
 
 
-def _hints(kind: type, value: dict[str, Any]) -> list[tuple[str, Any]]:
+def _hints(kind: type, value: JsonObject) -> list[tuple[str, Any]]:
     """Fields to read: all without a default, and those with one that are there."""
     hints = _hints_of(kind)
     optional = {f.name for f in fields(kind) if f.default is not MISSING or f.default_factory is not MISSING}
@@ -131,6 +132,6 @@ def _hints(kind: type, value: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 @cache
-def _hints_of(kind: type) -> dict[str, Any]:
+def _hints_of(kind: type) -> JsonObject:
     hints = get_type_hints(kind)
     return {f.name: hints[f.name] for f in fields(kind)}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from billhook.core.anatomy import Anatomy, ModelSizes
 from billhook.core.errors import UsageError
 from billhook.core.plan import Plan, Site
-from billhook.core.results.json_form import Result
+from billhook.core.results.json_form import JsonObject, Result
 from billhook.core.results.measured import (
     Environment,
     Estimate,
@@ -52,7 +52,7 @@ class WorkEstimate(Result):
     disk_bytes: int
     seconds: ExpectedSeconds
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One row."""
         return [{
             "model": self.model, "remove": self.remove, "losses": self.losses,
@@ -77,7 +77,7 @@ class Inspection(Result):
     anatomy: Anatomy
     total: ModelSizes
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """A row a site."""
         return [
             {"site": str(size.site), "parameters": size.parameters, "bytes": size.bytes,
@@ -155,7 +155,7 @@ class ScoreTable(Result):
 
     model: str
     fingerprint: str
-    set: dict[str, Any]
+    set: JsonObject
     scores: dict[str, MetricScores]
     data: TokenSetInfo
     streamed: bool
@@ -183,7 +183,7 @@ class ScoreTable(Result):
             raise UsageError(f"These are scores by {', '.join(self.scores)}. Choose one: .scores[NAME].{what}")
         return next(iter(self.scores.values()))
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """A row for every site, block, span and channel group of every metric; `unit` names it."""
         rows = []
         for metric, scores in self.scores.items():
@@ -224,7 +224,7 @@ class Evaluation(Result):
     word_perplexity: float | None = None
     evaluations: dict[str, Estimate] = field(default_factory=dict)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """A row an evaluation."""
         found = ({"perplexity": self.perplexity} if self.perplexity else {}) | self.evaluations
         return [
@@ -253,7 +253,7 @@ class SpeedReport(Result):
     environment: Environment
     ratio: SpeedRatio | None = None
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """A row a model."""
         return [
             {"model": each.model, **estimate_columns("prefill_tokens_per_s", each.rates.prefill_tokens_per_s),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from billhook.core.anatomy import Anatomy, ModelSizes
 from billhook.core.margin import Margin
 from billhook.core.plan import Plan
-from billhook.core.results.json_form import Result
+from billhook.core.results.json_form import JsonObject, Result
 from billhook.core.results.measured import (
     Environment,
     Estimate,
@@ -96,7 +96,7 @@ class RecoveryReport:
     """What one recovery learnt from, took and gave. `parameters`: of the repair so far; `on`: by use of the text."""
 
     recovery: str
-    options: dict[str, Any]
+    options: JsonObject
     seconds: float
     parameters: int
     tokens: int
@@ -243,7 +243,7 @@ class RunResult(Result):
     model: ModelInfo
     anatomy: Anatomy
     already_removed: Plan
-    recipe: dict[str, Any]
+    recipe: JsonObject
     environment: Environment
     loss: str
     loss_unit: str
@@ -261,10 +261,10 @@ class RunResult(Result):
     answers: tuple[Answer, ...]
     seconds: dict[str, float]
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One row, so that the rows of several runs make a table."""
         quality, speed = self.perplexity, self.speed
-        row: dict[str, Any] = {
+        row: JsonObject = {
             "run": self.run, "model": self.model.name, "out": self.out, "removed": len(self.plan.removed),
             "narrowed": len(self.plan.narrowed), "plan": str(self.plan),
         }  # fmt: skip

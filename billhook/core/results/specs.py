@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from billhook.core.results.json_form import decode, encode
+from billhook.core.results.json_form import JsonObject, decode, encode
 
 PRUNE = "prune"  # the kind of a run that is asked by a recipe and makes a checkpoint
 
-Options = dict[str, Any]
+Options = JsonObject
 
 
 def plain_options(options: Mapping[str, Any]) -> Options:
@@ -36,12 +36,12 @@ class RunSpec:
 
     kind: ClassVar[str]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Every field as plain JSON."""
         return {f.name: encode(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
-    def read(cls, value: dict[str, Any]) -> Self:
+    def read(cls, value: JsonObject) -> Self:
         """The spec that `to_json` wrote. Raises ResultError where a field is missing."""
         return decode(cls, value)
 

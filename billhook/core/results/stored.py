@@ -9,7 +9,7 @@ from typing import Any, Literal
 from billhook.core.events import EventValue
 from billhook.core.results.ab_report import AbReport
 from billhook.core.results.comparisons import Baseline, Comparison, GateReport, TaskScores
-from billhook.core.results.json_form import SCHEMA, Result, encode
+from billhook.core.results.json_form import SCHEMA, JsonObject, Result, encode
 from billhook.core.results.run import RunResult
 from billhook.core.results.specs import PRUNE
 from billhook.core.results.studies import StabilityResult, SweepResult, ThresholdResult, TransferResult
@@ -22,7 +22,7 @@ CLASSES: tuple[type[Result], ...] = (
 RESULTS = {each.kind: each for each in CLASSES}  # the class of a result by the kind of its run
 
 
-def read_result(kind: str, value: dict[str, Any]) -> Result | dict[str, Any]:
+def read_result(kind: str, value: JsonObject) -> Result | JsonObject:
     """The result of a run of a `kind`. Billhook 0.1 wrote results without a schema: they stay as they were stored."""
     return RESULTS[kind].from_json(value) if kind in RESULTS and value.get("schema") == SCHEMA else value
 
@@ -43,18 +43,18 @@ class Run:
     created: float  # seconds since 1970, UTC
     state: RunState
     out: str
-    spec: dict[str, Any]
-    environment: dict[str, Any]
+    spec: JsonObject
+    environment: JsonObject
     fingerprints: dict[str, str]  # fingerprints of model and tokens, once they are known
-    result: dict[str, Any] | None
+    result: JsonObject | None
 
 
 FORMER_KINDS = {"trade": "transfer"}
 
 
-def former_kind(environment: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def former_kind(environment: JsonObject) -> tuple[str, JsonObject]:
     """The kind of a run, and its environment, from an environment that tells both."""
-    kind = environment.get("laboratory", PRUNE)
+    kind: str = environment.get("laboratory", PRUNE)
     return FORMER_KINDS.get(kind, kind), {name: value for name, value in environment.items() if name != "laboratory"}
 
 
@@ -72,7 +72,7 @@ class RunSummary:
     out: str
     losses: int
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Every field as plain JSON."""
         return {name: getattr(self, name) for name in self.__slots__}
 
@@ -109,14 +109,14 @@ class StoredRun:
     fingerprints: Mapping[str, str]
     losses: int
     events: tuple[StoredEvent, ...]
-    result: Result | dict[str, Any] | None
+    result: Result | JsonObject | None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Every field as plain JSON; the result as it is stored."""
         plain = {name: encode(getattr(self, name)) for name in self.__dataclass_fields__ if name != "result"}
         return plain | {"result": self.result.to_json() if isinstance(self.result, Result) else self.result}
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """The events as a flat table: a column for every value and every resource that any of them has."""
         columns = dict.fromkeys(name for event in self.events for name in (*event.values, *event.resources))
         return [
