@@ -40,9 +40,6 @@ SHORT: dict[str, Any] = {"data": "texts.jsonl", "self_share": 0.0, "tokens": 240
 TEXT: dict[str, Any] = {"eval_tokens": 480, "eval_length": 24}
 FEW: dict[str, Any] = {"generations": 2, "offspring": 4, "tokens": 64}  # of the search evolve
 
-# What a search is called now, by what it is called in golden.json.
-SEARCHES = {"rank_channels": "narrow", "ilp": "solve", "contiguous": "span"}
-
 # name: (variant of `tiny`, its flags, options of `prune`)
 PRUNES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "greedy_js_self": ("llama_tied", {}, {
@@ -378,8 +375,6 @@ def pruned(name: str) -> dict[str, Any]:
     variant, flags, options = PRUNES[name]
     texts()
     options = SHORT | options
-    if "search" in options:
-        options["search"] = SEARCHES.get(options["search"], options["search"])
     billhook.prune(model(variant, **flags), out=name, store=f"{name}.db", **options)
     report = of_prune(written(name, "report.json"), losses_of(f"{name}.db"))
     return report | {"checkpoint": of_checkpoint(Path(name), exact=not options.get("recover"))}

@@ -61,8 +61,8 @@ class PrunedConfig:
     """What the config of a checkpoint says of its pruning; every site by its place in the unpruned model.
 
     `blocks`: of the unpruned model; `kept_blocks`: those that are kept, in order; `lacking`: sites that are missing
-    from them. `zeroed`: sites that hold zeros in a stock shape. `narrowed`: kept groups of narrowed sites. `patches`: the
-    shape of what a repair put in the place of a site.
+    from them. `zeroed`: sites that hold zeros in a stock shape. `narrowed`: kept groups of narrowed sites.
+    `patches`: the shape of the patch that a repair put at a site.
     """
 
     blocks: int
