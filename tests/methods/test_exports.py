@@ -61,7 +61,7 @@ def test_what_cannot_be_expressed_is_refused_with_what_can(checkpoint: Folder, t
     patched = Repair(patches={site: Patch(bias=torch.ones(32)) for site in Plan.parse(["mlp.1"]).sites()})
     with pytest.raises(PlanError, match="stock has no place for what a repair puts in the place of a site; recover by"):
         export_student("stock", student(teacher, "mlp.1", patched), tmp_path / "out")
-    with pytest.raises(PlanError, match="--stock has no place for a width"):
+    with pytest.raises(PlanError, match="stock=True has no place for a width"):
         export_student("stock", student(teacher, WIDTH), tmp_path / "out")
     with pytest.raises(UsageError, match="no adapter beside it"):
         export_student("adapter", student(teacher, "mlp.1"), tmp_path / "out")
