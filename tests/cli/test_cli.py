@@ -176,13 +176,13 @@ def commands(pruned: Pruned, model: Path) -> dict[str, tuple[object, ...]]:
 
 
 HOLDS = {
-    "inspect": ("sites", "total", "fingerprint"),
-    "eval": ("perplexity", "ci95", "n", "clusters", "data"),
+    "inspect": ("anatomy", "total", "fingerprint"),
+    "eval": ("perplexity", "bits_per_byte", "word_perplexity", "data"),
     "speed": ("models", "protocol", "environment"),
     "runs": ("runs",),
     "show": ("id", "state", "events", "result", "losses"),
     "methods": ("methods",),
-    "dry-run": ("losses", "memory_bytes", "expected_seconds"),
+    "dry-run": ("losses", "memory", "disk_bytes", "seconds"),
 }
 WATCHED = ("inspect", "eval", "speed", "dry-run")
 

@@ -540,5 +540,5 @@ def test_files_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl.gz").write_bytes(b"plain")
     with pytest.raises(DataError, match=r"t\.jsonl\.gz is no gzip file"):
         read_items(tmp_path / "t.jsonl.gz")
-    with pytest.raises(DataError, match=r"too few items to keep some for evaluation\. Give a file of at least 2"):
+    with pytest.raises(DataError, match=r"too few items to keep some for evaluation\. Give at least 2"):
         task_tokens(write(tmp_path / "t.jsonl", ROW, ROW), letters(), part="calibration")

@@ -103,7 +103,7 @@ def test_a_mixture_holds_all_and_begins_with_both(a: int, b: int, seed: int) -> 
 
 
 def test_too_few_documents_for_portions_are_refused() -> None:
-    with pytest.raises(DataError, match="gives 2 portions of 50 tokens that share no document, and 9 are wanted"):
+    with pytest.raises(DataError, match="gives 2 parts of 50 tokens that share no document, and 9 are wanted"):
         disjoint_parts(pack_rows([Document(i, tuple(range(3, 63))) for i in range(2)], 10**9, 16, [], "made up"), 50, 9)
 
 

@@ -350,7 +350,7 @@ class Diary(NoCache):
         self.written: Counter[tuple[Plan, Quality, DocumentIds]] = Counter()
         self.left = dies_after
 
-    def recall(self, plans: Sequence[Plan]) -> list[Known]:
+    def lookup(self, plans: Sequence[Plan]) -> list[Known]:
         told = []
         for plan in plans:
             own: dict[Quality, dict[DocumentIds, Sums]] = {"full": {}, "bound": {}, "sample": {}}
@@ -360,7 +360,7 @@ class Diary(NoCache):
             told.append(Known(pieces=own))
         return told
 
-    def keep(self, quality: Quality, found: Mapping[tuple[Plan, DocumentIds], Sums]) -> None:
+    def add_partial(self, quality: Quality, found: Mapping[tuple[Plan, DocumentIds], Sums]) -> None:
         if self.left is not None:
             if self.left == 0:
                 raise KeyboardInterrupt
@@ -458,7 +458,7 @@ def test_kept_streams_stay_within_their_bytes(checkpoint: Folder) -> None:
         for site in teacher.anatomy.sites_present():
             list(bench.walk.run([(0, bench.mask(Plan(frozenset([site]))))], True))
             assert bench.walk.streams.size <= limit
-            assert bench.walk.streams.size == sum(x.nbytes for x in bench.walk.streams._kept.values())
+            assert bench.walk.streams.size == sum(x.nbytes for x in bench.walk.streams._streams.values())
 
 
 def test_streams_that_are_evicted_meanwhile_are_no_crash(peaked: Teacher) -> None:

@@ -95,7 +95,7 @@ def test_a_metric_without_the_scores_that_a_budget_needs_is_refused(search: str)
     runs = {(0, 1): 0.5, (1, 2): 0.1}
     sites = {Site(b, "attention"): 0.5 for b in range(5)}
     cases = [
-        ("3sites", runs, r"no score for attention\.0, and this budget removes sites\..*cosine.*--search contiguous"),
+        ("3sites", runs, r"no score for attention\.0, and this budget removes sites\..*cosine.*search='contiguous'"),
         ("3sites", sites, r"no score for mlp\.0, and this budget removes sites"),
         ("2blocks", sites, r"no score for block 0, and this budget removes blocks"),
     ]
@@ -478,7 +478,7 @@ def test_span_takes_the_lowest_run_of_a_metric_without_a_loss() -> None:
     scores = {(0, 1): 0.5, (1, 2): 0.2, (2, 3): 0.1, (3, 4): 0.3, (0, 4): 0.0}
     assert run("contiguous", scored(problem, scores), additive(0), log)[-1].blocks() == [2, 3]
     assert log == []
-    with pytest.raises(UsageError, match=r"The search contiguous needs a metric of runs.*--metric angular_span"):
+    with pytest.raises(UsageError, match=r"The search contiguous needs a metric of runs.*metric='angular_span'"):
         run("contiguous", scored(problem, {Site(0, "mlp"): 1.0}), additive(0))
 
 

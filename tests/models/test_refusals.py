@@ -305,7 +305,7 @@ PLANS: dict[str, tuple[str, ...]] = {
     "mpl.2": ("'mpl.2' is not a site", "Did you mean mlp.2?", "attention.7 or mlp.16"),
     "attn.2": ("Did you mean attention.2?",),
     "everything": ("'everything' is not a site", "attention.7 or mlp.16"),
-    "mlp.1,attention.2,mlp.1": ("names mlp.1 more than once", "every site once"),
+    "mlp.1,attention.2,mlp.1": ("names mlp.1 more than once", "each site once"),
     "": ("removes nothing", "attention.7,mlp.16"),
     "plans/mine.json": ("no plan file plans/mine.json", "attention.7,mlp.16"),
 }
@@ -480,7 +480,9 @@ def test_a_folder_that_cannot_be_written_is_refused(model: Path, text: Path, tmp
 
 
 def test_a_disk_that_is_too_small_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match=r"out needs 1000000000\.0 GB and the disk has .* GB left\. Free some") as e:
+    with pytest.raises(
+        ResourceError, match=r"out\W+needs 1000000000\.0 GB and the disk has .* GB left\. Free some"
+    ) as e:
         check_target(tmp_path / "new" / "out", model, 10**18)
     assert e.value.exit_code == 5
     assert list(tmp_path.iterdir()) == []
