@@ -495,7 +495,8 @@ def test_plans_spell_their_groups(checkpoint: Folder) -> None:
     assert plan.key() != Plan(plan.removed).key() == Plan.parse(["attention.1"]).key()
     anatomy = load(checkpoint("llama")).anatomy
     for wrong, match in (
-        ("mlp.2[3-1]", "does not ascend"), ("mlp.2[1 1]", "does not ascend"), ("mlp.2[a]", "Write the numbers of those to keep"),
+        ("mlp.2[3-1]", "does not ascend"), ("mlp.2[1 1]", "does not ascend"),
+        ("mlp.2[a]", "Write the numbers of those to keep"),
         ("mlp.2[0-48]", "no channel group 48: it has 0-47"), ("mlp.9[0]", "no mlp.9 to be narrowed"),
         ("attention.0[0 2]", "no channel group 2"),
     ):  # fmt: skip
