@@ -35,6 +35,7 @@ from billhook.methods.search import estimate_losses
 from billhook.models import structure
 from billhook.models.architectures import ARCHITECTURES
 from billhook.models.device import SHARE_OF_WEIGHTS
+from billhook.models.pruned_config import PrunedConfig
 from billhook.runs.recipe import Recipe, parse_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,7 +171,7 @@ def test_the_worked_example_is_computed_from_its_model() -> None:
     )  # fmt: skip
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
-    sizes = structure.anatomy(model, config, positions=range(32), removed=(), blocks=32, item_bytes=2)
+    sizes = structure.anatomy(model, config, PrunedConfig(32, tuple(range(32))), item_bytes=2)
     attention, mlp = (next(size for size in sizes.sites if size.site.part == part) for part in ("attention", "mlp"))
     problems = {remove: Problem(sizes, parse_budgets(remove)) for remove in ("20%", "20%blocks")}
     losses = {name: estimate_losses(name, problems["20%"]) for name in ("oneshot", "greedy", "swap", "evolve")}
