@@ -9,24 +9,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
-from billhook.cli.study_tables import foot, stability_table, sweep_table, transfer_table
-from billhook.cli.tables import (
-    anatomy_table,
-    evaluation_table,
-    methods_table,
-    plan_of_work_table,
-    result_table,
-    runs_table,
-    speed_table,
-)
 from billhook.core.errors import BillhookError, on_command_line
 from billhook.core.events import EventListener
 from billhook.core.results.json_form import Result
-from billhook.core.results.stored import StoredRun
+
+if TYPE_CHECKING:  # numpy comes with it, which no help text waits for
+    from billhook.core.results.stored import StoredRun
 
 
 class CommandSession:
@@ -111,14 +103,14 @@ def _tables() -> dict[str, Callable[[Console, Any], None]]:
     from billhook.cli import study_tables, tables
 
     return {
-        "result": result_table, "anatomy": anatomy_table, "plan_of_work": plan_of_work_table,
-        "evaluation": evaluation_table, "speed": speed_table, "scores": tables.score_tables,
-        "runs": runs_table, "run": run_table, "methods": methods_table,
-        "recipes": tables.recipe_table, "sweep": sweep_table, "transfer": transfer_table,
-        "stability": stability_table, "compare": study_tables.comparison_table,
+        "result": tables.result_table, "anatomy": tables.anatomy_table, "plan_of_work": tables.plan_of_work_table,
+        "evaluation": tables.evaluation_table, "speed": tables.speed_table, "scores": tables.score_tables,
+        "runs": tables.runs_table, "run": run_table, "methods": tables.methods_table,
+        "recipes": tables.recipe_table, "sweep": study_tables.sweep_table, "transfer": study_tables.transfer_table,
+        "stability": study_tables.stability_table, "compare": study_tables.comparison_table,
         "gate": study_tables.gate_table, "baselines": study_tables.baseline_table, "tasks": study_tables.task_table,
         "threshold": study_tables.threshold_table, "abtest": study_tables.ab_table,
-        "report": lambda console, value: foot(console, value["page"], []),
+        "report": lambda console, value: study_tables.foot(console, value["page"], []),
     }  # fmt: skip
 
 
@@ -128,6 +120,7 @@ TABLES = {"prune": "result", "baseline": "baselines", "eval": "tasks"}  # of kin
 def run_table(console: Console, run: StoredRun) -> None:
     """Print all that the store holds of one run."""
     from billhook.cli.progress import event_words
+    from billhook.cli.study_tables import foot
 
     out = f", out: {run.out}" if run.out else ""
     console.print(f"{run.id}: {run.kind}, {run.state}, {run.losses:,} losses measured{out}")
