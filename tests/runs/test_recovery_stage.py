@@ -160,7 +160,7 @@ def test_an_adapter_that_is_not_merged_goes_with_its_own_checkpoint_only(
     assert str(model) not in told
     with pytest.raises(FingerprintError, match="other blocks under the same numbers"):
         billhook.load_with_adapter(model, tmp_path / "out" / "adapter")
-    with pytest.raises(DataError, match="merge=no"):
+    with pytest.raises(DataError, match=r"recover_set=\{'merge': 'no'\}"):
         billhook.load_with_adapter(model)
     with pytest.raises(UsageError, match="must be the last recovery"):
         billhook.prune(model, out=tmp_path / "no", **(wanted | {"recover": "lora,fold"}), recover_set=["merge=no"])
