@@ -614,7 +614,7 @@ def test_a_model_in_bfloat16_learns_in_float32(name: str, checkpoint: Folder) ->
     assert repair.weights
     assert {value.dtype for value in repair.weights.values()} == {torch.float32}
     assert apply(teacher, PLAN, repair=repair).dtype == torch.bfloat16
-    with pytest.raises(UsageError, match="bfloat16 or float32"):
+    with pytest.raises(UsageError, match=r"Train with dtype='bfloat16' or float32"):
         recovered(name, load(checkpoint("llama"), dtype="float16"), PLAN, tokens)
 
 

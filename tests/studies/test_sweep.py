@@ -408,7 +408,7 @@ def test_a_dry_run_takes_a_recipe_as_prune_does(model: Path, texts: Path, tmp_pa
     done = typed("prune", model, "--recipe", "finercut", "--dry-run", *words, "--store", tmp_path / "b.db", "--json")
     assert done.exit_code == 0, done.stderr
     assert {key: json.loads(done.stdout)[key] for key in ("losses", "remove", "data")} == {
-        key: told[key] for key in ("losses", "remove", "data")
+        key: told.to_json()[key] for key in ("losses", "remove", "data")
     }
     with pytest.raises(RecipeError, match="There is no recipe finecut"):
         billhook.dry_run(model, recipe="finecut")
@@ -456,7 +456,7 @@ def test_as_much_as_a_margin_allows(model: Path, texts: Path, tasks: list[Path],
     )
     assert task.within.margin.kind == "pp"
     (proof,) = task.tasks
-    assert proof["file"] == str(tasks[0])
+    assert proof.file == str(tasks[0])
     assert proof.change.n + task.within.data.items == 20, "half of the items are for searches"
     with pytest.raises(UsageError, match="Nothing can go within 0%ppl"):
         billhook.prune(str(model), within="0%ppl", out=tmp_path / "four", **small)
