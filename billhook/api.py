@@ -141,7 +141,7 @@ def _same_recipe(run: Run, options: Mapping[str, Any]) -> None:
 
 
 def _newest_unfinished(store: Store) -> Run:
-    # A run that was refused before it had model and tokens has nothing to go on with.
+    # A run that was refused before it had model and tokens has nothing to resume.
     prunings = [run for run in store.runs() if run.kind == PRUNE]
     unfinished = [run for run in prunings if run.state != "done" and (run.fingerprints or run.state != "failed")]
     free = [run for run in unfinished if store.free(run.id)]

@@ -95,11 +95,50 @@ def test_an_export_is_added_as_the_page_says(copy: Path, model: Path, text: Path
 
 def test_a_command_is_added_as_the_page_says(copy: Path) -> None:
     touched = applied(copy, "A command")
-    assert touched == {"billhook/cli/main.py", "billhook/cli/tables.py", "billhook/cli/session.py", "docs/commands.md"}
+    assert touched == {"billhook/cli/main.py", "billhook/cli/tables.py", "docs/commands.md"}
     assert len(touched) <= MOST_FILES
     assert "llama\nmistral\n" in run(copy, "-m", "billhook", "types")
     assert json.loads(run(copy, "-m", "billhook", "types", "--json"))["types"][0] == "cohere"
     assert "billhook types" in (copy / "docs" / "commands.md").read_text()
+
+
+def test_a_page_is_added_as_the_page_says(copy: Path, model: Path, tmp_path: Path) -> None:
+    assert applied(copy, "A page") == {"billhook/report/eval_page.py"}
+    task, store = tmp_path / "task.jsonl", tmp_path / "runs.db"
+    items = ({"query": f"Is {n} odd?", "choices": ["yes", "no"], "gold": (n + 1) % 2} for n in range(8))
+    task.write_text("".join(json.dumps(item) + "\n" for item in items))
+    run(copy, "-m", "billhook", "eval", model, "--tasks", task, "--store", store)
+    (kept,) = json.loads(run(copy, "-m", "billhook", "runs", "--store", store, "--json"))["runs"]
+    assert "Page: reports/" in run(copy, "-m", "billhook", "report", kept["run"], "--store", store)
+    page = (copy / "reports" / kept["run"] / "index.html").read_text()
+    assert "Billhook · eval" in page
+    assert "acc_norm" in page
+
+
+def test_a_study_is_added_as_the_page_says(copy: Path, model: Path, text: Path, tmp_path: Path) -> None:
+    touched = applied(copy, "A study")
+    assert touched == {
+        "billhook/core/results/overlap.py", "billhook/studies/overlap.py", "billhook/cli/studies.py", "docs/commands.md"
+    }  # fmt: skip
+    assert len(touched) <= MOST_FILES
+    store = tmp_path / "runs.db"
+    asked = ("overlap", model, "--recipes", "shortgpt,finercut", "--remove", "25%sites", "--data", text, "--tokens", 96,
+             "--length", 16, "--self-share", 0, "--store", store)  # fmt: skip
+    (row,) = table = rows_of(run(copy, "-m", "billhook", *asked))
+    assert row["a"] == "shortgpt"
+    plans = json.loads(run(copy, "-m", "billhook", *asked, "--json"))["plans"]
+    assert {name: len(plan) for name, plan in plans.items()} == {"shortgpt": 2, "finercut": 2}
+    assert int(row["both"]) == len(set(plans["shortgpt"]) & set(plans["finercut"]))
+    kept = json.loads(run(copy, "-m", "billhook", "runs", "--store", store, "--json"))["runs"]
+    assert [each["kind"] for each in kept] == ["overlap", "overlap"]
+    assert rows_of(run(copy, "-m", "billhook", "show", kept[0]["run"], "--store", store)) == table
+
+
+def rows_of(printed: str) -> list[dict[str, str]]:
+    """The lines below the line that begins with "a", by its columns."""
+    lines = [line.split() for line in printed.splitlines()]
+    head = next(i for i, line in enumerate(lines) if line[:2] == ["a", "b"])
+    return [dict(zip(lines[head], line, strict=True)) for line in lines[head + 1 :]]
 
 
 def test_a_block_that_does_not_fit_is_told(copy: Path) -> None:

@@ -65,16 +65,16 @@ def prune_command(
         if run and not resume:
             raise UsageError(f"--run {run} goes with --resume. Add --resume, or leave --run out.")
         if resume and dry_run:
-            raise UsageError("--dry-run is of a new run, and --resume goes on with one. Leave one of them out.")
+            raise UsageError("--dry-run is of a new run, and --resume continues one. Leave one of them out.")
         if resume:
             if out is not None:
                 raise UsageError("--out belongs to a new run; a resumed one keeps its own. Leave --out away.")
             result = api.resume(run, store=_existing(store), watch=face.watch, **given)
         elif dry_run:
-            return face.show(api.dry_run(watch=face.watch, **given), "plan_of_work")
+            return face.show(api.dry_run(watch=face.watch, **given))
         else:
             result = api.prune(out=out, store=store, watch=face.watch, **given)
-        face.show(result, "result")
+        face.show(result)
 
 
 @app.command(name="inspect")
@@ -86,7 +86,7 @@ def inspect_command(
     with CommandSession(as_json, False, verbose) as face:
         from billhook import api
 
-        face.show(api.inspect(model or "demo", watch=face.watch, **options), "anatomy")
+        face.show(api.inspect(model or "demo", watch=face.watch, **options))
 
 
 @app.command(name="score")
@@ -105,7 +105,7 @@ def score_command(
     with CommandSession(as_json, quiet, verbose) as face:
         from billhook import api
 
-        face.show(api.score(model or "demo", metric, watch=face.watch, **options), "scores")
+        face.show(api.score(model or "demo", metric, watch=face.watch, **options))
 
 
 @app.command(name="eval")
@@ -139,10 +139,10 @@ def eval_command(
                 model or "demo", split_commas(tasks), items=items, shots=shots, shots_from=shots_from, store=store,
                 evaluations=split_commas(evaluations), watch=face.watch, **options,
             )  # fmt: skip
-            return face.show(scores, "tasks")
+            return face.show(scores)
         names = split_commas(evaluations)
         found = api.evaluate(model or "demo", protocol=protocol, evaluations=names, watch=face.watch, **options)
-        face.show(found, "evaluation")
+        face.show(found)
 
 
 @app.command(name="speed")
@@ -167,7 +167,7 @@ def speed_command(
 
         protocol = TimingProtocol(prompt_tokens, new_tokens, batch, repeats)
         told = api.measure_speed(model or "demo", other, protocol=protocol, watch=face.watch, **options)
-        face.show(told, "speed")
+        face.show(told)
 
 
 for command in COMMANDS:
@@ -180,7 +180,7 @@ def runs_command(*, store: StoreFile = DEFAULT_STORE, as_json: Json = False, ver
     with CommandSession(as_json, True, verbose) as face:
         from billhook import api
 
-        face.show({"runs": api.list_runs(store)}, "runs")
+        face.show({"runs": api.list_runs(store)})
 
 
 @app.command(name="show")
@@ -192,7 +192,7 @@ def show_command(
     with CommandSession(as_json, True, verbose) as face:
         from billhook import api
 
-        face.show(api.show(run, store), "run")
+        face.show(api.show(run, store))
 
 
 @app.command(name="report")
@@ -205,7 +205,7 @@ def report_command(
     with CommandSession(as_json, True, verbose) as face:
         from billhook.studies import run_study
 
-        face.show({"page": str(run_study.make_report(run, out=out, store=store))}, "report")
+        face.show({"page": str(run_study.make_report(run, out=out, store=store))})
 
 
 @app.command(name="methods")
@@ -214,7 +214,7 @@ def methods_command(*, as_json: Json = False, verbose: Verbose = False) -> None:
     with CommandSession(as_json, True, verbose) as face:
         from billhook import api
 
-        face.show({"methods": api.list_methods()}, "methods")
+        face.show({"methods": api.list_methods()})
 
 
 @app.command(name="recipes")
@@ -223,7 +223,7 @@ def recipes_command(*, as_json: Json = False, verbose: Verbose = False) -> None:
     with CommandSession(as_json, True, verbose) as face:
         from billhook import api
 
-        face.show({"recipes": [recipe.to_json() for recipe in api.list_recipes()]}, "recipes")
+        face.show({"recipes": [recipe.to_json() for recipe in api.list_recipes()]})
 
 
 def _existing(store: Path) -> Path:

@@ -51,7 +51,7 @@ def event_words(stage: str, values: Mapping[str, EventValue]) -> str:
     if "because" in values:
         return f"on {values['alone_on']} alone: {values['because']}"
     units = [name.removeprefix("removed_") for name in values if name.startswith("removed_")]
-    words = [f"{_amount(values[f'removed_{u}'])} of {_amount(values[f'target_{u}'])} {u} gone" for u in units]
+    words = [f"{_amount(values[f'removed_{u}'])} of {_amount(values[f'target_{u}'])} {u} removed" for u in units]
     words += [WORDS[name](value) for name, value in values.items() if name in WORDS and name != "best"]
     if "steps_taken" in values:
         words.append(f"{values['steps_taken']} of {values['steps']} steps")

@@ -6,19 +6,16 @@ import json
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from importlib import import_module
+from typing import Any, NoReturn
 
 from rich.console import Console
 
 from billhook.core.errors import BillhookError, on_command_line
 from billhook.core.events import EventListener
 from billhook.core.results.json_form import Result
-
-if TYPE_CHECKING:  # numpy comes with it, which no help text waits for
-    from billhook.core.results.stored import StoredRun
 
 
 class CommandSession:
@@ -39,16 +36,15 @@ class CommandSession:
         self.watch, self._close = progress.progress(quiet=self.quiet)
         return self
 
-    def show(self, value: Any, kind: str) -> None:
+    def show(self, value: Any) -> None:
         """Print a result: its JSON under --json, else its tables."""
-        from billhook.cli import session
         from billhook.core.results.json_form import encode
 
         self._close()
         if self.as_json:
             print(json.dumps(value.to_json() if isinstance(value, Result) else encode(value), indent=2))
         else:
-            session.print_result(value, kind)
+            print_result(value)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._close()
@@ -93,49 +89,24 @@ class _Tables(Console):
         raise  # the BrokenPipeError that rich is handling
 
 
-def print_result(value: Any, kind: str) -> None:
+Print = Callable[[Console, Any], None]
+
+TABLES: dict[type | str, Print] = {}  # by the class of a result, or the one key of a plain object
+
+
+def prints(result: type | str) -> Callable[[Print], Print]:
+    """Register a function as what prints results of a class, or plain objects with one key."""
+
+    def register(function: Print) -> Print:
+        TABLES[result] = function
+        return function
+
+    return register
+
+
+def print_result(value: Any) -> None:
     """Print a result of a command as tables."""
-    _tables()[kind](_Tables(soft_wrap=False, markup=False), value)
-
-
-def _tables() -> dict[str, Callable[[Console, Any], None]]:
-    """How a result of every kind is printed."""
-    from billhook.cli import study_tables, tables
-
-    return {
-        "result": tables.result_table, "anatomy": tables.anatomy_table, "plan_of_work": tables.plan_of_work_table,
-        "evaluation": tables.evaluation_table, "speed": tables.speed_table, "scores": tables.score_tables,
-        "runs": tables.runs_table, "run": run_table, "methods": tables.methods_table,
-        "recipes": tables.recipe_table, "sweep": study_tables.sweep_table, "transfer": study_tables.transfer_table,
-        "stability": study_tables.stability_table, "compare": study_tables.comparison_table,
-        "gate": study_tables.gate_table, "baselines": study_tables.baseline_table, "tasks": study_tables.task_table,
-        "threshold": study_tables.threshold_table, "abtest": study_tables.ab_table,
-        "report": lambda console, value: study_tables.foot(console, value["page"], []),
-    }  # fmt: skip
-
-
-TABLES = {"prune": "result", "baseline": "baselines", "eval": "tasks"}  # of kinds of run, where called otherwise
-
-
-def run_table(console: Console, run: StoredRun) -> None:
-    """Print all that the store holds of one run."""
-    from billhook.cli.progress import event_words
-    from billhook.cli.study_tables import foot
-
-    out = f", out: {run.out}" if run.out else ""
-    console.print(f"{run.id}: {run.kind}, {run.state}, {run.losses:,} losses measured{out}")
-    for event in run.events:
-        at = time.strftime("%H:%M:%S", time.localtime(event.at))
-        count = f" {event.done}/{event.total}" if event.total else ""
-        words = event_words(event.stage, event.values)
-        console.print(f"{at} {event.stage}{count} {words}".rstrip(), style="dim", highlight=False)
-    if isinstance(run.result, Result):
-        shown = {"baselines": [run.result]} if run.kind == "baseline" else run.result
-        _tables()[TABLES.get(run.kind, run.kind)](console, shown)
-    elif run.result is not None:
-        if set(run.result) - {"laboratory", "page"}:
-            console.print(
-                "Billhook 0.1 stored the result. For its JSON add --json; for tables run the command again: what the "
-                "store holds is not measured again."
-            )
-        foot(console, str(run.result.get("page", "")), [])
+    for module in ("tables", "study_tables"):
+        import_module(f"billhook.cli.{module}")
+    kind = next(iter(value)) if isinstance(value, dict) else type(value)
+    TABLES.get(kind, TABLES[Result])(_Tables(soft_wrap=False, markup=False), value)

@@ -61,7 +61,7 @@ def sweep_command(
             model or "demo", split_commas(recipes), tasks=split_commas(tasks), items=items, out=out, store=store,
             watch=face.watch, **lists, **options,
         )  # fmt: skip
-        face.show(told, "sweep")
+        face.show(told)
 
 
 @with_options("remove", "data", "eval_data", *STUDY_OPTIONS)
@@ -84,7 +84,7 @@ def transfer_command(
         told = transfer.transfer(
             model or "demo", split_commas(tasks), items=items, out=out, store=store, watch=face.watch, **options
         )
-        face.show(told, "transfer")
+        face.show(told)
 
 
 @with_options("remove", "data", *(name for name in STUDY_OPTIONS if name not in ("tokens", "metric")))
@@ -111,7 +111,7 @@ def stability_command(
             model or "demo", metric, sizes=[int(piece) for piece in split_commas(sizes)], draws=draws, out=out,
             store=store, watch=face.watch, **options,
         )  # fmt: skip
-        face.show(told, "stability")
+        face.show(told)
 
 
 NO_TEXT = tuple(name for name in TEXT_OPTIONS if name not in ("data", "eval_data"))
@@ -171,7 +171,7 @@ def compare_command(
             shots=shots, shots_from=shots_from, margins=typed_margins(margin, ppl_margin),
             timed=not no_speed, seen=seen, out=out, store=store, watch=face.watch, **options,
         )  # fmt: skip
-        face.show(found, "compare")
+        face.show(found)
 
 
 @with_options(*NO_TEXT)
@@ -204,7 +204,7 @@ def gate_command(
             items=items, score=split_commas(score), shots=shots, shots_from=shots_from,
             margins=typed_margins(margin, ppl_margin), seen=seen, junit=junit, store=store, watch=face.watch, **options,
         )  # fmt: skip
-        face.show(report, "gate")
+        face.show(report)
         if report.verdict != "PASS":
             failed = [check.source for check in report.checks if check.verdict != "PASS"]
             raise GateFailed(f"The gate is not passed on {' and '.join(failed)}.")
@@ -235,13 +235,13 @@ def baseline_command(
         if action not in ("save", "list") or (action == "save") != (name is not None):
             raise UsageError("Write `billhook baseline save NAME MODEL`, or `billhook baseline list`.")
         if name is None:
-            face.show({"baselines": gate.baselines(store)}, "baselines")
+            face.show({"baselines": gate.baselines(store)})
             return
         kept = gate.save_baseline(
             name, model or "demo", data=split_commas(data), tasks=split_commas(tasks), items=items,
             score=split_commas(score), shots=shots, shots_from=shots_from, store=store, watch=face.watch, **options,
         )  # fmt: skip
-        face.show({"baselines": [kept]}, "baselines")
+        face.show({"baselines": [kept]})
 
 
 @with_options("remove", "data", "eval_data", *STUDY_OPTIONS)
@@ -266,7 +266,7 @@ def threshold_command(
         told = threshold.threshold(
             model or "demo", margins=margin or ["3%ppl"], run=run, out=out, store=store, watch=face.watch, **options
         )
-        face.show(told, "threshold")
+        face.show(told)
 
 
 ModelName = Annotated[str, typer.Option(help="Model to request [default: the first of the server]")]
@@ -307,7 +307,7 @@ def abtest_command(
             limit=limit, max_tokens=max_tokens, temperature=temperature, timeout=timeout, retries=retries,
             concurrency=concurrency, store=store, watch=face.watch, **(options | {"kind": kind}),
         )  # fmt: skip
-        face.show(told, "abtest")
+        face.show(told)
 
 
 COMMANDS = (

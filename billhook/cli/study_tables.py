@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from billhook.cli.session import prints
 from billhook.core.results.ab_report import AbReport
 from billhook.core.results.comparisons import Baseline, Comparison, GateReport, SeenSets, TaskScores
 from billhook.core.results.measured import Estimate
@@ -24,6 +25,7 @@ def empty_table(*columns: str) -> Table:
 # -- trials, and agreement of calibration sets ------------------------------------------------------------------------
 
 
+@prints(SweepResult)
 def sweep_table(console: Console, result: SweepResult) -> None:
     """A table a text, the best of each size first; then the tasks, three to a table."""
     names, trials = short_names(result.teacher), study_words.sorted_trials(result)
@@ -86,6 +88,7 @@ def _share(estimate: Estimate) -> str:
     return f"{format_accuracy(estimate.value)} ({ends})".replace("%", "")
 
 
+@prints(TransferResult)
 def transfer_table(console: Console, result: TransferResult) -> None:
     """Changes against the teacher and against text, in points, three tasks to a table."""
 
@@ -108,6 +111,7 @@ def transfer_table(console: Console, result: TransferResult) -> None:
     foot(console, result.page, [legend, *study_words.reliability_notes(result)])
 
 
+@prints(StabilityResult)
 def stability_table(console: Console, result: StabilityResult) -> None:
     """Print how far scores and plans agree between calibration sets."""
     headline = study_words.stability_headline(result)
@@ -146,6 +150,7 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     return drawn
 
 
+@prints(Comparison)
 def comparison_table(console: Console, value: Comparison) -> None:
     """A comparison: for every model but the first its verdicts, sizes and what is behind them."""
     _warn(console, value.seen)
@@ -169,6 +174,7 @@ def _warn(console: Console, seen: Sequence[SeenSets]) -> None:
         console.print(warning)
 
 
+@prints(TaskScores)
 def task_table(console: Console, value: TaskScores) -> None:
     """One model on tasks: one row for each score."""
     _warn(console, value.seen)
@@ -177,6 +183,7 @@ def task_table(console: Console, value: TaskScores) -> None:
         console.print(note)
 
 
+@prints(GateReport)
 def gate_table(console: Console, value: GateReport) -> None:
     """A gate: one row for each check, then the verdict."""
     _warn(console, value.seen)
@@ -186,7 +193,14 @@ def gate_table(console: Console, value: GateReport) -> None:
     console.print(f"\n{compare_words.gate_sentence(value)}")
 
 
-def baseline_table(console: Console, value: dict[str, Sequence[Baseline]]) -> None:
+@prints(Baseline)
+def baseline_table(console: Console, value: Baseline) -> None:
+    """One stored baseline."""
+    baselines_table(console, {"baselines": [value]})
+
+
+@prints("baselines")
+def baselines_table(console: Console, value: dict[str, Sequence[Baseline]]) -> None:
     """Stored baselines, under `baselines`."""
     rows = [
         (printable(each.name), printable(each.model), each.fingerprint,
@@ -196,6 +210,7 @@ def baseline_table(console: Console, value: dict[str, Sequence[Baseline]]) -> No
     console.print(plain_table(("Name", "Model", "Fingerprint", "Sets"), rows) if rows else "No baseline is stored.")
 
 
+@prints(ThresholdResult)
 def threshold_table(console: Console, result: ThresholdResult) -> None:
     """The trials of a threshold, what was chosen, and whether it was confirmed."""
     console.print(plain_table(threshold_page.TRIAL_COLUMNS, threshold_page.trial_rows(result)))
@@ -208,6 +223,13 @@ def threshold_table(console: Console, result: ThresholdResult) -> None:
     foot(console, result.page, [])
 
 
+@prints("page")
+def page_line(console: Console, value: dict[str, str]) -> None:
+    """Where a page is."""
+    foot(console, value["page"], [])
+
+
+@prints(AbReport)
 def ab_table(console: Console, value: AbReport) -> None:
     """Two servers on the same prompts."""
     for name, side in (("A", value.a), ("B", value.b)):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
-from billhook.cli.study_tables import empty_table, plain_table
+from billhook.cli.progress import event_words
+from billhook.cli.session import TABLES, prints
+from billhook.cli.study_tables import empty_table, foot, plain_table
 from billhook.core.anatomy import ModelSizes, SiteSize, Unassigned
 from billhook.core.plan import Site
 from billhook.core.registry import MethodInfo
+from billhook.core.results.json_form import Result, cell_text
 from billhook.core.results.model import (
     BlockScore,
     Evaluation,
@@ -24,10 +28,18 @@ from billhook.core.results.model import (
     WorkEstimate,
 )
 from billhook.core.results.run import RunResult
-from billhook.core.results.stored import RunSummary
+from billhook.core.results.stored import RunSummary, StoredRun
 from billhook.report.numbers import reliability_note
 
 
+@prints(Result)
+def rows_table(console: Console, result: Result) -> None:
+    """Print the rows of a result that has no table of its own."""
+    rows = result.rows()
+    console.print(plain_table(tuple(rows[0] if rows else ()), [[cell_text(v) for v in row.values()] for row in rows]))
+
+
+@prints(RunResult)
 def result_table(console: Console, result: RunResult) -> None:
     """Print what a pruning removed and what that changed."""
     from billhook.report import run_words
@@ -46,6 +58,7 @@ def result_table(console: Console, result: RunResult) -> None:
     console.print(f"Checkpoint and report: {result.out} (open {result.out}/report.html)")
 
 
+@prints(Inspection)
 def anatomy_table(console: Console, found: Inspection) -> None:
     """Print the sites of a model and their sizes."""
     anatomy = found.anatomy
@@ -62,6 +75,7 @@ def anatomy_table(console: Console, found: Inspection) -> None:
         console.print(f"Removed before: {', '.join(found.already_removed.names())}")
 
 
+@prints(WorkEstimate)
 def plan_of_work_table(console: Console, work: WorkEstimate) -> None:
     """Print what a pruning would measure, and what it would take."""
     from billhook.report.run_words import work_in_words
@@ -85,6 +99,7 @@ def plan_of_work_table(console: Console, work: WorkEstimate) -> None:
     console.print(table)
 
 
+@prints(Evaluation)
 def evaluation_table(console: Console, found: Evaluation) -> None:
     """Print a perplexity with its interval, or a line for every evaluation that was named."""
     if found.perplexity is None:
@@ -108,6 +123,7 @@ def _evaluations_by_name(console: Console, found: Evaluation) -> None:
     console.print(plain_table(("evaluation", "value", "95% interval", "items", ""), lines))
 
 
+@prints(SpeedReport)
 def speed_table(console: Console, found: SpeedReport) -> None:
     """Print tokens per second and peak memory."""
     table = empty_table("model", "prefill tok/s", "decode tok/s", "peak memory")
@@ -129,6 +145,28 @@ def speed_table(console: Console, found: SpeedReport) -> None:
     )
 
 
+@prints(StoredRun)
+def run_table(console: Console, run: StoredRun) -> None:
+    """Print all that the store holds of one run."""
+    out = f", out: {run.out}" if run.out else ""
+    console.print(f"{run.id}: {run.kind}, {run.state}, {run.losses:,} losses measured{out}")
+    for event in run.events:
+        at = time.strftime("%H:%M:%S", time.localtime(event.at))
+        count = f" {event.done}/{event.total}" if event.total else ""
+        words = event_words(event.stage, event.values)
+        console.print(f"{at} {event.stage}{count} {words}".rstrip(), style="dim", highlight=False)
+    if isinstance(run.result, Result):
+        TABLES.get(type(run.result), rows_table)(console, run.result)
+    elif run.result is not None:
+        if set(run.result) - {"laboratory", "page"}:
+            console.print(
+                "Billhook 0.1 stored the result. For its JSON add --json; for tables run the command again: what the "
+                "store holds is not measured again."
+            )
+        foot(console, str(run.result.get("page", "")), [])
+
+
+@prints("runs")
 def runs_table(console: Console, value: dict[str, list[RunSummary]]) -> None:
     """Print the runs of a store, a line each."""
     table = empty_table("run", "kind", "state", "model", "remove", "search", "losses", "out")
@@ -138,6 +176,7 @@ def runs_table(console: Console, value: dict[str, list[RunSummary]]) -> None:
     console.print(table if value["runs"] else "No runs yet. Start one: billhook prune --remove 25%sites")
 
 
+@prints("methods")
 def methods_table(console: Console, value: Mapping[str, Sequence[MethodInfo]]) -> None:
     """Print every registered method with its options and source."""
     for method in value["methods"]:
@@ -148,6 +187,7 @@ def methods_table(console: Console, value: Mapping[str, Sequence[MethodInfo]]) -
                 console.print(f"    {text}", style="dim", highlight=False)
 
 
+@prints("recipes")
 def recipe_table(console: Console, value: dict[str, Any]) -> None:
     """Print every built-in recipe with what it makes, what it does and its paper."""
     for row in value["recipes"]:
@@ -159,6 +199,7 @@ def recipe_table(console: Console, value: dict[str, Any]) -> None:
     console.print("Use one: billhook prune MODEL --recipe NAME [--remove SIZE]", style="dim", highlight=False)
 
 
+@prints(ScoreTable)
 def score_tables(console: Console, found: ScoreTable) -> None:
     """Of every metric a line a block, with its sites, and a line a length for spans of blocks."""
     for metric, scores in found.scores.items():
@@ -211,5 +252,5 @@ def _by_group(console: Console, groups: Sequence[GroupScores]) -> None:
 
 def _score(each: SiteScore | BlockScore | SpanScore | None) -> str:
     if each is None:
-        return "gone"
+        return "removed"
     return f"{each.value:#.4g}" + (f" ± {each.se:#.2g}" if each.se is not None else "")

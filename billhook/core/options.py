@@ -61,7 +61,7 @@ class ScoreOptions(LoadOptions, total=False):
 
 
 class SearchOptions(TaskOptions, total=False):
-    """How a plan is searched, and what may be repaired; not how much goes, nor on which texts."""
+    """How a plan is searched, and what may be repaired; not how much is removed, nor on which texts."""
 
     about: str
     search: str
@@ -88,21 +88,21 @@ class SearchOptions(TaskOptions, total=False):
 
 
 class StabilityOptions(SearchOptions, total=False):
-    """How much goes, and on which text; the metric and the tokens are what is compared."""
+    """How much is removed, and on which text; the metric and the tokens are what is compared."""
 
     remove: Amount | Sequence[Amount] | None
     data: Source
 
 
 class SweepOptions(SearchOptions, total=False):
-    """What overrules every recipe of a sweep, which says itself how much goes and on which texts."""
+    """What overrules every recipe of a sweep, which says itself how much is removed and on which texts."""
 
     metric: str | None
     tokens: int
 
 
 class StudyOptions(SweepOptions, total=False):
-    """How much goes, and on which texts."""
+    """How much is removed, and on which texts."""
 
     remove: Amount | Sequence[Amount] | None
     data: Source

@@ -151,14 +151,14 @@ class Problem:
                 raise BudgetError(f"{budget} asks for nothing: this model has no {budget.unit} to remove.")
         if any(self._suffices(most) for _, most in self._last(NOTHING)):
             return self
-        stay = "while one attention, one mlp and everything protected stay. Ask for less, or protect less."
+        stay = "while one attention, one mlp and everything protected are kept. Ask for less, or protect less."
         for budget, most, needed in zip(
             self.budgets, self.reachable() or [0] * len(self.budgets), self.targets, strict=True
         ):
             if most < needed:
                 raise BudgetError(
                     f"{budget} cannot be met: it asks for {budget.format(needed)}, and at most {budget.format(most)} "
-                    f"can go {stay}"
+                    f"can be removed {stay}"
                 )
         raise BudgetError(f"{', '.join(map(str, self.budgets))} cannot all be met {stay}")
 

@@ -283,7 +283,7 @@ def cut_channels(
     """Cut the part of a block that has `layout` in place to its kept groups; returns what a checkpoint says of it.
 
     The parameters are new, the old ones untouched. A norm over all heads keeps its divisor: less of its input is left,
-    and what is gone counts as zero, so that its weight and its epsilon carry the ratio.
+    and what is removed counts as zero, so that its weight and its epsilon carry the ratio.
     """
     count = sum(map(len, kept))
     shapes: dict[str, list[int]] = {}

@@ -101,7 +101,7 @@ def anatomy(model: nn.Module, config: Config, pruned: PrunedConfig, *, item_byte
     `pruned`: what its config says of an earlier pruning; `item_bytes`: bytes of one parameter or cache entry in the
     checkpoint's dtype.
     """
-    row, gone = architecture_of(config), pruned.removed.removed
+    row, removed = architecture_of(config), pruned.removed.removed
     kv_bytes = 2 * row.kv_heads(config) * head_dim(config) * item_bytes
     sizes: list[SiteSize] = []
     shared: list[SharedNorms] = []
@@ -109,7 +109,7 @@ def anatomy(model: nn.Module, config: Config, pruned: PrunedConfig, *, item_byte
     for position, block in zip(pruned.kept_blocks, blocks_of(model, row), strict=True):
         for part in PARTS:
             site = Site(position, part)
-            if site in gone:
+            if site in removed:
                 continue
             modules = site_modules(block, part, row, config)
             parameters = _parameters(modules)
@@ -129,7 +129,7 @@ def anatomy(model: nn.Module, config: Config, pruned: PrunedConfig, *, item_byte
             step = 1 if experts == 1 else EXPERT_MULTIPLE
             sizes.append(SiteSize(site, count, count * item_bytes, kv, flops, 0, mine, group, experts, channels, step))
         common = [p for p in _parameters([block]) if id(p) not in owned]
-        patched = any(isinstance(module, PatchModule) for module in block.modules())  # then the block never goes
+        patched = any(isinstance(module, PatchModule) for module in block.modules())  # then the block is never removed
         owned |= set() if patched else {id(p) for p in common}
         if common and not patched:
             count = sum(p.numel() for p in common)

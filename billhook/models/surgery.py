@@ -1,4 +1,4 @@
-"""A model that behaves as if sites or channel groups were gone, and is whole again afterwards."""
+"""A model that behaves as if sites or channel groups were removed, and is whole again afterwards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from billhook.models.transformers_internals import stock_classes
 
 def zeroed_block_weights(teacher: Teacher, plan: Plan, position: int, block: nn.Module) -> dict[str, torch.Tensor]:
     """Weights of a block, by its own names, with which its whole parts compute as the narrower ones of a plan: zeros
-    where channel groups go. `position`: of the block in the unpruned model; what it has now must be in memory."""
+    where channel groups are removed. `position`: of the block in the unpruned model; it must be in memory."""
     weights: dict[str, torch.Tensor] = {}
     sizes = {size.site: size for size in teacher.anatomy.sites}
     for each in (narrow for narrow in plan.narrowed if narrow.site.block == position):
@@ -69,14 +69,13 @@ def _without(teacher: Teacher, plan: Plan) -> Iterator[None]:
 _Cut = tuple[
     channel_groups.ChannelLayout, channel_groups.ParameterSlice, list[list[int]]
 ]  # of which layout, which slot, and what stays of each expert
-COPY_BYTES = 3 * 10**8  # of a shard of a model that is never in memory as a whole
 
 
 @undisturbed
 def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair = NO_REPAIR) -> Any:
     """What the plan leaves of the teacher's model, as a transformers model that can be saved and generates.
 
-    A block that loses both sites goes and the rest are renumbered; the config lists the original
+    A block that loses both sites is removed and the rest are renumbered; the config lists the original
     positions. Where only whole blocks are missing, or all blocks are as narrow, the class is the stock one; else it is
     `billhook-<type>`, or with `stock=True` the stock one whose removed sites hold zeros. `repair`: new
     weights, and patches in the place of sites; a block that has a patch stays. The student shares all other tensors
@@ -176,7 +175,7 @@ def _place(teacher: Teacher, site: Site) -> nn.Module:
 
 
 def student_name(teacher: Teacher, name: str, kept: Sequence[int]) -> str | None:
-    """A student's name of a parameter of its teacher, whose block at position p is at `kept.index(p)`; None if gone.
+    """A student's name of a parameter of its teacher, whose block at position p is at `kept.index(p)`; None if removed.
 
     Of a tensor in the teacher's files likewise: what stands before the blocks may differ.
     """
@@ -278,8 +277,10 @@ def _zero(student: Any, row: architectures.Architecture, kept: list[int], sites:
 # -- file to file ------------------------------------------------------------------------------------------------------
 
 
-def copy_shards(student: Any, teacher: Teacher, weights: StreamedWeights, folder: Path, watch: EventListener) -> None:
-    """Copy what the student keeps from the source's shards, bit for bit, a small shard at a time.
+def copy_shards(
+    student: Any, teacher: Teacher, weights: StreamedWeights, folder: Path, watch: EventListener, *, most: int
+) -> None:
+    """Copy what the student keeps from the source's shards, bit for bit, in shards of at most `most` bytes.
 
     What a repair changed, or put in, comes from memory, in the checkpoint's dtype.
     """
@@ -320,7 +321,7 @@ def copy_shards(student: Any, teacher: Teacher, weights: StreamedWeights, folder
         n: weights.source_bytes(old) if old and n not in narrower else t.numel() * items  # type: ignore[union-attr]
         for n, (old, t) in jobs.items()
     }
-    shards = _packed(sizes, COPY_BYTES)
+    shards = _packed(sizes, most)
     files: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         watch(Event("save", i, len(shards) + 2, {"step": "copy_shards"}))

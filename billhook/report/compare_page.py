@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from html import escape
-from importlib.resources import files
-from string import Template
 
 from billhook.core.margin import BOUND
 from billhook.core.results.comparisons import Comparison, Flip
@@ -25,7 +23,7 @@ from billhook.report.compare_words import (
     size_rows,
     verdict_rows,
 )
-from billhook.report.frame import html_table, scrolling
+from billhook.report.frame import html_table, page_html, scrolling
 from billhook.report.numbers import printable, token_facts
 from billhook.report.pages import page
 
@@ -35,18 +33,14 @@ MOST_FLIPS = 300  # of a task and a pair, on the page; the result has all
 @page(Comparison)
 def comparison_page(result: Comparison) -> str:
     """The page of one comparison."""
-    house, names = files("billhook.report").joinpath("templates"), model_names(result)
-    head = house.joinpath("run.html").read_text(encoding="utf-8").partition("</style>")[0]
-    body = [_pair(result, other) for other in range(1, len(names))]
-    body += [_flips(result, other) for other in range(1, len(names))]
-    body.append(_how(result))
-    headlines = [comparison_headline(result, other) for other in range(1, len(names))]
-    return Template(head + house.joinpath("compare.html").read_text(encoding="utf-8")).substitute(
-        title=escape(f"{' and '.join(names[1:])} against {names[0]}"),
-        made=escape(f"Billhook · compare · {result.environment.machine}"),
-        verdict=escape(" ".join(headlines)),
-        notes="".join(f'<p class="note">{escape(note)}</p>' for note in seen_warnings(result.seen)),
-        body="".join(body),
+    names = model_names(result)
+    others = range(1, len(names))
+    return page_html(
+        f"{' and '.join(names[1:])} against {names[0]}",
+        f"Billhook · compare · {result.environment.machine}",
+        " ".join(comparison_headline(result, other) for other in others),
+        seen_warnings(result.seen),
+        [*(_pair(result, other) for other in others), *(_flips(result, other) for other in others), _how(result)],
     )
 
 

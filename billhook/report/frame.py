@@ -7,6 +7,8 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from string import Template
 from typing import Any
 
 # -- words -------------------------------------------------------------------------------------------------------------
@@ -61,4 +63,20 @@ def chart(kind: str, title: str, label: str, caption: str, numbers: Mapping[str,
     return (
         f'<section class="{kind}"><h2>{escaped(title)}</h2><div role="img" aria-label="{escaped(label)}" {box}></div>'
         f"<p>{escaped(caption)}</p></section>"
+    )
+
+
+def page_html(title: str, made: str, headline: str, notes: Iterable[str], body: Iterable[str]) -> str:
+    """One self-contained page of sections. `made`: by what and where; `headline`: the finding in one sentence.
+
+    `body`: sections as HTML; every other text is escaped here. The page has the style of a run's page.
+    """
+    templates = files("billhook.report").joinpath("templates")
+    head = templates.joinpath("run.html").read_text(encoding="utf-8").partition("</style>")[0]
+    return Template(head + templates.joinpath("compare.html").read_text(encoding="utf-8")).substitute(
+        title=escaped(title),
+        made=escaped(made),
+        verdict=escaped(headline),
+        notes="".join(f'<p class="note">{escaped(note)}</p>' for note in dict.fromkeys(notes)),
+        body="".join(body),
     )

@@ -67,8 +67,8 @@ def model_card(result: RunResult) -> str:
     """README.md of the checkpoint: Markdown with the YAML front matter of the Hugging Face hub."""
     front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- billhook\n- pruned\n---"
     removed = _sites_in_words(result.plan.sites()) or ["nothing"]
-    if gone := _removed_earlier(result):
-        removed.append(f"gone before this run: {'; '.join(_sites_in_words(gone))}")
+    if earlier := _removed_earlier(result):
+        removed.append(f"removed before this run: {'; '.join(_sites_in_words(earlier))}")
     removed += [f"{site}: {left} channel groups stay" for site, left in kept_group_texts(result).items()]
     lines = [f"| {r.label} | {r.teacher} | {r.student} | {r.change} |" for r in summary_rows(result)]
     table = "\n".join(["| | teacher | student | change |", "|---|---|---|---|", *lines])
@@ -177,10 +177,10 @@ def run_page(result: RunResult) -> str:
 
 
 def _cells(result: RunResult) -> dict[Site, tuple[str, str, str]]:
-    """Every site of the unpruned model: its state (kept, narrower, removed or gone), its mark and its description."""
+    """Every site of the unpruned model: state (kept, narrowed, removed, removed earlier), mark and description."""
     steps, narrow = result.steps, kept_group_texts(result)
     turn = {site: (number, step) for number, step in enumerate(steps, 1) for site in step.sites}
-    cells = {site: ("gone", "", f"{site}: gone before this run") for site in _removed_earlier(result)}
+    cells = {site: ("earlier", "", f"{site}: removed before this run") for site in _removed_earlier(result)}
     for size in result.anatomy.sites:
         site = size.site
         about = f"{site}: {size.parameters:,} parameters, "

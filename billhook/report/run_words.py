@@ -156,7 +156,7 @@ def _within_in_words(within: WithinReport) -> str:
     unit = "percent of the perplexity" if within.margin.kind == "ppl" else "percentage points of accuracy"
     return (
         f"Within {within.margin}, judged on {within.data.tokens:,} tokens that the proof does not use: "
-        f"{taken.percent:.1f}% of the parameters can go, for {taken.lost.value:.2f} {unit}, at most "
+        f"{taken.percent:.1f}% of the parameters can be removed, for {taken.lost.value:.2f} {unit}, at most "
         f"{taken.lost.high:.2f} ({BOUND}).{more} {reliability_note(taken.lost)}".rstrip()
     )
 

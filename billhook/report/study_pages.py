@@ -319,7 +319,7 @@ def stability_page(result: StabilityResult) -> str:
             "In numbers", scrolling(html_table(heads, lines), "In numbers"), "In brackets: lowest to highest pair."
         ),
         _section(
-            "Which sites go",
+            "Which sites are removed",
             f"{_votes(sizes)}<details><summary>The same as a table</summary>"
             f"{html_table(('Tokens', 'In all plans', 'In some plans (in how many)'), sites)}</details>",
         ),

@@ -8,13 +8,11 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import PurePath
-from string import Template
 
 from billhook.core.margin import BOUND, Margin
 from billhook.core.results.studies import ThresholdResult
-from billhook.report.frame import html_table, scrolling
+from billhook.report.frame import html_table, page_html, scrolling
 from billhook.report.numbers import format_number, pluralize, printable, reliability_note
 from billhook.report.pages import page
 
@@ -77,7 +75,7 @@ def trial_rows(result: ThresholdResult) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
-TRIAL_COLUMNS = ("Step", "Gone", "Margin", "Loses", f"At most ({BOUND})", "Verdict")
+TRIAL_COLUMNS = ("Step", "Removed", "Margin", "Loses", f"At most ({BOUND})", "Verdict")
 
 
 def knee_words(result: ThresholdResult) -> str:
@@ -85,25 +83,22 @@ def knee_words(result: ThresholdResult) -> str:
     knee = result.knee
     if knee is None:
         return "The curve of the loss has no knee."
-    return f"The curve of the loss bends most after step {knee + 1}, with {result.shares[knee + 1]:.1%} gone."
+    return f"The curve of the loss bends most after step {knee + 1}, with {result.shares[knee + 1]:.1%} removed."
 
 
 @page(ThresholdResult)
 def threshold_page(result: ThresholdResult) -> str:
     """The page of one threshold."""
-    house = files("billhook.report").joinpath("templates")
-    head = house.joinpath("run.html").read_text(encoding="utf-8").partition("</style>")[0]
-    body = [_margin_figure(result, i) for i in range(len(result.margins))] + [_loss_figure(result)]
     trials = scrolling(html_table(TRIAL_COLUMNS, trial_rows(result)), "Trials")
-    body.append(f"<section><h2>Trials on validation items</h2>{trials}</section>")
-    body.append(f"<section><h2>Plan</h2><pre>{escape(command(result) or 'nothing')}</pre></section>")
-    return Template(head + house.joinpath("compare.html").read_text(encoding="utf-8")).substitute(
-        title=escape(f"{printable(result.model)}: how much can go"),
-        made=escape(f"Billhook · threshold · {result.environment.machine}"),
-        verdict=escape(threshold_headline(result)),
-        notes="".join(f'<p class="note">{escape(note)}</p>' for note in dict.fromkeys(threshold_notes(result))),
-        body="".join(body),
-    )
+    body = [
+        *(_margin_figure(result, i) for i in range(len(result.margins))),
+        _loss_figure(result),
+        f"<section><h2>Trials on validation items</h2>{trials}</section>",
+        f"<section><h2>Plan</h2><pre>{escape(command(result) or 'nothing')}</pre></section>",
+    ]
+    made = f"Billhook · threshold · {result.environment.machine}"
+    title = f"{printable(result.model)}: how much can be removed"
+    return page_html(title, made, threshold_headline(result), threshold_notes(result), body)
 
 
 def threshold_notes(result: ThresholdResult) -> list[str]:
@@ -120,7 +115,7 @@ def _margin_figure(result: ThresholdResult, number: int) -> str:
     high = min(max(tops), 12 * limit) if limit else max(tops)
     bottom = min(0.0, *(each.lost.low for _, each in trials + proof))
     scale = _Scale((0.0, 100 * max(result.shares)), (bottom, 1.15 * high))
-    drawn = [scale.frame("% of the parameters gone", unit_of(result.margins[number]))]
+    drawn = [scale.frame("% of the parameters removed", unit_of(result.margins[number]))]
     drawn.append(scale.line([(0, limit), (scale.x[1], limit)], "var(--dim)", dashes="4 4"))
     for shift, colour, points in ((0, "var(--blue)", trials), (5, "var(--orange)", proof)):
         for x, each in points:
@@ -129,7 +124,7 @@ def _margin_figure(result: ThresholdResult, number: int) -> str:
         "Blue: steps on validation items; orange: the chosen one on test items. Bars end at their lower and upper "
         f"bounds ({BOUND} each); dashed: the margin."
     )
-    name = f"{printable(result.margins[number])}: what goes, and what it costs"
+    name = f"{printable(result.margins[number])}: what is removed, and what it costs"
     return f"<section><h2>{escape(name)}</h2>{_svg(drawn, name)}<p>{caption}</p></section>"
 
 
@@ -139,7 +134,7 @@ def _loss_figure(result: ThresholdResult) -> str:
     if not points:
         return ""
     scale = _Scale((0.0, max(x for x, _ in points)), (0.0, 1.08 * max(y for _, y in points)))
-    drawn = [scale.frame("% of the parameters gone", f"loss ({printable(result.loss)})")]
+    drawn = [scale.frame("% of the parameters removed", f"loss ({printable(result.loss)})")]
     drawn.append(scale.line(points, "var(--orange)"))
     drawn += [scale.dot(point, "var(--orange)") for point in points]
     for index, words in ((result.knee, "knee"), (result.step - 1, "chosen")):

@@ -42,7 +42,7 @@ from billhook.runs.trace import measure_regret, removal_trace, search_summary
 
 FOLD_TOKENS = 8192  # for a fold inside the search
 FOLD = {"reach": "next"}  # its options; what stands farther behind is refitted after the search
-GROWTH = Fraction(3, 2)  # of the share that goes, from trial to trial: a search far beyond the margin costs the most
+GROWTH = Fraction(3, 2)  # of the removed share, from trial to trial: a search far beyond the margin costs the most
 FINEST = Fraction(1, 2)  # percent of the parameters, between what stays within a margin and what does not
 
 
@@ -202,12 +202,14 @@ def _largest_within_margin(
             high = share
         share = GROWTH * max(share, low) if high == 100 else (low + high) / 2
     if not trials:
-        raise BudgetError("Nothing can go: one attention, one mlp and everything protected stay. Protect less.")
+        raise BudgetError(
+            "Nothing can be removed: one attention, one mlp and what is protected are kept. Protect less."
+        )
     if best is None:
         unit = "percent of the perplexity" if margin.kind == "ppl" else "percentage points of accuracy"
         least = min(trials, key=lambda trial: trial.percent)
         raise UsageError(
-            f"Nothing can go within {margin}: removing {least.percent:.2f}% of the parameters may already lose "
+            f"Nothing can be removed within {margin}: removing {least.percent:.2f}% of the parameters may already lose "
             f"{least.lost.high:.2f} {unit}. Allow more, or take more {option('eval_tokens')}."
         )
     return best[0], best[1], WithinReport(margin, tuple(trials), validation.info())

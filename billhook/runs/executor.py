@@ -35,7 +35,7 @@ class Executor:
         """The losses of the plans asked for, in the same order. Safe to run twice.
 
         With `ask.full_results=k` the k lowest are in full, and others may be bounds. `on_progress(done, total, lowest
-        mean so far)` is called as the work goes on.
+        mean so far)` is called as the work proceeds.
         """
         probe = self._probe(ask.tokens)
         found: dict[Plan, Loss] = {}

@@ -201,7 +201,7 @@ class Recipe(CalibrationOptions, EvalOptions):
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """What must go, if the recipe says how much."""
+        """What must be removed, if the recipe says how much."""
         return () if self.remove is None else parse_budgets(self.remove)
 
     @property

@@ -74,7 +74,7 @@ def run_recoveries(
 ) -> RecoveryResult:
     """Carry out the recoveries of a run, which `learn` from a text, and prove each on each of `texts`.
 
-    `work`: for what a killed run goes on from: every finished repair, and the checkpoints of a training.
+    `work`: for what a killed run resumes from: every finished repair, and the checkpoints of a training.
     """
     recipe, repair, before = job.recipe, NO_REPAIR, NO_REPAIR
     options = recovery_options(recipe)

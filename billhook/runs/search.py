@@ -36,7 +36,7 @@ def method_options(recipe: Recipe) -> tuple[OptionValues, OptionValues]:
 
 
 def metric_of(recipe: Recipe) -> Callable[..., Any]:
-    """The metric of a recipe; of channel groups for a search that lets those go."""
+    """The metric of a recipe; of channel groups for a search that removes those."""
     assert recipe.metric is not None
     return GROUP_METRICS[recipe.metric] if narrows(recipe.search) else METRICS[recipe.metric]
 
@@ -83,13 +83,14 @@ def _round(
     """Measure one Ask of a search that has about `total` losses to measure (None: unknown), and show how far it is."""
     if not ask.plans:
         return measure(ask)
-    gone = [problem.removed_cost(Plan(frozenset.intersection(*(plan.removed for plan in ask.plans))))]
+    spent = [problem.removed_cost(Plan(frozenset.intersection(*(plan.removed for plan in ask.plans))))]
     if any(plan.narrowed for plan in ask.plans):  # each plan lacks other widths, so that they have nothing in common
-        gone = list(map(problem.removed_cost, ask.plans))
+        spent = list(map(problem.removed_cost, ask.plans))
     sofar: dict[str, EventValue] = {}
-    for budget, spent, target in zip(problem.budgets, map(min, zip(*gone, strict=True)), problem.targets, strict=True):
+    least = map(min, zip(*spent, strict=True))
+    for budget, done, target in zip(problem.budgets, least, problem.targets, strict=True):
         sofar |= {
-            f"removed_{budget.unit}": _in_units(budget, spent),
+            f"removed_{budget.unit}": _in_units(budget, done),
             f"target_{budget.unit}": _in_units(budget, target),
         }
     before = sum(len(earlier.plans) for earlier, _ in measure.rounds)

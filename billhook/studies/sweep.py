@@ -59,7 +59,7 @@ def sweep(
 
     `recipes`: names of ours, or YAML files. `eval_data`: held-out texts (default: those of `data`); `tasks`: files of
     multiple-choice items, of which `items` are measured. `options`: fields of `Recipe` that overrule every recipe, such
-    as `tokens`. Nothing that `store` holds is measured again, so that a sweep which was killed goes on.
+    as `tokens`. Nothing that `store` holds is measured again, so that a sweep which was killed resumes.
     """
     texts = several(data)
     held_out = several(eval_data) or tuple(dict.fromkeys(filter(None, map(external_sources, texts))))

@@ -1,4 +1,4 @@
-"""Threshold: how much can go within a margin, confirmed on unseen text."""
+"""Threshold: how much can be removed within a margin, confirmed on unseen text."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def threshold(
     watch: EventListener = ignore_events,
     **options: Unpack[StudyOptions],
 ) -> ThresholdResult:
-    """How much can go: the last step of a search that is within every margin, chosen on some texts, proved on others.
+    """How much can be removed: the last step within every margin, chosen on some texts, proved on others.
 
     `margins`: such as 3%ppl or 1pp:FILE. `run`: the steps of a stored run are taken, with its model and its texts; else
     a search is made by `options`, fields of `Recipe`, up to `remove` (default: 40%). A plan file and a page appear in
@@ -65,7 +65,7 @@ def find_threshold(
 ) -> ThresholdResult:
     """The last of `steps` within every margin on validation items, found by bisection, and its proof on test items.
 
-    Without steps the search of the recipe makes some. Assumes that what goes later costs more, so that the steps within
+    Without steps the search of the recipe makes some. Assumes that later removals cost more, so that the steps within
     the margins come first. The test items are looked at once, for the plan that was chosen, whatever they say.
     """
     calibration, held_out = tokens_for(job.recipe, teacher, job.watch, job)
@@ -131,7 +131,7 @@ def _lost_by(job: RunContext, teacher: Teacher, plan: Plan, sets: Mapping[Margin
 
 
 def knee(shares: Sequence[float], losses: Sequence[float]) -> int | None:
-    """Where a curve of losses over what is gone bends most: the point farthest below the line between its ends.
+    """Where a curve of losses over what is removed bends most: the point farthest below the line between its ends.
 
     None where it does not bend upwards, or there are fewer than three points.
 

@@ -216,7 +216,7 @@ def test_the_table_of_speeds_fits_80_columns(model: Path, capsys: pytest.Capture
     value = SpeedReport((row, row), TimingProtocol(), where, SpeedRatio(times, times))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "80")
-        session.print_result(value, "speed")
+        session.print_result(value)
     assert fits(capsys.readouterr().out)
 
 

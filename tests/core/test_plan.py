@@ -385,11 +385,14 @@ def test_time_is_asked_for_in_ms_and_counted_in_ns() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("9sites", r"9sites cannot be met: it asks for 9 sites, and at most 6 sites can go while one"),
-        ("99%kv", r"asks for 9 kv, and at most 6 kv can go"),
-        ("20ms", r"asks for 20\.000 ms, and at most 15\.600 ms can go"),
-        ("1sites,5attention", r"5attention cannot be met: it asks for 5 attention, and at most 3 attention can go"),
-        ("3blocks,50params", r"50params cannot be met: it asks for 50 params, and at most 39 params can go"),
+        ("9sites", r"9sites cannot be met: it asks for 9 sites, and at most 6 sites can be removed while one"),
+        ("99%kv", r"asks for 9 kv, and at most 6 kv can be removed"),
+        ("20ms", r"asks for 20\.000 ms, and at most 15\.600 ms can be removed"),
+        (
+            "1sites,5attention",
+            r"5attention cannot be met: it asks for 5 attention, and at most 3 attention can be removed",
+        ),
+        ("3blocks,50params", r"50params cannot be met: it asks for 50 params, and at most 39 params can be removed"),
     ],
 )
 def test_a_budget_that_cannot_be_met_says_how_much_can(text: str, message: str) -> None:

@@ -235,12 +235,11 @@ def test_every_list_that_speaks_of_blocks_is_trimmed(checkpoint: Folder) -> None
     assert (config.mlp_only_layers, config.decoder_sparse_step, config.num_hidden_layers) == ([0, 1], 1, 3)
 
 
-def test_sharded_saves_load_back(checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("billhook.methods.export.checkpoint.SHARD_BYTES", 20_000)
+def test_sharded_saves_load_back(checkpoint: Folder, tmp_path: Path) -> None:
     teacher = load(checkpoint("llama_tied"))
     plan = Plan.parse(["attention.1"])
     student = apply(teacher, plan)
-    files = save(student, None, plan, tmp_path / "s", teacher=teacher)
+    files = save(student, None, plan, tmp_path / "s", teacher=teacher, shard_bytes=20_000)
     assert sum(f.suffix == ".safetensors" for f in files) > 2
     verify_round_trip(student, tmp_path / "s", ROWS)
     again = load(tmp_path / "s").model
@@ -348,12 +347,9 @@ def test_a_streamed_checkpoint_that_does_not_load_back_equal_is_deleted(
     assert not list(tmp_path.iterdir())
 
 
-def test_shards_of_a_streamed_model_are_small(
-    checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("billhook.models.surgery.COPY_BYTES", 20_000)
+def test_shards_of_a_streamed_model_are_small(checkpoint: Folder, tmp_path: Path) -> None:
     streamed, plan = load(checkpoint("mixtral"), memory=0), Plan.parse(["mlp.1"])
-    files = save(apply(streamed, plan), None, plan, tmp_path / "out", teacher=streamed)
+    files = save(apply(streamed, plan), None, plan, tmp_path / "out", teacher=streamed, shard_bytes=20_000)
     shards = [file for file in files if file.suffix == ".safetensors"]
     assert len(shards) > 4
     assert shards[-1].name == f"model-{len(shards):05d}-of-{len(shards):05d}.safetensors"

@@ -371,7 +371,7 @@ def test_spans_of_blocks_are_told_by_their_ends(
         (i, j, j - i + 1) for i in range(4) for j in range(i, 4) if j - i < 3
     }
     monkeypatch.setenv("COLUMNS", "80")
-    session.print_result(told, "scores")
+    session.print_result(told)
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
     least = min((row for row in spans if row.length == 2), key=lambda row: row.value)

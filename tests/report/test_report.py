@@ -203,7 +203,7 @@ def test_tasks_and_margins_are_told() -> None:
     (row,) = [row for row in run_words.summary_rows(result) if row.label == "Accuracy, piqa_validation"]
     assert (row.teacher, row.student, row.change) == ("68.2%", "55.1%", "−13.1pp (−16.0pp–−10.0pp)")
     (note,) = [note for note in run_words.run_notes(result) if note.startswith("Within 3%ppl")]
-    assert "6.3% of the parameters can go, for 2.05 percent of the perplexity, at most 2.96" in note
+    assert "6.3% of the parameters can be removed, for 2.05 percent of the perplexity, at most 2.96" in note
     assert note.endswith("8.9% would lose more.")
 
 
@@ -334,7 +334,7 @@ def test_the_map_shows_every_site_once(seed: int, blocks: int, removals: int) ->
     every = {f"{part}.{block}" for block in range(blocks) for part in ("attention", "mlp")}
     assert len(cells) == len(every)
     assert {cell["data-site"] for cell in cells} == every
-    for state, sites in (("removed", set(result.plan.names())), ("gone", set(gone))):
+    for state, sites in (("removed", set(result.plan.names())), ("earlier", set(gone))):
         assert {cell["data-site"] for cell in cells if cell["class"] == state} == sites
     assert [cell["tabindex"] for cell in cells].count("0") == 1
     told = {cell["data-site"]: cell["aria-label"] for cell in cells}

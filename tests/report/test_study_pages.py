@@ -238,17 +238,17 @@ def test_few_texts_and_few_items_are_told_apart() -> None:
 
 # -- the terminal --------------------------------------------------------------------------------------------------
 
-SHOWN: list[tuple[str, PagedResult]] = [("sweep", result) for result in SWEEPS.values()]
-SHOWN += [("transfer", a_transfer(n, tuple(f"task{i}" for i in range(n)))) for n in (1, 3, 5)]
-SHOWN += [("stability", a_stability(2)), ("stability", a_stability(3, (16384,), 2))]
+SHOWN: list[PagedResult] = list(SWEEPS.values())
+SHOWN += [a_transfer(n, tuple(f"task{i}" for i in range(n))) for n in (1, 3, 5)]
+SHOWN += [a_stability(2), a_stability(3, (16384,), 2)]
 
 
-@pytest.mark.parametrize(("kind", "result"), SHOWN, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("result", SHOWN, ids=lambda result: result.kind)
 def test_a_terminal_of_80_columns_shows_it(
-    kind: str, result: PagedResult, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    result: PagedResult, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    session.print_result(result, kind)
+    session.print_result(result)
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines if not line.startswith("Page: ")) <= 80
     assert lines[-1] == f"Page: {numbers.printable(result.page)}"
@@ -259,7 +259,7 @@ def test_a_terminal_of_80_columns_shows_it(
             for on, outcome in trial.results.items():
                 text, value = on in study_words.texts_of(result), outcome.estimate.value
                 assert (numbers.format_perplexity(value) if text else f"{100 * value:.1f}") in drawn
-    session.print_result(replace(result, page=""), kind)
+    session.print_result(replace(result, page=""))
     assert "Page:" not in capsys.readouterr().out
 
 

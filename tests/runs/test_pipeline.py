@@ -127,7 +127,7 @@ def test_progress_is_told_for_every_stage(result: RunResult, events: list[Event]
     searched = [event for event in events if event.stage == "search"]
     assert searched[-1].done == searched[-1].total == 8 + 7 + 6
     assert [event.done for event in searched] == sorted(event.done for event in searched)
-    assert any("2 of 3 sites gone, lowest kl" in event_words(event.stage, event.values) for event in searched)
+    assert any("2 of 3 sites removed, lowest kl" in event_words(event.stage, event.values) for event in searched)
 
 
 def test_what_is_told_is_stored_too(result: dict[str, Any], home: Path) -> None:

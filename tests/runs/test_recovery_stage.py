@@ -91,7 +91,6 @@ def test_a_killed_recovery_goes_on(at: str, model: Path, text: Path, tmp_path: P
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        patch.setattr("billhook.methods.recover.training.SAVE_EVERY", 0.0)
         with pytest.raises(KeyboardInterrupt):
             billhook.prune(model, **wanted, **SHORT, out="out", store="b.db", watch=watch)
         (work,) = tmp_path.glob(".out.*.recovery")

@@ -649,7 +649,7 @@ def test_the_command_shows_and_files_what_it_found(start: Any, tmp_path: Path) -
 def test_a_study_of_the_version_before_is_shown_by_its_page(capsys: pytest.CaptureFixture[str]) -> None:
     result = {"laboratory": "sweep", "page": "lab/r1/index.html"}
     run = StoredRun("r1", "sweep", 0.0, "done", "lab/r1", {}, {}, {}, losses=3, events=(), result=result)
-    session.print_result(run, "run")
+    session.print_result(run)
     assert capsys.readouterr().out.splitlines() == [
         "r1: sweep, done, 3 losses measured, out: lab/r1",
         "Page: lab/r1/index.html",

@@ -458,5 +458,5 @@ def test_as_much_as_a_margin_allows(model: Path, texts: Path, tasks: list[Path],
     (proof,) = task.tasks
     assert proof.file == str(tasks[0])
     assert proof.change.n + task.within.data.items == 20, "half of the items are for searches"
-    with pytest.raises(UsageError, match="Nothing can go within 0%ppl"):
+    with pytest.raises(UsageError, match="Nothing can be removed within 0%ppl"):
         billhook.prune(str(model), within="0%ppl", out=tmp_path / "four", **small)

@@ -17,6 +17,8 @@ Row = dict[str, str | int | float | None]  # a line of a flat table: column, cel
 JsonObject = dict[str, Any]  # a JSON object, as json.loads gives it
 SCHEMA = 2  # of all results; Billhook before 0.2 wrote results without one
 
+RESULTS: dict[str, type[Result]] = {}  # by kind
+
 
 @dataclass(frozen=True, repr=False)
 class Result:
@@ -27,6 +29,10 @@ class Result:
     """
 
     kind: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in cls.__dict__ and RESULTS.setdefault(cls.kind, cls).__qualname__ != cls.__qualname__:
+            raise ValueError(f"Two classes of results have the kind {cls.kind!r}. Rename one of them.")
 
     def to_json(self) -> JsonObject:
         """Every field as plain JSON, with `schema` and `kind`. Infinite ends of intervals are strings."""
@@ -54,7 +60,7 @@ class Result:
     def _repr_html_(self) -> str:
         rows = self.rows()
         head = "".join(f"<th>{escape(name)}</th>" for name in (rows[0] if rows else ()))
-        body = ("<tr>" + "".join(f"<td>{escape(_cell(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
+        body = ("<tr>" + "".join(f"<td>{escape(cell_text(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 
@@ -65,7 +71,8 @@ class PagedResult(Result):
     page: str = field(default="", kw_only=True)
 
 
-def _cell(value: object) -> str:
+def cell_text(value: object) -> str:
+    """A cell of `rows` as text: four digits of a number, nothing for None."""
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 

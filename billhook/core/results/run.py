@@ -281,7 +281,7 @@ class RunResult(Result):
         return [row | {"seconds": sum(self.seconds.values())}]
 
     def __repr__(self) -> str:
-        gone = f"{len(self.plan.removed)} of {len(self.anatomy.sites)} sites removed"
+        removed = f"{len(self.plan.removed)} of {len(self.anatomy.sites)} sites removed"
         narrow = f", {len(self.plan.narrowed)} narrowed" if self.plan.narrowed else ""
         quality = f", perplexity ×{self.perplexity.ratio.value:.3g}" if self.perplexity else ""
-        return f"RunResult({self.run} of {self.model.name}: {gone}{narrow}{quality})"
+        return f"RunResult({self.run} of {self.model.name}: {removed}{narrow}{quality})"

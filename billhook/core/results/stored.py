@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Literal
 
+import billhook.core.results
 from billhook.core.events import EventValue
-from billhook.core.results.ab_report import AbReport
-from billhook.core.results.comparisons import Baseline, Comparison, GateReport, TaskScores
-from billhook.core.results.json_form import SCHEMA, JsonObject, Result, encode
-from billhook.core.results.run import RunResult
+from billhook.core.results.json_form import RESULTS, SCHEMA, JsonObject, Result, encode
 from billhook.core.results.specs import PRUNE
-from billhook.core.results.studies import StabilityResult, SweepResult, ThresholdResult, TransferResult
-
-CLASSES: tuple[type[Result], ...] = (
-    RunResult,
-    *(SweepResult, TransferResult, StabilityResult, ThresholdResult),
-    *(Comparison, GateReport, Baseline, TaskScores, AbReport),
-)
-RESULTS = {each.kind: each for each in CLASSES}  # the class of a result by the kind of its run
 
 
 def read_result(kind: str, value: JsonObject) -> Result | JsonObject:
     """The result of a run of a `kind`. Billhook 0.1 wrote results without a schema: they stay as they were stored."""
-    return RESULTS[kind].from_json(value) if kind in RESULTS and value.get("schema") == SCHEMA else value
+    if value.get("schema") != SCHEMA:
+        return value
+    for module in pkgutil.iter_modules(billhook.core.results.__path__):  # each may hold the class of a kind
+        import_module(f"billhook.core.results.{module.name}")
+    return RESULTS[kind].from_json(value) if kind in RESULTS else value
 
 
 RunState = Literal["running", "interrupted", "failed", "done"]

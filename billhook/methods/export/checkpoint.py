@@ -26,6 +26,7 @@ from billhook.models.surgery import copy_shards
 from billhook.models.transformers_internals import names_on_disk, tied_names
 
 SHARD_BYTES = 4 * 10**9
+COPY_BYTES = 3 * 10**8  # of a shard of a model that is never in memory as a whole
 
 
 def check_target(folder: Path, source: Path | None = None, needed_bytes: int = 0) -> None:
@@ -70,16 +71,18 @@ def save(
     *,
     teacher: Teacher,
     watch: EventListener = ignore_events,
+    shard_bytes: int | None = None,
 ) -> list[Path]:
     """`write_checkpoint` to a folder that appears whole or not at all: built aside, loaded back, compared, renamed.
 
-    Raises UsageError or ResourceError if `folder` cannot be written, BillhookError if it does not load back equal.
+    `shard_bytes`: of one file at most (None: 4 GB, and 300 MB of a model that is streamed). Raises UsageError or
+    ResourceError if `folder` cannot be written, BillhookError if it does not load back equal.
     """
     target = Path(folder)
     check_target(target, teacher.folder, teacher.anatomy.total("bytes"))
     aside = staging_folder(target, secrets.token_hex(3))
     try:
-        write_checkpoint(student, tokenizer, plan, aside, teacher=teacher, watch=watch)
+        write_checkpoint(student, tokenizer, plan, aside, teacher=teacher, watch=watch, shard_bytes=shard_bytes)
         rows = torch.arange(16)[None] % student.config.vocab_size
         if teacher.weights is not None:
             verify_streamed_round_trip(teacher, plan, aside, rows, watch=watch)
@@ -106,6 +109,7 @@ def write_checkpoint(
     *,
     teacher: Teacher,
     watch: EventListener = ignore_events,
+    shard_bytes: int | None = None,
 ) -> list[Path]:
     """Write the student to the new `folder`: weights, config, tokenizer, generation config, and the plan.
 
@@ -114,14 +118,15 @@ def write_checkpoint(
     """
     folder.mkdir(parents=True)
     if teacher.weights is not None:
-        copy_shards(student, teacher, teacher.weights, folder, watch)
+        copy_shards(student, teacher, teacher.weights, folder, watch, most=shard_bytes or COPY_BYTES)
     else:
         state = _on_disk(student, teacher)
         watch(Event("save", 1, 3, {"tensors": len(state)}))
         tied = tied_names(student)
         save_torch_state_dict(
-            state, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"}, shared_tensors_to_discard=tied
-        )
+            state, folder, max_shard_size=shard_bytes or SHARD_BYTES, metadata={"format": "pt"},
+            shared_tensors_to_discard=tied,
+        )  # fmt: skip
     _save_config(student, teacher, folder)
     if student.can_generate() and student.generation_config is not None:
         student.generation_config.save_pretrained(folder)

@@ -194,7 +194,7 @@ def ascending(values: Sequence[float]) -> list[int]:
 
 
 def kept_count(size: SiteSize, removed: int, multiple: int) -> int:
-    """Return how many groups of each expert are kept, a `multiple` of channels, if `removed` of all should go."""
+    """Return how many groups of each expert are kept, a `multiple` of channels, if `removed` of all should be."""
     multiple = math.lcm(multiple // math.gcd(multiple, size.channels), size.multiple)
     groups = len(size.groups) // size.experts
     count = groups - removed // size.experts
@@ -202,7 +202,7 @@ def kept_count(size: SiteSize, removed: int, multiple: int) -> int:
 
 
 def kept_groups(size: SiteSize, order: Sequence[int], removed: int, multiple: int) -> tuple[int, ...]:
-    """Return the groups to keep, a `multiple` of channels and as many in every expert, if `removed` should go.
+    """Return the groups to keep, a `multiple` of channels and as many in every expert, if `removed` should be.
 
     `order`: the places of all groups; the first ones of each expert are removed first.
     """
