@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -58,6 +59,7 @@ class Entries(Generic[T]):
         if not re.fullmatch(r"billhook\.[a-z_]+", self.group):
             raise ValueError(f"{self.group!r} is not an entry-point group. Use small letters and _ only.")
         self._fits = fits
+        self._searched: list[str] = []  # the import path on which entry points were last looked for
         self._entries: dict[str, T] = dict(entries or {})
 
     def __contains__(self, name: object) -> bool:
@@ -79,9 +81,12 @@ class Entries(Generic[T]):
         return iter(sorted(self._entries))
 
     def _load_entry_points(self) -> None:
+        if self._searched == sys.path:  # looking takes milliseconds, and this is asked for every loss
+            return
         for entry in entry_points(group=self.group):
             if entry.name not in self._entries:
                 self._entries[entry.name] = self._loaded(entry)
+        self._searched = list(sys.path)
 
     def _loaded(self, entry: EntryPoint) -> T:
         """Return the value of an entry point. Raises UsageError where its package is broken, and says which."""
