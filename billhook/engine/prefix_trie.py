@@ -34,37 +34,39 @@ class StreamCache(Generic[Prefix]):
 
     def __init__(self, limit: int) -> None:
         self.limit, self.size = limit, 0
+        self._roots: dict[tuple[int, int, Prefix], torch.Tensor] = {}
         self._streams: OrderedDict[tuple[int, int, Prefix], torch.Tensor] = OrderedDict()
 
     def __contains__(self, node: tuple[int, int, Prefix]) -> bool:
-        return node in self._streams
+        return node in self._streams or node in self._roots
 
     def get(self, node: tuple[int, int, Prefix]) -> torch.Tensor:
+        if node in self._roots:
+            return self._roots[node]
         self._streams.move_to_end(node)
         return self._streams[node]
 
     def put(self, node: tuple[int, int, Prefix], stream: torch.Tensor) -> None:
-        if node in self._streams or (node[1] and stream.nbytes > self.limit):
+        if node in self or (node[1] and stream.nbytes > self.limit):
             return
         # A piece of a stack would keep the whole stack in memory.
         copy = stream if stream.untyped_storage().nbytes() == stream.nbytes else stream.clone()
-        self._streams[node] = copy
+        (self._streams if node[1] else self._roots)[node] = copy
         self.size += copy.nbytes
-        for old in list(self._streams):
-            if self.size <= self.limit:
-                break
-            if old[1] > 0:
-                self.size -= self._streams.pop(old).nbytes
+        while self.size > self.limit and self._streams:
+            self.size -= self._streams.popitem(last=False)[1].nbytes
 
     def clear(self) -> None:
         """Drop all streams."""
         self._streams.clear()
+        self._roots.clear()
         self.size = 0
 
     def drop(self, useless: Callable[[tuple[int, int, Prefix]], bool]) -> None:
         """Drop the streams of useless nodes."""
-        for node in [node for node in self._streams if useless(node)]:
-            self.size -= self._streams.pop(node).nbytes
+        for streams in (self._streams, self._roots):
+            for node in [node for node in streams if useless(node)]:
+                self.size -= streams.pop(node).nbytes
 
 
 class Walk:

@@ -27,6 +27,7 @@ from billhook.engine.bench import Measurer, job_batches
 from billhook.engine.head import VOCABULARY_AT_A_TIME
 from billhook.engine.losses import LOSSES, loss_facts
 from billhook.engine.measurements import DocumentIds, Known
+from billhook.engine.prefix_trie import StreamCache
 from billhook.engine.probe import NoCache, Probe, RacingOptions, logits
 from billhook.engine.racing import Quality, Sums
 from billhook.methods.export.checkpoint import save
@@ -458,7 +459,8 @@ def test_kept_streams_stay_within_their_bytes(checkpoint: Folder) -> None:
         for site in teacher.anatomy.sites_present():
             list(bench.walk.run([(0, bench.mask(Plan(frozenset([site]))))], True))
             assert bench.walk.streams.size <= limit
-            assert bench.walk.streams.size == sum(x.nbytes for x in bench.walk.streams._streams.values())
+            kept = bench.walk.streams
+            assert kept.size == sum(x.nbytes for part in (kept._streams, kept._roots) for x in part.values())
 
 
 def test_streams_that_are_evicted_meanwhile_are_no_crash(peaked: Teacher) -> None:
@@ -603,3 +605,24 @@ def test_the_lock_of_a_teacher_is_its_copies_too_and_free_after_a_failure(checkp
     with pytest.raises(PlanError):
         apply(teacher, Plan(frozenset({Site(99, "mlp")})))
     assert together(lambda: teacher.lock.acquire(blocking=False)) == [True]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(1, 4)), max_size=60), st.integers(0, 12))
+def test_streams_that_were_not_used_for_longest_are_dropped_first(steps: list[tuple[int, int, int]], most: int) -> None:
+    """Against a list that is searched from its oldest entry on; streams before the first block are never dropped."""
+    cache, order, sizes = StreamCache[int](most * 4), list[tuple[int, int, int]](), dict[tuple[int, int, int], int]()
+    for depth, mask, size in steps:
+        node = (0, depth, mask)
+        assert (node in cache) == (node in sizes)
+        if node in sizes:
+            cache.get(node)
+            order.append(order.pop(order.index(node)))
+        elif depth == 0 or size <= most:
+            order.append(node)
+            sizes[node] = size
+            while sum(sizes.values()) > most and (oldest := next((n for n in order if n[1]), None)):
+                order.remove(oldest)
+                del sizes[oldest]
+        cache.put(node, torch.zeros(size))
+        assert cache.size == 4 * sum(sizes.values())
+    assert all((node in cache) == (node in sizes) for node in {(0, depth, mask) for depth, mask, _ in steps})
