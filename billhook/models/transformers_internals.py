@@ -7,6 +7,7 @@ The modelling file that checkpoints carry is the one exception, since it must st
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,6 +93,26 @@ def generation_config_of(folder: Path) -> transformers.GenerationConfig:
 def new_cache(model: Any) -> Any:
     """Return an empty KV cache for a model."""
     return DynamicCache(config=model.config)
+
+
+def cache_name(model: Any) -> str:
+    """Return what a model calls the KV cache that it takes and returns: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def logits_at(model: Any, ids: torch.Tensor, wanted: torch.Tensor, cache: Any | None) -> torch.Tensor:
+    """Return the logits of the `wanted` positions [lines, time] of `ids`, line by line: [wanted, vocabulary].
+
+    The lines continue what is in `cache`, which is extended. Before 5.21 a model knows only positions of all lines.
+    """
+    given = {"input_ids": ids, cache_name(model): cache, "use_cache": cache is not None}
+    if hasattr(transformers.modeling_utils, "slice_logits_to_keep"):
+        return model(**given, logits_to_keep=wanted).logits  # type: ignore[no-any-return]
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0][wanted],))
+    try:
+        return model(**given).logits  # type: ignore[no-any-return]
+    finally:
+        hook.remove()
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from billhook.core.plan import Plan, Site
 from billhook.methods.export.checkpoint import save, verify_round_trip
 from billhook.models.load import Teacher, load
 from billhook.models.surgery import apply, masked
+from billhook.models.transformers_internals import cache_name
 
 Folder = Callable[[str], Path]
 PLANS = {
@@ -113,7 +114,7 @@ def test_anatomy_counts_what_is_there(variant: str, checkpoint: Folder, tmp_path
     assert sum(p.numel() for p in kept.model.parameters()) == anatomy.total("parameters", plan)
     assert kept.anatomy.total("bytes") == anatomy.total("bytes", plan)
     with torch.inference_mode():
-        cache = kept.model(input_ids=ROWS[:1, :5], use_cache=True).past_key_values
+        cache = kept.model(input_ids=ROWS[:1, :5], use_cache=True)[cache_name(kept.model)]
     measured = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)) // 5
     assert measured == anatomy.total("kv_bytes_per_token", plan)
 

@@ -153,14 +153,27 @@ def test_a_cache_is_filled_repeated_and_goes_on(name: str) -> None:
     model, rows = tiny.build(name), tiny.tokens(1, 5)
     cache = internals.new_cache(model)
     with torch.inference_mode():
-        model(input_ids=rows[:, :3], past_key_values=cache, use_cache=True)
+        wanted = torch.tensor([[True, False, True]])
+        first = internals.logits_at(model, rows[:, :3], wanted, cache)
         assert all(type(layer) in internals.REPEATABLE_LAYERS for layer in cache.layers)
         assert {layer.get_seq_length() for layer in cache.layers} == {3}
         assert {layer.is_sliding for layer in cache.layers} == {name == "mistral"}
         cache.batch_repeat_interleave(2)
-        step = model(input_ids=rows[:, 3:].repeat(2, 1), past_key_values=cache, use_cache=True).logits
-        whole = model(input_ids=rows, use_cache=False).logits[:, 3:]
-    torch.testing.assert_close(step, whole.repeat(2, 1, 1))
+        wanted = torch.tensor([[True, False], [True, True]])
+        step = internals.logits_at(model, rows[:, 3:].repeat(2, 1), wanted, cache)
+        whole = model(input_ids=rows, use_cache=False).logits[0]
+    torch.testing.assert_close(first, whole[[0, 2]])
+    torch.testing.assert_close(step, whole[[3, 3, 4]])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_model_returns_its_cache_under_the_name_by_which_it_takes_it(name: str) -> None:
+    model, rows = tiny.build(name), tiny.tokens(1, 5)
+    cache = internals.cache_name(model)
+    with torch.inference_mode():
+        out = model(input_ids=rows[:, :3], use_cache=True)
+        step = model(input_ids=rows[:, 3:], use_cache=True, **{cache: out[cache]}).logits
+        torch.testing.assert_close(step, model(input_ids=rows, use_cache=False).logits[:, 3:])
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from billhook.core.results.measured import EvalResult
 from billhook.data.prefixes import Readout, SharingCosts, batch_groups, group_by_prefix, keep_worthwhile, unique_inputs
 from billhook.data.token_sets import Choices, TokenSet
 from billhook.methods.evaluate import evaluation, vocabulary_size
-from billhook.models.transformers_internals import REPEATABLE_LAYERS, new_cache
+from billhook.models.transformers_internals import REPEATABLE_LAYERS, logits_at, new_cache
 
 CHOICE_BATCH_POSITIONS = 512  # per batch, with cached and padded ones; larger batches cost memory traffic on a CPU
 CHOICE_LOGITS_BYTES = 2**26  # per batch, in float32
@@ -108,8 +108,7 @@ def _read(
     for i, (line, readouts) in enumerate(zip(lines, reads, strict=True)):
         ids[i, : len(line)] = torch.tensor(line)
         wanted[i, [at for at, _, _ in readouts]] = True
-    out = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=wanted)
-    logits = out.logits.float()  # [read, vocabulary]: of the wanted positions, line by line
+    logits = logits_at(model, ids, wanted, cache).float()
     numbers = wanted.flatten().cumsum(0).view_as(ids) - 1
     flat = [(i, *readout) for i, readouts in enumerate(reads) for readout in readouts]
     if flat:
@@ -127,7 +126,8 @@ def _longest_shared(model: Any) -> int | None:
     A sliding window drops tokens, other kinds of cache cannot be repeated, and a masked site leaves its layer empty.
     """
     cache = new_cache(model)
-    model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache, use_cache=True)
+    one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    logits_at(model, one, one == 0, cache)
     if any(type(layer) not in REPEATABLE_LAYERS or layer.get_seq_length() != 1 for layer in cache.layers):
         return 0
     return min((layer.sliding_window for layer in cache.layers if layer.is_sliding), default=None)

@@ -25,6 +25,7 @@ from billhook.models.device import DTYPES, dtype_name, peak_memory, synchronised
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.pruned_config import register
 from billhook.models.surgery import apply
+from billhook.models.transformers_internals import cache_name
 
 FEWEST_RUNS = 6  # whose median has a 95% interval
 
@@ -74,12 +75,13 @@ def time_interleaved(
 def _once(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """Return the seconds of a prefill of `ids` [batch, time] and of `new_tokens` decoding steps."""
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    cache = cache_name(model)
     start = synchronised_time(model.device)
     out = model(input_ids=ids, use_cache=True, **last_only)
     middle = synchronised_time(model.device)
     for _ in range(new_tokens):
         token = out.logits[:, -1:].argmax(-1)
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=token, use_cache=True, **{cache: out[cache]})
     return middle - start, synchronised_time(model.device) - middle
 
 
