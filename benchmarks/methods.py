@@ -40,7 +40,7 @@ MEASURED = Path(__file__).parent / "measured"
 TASKS = ("piqa_validation", "arc_easy_test", "winogrande_validation")
 # What ten minutes a search allow on two cores; everything else is as published, but for the common calibration.
 SCALED: dict[str, dict[str, Any]] = {
-    "billhook": {"fast": True},
+    "billhook-depth": {"fast": True},
     "finercut": {"fast": True, "shortlist": 6},
     "blockpruner": {"fast": True},
     "sleb": {"fast": True},
@@ -48,7 +48,7 @@ SCALED: dict[str, dict[str, Any]] = {
 }
 DEPTH = [n for n in recipe_names() if not narrows(read_yaml(BUILTIN / f"{n}.yaml").get("search", "swap"))]
 PRUNINGS = [name for name in DEPTH if name == "sprint" or "recover" not in read_yaml(BUILTIN / f"{name}.yaml")]
-FINALISTS = ("billhook", "finercut", "evopress")
+FINALISTS = ("billhook-depth", "finercut", "evopress")
 
 
 def main() -> None:
@@ -145,7 +145,7 @@ def calibration(given: argparse.Namespace, texts: dict[str, str]) -> None:
     """The default recipe on other calibration texts."""
     c4, wiki = texts["c4"], texts["wikitext2"]
     datas = [c4, wiki, "pydoc", "self", f"{c4}+self", f"{c4}+{wiki}"]
-    told = sweep(given, "calibration", ["billhook"], remove=["10%"], data=datas, eval_data=[c4, wiki])
+    told = sweep(given, "calibration", ["billhook-depth"], remove=["10%"], data=datas, eval_data=[c4, wiki])
     file_result("calibration", told.to_json())
 
 
@@ -156,7 +156,7 @@ def mixture(given: argparse.Namespace, texts: dict[str, str]) -> None:
     for seed in (0, 1, 2):
         datas = [texts["c4"], f"{texts['c4']}+self"]
         part = f"mixture{seed}"
-        result = sweep(given, part, ["billhook"], remove=["20%"], data=datas, eval_data=both, seed=seed)
+        result = sweep(given, part, ["billhook-depth"], remove=["20%"], data=datas, eval_data=both, seed=seed)
         found.append({"seed": seed, "sweep": result.to_json()})
         file_result("mixture", {"draws": found})
 

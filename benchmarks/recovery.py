@@ -70,11 +70,11 @@ def main() -> None:
             "model": "demo", "remove": "12sites", "data": texts["c4"], "tokens": TOKENS, "length": LENGTH,
             "self_share": 0.0,
         }  # fmt: skip
-        recipe = parse_recipe(with_overrides("billhook", **common, **SCALED["billhook"]))
+        recipe = parse_recipe(with_overrides("billhook-depth", **common, **SCALED["billhook-depth"]))
         run = store.new_run("recovery", recipe.model_dump(), {}, str(given.work))
         bench = trials.StudyContext(store, run, billhook.load("demo"), tell)
-        trial = trials.run_trial(bench, "billhook", recipe, trials.calibration_of(bench, recipe))
-        grid = sweep.Grid(("billhook",), ("12sites",), (texts["c4"],), (texts["c4"], texts["wikitext2"]),
+        trial = trials.run_trial(bench, "billhook-depth", recipe, trials.calibration_of(bench, recipe))
+        grid = sweep.Grid(("billhook-depth",), ("12sites",), (texts["c4"],), (texts["c4"], texts["wikitext2"]),
                         tuple(texts[task] for task in TASKS[:2]))  # fmt: skip
         sets = sweep.evaluation_sets(bench, grid, recipe)
         told |= {

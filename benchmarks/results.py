@@ -141,12 +141,12 @@ def _winners(sweep: SweepResult) -> str:
             gaps = {trial.recipe: gap_to_best(trial, text) for trial in sweep.trials if trial.remove == remove}
             best = min(gaps, key=lambda name: gaps[name].value)
             near = [name for name, gap in gaps.items() if name != best and gap.low <= 0]
-            ours = gaps.get("billhook")
-            told = "" if ours is None else "best" if best == "billhook" else f"{ours.value:.3f} above"
+            ours = gaps.get("billhook-depth")
+            told = "" if ours is None else "best" if best == "billhook-depth" else f"{ours.value:.3f} above"
             lines.append(
                 [remove.removesuffix("params"), _name(text), f"`{best}`", ", ".join(map(_code, near)) or "none", told]
             )
-    head = ["size", "text", "lowest loss", "not told apart from it", "`billhook`, the default"]
+    head = ["size", "text", "lowest loss", "not told apart from it", "`billhook-depth`"]
     return f"## Who has the lowest loss\n\n{_markdown(head, lines)}"
 
 
@@ -293,7 +293,7 @@ def _width(told: Mapping[str, Any]) -> str:
     sections = [
         "## Depth against width\n\nEvery recipe calibrated on the same "
         f"{told['tokens']:,} tokens of C4, without a recovery and with `fold` on {told['fold_tokens']:,} tokens of C4. "
-        "`billhook` removes whole sites, `billhook-joint` chooses how much of every site stays, the others let heads "
+        "`billhook-depth` removes whole sites, `billhook-joint` chooses how much of every site stays, the others let heads "
         "and neurons go. *Refitted*: with `fold`, and the paired change against none in nats per token, or in share of "
         "the items, with its 95% interval.\n",
         "![Perplexity by parameters that stay, without a recovery and with fold](width.svg)\n",

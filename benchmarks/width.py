@@ -41,7 +41,7 @@ from billhook.studies import sweep, trials
 
 SIZES = ("10%", "20%", "30%")
 RECIPES: dict[str, dict[str, Any]] = {
-    "billhook": SCALED["billhook"], "llm-pruner": {}, "llm-pruner by taylor_mix": {"metric": "taylor_mix"},
+    "billhook-depth": SCALED["billhook-depth"], "llm-pruner": {}, "llm-pruner by taylor_mix": {"metric": "taylor_mix"},
     "wanda-sp": {}, "flap": {}, "saap": {}, "billhook-joint": {"fast": True},
 }  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {

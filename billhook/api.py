@@ -55,6 +55,7 @@ from billhook.runs.recipe import (
     CalibrationOptions,
     EvalOptions,
     Recipe,
+    default_recipe,
     parse_options,
     parse_recipe,
     with_overrides,
@@ -75,12 +76,13 @@ def prune(
     """Prune a model and prove it; returns the result that report.json holds.
 
     `model`: a folder, a .gguf file, a Hugging Face name, `demo`, or a loaded Teacher. `recipe`: a YAML file, or the
-    name of one of ours.
+    name of one of ours. Where it is left out, and `search` too, it is `billhook`, which narrows and removes sites and
+    refits the rest; for a size in sites or blocks it is `billhook-depth`.
     `options`: the fields of `Recipe`, which overrule it; one of `remove`, `plan` and `within` is needed. The checkpoint
     and its report appear at `out` (default: pruned/<run>), whole or not at all.
     Measurements that `store` holds are not repeated. Raises BillhookError; nothing half-written remains.
     """
-    asked = parse_recipe(with_overrides(recipe, model=name_of(model), **options), "The call")
+    asked = _asked(model, recipe, options)
     where = str(out) if out is not None else str(Path("pruned") / "{run}")
     with closing(Store(Path(store))) as opened:
         run = opened.new_run(PRUNE, asked.model_dump(), run_environment(asked.device), where)
@@ -96,9 +98,12 @@ def dry_run(
     **options: Unpack[PruneOptions],
 ) -> WorkEstimate:
     """What `prune` with the same options would do: losses to measure, memory, disk and time. Writes nothing."""
-    return preview_run(
-        parse_recipe(with_overrides(recipe, model=name_of(model), **options), "The call"), watch, loaded_by_name(model)
-    )
+    return preview_run(_asked(model, recipe, options), watch, loaded_by_name(model))
+
+
+def _asked(model: Model, recipe: str | Path | None, options: Mapping[str, Any]) -> Recipe:
+    """The recipe of a call: the one that it names, or the default for what it asks."""
+    return parse_recipe(with_overrides(recipe or default_recipe(options), model=name_of(model), **options), "The call")
 
 
 @shows_options(PruneOptions, Recipe.model_fields, unset=True)

@@ -198,7 +198,8 @@ def test_the_worked_example_is_computed_from_its_model() -> None:
         f"about {0.8 * sizes.total('bytes') / 1e9:.1f} GB",
         f"about {sizes.total('bytes') / 3e9:.0f} seconds",
         *(f"| `{name}` | {losses[name]:,} |" for name in ("oneshot", "greedy", "evolve")),
-        f"| `joint` | at most {losses['joint']:,} |",
+        f"| `joint`, of `billhook` | at most {losses['joint']:,} |",
+        f"| losses to measure | at most {losses['joint']:,} |",
     ):
         assert told in page, told
     assert math.ceil(need / mlp.parameters) == 10, "ten MLPs"

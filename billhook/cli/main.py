@@ -61,7 +61,7 @@ def prune_command(
         from billhook import api
         from billhook.runs.recipe import with_overrides
 
-        given = with_overrides(recipe, **({"model": model} if model else {}), **options)
+        given = {**({"model": model} if model else {}), **options}
         if run and not resume:
             raise UsageError(f"--run {run} goes with --resume. Add --resume, or leave --run out.")
         if resume and dry_run:
@@ -69,11 +69,12 @@ def prune_command(
         if resume:
             if out is not None:
                 raise UsageError("--out belongs to a new run; a resumed one keeps its own. Leave --out away.")
+            given = with_overrides(recipe, **given)
             result = api.resume(run, store=_existing(store), watch=face.watch, **given)
         elif dry_run:
-            return face.show(api.dry_run(watch=face.watch, **given))
+            return face.show(api.dry_run(recipe=recipe, watch=face.watch, **given))
         else:
-            result = api.prune(out=out, store=store, watch=face.watch, **given)
+            result = api.prune(recipe=recipe, out=out, store=store, watch=face.watch, **given)
         face.show(result)
 
 

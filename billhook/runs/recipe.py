@@ -271,6 +271,23 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in BUILTIN.glob("*.yaml"))
 
 
+def default_recipe(given: Mapping[str, Any]) -> str | None:
+    """The recipe of ours for a size, where nothing `given` names a search or what only another one can do.
+
+    `billhook` narrows sites; a size in sites or blocks, a streamed model and other exports are for `billhook-depth`,
+    which removes whole ones.
+    """
+    if given.get("remove") is None or any(given.get(name) for name in ("search", "metric", "plan", "within")):
+        return None
+    remove = given["remove"]
+    sizes = ",".join(map(spell_budget, [remove] if isinstance(remove, str | float) else remove))
+    whole = any(re.search(r"(sites?|attention|mlp|blocks?)\s*$", size) for size in sizes.split(","))
+    others = given.get("export", "transformers") != "transformers" or any(
+        map(given.get, ("memory", "stock", "uniform"))
+    )
+    return "billhook-depth" if whole or others else "billhook"
+
+
 def with_overrides(recipe: str | Path | None, **given: Any) -> OptionValues:
     """The values of a recipe, by file or by name, overruled by what is `given`; a new target drops the recipe's."""
     values = {} if recipe is None else read_yaml(Path(recipe))

@@ -15,7 +15,7 @@ from billhook.core.anatomy import Anatomy, SiteSize, Unassigned
 from billhook.core.errors import FingerprintError, PlanError, RecipeError
 from billhook.core.plan import PARTS, Plan, Site
 from billhook.core.plan_files import read_plan
-from billhook.runs.recipe import ORDER, Recipe, parse_recipe, read_yaml
+from billhook.runs.recipe import ORDER, Recipe, default_recipe, parse_recipe, read_yaml
 
 BLOCKS = 5
 SITES = tuple(SiteSize(Site(b, part), 10, 20, 4, 20) for b in range(BLOCKS) for part in PARTS)
@@ -50,10 +50,30 @@ def test_a_recipe_of_all_defaults_but_one_is_one_line() -> None:
     assert Recipe(remove="2sites").to_yaml() == "remove: 2sites\n"
 
 
-def test_our_own_recipe_is_the_default() -> None:
-    ours = read_yaml(Path("billhook"))
+def test_fields_that_are_left_out_are_those_of_our_recipe_of_whole_sites() -> None:
+    ours = read_yaml(Path("billhook-depth"))
     assert Recipe(remove="25%").model_dump() == parse_recipe(ours | {"about": ""}).model_dump()
     assert {"search", "loss", "tokens", "length"} <= set(ours), "said, though they are the defaults"
+
+
+@pytest.mark.parametrize(
+    ("given", "recipe"),
+    [
+        ({"remove": "25%"}, "billhook"),
+        ({"remove": 0.1}, "billhook"),
+        ({"remove": ["10%", "30%kv"], "fast": True, "recover": ""}, "billhook"),
+        ({"remove": "25%sites"}, "billhook-depth"),
+        ({"remove": ["10%", "1block"]}, "billhook-depth"),
+        ({"remove": "20%", "memory": "4GB"}, "billhook-depth"),
+        ({"remove": "20%", "stock": True}, "billhook-depth"),
+        ({"remove": "20%", "export": "adapter"}, "billhook-depth"),
+        ({"remove": "20%", "search": "greedy"}, None),
+        ({"plan": "mlp.1"}, None),
+        ({}, None),
+    ],
+)
+def test_what_is_asked_decides_the_default(given: dict[str, Any], recipe: str | None) -> None:
+    assert default_recipe(given) == recipe
 
 
 @pytest.mark.parametrize(

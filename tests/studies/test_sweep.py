@@ -70,14 +70,14 @@ def test_one_recipe_a_paper_and_our_own() -> None:
               "uidl", "sprint"}  # fmt: skip
     papers |= {"shortened-llama-lora", "shortened-llama-cpt", "perp", "replaceme", "partial"}
     papers |= {"llm-pruner", "wanda-sp", "flap", "saap"}
-    assert papers | {"billhook"} <= set(recipe_names())
+    assert papers | {"billhook", "billhook-depth", "billhook-joint"} <= set(recipe_names())
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_survives_yaml_and_says_what_it_is(name: str, tmp_path: Path) -> None:
     recipe = parse_recipe(with_overrides(name))
     assert len(recipe.about) > 60
-    assert name == "billhook" or "arXiv 2" in recipe.about
+    assert name in ("billhook", "billhook-depth") or "arXiv 2" in recipe.about
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())
     assert parse_recipe(with_overrides(tmp_path / "again.yaml")) == recipe
     assert yaml.safe_load((BUILTIN / f"{name}.yaml").read_text()).keys() <= Recipe.model_fields.keys()
@@ -146,7 +146,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def swept(six: Path, texts: Path, tasks: list[Path], home: Path) -> SweepResult:
     return billhook.sweep(
-        str(six), ["shortgpt", "billhook", "sleb"], remove=["10%", "30%"], data=[str(texts)], tasks=[str(tasks[0])],
+        str(six), ["shortgpt", "billhook-depth", "sleb"], remove=["10%", "30%"], data=[str(texts)], tasks=[str(tasks[0])],
         items=15, out=home / "out", store=home / "runs.db", **SMALL,
     )  # fmt: skip
 
@@ -154,7 +154,7 @@ def swept(six: Path, texts: Path, tasks: list[Path], home: Path) -> SweepResult:
 def test_a_sweep_has_a_trial_for_every_combination(swept: SweepResult, texts: Path, tasks: list[Path]) -> None:
     trials = swept.trials
     assert [(trial.recipe, trial.remove) for trial in trials] == [
-        (name, size) for name in ("shortgpt", "billhook", "sleb") for size in ("10%params", "30%params")
+        (name, size) for name in ("shortgpt", "billhook-depth", "sleb") for size in ("10%params", "30%params")
     ]
     assert swept.refused == ()
     for trial in trials:
@@ -191,7 +191,7 @@ def test_a_sweep_measures_nothing_twice_and_its_page_opens(
 ) -> None:
     before = losses(home / "runs.db")
     again = billhook.sweep(
-        str(six), ["shortgpt", "billhook", "sleb"], remove=["10%", "30%"], data=[str(texts)], out=home / "again",
+        str(six), ["shortgpt", "billhook-depth", "sleb"], remove=["10%", "30%"], data=[str(texts)], out=home / "again",
         store=home / "runs.db", **SMALL,
     )  # fmt: skip
     assert losses(home / "runs.db") == before
@@ -204,7 +204,7 @@ def test_a_sweep_measures_nothing_twice_and_its_page_opens(
 def test_a_sweep_goes_on_where_it_was_killed(six: Path, texts: Path, tmp_path: Path) -> None:
     def sweep(name: str, watch: Any = lambda event: None) -> SweepResult:
         return billhook.sweep(
-            str(six), ["billhook"], remove=["10%", "20%"], data=[str(texts)], out=tmp_path / name,
+            str(six), ["billhook-depth"], remove=["10%", "20%"], data=[str(texts)], out=tmp_path / name,
             store=tmp_path / "runs.db", watch=watch, **SMALL,
         )  # fmt: skip
 
@@ -303,7 +303,7 @@ def test_a_plan_is_recalled_for_the_same_dtype_and_text_only(model: Path, tmp_pa
 
     def searches(**options: Any) -> int:
         out = tmp_path / str(len(list(tmp_path.iterdir())))
-        billhook.sweep(str(model), ["billhook"], out=out, **(common | options))
+        billhook.sweep(str(model), ["billhook-depth"], out=out, **(common | options))
         with closing(sqlite3.connect(store)) as db:
             return int(db.execute("SELECT count(*) FROM facts WHERE what = 'plan'").fetchone()[0])
 
@@ -349,7 +349,7 @@ def test_the_commands_of_studies(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     small = [word for key, value in SMALL.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    swept = typed("sweep", model, "--recipes", "shortgpt,billhook", "--remove", "10%,30%", "--data", texts, *small)
+    swept = typed("sweep", model, "--recipes", "shortgpt,billhook-depth", "--remove", "10%,30%", "--data", texts, *small)
     assert swept.exit_code == 0, swept.stderr
     assert fits(swept.stdout), swept.stdout
     assert "billhook" in swept.stdout
@@ -376,7 +376,7 @@ def test_show_prints_what_a_study_printed(
     monkeypatch.setenv("COLUMNS", "80")
     store, out = tmp_path / "runs.db", tmp_path / "out"
     own = {
-        "sweep": ["--recipes", "shortgpt,billhook", "--remove", "10%,30%", "--tasks", tasks[0], "--tokens", "240"],
+        "sweep": ["--recipes", "shortgpt,billhook-depth", "--remove", "10%,30%", "--tasks", tasks[0], "--tokens", "240"],
         "transfer": ["--tasks", ",".join(map(str, tasks)), "--remove", "2sites", "--items", "15", "--tokens", "240"],
         "stability": ["--metric", "cosine", "--sizes", "96,48", "--draws", "2", "--remove", "2sites"],
     }[kind]
