@@ -146,8 +146,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def swept(six: Path, texts: Path, tasks: list[Path], home: Path) -> SweepResult:
     return billhook.sweep(
-        str(six), ["shortgpt", "billhook-depth", "sleb"], remove=["10%", "30%"], data=[str(texts)], tasks=[str(tasks[0])],
-        items=15, out=home / "out", store=home / "runs.db", **SMALL,
+        str(six), ["shortgpt", "billhook-depth", "sleb"], remove=["10%", "30%"], data=[str(texts)],
+        tasks=[str(tasks[0])], items=15, out=home / "out", store=home / "runs.db", **SMALL,
     )  # fmt: skip
 
 
@@ -349,7 +349,8 @@ def test_the_commands_of_studies(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     small = [word for key, value in SMALL.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    swept = typed("sweep", model, "--recipes", "shortgpt,billhook-depth", "--remove", "10%,30%", "--data", texts, *small)
+    recipes = ("--recipes", "shortgpt,billhook-depth")
+    swept = typed("sweep", model, *recipes, "--remove", "10%,30%", "--data", texts, *small)
     assert swept.exit_code == 0, swept.stderr
     assert fits(swept.stdout), swept.stdout
     assert "billhook" in swept.stdout
@@ -376,7 +377,7 @@ def test_show_prints_what_a_study_printed(
     monkeypatch.setenv("COLUMNS", "80")
     store, out = tmp_path / "runs.db", tmp_path / "out"
     own = {
-        "sweep": ["--recipes", "shortgpt,billhook-depth", "--remove", "10%,30%", "--tasks", tasks[0], "--tokens", "240"],
+        "sweep": ["--recipes", "shortgpt,sleb", "--remove", "10%,30%", "--tasks", tasks[0], "--tokens", "240"],
         "transfer": ["--tasks", ",".join(map(str, tasks)), "--remove", "2sites", "--items", "15", "--tokens", "240"],
         "stability": ["--metric", "cosine", "--sizes", "96,48", "--draws", "2", "--remove", "2sites"],
     }[kind]
