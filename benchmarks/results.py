@@ -294,8 +294,8 @@ def _width(told: Mapping[str, Any]) -> str:
         "## Depth against width\n\nEvery recipe calibrated on the same "
         f"{told['tokens']:,} tokens of C4, without a recovery and with `fold` on {told['fold_tokens']:,} tokens of C4. "
         "`billhook-depth` removes whole sites, `billhook-joint` chooses how much of every site stays, the others let "
-        "heads and neurons go. *Refitted*: with `fold`, and the paired change against none in nats per token, or in share of "
-        "the items, with its 95% interval.\n",
+        "heads and neurons go. *Refitted*: with `fold`, and the paired change against none in nats per token, or in "
+        "share of the items, with its 95% interval.\n",
         "![Perplexity by parameters that stay, without a recovery and with fold](width.svg)\n",
     ]
     for size in sorted({what.partition("/")[0] for what in told["rows"]}):
