@@ -5,11 +5,10 @@ from __future__ import annotations
 import html
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -279,20 +278,20 @@ def test_estimates_are_never_filed_as_losses(model: Path, text: Path, tmp_path: 
 
 # -- interrupted and resumed ----------------------------------------------------------------------------------------
 
-CHILD = """
-import json, os, signal, sys
-import billhook
-stage, at, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-def watch(event):
-    global at
-    at -= event.stage == stage
-    if at == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-if sys.argv[4] == "resume":
-    billhook.resume(store=options["store"], watch=watch)
-else:
-    billhook.prune(watch=watch, **options)
-"""
+
+def killed_at(stage: str, count: int, resume: bool, options: dict[str, Any]) -> None:
+    """Begin or resume a pruning, and end the process at the `count`th event of a stage."""
+
+    def watch(event: Event) -> None:
+        nonlocal count
+        count -= event.stage == stage
+        if count == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if resume:
+        billhook.resume(store=options["store"], watch=watch)
+    else:
+        billhook.prune(watch=watch, **options)
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -306,10 +305,10 @@ def test_killed_at_any_moment_it_goes_on_and_measures_nothing_twice(
     result = billhook.prune(**options | {"store": tmp_path / "whole.db", "out": tmp_path / "whole"})
     moments = [("search", 2), ("search", 9), ("answer", 1), ("save", 2), ("speed", 2)]
     for attempt, (stage, count) in enumerate(moments):
-        way = "resume" if attempt else "new"
-        command = [sys.executable, "-c", CHILD, stage, str(count), json.dumps(options), way]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        child = multiprocessing.get_context("fork").Process(target=killed_at, args=(stage, count, attempt > 0, options))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
         assert not (tmp_path / "out").exists()
     assert list(tmp_path.glob(".out.*.partial")), "it was killed inside saving"
     resumed = billhook.resume(store=tmp_path / "runs.db")
