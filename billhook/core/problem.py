@@ -201,7 +201,9 @@ def parse_protection(text: str, anatomy: Anatomy) -> frozenset[Site]:
     sites: set[Site] = set()
     pieces = [piece for p in text.split(",") for piece in _NAMED.get(p.strip(), p).split(",")]
     for piece in filter(None, (p.strip() for p in pieces)):
-        match = re.fullmatch(r"(?:(attention|mlp)\.)?(?:(\d+)(?:-(\d+))?|(first|last)(\d+))", piece)
+        match = re.fullmatch(
+            r"(?:(attention|mlp)\.)?(?:([0-9]{1,9})(?:-([0-9]{1,9}))?|(first|last)([0-9]{1,9}))", piece
+        )
         if not match:
             raise PlanError(
                 f"{piece!r} cannot be protected. Write attention.0, mlp.27-29, 0-3 (whole blocks), first4, last2 or "

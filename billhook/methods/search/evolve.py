@@ -76,8 +76,10 @@ def _begin(
         plans = tuple(dict.fromkeys(_repaired(problem, Plan(), draw) for _ in range(STARTS)))
         return lowest_full(plans, (yield MeasureRequest(plans, full_results=1, tokens=tokens)))[1]
     if "." in start:
-        plan = Plan(Plan.parse(start.split(",")).removed - problem.uncounted)
-        problem.anatomy.check(plan, problem.protected)
+        named = problem.anatomy.parse(start.split(","), problem.protected - problem.uncounted)
+        if named.narrowed:
+            raise UsageError(f"start={start!r} narrows {min(named.narrowed).site}. Name sites to remove.")
+        plan = Plan(named.removed - problem.uncounted)
         if not problem.is_met(plan):
             raise UsageError(f"start={start!r} does not meet the budget. Name more sites, or begin with greedy.")
         return plan

@@ -106,6 +106,7 @@ def _widths(problem: Problem, size: SiteSize, levels: int, multiple: int) -> set
     """Return how many groups of each expert are kept at the widths between all of a site and nothing."""
     if not size.groups or not problem.counts_groups(size):
         return set()
+    levels = min(levels, len(size.groups))  # more are the same
     removed = (len(size.groups) * step // levels for step in range(1, levels))
     return {shared.kept_count(size, count, multiple) for count in removed} - {len(size.groups) // size.experts}
 
@@ -145,6 +146,7 @@ def _ladder(problem: Problem, size: SiteSize, levels: int, multiple: int, extra:
     rungs = [Plan()]
     if problem.group_scores is not None and size.site in problem.group_scores and problem.counts_groups(size):
         order = shared.ascending(problem.group_scores[size.site])
+        levels = min(levels, len(order))  # more are the same
         widths = (shared.kept_groups(size, order, len(order) * step // levels, multiple) for step in range(1, levels))
         kept = {*widths, *(narrow.groups for narrow in extra if narrow.site == size.site)}
         narrower = sorted((groups for groups in kept if len(groups) < len(order)), key=len, reverse=True)
