@@ -67,9 +67,7 @@ def prune_command(
         if resume and dry_run:
             raise UsageError("--dry-run is of a new run, and --resume continues one. Leave one of them out.")
         if resume:
-            if out is not None:
-                raise UsageError("--out belongs to a new run; a resumed one keeps its own. Leave --out away.")
-            result = api.resume(run, store=_existing(store), watch=face.watch, **given)
+            result = api.resume(run, out=out, store=_existing(store), watch=face.watch, **given)
         elif dry_run:
             return face.show(api.dry_run(watch=face.watch, **given))
         else:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from billhook.core.errors import BillhookError, on_command_line
+from billhook.core.errors import BillhookError, cannot_write, on_command_line
 from billhook.core.events import EventListener
 from billhook.core.results.json_form import Result
 
@@ -63,8 +63,9 @@ class CommandSession:
         full = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # a GPU's, a CPU's
         if isinstance(error, MemoryError) or full:
             _leave(f"Out of memory: {error}. Use fewer --tokens, a shorter --length, or --dtype bfloat16.", 5)
-        if isinstance(error, OSError) and error.errno == 28:
-            _leave(f"The disk is full: {error}. Free some space and run it again.", 5)
+        if cannot_write(error):
+            again = self.resume or "run it again"
+            _leave(f"The disk cannot be written: {error}. Free some space, or mend the disk, then: {again}", 5)
         if not self.verbose:
             traceback.print_exception(error)
         _leave("This is a bug in Billhook. Please report it with the lines above.", 1)

@@ -10,11 +10,11 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from billhook.core.errors import RunError, UsageError, nearest, option
+from billhook.core.errors import ResourceError, RunError, UsageError, cannot_write, nearest, option
 from billhook.core.events import Event
 from billhook.core.plan import Plan
 from billhook.core.results.cache_keys import CacheKey, FactKey, LossKey, PlanLossKey
@@ -131,12 +131,14 @@ class Store:
             self._db.row_factory = sqlite3.Row
             self._check_version(read_only)
         except (sqlite3.DatabaseError, OSError) as error:
-            raise UsageError(
+            kind = ResourceError if cannot_write(error) else UsageError
+            raise kind(
                 f"{option('store', str(path))} cannot be used ({error}). Give another file, or move this one."
             ) from error
 
     def close(self) -> None:
-        self._flush_events()
+        with suppress(sqlite3.Error):  # the last events of a run whose disk is full
+            self._flush_events()
         self._db.close()
 
     def _check_version(self, read_only: bool) -> None:
@@ -204,10 +206,11 @@ class Store:
         state: RunState | None = None,
         fingerprints: Mapping[str, str] | None = None,
         result: Mapping[str, Any] | None = None,
+        out: str | None = None,
     ) -> None:
         """Set what is given of a run."""
         self._flush_events()
-        texts = {"state": state, "bound": _text(fingerprints), "result": _text(result)}
+        texts = {"state": state, "out": out, "bound": _text(fingerprints), "result": _text(result)}
         given = {column: text for column, text in texts.items() if text is not None}
         with self._write():
             columns = ", ".join(f"{column} = ?" for column in given)
@@ -236,8 +239,13 @@ class Store:
             try:
                 yield
             except BaseException as error:
-                self.update(run, state="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                self.end(run, error)
                 raise
+
+    def end(self, run: str, error: BaseException) -> None:
+        """Store that an error ended a run; where the disk takes nothing, the run is found to be interrupted."""
+        with suppress(sqlite3.Error):
+            self.update(run, state="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
 
     def free(self, run: str) -> bool:
         """Whether no process holds the run."""
