@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -192,13 +193,15 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
     with job.stage("evaluate"):
         perplexity = evaluation.compare_perplexity(job, teacher, plan, proof_text, repair)
         tasks = tuple(evaluation.task_accuracy(job, teacher, plan, file, repair) for file in task_files(recipe))
-        answers = () if streamed else evaluation.sample_answers(teacher, student, job.watch)
+        answering = partial(evaluation.sample_answers, teacher, student, job.watch)
+        answers = () if streamed else evaluation.courtesy(job, "answer", answering, ())
     with job.stage("save"):
         probe_row = calibration.rows[:1, : calibration.lengths[0]]
         whole = Student(student, teacher, plan, probe_row, repair, got.base, got.adapter, job.watch)
         export_student(recipe.writes if got.adapter is None else "adapter", whole, aside)
     with job.stage("speed"):
-        timed = None if streamed else evaluation.compare_speed(job, teacher, student, (plan, repair), aside)
+        timing = partial(evaluation.compare_speed, job, teacher, student, (plan, repair), aside)
+        timed = None if streamed else evaluation.courtesy(job, "speed", timing, None)
     with job.stage("report"):
         tokens, measured = Texts(calibration, held_out, proof_text), Measured(perplexity, tasks, timed, answers)
         result = run_result(job, teacher, student, texts=tokens, choice=found, recovered=got, measured=measured)

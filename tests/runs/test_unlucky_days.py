@@ -180,3 +180,44 @@ def test_folders_that_cannot_be_are_refused_at_the_start(tmp_path: Path, monkeyp
     monkeypatch.setenv("HOME", str(here))
     assert named_folder("~/x") == here / "x"
     assert not Path("a").exists()
+
+
+BROKEN: dict[str, Callable[[Path], object]] = {
+    "template": lambda folder: (folder / "chat_template.jinja").write_text("{{ raise_exception('never') }}"),
+    "generation": lambda folder: tiny.change_json(folder / "generation_config.json", penalty_alpha=0.6, top_k=4,
+                                                  num_beams=3, cache_implementation="static", use_cache=False),
+    "kernel": lambda folder: tiny.change_json(folder / "config.json", attn_implementation="flash_attention_2",
+                                              use_cache=False, cache_implementation="static"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", list(BROKEN))
+def test_what_a_checkpoint_says_of_answers_and_kernels_does_not_end_a_run(
+    broken: str, text: Path, tmp_path: Path
+) -> None:
+    folder = tiny.with_tokenizer(tmp_path / "tiny")
+    options = {"data": str(text), "store": tmp_path / "b.db", **SHORT}
+    whole = billhook.prune(str(folder), out=tmp_path / "whole", **options)
+    BROKEN[broken](folder)
+    result = billhook.prune(str(folder), out=tmp_path / "out", **options)
+    assert result.answers == whole.answers
+    assert result.speed is not None
+    assert result.reasons == whole.reasons
+    assert billhook.load(tmp_path / "out").model.config._attn_implementation == "sdpa"
+
+
+def test_a_courtesy_that_fails_is_a_note(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise ValueError("no voice")
+
+    monkeypatch.setattr("billhook.runs.evaluation.sample_answers", fail)
+    monkeypatch.setattr("billhook.runs.evaluation.compare_speed", fail)
+    result = billhook.prune(str(model), data=str(text), out=tmp_path / "out", store=tmp_path / "b.db", **SHORT)
+    assert result.answers == ()
+    assert result.speed is None
+    assert result.reasons[-2:] == ("no_answers", "no_speed")
+    notes = [event.values.get("note") for event in billhook.show(result.run, tmp_path / "b.db").events]
+    assert notes.count("left out: ValueError: no voice") == 2
+    assert "Speed could not be measured" in (tmp_path / "out" / "report.html").read_text()
