@@ -43,7 +43,7 @@ from billhook.methods.evaluate import EVALUATIONS, evaluate_by_name
 from billhook.methods.evaluate import speed as timing
 from billhook.methods.export import EXPORTS
 from billhook.methods.export.target_folder import check_target, named_folder
-from billhook.methods.metrics import GROUP_METRICS, METRICS
+from billhook.methods.metrics import GROUP_METRICS, METRICS, group_metric_scores, metric_scores
 from billhook.methods.recover import RECOVERIES
 from billhook.methods.search import SEARCHES
 from billhook.models.device import dtype_name, environment
@@ -53,7 +53,7 @@ from billhook.runs import evaluation
 from billhook.runs.builtin_recipes import BuiltinRecipe, builtin_recipes
 from billhook.runs.job import run_environment
 from billhook.runs.pipeline import preview_run, run_pruning
-from billhook.runs.prepare import load_teacher, read_calibration, read_held_out
+from billhook.runs.prepare import find_model, load_teacher, read_calibration, read_held_out
 from billhook.runs.recipe import (
     TARGETS,
     CalibrationOptions,
@@ -87,6 +87,7 @@ def prune(
     asked = parse_recipe(with_overrides(recipe, model=name_of(model), **options), "The call")
     where = named_folder(out if out is not None else Path("pruned") / "{run}")
     check_target(where, find_path(asked.model))
+    find_model(asked, loaded_by_name(model), watch)
     with writing(), closing(Store(Path(store))) as opened:
         run = opened.new_run(PRUNE, asked.model_dump(), run_environment(asked.device, opened), str(where))
         return run_pruning(opened, opened.run(run), watch, write_report, loaded_by_name(model))
@@ -272,8 +273,10 @@ def score(
     calibration = read_calibration(asked, teacher, watch)
     start = time.perf_counter()
     probe = Probe(teacher, calibration, parse_loss(asked.loss).name, memory=asked.memory_bytes)
-    found = zip(names, metrics, given, strict=True)
-    scores = {name: _by_kind(teacher, metric(probe, **own)) for name, metric, own in found}
+    scores = {}
+    for name, own in zip(names, given, strict=True):
+        run = group_metric_scores if name in tuple(GROUP_METRICS) else metric_scores
+        scores[name] = _by_kind(teacher, run(name, probe, **own))
     return ScoreTable(
         model=teacher.name,
         fingerprint=teacher.fingerprint,

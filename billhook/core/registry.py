@@ -200,6 +200,15 @@ def _value(name: str, value: Any, default: Any) -> Any:
     raise UsageError(f"The option {name} is {kind}, not {reprlib.repr(value)}. Its default is {default}.")
 
 
+def wrong_return(family: str, name: str, wanted: str, got: object) -> UsageError:
+    """Return the error for a method, most likely of another package, that does not return what its family does."""
+    kind = type(got).__name__ if not isinstance(got, str) else got
+    return UsageError(
+        f"The {family} {name} must return {wanted}, not {kind}. docs/guides/add-a-method.md says what each family "
+        "returns."
+    )
+
+
 def parse_docstring(function: Callable[..., object]) -> OptionValues:
     """Return a docstring's `summary`, `text`, `formula`, `cost`, `source` and `deviation`, and the `options`."""
     lines = (inspect.getdoc(function) or "").split("\n", 1)

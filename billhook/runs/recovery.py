@@ -11,7 +11,7 @@ from pathlib import Path
 
 from billhook.core.errors import UsageError, option
 from billhook.core.plan import Plan
-from billhook.core.registry import OptionValues, resolve_options
+from billhook.core.registry import OptionValues, resolve_options, wrong_return
 from billhook.core.results.run import RecoveryGain, RecoveryReport
 from billhook.core.statistics import exp_capped, paired_difference
 from billhook.data.splits import train_validation_split
@@ -90,7 +90,10 @@ def run_recoveries(
             training = work / f"{number}-{name}"
             training.mkdir(exist_ok=True)
             subject = RecoveryTask(teacher, plan, repair, recipe.memory_bytes, recipe.seed, training, job.watch)
-            repair = RECOVERIES[name](subject, train, valid, **own).cast_through(teacher.dtype)
+            fresh = RECOVERIES[name](subject, train, valid, **own)
+            if not isinstance(fresh, Repair):
+                raise wrong_return("recovery", name, "a Repair", fresh)
+            repair = fresh.cast_through(teacher.dtype)
             took = round(time.perf_counter() - began, 1)
             seconds.write_text(json.dumps(took))
             if (training / ADAPTER).is_dir():

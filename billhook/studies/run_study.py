@@ -19,7 +19,7 @@ from billhook.methods.export.target_folder import check_target, named_folder, pu
 from billhook.models.load import Teacher
 from billhook.report.pages import page_of
 from billhook.runs.job import EvalContext, run_environment, store_and_watch
-from billhook.runs.prepare import NOTHING, load_teacher
+from billhook.runs.prepare import NOTHING, find_model, load_teacher
 from billhook.runs.recipe import EvalOptions, Recipe
 from billhook.runs.store import STORE, Store
 from billhook.studies.trials import StudyContext
@@ -75,6 +75,7 @@ def open_run(
     """
     if out is not None and out != NO_FOLDER:
         check_target(named_folder(out))
+    find_model(options, loaded, watch)
     where = str(out) if out == NO_FOLDER else str(named_folder(out if out is not None else Path("studies") / "{run}"))
     with begin_run(spec, options.device, store, where) as (opened, run):
         folder = Path(opened.run(run).out)
