@@ -50,7 +50,7 @@ def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
         raise PlanError(
             f"{path} holds no plan: neither `removed` nor drop lists. Name sites instead: attention.7,mlp.16."
         )
-    names = [str(name) for name in (*lists[0], *lists[1])]  # type: ignore[misc]
+    names = [str(name) for name in (*lists[0], *lists[1])]
     if made_for is not None and made_for != fingerprint:
         raise FingerprintError(
             f"{path} was made for another model (fingerprint {shorten(str(made_for))}, this one is {fingerprint}). To "

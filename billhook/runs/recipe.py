@@ -343,7 +343,7 @@ class _UniqueKeys(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 continue
             here = key.start_mark
-            first = marks.setdefault(self.construct_object(key), here)  # type: ignore[no-untyped-call]
+            first = marks.setdefault(self.construct_object(key), here)
             if first is not here:
                 both = f"lines {first.line + 1} and {here.line + 1}"
                 both = both if first.line != here.line else f"line {here.line + 1}"
