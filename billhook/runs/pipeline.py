@@ -21,6 +21,7 @@ from billhook.core.plan_files import find_path
 from billhook.core.results.model import ExpectedSeconds, MemoryUse, WorkEstimate
 from billhook.core.results.run import RunData, RunResult
 from billhook.core.results.stored import Run
+from billhook.data.choice_tasks import load_items
 from billhook.data.splits import halves
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
@@ -32,9 +33,18 @@ from billhook.models.surgery import apply
 from billhook.runs import evaluation
 from billhook.runs.choose_plan import choose_plan
 from billhook.runs.job import RunContext, store_and_watch
-from billhook.runs.prepare import NOTHING, counts_time, load_teacher, probe_of, problem_of, tokens_for, validate
+from billhook.runs.prepare import (
+    NOTHING,
+    counts_time,
+    load_teacher,
+    probe_of,
+    problem_of,
+    recovery_tokens,
+    tokens_for,
+    validate,
+)
 from billhook.runs.recipe import Recipe
-from billhook.runs.recovery import RecoveryResult, load_recovery_tokens, recovery_options, run_recoveries
+from billhook.runs.recovery import RecoveryResult, digest_of, load_recovery_tokens, recovery_options, run_recoveries
 from billhook.runs.result import Measured, Texts, run_result
 from billhook.runs.search import expected_losses
 from billhook.runs.store import Store
@@ -177,16 +187,18 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
         check_target(job.out, teacher.folder, int(1.05 * teacher.anatomy.total("bytes")))
     with job.stage("calibrate"):
         calibration, held_out = tokens_for(recipe, teacher, job.watch, job)
-        _bind(job, bound, teacher, calibration)
         learn = load_recovery_tokens(job, teacher, held_out)
+        folded = recovery_tokens(recipe, teacher, job.watch) if recipe.fold_in_search and learn is None else learn
+        texts = {"tokens": calibration, "held-out text": held_out, "recovery text": folded}
+        _bind(job, bound, teacher, texts, given)
     with job.stage("search"):
         found = choose_plan(job, teacher, calibration, held_out, given)
         plan, proof_text = found.plan, test_text(recipe, held_out)
     got = RecoveryResult()
     if learn is not None:
         with job.stage("recover"):
-            texts = ({} if calibration.choices else {"calibration": calibration}) | {"held-out": proof_text}
-            got = run_recoveries(job, teacher, plan, learn=learn, texts=texts, work=work_folder(job))
+            proved = ({} if calibration.choices else {"calibration": calibration}) | {"held-out": proof_text}
+            got = run_recoveries(job, teacher, plan, learn=learn, texts=proved, work=work_folder(job))
     repair = got.repair
     with job.stage("apply"):
         student = apply(teacher, plan, stock=recipe.stock, repair=repair)
@@ -221,10 +233,22 @@ def task_files(recipe: Recipe) -> list[str]:
     return sorted({file for file in files if file is not None})
 
 
-def _bind(job: RunContext, bound: dict[str, str], teacher: Teacher, calibration: TokenSet) -> None:
-    """Tie the run to its model and tokens, or see that they are still the same."""
-    now = {"model": teacher.fingerprint, "tokens": calibration.hash}
-    changed = [name for name in now if bound and bound.get(name) != now[name]]
+def _bind(
+    job: RunContext, bound: dict[str, str], teacher: Teacher, texts: Mapping[str, TokenSet | None], given: Plan | None
+) -> None:
+    """Tie the run to all that decides its result, or see that it is still the same.
+
+    What an older Billhook did not file is not compared.
+    """
+    now = {"model": teacher.fingerprint, "plan": given.key() if given is not None else "searched"}
+    now |= {name: tokens.hash for name, tokens in texts.items() if tokens is not None}
+    for file in task_files(job.recipe):
+        now[f"task {file}"] = load_items(file, teacher, "evaluation", seed=job.recipe.seed).hash
+    settings = teacher.model.generation_config.to_dict() if teacher.model.generation_config is not None else {}
+    settings.pop("transformers_version", None)
+    now["chat template"] = digest_of(getattr(teacher.tokenizer, "chat_template", None))
+    now["generation settings"] = digest_of(settings)
+    changed = [name for name in now if bound.get(name, now[name]) != now[name]]
     if changed:
         raise FingerprintError(
             f"Run {job.run} was begun with another {' and other '.join(changed)}: the files have changed since. Begin "

@@ -16,7 +16,7 @@ import tiny
 from safetensors import SafetensorError
 
 import billhook
-from billhook.core.errors import ResourceError, RunError, UsageError, cannot_write, writing
+from billhook.core.errors import FingerprintError, ResourceError, RunError, UsageError, cannot_write, writing
 from billhook.core.events import Event
 from billhook.methods.export.target_folder import check_target, named_folder
 from billhook.runs.store import Store
@@ -221,3 +221,57 @@ def test_a_courtesy_that_fails_is_a_note(
     notes = [event.values.get("note") for event in billhook.show(result.run, tmp_path / "b.db").events]
     assert notes.count("left out: ValueError: no voice") == 2
     assert "Speed could not be measured" in (tmp_path / "out" / "report.html").read_text()
+
+
+def other_words(folder: Path, text: Path) -> None:
+    text.write_text(text.read_text().replace("w1", "w2"))
+
+
+def other_template(folder: Path, text: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+
+
+CHANGED: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
+    "chat template": ("chat template", other_template),
+    "generation": ("generation settings", lambda folder, text: tiny.change_json(
+        folder / "generation_config.json", eos_token_id=[2, 5])),
+    "texts": ("tokens|text", other_words),
+    "plan": ("plan", lambda folder, text: (folder.parent / "plan.txt").write_text("attention.2,mlp.2")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", list(CHANGED))
+def test_a_run_resumes_only_with_what_decides_its_result(
+    change: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, own, store = tiny.with_tokenizer(tmp_path / "tiny"), tmp_path / "texts.jsonl", tmp_path / "b.db"
+    shutil.copy(text, own)
+    (tmp_path / "plan.txt").write_text("attention.1,mlp.2")
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    at_stage(monkeypatch, "evaluate", stop)
+    options = {**SHORT, "remove": None, "plan": str(tmp_path / "plan.txt"), "search": "swap"}
+    with pytest.raises(KeyboardInterrupt):
+        billhook.prune(str(folder), data=str(own), out=tmp_path / "out", store=store, **options)
+    words, act = CHANGED[change]
+    act(folder, own)
+    with pytest.raises(FingerprintError, match=f"begun with another .*({words})"):
+        billhook.resume(store=store)
+
+
+def test_a_repair_that_was_made_of_another_plan_is_made_again(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    at_stage(monkeypatch, "evaluate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        billhook.prune(str(model), data=str(text), out=tmp_path / "out", store=tmp_path / "b.db", **SHORT)
+    (work,) = tmp_path.glob(".out.*.recovery")
+    tiny.change_json(work / "1-fold.json", made_from="another plan")
+    steps: list[object] = []
+    billhook.resume(store=tmp_path / "b.db", watch=lambda event: steps.append(event.values.get("step")))
+    assert "fold" in steps
