@@ -21,12 +21,14 @@ from billhook.cli.options import (
     Tasks,
     Verbose,
     command_line,
+    named,
     split_commas,
     with_options,
 )
 from billhook.cli.session import CommandSession
 from billhook.cli.studies import COMMANDS
 from billhook.core.errors import UsageError
+from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues
 
 app = typer.Typer(
@@ -148,7 +150,9 @@ def eval_command(
 def speed_command(
     *,
     model: Model = None,
-    other: Annotated[str | None, typer.Argument(help="Second model, timed in turn with the first")] = None,
+    other: Annotated[
+        str | None, typer.Argument(help="Second model, timed in turn with the first", callback=named)
+    ] = None,
     batch: Annotated[int, typer.Option(help="Prompts at a time", min=1)] = 1,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Decoded tokens per prompt", min=1)] = 32,
@@ -226,7 +230,8 @@ def recipes_command(*, as_json: Json = False, verbose: Verbose = False) -> None:
 
 def _existing(store: Path) -> Path:
     """Reading commands make no new store."""
-    if not store.is_file():
+    found = find_path(store)
+    if found is None or not found.is_file():
         raise UsageError(f"There is no store {store}. Give the file that `billhook prune` wrote with --store.")
     return store
 

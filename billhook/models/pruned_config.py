@@ -174,7 +174,7 @@ def stock_shape(config: Any, base: str, widths: Mapping[str, int]) -> nn.Module 
     fields = {name: value for name, value in config.to_dict().items() if name not in own}
     try:
         with torch.device("meta"):
-            built: nn.Module = model_class(config_class.from_dict(fields | widths))
+            built: nn.Module = model_class(config_class.from_dict({**fields, **widths}))
     except (AttributeError, ValueError, StrictDataclassError):
         return None
     return built

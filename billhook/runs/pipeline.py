@@ -19,7 +19,7 @@ from billhook.core.events import EventListener
 from billhook.core.plan import Plan
 from billhook.core.plan_files import find_path
 from billhook.core.results.model import ExpectedSeconds, MemoryUse, WorkEstimate
-from billhook.core.results.run import RunData, RunResult
+from billhook.core.results.run import Answer, RunData, RunResult
 from billhook.core.results.stored import Run
 from billhook.data.choice_tasks import load_items
 from billhook.data.splits import halves
@@ -206,7 +206,8 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
         perplexity = evaluation.compare_perplexity(job, teacher, plan, proof_text, repair)
         tasks = tuple(evaluation.task_accuracy(job, teacher, plan, file, repair) for file in task_files(recipe))
         answering = partial(evaluation.sample_answers, teacher, student, job.watch)
-        answers = () if streamed else evaluation.courtesy(job, "answer", answering, ())
+        unanswered: tuple[Answer, ...] = ()
+        answers = unanswered if streamed else evaluation.courtesy(job, "answer", answering, unanswered)
     with job.stage("save"):
         probe_row = calibration.rows[:1, : calibration.lengths[0]]
         whole = Student(student, teacher, plan, probe_row, repair, got.base, got.adapter, job.watch)

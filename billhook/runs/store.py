@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from billhook.core.errors import ResourceError, RunError, UsageError, cannot_write, nearest, option
 from billhook.core.events import Event
 from billhook.core.plan import Plan
+from billhook.core.plan_files import find_path
 from billhook.core.results.cache_keys import CacheKey, FactKey, LossKey, PlanLossKey
 from billhook.core.results.measured import Loss
 from billhook.core.results.specs import PRUNE
@@ -93,7 +94,6 @@ def _add_event_values(db: sqlite3.Connection) -> None:
 
 
 MIGRATIONS = (_create_tables, _create_pieces, _create_facts, _add_kind, _add_event_values)
-
 _LOSS_KEY = "model = ? AND tokens = ? AND loss = ? AND dtype = ? AND treatment = ? AND plan = ?"
 
 
@@ -110,11 +110,14 @@ class Store:
         `clock`: seconds since 1970, for events.
         Raises UsageError for a file that is no store, or one of a newer Billhook.
         """
-        self.path, self._clock = path, clock
         self._pending: dict[tuple[str, str], tuple[float, str, Event]] = {}  # the last of a stage, not yet written
         self._written: dict[str, float] = {}  # when a run's events were
-        if read_only and not path.is_file():
+        path = (find_path("~") or Path()) / str(path)[2:] if str(path).startswith("~/") else path
+        if str(path) == ":memory:":
+            raise UsageError(f"{option('store', ':memory:')} would keep nothing. Give a file, such as {STORE}.")
+        if read_only and ((found := find_path(path)) is None or not found.is_file()):
             raise UsageError(f"There is no store {path}. Give the file that prune wrote: {option('store', 'FILE')}.")
+        self.path, self._clock = path, clock
         try:
             if read_only:
                 self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)
@@ -125,7 +128,7 @@ class Store:
                 self._db.execute("PRAGMA foreign_keys = ON")
             self._db.row_factory = sqlite3.Row
             self._check_version(read_only)
-        except (sqlite3.DatabaseError, OSError) as error:
+        except (sqlite3.DatabaseError, OSError, ValueError) as error:
             kind = ResourceError if cannot_write(error) else UsageError
             raise kind(
                 f"{option('store', str(path))} cannot be used ({error}). Give another file, or move this one."
@@ -211,7 +214,8 @@ class Store:
     ) -> None:
         """Set what is given of a run."""
         self._flush_events()
-        texts = {"state": state, "out": out, "bound": _text(fingerprints), "result": _text(result)}
+        values = {"bound": fingerprints, "result": result}  # in their order, which tables follow
+        texts = {"state": state, "out": out} | {n: json.dumps(v) for n, v in values.items() if v is not None}
         given = {column: text for column, text in texts.items() if text is not None}
         with self._write():
             columns = ", ".join(f"{column} = ?" for column in given)
@@ -390,10 +394,6 @@ def _run(row: sqlite3.Row) -> Run:
         json.loads(row["recipe"]), environment, json.loads(row["bound"]),
         None if row["result"] is None else json.loads(row["result"]),
     )  # fmt: skip
-
-
-def _text(value: Mapping[str, Any] | None) -> str | None:
-    return None if value is None else json.dumps(value)  # in its order, which tables follow
 
 
 def _json(value: Any) -> str:
