@@ -105,7 +105,8 @@ Names = TypeVar("Names", str, list[str], None)
 
 def named(models: Names) -> Names:
     """Names of models, none of them empty: a variable of a shell that is not set is not the demo."""
-    if not all(name.strip() for name in ([models] if isinstance(models, str) else models or ())):
+    names: list[str] = [models] if isinstance(models, str) else list(models or ())
+    if not all(name.strip() for name in names):
         raise typer.BadParameter("The model's name is empty. Give a folder, a Hugging Face name, or demo.")
     return models
 
