@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from billhook.core.errors import FingerprintError, ResourceError, RunError, UsageError
+from billhook.core.errors import FingerprintError, ResourceError, RunError, UsageError, writing
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.options import EvaluateOptions, PruneOptions, ScoreOptions, shows_options
 from billhook.core.plan import Plan, Site
+from billhook.core.plan_files import find_path
 from billhook.core.registry import MethodInfo, OptionValues, resolve_options
 from billhook.core.results.measured import Estimate, EvalResult, Score, TimingProtocol
 from billhook.core.results.model import (
@@ -39,7 +42,8 @@ from billhook.engine.probe import Probe
 from billhook.methods.evaluate import EVALUATIONS, evaluate_by_name
 from billhook.methods.evaluate import speed as timing
 from billhook.methods.export import EXPORTS
-from billhook.methods.metrics import GROUP_METRICS, METRICS
+from billhook.methods.export.target_folder import check_target, named_folder
+from billhook.methods.metrics import GROUP_METRICS, METRICS, group_metric_scores, metric_scores
 from billhook.methods.recover import RECOVERIES
 from billhook.methods.search import SEARCHES
 from billhook.models.device import dtype_name, environment
@@ -49,7 +53,7 @@ from billhook.runs import evaluation
 from billhook.runs.builtin_recipes import BuiltinRecipe, builtin_recipes
 from billhook.runs.job import run_environment
 from billhook.runs.pipeline import preview_run, run_pruning
-from billhook.runs.prepare import load_teacher, read_calibration, read_held_out
+from billhook.runs.prepare import find_model, load_teacher, read_calibration, read_held_out
 from billhook.runs.recipe import (
     TARGETS,
     CalibrationOptions,
@@ -83,9 +87,11 @@ def prune(
     Measurements that `store` holds are not repeated. Raises BillhookError; nothing half-written remains.
     """
     asked = _asked(model, recipe, options)
-    where = str(out) if out is not None else str(Path("pruned") / "{run}")
-    with closing(Store(Path(store))) as opened:
-        run = opened.new_run(PRUNE, asked.model_dump(), run_environment(asked.device), where)
+    where = named_folder(out if out is not None else Path("pruned") / "{run}")
+    check_target(where, find_path(asked.model))
+    find_model(asked, loaded_by_name(model), watch)
+    with writing(), closing(Store(Path(store))) as opened:
+        run = opened.new_run(PRUNE, asked.model_dump(), run_environment(asked.device, opened), str(where))
         return run_pruning(opened, opened.run(run), watch, write_report, loaded_by_name(model))
 
 
@@ -110,15 +116,19 @@ def _asked(model: Model, recipe: str | Path | None, options: Mapping[str, Any]) 
 def resume(
     run: str | None = None,
     *,
+    out: str | Path | None = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Unpack[PruneOptions],
 ) -> RunResult:
     """Go on with an unfinished run (the newest one if none is named); nothing that was measured is measured again.
 
+    `out`: another folder for the checkpoint than the one that the run was begun with. The folder in which a run was
+    begun may have been moved with its store.
     Raises RunError if there is none, FingerprintError if `options`, fields of `Recipe`, are not the run's.
     """
-    with closing(Store(Path(store))) as opened:
+    elsewhere = None if out is None else named_folder(out)
+    with writing(), closing(Store(Path(store))) as opened:
         chosen = opened.run(run) if run else _newest_unfinished(opened)
         if chosen.kind != PRUNE:
             raise RunError(f"Run {chosen.id} is no pruning. Begin it again: billhook {chosen.kind} …")
@@ -126,11 +136,29 @@ def resume(
             raise RunError(
                 f"Run {chosen.id} is done; its checkpoint is {chosen.out}. `billhook show {chosen.id}` tells more."
             )
-        begun = chosen.environment.get("folder", str(Path.cwd()))
-        if begun != str(Path.cwd()):  # its model, data and out may be paths from there
-            raise RunError(f"Run {chosen.id} was begun in another folder. Go there first: cd {shlex.quote(begun)}")
+        chosen = _here(chosen, Path(store))
         _same_recipe(chosen, options)
-        return run_pruning(opened, chosen, watch, write_report)
+        return run_pruning(opened, chosen, watch, write_report, out=elsewhere)
+
+
+def _here(run: Run, store: Path) -> Run:
+    """The run as its paths are now: they start from its folder, which may have been moved with the store.
+
+    Raises RunError in another folder.
+    """
+    begun, here = Path(str(run.environment.get("folder", Path.cwd()))), Path.cwd()
+    there = Path(str(run.environment.get("store", begun))).parent
+    now = Path(os.path.normpath(store.resolve().parent / os.path.relpath(begun, there)))
+    if here not in (begun, now):
+        raise RunError(f"Run {run.id} was begun in another folder. Go there first: cd {shlex.quote(str(now))}")
+    if here == begun:
+        return run
+
+    def moved(value: Any) -> Any:
+        path = Path(value) if isinstance(value, str) else None
+        return str(here / path.relative_to(begun)) if path is not None and path.is_relative_to(begun) else value
+
+    return replace(run, spec={name: moved(value) for name, value in run.spec.items()}, out=moved(run.out))
 
 
 def _same_recipe(run: Run, options: Mapping[str, Any]) -> None:
@@ -250,8 +278,10 @@ def score(
     calibration = read_calibration(asked, teacher, watch)
     start = time.perf_counter()
     probe = Probe(teacher, calibration, parse_loss(asked.loss).name, memory=asked.memory_bytes)
-    found = zip(names, metrics, given, strict=True)
-    scores = {name: _by_kind(teacher, metric(probe, **own)) for name, metric, own in found}
+    scores = {}
+    for name, own in zip(names, given, strict=True):
+        run = group_metric_scores if name in tuple(GROUP_METRICS) else metric_scores
+        scores[name] = _by_kind(teacher, run(name, probe, **own))
     return ScoreTable(
         model=teacher.name,
         fingerprint=teacher.fingerprint,

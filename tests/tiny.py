@@ -72,6 +72,11 @@ def saved(folder: Path, variant: str, dtype: torch.dtype = torch.float32, **over
     return folder
 
 
+def change_json(file: Path, **fields: Any) -> None:
+    """Set fields of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
 def tokens(rows: int, length: int, seed: int = 1) -> torch.Tensor:
     """Random tokens, none of them special: [rows, length]."""
     return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(seed))

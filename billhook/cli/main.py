@@ -21,12 +21,14 @@ from billhook.cli.options import (
     Tasks,
     Verbose,
     command_line,
+    named,
     split_commas,
     with_options,
 )
 from billhook.cli.session import CommandSession
 from billhook.cli.studies import COMMANDS
 from billhook.core.errors import UsageError
+from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues
 
 app = typer.Typer(
@@ -59,22 +61,20 @@ def prune_command(
     again = command_line("prune", "--resume", store=store)
     with CommandSession(as_json, quiet, verbose, again) as face:
         from billhook import api
-        from billhook.runs.recipe import with_overrides
+        from billhook.runs.recipe import default_recipe, with_overrides
 
-        given = {**({"model": model} if model else {}), **options}
+        recipe = recipe or (None if resume else default_recipe(options))
+        given = with_overrides(recipe, **({"model": model} if model else {}), **options)
         if run and not resume:
             raise UsageError(f"--run {run} goes with --resume. Add --resume, or leave --run out.")
         if resume and dry_run:
             raise UsageError("--dry-run is of a new run, and --resume continues one. Leave one of them out.")
         if resume:
-            if out is not None:
-                raise UsageError("--out belongs to a new run; a resumed one keeps its own. Leave --out away.")
-            given = with_overrides(recipe, **given)
-            result = api.resume(run, store=_existing(store), watch=face.watch, **given)
+            result = api.resume(run, out=out, store=_existing(store), watch=face.watch, **given)
         elif dry_run:
-            return face.show(api.dry_run(recipe=recipe, watch=face.watch, **given))
+            return face.show(api.dry_run(watch=face.watch, **given))
         else:
-            result = api.prune(recipe=recipe, out=out, store=store, watch=face.watch, **given)
+            result = api.prune(out=out, store=store, watch=face.watch, **given)
         face.show(result)
 
 
@@ -151,7 +151,9 @@ def eval_command(
 def speed_command(
     *,
     model: Model = None,
-    other: Annotated[str | None, typer.Argument(help="Second model, timed in turn with the first")] = None,
+    other: Annotated[
+        str | None, typer.Argument(help="Second model, timed in turn with the first", callback=named)
+    ] = None,
     batch: Annotated[int, typer.Option(help="Prompts at a time", min=1)] = 1,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Decoded tokens per prompt", min=1)] = 32,
@@ -229,7 +231,8 @@ def recipes_command(*, as_json: Json = False, verbose: Verbose = False) -> None:
 
 def _existing(store: Path) -> Path:
     """Reading commands make no new store."""
-    if not store.is_file():
+    found = find_path(store)
+    if found is None or not found.is_file():
         raise UsageError(f"There is no store {store}. Give the file that `billhook prune` wrote with --store.")
     return store
 

@@ -6,7 +6,7 @@ import inspect
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -67,6 +67,9 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def run(**values: Any) -> None:
             options = {name: values.pop(name) for name in names}
+            for name, value in options.items():
+                if RECIPE[name][0] != "" and (value == "" or (isinstance(value, list) and "" in value)):
+                    raise typer.BadParameter(f"--{name.replace('_', '-')} is empty. Give a value, or leave it out.")
             command(**values, options={k: v for k, v in options.items() if v is not None and v != []})
 
         own = [p for n, p in inspect.signature(command, eval_str=True).parameters.items() if n != "options"]
@@ -97,7 +100,21 @@ def command_line(command: str, *words: str, **options: Any) -> str:
     return shlex.join(line)
 
 
-Model = Annotated[str | None, typer.Argument(help="Folder, .gguf file, Hugging Face name, or demo [default: demo]")]
+Names = TypeVar("Names", str, list[str], None)
+
+
+def named(models: Names) -> Names:
+    """Names of models, none of them empty: a variable of a shell that is not set is not the demo."""
+    names: list[str] = [models] if isinstance(models, str) else list(models or ())
+    if not all(name.strip() for name in names):
+        raise typer.BadParameter("The model's name is empty. Give a folder, a Hugging Face name, or demo.")
+    return models
+
+
+Model = Annotated[
+    str | None,
+    typer.Argument(help="Folder, .gguf file, Hugging Face name, or demo [default: demo]", callback=named),
+]
 STUDY_OPTIONS = ("search", "metric", "loss", "set", "uniform", "multiple", "fast", "shortlist", "risk", "memory",
                "protect", "batch", "context", "self_share", "field", "tokens", "length", "eval_tokens", "eval_length",
                "seed", "device", "dtype", "trust_remote_code")  # fmt: skip

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -66,10 +67,44 @@ def _amount(value: EventValue) -> str:
 
 
 def progress(*, quiet: bool) -> tuple[EventListener, Callable[[], None]]:
-    """A watcher that shows stages on stderr with rate and ETA, and how to close it."""
+    """A watcher that shows stages on stderr with rate and ETA, and how to close it.
+
+    A stderr that is closed or full, or a terminal that is gone, ends the showing and nothing else.
+    """
     if quiet:
         return ignore_events, lambda: None
-    console = Console(stderr=True)
+    if sys.stderr is None:
+        return ignore_events, lambda: None
+    try:
+        shown, close = _shown()
+    except (OSError, ValueError):
+        forget_stream(sys.stderr)
+        return ignore_events, lambda: None
+
+    def watch(event: Event) -> None:
+        try:
+            shown(event)
+        except (OSError, ValueError):  # ValueError: of a stream that Python has closed
+            forget_stream(sys.stderr)
+
+    def end() -> None:
+        try:
+            close()
+        except (OSError, ValueError):
+            forget_stream(sys.stderr)
+
+    return watch, end
+
+
+def forget_stream(stream: Any) -> None:
+    """Let what is written to a closed or full stream from now on go nowhere, libraries' words and a last flush too."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _shown() -> tuple[EventListener, Callable[[], None]]:
+    """A watcher of lines, or of bars where stderr is a terminal, and how to close it."""
+    console = _Stderr(stderr=True)
     if not console.is_terminal:
         return _plain_progress(), lambda: None
     bars = Progress(
@@ -84,6 +119,13 @@ def progress(*, quiet: bool) -> tuple[EventListener, Callable[[], None]]:
         transient=False,
     )
     return _Bars(bars), bars.stop
+
+
+class _Stderr(Console):
+    """A console that raises where nobody reads; rich ends the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError that rich is handling
 
 
 class _Bars:

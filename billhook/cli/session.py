@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import traceback
@@ -13,7 +12,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from billhook.core.errors import BillhookError, on_command_line
+from billhook.core.errors import BillhookError, cannot_write, on_command_line
 from billhook.core.events import EventListener
 from billhook.core.results.json_form import Result
 
@@ -31,6 +30,7 @@ class CommandSession:
         from billhook.models.device import keep_freed_memory
 
         signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that is closed ends no run
         keep_freed_memory()
         progress.silence_libraries(self.verbose)
         self.watch, self._close = progress.progress(quiet=self.quiet)
@@ -42,7 +42,7 @@ class CommandSession:
 
         self._close()
         if self.as_json:
-            print(json.dumps(value.to_json() if isinstance(value, Result) else encode(value), indent=2))
+            print(json.dumps(value.to_json() if isinstance(value, Result) else encode(value), indent=2), flush=True)
         else:
             print_result(value)
 
@@ -51,22 +51,24 @@ class CommandSession:
         if error is None:
             return
         if self.verbose:
-            traceback.print_exception(error)
+            _tell("".join(traceback.format_exception(error)).rstrip())
         if isinstance(error, KeyboardInterrupt):
             hint = f" Nothing measured is lost. Go on with: {self.resume}" if self.resume else ""
             _leave(f"Interrupted.{hint}", 130)
+        if isinstance(error, OSError):  # what stdout still holds would fail again, and change the exit code
+            _forget_unread(sys.stdout)
         if isinstance(error, BrokenPipeError):  # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
         if isinstance(error, BillhookError):
             _leave(on_command_line(error.message), error.exit_code)
         full = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # a GPU's, a CPU's
         if isinstance(error, MemoryError) or full:
             _leave(f"Out of memory: {error}. Use fewer --tokens, a shorter --length, or --dtype bfloat16.", 5)
-        if isinstance(error, OSError) and error.errno == 28:
-            _leave(f"The disk is full: {error}. Free some space and run it again.", 5)
+        if cannot_write(error):
+            again = self.resume or "run it again"
+            _leave(f"The disk cannot be written: {error}. Free some space, or mend the disk, then: {again}", 5)
         if not self.verbose:
-            traceback.print_exception(error)
+            _tell("".join(traceback.format_exception(error)).rstrip())
         _leave("This is a bug in Billhook. Please report it with the lines above.", 1)
 
 
@@ -75,8 +77,28 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr)
+    _tell(message)
     sys.exit(code)
+
+
+def _forget_unread(stream: Any) -> None:
+    from billhook.cli.progress import forget_stream
+
+    try:
+        stream.flush()
+    except (OSError, ValueError, AttributeError):
+        forget_stream(stream)
+
+
+def _tell(message: str) -> None:
+    """Print on stderr, if somebody reads it."""
+    from billhook.cli.progress import forget_stream
+
+    if sys.stderr is not None:
+        try:
+            print(message, file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            forget_stream(sys.stderr)
 
 
 # -- results --------------------------------------------------------------------------------------------------------

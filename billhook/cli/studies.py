@@ -23,6 +23,7 @@ from billhook.cli.options import (
     StoreFile,
     Tasks,
     Verbose,
+    named,
     split_commas,
     with_options,
 )
@@ -144,7 +145,9 @@ def typed_margins(margin: list[str] | None, ppl_margin: str | None) -> list[str]
 @with_options(*NO_TEXT)
 def compare_command(
     *,
-    models: Annotated[list[str], typer.Argument(help="Models, folders or runs; the first is the reference")],
+    models: Annotated[
+        list[str], typer.Argument(help="Models, folders or runs; the first is the reference", callback=named)
+    ],
     data: Annotated[str, typer.Option(help="Texts to compare on, separated by commas")] = "pydoc",
     tasks: Tasks = "",
     items: ItemLimit = None,
@@ -177,7 +180,7 @@ def compare_command(
 @with_options(*NO_TEXT)
 def gate_command(
     *,
-    student: Annotated[str, typer.Argument(help="Model, folder or run to test")],
+    student: Annotated[str, typer.Argument(help="Model, folder or run to test", callback=named)],
     baseline: Annotated[str, typer.Option(help="Model to compare with, or a stored baseline")],
     data: Annotated[str | None, typer.Option(help="Texts, separated by commas [default: pydoc]")] = None,
     tasks: Tasks = "",
@@ -215,7 +218,9 @@ def baseline_command(
     *,
     action: Annotated[str, typer.Argument(help="save, or list")],
     name: Annotated[str | None, typer.Argument(help="Name of the baseline, for save")] = None,
-    model: Annotated[str | None, typer.Argument(help="Model, folder or run, for save [default: demo]")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Model, folder or run, for save [default: demo]", callback=named)
+    ] = None,
     data: Annotated[str, typer.Option(help="Texts, separated by commas")] = "pydoc",
     tasks: Tasks = "",
     items: ItemLimit = None,

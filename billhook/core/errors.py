@@ -24,9 +24,11 @@ line. It names both by `option`.
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 _EITHER = re.compile("\x0e([^\x0e-\x10]*)\x0f([^\x0e-\x10]*)\x10")  # what `either` puts into a message
 
@@ -148,6 +150,40 @@ class ResourceError(BillhookError):
     """The machine lacks memory or disk."""
 
     exit_code = 5
+
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_SQLITE = (8, 10, 13)  # read-only, I/O error, full
+_RUST = re.compile(rf"\(os error ({'|'.join(map(str, _UNWRITABLE))})\)")  # as safetensors and tokenizers say it
+
+
+def cannot_write(error: BaseException | None) -> bool:
+    """Return whether an error, or what caused it, says that a disk is full or broken, or takes nothing."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            return True
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _SQLITE:
+            return True
+        if _RUST.search(str(error)) or "PytorchStreamWriter failed writing" in str(error):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+@contextmanager
+def writing(again: str = "run it again") -> Iterator[None]:
+    """Raise ResourceError where what is done inside cannot write. `again`: how to go on when it can."""
+    try:
+        yield
+    except BillhookError:
+        raise
+    except Exception as error:
+        if not cannot_write(error):
+            raise
+        raise ResourceError(
+            f"The disk cannot be written: {error}. What was measured is kept. Free some space, or mend the disk, then "
+            f"{again}."
+        ) from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

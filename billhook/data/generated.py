@@ -35,10 +35,9 @@ def sample_texts(
     length = min(length, getattr(model.config, "max_position_embeddings", length))
     batch = min(-(-tokens // length), MOST_AT_A_TIME)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start
-    stop = None if model.generation_config is None else model.generation_config.eos_token_id
     plain = transformers.GenerationConfig(
         max_new_tokens=length - 1, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, bos_token_id=start,
-        eos_token_id=tokenizer.eos_token_id if stop is None else stop, pad_token_id=pad,
+        eos_token_id=end_tokens(model, tokenizer), pad_token_id=pad,
         remove_invalid_values=True,  # a model that overflows is refused where the block can be named
     )  # fmt: skip
     texts: list[str] = []
@@ -52,7 +51,7 @@ def sample_texts(
                 )
             rounds += 1
             starts = torch.full((batch, 1), start, device=model.device)
-            with _generating_by(model, plain):
+            with generating_by(model, plain):
                 rows = model.generate(starts, attention_mask=torch.ones_like(starts))
             new = [text for text in tokenizer.batch_decode(rows, skip_special_tokens=True) if text.strip()]
             texts += new
@@ -61,8 +60,15 @@ def sample_texts(
     return texts
 
 
+def end_tokens(model: Any, tokenizer: Any) -> int | list[int] | None:
+    """The tokens that end an answer: what the checkpoint's generation config says, or else the tokenizer's EOS."""
+    stop = getattr(model.generation_config, "eos_token_id", None)
+    ids = stop if isinstance(stop, list) else [stop]
+    return stop if ids and all(type(token) is int for token in ids) else tokenizer.eos_token_id
+
+
 @contextmanager
-def _generating_by(model: Any, plain: transformers.GenerationConfig) -> Iterator[None]:
+def generating_by(model: Any, plain: transformers.GenerationConfig) -> Iterator[None]:
     """Inside, the model generates by `plain`: the checkpoint's penalties and cuts are meant for answers."""
     original, model.generation_config = model.generation_config, plain
     try:

@@ -10,6 +10,7 @@ import torch
 
 from billhook.core.errors import ModelError, UsageError, option
 from billhook.core.plan import PARTS, Plan, Site
+from billhook.core.registry import wrong_return
 from billhook.core.results.measured import WorkPlan
 from billhook.data.token_sets import TokenSet
 from billhook.engine.blocks import BlockRunner
@@ -147,6 +148,11 @@ class Measurer:
         for g, group_jobs in _by_group(jobs).items():
             likely = -torch.tensor([nats[job] for job in group_jobs], dtype=torch.float64)  # [plans, rows]
             values = [self._item_loss(likely[:, rows], gold) for rows, gold in self.groups[g].items]
+            for value in values:
+                if not isinstance(value, torch.Tensor) or value.shape != likely.shape[:1]:
+                    raise wrong_return(
+                        "loss", self._item_loss.__name__, f"a tensor of {len(likely)} values, one a plan", value
+                    )
             by_item |= dict(zip(group_jobs, map(tuple, torch.stack(values, 1).tolist()), strict=True))
         return by_item
 

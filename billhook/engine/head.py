@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from billhook.core.registry import wrong_return
 from billhook.engine.losses import LOSSES, WordTerms, loss_facts, top_count, topk_and_rest
 from billhook.models.device import float64_place
 from billhook.models.load import Teacher
@@ -366,7 +367,11 @@ class Head:
             for students, out in zip(hidden.split(together), values.split(together), strict=True):
                 logits = self._loss_inputs(students[:, at].flatten(0, 1)).split(len(targets))
                 for i, student in enumerate(logits):
-                    out[i, at] = token_loss(teacher, student, targets)
+                    loss = token_loss(teacher, student, targets)
+                    if not isinstance(loss, torch.Tensor) or loss.shape != targets.shape:
+                        got = f"one of shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else loss
+                        raise wrong_return("loss", self.loss, f"a tensor of {len(targets)} values, one a token", got)
+                    out[i, at] = loss
         return values
 
     def _loss_inputs(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ from billhook.models.device import (
 from billhook.models.pruned_config import PrunedConfig, read_config, register
 from billhook.models.sources import locate
 from billhook.models.streaming import StreamedWeights, build_on_meta, check_finite, check_fit
-from billhook.models.transformers_internals import runs_own_code
+from billhook.models.transformers_internals import config_of, runs_own_code
 
 LOADING_ISSUES = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
@@ -222,6 +222,7 @@ def _build(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_
     try:
         model, told = auto.from_pretrained(
             str(folder),
+            config=config_of(folder, trust_remote_code),
             dtype=dtype,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,

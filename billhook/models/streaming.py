@@ -23,6 +23,7 @@ from billhook.models import checks
 from billhook.models.device import dtype_bytes
 from billhook.models.transformers_internals import (
     Conversion,
+    config_of,
     conversions,
     fill_buffers,
     generation_config_of,
@@ -43,7 +44,7 @@ def build_on_meta(folder: Path, dtype: torch.dtype, device: torch.device) -> Any
     """
     auto: Any = transformers.AutoModelForCausalLM
     try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        config = config_of(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
         model.generation_config = generation_config_of(folder)

@@ -58,6 +58,21 @@ def stock_classes(model_type: str) -> tuple[Any, Any]:
     return config_class, transformers.AutoModelForCausalLM._model_mapping[config_class]
 
 
+def config_of(folder: Path, trust_remote_code: bool) -> Any:
+    """Return the config of a checkpoint, without what it says of kernels: every model runs on transformers' choice.
+
+    A checkpoint that was saved with another kernel for attention or experts would not load elsewhere, or compute
+    otherwise than its copies.
+    """
+    config = transformers.AutoConfig.from_pretrained(
+        str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
+    return config
+
+
 def runs_own_code(model: Any) -> bool:
     """Return whether the class of a loaded model comes from its checkpoint's own code."""
     return type(model).__module__.startswith("transformers_modules")

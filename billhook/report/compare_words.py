@@ -135,13 +135,25 @@ def size_rows(result: Comparison, other: int = 1) -> list[tuple[str, str, str, s
         ("Prefill tokens/s", speed.first.prefill, speed.other.prefill, speed.prefill_ratio),
         ("Decode tokens/s", speed.first.decode, speed.other.decode, speed.decode_ratio),
     ):
-        change = f"{format_ratio(ratio.value)} ({format_ratio(ratio.low)}–{format_ratio(ratio.high)})"
-        rows.append((label, format_number(first.value), format_number(second.value), change))
+        rows.append(
+            (label, format_number(first.value), format_number(second.value), speed_change(first, second, ratio))
+        )
     peaks = speed.first.peak_bytes, speed.other.peak_bytes
     if peaks[0] and peaks[1]:
         memory = (format_number(peak, "B") for peak in peaks)
         rows.append(("Peak memory", *memory, _percent(peaks[1] / peaks[0])))  # type: ignore[arg-type]
     return rows
+
+
+def speed_change(first: Estimate, second: Estimate, ratio: Estimate) -> str:
+    """`×1.16 (1.10–1.21)`: the ratio of the medians shown, with the interval of the runs in pairs.
+
+    Where the interval includes 1, or leaves out the ratio, the difference is noise, and is called so.
+    """
+    shown = second.value / first.value
+    ends = f"{format_ratio(min(ratio.low, shown))}–{format_ratio(max(ratio.high, shown))}"
+    told = ratio.low <= shown <= ratio.high and not ratio.low <= 1 <= ratio.high
+    return f"{format_ratio(shown)} ({ends})" + ("" if told else ", noise")
 
 
 def agreement_words(result: Comparison, other: int = 1) -> str:

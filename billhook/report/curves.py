@@ -10,7 +10,7 @@ from html import escape
 
 from billhook.core.results.studies import SizeName, StudentOutcome, SweepResult
 from billhook.report.numbers import pluralize, printable
-from billhook.report.study_words import fraction_kept, short_names, sizes_of, tasks_of, texts_of
+from billhook.report.study_words import known_fraction, short_names, sizes_of, tasks_of, texts_of
 
 COLOURS = ("#d9691b", "#3b82b0", "#3c9a54", "#9a68d0", "#cf4d8d", "#a08318", "#1c9a9c", "#808b97")  # on both grounds
 SYMBOLS = {  # plotly's names, and their outlines for the key, 16 × 16
@@ -47,7 +47,7 @@ class Point:
     """One trial of a line. `size`: as it was asked; `left`: percent of the teacher's, by size; `on`: by set."""
 
     size: str
-    left: dict[SizeName, float]
+    left: dict[SizeName, float | None]
     front: tuple[SizeName, ...]
     on: list[list[float | None]]
 
@@ -73,7 +73,8 @@ def numbers_of(result: SweepResult, looks: Mapping[str, tuple[str, str]]) -> dic
     for trial in result.trials:
         look = (*looks[trial.recipe], dashes[trial.data])
         line = Line(trial.recipe, printable(trial.recipe), datas[trial.data], *look, points=[])
-        left = {size: 100 * fraction_kept(result, trial, size) for size in sizes_of(result)}
+        fractions = {size: known_fraction(result, trial, size) for size in sizes_of(result)}
+        left = {size: None if share is None else 100 * share for size, share in fractions.items()}
         on = [_ends(trial.results[name]) for name in result.teacher]
         point = Point(printable(trial.remove), left, trial.front, on)
         lines.setdefault((trial.recipe, trial.data), line).points.append(point)

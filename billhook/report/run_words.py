@@ -36,6 +36,8 @@ REASONS: dict[RunReason, str] = {
     "answers were not measured.",
     "adapter_beside": "The weights are those without the adapter, which is in the folder adapter beside them; all "
     "measurements are of both together, merged.",
+    "no_answers": "The models could not answer the sample prompts; the events of the run say why.",
+    "no_speed": "Speed could not be measured; the events of the run say why.",
     "calibrated_on_text_alone": "Calibrated on the given text alone: this model cannot write its share of it here.",
 }
 

@@ -38,13 +38,14 @@ from billhook.report.numbers import (
 )
 from billhook.report.pages import page
 from billhook.report.study_words import (
-    fraction_kept,
     gap_to_best,
     gap_to_text,
+    known_fraction,
     peers,
     rank_label,
     reliability_notes,
     removal_counts,
+    removed_words,
     short_names,
     sizes_of,
     sorted_trials,
@@ -147,9 +148,11 @@ def _heading(word: str, about: str, file: bool, words: bool) -> str:
 def _trial_row(result: SweepResult, trial: TrialResult) -> str:
     recipe, remove = printable(trial.recipe), printable(trial.remove)
     data = short_names(each.data for each in result.trials)[trial.data]
-    shares = (fraction_kept(result, trial, size) for size in sizes_of(result))
-    cells = [_cell(data, data), _cell(remove, remove), *(_cell(share, f"{share:.1%}") for share in shares)]
-    cells += [_cell(trial.count(part), str(trial.count(part))) for part in PARTS]
+    shares = (known_fraction(result, trial, size) for size in sizes_of(result))
+    cells = [_cell(data, data), _cell(remove, remove)]
+    cells += [_cell(2, "–") if share is None else _cell(share, f"{share:.1%}") for share in shares]
+    for removed, narrowed in (removed_words(trial, part) for part in PARTS):
+        cells.append(_cell(removed, str(removed), narrowed))
     for text in texts_of(result):
         estimate, gap = trial.results[text].estimate, gap_to_best(trial, text)
         ends = format_interval_short(estimate, format_perplexity)
@@ -276,7 +279,7 @@ def _accuracies(result: TransferResult) -> str:
         body += f'<tr><th scope="row">{escape(printable(trial.recipe))}</th>'
         body += "".join(_accuracy_cell(trial.results[name].estimate) for name in result.teacher)
         ends = [
-            *(str(trial.count(part)) for part in PARTS),
+            *(f"{removed} {narrowed}".strip() for removed, narrowed in (removed_words(trial, part) for part in PARTS)),
             format_number(trial.sizes.parameters),
             format_duration(trial.search_seconds),
         ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
+from billhook.core.plan import Part
 from billhook.core.results.measured import Estimate
 from billhook.core.results.studies import (
     SizeName,
@@ -58,6 +59,17 @@ def tasks_of(result: Trials) -> list[str]:
 def fraction_kept(result: Trials, trial: TrialResult, size: SizeName = "parameters") -> float:
     """The share of the teacher's parameters, KV bytes or time that a student keeps."""
     return float(getattr(trial.sizes, size) / getattr(result.sizes, size))
+
+
+def known_fraction(result: Trials, trial: TrialResult, size: SizeName) -> float | None:
+    """`fraction_kept`, or None where it is not known: time is measured of whole sites, not of narrowed ones."""
+    return None if size == "ns_per_token" and trial.plan.narrowed else fraction_kept(result, trial, size)
+
+
+def removed_words(trial: TrialResult, part: Part) -> tuple[int, str]:
+    """How many sites of a part a trial removes, and how many it narrows, in words."""
+    narrowed = sum(each.site.part == part for each in trial.plan.narrowed)
+    return trial.count(part), f"{narrowed} narrowed" if narrowed else ""
 
 
 def rank_label(gap: Estimate) -> str:
@@ -130,8 +142,12 @@ def sweep_headline(result: SweepResult) -> str:
         return f"Nothing was compared: {pluralize(len(result.refused), 'combination')} of recipe and size refused."
     if not groups:
         return _largest_student(result)
-    firsts = Counter(group[0][0] for group in groups)
+    lowest = [[recipe for recipe, gap in group if gap.value == group[0][1].value] for group in groups]
+    firsts = Counter(recipe for recipes in lowest for recipe in recipes)
     name, wins = firsts.most_common(1)[0]
+    tied = [recipe for recipe, count in firsts.items() if count == wins]
+    if len(tied) > 1:
+        return _tie(tied, wins, len(groups))
     won = [group for group in groups if group[0][0] == name]
     clear = sum(all(not rank_label(gap) for _, gap in group[1:]) for group in won)
     if len(groups) == 1:
@@ -143,6 +159,17 @@ def sweep_headline(result: SweepResult) -> str:
     return (
         f"{printable(name)} has the lowest perplexity in {wins} of {len(groups)} comparisons (a size, a calibration "
         f"text and a held-out text each), clear of all other recipes in {clear} of them{more}."
+    )
+
+
+def _tie(recipes: Sequence[str], wins: int, groups: int) -> str:
+    """The headline where several recipes are lowest equally often."""
+    names = join_words([printable(recipe) for recipe in recipes])
+    if groups == 1:
+        return f"{names} have the same perplexity, the lowest."
+    return (
+        f"{names} tie: each has the lowest perplexity in {wins} of {groups} comparisons (a size, a calibration text "
+        "and a held-out text each)."
     )
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from transformers import GenerationConfig
 
+from billhook.core.errors import cannot_write
 from billhook.core.events import Event, EventListener, scaled_events
 from billhook.core.plan import Plan
 from billhook.core.results.cache_keys import BandwidthKey, ChoicesKey, EvaluationKey, TimingKey
@@ -20,6 +22,7 @@ from billhook.core.results.measured import EvalResult, Timing, TimingProtocol
 from billhook.core.results.run import Answer, PerplexityChange, SpeedChange, TaskChange
 from billhook.core.statistics import exp_capped, paired_difference
 from billhook.data.choice_tasks import load_items
+from billhook.data.generated import end_tokens, generating_by
 from billhook.data.splits import chunks, halves
 from billhook.data.token_sets import TokenSet
 from billhook.engine.probe import Probe
@@ -30,6 +33,8 @@ from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import NO_REPAIR, Repair
 from billhook.models.surgery import apply, effective_plan
 from billhook.runs.job import EvalContext, RunContext
+
+T = TypeVar("T")
 
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -205,26 +210,47 @@ def sample_answers(teacher: Teacher, student: Any, watch: EventListener) -> tupl
     """What both models make of `PROMPTS`, greedily."""
     tokenizer = teacher.tokenizer
     assert tokenizer is not None, "token_sets refuses a model without one"
-    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    fill = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    end = end_tokens(teacher.model, tokenizer)
+    plain = GenerationConfig(max_new_tokens=SAMPLE_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=fill)
     answers: dict[str, list[str]] = {"teacher": [], "student": []}
     done, total = 0, 2 * len(PROMPTS)
     for who, model in (("teacher", teacher.model), ("student", student)):
         for prompt in PROMPTS:
             watch(Event("answer", done, total, {"of": who}))
-            text = prompt
-            chatty = bool(getattr(tokenizer, "chat_template", None))  # the template writes BOS by itself
-            if chatty:
-                chat = [{"role": "user", "content": text}]
-                text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            inputs = tokenizer(
-                text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=not chatty
-            ).to(model.device)
-            written = model.generate(**inputs, max_new_tokens=SAMPLE_TOKENS, do_sample=False, pad_token_id=fill)
+            inputs = _chat_prompt(tokenizer, prompt).to(model.device)
+            with generating_by(model, plain):
+                written = model.generate(**inputs)
             text = tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             answers[who].append(text.strip())
             done += 1
             watch(Event("answer", done, total, {"of": who}))
     return tuple(Answer(*each) for each in zip(PROMPTS, answers["teacher"], answers["student"], strict=True))
+
+
+def _chat_prompt(tokenizer: Any, prompt: str) -> Any:
+    """A prompt as the chat template puts it, which writes BOS by itself; bare where there is none, or it fails."""
+    text, chatty = prompt, bool(getattr(tokenizer, "chat_template", None))
+    if chatty:
+        chat = [{"role": "user", "content": prompt}]
+        try:
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except Exception:  # a template is a program of whoever wrote the checkpoint
+            chatty = False
+    return tokenizer(text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=not chatty)
+
+
+def courtesy(job: RunContext, stage: str, make: Callable[[], T], otherwise: T) -> T:
+    """What `make` returns; where it fails, `otherwise` and a note, so that what was found before is not lost."""
+    try:
+        return make()
+    except Exception as error:
+        if cannot_write(error):
+            raise
+        job.watch(
+            Event(stage, 1, 1, {"note": f"left out: {type(error).__name__}: {' '.join(str(error).split())[:200]}"})
+        )
+        return otherwise
 
 
 def compare_speed(job: RunContext, teacher: Teacher, student: Any, variant: Student, aside: Path) -> SpeedChange:

@@ -17,9 +17,10 @@ from billhook.runs.recipe import EvalOptions, Recipe
 from billhook.runs.store import Store
 
 
-def run_environment(device: str) -> dict[str, Any]:
-    """Where a run is measured, and the folder that its paths start from. `device`: as a user names it."""
-    return asdict(environment(str(pick_device(device)))) | {"folder": str(Path.cwd())}
+def run_environment(device: str, store: Store) -> dict[str, Any]:
+    """Where a run is measured, the folder that its paths start from, and its store. `device`: as a user names it."""
+    places = {"folder": str(Path.cwd()), "store": str(store.path.resolve())}
+    return asdict(environment(str(pick_device(device)))) | places
 
 
 def store_and_watch(store: Store, run: str, watch: EventListener) -> EventListener:

@@ -6,31 +6,45 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from billhook.core.budget import parse_budgets
-from billhook.core.errors import FingerprintError, either
+from billhook.core.errors import FingerprintError, ResourceError, cannot_write, either, option, writing
 from billhook.core.events import EventListener
 from billhook.core.plan import Plan
+from billhook.core.plan_files import find_path
 from billhook.core.results.model import ExpectedSeconds, MemoryUse, WorkEstimate
-from billhook.core.results.run import RunData, RunResult
+from billhook.core.results.run import Answer, RunData, RunResult
 from billhook.core.results.stored import Run
+from billhook.data.choice_tasks import load_items
 from billhook.data.splits import halves
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.methods.export import Student, export_student
-from billhook.methods.export.checkpoint import check_target, publish, staging_folder
+from billhook.methods.export.target_folder import check_target, publish, staging_folder
 from billhook.models.device import free_memory
 from billhook.models.load import Teacher
 from billhook.models.surgery import apply
 from billhook.runs import evaluation
 from billhook.runs.choose_plan import choose_plan
 from billhook.runs.job import RunContext, store_and_watch
-from billhook.runs.prepare import NOTHING, counts_time, load_teacher, probe_of, problem_of, tokens_for, validate
+from billhook.runs.prepare import (
+    NOTHING,
+    counts_time,
+    load_teacher,
+    probe_of,
+    problem_of,
+    recovery_tokens,
+    tokens_for,
+    validate,
+)
 from billhook.runs.recipe import Recipe
-from billhook.runs.recovery import RecoveryResult, load_recovery_tokens, recovery_options, run_recoveries
+from billhook.runs.recovery import RecoveryResult, digest_of, load_recovery_tokens, recovery_options, run_recoveries
 from billhook.runs.result import Measured, Texts, run_result
 from billhook.runs.search import expected_losses
 from billhook.runs.store import Store
@@ -39,35 +53,43 @@ WriteReport = Callable[[RunResult, Path], None]  # writes the report of a result
 
 
 def run_pruning(
-    store: Store, run: Run, watch: EventListener, write_report: WriteReport, loaded: Mapping[str, Teacher] = NOTHING
+    store: Store,
+    run: Run,
+    watch: EventListener,
+    write_report: WriteReport,
+    loaded: Mapping[str, Teacher] = NOTHING,
+    *,
+    out: Path | None = None,
 ) -> RunResult:
     """Carry out a filed run, from its beginning or from where an earlier attempt left it. Returns its result.
 
-    `loaded`: models that need not be loaded, by name. Nothing appears at the run's `out` before everything in it is
-    proven.
+    `loaded`: models that need not be loaded, by name. `out`: another folder than the filed one, for the result. Nothing
+    appears there before everything in it is proven. Raises ResourceError where the disk takes no more, or the folder is
+    taken; what was found stays, and the run resumes from it.
     """
     job = RunContext(
         Recipe(**run.spec), store, run.id, Path(run.out), store_and_watch(store, run.id, watch), {}, loaded
     )
-    aside = staging_folder(job.out, job.run)
-    with store.lock(run.id):
-        finished = _finished(job)
-        if finished is not None:
-            store.update(run.id, state="done", result=finished.to_json())
-            return finished
+    again = either(f"call billhook.resume({run.id!r})", f"billhook prune --resume --run {run.id}")
+    with writing(f"go on: {again}"), store.lock(run.id):
+        if out is not None and out != job.out:
+            job = _moved(job, out)
         store.update(run.id, state="running")
-        shutil.rmtree(aside, ignore_errors=True)
         try:
-            result = _stages(job, run.fingerprints, aside, write_report)
-            shutil.rmtree(work_folder(job), ignore_errors=True)
+            result = _finished(job, write_report)
+            if result is None:
+                shutil.rmtree(staging_folder(job.out, job.run), ignore_errors=True)
+                result = _stages(job, run.fingerprints, write_report)
         except BaseException as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            if not isinstance(error, KeyboardInterrupt):
-                shutil.rmtree(work_folder(job), ignore_errors=True)
-            store.update(run.id, state="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            _sweep(job, interrupted=isinstance(error, KeyboardInterrupt))
+            store.end(run.id, error)
             raise
+        shutil.rmtree(work_folder(job), ignore_errors=True)
         store.update(run.id, state="done", result=result.to_json())
     return result
+
+
+# -- the folders of a run -------------------------------------------------------------------------------------------
 
 
 def work_folder(job: RunContext) -> Path:
@@ -75,17 +97,88 @@ def work_folder(job: RunContext) -> Path:
     return staging_folder(job.out, job.run).with_suffix(".recovery")
 
 
-def _finished(job: RunContext) -> RunResult | None:
-    """The result of a run that was killed after its folder was published and before the store knew."""
-    report = job.out / "report.json"
-    value = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
-    return RunResult.from_json(value) if value.get("run") == job.run else None
+def _beside(job: RunContext) -> Path:
+    """Where a result waits whose folder was taken meanwhile."""
+    return job.out.resolve().with_name(f"{job.out.resolve().name}-{job.run}")
 
 
-def _stages(job: RunContext, bound: dict[str, str], aside: Path, write_report: WriteReport) -> RunResult:
-    recipe = job.recipe
-    given_folder = Path(recipe.model).expanduser()
-    check_target(job.out, given_folder if given_folder.is_dir() else None)
+def _folders(job: RunContext) -> tuple[Path, Path, Path]:
+    return staging_folder(job.out, job.run), _beside(job), work_folder(job)
+
+
+def _moved(job: RunContext, out: Path) -> RunContext:
+    """The run with another folder for its result, beside which all that it has found is moved."""
+    check_target(out)
+    moved = replace(job, out=out)
+    for old, new in zip(_folders(job), _folders(moved), strict=True):
+        if old.exists():
+            new.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(old, new)
+    job.store.update(job.run, out=str(out))
+    return moved
+
+
+def _sweep(job: RunContext, *, interrupted: bool) -> None:
+    """Delete what an attempt left that nobody can use: an unfinished result, and, unless the run was only interrupted,
+    a work folder without a file."""
+    aside, work = staging_folder(job.out, job.run), work_folder(job)
+    if _result_in(aside, job.run) is None:
+        shutil.rmtree(aside, ignore_errors=True)
+    if not interrupted and not any(path.is_file() and path.suffix != ".partial" for path in work.rglob("*")):
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _result_in(folder: Path, run: str) -> RunResult | None:
+    """The result of a run that a folder holds; its report is written when all the rest is proven."""
+    try:
+        value = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return RunResult.from_json(value) if isinstance(value, dict) and value.get("run") == run else None
+
+
+def _finished(job: RunContext, write_report: WriteReport) -> RunResult | None:
+    """The result of a run that ended after its folder was complete and before the store knew, published if need be."""
+    result = _result_in(job.out, job.run)
+    if result is not None:
+        return result
+    for folder in _folders(job)[:2]:
+        result = _result_in(folder, job.run)
+        if result is not None:
+            result = replace(result, out=str(job.out))
+            write_report(result, folder)
+            _publish(job, folder)
+            return result
+    return None
+
+
+def _publish(job: RunContext, aside: Path) -> None:
+    """Give the result its name. Raises ResourceError where that is taken; then it stays beside it."""
+    try:
+        publish(aside, job.out)
+    except OSError as error:
+        if cannot_write(error):
+            raise
+        kept = _beside(job)
+        if aside != kept:
+            with suppress(OSError):
+                aside.rename(kept)
+        kept = kept if kept.exists() else aside
+        again = either(
+            f"billhook.resume({job.run!r}, out='FOLDER')", f"billhook prune --resume --run {job.run} --out FOLDER"
+        )
+        raise ResourceError(
+            f"{option('out', str(job.out))} was taken while the run worked ({error.strerror}). The result is complete, "
+            f"in {kept}. Put it elsewhere: {again}"
+        ) from error
+
+
+# -- the stages -----------------------------------------------------------------------------------------------------
+
+
+def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -> RunResult:
+    recipe, aside = job.recipe, staging_folder(job.out, job.run)
+    check_target(job.out, find_path(recipe.model))
     with job.stage("load"):
         teacher = load_teacher(recipe, job.watch, job.loaded)
         given = validate(recipe, teacher)
@@ -94,38 +187,40 @@ def _stages(job: RunContext, bound: dict[str, str], aside: Path, write_report: W
         check_target(job.out, teacher.folder, int(1.05 * teacher.anatomy.total("bytes")))
     with job.stage("calibrate"):
         calibration, held_out = tokens_for(recipe, teacher, job.watch, job)
-        _bind(job, bound, teacher, calibration)
         learn = load_recovery_tokens(job, teacher, held_out)
+        folded = recovery_tokens(recipe, teacher, job.watch) if recipe.fold_in_search and learn is None else learn
+        texts = {"tokens": calibration, "held-out text": held_out, "recovery text": folded}
+        _bind(job, bound, teacher, texts, given)
     with job.stage("search"):
         found = choose_plan(job, teacher, calibration, held_out, given)
         plan, proof_text = found.plan, test_text(recipe, held_out)
     got = RecoveryResult()
     if learn is not None:
         with job.stage("recover"):
-            texts = ({} if calibration.choices else {"calibration": calibration}) | {"held-out": proof_text}
-            got = run_recoveries(job, teacher, plan, learn=learn, texts=texts, work=work_folder(job))
+            proved = ({} if calibration.choices else {"calibration": calibration}) | {"held-out": proof_text}
+            got = run_recoveries(job, teacher, plan, learn=learn, texts=proved, work=work_folder(job))
     repair = got.repair
     with job.stage("apply"):
         student = apply(teacher, plan, stock=recipe.stock, repair=repair)
     with job.stage("evaluate"):
         perplexity = evaluation.compare_perplexity(job, teacher, plan, proof_text, repair)
         tasks = tuple(evaluation.task_accuracy(job, teacher, plan, file, repair) for file in task_files(recipe))
-        answers = () if streamed else evaluation.sample_answers(teacher, student, job.watch)
+        answering = partial(evaluation.sample_answers, teacher, student, job.watch)
+        unanswered: tuple[Answer, ...] = ()
+        answers = unanswered if streamed else evaluation.courtesy(job, "answer", answering, unanswered)
     with job.stage("save"):
         probe_row = calibration.rows[:1, : calibration.lengths[0]]
         whole = Student(student, teacher, plan, probe_row, repair, got.base, got.adapter, job.watch)
         export_student(recipe.writes if got.adapter is None else "adapter", whole, aside)
     with job.stage("speed"):
-        timed = None if streamed else evaluation.compare_speed(job, teacher, student, (plan, repair), aside)
+        timing = partial(evaluation.compare_speed, job, teacher, student, (plan, repair), aside)
+        timed = None if streamed else evaluation.courtesy(job, "speed", timing, None)
     with job.stage("report"):
         tokens, measured = Texts(calibration, held_out, proof_text), Measured(perplexity, tasks, timed, answers)
         result = run_result(job, teacher, student, texts=tokens, choice=found, recovered=got, measured=measured)
         write_report(result, aside)
-        publish(aside, job.out)
+        _publish(job, aside)
     return result
-
-
-# -- the stages -----------------------------------------------------------------------------------------------------
 
 
 def test_text(recipe: Recipe, held_out: TokenSet) -> TokenSet:
@@ -139,10 +234,22 @@ def task_files(recipe: Recipe) -> list[str]:
     return sorted({file for file in files if file is not None})
 
 
-def _bind(job: RunContext, bound: dict[str, str], teacher: Teacher, calibration: TokenSet) -> None:
-    """Tie the run to its model and tokens, or see that they are still the same."""
-    now = {"model": teacher.fingerprint, "tokens": calibration.hash}
-    changed = [name for name in now if bound and bound.get(name) != now[name]]
+def _bind(
+    job: RunContext, bound: dict[str, str], teacher: Teacher, texts: Mapping[str, TokenSet | None], given: Plan | None
+) -> None:
+    """Tie the run to all that decides its result, or see that it is still the same.
+
+    What an older Billhook did not file is not compared.
+    """
+    now = {"model": teacher.fingerprint, "plan": given.key() if given is not None else "searched"}
+    now |= {name: tokens.hash for name, tokens in texts.items() if tokens is not None}
+    for file in task_files(job.recipe):
+        now[f"task {file}"] = load_items(file, teacher, "evaluation", seed=job.recipe.seed).hash
+    settings = teacher.model.generation_config.to_dict() if teacher.model.generation_config is not None else {}
+    settings.pop("transformers_version", None)
+    now["chat template"] = digest_of(getattr(teacher.tokenizer, "chat_template", None))
+    now["generation settings"] = digest_of(settings)
+    changed = [name for name in now if bound.get(name, now[name]) != now[name]]
     if changed:
         raise FingerprintError(
             f"Run {job.run} was begun with another {' and other '.join(changed)}: the files have changed since. Begin "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from billhook.core.errors import UsageError, option
 from billhook.core.plan import Plan
-from billhook.core.registry import OptionValues, resolve_options
+from billhook.core.registry import OptionValues, resolve_options, wrong_return
 from billhook.core.results.run import RecoveryGain, RecoveryReport
 from billhook.core.statistics import exp_capped, paired_difference
 from billhook.data.splits import train_validation_split
@@ -47,6 +48,11 @@ class RecoveryResult:
 def recovery_options(recipe: Recipe) -> dict[str, OptionValues]:
     """The recoveries of a recipe in order, with their options. Raises UnknownName or UsageError."""
     methods = [RECOVERIES[name] for name in recipe.recoveries]
+    if recipe.recover_set and not methods:
+        raise UsageError(
+            f"{option('recover_set', recipe.recover_set)} goes with a recovery. Add {option('recover', 'fold')}, or "
+            "leave it out."
+        )
     options = dict(zip(recipe.recoveries, resolve_options(recipe.recover_set, *methods), strict=True))
     for own in options.values():
         TrainingOptions(**{name: value for name, value in own.items() if name in TRAINING_OPTIONS}).check()
@@ -83,25 +89,47 @@ def run_recoveries(
     reports: list[RecoveryReport] = []
     for number, (name, own) in enumerate(options.items(), 1):
         file, began = work / f"{number}-{name}.safetensors", time.perf_counter()
-        before, seconds = repair, file.with_suffix(".json")
-        if file.is_file() and seconds.is_file():
-            repair, took = read_repair(file), float(json.loads(seconds.read_text()))
+        before, about = repair, file.with_suffix(".json")
+        made_from = digest_of(
+            [teacher.fingerprint, teacher.compute_key, plan.to_list(), name, own, recipe.seed, learn.hash, repair.key()]
+        )
+        took = _seconds_of(about, made_from)
+        if took is not None and file.is_file():
+            repair = read_repair(file)
         else:
-            training = work / f"{number}-{name}"
+            training = work / f"{number}-{name}-{made_from}"
             training.mkdir(exist_ok=True)
             subject = RecoveryTask(teacher, plan, repair, recipe.memory_bytes, recipe.seed, training, job.watch)
-            repair = RECOVERIES[name](subject, train, valid, **own).cast_through(teacher.dtype)
+            fresh = RECOVERIES[name](subject, train, valid, **own)
+            if not isinstance(fresh, Repair):
+                raise wrong_return("recovery", name, "a Repair", fresh)
+            repair = fresh.cast_through(teacher.dtype)
             took = round(time.perf_counter() - began, 1)
-            seconds.write_text(json.dumps(took))
             if (training / ADAPTER).is_dir():
                 shutil.rmtree(work / ADAPTER, ignore_errors=True)
                 (training / ADAPTER).rename(work / ADAPTER)
+            about.unlink(missing_ok=True)
             repair.save(file)
+            about.write_text(json.dumps({"seconds": took, "made_from": made_from}))
             shutil.rmtree(training)
         gains = {text: _measure_gain(job, teacher, plan, (before, repair), tokens) for text, tokens in texts.items()}
         reports.append(RecoveryReport(name, own, took, repair.parameters(), train.tokens, train.source, gains))
     apart = work / ADAPTER if (work / ADAPTER).is_dir() else None
     return RecoveryResult(repair, tuple(reports), before if apart else None, apart, learn.digests)
+
+
+def digest_of(value: object) -> str:
+    """16 hex digits of a plain value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _seconds_of(about: Path, made_from: str) -> float | None:
+    """How long a finished recovery took; None where there is none, or it was made from something else."""
+    try:
+        value = json.loads(about.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return float(value["seconds"]) if isinstance(value, dict) and value.get("made_from") == made_from else None
 
 
 def _measure_gain(

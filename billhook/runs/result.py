@@ -69,7 +69,7 @@ def run_result(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         out=str(job.out),
         checkpoint=student.config.model_type,
-        reasons=run_reasons(recipe, teacher, student, texts.calibration, recovered),
+        reasons=run_reasons(recipe, teacher, student, texts.calibration, recovered) + left_out(teacher, measured),
         model=model_info(teacher),
         anatomy=teacher.anatomy,
         already_removed=teacher.removed_earlier,
@@ -118,6 +118,12 @@ def run_reasons(
         "calibrated_on_text_alone": alone,
     }
     return tuple(reason for reason, so in holds.items() if so)
+
+
+def left_out(teacher: Teacher, measured: Measured) -> tuple[RunReason, ...]:
+    """What could not be made of a model that is in memory."""
+    missing: dict[RunReason, bool] = {"no_answers": not measured.answers, "no_speed": measured.speed is None}
+    return tuple(name for name, so in missing.items() if so and teacher.weights is None)
 
 
 def model_info(teacher: Teacher) -> ModelInfo:

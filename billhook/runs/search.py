@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
 
 from billhook.core.budget import UNITS, Budget
+from billhook.core.errors import PlanError
 from billhook.core.events import Event, EventValue
-from billhook.core.plan import MeasureRequest, Plan, Site
+from billhook.core.plan import MeasureRequest, Plan, Site, shorten
 from billhook.core.problem import Problem, format_unit, parse_unit
-from billhook.core.registry import OptionValues, resolve_options
+from billhook.core.registry import OptionValues, resolve_options, wrong_return
 from billhook.core.results.cache_keys import ScoresKey
 from billhook.core.results.measured import Loss
 from billhook.engine.probe import Probe
-from billhook.methods.metrics import GROUP_METRICS, METRICS
+from billhook.methods.metrics import GROUP_METRICS, METRICS, group_metric_scores, metric_scores
 from billhook.methods.search import SEARCHES, Search, drive, estimate_losses, lowest_full, narrows
 from billhook.runs.executor import Executor, OnProgress, RefitExecutor
 from billhook.runs.job import RunContext
@@ -50,10 +51,11 @@ def compute_scores(job: RunContext, probe: Probe) -> ScoreFields:
 
     def compute() -> OptionValues:
         job.watch(Event("score", 0, None, {"metric": metric}))
-        scores = metric_of(recipe)(probe, **options)
         if narrows(recipe.search):
-            return {str(site): values.tolist() for site, values in scores.items()}
-        return {format_unit(unit): score.value for unit, score in scores.items()}
+            return {
+                str(site): values.tolist() for site, values in group_metric_scores(metric, probe, **options).items()
+            }
+        return {format_unit(unit): score.value for unit, score in metric_scores(metric, probe, **options).items()}
 
     teacher = probe.teacher
     key = ScoresKey(teacher.fingerprint, metric, options, probe.tokens.hash, probe.loss, teacher.compute_key)
@@ -70,8 +72,37 @@ def search_of(recipe: Recipe, problem: Problem) -> Search:
 
 def run_search(job: RunContext, problem: Problem, measure: Executor | RefitExecutor) -> list[Plan]:
     """The path of the recipe's search on one problem."""
-    total = expected_losses(job.recipe, problem)
-    return drive(search_of(job.recipe, problem), partial(_round, job, problem, measure, total))
+    total, name = expected_losses(job.recipe, problem), job.recipe.search
+    steps = _checked_requests(name, search_of(job.recipe, problem))
+    path = drive(steps, partial(_round, job, problem, measure, total))
+    try:
+        problem.anatomy.check(path[-1], problem.protected)
+    except PlanError as error:
+        raise wrong_return("search", name, PATH, f"a plan that is refused: {error}") from error
+    if not problem.is_met(path[-1]):
+        raise wrong_return("search", name, PATH, f"one that ends with {shorten(str(path[-1]))}")
+    return path
+
+
+PATH = "a list of plans, of which the last meets the budgets and keeps what is protected or not counted"
+
+
+def _checked_requests(name: str, steps: Search) -> Search:
+    """The steps of a search, as long as they are what a search yields and returns."""
+    if not isinstance(steps, Generator):
+        raise wrong_return("search", name, f"a generator of MeasureRequest that returns {PATH}", steps)
+    answer: list[Loss] | None = None
+    while True:
+        try:
+            request = steps.send(answer)  # type: ignore[arg-type]
+        except StopIteration as end:
+            path: list[Plan] = end.value
+            if not isinstance(path, list) or not path or not all(isinstance(plan, Plan) for plan in path):
+                raise wrong_return("search", name, PATH, path if path else f"{path!r}") from end
+            return path
+        if not isinstance(request, MeasureRequest) or not all(isinstance(plan, Plan) for plan in request.plans):
+            raise wrong_return("search", name, "a generator that yields MeasureRequest of plans", request)
+        answer = yield request
 
 
 # -- progress -------------------------------------------------------------------------------------------------------

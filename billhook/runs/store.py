@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from billhook.core.errors import RunError, UsageError, nearest, option
+from billhook.core.errors import ResourceError, RunError, UsageError, cannot_write, nearest, option
 from billhook.core.events import Event
 from billhook.core.plan import Plan
+from billhook.core.plan_files import find_path
 from billhook.core.results.cache_keys import CacheKey, FactKey, LossKey, PlanLossKey
 from billhook.core.results.measured import Loss
 from billhook.core.results.specs import PRUNE
 from billhook.core.results.stored import Run, RunState, StoredEvent, former_kind
-from billhook.models.device import resource_use
+from billhook.models.device import hold_file, is_held, resource_use
 
 T = TypeVar("T")
 
 STORE = "billhook.db"
-
 EVENT_SECONDS = 1.0  # between two writes of a run's events
 
 
@@ -95,8 +94,6 @@ def _add_event_values(db: sqlite3.Connection) -> None:
 
 
 MIGRATIONS = (_create_tables, _create_pieces, _create_facts, _add_kind, _add_event_values)
-
-
 _LOSS_KEY = "model = ? AND tokens = ? AND loss = ? AND dtype = ? AND treatment = ? AND plan = ?"
 
 
@@ -113,13 +110,14 @@ class Store:
         `clock`: seconds since 1970, for events.
         Raises UsageError for a file that is no store, or one of a newer Billhook.
         """
-        self.path, self._clock = path, clock
-        self._pending: dict[
-            tuple[str, str], tuple[float, str, Event]
-        ] = {}  # the last event of a stage, not yet written
+        self._pending: dict[tuple[str, str], tuple[float, str, Event]] = {}  # the last of a stage, not yet written
         self._written: dict[str, float] = {}  # when a run's events were
-        if read_only and not path.is_file():
+        path = (find_path("~") or Path()) / str(path)[2:] if str(path).startswith("~/") else path
+        if str(path) == ":memory:":
+            raise UsageError(f"{option('store', ':memory:')} would keep nothing. Give a file, such as {STORE}.")
+        if read_only and ((found := find_path(path)) is None or not found.is_file()):
             raise UsageError(f"There is no store {path}. Give the file that prune wrote: {option('store', 'FILE')}.")
+        self.path, self._clock = path, clock
         try:
             if read_only:
                 self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)
@@ -130,13 +128,15 @@ class Store:
                 self._db.execute("PRAGMA foreign_keys = ON")
             self._db.row_factory = sqlite3.Row
             self._check_version(read_only)
-        except (sqlite3.DatabaseError, OSError) as error:
-            raise UsageError(
+        except (sqlite3.DatabaseError, OSError, ValueError) as error:
+            kind = ResourceError if cannot_write(error) else UsageError
+            raise kind(
                 f"{option('store', str(path))} cannot be used ({error}). Give another file, or move this one."
             ) from error
 
     def close(self) -> None:
-        self._flush_events()
+        with suppress(sqlite3.Error):  # the last events of a run whose disk is full
+            self._flush_events()
         self._db.close()
 
     def _check_version(self, read_only: bool) -> None:
@@ -186,16 +186,22 @@ class Store:
 
     def runs(self) -> list[Run]:
         """All runs, the newest first."""
-        return [_run(row) for row in self._db.execute("SELECT * FROM runs ORDER BY created DESC, rowid DESC")]
+        return [self._now(row) for row in self._db.execute("SELECT * FROM runs ORDER BY created DESC, rowid DESC")]
 
     def run(self, run: str) -> Run:
         """One run by its id. Raises RunError with the nearest one."""
         row = self._db.execute("SELECT * FROM runs WHERE id = ?", (run,)).fetchone()
         if row:
-            return _run(row)
+            return self._now(row)
         near = nearest(run, [r.id for r in self.runs()])
         guess = f" Did you mean {near}?" if near else ""
         raise RunError(f"There is no run {run!r} in {self.path}.{guess} `billhook runs` lists them.")
+
+    def _now(self, row: sqlite3.Row) -> Run:
+        """A run as it is: a study or an evaluation that is filed as running, and that no process holds, was killed."""
+        run = _run(row)
+        killed = run.state == "running" and run.kind != PRUNE and self.free(run.id)
+        return replace(run, state="interrupted") if killed else run
 
     def update(
         self,
@@ -204,30 +210,29 @@ class Store:
         state: RunState | None = None,
         fingerprints: Mapping[str, str] | None = None,
         result: Mapping[str, Any] | None = None,
+        out: str | None = None,
     ) -> None:
         """Set what is given of a run."""
         self._flush_events()
-        texts = {"state": state, "bound": _text(fingerprints), "result": _text(result)}
+        values = {"bound": fingerprints, "result": result}  # in their order, which tables follow
+        texts = {"state": state, "out": out} | {n: json.dumps(v) for n, v in values.items() if v is not None}
         given = {column: text for column, text in texts.items() if text is not None}
         with self._write():
             columns = ", ".join(f"{column} = ?" for column in given)
             self._db.execute(f"UPDATE runs SET {columns} WHERE id = ?", (*given.values(), run))
 
+    def _lock_file(self, run: str) -> Path:
+        return self.path.with_name(f"{self.path.name}-{run}.lock")
+
     @contextmanager
     def lock(self, run: str) -> Iterator[None]:
         """Hold a run for this process: a locked file, which dies with the process. Raises RunError if it is held."""
-        path = self.path.with_name(f"{self.path.name}-{run}.lock")
-        with path.open("w") as file:
+        with ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-                    raise OSError("the lock was just taken over")
-            except OSError as error:
+                held.enter_context(hold_file(self._lock_file(run)))
+            except BlockingIOError as error:
                 raise RunError(f"Another process works on run {run}. Wait for it, or stop it first.") from error
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)  # while it is still locked: whoever opened it meanwhile sees it is gone
+            yield
 
     @contextmanager
     def lock_and_track(self, run: str) -> Iterator[None]:
@@ -236,16 +241,17 @@ class Store:
             try:
                 yield
             except BaseException as error:
-                self.update(run, state="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                self.end(run, error)
                 raise
+
+    def end(self, run: str, error: BaseException) -> None:
+        """Store that an error ended a run; where the disk takes nothing, the run is found to be interrupted."""
+        with suppress(sqlite3.Error):
+            self.update(run, state="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
 
     def free(self, run: str) -> bool:
         """Whether no process holds the run."""
-        try:
-            with self.lock(run):
-                return True
-        except RunError:
-            return False
+        return not is_held(self._lock_file(run))
 
     # -- measurements -----------------------------------------------------------------------------------------------
 
@@ -388,11 +394,6 @@ def _run(row: sqlite3.Row) -> Run:
         json.loads(row["recipe"]), environment, json.loads(row["bound"]),
         None if row["result"] is None else json.loads(row["result"]),
     )  # fmt: skip
-
-
-def _text(value: Mapping[str, Any] | None) -> str | None:
-    """JSON that keeps its order, which tables follow."""
-    return None if value is None else json.dumps(value)
 
 
 def _json(value: Any) -> str:

@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from billhook.core.errors import ResultError, RunError, either
+from billhook.core.errors import ResourceError, ResultError, RunError, cannot_write, either, option, writing
 from billhook.core.events import EventListener
 from billhook.core.results.json_form import PagedResult, Result
 from billhook.core.results.specs import PRUNE, RunSpec
 from billhook.core.results.stored import Run, read_result
-from billhook.methods.export.checkpoint import check_target, publish, staging_folder
+from billhook.methods.export.target_folder import check_target, named_folder, publish, staging_folder
 from billhook.models.load import Teacher
 from billhook.report.pages import page_of
 from billhook.runs.job import EvalContext, run_environment, store_and_watch
-from billhook.runs.prepare import NOTHING, load_teacher
+from billhook.runs.prepare import NOTHING, find_model, load_teacher
 from billhook.runs.recipe import EvalOptions, Recipe
 from billhook.runs.store import STORE, Store
 from billhook.studies.trials import StudyContext
@@ -53,7 +53,8 @@ def open_study(
     loaded: Mapping[str, Teacher] = NOTHING,
 ) -> Iterator[tuple[StudyContext, Path]]:
     """A run of the store, the loaded teacher, and the folder that will hold page and table."""
-    with open_run(spec, recipe, store, out, watch, loaded=loaded) as job:
+    folder = None if out is None else named_folder(out)
+    with open_run(spec, recipe, store, folder, watch, loaded=loaded) as job:
         yield StudyContext(job.store, job.run, load_teacher(recipe, job.watch, loaded), job.watch), job.out
 
 
@@ -72,7 +73,10 @@ def open_run(
     `out`: the folder that will hold page and table, `NO_FOLDER`, or None for one of the run's own. The caller stores
     the result.
     """
-    where = str(out) if out is not None else str(Path("studies") / "{run}")
+    if out is not None and out != NO_FOLDER:
+        check_target(named_folder(out))
+    find_model(options, loaded, watch)
+    where = str(out) if out == NO_FOLDER else str(named_folder(out if out is not None else Path("studies") / "{run}"))
     with begin_run(spec, options.device, store, where) as (opened, run):
         folder = Path(opened.run(run).out)
         if where != NO_FOLDER:
@@ -83,8 +87,8 @@ def open_run(
 @contextmanager
 def begin_run(spec: RunSpec, device: str, store: Path, out: str) -> Iterator[tuple[Store, str]]:
     """The store, and a new run of it that this process holds, and that is done when the block ends."""
-    with closing(Store(store)) as opened:
-        run = opened.new_run(spec.kind, spec.to_json(), run_environment(device), out)
+    with writing(), closing(Store(store)) as opened:
+        run = opened.new_run(spec.kind, spec.to_json(), run_environment(device, opened), out)
         with opened.lock_and_track(run):
             yield opened, run
             assert opened.run(run).result is not None, "every kind of run stores the whole of its result"
@@ -92,23 +96,36 @@ def begin_run(spec: RunSpec, device: str, store: Path, out: str) -> Iterator[tup
 
 
 def write_study(result: R, folder: Path, store: Store, run: str) -> R:
-    """Write a result and its page, whole or not at all, and store it; returns it with the place of the page."""
-    result = _write_page(result, folder)
-    store.update(run, result=result.to_json())
-    return result
+    """Store a result and write its page, whole or not at all; returns it with the place of the page.
 
-
-def _write_page(result: R, folder: Path) -> R:
+    Raises ResourceError where the folder was taken meanwhile: then the page stays beside it.
+    """
     if isinstance(result, PagedResult):
         result = replace(result, page=str(folder / PAGE))
-    html = page_of(result.kind)(result)
-    aside = staging_folder(folder, "study")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    (aside / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
-    (aside / PAGE).write_text(html, encoding="utf-8")
-    publish(aside, folder)
+    store.update(run, result=result.to_json())
+    _write_page(result, folder, run)
     return result
+
+
+def _write_page(result: Result, folder: Path, run: str) -> None:
+    html, aside = page_of(result.kind)(result), staging_folder(folder, run)
+    aside.mkdir(parents=True)
+    try:
+        (aside / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+        (aside / PAGE).write_text(html, encoding="utf-8")
+        publish(aside, folder)
+    except OSError as error:
+        if cannot_write(error):
+            raise
+        kept = folder.resolve().with_name(f"{folder.resolve().name}-{run}")
+        aside.rename(kept)
+        again = either(f"billhook.make_report({run!r}, out='FOLDER')", f"billhook report {run} --out FOLDER")
+        raise ResourceError(
+            f"{option('out', str(folder))} was taken while the run worked ({error.strerror}). The page is in {kept}. "
+            f"Write it elsewhere: {again}"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def make_report(run: str, *, out: str | Path | None = None, store: str | Path = STORE) -> Path:
@@ -135,7 +152,10 @@ def make_report(run: str, *, out: str | Path | None = None, store: str | Path = 
             f"Billhook 0.1 stored the result of run {run}, and this Billhook makes no page of it. Run the command "
             f"again ({again}), or read what the store says: {look}."
         )
-    folder = Path(out) if out is not None else Path("reports") / run
-    check_target(folder, None)
-    _write_page(result, folder)
+    folder = named_folder(out if out is not None else Path("reports") / run)
+    check_target(folder)
+    if isinstance(result, PagedResult):
+        result = replace(result, page=str(folder / PAGE))
+    with writing():
+        _write_page(result, folder, run)
     return folder / PAGE

@@ -274,7 +274,7 @@ def test_help_is_fast() -> None:
         (("prune", "MODEL", "--remove", "25"), 2, "has no unit"),
         (("prune", "MODEL", "--recipe", "none.yaml"), 2, "There is no recipe none.yaml"),
         (("prune", "MODEL", "--remove", "1sites", "--run", "r1"), 2, "--run r1 goes with --resume"),
-        (("prune", "--resume", "--store", "none.db", "--out", "x"), 2, "--out belongs to a new run"),
+        (("prune", "MODEL", "--remove", "1sites", "--out", "-"), 2, "--out - names no folder"),
         (("prune", "--resume", "--store", "none.db", "--dry-run"), 2, "Leave one of them out"),
         (("prune", "--resume", "--store", "none.db"), 2, "There is no store none.db"),
         (("prune", "MODEL", "--remove", "99sites"), 2, "cannot be met"),

@@ -16,8 +16,9 @@ from made_studies import OURS, a_stability, a_sweep, a_threshold, a_transfer, na
 from billhook.cli import session
 from billhook.core.plan import Plan
 from billhook.core.results.json_form import PagedResult
+from billhook.core.results.measured import Estimate
 from billhook.core.results.studies import RefusedTrial, StudentOutcome, SweepResult
-from billhook.report import numbers, study_pages, study_words
+from billhook.report import compare_words, curves, numbers, study_pages, study_words
 from billhook.report.curves import looks_of
 from billhook.report.threshold_page import threshold_page
 
@@ -102,6 +103,51 @@ def test_the_table_of_a_sweep_has_every_row_and_number(name: str) -> None:
         for cell, want in zip(line, wanted, strict=True):
             assert want is None or cell == want
         assert line[1].rpartition("+")[2] == trial.data.rpartition("/")[2]
+
+
+def narrowed_sweep() -> SweepResult:
+    """A sweep whose first recipe narrows four sites, and removes none."""
+    result = a_sweep(1, FEW, ("25%sites",), ("wiki.jsonl",))
+    plan = Plan.parse([f"attention.{block}[0-1]" for block in range(3)] + ["mlp.4[0-7]"])
+    return replace(result, trials=tuple(replace(t, plan=plan) if t.recipe == FEW[0] else t for t in result.trials))
+
+
+def test_narrowed_sites_are_counted_and_their_time_is_not_known() -> None:
+    result = narrowed_sweep()
+    trial = next(t for t in result.trials if t.plan.narrowed)
+    assert study_words.known_fraction(result, trial, "ns_per_token") is None
+    assert study_words.known_fraction(result, trial, "parameters") is not None
+    page = study_pages.sweep_page(result)
+    assert '<td data-sort="0">0<small>3 narrowed</small></td><td data-sort="0">0<small>1 narrowed</small></td>' in page
+    assert '<td data-sort="2">–</td>' in page
+    assert curves.numbers_of(result, curves.looks_of(FEW))["lines"][0]["points"][0]["left"]["ns_per_token"] is None  # type: ignore[index]
+
+
+def test_a_headline_names_those_that_tie() -> None:
+    result = a_sweep(1, FEW, ("25%sites",), ("wiki.jsonl",))
+    zero = Estimate(0.0, 0.0, 0.0, 40, 38, True, "")
+    tied = []
+    for trial in result.trials:
+        on = trial.results["wiki.jsonl"]
+        gap = zero if trial.recipe in FEW[:2] else replace(zero, value=1.0, low=0.5, high=1.5)
+        tied.append(replace(trial, results={**trial.results, "wiki.jsonl": replace(on, above_best=gap)}))
+    headline = study_words.sweep_headline(replace(result, trials=tuple(tied)))
+    assert headline == f"{FEW[0]} and {FEW[1]} have the same perplexity, the lowest."
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "ratio", "words"),
+    [
+        (390.0, 320.0, (1.16, 1.10, 1.21), "×0.82 (×0.82–×1.21), noise"),
+        (320.0, 390.0, (1.20, 1.15, 1.25), "×1.22 (×1.15–×1.25)"),
+        (320.0, 330.0, (1.02, 0.95, 1.09), "×1.03 (×0.95–×1.09), noise"),
+    ],
+)
+def test_speed_is_compared_by_the_medians_that_are_shown(
+    first: float, second: float, ratio: tuple[float, float, float], words: str
+) -> None:
+    of = [Estimate(value, value, value, 9, 9, True, "") for value in (first, second)]
+    assert compare_words.speed_change(*of, Estimate(*ratio, 9, 9, True, "")) == words
 
 
 def test_the_rows_are_in_order_of_size_calibration_and_loss() -> None:

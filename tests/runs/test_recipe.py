@@ -73,7 +73,7 @@ def test_fields_that_are_left_out_are_those_of_our_recipe_of_whole_sites() -> No
     ],
 )
 def test_what_is_asked_decides_the_default(given: dict[str, Any], recipe: str | None) -> None:
-    assert default_recipe(given) == recipe
+    assert default_recipe(given) == (recipe and Path(recipe))
 
 
 @pytest.mark.parametrize(

@@ -355,3 +355,17 @@ def test_a_write_that_an_interrupt_left_open_is_undone_and_the_next_one_counts(t
     store.update(run, state="interrupted")
     other = Store(tmp_path / "runs.db")
     assert (other.run(run).state, other.run(run).out) == ("interrupted", f"out/{run}")
+
+
+def test_a_run_that_was_killed_is_interrupted_and_leaves_no_lock(tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    with closing(Store(path)) as store:
+        run = store.new_run("sweep", {}, {}, "out")
+        with store.lock(run):
+            assert store.run(run).state == "running"
+            held = (tmp_path / f"runs.db-{run}.lock").stat().st_ino
+        assert held
+        (tmp_path / f"runs.db-{run}.lock").touch()  # SIGKILL leaves it, unlocked
+    with closing(Store(path, read_only=True)) as store:
+        assert [each.state for each in store.runs()] == ["interrupted"]
+    assert not list(tmp_path.glob("*.lock"))

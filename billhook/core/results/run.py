@@ -21,7 +21,7 @@ from billhook.core.results.measured import (
 
 Phase = Literal["prefill", "decode"]
 
-RunReason = Literal["zeroed", "streamed", "adapter_beside", "calibrated_on_text_alone"]
+RunReason = Literal["zeroed", "streamed", "adapter_beside", "calibrated_on_text_alone", "no_answers", "no_speed"]
 
 # -- facts of a model, and of a plan ----------------------------------------------------------------------------------
 

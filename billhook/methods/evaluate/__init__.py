@@ -11,7 +11,7 @@ import torch
 
 from billhook.core.errors import ResourceError, UsageError, option
 from billhook.core.events import EventListener, ignore_events
-from billhook.core.registry import Registry, resolve_options
+from billhook.core.registry import Registry, resolve_options, wrong_return
 from billhook.core.results.measured import EvalResult
 from billhook.data.token_sets import TokenSet
 from billhook.models.load import Teacher
@@ -33,6 +33,8 @@ def run_evaluation(
     parameters = inspect.signature(function).parameters
     progress = {key: value for key, value in {"watch": watch, "who": who}.items() if key in parameters}
     result = function(model, eval_set, **progress, **options)
+    if not isinstance(result, EvalResult):
+        raise wrong_return("evaluation", name, "an EvalResult", result)
     sizes = len(result.sums), len(result.counts), len(result.clusters)
     if not sizes[0] or len(set(sizes)) > 1:
         raise UsageError(

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.results.measured import EvalResult
+from billhook.data.generated import generating_by
 from billhook.data.generation_tasks import GenerationPrompts
 from billhook.methods.evaluate import evaluation
 
@@ -86,6 +87,7 @@ def generate_answers(
     tokens, tokenizer = prompts.tokens, prompts.tokenizer
     end = tokenizer.eos_token_id
     fill = next((token for token in (tokenizer.pad_token_id, end) if token is not None), 0)
+    plain = GenerationConfig(max_new_tokens=prompts.new_tokens, do_sample=False, eos_token_id=end, pad_token_id=fill)
     answers, done = [""] * len(tokens.lengths), 0
     for rows in _batches(tokens.lengths, prompts.new_tokens, batch_positions):
         longest = max(tokens.lengths[row] for row in rows)
@@ -95,11 +97,11 @@ def generate_answers(
             length = tokens.lengths[row]
             ids[i, longest - length :] = tokens.rows[row, :length]
             mask[i, longest - length :] = 1
-        outputs = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=prompts.new_tokens,
-            do_sample=False, eos_token_id=end, pad_token_id=fill,
-            stopping_criteria=StoppingCriteriaList([_stopped(tokenizer, longest, stops)]),
-        )  # fmt: skip
+        with generating_by(model, plain):
+            outputs = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+                stopping_criteria=StoppingCriteriaList([_stopped(tokenizer, longest, stops)]),
+            )  # fmt: skip
         for row, new in zip(rows, outputs[:, longest:].tolist(), strict=True):
             answer = new[: new.index(end)] if end in new else new
             answers[row] = truncate_at_stop(tokenizer.decode(answer, skip_special_tokens=False), stops)

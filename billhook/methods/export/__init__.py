@@ -17,7 +17,7 @@ import torch
 from billhook.core.errors import PlanError
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.plan import Plan
-from billhook.core.registry import RegistryWithFacts
+from billhook.core.registry import RegistryWithFacts, wrong_return
 from billhook.models.load import Teacher
 from billhook.models.repair import NO_REPAIR, Repair
 
@@ -129,7 +129,11 @@ def export_student(name: str, student: Student, folder: Path, **options: Any) ->
     function = EXPORTS[name]
     check_expressible(name, student.teacher, student.plan, student.repair)
     try:
-        return function(student, folder, **options)
+        exported = function(student, folder, **options)
+        if not isinstance(exported, Exported) or not folder.is_dir():
+            got = exported if folder.is_dir() else f"{type(exported).__name__} without the folder"
+            raise wrong_return("export", name, "an Exported, and write the folder", got)
+        return exported
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

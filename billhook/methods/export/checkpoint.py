@@ -13,10 +13,11 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 
-from billhook.core.errors import BillhookError, ModelError, ResourceError, UsageError, option
+from billhook.core.errors import BillhookError, ModelError, option
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Plan
 from billhook.engine.probe import logits
+from billhook.methods.export.target_folder import check_target, publish, staging_folder
 from billhook.models import architectures, checks, modeling_billhook
 from billhook.models.device import dtype_name
 from billhook.models.load import Teacher, load
@@ -27,40 +28,6 @@ from billhook.models.transformers_internals import names_on_disk, tied_names
 
 SHARD_BYTES = 4 * 10**9
 COPY_BYTES = 3 * 10**8  # of a shard of a model that is never in memory as a whole
-
-
-def check_target(folder: Path, source: Path | None = None, needed_bytes: int = 0) -> None:
-    """Raises UsageError or ResourceError unless a checkpoint can be written to `folder`."""
-    if source is not None and source.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(f"{option('out', str(folder))} is the input model's own folder. Choose another one.")
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        what = "is a file" if folder.is_file() else "is not empty"
-        raise UsageError(
-            f"{option('out', str(folder))} {what}. Choose a folder that is not there yet, such as {folder}-pruned."
-        )
-    parent = folder.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
-    probe = parent / f".billhook-{folder.name}"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(
-            f"{option('out', str(folder))} cannot be written ({error.strerror}). Choose another folder."
-        ) from error
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes:
-        raise ResourceError(
-            f"{option('out', str(folder))} needs {needed_bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB "
-            "left. Free some "
-            "space, or choose a folder on another disk."
-        )
-
-
-def staging_folder(folder: Path, run: str) -> Path:
-    """Where a folder is built before it appears; a run finds what an earlier attempt of its own left there."""
-    return folder.resolve().with_name(f".{folder.resolve().name}.{run}.partial")
 
 
 def save(
@@ -92,13 +59,6 @@ def save(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return sorted(target.iterdir())
-
-
-def publish(aside: Path, target: Path) -> None:
-    """Give a finished folder its name. An empty folder may stand there; anything else is kept and raises OSError."""
-    if target.exists():
-        target.rmdir()
-    aside.rename(target)
 
 
 def write_checkpoint(

@@ -6,11 +6,17 @@ site, a block by its position, or a run of blocks. `probe.losses` measures plans
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from billhook.core.errors import UsageError, option
+from billhook.core.plan import Site
 from billhook.core.problem import ScoredUnit
-from billhook.core.registry import Registry
+from billhook.core.registry import Registry, wrong_return
 from billhook.core.results.measured import Score
 from billhook.engine.channel_statistics import GroupValues
 from billhook.engine.probe import Probe
@@ -22,6 +28,37 @@ metric = METRICS.add
 # (probe, **options) -> {site: scores of its channel groups, [groups] in float64}
 GROUP_METRICS: Registry[Callable[..., GroupValues]] = Registry("metric of channel groups", "group_metric")
 group_metric = GROUP_METRICS.add
+
+
+def metric_scores(name: str, probe: Probe, **options: Any) -> dict[ScoredUnit, Score]:
+    """Return the scores of a metric by name. Raises UsageError unless they are what a metric returns."""
+    scores = METRICS[name](probe, **options)
+    wanted = "a dict of Score by site, block or (first, last) block"
+    if not isinstance(scores, dict):
+        raise wrong_return("metric", name, wanted, scores)
+    for unit, score in scores.items():
+        pair = isinstance(unit, tuple) and len(unit) == 2 and all(type(block) is int for block in unit)
+        if not isinstance(unit, Site) and type(unit) is not int and not pair:
+            raise wrong_return("metric", name, wanted, f"a key {reprlib.repr(unit)}")
+        if not isinstance(score, Score) or not isinstance(score.value, float | int) or not math.isfinite(score.value):
+            raise wrong_return("metric", name, wanted, f"{reprlib.repr(score)} for {unit}")
+    return scores
+
+
+def group_metric_scores(name: str, probe: Probe, **options: Any) -> GroupValues:
+    """Return the scores of a metric of channel groups by name. Raises UsageError unless it returns such."""
+    scores = GROUP_METRICS[name](probe, **options)
+    wanted = "a dict with a tensor for each site, one finite number for each channel group"
+    if not isinstance(scores, dict):
+        raise wrong_return("metric", name, wanted, scores)
+    groups = {size.site: len(size.groups) for size in probe.teacher.anatomy.sites}
+    for site, values in scores.items():
+        if site not in groups:
+            raise wrong_return("metric", name, wanted, f"a key {reprlib.repr(site)}")
+        if not isinstance(values, torch.Tensor) or values.shape != (groups[site],) or not bool(values.isfinite().all()):
+            shape = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+            raise wrong_return("metric", name, wanted, f"{shape} for {site}, which has {groups[site]} groups")
+    return scores
 
 
 def require_task(probe: Probe) -> Probe:
