@@ -22,7 +22,7 @@ from billhook.core.plan import PARTS, Part, Plan, Site, format_ranges, parse_ran
 from billhook.core.results.json_form import JsonObject
 from billhook.models import architectures
 from billhook.models.modeling_billhook import pruned_classes, skipped_parts
-from billhook.models.transformers_internals import LAYER_PATTERNS, stock_classes
+from billhook.models.transformers_internals import stock_classes
 
 MANIFEST = "billhook.json"  # beside the weights of every checkpoint that Billhook writes
 
@@ -31,14 +31,13 @@ def register() -> None:
     """Teach transformers the model types that Billhook writes, so that they load without trust_remote_code."""
     for model_type in architectures.ARCHITECTURES:
         try:
-            config_class, model_class = pruned_classes(*stock_classes(model_type))
+            config_class = pruned_classes(stock_classes(model_type)[0])["AutoConfig"]
         except (ValueError, KeyError) as error:
             raise ModelError(
                 f"There is a row for the architecture {model_type}, and transformers {transformers.__version__} knows "
                 "no causal language model of that type. Upgrade transformers, or uninstall the package that adds it."
             ) from error
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        transformers.AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,48 +141,6 @@ def write_config(config: Any, pruned: PrunedConfig, path: str, parts: Mapping[st
     told |= {"blocks_path": path, "parts": parts} | ({"narrow": modules} if modules else {})
     if pruned.patches:
         told["patches"] = {f"{s.part}.{pruned.index(s)}": dict(each) for s, each in sorted(pruned.patches.items())}
-
-
-def student_text(raw: JsonObject, teacher: Any, student: Any) -> JsonObject:
-    """Return the config.json of a student: `raw`, its teacher's, in which nothing differs but what pruning changed.
-
-    `teacher`, `student`: their configs. A key keeps the name under which `raw` has it. What `raw` leaves to be derived
-    is added only where it would be derived wrongly now.
-    """
-    given, before, after = _as_json(_parsed(teacher, raw)), _as_json(teacher), _as_json(student)
-    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    text = copy.deepcopy(raw)
-    text.pop("auto_map", None)  # names code that the student does not carry
-
-    def say(name: str, spelling: str) -> None:
-        if after.get(name) is None:
-            text.pop(spelling, None)
-        else:
-            text[spelling] = after[name]
-
-    for name in changed:
-        for spelling in {name, *(s for s, real in student.attribute_map.items() if real == name)} & text.keys():
-            say(name, spelling)
-    for name in ("model_type", "per_layer_config", "billhook"):
-        say(name, name)
-    read = _as_json(_parsed(student, text))
-    missed = [n for n in after if read.get(n) != after[n] and (n in changed or read.get(n) != given.get(n))]
-    for name in missed:
-        say(name, name)
-    if architectures.BLOCK_KINDS in missed:
-        for name in LAYER_PATTERNS:
-            text.pop(name, None)
-    return text
-
-
-def _parsed(config: Any, text: JsonObject) -> Any:
-    """A config of the class of `config` from a config.json, as transformers reads it."""
-    return type(config).from_dict({name: copy.deepcopy(text[name]) for name in text if name != "auto_map"})
-
-
-def _as_json(config: Any) -> JsonObject:
-    told: JsonObject = json.loads(config.to_json_string(use_diff=False))
-    return told
 
 
 def write_manifest(folder: Path, teacher: str, blocks: int, plan: Plan, earlier: Plan) -> None:

@@ -100,7 +100,8 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     assign_weights(student, whole)  # of parts that are cut next, too
     narrow = _narrowed(student, teacher, plan, repair)
     _set_blocks(student, path, [teacher.positions.index(p) for p in kept])
-    config.__dict__.pop("model_type", None)  # left by from_pretrained; the class says it
+    for name in ("model_type", "auto_map"):  # left by from_pretrained; the class says them
+        config.__dict__.pop(name, None)
     config.billhook = {}
     base = architectures.base_type(config.model_type)
     alike = bool(narrow) and (stock or not lacking) and fits_stock_shape(student, narrow, base)
@@ -115,7 +116,8 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
         number_caches(student.get_submodule(path), {})
         _zero(student, row, kept, lacking)
     else:
-        config.__class__, student.__class__ = pruned_classes(*stock_classes(base))
+        classes = pruned_classes(stock_classes(base)[0])
+        config.__class__, student.__class__ = classes["AutoConfig"], classes["AutoModelForCausalLM"]
         write_config(config, replace(pruned, lacking=tuple(lacking)), path, parts)
         remove_skipped(student)
         stood = {site: _place(teacher, site) for site in earlier}

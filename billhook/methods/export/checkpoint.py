@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import shutil
@@ -17,15 +16,15 @@ from billhook.core.errors import BillhookError, ModelError, ResourceError, Usage
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Plan
 from billhook.engine.probe import logits
-from billhook.models import architectures, checks, modeling_billhook
+from billhook.methods.export.beside_weights import write_beside_weights
+from billhook.models import architectures, checks
 from billhook.models.device import dtype_name
 from billhook.models.load import Teacher, load
-from billhook.models.pruned_config import read_config, student_text, write_manifest
+from billhook.models.pruned_config import read_config, write_manifest
 from billhook.models.repair import Repair
 from billhook.models.surgery import copy_shards
 from billhook.models.transformers_internals import names_on_disk, tied_names
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 SHARD_BYTES = 4 * 10**9
 COPY_BYTES = 3 * 10**8  # of a shard of a model that is never in memory as a whole
 
@@ -128,33 +127,9 @@ def write_checkpoint(
             state, folder, max_shard_size=shard_bytes or SHARD_BYTES, metadata={"format": "pt"},
             shared_tensors_to_discard=tied,
         )  # fmt: skip
-    _save_config(student, teacher, folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    write_beside_weights(student, tokenizer, teacher, folder)
     write_manifest(folder, teacher.fingerprint, teacher.anatomy.blocks, plan, teacher.removed_earlier)
     return sorted(folder.iterdir())
-
-
-def _save_config(student: Any, teacher: Teacher, folder: Path) -> None:
-    """Write config.json and, where one is beside the teacher's, generation_config.json: the teacher's own text."""
-    raw = json.loads((teacher.folder / CONFIG).read_text(encoding="utf-8"))
-    fields = student_text(raw, teacher.model.config, student.config)
-    pruned_type = student.config.model_type.startswith("billhook-")
-    if pruned_type or str(raw["model_type"]).startswith("billhook-"):
-        fields["architectures"] = [type(student).__name__]
-    if pruned_type:
-        stock = ", ".join(kind.__mro__[1].__name__ for kind in (type(student.config), type(student)))
-        config_name, model_name = type(student.config).__name__, type(student).__name__
-        fields["auto_map"] = {
-            "AutoConfig": f"modeling_billhook.{config_name}",
-            "AutoModelForCausalLM": f"modeling_billhook.{model_name}",
-        }
-        code = Path(modeling_billhook.__file__).read_text(encoding="utf-8")
-        tail = f"\n\nfrom transformers import {stock}\n\n{config_name}, {model_name} = pruned_classes({stock})\n"
-        (folder / "modeling_billhook.py").write_text(code + tail, encoding="utf-8")
-    (folder / CONFIG).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if (teacher.folder / GENERATION_CONFIG).is_file():
-        shutil.copyfile(teacher.folder / GENERATION_CONFIG, folder / GENERATION_CONFIG)
 
 
 def _on_disk(student: Any, teacher: Teacher) -> dict[str, torch.Tensor]:
