@@ -1,10 +1,11 @@
-"""A Hugging Face checkpoint: written aside, loaded back, compared, then renamed."""
+"""A Hugging Face checkpoint: written aside, compared file by file, run from the files, then renamed."""
 
 from __future__ import annotations
 
 import re
 import secrets
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from billhook.models.device import dtype_name
 from billhook.models.load import Teacher, load
 from billhook.models.pruned_config import read_config, write_manifest
 from billhook.models.repair import Repair
-from billhook.models.surgery import copy_shards
+from billhook.models.surgery import check_written, copy_shards
 from billhook.models.transformers_internals import names_on_disk, tied_names
 
 SHARD_BYTES = 4 * 10**9
@@ -127,6 +128,8 @@ def write_checkpoint(
             state, folder, max_shard_size=shard_bytes or SHARD_BYTES, metadata={"format": "pt"},
             shared_tensors_to_discard=tied,
         )  # fmt: skip
+        for shard in checks.shards(folder):
+            check_written(shard, state)
     write_beside_weights(student, tokenizer, teacher, folder)
     write_manifest(folder, teacher.fingerprint, teacher.anatomy.blocks, plan, teacher.removed_earlier)
     return sorted(folder.iterdir())
@@ -217,24 +220,18 @@ def _require_equal(student: torch.Tensor, reloaded: torch.Tensor, room: float = 
         )
 
 
-@torch.inference_mode()
 def verify_round_trip(
-    student: Any, folder: Path, rows: torch.Tensor, watch: EventListener = ignore_events, *, memory: int | None = None
+    student: Any, folder: Path, rows: torch.Tensor, watch: EventListener = ignore_events, *, memory: int = 0
 ) -> None:
-    """Load `folder` back and compare logits on `rows` [rows, time] bit for bit.
+    """Compare the logits on `rows` [rows, time] of a student with those of `folder`, read block by block.
 
-    `memory`: as for `load`. Where a second copy does not fit, it is read block by block, whose sums may be rounded in
-    another order: then logits are equal within the root of the dtype's epsilon, of the largest. Raises BillhookError on
-    any difference.
+    No second model is in memory, unless `memory`, as for `load`, has room for one. Both run in the measuring engine.
+    Where the device rounds sums in another order, they are equal within the root of the dtype's epsilon, of the
+    largest. Raises BillhookError if they are not.
     """
     watch(Event("save", 2, 3, {"step": "load_back"}))
     again = load(folder, device=str(student.device), dtype=dtype_name(student.dtype), memory=memory)
-    rows = rows.to(student.device)
-    mine = student(rows, use_cache=False).logits
-    if again.weights is None:
-        _require_equal(mine, again.model(rows, use_cache=False).logits)
-    else:
-        room = float(mine.abs().max()) * torch.finfo(student.dtype).eps ** 0.5
-        _require_equal(mine.float(), logits(again, Plan(), rows), room)
+    mine, other = (logits(teacher, Plan(), rows) for teacher in (replace(again, model=student, weights=None), again))
+    _require_equal(mine, other, float(mine.abs().max()) * torch.finfo(student.dtype).eps ** 0.5)
     watch(Event("save", 3, 3, {"step": "equal"}))
     assert architectures.base_type(again.model.config.model_type) == architectures.base_type(student.config.model_type)
