@@ -90,7 +90,9 @@ def test_the_code_of_a_tokenizer_travels_where_its_settings_name_it(tmp_path: Pa
     assert "another's" not in (out / "modeling_billhook.py").read_text()
 
 
-@pytest.mark.parametrize("settings", [{"tokenizer_class": "LlamaTokenizerFast"}, {"tokenizer_class": "GPT2Tokenizer"}, {}])
+@pytest.mark.parametrize(
+    "settings", [{"tokenizer_class": "LlamaTokenizerFast"}, {"tokenizer_class": "GPT2Tokenizer"}, {}]
+)
 @pytest.mark.parametrize("variant", ["phi3", "qwen2", "llama", "gemma2", "gpt2", "mistral"])
 def test_a_student_reads_its_tokenizer_as_its_teacher_does(
     variant: str, settings: dict[str, str], tmp_path: Path
