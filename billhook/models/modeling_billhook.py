@@ -163,14 +163,11 @@ def tell_peft(base, model_type):
 
 def tell_tokenizers(config_class, base_class):
     """Have AutoTokenizer choose for a type what it chooses for the stock type: it goes by the name of the type."""
-    names, wrong = (
-        tokenization_auto.TOKENIZER_MAPPING_NAMES,
-        tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
-    )
-    if base_class.model_type in names:
-        names.setdefault(config_class.model_type, names[base_class.model_type])
-    if base_class.model_type in wrong:
-        wrong.add(config_class.model_type)
+    names, base = tokenization_auto.TOKENIZER_MAPPING_NAMES, base_class.model_type
+    if base in names:
+        names.setdefault(config_class.model_type, names[base])
+    if base in tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
+        tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(config_class.model_type)
     tokenizer = tokenization_auto.TOKENIZER_MAPPING.get(base_class, None)
     if tokenizer is not None:
         transformers.AutoTokenizer.register(config_class, tokenizer, exist_ok=True)

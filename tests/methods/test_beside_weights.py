@@ -90,13 +90,9 @@ def test_the_code_of_a_tokenizer_travels_where_its_settings_name_it(tmp_path: Pa
     assert "another's" not in (out / "modeling_billhook.py").read_text()
 
 
-@pytest.mark.parametrize(
-    "settings", [{"tokenizer_class": "LlamaTokenizerFast"}, {"tokenizer_class": "GPT2Tokenizer"}, {}]
-)
+@pytest.mark.parametrize("told", ["LlamaTokenizerFast", "GPT2Tokenizer", None])
 @pytest.mark.parametrize("variant", ["phi3", "qwen2", "llama", "gemma2", "gpt2", "mistral"])
-def test_a_student_reads_its_tokenizer_as_its_teacher_does(
-    variant: str, settings: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_student_reads_its_tokenizer_as_its_teacher_does(variant: str, told: str | None, tmp_path: Path) -> None:
     """transformers goes by the type of the model, and `billhook-…` is another."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -109,7 +105,7 @@ def test_a_student_reads_its_tokenizer_as_its_teacher_does(
     backend.train_from_iterator(["the cat and the dog and the hat", "cats sat"], trainer)
     backend.save(str(source / "tokenizer.json"))
     backend.model.save(str(source))
-    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": told} if told else {}))
     mine, other = load(source).tokenizer, load(student(source, tmp_path / "out")).tokenizer
     assert type(mine) is type(other)
     text = "the cat  and <s> the hat"

@@ -1,4 +1,4 @@
-"""A student of a type of its own under every auto class of transformers, by register() and by its own file; and peft."""
+"""A student of a type of its own under every auto class, by register() and by its own file; and under peft."""
 
 from __future__ import annotations
 

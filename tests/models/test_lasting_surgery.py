@@ -113,13 +113,11 @@ def test_all_of_a_student_learns_with_and_without_checkpointing(
 ) -> None:
     model = made(checkpoint(variant), tmp_path, kind)[1].train()
     assert all(parameter.requires_grad for parameter in model.parameters())
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     recompute = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # its older name
     found = []
     for _ in range(2):
         model.zero_grad()
+        torch.manual_seed(0)  # of dropout
         model(ROWS, labels=ROWS, use_cache=False).loss.backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         getattr(model, f"{recompute}_checkpointing_enable")()
