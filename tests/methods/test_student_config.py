@@ -103,3 +103,35 @@ def test_the_generation_config_is_the_teachers_file(checkpoint: Folder, tmp_path
     save(apply(teacher, plan), None, plan, tmp_path / "without", teacher=teacher)
     assert not (tmp_path / "without" / "generation_config.json").exists()
     assert load(tmp_path / "without").model.generation_config.eos_token_id == 2
+
+
+ROPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "plain": ("llama", {"rope_theta": 500.0, "rope_type": "default"}, {"rope_theta": 500.0}),
+    "scaled": ("llama", {"rope_theta": 500.0, "rope_type": "llama3", **LLAMA3},
+               {"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}}),
+    "partial": ("stablelm", {"rope_theta": 500.0, "rope_type": "default", "partial_rotary_factor": 0.5},
+                {"rope_theta": 500.0, "partial_rotary_factor": 0.5}),
+    "two": ("gemma3_text", {"full_attention": {"rope_theta": 700.0, "rope_type": "default"},
+                            "sliding_attention": {"rope_theta": 90.0, "rope_type": "default"}},
+            {"rope_theta": 700.0, "rope_local_base_freq": 90.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ROPES)
+def test_a_converted_file_says_rope_where_older_readers_look(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config is the installed transformers' own, which has moved these keys."""
+    variant, rope, older = ROPES[case]
+    monkeypatch.setenv("BILLHOOK_CACHE", str(tmp_path / "cache"))
+    source = tiny.saved(tmp_path / "cache" / "some-0123456789ab", variant, rope_parameters=rope)
+    teacher, plan = load(source), Plan.parse(BLOCK.split(","))
+    save(apply(teacher, plan), None, plan, tmp_path / "student", teacher=teacher)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "student"))
+    more = older | {"torch_dtype": "float32"}
+    assert {name: after[name] for name in more} == more
+    assert after["rope_parameters"] == before["rope_parameters"]
+    again = load(tmp_path / "student")
+    with torch.inference_mode(), masked(teacher, plan):
+        rows = tiny.tokens(2, 40)
+        assert torch.equal(again.model(rows).logits, teacher.model(rows, use_cache=False).logits)

@@ -12,6 +12,7 @@ from typing import Any
 from billhook.core.results.json_form import JsonObject
 from billhook.models import architectures, modeling_billhook
 from billhook.models.load import Teacher
+from billhook.models.sources import cache_folder
 from billhook.models.transformers_internals import LAYER_PATTERNS
 
 CONFIG = "config.json"
@@ -30,6 +31,7 @@ def write_beside_weights(student: Any, tokenizer: Any | None, teacher: Teacher, 
     `tokenizer`: another than the teacher's, which then is written instead of the teacher's files.
     """
     raw = json.loads((teacher.folder / CONFIG).read_text(encoding="utf-8"))
+    raw = with_older_names(raw) if teacher.folder.parent == cache_folder() else raw
     text = json.dumps(student_text(raw, teacher.model, student), indent=2, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     own = tokenizer is None or tokenizer is teacher.tokenizer
@@ -42,6 +44,24 @@ def write_beside_weights(student: Any, tokenizer: Any | None, teacher: Teacher, 
     if is_pruned_type(student):
         code = Path(modeling_billhook.__file__)
         shutil.copyfile(code, folder / code.name)
+
+
+def with_older_names(raw: JsonObject) -> JsonObject:
+    """Return a config.json that says rope and dtype also where transformers 4 and llama.cpp look for them.
+
+    For the copy of a GGUF file, whose config.json the installed transformers made up.
+    """
+    rope = raw.get("rope_parameters") or {}
+    every, local = rope.get("full_attention", rope), rope.get("sliding_attention", {})
+    scaling = {name: value for name, value in every.items() if name not in ("rope_theta", "partial_rotary_factor")}
+    older = {
+        "torch_dtype": raw.get("dtype"),
+        "rope_theta": every.get("rope_theta"),
+        "rope_local_base_freq": local.get("rope_theta"),
+        "partial_rotary_factor": every.get("partial_rotary_factor"),
+        "rope_scaling": scaling if every.get("rope_type", "default") != "default" else None,
+    }
+    return {**raw, **{name: value for name, value in older.items() if value is not None and name not in raw}}
 
 
 def copy_files(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
