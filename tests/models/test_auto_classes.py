@@ -97,7 +97,5 @@ def test_peft_takes_the_modules_of_the_stock_type(variant: str, checkpoint: Fold
 
     wanted = peft.get_peft_model(load(checkpoint(variant)).model, peft.LoraConfig()).peft_config["default"]
     for model in (student(checkpoint(variant), tmp_path / "out"), load(tmp_path / "out").model):
-        for kind in (peft.LoraConfig, peft.IA3Config):
-            adapted = peft.get_peft_model(model, kind())
-            assert kind is not peft.LoraConfig or adapted.peft_config["default"].target_modules == wanted.target_modules
-            model = adapted.unload()
+        adapted = peft.get_peft_model(model, peft.LoraConfig())
+        assert adapted.peft_config["default"].target_modules == wanted.target_modules
