@@ -27,7 +27,7 @@ from billhook.models.device import (
 )
 from billhook.models.pruned_config import PrunedConfig, read_config, register
 from billhook.models.sources import locate
-from billhook.models.streaming import StreamedWeights, build_on_meta, check_finite, check_fit
+from billhook.models.streaming import StreamedWeights, build_on_meta, check_dtypes, check_finite, check_fit
 from billhook.models.transformers_internals import config_of, runs_own_code
 
 LOADING_ISSUES = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -142,6 +142,8 @@ def load(
     watch(Event("load", values={"model": str(name)}))
     folder = locate(str(name), watch)
     raw, tensors = checks.inspect_checkpoint(folder, trust_remote_code)
+    register()
+    check_dtypes(folder)
     stored = checks.stored_dtype(raw, tensors)
     compute = pick_dtype(dtype, place, stored)
     needed = sum(elements for _, elements in tensors.values()) * compute.itemsize

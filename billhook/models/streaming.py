@@ -20,7 +20,7 @@ from torch import nn
 
 from billhook.core.errors import ModelError
 from billhook.models import checks
-from billhook.models.device import dtype_bytes
+from billhook.models.device import SAFETENSORS_DTYPES, dtype_bytes
 from billhook.models.transformers_internals import (
     Conversion,
     config_of,
@@ -67,6 +67,31 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raises ModelError, naming the tensor, if a weight is NaN or infinite. Makes no copy of it."""
     if tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
         raise ModelError(f"{name} holds NaN or infinite weights. Download the checkpoint again, or train it anew.")
+
+
+def check_dtypes(folder: Path) -> None:
+    """Raises ModelError, naming file and tensor, if what becomes a weight is not stored as a float of a model's.
+
+    Nothing is cast in silence: neither integers and bools nor 8 bits, complex numbers or float64. Masks and counters of
+    old checkpoints, which become nothing, may be what they are.
+    """
+    others: dict[str, tuple[str, str]] = {}
+    for shard in checks.shards(folder):
+        with _opened(shard) as file:
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dict
+        others |= {name: (shard.name, dtype) for name, dtype in dtypes.items() if dtype not in SAFETENSORS_DTYPES}
+    if not others:
+        return
+    model = build_on_meta(folder, torch.float32, torch.device("cpu"))
+    own = model.state_dict()
+    for recipe in conversions(model, list(others))[0]:
+        if own[recipe.first].is_floating_point():
+            name = recipe.parts[0][1]
+            file, dtype = others[name]
+            raise ModelError(
+                f"{folder / file} stores {name} as {dtype}. Billhook prunes float32, bfloat16 and float16 weights, and "
+                "casts no others. Start from the checkpoint that was not quantised or converted."
+            )
 
 
 def check_fit(**issues: Iterable[str]) -> None:

@@ -289,10 +289,8 @@ def default_recipe(given: Mapping[str, Any]) -> Path | None:
     remove = given["remove"]
     sizes = ",".join(map(spell_budget, [remove] if isinstance(remove, str | float) else remove))
     whole = any(re.search(r"(sites?|attention|mlp|blocks?)\s*$", size) for size in sizes.split(","))
-    others = given.get("export", "transformers") != "transformers" or any(
-        map(given.get, ("memory", "stock", "uniform"))
-    )
-    return "billhook-depth" if whole or others else "billhook"
+    other = given.get("export", "transformers") != "transformers" or any(map(given.get, ("memory", "stock", "uniform")))
+    return Path("billhook-depth" if whole or other else "billhook")
 
 
 def with_overrides(recipe: str | Path | None, **given: Any) -> OptionValues:
