@@ -26,6 +26,7 @@ WORDS: dict[str, Callable[[Any], str]] = {  # of the values of an event, by name
     "converting": lambda name: f"converting {name} to safetensors, once",
     "pruned_for": lambda task: f"pruned for {task}",
     "tokens": lambda n: f"{n:,} tokens",
+    "left_out": lambda n: f"{n:,} {'row' if n == 1 else 'rows'} left out",
     "tensors": lambda n: f"{n:,} tensors",
     "best": lambda loss: f"best on validation {loss:.4f}",
     "seconds": lambda seconds: f"{seconds:.1f} s",

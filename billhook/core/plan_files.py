@@ -21,9 +21,9 @@ def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
 
     Raises PlanError if it cannot be read or does not fit, FingerprintError if it was made for another model.
     """
-    path = Path(text).expanduser()
-    if not _is_file(path):
-        if "/" in text or path.suffix in (".json", ".txt", ".yaml"):
+    path = find_path(text)
+    if path is None or not path.is_file():
+        if "/" in text or Path(text).suffix in (".json", ".txt", ".yaml"):
             raise PlanError(f"There is no plan file {text}. Give a file, or sites: attention.7,mlp.16.")
         return anatomy.check(Plan.parse(piece for piece in text.split(",") if piece.strip()))
     content = path.read_text(encoding="utf-8", errors="replace")
@@ -56,12 +56,13 @@ def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
     return anatomy.check(Plan.parse(names))
 
 
-def _is_file(path: Path) -> bool:
-    """Return whether the file exists; a plan of many sites is too long for a file name."""
+def find_path(text: str | Path) -> Path | None:
+    """Return what a text names if there is such a file or folder; of any other text, however long, None."""
     try:
-        return path.is_file()
-    except OSError:
-        return False
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # no name of a file, or no such user
+        return None
 
 
 def _made_for(value: JsonObject) -> Any:

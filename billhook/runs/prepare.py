@@ -8,7 +8,7 @@ from types import MappingProxyType
 from billhook.core.anatomy import Anatomy
 from billhook.core.budget import Budget
 from billhook.core.errors import PlanError, ResourceError, option
-from billhook.core.events import EventListener
+from billhook.core.events import EventListener, ignore_events
 from billhook.core.margin import Margin
 from billhook.core.plan import Plan
 from billhook.core.plan_files import read_plan
@@ -16,6 +16,7 @@ from billhook.core.problem import Problem, parse_protection
 from billhook.core.results.cache_keys import GeneratedKey
 from billhook.data.calibration import (
     calibration_tokens,
+    foreign_tokens,
     generate_share,
     generated_token_count,
     held_out_tokens,
@@ -24,7 +25,7 @@ from billhook.data.calibration import (
 )
 from billhook.data.choice_tasks import load_items
 from billhook.data.splits import halves
-from billhook.data.texts import TextSpec, external_sources
+from billhook.data.texts import SELF, TextSpec, external_sources, split_sources
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.engine.probe import Probe, RacingOptions
@@ -109,9 +110,9 @@ def held_out_spec(options: EvalOptions) -> TextSpec:
     return TextSpec(source, options.field, options.eval_tokens, options.eval_length, options.seed)
 
 
-def read_held_out(options: EvalOptions, teacher: Teacher) -> TokenSet:
+def read_held_out(options: EvalOptions, teacher: Teacher, watch: EventListener = ignore_events) -> TokenSet:
     """The held-out tokens on which `prune` with the same options proves its student."""
-    return held_out_tokens(held_out_spec(options), teacher.model, teacher.tokenizer, calibration=options.data)
+    return held_out_tokens(held_out_spec(options), teacher.model, teacher.tokenizer, watch, calibration=options.data)
 
 
 def read_held_out_half(options: EvalOptions, source: str, teacher: Teacher, *, seed: int) -> TokenSet:
@@ -131,14 +132,20 @@ def load_calibration(
 ) -> TokenSet:
     """Calibration tokens as `calibration_tokens` reads them. What the model writes for them is stored, so that whoever
     asks again, on another machine too, gets the same."""
-    own = None
-    if tokens := generated_token_count(spec, self_share):
+
+    def write() -> list[str]:
+        if not (tokens := generated_token_count(spec, self_share)):
+            return []
         key = GeneratedKey(teacher.fingerprint, tokens, spec.length, spec.seed)
-        own = job.store.lookup(key)
-        if own is None and (own := generate_share(spec, self_share, teacher.model, teacher.tokenizer, job.watch)):
-            job.store.add(key, own, job.run)  # unless it could not write any: another machine may
+        if (stored := job.store.lookup(key)) is not None:
+            return stored
+        own = generate_share(spec, self_share, teacher.model, teacher.tokenizer, job.watch)
+        if own:  # where it could not write any, another machine may
+            job.store.add(key, own, job.run)
+        return own
+
     return calibration_tokens(
-        spec, teacher.model, teacher.tokenizer, job.watch, held_out=held_out, self_share=self_share, generated=own,
+        spec, teacher.model, teacher.tokenizer, job.watch, held_out=held_out, self_share=self_share, write=write,
         least=least,
     )  # fmt: skip
 
@@ -173,15 +180,39 @@ def read_calibration(
 def tokens_for(
     recipe: Recipe, teacher: Teacher, watch: EventListener, job: RunContext | None = None
 ) -> tuple[TokenSet, TokenSet]:
-    """Calibration and held-out tokens of a recipe, which share no document; see `read_calibration`."""
+    """Calibration and held-out tokens of a recipe, which share no document; see `read_calibration`.
+
+    All text and tasks that the recipe names are read before the model writes any.
+    """
     if recipe.eval_data is not None:
         require_foreign(recipe.eval_data)
-    share = 0.0 if recipe.plan is not None else None  # nothing is searched
-    calibration = read_calibration(recipe, teacher, watch, job, self_share=share)
-    held_out = read_held_out(recipe, teacher)
-    if calibration.choices is None:
+    share = 0.0 if recipe.plan is not None else recipe.self_share  # of a plan nothing is searched
+    spec, task = calibration_spec(recipe), task_calibration(recipe, teacher)
+    writes = task is None and generated_token_count(spec, share) > 0
+    if writes:
+        given = foreign_tokens(spec, teacher.model, teacher.tokenizer, held_out=recipe.eval_data, self_share=share)
+    else:
+        given = task or read_calibration(recipe, teacher, watch, job, self_share=share)
+    held_out = read_held_out(recipe, teacher, watch)
+    if given is not None and task is None:
+        require_disjoint(given, held_out)
+    _read_all(recipe, teacher, held_out)
+    calibration = read_calibration(recipe, teacher, watch, job, self_share=share) if writes or given is None else given
+    if writes:
         require_disjoint(calibration, held_out)
     return calibration, held_out
+
+
+def _read_all(recipe: Recipe, teacher: Teacher, held_out: TokenSet) -> None:
+    """Read the tasks and the text that are needed later. Raises as their reading does."""
+    margin = recipe.margin
+    if recipe.within is not None and margin is not None:
+        validation_and_test(recipe, margin, teacher, held_out)
+    if (file := parse_loss(recipe.loss).file) is not None:
+        load_items(file, teacher, "evaluation", seed=recipe.seed)
+    learns = recipe.recoveries or recipe.fold_in_search
+    if learns and SELF not in split_sources(recipe.recover_data or recipe.data):
+        recovery_tokens(recipe, teacher, ignore_events)
 
 
 def recovery_tokens(recipe: Recipe, teacher: Teacher, watch: EventListener) -> TokenSet:
