@@ -6,7 +6,6 @@ reads each, and one writes each.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from billhook.core.errors import ModelError
@@ -164,6 +164,22 @@ def _part(name: str) -> Part:
     return "attention" if name == "attention" else "mlp"
 
 
+def stock_shape(config: Any, base: str, widths: Mapping[str, int]) -> nn.Module | None:
+    """An empty model of the stock type with the config's other numbers and these widths; None if the type refuses them.
+
+    Falcon and GPT-2 share the width out among the heads; that of Llama is a multiple of their number.
+    """
+    config_class, model_class = stock_classes(base)
+    own = {"per_layer_config", "billhook", "model_type", "auto_map"}
+    fields = {name: value for name, value in config.to_dict().items() if name not in own}
+    try:
+        with torch.device("meta"):
+            built: nn.Module = model_class(config_class.from_dict(fields | widths))
+    except (AttributeError, ValueError, StrictDataclassError):
+        return None
+    return built
+
+
 def fits_stock_shape(student: Any, narrow: Mapping[Site, NarrowedSite], base: str) -> bool:
     """Whether a stock config can say how narrow a student is, since all blocks are alike; then its own one does."""
     widths: dict[str, int] = {}
@@ -172,18 +188,8 @@ def fits_stock_shape(student: Any, narrow: Mapping[Site, NarrowedSite], base: st
             return False
     if any(site.part == "attention" for site in narrow):
         widths["head_dim"] = architectures.head_dim(student.config)
-    config = copy.deepcopy(student.config)
-    config.__class__, model = stock_classes(base)
-    config.__dict__.pop("model_type", None)
-    config.per_layer_config = config.billhook = None
-    try:
-        for name, number in widths.items():
-            setattr(config, name, number)
-        with torch.device("meta"):
-            built = model(config)
-    except (AttributeError, ValueError):  # Falcon's and GPT-2's heads share out the width
-        return False
-    if shape_signature(built) != shape_signature(student):
+    built = stock_shape(student.config, base, widths)
+    if built is None or shape_signature(built) != shape_signature(student):
         return False
     for name, number in widths.items():
         setattr(student.config, name, number)
