@@ -6,12 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from billhook.core.events import Event, EventListener, EventValue, ignore_events
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 STEPS = {
     "side_by_side": "side by side", "decode": "time of a decoding step", "load_back": "loading it back",
@@ -73,6 +75,15 @@ def progress(*, quiet: bool) -> tuple[EventListener, Callable[[], None]]:
     console = Console(stderr=True)
     if not console.is_terminal:
         return _plain_progress(), lambda: None
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     bars = Progress(
         SpinnerColumn(),
         TextColumn("{task.fields[stage]:<9}"),

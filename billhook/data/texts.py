@@ -131,6 +131,16 @@ def find_file(source: str) -> Path | None:
     return None
 
 
+def require_sources(source: str) -> None:
+    """Raise DataError for a source of a mixture that is not there, and MissingExtra where one needs that."""
+    for each in split_sources(source):
+        if each not in (SELF, "pydoc"):
+            path = find_file(each)
+            package = "datasets" if path is None else "pyarrow" if kind_of(path) in COLUMNS else ""
+            if package and importlib.util.find_spec(package) is None:
+                raise MissingExtra(f"Reading {each!r}", "data")
+
+
 def _texts_of_file(path: Path, field: str, tokenizer: Any, tokens: int, watch: EventListener) -> Texts:
     kind = kind_of(path)
     if kind in JSON_LINES:
