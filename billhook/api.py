@@ -45,7 +45,7 @@ from billhook.methods.search import SEARCHES
 from billhook.models.device import dtype_name, environment
 from billhook.models.load import Model, Teacher, as_teacher, loaded_by_name, name_of
 from billhook.report.run_report import write_report
-from billhook.runs import evaluation
+from billhook.runs import check_inputs, evaluation
 from billhook.runs import list_runs as list_runs
 from billhook.runs import show as show
 from billhook.runs.builtin_recipes import BuiltinRecipe, builtin_recipes
@@ -57,7 +57,6 @@ from billhook.runs.recipe import (
     CalibrationOptions,
     EvalOptions,
     Recipe,
-    check_inputs,
     parse_options,
     parse_recipe,
     with_overrides,

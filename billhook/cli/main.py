@@ -59,7 +59,8 @@ def prune_command(
     """Prune a model: search, remove, measure what that cost and gained, and save the rest."""
     again = command_line("prune", "--resume", store=store)
     with CommandSession(as_json, quiet, verbose, again) as face:
-        from billhook.runs.recipe import check_inputs, parse_recipe, with_overrides
+        from billhook.runs import check_inputs
+        from billhook.runs.recipe import parse_recipe, with_overrides
 
         given = with_overrides(recipe, **({"model": model} if model else {}), **options)
         if run and not resume:
@@ -137,7 +138,7 @@ def eval_command(
     own = {"tasks": tasks, "items": items, "shots": shots, "shots_from": shots_from, "store": store}
     again = command_line("eval", model or "demo", **own, **options) if tasks else ""
     with CommandSession(as_json, quiet, verbose, resume=again) as face:
-        check_options(options)
+        check_options(options, tasks=tasks)
         if tasks and (protocol is not None or {"data", "eval_data"} & set(options)):
             raise UsageError("--tasks are measured in the place of text. Leave --data and --protocol out.")
         from billhook import api

@@ -88,13 +88,16 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
     return decorate
 
 
-def check_options(options: Mapping[str, Any], *, metrics: str = "", **more: Any) -> None:
+def check_options(options: Mapping[str, Any], *, metrics: str = "", tasks: str = "", **more: Any) -> None:
     """Raise for options of any command that are seen to be wrong before torch is imported. `more`: further ones."""
-    from billhook.runs.recipe import TARGETS, check_inputs, parse_recipe
+    from billhook.runs import check_inputs
+    from billhook.runs.recipe import TARGETS, parse_recipe
 
     given = {name: value for name, value in {**options, **more}.items() if value}
     target = {} if any(name in given for name in TARGETS) else {"remove": "1sites"}
-    check_inputs(parse_recipe({**target, **given}, "The call"), split_commas(metrics))
+    check_inputs(
+        parse_recipe({**target, **given}, "The call"), metrics=split_commas(metrics), tasks=split_commas(tasks)
+    )
 
 
 def command_line(command: str, *words: str, **options: Any) -> str:

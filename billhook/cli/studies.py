@@ -55,7 +55,7 @@ def sweep_command(
 
         for size in split_commas(remove) or [""]:
             for text in split_commas(data) or [""]:
-                check_options(options, remove=size, data=text)
+                check_options(options, remove=size, data=text, tasks=tasks)
         for text in split_commas(eval_data):
             check_options(options, eval_data=text)
         for name in split_commas(recipes):
@@ -89,7 +89,7 @@ def transfer_command(
 ) -> None:
     """Prune for each task and measure on each: what adapting to one task costs on the others."""
     with CommandSession(as_json, quiet, verbose) as face:
-        check_options(options)
+        check_options(options, tasks=tasks)
         from billhook.studies import transfer
 
         told = transfer.transfer(
@@ -178,7 +178,7 @@ def compare_command(
     with CommandSession(as_json, quiet, verbose) as face:
         margins = typed_margins(margin, ppl_margin)
         for text in split_commas(data) or [""]:
-            check_options(options, data=text)
+            check_options(options, data=text, tasks=tasks)
         from billhook.studies import compare
 
         found = compare.compare(
@@ -214,7 +214,7 @@ def gate_command(
     with CommandSession(as_json, quiet, verbose) as face:
         margins = typed_margins(margin, ppl_margin)
         for text in split_commas(data or "") or [""]:
-            check_options(options, data=text)
+            check_options(options, data=text, tasks=tasks)
         from billhook.studies import gate
 
         report = gate.gate(
@@ -251,7 +251,7 @@ def baseline_command(
         if action not in ("save", "list") or (action == "save") != (name is not None):
             raise UsageError("Write `billhook baseline save NAME MODEL`, or `billhook baseline list`.")
         for text in split_commas(data) or [""]:
-            check_options(options, data=text)
+            check_options(options, data=text, tasks=tasks)
         from billhook.studies import gate
 
         if name is None:

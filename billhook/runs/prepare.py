@@ -34,6 +34,7 @@ from billhook.methods.export import EXPORTS, check_expressible
 from billhook.methods.search import drive, narrows
 from billhook.models.load import Teacher, as_teacher
 from billhook.models.surgery import stock_holds
+from billhook.runs import check_inputs
 from billhook.runs.executor import store_cache
 from billhook.runs.job import RunContext
 from billhook.runs.recipe import CalibrationOptions, EvalOptions, Recipe, TextOptions
@@ -47,8 +48,9 @@ LEAST_RECOVERY_TOKENS = 64  # tokens, of which something may be learnt
 def load_teacher(recipe: TextOptions, watch: EventListener, loaded: Mapping[str, Teacher] = NOTHING) -> Teacher:
     """The model of some options, loaded as they say, or the one of its name that is `loaded`.
 
-    Raises ResourceError for a memory that two blocks fill.
+    Raises ResourceError for a memory that two blocks fill, and as `check_inputs` before the model is loaded.
     """
+    check_inputs(recipe)
     teacher = as_teacher(
         loaded.get(recipe.model, recipe.model), device=recipe.device, dtype=recipe.dtype, memory=recipe.memory_bytes,
         trust_remote_code=recipe.trust_remote_code, watch=watch,

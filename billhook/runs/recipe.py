@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import reprlib
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-import billhook
 from billhook.core.budget import Budget, parse_budgets, spell_budget
-from billhook.core.errors import DataError, RecipeError, UnknownName, UsageError, nearest, option
+from billhook.core.errors import RecipeError, nearest, option
 from billhook.core.margin import Margin
 from billhook.core.plan import shorten
-from billhook.core.plan_files import find_path, require_plan
+from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues
 
 MOST_RECIPE_BYTES = 2**16
@@ -268,60 +266,6 @@ def parse_options(kind: type[Options], values: Mapping[str, Any], where: str = "
         if first["type"] == "extra_forbidden":
             raise _unknown_key(key, where, list(kind.model_fields)) from error
         raise RecipeError(f"{where} has {key}: {reprlib.repr(first['input'])}. {first['msg']}.") from error
-
-
-GROUPS = {"item_loss": "billhook.task_loss"}
-WRITTEN = {  # where the methods of a family stand, and the decorators under which they do
-    "metric": ("methods/metrics", ("metric", "group_metric")),
-    "loss": ("engine/losses.py", ("loss", "item_loss")),
-    "search": ("methods/search", ("search",)),
-    "recovery": ("methods/recover", ("recovery",)),
-    "export": ("methods/export", ("export",)),
-}
-
-
-def check_inputs(options: TextOptions, metrics: Iterable[str] = ()) -> None:
-    """Raise where it is seen without torch and without the model that options name what is not there.
-
-    Texts and the extras that they need, files of tasks and of a plan, methods, and the spelling of the device.
-    """
-    from billhook.data.texts import require_sources
-
-    for name in ("data", "eval_data", "recover_data"):
-        if (source := getattr(options, name, None)) is not None:
-            require_sources(source)
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", options.device):
-        raise UsageError(f"This machine has no device {options.device!r}. Write auto, cpu, cuda, cuda:1 or mps.")
-    loss, _, task = getattr(options, "loss", "").partition(":")
-    tasks, named = [task], {"metric": list(metrics), "loss": [loss]}
-    if isinstance(options, Recipe):
-        if options.plan is not None:
-            require_plan(options.plan)
-        tasks.append(options.margin.file or "" if options.margin is not None else "")
-        named["metric"] += [options.metric] if options.metric else []
-        named |= {"search": [options.search], "recovery": [*options.recoveries], "export": [options.writes]}
-    for file in filter(None, tasks):
-        if find_path(file) is None:
-            raise DataError(f"The task file {shorten(file, 200)} is missing. Give a .jsonl or .jsonl.gz file.")
-    for family, names in named.items():
-        _require_methods(family, filter(None, names))
-
-
-def _require_methods(family: str, names: Iterable[str]) -> None:
-    """Raise UnknownName for a method that is neither written here nor offered by a package. Once the methods are
-    imported, their registry knows more."""
-    from importlib.metadata import entry_points
-
-    place, decorators = WRITTEN[family]
-    if f"billhook.{place.removesuffix('.py').replace('/', '.')}" in sys.modules:
-        return
-    folder = Path(billhook.__file__).parent / place
-    texts = [file.read_text(encoding="utf-8") for file in (folder.glob("*.py") if folder.is_dir() else (folder,))]
-    pattern = re.compile(rf"^@(?:{'|'.join(decorators)})(?:\(.*\))?\ndef (\w+)", re.MULTILINE)
-    known = {name for text in texts for name in pattern.findall(text)}
-    known |= {entry.name for each in decorators for entry in entry_points(group=GROUPS.get(each, f"billhook.{each}"))}
-    if (wrong := next((name for name in names if name not in known), None)) is not None:
-        raise UnknownName(family, wrong, known, " `billhook methods` describes them.")
 
 
 def _unknown_key(key: str, where: str, known: Iterable[str]) -> RecipeError:
