@@ -83,7 +83,7 @@ def prune(
     Measurements that `store` holds are not repeated. Raises BillhookError; nothing half-written remains.
     """
     asked = parse_recipe(with_overrides(recipe, model=name_of(model), **options), "The call")
-    check_inputs(asked)
+    check_inputs(asked, out=out, store=store)
     where = str(out) if out is not None else str(Path("pruned") / "{run}")
     with closing(Store(Path(store))) as opened:
         run = opened.new_run(PRUNE, asked.model_dump(), run_environment(asked.device), where)
@@ -201,7 +201,7 @@ def evaluate(
     check_inputs(recipe)
     teacher = load_teacher(recipe, watch, loaded_by_name(model))
     if protocol is None:
-        tokens = read_held_out(recipe, teacher)
+        tokens = read_held_out(recipe, teacher, watch)
     else:
         source = recipe.eval_data or recipe.data
         tokens = fixed_windows(source, protocol, recipe.field, teacher.tokenizer, teacher.model.config)

@@ -28,6 +28,7 @@ from billhook.cli.options import (
 from billhook.cli.session import CommandSession
 from billhook.cli.studies import COMMANDS
 from billhook.core.errors import UsageError
+from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues
 
 app = typer.Typer(
@@ -72,7 +73,7 @@ def prune_command(
         if resume:
             store = _existing(store)
         else:
-            check_inputs(parse_recipe(given, "The call"))
+            check_inputs(parse_recipe(given, "The call"), out=out, store=store)
         from billhook import api  # torch, which a mistake needs not
 
         if resume:
@@ -239,7 +240,7 @@ def recipes_command(*, as_json: Json = False, verbose: Verbose = False) -> None:
 
 def _existing(store: Path) -> Path:
     """Reading commands make no new store."""
-    if not store.is_file():
+    if find_path(store) is None:
         raise UsageError(f"There is no store {store}. Give the file that `billhook prune` wrote with --store.")
     return store
 

@@ -213,19 +213,20 @@ def _start(tokenizer: Any, where: str) -> int:
 def load_items(
     path: str | Path, teacher: Teacher, part: Split | None, *,
     items: int | None = None, tokens: int | None = None, seed: int = 0, shots: FewShot | None = None,
+    watch: EventListener = ignore_events,
 ) -> TokenSet:  # fmt: skip
     """Return `task_tokens` with the tokenizer and the positions of `teacher`; at most `items`, or `tokens`."""
     positions = getattr(teacher.model.config, "max_position_embeddings", None)
     return task_tokens(
         path, teacher.tokenizer, positions=positions, part=part,
-        limit_items=items, limit_tokens=tokens, seed=seed, shots=shots,
+        limit_items=items, limit_tokens=tokens, seed=seed, shots=shots, watch=watch,
     )  # fmt: skip
 
 
 def task_tokens(
     path: str | Path, tokenizer: Any, *,
     limit_tokens: int | None = None, limit_items: int | None = None, seed: int = 0, positions: int | None = None,
-    part: Split | None = None, shots: FewShot | None = None,
+    part: Split | None = None, shots: FewShot | None = None, watch: EventListener = ignore_events,
 ) -> TokenSet:  # fmt: skip
     """Return the items of a task file as a token set: a row per choice, a document per item, each a text of its own.
 
@@ -240,7 +241,7 @@ def task_tokens(
     """
     if tokenizer is None:
         raise DataError("The model has no tokenizer, so no task can be read. Put its tokenizer files into its folder.")
-    items = read_items(path)
+    items = read_items(path, watch)
     random.Random(0).shuffle(items)  # the parts do not depend on the seed
     items = items if part is None else _part(items, part, str(path))
     random.Random(seed).shuffle(items)

@@ -97,7 +97,7 @@ def is_generation_task(path: str | Path) -> bool:
 def build_prompts(
     path: str | Path, tokenizer: Any, *,
     limit_items: int | None = None, seed: int = 0, positions: int | None = None, new_tokens: int = 256,
-    shots: FewShot | None = None,
+    shots: FewShot | None = None, watch: EventListener = ignore_events,
 ) -> GenerationPrompts:  # fmt: skip
     """Return the prompts of the first `limit_items` questions of a file, in the order of `seed`.
 
@@ -112,7 +112,7 @@ def build_prompts(
             f"The model has {positions} positions, and answers of {new_tokens} tokens leave no room for a prompt. Give "
             f"new_tokens below {positions}."
         )
-    questions, before = read_questions(path), ""
+    questions, before = read_questions(path, watch), ""
     if shots is not None:
         shown = _first_questions(*shots)
         before = "".join(f"{shot.query} {shot.answer}\n\n" for shot in shown)

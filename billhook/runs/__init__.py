@@ -12,8 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import billhook
-from billhook.core.errors import DataError, UnknownName, UsageError
+from billhook.core.errors import DataError, UnknownName, UsageError, option
 from billhook.core.plan import shorten
 from billhook.core.plan_files import find_path, require_plan
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from billhook.core.results.stored import Run, RunSummary, StoredRun
     from billhook.runs.recipe import TextOptions
 
+Named = str | Path | None
 STORE = "billhook.db"
 GROUPS = {"item_loss": "billhook.task_loss"}
 WRITTEN = {  # where the methods of a family stand, and the decorators under which they do
@@ -35,10 +35,13 @@ WRITTEN = {  # where the methods of a family stand, and the decorators under whi
 # -- what a recipe names --------------------------------------------------------------------------------------------
 
 
-def check_inputs(options: TextOptions, *, metrics: Iterable[str] = (), tasks: Iterable[str] = ()) -> None:
+def check_inputs(
+    options: TextOptions, *, metrics: Iterable[str] = (), tasks: Iterable[str] = (), **written: Named
+) -> None:
     """Raise where it is seen without torch and without the model that options name what is not there.
 
     Texts and the extras that they need, files of tasks and of a plan, methods, and the spelling of the device.
+    `written`: options that name what will be written, by name.
     """
     from billhook.data.texts import require_sources
     from billhook.runs.recipe import Recipe
@@ -46,6 +49,8 @@ def check_inputs(options: TextOptions, *, metrics: Iterable[str] = (), tasks: It
     for name in ("data", "eval_data", "recover_data"):
         if (source := getattr(options, name, None)) is not None:
             require_sources(source)
+    for name, path in written.items():
+        _require_name(name, path)
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", options.device):
         raise UsageError(f"This machine has no device {options.device!r}. Write auto, cpu, cuda, cuda:1 or mps.")
     loss, _, task = getattr(options, "loss", "").partition(":")
@@ -64,6 +69,19 @@ def check_inputs(options: TextOptions, *, metrics: Iterable[str] = (), tasks: It
         _require_methods(family, filter(None, names))
 
 
+def _require_name(name: str, path: Named) -> None:
+    """Raise UsageError for what no file can be called."""
+    try:
+        if path is not None:
+            Path(path).lstat()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        typed = option(name, shorten(str(path), 200))
+        raise UsageError(f"{typed} cannot be written ({reason}). Choose another name.") from error
+
+
 def _require_methods(family: str, names: Iterable[str]) -> None:
     """Raise UnknownName for a method that is neither written here nor offered by a package. Once the methods are
     imported, their registry knows more."""
@@ -80,7 +98,7 @@ def method_names(family: str) -> set[str]:
     from importlib.metadata import entry_points
 
     place, decorators = WRITTEN[family]
-    folder = Path(billhook.__file__).parent / place
+    folder = Path(__file__).parents[1] / place
     texts = [file.read_text(encoding="utf-8") for file in (folder.glob("*.py") if folder.is_dir() else (folder,))]
     pattern = re.compile(rf"^@(?:{'|'.join(decorators)})(?:\(.*\))?\ndef (\w+)", re.MULTILINE)
     groups = [GROUPS.get(each, f"billhook.{each}") for each in decorators]

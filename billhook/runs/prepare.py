@@ -147,10 +147,12 @@ def read_held_out(options: EvalOptions, teacher: Teacher, watch: EventListener =
     return held_out_tokens(held_out_spec(options), teacher.model, teacher.tokenizer, watch, calibration=options.data)
 
 
-def read_held_out_half(options: EvalOptions, source: str, teacher: Teacher, *, seed: int) -> TokenSet:
+def read_held_out_half(
+    options: EvalOptions, source: str, teacher: Teacher, watch: EventListener = ignore_events, *, seed: int
+) -> TokenSet:
     """Held-out tokens of a text, from the half of it that is never calibration, whatever is calibrated on."""
     spec = TextSpec(external_sources(source) or source, options.field, options.eval_tokens, options.eval_length, seed)
-    return held_out_tokens(spec, teacher.model, teacher.tokenizer)
+    return held_out_tokens(spec, teacher.model, teacher.tokenizer, watch)
 
 
 def load_calibration(
@@ -182,10 +184,14 @@ def load_calibration(
     )  # fmt: skip
 
 
-def task_calibration(options: CalibrationOptions, teacher: Teacher) -> TokenSet | None:
+def task_calibration(
+    options: CalibrationOptions, teacher: Teacher, watch: EventListener = ignore_events
+) -> TokenSet | None:
     """Calibration tokens from a task, where the loss is a task's."""
     file = parse_loss(options.loss).file
-    return None if file is None else load_items(file, teacher, "calibration", tokens=options.tokens, seed=options.seed)
+    if file is None:
+        return None
+    return load_items(file, teacher, "calibration", tokens=options.tokens, seed=options.seed, watch=watch)
 
 
 def read_calibration(
@@ -198,7 +204,7 @@ def read_calibration(
 ) -> TokenSet:
     """Calibration tokens of options; where their loss is a task's, that task's. What the model writes is stored by a
     `job`. `self_share`: instead of theirs."""
-    if (task := task_calibration(options, teacher)) is not None:
+    if (task := task_calibration(options, teacher, watch)) is not None:
         return task
     spec, share = calibration_spec(options), options.self_share if self_share is None else self_share
     with teacher.lock:  # it may write some of it
@@ -219,7 +225,7 @@ def tokens_for(
     if recipe.eval_data is not None:
         require_foreign(recipe.eval_data)
     share = 0.0 if recipe.plan is not None else recipe.self_share  # of a plan nothing is searched
-    spec, task = calibration_spec(recipe), task_calibration(recipe, teacher)
+    spec, task = calibration_spec(recipe), task_calibration(recipe, teacher, watch)
     writes = task is None and generated_token_count(spec, share) > 0
     if writes:
         given = foreign_tokens(spec, teacher.model, teacher.tokenizer, held_out=recipe.eval_data, self_share=share)
@@ -228,23 +234,22 @@ def tokens_for(
     held_out = read_held_out(recipe, teacher, watch)
     if given is not None and task is None:
         require_disjoint(given, held_out)
-    _read_all(recipe, teacher, held_out)
+    _read_all(recipe, teacher, held_out, watch)
     calibration = read_calibration(recipe, teacher, watch, job, self_share=share) if writes or given is None else given
     if writes:
         require_disjoint(calibration, held_out)
     return calibration, held_out
 
 
-def _read_all(recipe: Recipe, teacher: Teacher, held_out: TokenSet) -> None:
+def _read_all(recipe: Recipe, teacher: Teacher, held_out: TokenSet, watch: EventListener) -> None:
     """Read the tasks and the text that are needed later. Raises as their reading does."""
-    margin = recipe.margin
-    if recipe.within is not None and margin is not None:
-        validation_and_test(recipe, margin, teacher, held_out)
-    if (file := parse_loss(recipe.loss).file) is not None:
-        load_items(file, teacher, "evaluation", seed=recipe.seed)
+    if recipe.margin is not None:
+        validation_and_test(recipe, recipe.margin, teacher, held_out)
+    for file in {parse_loss(recipe.loss).file, recipe.margin.file if recipe.margin is not None else None} - {None}:
+        load_items(str(file), teacher, "evaluation", seed=recipe.seed, watch=watch)
     learns = recipe.recoveries or recipe.fold_in_search
     if learns and SELF not in split_sources(recipe.recover_data or recipe.data):
-        recovery_tokens(recipe, teacher, ignore_events)
+        recovery_tokens(recipe, teacher, watch)
 
 
 def recovery_tokens(recipe: Recipe, teacher: Teacher, watch: EventListener) -> TokenSet:

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from billhook.core.errors import RunError, UsageError, nearest, option
 from billhook.core.events import Event
-from billhook.core.plan import Plan
+from billhook.core.plan import Plan, shorten
+from billhook.core.plan_files import find_path
 from billhook.core.results.cache_keys import CacheKey, FactKey, LossKey, PlanLossKey
 from billhook.core.results.measured import Loss
 from billhook.core.results.specs import PRUNE
@@ -112,12 +113,11 @@ class Store:
         Raises UsageError for a file that is no store, or one of a newer Billhook.
         """
         self.path, self._clock = path, clock
-        self._pending: dict[
-            tuple[str, str], tuple[float, str, Event]
-        ] = {}  # the last event of a stage, not yet written
+        self._pending: dict[tuple[str, str], tuple[float, str, Event]] = {}  # the last of a stage, not yet written
         self._written: dict[str, float] = {}  # when a run's events were
-        if read_only and not path.is_file():
-            raise UsageError(f"There is no store {path}. Give the file that prune wrote: {option('store', 'FILE')}.")
+        if read_only and find_path(path) is None:
+            name = shorten(str(path), 200)
+            raise UsageError(f"There is no store {name}. Give the file that prune wrote: {option('store', 'FILE')}.")
         try:
             if read_only:
                 self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)
@@ -128,7 +128,7 @@ class Store:
                 self._db.execute("PRAGMA foreign_keys = ON")
             self._db.row_factory = sqlite3.Row
             self._check_version(read_only)
-        except (sqlite3.DatabaseError, OSError) as error:
+        except (sqlite3.DatabaseError, OSError, ValueError) as error:
             raise UsageError(
                 f"{option('store', str(path))} cannot be used ({error}). Give another file, or move this one."
             ) from error

@@ -15,9 +15,9 @@ import tiny
 
 import billhook
 from billhook.api import EXPORTS, GROUP_METRICS, ITEM_LOSSES, LOSSES, METRICS, RECOVERIES, SEARCHES
-from billhook.core.errors import DataError, PlanError
+from billhook.core.errors import DataError, ModelError, PlanError, UsageError
 from billhook.core.events import ignore_events
-from billhook.runs import STORE, check_inputs
+from billhook.runs import STORE, check_inputs, list_runs
 from billhook.runs.prepare import tokens_for
 from billhook.runs.recipe import Recipe
 from billhook.runs.store import Store
@@ -107,6 +107,12 @@ def test_a_text_that_cannot_be_a_path_is_refused_wherever_one_is_read(text: str)
         given: dict[str, Any] = {"remove": "1sites", option: text}
         with pytest.raises(DataError, match="is missing"):
             check_inputs(Recipe(**given))
+    for option in ("out", "store"):
+        with suppress(UsageError):  # or it is a name that no file has yet
+            check_inputs(Recipe(remove="1sites"), **{option: text})
+    for read in (list_runs, billhook.load):
+        with pytest.raises((UsageError, ModelError), match="There is no"):
+            read(text)
     with suppress(PlanError):  # or it is taken for names of sites, which the model's anatomy judges
         check_inputs(Recipe(plan=text))
     with pytest.raises(DataError, match="is missing"):
