@@ -20,6 +20,7 @@ from billhook.data.token_sets import (
     pack_rows,
     special_prefix,
 )
+from billhook.models.structure import rope_boundary
 
 SPLIT_BY_TEXT = 60  # with so many texts both halves hold enough of them for an interval
 
@@ -50,6 +51,9 @@ def calibration_tokens(
         DataError: a text is too short, or the model has no tokenizer.
         UsageError: the sequences are longer than the model's positions.
     """
+    _require_tokenizer(tokenizer)
+    check_length(spec.length, model.config)
+    spec = replace(spec, length=row_length(spec.length, model.config))
     found = _read_foreign(spec, tokenizer, watch, held_out)
     _foreign_parts(found, spec, self_share, tokenizer, least)  # what is too short is refused before the model writes
     generated = write() if write is not None else generate_share(spec, self_share, model, tokenizer, watch)
@@ -69,6 +73,7 @@ def foreign_tokens(
     """The tokens of `calibration_tokens` that the model does not write; None if it writes all. Raises as that does."""
     _require_tokenizer(tokenizer)
     check_length(spec.length, model.config)
+    spec = replace(spec, length=row_length(spec.length, model.config))
     found = _read_foreign(spec, tokenizer, ignore_events, held_out)
     parts = _foreign_parts(found, spec, self_share, tokenizer, None)
     written = self_share > 0 and SELF not in split_sources(spec.source)
@@ -156,6 +161,12 @@ def generate_calibration(spec: TextSpec, model: Any, tokenizer: Any, watch: Even
     return sample_texts(model, tokenizer, tokens, spec.seed, length=spec.length, watch=watch)
 
 
+def row_length(length: int, config: Any) -> int:
+    """The length of rows: no more than the model's positions, nor than what has the same rope factors in any batch."""
+    most = (getattr(config, "max_position_embeddings", None), rope_boundary(config))
+    return min([length, *(each for each in most if each is not None)])
+
+
 def check_length(length: int, config: Any) -> None:
     """Raises UsageError for a sequence length that the model has no positions for."""
     most = getattr(config, "max_position_embeddings", None)
@@ -187,7 +198,7 @@ def held_out_tokens(
     _require_tokenizer(tokenizer)
     require_foreign(spec.source)
     sources = split_sources(spec.source)
-    length = min(spec.length, getattr(model.config, "max_position_embeddings", spec.length))
+    length = row_length(spec.length, model.config)
     parts = []
     for source in sources:
         halved = calibration is None or source in split_sources(calibration)
