@@ -78,8 +78,9 @@ def _require_name(name: str, path: Named) -> None:
         return
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
+        kind = "folder" if name == "out" else "file"
         typed = option(name, shorten(str(path), 200))
-        raise UsageError(f"{typed} cannot be written ({reason}). Choose another name.") from error
+        raise UsageError(f"{typed} cannot be written ({reason}). Choose another {kind}.") from error
 
 
 def _require_methods(family: str, names: Iterable[str]) -> None:
