@@ -28,7 +28,6 @@ from billhook.cli.options import (
 from billhook.cli.session import CommandSession
 from billhook.cli.studies import COMMANDS
 from billhook.core.errors import UsageError
-from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues
 
 app = typer.Typer(
@@ -240,6 +239,8 @@ def recipes_command(*, as_json: Json = False, verbose: Verbose = False) -> None:
 
 def _existing(store: Path) -> Path:
     """Reading commands make no new store."""
+    from billhook.core.plan_files import find_path  # which help needs not
+
     if find_path(store) is None:
         raise UsageError(f"There is no store {store}. Give the file that `billhook prune` wrote with --store.")
     return store
