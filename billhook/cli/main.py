@@ -20,6 +20,7 @@ from billhook.cli.options import (
     StoreFile,
     Tasks,
     Verbose,
+    check_options,
     command_line,
     named,
     split_commas,
@@ -60,8 +61,8 @@ def prune_command(
     """Prune a model: search, remove, measure what that cost and gained, and save the rest."""
     again = command_line("prune", "--resume", store=store)
     with CommandSession(as_json, quiet, verbose, again) as face:
-        from billhook import api
-        from billhook.runs.recipe import default_recipe, with_overrides
+        from billhook.runs import check_inputs
+        from billhook.runs.recipe import default_recipe, parse_recipe, with_overrides
 
         recipe = recipe or (None if resume else default_recipe(options))
         given = with_overrides(recipe, **({"model": model} if model else {}), **options)
@@ -70,7 +71,13 @@ def prune_command(
         if resume and dry_run:
             raise UsageError("--dry-run is of a new run, and --resume continues one. Leave one of them out.")
         if resume:
-            result = api.resume(run, out=out, store=_existing(store), watch=face.watch, **given)
+            store = _existing(store)
+        else:
+            check_inputs(parse_recipe(given, "The call"), out=out, store=store)
+        from billhook import api  # torch, which a mistake needs not
+
+        if resume:
+            result = api.resume(run, out=out, store=store, watch=face.watch, **given)
         elif dry_run:
             return face.show(api.dry_run(watch=face.watch, **given))
         else:
@@ -85,6 +92,7 @@ def inspect_command(
 ) -> None:
     """Show a model's anatomy: every site with its parameters, bytes, KV-cache bytes and FLOPs per token."""
     with CommandSession(as_json, False, verbose) as face:
+        check_options(options)
         from billhook import api
 
         face.show(api.inspect(model or "demo", watch=face.watch, **options))
@@ -104,6 +112,7 @@ def score_command(
 ) -> None:
     """Score sites, blocks, spans or channel groups: how much their removal would hurt."""
     with CommandSession(as_json, quiet, verbose) as face:
+        check_options(options, metrics=metric)
         from billhook import api
 
         face.show(api.score(model or "demo", metric, watch=face.watch, **options))
@@ -130,12 +139,13 @@ def eval_command(
     own = {"tasks": tasks, "items": items, "shots": shots, "shots_from": shots_from, "store": store}
     again = command_line("eval", model or "demo", **own, **options) if tasks else ""
     with CommandSession(as_json, quiet, verbose, resume=again) as face:
+        check_options(options, tasks=tasks)
+        if tasks and (protocol is not None or {"data", "eval_data"} & set(options)):
+            raise UsageError("--tasks are measured in the place of text. Leave --data and --protocol out.")
         from billhook import api
         from billhook.studies import eval_sets
 
         if tasks:
-            if protocol is not None or {"data", "eval_data"} & set(options):
-                raise UsageError("--tasks are measured in the place of text. Leave --data and --protocol out.")
             scores = eval_sets.evaluate_tasks(
                 model or "demo", split_commas(tasks), items=items, shots=shots, shots_from=shots_from, store=store,
                 evaluations=split_commas(evaluations), watch=face.watch, **options,
@@ -165,6 +175,7 @@ def speed_command(
 ) -> None:
     """Measure prefill and decode speed and peak memory of one model, or of two in turn (A B A B)."""
     with CommandSession(as_json, quiet, verbose) as face:
+        check_options(options)
         from billhook import api
         from billhook.core.results.measured import TimingProtocol
 
@@ -181,9 +192,9 @@ for command in COMMANDS:
 def runs_command(*, store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False) -> None:
     """List the runs of a store, the newest first."""
     with CommandSession(as_json, True, verbose) as face:
-        from billhook import api
+        from billhook import runs
 
-        face.show({"runs": api.list_runs(store)})
+        face.show({"runs": runs.list_runs(store)})
 
 
 @app.command(name="show")
@@ -193,9 +204,9 @@ def show_command(
 ) -> None:  # fmt: skip
     """Show all that the store holds of one run."""
     with CommandSession(as_json, True, verbose) as face:
-        from billhook import api
+        from billhook import runs
 
-        face.show(api.show(run, store))
+        face.show(runs.show(run, store))
 
 
 @app.command(name="report")
@@ -231,6 +242,7 @@ def recipes_command(*, as_json: Json = False, verbose: Verbose = False) -> None:
 
 def _existing(store: Path) -> Path:
     """Reading commands make no new store."""
+
     found = find_path(store)
     if found is None or not found.is_file():
         raise UsageError(f"There is no store {store}. Give the file that `billhook prune` wrote with --store.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import platform
 import re
@@ -180,39 +179,3 @@ def _set_allocator(map_above: int, trim_above: int) -> None:
 
 
 # -- files that one process holds -------------------------------------------------------------------------------------
-
-LOOKS, SECONDS_BETWEEN = 3, 0.05  # at a held file, which someone else may only look at
-
-
-@contextmanager
-def hold_file(path: Path) -> Iterator[None]:
-    """Hold a file until the block ends, or the process does; then it is gone. Raises BlockingIOError if it is held."""
-    for left in reversed(range(LOOKS)):
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-                    raise BlockingIOError("the file was just taken over")
-            except BlockingIOError:
-                if not left:
-                    raise
-                time.sleep(SECONDS_BETWEEN)
-                continue
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)  # while it is still locked: whoever opened it meanwhile sees it is gone
-            return
-
-
-def is_held(path: Path) -> bool:
-    """Whether a process holds a file. Deletes what one that was killed left."""
-    try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            return False
-    except FileNotFoundError:
-        return False
-    except OSError:  # held, or not to be opened
-        return True

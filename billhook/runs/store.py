@@ -21,11 +21,11 @@ from billhook.core.results.cache_keys import CacheKey, FactKey, LossKey, PlanLos
 from billhook.core.results.measured import Loss
 from billhook.core.results.specs import PRUNE
 from billhook.core.results.stored import Run, RunState, StoredEvent, former_kind
-from billhook.models.device import hold_file, is_held, resource_use
+from billhook.runs import STORE as STORE
+from billhook.runs import hold_file, is_held
 
 T = TypeVar("T")
 
-STORE = "billhook.db"
 EVENT_SECONDS = 1.0  # between two writes of a run's events
 
 
@@ -363,6 +363,8 @@ class Store:
             self._write_events(waiting)
 
     def _write_events(self, events: Iterable[tuple[float, str, Event]]) -> None:
+        from billhook.models.device import resource_use  # torch, which reading a store needs not
+
         used = _json(resource_use())
         rows = [(run, at, e.stage, e.done, e.total, "", _json(dict(e.values)), used) for at, run, e in events]
         with self._write():
