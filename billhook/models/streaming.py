@@ -9,18 +9,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from billhook.core.errors import ModelError
+from billhook.core.results.foreign_files import reading
 from billhook.models import checks
-from billhook.models.device import dtype_bytes
+from billhook.models.device import SAFETENSORS_DTYPES, dtype_bytes
 from billhook.models.transformers_internals import (
     Conversion,
     conversions,
@@ -34,32 +33,37 @@ COMPARED_ROWS = 4096  # of two embeddings at a time, where a checkpoint has both
 
 
 @torch.inference_mode(False)  # here and below: what stays in the model must serve outside that mode too
-def build_on_meta(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def build_on_meta(folder: Path, dtype: torch.dtype, device: torch.device | None = None) -> Any:
     """The *ForCausalLM of `folder` as from_pretrained makes it, in eval mode, without its weights.
 
     Its parameters are on the meta device, in `dtype` (or in float32, where transformers keeps them so), without
-    gradients; its buffers are real, on `device`. Types of our own must be registered. Raises ModelError if transformers
-    does not build it.
+    gradients; its buffers are real, on `device`; without one they are on the meta device too. Types of our own must be
+    registered. Raises ModelError if transformers does not build it.
     """
     auto: Any = transformers.AutoModelForCausalLM
-    try:
+    with reading(f"transformers cannot load {folder}"):
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         with torch.device("meta"):
             model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
         model.generation_config = generation_config_of(folder)
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise ModelError(f"transformers cannot load {folder}: {error}") from error
     wide = set(names_in_float32(model, dtype))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         if name in wide:
             parameter.data = parameter.data.to(torch.float32)
+    if device is not None:
+        make_buffers(model, device)
+    return model.eval()
+
+
+@torch.inference_mode(False)
+def make_buffers(model: Any, device: torch.device) -> None:
+    """Give a model that is all on the meta device its buffers, with their values, on `device`."""
     for name, buffer in list(model.named_buffers()):
         set_tensor(model, name, torch.empty_like(buffer, device="cpu"))
     fill_buffers(model)
     for name, buffer in list(model.named_buffers()):
         set_tensor(model, name, buffer.to(device))
-    return model.eval()
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
@@ -90,7 +94,7 @@ class StreamedWeights:
         """`model`: its `build_on_meta` in `dtype` on `device`; `blocks`: where its blocks are, such as `model.layers`.
 
         Only the headers are read (and both embeddings, if the config ties them and the file has two).
-        Raises ModelError if a tensor is missing, left over or of another shape.
+        Raises ModelError if a tensor is missing, left over, of another shape or no float of a model's.
         """
         self.bytes_read = 0
         self._lock = threading.Lock()
@@ -100,13 +104,15 @@ class StreamedWeights:
         self._bytes: dict[str, int] = {}
         self._checked: set[str] = set()
         shapes: dict[str, torch.Tensor] = {}
+        dtypes: dict[str, str] = {}
         for shard in checks.shards(folder):
-            with _opened(shard) as file:
+            with checks.opened(shard) as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     self._shards[name] = shard
                     piece = file.get_slice(name)
                     shapes[name] = torch.empty(piece.get_shape(), device="meta")
-                    self._bytes[name] = shapes[name].numel() * dtype_bytes(piece.get_dtype())
+                    dtypes[name] = piece.get_dtype()
+                    self._bytes[name] = shapes[name].numel() * dtype_bytes(dtypes[name])
         self._recipes, unexpected = conversions(model, list(self._shards))
         self._source, mismatched = self._fit(shapes)
         self._input, self._output = (
@@ -115,6 +121,12 @@ class StreamedWeights:
         )
         missing = [name for name in self._wanted if self._alias(name) not in self._source]
         check_fit(missing_keys=missing, unexpected_keys=unexpected, mismatched_keys=mismatched)
+        for name in (name for recipe in self._recipes for _, name in recipe.parts):
+            if dtypes[name] not in SAFETENSORS_DTYPES:
+                raise ModelError(
+                    f"{name} is stored as {dtypes[name]}. Billhook prunes float32, bfloat16 and float16 weights, and "
+                    "casts no others. Start from the model as it was trained."
+                )
         self._untie()
 
     def _fit(self, shapes: dict[str, torch.Tensor]) -> tuple[dict[str, Conversion], list[str]]:
@@ -124,7 +136,7 @@ class StreamedWeights:
         for recipe in self._recipes:
             try:
                 made = recipe.convert(shapes, self._model)
-            except (RuntimeError, ValueError):  # experts of different shapes or numbers do not merge
+            except (RuntimeError, ValueError, IndexError, TypeError):  # experts of different shapes do not merge
                 source[recipe.first] = recipe
                 wrong.append(recipe.first)
                 continue
@@ -164,7 +176,7 @@ class StreamedWeights:
             groups.setdefault(self._shards[name], []).append(name)
         found: dict[str, torch.Tensor] = {}
         for shard, group in groups.items():
-            with _opened(shard) as file:
+            with checks.opened(shard) as file:
                 found |= {name: file.get_tensor(name) for name in group}
         return found
 
@@ -285,16 +297,6 @@ class StreamedWeights:
         tensor = self._mapped([name])[name]
         self._count(tensor.nbytes)
         return tensor
-
-
-@contextmanager
-def _opened(shard: Path) -> Iterator[Any]:
-    """A shard, for as long as it takes. Raises ModelError if it is damaged."""
-    try:
-        with safe_open(shard, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{shard} is damaged ({error}). Download it again.") from error
 
 
 def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
