@@ -90,7 +90,7 @@ def convert_gguf(path: Path, watch: EventListener = ignore_events) -> Path:
             raise MissingExtra("Reading a GGUF file", "demo")
     if part := re.search(r"-\d{5}-of-(\d{5})$", path.stem):
         raise ModelError(
-            f"{path} is one of {int(part[1])} parts. Join them: llama-gguf-split --merge {path.name} whole.gguf"
+            f"{path} is one of {int(part[1])} parts. Join them first, with the program llama-gguf-split of llama.cpp."
         )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]

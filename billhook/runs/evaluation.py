@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -13,9 +12,11 @@ from typing import Any
 
 import torch
 
+from billhook.core.errors import DataError
 from billhook.core.events import Event, EventListener, scaled_events
 from billhook.core.plan import Plan
 from billhook.core.results.cache_keys import BandwidthKey, ChoicesKey, EvaluationKey, TimingKey
+from billhook.core.results.foreign_files import read_json_object, validated
 from billhook.core.results.measured import EvalResult, Timing, TimingProtocol
 from billhook.core.results.run import Answer, PerplexityChange, SpeedChange, TaskChange
 from billhook.core.statistics import exp_capped, paired_difference
@@ -118,7 +119,10 @@ def evaluate_plans(
 def seen_digests(folder: Path) -> list[str]:
     """Digests of documents that the prunings that made the checkpoint in `folder` have looked at."""
     report = folder / "report.json"
-    return list(json.loads(report.read_text(encoding="utf-8")).get("seen", ())) if report.is_file() else []
+    if not report.is_file():
+        return []
+    seen = read_json_object(report, DataError).get("seen", [])
+    return validated(list[str], seen, f"The key seen of {report}", DataError)
 
 
 def task_accuracy(job: RunContext, teacher: Teacher, plan: Plan, file: str, repair: Repair = NO_REPAIR) -> TaskChange:

@@ -10,14 +10,16 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from billhook.core.errors import RunError, UsageError, nearest, option
+from billhook.core.errors import ResultError, RunError, UsageError, nearest, option
 from billhook.core.events import Event
 from billhook.core.plan import Plan
-from billhook.core.results.cache_keys import CacheKey, FactKey, LossKey, PlanLossKey
+from billhook.core.results.cache_keys import CacheKey, FactKey, LossKey, PlanLossKey, numbers
+from billhook.core.results.foreign_files import reading
+from billhook.core.results.json_form import JsonObject
 from billhook.core.results.measured import Loss
 from billhook.core.results.specs import PRUNE
 from billhook.core.results.stored import Run, RunState, StoredEvent, former_kind
@@ -97,6 +99,22 @@ def _add_event_values(db: sqlite3.Connection) -> None:
 MIGRATIONS = (_create_tables, _create_pieces, _create_facts, _add_kind, _add_event_values)
 
 
+def _layout(db: sqlite3.Connection) -> dict[tuple[str, str], str]:
+    """{(table, column): its type} of a database."""
+    columns = db.execute(
+        "SELECT m.name, c.name, c.type FROM sqlite_master AS m, pragma_table_info(m.name) AS c WHERE m.type = 'table'"
+    )
+    return {(table, column): kind for table, column, kind in columns}
+
+
+def _layout_of(version: int) -> dict[tuple[str, str], str]:
+    """The layout of a store of a version."""
+    with closing(sqlite3.connect(":memory:")) as db:
+        for migrate in MIGRATIONS[:version]:
+            migrate(db)
+        return _layout(db)
+
+
 _LOSS_KEY = "model = ? AND tokens = ? AND loss = ? AND dtype = ? AND treatment = ? AND plan = ?"
 
 
@@ -118,6 +136,10 @@ class Store:
             tuple[str, str], tuple[float, str, Event]
         ] = {}  # the last event of a stage, not yet written
         self._written: dict[str, float] = {}  # when a run's events were
+        if (path.exists() and not path.is_file()) or str(path) == ":memory:":
+            raise UsageError(
+                f"{option('store', str(path))} is no file. Give the name of one: {option('store', STORE)}."
+            )
         if read_only and not path.is_file():
             raise UsageError(f"There is no store {path}. Give the file that prune wrote: {option('store', 'FILE')}.")
         try:
@@ -126,10 +148,12 @@ class Store:
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
-                self._db.execute("PRAGMA journal_mode = WAL")
-                self._db.execute("PRAGMA foreign_keys = ON")
             self._db.row_factory = sqlite3.Row
             self._check_version(read_only)
+            if not read_only:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA foreign_keys = ON")
+                self._migrate()
         except (sqlite3.DatabaseError, OSError) as error:
             raise UsageError(
                 f"{option('store', str(path))} cannot be used ({error}). Give another file, or move this one."
@@ -140,15 +164,24 @@ class Store:
         self._db.close()
 
     def _check_version(self, read_only: bool) -> None:
-        """Migrate an older store, unless it is only read. Raises UsageError for a newer one."""
-        version = self._version()
+        """Raises UsageError for a newer store, and for a database of something else, which stays as it is."""
+        version, tables = self._db.execute(
+            "SELECT user_version, (SELECT count(*) FROM sqlite_master) FROM pragma_user_version"
+        ).fetchone()
         if version > len(MIGRATIONS):
             raise UsageError(
                 f"{option('store', str(self.path))} was written by a newer Billhook. Upgrade, or give another file."
             )
-        if read_only and not version:
-            raise UsageError(f"{self.path} is not a store of Billhook. Give the file that `billhook prune` wrote.")
-        if read_only or version == len(MIGRATIONS):
+        foreign = tables and not _layout(self._db).items() >= _layout_of(version).items()
+        if foreign or (not version and (tables or read_only)):
+            raise UsageError(
+                f"{self.path} is not a store of Billhook. Give the file that `billhook prune` wrote, or the name of a "
+                "new one."
+            )
+
+    def _migrate(self) -> None:
+        """Bring a new or an older store up to date."""
+        if self._version() == len(MIGRATIONS):
             return
         with self._write():
             for number, migrate in enumerate(MIGRATIONS[self._version() :], self._version() + 1):
@@ -186,13 +219,14 @@ class Store:
 
     def runs(self) -> list[Run]:
         """All runs, the newest first."""
-        return [_run(row) for row in self._db.execute("SELECT * FROM runs ORDER BY created DESC, rowid DESC")]
+        rows = self._db.execute("SELECT * FROM runs ORDER BY created DESC, rowid DESC")
+        return [self._read(_run, row) for row in rows]
 
     def run(self, run: str) -> Run:
         """One run by its id. Raises RunError with the nearest one."""
         row = self._db.execute("SELECT * FROM runs WHERE id = ?", (run,)).fetchone()
         if row:
-            return _run(row)
+            return self._read(_run, row)
         near = nearest(run, [r.id for r in self.runs()])
         guess = f" Did you mean {near}?" if near else ""
         raise RunError(f"There is no run {run!r} in {self.path}.{guess} `billhook runs` lists them.")
@@ -254,7 +288,12 @@ class Store:
         columns = key.columns()
         where = " AND ".join(f"{name} = ?" for name in columns)
         row = self._db.execute(f"SELECT * FROM {key.table} WHERE {where}", (*columns.values(),)).fetchone()
-        return key.decode(row) if row else None
+        return self._read(key.decode, row) if row else None
+
+    def _read(self, decode: Callable[[sqlite3.Row], T], row: sqlite3.Row) -> T:
+        """A row as a value. Raises ResultError where somebody else wrote into it."""
+        with reading(f"A row of the store {self.path} cannot be read", ResultError, "Give another store."):
+            return decode(row)
 
     def add(self, key: CacheKey[T], value: T, run: str) -> None:
         """Store a value that a run computed. The first value of a key stays, unless the key `replaces`."""
@@ -301,7 +340,7 @@ class Store:
     def all_of(self, kind: type[FactKey[T]]) -> list[Any]:
         """All values of one kind, whatever they depend on."""
         rows = self._db.execute("SELECT value FROM facts WHERE what = ? ORDER BY model, of", (kind.what,))
-        return [json.loads(row["value"]) for row in rows]
+        return [self._read(lambda row: json.loads(row["value"]), row) for row in rows]
 
     def add_loss(self, key: LossKey, plan: Plan, loss: Loss, run: str) -> None:
         """Store a loss measured in full, in place of its pieces. The same loss measured twice changes nothing."""
@@ -316,7 +355,7 @@ class Store:
         )
         told: dict[str, dict[tuple[int, ...], tuple[float, ...]]] = {}
         for quality, documents, sums in rows:
-            told.setdefault(quality, {})[tuple(json.loads(documents))] = tuple(json.loads(sums))
+            told.setdefault(quality, {})[self._read(numbers, documents)] = self._read(numbers, sums)
         return told
 
     def add_pieces(
@@ -370,24 +409,34 @@ class Store:
         """The events of one run, in order."""
         self._flush_events()
         rows = self._db.execute("SELECT * FROM events WHERE run = ? ORDER BY at, rowid", (run,))
-        return [_event(row) for row in rows]
+        return [self._read(_event, row) for row in rows]
 
 
 def _event(row: sqlite3.Row) -> StoredEvent:
     has = set(row.keys())
-    values = json.loads(row["values"]) if "values" in has else {}
-    used = json.loads(row["resources"]) if "resources" in has else {}
-    told = {"note": row["note"]} if row["note"] else {}  # by Billhook 0.1
-    return StoredEvent(row["at"], row["stage"], row["done"], row["total"], told | values, used)
+    values = _object(row["values"]) if "values" in has else {}
+    used = _object(row["resources"]) if "resources" in has else {}
+    told = {"note": str(row["note"])} if row["note"] else {}  # by Billhook 0.1
+    total = None if row["total"] is None else int(row["total"])
+    return StoredEvent(float(row["at"]), str(row["stage"]), int(row["done"] or 0), total, told | values, used)
 
 
 def _run(row: sqlite3.Row) -> Run:
-    kind, environment = former_kind(json.loads(row["environment"]))
+    kind, environment = former_kind(_object(row["environment"]))
+    if row["state"] not in get_args(RunState):
+        raise ValueError(f"there is no state {row['state']!r}")
     return Run(
-        row["id"], row["kind"] if "kind" in row.keys() else kind, row["created"], row["state"], row["out"],  # noqa: SIM118
-        json.loads(row["recipe"]), environment, json.loads(row["bound"]),
-        None if row["result"] is None else json.loads(row["result"]),
+        str(row["id"]), str(row["kind"]) if "kind" in row.keys() else kind, float(row["created"]), row["state"],  # noqa: SIM118
+        str(row["out"]), _object(row["recipe"]), environment, _object(row["bound"]),
+        None if row["result"] is None else _object(row["result"]),
     )  # fmt: skip
+
+
+def _object(text: str) -> JsonObject:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise TypeError(f"{text[:80]!r} is no JSON object")
+    return value
 
 
 def _text(value: Mapping[str, Any] | None) -> str | None:

@@ -113,7 +113,7 @@ def test_a_folder_of_gguf_files_says_what_to_give(tmp_path: Path) -> None:
 def test_a_part_of_a_gguf_file_is_refused(tmp_path: Path) -> None:
     part = tmp_path / "big-00001-of-00002.gguf"
     part.write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match=r"one of 2 parts.*llama-gguf-split --merge"):
+    with pytest.raises(ModelError, match=r"one of 2 parts.*llama-gguf-split"):
         convert_gguf(part)
 
 

@@ -54,17 +54,27 @@ def _reason(caught: BaseException) -> str:
     return f"{type(caught).__name__}: {words[:300]}" if words else type(caught).__name__
 
 
-def read_json(path: Path, error: type[BillhookError] = ModelError, advice: str = AGAIN) -> Any:
-    """The JSON value of a file. Raises `error` where it is none, is too large, or is nested too deep."""
-    with reading(f"{path} is not valid JSON", error, advice):
-        with path.open("rb") as file:
-            raw = file.read(MOST_BYTES + 1)
-        if len(raw) > MOST_BYTES:
-            raise error(f"{path} has more than {MOST_BYTES // 2**20} MB, which no file of its kind has. {advice}")
-        value = json.loads(raw.decode("utf-8"))
+def read_bytes(path: Path, error: type[BillhookError] = ModelError, advice: str = AGAIN) -> bytes:
+    """The content of a file. Raises `error` where it cannot be read, or is too large for what it should hold."""
+    with reading(f"{path} cannot be read", error, advice), path.open("rb") as file:
+        raw = file.read(MOST_BYTES + 1)
+    if len(raw) > MOST_BYTES:
+        raise error(f"{path} has more than {MOST_BYTES // 2**20} MB, which no file of its kind has. {advice}")
+    return raw
+
+
+def parse_json(raw: bytes | str, where: object, error: type[BillhookError] = ModelError, advice: str = AGAIN) -> Any:
+    """A JSON value. Raises `error` where it is none, or is nested too deep."""
+    with reading(f"{where} is not valid JSON", error, advice):
+        value = json.loads(raw if isinstance(raw, str) else raw.decode("utf-8"))
     if _levels(value) > MOST_LEVELS:
-        raise error(f"{path} nests lists and objects more than {MOST_LEVELS} deep. {advice}")
+        raise error(f"{where} nests lists and objects more than {MOST_LEVELS} deep. {advice}")
     return value
+
+
+def read_json(path: Path, error: type[BillhookError] = ModelError, advice: str = AGAIN) -> Any:
+    """The JSON value of a file. Raises `error` as `read_bytes` and `parse_json`."""
+    return parse_json(read_bytes(path, error, advice), path, error, advice)
 
 
 def read_json_object(path: Path, error: type[BillhookError] = ModelError, advice: str = AGAIN) -> JsonObject:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from billhook.core.errors import BillhookError, DataError, FingerprintError, MissingExtra, UsageError, option
+from billhook.core.results.foreign_files import read_json_object, reading
 from billhook.methods.export import EXPORTS, Exported, Student, export
 from billhook.models import checks
 from billhook.models.load import load
@@ -59,10 +60,8 @@ def load_with_adapter(folder: str | Path, adapter: str | Path | None = None) -> 
             f"{option('recover_set', {'merge': 'no'})}, in the "
             f"folder {ADAPTER_FOLDER} of the pruned model."
         )
-    wanted, found = (
-        json.loads((chosen / ADAPTER_MANIFEST).read_text(encoding="utf-8"))["base"],
-        checks.fingerprint(folder),
-    )
+    wanted = read_json_object(chosen / ADAPTER_MANIFEST, DataError).get("base")
+    found = checks.fingerprint(folder)
     if wanted != found:
         raise FingerprintError(
             f"The adapter {chosen} was trained on a checkpoint with the fingerprint {wanted}, and that of {folder} is "
@@ -70,7 +69,9 @@ def load_with_adapter(folder: str | Path, adapter: str | Path | None = None) -> 
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-        return peft.PeftModel.from_pretrained(load(folder).model, chosen)
+        teacher = load(folder)
+        with reading(f"peft cannot read the adapter {chosen}", DataError):
+            return peft.PeftModel.from_pretrained(teacher.model, chosen)
 
 
 @torch.inference_mode()
