@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from billhook.core.errors import PlanError, option
-from billhook.core.plan import PARTS, Plan, Site, format_ranges, parse_ranges
+from billhook.core.plan import (
+    PARTS,
+    Ends,
+    KeptGroups,
+    Plan,
+    Site,
+    format_ranges,
+    parse_ends,
+    parse_ranges,
+    split_name,
+)
 from billhook.core.results.json_form import JsonObject
 
 
@@ -113,6 +125,23 @@ class Anatomy:
         kept = {narrow.site: len(narrow.groups) for narrow in plan.narrowed}
         return [(size, len(size.groups) - kept[size.site]) for size in self.sites if size.site in kept]
 
+    def parse(self, names: Iterable[str], protected: frozenset[Site] = frozenset()) -> Plan:
+        """Return the plan of names as `Plan.to_list` writes them. Raises PlanError as `Plan.parse` and `check` do.
+
+        The model bounds every range before any is built.
+        """
+        sizes, listed = {size.site: size for size in self.sites}, list(names)
+        for name in listed:
+            site, kept = split_name(name)
+            size = sizes.get(site)
+            if kept is None:
+                continue
+            if size is None or not size.groups:
+                self.check(Plan(frozenset(), frozenset({KeptGroups(site, ())})))
+            elif (missing := _first_missing(size.groups, parse_ends(kept))) is not None:
+                raise _no_group(size, missing)
+        return self.check(Plan.parse(listed), protected)
+
     def check(self, plan: Plan, protected: frozenset[Site] = frozenset()) -> Plan:
         """Return `plan`. Raises PlanError if it names a missing site, or removes a protected or last one."""
         present = set(self.sites_present())
@@ -143,7 +172,7 @@ class Anatomy:
             if not kept:
                 raise PlanError(f"{site} would keep no channel group. To remove the whole site, write {site}.")
             if missing := sorted(set(kept) - set(size.groups)):
-                raise PlanError(f"{site} has no channel group {missing[0]}: it has {format_ranges(size.groups)}.")
+                raise _no_group(size, missing[0])
             per_expert = len(size.groups) // size.experts
             shares = (size.groups[e * per_expert : (e + 1) * per_expert] for e in range(size.experts))
             counts = {len(set(kept).intersection(share)) for share in shares}
@@ -156,3 +185,17 @@ class Anatomy:
                 raise PlanError(
                     f"{site} keeps {max(counts)} neurons of each expert. Keep a multiple of {size.multiple}."
                 )
+
+
+def _first_missing(groups: Sequence[int], ranges: Iterable[Ends]) -> int | None:
+    """Return the lowest number of ascending ranges that is not among the ascending groups."""
+    for first, last in ranges:
+        start = bisect_left(groups, first)
+        for place in range(start, start + last - first + 1):
+            if place == len(groups) or groups[place] != first + place - start:
+                return first + place - start
+    return None
+
+
+def _no_group(size: SiteSize, number: int) -> PlanError:
+    return PlanError(f"{size.site} has no channel group {number}: it has {format_ranges(size.groups)}.")

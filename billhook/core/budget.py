@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from billhook.core.anatomy import Anatomy, SiteSize
 from billhook.core.errors import BudgetError, nearest
-from billhook.core.plan import Plan, Site
+from billhook.core.plan import Plan, Site, shorten
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +64,9 @@ class Budget:
     @staticmethod
     def parse(text: str) -> Budget:
         """Parse `25%`, `25%sites`, `15sites`, `30Mparams`, `30%kv` … Raises BudgetError with the allowed spellings."""
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*([A-Za-z]*)\s*", text)
+        match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*(%?)\s*([A-Za-z]*)\s*", text)
         if not match:
-            raise BudgetError(f"{text!r} is not a budget. Write for example {_EXAMPLES}.")
+            raise BudgetError(f"{shorten(text)!r} is not a budget. Write for example {_EXAMPLES}.")
         number, percent, word = match.groups()
         scale, unit = _parse_unit(word)
         if not percent and word in ("", *_SCALES):

@@ -35,7 +35,7 @@ class Margin:
     @staticmethod
     def parse(text: str, *, any_task: bool = False) -> Margin:
         """Parse `3%ppl`, `1pp:FILE` and, with `any_task`, `1pp`. Raises UsageError with the allowed spellings."""
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:(%)\s*ppl|pp(?::(.+?))?)\s*", text)
+        match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*(?:(%)\s*ppl|pp(?::(.+?))?)\s*", text)
         if match is None or not (any_task or match[2] or match[3]):
             points = ANY_SPELLING if any_task else FILE_SPELLING
             raise UsageError(f"{text!r} is not a margin. Write {PERPLEXITY_SPELLING}, or {points}.")

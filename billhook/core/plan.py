@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, cast
 
 from billhook.core.errors import PlanError, nearest
@@ -14,6 +16,7 @@ from billhook.core.results.json_form import JsonObject
 
 Part = Literal["attention", "mlp"]
 PARTS: tuple[Part, ...] = ("attention", "mlp")
+MOST_GROUPS = 2**22  # of one site of any model; a model in hand bounds them by its own
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -36,12 +39,12 @@ class Site:
     @staticmethod
     def parse(text: str) -> Site:
         """Parse `attention.7` or `mlp.16`. Raises PlanError with the nearest spelling."""
-        match = re.fullmatch(r"\s*([A-Za-z_]+)[.:](\d+)\s*", text)
+        match = re.fullmatch(r"\s*([A-Za-z_]+)[.:]([0-9]{1,9})\s*", text)
         if match and match[1] in PARTS:
             return Site(int(match[2]), cast(Part, match[1]))
         near = nearest(match[1], PARTS) if match else None
         guess = f" Did you mean {near}.{match[2]}?" if match and near else ""
-        raise PlanError(f"{text.strip()!r} is not a site.{guess} A site is written attention.7 or mlp.16.")
+        raise PlanError(f"{shorten(text.strip())!r} is not a site.{guess} A site is written attention.7 or mlp.16.")
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -73,15 +76,34 @@ def format_ranges(numbers: Iterable[int]) -> str:
     return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
+def shorten(text: str, most: int = 60) -> str:
+    """Return a text as a message shows it: its beginning."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+Ends = tuple[int, int]  # the first and the last number of a range
+
+
+def parse_ends(text: str) -> list[Ends]:
+    """Read the ends of ranges that `format_ranges` wrote, and build none. Raises PlanError unless they ascend."""
+    if not re.fullmatch(r"\s*[0-9]{1,18}(-[0-9]{1,18})?(\s+[0-9]{1,18}(-[0-9]{1,18})?)*\s*", text):
+        raise PlanError(
+            f"[{shorten(text)}] does not list channel groups. Write the numbers of those to keep: [0-511 600]."
+        )
+    numbers = [tuple(map(int, piece.split("-"))) for piece in text.split()]
+    ranges = [(ends[0], ends[-1]) for ends in numbers]
+    flat = [number for first, last in ranges for number in ((first, last) if first != last else (first,))]
+    if any(first > last for first, last in ranges) or any(a >= b for a, b in pairwise(flat)):
+        raise PlanError(f"[{shorten(text)}] does not ascend. Write each channel group once, in order: [0-511 600].")
+    return ranges
+
+
 def parse_ranges(text: str) -> tuple[int, ...]:
-    """Read what `format_ranges` wrote. Raises PlanError unless it ascends."""
-    if not re.fullmatch(r"\s*\d+(-\d+)?(\s+\d+(-\d+)?)*\s*", text):
-        raise PlanError(f"[{text}] does not list channel groups. Write the numbers of those to keep: [0-511 600].")
-    ranges = [tuple(map(int, piece.split("-"))) for piece in text.split()]
-    numbers = [number for ends in ranges for number in range(ends[0], ends[-1] + 1)]
-    if numbers != sorted(set(numbers)) or any(ends[0] > ends[-1] for ends in ranges):
-        raise PlanError(f"[{text}] does not ascend. Write each channel group once, in order: [0-511 600].")
-    return tuple(numbers)
+    """Read what `format_ranges` wrote. Raises PlanError unless it ascends, and for more groups than any model has."""
+    ranges = parse_ends(text)
+    if ranges[-1][1] >= MOST_GROUPS:
+        raise PlanError(f"[{shorten(text)}] names channel group {ranges[-1][1]}; no site has {MOST_GROUPS:,} of them.")
+    return tuple(number for first, last in ranges for number in range(first, last + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,16 +171,23 @@ class Plan:
         sites: list[Site] = []
         narrowed: list[KeptGroups] = []
         for name in names:
-            match = re.fullmatch(r"([^\[\]]*)\[([^\[\]]*)\]\s*", name)
-            if match:
-                narrowed.append(KeptGroups(Site.parse(match[1]), parse_ranges(match[2])))
+            site, kept = split_name(name)
+            if kept is None:
+                sites.append(site)
             else:
-                sites.append(Site.parse(name))
-        named = [*sites, *(narrow.site for narrow in narrowed)]
-        twice = sorted({s for s in named if named.count(s) > 1})
-        if twice:
-            raise PlanError(f"The plan names {', '.join(map(str, twice))} more than once. Name each site once.")
+                narrowed.append(KeptGroups(site, parse_ranges(kept)))
+        times = Counter([*sites, *(narrow.site for narrow in narrowed)])
+        if twice := sorted(site for site, count in times.items() if count > 1):
+            raise PlanError(
+                f"The plan names {shorten(', '.join(map(str, twice)))} more than once. Name each site once."
+            )
         return Plan(frozenset(sites), frozenset(narrowed))
+
+
+def split_name(name: str) -> tuple[Site, str | None]:
+    """Return the site of a name as `Plan.to_list` writes it, and what stands in its brackets, if it has some."""
+    match = re.fullmatch(r"([^\[\]]*)\[([^\[\]]*)\]\s*", name)
+    return (Site.parse(match[1]), match[2]) if match else (Site.parse(name), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from itertools import combinations, groupby
 from typing import cast
 
-from billhook.core.anatomy import Anatomy
+from billhook.core.anatomy import Anatomy, SiteSize
 from billhook.core.budget import UNITS, Budget
 from billhook.core.errors import BudgetError, PlanError
 from billhook.core.plan import PARTS, Part, Plan, Site
@@ -29,8 +29,9 @@ _NAMED = {"shortened-llama": "first4,last2", "sleb": "first1,last1"}  # protecti
 class Problem:
     """The problem of a search, which sees this and the losses that it requests, and nothing else.
 
-    All `budgets` must be met. `scores`: importance scores of sites, blocks and spans, higher = removal hurts more; None
-    without a metric. `group_scores`: those of channel groups, in the order of the anatomy.
+    All `budgets` must be met. `protected`: sites that no search changes; those that no budget counts are added.
+    `scores`: importance scores of sites, blocks and spans, higher = removal hurts more; None without a metric.
+    `group_scores`: those of channel groups, in the order of the anatomy.
     """
 
     anatomy: Anatomy
@@ -39,6 +40,9 @@ class Problem:
     seed: int = 0
     scores: Mapping[ScoredUnit, float] | None = None
     group_scores: Mapping[Site, Sequence[float]] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "protected", self.protected | self.uncounted)
 
     def is_met(self, plan: Plan) -> bool:
         return self._suffices(self.removed_cost(plan))
@@ -52,6 +56,18 @@ class Problem:
     def targets(self) -> tuple[Fraction, ...]:
         """The least `removed_cost` that meets each budget."""
         return tuple(budget.target(self.anatomy) for budget in self.budgets)
+
+    @cached_property
+    def uncounted(self) -> frozenset[Site]:
+        """The sites whose removal no budget counts, such as an mlp for a budget in kv."""
+        return frozenset() if self.whole_blocks else frozenset(s for s, cost in self._costs.items() if not any(cost))
+
+    def counts_groups(self, size: SiteSize) -> bool:
+        """Return whether a budget counts a channel group of a site."""
+        if size.group is None:
+            return False
+        one = replace(size, **asdict(size.group))
+        return any(UNITS[b.unit].total is not None and UNITS[b.unit].cost(one) for b in self.budgets)
 
     @cached_property
     def _costs(self) -> dict[Site, tuple[int, ...]]:
@@ -185,7 +201,9 @@ def parse_protection(text: str, anatomy: Anatomy) -> frozenset[Site]:
     sites: set[Site] = set()
     pieces = [piece for p in text.split(",") for piece in _NAMED.get(p.strip(), p).split(",")]
     for piece in filter(None, (p.strip() for p in pieces)):
-        match = re.fullmatch(r"(?:(attention|mlp)\.)?(?:(\d+)(?:-(\d+))?|(first|last)(\d+))", piece)
+        match = re.fullmatch(
+            r"(?:(attention|mlp)\.)?(?:([0-9]{1,9})(?:-([0-9]{1,9}))?|(first|last)([0-9]{1,9}))", piece
+        )
         if not match:
             raise PlanError(
                 f"{piece!r} cannot be protected. Write attention.0, mlp.27-29, 0-3 (whole blocks), first4, last2 or "

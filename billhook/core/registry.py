@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -186,15 +188,16 @@ def _value(name: str, value: Any, default: Any) -> Any:
             return value
         if str(value).lower() in words:
             return words[str(value).lower()]
-    elif isinstance(default, int) and re.fullmatch(r"-?\d+", str(value)):
+    elif isinstance(default, int) and re.fullmatch(r"-?[0-9]{1,9}", str(value)):
         return int(value)
     elif isinstance(default, float):
-        with suppress(ValueError):
-            return float(value)
+        with suppress(ValueError, OverflowError):
+            if math.isfinite(number := float(value)):
+                return number
     elif isinstance(default, str):
         return str(value)
     kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
-    raise UsageError(f"The option {name} is {kind}, not {value!r}. Its default is {default}.")
+    raise UsageError(f"The option {name} is {kind}, not {reprlib.repr(value)}. Its default is {default}.")
 
 
 def parse_docstring(function: Callable[..., object]) -> OptionValues:

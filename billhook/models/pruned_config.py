@@ -6,21 +6,20 @@ reads each, and one writes each.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from billhook.core.errors import ModelError
-from billhook.core.plan import PARTS, Part, Plan, Site, format_ranges, parse_ranges
+from billhook.core.errors import ModelError, PlanError
+from billhook.core.plan import PARTS, Part, Plan, Site, format_ranges, parse_ends, parse_ranges
 from billhook.core.results.foreign_files import AGAIN, shown, validated
 from billhook.core.results.json_form import JsonObject
 from billhook.models import architectures
@@ -170,7 +169,7 @@ def check_section(raw: JsonObject, blocks: int, path: Path) -> None:
         wrong = "groups", bad
     elif bad := [name for name in (*section.narrow, *section.patches) if Site.parse(name).block >= blocks]:
         wrong = "narrow or patches", bad
-    elif bad := [name for name, each in section.groups.items() if not _ascends(each)]:
+    elif bad := [name for name, each in section.groups.items() if not _fit(each)]:
         wrong = f"groups.{bad[0]}.kept", section.groups[bad[0]].kept
     if wrong is not None:
         raise ModelError(
@@ -179,12 +178,12 @@ def check_section(raw: JsonObject, blocks: int, path: Path) -> None:
         )
 
 
-def _ascends(groups: _Groups) -> bool:
-    """Whether ranges of channel groups ascend within their number, so that reading them takes no more memory."""
-    ends = [int(end) for piece in groups.kept.split() for end in (piece.split("-") * 2)[:2]]
-    pairs = list(zip(ends[::2], ends[1::2], strict=True))
-    in_order = all(first <= last for first, last in pairs)
-    return in_order and all(a[1] < b[0] for a, b in pairwise(pairs)) and ends[-1] < groups.of
+def _fit(groups: _Groups) -> bool:
+    """Whether ranges of channel groups ascend within their number."""
+    try:
+        return parse_ends(groups.kept)[-1][1] < groups.of
+    except PlanError:
+        return False
 
 
 def read_config(config: Any) -> PrunedConfig:
@@ -263,6 +262,22 @@ def _part(name: str) -> Part:
     return "attention" if name == "attention" else "mlp"
 
 
+def stock_shape(config: Any, base: str, widths: Mapping[str, int]) -> nn.Module | None:
+    """An empty model of the stock type with the config's other numbers and these widths; None if the type refuses them.
+
+    Falcon and GPT-2 share the width out among the heads; that of Llama is a multiple of their number.
+    """
+    config_class, model_class = stock_classes(base)
+    own = {"per_layer_config", "billhook", "model_type", "auto_map"}
+    fields = {name: value for name, value in config.to_dict().items() if name not in own}
+    try:
+        with torch.device("meta"):
+            built: nn.Module = model_class(config_class.from_dict(fields | widths))
+    except (AttributeError, ValueError, StrictDataclassError):
+        return None
+    return built
+
+
 def fits_stock_shape(student: Any, narrow: Mapping[Site, NarrowedSite], base: str) -> bool:
     """Whether a stock config can say how narrow a student is, since all blocks are alike; then its own one does."""
     widths: dict[str, int] = {}
@@ -271,18 +286,8 @@ def fits_stock_shape(student: Any, narrow: Mapping[Site, NarrowedSite], base: st
             return False
     if any(site.part == "attention" for site in narrow):
         widths["head_dim"] = architectures.head_dim(student.config)
-    config = copy.deepcopy(student.config)
-    config.__class__, model = stock_classes(base)
-    config.__dict__.pop("model_type", None)
-    config.per_layer_config = config.billhook = None
-    try:
-        for name, number in widths.items():
-            setattr(config, name, number)
-        with torch.device("meta"):
-            built = model(config)
-    except (AttributeError, ValueError):  # Falcon's and GPT-2's heads share out the width
-        return False
-    if shape_signature(built) != shape_signature(student):
+    built = stock_shape(student.config, base, widths)
+    if built is None or shape_signature(built) != shape_signature(student):
         return False
     for name, number in widths.items():
         setattr(student.config, name, number)

@@ -21,7 +21,14 @@ from billhook.core.plan import PARTS, Plan, Site
 from billhook.models import architectures, channel_groups, modeling_billhook, structure
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.modeling_billhook import number_caches, pruned_classes, remove_part, remove_skipped
-from billhook.models.pruned_config import NarrowedSite, PrunedConfig, fits_stock_shape, read_config, write_config
+from billhook.models.pruned_config import (
+    NarrowedSite,
+    PrunedConfig,
+    fits_stock_shape,
+    read_config,
+    stock_shape,
+    write_config,
+)
 from billhook.models.repair import NO_REPAIR, Patch, Repair, add_bias, patch_module
 from billhook.models.streaming import StreamedWeights
 from billhook.models.transformers_internals import stock_classes
@@ -126,6 +133,34 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     rest = {student_name(teacher, old, kept): repair.weights[old] for old in repair.weights.keys() - whole.keys()}
     assign_weights(student, {name: weight for name, weight in rest.items() if name})
     return student
+
+
+def stock_holds(teacher: Teacher, plan: Plan) -> bool:
+    """Whether the stock type has models with the widths of a plan that narrows all sites of a part alike.
+
+    Nothing is cut: an empty model is built, and its sites are measured.
+    """
+    config, row, widths = teacher.model.config, teacher.architecture, dict[str, int]()
+    for each in plan.narrowed:
+        of = structure.channel_layout(teacher.block(each.site.block), each.site.part, row, config)
+        widths |= channel_groups.config_fields(of, len(each.groups), config)
+        if of.norms:  # their scale and epsilon change
+            return False
+    if any(each.site.part == "attention" for each in plan.narrowed):
+        widths["head_dim"] = architectures.head_dim(config)
+    built = stock_shape(config, teacher.anatomy.model_type, widths)
+    if built is None:
+        return False
+    found = structure.anatomy(
+        built, built.config, PrunedConfig(len(teacher.positions), tuple(range(len(teacher.positions)))), item_bytes=1
+    )
+    parameters = {size.site: size.parameters for size in found.sites}
+    removed = {size.site: count * size.group.parameters for size, count in teacher.anatomy.narrowed(plan) if size.group}
+    return all(
+        parameters[Site(teacher.positions.index(size.site.block), size.site.part)]
+        == size.parameters - removed.get(size.site, 0)
+        for size in teacher.anatomy.sites
+    )
 
 
 def _no_stock_place(what: str, instead: str = "") -> PlanError:

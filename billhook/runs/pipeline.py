@@ -14,6 +14,7 @@ from billhook.core.budget import parse_budgets
 from billhook.core.errors import FingerprintError, either
 from billhook.core.events import EventListener
 from billhook.core.plan import Plan
+from billhook.core.plan_files import find_path
 from billhook.core.results.model import ExpectedSeconds, MemoryUse, WorkEstimate
 from billhook.core.results.run import RunData, RunResult
 from billhook.core.results.stored import Run
@@ -84,8 +85,8 @@ def _finished(job: RunContext) -> RunResult | None:
 
 def _stages(job: RunContext, bound: dict[str, str], aside: Path, write_report: WriteReport) -> RunResult:
     recipe = job.recipe
-    given_folder = Path(recipe.model).expanduser()
-    check_target(job.out, given_folder if given_folder.is_dir() else None)
+    given_folder = find_path(recipe.model)
+    check_target(job.out, given_folder if given_folder is not None and given_folder.is_dir() else None)
     with job.stage("load"):
         teacher = load_teacher(recipe, job.watch, job.loaded)
         given = validate(recipe, teacher)

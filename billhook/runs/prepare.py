@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from billhook.core.anatomy import Anatomy
@@ -28,12 +29,14 @@ from billhook.data.texts import TextSpec, external_sources
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.engine.probe import Probe, RacingOptions
-from billhook.methods.export import check_expressible
+from billhook.methods.export import EXPORTS, check_expressible
+from billhook.methods.search import drive, narrows
 from billhook.models.load import Teacher, as_teacher
+from billhook.models.surgery import stock_holds
 from billhook.runs.executor import store_cache
 from billhook.runs.job import RunContext
 from billhook.runs.recipe import CalibrationOptions, EvalOptions, Recipe, TextOptions
-from billhook.runs.search import method_options
+from billhook.runs.search import expected_losses, method_options, search_of
 
 NOTHING: Mapping[str, Teacher] = MappingProxyType({})
 
@@ -80,9 +83,36 @@ def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:
         if plan.narrowed and recipe.stock:
             raise PlanError(f"{option('stock', True)} has no place for sites that become narrower. Leave it out.")
         return teacher.anatomy.check(plan, protected)
-    if recipe.remove is not None and not counts_time(recipe):
-        problem_of(recipe, teacher.anatomy, recipe.budgets)
+    check_search(recipe, teacher)
     return None
+
+
+def check_search(recipe: Recipe, teacher: Teacher) -> None:
+    """Raise UsageError where a search cannot meet its budgets, or the export has no place for its widths.
+
+    Only time is measured before such a budget can be checked.
+    """
+    target = EXPORTS.facts(recipe.writes)
+    if narrows(recipe.search) and (target.widths == "none" or (target.widths == "alike" and not recipe.uniform)):
+        instead = f"Add {option('uniform', True)}, take" if target.widths == "alike" else "Take"
+        raise PlanError(
+            f"The export {recipe.writes} has no place for sites of different widths, which the search {recipe.search} "
+            f"chooses. {instead} {option('search', 'swap')}, or another export."
+        )
+    if recipe.remove is None or counts_time(recipe):
+        return
+    problem = problem_of(recipe, teacher.anatomy, recipe.budgets)
+    expected_losses(recipe, problem)
+    if recipe.uniform:
+        even = replace(problem, group_scores={size.site: (0.0,) * len(size.groups) for size in teacher.anatomy.sites})
+        (plan,) = drive(search_of(recipe, even), lambda request: [])
+        if not stock_holds(teacher, plan):
+            widths = ", ".join(f"{len(each.groups)} groups of {each.site}" for each in sorted(plan.narrowed)[:2])
+            raise PlanError(
+                f"{option('uniform', True)} keeps the stock shape, and a {teacher.anatomy.model_type} has none with "
+                f"{widths}. Ask for another {option('remove')}, narrow the mlps alone "
+                f"({option('set', {'parts': 'mlp'})}), or leave {option('uniform')} out."
+            )
 
 
 def counts_time(recipe: Recipe) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,8 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from billhook.core.budget import Budget, parse_budgets, spell_budget
 from billhook.core.errors import RecipeError, nearest, option
 from billhook.core.margin import Margin
+from billhook.core.plan import shorten
+from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues
 
+MOST_RECIPE_BYTES = 2**16
+MOST_RECIPE_VALUES = 10_000  # counted as often as YAML's aliases repeat them
+MOST = 2**31 - 1  # tokens, sequences, channels: more than any machine takes
 BUILTIN = Path(__file__).parent / "recipes"
 TARGETS = ("remove", "plan", "within")  # of which a recipe has one
 FORMER_SEARCHES = {"narrow": "rank_channels", "solve": "ilp", "span": "contiguous"}  # in recipes of version 0.1
@@ -37,7 +44,7 @@ class TextOptions(BaseModel):
     data: Annotated[str, Field(description="Calibration text: a file, a data set's name, pydoc or self")] = "pydoc"
     eval_data: Annotated[str | None, Field(description="Held-out text [default: split off --data]")] = None
     field: Annotated[str, Field(description="Field of a .jsonl row that holds the text")] = "text"
-    seed: Annotated[int, Field(description="Seed of every random choice", ge=0)] = 0
+    seed: Annotated[int, Field(description="Seed of every random choice", le=MOST, ge=0)] = 0
     device: Annotated[str, Field(description="Device: auto, cpu, cuda, cuda:1, mps")] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -76,16 +83,16 @@ class TextOptions(BaseModel):
 class EvalOptions(TextOptions):
     """What an evaluation is told: `data` is what a pruning would calibrate on, of which the held-out half counts."""
 
-    eval_tokens: Annotated[int, Field(description="Held-out tokens", ge=64)] = 16384
-    eval_length: Annotated[int, Field(description="Tokens per held-out sequence", ge=16)] = 512
+    eval_tokens: Annotated[int, Field(description="Held-out tokens", le=MOST, ge=64)] = 16384
+    eval_length: Annotated[int, Field(description="Tokens per held-out sequence", le=MOST, ge=16)] = 512
 
 
 class CalibrationOptions(TextOptions):
     """What a score is told: the model, and the text that it is scored on."""
 
     loss: Annotated[str, Field(description="Objective to minimise: kl, js, nll, … or task:FILE")] = "kl"
-    tokens: Annotated[int, Field(description="Calibration tokens", ge=16)] = 4096
-    length: Annotated[int, Field(description="Tokens per calibration sequence", ge=16)] = 128
+    tokens: Annotated[int, Field(description="Calibration tokens", le=MOST, ge=16)] = 4096
+    length: Annotated[int, Field(description="Tokens per calibration sequence", le=MOST, ge=16)] = 128
     self_share: Annotated[float, Field(description="Share of calibration tokens that the model writes", ge=0, lt=1)] = (
         0.0
     )
@@ -120,14 +127,14 @@ class Recipe(CalibrationOptions, EvalOptions):
         Field(description="Metric for oneshot, ilp, contiguous, rank_channels, joint"),
     ] = None
     uniform: Annotated[bool, Field(description="Equal widths in all blocks, which keep the stock shape")] = False
-    multiple: Annotated[int, Field(description="Widths in multiples of this: 8, 32, 256", ge=1)] = 1
+    multiple: Annotated[int, Field(description="Widths in multiples of this: 8, 32, 256", le=MOST, ge=1)] = 1
     fast: Annotated[bool, Field(description="Race the candidates of a round: faster, not exact")] = False
-    shortlist: Annotated[int, Field(description="Candidates in each round of --fast", ge=2)] = 12
+    shortlist: Annotated[int, Field(description="Candidates in each round of --fast", le=MOST, ge=2)] = 12
     risk: Annotated[float, Field(description="Risk of --fast to drop the best, per comparison", gt=0, lt=0.5)] = 0.05
     audit: Annotated[bool, Field(description="Exact check of every round of --fast, with its regret")] = False
     protect: Annotated[str, Field(description="Sites or blocks to keep: attention.0,mlp.27-29,0-3,last2")] = ""
-    batch: Annotated[int, Field(description="Sequences at a time, for a budget in ms", ge=1)] = 1
-    context: Annotated[int, Field(description="Tokens before the timed one, for a budget in ms", ge=1)] = 128
+    batch: Annotated[int, Field(description="Sequences at a time, for a budget in ms", le=MOST, ge=1)] = 1
+    context: Annotated[int, Field(description="Tokens before the timed one, for a budget in ms", le=MOST, ge=1)] = 128
     recover: Annotated[str, Field(description="Recovery methods to apply after pruning, in order: fold,lora")] = ""
     fold_in_search: Annotated[bool, Field(description="Judge the best candidates of a round after a fold")] = False
     recover_set: Annotated[
@@ -135,8 +142,8 @@ class Recipe(CalibrationOptions, EvalOptions):
         Field(description="Option of a recovery: minutes=15, lora.rank=8; repeatable"),
     ] = {}
     recover_data: Annotated[str | None, Field(description="Text for the recovery [default: that of --data]")] = None
-    recover_tokens: Annotated[int, Field(description="Tokens for the recovery at most", ge=64)] = 32768
-    recover_length: Annotated[int, Field(description="Tokens per sequence for the recovery", ge=16)] = 256
+    recover_tokens: Annotated[int, Field(description="Tokens for the recovery at most", le=MOST, ge=64)] = 32768
+    recover_length: Annotated[int, Field(description="Tokens per sequence for the recovery", le=MOST, ge=16)] = 256
     stock: Annotated[bool, Field(description="Stock shape: zeros in removed sites, no speed-up")] = False
     export: Annotated[str, Field(description="Form of the checkpoint, as `billhook methods` lists them")] = (
         "transformers"
@@ -234,7 +241,7 @@ Options = TypeVar("Options", bound=TextOptions)
 
 def parse_bytes(text: str) -> int:
     """`4GB`, `500MB` or `2.5GiB` in bytes. Raises RecipeError with the allowed spellings."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG])(i?)B\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([MG])(i?)B\s*", text)
     if not match or float(match[1]) == 0:
         raise RecipeError(
             f"{option('memory', text)} is not an amount of memory. Write for example 4GB, 500MB or 2.5GiB."
@@ -257,7 +264,7 @@ def parse_options(kind: type[Options], values: Mapping[str, Any], where: str = "
         key = ".".join(map(str, first["loc"])) or "?"
         if first["type"] == "extra_forbidden":
             raise _unknown_key(key, where, list(kind.model_fields)) from error
-        raise RecipeError(f"{where} has {key}: {first['input']!r}. {first['msg']}.") from error
+        raise RecipeError(f"{where} has {key}: {reprlib.repr(first['input'])}. {first['msg']}.") from error
 
 
 def _unknown_key(key: str, where: str, known: Iterable[str]) -> RecipeError:
@@ -284,17 +291,28 @@ def read_yaml(path: Path) -> OptionValues:
 
     Raises RecipeError if it cannot be read, or holds an unknown key or one twice.
     """
-    if not path.is_file() and (BUILTIN / f"{path}.yaml").is_file():
-        path = BUILTIN / f"{path}.yaml"
-    if not path.is_file():
-        names = recipe_names()
-        near = nearest(str(path), names)
+    file, names = find_path(path), recipe_names()
+    if (file is None or not file.is_file()) and str(path) in names:
+        file = BUILTIN / f"{path}.yaml"
+    if file is None or not file.is_file():
+        near = nearest(str(path)[:99], names)
         guess = f" Did you mean {near}?" if near else ""
-        raise RecipeError(f"There is no recipe {path}.{guess} Give a YAML file, or one of ours: {', '.join(names)}.")
+        raise RecipeError(
+            f"There is no recipe {shorten(str(path), 200)}.{guess} Give a YAML file, or one of ours: "
+            f"{', '.join(names)}."
+        )
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with file.open("rb") as opened:
+            raw = opened.read(MOST_RECIPE_BYTES + 1)
+        if len(raw) > MOST_RECIPE_BYTES:
+            raise RecipeError(f"{path} has more than {MOST_RECIPE_BYTES // 1024} KB, which no recipe has.")
+        values = yaml.load(raw.decode("utf-8"), Loader=_UniqueKeys)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read ({error.strerror}). Give another recipe.") from error
+    if sum(1 for _ in islice(_every_value(values), MOST_RECIPE_VALUES + 1)) > MOST_RECIPE_VALUES:
+        raise RecipeError(f"{path} repeats its values by aliases without end. Write them out.")
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds no keys. A recipe looks like:\nmodel: demo\nremove: 25%sites")
     for key in map(str, values):
@@ -303,14 +321,31 @@ def read_yaml(path: Path) -> OptionValues:
     return values
 
 
+def _every_value(value: object) -> Iterator[object]:
+    """Every value inside a value, and that itself."""
+    waiting = [iter((value,))]
+    while waiting:
+        for each in waiting[-1]:
+            yield each
+            if isinstance(each, dict | list | tuple | set):
+                waiting.append(iter((*each, *each.values()) if isinstance(each, dict) else each))
+                break
+        else:
+            waiting.pop()
+
+
 class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML in which a key may stand only once."""
+    """Safe YAML in which a key may stand only once in a map, however it is spelled."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[Any, int] = {}
+        marks: dict[Any, yaml.Mark] = {}
         for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and lines.setdefault(key.value, line) != line:
-                both = f"lines {lines[key.value]} and {line}"
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            here = key.start_mark
+            first = marks.setdefault(self.construct_object(key), here)  # type: ignore[no-untyped-call]
+            if first is not here:
+                both = f"lines {first.line + 1} and {here.line + 1}"
+                both = both if first.line != here.line else f"line {here.line + 1}"
                 raise RecipeError(f"The recipe has {key.value!r} twice, in {both}. Keep one of them.")
         return dict(super().construct_mapping(node, deep))

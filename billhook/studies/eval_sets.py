@@ -14,6 +14,7 @@ from billhook.core.events import EventListener, ignore_events, scaled_events
 from billhook.core.margin import Margins
 from billhook.core.options import TaskOptions, shows_options
 from billhook.core.plan import Plan
+from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues
 from billhook.core.results.cache_keys import AnswersKey, EvaluationKey
 from billhook.core.results.comparisons import (
@@ -104,7 +105,7 @@ class ModelResults:
 
 def resolve_model(name: str, store: Store) -> str:
     """The model that a name means: a stored run stands for its folder."""
-    if Path(name).exists() or name == "demo" or not name.startswith("r") or len(name) != 7:
+    if find_path(name) is not None or name == "demo" or not name.startswith("r") or len(name) != 7:
         return name
     try:
         return store.run(name).out

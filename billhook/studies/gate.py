@@ -12,6 +12,7 @@ from billhook.core.errors import FingerprintError, UsageError, nearest, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.options import CompareOptions, shows_options
 from billhook.core.plan import Plan
+from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues
 from billhook.core.results.cache_keys import BaselineKey, EvaluationKey
 from billhook.core.results.comparisons import (
@@ -174,7 +175,7 @@ def spec_of_baseline(baseline: Baseline, spec: ComparisonSpec) -> ComparisonSpec
 def load_baseline(store: Store, name: str) -> Baseline | None:
     """A stored baseline; None if the name is a model's. Raises UsageError for a name that is nearly one's."""
     known = _stored_baseline(store, name)
-    if known is None and not Path(name).exists() and "/" not in name and name != "demo":
+    if known is None and find_path(name) is None and "/" not in name and name != "demo":
         names = [baseline.name for baseline in list_baselines(store)]
         near = nearest(name, names)
         if near:

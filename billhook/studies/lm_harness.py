@@ -15,6 +15,7 @@ import yaml
 from billhook.core.errors import DataError, MissingExtra
 from billhook.core.events import Event
 from billhook.core.plan import Plan
+from billhook.core.plan_files import find_path
 from billhook.core.results.cache_keys import HarnessKey
 from billhook.core.results.comparisons import ItemResponse
 from billhook.core.results.json_form import JsonObject
@@ -43,7 +44,7 @@ def run_task(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MissingExtra(f"lmeval:{task}", "eval") from error
-    file = Path(task).expanduser()
+    file = find_path(task) or Path(task)
     own = file.suffix in (".yaml", ".yml")
     if own and not file.is_file():
         raise DataError(f"The task file {task} is missing. Give the name of a task of the harness, or its .yaml.")

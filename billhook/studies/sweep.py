@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -25,6 +26,7 @@ from billhook.engine.losses import parse_loss
 from billhook.models.device import environment
 from billhook.models.load import Model, loaded_by_name, name_of
 from billhook.runs.choose_plan import with_site_times
+from billhook.runs.prepare import check_search
 from billhook.runs.recipe import Recipe, parse_recipe, with_overrides
 from billhook.runs.store import STORE
 from billhook.studies.run_study import open_study, several, write_study
@@ -120,6 +122,9 @@ def run_sweep(study: StudyContext, grid: Grid, common: Mapping[str, Any]) -> Swe
     """
     combinations = recipes_of(grid, study.teacher.name, common)
     base = combinations[0][1]
+    for _, recipe in combinations:
+        with suppress(BudgetError):  # it gets a row that says why
+            check_search(recipe, study.teacher)
     sets = evaluation_sets(study, grid, base)
     tokens: dict[tuple[Any, ...], TokenSet] = {}
     trials: list[Trial] = []

@@ -113,9 +113,9 @@ def run(
 
 
 def stretches(problem: Problem) -> list[Plan]:
-    """Every run of neighbouring whole blocks that meets the budgets, by brute force."""
-    alive = problem.anatomy.sites_present()
-    blocks = sorted({s.block for s in alive})
+    """Every run of neighbouring blocks that meets the budgets, by brute force; of each what the budgets count."""
+    blocks = sorted({s.block for s in problem.anatomy.sites_present()})
+    alive = [s for s in problem.anatomy.sites_present() if s not in problem.uncounted]
     chosen = [blocks[i:j] for i in range(len(blocks)) for j in range(i + 1, len(blocks) + 1)]
     plans = [Plan(frozenset(s for s in alive if s.block in some)) for some in chosen]
     return [plan for plan in plans if problem.is_met(plan) and problem.is_valid(plan)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import combinations, pairwise
 from math import ceil, comb, inf
 
@@ -25,6 +26,7 @@ from test_search import (
     walked,
 )
 
+from billhook.core.anatomy import GroupSize
 from billhook.core.budget import parse_budgets
 from billhook.core.errors import BudgetError, PlanError, UsageError
 from billhook.core.plan import PARTS, MeasureRequest, Plan, Site
@@ -305,11 +307,44 @@ def test_the_path_of_swap_is_greedys_without_what_came_back_and_then_what_went_i
     assert exchanged_some
 
 
-def test_swap_brings_back_what_the_budget_does_not_count() -> None:
-    problem = problem_of("2attention")
-    assert {s.part for s in run("contiguous", problem, additive(2))[-1].removed} == set(PARTS)
-    found = run("swap", problem, additive(2), start="contiguous")[-1]
-    assert found == min(ends(problem), key=additive(2))
+@pytest.mark.parametrize("name", [*SEARCHES])
+@pytest.mark.parametrize(("budget", "part"), [("40%kv", "attention"), ("2attention", "attention"), ("50%mlp", "mlp")])
+def test_a_search_removes_only_what_the_budget_counts(name: str, budget: str, part: str) -> None:
+    """Also where the loss falls with every other site; searches of channel groups leave them as wide as they are."""
+    anatomy = plain(5, attention=40, mlp=40)
+    cost = {part: GroupSize(10, 21, kv, 50) for part, kv in (("attention", 2), ("mlp", 0))}
+    sites = (
+        replace(
+            size,
+            groups=(0, 1, 2, 3),
+            group=cost[size.site.part],
+            kv_bytes_per_token=4 * cost[size.site.part].kv_bytes_per_token,
+        )
+        for size in anatomy.sites
+    )
+    anatomy = replace(anatomy, sites=tuple(sites))
+    scores = {size.site: [float(g) for g in range(len(size.groups))] for size in anatomy.sites}
+    groups = scores if narrows(name) else None
+    problem = Problem(anatomy, parse_budgets(budget), seed=3, group_scores=groups).check()
+
+    def falling(plan: Plan) -> float:
+        lost = [
+            *(size for size, _ in anatomy.narrowed(plan)),
+            *(size for size in anatomy.sites if size.site in plan.removed),
+        ]
+        return 50 + sum(1 if size.site.part == part else -3 for size in lost)
+
+    log: list[MeasureRequest] = []
+    path = run(name, problem, falling, log)
+    assert problem.is_met(path[-1])
+    for plan in [*path, *asked(log)]:
+        assert {site.part for site in plan.removed} | {each.site.part for each in plan.narrowed} <= {part}
+        assert "kv" in budget or not plan.narrowed, "no budget in sites counts a channel group"
+
+
+def test_a_metric_of_whole_runs_is_refused_where_the_budget_counts_a_part() -> None:
+    with pytest.raises(UsageError, match=r"40%kv does not count mlp\.0\. Count in blocks or params"):
+        run("contiguous", scored(problem_of("40%kv"), {(0, 1): 0.5}), additive(0))
 
 
 def test_swap_tries_the_exchanges_that_look_best() -> None:

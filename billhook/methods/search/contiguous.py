@@ -18,7 +18,8 @@ def _losses(problem: Problem, *, run: str = "best", keep_last: int = 0) -> int:
 def contiguous(problem: Problem, *, run: str = "best", keep_last: int = 0) -> Search:
     """Remove one contiguous run of whole blocks: the best by a metric of runs, or by the loss.
 
-    `run=last`: the last blocks, except `keep_last` of them; hard to beat once the model is trained again.
+    `run=last`: the last blocks, except `keep_last` of them; hard to beat once the model is trained again. Of a block,
+    only the sites that a budget counts are removed: the attention for a budget in kv.
 
     Formula: argmin over starts l of the score of the run, or of L, for the shortest run from l that meets the budget.
     Cost: none besides the metric's (angular_span: one pass); without a metric a loss for every start.
@@ -44,12 +45,18 @@ def _runs(problem: Problem, run: str, keep_last: int) -> dict[tuple[int, int], P
     """Return the shortest run of blocks from each start that meets the budget. Raises BudgetError without any."""
     if run not in ("best", "last"):
         raise UsageError(f"run={run!r} is neither best nor last. Write one of them.")
+    if problem.uncounted and problem.scores is not None and run != "last":
+        raise UsageError(
+            f"The metric scores runs of whole blocks, of which {', '.join(map(str, problem.budgets))} does not count "
+            f"{min(problem.uncounted)}. Count in blocks or params, or leave {option('metric')} out."
+        )
     alive = problem.anatomy.sites_present()
     blocks = sorted({site.block for site in alive})
+    counted = [site for site in alive if site not in problem.uncounted]
     runs: dict[tuple[int, int], Plan] = {}
     for start in range(len(blocks)):
         for end in range(start, len(blocks) - keep_last):
-            plan = Plan(frozenset(site for site in alive if site.block in blocks[start : end + 1]))
+            plan = Plan(frozenset(site for site in counted if site.block in blocks[start : end + 1]))
             if problem.is_met(plan):
                 if problem.is_valid(plan):
                     runs[blocks[start], blocks[end]] = plan

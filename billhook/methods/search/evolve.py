@@ -34,9 +34,9 @@ def evolve(
     """Evolve plans by (1+λ) selection in two stages: on a few tokens, then on all.
 
     Each of `generations` makes `offspring` mutants by one to three exchanges. It keeps the best `survivors` on the
-    first `tokens`, then the best of these and the parent on all tokens. `start`: a search, sites (attention.3,mlp.7),
-    or random, the best of 64. `split`: free, or fixed, which exchanges an attention only for an attention.
-    `generations=0`: as published, k(n-k)/1.5 for k of n sites.
+    first `tokens`, then the best of these and the parent on all tokens. `start`: a search, sites (attention.3,mlp.7;
+    what no budget counts is kept), or random, the best of 64. `split`: free, or fixed, which exchanges an attention
+    only for an attention. `generations=0`: as published, k(n-k)/1.5 for k of n sites.
 
     Formula: the lowest L of a parent and its mutants, generation by generation.
     Cost: those of `start`, and per generation `offspring` losses on `tokens` and `survivors` on all, shared beginnings
@@ -76,7 +76,10 @@ def _begin(
         plans = tuple(dict.fromkeys(_repaired(problem, Plan(), draw) for _ in range(STARTS)))
         return lowest_full(plans, (yield MeasureRequest(plans, full_results=1, tokens=tokens)))[1]
     if "." in start:
-        plan = problem.anatomy.check(Plan.parse(start.split(",")), problem.protected)
+        named = problem.anatomy.parse(start.split(","), problem.protected - problem.uncounted)
+        if named.narrowed:
+            raise UsageError(f"start={start!r} narrows {min(named.narrowed).site}. Name sites to remove.")
+        plan = Plan(named.removed - problem.uncounted)
         if not problem.is_met(plan):
             raise UsageError(f"start={start!r} does not meet the budget. Name more sites, or begin with greedy.")
         return plan

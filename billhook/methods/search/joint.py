@@ -14,6 +14,7 @@ from billhook.core.problem import Problem
 from billhook.core.results.measured import Loss
 from billhook.methods import search as shared
 from billhook.methods.search import SEARCHES, Search, lowest_full, restricted, search
+from billhook.methods.search.rank_channels import ranked_plan
 
 CHANGES = (1, 2, 4, 8, 16, 32)  # how many sites may change at once; each number is tried
 ENDS = (4, 2)  # blocks at the beginning and at the end that often matter more than others
@@ -29,7 +30,7 @@ def _losses(
     """Return at most how many: one for each width of each site, those of `start`, and those of all `rounds`."""
     problem = _checked(problem, levels, multiple, parts)
     free = [size for size in problem.anatomy.sites if size.site not in problem.protected]
-    alone = 1 + sum(1 + len(_widths(size, levels, multiple)) for size in free)
+    alone = 1 + sum(1 + len(_widths(problem, size, levels, multiple)) for size in free)
     starts = 3
     if start != "none":
         with suppress(BudgetError):  # whole sites alone may not be enough
@@ -101,10 +102,11 @@ def _checked(problem: Problem, levels: int, multiple: int, parts: str) -> Proble
     return problem
 
 
-def _widths(size: SiteSize, levels: int, multiple: int) -> set[int]:
+def _widths(problem: Problem, size: SiteSize, levels: int, multiple: int) -> set[int]:
     """Return how many groups of each expert are kept at the widths between all of a site and nothing."""
-    if not size.groups:
+    if not size.groups or not problem.counts_groups(size):
         return set()
+    levels = min(levels, len(size.groups))  # more are the same
     removed = (len(size.groups) * step // levels for step in range(1, levels))
     return {shared.kept_count(size, count, multiple) for count in removed} - {len(size.groups) // size.experts}
 
@@ -133,7 +135,7 @@ def _uniform(problem: Problem, parts: str, multiple: int) -> list[Plan]:
     for early, latter in ((0, 0), ENDS):
         with suppress(BudgetError):  # groups alone may not be enough
             inner = restricted(problem, parts, early, latter)
-            plans += shared.drive(SEARCHES["rank_channels"](inner, uniform=True, multiple=multiple), lambda request: [])
+            plans.append(ranked_plan(inner, multiple, uniform=True))
     return plans
 
 
@@ -142,8 +144,9 @@ def _ladder(problem: Problem, size: SiteSize, levels: int, multiple: int, extra:
     if size.site in problem.protected:
         return (Plan(),)
     rungs = [Plan()]
-    if problem.group_scores is not None and size.site in problem.group_scores:
+    if problem.group_scores is not None and size.site in problem.group_scores and problem.counts_groups(size):
         order = shared.ascending(problem.group_scores[size.site])
+        levels = min(levels, len(order))  # more are the same
         widths = (shared.kept_groups(size, order, len(order) * step // levels, multiple) for step in range(1, levels))
         kept = {*widths, *(narrow.groups for narrow in extra if narrow.site == size.site)}
         narrower = sorted((groups for groups in kept if len(groups) < len(order)), key=len, reverse=True)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from billhook.core.errors import BudgetError, UsageError, option
-from billhook.core.plan import KeptGroups, Plan, Site
+from billhook.core.plan import PARTS, KeptGroups, Plan, Site
 from billhook.core.problem import Problem
 from billhook.methods.search import Search, ascending, kept_groups, restricted, search
 
@@ -18,9 +18,11 @@ Removed = Mapping[Site, int]  # how many groups of each site are removed
 def _losses(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts: str = "mix") -> int:
     """Return 0: only the metric is needed. Raises what the search raises where all free groups are not enough."""
     problem = _checked(problem, multiple, parts)
+    if uniform:
+        _check_alike(problem)
     places = {size.site: range(len(size.groups)) for size in problem.anatomy.sites if size.groups}
     free = {site: len(groups) for site, groups in places.items() if site not in problem.protected}
-    if not problem.is_met(_plan(problem, places, free, multiple)):
+    if not problem.is_met(_plan(problem, places, free, multiple, whole=not uniform)):
         raise _out_of_reach(problem)
     return 0
 
@@ -29,10 +31,11 @@ def _losses(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts
 def rank_channels(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts: str = "mix") -> Search:
     """Rank all channel groups by a metric, then remove them in that order, over all sites at once.
 
-    A site that loses all its groups is removed. `uniform`: each site loses the same share, so that the model keeps its
-    stock shape where nothing is protected. Beside attention of few groups, mlps lose a little more or less, so that no
-    more is removed than needed. `multiple`: each site keeps a multiple of this many neurons or channels of keys,
-    rounded up; a site with fewer keeps them all. `parts`: mix, mha or mlp, which sites may be narrowed.
+    A site that loses all its groups is removed; where no budget counts groups, it is kept whole until then. `uniform`:
+    each attention keeps as many groups as the others, each mlp too, and none is removed, so that the model keeps its
+    stock shape. Beside attention of few groups, mlps lose a little more or less, so that no more is removed than
+    needed. `multiple`: each site keeps a multiple of this many neurons or channels of keys, rounded up; a site with
+    fewer keeps them all. `parts`: mix, mha or mlp, which sites may be narrowed.
 
     Formula: the shortest beginning of the order, lowest score first, that meets the budgets
     Cost: none besides the metric's.
@@ -42,6 +45,13 @@ def rank_channels(problem: Problem, *, uniform: bool = False, multiple: int = 1,
     """
     yield from ()
     problem = _checked(problem, multiple, parts)
+    if uniform:
+        _check_alike(problem)
+    return [ranked_plan(problem, multiple, uniform=uniform)]
+
+
+def ranked_plan(problem: Problem, multiple: int, *, uniform: bool) -> Plan:
+    """Return the plan of the search; `uniform`: of the sites that are not protected. Raises BudgetError without one."""
     assert problem.group_scores is not None
     free = [size.site for size in problem.anatomy.sites if size.site not in problem.protected]
     scores = {site: problem.group_scores[site] for site in free if site in problem.group_scores}
@@ -52,7 +62,7 @@ def rank_channels(problem: Problem, *, uniform: bool = False, multiple: int = 1,
         return {**Counter(order[: ends[end]]), **fixed}
 
     def plan(removed: Removed) -> Plan:
-        return _plan(problem, ranked, removed, multiple)
+        return _plan(problem, ranked, removed, multiple, whole=not uniform)
 
     def shortest(fixed: Removed) -> Removed | None:
         """Return the shortest beginning of the order that meets the budgets; the `fixed` sites lose their number."""
@@ -70,7 +80,7 @@ def rank_channels(problem: Problem, *, uniform: bool = False, multiple: int = 1,
         exact = [other for other in others if other is not None]
         if problem.removed_cost(plan(exact[0])) != problem.removed_cost(plan(chosen)):
             chosen = min(exact, key=lambda removed: _spread(ranked, removed))
-    return [plan(chosen)]
+    return plan(chosen)
 
 
 def _checked(problem: Problem, multiple: int, parts: str) -> Problem:
@@ -85,11 +95,27 @@ def _checked(problem: Problem, multiple: int, parts: str) -> Problem:
     return problem
 
 
+def _check_alike(problem: Problem) -> None:
+    """Raise UsageError where the sites of a part cannot all keep equally many groups."""
+    for part in PARTS:
+        sizes = [size for size in problem.anatomy.sites if size.site.part == part]
+        free = [size for size in sizes if size.site not in problem.protected]
+        shapes = {(len(size.groups), size.experts) for size in free}
+        others = [size for size in sizes if size.site in problem.protected] if free else []
+        if others or len(shapes) > 1:
+            why = f"{others[0].site} is kept whole" if others else "they have different widths now"
+            raise UsageError(
+                f"{option('uniform', True)} narrows every {part} alike, and {why}. Leave {option('uniform')} out, "
+                f"protect every {part}, or protect none."
+            )
+
+
 def _out_of_reach(problem: Problem) -> BudgetError:
     """Return the error for a budget that channel groups alone cannot meet."""
     return BudgetError(
         f"{', '.join(map(str, problem.budgets))} cannot be met by channel groups alone, if one attention, one mlp and "
-        "all protected sites are kept. Ask for less, or count in params, bytes, kv or flops."
+        "all protected sites are kept (all sites, where widths are uniform). Ask for less, or count in params, bytes, "
+        "kv or flops."
     )
 
 
@@ -111,17 +137,18 @@ def _order(scores: Mapping[Site, Sequence[float]], ranked: Ranked, uniform: bool
     return [site for _, site in keyed], ends
 
 
-def _plan(problem: Problem, ranked: Ranked, counts: Removed, multiple: int) -> Plan:
-    """Return the plan without these groups: sites narrowed, or removed where no group is kept and other sites are."""
+def _plan(problem: Problem, ranked: Ranked, counts: Removed, multiple: int, *, whole: bool) -> Plan:
+    """Return the plan without these groups: sites narrowed, or (`whole`) removed where no group is kept and other sites
+    are."""
     sizes = {size.site: size for size in problem.anatomy.sites}
     removed: set[Site] = set()
     narrowed: set[KeptGroups] = set()
     for site, count in counts.items():
         size = sizes[site]
-        if count == len(size.groups) and problem.is_valid(Plan(frozenset({*removed, site}))):
+        if whole and count == len(size.groups) and problem.is_valid(Plan(frozenset({*removed, site}))):
             removed.add(site)
             continue
-        kept = kept_groups(size, ranked[site], count, multiple)
+        kept = kept_groups(size, ranked[site], count, multiple) if problem.counts_groups(size) else size.groups
         if len(kept) < len(size.groups):
             narrowed.add(KeptGroups(site, kept))
     return Plan(frozenset(removed), frozenset(narrowed))
