@@ -10,7 +10,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -21,7 +21,7 @@ from billhook.core.results.cache_keys import CacheKey, FactKey, LossKey, PlanLos
 from billhook.core.results.foreign_files import reading
 from billhook.core.results.json_form import JsonObject
 from billhook.core.results.measured import Loss
-from billhook.core.results.specs import PRUNE
+from billhook.core.results.store_tables import MIGRATIONS, layout, layout_of
 from billhook.core.results.stored import Run, RunState, StoredEvent, former_kind
 from billhook.models.device import resource_use
 
@@ -30,89 +30,6 @@ T = TypeVar("T")
 STORE = "billhook.db"
 
 EVENT_SECONDS = 1.0  # between two writes of a run's events
-
-
-def _create_tables(db: sqlite3.Connection) -> None:
-    script = """
-        CREATE TABLE runs (
-            id TEXT PRIMARY KEY, created REAL NOT NULL, state TEXT NOT NULL, out TEXT NOT NULL, recipe TEXT NOT NULL,
-            environment TEXT NOT NULL, bound TEXT NOT NULL, result TEXT
-        );
-        CREATE TABLE losses (
-            model TEXT, tokens TEXT, loss TEXT, dtype TEXT, treatment TEXT, plan TEXT, sites TEXT NOT NULL,
-            sums TEXT NOT NULL, counts TEXT NOT NULL, run TEXT NOT NULL REFERENCES runs (id),
-            PRIMARY KEY (model, tokens, loss, dtype, treatment, plan)
-        );
-        CREATE TABLE evaluations (
-            model TEXT, plan TEXT, name TEXT, tokens TEXT, dtype TEXT, sums TEXT NOT NULL, counts TEXT NOT NULL,
-            clusters TEXT NOT NULL, run TEXT NOT NULL REFERENCES runs (id),
-            PRIMARY KEY (model, plan, name, tokens, dtype)
-        );
-        CREATE TABLE timings (
-            model TEXT, plan TEXT, rival TEXT, environment TEXT, dtype TEXT, protocol TEXT, timing TEXT NOT NULL,
-            run TEXT NOT NULL REFERENCES runs (id),
-            PRIMARY KEY (model, plan, rival, environment, dtype, protocol)
-        );
-        CREATE TABLE events (
-            run TEXT NOT NULL REFERENCES runs (id), at REAL NOT NULL, stage TEXT NOT NULL, done INTEGER, total INTEGER,
-            note TEXT NOT NULL
-        );
-        CREATE INDEX events_by_run ON events (run, at);
-    """
-    for statement in script.split(";"):  # one by one: executescript would commit before it begins
-        db.execute(statement)
-
-
-def _create_pieces(db: sqlite3.Connection) -> None:
-    """Sums of document groups: what is known of plans that were dropped, or not finished."""
-    db.execute(
-        "CREATE TABLE pieces (model TEXT, tokens TEXT, loss TEXT, dtype TEXT, treatment TEXT, plan TEXT, quality TEXT, "
-        "documents TEXT, sums TEXT NOT NULL, run TEXT NOT NULL REFERENCES runs (id), "
-        "PRIMARY KEY (model, tokens, loss, dtype, treatment, plan, quality, documents)) WITHOUT ROWID"
-    )
-
-
-def _create_facts(db: sqlite3.Connection) -> None:
-    """What is measured once of a model and is neither loss nor evaluation: scores of a metric, costs of sites."""
-    db.execute(
-        "CREATE TABLE facts (model TEXT, what TEXT, of TEXT, value TEXT NOT NULL, "
-        "run TEXT NOT NULL REFERENCES runs (id), PRIMARY KEY (model, what, of)) WITHOUT ROWID"
-    )
-
-
-def _add_kind(db: sqlite3.Connection) -> None:
-    """What a run is. Until then the environment of those that were not prunings said so."""
-    db.execute(f"ALTER TABLE runs ADD COLUMN kind TEXT NOT NULL DEFAULT '{PRUNE}'")
-    for run, environment in db.execute("SELECT id, environment FROM runs").fetchall():
-        kind, rest = former_kind(json.loads(environment))
-        db.execute(
-            "UPDATE runs SET kind = ?, environment = ? WHERE id = ?", (kind, json.dumps(rest, sort_keys=True), run)
-        )
-
-
-def _add_event_values(db: sqlite3.Connection) -> None:
-    """Numbers of events, which were a sentence until then, and what the process used."""
-    db.execute("""ALTER TABLE events ADD COLUMN "values" TEXT NOT NULL DEFAULT '{}'""")
-    db.execute("ALTER TABLE events ADD COLUMN resources TEXT NOT NULL DEFAULT '{}'")
-
-
-MIGRATIONS = (_create_tables, _create_pieces, _create_facts, _add_kind, _add_event_values)
-
-
-def _layout(db: sqlite3.Connection) -> dict[tuple[str, str], str]:
-    """{(table, column): its type} of a database."""
-    columns = db.execute(
-        "SELECT m.name, c.name, c.type FROM sqlite_master AS m, pragma_table_info(m.name) AS c WHERE m.type = 'table'"
-    )
-    return {(table, column): kind for table, column, kind in columns}
-
-
-def _layout_of(version: int) -> dict[tuple[str, str], str]:
-    """The layout of a store of a version."""
-    with closing(sqlite3.connect(":memory:")) as db:
-        for migrate in MIGRATIONS[:version]:
-            migrate(db)
-        return _layout(db)
 
 
 _LOSS_KEY = "model = ? AND tokens = ? AND loss = ? AND dtype = ? AND treatment = ? AND plan = ?"
@@ -154,7 +71,7 @@ class Store:
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("PRAGMA foreign_keys = ON")
                 self._migrate()
-        except (sqlite3.DatabaseError, OSError) as error:
+        except (sqlite3.DatabaseError, OSError, UnicodeError) as error:
             raise UsageError(
                 f"{option('store', str(path))} cannot be used ({error}). Give another file, or move this one."
             ) from error
@@ -172,7 +89,7 @@ class Store:
             raise UsageError(
                 f"{option('store', str(self.path))} was written by a newer Billhook. Upgrade, or give another file."
             )
-        foreign = tables and not _layout(self._db).items() >= _layout_of(version).items()
+        foreign = tables and not layout(self._db).items() >= layout_of(version).items()
         if foreign or (not version and (tables or read_only)):
             raise UsageError(
                 f"{self.path} is not a store of Billhook. Give the file that `billhook prune` wrote, or the name of a "
@@ -219,14 +136,14 @@ class Store:
 
     def runs(self) -> list[Run]:
         """All runs, the newest first."""
-        rows = self._db.execute("SELECT * FROM runs ORDER BY created DESC, rowid DESC")
+        rows = self._select("SELECT * FROM runs ORDER BY created DESC, rowid DESC")
         return [self._read(_run, row) for row in rows]
 
     def run(self, run: str) -> Run:
         """One run by its id. Raises RunError with the nearest one."""
-        row = self._db.execute("SELECT * FROM runs WHERE id = ?", (run,)).fetchone()
-        if row:
-            return self._read(_run, row)
+        rows = self._select("SELECT * FROM runs WHERE id = ?", run)
+        if rows:
+            return self._read(_run, rows[0])
         near = nearest(run, [r.id for r in self.runs()])
         guess = f" Did you mean {near}?" if near else ""
         raise RunError(f"There is no run {run!r} in {self.path}.{guess} `billhook runs` lists them.")
@@ -287,10 +204,15 @@ class Store:
         """The value that is stored under a key."""
         columns = key.columns()
         where = " AND ".join(f"{name} = ?" for name in columns)
-        row = self._db.execute(f"SELECT * FROM {key.table} WHERE {where}", (*columns.values(),)).fetchone()
-        return self._read(key.decode, row) if row else None
+        rows = self._select(f"SELECT * FROM {key.table} WHERE {where}", *columns.values())
+        return self._read(key.decode, rows[0]) if rows else None
 
-    def _read(self, decode: Callable[[sqlite3.Row], T], row: sqlite3.Row) -> T:
+    def _select(self, statement: str, *values: str) -> list[sqlite3.Row]:
+        """Rows of a store. Raises ResultError where its file is damaged."""
+        with reading(f"The store {self.path} cannot be read", ResultError, "Give another store."):
+            return self._db.execute(statement, values).fetchall()
+
+    def _read(self, decode: Callable[[Any], T], row: Any) -> T:
         """A row as a value. Raises ResultError where somebody else wrote into it."""
         with reading(f"A row of the store {self.path} cannot be read", ResultError, "Give another store."):
             return decode(row)
@@ -339,7 +261,7 @@ class Store:
 
     def all_of(self, kind: type[FactKey[T]]) -> list[Any]:
         """All values of one kind, whatever they depend on."""
-        rows = self._db.execute("SELECT value FROM facts WHERE what = ? ORDER BY model, of", (kind.what,))
+        rows = self._select("SELECT value FROM facts WHERE what = ? ORDER BY model, of", kind.what)
         return [self._read(lambda row: json.loads(row["value"]), row) for row in rows]
 
     def add_loss(self, key: LossKey, plan: Plan, loss: Loss, run: str) -> None:
@@ -350,8 +272,8 @@ class Store:
 
     def pieces(self, loss_key: LossKey, plan: Plan) -> dict[str, dict[tuple[int, ...], tuple[float, ...]]]:
         """Quality -> documents of a group -> nats of each, of a plan that may not be known in full."""
-        rows = self._db.execute(
-            f"SELECT quality, documents, sums FROM pieces WHERE {_LOSS_KEY}", _loss_columns(loss_key, plan)
+        rows = self._select(
+            f"SELECT quality, documents, sums FROM pieces WHERE {_LOSS_KEY}", *_loss_columns(loss_key, plan)
         )
         told: dict[str, dict[tuple[int, ...], tuple[float, ...]]] = {}
         for quality, documents, sums in rows:
@@ -372,7 +294,7 @@ class Store:
     def count_losses(self, run: str | None = None) -> int:
         """How many losses are stored: in all, or those that one run measured itself."""
         where, values = ("WHERE run = ?", (run,)) if run else ("", ())
-        return int(self._db.execute(f"SELECT count(*) FROM losses {where}", values).fetchone()[0])
+        return int(self._select(f"SELECT count(*) FROM losses {where}", *values)[0][0])
 
     # -- events -----------------------------------------------------------------------------------------------------
 
@@ -408,7 +330,7 @@ class Store:
     def events(self, run: str) -> list[StoredEvent]:
         """The events of one run, in order."""
         self._flush_events()
-        rows = self._db.execute("SELECT * FROM events WHERE run = ? ORDER BY at, rowid", (run,))
+        rows = self._select("SELECT * FROM events WHERE run = ? ORDER BY at, rowid", run)
         return [self._read(_event, row) for row in rows]
 
 

@@ -40,7 +40,7 @@ from billhook.core.results.cache_keys import (
 )
 from billhook.core.results.measured import Environment, EvalResult, Loss, Timing, TimingProtocol
 from billhook.core.results.specs import SweepSpec, plain_options
-from billhook.runs import store as store_module
+from billhook.core.results.store_tables import MIGRATIONS
 from billhook.runs.store import Store
 
 SITES = [f"{part}.{block}" for block in range(4) for part in ("attention", "mlp")]
@@ -296,7 +296,8 @@ HOLD = """
 import sys
 from pathlib import Path
 from billhook.core.results.specs import SweepSpec, plain_options
-from billhook.runs import store as store_module
+
+from billhook.core.results.store_tables import MIGRATIONS
 from billhook.runs.store import Store
 with Store(Path(sys.argv[1])).lock(sys.argv[2]):
     print("held", flush=True)
@@ -371,7 +372,7 @@ def other_database(path: Path, *statements: str) -> bytes:
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("version", [0, 3, len(store_module.MIGRATIONS)])
+@pytest.mark.parametrize("version", [0, 3, len(MIGRATIONS)])
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_database_of_something_else_is_not_made_a_store(version: int, read_only: bool, tmp_path: Path) -> None:
     path = tmp_path / "places.sqlite"

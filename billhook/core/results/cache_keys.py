@@ -105,7 +105,8 @@ class PlanLossKey(CacheKey[Loss]):
         return {"sites": _json(self.plan.to_list()), "sums": _json(value.sums), "counts": _json(value.counts)}
 
     def decode(self, row: Mapping[str, str]) -> Loss:
-        return Loss(self.search.loss, *_equally_many(row, "sums", "counts"))
+        sums, counts = _equally_many(row, "sums", "counts")
+        return Loss(self.search.loss, sums, counts)
 
 
 # -- evaluations and timings ------------------------------------------------------------------------------------------
