@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from billhook.cli.visible_console import VisibleConsole
+from billhook.core.errors import visible
 from billhook.core.events import Event, EventListener, EventValue, ignore_events
 
 STEPS = {
@@ -69,7 +70,7 @@ def progress(*, quiet: bool) -> tuple[EventListener, Callable[[], None]]:
     """A watcher that shows stages on stderr with rate and ETA, and how to close it."""
     if quiet:
         return ignore_events, lambda: None
-    console = Console(stderr=True)
+    console = VisibleConsole(stderr=True)
     if not console.is_terminal:
         return _plain_progress(), lambda: None
     bars = Progress(
@@ -136,6 +137,6 @@ def _plain_progress() -> EventListener:
         if rate and event.total:
             left = f", {(event.total - event.done) * (now - last['start']) / (event.done - last['first']):.0f} s left"
         words = event_words(event.stage, event.values)
-        print(f"{event.stage}{count} {words} {rate}{left}".rstrip(), file=sys.stderr, flush=True)
+        print(visible(f"{event.stage}{count} {words} {rate}{left}".rstrip()), file=sys.stderr, flush=True)
 
     return watch

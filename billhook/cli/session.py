@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from billhook.core.errors import BillhookError, on_command_line
+from billhook.cli.visible_console import VisibleConsole
+from billhook.core.errors import BillhookError, on_command_line, visible
 from billhook.core.events import EventListener
 from billhook.core.results.json_form import Result
 
@@ -51,7 +52,7 @@ class CommandSession:
         if error is None:
             return
         if self.verbose:
-            traceback.print_exception(error)
+            _print_traceback(error)
         if isinstance(error, KeyboardInterrupt):
             hint = f" Nothing measured is lost. Go on with: {self.resume}" if self.resume else ""
             _leave(f"Interrupted.{hint}", 130)
@@ -66,7 +67,7 @@ class CommandSession:
         if isinstance(error, OSError) and error.errno == 28:
             _leave(f"The disk is full: {error}. Free some space and run it again.", 5)
         if not self.verbose:
-            traceback.print_exception(error)
+            _print_traceback(error)
         _leave("This is a bug in Billhook. Please report it with the lines above.", 1)
 
 
@@ -75,14 +76,18 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr)
+    print(visible(message), file=sys.stderr)
     sys.exit(code)
+
+
+def _print_traceback(error: BaseException) -> None:
+    print(visible("".join(traceback.format_exception(error))), file=sys.stderr)
 
 
 # -- results --------------------------------------------------------------------------------------------------------
 
 
-class _Tables(Console):
+class _Tables(VisibleConsole):
     """A console that leaves it to the command how a reader who has seen enough is answered; rich exits with 1."""
 
     def on_broken_pipe(self) -> None:

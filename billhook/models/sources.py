@@ -18,6 +18,7 @@ from billhook.core.errors import MissingExtra, ModelError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.results.foreign_files import read_json, reading, shown
 from billhook.models.checks import inspect_checkpoint
+from billhook.models.device import give_usual_modes
 from billhook.models.streaming import check_fit
 from billhook.models.transformers_internals import forget_quantisation
 
@@ -102,6 +103,7 @@ def convert_gguf(path: Path, watch: EventListener = ignore_events) -> Path:
     aside = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         _write_safetensors(path, aside)
+        give_usual_modes(aside)
         if target.is_dir() and not _is_whole(target):
             target.rename(target.with_name(f"{target.name}.half.{os.getpid()}.partial"))
         aside.rename(target)

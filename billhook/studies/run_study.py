@@ -106,7 +106,7 @@ def _write_page(result: R, folder: Path) -> R:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     (aside / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
-    (aside / PAGE).write_text(html, encoding="utf-8")
+    (aside / PAGE).write_text(html, encoding="utf-8", errors="backslashreplace")
     publish(aside, folder)
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from billhook.core.errors import ModelError
+from billhook.core.plan import Plan, Site
+from billhook.methods.export.checkpoint import save
 from billhook.models import checks, sources
 from billhook.models.load import load
+from billhook.models.repair import Patch, Repair
 from billhook.models.sources import convert_gguf
+from billhook.models.surgery import apply
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -200,11 +205,6 @@ def test_a_drop_list_tells_how_to_take_its_plan(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     """A student with a narrowed, a patched and a missing site."""
-    from billhook.core.plan import Plan, Site
-    from billhook.methods.export.checkpoint import save
-    from billhook.models.repair import Patch, Repair
-    from billhook.models.surgery import apply
-
     teacher = load(model)
     plan = Plan.parse(["attention.0", "mlp.1", "mlp.2[0-15]"])
     repair = Repair(patches={Site(1, "mlp"): Patch(bias=torch.ones(32))})
@@ -318,3 +318,44 @@ def test_a_conversion_that_fails_leaves_nothing(cache: Path, tmp_path: Path, mon
     with pytest.raises(KeyboardInterrupt):
         convert_gguf(write_gguf(tmp_path / "small.gguf"))
     assert not list(cache.iterdir())
+
+
+# -- nobody let in ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"])
+def test_a_link_out_of_the_folder_is_refused_for_every_file(name: str, folder: Path, tmp_path: Path) -> None:
+    (folder / name).rename(tmp_path / f"elsewhere-{name}")
+    (folder / name).symlink_to(tmp_path / f"elsewhere-{name}")
+    refused(folder, name, "link out of the model's folder", "elsewhere", "Copy the file")
+
+
+def test_a_link_among_further_templates_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("secret")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").symlink_to(tmp_path / "elsewhere")
+    refused(folder, "tools.jinja", "link out of the model's folder")
+
+
+def test_the_cache_of_the_hub_may_be_links_into_its_own_files(folder: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in folder.iterdir():
+        shutil.copy(file, blobs / file.name)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    assert load(snapshot).fingerprint == load(folder).fingerprint
+    (tmp_path / "hub" / "secret").write_text("{}")
+    (snapshot / "more.json").symlink_to(tmp_path / "hub" / "secret")
+    refused(snapshot, "more.json", "link out of the model's folder")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_get_the_mode_that_the_umask_says(umask: int, model: Path, tmp_path: Path) -> None:
+    teacher, plan = load(model), Plan.parse(["mlp.1"])
+    before = os.umask(umask)
+    try:
+        save(apply(teacher, plan), teacher.tokenizer, plan, tmp_path / "out", teacher=teacher)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}

@@ -81,7 +81,7 @@ def save_adapter(trained: Path, folder: Path, merged: Any, rows: torch.Tensor) -
     `rows` [rows, time]: tokens on which their logits must agree, up to the rounding of a sum in another order. Returns
     by how much they differ. Raises BillhookError if it is more.
     """
-    shutil.copytree(trained, folder / ADAPTER_FOLDER)
+    shutil.copytree(trained, folder / ADAPTER_FOLDER, ignore=shutil.ignore_patterns("README.md"))  # it names our paths
     tie = {"base": checks.fingerprint(folder)}
     (folder / ADAPTER_FOLDER / ADAPTER_MANIFEST).write_text(json.dumps(tie) + "\n", encoding="utf-8")
     rows = rows.to(merged.device)

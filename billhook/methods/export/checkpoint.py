@@ -18,7 +18,7 @@ from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Plan
 from billhook.engine.probe import logits
 from billhook.models import architectures, checks, modeling_billhook
-from billhook.models.device import dtype_name
+from billhook.models.device import dtype_name, give_usual_modes
 from billhook.models.load import Teacher, load
 from billhook.models.pruned_config import read_config, write_manifest
 from billhook.models.repair import Repair
@@ -96,6 +96,7 @@ def save(
 
 def publish(aside: Path, target: Path) -> None:
     """Give a finished folder its name. An empty folder may stand there; anything else is kept and raises OSError."""
+    give_usual_modes(aside)
     if target.exists():
         target.rmdir()
     aside.rename(target)
