@@ -13,6 +13,7 @@ from typing import Any
 
 from billhook.core.errors import DataError, MissingExtra, UsageError, nearest, option
 from billhook.core.results.json_form import JsonObject
+from billhook.data.chat_templates import render_chat
 
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
@@ -148,7 +149,7 @@ def _rows_to_texts(rows: Iterable[JsonObject], field: str, tokenizer: Any, sourc
         elif isinstance(row.get("messages"), list):
             if not getattr(tokenizer, "chat_template", None):
                 raise DataError(f"{source} holds chats, and this model's tokenizer has no chat template.")
-            texts.append(tokenizer.apply_chat_template(row["messages"], tokenize=False))
+            texts.append(render_chat(tokenizer, row["messages"]))
         else:
             near = nearest(field, row)
             guess = f" Did you mean {option('field')} {near}?" if near else ""

@@ -20,6 +20,7 @@ from billhook.core.results.foreign_files import read_json_object, validated
 from billhook.core.results.measured import EvalResult, Timing, TimingProtocol
 from billhook.core.results.run import Answer, PerplexityChange, SpeedChange, TaskChange
 from billhook.core.statistics import exp_capped, paired_difference
+from billhook.data.chat_templates import render_chat
 from billhook.data.choice_tasks import load_items
 from billhook.data.splits import chunks, halves
 from billhook.data.token_sets import TokenSet
@@ -219,7 +220,7 @@ def sample_answers(teacher: Teacher, student: Any, watch: EventListener) -> tupl
             chatty = bool(getattr(tokenizer, "chat_template", None))  # the template writes BOS by itself
             if chatty:
                 chat = [{"role": "user", "content": text}]
-                text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+                text = render_chat(tokenizer, chat, add_generation_prompt=True)
             inputs = tokenizer(
                 text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=not chatty
             ).to(model.device)
