@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from billhook.data.choice_tasks import task_tokens
-from billhook.data.texts import file_text
+from billhook.data.rows import file_text
 from billhook.methods.evaluate.multiple_choice import log_probabilities, score_choices
 from billhook.models.device import keep_freed_memory
 from billhook.models.load import Teacher, load

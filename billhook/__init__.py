@@ -17,12 +17,10 @@ if TYPE_CHECKING:
         inspect,
         list_methods,
         list_recipes,
-        list_runs,
         measure_speed,
         prune,
         resume,
         score,
-        show,
     )
     from billhook.core.anatomy import Anatomy
     from billhook.core.budget import Budget
@@ -36,6 +34,7 @@ if TYPE_CHECKING:
     from billhook.models.load import Teacher, load
     from billhook.models.pruned_config import register
     from billhook.models.surgery import apply, masked
+    from billhook.runs import list_runs, show
     from billhook.runs.recipe import Recipe
     from billhook.studies.ab_test import ab_test
     from billhook.studies.compare import compare
@@ -109,7 +108,7 @@ _HOMES = {
     "inspect": "api",
     "list_methods": "api",
     "list_recipes": "api",
-    "list_runs": "api",
+    "list_runs": "runs",
     "load": "models.load",
     "load_with_adapter": "methods.export.adapter",
     "make_report": "studies.run_study",
@@ -121,7 +120,7 @@ _HOMES = {
     "save": "methods.export.checkpoint",
     "save_baseline": "studies.gate",
     "score": "api",
-    "show": "api",
+    "show": "runs",
     "stability": "studies.stability",
     "sweep": "studies.sweep",
     "threshold": "studies.threshold",

@@ -31,7 +31,7 @@ from billhook.core.results.model import (
 )
 from billhook.core.results.run import RunResult
 from billhook.core.results.specs import PRUNE
-from billhook.core.results.stored import Run, RunSummary, StoredRun, read_result
+from billhook.core.results.stored import Run
 from billhook.core.statistics import exp_capped, mean_interval, score_interval
 from billhook.data.windows import fixed_windows, per_byte_and_word
 from billhook.engine.losses import ITEM_LOSSES, LOSSES, parse_loss
@@ -45,7 +45,9 @@ from billhook.methods.search import SEARCHES
 from billhook.models.device import dtype_name, environment
 from billhook.models.load import Model, Teacher, as_teacher, loaded_by_name, name_of
 from billhook.report.run_report import write_report
-from billhook.runs import evaluation
+from billhook.runs import check_inputs, evaluation
+from billhook.runs import list_runs as list_runs
+from billhook.runs import show as show
 from billhook.runs.builtin_recipes import BuiltinRecipe, builtin_recipes
 from billhook.runs.job import run_environment
 from billhook.runs.pipeline import preview_run, run_pruning
@@ -81,6 +83,7 @@ def prune(
     Measurements that `store` holds are not repeated. Raises BillhookError; nothing half-written remains.
     """
     asked = parse_recipe(with_overrides(recipe, model=name_of(model), **options), "The call")
+    check_inputs(asked, out=out, store=store)
     where = str(out) if out is not None else str(Path("pruned") / "{run}")
     with closing(Store(Path(store))) as opened:
         run = opened.new_run(PRUNE, asked.model_dump(), run_environment(asked.device), where)
@@ -96,9 +99,9 @@ def dry_run(
     **options: Unpack[PruneOptions],
 ) -> WorkEstimate:
     """What `prune` with the same options would do: losses to measure, memory, disk and time. Writes nothing."""
-    return preview_run(
-        parse_recipe(with_overrides(recipe, model=name_of(model), **options), "The call"), watch, loaded_by_name(model)
-    )
+    asked = parse_recipe(with_overrides(recipe, model=name_of(model), **options), "The call")
+    check_inputs(asked)
+    return preview_run(asked, watch, loaded_by_name(model))
 
 
 @shows_options(PruneOptions, Recipe.model_fields, unset=True)
@@ -195,9 +198,10 @@ def evaluate(
     """
     names = dict.fromkeys((evaluations,) if isinstance(evaluations, str) else evaluations)
     recipe = parse_options(EvalOptions, {"model": name_of(model), **options})
+    check_inputs(recipe)
     teacher = load_teacher(recipe, watch, loaded_by_name(model))
     if protocol is None:
-        tokens = read_held_out(recipe, teacher)
+        tokens = read_held_out(recipe, teacher, watch)
     else:
         source = recipe.eval_data or recipe.data
         tokens = fixed_windows(source, protocol, recipe.field, teacher.tokenizer, teacher.model.config)
@@ -239,6 +243,7 @@ def score(
     """
     names = list(dict.fromkeys(name.strip() for name in metric.split(",")))
     asked = parse_options(CalibrationOptions, {"model": name_of(model), "set": set or {}, **fields})
+    check_inputs(asked)
     metrics = [GROUP_METRICS[name] if name in tuple(GROUP_METRICS) else METRICS[name] for name in names]
     given = resolve_options(asked.set, *metrics)
     teacher = load_teacher(asked, watch, loaded_by_name(model))
@@ -303,41 +308,6 @@ def measure_speed(
         environment(str(models[0].device)),
         timing.speed_ratio(timings[0], timings[1]) if other is not None else None,
     )
-
-
-def list_runs(store: str | Path = STORE) -> list[RunSummary]:
-    """The runs of a store, the newest first. `pandas.DataFrame` takes the list."""
-    with closing(Store(Path(store), read_only=True)) as opened:
-        return [_summary(run, opened.count_losses(run.id)) for run in opened.runs()]
-
-
-def _summary(run: Run, losses: int) -> RunSummary:
-    """One run in a list. What a study or an evaluation of Billhook 0.1 was asked is not known, beyond its model."""
-    asked = run.spec if run.kind == PRUNE else {}
-    remove = asked.get("remove") or asked.get("plan") or asked.get("within")
-    return RunSummary(
-        *(
-            run.id,
-            run.kind,
-            run.created,
-            run.state,
-            str(run.spec.get("model", "")),
-            remove,
-            asked.get("search"),
-            run.out,
-            losses,
-        )
-    )
-
-
-def show(run: str, store: str | Path = STORE) -> StoredRun:
-    """All that the store holds of one run: what it was asked, its state, its events and its result."""
-    with closing(Store(Path(store), read_only=True)) as opened:
-        found = opened.run(run)
-        events = tuple(opened.events(run))
-        result = None if found.result is None else read_result(found.kind, found.result)
-        about = {name: getattr(found, name) for name in found.__slots__ if name != "result"}
-        return StoredRun(**about, losses=opened.count_losses(run), events=events, result=result)
 
 
 def list_methods() -> list[MethodInfo]:

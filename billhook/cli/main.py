@@ -20,6 +20,7 @@ from billhook.cli.options import (
     StoreFile,
     Tasks,
     Verbose,
+    check_options,
     command_line,
     split_commas,
     with_options,
@@ -27,6 +28,7 @@ from billhook.cli.options import (
 from billhook.cli.session import CommandSession
 from billhook.cli.studies import COMMANDS
 from billhook.core.errors import UsageError
+from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues
 
 app = typer.Typer(
@@ -58,18 +60,24 @@ def prune_command(
     """Prune a model: search, remove, measure what that cost and gained, and save the rest."""
     again = command_line("prune", "--resume", store=store)
     with CommandSession(as_json, quiet, verbose, again) as face:
-        from billhook import api
-        from billhook.runs.recipe import with_overrides
+        from billhook.runs import check_inputs
+        from billhook.runs.recipe import parse_recipe, with_overrides
 
         given = with_overrides(recipe, **({"model": model} if model else {}), **options)
         if run and not resume:
             raise UsageError(f"--run {run} goes with --resume. Add --resume, or leave --run out.")
         if resume and dry_run:
             raise UsageError("--dry-run is of a new run, and --resume continues one. Leave one of them out.")
+        if resume and out is not None:
+            raise UsageError("--out belongs to a new run; a resumed one keeps its own. Leave --out away.")
         if resume:
-            if out is not None:
-                raise UsageError("--out belongs to a new run; a resumed one keeps its own. Leave --out away.")
-            result = api.resume(run, store=_existing(store), watch=face.watch, **given)
+            store = _existing(store)
+        else:
+            check_inputs(parse_recipe(given, "The call"), out=out, store=store)
+        from billhook import api  # torch, which a mistake needs not
+
+        if resume:
+            result = api.resume(run, store=store, watch=face.watch, **given)
         elif dry_run:
             return face.show(api.dry_run(watch=face.watch, **given))
         else:
@@ -84,6 +92,7 @@ def inspect_command(
 ) -> None:
     """Show a model's anatomy: every site with its parameters, bytes, KV-cache bytes and FLOPs per token."""
     with CommandSession(as_json, False, verbose) as face:
+        check_options(options)
         from billhook import api
 
         face.show(api.inspect(model or "demo", watch=face.watch, **options))
@@ -103,6 +112,7 @@ def score_command(
 ) -> None:
     """Score sites, blocks, spans or channel groups: how much their removal would hurt."""
     with CommandSession(as_json, quiet, verbose) as face:
+        check_options(options, metrics=metric)
         from billhook import api
 
         face.show(api.score(model or "demo", metric, watch=face.watch, **options))
@@ -129,12 +139,13 @@ def eval_command(
     own = {"tasks": tasks, "items": items, "shots": shots, "shots_from": shots_from, "store": store}
     again = command_line("eval", model or "demo", **own, **options) if tasks else ""
     with CommandSession(as_json, quiet, verbose, resume=again) as face:
+        check_options(options, tasks=tasks)
+        if tasks and (protocol is not None or {"data", "eval_data"} & set(options)):
+            raise UsageError("--tasks are measured in the place of text. Leave --data and --protocol out.")
         from billhook import api
         from billhook.studies import eval_sets
 
         if tasks:
-            if protocol is not None or {"data", "eval_data"} & set(options):
-                raise UsageError("--tasks are measured in the place of text. Leave --data and --protocol out.")
             scores = eval_sets.evaluate_tasks(
                 model or "demo", split_commas(tasks), items=items, shots=shots, shots_from=shots_from, store=store,
                 evaluations=split_commas(evaluations), watch=face.watch, **options,
@@ -162,6 +173,7 @@ def speed_command(
 ) -> None:
     """Measure prefill and decode speed and peak memory of one model, or of two in turn (A B A B)."""
     with CommandSession(as_json, quiet, verbose) as face:
+        check_options(options)
         from billhook import api
         from billhook.core.results.measured import TimingProtocol
 
@@ -178,9 +190,9 @@ for command in COMMANDS:
 def runs_command(*, store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False) -> None:
     """List the runs of a store, the newest first."""
     with CommandSession(as_json, True, verbose) as face:
-        from billhook import api
+        from billhook import runs
 
-        face.show({"runs": api.list_runs(store)})
+        face.show({"runs": runs.list_runs(store)})
 
 
 @app.command(name="show")
@@ -190,9 +202,9 @@ def show_command(
 ) -> None:  # fmt: skip
     """Show all that the store holds of one run."""
     with CommandSession(as_json, True, verbose) as face:
-        from billhook import api
+        from billhook import runs
 
-        face.show(api.show(run, store))
+        face.show(runs.show(run, store))
 
 
 @app.command(name="report")
@@ -228,7 +240,7 @@ def recipes_command(*, as_json: Json = False, verbose: Verbose = False) -> None:
 
 def _existing(store: Path) -> Path:
     """Reading commands make no new store."""
-    if not store.is_file():
+    if find_path(store) is None:
         raise UsageError(f"There is no store {store}. Give the file that `billhook prune` wrote with --store.")
     return store
 

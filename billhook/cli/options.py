@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,6 +86,18 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
         return run
 
     return decorate
+
+
+def check_options(options: Mapping[str, Any], *, metrics: str = "", tasks: str = "", **more: Any) -> None:
+    """Raise for options of any command that are seen to be wrong before torch is imported. `more`: further ones."""
+    from billhook.runs import check_inputs
+    from billhook.runs.recipe import TARGETS, parse_recipe
+
+    given = {name: value for name, value in {**options, **more}.items() if value}
+    target = {} if any(name in given for name in TARGETS) else {"remove": "1sites"}
+    check_inputs(
+        parse_recipe({**target, **given}, "The call"), metrics=split_commas(metrics), tasks=split_commas(tasks)
+    )
 
 
 def command_line(command: str, *words: str, **options: Any) -> str:

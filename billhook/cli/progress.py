@@ -6,13 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Any
 
 from billhook.cli.visible_console import VisibleConsole
 from billhook.core.errors import visible
 from billhook.core.events import Event, EventListener, EventValue, ignore_events
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 STEPS = {
     "side_by_side": "side by side", "decode": "time of a decoding step", "load_back": "loading it back",
@@ -27,6 +28,7 @@ WORDS: dict[str, Callable[[Any], str]] = {  # of the values of an event, by name
     "converting": lambda name: f"converting {name} to safetensors, once",
     "pruned_for": lambda task: f"pruned for {task}",
     "tokens": lambda n: f"{n:,} tokens",
+    "left_out": lambda n: f"{n:,} {'row' if n == 1 else 'rows'} left out",
     "tensors": lambda n: f"{n:,} tensors",
     "best": lambda loss: f"best on validation {loss:.4f}",
     "seconds": lambda seconds: f"{seconds:.1f} s",
@@ -73,6 +75,15 @@ def progress(*, quiet: bool) -> tuple[EventListener, Callable[[], None]]:
     console = VisibleConsole(stderr=True)
     if not console.is_terminal:
         return _plain_progress(), lambda: None
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     bars = Progress(
         SpinnerColumn(),
         TextColumn("{task.fields[stage]:<9}"),

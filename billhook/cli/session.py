@@ -7,15 +7,16 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
 from rich.console import Console
+from rich.table import Table
 
 from billhook.cli.visible_console import VisibleConsole
 from billhook.core.errors import BillhookError, on_command_line, visible
-from billhook.core.events import EventListener
+from billhook.core.events import Event, EventListener
 from billhook.core.results.json_form import Result
 
 
@@ -29,12 +30,11 @@ class CommandSession:
 
     def __enter__(self) -> CommandSession:
         from billhook.cli import progress
-        from billhook.models.device import keep_freed_memory
 
         signal.signal(signal.SIGTERM, _interrupt)
-        keep_freed_memory()
         progress.silence_libraries(self.verbose)
-        self.watch, self._close = progress.progress(quiet=self.quiet)
+        watch, self._close = progress.progress(quiet=self.quiet)
+        self.watch = _with_kept_memory(watch)
         return self
 
     def show(self, value: Any) -> None:
@@ -69,6 +69,22 @@ class CommandSession:
         if not self.verbose:
             _print_traceback(error)
         _leave("This is a bug in Billhook. Please report it with the lines above.", 1)
+
+
+def _with_kept_memory(watch: EventListener) -> EventListener:
+    """A listener that sets the allocator at the first event: a model is loaded then, and torch is there."""
+
+    waiting = [True]
+
+    def on_event(event: Event) -> None:
+        if waiting:
+            from billhook.models.device import keep_freed_memory
+
+            keep_freed_memory()
+            waiting.clear()
+        watch(event)
+
+    return on_event
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
@@ -111,7 +127,39 @@ def prints(result: type | str) -> Callable[[Print], Print]:
 
 def print_result(value: Any) -> None:
     """Print a result of a command as tables."""
-    for module in ("tables", "study_tables"):
-        import_module(f"billhook.cli.{module}")
-    kind = next(iter(value)) if isinstance(value, dict) else type(value)
-    TABLES.get(kind, TABLES[Result])(_Tables(soft_wrap=False, markup=False), value)
+    table_of(next(iter(value)) if isinstance(value, dict) else type(value))(
+        _Tables(soft_wrap=False, markup=False), value
+    )
+
+
+def table_of(kind: type | str) -> Print:
+    """What prints a result of a kind: its table, or its rows."""
+    for module in ("run_tables", "tables", "study_tables"):  # by the time that they take to import
+        if kind not in TABLES:
+            import_module(f"billhook.cli.{module}")
+    return TABLES[kind if kind in TABLES else Result]
+
+
+def empty_table(*columns: str) -> Table:
+    """A table with columns and no rows yet."""
+    return plain_table(columns, ())
+
+
+def foot(console: Console, page: str, notes: Sequence[str]) -> None:
+    """Print notes and where the page is."""
+    from billhook.report.numbers import printable
+
+    for note in notes:
+        console.print(note, style="dim", highlight=False)
+    if page:
+        console.print(f"Page: {printable(page)}", highlight=False, soft_wrap=True)
+
+
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Rows under columns, the first on the left."""
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn

@@ -23,6 +23,7 @@ from billhook.cli.options import (
     StoreFile,
     Tasks,
     Verbose,
+    check_options,
     split_commas,
     with_options,
 )
@@ -50,6 +51,15 @@ def sweep_command(
 ) -> None:
     """Compare recipes at several sizes and on several calibration texts: one table, one page, through one store."""
     with CommandSession(as_json, quiet, verbose) as face:
+        from billhook.runs.recipe import with_overrides
+
+        for size in split_commas(remove) or [""]:
+            for text in split_commas(data) or [""]:
+                check_options(options, remove=size, data=text, tasks=tasks)
+        for text in split_commas(eval_data):
+            check_options(options, eval_data=text)
+        for name in split_commas(recipes):
+            with_overrides(name)
         from billhook.studies import sweep
 
         lists: OptionValues = {
@@ -79,6 +89,7 @@ def transfer_command(
 ) -> None:
     """Prune for each task and measure on each: what adapting to one task costs on the others."""
     with CommandSession(as_json, quiet, verbose) as face:
+        check_options(options, tasks=tasks)
         from billhook.studies import transfer
 
         told = transfer.transfer(
@@ -103,10 +114,11 @@ def stability_command(
 ) -> None:
     """Compare scores and plans of disjoint calibration sets: how far they depend on the text."""
     with CommandSession(as_json, quiet, verbose) as face:
-        from billhook.studies import stability
-
+        check_options(options, metrics=metric)
         if wrong := [piece for piece in split_commas(sizes) if not piece.isdigit()]:
             raise UsageError(f"--sizes {wrong[0]} is no number of tokens. Write for example 512,2048.")
+        from billhook.studies import stability
+
         told = stability.stability(
             model or "demo", metric, sizes=[int(piece) for piece in split_commas(sizes)], draws=draws, out=out,
             store=store, watch=face.watch, **options,
@@ -164,11 +176,14 @@ def compare_command(
 ) -> None:
     """Compare models with the first one on the same items: better, equivalent, worse or undecided."""
     with CommandSession(as_json, quiet, verbose) as face:
+        margins = typed_margins(margin, ppl_margin)
+        for text in split_commas(data) or [""]:
+            check_options(options, data=text, tasks=tasks)
         from billhook.studies import compare
 
         found = compare.compare(
             *models, data=split_commas(data), tasks=split_commas(tasks), items=items, score=split_commas(score),
-            shots=shots, shots_from=shots_from, margins=typed_margins(margin, ppl_margin),
+            shots=shots, shots_from=shots_from, margins=margins,
             timed=not no_speed, seen=seen, out=out, store=store, watch=face.watch, **options,
         )  # fmt: skip
         face.show(found)
@@ -197,12 +212,15 @@ def gate_command(
 ) -> None:
     """Exit with 0 if a student loses no more than the margins against a baseline, with 4 if it does or may."""
     with CommandSession(as_json, quiet, verbose) as face:
+        margins = typed_margins(margin, ppl_margin)
+        for text in split_commas(data or "") or [""]:
+            check_options(options, data=text, tasks=tasks)
         from billhook.studies import gate
 
         report = gate.gate(
             student, baseline, data=None if data is None else split_commas(data), tasks=split_commas(tasks),
             items=items, score=split_commas(score), shots=shots, shots_from=shots_from,
-            margins=typed_margins(margin, ppl_margin), seen=seen, junit=junit, store=store, watch=face.watch, **options,
+            margins=margins, seen=seen, junit=junit, store=store, watch=face.watch, **options,
         )  # fmt: skip
         face.show(report)
         if report.verdict != "PASS":
@@ -230,10 +248,12 @@ def baseline_command(
 ) -> None:
     """Measure a model and store the result under a name for `gate`, or list the names."""
     with CommandSession(as_json, quiet, verbose) as face:
-        from billhook.studies import gate
-
         if action not in ("save", "list") or (action == "save") != (name is not None):
             raise UsageError("Write `billhook baseline save NAME MODEL`, or `billhook baseline list`.")
+        for text in split_commas(data) or [""]:
+            check_options(options, data=text, tasks=tasks)
+        from billhook.studies import gate
+
         if name is None:
             face.show({"baselines": gate.baselines(store)})
             return
@@ -261,6 +281,7 @@ def threshold_command(
 ) -> None:
     """Find how much can be removed within a margin: chosen on validation items, confirmed once on test items."""
     with CommandSession(as_json, quiet, verbose) as face:
+        check_options(options)
         from billhook.studies import threshold
 
         told = threshold.threshold(

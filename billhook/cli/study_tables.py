@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 
-from billhook.cli.session import prints
+from billhook.cli.session import empty_table, foot, plain_table, prints
 from billhook.core.results.ab_report import AbReport
 from billhook.core.results.comparisons import Baseline, Comparison, GateReport, SeenSets, TaskScores
 from billhook.core.results.measured import Estimate
@@ -15,12 +14,6 @@ from billhook.core.results.studies import StabilityResult, SweepResult, Threshol
 from billhook.report import ab_words, compare_words, numbers, study_words, threshold_page
 from billhook.report.numbers import format_accuracy, format_perplexity, printable
 from billhook.report.study_words import short_names
-
-
-def empty_table(*columns: str) -> Table:
-    """A table with columns and no rows yet."""
-    return plain_table(columns, ())
-
 
 # -- trials, and agreement of calibration sets ------------------------------------------------------------------------
 
@@ -130,24 +123,6 @@ def stability_table(console: Console, result: StabilityResult) -> None:
         table.add_row(f"{size.tokens:,}", str(size.sets), *cells, str(always), str(len(votes) - always))
     console.print(table)
     foot(console, result.page, ["in brackets: lowest and highest pair of sets; in all, in some: sites by plans"])
-
-
-def foot(console: Console, page: str, notes: Sequence[str]) -> None:
-    """Print notes and where the page is."""
-    for note in notes:
-        console.print(note, style="dim", highlight=False)
-    if page:
-        console.print(f"Page: {printable(page)}", highlight=False, soft_wrap=True)
-
-
-def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Rows under columns, the first on the left."""
-    drawn = Table(box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    for row in rows:
-        drawn.add_row(*row)
-    return drawn
 
 
 @prints(Comparison)

@@ -11,7 +11,6 @@ from typing import Literal
 
 from billhook.core.errors import UsageError
 from billhook.core.results.measured import Estimate, EvalResult
-from billhook.core.statistics import LOSS_EVALUATIONS, paired_difference, zero_difference
 
 CONFIDENCE = 0.95  # one-sided
 BOUND = f"one-sided {CONFIDENCE:.0%}"  # the label of such an end
@@ -69,6 +68,8 @@ class Margin:
         `teacher`, `student`: negative log-likelihoods for `ppl`, outcomes of 0 and 1 for `pp`, of the same items;
         `same`: the student is the teacher, and loses nothing.
         """
+        from billhook.core.statistics import paired_difference, zero_difference  # numpy, which parsing needs not
+
         pair = (teacher, student) if self.kind == "ppl" else (student, teacher)  # so that a loss is positive
         two_sided = 2 * CONFIDENCE - 1
         loss = zero_difference(teacher) if same else paired_difference(*pair, seed, level=two_sided)
@@ -117,6 +118,8 @@ class Margins:
 
     def on(self, source: str, score: str) -> Margin:
         """Return the margin of one score of one set; `score`: the name of an evaluation."""
+        from billhook.core.statistics import LOSS_EVALUATIONS
+
         if score in LOSS_EVALUATIONS:
             return self.perplexity
         return next((margin for margin in self.files if margin.file == source), self.accuracy)

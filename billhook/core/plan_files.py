@@ -24,10 +24,8 @@ def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
 
     Raises PlanError if it cannot be read or does not fit, FingerprintError if it was made for another model.
     """
-    path = find_path(text)
-    if path is None or not path.is_file():
-        if "/" in text or Path(text).suffix in (".json", ".txt", ".yaml"):
-            raise PlanError(f"There is no plan file {shorten(text, 200)}. Give a file, or sites: attention.7,mlp.16.")
+    path = require_plan(text)
+    if path is None:
         return anatomy.parse(_names(text))
     content = _content(path)
     try:
@@ -58,6 +56,16 @@ def read_plan(text: str, anatomy: Anatomy, fingerprint: str) -> Plan:
             f"{' …' if len(names) > 3 else ''}"
         )
     return anatomy.parse(names)
+
+
+def require_plan(text: str) -> Path | None:
+    """Return the file of a plan, or None for one that names sites. Raises PlanError for a file that is not there."""
+    path = find_path(text)
+    if path is not None and path.is_file():
+        return path
+    if "/" in text or Path(text).suffix in (".json", ".txt", ".yaml"):
+        raise PlanError(f"There is no plan file {shorten(text, 200)}. Give a file, or sites: attention.7,mlp.16.")
+    return None
 
 
 def find_path(text: str | Path) -> Path | None:

@@ -10,10 +10,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from billhook.core.errors import UnknownName, UsageError, nearest
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -85,6 +87,8 @@ class Entries(Generic[T]):
     def _load_entry_points(self) -> None:
         if self._searched == sys.path:  # looking takes milliseconds, and this is asked for every loss
             return
+        from importlib.metadata import entry_points  # what a mistake on the command line need not wait for
+
         for entry in entry_points(group=self.group):
             if entry.name not in self._entries:
                 self._entries[entry.name] = self._loaded(entry)

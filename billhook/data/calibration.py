@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from billhook.core.errors import BillhookError, DataError, UsageError, option
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.data.generated import sample_texts
 from billhook.data.splits import interleave
-from billhook.data.texts import SELF, SOURCE_SEPARATOR, TextSpec, read_texts, split_sources
+from billhook.data.texts import SELF, SOURCE_SEPARATOR, TextSpec, read_source, split_sources
 from billhook.data.token_sets import (
     MIN_ROW,
     Document,
@@ -19,6 +20,7 @@ from billhook.data.token_sets import (
     pack_rows,
     special_prefix,
 )
+from billhook.models.structure import rope_boundary
 
 SPLIT_BY_TEXT = 60  # with so many texts both halves hold enough of them for an interval
 
@@ -33,7 +35,7 @@ def calibration_tokens(
     *,
     held_out: str | None = None,
     self_share: float = 0.0,
-    generated: list[str] | None = None,
+    write: Callable[[], list[str]] | None = None,
     least: int | None = None,
 ) -> TokenSet:
     """Calibration tokens of a text, or of several in turn.
@@ -41,7 +43,8 @@ def calibration_tokens(
     Arguments:
         held_out: the source of the held-out text; of a source that is in it, half is kept. None: of every source.
         self_share: of the tokens, those that the model writes, if it can; in [0, 1).
-        generated: what the model wrote before (`generate_share`); empty: it cannot write. None: it writes now.
+        write: returns what the model writes, empty if it cannot; called after all other text was found long enough.
+            None: `generate_share`.
         least: so many tokens will do where the text holds no more. None: all of `spec.tokens`.
 
     Raises:
@@ -50,22 +53,65 @@ def calibration_tokens(
     """
     _require_tokenizer(tokenizer)
     check_length(spec.length, model.config)
-    sources = split_sources(spec.source)
-    if generated is None:
-        generated = generate_share(spec, self_share, model, tokenizer, watch)
-    own = generated_token_count(spec, self_share) if generated and SELF not in sources else 0
-    shares = [(source, -(-(spec.tokens - own) // len(sources))) for source in sources] + [(SELF, own)] * bool(own)
-    enough = None if least is None else -(-least // len(sources))
-    parts = []
-    for source, tokens in shares:
-        if source == SELF:
-            found, halved = order_documents(encode_texts(generated, tokenizer), spec.seed), False
-        else:
-            halved = held_out is None or source in split_sources(held_out)
-            found = _read(source, spec, tokenizer, half=0 if halved else None)
-        parts.append(pack_rows(found, tokens, spec.length, special_prefix(tokenizer), source))
-        _require_tokens(parts[-1], tokens, tokens if enough is None else enough, of=spec.tokens, halved=halved)
+    spec = replace(spec, length=row_length(spec.length, model.config))
+    found = _read_foreign(spec, tokenizer, watch, held_out)
+    _foreign_parts(found, spec, self_share, tokenizer, least)  # what is too short is refused before the model writes
+    generated = write() if write is not None else generate_share(spec, self_share, model, tokenizer, watch)
+    parts = _foreign_parts(found, spec, self_share if generated else 0.0, tokenizer, least)
+    if generated:
+        sources, tokens = split_sources(spec.source), generated_token_count(spec, self_share)
+        written = order_documents(encode_texts(generated, tokenizer), spec.seed)
+        part = pack_rows(written, tokens, spec.length, special_prefix(tokenizer), SELF)
+        _require_tokens(part, tokens, _enough(tokens, sources, least), of=spec.tokens, halved=False)
+        parts.insert(sources.index(SELF) if SELF in sources else len(parts), part)
     return _in_turn(parts)
+
+
+def foreign_tokens(
+    spec: TextSpec, model: Any, tokenizer: Any, *, held_out: str | None = None, self_share: float = 0.0
+) -> TokenSet | None:
+    """The tokens of `calibration_tokens` that the model does not write; None if it writes all. Raises as that does."""
+    _require_tokenizer(tokenizer)
+    check_length(spec.length, model.config)
+    spec = replace(spec, length=row_length(spec.length, model.config))
+    found = _read_foreign(spec, tokenizer, ignore_events, held_out)
+    parts = _foreign_parts(found, spec, self_share, tokenizer, None)
+    written = self_share > 0 and SELF not in split_sources(spec.source)
+    return replace(_in_turn(parts), source=f"{spec.source}+{SELF}" if written else spec.source) if parts else None
+
+
+Found = dict[str, tuple[list[Document], bool]]  # the documents of each source, and whether they are half of it
+
+
+def _read_foreign(spec: TextSpec, tokenizer: Any, watch: EventListener, held_out: str | None) -> Found:
+    """What is read of the sources that the model does not write."""
+    found: Found = {}
+    for source in split_sources(spec.source):
+        if source != SELF:
+            halved = held_out is None or source in split_sources(held_out)
+            found[source] = _read(source, spec, tokenizer, 0 if halved else None, watch), halved
+    return found
+
+
+def _foreign_parts(
+    found: Found, spec: TextSpec, self_share: float, tokenizer: Any, least: int | None
+) -> list[TokenSet]:
+    """A token set of each source, beside what the model writes of its own. Raises DataError for too short a source."""
+    sources = split_sources(spec.source)
+    own = 0 if SELF in sources else generated_token_count(spec, self_share)
+    tokens = -(-(spec.tokens - own) // len(sources))
+    parts = []
+    for source in sources:
+        if source != SELF:
+            documents, halved = found[source]
+            parts.append(pack_rows(documents, tokens, spec.length, special_prefix(tokenizer), source))
+            _require_tokens(parts[-1], tokens, _enough(tokens, sources, least), of=spec.tokens, halved=halved)
+    return parts
+
+
+def _enough(tokens: int, sources: list[str], least: int | None) -> int:
+    """How many of the `tokens` of one source must be there."""
+    return tokens if least is None else -(-least // len(sources))
 
 
 def _require_tokens(part: TokenSet, wanted: int, enough: int, *, of: int, halved: bool) -> None:
@@ -115,6 +161,12 @@ def generate_calibration(spec: TextSpec, model: Any, tokenizer: Any, watch: Even
     return sample_texts(model, tokenizer, tokens, spec.seed, length=spec.length, watch=watch)
 
 
+def row_length(length: int, config: Any) -> int:
+    """The length of rows: no more than the model's positions, nor than what has the same rope factors in any batch."""
+    most = (getattr(config, "max_position_embeddings", None), rope_boundary(config))
+    return min([length, *(each for each in most if each is not None)])
+
+
 def check_length(length: int, config: Any) -> None:
     """Raises UsageError for a sequence length that the model has no positions for."""
     most = getattr(config, "max_position_embeddings", None)
@@ -127,7 +179,14 @@ def check_length(length: int, config: Any) -> None:
 # -- held-out text --------------------------------------------------------------------------------------------------
 
 
-def held_out_tokens(spec: TextSpec, model: Any, tokenizer: Any, *, calibration: str | None = None) -> TokenSet:
+def held_out_tokens(
+    spec: TextSpec,
+    model: Any,
+    tokenizer: Any,
+    watch: EventListener = ignore_events,
+    *,
+    calibration: str | None = None,
+) -> TokenSet:
     """Held-out tokens of a text, or of several in turn; sequences are no longer than the model's positions.
 
     Arguments:
@@ -139,11 +198,11 @@ def held_out_tokens(spec: TextSpec, model: Any, tokenizer: Any, *, calibration: 
     _require_tokenizer(tokenizer)
     require_foreign(spec.source)
     sources = split_sources(spec.source)
-    length = min(spec.length, getattr(model.config, "max_position_embeddings", spec.length))
+    length = row_length(spec.length, model.config)
     parts = []
     for source in sources:
         halved = calibration is None or source in split_sources(calibration)
-        found = _read(source, spec, tokenizer, half=1 if halved else None)
+        found = _read(source, spec, tokenizer, 1 if halved else None, watch)
         part = pack_rows(found, -(-spec.tokens // len(sources)), length, special_prefix(tokenizer), source)
         if part.tokens < 2 * MIN_ROW or len(part.clusters) < 2:
             raise DataError(
@@ -184,18 +243,33 @@ def _require_tokenizer(tokenizer: Any) -> None:
         raise DataError("The model has no tokenizer, so no text can be read. Put its tokenizer files into its folder.")
 
 
-def _read(source: str, spec: TextSpec, tokenizer: Any, half: int | None) -> list[Document]:
+def _read(source: str, spec: TextSpec, tokenizer: Any, half: int | None, watch: EventListener) -> list[Document]:
     """The documents of one source, or of one half of it, in the order of the seed."""
-    encoded = encode_texts(read_texts(source, spec.field, tokenizer), tokenizer)
+    read = read_source(source, spec.field, tokenizer, tokens=spec.tokens, watch=watch)
+    encoded = encode_texts(read.texts, tokenizer)
     found = order_documents(encoded, spec.seed)
-    return found if half is None else _halves(found, order_documents(encoded, 0))[half]
+    if half is not None:
+        found = _halves(found, _places(encoded, read.whole))[half]
+    first: dict[str, int] = {}
+    same = [first.setdefault(text, number) for number, text in enumerate(read.texts)]
+    return [replace(document, text=same[document.text]) for document in found]
 
 
-def _halves(documents: list[Document], order: list[Document]) -> tuple[list[Document], list[Document]]:
+def _places(encoded: list[list[int]], whole: bool) -> dict[Document, int]:
+    """A number for every document, by which texts are halved, whatever the seed."""
+    order = order_documents(encoded, 0)
+    texts = list(dict.fromkeys(document.text for document in order))
+    by_text = len(texts) >= SPLIT_BY_TEXT
+    if whole:
+        ranks = {text: rank for rank, text in enumerate(texts)}
+        return {d: ranks[d.text] if by_text else i for i, d in enumerate(order)}
+    first = {d.text: d.digest() for d in reversed(order)}  # another sample of the same source is halved alike
+    return {d: int(first[d.text] if by_text else d.digest(), 16) for d in order}
+
+
+def _halves(documents: list[Document], places: dict[Document, int]) -> tuple[list[Document], list[Document]]:
     """Every second text for calibration, the others for evaluation, whatever amount is wanted and whatever the seed;
-    where texts are few, every second document of `order`. A copy of a document for calibration is in neither."""
-    texts = {text: rank for rank, text in enumerate(dict.fromkeys(document.text for document in order))}
-    places = {d: texts[d.text] if len(texts) >= SPLIT_BY_TEXT else i for i, d in enumerate(order)}
+    where texts are few, every second document. A copy of a document for calibration is in neither."""
     even = [document for document in documents if places[document] % 2 == 0]
     seen = {document.ids for document in even}
     return even, [d for d in documents if places[d] % 2 and d.ids not in seen]

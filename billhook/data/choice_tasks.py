@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from billhook.core.errors import DataError, nearest
+from billhook.core.events import EventListener, ignore_events
+from billhook.core.plan_files import find_path
 from billhook.core.results.json_form import JsonObject
-from billhook.data.texts import file_text, json_lines
+from billhook.data.rows import UnusableRow, is_text, json_lines, leave_out
 from billhook.data.token_sets import Choices, TokenSet, special_prefix, token_set
 from billhook.models.load import Teacher
 
@@ -52,13 +54,20 @@ class Request:
 # -- items ----------------------------------------------------------------------------------------------------------
 
 
-def read_items(path: str | Path) -> list[Item]:
+def read_items(path: str | Path, watch: EventListener = ignore_events) -> list[Item]:
     """Read the items of a task file. Raises DataError, with the line, for a malformed one."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        kind = "a folder" if file.is_dir() else "missing"
+    file = find_path(path)
+    if file is None or not file.is_file():
+        kind = "missing" if file is None else "a folder" if file.is_dir() else "not a regular file"
         raise DataError(f"The task file {path} is {kind}. Give a .jsonl or .jsonl.gz file of rows {ITEM_EXAMPLE}.")
-    items = [_item(row, number, f"{path}, row {number},") for number, row in json_lines(file_text(file), str(path))]
+    items: list[Item] = []
+    unusable: list[str] = []
+    for number, row in json_lines(file, str(path)):
+        try:
+            items.append(_item(row, number, f"{path}, row {number},"))
+        except UnusableRow as error:
+            unusable.append(error.message)
+    leave_out(unusable, len(items) + len(unusable), str(path), watch)
     if not items:
         raise DataError(f"The task file {path} is empty. Give a .jsonl or .jsonl.gz file of rows {ITEM_EXAMPLE}.")
     return items
@@ -82,7 +91,14 @@ def _item(row: Any, number: int, where: str) -> Item:
     for name, text in (("continuation", continuation), ("subject", subject)):
         if not isinstance(text, str):
             raise DataError(f"{where} has {text!r} as its {name!r}. Give a text, or leave it out.")
+    require_text((row["query"], *choices, *contexts, continuation, subject), where)
     return Item(number, row["query"], choices, gold, contexts, continuation, subject)
+
+
+def require_text(texts: Iterable[str], where: str) -> None:
+    """Raise UnusableRow if one of the texts of a row cannot be written as UTF-8."""
+    if not all(map(is_text, texts)):
+        raise UnusableRow(f"{where} holds half of a surrogate pair, which is no character. Leave the row out.")
 
 
 def check_fields(row: Any, fields: Mapping[str, type], where: str, example: str) -> None:
@@ -197,19 +213,20 @@ def _start(tokenizer: Any, where: str) -> int:
 def load_items(
     path: str | Path, teacher: Teacher, part: Split | None, *,
     items: int | None = None, tokens: int | None = None, seed: int = 0, shots: FewShot | None = None,
+    watch: EventListener = ignore_events,
 ) -> TokenSet:  # fmt: skip
     """Return `task_tokens` with the tokenizer and the positions of `teacher`; at most `items`, or `tokens`."""
     positions = getattr(teacher.model.config, "max_position_embeddings", None)
     return task_tokens(
         path, teacher.tokenizer, positions=positions, part=part,
-        limit_items=items, limit_tokens=tokens, seed=seed, shots=shots,
+        limit_items=items, limit_tokens=tokens, seed=seed, shots=shots, watch=watch,
     )  # fmt: skip
 
 
 def task_tokens(
     path: str | Path, tokenizer: Any, *,
     limit_tokens: int | None = None, limit_items: int | None = None, seed: int = 0, positions: int | None = None,
-    part: Split | None = None, shots: FewShot | None = None,
+    part: Split | None = None, shots: FewShot | None = None, watch: EventListener = ignore_events,
 ) -> TokenSet:  # fmt: skip
     """Return the items of a task file as a token set: a row per choice, a document per item, each a text of its own.
 
@@ -224,7 +241,7 @@ def task_tokens(
     """
     if tokenizer is None:
         raise DataError("The model has no tokenizer, so no task can be read. Put its tokenizer files into its folder.")
-    items = read_items(path)
+    items = read_items(path, watch)
     random.Random(0).shuffle(items)  # the parts do not depend on the seed
     items = items if part is None else _part(items, part, str(path))
     random.Random(seed).shuffle(items)

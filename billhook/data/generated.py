@@ -11,6 +11,7 @@ import transformers
 
 from billhook.core.errors import DataError, option
 from billhook.core.events import Event, EventListener, ignore_events
+from billhook.data.token_sets import special_prefix
 from billhook.models.device import seeded
 
 MOST_AT_A_TIME = 64  # texts
@@ -20,24 +21,25 @@ MOST_AT_A_TIME = 64  # texts
 def sample_texts(
     model: Any, tokenizer: Any, tokens: int, seed: int, *, length: int, watch: EventListener = ignore_events
 ) -> list[str]:
-    """Sample texts of at most `length` tokens, at least `tokens` in all, that the model writes after its BOS token.
+    """Sample texts of at most `length` tokens, at least `tokens` in all, after what precedes a text.
 
-    Temperature 1, seeded, at most 64 texts at a time. Raises DataError if the tokenizer has no BOS or EOS token, or if
-    the model stops at once.
+    Temperature 1, seeded, at most 64 texts at a time. Raises DataError if the tokenizer puts nothing before a
+    text and has no BOS or EOS token, or if the model stops at once.
 
     Source: Williams et al. 2024, Self-calibration for language model quantization and pruning (arXiv 2410.17170).
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
+    own = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    first = special_prefix(tokenizer) or ([] if own is None else [own])
+    if not first:
         raise DataError(
             f"The tokenizer has neither a BOS nor an EOS token to start from. Give {option('data')} a file instead."
         )
     length = min(length, getattr(model.config, "max_position_embeddings", length))
     batch = min(-(-tokens // length), MOST_AT_A_TIME)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else first[0]
     stop = None if model.generation_config is None else model.generation_config.eos_token_id
     plain = transformers.GenerationConfig(
-        max_new_tokens=length - 1, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, bos_token_id=start,
+        max_new_tokens=length - len(first), do_sample=True, temperature=1.0, top_k=0, top_p=1.0, bos_token_id=own,
         eos_token_id=tokenizer.eos_token_id if stop is None else stop, pad_token_id=pad,
         remove_invalid_values=True,  # a model that overflows is refused where the block can be named
     )  # fmt: skip
@@ -51,7 +53,7 @@ def sample_texts(
                     f"wanted: it stops at once. Give {option('data')} a file instead."
                 )
             rounds += 1
-            starts = torch.full((batch, 1), start, device=model.device)
+            starts = torch.tensor([first] * batch, device=model.device)
             with _generating_by(model, plain):
                 rows = model.generate(starts, attention_mask=torch.ones_like(starts))
             new = [text for text in tokenizer.batch_decode(rows, skip_special_tokens=True) if text.strip()]

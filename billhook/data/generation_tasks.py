@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from billhook.core.errors import DataError
-from billhook.data.choice_tasks import FewShot, check_fields
-from billhook.data.texts import file_text, json_lines
+from billhook.core.events import EventListener, ignore_events
+from billhook.core.plan_files import find_path
+from billhook.data.choice_tasks import FewShot, check_fields, require_text
+from billhook.data.rows import UnusableRow, json_lines, leave_out
 from billhook.data.token_sets import TokenSet, special_prefix, token_set
 
 QUESTION_EXAMPLE = '{"query": "…", "answer": "…", "target": "…"}'
@@ -49,22 +51,22 @@ class GenerationPrompts:
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def read_questions(path: str | Path) -> list[Question]:
+def read_questions(path: str | Path, watch: EventListener = ignore_events) -> list[Question]:
     """Read the questions of a file. Raises DataError, with the line, for a malformed one."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        kind = "a folder" if file.is_dir() else "missing"
+    file = find_path(path)
+    if file is None or not file.is_file():
+        kind = "missing" if file is None else "a folder" if file.is_dir() else "not a regular file"
         raise DataError(
             f"The file of questions {path} is {kind}. Give a .jsonl or .jsonl.gz file of rows {QUESTION_EXAMPLE}."
         )
-    questions = []
-    for number, row in json_lines(file_text(file), str(path)):
-        where = f"{path}, row {number},"
-        check_fields(row, QUESTION_FIELDS, where, QUESTION_EXAMPLE)
-        blank = next((name for name in QUESTION_FIELDS if not row[name].strip()), None)
-        if blank:
-            raise DataError(f"{where} has {row[blank]!r} as its {blank!r}. A row is {QUESTION_EXAMPLE}.")
-        questions.append(Question(number, *(row[name] for name in QUESTION_FIELDS)))
+    questions: list[Question] = []
+    unusable: list[str] = []
+    for number, row in json_lines(file, str(path)):
+        try:
+            questions.append(_question(row, number, f"{path}, row {number},"))
+        except UnusableRow as error:
+            unusable.append(error.message)
+    leave_out(unusable, len(questions) + len(unusable), str(path), watch)
     if not questions:
         raise DataError(
             f"The file of questions {path} is empty. Give a .jsonl or .jsonl.gz file of rows {QUESTION_EXAMPLE}."
@@ -72,19 +74,30 @@ def read_questions(path: str | Path) -> list[Question]:
     return questions
 
 
+def _question(row: Any, number: int, where: str) -> Question:
+    """Check one row, and return its question. `where`: the beginning of error messages."""
+    check_fields(row, QUESTION_FIELDS, where, QUESTION_EXAMPLE)
+    blank = next((name for name in QUESTION_FIELDS if not row[name].strip()), None)
+    if blank:
+        raise DataError(f"{where} has {row[blank]!r} as its {blank!r}. A row is {QUESTION_EXAMPLE}.")
+    texts = [row[name] for name in QUESTION_FIELDS]
+    require_text(texts, where)
+    return Question(number, *texts)
+
+
 def is_generation_task(path: str | Path) -> bool:
     """Return whether a file's first row has a target and no choices."""
-    file = Path(path).expanduser()
-    if not file.is_file():
+    file = find_path(path)
+    if file is None or not file.is_file():
         return False
-    row = next((row for _, row in json_lines(file_text(file), str(path))), None)
+    row = next((row for _, row in json_lines(file, str(path))), None)
     return isinstance(row, dict) and "target" in row and "choices" not in row
 
 
 def build_prompts(
     path: str | Path, tokenizer: Any, *,
     limit_items: int | None = None, seed: int = 0, positions: int | None = None, new_tokens: int = 256,
-    shots: FewShot | None = None,
+    shots: FewShot | None = None, watch: EventListener = ignore_events,
 ) -> GenerationPrompts:  # fmt: skip
     """Return the prompts of the first `limit_items` questions of a file, in the order of `seed`.
 
@@ -99,7 +112,7 @@ def build_prompts(
             f"The model has {positions} positions, and answers of {new_tokens} tokens leave no room for a prompt. Give "
             f"new_tokens below {positions}."
         )
-    questions, before = read_questions(path), ""
+    questions, before = read_questions(path, watch), ""
     if shots is not None:
         shown = _first_questions(*shots)
         before = "".join(f"{shot.query} {shot.answer}\n\n" for shot in shown)

@@ -119,16 +119,20 @@ def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def batch_groups(groups: Sequence[PrefixGroup], most_positions: int, most_reads: int) -> Iterator[list[PrefixGroup]]:
+def batch_groups(
+    groups: Sequence[PrefixGroup], most_positions: int, most_reads: int, boundary: int | None = None
+) -> Iterator[list[PrefixGroup]]:
     """Yield groups to compute together: prefixes of equal length, inputs of similar length, the longest first.
 
     A batch has at most `most_positions`, padding and cached ones too, and `most_reads`, unless one group has more.
+    Inputs longer than `boundary` are in batches of their own.
     """
     batch: list[PrefixGroup] = []
     lines = longest = reads = 0
     for group in sorted(groups, key=lambda g: (-g.shared, -g.longest, g.inputs[0].ids)):
         more = lines + len(group.inputs), max(longest, group.longest), reads + group.reads
         full = more[0] * more[1] > most_positions or more[2] > most_reads
+        full |= boundary is not None and group.longest <= boundary < longest
         if batch and (full or group.shared != batch[0].shared):
             yield batch
             batch, more = [], (len(group.inputs), group.longest, group.reads)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from billhook.core.errors import DataError, UsageError, option
+from billhook.core.plan_files import find_path
 from billhook.core.results.json_form import JsonObject
 from billhook.data.choice_tasks import Request, read_items, requests
-from billhook.data.texts import file_text, json_lines
+from billhook.data.rows import file_text, is_text, json_lines, kind_of
 
 PROMPT_EXAMPLES = (
     '{"prompt": "…"}, {"messages": [{"role": "user", "content": "…"}]} or {"query": "…", "choices": […], "gold": 0}'
@@ -37,10 +39,9 @@ def read_prompts(path: str | Path, kind: str = "chat", limit: int | None = None,
     .txt: one per line; .jsonl: rows with `prompt` or `messages`, or a task's (`choice_tasks`); .gz of both. Raises
     DataError, with the line, for a malformed row, and UsageError for messages where `kind` is not chat.
     """
-    file = Path(path).expanduser()
-    suffix = next((s for s in reversed(file.suffixes) if s != ".gz"), "")
-    if not file.is_file() or suffix not in (".txt", ".jsonl"):
-        problem = "missing" if not file.exists() else "a folder" if file.is_dir() else "not .txt or .jsonl"
+    file, suffix = find_path(path), kind_of(Path(path))
+    if file is None or not file.is_file() or suffix not in (".txt", ".jsonl"):
+        problem = "missing" if file is None else "a folder" if file.is_dir() else "not .txt or .jsonl"
         raise DataError(f"The file of prompts {path} is {problem}. Give a .txt, one prompt per line, or a .jsonl file.")
     prompts = _lines(file_text(file)) if suffix == ".txt" else _rows(file, str(path), kind)
     if not prompts:
@@ -55,7 +56,7 @@ def _lines(text: str) -> list[Prompt]:
 
 
 def _rows(file: Path, source: str, kind: str) -> list[Prompt]:
-    rows = list(json_lines(file_text(file), source))
+    rows = list(json_lines(file, source))
     if rows and isinstance(rows[0][1], dict) and "choices" in rows[0][1]:
         return _items(source)
     return [_parse_prompt(row, number, f"{source}, row {number},", kind) for number, row in rows]
@@ -63,6 +64,8 @@ def _rows(file: Path, source: str, kind: str) -> list[Prompt]:
 
 def _parse_prompt(row: Any, number: int, where: str, kind: str) -> Prompt:
     text, messages = (row.get("prompt"), row.get("messages")) if isinstance(row, dict) else (None, None)
+    if not is_text(json.dumps(row, ensure_ascii=False)):
+        raise DataError(f"{where} holds half of a surrogate pair, which is no character. Leave the row out.")
     if isinstance(text, str) and text.strip():
         return Prompt(number, text)
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):

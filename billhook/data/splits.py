@@ -95,14 +95,25 @@ def disjoint_parts(tokens: TokenSet, size: int, count: int) -> list[TokenSet]:
 
 
 def interleave(sets: Sequence[TokenSet], source: str) -> TokenSet:
-    """Join token sets of text by taking documents in turn; texts of different sets remain different texts."""
+    """Join token sets of text by taking documents in turn; texts of different sets remain different texts,
+    copies aside."""
     order = sorted((d, s) for s, tokens in enumerate(sets) for d in range(len(tokens.clusters)))
     texts: dict[tuple[int, int], int] = {}
-    for d, s in order:
-        texts.setdefault((s, sets[s].clusters[d]), len(texts))
+    digests = [sets[s].digests[d] for d, s in order]
+    merged = _merge_copies([(s, sets[s].clusters[d]) for d, s in order], digests)
+    for text in merged:
+        texts.setdefault(text, len(texts))
     number = {place: i for i, place in enumerate(order)}
     rows = sorted((number[d, s], r, s) for s, tokens in enumerate(sets) for r, d in enumerate(tokens.documents))
     ids = [tuple(sets[s].rows[r, : sets[s].lengths[r]].tolist()) for _, r, s in rows]
-    clusters = [texts[s, sets[s].clusters[d]] for d, s in order]
-    digests = [sets[s].digests[d] for d, s in order]
-    return token_set(ids, [document for document, _, _ in rows], clusters, digests, source)
+    return token_set(ids, [document for document, _, _ in rows], [texts[text] for text in merged], digests, source)
+
+
+def _merge_copies(texts: Sequence[tuple[int, int]], digests: Sequence[str]) -> list[tuple[int, int]]:
+    """The text of every document, where texts that share a document are the first one of them."""
+    first: dict[str, tuple[int, int]] = {}
+    same: dict[tuple[int, int], tuple[int, int]] = {}
+    for text, digest in zip(texts, digests, strict=True):
+        earlier = first.setdefault(digest, text)
+        same.setdefault(text, same.get(earlier, earlier))
+    return [same[text] for text in texts]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from billhook.core.results.measured import TokenSetInfo
 
 DOCUMENT_TOKENS = 1024  # longer texts are split; the text stays the cluster for statistics
+PIECE = 1 << 20  # characters that are tokenised at a time, about
+CONTEXT = 2048  # characters on each side, from which it is seen whether a text may be cut
 MIN_ROW = 8  # a row of fewer tokens tells nothing and costs as much padding as it saves
 
 
@@ -61,7 +63,7 @@ class TokenSet:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Up to 1,024 tokens of one text; `text` counts the texts of its source."""
+    """Up to 1,024 tokens of one text; `text` counts the texts of its source. Copies of a text are one text."""
 
     text: int
     ids: tuple[int, ...]
@@ -78,10 +80,45 @@ def documents(texts: list[str], tokenizer: Any, seed: int) -> list[Document]:
     return order_documents(encode_texts(texts, tokenizer), seed)
 
 
-def encode_texts(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """The tokens of every text, without those that the tokenizer puts before one."""
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+def encode_texts(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """The tokens of every text, without those that the tokenizer puts before one; some at a time, to bound memory."""
+    ids: list[list[int]] = []
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if size + len(text) > PIECE:
+            ids += _encoded(batch, tokenizer)
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    return ids + _encoded(batch, tokenizer)
+
+
+def _encoded(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    if len(texts) == 1 and len(texts[0]) > 2 * PIECE:
+        return [[i for piece in _pieces(texts[0], tokenizer) for i in _encoded([piece], tokenizer)[0]]]
+    return list(tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]) if texts else []
+
+
+def _pieces(text: str, tokenizer: Any) -> Iterator[str]:
+    """A long text in pieces that have the tokens of the whole; where none can be cut off so, the rest is one piece."""
+    start = 0
+    while len(text) - start > 2 * PIECE:
+        places = range(start + PIECE, start + PIECE + CONTEXT)
+        blanks = [at for at in places if text[at].isspace()][:8]
+        end = next((at for at in blanks if _separable(text, at, tokenizer)), None)
+        if end is None:
+            break
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _separable(text: str, at: int, tokenizer: Any) -> bool:
+    """Whether the text around a place has the same tokens if it is cut there."""
+    left, right = text[at - CONTEXT : at], text[at : at + CONTEXT]
+    whole, *parts = (_encoded([piece], tokenizer)[0] for piece in (left + right, left, right))
+    return bool(whole == [*parts[0], *parts[1]])
 
 
 def order_documents(encoded: list[list[int]], seed: int) -> list[Document]:
@@ -97,10 +134,13 @@ def order_documents(encoded: list[list[int]], seed: int) -> list[Document]:
 
 
 def special_prefix(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text of its own accord (a BOS token, or nothing)."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    return list(full[: len(full) - len(bare)]) if full[-len(bare) :] == bare else []
+    """What the tokenizer puts before a text of its own accord, such as a BOS token, whatever it puts after it."""
+    for text in ("a", "0", ".", "the"):
+        bare, full = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
+        for start in range(len(full) - len(bare) + 1):
+            if bare and full[start : start + len(bare)] == bare:
+                return list(full[:start])
+    return []
 
 
 def pack_rows(documents: list[Document], tokens: int, length: int, prefix: list[int], source: str) -> TokenSet:

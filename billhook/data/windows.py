@@ -7,7 +7,8 @@ from typing import Any
 
 from billhook.core.errors import DataError, UnknownName, UsageError, option
 from billhook.core.statistics import exp_capped
-from billhook.data.texts import read_texts
+from billhook.data.rows import WHOLE
+from billhook.data.texts import read_source
 from billhook.data.token_sets import TokenSet, token_set
 
 # Tokens per window. gptq: Frantar et al. 2022 (arXiv 2210.17323), then SparseGPT, Wanda, SliceGPT and most others;
@@ -18,8 +19,8 @@ PROTOCOLS = {"gptq": 2048, "shortened-llama": 128}
 def fixed_windows(source: str, protocol: str, field: str, tokenizer: Any, config: Any) -> TokenSet:
     """Cut a whole text into windows: its texts joined by two line ends, tokenised at once, without a last partial one.
 
-    Each window is a row; all belong to one text. Raises DataError for less than two windows, UnknownName, and
-    UsageError if the model has too few positions.
+    Each window is a row; all belong to one text. Raises DataError for less than two windows and for a text that is too
+    large to be read whole, UnknownName, and UsageError if the model has too few positions.
     """
     if protocol not in PROTOCOLS:
         raise UnknownName("protocol of perplexity", protocol, PROTOCOLS)
@@ -30,7 +31,13 @@ def fixed_windows(source: str, protocol: str, field: str, tokenizer: Any, config
             f"The protocol {protocol} needs {length:,} positions, and this model has {most:,}. Leave "
             f"{option('protocol')} out."
         )
-    ids = tokenizer("\n\n".join(read_texts(source, field, tokenizer)), verbose=False)["input_ids"]
+    read = read_source(source, field, tokenizer)
+    if not read.whole:
+        raise DataError(
+            f"The protocol {protocol} reads all of a text, and {source} holds more than {WHOLE >> 20} MB. Give a part "
+            "of it: head -n 10000"
+        )
+    ids = tokenizer("\n\n".join(read.texts), verbose=False)["input_ids"]
     count = len(ids) // length
     if count < 2:
         raise DataError(f"{source} holds {len(ids):,} tokens, less than two windows of {length:,}. Give more text.")

@@ -23,6 +23,7 @@ from billhook.models.architectures import widest
 from billhook.models.device import CHUNK_TOKENS, dtype_name, free_memory
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import Repair
+from billhook.models.structure import rope_boundary
 
 WAVE_TOKENS = 4096  # tokens times plans at a time where a model is in memory
 SAMPLE_EVERY = 4  # a sampled piece takes one of so many positions
@@ -45,7 +46,7 @@ class Measurer:
             raise UsageError(_unfit(loss, tokens))
         loss = loss if self._item_loss is None else "nll"  # of the tokens of the choices
         self.teacher, self.loss = teacher, loss
-        self.groups = document_groups(tokens, teacher.device)
+        self.groups = document_groups(tokens, teacher.device, rope_boundary(teacher.model.config))
         self.runner = BlockRunner(teacher, CHUNK_TOKENS.get(teacher.device.type, 1024))
         self._fixed = walk
         self._limit = self._room(memory)

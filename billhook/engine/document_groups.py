@@ -35,8 +35,11 @@ class DocumentGroup:
         return len(self.document_of)
 
 
-def document_groups(tokens: TokenSet, device: torch.device) -> list[DocumentGroup]:
-    """Return the documents of a token set in groups, those with long rows first, so that little is padding."""
+def document_groups(tokens: TokenSet, device: torch.device, boundary: int | None = None) -> list[DocumentGroup]:
+    """Return the documents of a token set in groups, those with long rows first, so that little is padding.
+
+    `boundary`: documents with rows longer than that are in groups of their own (`rope_boundary`).
+    """
     rows: dict[int, list[int]] = {}
     for row, document in enumerate(tokens.documents):
         rows.setdefault(document, []).append(row)
@@ -45,7 +48,8 @@ def document_groups(tokens: TokenSet, device: torch.device) -> list[DocumentGrou
     groups: list[list[int]] = []
     size = 0
     for document in sorted(rows, key=lambda d: (-longest[d], d)):
-        if not groups or size >= least:
+        crosses = bool(groups) and boundary is not None and longest[document] <= boundary < longest[groups[-1][0]]
+        if not groups or size >= least or crosses:
             groups.append([])
             size = 0
         groups[-1].append(document)

@@ -16,6 +16,8 @@ import transformers
 
 from billhook.core.errors import MissingExtra, ModelError
 from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.plan import shorten
+from billhook.core.plan_files import find_path
 from billhook.core.results.foreign_files import read_json, reading, shown
 from billhook.models.checks import inspect_checkpoint
 from billhook.models.device import give_usual_modes
@@ -34,17 +36,17 @@ def locate(name: str, watch: EventListener = ignore_events) -> Path:
     """The folder of a model: itself, the converted copy of a GGUF file, or the Hub's snapshot."""
     if name == "demo":
         return convert_gguf(demo_file(), watch)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path, shown = find_path(name), shorten(name, 200)
+    if path is not None and path.is_dir():
         return path
-    if path.suffix == ".gguf" or path.is_file():
-        if not path.is_file():
-            raise ModelError(f"There is no file {path}. Give a folder, a .gguf file, or a Hugging Face name.")
+    if path is not None or name.endswith(".gguf"):
+        if path is None or not path.is_file():
+            raise ModelError(f"There is no file {shown}. Give a folder, a .gguf file, or a Hugging Face name.")
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is neither a folder nor a .gguf file. Give the folder that holds config.json.")
         return convert_gguf(path, watch)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise ModelError(f"There is no folder {path}. Give a folder, a .gguf file, or a Hugging Face name.")
+    if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name) or name.startswith("."):
+        raise ModelError(f"There is no folder {shown}. Give a folder, a .gguf file, or a Hugging Face name.")
     return _download(name)
 
 

@@ -158,3 +158,18 @@ def _flops(modules: Iterable[nn.Module], config: Config) -> int:
             elif p.dim() == 2 and not name.endswith("bias"):
                 flops += 2 * p.numel()
     return flops
+
+
+def rope_boundary(config: Config) -> int | None:
+    """Return the length above which rows have other rope factors, those of the longest row beside them; None: any has
+    the same."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
+    original = getattr(config, "original_max_position_embeddings", None)
+    most = getattr(config, "max_position_embeddings", None)
+    found = {
+        "longrope": [each.get("original_max_position_embeddings", original) for each in kinds],
+        "dynamic": [most for _ in kinds],
+    }
+    lengths = [found[each["rope_type"]][i] for i, each in enumerate(kinds) if each.get("rope_type") in found]
+    return min((length for length in lengths if length is not None), default=None)

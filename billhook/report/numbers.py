@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from billhook.core.errors import visible
 from billhook.core.results.measured import Estimate, Reason, TokenSetInfo
-from billhook.core.statistics import FEW_CLUSTERS, exp_capped
 
 Spell = Callable[[float], str]
 UNBOUNDED = 1e304  # stats.exp ends there
@@ -27,6 +26,8 @@ def visible_name(text: object) -> str:
 
 def format_perplexity_ratio(nats: float) -> str:
     """A difference in nats as a ratio of perplexities."""
+    from billhook.core.statistics import exp_capped  # numpy, which lists of runs need not
+
     return format_ratio(exp_capped(nats))
 
 
@@ -159,6 +160,8 @@ def reliability_note(estimate: Estimate) -> str:
     """On what an interval rests that is not reliable, in words; nothing for one that is."""
     if estimate.reliable:
         return ""
+    from billhook.core.statistics import FEW_CLUSTERS
+
     n, many = estimate.clusters, f"and is to be relied on from {FEW_CLUSTERS}"
     words: dict[Reason, str] = {
         "": f"Few documents: the interval rests on {n} texts only and is not reliable.",

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from billhook.core.anatomy import Anatomy
 from billhook.core.budget import Budget
 from billhook.core.errors import PlanError, ResourceError, option
-from billhook.core.events import EventListener
+from billhook.core.events import EventListener, ignore_events
 from billhook.core.margin import Margin
 from billhook.core.plan import Plan
 from billhook.core.plan_files import read_plan
@@ -17,6 +17,7 @@ from billhook.core.problem import Problem, parse_protection
 from billhook.core.results.cache_keys import GeneratedKey
 from billhook.data.calibration import (
     calibration_tokens,
+    foreign_tokens,
     generate_share,
     generated_token_count,
     held_out_tokens,
@@ -25,7 +26,7 @@ from billhook.data.calibration import (
 )
 from billhook.data.choice_tasks import load_items
 from billhook.data.splits import halves
-from billhook.data.texts import TextSpec, external_sources
+from billhook.data.texts import SELF, TextSpec, external_sources, split_sources
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.engine.probe import Probe, RacingOptions
@@ -33,6 +34,7 @@ from billhook.methods.export import EXPORTS, check_expressible
 from billhook.methods.search import drive, narrows
 from billhook.models.load import Teacher, as_teacher
 from billhook.models.surgery import stock_holds
+from billhook.runs import check_inputs
 from billhook.runs.executor import store_cache
 from billhook.runs.job import RunContext
 from billhook.runs.recipe import CalibrationOptions, EvalOptions, Recipe, TextOptions
@@ -46,8 +48,9 @@ LEAST_RECOVERY_TOKENS = 64  # tokens, of which something may be learnt
 def load_teacher(recipe: TextOptions, watch: EventListener, loaded: Mapping[str, Teacher] = NOTHING) -> Teacher:
     """The model of some options, loaded as they say, or the one of its name that is `loaded`.
 
-    Raises ResourceError for a memory that two blocks fill.
+    Raises ResourceError for a memory that two blocks fill, and as `check_inputs` before the model is loaded.
     """
+    check_inputs(recipe)
     teacher = as_teacher(
         loaded.get(recipe.model, recipe.model), device=recipe.device, dtype=recipe.dtype, memory=recipe.memory_bytes,
         trust_remote_code=recipe.trust_remote_code, watch=watch,
@@ -139,15 +142,17 @@ def held_out_spec(options: EvalOptions) -> TextSpec:
     return TextSpec(source, options.field, options.eval_tokens, options.eval_length, options.seed)
 
 
-def read_held_out(options: EvalOptions, teacher: Teacher) -> TokenSet:
+def read_held_out(options: EvalOptions, teacher: Teacher, watch: EventListener = ignore_events) -> TokenSet:
     """The held-out tokens on which `prune` with the same options proves its student."""
-    return held_out_tokens(held_out_spec(options), teacher.model, teacher.tokenizer, calibration=options.data)
+    return held_out_tokens(held_out_spec(options), teacher.model, teacher.tokenizer, watch, calibration=options.data)
 
 
-def read_held_out_half(options: EvalOptions, source: str, teacher: Teacher, *, seed: int) -> TokenSet:
+def read_held_out_half(
+    options: EvalOptions, source: str, teacher: Teacher, watch: EventListener = ignore_events, *, seed: int
+) -> TokenSet:
     """Held-out tokens of a text, from the half of it that is never calibration, whatever is calibrated on."""
     spec = TextSpec(external_sources(source) or source, options.field, options.eval_tokens, options.eval_length, seed)
-    return held_out_tokens(spec, teacher.model, teacher.tokenizer)
+    return held_out_tokens(spec, teacher.model, teacher.tokenizer, watch)
 
 
 def load_calibration(
@@ -161,22 +166,32 @@ def load_calibration(
 ) -> TokenSet:
     """Calibration tokens as `calibration_tokens` reads them. What the model writes for them is stored, so that whoever
     asks again, on another machine too, gets the same."""
-    own = None
-    if tokens := generated_token_count(spec, self_share):
+
+    def write() -> list[str]:
+        if not (tokens := generated_token_count(spec, self_share)):
+            return []
         key = GeneratedKey(teacher.fingerprint, tokens, spec.length, spec.seed)
-        own = job.store.lookup(key)
-        if own is None and (own := generate_share(spec, self_share, teacher.model, teacher.tokenizer, job.watch)):
-            job.store.add(key, own, job.run)  # unless it could not write any: another machine may
+        if (stored := job.store.lookup(key)) is not None:
+            return stored
+        own = generate_share(spec, self_share, teacher.model, teacher.tokenizer, job.watch)
+        if own:  # where it could not write any, another machine may
+            job.store.add(key, own, job.run)
+        return own
+
     return calibration_tokens(
-        spec, teacher.model, teacher.tokenizer, job.watch, held_out=held_out, self_share=self_share, generated=own,
+        spec, teacher.model, teacher.tokenizer, job.watch, held_out=held_out, self_share=self_share, write=write,
         least=least,
     )  # fmt: skip
 
 
-def task_calibration(options: CalibrationOptions, teacher: Teacher) -> TokenSet | None:
+def task_calibration(
+    options: CalibrationOptions, teacher: Teacher, watch: EventListener = ignore_events
+) -> TokenSet | None:
     """Calibration tokens from a task, where the loss is a task's."""
     file = parse_loss(options.loss).file
-    return None if file is None else load_items(file, teacher, "calibration", tokens=options.tokens, seed=options.seed)
+    if file is None:
+        return None
+    return load_items(file, teacher, "calibration", tokens=options.tokens, seed=options.seed, watch=watch)
 
 
 def read_calibration(
@@ -189,7 +204,7 @@ def read_calibration(
 ) -> TokenSet:
     """Calibration tokens of options; where their loss is a task's, that task's. What the model writes is stored by a
     `job`. `self_share`: instead of theirs."""
-    if (task := task_calibration(options, teacher)) is not None:
+    if (task := task_calibration(options, teacher, watch)) is not None:
         return task
     spec, share = calibration_spec(options), options.self_share if self_share is None else self_share
     with teacher.lock:  # it may write some of it
@@ -203,15 +218,38 @@ def read_calibration(
 def tokens_for(
     recipe: Recipe, teacher: Teacher, watch: EventListener, job: RunContext | None = None
 ) -> tuple[TokenSet, TokenSet]:
-    """Calibration and held-out tokens of a recipe, which share no document; see `read_calibration`."""
+    """Calibration and held-out tokens of a recipe, which share no document; see `read_calibration`.
+
+    All text and tasks that the recipe names are read before the model writes any.
+    """
     if recipe.eval_data is not None:
         require_foreign(recipe.eval_data)
-    share = 0.0 if recipe.plan is not None else None  # nothing is searched
-    calibration = read_calibration(recipe, teacher, watch, job, self_share=share)
-    held_out = read_held_out(recipe, teacher)
-    if calibration.choices is None:
+    share = 0.0 if recipe.plan is not None else recipe.self_share  # of a plan nothing is searched
+    spec, task = calibration_spec(recipe), task_calibration(recipe, teacher, watch)
+    writes = task is None and generated_token_count(spec, share) > 0
+    if writes:
+        given = foreign_tokens(spec, teacher.model, teacher.tokenizer, held_out=recipe.eval_data, self_share=share)
+    else:
+        given = task or read_calibration(recipe, teacher, watch, job, self_share=share)
+    held_out = read_held_out(recipe, teacher, watch)
+    if given is not None and task is None:
+        require_disjoint(given, held_out)
+    _read_all(recipe, teacher, held_out, watch)
+    calibration = read_calibration(recipe, teacher, watch, job, self_share=share) if writes or given is None else given
+    if writes:
         require_disjoint(calibration, held_out)
     return calibration, held_out
+
+
+def _read_all(recipe: Recipe, teacher: Teacher, held_out: TokenSet, watch: EventListener) -> None:
+    """Read the tasks and the text that are needed later. Raises as their reading does."""
+    if recipe.margin is not None:
+        validation_and_test(recipe, recipe.margin, teacher, held_out)
+    for file in {parse_loss(recipe.loss).file, recipe.margin.file if recipe.margin is not None else None} - {None}:
+        load_items(str(file), teacher, "evaluation", seed=recipe.seed, watch=watch)
+    learns = recipe.recoveries or recipe.fold_in_search
+    if learns and SELF not in split_sources(recipe.recover_data or recipe.data):
+        recovery_tokens(recipe, teacher, watch)
 
 
 def recovery_tokens(recipe: Recipe, teacher: Teacher, watch: EventListener) -> TokenSet:

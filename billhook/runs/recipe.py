@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from billhook.core.budget import Budget, parse_budgets, spell_budget
@@ -218,6 +217,8 @@ class Recipe(CalibrationOptions, EvalOptions):
 
     def to_yaml(self) -> str:
         """This recipe as YAML, without what is at its default."""
+        import yaml
+
         values = self.model_dump(exclude_defaults=True)
         return yaml.safe_dump({name: values[name] for name in in_order(values)}, sort_keys=False, allow_unicode=True)
 
@@ -301,12 +302,14 @@ def read_yaml(path: Path) -> OptionValues:
             f"There is no recipe {shorten(str(path), 200)}.{guess} Give a YAML file, or one of ours: "
             f"{', '.join(names)}."
         )
+    import yaml  # which a call without a recipe needs not
+
     try:
         with file.open("rb") as opened:
             raw = opened.read(MOST_RECIPE_BYTES + 1)
         if len(raw) > MOST_RECIPE_BYTES:
             raise RecipeError(f"{path} has more than {MOST_RECIPE_BYTES // 1024} KB, which no recipe has.")
-        values = yaml.load(raw.decode("utf-8"), Loader=_UniqueKeys)
+        values = _load_unique(raw.decode("utf-8"))
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
     except OSError as error:
@@ -334,18 +337,22 @@ def _every_value(value: object) -> Iterator[object]:
             waiting.pop()
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML in which a key may stand only once in a map, however it is spelled."""
+def _load_unique(text: str) -> Any:
+    """The value of safe YAML in which a key may stand only once in a map, however it is spelled."""
+    import yaml
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        marks: dict[Any, yaml.Mark] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            here = key.start_mark
-            first = marks.setdefault(self.construct_object(key), here)  # type: ignore[no-untyped-call]
-            if first is not here:
-                both = f"lines {first.line + 1} and {here.line + 1}"
-                both = both if first.line != here.line else f"line {here.line + 1}"
-                raise RecipeError(f"The recipe has {key.value!r} twice, in {both}. Keep one of them.")
-        return dict(super().construct_mapping(node, deep))
+    class UniqueKeys(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            marks: dict[Any, yaml.Mark] = {}
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                here = key.start_mark
+                first = marks.setdefault(self.construct_object(key), here)  # type: ignore[no-untyped-call]
+                if first is not here:
+                    both = f"lines {first.line + 1} and {here.line + 1}"
+                    both = both if first.line != here.line else f"line {here.line + 1}"
+                    raise RecipeError(f"The recipe has {key.value!r} twice, in {both}. Keep one of them.")
+            return dict(super().construct_mapping(node, deep))
+
+    return yaml.load(text, Loader=UniqueKeys)

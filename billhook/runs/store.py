@@ -16,18 +16,17 @@ from typing import Any, TypeVar, get_args
 
 from billhook.core.errors import ResultError, RunError, UsageError, nearest, option
 from billhook.core.events import Event
-from billhook.core.plan import Plan
+from billhook.core.plan import Plan, shorten
+from billhook.core.plan_files import find_path
 from billhook.core.results.cache_keys import CacheKey, FactKey, LossKey, PlanLossKey, numbers
 from billhook.core.results.foreign_files import reading
 from billhook.core.results.json_form import JsonObject
 from billhook.core.results.measured import Loss
 from billhook.core.results.store_tables import MIGRATIONS, layout, layout_of
 from billhook.core.results.stored import Run, RunState, StoredEvent, former_kind
-from billhook.models.device import resource_use
+from billhook.runs import STORE as STORE
 
 T = TypeVar("T")
-
-STORE = "billhook.db"
 
 EVENT_SECONDS = 1.0  # between two writes of a run's events
 
@@ -49,16 +48,16 @@ class Store:
         Raises UsageError for a file that is no store, or one of a newer Billhook.
         """
         self.path, self._clock = path, clock
-        self._pending: dict[
-            tuple[str, str], tuple[float, str, Event]
-        ] = {}  # the last event of a stage, not yet written
+        self._pending: dict[tuple[str, str], tuple[float, str, Event]] = {}  # the last of a stage, not yet written
         self._written: dict[str, float] = {}  # when a run's events were
-        if (path.exists() and not path.is_file()) or str(path) == ":memory:":
+        found = find_path(path)
+        if (found is not None and not path.is_file()) or str(path) == ":memory:":
             raise UsageError(
                 f"{option('store', str(path))} is no file. Give the name of one: {option('store', STORE)}."
             )
-        if read_only and not path.is_file():
-            raise UsageError(f"There is no store {path}. Give the file that prune wrote: {option('store', 'FILE')}.")
+        if read_only and found is None:
+            name = shorten(str(path), 200)
+            raise UsageError(f"There is no store {name}. Give the file that prune wrote: {option('store', 'FILE')}.")
         try:
             if read_only:
                 self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)
@@ -71,7 +70,7 @@ class Store:
                 self._db.execute("PRAGMA journal_mode = WAL")
                 self._db.execute("PRAGMA foreign_keys = ON")
                 self._migrate()
-        except (sqlite3.DatabaseError, OSError, UnicodeError) as error:
+        except (sqlite3.DatabaseError, OSError, ValueError) as error:
             raise UsageError(
                 f"{option('store', str(path))} cannot be used ({error}). Give another file, or move this one."
             ) from error
@@ -318,6 +317,8 @@ class Store:
             self._write_events(waiting)
 
     def _write_events(self, events: Iterable[tuple[float, str, Event]]) -> None:
+        from billhook.models.device import resource_use  # torch, which reading a store needs not
+
         used = _json(resource_use())
         rows = [(run, at, e.stage, e.done, e.total, "", _json(dict(e.values)), used) for at, run, e in events]
         with self._write():

@@ -146,7 +146,7 @@ def _side_by_side(job: EvalContext, models: tuple[Any, Any], tokens: TokenSet) -
     """KL and agreement by document; both models read each row."""
     sums, counts = ([0.0] * len(tokens.clusters), [0.0] * len(tokens.clusters)), [0] * len(tokens.clusters)
     done = 0
-    for batch in batches(tokens, vocabulary_size(models[0]), models[0].device):
+    for batch in batches(tokens, models[0]):
         p, q = (model(input_ids=batch.ids, use_cache=False).logits for model in models)
         for i, (row, n) in enumerate(zip(batch.rows, batch.lengths, strict=True)):
             first, other, document = p[i, :n].float(), q[i, :n].float(), tokens.documents[row]

@@ -124,7 +124,8 @@ def load_eval_sets(
 ) -> dict[str, EvalSet]:
     """Evaluation sets by name: the held-out half of every text, and of every task the half that no search looks at."""
     given: OptionValues = {"items": spec.items, "seed": job.options.seed, "shots": spec.shots}
-    tasks = {t: read_task(teacher, t, part=part, shots_from=spec.shots_from, **given) for t in spec.tasks}
+    given |= {"part": part, "shots_from": spec.shots_from, "watch": job.watch}
+    tasks = {task: read_task(teacher, task, **given) for task in spec.tasks}
     return {text: read_text(job, teacher, text) for text in spec.texts} | tasks
 
 
@@ -261,12 +262,12 @@ class SetResult:
 
 def read_text(job: EvalContext, teacher: Teacher, source: str) -> EvalSet:
     """The held-out half of a text."""
-    return EvalSet(source, "text", read_held_out_half(job.options, source, teacher, seed=job.options.seed))
+    return EvalSet(source, "text", read_held_out_half(job.options, source, teacher, job.watch, seed=job.options.seed))
 
 
 def read_task(
     teacher: Teacher, source: str, *, part: Split | None, items: int | None = None, seed: int = 0, shots: int = 0,
-    shots_from: str = "",
+    shots_from: str = "", watch: EventListener = ignore_events,
 ) -> EvalSet:  # fmt: skip
     """A task by its name: a file of choices, of which `part` is taken, a file of questions, or `lmeval:NAME`.
 
@@ -284,9 +285,9 @@ def read_task(
         most = getattr(teacher.model.config, "max_position_embeddings", None)
         new = GENERATION_TOKENS if most is None else min(GENERATION_TOKENS, most // 2)
         asking: OptionValues = {"limit_items": items, "seed": seed, "positions": most, "new_tokens": new}
-        prompts = build_prompts(source, teacher.tokenizer, shots=given, **asking)
+        prompts = build_prompts(source, teacher.tokenizer, shots=given, watch=watch, **asking)
         return EvalSet(source, "written", prompts=prompts, shots=shots)
-    tokens = load_items(source, teacher, part, items=items, seed=seed, shots=given)
+    tokens = load_items(source, teacher, part, items=items, seed=seed, shots=given, watch=watch)
     return EvalSet(source, "choices", tokens, shots=shots)
 
 

@@ -62,7 +62,7 @@ class Trial:
 
 def calibration_of(study: StudyContext, recipe: Recipe, least: int | None = None) -> TokenSet:
     """Calibration tokens of a recipe, `least` or more, from the half of its text that is not kept for evaluation."""
-    task = task_calibration(recipe, study.teacher)
+    task = task_calibration(recipe, study.teacher, study.watch)
     if task is not None:
         return task
     job, spec = study.job(recipe), calibration_spec(recipe)
@@ -72,7 +72,7 @@ def calibration_of(study: StudyContext, recipe: Recipe, least: int | None = None
 
 def held_out_of(study: StudyContext, source: str, recipe: Recipe) -> TokenSet:
     """Held-out tokens of a text, from the half of it that is never calibration."""
-    return read_held_out_half(recipe, source, study.teacher, seed=0)
+    return read_held_out_half(recipe, source, study.teacher, study.watch, seed=0)
 
 
 def run_trial(study: StudyContext, name: str, recipe: Recipe, calibration: TokenSet) -> Trial:

@@ -17,8 +17,13 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 from billhook.core.errors import DataError
+from billhook.core.results.measured import EvalResult
+from billhook.core.statistics import mean_interval
 from billhook.data.calibration import calibration_tokens, held_out_tokens, require_disjoint
+from billhook.data.choice_tasks import task_tokens
 from billhook.data.generated import sample_texts
+from billhook.data.generation_tasks import build_prompts
+from billhook.data.splits import interleave
 from billhook.data.texts import TextSpec, read_texts
 from billhook.data.token_sets import (
     DOCUMENT_TOKENS,
@@ -304,3 +309,65 @@ def test_every_python_has_text() -> None:
     found = read_texts("pydoc", "text", None)
     assert sum(map(len, found)) > 100_000
     assert found == read_texts("pydoc", "text", None)
+
+
+# -- what precedes a text, and copies of one ------------------------------------------------------------------------
+
+
+def bracketed(model: Path, single: str) -> Any:
+    """The tokenizer with special tokens around every text."""
+    found: Any = transformers.AutoTokenizer.from_pretrained(model)
+    found.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, special_tokens=[("<s>", 1), ("</s>", 2), ("<pad>", 0)]
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("single", "prefix"),
+    [("<s> $A </s>", [1]), ("<pad> <s> $A </s> </s>", [0, 1]), ("$A </s>", []), ("<s> $A", [1]), ("</s> $A </s>", [2])],
+)
+def test_what_precedes_a_text_is_found_whatever_follows_it(
+    single: str, prefix: list[int], model: Path, tmp_path: Path
+) -> None:
+    tokenizer = bracketed(model, single)
+    assert special_prefix(tokenizer) == prefix
+    path = in_file(tmp_path, texts(30, 60))
+    for tokens in token_sets(path, MODEL, tokenizer):
+        assert all(list(ids[: len(prefix)]) == prefix and not {1, 2} & {*ids[len(prefix) :]} for ids in rows(tokens))
+    item = tmp_path / "t.jsonl"
+    item.write_text('{"query": "w1", "choices": ["w2", "w3"], "gold": 0}\n')
+    assert rows(task_tokens(item, tokenizer)) == [(*prefix, 5, 6), (*prefix, 5, 7)]
+    question = tmp_path / "q.jsonl"
+    question.write_text('{"query": "w1", "answer": "w2", "target": "w2"}\n')
+    assert rows(build_prompts(question, tokenizer).tokens) == [(*prefix, 5)]
+
+
+def test_what_the_model_writes_begins_as_its_texts_do(model: Path) -> None:
+    network = transformers.AutoModelForCausalLM.from_pretrained(model)
+    began: list[list[int]] = []
+    plain = network.generate
+    network.generate = lambda starts, **given: began.extend(starts.tolist()) or plain(starts, **given)
+    sample_texts(network, bracketed(model, "<pad> <s> $A </s>"), 60, 0, length=20)
+    assert began
+    assert all(start == [0, 1] for start in began)
+
+
+def test_copies_of_a_text_are_one(tokenizer: Any, tmp_path: Path) -> None:
+    four = [" ".join(random.Random(i).choices(tiny.WORDS, k=60)) for i in range(4)]
+    held_out = held_out_tokens(
+        TextSpec(str(in_file(tmp_path, four * 25)), "text", 4000, 48, 0), MODEL, tokenizer, calibration="elsewhere"
+    )
+    assert held_out.info().documents > 60
+    assert held_out.info().texts == 4
+    sums, counts = tuple(map(float, held_out.clusters)), (9,) * len(held_out.clusters)
+    result = EvalResult("perplexity", held_out.hash, sums, counts, held_out.clusters)
+    estimate = mean_interval(result, 0)
+    assert (estimate.clusters, estimate.reliable, estimate.reason) == (4, False, "few_texts")
+
+
+def test_a_text_in_two_sources_is_one(tokenizer: Any) -> None:
+    said = texts(6, 60, seed=3)
+    first, second = (pack_rows(documents(said[i : i + 4], tokenizer, i), 10**6, 48, [], f"{i}") for i in (0, 2))
+    both = interleave([first, second], "0+2")
+    assert (both.info().documents, both.info().texts) == (8, 6)

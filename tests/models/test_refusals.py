@@ -409,7 +409,7 @@ TEXTS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "no JSON": ("a.jsonl", b'{"text": "w1"}\n{"te', ("line 2", "is not JSON", "One object a line")),
     "no object": ("a.jsonl", b'["w1"]', ("row 1", "no object with a field 'text'")),
     "no field": ("a.jsonl", b'{"text": "w1"}\n{"txt": "w1", "n": 1}', ("row 2", "'text'", "field= txt?", "txt, n")),
-    "no string": ("a.jsonl", b'{"text": null}', ("row 1", "no text field 'text'", "It has: text")),
+    "no string": ("a.jsonl", b'{"text": null}', ("row 1", "null as its 'text'", "Give a text there")),
     "no parquet": ("a.parquet", b"PAR1", ("a.parquet", "cannot be read as .parquet", "download it again")),
 }
 

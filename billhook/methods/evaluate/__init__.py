@@ -15,6 +15,7 @@ from billhook.core.registry import Registry, resolve_options
 from billhook.core.results.measured import EvalResult
 from billhook.data.token_sets import TokenSet
 from billhook.models.load import Teacher
+from billhook.models.structure import rope_boundary
 
 EVALUATIONS: Registry[Callable[..., EvalResult]] = Registry("evaluation")
 evaluation = EVALUATIONS.add
@@ -77,13 +78,19 @@ def vocabulary_size(model: Any) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def batches(tokens: TokenSet, vocabulary: int, device: torch.device) -> Iterator[RowBatch]:
-    """Yield the rows of a token set, longest first, with at most BATCH_LOGITS_BYTES of logits per batch."""
+def batches(tokens: TokenSet, model: Any) -> Iterator[RowBatch]:
+    """Yield the rows of a token set, longest first, with at most BATCH_LOGITS_BYTES of logits per batch.
+
+    Rows that have other rope factors than the longest row are in a batch of their own.
+    """
+    vocabulary, device, boundary = vocabulary_size(model), model.device, rope_boundary(model.config)
     order = sorted(range(len(tokens.lengths)), key=lambda r: (-tokens.lengths[r], r))
     start = 0
     while start < len(order):
         time = tokens.lengths[order[start]]
         count = max(1, BATCH_LOGITS_BYTES // (4 * vocabulary * time))
+        if boundary is not None and time > boundary:
+            count = min(count, sum(tokens.lengths[r] > boundary for r in order[start:]))
         rows = tuple(order[start : start + count])
         lengths = tuple(tokens.lengths[r] for r in rows)
         ids = tokens.rows[list(rows), :time].to(device)

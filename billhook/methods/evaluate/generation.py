@@ -13,6 +13,7 @@ from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.results.measured import EvalResult
 from billhook.data.generation_tasks import GenerationPrompts
 from billhook.methods.evaluate import evaluation
+from billhook.models.structure import rope_boundary
 
 STOPS = ("Question:", "</s>", "<|im_end|>")  # the harness's for GSM8K, besides the tokenizer's EOS
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
@@ -87,7 +88,7 @@ def generate_answers(
     end = tokenizer.eos_token_id
     fill = next((token for token in (tokenizer.pad_token_id, end) if token is not None), 0)
     answers, done = [""] * len(tokens.lengths), 0
-    for rows in _batches(tokens.lengths, prompts.new_tokens, batch_positions):
+    for rows in _batches(tokens.lengths, prompts.new_tokens, batch_positions, rope_boundary(model.config)):
         longest = max(tokens.lengths[row] for row in rows)
         ids = torch.full((len(rows), longest), fill, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -115,11 +116,18 @@ def truncate_at_stop(text: str, stops: Sequence[str] = STOPS) -> str:
     return text
 
 
-def _batches(lengths: Sequence[int], new_tokens: int, positions: int) -> Iterator[list[int]]:
-    """Yield row numbers, the longest rows first, with at most `positions` tokens per batch."""
+def _batches(
+    lengths: Sequence[int], new_tokens: int, positions: int, boundary: int | None = None
+) -> Iterator[list[int]]:
+    """Yield row numbers, the longest rows first, with at most `positions` tokens per batch.
+
+    Rows whose answers may reach beyond `boundary` are only with rows as long as they.
+    """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     while order:
         count = max(1, positions // (lengths[order[0]] + new_tokens))
+        if boundary is not None and lengths[order[0]] + new_tokens > boundary:
+            count = min(count, sum(lengths[row] == lengths[order[0]] for row in order))
         yield order[:count]
         order = order[count:]
 

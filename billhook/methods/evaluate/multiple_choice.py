@@ -14,6 +14,7 @@ from billhook.core.results.measured import EvalResult
 from billhook.data.prefixes import Readout, SharingCosts, batch_groups, group_by_prefix, keep_worthwhile, unique_inputs
 from billhook.data.token_sets import Choices, TokenSet
 from billhook.methods.evaluate import evaluation, vocabulary_size
+from billhook.models.structure import rope_boundary
 from billhook.models.transformers_internals import REPEATABLE_LAYERS, new_cache
 
 CHOICE_BATCH_POSITIONS = 512  # per batch, with cached and padded ones; larger batches cost memory traffic on a CPU
@@ -74,8 +75,10 @@ def log_probabilities(
     _choices(tokens)
     most_reads = max(1, CHOICE_LOGITS_BYTES // (4 * vocabulary_size(model)))
     sums, done = [0.0] * len(tokens.lengths), 0
-    groups = keep_worthwhile(group_by_prefix(unique_inputs(tokens), _longest_shared(model), sharing), sharing)
-    for batch in batch_groups(groups, CHOICE_BATCH_POSITIONS, most_reads):
+    boundary = rope_boundary(model.config)
+    longest = min((n for n in (_longest_shared(model), boundary) if n is not None), default=None)
+    groups = keep_worthwhile(group_by_prefix(unique_inputs(tokens), longest, sharing), sharing)
+    for batch in batch_groups(groups, CHOICE_BATCH_POSITIONS, most_reads, boundary):
         shared = batch[0].shared
         inputs = [(i, x) for i, group in enumerate(batch) for x in group.inputs]
         if shared:

@@ -10,7 +10,7 @@ from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.results.measured import EvalResult
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import nll
-from billhook.methods.evaluate import batches, evaluation, vocabulary_size
+from billhook.methods.evaluate import batches, evaluation
 from billhook.models.device import to_float64
 
 
@@ -26,7 +26,7 @@ def perplexity(model: Any, tokens: TokenSet, *, watch: EventListener = ignore_ev
     """
     per_row = [0.0] * len(tokens.lengths)
     done = 0
-    for batch in batches(tokens, vocabulary_size(model), model.device):
+    for batch in batches(tokens, model):
         logits = model(input_ids=batch.ids, use_cache=False).logits
         for i, (row, n) in enumerate(zip(batch.rows, batch.lengths, strict=True)):
             per_row[row] = float(to_float64(nll(logits[i, :n], logits[i, :n], batch.targets[i, :n])).sum())

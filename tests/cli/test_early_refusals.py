@@ -1,0 +1,137 @@
+"""What is wrong is told before anything heavy is imported, loaded or written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+import billhook
+from billhook.api import EXPORTS, GROUP_METRICS, ITEM_LOSSES, LOSSES, METRICS, RECOVERIES, SEARCHES
+from billhook.core.errors import DataError, ModelError, PlanError, UsageError
+from billhook.core.events import ignore_events
+from billhook.runs import STORE, check_inputs, list_runs
+from billhook.runs.prepare import tokens_for
+from billhook.runs.recipe import Recipe
+from billhook.runs.store import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "transformers", "numpy", "scipy", "datasets", "plotly")
+MISTAKES: dict[str, tuple[int, str]] = {
+    "prune demo --remove 25": (2, "has no unit"),
+    "prune demo": (2, "neither remove nor plan nor within"),
+    "prune demo --remove 25% --data none.jsonl": (3, "none.jsonl is missing"),
+    "prune demo --remove 25% --data pydoc+none.csv": (3, "none.csv is missing"),
+    "prune demo --remove 25% --eval-data .": (3, "is a folder"),
+    "prune demo --remove 25% --recover fold --recover-data none.txt": (3, "none.txt is missing"),
+    "prune demo --remove 25% --loss task:none.jsonl": (3, "none.jsonl is missing"),
+    "prune demo --within 1pp:none.jsonl": (3, "none.jsonl is missing"),
+    "prune demo --plan none.json": (2, "no plan file none.json"),
+    "prune demo --recipe nonesuch": (2, "no recipe nonesuch"),
+    "prune demo --remove 25% --search swp": (2, "Did you mean 'swap'"),
+    "prune demo --remove 25% --recover fodl": (2, "Did you mean 'fold'"),
+    "prune demo --remove 25% --export transfomers": (2, "Did you mean 'transformers'"),
+    "prune demo --remove 25% --device gpu": (2, "no device 'gpu'"),
+    "prune demo --resume --run rabcdef": (2, "There is no store"),
+    "score demo --metric cosin": (2, "Did you mean 'cosine'"),
+    "score demo --loss klx": (2, "Did you mean 'kl'"),
+    "eval demo --data none.txt": (3, "none.txt is missing"),
+    "eval demo --tasks none.jsonl": (3, "none.jsonl is missing"),
+    "sweep demo --remove 10%,20": (2, "'20' has no unit"),
+    "sweep demo --recipes billhook,nonesuch": (2, "no recipe nonesuch"),
+    "transfer demo --remove 10% --tasks none.jsonl": (3, "none.jsonl is missing"),
+    "compare demo demo --data pydoc,none.txt": (3, "none.txt is missing"),
+    "gate demo --baseline demo --margin 3": (2, "is not a margin"),
+    "stability demo --remove 10% --sizes many": (2, "many is no number"),
+    "threshold demo --memory lots": (2, "not an amount of memory"),
+    "runs": (2, "There is no store"),
+    "show rabcdef": (2, "There is no store"),
+    "runs --store s.db": (0, "rabc"),
+    "show RUN --store s.db": (0, "prune, running"),
+    "recipes --nonesuch": (2, "No such option"),
+}
+CHILD = """
+import json, sys
+from typer.testing import CliRunner
+from billhook.cli.main import app
+told = []
+for line in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(app, line.split(" "), prog_name="billhook")
+    told.append([result.exit_code, result.output, sorted(set(json.loads(sys.argv[2])) & set(sys.modules))])
+print(json.dumps(told))
+"""
+
+
+def test_a_mistake_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    with closing(Store(tmp_path / "s.db")) as store:
+        run = store.new_run("prune", {"model": "demo", "remove": "25%"}, {}, "out")
+    asked = {line.replace("RUN", run): told for line, told in MISTAKES.items()}
+    asked["runs --store s.db"] = (0, run)
+    command = [sys.executable, "-c", CHILD, json.dumps(list(asked)), json.dumps(HEAVY)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    child = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    for (line, (code, words)), (exit_code, output, heavy) in zip(
+        asked.items(), json.loads(child.stdout.splitlines()[-1]), strict=True
+    ):
+        assert (exit_code, heavy) == (code, []), (line, output)
+        assert words in output, (line, output)
+    assert not (tmp_path / STORE).exists(), "no run of it is left"
+
+
+def test_methods_are_known_without_being_imported() -> None:
+    told = (
+        "import json\nfrom billhook import runs\n"
+        "print(json.dumps({family: sorted(runs.method_names(family)) for family in runs.WRITTEN}))"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    known = json.loads(subprocess.run([sys.executable, "-c", told], env=env, check=True, capture_output=True).stdout)
+    assert known == {
+        "metric": sorted([*METRICS, *GROUP_METRICS]),
+        "loss": sorted([*LOSSES, *ITEM_LOSSES]),
+        "search": sorted(SEARCHES),
+        "recovery": sorted(RECOVERIES),
+        "export": sorted(EXPORTS),
+    }
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "~nobody-here/x", "a\0b", "a/" * 3000])
+def test_a_text_that_cannot_be_a_path_is_refused_wherever_one_is_read(text: str) -> None:
+    for option in ("data", "eval_data", "recover_data"):
+        given: dict[str, Any] = {"remove": "1sites", option: text}
+        with pytest.raises(DataError, match="is missing"):
+            check_inputs(Recipe(**given))
+    for option in ("out", "store"):
+        with suppress(UsageError):  # or it is a name that no file has yet
+            check_inputs(Recipe(remove="1sites"), **{option: text})
+    for read in (list_runs, billhook.load):
+        with pytest.raises((UsageError, ModelError), match="There is no"):
+            read(text)
+    with suppress(PlanError):  # or it is taken for names of sites, which the model's anatomy judges
+        check_inputs(Recipe(plan=text))
+    with pytest.raises(DataError, match="is missing"):
+        check_inputs(Recipe(remove="1sites", loss=f"task:{text}"))
+
+
+def test_everything_is_read_before_the_model_writes(tmp_path: Path) -> None:
+    teacher = billhook.load(tiny.with_tokenizer(tmp_path / "m"))
+    teacher.model.generate = None  # it would fail
+    text, short = tiny.write_texts(tmp_path / "a.jsonl", 120), tiny.write_texts(tmp_path / "b.jsonl", 1, words=9)
+    task = tmp_path / "t.jsonl"
+    task.write_text('{"query": "w1", "choices": ["w2"], "gold": 0}\n')
+    base: dict[str, Any] = {"data": str(text), "tokens": 400, "length": 24, "eval_tokens": 200, "eval_length": 24}
+    for given, words in (
+        ({"remove": "1sites", "tokens": 100_000}, "too short"),
+        ({"remove": "1sites", "eval_data": str(short)}, "Too little is left"),
+        ({"remove": "1sites", "field": "body"}, "no text field 'body'"),
+        ({"remove": "1sites", "recover": "fold", "recover_data": str(short)}, "too short"),
+        ({"within": f"1pp:{task}"}, "has 1 choices"),
+    ):
+        with pytest.raises(DataError, match=words):
+            tokens_for(Recipe(**base | given), teacher, ignore_events)
