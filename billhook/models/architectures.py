@@ -338,8 +338,8 @@ def keep_blocks(config: Config, indices: Sequence[int], blocks: int) -> None:
         experts = getattr(config, "num_experts", 0)
         dense = [i in config.mlp_only_layers or not (experts > 0 and (i + 1) % step == 0) for i in range(blocks)]
         trimmed |= {"mlp_only_layers": [new for new, old in enumerate(indices) if dense[old]], "decoder_sparse_step": 1}
-    if getattr(config, "max_window_layers", None) is not None:  # the first so many blocks see everything
-        trimmed["max_window_layers"] = sum(i < config.max_window_layers for i in indices)
+    if (first := getattr(config, "max_window_layers", None) or blocks) < blocks:  # the first so many see everything
+        trimmed["max_window_layers"] = sum(i < first for i in indices)
     forget_layer_pattern(config)  # layer_types says it block by block
     config.num_hidden_layers = len(indices)
     for key, value in trimmed.items():

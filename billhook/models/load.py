@@ -147,7 +147,7 @@ def load(
     compute = pick_dtype(dtype, place, stored)
     needed = sum(elements for _, elements in tensors.values()) * compute.itemsize
     register()
-    own_code = trust_remote_code and bool(raw.get("auto_map"))
+    own_code = trust_remote_code and bool(raw.get("auto_map")) and not str(raw["model_type"]).startswith("billhook-")
     model: Any
     weights: StreamedWeights | None
     model, weights = (None, None) if own_code else _compared(folder, compute, place)

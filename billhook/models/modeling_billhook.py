@@ -4,14 +4,22 @@ Needs transformers and torch only. `per_layer_config` in config.json says which 
 `mlp`; the `billhook` section names the modules that make up a part (`zero` returns zeros in the place of the part,
 `drop` passes its input through: norms that served the part alone), `patches` what a repair put in the place of a part:
 a constant, a factor, a matrix of low rank, and `resize_parts` the shapes of parts that have lost heads or neurons.
+
+`BillhookLlamaConfig`, `BillhookLlamaForCausalLM` and the like are names of this module for every stock class that
+transformers has: they are made when they are asked for.
 """
 
-import copy
 import functools
+import sys
 
 import torch
+import transformers
 from torch import nn
 from transformers import conversion_mapping
+from transformers.models.auto import tokenization_auto
+
+AUTO_MODELS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
+PREFIX = "Billhook"  # of the names of classes
 
 
 class Zero(nn.Module):
@@ -49,6 +57,21 @@ class PatchModule(nn.Module):
         return (added, None) if self.outputs == 2 else added
 
 
+class LayerConfig:
+    """The config of a model as a narrower module reads it: the model's own, but for a few numbers."""
+
+    def __init__(self, shared, own):
+        self.__dict__.update(shared=shared, own=own)
+
+    def __getattr__(self, name):
+        if name in ("shared", "own") or name.startswith("__"):  # asked before they are there, by copy and pickle
+            raise AttributeError(name)
+        return self.own[name] if name in self.own else getattr(self.shared, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.shared, name, value)
+
+
 def remove_part(block, names, patch=None):
     """Take one part out of `block` in place; returns what stood there, {name: module}, for whoever wants it back.
 
@@ -66,7 +89,8 @@ def set_parameter(block, name, tensor):
     """Give the parameter `name` of a block another tensor, of another shape too."""
     owner, _, key = name.rpartition(".")
     module = block.get_submodule(owner)
-    setattr(module, key, nn.Parameter(tensor, requires_grad=False))
+    learns = getattr(module, key) is None or getattr(module, key).requires_grad
+    setattr(module, key, nn.Parameter(tensor, requires_grad=learns))
     if key == "weight" and isinstance(module, nn.Linear):
         module.out_features, module.in_features = tensor.shape
     if key == "weight" and hasattr(module, "nf"):  # GPT-2's, whose weight is [inputs, outputs]
@@ -79,16 +103,19 @@ def set_attributes(block, attributes):
         module = block.get_submodule(name)
         for key, value in values.items():
             if key == "config":
-                own = copy.copy(module.config)
-                for field, number in value.items():
-                    setattr(own, field, number)
-                value = own
+                value = LayerConfig(getattr(module.config, "shared", module.config), dict(value))
             setattr(module, key, value)
+
+
+def blocks_of(model):
+    """The blocks of a model, with a head or without one."""
+    base = getattr(model, model.base_model_prefix, model)
+    return base.get_submodule(model.config.billhook["blocks_path"].removeprefix(f"{model.base_model_prefix}."))
 
 
 def resize_parts(model):
     """Give the parts of a whole model that have lost heads or neurons their shapes, in place."""
-    blocks = model.get_submodule(model.config.billhook["blocks_path"])
+    blocks = blocks_of(model)
     for site, told in model.config.billhook.get("narrow", {}).items():
         block = blocks[int(site.partition(".")[2])]
         for name, shape in told["shapes"].items():
@@ -117,7 +144,7 @@ def number_caches(blocks, missing):
 
 def remove_skipped(model):
     """Remove the skipped parts of a whole model in place."""
-    blocks = model.get_submodule(model.config.billhook["blocks_path"])
+    blocks = blocks_of(model)
     missing, told = skipped_parts(model.config), model.config.billhook
     for index, parts in missing.items():
         for part in parts:
@@ -127,9 +154,27 @@ def remove_skipped(model):
     number_caches(blocks, missing)
 
 
-@functools.cache
-def pruned_classes(config_class, model_class):
-    """Config and model of `billhook-<base type>`, subclasses of the stock ones."""
+def tell_peft(base, model_type):
+    """Give peft, where it is imported, the modules that its adapters take by default: those of the stock type."""
+    for name, targets in vars(sys.modules.get("peft.utils.constants", object)).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and base in targets:
+            targets.setdefault(model_type, targets[base])
+
+
+def tell_tokenizers(config_class, base_class):
+    """Have AutoTokenizer choose for a type what it chooses for the stock type: it goes by the name of the type."""
+    names, base = tokenization_auto.TOKENIZER_MAPPING_NAMES, base_class.model_type
+    if base in names:
+        names.setdefault(config_class.model_type, names[base])
+    if base in tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
+        tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(config_class.model_type)
+    tokenizer = tokenization_auto.TOKENIZER_MAPPING.get(base_class, None)
+    if tokenizer is not None:
+        transformers.AutoTokenizer.register(config_class, tokenizer, exist_ok=True)
+
+
+def pruned_config(config_class):
+    """The config of `billhook-<base type>`, a subclass of the stock one."""
 
     def get_text_config(self, decoder=None, encoder=None):
         # Every cache is built from get_text_config(decoder=True): a stock config of the attentions that are left.
@@ -145,26 +190,69 @@ def pruned_classes(config_class, model_class):
         fields[self.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(keep)
         return config_class.from_dict(fields)
 
-    def build(self, config, *args, **kwargs):
-        model_class.__init__(self, config, *args, **kwargs)
-        resize_parts(self)
-        remove_skipped(self)
+    def to_dict(self):
+        tell_peft(config_class.model_type, self.model_type)  # which asks for this before it looks a type up
+        classes = pruned_classes(config_class)
+        told = {auto: f"{__name__.rpartition('.')[2]}.{kind.__name__}" for auto, kind in classes.items()}
+        return {**config_class.to_dict(self), "auto_map": told}
 
-    stem = "Billhook" + model_class.__name__
-    new_config = type(
-        "Billhook" + config_class.__name__,
+    return type(
+        PREFIX + config_class.__name__,
         (config_class,),
         {
             "model_type": "billhook-" + config_class.model_type,
             "allow_global_per_layer_attribute_access": True,  # what a layer has of its own is in `resize_parts`
             "get_text_config": get_text_config,
+            "to_dict": to_dict,
+            "_auto_class": "AutoConfig",  # so that this file travels with what is saved
             "__module__": __name__,
         },
     )
-    new_model = type(stem, (model_class,), {"config_class": new_config, "__init__": build, "__module__": __name__})
+
+
+def pruned_model(model_class, config_class):
+    """A model of `billhook-<base type>`, a subclass of a stock one: with a head, or without."""
+
+    def build(self, config, *args, **kwargs):
+        model_class.__init__(self, config, *args, **kwargs)
+        base = getattr(self, self.base_model_prefix, self)
+        if base is self or type(base).__module__ != __name__:  # else it has cut itself
+            resize_parts(self)
+            remove_skipped(self)
+
+    return type(
+        PREFIX + model_class.__name__,
+        (model_class,),
+        {"config_class": config_class, "__init__": build, "__module__": __name__},
+    )
+
+
+@functools.cache
+def pruned_classes(config_class):
+    """{name of an auto class: its class of `billhook-<base type>`}, of the stock type with this config."""
+    made = {"AutoConfig": pruned_config(config_class)}
+    names = {made["AutoConfig"].model_type: config_class.model_type}
+    for auto in AUTO_MODELS:
+        stock = getattr(transformers, auto)._model_mapping.get(config_class, None)
+        if stock is not None:
+            made[auto] = pruned_model(stock, made["AutoConfig"])
+            names[made[auto].__name__] = stock.__name__
+            getattr(transformers, auto).register(made["AutoConfig"], made[auto], exist_ok=True)
     # The Hub's tensor names stay (mixtral, qwen3_moe, gpt_neox …): transformers keeps them by model type or by class.
-    for ours, theirs in ((new_config.model_type, config_class.model_type), (stem, model_class.__name__)):
+    for ours, theirs in names.items():
         renamings = conversion_mapping.get_checkpoint_conversion_mapping(theirs)
         if renamings is not None:
             conversion_mapping.register_checkpoint_conversion_mapping(ours, renamings, overwrite=True)
-    return new_config, new_model
+    tell_tokenizers(made["AutoConfig"], config_class)
+    globals().update({kind.__name__: kind for kind in made.values()})
+    return made
+
+
+def __getattr__(name):
+    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    config_class = getattr(stock, "config_class", None) or stock
+    if isinstance(config_class, type) and issubclass(config_class, transformers.PreTrainedConfig):
+        pruned_classes(config_class)
+    if name not in globals():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]

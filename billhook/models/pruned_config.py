@@ -33,14 +33,13 @@ def register() -> None:
     """Teach transformers the model types that Billhook writes, so that they load without trust_remote_code."""
     for model_type in architectures.ARCHITECTURES:
         try:
-            config_class, model_class = pruned_classes(*stock_classes(model_type))
+            config_class = pruned_classes(stock_classes(model_type)[0])["AutoConfig"]
         except (ValueError, KeyError) as error:
             raise ModelError(
                 f"There is a row for the architecture {model_type}, and transformers {transformers.__version__} knows "
                 "no causal language model of that type. Upgrade transformers, or uninstall the package that adds it."
             ) from error
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        transformers.AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
 
 @dataclass(frozen=True, slots=True)

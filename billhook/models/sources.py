@@ -53,8 +53,11 @@ def locate(name: str, watch: EventListener = ignore_events) -> Path:
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
-    unwanted = ["*/*", "consolidated*", "*.fp16.*"]  # other formats of the same weights
+    weights, texts = ["*.json", "*.safetensors"], ["*.model", "*.tiktoken", "*.txt", "*.py"]
+    legal = ["*LICENSE*", "*LICENCE*", "*NOTICE*", "*USE_POLICY*", "*COPYING*"]
+    wanted = [*weights, *texts, *legal, "*.jinja"]
+    folders = [f"*/{pattern}" for pattern in wanted if pattern != "*.jinja"]  # of chat templates there are more
+    unwanted = [*folders, "consolidated*", "*.fp16.*"]  # other formats of the same weights
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # the hub's own exceptions, of many kinds; all mean the same to the reader

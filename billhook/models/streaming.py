@@ -121,12 +121,7 @@ class StreamedWeights:
         )
         missing = [name for name in self._wanted if self._alias(name) not in self._source]
         check_fit(missing_keys=missing, unexpected_keys=unexpected, mismatched_keys=mismatched)
-        for name in (name for recipe in self._recipes for _, name in recipe.parts):
-            if dtypes[name] not in SAFETENSORS_DTYPES:
-                raise ModelError(
-                    f"{name} is stored as {dtypes[name]}. Billhook prunes float32, bfloat16 and float16 weights, and "
-                    "casts no others. Start from the model as it was trained."
-                )
+        self._check_dtypes(dtypes)
         self._untie()
 
     def _fit(self, shapes: dict[str, torch.Tensor]) -> tuple[dict[str, Conversion], list[str]]:
@@ -144,6 +139,17 @@ class StreamedWeights:
             source |= dict.fromkeys(made, recipe)
             wrong += [name for name, value in made.items() if value.shape != self._wanted[name].shape]
         return source, wrong
+
+    def _check_dtypes(self, dtypes: dict[str, str]) -> None:
+        """Raises ModelError for a weight that is no float of a model's; masks and counters become none."""
+        for recipe in self._recipes:
+            for _, name in recipe.parts:
+                if dtypes[name] not in SAFETENSORS_DTYPES and self._wanted[recipe.first].is_floating_point():
+                    raise ModelError(
+                        f"{self._shards[name]} stores {name} as {dtypes[name]}. Billhook prunes float32, bfloat16 and "
+                        "float16 weights, and casts no others. Start from the checkpoint that was not quantised or "
+                        "converted."
+                    )
 
     def _alias(self, name: str) -> str:
         """The parameter of the checkpoint that `name` is tied to, or itself."""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from billhook.core.errors import PlanError, option
+from billhook.core.errors import BillhookError, PlanError, option
 from billhook.core.events import Event, EventListener
 from billhook.core.plan import PARTS, Plan, Site
 from billhook.models import architectures, channel_groups, modeling_billhook, structure
@@ -107,12 +108,14 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     assign_weights(student, whole)  # of parts that are cut next, too
     narrow = _narrowed(student, teacher, plan, repair)
     _set_blocks(student, path, [teacher.positions.index(p) for p in kept])
-    config.__dict__.pop("model_type", None)  # left by from_pretrained; the class says it
+    for name in ("model_type", "auto_map"):  # left by from_pretrained; the class says them
+        config.__dict__.pop(name, None)
     config.billhook = {}
     base = architectures.base_type(config.model_type)
     alike = bool(narrow) and (stock or not lacking) and fits_stock_shape(student, narrow, base)
     if alike:  # the stock config says how wide
         narrow = {site: replace(each, widths={}, module=None) for site, each in narrow.items()}
+        _share_config(student)
     elif stock and narrow:
         raise _no_stock_place(f"a width of its own, as {min(narrow)} has")
     pruned = PrunedConfig(teacher.anatomy.blocks, tuple(kept), narrowed=narrow, patches=patched)
@@ -122,7 +125,8 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
         number_caches(student.get_submodule(path), {})
         _zero(student, row, kept, lacking)
     else:
-        config.__class__, student.__class__ = pruned_classes(*stock_classes(base))
+        classes = pruned_classes(stock_classes(base)[0])
+        config.__class__, student.__class__ = classes["AutoConfig"], classes["AutoModelForCausalLM"]
         write_config(config, replace(pruned, lacking=tuple(lacking)), path, parts)
         remove_skipped(student)
         stood = {site: _place(teacher, site) for site in earlier}
@@ -199,6 +203,13 @@ def _narrowed(student: Any, teacher: Teacher, plan: Plan, repair: Repair) -> dic
         widths = channel_groups.config_fields(of, len(each.groups), config)
         entries[each.site] = NarrowedSite(each.groups, whole, widths, module)
     return entries
+
+
+def _share_config(student: Any) -> None:
+    """Have every module read the one config: all of its numbers are theirs."""
+    for module in student.modules():
+        if isinstance(getattr(module, "config", None), modeling_billhook.LayerConfig):
+            module.config = student.config
 
 
 def _place(teacher: Teacher, site: Site) -> nn.Module:
@@ -361,10 +372,24 @@ def copy_shards(
     for i, names in enumerate(shards, 1):
         watch(Event("save", i, len(shards) + 2, {"step": "copy_shards"}))
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file({new: value(new).contiguous() for new in names}, folder / file, metadata={"format": "pt"})
+        tensors = {new: value(new).contiguous() for new in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        check_written(folder / file, tensors)
         files |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def check_written(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises BillhookError if any tensor of a new file is not, bit for bit, what was to be written there."""
+    with safe_open(file, framework="pt") as written:
+        for name in written.keys():  # noqa: SIM118 - not a dict
+            there, wanted = written.get_tensor(name), tensors[name]
+            if there.dtype != wanted.dtype or not torch.equal(there, wanted.cpu()):
+                raise BillhookError(
+                    f"{file.name} does not hold {name} as it was written, so that the checkpoint does not load back "
+                    "equal; it was deleted. Check the disk, and save again."
+                )
 
 
 def _cuts(student: Any, teacher: Teacher) -> dict[str, _Cut]:

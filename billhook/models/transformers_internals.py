@@ -31,6 +31,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D as Conv1D
 
 Transform = Any  # one of transformers' WeightRenaming and WeightConverter
+LAYER_PATTERNS = ("sliding_window_pattern", "_sliding_window_pattern")  # of configs: how often a kind of block comes
 LINEAR_MAPS = (nn.Linear, Conv1D)
 REPEATABLE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # layers of a KV cache that `batch_repeat_interleave` can
 
@@ -70,7 +71,7 @@ def forget_quantisation(model: Any) -> None:
 
 def forget_layer_pattern(config: Any) -> None:
     """Take out of a config how often a block of another kind comes, where it says block by block which those are."""
-    for name in ("sliding_window_pattern", "_sliding_window_pattern"):
+    for name in LAYER_PATTERNS:
         config.__dict__.pop(name, None)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from safetensors.torch import save_file as write_file
 
 import billhook
 from billhook.core.errors import BillhookError, ModelError
 from billhook.core.plan import Plan, Site
+from billhook.methods.export import Student, export_student
+from billhook.methods.export import checkpoint as written
 from billhook.methods.export.checkpoint import save, verify_round_trip
+from billhook.models import surgery
 from billhook.models.load import Teacher, load
 from billhook.models.surgery import apply, masked
 
@@ -333,6 +338,42 @@ def test_a_save_is_compared_block_by_block_where_a_second_copy_does_not_fit(
         next(student.get_output_embeddings().parameters()).data = student.get_output_embeddings().weight * 1.5
         with pytest.raises(BillhookError, match="does not load back equal"):
             verify_round_trip(student, tmp_path / "s", ROWS, memory=0)
+
+
+def test_saving_needs_no_second_model(checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, plan = load(checkpoint("llama")), Plan.parse(["mlp.1", "attention.2[0]"])
+
+    def never(*_: Any) -> None:
+        raise AssertionError("a model was loaded whole")
+
+    monkeypatch.setattr("billhook.models.load._build", never)
+    for name in ("transformers", "stock"):
+        chosen = Plan.parse(["mlp.1"]) if name == "stock" else plan
+        given = Student(apply(teacher, chosen), teacher, chosen, ROWS)
+        assert export_student(name, given, tmp_path / name).difference == 0
+    save(apply(teacher, plan), None, plan, tmp_path / "saved", teacher=teacher)
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+def test_a_bit_that_the_disk_lost_is_found_in_any_row(
+    memory: int | None, checkpoint: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 63 of the embedding is no token that the comparison of logits reads."""
+    teacher, plan = load(checkpoint("llama"), memory=memory), Plan.parse(["mlp.1"])
+
+    def damage(write: Callable[..., None], *given: Any, **options: Any) -> None:
+        write(*given, **options)
+        for file in tmp_path.rglob("model*.safetensors"):
+            held = load_file(file)
+            if (rows := held.get("model.embed_tokens.weight")) is not None:
+                rows[63, 0] += 1e-6
+                write_file(held, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(surgery, "save_file", partial(damage, surgery.save_file))
+    monkeypatch.setattr(written, "save_torch_state_dict", partial(damage, written.save_torch_state_dict))
+    with pytest.raises(BillhookError, match=r"does not hold model\.embed_tokens\.weight as it was written"):
+        save(apply(teacher, plan), None, plan, tmp_path / "out", teacher=teacher)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_streamed_checkpoint_that_does_not_load_back_equal_is_deleted(

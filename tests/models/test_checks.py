@@ -127,7 +127,7 @@ def test_weights_of_another_dtype_are_refused_not_cast(dtype: torch.dtype, folde
     tensors = load_file(folder / WEIGHTS)
     name = "model.layers.1.mlp.up_proj.weight"
     save_file(tensors | {name: tensors[name].to(dtype)}, folder / WEIGHTS, metadata={"format": "pt"})
-    refused(folder, name, "is stored as", "casts no others")
+    refused(folder, f"stores {name} as", "casts no others")
 
 
 # -- shapes and numbers, before memory is taken -------------------------------------------------------------------

@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import conversion_mapping
+from transformers.models.auto import tokenization_auto
 
 from billhook.models import transformers_internals as internals
 from billhook.models.streaming import build_on_meta
@@ -56,6 +57,11 @@ def test_the_names_that_the_modelling_file_imports_are_there() -> None:
     assert conversion_mapping.get_checkpoint_conversion_mapping("mixtral")
     assert conversion_mapping.get_checkpoint_conversion_mapping("llama") is None
     assert callable(conversion_mapping.register_checkpoint_conversion_mapping)
+    config_class = transformers.LlamaConfig
+    assert transformers.AutoModel._model_mapping.get(config_class, None) is transformers.LlamaModel
+    assert tokenization_auto.TOKENIZER_MAPPING_NAMES["gpt2"] == "GPT2Tokenizer"
+    assert "phi3" in tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    assert tokenization_auto.TOKENIZER_MAPPING.get(transformers.GPT2Config, None) is transformers.GPT2Tokenizer
 
 
 # -- modules -----------------------------------------------------------------------------------------------------------

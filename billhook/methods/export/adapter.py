@@ -28,7 +28,7 @@ def adapter(student: Student, folder: Path) -> Exported:
     """A Hugging Face checkpoint without the last training, and a LoRA adapter beside it that adds that.
 
     Formula: as transformers; W + α/r · B A with the adapter
-    Cost: as transformers, and one more loading.
+    Cost: as transformers, and one more pass.
     Source: Hu et al. 2021, LoRA (arXiv 2106.09685), in peft's format.
     """
     if student.adapter is None or student.base is None:
@@ -38,7 +38,7 @@ def adapter(student: Student, folder: Path) -> Exported:
         )
     model = apply(student.teacher, student.plan, repair=student.base)
     written = EXPORTS["transformers"](replace(student, model=model, repair=student.base), folder)
-    gap = save_adapter(student.adapter, folder, student.model, student.tokens)
+    gap = save_adapter(student.adapter, folder, model, student)
     return replace(written, files=tuple(sorted(folder.rglob("*"))), difference=gap)
 
 
@@ -50,8 +50,6 @@ def load_with_adapter(folder: str | Path, adapter: str | Path | None = None) -> 
     """
     if importlib.util.find_spec("peft") is None:
         raise MissingExtra("An adapter", "heal")
-    import peft
-
     folder = Path(folder).expanduser()
     chosen = Path(adapter).expanduser() if adapter is not None else folder / ADAPTER_FOLDER
     if not (chosen / ADAPTER_MANIFEST).is_file():
@@ -67,26 +65,32 @@ def load_with_adapter(folder: str | Path, adapter: str | Path | None = None) -> 
             f"The adapter {chosen} was trained on a checkpoint with the fingerprint {wanted}, and that of {folder} is "
             f"{found}: other weights, or other blocks under the same numbers. Give the folder that it came with."
         )
+    return _adapted(load(folder).model, chosen)
+
+
+def _adapted(model: Any, adapter: Path) -> Any:
+    """A model with an adapter, as peft's."""
+    import peft
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-        teacher = load(folder)
-        with reading(f"peft cannot read the adapter {chosen}", DataError):
-            return peft.PeftModel.from_pretrained(teacher.model, chosen)
+        with reading(f"peft cannot read the adapter {adapter}", DataError):
+            return peft.PeftModel.from_pretrained(model, adapter)
 
 
 @torch.inference_mode()
-def save_adapter(trained: Path, folder: Path, merged: Any, rows: torch.Tensor) -> float:
-    """Copy a trained adapter into the checkpoint in `folder`, tied to it, and prove that both give the merged model.
+def save_adapter(trained: Path, folder: Path, base: Any, student: Student) -> float:
+    """Copy a trained adapter into the checkpoint in `folder`, tied to it, and prove that it makes the student of it.
 
-    `rows` [rows, time]: tokens on which their logits must agree, up to the rounding of a sum in another order. Returns
-    by how much they differ. Raises BillhookError if it is more.
+    `base`: the model of that checkpoint in memory; the adapter is put into it. Their logits must agree up to the
+    rounding of a sum in another order. Returns by how much they differ. Raises BillhookError if it is more.
     """
     shutil.copytree(trained, folder / ADAPTER_FOLDER, ignore=shutil.ignore_patterns("README.md"))  # it names our paths
     tie = {"base": checks.fingerprint(folder)}
     (folder / ADAPTER_FOLDER / ADAPTER_MANIFEST).write_text(json.dumps(tie) + "\n", encoding="utf-8")
-    rows = rows.to(merged.device)
-    mine = merged(rows, use_cache=False).logits.float()
-    other = load_with_adapter(folder).to(merged.device)(input_ids=rows, use_cache=False).logits.float()
+    rows = student.tokens.to(student.model.device)
+    mine = student.model(rows, use_cache=False).logits.float()
+    other = _adapted(base, folder / ADAPTER_FOLDER)(input_ids=rows, use_cache=False).logits.float()
     gap, scale = float((mine - other).abs().max()), float(mine.abs().max())
     if gap > 0.02 * scale:
         raise BillhookError(f"The adapter does not load back equal (logits differ by {gap:g}); it was deleted.")

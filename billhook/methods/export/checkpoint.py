@@ -1,11 +1,11 @@
-"""A Hugging Face checkpoint: written aside, loaded back, compared, then renamed."""
+"""A Hugging Face checkpoint: written aside, compared file by file, run from the files, then renamed."""
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from billhook.core.errors import BillhookError, ModelError, ResourceError, Usage
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Plan
 from billhook.engine.probe import logits
-from billhook.models import architectures, checks, modeling_billhook
+from billhook.methods.export.beside_weights import write_beside_weights
+from billhook.models import architectures, checks
 from billhook.models.device import dtype_name, give_usual_modes
 from billhook.models.load import Teacher, load
 from billhook.models.pruned_config import read_config, write_manifest
 from billhook.models.repair import Repair
-from billhook.models.surgery import copy_shards
+from billhook.models.surgery import check_written, copy_shards
 from billhook.models.transformers_internals import names_on_disk, tied_names
 
 SHARD_BYTES = 4 * 10**9
@@ -128,32 +129,11 @@ def write_checkpoint(
             state, folder, max_shard_size=shard_bytes or SHARD_BYTES, metadata={"format": "pt"},
             shared_tensors_to_discard=tied,
         )  # fmt: skip
-    _save_config(student, teacher, folder)
-    if student.can_generate() and student.generation_config is not None:
-        student.generation_config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        for shard in checks.shards(folder):
+            check_written(shard, state)
+    write_beside_weights(student, tokenizer, teacher, folder)
     write_manifest(folder, teacher.fingerprint, teacher.anatomy.blocks, plan, teacher.removed_earlier)
     return sorted(folder.iterdir())
-
-
-def _save_config(student: Any, teacher: Teacher, folder: Path) -> None:
-    fields = json.loads(student.config.to_json_string())
-    fields["dtype"] = dtype_name(teacher.dtype)
-    fields["architectures"] = [type(student).__name__]
-    fields.pop("_name_or_path", None)
-    fields.pop("auto_map", None)
-    if student.config.model_type.startswith("billhook-"):
-        stock = ", ".join(kind.__mro__[1].__name__ for kind in (type(student.config), type(student)))
-        config_name, model_name = type(student.config).__name__, type(student).__name__
-        fields["auto_map"] = {
-            "AutoConfig": f"modeling_billhook.{config_name}",
-            "AutoModelForCausalLM": f"modeling_billhook.{model_name}",
-        }
-        code = Path(modeling_billhook.__file__).read_text(encoding="utf-8")
-        tail = f"\n\nfrom transformers import {stock}\n\n{config_name}, {model_name} = pruned_classes({stock})\n"
-        (folder / "modeling_billhook.py").write_text(code + tail, encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def _on_disk(student: Any, teacher: Teacher) -> dict[str, torch.Tensor]:
@@ -241,24 +221,18 @@ def _require_equal(student: torch.Tensor, reloaded: torch.Tensor, room: float = 
         )
 
 
-@torch.inference_mode()
 def verify_round_trip(
-    student: Any, folder: Path, rows: torch.Tensor, watch: EventListener = ignore_events, *, memory: int | None = None
+    student: Any, folder: Path, rows: torch.Tensor, watch: EventListener = ignore_events, *, memory: int = 0
 ) -> None:
-    """Load `folder` back and compare logits on `rows` [rows, time] bit for bit.
+    """Compare the logits on `rows` [rows, time] of a student with those of `folder`, read block by block.
 
-    `memory`: as for `load`. Where a second copy does not fit, it is read block by block, whose sums may be rounded in
-    another order: then logits are equal within the root of the dtype's epsilon, of the largest. Raises BillhookError on
-    any difference.
+    No second model is in memory, unless `memory`, as for `load`, has room for one. Both run in the measuring engine.
+    Where the device rounds sums in another order, they are equal within the root of the dtype's epsilon, of the
+    largest. Raises BillhookError if they are not.
     """
     watch(Event("save", 2, 3, {"step": "load_back"}))
     again = load(folder, device=str(student.device), dtype=dtype_name(student.dtype), memory=memory)
-    rows = rows.to(student.device)
-    mine = student(rows, use_cache=False).logits
-    if again.weights is None:
-        _require_equal(mine, again.model(rows, use_cache=False).logits)
-    else:
-        room = float(mine.abs().max()) * torch.finfo(student.dtype).eps ** 0.5
-        _require_equal(mine.float(), logits(again, Plan(), rows), room)
+    mine, other = (logits(teacher, Plan(), rows) for teacher in (replace(again, model=student, weights=None), again))
+    _require_equal(mine, other, float(mine.abs().max()) * torch.finfo(student.dtype).eps ** 0.5)
     watch(Event("save", 3, 3, {"step": "equal"}))
     assert architectures.base_type(again.model.config.model_type) == architectures.base_type(student.config.model_type)

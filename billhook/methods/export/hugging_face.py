@@ -15,7 +15,7 @@ def transformers(student: Student, folder: Path) -> Exported:
     """A Hugging Face checkpoint: stock where whole blocks are missing, else of its own type with its modelling code.
 
     Formula: the tensors that are left, bit for bit
-    Cost: the size of what is left on disk; one loading.
+    Cost: the size of what is left on disk; one reading.
     Source: ours.
     """
     return _proven(student, student.model, folder)
@@ -26,7 +26,7 @@ def stock(student: Student, folder: Path) -> Exported:
     """A Hugging Face checkpoint of the stock type whose removed sites hold zeros: loads everywhere, without speed-up.
 
     Formula: as transformers, and zeros for the weights of removed sites
-    Cost: the size of the unpruned model on disk; one loading.
+    Cost: the size of the unpruned model on disk; one reading.
     Source: ours.
     """
     model = student.model
@@ -36,7 +36,7 @@ def stock(student: Student, folder: Path) -> Exported:
 
 
 def _proven(student: Student, model: Any, folder: Path) -> Exported:
-    """Write a model and load it back. Raises BillhookError on any difference."""
+    """Write a model, and run what was written. Raises BillhookError on any difference."""
     teacher, watch = student.teacher, student.watch
     files = write_checkpoint(model, teacher.tokenizer, student.plan, folder, teacher=teacher, watch=watch)
     if teacher.weights is not None:
