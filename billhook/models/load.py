@@ -19,6 +19,7 @@ from billhook.core.plan import Plan
 from billhook.core.results.foreign_files import reading
 from billhook.models import architectures, checks, structure
 from billhook.models.device import (
+    SAFETENSORS_DTYPES,
     SHARE_OF_WEIGHTS,
     dtype_name,
     free_memory,
@@ -143,10 +144,12 @@ def load(
     watch(Event("load", values={"model": str(name)}))
     folder = locate(str(name), watch)
     raw, tensors = checks.inspect_checkpoint(folder, trust_remote_code)
+    register()
+    if not any(kind in SAFETENSORS_DTYPES for kind, _ in tensors.values()):
+        _compared(folder, torch.float32, place)  # names the tensor and its file
     stored = checks.stored_dtype(raw, tensors)
     compute = pick_dtype(dtype, place, stored)
     needed = sum(elements for _, elements in tensors.values()) * compute.itemsize
-    register()
     own_code = trust_remote_code and bool(raw.get("auto_map")) and not str(raw["model_type"]).startswith("billhook-")
     model: Any
     weights: StreamedWeights | None

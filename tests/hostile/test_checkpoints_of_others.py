@@ -78,7 +78,7 @@ def test_headers_of_weights(home: Path, data: st.DataObject) -> None:
         path.write_bytes(content)
 
 
-@examples(300)
+@examples(200)
 @given(data=st.data())
 def test_indices(home: Path, data: st.DataObject) -> None:
     path = home / "sharded" / INDEX
@@ -131,7 +131,7 @@ def test_configs_with_which_a_model_is_loaded(home: Path, data: st.DataObject) -
         path.write_bytes(content)
 
 
-@examples(60)
+@examples(40)
 @given(data=st.data())
 def test_files_of_the_tokenizer_and_for_generation(home: Path, data: st.DataObject) -> None:
     path = (

@@ -66,7 +66,7 @@ YAML = st.sampled_from(
 )  # fmt: skip
 
 
-@examples(200)
+@examples(100)
 @given(data=st.data())
 def test_recipes(tmp_path: Path, data: st.DataObject) -> None:
     fields = st.dictionaries(st.sampled_from(sorted(Recipe.model_fields)), values, max_size=4)
