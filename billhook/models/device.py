@@ -36,7 +36,7 @@ def child_environment(*foreign: Path) -> dict[str, str]:
     Of PYTHONPATH are left out: what is not absolute, the working folder, and what lies in a `foreign` one. With
     `python -P` nothing else leads into them.
     """
-    home = Path(billhook.__file__).resolve().parents[1]
+    home = Path(__file__).resolve().parents[2]
     barred = [folder.resolve() for folder in foreign]
     given = [Path(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     kept = [
