@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
+from billhook.cli.visible_console import VisibleConsole
+from billhook.core.errors import visible
 from billhook.core.events import Event, EventListener, EventValue, ignore_events
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _shown() -> tuple[EventListener, Callable[[], None]]:
     return _Bars(bars), bars.stop
 
 
-class _Stderr(Console):
+class _Stderr(VisibleConsole):
     """A console that raises where nobody reads; rich ends the process."""
 
     def on_broken_pipe(self) -> None:
@@ -190,6 +190,6 @@ def _plain_progress() -> EventListener:
         if rate and event.total:
             left = f", {(event.total - event.done) * (now - last['start']) / (event.done - last['first']):.0f} s left"
         words = event_words(event.stage, event.values)
-        print(f"{event.stage}{count} {words} {rate}{left}".rstrip(), file=sys.stderr, flush=True)
+        print(visible(f"{event.stage}{count} {words} {rate}{left}".rstrip()), file=sys.stderr, flush=True)
 
     return watch

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from billhook.core.errors import BillhookError, cannot_write, on_command_line
+from billhook.cli.visible_console import VisibleConsole
+from billhook.core.errors import BillhookError, cannot_write, on_command_line, visible
 from billhook.core.events import Event, EventListener
 from billhook.core.results.json_form import Result
 
@@ -112,7 +113,7 @@ def _tell(message: str) -> None:
 
     if sys.stderr is not None:
         try:
-            print(message, file=sys.stderr, flush=True)
+            print(visible(message), file=sys.stderr, flush=True)
         except (OSError, ValueError):
             forget_stream(sys.stderr)
 
@@ -120,7 +121,7 @@ def _tell(message: str) -> None:
 # -- results --------------------------------------------------------------------------------------------------------
 
 
-class _Tables(Console):
+class _Tables(VisibleConsole):
     """A console that leaves it to the command how a reader who has seen enough is answered; rich exits with 1."""
 
     def on_broken_pipe(self) -> None:

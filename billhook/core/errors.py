@@ -57,12 +57,27 @@ def option(name: str, value: object = None) -> str:
 
 def in_python(message: str) -> str:
     """A message for who calls a function."""
-    return _EITHER.sub(r"\1", message)
+    return visible(_EITHER.sub(r"\1", message))
 
 
 def on_command_line(message: str) -> str:
     """A message for who typed a command."""
-    return _EITHER.sub(r"\2", message)
+    return visible(_EITHER.sub(r"\2", message))
+
+
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def visible(text: str) -> str:
+    """A text in which what a terminal would obey instead of show stands escaped, such as \\x1b or \\u202e.
+
+    Control characters but line ends and tabs, marks of direction, what has no width, and halves of surrogate pairs: a
+    name of somebody else's may hold them.
+    """
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class BillhookError(Exception):

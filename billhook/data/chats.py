@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from billhook.core.errors import DataError
+from billhook.core.errors import DataError, ModelError
 from billhook.core.results.json_form import JsonObject
+from billhook.data.chat_templates import render_chat
 from billhook.data.rows import UnusableRow
 
 CHAT_FIELDS = ("messages", "conversations")
@@ -34,7 +35,9 @@ def chat_text(messages: list[Any], tokenizer: Any, source: str, number: int) -> 
 
 def _rendered(chat: list[JsonObject], tokenizer: Any, where: str) -> str:
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False))
+        return render_chat(tokenizer, chat)
+    except ModelError:
+        raise
     except Exception as error:  # a template is a program of the model's, and fails in its own words
         reason = str(error).strip().split("\n")[0][:200].rstrip(".")
         raise UnusableRow(

@@ -27,6 +27,38 @@ CHUNK_TOKENS = {"cpu": 512, "cuda": 16384, "mps": 4096}  # tokens that go throug
 SHARE_OF_WEIGHTS = 0.75  # of a memory budget, above which a model is streamed: the rest is for activations
 
 
+# -- processes and files --------------------------------------------------------------------------------------------
+
+
+def child_environment(*foreign: Path) -> dict[str, str]:
+    """The environment of a Python process that shares ours, but for places from which others could give it code.
+
+    Of PYTHONPATH are left out: what is not absolute, the working folder, and what lies in a `foreign` one. With
+    `python -P` nothing else leads into them.
+    """
+    home = Path(__file__).resolve().parents[2]
+    barred = [folder.resolve() for folder in foreign]
+    given = [Path(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    kept = [
+        str(path)
+        for path in given
+        if path.is_absolute()
+        and path.resolve() not in (home, Path.cwd().resolve())
+        and not any(path.resolve().is_relative_to(folder) for folder in barred)
+    ]
+    own = [] if home.name in ("site-packages", "dist-packages") else [str(home)]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(own + kept), "PYTHONSAFEPATH": "1"}
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Give every file in a folder the mode that the umask says; safetensors writes files for their owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
+
+
 # -- loading --------------------------------------------------------------------------------------------------------
 
 

@@ -16,8 +16,10 @@ from billhook.core.anatomy import Anatomy
 from billhook.core.errors import ModelError, UsageError, option
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Plan
+from billhook.core.results.foreign_files import reading
 from billhook.models import architectures, checks, structure
 from billhook.models.device import (
+    SAFETENSORS_DTYPES,
     SHARE_OF_WEIGHTS,
     dtype_name,
     free_memory,
@@ -27,7 +29,13 @@ from billhook.models.device import (
 )
 from billhook.models.pruned_config import PrunedConfig, read_config, register
 from billhook.models.sources import locate
-from billhook.models.streaming import StreamedWeights, build_on_meta, check_dtypes, check_finite, check_fit
+from billhook.models.streaming import (
+    StreamedWeights,
+    build_on_meta,
+    check_finite,
+    check_fit,
+    make_buffers,
+)
 from billhook.models.transformers_internals import config_of, runs_own_code
 
 LOADING_ISSUES = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -143,15 +151,21 @@ def load(
     folder = locate(str(name), watch)
     raw, tensors = checks.inspect_checkpoint(folder, trust_remote_code)
     register()
-    check_dtypes(folder)
+    if not any(kind in SAFETENSORS_DTYPES for kind, _ in tensors.values()):
+        _compared(folder, torch.float32, place)  # names the tensor and its file
     stored = checks.stored_dtype(raw, tensors)
     compute = pick_dtype(dtype, place, stored)
     needed = sum(elements for _, elements in tensors.values()) * compute.itemsize
-    weights: StreamedWeights | None = None
-    if needed > (free_memory(place) if memory is None else SHARE_OF_WEIGHTS * memory):
-        model, weights = _streamed(folder, compute, place)
+    own_code = trust_remote_code and bool(raw.get("auto_map")) and not str(raw["model_type"]).startswith("billhook-")
+    model: Any
+    weights: StreamedWeights | None
+    model, weights = (None, None) if own_code else _compared(folder, compute, place)
+    if weights is not None and needed > (free_memory(place) if memory is None else SHARE_OF_WEIGHTS * memory):
+        release_freed_memory()
+        make_buffers(model, place)
+        weights.load_outside_blocks()
     else:
-        model = _build(folder, compute, place, trust_remote_code)
+        model, weights = _build(folder, compute, place, trust_remote_code), None
         for key, tensor in model.named_parameters():
             check_finite(key, tensor)
     config = model.config
@@ -208,20 +222,17 @@ def loaded_by_name(*models: Model) -> dict[str, Teacher]:
     return loaded
 
 
-def _streamed(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, StreamedWeights]:
-    """The model of `folder` without its blocks and embeddings, and where those are read from."""
-    register()
-    release_freed_memory()
-    model = build_on_meta(folder, dtype, device)
-    weights = StreamedWeights(folder, model, architectures.architecture_of(model.config).blocks, dtype, device)
-    weights.load_outside_blocks()
-    return model, weights
+def _compared(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, StreamedWeights]:
+    """The model of `folder` on the meta device, and its weights: every name and shape is that of the files' headers."""
+    model = build_on_meta(folder, dtype)
+    blocks = architectures.architecture_of(model.config).blocks
+    with reading(f"The weights in {folder} do not fit the architecture", advice="Download the checkpoint again."):
+        return model, StreamedWeights(folder, model, blocks, dtype, device)
 
 
 def _build(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
-    register()
     auto: Any = transformers.AutoModelForCausalLM
-    try:
+    with reading(f"transformers cannot load {folder}"):
         model, told = auto.from_pretrained(
             str(folder),
             config=config_of(folder, trust_remote_code),
@@ -229,10 +240,9 @@ def _build(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
+            use_safetensors=True,
             ignore_mismatched_sizes=True,  # so that they are told, and refused below
         )
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise ModelError(f"transformers cannot load {folder}: {error}") from error
     fit = {kind: [k[0] if isinstance(k, tuple) else str(k) for k in told.get(kind) or ()] for kind in LOADING_ISSUES}
     check_fit(**fit)
     if runs_own_code(model):
@@ -248,17 +258,18 @@ def _tokenizer(folder: Path, model: Any, trust_remote_code: bool) -> Any | None:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
     if not any((folder / name).is_file() for name in names):
         return None
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except ImportError as error:
-        raise ModelError(
-            f"The tokenizer in {folder} needs a package that is not installed. Try: pip install sentencepiece protobuf"
-        ) from error
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ModelError(f"transformers cannot read the tokenizer in {folder}: {error}") from error
+    with reading(f"transformers cannot read the tokenizer in {folder}", advice="Download its files again."):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+            special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+            numbers = list(tokenizer.get_vocab().values())
+        except ImportError as error:
+            raise ModelError(
+                f"The tokenizer in {folder} needs a package that is not installed. Try: pip install sentencepiece "
+                "protobuf"
+            ) from error
     rows = model.get_input_embeddings().weight.shape[0]
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    if any(index >= rows and index not in special for index in tokenizer.get_vocab().values()):
+    if any(index >= rows and index not in special for index in numbers):
         raise ModelError(
             f"The tokenizer has {len(tokenizer):,} entries, the embedding only {rows:,} rows. They belong to different "
             "models; bring the right tokenizer."

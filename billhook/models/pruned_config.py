@@ -10,15 +10,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from billhook.core.errors import ModelError
-from billhook.core.plan import PARTS, Part, Plan, Site, format_ranges, parse_ranges
+from billhook.core.errors import ModelError, PlanError
+from billhook.core.plan import PARTS, Part, Plan, Site, format_ranges, parse_ends, parse_ranges
+from billhook.core.results.foreign_files import AGAIN, shown, validated
 from billhook.core.results.json_form import JsonObject
 from billhook.models import architectures
 from billhook.models.modeling_billhook import pruned_classes, skipped_parts
@@ -85,6 +87,102 @@ class PrunedConfig:
         """Return the numbers of the channel groups that a site has, of which `there` are there, and how many it had."""
         told = self.narrowed.get(site)
         return (told.groups, told.whole) if told is not None else (tuple(range(there)), there)
+
+
+# -- what a config may say ------------------------------------------------------------------------------------------
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+_Index = Annotated[int, Field(ge=0, le=100_000)]
+_Size = Annotated[int, Field(ge=0, le=10**9)]
+_SiteName = Annotated[str, Field(pattern=r"^(attention|mlp)\.\d{1,6}$")]
+
+
+class _Groups(_Closed):
+    kept: Annotated[str, Field(pattern=r"^\d{1,9}(-\d{1,9})?( \d{1,9}(-\d{1,9})?)*$")]
+    of: Annotated[int, Field(ge=1, le=10_000_000)]
+
+
+class _Patch(_Closed):
+    bias: bool
+    gain: bool
+    rank: _Size
+
+
+class _NarrowModule(_Closed):
+    shapes: dict[str, Annotated[list[_Size], Field(max_length=4)]]
+    attributes: dict[str, JsonObject]
+
+
+class _PartModules(_Closed):
+    zero: list[str]
+    drop: list[str]
+    outputs: Annotated[int, Field(ge=1, le=2)]
+
+
+class _Section(_Closed):
+    """The key `billhook` of a config."""
+
+    blocks: Annotated[int, Field(ge=1, le=100_000)]
+    kept_blocks: Annotated[list[_Index], Field(min_length=1)]
+    groups: dict[_SiteName, _Groups] = {}
+    zeroed: list[_SiteName] = []
+    blocks_path: str = ""
+    parts: dict[Part, _PartModules] = {}
+    narrow: dict[_SiteName, _NarrowModule] = {}
+    patches: dict[_SiteName, _Patch] = {}
+
+
+class _Layer(_Closed):
+    """An entry of `per_layer_config` in a config of ours."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, _Size]
+
+    skip: list[Part] = []
+
+
+class _Layers(_Closed):
+    per_layer_config: dict[Annotated[str, Field(pattern=r"^\d{1,6}$")], _Layer] = {}
+
+
+def check_section(raw: JsonObject, blocks: int, path: Path) -> None:
+    """Raises ModelError, naming the key, unless what a raw config says of our pruning fits its number of blocks."""
+    ours = str(raw["model_type"]).startswith("billhook-")
+    if "billhook" not in raw and not ours:
+        return
+    section = validated(_Section, raw.get("billhook"), f"The section billhook of {path}")
+    layers = validated(_Layers, {"per_layer_config": raw.get("per_layer_config") or {}}, str(path)).per_layer_config
+    kept = section.kept_blocks
+    wrong: tuple[str, object] | None = None
+    if kept != sorted(set(kept)) or kept[-1] >= section.blocks or len(kept) != blocks:
+        wrong = "kept_blocks", kept
+    elif bad := [index for index in layers if int(index) >= blocks]:
+        wrong = "per_layer_config", bad
+    elif ours and not (section.blocks_path and set(section.parts) == set(PARTS)):
+        wrong = "blocks_path or parts", (section.blocks_path, sorted(section.parts))
+    elif bad := [name for name in section.groups if Site.parse(name).block not in kept]:
+        wrong = "groups", bad
+    elif bad := [name for name in (*section.narrow, *section.patches) if Site.parse(name).block >= blocks]:
+        wrong = "narrow or patches", bad
+    elif bad := [name for name, each in section.groups.items() if not _fit(each)]:
+        wrong = f"groups.{bad[0]}.kept", section.groups[bad[0]].kept
+    if wrong is not None:
+        raise ModelError(
+            f"The section billhook of {path} has {wrong[0]}: {shown(wrong[1])}, which does not fit its {blocks} "
+            f"blocks. {AGAIN}"
+        )
+
+
+def _fit(groups: _Groups) -> bool:
+    """Whether ranges of channel groups ascend within their number."""
+    try:
+        return parse_ends(groups.kept)[-1][1] < groups.of
+    except PlanError:
+        return False
 
 
 def read_config(config: Any) -> PrunedConfig:

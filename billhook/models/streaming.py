@@ -9,16 +9,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from billhook.core.errors import ModelError
+from billhook.core.results.foreign_files import reading
 from billhook.models import checks
 from billhook.models.device import SAFETENSORS_DTYPES, dtype_bytes
 from billhook.models.transformers_internals import (
@@ -35,63 +34,43 @@ COMPARED_ROWS = 4096  # of two embeddings at a time, where a checkpoint has both
 
 
 @torch.inference_mode(False)  # here and below: what stays in the model must serve outside that mode too
-def build_on_meta(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def build_on_meta(folder: Path, dtype: torch.dtype, device: torch.device | None = None) -> Any:
     """The *ForCausalLM of `folder` as from_pretrained makes it, in eval mode, without its weights.
 
     Its parameters are on the meta device, in `dtype` (or in float32, where transformers keeps them so), without
-    gradients; its buffers are real, on `device`. Types of our own must be registered. Raises ModelError if transformers
-    does not build it.
+    gradients; its buffers are real, on `device`; without one they are on the meta device too. Types of our own must be
+    registered. Raises ModelError if transformers does not build it.
     """
     auto: Any = transformers.AutoModelForCausalLM
-    try:
+    with reading(f"transformers cannot load {folder}"):
         config = config_of(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
         model.generation_config = generation_config_of(folder)
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise ModelError(f"transformers cannot load {folder}: {error}") from error
     wide = set(names_in_float32(model, dtype))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         if name in wide:
             parameter.data = parameter.data.to(torch.float32)
+    if device is not None:
+        make_buffers(model, device)
+    return model.eval()
+
+
+@torch.inference_mode(False)
+def make_buffers(model: Any, device: torch.device) -> None:
+    """Give a model that is all on the meta device its buffers, with their values, on `device`."""
     for name, buffer in list(model.named_buffers()):
         set_tensor(model, name, torch.empty_like(buffer, device="cpu"))
     fill_buffers(model)
     for name, buffer in list(model.named_buffers()):
         set_tensor(model, name, buffer.to(device))
-    return model.eval()
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raises ModelError, naming the tensor, if a weight is NaN or infinite. Makes no copy of it."""
     if tensor.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
         raise ModelError(f"{name} holds NaN or infinite weights. Download the checkpoint again, or train it anew.")
-
-
-def check_dtypes(folder: Path) -> None:
-    """Raises ModelError, naming file and tensor, if what becomes a weight is not stored as a float of a model's.
-
-    Nothing is cast in silence: neither integers and bools nor 8 bits, complex numbers or float64. Masks and counters of
-    old checkpoints, which become nothing, may be what they are.
-    """
-    others: dict[str, tuple[str, str]] = {}
-    for shard in checks.shards(folder):
-        with _opened(shard) as file:
-            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dict
-        others |= {name: (shard.name, dtype) for name, dtype in dtypes.items() if dtype not in SAFETENSORS_DTYPES}
-    if not others:
-        return
-    model = build_on_meta(folder, torch.float32, torch.device("cpu"))
-    own = model.state_dict()
-    for recipe in conversions(model, list(others))[0]:
-        if own[recipe.first].is_floating_point():
-            name = recipe.parts[0][1]
-            file, dtype = others[name]
-            raise ModelError(
-                f"{folder / file} stores {name} as {dtype}. Billhook prunes float32, bfloat16 and float16 weights, and "
-                "casts no others. Start from the checkpoint that was not quantised or converted."
-            )
 
 
 def check_fit(**issues: Iterable[str]) -> None:
@@ -116,7 +95,7 @@ class StreamedWeights:
         """`model`: its `build_on_meta` in `dtype` on `device`; `blocks`: where its blocks are, such as `model.layers`.
 
         Only the headers are read (and both embeddings, if the config ties them and the file has two).
-        Raises ModelError if a tensor is missing, left over or of another shape.
+        Raises ModelError if a tensor is missing, left over, of another shape or no float of a model's.
         """
         self.bytes_read = 0
         self._lock = threading.Lock()
@@ -126,13 +105,15 @@ class StreamedWeights:
         self._bytes: dict[str, int] = {}
         self._checked: set[str] = set()
         shapes: dict[str, torch.Tensor] = {}
+        dtypes: dict[str, str] = {}
         for shard in checks.shards(folder):
-            with _opened(shard) as file:
+            with checks.opened(shard) as file:
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     self._shards[name] = shard
                     piece = file.get_slice(name)
                     shapes[name] = torch.empty(piece.get_shape(), device="meta")
-                    self._bytes[name] = shapes[name].numel() * dtype_bytes(piece.get_dtype())
+                    dtypes[name] = piece.get_dtype()
+                    self._bytes[name] = shapes[name].numel() * dtype_bytes(dtypes[name])
         self._recipes, unexpected = conversions(model, list(self._shards))
         self._source, mismatched = self._fit(shapes)
         self._input, self._output = (
@@ -141,6 +122,7 @@ class StreamedWeights:
         )
         missing = [name for name in self._wanted if self._alias(name) not in self._source]
         check_fit(missing_keys=missing, unexpected_keys=unexpected, mismatched_keys=mismatched)
+        self._check_dtypes(dtypes)
         self._untie()
 
     def _fit(self, shapes: dict[str, torch.Tensor]) -> tuple[dict[str, Conversion], list[str]]:
@@ -150,7 +132,7 @@ class StreamedWeights:
         for recipe in self._recipes:
             try:
                 made = recipe.convert(shapes, self._model)
-            except (RuntimeError, ValueError):  # experts of different shapes or numbers do not merge
+            except (RuntimeError, ValueError, IndexError, TypeError):  # experts of different shapes do not merge
                 source[recipe.first] = recipe
                 wrong.append(recipe.first)
                 continue
@@ -158,6 +140,17 @@ class StreamedWeights:
             source |= dict.fromkeys(made, recipe)
             wrong += [name for name, value in made.items() if value.shape != self._wanted[name].shape]
         return source, wrong
+
+    def _check_dtypes(self, dtypes: dict[str, str]) -> None:
+        """Raises ModelError for a weight that is no float of a model's; masks and counters become none."""
+        for recipe in self._recipes:
+            for _, name in recipe.parts:
+                if dtypes[name] not in SAFETENSORS_DTYPES and self._wanted[recipe.first].is_floating_point():
+                    raise ModelError(
+                        f"{self._shards[name]} stores {name} as {dtypes[name]}. Billhook prunes float32, bfloat16 and "
+                        "float16 weights, and casts no others. Start from the checkpoint that was not quantised or "
+                        "converted."
+                    )
 
     def _alias(self, name: str) -> str:
         """The parameter of the checkpoint that `name` is tied to, or itself."""
@@ -190,7 +183,7 @@ class StreamedWeights:
             groups.setdefault(self._shards[name], []).append(name)
         found: dict[str, torch.Tensor] = {}
         for shard, group in groups.items():
-            with _opened(shard) as file:
+            with checks.opened(shard) as file:
                 found |= {name: file.get_tensor(name) for name in group}
         return found
 
@@ -311,16 +304,6 @@ class StreamedWeights:
         tensor = self._mapped([name])[name]
         self._count(tensor.nbytes)
         return tensor
-
-
-@contextmanager
-def _opened(shard: Path) -> Iterator[Any]:
-    """A shard, for as long as it takes. Raises ModelError if it is damaged."""
-    try:
-        with safe_open(shard, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{shard} is damaged ({error}). Download it again.") from error
 
 
 def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import math
 
 from billhook.core.results.ab_report import AbReport, Measure
 from billhook.core.results.measured import Estimate
-from billhook.report.numbers import Spell, format_accuracy, format_number, format_points, format_ratio, printable
+from billhook.report.numbers import Spell, format_accuracy, format_number, format_points, format_ratio, visible_name
 
 MEASURES: dict[str, Measure] = {
     "Latency, s": "latency_s",
@@ -76,7 +76,7 @@ def ab_notes(result: AbReport) -> list[str]:
             counted = ", ".join(f"{count} {kind}" for kind, count in side.errors.items()) or "no error"
             notes.append(f"{name}: {counted}, {side.retries} further attempts.")
         for kind, detail in side.first_errors.items():
-            notes.append(f"  the first {kind}: {printable(detail)[:MOST]}")
+            notes.append(f"  the first {kind}: {visible_name(detail)[:MOST]}")
     if result.pairs and result.tokens_counted_by == "pieces":
         notes.append("Tokens are pieces of the stream, as not both servers count them: a piece may hold several.")
     notes += _task_notes(result)
@@ -96,7 +96,7 @@ def _task_notes(result: AbReport) -> list[str]:
     if task is None:
         return []
     missing = [
-        f"No task scores: {name.upper()} offers no log-probabilities of a prompt ({printable(why)[:MOST]})."
+        f"No task scores: {name.upper()} offers no log-probabilities of a prompt ({visible_name(why)[:MOST]})."
         for name, why in task.not_offered.items()
     ]
     errors = task.errors

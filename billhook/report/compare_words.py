@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Sequence
 
+from billhook.core.errors import visible
 from billhook.core.margin import BOUND, Margin
 from billhook.core.results.comparisons import (
     ComparedSet,
@@ -27,8 +28,8 @@ from billhook.report.numbers import (
     format_points,
     format_ratio,
     pluralize,
-    printable,
     reliability_note,
+    visible_name,
 )
 from billhook.report.study_words import short_names
 
@@ -42,8 +43,8 @@ MOST_ITEMS = 10**7  # beyond, no number of items is worth naming
 def seen_warnings(seen: Sequence[SeenSets]) -> list[str]:
     """What every output must say first."""
     return [
-        f"NOT A PROOF: {printable(each.model)} was made by a search that has seen some of "
-        f"{' and '.join(map(printable, each.sets))}."
+        f"NOT A PROOF: {visible_name(each.model)} was made by a search that has seen some of "
+        f"{' and '.join(map(visible_name, each.sets))}."
         for each in seen
     ]
 
@@ -57,7 +58,7 @@ def _ends(estimate: Estimate, spell: Spell) -> str:
 
 def model_names(result: Comparison) -> list[str]:
     """The models, A first, as they were named."""
-    return [printable(each.model) for each in result.models]
+    return [visible_name(each.model) for each in result.models]
 
 
 def set_names(result: Comparison) -> dict[str, str]:
@@ -221,8 +222,8 @@ def junit_xml(report: GateReport) -> bytes:
     failed = sum(check.verdict != "PASS" for check in report.checks)
     suite = ET.Element("testsuite", name="billhook gate", tests=str(len(report.checks)), failures=str(failed))
     for check in report.checks:
-        name, words = f"{check.source} ({check.score})", describe_check(check)
-        case = ET.SubElement(suite, "testcase", classname=report.student, name=name)
+        name, words = visible_name(f"{check.source} ({check.score})"), visible(describe_check(check))
+        case = ET.SubElement(suite, "testcase", classname=visible_name(report.student), name=name)
         if check.verdict != "PASS":
             ET.SubElement(case, "failure", type=check.verdict, message=words).text = words
         ET.SubElement(case, "system-out").text = words
@@ -237,7 +238,7 @@ def gate_notes(report: GateReport) -> list[str]:
 
 def gate_sentence(report: GateReport) -> str:
     """`PASS: pruned against tiny`."""
-    return f"{report.verdict}: {printable(report.student)} against {printable(report.baseline)}"
+    return f"{report.verdict}: {visible_name(report.student)} against {visible_name(report.baseline)}"
 
 
 # -- eval -------------------------------------------------------------------------------------------------------------

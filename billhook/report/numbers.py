@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from billhook.core.errors import visible
 from billhook.core.results.measured import Estimate, Reason, TokenSetInfo
 
 Spell = Callable[[float], str]
@@ -16,6 +17,11 @@ UNBOUNDED = 1e304  # stats.exp ends there
 def printable(text: object) -> str:
     """Without what neither a page nor a terminal can show: control and direction characters."""
     return "".join(c if c.isprintable() else "�" for c in str(text))
+
+
+def visible_name(text: object) -> str:
+    """A name on one line, with what neither a page nor a terminal can show escaped."""
+    return visible(str(text)).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def format_perplexity_ratio(nats: float) -> str:

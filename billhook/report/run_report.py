@@ -14,6 +14,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from billhook.core.errors import visible
 from billhook.core.plan import PARTS, Site
 from billhook.core.results.measured import Step, TokenSetInfo
 from billhook.core.results.run import Answer, RunResult
@@ -36,7 +37,7 @@ from billhook.report.run_words import (
 def write_report(result: RunResult, folder: Path) -> None:
     """Write report.json, the page and the model card of a result into a folder."""
     (folder / "report.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(run_page(result), encoding="utf-8")
+    (folder / "report.html").write_text(run_page(result), encoding="utf-8", errors="backslashreplace")
     (folder / "README.md").write_text(model_card(result), encoding="utf-8")
 
 
@@ -77,7 +78,7 @@ def model_card(result: RunResult) -> str:
         for use, info in _data(result)
     ]
     where = ", ".join(f"{key} {value}" for key, value in asdict(result.environment).items())
-    return "\n\n".join(
+    card = "\n\n".join(
         [
             front,
             f"# {markdown(result.model.name)}, pruned",
@@ -96,6 +97,30 @@ def model_card(result: RunResult) -> str:
             f"{markdown(result.created)}.\n",
         ]
     ).replace("\n\n\n\n", "\n\n")
+    return visible(_without_paths(card, result))
+
+
+_PATH = re.compile(r"(?:(?:~[\w.-]*|\.{1,2})?[/\\]|[A-Za-z]:[/\\])[^/\\\n].*")  # of one machine
+_BEFORE_PATHS = re.compile(r"[+,]|^(?:[\w.]+:)")  # between the sources of a text, and before the file of a task
+
+
+def _without_paths(card: str, result: RunResult) -> str:
+    """A card in which files and folders of this machine have their last name alone: it is published."""
+    told = [text for name, value in result.to_json().items() if name != "answers" for text in _texts(value)]
+    pieces = {piece for text in told for piece in _BEFORE_PATHS.split(text)}
+    for path in sorted(filter(_PATH.fullmatch, pieces), key=len, reverse=True):
+        name = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+        for shown, short in ((path, name), (markdown(path), markdown(name)), (json.dumps(path)[1:-1], name)):
+            card = card.replace(shown, short)
+    return card
+
+
+def _texts(value: Any) -> list[str]:
+    """Every string in a JSON value."""
+    if isinstance(value, str):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for each in inside for text in _texts(each)]
 
 
 def _data(result: RunResult) -> list[tuple[str, TokenSetInfo]]:

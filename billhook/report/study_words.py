@@ -24,7 +24,7 @@ from billhook.report.numbers import (
     format_share,
     join_words,
     pluralize,
-    printable,
+    visible_name,
 )
 
 Trials = SweepResult | TransferResult  # results whose trials were measured on the same sets
@@ -43,7 +43,7 @@ def short_names(sources: Iterable[str]) -> dict[str, str]:
     given = list(dict.fromkeys(sources))
     brief = {source: "+".join(PurePath(part).name or part for part in source.split("+")) for source in given}
     seen = Counter(brief.values())
-    return {source: printable(brief[source] if seen[brief[source]] == 1 else source) for source in given}
+    return {source: visible_name(brief[source] if seen[brief[source]] == 1 else source) for source in given}
 
 
 def texts_of(result: Trials) -> list[str]:
@@ -151,20 +151,20 @@ def sweep_headline(result: SweepResult) -> str:
     won = [group for group in groups if group[0][0] == name]
     clear = sum(all(not rank_label(gap) for _, gap in group[1:]) for group in won)
     if len(groups) == 1:
-        near = [printable(recipe) for recipe, gap in groups[0][1:] if rank_label(gap)]
+        near = [visible_name(recipe) for recipe, gap in groups[0][1:] if rank_label(gap)]
         rest = f"not told apart from {join_words(near)}" if near else "clear of all others"
-        return f"Of {pluralize(len(groups[0]), 'recipe')}, {printable(name)} has the lowest perplexity, {rest}."
+        return f"Of {pluralize(len(groups[0]), 'recipe')}, {visible_name(name)} has the lowest perplexity, {rest}."
     close = sum(any(r == name and rank_label(g) for r, g in group) for group in groups if group[0][0] != name)
     more = f", and is not told apart from the lowest in {close} more" if close else ""
     return (
-        f"{printable(name)} has the lowest perplexity in {wins} of {len(groups)} comparisons (a size, a calibration "
+        f"{visible_name(name)} has the lowest perplexity in {wins} of {len(groups)} comparisons (a size, a calibration "
         f"text and a held-out text each), clear of all other recipes in {clear} of them{more}."
     )
 
 
 def _tie(recipes: Sequence[str], wins: int, groups: int) -> str:
     """The headline where several recipes are lowest equally often."""
-    names = join_words([printable(recipe) for recipe in recipes])
+    names = join_words([visible_name(recipe) for recipe in recipes])
     if groups == 1:
         return f"{names} have the same perplexity, the lowest."
     return (
@@ -186,7 +186,7 @@ def _largest_student(result: SweepResult) -> str:
             ends = format_interval(change, format_points)
             facts.append(f"{format_points(change.value)} points on {names[on]} (95% interval {ends})")
     kept = f"{fraction_kept(result, trial):.1%} of the parameters left"
-    return f"{printable(trial.recipe)} at {printable(trial.remove)}, with {kept}: {', '.join(facts)}."
+    return f"{visible_name(trial.recipe)} at {visible_name(trial.remove)}, with {kept}: {', '.join(facts)}."
 
 
 def sizes_of(result: Trials) -> dict[SizeName, str]:

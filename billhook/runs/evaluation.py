@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -14,13 +13,15 @@ from typing import Any, TypeVar
 import torch
 from transformers import GenerationConfig
 
-from billhook.core.errors import cannot_write
+from billhook.core.errors import DataError, cannot_write
 from billhook.core.events import Event, EventListener, scaled_events
 from billhook.core.plan import Plan
 from billhook.core.results.cache_keys import BandwidthKey, ChoicesKey, EvaluationKey, TimingKey
+from billhook.core.results.foreign_files import read_json_object, validated
 from billhook.core.results.measured import EvalResult, Timing, TimingProtocol
 from billhook.core.results.run import Answer, PerplexityChange, SpeedChange, TaskChange
 from billhook.core.statistics import exp_capped, paired_difference
+from billhook.data.chat_templates import render_chat
 from billhook.data.choice_tasks import load_items
 from billhook.data.generated import end_tokens, generating_by
 from billhook.data.splits import chunks, halves
@@ -123,7 +124,10 @@ def evaluate_plans(
 def seen_digests(folder: Path) -> list[str]:
     """Digests of documents that the prunings that made the checkpoint in `folder` have looked at."""
     report = folder / "report.json"
-    return list(json.loads(report.read_text(encoding="utf-8")).get("seen", ())) if report.is_file() else []
+    if not report.is_file():
+        return []
+    seen = read_json_object(report, DataError).get("seen", [])
+    return validated(list[str], seen, f"The key seen of {report}", DataError)
 
 
 def task_accuracy(job: RunContext, teacher: Teacher, plan: Plan, file: str, repair: Repair = NO_REPAIR) -> TaskChange:
@@ -234,7 +238,7 @@ def _chat_prompt(tokenizer: Any, prompt: str) -> Any:
     if chatty:
         chat = [{"role": "user", "content": prompt}]
         try:
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            text = render_chat(tokenizer, chat, add_generation_prompt=True)
         except Exception:  # a template is a program of whoever wrote the checkpoint
             chatty = False
     return tokenizer(text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=not chatty)

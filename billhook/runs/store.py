@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from billhook.core.errors import ResourceError, RunError, UsageError, cannot_write, nearest, option
+from billhook.core.errors import ResourceError, ResultError, RunError, UsageError, cannot_write, nearest, option
 from billhook.core.events import Event
-from billhook.core.plan import Plan
+from billhook.core.plan import Plan, shorten
 from billhook.core.plan_files import find_path
-from billhook.core.results.cache_keys import CacheKey, FactKey, LossKey, PlanLossKey
+from billhook.core.results.cache_keys import CacheKey, FactKey, LossKey, PlanLossKey, numbers
+from billhook.core.results.foreign_files import reading
+from billhook.core.results.json_form import JsonObject
 from billhook.core.results.measured import Loss
 from billhook.core.results.specs import PRUNE
+from billhook.core.results.store_tables import MIGRATIONS, layout, layout_of
 from billhook.core.results.stored import Run, RunState, StoredEvent, former_kind
 from billhook.runs import STORE as STORE
 from billhook.runs import hold_file, is_held
@@ -29,71 +32,6 @@ T = TypeVar("T")
 EVENT_SECONDS = 1.0  # between two writes of a run's events
 
 
-def _create_tables(db: sqlite3.Connection) -> None:
-    script = """
-        CREATE TABLE runs (
-            id TEXT PRIMARY KEY, created REAL NOT NULL, state TEXT NOT NULL, out TEXT NOT NULL, recipe TEXT NOT NULL,
-            environment TEXT NOT NULL, bound TEXT NOT NULL, result TEXT
-        );
-        CREATE TABLE losses (
-            model TEXT, tokens TEXT, loss TEXT, dtype TEXT, treatment TEXT, plan TEXT, sites TEXT NOT NULL,
-            sums TEXT NOT NULL, counts TEXT NOT NULL, run TEXT NOT NULL REFERENCES runs (id),
-            PRIMARY KEY (model, tokens, loss, dtype, treatment, plan)
-        );
-        CREATE TABLE evaluations (
-            model TEXT, plan TEXT, name TEXT, tokens TEXT, dtype TEXT, sums TEXT NOT NULL, counts TEXT NOT NULL,
-            clusters TEXT NOT NULL, run TEXT NOT NULL REFERENCES runs (id),
-            PRIMARY KEY (model, plan, name, tokens, dtype)
-        );
-        CREATE TABLE timings (
-            model TEXT, plan TEXT, rival TEXT, environment TEXT, dtype TEXT, protocol TEXT, timing TEXT NOT NULL,
-            run TEXT NOT NULL REFERENCES runs (id),
-            PRIMARY KEY (model, plan, rival, environment, dtype, protocol)
-        );
-        CREATE TABLE events (
-            run TEXT NOT NULL REFERENCES runs (id), at REAL NOT NULL, stage TEXT NOT NULL, done INTEGER, total INTEGER,
-            note TEXT NOT NULL
-        );
-        CREATE INDEX events_by_run ON events (run, at);
-    """
-    for statement in script.split(";"):  # one by one: executescript would commit before it begins
-        db.execute(statement)
-
-
-def _create_pieces(db: sqlite3.Connection) -> None:
-    """Sums of document groups: what is known of plans that were dropped, or not finished."""
-    db.execute(
-        "CREATE TABLE pieces (model TEXT, tokens TEXT, loss TEXT, dtype TEXT, treatment TEXT, plan TEXT, quality TEXT, "
-        "documents TEXT, sums TEXT NOT NULL, run TEXT NOT NULL REFERENCES runs (id), "
-        "PRIMARY KEY (model, tokens, loss, dtype, treatment, plan, quality, documents)) WITHOUT ROWID"
-    )
-
-
-def _create_facts(db: sqlite3.Connection) -> None:
-    """What is measured once of a model and is neither loss nor evaluation: scores of a metric, costs of sites."""
-    db.execute(
-        "CREATE TABLE facts (model TEXT, what TEXT, of TEXT, value TEXT NOT NULL, "
-        "run TEXT NOT NULL REFERENCES runs (id), PRIMARY KEY (model, what, of)) WITHOUT ROWID"
-    )
-
-
-def _add_kind(db: sqlite3.Connection) -> None:
-    """What a run is. Until then the environment of those that were not prunings said so."""
-    db.execute(f"ALTER TABLE runs ADD COLUMN kind TEXT NOT NULL DEFAULT '{PRUNE}'")
-    for run, environment in db.execute("SELECT id, environment FROM runs").fetchall():
-        kind, rest = former_kind(json.loads(environment))
-        db.execute(
-            "UPDATE runs SET kind = ?, environment = ? WHERE id = ?", (kind, json.dumps(rest, sort_keys=True), run)
-        )
-
-
-def _add_event_values(db: sqlite3.Connection) -> None:
-    """Numbers of events, which were a sentence until then, and what the process used."""
-    db.execute("""ALTER TABLE events ADD COLUMN "values" TEXT NOT NULL DEFAULT '{}'""")
-    db.execute("ALTER TABLE events ADD COLUMN resources TEXT NOT NULL DEFAULT '{}'")
-
-
-MIGRATIONS = (_create_tables, _create_pieces, _create_facts, _add_kind, _add_event_values)
 _LOSS_KEY = "model = ? AND tokens = ? AND loss = ? AND dtype = ? AND treatment = ? AND plan = ?"
 
 
@@ -113,21 +51,26 @@ class Store:
         self._pending: dict[tuple[str, str], tuple[float, str, Event]] = {}  # the last of a stage, not yet written
         self._written: dict[str, float] = {}  # when a run's events were
         path = (find_path("~") or Path()) / str(path)[2:] if str(path).startswith("~/") else path
-        if str(path) == ":memory:":
-            raise UsageError(f"{option('store', ':memory:')} would keep nothing. Give a file, such as {STORE}.")
-        if read_only and ((found := find_path(path)) is None or not found.is_file()):
-            raise UsageError(f"There is no store {path}. Give the file that prune wrote: {option('store', 'FILE')}.")
-        self.path, self._clock = path, clock
+        self.path, self._clock, found = path, clock, find_path(path)
+        if (found is not None and not path.is_file()) or str(path) == ":memory:":
+            raise UsageError(
+                f"{option('store', str(path))} is no file. Give the name of one: {option('store', STORE)}."
+            )
+        if read_only and found is None:
+            name = shorten(str(path), 200)
+            raise UsageError(f"There is no store {name}. Give the file that prune wrote: {option('store', 'FILE')}.")
         try:
             if read_only:
                 self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
-                self._db.execute("PRAGMA journal_mode = WAL")
-                self._db.execute("PRAGMA foreign_keys = ON")
             self._db.row_factory = sqlite3.Row
             self._check_version(read_only)
+            if not read_only:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA foreign_keys = ON")
+                self._migrate()
         except (sqlite3.DatabaseError, OSError, ValueError) as error:
             kind = ResourceError if cannot_write(error) else UsageError
             raise kind(
@@ -140,15 +83,24 @@ class Store:
         self._db.close()
 
     def _check_version(self, read_only: bool) -> None:
-        """Migrate an older store, unless it is only read. Raises UsageError for a newer one."""
-        version = self._version()
+        """Raises UsageError for a newer store, and for a database of something else, which stays as it is."""
+        version, tables = self._db.execute(
+            "SELECT user_version, (SELECT count(*) FROM sqlite_master) FROM pragma_user_version"
+        ).fetchone()
         if version > len(MIGRATIONS):
             raise UsageError(
                 f"{option('store', str(self.path))} was written by a newer Billhook. Upgrade, or give another file."
             )
-        if read_only and not version:
-            raise UsageError(f"{self.path} is not a store of Billhook. Give the file that `billhook prune` wrote.")
-        if read_only or version == len(MIGRATIONS):
+        foreign = tables and not layout(self._db).items() >= layout_of(version).items()
+        if foreign or (not version and (tables or read_only)):
+            raise UsageError(
+                f"{self.path} is not a store of Billhook. Give the file that `billhook prune` wrote, or the name of a "
+                "new one."
+            )
+
+    def _migrate(self) -> None:
+        """Bring a new or an older store up to date."""
+        if self._version() == len(MIGRATIONS):
             return
         with self._write():
             for number, migrate in enumerate(MIGRATIONS[self._version() :], self._version() + 1):
@@ -186,20 +138,21 @@ class Store:
 
     def runs(self) -> list[Run]:
         """All runs, the newest first."""
-        return [self._now(row) for row in self._db.execute("SELECT * FROM runs ORDER BY created DESC, rowid DESC")]
+        rows = self._select("SELECT * FROM runs ORDER BY created DESC, rowid DESC")
+        return [self._now(row) for row in rows]
 
     def run(self, run: str) -> Run:
         """One run by its id. Raises RunError with the nearest one."""
-        row = self._db.execute("SELECT * FROM runs WHERE id = ?", (run,)).fetchone()
-        if row:
-            return self._now(row)
+        rows = self._select("SELECT * FROM runs WHERE id = ?", run)
+        if rows:
+            return self._now(rows[0])
         near = nearest(run, [r.id for r in self.runs()])
         guess = f" Did you mean {near}?" if near else ""
         raise RunError(f"There is no run {run!r} in {self.path}.{guess} `billhook runs` lists them.")
 
     def _now(self, row: sqlite3.Row) -> Run:
         """A run as it is: a study or an evaluation that is filed as running, and that no process holds, was killed."""
-        run = _run(row)
+        run = self._read(_run, row)
         killed = run.state == "running" and run.kind != PRUNE and self.free(run.id)
         return replace(run, state="interrupted") if killed else run
 
@@ -259,8 +212,18 @@ class Store:
         """The value that is stored under a key."""
         columns = key.columns()
         where = " AND ".join(f"{name} = ?" for name in columns)
-        row = self._db.execute(f"SELECT * FROM {key.table} WHERE {where}", (*columns.values(),)).fetchone()
-        return key.decode(row) if row else None
+        rows = self._select(f"SELECT * FROM {key.table} WHERE {where}", *columns.values())
+        return self._read(key.decode, rows[0]) if rows else None
+
+    def _select(self, statement: str, *values: str) -> list[sqlite3.Row]:
+        """Rows of a store. Raises ResultError where its file is damaged."""
+        with reading(f"The store {self.path} cannot be read", ResultError, "Give another store."):
+            return self._db.execute(statement, values).fetchall()
+
+    def _read(self, decode: Callable[[Any], T], row: Any) -> T:
+        """A row as a value. Raises ResultError where somebody else wrote into it."""
+        with reading(f"A row of the store {self.path} cannot be read", ResultError, "Give another store."):
+            return decode(row)
 
     def add(self, key: CacheKey[T], value: T, run: str) -> None:
         """Store a value that a run computed. The first value of a key stays, unless the key `replaces`."""
@@ -306,8 +269,8 @@ class Store:
 
     def all_of(self, kind: type[FactKey[T]]) -> list[Any]:
         """All values of one kind, whatever they depend on."""
-        rows = self._db.execute("SELECT value FROM facts WHERE what = ? ORDER BY model, of", (kind.what,))
-        return [json.loads(row["value"]) for row in rows]
+        rows = self._select("SELECT value FROM facts WHERE what = ? ORDER BY model, of", kind.what)
+        return [self._read(lambda row: json.loads(row["value"]), row) for row in rows]
 
     def add_loss(self, key: LossKey, plan: Plan, loss: Loss, run: str) -> None:
         """Store a loss measured in full, in place of its pieces. The same loss measured twice changes nothing."""
@@ -317,12 +280,12 @@ class Store:
 
     def pieces(self, loss_key: LossKey, plan: Plan) -> dict[str, dict[tuple[int, ...], tuple[float, ...]]]:
         """Quality -> documents of a group -> nats of each, of a plan that may not be known in full."""
-        rows = self._db.execute(
-            f"SELECT quality, documents, sums FROM pieces WHERE {_LOSS_KEY}", _loss_columns(loss_key, plan)
+        rows = self._select(
+            f"SELECT quality, documents, sums FROM pieces WHERE {_LOSS_KEY}", *_loss_columns(loss_key, plan)
         )
         told: dict[str, dict[tuple[int, ...], tuple[float, ...]]] = {}
         for quality, documents, sums in rows:
-            told.setdefault(quality, {})[tuple(json.loads(documents))] = tuple(json.loads(sums))
+            told.setdefault(quality, {})[self._read(numbers, documents)] = self._read(numbers, sums)
         return told
 
     def add_pieces(
@@ -339,7 +302,7 @@ class Store:
     def count_losses(self, run: str | None = None) -> int:
         """How many losses are stored: in all, or those that one run measured itself."""
         where, values = ("WHERE run = ?", (run,)) if run else ("", ())
-        return int(self._db.execute(f"SELECT count(*) FROM losses {where}", values).fetchone()[0])
+        return int(self._select(f"SELECT count(*) FROM losses {where}", *values)[0][0])
 
     # -- events -----------------------------------------------------------------------------------------------------
 
@@ -377,25 +340,40 @@ class Store:
     def events(self, run: str) -> list[StoredEvent]:
         """The events of one run, in order."""
         self._flush_events()
-        rows = self._db.execute("SELECT * FROM events WHERE run = ? ORDER BY at, rowid", (run,))
-        return [_event(row) for row in rows]
+        rows = self._select("SELECT * FROM events WHERE run = ? ORDER BY at, rowid", run)
+        return [self._read(_event, row) for row in rows]
 
 
 def _event(row: sqlite3.Row) -> StoredEvent:
     has = set(row.keys())
-    values = json.loads(row["values"]) if "values" in has else {}
-    used = json.loads(row["resources"]) if "resources" in has else {}
-    told = {"note": row["note"]} if row["note"] else {}  # by Billhook 0.1
-    return StoredEvent(row["at"], row["stage"], row["done"], row["total"], told | values, used)
+    values = _object(row["values"]) if "values" in has else {}
+    used = _object(row["resources"]) if "resources" in has else {}
+    told = {"note": str(row["note"])} if row["note"] else {}  # by Billhook 0.1
+    total = None if row["total"] is None else int(row["total"])
+    return StoredEvent(float(row["at"]), str(row["stage"]), int(row["done"] or 0), total, told | values, used)
 
 
 def _run(row: sqlite3.Row) -> Run:
-    kind, environment = former_kind(json.loads(row["environment"]))
+    kind, environment = former_kind(_object(row["environment"]))
+    if row["state"] not in get_args(RunState):
+        raise ValueError(f"there is no state {row['state']!r}")
     return Run(
-        row["id"], row["kind"] if "kind" in row.keys() else kind, row["created"], row["state"], row["out"],  # noqa: SIM118
-        json.loads(row["recipe"]), environment, json.loads(row["bound"]),
-        None if row["result"] is None else json.loads(row["result"]),
+        str(row["id"]), str(row["kind"]) if "kind" in row.keys() else kind, float(row["created"]), row["state"],  # noqa: SIM118
+        str(row["out"]), _object(row["recipe"]), environment, _object(row["bound"]),
+        None if row["result"] is None else _object(row["result"]),
     )  # fmt: skip
+
+
+def _object(text: str) -> JsonObject:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise TypeError(f"{text[:80]!r} is no JSON object")
+    return value
+
+
+def _text(value: Mapping[str, Any] | None) -> str | None:
+    """JSON that keeps its order, which tables follow."""
+    return None if value is None else json.dumps(value)
 
 
 def _json(value: Any) -> str:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from billhook.core.errors import DataError, MissingExtra
+from billhook.core.errors import DataError, MissingExtra, option
 from billhook.core.events import Event
 from billhook.core.plan import Plan
 from billhook.core.plan_files import find_path
 from billhook.core.results.cache_keys import HarnessKey
 from billhook.core.results.comparisons import ItemResponse
+from billhook.core.results.foreign_files import read_bytes, reading
 from billhook.core.results.json_form import JsonObject
 from billhook.core.results.measured import EvalResult
 from billhook.models.load import Teacher
@@ -26,6 +28,12 @@ from billhook.runs.job import EvalContext
 HARNESS_BATCH_REQUESTS = 400  # requests, stored together
 HARNESS_BATCH_SIZE = 8
 Scores = dict[str, EvalResult]
+
+FUNCTION = "!function"  # the tag of the harness for a function of a Python file
+_FETCHES_CODE = "hf_evaluate"  # a key: the metric is a script of the Hub's
+_TEMPLATE = re.compile(r"\{[{%]")
+_INSIDES = re.compile(r"__|\|\s*attr\b")  # in a template, which the harness runs without a sandbox
+_ADVICE = "Give another file."
 
 
 def run_task(
@@ -48,6 +56,8 @@ def run_task(
     own = file.suffix in (".yaml", ".yml")
     if own and not file.is_file():
         raise DataError(f"The task file {task} is missing. Give the name of a task of the harness, or its .yaml.")
+    if own:
+        require_no_code(file, job.options.trust_remote_code)
     manager = TaskManager(include_path=str(file.parent) if own else None)
     name = _named(file) if own else task
     if name not in manager.all_tasks:
@@ -62,9 +72,10 @@ def run_task(
 
 def _named(file: Path) -> str:
     """The name that a task's file gives it; the rest of the file may hold tags that only the harness reads."""
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if line.startswith("task:"):
-            return str(yaml.safe_load(line)["task"])
+    with reading(f"{file} cannot be read as a task", DataError, "Give the .yaml of a task."):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if line.startswith("task:"):
+                return str(yaml.safe_load(line)["task"])
     raise DataError(f"{file} names no task. Give it a line such as `task: my_task`.")
 
 
@@ -149,3 +160,93 @@ def _item_response(sample: JsonObject, number: int) -> ItemResponse:
     answer = answers[0][0]
     shown = str(answer[0] if isinstance(answer, tuple | list) else answer)
     return ItemResponse(number, query, target=str(sample["target"]), answer=shown)
+
+
+# -- what would run ---------------------------------------------------------------------------------------------------
+
+
+class _Code:
+    """What a tag would have made of a value."""
+
+    def __init__(self, tag: str) -> None:
+        self.tag = tag
+
+
+class _TaggedYaml(yaml.SafeLoader):
+    """Safe YAML in which every other tag is noted, and nothing is made of it."""
+
+
+_TaggedYaml.add_multi_constructor("!", lambda loader, suffix, node: _Code(f"!{suffix}"))
+_TaggedYaml.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: _Code(f"!!python/{suffix}"))
+
+
+def require_no_code(file: Path, trusted: bool) -> None:
+    """Raises DataError if the harness would run code for the task in `file` that nobody has said to trust.
+
+    It is looked for in the file, in those that it includes, in the tasks beside it that bear its names, and, of the
+    tags that run when a file is read, in all files beside it.
+    """
+    if trusted:
+        return
+    beside = {path: list(_values(_read(path))) for path in sorted(file.parent.rglob("*.yaml")) if path != file}
+    for path, values in beside.items():
+        for value in values:
+            if isinstance(value, _Code) and value.tag != FUNCTION:
+                raise _refusal(path, value.tag)
+    names: set[str] = set()
+    waiting, seen = [file], set()
+    while waiting:
+        path = waiting.pop().resolve()
+        if path in seen:
+            continue
+        seen.add(path)
+        told = _read(path)
+        if (code := next(filter(None, map(_code, _values(told))), None)) is not None:
+            raise _refusal(path, code)
+        names |= _names(told)
+        waiting += [path.parent / str(each) for each in _values(_of(told, "include")) if isinstance(each, str)]
+        waiting += [
+            other for other in beside if names & {str(_of(_read(other), key)) for key in ("task", "group", "tag")}
+        ]
+
+
+def _names(told: Any) -> set[str]:
+    """What a file calls its tasks, and those that it groups."""
+    values = (value for key in ("task", "group", "tag") for value in _values(_of(told, key)))
+    return {value for value in values if isinstance(value, str)}
+
+
+def _of(told: Any, key: str) -> Any:
+    return told.get(key) if isinstance(told, dict) else None
+
+
+def _read(path: Path) -> Any:
+    with reading(f"{path} cannot be read as YAML", DataError, _ADVICE):
+        return yaml.load(read_bytes(path, DataError, _ADVICE), Loader=_TaggedYaml)
+
+
+def _values(value: Any) -> Iterator[Any]:
+    """Every value and every key inside a value, and that itself."""
+    yield value
+    if isinstance(value, dict):
+        if value.get(_FETCHES_CODE):
+            yield _Code(_FETCHES_CODE)
+        yield from (each for pair in value.items() for part in pair for each in _values(part))
+    elif isinstance(value, list):
+        yield from (each for part in value for each in _values(part))
+
+
+def _code(value: Any) -> str | None:
+    """What of a value would run: a tag, or a template that reaches into Python."""
+    if isinstance(value, _Code):
+        return value.tag
+    if isinstance(value, str) and _TEMPLATE.search(value) and (inside := _INSIDES.search(value)):
+        return f"{inside[0]} in a template"
+    return None
+
+
+def _refusal(path: Path, code: str) -> DataError:
+    return DataError(
+        f"{path} holds {code}, by which the harness runs code of whoever wrote the file. If you trust it, add "
+        f"{option('trust_remote_code', True)}."
+    )

@@ -112,7 +112,7 @@ def _write_page(result: Result, folder: Path, run: str) -> None:
     aside.mkdir(parents=True)
     try:
         (aside / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
-        (aside / PAGE).write_text(html, encoding="utf-8")
+        (aside / PAGE).write_text(html, encoding="utf-8", errors="backslashreplace")
         publish(aside, folder)
     except OSError as error:
         if cannot_write(error):

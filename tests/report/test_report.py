@@ -380,6 +380,39 @@ def test_hostile_strings_stay_strings() -> None:
 # -- the page in a browser ---------------------------------------------------------------------------------------------
 
 
+def test_no_path_of_this_machine_is_on_the_card() -> None:
+    """The last names stay; a name of the Hub, an address and a relative path are none of this machine."""
+    home = "/home/jo doe/secret_dir"
+    info = a_result().data.calibration
+    recipe = {
+        "model": f"{home}/my_model",
+        "data": f"{home}/a.jsonl+~/private/b.txt+self",
+        "within": f"1pp:{home}/t.jsonl",
+        "plan": "C:\\Users\\jo\\plan.json",
+        "recover_data": "org/name",
+        "about": "https://example.org/a/b",
+    }
+    data = RunData(replace(info, source=recipe["data"]), replace(info, source=f"{home}/c.jsonl"))
+    result = a_result(recipe=recipe, data=data, model=replace(a_result().model, name=f"{home}/my_model"), out=home)
+    card = run_report.model_card(result)
+    assert not [part for part in ("/home", "jo doe", "secret", "private", "Users") if part in card]
+    assert "# my\\_model, pruned" in card
+    assert all(name in card for name in ("a.jsonl+b.txt+self", "1pp:t.jsonl", "org/name", "https://example.org/a/b"))
+    assert {line for line in card.splitlines() if line.startswith("plan:")} <= {
+        'plan: "plan.json"',
+        'plan: "C:plan.json"',
+    }
+
+
+def test_what_a_terminal_would_obey_is_escaped_on_the_card(tmp_path: Path) -> None:
+    name = "m\x1b[31mred\u202eback\ud800\x07"
+    result = a_result(model=replace(a_result().model, name=name), recipe={"model": name})
+    run_report.write_report(result, tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert not set(card) & set("\x1b\x07\u202e\ud800")
+    assert "m\\x1b\\[31mred\\u202eback\\ud800\\x07" in card
+
+
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Pages as files: a usual one, a hostile one, one without charts, one of a large model."""

@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import multiprocessing
+import os
 import re
 import sqlite3
 import subprocess
@@ -39,6 +40,7 @@ from billhook.core.results.cache_keys import (
 )
 from billhook.core.results.measured import Environment, EvalResult, Loss, Timing, TimingProtocol
 from billhook.core.results.specs import SweepSpec, plain_options
+from billhook.core.results.store_tables import MIGRATIONS
 from billhook.runs.store import Store
 
 SITES = [f"{part}.{block}" for block in range(4) for part in ("attention", "mlp")]
@@ -294,6 +296,8 @@ HOLD = """
 import sys
 from pathlib import Path
 from billhook.core.results.specs import SweepSpec, plain_options
+
+from billhook.core.results.store_tables import MIGRATIONS
 from billhook.runs.store import Store
 with Store(Path(sys.argv[1])).lock(sys.argv[2]):
     print("held", flush=True)
@@ -369,3 +373,69 @@ def test_a_run_that_was_killed_is_interrupted_and_leaves_no_lock(tmp_path: Path)
     with closing(Store(path, read_only=True)) as store:
         assert [each.state for each in store.runs()] == ["interrupted"]
     assert not list(tmp_path.glob("*.lock"))
+
+
+# -- stores that somebody else wrote --------------------------------------------------------------------------------
+
+
+def other_database(path: Path, *statements: str) -> bytes:
+    with closing(sqlite3.connect(path)) as db:
+        for statement in statements:
+            db.execute(statement)
+        db.commit()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("version", [0, 3, len(MIGRATIONS)])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_database_of_something_else_is_not_made_a_store(version: int, read_only: bool, tmp_path: Path) -> None:
+    path = tmp_path / "places.sqlite"
+    content = other_database(path, "CREATE TABLE runs (id TEXT, url TEXT)", f"PRAGMA user_version = {version}")
+    with pytest.raises(UsageError, match=r"places\.sqlite is not a store of Billhook\. Give the file"):
+        Store(path, read_only=read_only)
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_file_is_no_store(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path(":memory:")):
+        for read_only in (False, True):
+            with pytest.raises(UsageError, match=r"is no file\. Give the name of one: store='billhook\.db'"):
+                Store(path, read_only=read_only)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("recipe", "{"), ("recipe", "[1]"), ("bound", "null"), ("environment", b"\xff"), ("state", "asleep"),
+     ("created", "soon"), ("result", "7"), ("recipe", "[" * 100_000)],
+)  # fmt: skip
+def test_a_run_that_somebody_else_wrote_is_one_message(column: str, value: object, store: Store) -> None:
+    run = new(store)
+    with closing(sqlite3.connect(store.path)) as db:
+        db.execute(f"UPDATE runs SET {column} = ?", (value,))
+        db.commit()
+    for read in (store.runs, lambda: store.run(run)):
+        with pytest.raises(ResultError, match=r"A row of the store .*runs\.db cannot be read"):
+            read()
+
+
+@pytest.mark.parametrize("sums", ["{}", '["a", "b", "c"]', "[1.0]", "[[1], 2, 3]", "nan"])
+def test_a_loss_that_somebody_else_wrote_is_one_message(sums: str, store: Store) -> None:
+    store.add_loss(OF, Plan(), LOSS, new(store))
+    with closing(sqlite3.connect(store.path)) as db:
+        db.execute("UPDATE losses SET sums = ?", (sums,))
+        db.commit()
+    with pytest.raises(ResultError, match=r"A row of the store"):
+        store.lookup(PlanLossKey(OF, Plan()))
+
+
+def test_facts_are_of_their_kind(store: Store) -> None:
+    key, run = ChoicesKey("m", Plan(), "float32", "t"), new(store)
+    store.add(key, [1.0, 2.0], run)
+    assert store.lookup(key) == [1.0, 2.0]
+    with closing(sqlite3.connect(store.path)) as db:
+        db.execute("""UPDATE facts SET value = '{"a": 1}'""")
+        db.commit()
+    with pytest.raises(ResultError):
+        store.lookup(key)

@@ -11,7 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, get_args
 
 from billhook.core.plan import Plan
 from billhook.core.results.json_form import JsonObject, decode
@@ -41,6 +41,21 @@ class CacheKey(ABC, Generic[T]):
 
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
+
+
+def numbers(text: str) -> tuple[Any, ...]:
+    """The numbers of a JSON list. Raises ValueError or TypeError for anything else."""
+    value = json.loads(text)
+    if not isinstance(value, list) or not all(type(each) in (int, float) for each in value):
+        raise TypeError(f"{text[:80]!r} is no list of numbers")
+    return tuple(value)
+
+
+def _equally_many(row: Mapping[str, str], *names: str) -> list[tuple[Any, ...]]:
+    lists = [numbers(row[name]) for name in names]
+    if len({len(each) for each in lists}) > 1:
+        raise ValueError(f"{' and '.join(names)} have different lengths")
+    return lists
 
 
 # -- losses -----------------------------------------------------------------------------------------------------------
@@ -90,7 +105,8 @@ class PlanLossKey(CacheKey[Loss]):
         return {"sites": _json(self.plan.to_list()), "sums": _json(value.sums), "counts": _json(value.counts)}
 
     def decode(self, row: Mapping[str, str]) -> Loss:
-        return Loss(self.search.loss, tuple(json.loads(row["sums"])), tuple(json.loads(row["counts"])))
+        sums, counts = _equally_many(row, "sums", "counts")
+        return Loss(self.search.loss, sums, counts)
 
 
 # -- evaluations and timings ------------------------------------------------------------------------------------------
@@ -128,8 +144,7 @@ class EvaluationKey(CacheKey[EvalResult]):
         return {"sums": _json(value.sums), "counts": _json(value.counts), "clusters": _json(value.clusters)}
 
     def decode(self, row: Mapping[str, str]) -> EvalResult:
-        lists = (tuple(json.loads(row[name])) for name in ("sums", "counts", "clusters"))
-        return EvalResult(str(self.name), self.tokens, *lists)
+        return EvalResult(str(self.name), self.tokens, *_equally_many(row, "sums", "counts", "clusters"))
 
 
 def repaired_dtype(dtype: str, repair: str) -> str:
@@ -191,7 +206,8 @@ class FactKey(CacheKey[T]):
         return {"value": _json(value)}
 
     def decode(self, row: Mapping[str, str]) -> T:
-        return json.loads(row["value"])  # type: ignore[no-any-return]
+        (kind,) = get_args(next(base for base in type(self).__orig_bases__ if get_args(base)))  # type: ignore[attr-defined]
+        return decode(kind, json.loads(row["value"]))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,10 @@ class Result:
     @classmethod
     def from_json(cls, value: JsonObject) -> Self:
         """The result that `to_json` wrote. Raises ResultError for one of another schema, or an incomplete one."""
-        if value.get("schema") != SCHEMA or value.get("kind") != cls.kind:
+        told: JsonObject = value if isinstance(value, dict) else {}
+        if told.get("schema") != SCHEMA or told.get("kind") != cls.kind:
             raise ResultError(
-                f"This result has schema {value.get('schema', 1)} and kind {value.get('kind', 'unknown')!r}, and this "
+                f"This result has schema {told.get('schema', 1)} and kind {told.get('kind', 'unknown')!r}, and this "
                 f"Billhook reads schema {SCHEMA} of {cls.kind!r}. Run the command again: what the store holds is "
                 "not measured again."
             )
@@ -104,15 +105,15 @@ def decode(kind: type[T], value: Any) -> T:
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
     origin, args = get_origin(kind), get_args(kind)
-    if kind is Any or origin is Literal:
+    if kind is Any:
         return value
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         return _decode(next(a for a in args if a is not type(None)), value, where) if _optional(args) else value
-    if hasattr(kind, "from_json") and not (isinstance(kind, type) and issubclass(kind, Result)):
-        return kind.from_json(value)
     try:
+        if hasattr(kind, "from_json") and not (isinstance(kind, type) and issubclass(kind, Result)):
+            return kind.from_json(value)
         if isinstance(kind, type) and is_dataclass(kind):
             return kind(**{name: _decode(hint, value[name], f"{where}.{name}") for name, hint in _hints(kind, value)})
         if origin is tuple:
@@ -122,9 +123,19 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
             return [_decode(args[0], v, where) for v in value]
         if origin is dict:
             return {name: _decode(args[1], v, f"{where}.{name}") for name, v in value.items()}
-        return kind(value) if kind in (float, Fraction) else value
-    except (KeyError, TypeError, ValueError) as error:
+        return _plain(kind, value)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ResultError(f"{where} of a stored result cannot be read ({error!r}). Run the command again.") from error
+
+
+def _plain(kind: Any, value: Any) -> Any:
+    """A value without parts. Raises TypeError for one of another type."""
+    if kind in (float, Fraction):
+        return kind(value)
+    fits = value in get_args(kind) if get_origin(kind) is Literal else not isinstance(kind, type)
+    if fits or (isinstance(kind, type) and isinstance(value, kind)):
+        return value
+    raise TypeError(f"{str(value)[:80]!r} is no {getattr(kind, '__name__', kind)}")
 
 
 def _optional(args: tuple[Any, ...]) -> bool:

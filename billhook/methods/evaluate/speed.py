@@ -21,7 +21,7 @@ from billhook.core.plan import Plan, Site
 from billhook.core.results.measured import Estimate, Timing, TimingProtocol
 from billhook.core.results.run import Phase, PredictedSpeed, Rates, SpeedGap, SpeedRatio
 from billhook.core.statistics import median_interval
-from billhook.models.device import DTYPES, dtype_name, peak_memory, synchronised_time
+from billhook.models.device import DTYPES, child_environment, dtype_name, peak_memory, synchronised_time
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.pruned_config import register
 from billhook.models.surgery import apply
@@ -90,12 +90,13 @@ def peak_bytes(folder: Path, device: str, dtype: str, prompt: int, new_tokens: i
 
     None if the process fails, for example because the memory does not hold a second copy.
     """
-    arguments = [str(folder), device, dtype, str(prompt), str(new_tokens)]
-    command = [sys.executable, "-m", "billhook.methods.evaluate.speed", *arguments]
+    arguments = [str(folder.resolve()), device, dtype, str(prompt), str(new_tokens)]
+    command = [sys.executable, "-P", "-m", "billhook.methods.evaluate.speed", *arguments]
     try:
         done = subprocess.run(
-            command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900
-        )
+            command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900,
+            env=child_environment(folder),
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None
     return int(json.loads(done.stdout)["peak_bytes"]) if done.returncode == 0 else None

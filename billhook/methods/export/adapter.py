@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from billhook.core.errors import BillhookError, DataError, FingerprintError, MissingExtra, UsageError, option
+from billhook.core.results.foreign_files import read_json_object, reading
 from billhook.methods.export import EXPORTS, Exported, Student, export
 from billhook.models import checks
 from billhook.models.load import load
@@ -57,10 +58,8 @@ def load_with_adapter(folder: str | Path, adapter: str | Path | None = None) -> 
             f"{option('recover_set', {'merge': 'no'})}, in the "
             f"folder {ADAPTER_FOLDER} of the pruned model."
         )
-    wanted, found = (
-        json.loads((chosen / ADAPTER_MANIFEST).read_text(encoding="utf-8"))["base"],
-        checks.fingerprint(folder),
-    )
+    wanted = read_json_object(chosen / ADAPTER_MANIFEST, DataError).get("base")
+    found = checks.fingerprint(folder)
     if wanted != found:
         raise FingerprintError(
             f"The adapter {chosen} was trained on a checkpoint with the fingerprint {wanted}, and that of {folder} is "
@@ -75,7 +74,8 @@ def _adapted(model: Any, adapter: Path) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
-        return peft.PeftModel.from_pretrained(model, adapter)
+        with reading(f"peft cannot read the adapter {adapter}", DataError):
+            return peft.PeftModel.from_pretrained(model, adapter)
 
 
 @torch.inference_mode()
@@ -85,7 +85,7 @@ def save_adapter(trained: Path, folder: Path, base: Any, student: Student) -> fl
     `base`: the model of that checkpoint in memory; the adapter is put into it. Their logits must agree up to the
     rounding of a sum in another order. Returns by how much they differ. Raises BillhookError if it is more.
     """
-    shutil.copytree(trained, folder / ADAPTER_FOLDER)
+    shutil.copytree(trained, folder / ADAPTER_FOLDER, ignore=shutil.ignore_patterns("README.md"))  # it names our paths
     tie = {"base": checks.fingerprint(folder)}
     (folder / ADAPTER_FOLDER / ADAPTER_MANIFEST).write_text(json.dumps(tie) + "\n", encoding="utf-8")
     rows = student.tokens.to(student.model.device)

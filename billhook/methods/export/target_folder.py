@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from billhook.core.errors import ResourceError, UsageError, cannot_write, option
+from billhook.models.device import give_usual_modes
 
 RESERVED = ("", "-")  # of a run that writes no files
 
@@ -67,6 +68,7 @@ def staging_folder(folder: Path, run: str) -> Path:
 def publish(aside: Path, target: Path) -> None:
     """Give a finished folder its name. An empty folder may stand there; anything else is kept and raises OSError."""
     target = target.resolve()
+    give_usual_modes(aside)
     if target.exists():
         target.rmdir()
     aside.rename(target)
