@@ -51,7 +51,9 @@ def with_older_names(raw: JsonObject) -> JsonObject:
 
     For the copy of a GGUF file, whose config.json the installed transformers made up.
     """
-    rope = raw.get("rope_parameters") or {}
+    rope: JsonObject = raw.get("rope_parameters") or {}
+    every: JsonObject
+    local: JsonObject
     every, local = rope.get("full_attention", rope), rope.get("sliding_attention", {})
     scaling = {name: value for name, value in every.items() if name not in ("rope_theta", "partial_rotary_factor")}
     older = {
