@@ -319,10 +319,10 @@ def test_a_recipe_file_is_read_and_typed_options_win(model: Path, pruned: Pruned
         (ResourceError("No room. Free some."), 5, "No room. Free some."),
         (MemoryError("of 3 GB"), 5, "Out of memory: of 3 GB. Use fewer --tokens"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), 5, "Use fewer --tokens"),
-        (OSError(28, "No space left on device"), 5, "The disk is full"),
+        (OSError(28, "No space left on device"), 5, "The disk cannot be written"),
         (KeyboardInterrupt(), 130, "Interrupted."),
         (ZeroDivisionError("division by zero"), 1, "This is a bug in Billhook. Please report it"),
-        (OSError(5, "Input/output error"), 1, "This is a bug in Billhook. Please report it"),
+        (OSError(22, "Invalid argument"), 1, "This is a bug in Billhook. Please report it"),
     ],
 )
 def test_an_unforeseen_end_has_its_code(error: BaseException, code: int, told: str, model: Path) -> None:

@@ -40,13 +40,13 @@ def test_an_empty_model_is_not_the_demo(command: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--store", ":memory:"), "would keep nothing"),
-        (("--store", "s" * 300), "cannot be used"),
+        (("--store", ":memory:"), "is no file"),
+        (("--store", "s" * 300), "cannot be written"),
         (("--out", "-"), "names no folder"),
         (("--out", ""), "the folder that you are in"),
         (("--recipe", ""), "There is no recipe"),
         (("--recipe", "r" * 5000), "There is no recipe"),
-        (("--recover-set", "rank=3"), "goes with a recovery"),
+        (("--search", "swap", "--recover-set", "rank=3"), "goes with a recovery"),
     ],
 )
 def test_what_cannot_be_used_is_told(

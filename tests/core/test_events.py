@@ -20,9 +20,9 @@ def test_a_fan_out_hands_every_event_to_every_listener_in_order() -> None:
 WORDS: list[tuple[str, dict[str, EventValue], str]] = [
     ("load", {"model": "demo"}, "demo"),
     ("search", {"removed_sites": 2, "target_sites": 3, "objective": "kl", "lowest": 0.12345},
-     "2 of 3 sites gone, lowest kl 0.1235"),
+     "2 of 3 sites removed, lowest kl 0.1235"),
     ("search", {"removed_params": 12345, "target_params": 20000, "removed_ms": 0.25, "target_ms": 1.5},
-     "12,345 of 20,000 params gone, 0.250 of 1.500 ms gone"),
+     "12,345 of 20,000 params removed, 0.250 of 1.500 ms removed"),
     ("round", {"removed": "attention.1,mlp.2", "narrowed": "mlp.0=1200", "loss": 0.5},
      "attention.1, mlp.2, mlp.0 keeps 1,200: 0.500000"),
     ("round", {"removed": "", "narrowed": "", "loss": 0.0}, "nothing: 0.000000"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from billhook.core.errors import BillhookError, ModelError
+from billhook.core.errors import BillhookError, ModelError, cannot_write
 from billhook.core.results.json_form import JsonObject
 
 if TYPE_CHECKING:
@@ -43,9 +42,8 @@ def reading(told: str, error: type[BillhookError] = ModelError, advice: str = AG
 
 
 def _lacks_room(caught: BaseException) -> bool:
-    full = isinstance(caught, OSError) and caught.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
     memory = type(caught).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(caught)
-    return full or memory or isinstance(caught, MemoryError)
+    return cannot_write(caught) or memory or isinstance(caught, MemoryError)
 
 
 def _reason(caught: BaseException) -> str:

@@ -18,13 +18,13 @@ from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Plan
 from billhook.engine.probe import logits
 from billhook.methods.export.beside_weights import write_beside_weights
+from billhook.methods.export.shards import check_written, copy_shards
 from billhook.methods.export.target_folder import check_target, publish, staging_folder
 from billhook.models import architectures, checks
 from billhook.models.device import dtype_name
 from billhook.models.load import Teacher, load
 from billhook.models.pruned_config import read_config, write_manifest
 from billhook.models.repair import Repair
-from billhook.models.surgery import check_written, copy_shards
 from billhook.models.transformers_internals import names_on_disk, tied_names
 
 SHARD_BYTES = 4 * 10**9
