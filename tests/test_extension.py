@@ -319,7 +319,7 @@ def test_a_registered_evaluation_is_asked_for_by_name_on_a_task(answers: dict[st
 
 def test_a_search_without_an_estimate_runs_without_an_end_in_sight(answers: dict[str, Answer]) -> None:
     told = answers["dry"].told
-    assert (told["losses"], told["seconds"]["search_at_most"]) == (None, None)
+    assert (told["losses"], told["seconds"]["search"]) == (None, None)
     assert "search unknown" in answers["dry shown"].words
     assert answers["first"].told["plan"]["removed"] == ["attention.0", "mlp.0"]
 

@@ -25,7 +25,7 @@ from billhook.core.results.model import (
     WorkEstimate,
 )
 from billhook.core.results.run import RunResult
-from billhook.report.numbers import reliability_note
+from billhook.report.numbers import format_duration, reliability_note
 
 
 @prints(Result)
@@ -79,8 +79,8 @@ def plan_of_work_table(console: Console, work: WorkEstimate) -> None:
     table = empty_table("", "")
     calibration, held_out, memory = work.data.calibration, work.data.evaluation, work.memory
     weights, kept, free = (size / 1e9 for size in (memory.weights, memory.kept_for_search, memory.free))
-    most = work.seconds.search_at_most
-    search = "unknown" if most is None else f"at most {most:,.0f} s"
+    about = work.seconds.search
+    search = "unknown" if about is None else f"about {format_duration(about)}"
     for label, text in (
         ("remove", f"{work.remove} of {work.model}"),
         ("losses to measure", "unknown" if work.losses is None else f"{work.losses:,}"),
@@ -89,7 +89,7 @@ def plan_of_work_table(console: Console, work: WorkEstimate) -> None:
         ("memory", f"{weights:.2f} GB weights, {kept:.2f} GB kept for the search, {free:.1f} GB free"),
         ("measured", work_in_words(work.work)),
         ("disk", f"at most {work.disk_bytes / 1e9:.2f} GB"),
-        ("time", f"search {search}, evaluation {work.seconds.evaluate:,.0f} s"),
+        ("time", f"search {search}, evaluation {format_duration(work.seconds.evaluate)}"),
     ):
         table.add_row(label, text)
     console.print(table)

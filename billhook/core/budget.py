@@ -75,7 +75,7 @@ class Budget:
                 f"{number}%sites for a share of the sites, or a count such as 15sites."
             )
         if unit not in UNITS:
-            near = nearest(word, UNITS)
+            near = "blocks" if word.removesuffix("s") == "layer" else nearest(word, UNITS)
             guess = f" Did you mean {near}?" if near else ""
             raise BudgetError(f"{text!r} counts in {word!r}, which is not a unit.{guess} Units: {', '.join(UNITS)}.")
         amount = Fraction(number) * scale

@@ -18,15 +18,19 @@ from billhook.core.errors import FingerprintError, ResourceError, cannot_write, 
 from billhook.core.events import EventListener
 from billhook.core.plan import Plan
 from billhook.core.plan_files import find_path
+from billhook.core.registry import options
 from billhook.core.results.model import ExpectedSeconds, MemoryUse, WorkEstimate
 from billhook.core.results.run import Answer, RunData, RunResult
 from billhook.core.results.stored import Run
+from billhook.data.calibration import generated_token_count
 from billhook.data.choice_tasks import load_items
-from billhook.data.splits import halves
+from billhook.data.splits import disjoint_parts, halves
+from billhook.data.texts import SELF, external_sources, split_sources
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.methods.export import Student, export_student
 from billhook.methods.export.target_folder import check_target, publish, staging_folder
+from billhook.methods.search import SEARCHES
 from billhook.models.device import free_memory
 from billhook.models.load import Teacher
 from billhook.models.surgery import apply
@@ -35,6 +39,7 @@ from billhook.runs.choose_plan import choose_plan
 from billhook.runs.job import RunContext, store_and_watch
 from billhook.runs.prepare import (
     NOTHING,
+    calibration_spec,
     counts_time,
     load_teacher,
     probe_of,
@@ -46,7 +51,7 @@ from billhook.runs.prepare import (
 from billhook.runs.recipe import Recipe
 from billhook.runs.recovery import RecoveryResult, digest_of, load_recovery_tokens, recovery_options, run_recoveries
 from billhook.runs.result import Measured, Texts, run_result
-from billhook.runs.search import expected_losses
+from billhook.runs.search import expected_losses, method_options
 from billhook.runs.store import Store
 
 WriteReport = Callable[[RunResult, Path], None]  # writes the report of a result into a folder
@@ -261,29 +266,58 @@ def _bind(
 # -- the plan of work -----------------------------------------------------------------------------------------------
 
 
+PREVIEW_TOKENS = 512  # on which a few plans are measured
+PREVIEW_SECONDS = 2.0  # of a measurement, above which no more plans are added
+
+
 def preview_run(recipe: Recipe, watch: EventListener, loaded: Mapping[str, Teacher] = NOTHING) -> WorkEstimate:
-    """What a run would do: losses to measure, memory, time. Loads the model and times two losses; writes nothing."""
+    """What a run would do: losses to measure, memory, and time, learnt from a few plans on few tokens.
+
+    Loads the model and reads the texts; the model writes none, and nothing is stored.
+    """
     teacher = load_teacher(recipe, watch, loaded)
     given = validate(recipe, teacher)
-    calibration, held_out = tokens_for(recipe, teacher, watch)
+    text = external_sources(recipe.data) or "pydoc"  # which stands for what the model would write
+    of_text = given is None and parse_loss(recipe.loss).file is None
+    written = generated_token_count(calibration_spec(recipe), recipe.self_share) if of_text else 0
+    tokens = max(16, recipe.tokens - written) if text == recipe.data else recipe.tokens
+    read = recipe.model_copy(update={"data": text, "self_share": 0.0, "tokens": tokens})
+    calibration, held_out = tokens_for(read, teacher, watch)
+    all_tokens = calibration.tokens + recipe.tokens - tokens
     count = 1 if given is not None else _count(recipe, teacher)
-    probe = probe_of(recipe, teacher, calibration)
-    probe.losses([Plan()])
-    start = time.perf_counter()
-    probe.losses([Plan(frozenset(teacher.anatomy.sites_present()[:1]))])
-    one = time.perf_counter() - start
-    work = probe.arrange(len(teacher.anatomy.sites))
-    evaluation = 2 * one * held_out.tokens / calibration.tokens
+    work = probe_of(recipe, teacher, calibration).arrange(len(teacher.anatomy.sites))
+    forward, one = _seconds_per_token(recipe, teacher, calibration)
+    wanted = options(SEARCHES[recipe.search]) | method_options(recipe)[0]
+    search = None if count is None else count * one * min(all_tokens, wanted.get("tokens", all_tokens))
+    source = calibration.source if written == 0 else "+".join(dict.fromkeys([*split_sources(recipe.data), SELF]))
     return WorkEstimate(
         model=teacher.name,
         remove=recipe.remove or recipe.within or str(given),
         losses=count,
-        data=RunData(calibration.info(), held_out.info()),
+        data=RunData(replace(calibration.info(), tokens=all_tokens, source=source), held_out.info()),
         memory=MemoryUse(teacher.weight_bytes, work.kept, free_memory(torch.device("cpu"))),
         work=work,
         disk_bytes=teacher.anatomy.total("bytes"),
-        seconds=ExpectedSeconds(None if count is None else round(count * one, 1), round(evaluation, 1)),
+        seconds=ExpectedSeconds(None if search is None else round(search, 1), round(2 * forward * held_out.tokens, 1)),
     )
+
+
+def _seconds_per_token(recipe: Recipe, teacher: Teacher, calibration: TokenSet) -> tuple[float, float]:
+    """Seconds per token of a forward pass, and of one loss among several, each of one removed site."""
+    few = disjoint_parts(calibration, min(PREVIEW_TOKENS, calibration.tokens), 1)[0]
+    probe, sites = probe_of(recipe, teacher, few), teacher.anatomy.sites_present()
+    probe.losses([Plan()])
+    seconds, plans, forward = 0.0, list[Plan](), None
+    for most in (1, 4, 16):
+        step = max(1, len(sites) // most)
+        plans = [Plan(frozenset([site])) for site in sites[::step][:most]]
+        start = time.perf_counter()
+        probe.losses(plans, 1 if recipe.fast else None)
+        seconds = time.perf_counter() - start
+        forward = seconds if forward is None else forward
+        if seconds > PREVIEW_SECONDS:
+            break
+    return (forward or 0.0) / few.tokens, seconds / len(plans) / few.tokens
 
 
 def _count(recipe: Recipe, teacher: Teacher) -> int | None:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from billhook.core.budget import UNITS, Budget
-from billhook.core.errors import PlanError
+from billhook.core.errors import PlanError, UsageError, option
 from billhook.core.events import Event, EventValue
 from billhook.core.plan import MeasureRequest, Plan, Site, shorten
 from billhook.core.problem import Problem, format_unit, parse_unit
@@ -37,9 +37,18 @@ def method_options(recipe: Recipe) -> tuple[OptionValues, OptionValues]:
 
 
 def metric_of(recipe: Recipe) -> Callable[..., Any]:
-    """The metric of a recipe; of channel groups for a search that removes those."""
+    """The metric of a recipe; of channel groups for a search that removes those. Raises UsageError for another kind."""
     assert recipe.metric is not None
-    return GROUP_METRICS[recipe.metric] if narrows(recipe.search) else METRICS[recipe.metric]
+    of_groups = narrows(recipe.search)
+    if recipe.metric not in (GROUP_METRICS if of_groups else METRICS):
+        mine, other = ("channel groups", "sites or blocks") if of_groups else ("sites or blocks", "channel groups")
+        fit = ["oneshot"] if of_groups else [name for name in SEARCHES if narrows(name)]
+        if recipe.metric in (METRICS if of_groups else GROUP_METRICS):
+            raise UsageError(
+                f"The metric {recipe.metric} scores {other}, and the search {recipe.search} takes scores of {mine}. "
+                f"Searches for it: {', '.join(option('search', name) for name in fit)}."
+            )
+    return GROUP_METRICS[recipe.metric] if of_groups else METRICS[recipe.metric]
 
 
 def compute_scores(job: RunContext, probe: Probe) -> ScoreFields:

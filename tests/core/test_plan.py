@@ -341,6 +341,7 @@ def test_several_budgets_that_cannot_be_read_say_what_to_write(text: str, messag
         ("5%Mparams", r"'5%Mparams' is not a share"),
         ("3blokcs", r"'blokcs', which is not a unit\. Did you mean blocks\? Units: .*params"),
         ("3atention", r"Did you mean attention\?"),
+        ("10%layers", r"Did you mean blocks\?"),
         ("25%heads", r"'heads', which is not a unit\. Units: sites, attention, mlp, blocks, params, bytes, kv, flops"),
         ("100B", r"'100B' has no unit.* Write 100% "),
         ("5s", "'s', which is not a unit"),

@@ -31,9 +31,9 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True)
 class ExpectedSeconds:
-    """How long a pruning may take. `search_at_most`: None where a search does not say how many losses it asks for."""
+    """About how long a pruning takes. `search`: None where a search does not say how many losses it asks for."""
 
-    search_at_most: float | None
+    search: float | None
     evaluate: float
 
 
@@ -59,7 +59,7 @@ class WorkEstimate(Result):
             "calibration_tokens": self.data.calibration.tokens, "evaluation_tokens": self.data.evaluation.tokens,
             "weight_bytes": self.memory.weights, "kept_bytes": self.memory.kept_for_search,
             "free_bytes": self.memory.free, "disk_bytes": self.disk_bytes,
-            "search_seconds_at_most": self.seconds.search_at_most, "evaluate_seconds": self.seconds.evaluate,
+            "search_seconds": self.seconds.search, "evaluate_seconds": self.seconds.evaluate,
         }]  # fmt: skip
 
 
