@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 from billhook.core.errors import DataError, UnknownName, UsageError, option
 from billhook.core.plan import shorten
 from billhook.core.plan_files import find_path, require_plan
+from billhook.core.results.stored import Run, RunSummary, StoredRun
 
 if TYPE_CHECKING:
-    from billhook.core.results.stored import Run, RunSummary, StoredRun
     from billhook.runs.recipe import TextOptions
 
 Named = str | Path | None

@@ -115,7 +115,7 @@ def check_search(recipe: Recipe, teacher: Teacher) -> None:
         return
     problem = problem_of(recipe, teacher.anatomy, recipe.budgets)
     expected_losses(recipe, problem)
-    if recipe.uniform:
+    if recipe.uniform and (target.widths == "alike" or not recipe.protect):
         even = replace(problem, group_scores={size.site: (0.0,) * len(size.groups) for size in teacher.anatomy.sites})
         (plan,) = drive(search_of(recipe, even), lambda request: [])
         if not stock_holds(teacher, plan):

@@ -288,7 +288,7 @@ def default_recipe(given: Mapping[str, Any]) -> Path | None:
     if given.get("remove") is None or any(given.get(name) for name in ("search", "metric", "plan", "within")):
         return None
     remove = given["remove"]
-    sizes = ",".join(map(spell_budget, [remove] if isinstance(remove, str | float) else remove))
+    sizes = ",".join(map(spell_budget, remove if isinstance(remove, list | tuple) else [remove]))
     whole = any(re.search(r"(sites?|attention|mlp|blocks?)\s*$", size) for size in sizes.split(","))
     other = given.get("export", "transformers") != "transformers" or any(map(given.get, ("memory", "stock", "uniform")))
     return Path("billhook-depth" if whole or other else "billhook")

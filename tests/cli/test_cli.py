@@ -121,7 +121,7 @@ def test_a_dry_run_writes_nothing(model: Path, pruned: Pruned, tmp_path: Path) -
     assert told["data"]["evaluation"] == pruned.result["data"]["evaluation"]
     assert told["data"]["calibration"]["tokens"] >= 256
     assert told["data"]["calibration"]["source"] == pruned.result["data"]["calibration"]["source"]
-    assert told["seconds"]["search"] > 0
+    assert told["seconds"]["search"] >= 0
     assert list(tmp_path.iterdir()) == []
 
 

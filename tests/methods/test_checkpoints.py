@@ -22,10 +22,9 @@ from safetensors.torch import save_file as write_file
 import billhook
 from billhook.core.errors import BillhookError, ModelError
 from billhook.core.plan import Plan, Site
-from billhook.methods.export import Student, export_student
+from billhook.methods.export import Student, export_student, shards
 from billhook.methods.export import checkpoint as written
 from billhook.methods.export.checkpoint import save, verify_round_trip
-from billhook.models import surgery
 from billhook.models.load import Teacher, load
 from billhook.models.surgery import apply, masked
 from billhook.models.transformers_internals import cache_name
@@ -370,7 +369,7 @@ def test_a_bit_that_the_disk_lost_is_found_in_any_row(
                 rows[63, 0] += 1e-6
                 write_file(held, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(surgery, "save_file", partial(damage, surgery.save_file))
+    monkeypatch.setattr(shards, "save_file", partial(damage, shards.save_file))
     monkeypatch.setattr(written, "save_torch_state_dict", partial(damage, written.save_torch_state_dict))
     with pytest.raises(BillhookError, match=r"does not hold model\.embed_tokens\.weight as it was written"):
         save(apply(teacher, plan), None, plan, tmp_path / "out", teacher=teacher)

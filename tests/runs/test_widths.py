@@ -52,13 +52,17 @@ def test_uniform_widths_never_remove_a_site(share: int, multiple: int) -> None:
 
 
 @pytest.mark.parametrize("protected", [{Site(0, "mlp")}, {Site(b, "attention") for b in range(3)}])
-def test_uniform_widths_beside_a_protected_site_are_refused(protected: set[Site]) -> None:
+def test_uniform_widths_are_those_of_the_sites_that_are_not_protected(protected: set[Site]) -> None:
+    """As LLM-Pruner leaves the first and the last blocks whole."""
     scores = {size.site: [0.0] * len(size.groups) for size in coarse().sites}
     problem = Problem(coarse(), parse_budgets("10%"), frozenset(protected), group_scores=scores)
-    with pytest.raises(
-        UsageError, match=f"narrows every {min(protected).part} alike, and {min(protected)} is kept whole"
-    ):
-        drive(SEARCHES["rank_channels"](problem, uniform=True), lambda ask: [])
+    plan = drive(SEARCHES["rank_channels"](problem, uniform=True), lambda ask: [])[-1]
+    assert not plan.removed
+    for part in ("attention", "mlp"):
+        free = {size.site for size in coarse().sites if size.site.part == part} - protected
+        kept = {each.site: len(each.groups) for each in plan.narrowed if each.site.part == part}
+        assert set(kept) in (free, set())
+        assert len(set(kept.values())) <= 1
 
 
 def heads(folder: Path, kind: str = "llama") -> Path:
@@ -71,7 +75,6 @@ def heads(folder: Path, kind: str = "llama") -> Path:
     [
         ({"remove": "25%kv"}, r"a llama has none with 6 groups of attention.0, .*parts"),
         ({"remove": "90%"}, "cannot be met"),
-        ({"remove": "50%kv", "protect": "attention.1"}, "attention.1 is kept whole"),
     ],
 )
 def test_a_shape_that_the_type_refuses_is_refused_at_once(tmp_path: Path, options: dict[str, Any], words: str) -> None:

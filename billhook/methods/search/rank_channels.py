@@ -33,9 +33,9 @@ def rank_channels(problem: Problem, *, uniform: bool = False, multiple: int = 1,
 
     A site that loses all its groups is removed; where no budget counts groups, it is kept whole until then. `uniform`:
     each attention keeps as many groups as the others, each mlp too, and none is removed, so that the model keeps its
-    stock shape. Beside attention of few groups, mlps lose a little more or less, so that no more is removed than
-    needed. `multiple`: each site keeps a multiple of this many neurons or channels of keys, rounded up; a site with
-    fewer keeps them all. `parts`: mix, mha or mlp, which sites may be narrowed.
+    stock shape unless some are protected. Beside attention of few groups, mlps lose a little more or less, so that no
+    more is removed than needed. `multiple`: each site keeps a multiple of this many neurons or channels of keys,
+    rounded up; a site with fewer keeps them all. `parts`: mix, mha or mlp, which sites may be narrowed.
 
     Formula: the shortest beginning of the order, lowest score first, that meets the budgets
     Cost: none besides the metric's.
@@ -96,17 +96,13 @@ def _checked(problem: Problem, multiple: int, parts: str) -> Problem:
 
 
 def _check_alike(problem: Problem) -> None:
-    """Raise UsageError where the sites of a part cannot all keep equally many groups."""
+    """Raise UsageError where the free sites of a part cannot all keep equally many groups."""
     for part in PARTS:
-        sizes = [size for size in problem.anatomy.sites if size.site.part == part]
-        free = [size for size in sizes if size.site not in problem.protected]
-        shapes = {(len(size.groups), size.experts) for size in free}
-        others = [size for size in sizes if size.site in problem.protected] if free else []
-        if others or len(shapes) > 1:
-            why = f"{others[0].site} is kept whole" if others else "they have different widths now"
+        free = [size for size in problem.anatomy.sites if size.site.part == part and size.site not in problem.protected]
+        if len({(len(size.groups), size.experts) for size in free}) > 1:
             raise UsageError(
-                f"{option('uniform', True)} narrows every {part} alike, and {why}. Leave {option('uniform')} out, "
-                f"protect every {part}, or protect none."
+                f"{option('uniform', True)} narrows every {part} alike, and they have different widths now. Leave "
+                f"{option('uniform')} out, or protect every {part}."
             )
 
 
