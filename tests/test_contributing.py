@@ -126,7 +126,8 @@ def test_a_study_is_added_as_the_page_says(copy: Path, model: Path, text: Path, 
              "--length", 16, "--self-share", 0, "--store", store)  # fmt: skip
     (row,) = table = rows_of(run(copy, "-m", "billhook", *asked))
     assert row["a"] == "shortgpt"
-    plans = json.loads(run(copy, "-m", "billhook", *asked, "--json"))["plans"]
+    told = json.loads(run(copy, "-m", "billhook", *asked, "--json"))["plans"]
+    plans = {name: plan["removed"] for name, plan in told.items()}
     assert {name: len(plan) for name, plan in plans.items()} == {"shortgpt": 2, "finercut": 2}
     assert int(row["both"]) == len(set(plans["shortgpt"]) & set(plans["finercut"]))
     kept = json.loads(run(copy, "-m", "billhook", "runs", "--store", store, "--json"))["runs"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,9 @@ from billhook.cli.studies import COMMANDS
 from billhook.core.errors import UsageError
 from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues
+
+# Threads that wait for others let go of their core, almost at once: torch reads this when it is imported (LOG.md, 38).
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 app = typer.Typer(
     name="billhook",
@@ -251,6 +255,8 @@ def _existing(store: Path) -> Path:
 
 def main() -> None:
     """The console script."""
+    for name, value in WAITING.items():
+        os.environ.setdefault(name, value)
     app()
 
 
