@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,12 +256,14 @@ def test_every_command_has_help(command: str) -> None:
 
 
 def test_help_is_fast() -> None:
+    """By what it takes of a core: how long that is depends on what else the machine does."""
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         child = process("--help")
         stdout, _ = child.communicate(timeout=30)
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert (child.returncode, "prune" in stdout) == (0, True)
     assert min(seconds) < 0.5, seconds
 
