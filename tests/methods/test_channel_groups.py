@@ -355,7 +355,7 @@ def test_a_run_by_a_metric_of_groups(model: Path, text: Path, tmp_path: Path) ->
     assert load(tmp_path / "out").anatomy.total("parameters") == told.sizes.student.parameters
     again = billhook.prune(model, remove="15%params", metric="flap", out=tmp_path / "twin", **options)
     assert again.plan == told.plan
-    with pytest.raises(UnknownName, match="metric of channel groups"):
+    with pytest.raises(UsageError, match="cosine scores sites or blocks, and the search rank_channels takes scores of"):
         billhook.prune(model, remove="15%params", metric="cosine", out=tmp_path / "no", **options)
 
 
