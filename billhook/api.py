@@ -107,9 +107,7 @@ def dry_run(
     **options: Unpack[PruneOptions],
 ) -> WorkEstimate:
     """What `prune` with the same options would do: losses to measure, memory, disk and time. Writes nothing."""
-    asked = _asked(model, recipe, options)
-    check_inputs(asked)
-    return preview_run(asked, watch, loaded_by_name(model))
+    return preview_run(_asked(model, recipe, options), watch, loaded_by_name(model))
 
 
 def _asked(model: Model, recipe: str | Path | None, options: Mapping[str, Any]) -> Recipe:
@@ -233,7 +231,6 @@ def evaluate(
     """
     names = dict.fromkeys((evaluations,) if isinstance(evaluations, str) else evaluations)
     recipe = parse_options(EvalOptions, {"model": name_of(model), **options})
-    check_inputs(recipe)
     teacher = load_teacher(recipe, watch, loaded_by_name(model))
     if protocol is None:
         tokens = read_held_out(recipe, teacher, watch)

@@ -112,6 +112,12 @@ def command_line(command: str, *words: str, **options: Any) -> str:
     return shlex.join(line)
 
 
+def check_texts(options: Mapping[str, Any], texts: str | None, tasks: str) -> None:
+    """`check_options` of each of several texts, which commas separate."""
+    for text in split_commas(texts or "") or [""]:
+        check_options(options, data=text, tasks=tasks)
+
+
 Names = TypeVar("Names", str, list[str], None)
 
 

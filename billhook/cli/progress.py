@@ -107,7 +107,7 @@ def forget_stream(stream: Any) -> None:
 
 def _shown() -> tuple[EventListener, Callable[[], None]]:
     """A watcher of lines, or of bars where stderr is a terminal, and how to close it."""
-    console = _Stderr(stderr=True)
+    console = VisibleConsole(stderr=True)
     if not console.is_terminal:
         return _plain_progress(), lambda: None
     from rich.progress import (
@@ -131,13 +131,6 @@ def _shown() -> tuple[EventListener, Callable[[], None]]:
         transient=False,
     )
     return _Bars(bars), bars.stop
-
-
-class _Stderr(VisibleConsole):
-    """A console that raises where nobody reads; rich ends the process."""
-
-    def on_broken_pipe(self) -> None:
-        raise  # the BrokenPipeError that rich is handling
 
 
 class _Bars:

@@ -121,13 +121,6 @@ def _tell(message: str) -> None:
 # -- results --------------------------------------------------------------------------------------------------------
 
 
-class _Tables(VisibleConsole):
-    """A console that leaves it to the command how a reader who has seen enough is answered; rich exits with 1."""
-
-    def on_broken_pipe(self) -> None:
-        raise  # the BrokenPipeError that rich is handling
-
-
 Print = Callable[[Console, Any], None]
 
 TABLES: dict[type | str, Print] = {}  # by the class of a result, or the one key of a plain object
@@ -146,7 +139,7 @@ def prints(result: type | str) -> Callable[[Print], Print]:
 def print_result(value: Any) -> None:
     """Print a result of a command as tables."""
     table_of(next(iter(value)) if isinstance(value, dict) else type(value))(
-        _Tables(soft_wrap=False, markup=False), value
+        VisibleConsole(soft_wrap=False, markup=False), value
     )
 
 

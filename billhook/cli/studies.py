@@ -24,6 +24,7 @@ from billhook.cli.options import (
     Tasks,
     Verbose,
     check_options,
+    check_texts,
     named,
     split_commas,
     with_options,
@@ -180,8 +181,7 @@ def compare_command(
     """Compare models with the first one on the same items: better, equivalent, worse or undecided."""
     with CommandSession(as_json, quiet, verbose) as face:
         margins = typed_margins(margin, ppl_margin)
-        for text in split_commas(data) or [""]:
-            check_options(options, data=text, tasks=tasks)
+        check_texts(options, data, tasks)
         from billhook.studies import compare
 
         found = compare.compare(
@@ -216,8 +216,7 @@ def gate_command(
     """Exit with 0 if a student loses no more than the margins against a baseline, with 4 if it does or may."""
     with CommandSession(as_json, quiet, verbose) as face:
         margins = typed_margins(margin, ppl_margin)
-        for text in split_commas(data or "") or [""]:
-            check_options(options, data=text, tasks=tasks)
+        check_texts(options, data, tasks)
         from billhook.studies import gate
 
         report = gate.gate(
@@ -255,8 +254,7 @@ def baseline_command(
     with CommandSession(as_json, quiet, verbose) as face:
         if action not in ("save", "list") or (action == "save") != (name is not None):
             raise UsageError("Write `billhook baseline save NAME MODEL`, or `billhook baseline list`.")
-        for text in split_commas(data) or [""]:
-            check_options(options, data=text, tasks=tasks)
+        check_texts(options, data, tasks)
         from billhook.studies import gate
 
         if name is None:

@@ -13,7 +13,14 @@ from billhook.core.errors import visible
 
 
 class VisibleConsole(Console):
-    """A console that shows escaped what a terminal would obey; its own colours and movements stay."""
+    """A console that shows escaped what a terminal would obey; its own colours and movements stay.
+
+    Where nobody reads any more it raises: rich ends the process with 1.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Leave the answer to the command."""
+        raise  # the BrokenPipeError that rich is handling
 
     def render_str(self, text: str, **options: Any) -> Text:
         """A string as text, escaped, so that it is measured as it is shown."""
