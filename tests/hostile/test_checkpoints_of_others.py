@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,17 @@ def with_header(value: Any, rest: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + rest
 
 
+@contextmanager
+def rewritten(path: Path, content: bytes) -> Iterator[None]:
+    """Inside, a file of a checkpoint holds something else."""
+    before = path.read_bytes()
+    try:
+        path.write_bytes(content)
+        yield
+    finally:
+        path.write_bytes(before)
+
+
 @examples(300)
 @given(data=st.data())
 def test_headers_of_weights(home: Path, data: st.DataObject) -> None:
@@ -68,14 +81,11 @@ def test_headers_of_weights(home: Path, data: st.DataObject) -> None:
         ),
         st.sampled_from([2**63, 2**40, 0, len(content)]).map(lambda size: struct.pack("<Q", size) + content[8:]),
     ]
-    try:
-        path.write_bytes(data.draw(st.one_of(kinds)))
+    with rewritten(path, data.draw(st.one_of(kinds))):
         with bounded():
             inspect_checkpoint(path.parent)
         with bounded():
             fingerprint(path.parent)
-    finally:
-        path.write_bytes(content)
 
 
 @examples(200)
@@ -83,13 +93,9 @@ def test_headers_of_weights(home: Path, data: st.DataObject) -> None:
 def test_indices(home: Path, data: st.DataObject) -> None:
     path = home / "sharded" / INDEX
     content = path.read_bytes()
-    try:
-        changed = edits(json.loads(content)).map(lambda value: json.dumps(value).encode())
-        path.write_bytes(data.draw(json_bytes | changed))
-        with bounded():
-            inspect_checkpoint(path.parent)
-    finally:
-        path.write_bytes(content)
+    changed = edits(json.loads(content)).map(lambda value: json.dumps(value).encode())
+    with rewritten(path, data.draw(json_bytes | changed)), bounded():
+        inspect_checkpoint(path.parent)
 
 
 CONFIG_KEYS = ("num_hidden_layers", "hidden_size", "head_dim", "layer_types", "rope_parameters", "rope_scaling",
@@ -110,12 +116,8 @@ def configs(raw: dict[str, Any]) -> st.SearchStrategy[bytes]:
 def test_configs(home: Path, data: st.DataObject) -> None:
     path = home / "whole" / "config.json"
     content = path.read_bytes()
-    try:
-        path.write_bytes(data.draw(json_bytes | configs(json.loads(content))))
-        with bounded():
-            inspect_checkpoint(path.parent)
-    finally:
-        path.write_bytes(content)
+    with rewritten(path, data.draw(json_bytes | configs(json.loads(content)))), bounded():
+        inspect_checkpoint(path.parent)
 
 
 @examples(100)
@@ -123,12 +125,8 @@ def test_configs(home: Path, data: st.DataObject) -> None:
 def test_configs_with_which_a_model_is_loaded(home: Path, data: st.DataObject) -> None:
     path = home / "whole" / "config.json"
     content = path.read_bytes()
-    try:
-        path.write_bytes(data.draw(configs(json.loads(content))))
-        with bounded():
-            load(path.parent)
-    finally:
-        path.write_bytes(content)
+    with rewritten(path, data.draw(configs(json.loads(content)))), bounded():
+        load(path.parent)
 
 
 @examples(40)
@@ -140,13 +138,9 @@ def test_files_of_the_tokenizer_and_for_generation(home: Path, data: st.DataObje
         / data.draw(st.sampled_from(["tokenizer.json", "tokenizer_config.json", "generation_config.json"]))
     )
     content = path.read_bytes()
-    try:
-        changed = edits(json.loads(content)).map(lambda value: json.dumps(value).encode())
-        path.write_bytes(data.draw(json_bytes | changed))
-        with bounded():
-            load(path.parent)
-    finally:
-        path.write_bytes(content)
+    changed = edits(json.loads(content)).map(lambda value: json.dumps(value).encode())
+    with rewritten(path, data.draw(json_bytes | changed)), bounded():
+        load(path.parent)
 
 
 @examples(150)
@@ -156,12 +150,8 @@ def test_our_own_section(home: Path, data: st.DataObject) -> None:
     content = path.read_bytes()
     raw = json.loads(content)
     ours = {name: raw[name] for name in ("billhook", "per_layer_config", "num_hidden_layers")}
-    try:
-        path.write_text(json.dumps(raw | data.draw(edits(ours))))
-        with bounded():
-            load(path.parent)
-    finally:
-        path.write_bytes(content)
+    with rewritten(path, json.dumps(raw | data.draw(edits(ours))).encode()), bounded():
+        load(path.parent)
 
 
 @examples(100)
