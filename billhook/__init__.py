@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from billhook.api import (
         dry_run,
         evaluate,
+        export,
         inspect,
         list_methods,
         list_recipes,
@@ -64,6 +65,7 @@ __all__ = [
     "dry_run",
     "evaluate",
     "evaluate_tasks",
+    "export",
     "gate",
     "inspect",
     "list_methods",

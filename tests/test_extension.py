@@ -39,6 +39,7 @@ from billhook.core.results.measured import EvalResult, Score
 from billhook.engine.losses import item_loss, loss
 from billhook.methods.evaluate import evaluation
 from billhook.methods.export import EXPORTS, Exported, export
+from billhook.methods.export.targets import Form
 from billhook.methods.metrics import metric
 from billhook.methods.recover import recovery
 from billhook.methods.search import search
@@ -114,7 +115,7 @@ def nudge(task, train, valid, *, by: float = 0.0):
     return task.repair.with_patches({site: Patch(bias=torch.full((width,), by)) for site in task.plan.sites()})
 
 
-@export(sites="none", inserts=False, architectures=("llama", "olmo"))
+@export(Form(sites="none", inserts=False, architectures=("llama", "olmo")))
 def labelled(student, folder):
     """A checkpoint with a label beside it."""
     written = EXPORTS["transformers"](student, folder)

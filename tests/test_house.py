@@ -21,7 +21,7 @@ from billhook.core.registry import Registry, parse_docstring
 ROOT = Path(__file__).resolve().parents[1]
 HOUSE = ROOT / "billhook"
 FILES = sorted(HOUSE.rglob("*.py"))
-PACKAGES = ("core", "models", "data", "engine", "methods", "runs", "report", "studies", "dashboard", "cli")
+PACKAGES = ("core", "models", "data", "engine", "runtimes", "methods", "runs", "report", "studies", "dashboard", "cli")
 METHODS = ("metrics", "search", "recover", "evaluate", "export")  # families, which never import each other
 ABOVE = ("api", "__main__")  # files beside the packages: the functions behind the commands, and the command line
 TORCHLESS = ("core", "methods.search", "report", "dashboard")

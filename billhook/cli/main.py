@@ -188,6 +188,30 @@ def speed_command(
         face.show(told)
 
 
+@app.command(name="export")
+@with_options("device", "trust_remote_code")
+def export_command(
+    *,
+    model: Model = None,
+    to: Annotated[str, typer.Option(help="Form of the checkpoint, as `billhook methods` lists them")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write [default: MODEL-TO]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type of its weights, such as f16 or q8_0")] = None,
+    verify: Annotated[
+        bool | None, typer.Option(help="Demand the runtime that serves it, or leave it out", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: OptionValues,
+) -> None:
+    """Write a checkpoint in the form that llama.cpp, MLX, vLLM or an ONNX runtime loads, and verify it there."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        check_options(options)
+        from billhook import api
+
+        face.show(api.export(model or "demo", to, out=out, dtype=dtype, verify=verify, watch=face.watch, **options))
+
+
 for command in COMMANDS:
     app.command(name=command.__name__.removesuffix("_command"))(command)
 

@@ -11,6 +11,7 @@ from billhook.cli.session import empty_table, plain_table, prints
 from billhook.core.anatomy import ModelSizes, SiteSize, Unassigned
 from billhook.core.plan import Site
 from billhook.core.registry import MethodInfo
+from billhook.core.results.exports import ExportReport
 from billhook.core.results.json_form import Result, cell_text
 from billhook.core.results.model import (
     BlockScore,
@@ -25,7 +26,7 @@ from billhook.core.results.model import (
     WorkEstimate,
 )
 from billhook.core.results.run import RunResult
-from billhook.report.numbers import format_duration, reliability_note
+from billhook.report.numbers import format_duration, reliability_note, verification_sentence
 
 
 @prints(Result)
@@ -52,6 +53,14 @@ def result_table(console: Console, result: RunResult) -> None:
     for note in filter(None, (run_words.search_in_words(result.search), *run_words.run_notes(result))):
         console.print(note, style="dim")
     console.print(f"Checkpoint and report: {result.out} (open {result.out}/report.html)")
+
+
+@prints(ExportReport)
+def export_table(console: Console, report: ExportReport) -> None:
+    """Print what an export wrote, and how its runtime differs from the checkpoint."""
+    console.print(f"{report.out}: {report.form}, {report.bytes / 1e6:,.1f} MB in {len(report.files)} files")
+    for sentence in (verification_sentence(report.verified), *report.notes):
+        console.print(sentence, style="dim")
 
 
 @prints(Inspection)

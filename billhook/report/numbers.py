@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from billhook.core.errors import visible
+from billhook.core.results.exports import Verification
 from billhook.core.results.measured import Estimate, Reason, TokenSetInfo
 
 Spell = Callable[[float], str]
@@ -179,3 +180,15 @@ def format_duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def verification_sentence(found: Verification | None) -> str:
+    """Return how an export does in the runtime that serves it."""
+    if found is None:
+        return "Not verified: the runtime that serves it did not run it."
+    texts = f", {found.texts} texts tokenised alike" if found.texts is not None else ""
+    return (
+        f"Verified in {found.runtime} {found.version}: KL {found.kl:.2g} nats on average and {found.worst:.2g} at most "
+        f"over {found.positions} tokens, {found.agreement:.0%} of the most likely tokens agree, {found.generated} of "
+        f"{found.of} greedy tokens until the first that differs{texts}."
+    )

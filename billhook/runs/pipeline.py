@@ -215,7 +215,7 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
         answers = unanswered if streamed else evaluation.courtesy(job, "answer", answering, unanswered)
     with job.stage("save"):
         probe_row = calibration.rows[:1, : calibration.lengths[0]]
-        whole = Student(student, teacher, plan, probe_row, repair, got.base, got.adapter, job.watch)
+        whole = Student(student, teacher, plan, probe_row, repair, got.base, got.adapter, watch=job.watch)
         export_student(recipe.writes if got.adapter is None else "adapter", whole, aside)
     with job.stage("speed"):
         timing = partial(evaluation.compare_speed, job, teacher, student, (plan, repair), aside)

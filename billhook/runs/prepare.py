@@ -31,7 +31,8 @@ from billhook.data.texts import SELF, TextSpec, external_sources, split_sources
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.engine.probe import Probe, RacingOptions
-from billhook.methods.export import EXPORTS, check_expressible
+from billhook.methods.export import EXPORTS, form_of
+from billhook.methods.export.targets import Form, limits, stricter
 from billhook.methods.search import drive, narrows
 from billhook.models.load import Teacher, as_teacher
 from billhook.models.sources import locate
@@ -79,7 +80,7 @@ def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:
     """The plan that a recipe gives, if it gives one. Raises UsageError before anything is computed."""
     parse_loss(recipe.loss)
     method_options(recipe)
-    check_expressible(recipe.writes, teacher, Plan())
+    form_of(recipe.writes, teacher, Plan())
     protected = parse_protection(recipe.protect, teacher.anatomy)
     lost = sorted(site for site in teacher.removed_earlier.removed if site.block in teacher.positions)
     if recipe.stock and lost:
@@ -104,9 +105,10 @@ def check_search(recipe: Recipe, teacher: Teacher) -> None:
 
     Only time is measured before such a budget can be checked.
     """
-    target = EXPORTS.facts(recipe.writes)
-    if narrows(recipe.search) and (target.widths == "none" or (target.widths == "alike" and not recipe.uniform)):
-        instead = f"Add {option('uniform', True)}, take" if target.widths == "alike" else "Take"
+    most = limits([EXPORTS.facts(recipe.writes)], teacher.anatomy.model_type, teacher.model.config) or Form()
+    widths = stricter(most.mlp_widths, most.attention_widths)
+    if narrows(recipe.search) and (widths == "none" or (widths == "alike" and not recipe.uniform)):
+        instead = f"Add {option('uniform', True)}, take" if widths == "alike" else "Take"
         raise PlanError(
             f"The export {recipe.writes} has no place for sites of different widths, which the search {recipe.search} "
             f"chooses. {instead} {option('search', 'swap')}, or another export."
@@ -115,7 +117,7 @@ def check_search(recipe: Recipe, teacher: Teacher) -> None:
         return
     problem = problem_of(recipe, teacher.anatomy, recipe.budgets)
     expected_losses(recipe, problem)
-    if recipe.uniform and (target.widths == "alike" or not recipe.protect):
+    if recipe.uniform and (widths == "alike" or not recipe.protect):
         even = replace(problem, group_scores={size.site: (0.0,) * len(size.groups) for size in teacher.anatomy.sites})
         (plan,) = drive(search_of(recipe, even), lambda request: [])
         if not stock_holds(teacher, plan):

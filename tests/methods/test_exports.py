@@ -12,7 +12,8 @@ import torch
 
 from billhook.core.errors import BillhookError, PlanError, UnknownName, UsageError
 from billhook.core.plan import Plan
-from billhook.methods.export import EXPORTS, Student, Target, check_expressible, export_student
+from billhook.methods.export import EXPORTS, Student, export_student, form_of
+from billhook.methods.export.targets import Form
 from billhook.models.load import Teacher, load
 from billhook.models.repair import NO_REPAIR, Patch, Repair
 from billhook.models.surgery import apply
@@ -45,14 +46,14 @@ def test_what_an_export_writes_loads_back_equal(
     assert got.folder == tmp_path / "out"
     assert set(got.files) == set(got.folder.iterdir())
     again = load(got.folder)
-    assert again.model.config.model_type == got.model_type
-    assert got.model_type.startswith("billhook-") == (name == "transformers" and names == SITES)
+    assert again.model.config.model_type == got.form
+    assert got.form.startswith("billhook-") == (name == "transformers" and names == SITES)
     torch.testing.assert_close(logits(again.model), logits(given.model), rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_target_can_express_is_data() -> None:
-    assert EXPORTS.facts("transformers") == Target("removed", "any", inserts=True, architectures=None)
-    assert EXPORTS.facts("stock") == Target("zeros", "alike", inserts=False, architectures=None)
+    assert EXPORTS.facts("transformers") == (Form(),)
+    assert EXPORTS.facts("stock") == (Form("", "zeros", "alike", "alike", inserts=False, biases=False),)
     assert list(EXPORTS) == ["adapter", "stock", "transformers"]
 
 
@@ -61,12 +62,12 @@ def test_what_cannot_be_expressed_is_refused_with_what_can(checkpoint: Folder, t
     patched = Repair(patches={site: Patch(bias=torch.ones(32)) for site in Plan.parse(["mlp.1"]).sites()})
     with pytest.raises(PlanError, match="stock has no place for what a repair puts in the place of a site; recover by"):
         export_student("stock", student(teacher, "mlp.1", patched), tmp_path / "out")
-    with pytest.raises(PlanError, match="stock=True has no place for a width"):
+    with pytest.raises(PlanError, match="stock has no place for mlps of different widths; narrow all"):
         export_student("stock", student(teacher, WIDTH), tmp_path / "out")
     with pytest.raises(UsageError, match="no adapter beside it"):
         export_student("adapter", student(teacher, "mlp.1"), tmp_path / "out")
     with pytest.raises(UnknownName, match="stock"):
-        check_expressible("stok", teacher, Plan())
+        form_of("stok", teacher, Plan())
     assert not (tmp_path / "out").exists()
 
 

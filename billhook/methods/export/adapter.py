@@ -23,7 +23,7 @@ ADAPTER_FOLDER = "adapter"  # inside the checkpoint's own
 ADAPTER_MANIFEST = "billhook.json"  # inside the adapter's: what it belongs to
 
 
-@export(inserts=True)
+@export()
 def adapter(student: Student, folder: Path) -> Exported:
     """A Hugging Face checkpoint without the last training, and a LoRA adapter beside it that adds that.
 

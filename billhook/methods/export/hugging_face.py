@@ -7,6 +7,7 @@ from typing import Any
 
 from billhook.methods.export import Exported, Student, export
 from billhook.methods.export.checkpoint import verify_round_trip, verify_streamed_round_trip, write_checkpoint
+from billhook.methods.export.targets import Form
 from billhook.models.surgery import apply
 
 
@@ -21,7 +22,7 @@ def transformers(student: Student, folder: Path) -> Exported:
     return _proven(student, student.model, folder)
 
 
-@export(sites="zeros", widths="alike", inserts=False)
+@export(Form(sites="zeros", mlp_widths="alike", attention_widths="alike", inserts=False, biases=False))
 def stock(student: Student, folder: Path) -> Exported:
     """A Hugging Face checkpoint of the stock type whose removed sites hold zeros: loads everywhere, without speed-up.
 

@@ -1,0 +1,48 @@
+"""What an export wrote, and how it does in the runtime that serves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from billhook.core.results.json_form import JsonObject, Result
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """How an export and its student differ in the runtime that serves the export, over all next tokens of a text.
+
+    `kl`: from the student's distribution to the runtime's, in nats, the mean over the positions; `worst`: the largest.
+    `agreement`: share of positions with the same most likely token. `generated`: tokens of a greedy answer until the
+    first that differs, of `of`. `texts`: probe texts that both tokenise alike; None without a tokenizer.
+    """
+
+    runtime: str
+    version: str
+    positions: int
+    kl: float
+    worst: float
+    agreement: float
+    generated: int
+    of: int
+    texts: int | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class ExportReport(Result):
+    """An export that stands in a folder. `bytes`: of its files; `verified`: None where no runtime ran it."""
+
+    kind: ClassVar[str] = "export"
+
+    model: str
+    to: str
+    form: str
+    out: str
+    files: tuple[str, ...]
+    bytes: int
+    verified: Verification | None = None
+    notes: tuple[str, ...] = ()
+
+    def rows(self) -> list[JsonObject]:
+        """A row a file."""
+        return [{"file": file} for file in self.files]
