@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from billhook.api import (
         dry_run,
         evaluate,
-        export,
         inspect,
         list_methods,
         list_recipes,
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from billhook.models.pruned_config import register
     from billhook.models.surgery import apply, masked
     from billhook.runs import list_runs, show
+    from billhook.runs.exporting import export, targets
     from billhook.runs.recipe import Recipe
     from billhook.studies.ab_test import ab_test
     from billhook.studies.compare import compare
@@ -85,6 +85,7 @@ __all__ = [
     "show",
     "stability",
     "sweep",
+    "targets",
     "threshold",
     "transfer",
 ]

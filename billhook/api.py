@@ -18,7 +18,6 @@ from billhook.core.options import EvaluateOptions, PruneOptions, ScoreOptions, s
 from billhook.core.plan import Plan, Site
 from billhook.core.plan_files import find_path
 from billhook.core.registry import MethodInfo, OptionValues, resolve_options
-from billhook.core.results.exports import ExportReport
 from billhook.core.results.measured import Estimate, EvalResult, Score, TimingProtocol
 from billhook.core.results.model import (
     BlockScore,
@@ -53,8 +52,7 @@ from billhook.report.run_report import write_report
 from billhook.runs import check_inputs, evaluation
 from billhook.runs import list_runs as list_runs
 from billhook.runs import show as show
-from billhook.runs.builtin_recipes import BuiltinRecipe, builtin_recipes
-from billhook.runs.exporting import export_model
+from billhook.runs.exporting import recipe_for_targets
 from billhook.runs.job import run_environment
 from billhook.runs.pipeline import preview_run, run_pruning
 from billhook.runs.prepare import find_model, load_teacher, read_calibration, read_held_out
@@ -68,6 +66,7 @@ from billhook.runs.recipe import (
     parse_recipe,
     with_overrides,
 )
+from billhook.runs.recipes.builtin import BuiltinRecipe, builtin_recipes
 from billhook.runs.store import STORE, Store
 
 
@@ -114,7 +113,10 @@ def dry_run(
 
 def _asked(model: Model, recipe: str | Path | None, options: Mapping[str, Any]) -> Recipe:
     """The recipe of a call: the one that it names, or the default for what it asks."""
-    return parse_recipe(with_overrides(recipe or default_recipe(options), model=name_of(model), **options), "The call")
+    chosen = recipe or default_recipe(options)
+    if recipe is None and chosen is not None and options.get("target"):
+        chosen = recipe_for_targets(Path(chosen), model, options)
+    return parse_recipe(with_overrides(chosen, model=name_of(model), **options), "The call")
 
 
 @shows_options(PruneOptions, Recipe.model_fields, unset=True)
@@ -344,31 +346,6 @@ def measure_speed(
         environment(str(models[0].device)),
         timing.speed_ratio(timings[0], timings[1]) if other is not None else None,
     )
-
-
-def export(
-    model: Model,
-    to: str,
-    *,
-    out: str | Path | None = None,
-    dtype: str | None = None,
-    verify: bool | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    watch: EventListener = ignore_events,
-) -> ExportReport:
-    """Write a checkpoint in the form `to`, an export's name, for the software that serves it.
-
-    `out`: default MODEL-TO. `dtype`: of the export's weights. `verify`: True demands that the runtime which serves it
-    is installed, False leaves it out; where it runs, its next tokens are compared with the checkpoint's. The folder
-    appears whole or not at all. Raises BillhookError.
-    """
-    EXPORTS[to]
-    where = named_folder(out if out is not None else f"{Path(name_of(model)).name}-{to}")
-    check_target(where)
-    teacher = as_teacher(model, device=device, trust_remote_code=trust_remote_code, watch=watch)
-    with writing():
-        return export_model(teacher, to, where, verify=verify, dtype=dtype, watch=watch)
 
 
 def list_methods() -> list[MethodInfo]:

@@ -68,7 +68,7 @@ def prune_command(
         from billhook.runs import check_inputs
         from billhook.runs.recipe import default_recipe, parse_recipe, with_overrides
 
-        recipe = recipe or (None if resume else default_recipe(options))
+        mine, recipe = recipe, recipe or (None if resume else default_recipe(options))
         given = with_overrides(recipe, **({"model": model} if model else {}), **options)
         if run and not resume:
             raise UsageError(f"--run {run} goes with --resume. Add --resume, or leave --run out.")
@@ -78,6 +78,8 @@ def prune_command(
             store = _existing(store)
         else:
             check_inputs(parse_recipe(given, "The call"), out=out, store=store)
+            if mine is None and options.get("target"):  # which chooses the recipe, once the model is known
+                given = {**({"model": model} if model else {}), **options}
         from billhook import api  # torch, which a mistake needs not
 
         if resume:
@@ -207,9 +209,22 @@ def export_command(
     """Write a checkpoint in the form that llama.cpp, MLX, vLLM or an ONNX runtime loads, and verify it there."""
     with CommandSession(as_json, quiet, verbose) as face:
         check_options(options)
-        from billhook import api
+        from billhook.runs.exporting import export
 
-        face.show(api.export(model or "demo", to, out=out, dtype=dtype, verify=verify, watch=face.watch, **options))
+        face.show(export(model or "demo", to, out=out, dtype=dtype, verify=verify, watch=face.watch, **options))
+
+
+@app.command(name="targets")
+@with_options("trust_remote_code")
+def targets_command(
+    *, model: Model = None, as_json: Json = False, verbose: Verbose = False, options: OptionValues
+) -> None:
+    """List the software that serves models, with what a plan for it may contain."""
+    with CommandSession(as_json, True, verbose) as face:
+        check_options(options)
+        from billhook.runs.exporting import targets
+
+        face.show(targets(model or "demo", watch=face.watch, **options))
 
 
 for command in COMMANDS:

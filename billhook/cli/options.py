@@ -51,6 +51,7 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "recover_length": (256, "Tokens per sequence for the recovery"),
     "stock": (False, "Stock shape: zeros in removed sites, no speed-up"),
     "export": ("transformers", "Form of the checkpoint, as `billhook methods` lists them"),
+    "target": ("", "What will serve the model: llama.cpp,mlx … as `billhook targets` lists"),
     "seed": (0, "Seed of every random choice"),
     "device": ("auto", "Device: auto, cpu, cuda, cuda:1, mps"),
     "dtype": ("auto", "Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),

@@ -11,7 +11,7 @@ from billhook.cli.session import empty_table, plain_table, prints
 from billhook.core.anatomy import ModelSizes, SiteSize, Unassigned
 from billhook.core.plan import Site
 from billhook.core.registry import MethodInfo
-from billhook.core.results.exports import ExportReport
+from billhook.core.results.exports import ExportReport, TargetTable
 from billhook.core.results.json_form import Result, cell_text
 from billhook.core.results.model import (
     BlockScore,
@@ -61,6 +61,30 @@ def export_table(console: Console, report: ExportReport) -> None:
     console.print(f"{report.out}: {report.form}, {report.bytes / 1e6:,.1f} MB in {len(report.files)} files")
     for sentence in (verification_sentence(report.verified), *report.notes):
         console.print(sentence, style="dim")
+
+
+@prints(TargetTable)
+def targets_table(console: Console, found: TargetTable) -> None:
+    """Print what software that serves models can express of a model."""
+    console.print(f"{found.model}: {found.type}")
+    table = empty_table("target", "export", "may lack", "mlp widths", "attention widths", "patches")
+    for row in found.targets:
+        if row.reason is not None:
+            table.add_row(row.target, "/".join(row.exports), "nothing of it", "", "", "")
+            continue
+        lack = {"removed": "single sites", "zeros": "sites, as zeros", "none": "whole blocks"}[row.sites]
+        step = f", steps of {row.mlp_step}" if row.mlp_step > 1 and row.mlps == "any" else ""
+        groups = f": {', '.join(map(str, row.kv_groups))} KV groups" if row.kv_groups else ""
+        patches = " and ".join(name for name, so in (("patches", row.patches), ("biases", row.biases)) if so)
+        table.add_row(
+            row.target, "/".join(row.exports), lack, row.mlps + step, row.attentions + groups, patches or "none"
+        )
+    console.print(table)
+    for row in found.targets:
+        if row.reason is not None:
+            console.print(f"{row.target}: no place for {row.reason}.", style="dim", highlight=False)
+    unverified = ", ".join(row.target for row in found.targets if not row.verified)
+    console.print(f"Billhook runs exports in all of them but {unverified}.", style="dim", highlight=False)
 
 
 @prints(Inspection)

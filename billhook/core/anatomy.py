@@ -47,18 +47,22 @@ class SiteSize:
     experts: int = 1  # all keep equally many groups, which are numbered expert by expert
     channels: int = 1  # per group: one of a neuron, those of a head of a KV group
     multiple: int = 1  # the kept groups of an expert, or of the site, are a multiple of this
+    counts: tuple[int, ...] = ()  # in how many groups a search may leave it, ascending; none: in any number
 
     def to_json(self) -> JsonObject:
         """Return the fields; `groups` is the number of channel groups, `numbers` their ranges."""
         changed = {"site": str(self.site), "groups": len(self.groups), "numbers": format_ranges(self.groups)}
-        return asdict(self) | changed
+        return {name: value for name, value in (asdict(self) | changed).items() if name != "counts"}
 
     @staticmethod
     def from_json(value: JsonObject) -> SiteSize:
         fields = {name: x for name, x in value.items() if name != "numbers"}
         groups = parse_ranges(value["numbers"]) if value["numbers"] else ()
         group = None if value["group"] is None else GroupSize(**value["group"])
-        return SiteSize(**fields | {"site": Site.parse(value["site"]), "groups": groups, "group": group})
+        counts = tuple(value.get("counts", ()))
+        return SiteSize(
+            **fields | {"site": Site.parse(value["site"]), "groups": groups, "group": group, "counts": counts}
+        )
 
 
 @dataclass(frozen=True, slots=True)

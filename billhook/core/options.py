@@ -85,6 +85,7 @@ class SearchOptions(TaskOptions, total=False):
     recover_length: int
     stock: bool
     export: str
+    target: str
 
 
 class StabilityOptions(SearchOptions, total=False):

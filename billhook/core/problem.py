@@ -31,7 +31,8 @@ class Problem:
 
     All `budgets` must be met. `protected`: sites that no search changes; those that no budget counts are added.
     `scores`: importance scores of sites, blocks and spans, higher = removal hurts more; None without a metric.
-    `group_scores`: those of channel groups, in the order of the anatomy.
+    `group_scores`: those of channel groups, in the order of the anatomy. `blocks_only`: sites are removed with their
+    block alone, whatever the budgets count.
     """
 
     anatomy: Anatomy
@@ -40,6 +41,7 @@ class Problem:
     seed: int = 0
     scores: Mapping[ScoredUnit, float] | None = None
     group_scores: Mapping[Site, Sequence[float]] | None = None
+    blocks_only: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "protected", self.protected | self.uncounted)
@@ -80,8 +82,8 @@ class Problem:
 
     @property
     def whole_blocks(self) -> bool:
-        """Whether moves remove whole blocks: one of the budgets counts them."""
-        return any(UNITS[budget.unit].whole_blocks for budget in self.budgets)
+        """Whether moves remove whole blocks: nothing else may be removed, or one of the budgets counts them."""
+        return self.blocks_only or any(UNITS[budget.unit].whole_blocks for budget in self.budgets)
 
     def groups(self, plan: Plan = NOTHING) -> list[Move]:
         """List the moves, sorted: sites or whole blocks that `plan` keeps and a budget counts."""

@@ -153,6 +153,7 @@ def stock_holds(teacher: Teacher, plan: Plan) -> bool:
         parameters[Site(teacher.positions.index(size.site.block), size.site.part)]
         == size.parameters - removed.get(size.site, 0)
         for size in teacher.anatomy.sites
+        if size.site not in plan.removed
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from billhook.core.margin import BOUND
+from billhook.core.results.exports import TargetFit
 from billhook.core.results.measured import WorkPlan
 from billhook.core.results.run import (
     RecoveryReport,
@@ -94,7 +95,23 @@ def run_notes(result: RunResult) -> list[str]:
         notes.append("Speed was not measured.")
     elif result.speed.gap is not None:
         notes.append(f"Speed: {_gap_in_words(result.speed, result.speed.gap)}")
+    if result.targets:
+        notes.append(targets_in_words(result.targets, result.out))
     return notes + ([_within_in_words(result.within)] if result.within else [])
+
+
+def targets_in_words(targets: Sequence[TargetFit], out: str) -> str:
+    """Return which software loads a student, through which export, and what keeps the rest from it."""
+    taken: dict[str, list[str]] = {}
+    refused: dict[str, list[str]] = {}
+    for each in targets:
+        kind, key = (taken, each.export) if each.fault is None else (refused, each.fault)
+        kind.setdefault(key, []).append(each.target)
+    here = ", ".join(taken.pop("transformers", []))
+    sentences = [f"{here} load it as it is."] if here else []
+    sentences += [f"{', '.join(names)}: billhook export {out} --to {name}." for name, names in sorted(taken.items())]
+    sentences += [f"{', '.join(names)}: no place for {fault}." for fault, names in refused.items()]
+    return "What serves it: " + " ".join(sentences)
 
 
 def _added_parameters(result: RunResult) -> list[tuple[RecoveryReport, int]]:

@@ -87,7 +87,7 @@ def choose_plan(
             problem, path, within = _largest_within_margin(job, teacher, measure, scores, held_out)
         else:
             anatomy = with_site_times(job, teacher) if counts_time(recipe) else teacher.anatomy
-            problem = replace(problem_of(recipe, anatomy, recipe.budgets), **scores)
+            problem = _with_scores(problem_of(recipe, teacher, anatomy, recipe.budgets), scores)
             path = run_search(job, problem, measure)
     rounds, summary = list(measure.rounds), search_summary(probe)
     if recipe.audit:
@@ -103,6 +103,15 @@ def choose_plan(
     whole = [(ask.plans, losses) for ask, losses in rounds if ask.tokens is None]
     steps = removal_trace(path, whole, on_path, problem.cost if problem else len)
     return PlanChoice(path[-1], steps, summary, within)
+
+
+def _with_scores(problem: Problem, scores: ScoreFields) -> Problem:
+    """Return a problem with importance scores; of channel groups, of the sites that may be narrowed."""
+    groups = scores.get("group_scores")
+    if groups is None:
+        return replace(problem, **scores)
+    free = {size.site for size in problem.anatomy.sites if size.groups}
+    return replace(problem, group_scores={site: of_one for site, of_one in groups.items() if site in free})
 
 
 def _judge(job: RunContext, teacher: Teacher, calibration: TokenSet) -> Callable[[Plan], Loss]:
@@ -187,7 +196,8 @@ def _largest_within_margin(
     share = max(FINEST, smallest)
     while share < 100 and high - low > max(FINEST, smallest):
         try:
-            problem = replace(problem_of(recipe, teacher.anatomy, (Budget(share, "params", True),)), **scores)
+            budget = Budget(share, "params", True)
+            problem = _with_scores(problem_of(recipe, teacher, teacher.anatomy, (budget,)), scores)
         except BudgetError:
             high, share = share, (low + share) / 2
             continue

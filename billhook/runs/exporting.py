@@ -1,24 +1,73 @@
-"""A checkpoint into the form that other software serves: `billhook export`."""
+"""A checkpoint in the form that other software serves, and what that software can express."""
 
 from __future__ import annotations
 
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from billhook.core.errors import ResourceError, UsageError, option
+from billhook.core.errors import ResourceError, UsageError, option, writing
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.plan import Plan
 from billhook.core.registry import OptionValues, resolve_options
-from billhook.core.results.exports import ExportReport
+from billhook.core.results.exports import ExportReport, TargetTable
 from billhook.methods.export import EXPORTS, Student, export_student, form_of
-from billhook.methods.export.target_folder import check_target, publish, staging_folder
+from billhook.methods.export.serving import limits_of, table
+from billhook.methods.export.target_folder import check_target, named_folder, publish, staging_folder
 from billhook.methods.export.verification import PROBE_TEXTS, require_runtime
-from billhook.models.load import Teacher
+from billhook.models.load import Model, Teacher, as_teacher, name_of
 
 PROBE_TOKENS = 192  # on which an export and its student are compared
+
+
+def export(
+    model: Model,
+    to: str,
+    *,
+    out: str | Path | None = None,
+    dtype: str | None = None,
+    verify: bool | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    watch: EventListener = ignore_events,
+) -> ExportReport:
+    """Write a checkpoint in the form `to`, an export's name, for the software that serves it.
+
+    `out`: default MODEL-TO. `dtype`: of the export's weights. `verify`: True demands that the runtime which serves it
+    is installed, False leaves it out; where it runs, its next tokens are compared with the checkpoint's. The folder
+    appears whole or not at all. Raises BillhookError.
+    """
+    resolve_options({} if dtype is None else {"dtype": dtype}, EXPORTS[to])
+    where = named_folder(out if out is not None else f"{Path(name_of(model)).name}-{to}")
+    check_target(where)
+    teacher = as_teacher(model, device=device, trust_remote_code=trust_remote_code, watch=watch)
+    with writing():
+        return export_model(teacher, to, where, verify=verify, dtype=dtype, watch=watch)
+
+
+def targets(
+    model: Model = "demo", *, trust_remote_code: bool = False, watch: EventListener = ignore_events
+) -> TargetTable:
+    """Return what every target, software that serves models, can express of a model."""
+    teacher = as_teacher(model, memory=0, trust_remote_code=trust_remote_code, watch=watch)
+    return TargetTable(teacher.name, teacher.anatomy.model_type, table(teacher))
+
+
+def recipe_for_targets(chosen: Path, model: Model, options: Mapping[str, Any]) -> Path:
+    """Return the default recipe of ours for a model and its targets, where `chosen` is the one without targets.
+
+    Where no site may have a width of its own, it narrows all of them alike; where none may be narrowed, it removes
+    whole blocks. Raises UnknownName, ModelError for a target that takes no student of the model.
+    """
+    teacher = as_teacher(model, memory=0, trust_remote_code=bool(options.get("trust_remote_code")))
+    most = limits_of([name.strip() for name in str(options["target"]).split(",") if name.strip()], teacher)
+    if chosen.name == "billhook" and (most.sites, most.mlp_widths) != ("removed", "any"):
+        return Path("billhook-width" if most.mlp_widths != "none" else "billhook-depth")
+    return chosen
 
 
 def export_model(

@@ -324,4 +324,4 @@ def _count(recipe: Recipe, teacher: Teacher) -> int | None:
     """How many losses the search asks for, if it says so; for half of the sites, where a margin or a time decides."""
     unknown = not recipe.budgets or counts_time(recipe)
     budgets = parse_budgets("50%sites") if unknown else recipe.budgets
-    return expected_losses(recipe, problem_of(recipe, teacher.anatomy, budgets))
+    return expected_losses(recipe, problem_of(recipe, teacher, teacher.anatomy, budgets))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
-from billhook.core.anatomy import Anatomy
+from billhook.core.anatomy import Anatomy, SiteSize
 from billhook.core.budget import Budget
 from billhook.core.errors import PlanError, ResourceError, option
 from billhook.core.events import EventListener, ignore_events
@@ -32,7 +34,9 @@ from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.engine.probe import Probe, RacingOptions
 from billhook.methods.export import EXPORTS, form_of
-from billhook.methods.export.targets import Form, limits, stricter
+from billhook.methods.export.serving import limits_of, require_fit
+from billhook.methods.export.targets import Form, limits, narrower, stricter
+from billhook.methods.recover import adds
 from billhook.methods.search import drive, narrows
 from billhook.models.load import Teacher, as_teacher
 from billhook.models.sources import locate
@@ -81,6 +85,7 @@ def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:
     parse_loss(recipe.loss)
     method_options(recipe)
     form_of(recipe.writes, teacher, Plan())
+    require_recoveries(recipe, teacher)
     protected = parse_protection(recipe.protect, teacher.anatomy)
     lost = sorted(site for site in teacher.removed_earlier.removed if site.block in teacher.positions)
     if recipe.stock and lost:
@@ -95,6 +100,7 @@ def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:
             raise PlanError(f"{option('plan', recipe.plan)} removes nothing. Name sites to remove: attention.7,mlp.16.")
         if plan.narrowed and recipe.stock:
             raise PlanError(f"{option('stock', True)} has no place for sites that become narrower. Leave it out.")
+        require_fit(recipe.targets, teacher, plan)
         return teacher.anatomy.check(plan, protected)
     check_search(recipe, teacher)
     return None
@@ -105,7 +111,7 @@ def check_search(recipe: Recipe, teacher: Teacher) -> None:
 
     Only time is measured before such a budget can be checked.
     """
-    most = limits([EXPORTS.facts(recipe.writes)], teacher.anatomy.model_type, teacher.model.config) or Form()
+    most = limits_of_recipe(recipe, teacher)
     widths = stricter(most.mlp_widths, most.attention_widths)
     if narrows(recipe.search) and (widths == "none" or (widths == "alike" and not recipe.uniform)):
         instead = f"Add {option('uniform', True)}, take" if widths == "alike" else "Take"
@@ -115,10 +121,11 @@ def check_search(recipe: Recipe, teacher: Teacher) -> None:
         )
     if recipe.remove is None or counts_time(recipe):
         return
-    problem = problem_of(recipe, teacher.anatomy, recipe.budgets)
+    problem = problem_of(recipe, teacher, teacher.anatomy, recipe.budgets)
     expected_losses(recipe, problem)
     if recipe.uniform and (widths == "alike" or not recipe.protect):
-        even = replace(problem, group_scores={size.site: (0.0,) * len(size.groups) for size in teacher.anatomy.sites})
+        sizes = [size for size in problem.anatomy.sites if size.groups]
+        even = replace(problem, group_scores={size.site: (0.0,) * len(size.groups) for size in sizes})
         (plan,) = drive(search_of(recipe, even), lambda request: [])
         if not stock_holds(teacher, plan):
             widths = ", ".join(f"{len(each.groups)} groups of {each.site}" for each in sorted(plan.narrowed)[:2])
@@ -134,9 +141,43 @@ def counts_time(recipe: Recipe) -> bool:
     return any(budget.unit == "ms" for budget in recipe.budgets)
 
 
-def problem_of(recipe: Recipe, anatomy: Anatomy, budgets: tuple[Budget, ...]) -> Problem:
-    """The problem of a recipe. Raises BudgetError if it cannot be met."""
-    return Problem(anatomy, budgets, parse_protection(recipe.protect, anatomy), recipe.seed).check()
+def problem_of(recipe: Recipe, teacher: Teacher, anatomy: Anatomy, budgets: tuple[Budget, ...]) -> Problem:
+    """The problem of a recipe, in which nothing changes that its targets cannot express.
+
+    `anatomy`: the teacher's, with times where a budget counts them. Raises BudgetError if it cannot be met.
+    """
+    most, protected = limits_of_recipe(recipe, teacher), parse_protection(recipe.protect, anatomy)
+    anatomy = limited(anatomy, most, teacher.model.config)
+    return Problem(anatomy, budgets, protected, recipe.seed, blocks_only=most.sites == "none").check()
+
+
+def limits_of_recipe(recipe: Recipe, teacher: Teacher) -> Form:
+    """What the targets of a recipe, and its export, can express of a model."""
+    own = limits([EXPORTS.facts(recipe.writes)], teacher.anatomy.model_type, teacher.model.config) or Form()
+    return narrower(own, limits_of(recipe.targets, teacher)) if recipe.targets else own
+
+
+def require_recoveries(recipe: Recipe, teacher: Teacher) -> None:
+    """Raise PlanError where a recovery adds what a target of the recipe, or its export, has no place for."""
+    most = limits_of_recipe(recipe, teacher)
+    for name in recipe.recoveries:
+        added = adds(name, recipe.recover_set)
+        if (added == "patches" and not most.inserts) or (added == "biases" and not most.biases):
+            where = option("target", recipe.target) if recipe.target else f"The export {recipe.writes}"
+            raise PlanError(f"{where} has no place for the {added} of {name}. Recover by fold or lora.")
+
+
+def limited(anatomy: Anatomy, most: Form, config: Any) -> Anatomy:
+    """Return an anatomy whose sites cannot be narrowed to what a form has no place for."""
+
+    def size_of(size: SiteSize) -> SiteSize:
+        if most.widths(size.site.part) == "none":
+            return replace(size, groups=(), group=None)
+        if size.site.part == "mlp":
+            return replace(size, multiple=math.lcm(size.multiple, most.mlp_step))
+        return replace(size, counts=most.attention_counts(config))
+
+    return replace(anatomy, sites=tuple(map(size_of, anatomy.sites)))
 
 
 def calibration_spec(options: CalibrationOptions) -> TextSpec:

@@ -148,6 +148,10 @@ class Recipe(CalibrationOptions, EvalOptions):
         "transformers"
     )
 
+    target: Annotated[
+        str, Field(description="What will serve the model: llama.cpp,mlx … as `billhook targets` lists")
+    ] = ""
+
     @field_validator("remove", mode="before")
     @classmethod
     def _readable(cls, value: object) -> object:
@@ -201,6 +205,11 @@ class Recipe(CalibrationOptions, EvalOptions):
         return "stock" if self.stock else self.export
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of the software that has to load the student."""
+        return tuple(name.strip() for name in self.target.split(",") if name.strip())
+
+    @property
     def recoveries(self) -> tuple[str, ...]:
         """The names of the recoveries, in order."""
         return tuple(name.strip() for name in self.recover.split(",") if name.strip())
@@ -228,7 +237,7 @@ ORDER = (
     *("about", "model", *TARGETS, "search", "metric", "loss", "set", "uniform", "multiple", "fast", "shortlist"),
     *("risk", "audit", "memory", "protect", "batch", "context", "data", "self_share", "eval_data", "field", "tokens"),
     *("length", "eval_tokens", "eval_length", "recover", "fold_in_search", "recover_set", "recover_data"),
-    *("recover_tokens", "recover_length", "stock", "export", "seed", "device", "dtype", "trust_remote_code"),
+    *("recover_tokens", "recover_length", "stock", "export", "target", "seed", "device", "dtype", "trust_remote_code"),
 )
 
 

@@ -24,6 +24,7 @@ from billhook.core.results.run import (
 from billhook.data.texts import SOURCE_SEPARATOR
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import loss_facts, parse_loss
+from billhook.methods.export.serving import fits
 from billhook.models.device import dtype_name, environment
 from billhook.models.load import Teacher
 from billhook.models.pruned_config import read_config
@@ -90,6 +91,7 @@ def run_result(
         speed=measured.speed,
         answers=measured.answers,
         seconds=job.seconds,
+        targets=fits(teacher, choice.plan, recovered.repair),
     )
 
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 import billhook
 from billhook.cli.main import app
-from billhook.runs.builtin_recipes import describe_recipe
 from billhook.runs.recipe import recipe_names
+from billhook.runs.recipes.builtin import describe_recipe
 
 WIDTH = {"flap", "llm-pruner", "saap", "wanda-sp"}
 

@@ -22,8 +22,8 @@ from billhook.core.plan import Plan
 from billhook.core.results.json_form import Result
 from billhook.core.results.run import RunResult
 from billhook.core.results.studies import SweepResult, TransferResult
-from billhook.runs.builtin_recipes import describe_recipe
 from billhook.runs.recipe import BUILTIN, Recipe, parse_recipe, recipe_names, with_overrides
+from billhook.runs.recipes.builtin import describe_recipe
 from billhook.runs.store import Store
 
 SMALL = {"tokens": 240, "length": 24, "eval_tokens": 480, "eval_length": 24}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 from billhook.core.results.json_form import JsonObject, Result
@@ -46,3 +46,53 @@ class ExportReport(Result):
     def rows(self) -> list[JsonObject]:
         """A row a file."""
         return [{"file": file} for file in self.files]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFit:
+    """Whether software that serves models takes a student: by the export `export`, or not because of `fault`.
+
+    `verified`: whether Billhook runs exports in it.
+    """
+
+    target: str
+    export: str
+    fault: str | None
+    verified: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TargetLimits:
+    """What software that serves models can express of one model; `reason`: why it takes none of it.
+
+    `sites`: whether single sites may be missing (`removed`), are written as `zeros`, or whole blocks alone (`none`).
+    `mlps`, `attentions`: widths, `any`, all blocks `alike`, or `none`. `mlp_step`: widths of an mlp without waste are
+    multiples of it. `kv_groups`: in how many groups an attention may be left; empty is any number.
+    """
+
+    target: str
+    exports: tuple[str, ...]
+    verified: bool
+    reason: str | None = None
+    sites: str = ""
+    mlps: str = ""
+    attentions: str = ""
+    patches: bool = False
+    biases: bool = False
+    mlp_step: int = 1
+    kv_groups: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, repr=False)
+class TargetTable(Result):
+    """What every target can express of a model."""
+
+    kind: ClassVar[str] = "targets"
+
+    model: str
+    type: str
+    targets: tuple[TargetLimits, ...]
+
+    def rows(self) -> list[JsonObject]:
+        """A row a target."""
+        return [asdict(target) for target in self.targets]

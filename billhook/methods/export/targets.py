@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,6 +23,10 @@ def _every(config: Any) -> str | None:
     return None
 
 
+def _any_count(config: Any) -> tuple[int, ...]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """One form of checkpoint that an export writes, and which students it can express.
@@ -30,7 +35,9 @@ class Form:
     all (`none`: only whole blocks may be missing). `mlp_widths`, `attention_widths`: `any`, all blocks `alike`, or
     `none`. `inserts`: what a repair put in the place of a removed site. `biases`: of output projections that have none
     in the stock type. `architectures`: stock model types; None is every one. `refuse`: a reason why the model of a
-    config has no place in this form. `runtimes`: those that load it and can verify it, the first one does.
+    config has no place in this form. `runtimes`: those that load it and can verify it, the first one does. `mlp_step`:
+    widths of an mlp that waste nothing are multiples of it; a search for this form keeps to them. `attention_counts`:
+    in how many KV groups an attention may be left, ascending, by the config; empty is any number.
     """
 
     name: str = ""
@@ -42,6 +49,8 @@ class Form:
     architectures: tuple[str, ...] | None = None
     refuse: Callable[[Any], str | None] = _every
     runtimes: tuple[str, ...] = ()
+    mlp_step: int = 1
+    attention_counts: Callable[[Any], tuple[int, ...]] = _any_count
 
     def takes(self, model_type: str, config: Any) -> str | None:
         """Return why no student of this model has a place in this form; None where some have."""
@@ -64,10 +73,13 @@ class Form:
                 return f"a width of its own for {part}s; remove sites or blocks"
             if most == "alike" and found == "own":
                 return f"{part}s of different widths; narrow all of them alike, or remove whole ones"
+        counts = self.attention_counts(shape.config)
+        if counts and (odd := sorted(set(shape.kv_groups) - set(counts))):
+            return f"an attention of {odd[0]} KV groups; keep {', '.join(map(str, counts))}"
         if not self.inserts and shape.patches:
             return "what a repair puts in the place of a site; recover by fold alone"
         if not self.biases and shape.biases:
-            return f"a bias of the output of {shape.biases[0]}, which a recovery added; leave {shape.recoveries} out"
+            return f"a bias of the output of {shape.biases[0]}, which a recovery added; leave that recovery out"
         return None
 
 
@@ -76,7 +88,8 @@ class StudentShape:
     """What of a student a form has to express, what an earlier pruning did included.
 
     `single`: missing sites of blocks of which the other site is kept. `mlps`, `attentions`: `whole`, narrowed all
-    `alike` in a way that the stock config can say, or each with its `own` width.
+    `alike` in a way that the stock config can say, or each with its `own` width. `kv_groups`: in how many KV groups
+    narrowed attentions are left.
     """
 
     model_type: str
@@ -86,7 +99,7 @@ class StudentShape:
     attentions: Literal["whole", "alike", "own"] = "whole"
     patches: tuple[Site, ...] = ()
     biases: tuple[Site, ...] = ()
-    recoveries: str = "the recovery"
+    kv_groups: tuple[int, ...] = ()
 
     def widths(self, part: Part) -> Literal["whole", "alike", "own"]:
         return self.mlps if part == "mlp" else self.attentions
@@ -99,24 +112,26 @@ def student_shape(teacher: Teacher, plan: Plan, repair: Repair = NO_REPAIR) -> S
     whole = set(removed.blocks())
     single = tuple(site for site in removed.sites() if site.block not in whole)
     own_type = str(teacher.model.config.model_type).startswith("billhook-")
-    holds: dict[bool, bool] = {}
+
+    def kept(part: Part) -> dict[Site, int | None]:
+        """Return in how many groups each narrowed site of a part is left, None of one that is not narrowed."""
+        sites = [s.site for s in teacher.anatomy.sites if s.site.part == part and s.site not in removed.removed]
+        told = {site: len(each.groups) for site, each in earlier.narrowed.items()}
+        told |= {each.site: len(each.groups) for each in plan.narrowed}
+        return {site: told.get(site) for site in sites}
+
+    stock = stock_holds(teacher, plan) if plan.narrowed else not own_type
 
     def widths(part: Part) -> Literal["whole", "alike", "own"]:
-        kept = [s.site for s in teacher.anatomy.sites if s.site.part == part and s.site not in removed.removed]
-        now = {each.site: len(each.groups) for each in plan.narrowed if each.site in kept}
-        before = {site: len(each.groups) for site, each in earlier.narrowed.items() if site in kept}
-        counts = {site: now.get(site, before.get(site)) for site in kept}
-        if not now and not before:
+        counts = set(kept(part).values())
+        if counts <= {None}:
             return "whole"
-        if None in counts.values() or len(set(counts.values())) > 1 or (own_type and before and not now):
-            return "own"
-        if now and True not in holds:
-            holds[True] = stock_holds(teacher, plan)
-        return "alike" if not now or holds[True] else "own"
+        return "alike" if len(counts) == 1 and stock else "own"
 
     return StudentShape(
         teacher.anatomy.model_type, teacher.model.config, single, widths("mlp"), widths("attention"),
         tuple(sorted({*earlier.patches, *repair.patches})), tuple(sorted({*_earlier_biases(teacher), *repair.biases})),
+        tuple(sorted({count for count in kept("attention").values() if count is not None})),
     )  # fmt: skip
 
 
@@ -154,24 +169,42 @@ def limits(forms_by_target: Sequence[Sequence[Form]], model_type: str, config: A
 
     Of each target the most generous form that takes the model counts.
     """
-    merged: Form | None = Form()
+    merged = Form()
     for forms in forms_by_target:
         taking = [form for form in forms if form.takes(model_type, config) is None]
-        if not taking or merged is None:
+        if not taking:
             return None
-        best = max(taking, key=_generosity)
-        merged = replace(
-            merged,
-            sites=stricter(merged.sites, best.sites), mlp_widths=stricter(merged.mlp_widths, best.mlp_widths),
-            attention_widths=stricter(merged.attention_widths, best.attention_widths),
-            inserts=merged.inserts and best.inserts, biases=merged.biases and best.biases,
-        )  # fmt: skip
+        merged = narrower(merged, max(taking, key=_generosity))
     return merged
+
+
+def narrower(one: Form, other: Form) -> Form:
+    """Return what both of two forms can express."""
+    return replace(
+        one,
+        sites=stricter(one.sites, other.sites), mlp_widths=stricter(one.mlp_widths, other.mlp_widths),
+        attention_widths=stricter(one.attention_widths, other.attention_widths),
+        inserts=one.inserts and other.inserts, biases=one.biases and other.biases,
+        mlp_step=math.lcm(one.mlp_step, other.mlp_step),
+        attention_counts=_both_counts(one.attention_counts, other.attention_counts),
+    )  # fmt: skip
 
 
 def stricter(one: Any, other: Any) -> Any:
     """Return that of two answers of forms which holds for both."""
     return min(one, other, key=STRICTEST.index)
+
+
+def _both_counts(
+    one: Callable[[Any], tuple[int, ...]], other: Callable[[Any], tuple[int, ...]]
+) -> Callable[[Any], tuple[int, ...]]:
+    """Return the numbers of KV groups that two forms allow."""
+
+    def counts(config: Any) -> tuple[int, ...]:
+        first, second = one(config), other(config)
+        return tuple(sorted(set(first) & set(second))) if first and second else first or second
+
+    return counts
 
 
 def _generosity(form: Form) -> tuple[int, ...]:

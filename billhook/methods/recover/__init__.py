@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 from billhook.core.errors import UsageError, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.plan import Plan
-from billhook.core.registry import Registry
+from billhook.core.registry import OptionValues, RegistryWithFacts, options
 from billhook.data.splits import split_every_nth
 from billhook.data.token_sets import TokenSet
 from billhook.engine.bench import Measurer
@@ -76,8 +76,53 @@ class RecoveryTask:
 
 
 Recovery = Callable[..., Repair]
-RECOVERIES: Registry[Recovery] = Registry("recovery")
-recovery = RECOVERIES.add
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryFacts:
+    """What a recovery adds to a student besides new values of its weights.
+
+    `adds`: `patches` in the place of removed sites, `biases` of output projections that have none, or nothing.
+    `option`: the value of an option with which it does; empty: with any.
+    """
+
+    adds: Literal["", "patches", "biases"] = ""
+    option: tuple[str, str] = ("", "")
+
+
+RECOVERIES: RegistryWithFacts[Recovery, RecoveryFacts] = RegistryWithFacts("recovery", unstated=RecoveryFacts())
+
+
+@overload
+def recovery(function: Recovery, /) -> Recovery:
+    """Add a recovery that changes weights alone."""
+
+
+@overload
+def recovery(
+    *, adds: Literal["", "patches", "biases"] = ..., option: tuple[str, str] = ...
+) -> Callable[[Recovery], Recovery]:
+    """Return the decorator that adds a recovery with these facts."""
+
+
+def recovery(
+    function: Recovery | None = None,
+    /,
+    *,
+    adds: Literal["", "patches", "biases"] = "",
+    option: tuple[str, str] = ("", ""),
+) -> Recovery | Callable[[Recovery], Recovery]:
+    """Add a recovery under its own name, with its facts: see RecoveryFacts."""
+    add = RECOVERIES.add_with(RecoveryFacts(adds, option))
+    return add if function is None else add(function)
+
+
+def adds(name: str, given: OptionValues) -> Literal["", "patches", "biases"]:
+    """Return what a recovery with the `given` options adds to a student. Raises UnknownName."""
+    facts = RECOVERIES.facts(name)
+    key, value = facts.option
+    default = options(RECOVERIES[name]).get(key)
+    return facts.adds if not key or str(given.get(f"{name}.{key}", given.get(key, default))) == value else ""
 
 
 # -- trainings --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from billhook.methods.recover.side_by_side import (
 from billhook.models.repair import Patch, Repair
 
 
-@recovery
+@recovery(adds="patches")
 def lowrank(task: RecoveryTask, train: TokenSet, valid: TokenSet, *, rank: int = 32, bias: bool = True) -> Repair:
     """Replace each removed sublayer by x -> x + U V x + b, the best matrices of `rank` in closed form.
 
@@ -64,7 +64,7 @@ def _low_rank(view: SiteView, validation: torch.Tensor, rank: int, bias: bool) -
     return Patch(*(None if part is None else part.to(x.device, torch.float32).contiguous() for part in parts))
 
 
-@recovery
+@recovery(adds="patches", option=("where", "inserted"))
 def linear(task: RecoveryTask, train: TokenSet, valid: TokenSet, *, where: str = "inserted") -> Repair:
     """Replace each run of removed sublayers by one matrix, inserted or fused into the projection before the run.
 

@@ -21,7 +21,7 @@ from billhook.methods.recover.side_by_side import (
 from billhook.models.repair import Patch, Repair
 
 
-@recovery
+@recovery(adds="patches")
 def mean(task: RecoveryTask, train: TokenSet, valid: TokenSet) -> Repair:
     """Replace each removed sublayer by its mean output in the unpruned model, the emulated update.
 
@@ -64,7 +64,7 @@ def mean(task: RecoveryTask, train: TokenSet, valid: TokenSet) -> Repair:
     return replace(repair, patches=dict(sorted(patches.items()))).with_weights(weights)
 
 
-@recovery
+@recovery(adds="biases")
 def compensate(task: RecoveryTask, train: TokenSet, valid: TokenSet) -> Repair:
     """Add a bias to each narrowed site's output projection: the mean contribution of its removed channel groups.
 
@@ -90,7 +90,7 @@ def compensate(task: RecoveryTask, train: TokenSet, valid: TokenSet) -> Repair:
     return side_by_side(teacher, task.plan, task.repair, visit)
 
 
-@recovery
+@recovery(adds="patches")
 def scale(task: RecoveryTask, train: TokenSet, valid: TokenSet) -> Repair:
     """Scale the residual stream at the end of each run of removed sublayers to the teacher's length.
 

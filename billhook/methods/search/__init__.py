@@ -194,11 +194,15 @@ def ascending(values: Sequence[float]) -> list[int]:
 
 
 def kept_count(size: SiteSize, removed: int, multiple: int) -> int:
-    """Return how many groups of each expert are kept, a `multiple` of channels, if `removed` of all should be."""
+    """Return how many groups of each expert are kept, a `multiple` of channels, if `removed` of all should be.
+
+    Where a site may be left in some numbers of groups alone, the next larger one.
+    """
     multiple = math.lcm(multiple // math.gcd(multiple, size.channels), size.multiple)
     groups = len(size.groups) // size.experts
     count = groups - removed // size.experts
-    return min(groups, max(multiple, -(-count // multiple) * multiple))
+    kept = min(groups, max(multiple, -(-count // multiple) * multiple))
+    return next((allowed for allowed in size.counts if allowed >= kept), groups) if size.counts else kept
 
 
 def kept_groups(size: SiteSize, order: Sequence[int], removed: int, multiple: int) -> tuple[int, ...]:

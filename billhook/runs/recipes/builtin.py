@@ -8,11 +8,9 @@ from typing import Any, Literal
 
 from billhook.core.budget import UNITS
 from billhook.core.registry import options
-from billhook.methods.recover import RECOVERIES
+from billhook.methods.recover import RECOVERIES, adds
 from billhook.methods.search import SEARCHES, narrows
 from billhook.runs.recipe import Recipe, parse_recipe, recipe_names, with_overrides
-
-INSERTS = ("compensate", "lowrank", "mean", "scale")  # recoveries that put something in the place of what was removed
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +64,7 @@ def keeps_stock_type(recipe: Recipe) -> bool:
     It has where sites hold zeros, where whole blocks are removed, and where all blocks are narrowed alike, as far as
     the config of the type can say so; unless a recovery puts something in the place of what was removed.
     """
-    inserts = any(
-        name in INSERTS or (name == "linear" and recipe.recover_set.get("where") != "fused")
-        for name in recipe.recoveries
-    )
+    inserts = any(adds(name, recipe.recover_set) for name in recipe.recoveries)
     whole_blocks = any(UNITS[budget.unit].whole_blocks for budget in recipe.budgets)
     alike = made_by(recipe) == "width" and recipe.uniform and not recipe.protect
     return recipe.stock or ((whole_blocks or alike) and not inserts)

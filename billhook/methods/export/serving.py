@@ -1,0 +1,123 @@
+"""Software that serves pruned models, by name: through which exports, and what a plan for it may contain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from billhook.core.errors import ModelError, PlanError
+from billhook.core.plan import Plan
+from billhook.core.registry import Entries
+from billhook.core.results.exports import TargetFit, TargetLimits
+from billhook.methods.export import EXPORTS
+from billhook.methods.export.targets import Form, StudentShape, limits, student_shape
+from billhook.models.load import Teacher
+from billhook.models.repair import NO_REPAIR, Repair
+
+# A Hugging Face checkpoint of a stock type, which this software loads by its own code for the type.
+STOCK_TYPE = Form("stock", "none", "alike", "alike", inserts=False, biases=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One way into a target: an export, and the forms that the target loads of it (none: all of them)."""
+
+    export: str
+    forms: tuple[Form, ...] = ()
+
+    def loaded(self) -> tuple[Form, ...]:
+        return self.forms or EXPORTS.facts(self.export)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Software that serves models. `routes`: the plainest first. `verified`: whether Billhook runs exports in it."""
+
+    routes: tuple[Route, ...]
+    verified: bool = True
+
+    def forms(self) -> list[Form]:
+        return [form for route in self.routes for form in route.loaded()]
+
+
+_STOCK_OR_DECI = (Route("transformers", (STOCK_TYPE,)), Route("deci"))
+TARGETS = Entries(
+    "target",
+    {
+        "transformers": Target((Route("transformers"),)),
+        "llama.cpp": Target((Route("gguf"),)),
+        "ollama": Target((Route("gguf"),), verified=False),
+        "lmstudio": Target((Route("gguf"),), verified=False),
+        "mlx": Target(_STOCK_OR_DECI),
+        "vllm": Target(_STOCK_OR_DECI),
+        "sglang": Target(_STOCK_OR_DECI, verified=False),
+        "onnx": Target((Route("onnx"),)),
+        "openvino": Target((Route("openvino"),)),
+        "stock": Target((Route("stock"),)),
+    },
+    fits=lambda value: isinstance(value, Target),
+)
+
+
+def limits_of(names: Sequence[str], teacher: Teacher) -> Form:
+    """Return what all of the targets can express of a model. Raises UnknownName, ModelError where one takes none."""
+    config, model_type = teacher.model.config, teacher.anatomy.model_type
+    found = limits([TARGETS[name].forms() for name in names], model_type, config)
+    if found is None:
+        reasons = {name: _reason(TARGETS[name], model_type, config) for name in names}
+        name, reason = next((name, reason) for name, reason in reasons.items() if reason)
+        others = ", ".join(other for other in TARGETS if not _reason(TARGETS[other], model_type, config))
+        raise ModelError(f"{name} has no place for {reason}. Targets that take this model: {others}.")
+    return found
+
+
+def table(teacher: Teacher) -> tuple[TargetLimits, ...]:
+    """Return of every target what it can express of a model."""
+    config, model_type = teacher.model.config, teacher.anatomy.model_type
+    rows = []
+    for name in TARGETS:
+        target = TARGETS[name]
+        exports = tuple(route.export for route in target.routes)
+        found = limits([target.forms()], model_type, config)
+        if found is None:
+            rows.append(TargetLimits(name, exports, target.verified, _reason(target, model_type, config)))
+        else:
+            rows.append(TargetLimits(
+                name, exports, target.verified, None, found.sites, found.mlp_widths, found.attention_widths,
+                found.inserts, found.biases, found.mlp_step, found.attention_counts(config),
+            ))  # fmt: skip
+    return tuple(rows)
+
+
+def fit(name: str, shape: StudentShape) -> TargetFit:
+    """Return by which export a target loads a student, or what keeps it from that."""
+    target = TARGETS[name]
+    faults: list[str] = []
+    for route in target.routes:
+        for form in route.loaded():
+            fault = form.fault(shape)
+            if fault is None:
+                return TargetFit(name, route.export, None, target.verified)
+            faults.append(fault)
+    return TargetFit(name, target.routes[-1].export, faults[-1], target.verified)
+
+
+def fits(teacher: Teacher, plan: Plan, repair: Repair = NO_REPAIR) -> tuple[TargetFit, ...]:
+    """Return of every target how it takes a student."""
+    shape = student_shape(teacher, plan, repair)
+    return tuple(fit(name, shape) for name in TARGETS)
+
+
+def require_fit(names: Sequence[str], teacher: Teacher, plan: Plan, repair: Repair = NO_REPAIR) -> None:
+    """Raise PlanError where one of the targets cannot express a plan and its repair, with what would be allowed."""
+    shape = student_shape(teacher, plan, repair)
+    for name in names:
+        if (fault := fit(name, shape).fault) is not None:
+            raise PlanError(f"The target {name} has no place for {fault}.")
+
+
+def _reason(target: Target, model_type: str, config: Any) -> str | None:
+    """Return why a target takes no student of a model; None where it takes some."""
+    reasons = [form.takes(model_type, config) for form in target.forms()]
+    return None if None in reasons else reasons[-1]
