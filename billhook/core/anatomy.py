@@ -59,10 +59,7 @@ class SiteSize:
         fields = {name: x for name, x in value.items() if name != "numbers"}
         groups = parse_ranges(value["numbers"]) if value["numbers"] else ()
         group = None if value["group"] is None else GroupSize(**value["group"])
-        counts = tuple(value.get("counts", ()))
-        return SiteSize(
-            **fields | {"site": Site.parse(value["site"]), "groups": groups, "group": group, "counts": counts}
-        )
+        return SiteSize(**fields | {"site": Site.parse(value["site"]), "groups": groups, "group": group})
 
 
 @dataclass(frozen=True, slots=True)
