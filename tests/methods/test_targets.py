@@ -8,6 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch
 from test_search import additive, problem_of, run
 
 import billhook
