@@ -39,6 +39,7 @@ REASONS: dict[RunReason, str] = {
     "measurements are of both together, merged.",
     "no_answers": "The models could not answer the sample prompts; the events of the run say why.",
     "no_speed": "Speed could not be measured; the events of the run say why.",
+    "recovery_left_out": "A recovery of the recipe was left out: it finds nothing to change in this architecture.",
     "calibrated_on_text_alone": "Calibrated on the given text alone: this model cannot write its share of it here.",
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from billhook.core.anatomy import Anatomy, SiteSize
 from billhook.core.budget import Budget
-from billhook.core.errors import PlanError, ResourceError, option
+from billhook.core.errors import PlanError, ResourceError, UsageError, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.margin import Margin
 from billhook.core.plan import Plan
@@ -36,7 +36,7 @@ from billhook.engine.probe import Probe, RacingOptions
 from billhook.methods.export import EXPORTS, form_of
 from billhook.methods.export.serving import limits_of, require_fit
 from billhook.methods.export.targets import Form, limits, narrower, stricter
-from billhook.methods.recover import adds
+from billhook.methods.recover import RECOVERIES, adds
 from billhook.methods.search import drive, narrows
 from billhook.models.load import Teacher, as_teacher
 from billhook.models.sources import locate
@@ -160,11 +160,26 @@ def limits_of_recipe(recipe: Recipe, teacher: Teacher) -> Form:
 def require_recoveries(recipe: Recipe, teacher: Teacher) -> None:
     """Raise PlanError where a recovery adds what a target of the recipe, or its export, has no place for."""
     most = limits_of_recipe(recipe, teacher)
-    for name in recipe.recoveries:
+    for name in applicable_recoveries(recipe, teacher):
         added = adds(name, recipe.recover_set)
         if (added == "patches" and not most.inserts) or (added == "biases" and not most.biases):
             where = option("target", recipe.target) if recipe.target else f"The export {recipe.writes}"
             raise PlanError(f"{where} has no place for the {added} of {name}. Recover by fold or lora.")
+
+
+def applicable_recoveries(recipe: Recipe, teacher: Teacher) -> tuple[str, ...]:
+    """Return the recoveries of a recipe that change something in this model.
+
+    Those with a question mark are left out where they do not. Raises UsageError for another one.
+    """
+    found = []
+    for name in recipe.recoveries:
+        reason = RECOVERIES.facts(name).refuse(teacher.architecture)
+        if reason is None:
+            found.append(name)
+        elif name not in recipe.optional_recoveries:
+            raise UsageError(reason)
+    return tuple(found)
 
 
 def limited(anatomy: Anatomy, most: Form, config: Any) -> Anatomy:
@@ -299,7 +314,7 @@ def _read_all(recipe: Recipe, teacher: Teacher, held_out: TokenSet, watch: Event
         validation_and_test(recipe, recipe.margin, teacher, held_out)
     for file in {parse_loss(recipe.loss).file, recipe.margin.file if recipe.margin is not None else None} - {None}:
         load_items(str(file), teacher, "evaluation", seed=recipe.seed, watch=watch)
-    learns = recipe.recoveries or recipe.fold_in_search
+    learns = applicable_recoveries(recipe, teacher) or recipe.fold_in_search
     if learns and SELF not in split_sources(recipe.recover_data or recipe.data):
         recovery_tokens(recipe, teacher, watch)
 

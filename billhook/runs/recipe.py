@@ -212,7 +212,12 @@ class Recipe(CalibrationOptions, EvalOptions):
     @property
     def recoveries(self) -> tuple[str, ...]:
         """The names of the recoveries, in order."""
-        return tuple(name.strip() for name in self.recover.split(",") if name.strip())
+        return tuple(name.strip().removesuffix("?") for name in self.recover.split(",") if name.strip())
+
+    @property
+    def optional_recoveries(self) -> frozenset[str]:
+        """Those with a question mark behind their name: left out where the model has no place for them."""
+        return frozenset(n.strip().removesuffix("?") for n in self.recover.split(",") if n.strip().endswith("?"))
 
     @property
     def budgets(self) -> tuple[Budget, ...]:

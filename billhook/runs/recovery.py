@@ -24,7 +24,7 @@ from billhook.models.load import Teacher
 from billhook.models.repair import NO_REPAIR, Repair, read_repair
 from billhook.runs.evaluation import perplexity_results
 from billhook.runs.job import RunContext
-from billhook.runs.prepare import recovery_tokens
+from billhook.runs.prepare import applicable_recoveries, recovery_tokens
 from billhook.runs.recipe import Recipe
 
 TRAINING_OPTIONS = {field.name for field in fields(TrainingOptions)}
@@ -67,7 +67,7 @@ def recovery_options(recipe: Recipe) -> dict[str, OptionValues]:
 
 def load_recovery_tokens(job: RunContext, teacher: Teacher, held_out: TokenSet) -> TokenSet | None:
     """What the recoveries of a run learn from. Raises UsageError if text that is held out is in there."""
-    if not recovery_options(job.recipe):
+    if not recovery_options(job.recipe) or not applicable_recoveries(job.recipe, teacher):
         return None
     tokens = recovery_tokens(job.recipe, teacher, job.watch)
     if set(tokens.digests) & set(held_out.digests):
@@ -83,7 +83,8 @@ def run_recoveries(
     `work`: for what a killed run resumes from: every finished repair, and the checkpoints of a training.
     """
     recipe, repair, before = job.recipe, NO_REPAIR, NO_REPAIR
-    options = recovery_options(recipe)
+    applicable = applicable_recoveries(recipe, teacher)
+    options = {name: own for name, own in recovery_options(recipe).items() if name in applicable}
     train, valid = train_validation_split(learn, TRAINING_VALIDATION_EVERY)
     work.mkdir(parents=True, exist_ok=True)
     reports: list[RecoveryReport] = []

@@ -32,7 +32,7 @@ from billhook.models.surgery import effective_plan
 from billhook.runs import evaluation
 from billhook.runs.choose_plan import PlanChoice
 from billhook.runs.job import RunContext
-from billhook.runs.prepare import recovery_tokens, validation_and_test
+from billhook.runs.prepare import applicable_recoveries, recovery_tokens, validation_and_test
 from billhook.runs.recipe import Recipe
 from billhook.runs.recovery import RecoveryResult
 
@@ -118,6 +118,7 @@ def run_reasons(
         "streamed": teacher.weights is not None,
         "adapter_beside": got.adapter is not None,
         "calibrated_on_text_alone": alone,
+        "recovery_left_out": len(applicable_recoveries(recipe, teacher)) < len(recipe.recoveries),
     }
     return tuple(reason for reason, so in holds.items() if so)
 

@@ -108,6 +108,19 @@ def test_a_killed_recovery_goes_on(at: str, model: Path, text: Path, tmp_path: P
     assert ends[0] == pytest.approx(ends[1], rel=1e-4)
 
 
+def test_a_recovery_that_suits_no_projection_is_refused_at_once_or_left_out(text: Path, tmp_path: Path) -> None:
+    """Gemma has a norm between each projection and the stream, so that fold has nothing to refit."""
+    model = tiny.with_tokenizer(tmp_path / "gemma", "gemma3_text")
+    asked: dict[str, Any] = {"data": str(text), "out": tmp_path / "out", "store": tmp_path / "b.db", **SHORT}
+    told: list[Event] = []
+    with pytest.raises(UsageError, match="a norm between"):
+        billhook.prune(model, recover="fold", watch=told.append, **asked)
+    assert "measure" not in {event.stage for event in told}
+    result = billhook.prune(model, recover="fold?,bias", recover_set={"bias.epochs": 1}, **asked)
+    assert [each.recovery for each in result.recoveries] == ["bias"]
+    assert "A recovery of the recipe was left out" in " ".join(run_notes(result))
+
+
 def test_recoveries_and_their_options_are_checked_before_anything_is_computed(model: Path, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"out": tmp_path / "out", "store": tmp_path / "b.db", **SHORT}
     with pytest.raises(UnknownName, match="Did you mean 'fold'"):

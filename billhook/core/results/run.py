@@ -22,7 +22,9 @@ from billhook.core.results.measured import (
 
 Phase = Literal["prefill", "decode"]
 
-RunReason = Literal["zeroed", "streamed", "adapter_beside", "calibrated_on_text_alone", "no_answers", "no_speed"]
+RunReason = Literal[
+    "zeroed", "streamed", "adapter_beside", "calibrated_on_text_alone", "no_answers", "no_speed", "recovery_left_out"
+]
 
 # -- facts of a model, and of a plan ----------------------------------------------------------------------------------
 

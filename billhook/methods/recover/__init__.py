@@ -32,6 +32,7 @@ from billhook.methods.recover.training import (
     skip_frozen_blocks,
 )
 from billhook.models import structure
+from billhook.models.architectures import Architecture
 from billhook.models.load import Teacher
 from billhook.models.modeling_billhook import PatchModule
 from billhook.models.repair import NO_REPAIR, Repair
@@ -78,16 +79,22 @@ class RecoveryTask:
 Recovery = Callable[..., Repair]
 
 
+def _suits_all(row: Architecture) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class RecoveryFacts:
     """What a recovery adds to a student besides new values of its weights.
 
     `adds`: `patches` in the place of removed sites, `biases` of output projections that have none, or nothing.
-    `option`: the value of an option with which it does; empty: with any.
+    `option`: the value of an option with which it does; empty: with any. `refuse`: a reason why it finds nothing to
+    change in models of an architecture.
     """
 
     adds: Literal["", "patches", "biases"] = ""
     option: tuple[str, str] = ("", "")
+    refuse: Callable[[Architecture], str | None] = _suits_all
 
 
 RECOVERIES: RegistryWithFacts[Recovery, RecoveryFacts] = RegistryWithFacts("recovery", unstated=RecoveryFacts())
@@ -100,7 +107,10 @@ def recovery(function: Recovery, /) -> Recovery:
 
 @overload
 def recovery(
-    *, adds: Literal["", "patches", "biases"] = ..., option: tuple[str, str] = ...
+    *,
+    adds: Literal["", "patches", "biases"] = ...,
+    option: tuple[str, str] = ...,
+    refuse: Callable[[Architecture], str | None] = ...,
 ) -> Callable[[Recovery], Recovery]:
     """Return the decorator that adds a recovery with these facts."""
 
@@ -111,9 +121,10 @@ def recovery(
     *,
     adds: Literal["", "patches", "biases"] = "",
     option: tuple[str, str] = ("", ""),
+    refuse: Callable[[Architecture], str | None] = _suits_all,
 ) -> Recovery | Callable[[Recovery], Recovery]:
     """Add a recovery under its own name, with its facts: see RecoveryFacts."""
-    add = RECOVERIES.add_with(RecoveryFacts(adds, option))
+    add = RECOVERIES.add_with(RecoveryFacts(adds, option, refuse))
     return add if function is None else add(function)
 
 

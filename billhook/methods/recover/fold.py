@@ -15,12 +15,22 @@ from billhook.methods.recover.side_by_side import (
     side_by_side,
     streams_after,
 )
+from billhook.models.architectures import Architecture
 from billhook.models.repair import Repair
 
 FOLDED_PARTS = {"mlp": ("mlp",), "attention": ("attention",), "both": ("attention", "mlp")}
 
 
-@recovery
+def _no_direct_sum(row: Architecture) -> str | None:
+    if not row.norm_before_sum:
+        return None
+    return (
+        "fold finds no output projection that adds to the residual stream directly: this model has a norm between. Use "
+        f"{option('recover')} lowrank, linear or lora."
+    )
+
+
+@recovery(refuse=_no_direct_sum)
 def fold(
     task: RecoveryTask, train: TokenSet, valid: TokenSet, *, parts: str = "both", reach: str = "all", ahead: bool = True
 ) -> Repair:
