@@ -107,6 +107,7 @@ _HOMES = {
     "dry_run": "api",
     "evaluate": "api",
     "evaluate_tasks": "studies.eval_sets",
+    "export": "runs.exporting",
     "gate": "studies.gate",
     "inspect": "api",
     "list_methods": "api",
@@ -126,6 +127,7 @@ _HOMES = {
     "show": "runs",
     "stability": "studies.stability",
     "sweep": "studies.sweep",
+    "targets": "runs.exporting",
     "threshold": "studies.threshold",
     "transfer": "studies.transfer",
 }
