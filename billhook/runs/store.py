@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import secrets
 import sqlite3
 import time
@@ -21,7 +22,6 @@ from billhook.core.results.cache_keys import CacheKey, FactKey, LossKey, PlanLos
 from billhook.core.results.foreign_files import reading
 from billhook.core.results.json_form import JsonObject
 from billhook.core.results.measured import Loss
-from billhook.core.results.specs import PRUNE
 from billhook.core.results.store_tables import MIGRATIONS, layout, layout_of
 from billhook.core.results.stored import Run, RunState, StoredEvent, former_kind
 from billhook.runs import STORE as STORE
@@ -37,6 +37,16 @@ _LOSS_KEY = "model = ? AND tokens = ? AND loss = ? AND dtype = ? AND treatment =
 
 def _loss_columns(key: LossKey, plan: Plan) -> tuple[str, ...]:
     return (*key.columns().values(), plan.key())
+
+
+def _reading_uri(path: Path) -> str:
+    """How a store is opened to be read.
+
+    With the right to write, SQLite deletes the -wal and -shm that reading needs, or that a killed process left. In a
+    folder that cannot be written it could not make them, and does without unless a writer's are there.
+    """
+    alone = not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists()
+    return f"{path.as_uri()}?mode=rw{'&immutable=1' if alone else ''}"
 
 
 class Store:
@@ -61,7 +71,8 @@ class Store:
             raise UsageError(f"There is no store {name}. Give the file that prune wrote: {option('store', 'FILE')}.")
         try:
             if read_only:
-                self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)
+                self._db = sqlite3.connect(_reading_uri(path.resolve()), uri=True, timeout=60)
+                self._db.execute("PRAGMA query_only = ON")
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
@@ -151,10 +162,14 @@ class Store:
         raise RunError(f"There is no run {run!r} in {self.path}.{guess} `billhook runs` lists them.")
 
     def _now(self, row: sqlite3.Row) -> Run:
-        """A run as it is: a study or an evaluation that is filed as running, and that no process holds, was killed."""
+        """A run as it is: one that is stored as running, and that no process holds, was killed."""
         run = self._read(_run, row)
-        killed = run.state == "running" and run.kind != PRUNE and self.free(run.id)
-        return replace(run, state="interrupted") if killed else run
+        return replace(run, state="interrupted") if run.state == "running" and self.free(run.id) else run
+
+    def killed(self) -> list[Run]:
+        """The runs that are stored as running and that no process holds."""
+        runs = map(self._now, self._select("SELECT * FROM runs WHERE state = 'running'"))
+        return [run for run in runs if run.state == "interrupted"]
 
     def update(
         self,

@@ -19,6 +19,7 @@ from billhook.methods.export.target_folder import check_target, named_folder, pu
 from billhook.models.load import Teacher
 from billhook.report.pages import page_of
 from billhook.runs.job import EvalContext, run_environment, store_and_watch
+from billhook.runs.pipeline import delete_unfinished
 from billhook.runs.prepare import NOTHING, find_model, load_teacher
 from billhook.runs.recipe import EvalOptions, Recipe
 from billhook.runs.store import STORE, Store
@@ -88,6 +89,7 @@ def open_run(
 def begin_run(spec: RunSpec, device: str, store: Path, out: str) -> Iterator[tuple[Store, str]]:
     """The store, and a new run of it that this process holds, and that is done when the block ends."""
     with writing(), closing(Store(store)) as opened:
+        delete_unfinished(opened)
         run = opened.new_run(spec.kind, spec.to_json(), run_environment(device, opened), out)
         with opened.lock_and_track(run):
             yield opened, run

@@ -143,7 +143,7 @@ def test_a_store_that_is_only_read_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_a_run_without_a_result_has_no_page_yet(store: Store, tmp_path: Path) -> None:
     run = new(store)
-    with pytest.raises(RunError, match=rf"is running and has no result. Finish it: billhook.resume\('{run}'\)"):
+    with pytest.raises(RunError, match=rf"is interrupted and has no result. Finish it: billhook.resume\('{run}'\)"):
         billhook.make_report(run, out=tmp_path / "page", store=store.path)
     assert not (tmp_path / "page").exists()
 
