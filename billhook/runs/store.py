@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import secrets
 import sqlite3
 import time
@@ -22,7 +21,7 @@ from billhook.core.results.cache_keys import CacheKey, FactKey, LossKey, PlanLos
 from billhook.core.results.foreign_files import reading
 from billhook.core.results.json_form import JsonObject
 from billhook.core.results.measured import Loss
-from billhook.core.results.store_tables import MIGRATIONS, layout, layout_of
+from billhook.core.results.store_tables import MIGRATIONS, connect_to_read, layout, layout_of
 from billhook.core.results.stored import Run, RunState, StoredEvent, former_kind
 from billhook.runs import STORE as STORE
 from billhook.runs import hold_file, is_held
@@ -37,16 +36,6 @@ _LOSS_KEY = "model = ? AND tokens = ? AND loss = ? AND dtype = ? AND treatment =
 
 def _loss_columns(key: LossKey, plan: Plan) -> tuple[str, ...]:
     return (*key.columns().values(), plan.key())
-
-
-def _reading_uri(path: Path) -> str:
-    """How a store is opened to be read.
-
-    With the right to write, SQLite deletes the -wal and -shm that reading needs, or that a killed process left. In a
-    folder that cannot be written it could not make them, and does without unless a writer's are there.
-    """
-    alone = not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists()
-    return f"{path.as_uri()}?mode=rw{'&immutable=1' if alone else ''}"
 
 
 class Store:
@@ -69,24 +58,27 @@ class Store:
         if read_only and found is None:
             name = shorten(str(path), 200)
             raise UsageError(f"There is no store {name}. Give the file that prune wrote: {option('store', 'FILE')}.")
-        try:
-            if read_only:
-                self._db = sqlite3.connect(_reading_uri(path.resolve()), uri=True, timeout=60)
-                self._db.execute("PRAGMA query_only = ON")
-            else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
-            self._db.row_factory = sqlite3.Row
-            self._check_version(read_only)
-            if not read_only:
-                self._db.execute("PRAGMA journal_mode = WAL")
-                self._db.execute("PRAGMA foreign_keys = ON")
-                self._migrate()
-        except (sqlite3.DatabaseError, OSError, ValueError) as error:
-            kind = ResourceError if cannot_write(error) else UsageError
-            raise kind(
-                f"{option('store', str(path))} cannot be used ({error}). Give another file, or move this one."
-            ) from error
+        with ExitStack() as opening:
+            try:
+                if read_only:
+                    self._db = connect_to_read(path.resolve())
+                else:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
+                opening.callback(self._db.close)
+                self._db.row_factory = sqlite3.Row
+                self._check_version(read_only)
+                if not read_only:
+                    self._db.execute("PRAGMA journal_mode = WAL")
+                    self._db.execute("PRAGMA foreign_keys = ON")
+                    self._migrate()
+            except (sqlite3.DatabaseError, OSError, ValueError) as error:
+                full = cannot_write(error)
+                raise (ResourceError if full else UsageError)(
+                    f"{option('store', str(path))} cannot be used ({error}). "
+                    + ("Free some space, or give another file." if full else "Give another file, or move this one.")
+                ) from error
+            opening.pop_all()
 
     def close(self) -> None:
         with suppress(sqlite3.Error):  # the last events of a run whose disk is full
@@ -162,14 +154,16 @@ class Store:
         raise RunError(f"There is no run {run!r} in {self.path}.{guess} `billhook runs` lists them.")
 
     def _now(self, row: sqlite3.Row) -> Run:
-        """A run as it is: one that is stored as running, and that no process holds, was killed."""
+        """A run as it is: one that is stored as running, and that no process holds, was killed, maybe after its end."""
         run = self._read(_run, row)
-        return replace(run, state="interrupted") if run.state == "running" and self.free(run.id) else run
+        if run.state != "running" or not self.free(run.id):
+            return run
+        return replace(run, state="interrupted" if run.result is None else "done")
 
     def killed(self) -> list[Run]:
         """The runs that are stored as running and that no process holds."""
         runs = map(self._now, self._select("SELECT * FROM runs WHERE state = 'running'"))
-        return [run for run in runs if run.state == "interrupted"]
+        return [run for run in runs if run.state != "running"]
 
     def update(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -94,7 +95,11 @@ def begin_run(spec: RunSpec, device: str, store: Path, out: str) -> Iterator[tup
         with opened.lock_and_track(run):
             yield opened, run
             assert opened.run(run).result is not None, "every kind of run stores the whole of its result"
-            opened.update(run, state="done")
+            try:
+                opened.update(run, state="done")
+            except sqlite3.Error as error:
+                if not cannot_write(error):  # it has its result, and is known to be done
+                    raise
 
 
 def write_study(result: R, folder: Path, store: Store, run: str) -> R:
