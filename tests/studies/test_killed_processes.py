@@ -1,4 +1,4 @@
-"""Processes that are killed between two writes: the command repeated ends as if nothing had been, and nothing is left."""
+"""Processes that are killed between two writes: the command repeated ends as if nothing had been, and leaves nothing."""
 
 from __future__ import annotations
 
