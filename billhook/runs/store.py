@@ -272,8 +272,9 @@ class Store:
         if len(known) == len(keys):
             return known
         computed = list(compute())
-        for key, value in zip(keys, computed, strict=True):
-            self.add(key, value, run)
+        with self._write():
+            for key, value in zip(keys, computed, strict=True):
+                self._insert(key, value, run)
         return computed
 
     def all_of(self, kind: type[FactKey[T]]) -> list[Any]:

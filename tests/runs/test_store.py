@@ -202,6 +202,22 @@ def test_values_that_are_measured_together_are_measured_again_together(store: St
     assert store.remember_together(keys, lambda: [TIMING, TIMING], run) == [later, later]
 
 
+def test_what_is_measured_together_is_stored_together_or_not_at_all(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, keys, insert = new(store), [ScoresKey("m", name, {}, "t", "kl", "c") for name in ("a", "b")], Store._insert
+
+    def fill(self: Store, key: Any, value: Any, run: str) -> None:
+        if key is keys[1]:
+            raise sqlite3.OperationalError("database or disk is full")
+        insert(self, key, value, run)
+
+    with monkeypatch.context() as patch, pytest.raises(sqlite3.OperationalError):
+        patch.setattr(Store, "_insert", fill)
+        store.remember_together(keys, lambda: [{"0": 1.0}, {"0": 2.0}], run)
+    assert [store.lookup(key) for key in keys] == [None, None]
+
+
 def typed_key(model: str, what: str, parts: dict[str, Any]) -> FactKey[Any]:
     """The key of a fact from its JSON."""
     if what in ("plan", "attempt"):

@@ -1,4 +1,4 @@
-"""Processes that are killed between two writes: the command repeated ends as if nothing had been, and leaves nothing."""
+"""Commands that are killed between two writes: repeated, they end as undisturbed ones do, and leave nothing behind."""
 
 from __future__ import annotations
 
