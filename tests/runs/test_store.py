@@ -212,8 +212,8 @@ def test_what_is_measured_together_is_stored_together_or_not_at_all(
             raise sqlite3.OperationalError("database or disk is full")
         insert(self, key, value, run)
 
-    with monkeypatch.context() as patch, pytest.raises(sqlite3.OperationalError):
-        patch.setattr(Store, "_insert", fill)
+    monkeypatch.setattr(Store, "_insert", fill)
+    with pytest.raises(sqlite3.OperationalError):
         store.remember_together(keys, lambda: [{"0": 1.0}, {"0": 2.0}], run)
     assert [store.lookup(key) for key in keys] == [None, None]
 
