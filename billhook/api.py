@@ -54,7 +54,7 @@ from billhook.runs import list_runs as list_runs
 from billhook.runs import show as show
 from billhook.runs.exporting import recipe_for_targets
 from billhook.runs.job import run_environment
-from billhook.runs.pipeline import preview_run, run_pruning
+from billhook.runs.pipeline import delete_unfinished, preview_run, run_pruning
 from billhook.runs.prepare import find_model, load_teacher, read_calibration, read_held_out
 from billhook.runs.recipe import (
     TARGETS,
@@ -95,6 +95,7 @@ def prune(
     check_target(where, find_path(asked.model))
     find_model(asked, loaded_by_name(model), watch)
     with writing(), closing(Store(Path(store))) as opened:
+        delete_unfinished(opened)
         run = opened.new_run(PRUNE, asked.model_dump(), run_environment(asked.device, opened), str(where))
         return run_pruning(opened, opened.run(run), watch, write_report, loaded_by_name(model))
 

@@ -32,6 +32,7 @@ CHECKPOINTS: dict[str, Any] = FACTS["checkpoints"]
 RUNS: dict[str, Any] = FACTS["runs"]
 OPTIONS: dict[str, Any] = FACTS["options"]
 INTERRUPTED = next(run for run, about in RUNS.items() if about["state"] == "running")
+RUNS[INTERRUPTED]["state"] = "interrupted"  # nobody holds it
 DONE = next(run for run, about in RUNS.items() if about["out"] == "sites")
 KINDS = {"greedy", "sweep", "trade", "stability", "compare", "baseline", "gate", "eval", "threshold"}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from billhook.core.budget import parse_budgets
-from billhook.core.errors import FingerprintError, ResourceError, cannot_write, either, option, writing
+from billhook.core.errors import FingerprintError, ResourceError, RunError, cannot_write, either, option, writing
 from billhook.core.events import EventListener
 from billhook.core.plan import Plan
 from billhook.core.plan_files import find_path
@@ -131,6 +131,15 @@ def _sweep(job: RunContext, *, interrupted: bool) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     if not interrupted and not any(path.is_file() and path.suffix != ".partial" for path in work.rglob("*")):
         shutil.rmtree(work, ignore_errors=True)
+
+
+def delete_unfinished(store: Store) -> None:
+    """Delete the unfinished results of runs that were killed: nobody can use them, and one that resumes begins anew."""
+    for run in store.killed():
+        aside = staging_folder(Path(run.out), run.id)
+        with suppress(RunError), store.lock(run.id):
+            if _result_in(aside, run.id) is None:
+                shutil.rmtree(aside, ignore_errors=True)
 
 
 def _result_in(folder: Path, run: str) -> RunResult | None:

@@ -21,8 +21,7 @@ from billhook.core.results.cache_keys import CacheKey, FactKey, LossKey, PlanLos
 from billhook.core.results.foreign_files import reading
 from billhook.core.results.json_form import JsonObject
 from billhook.core.results.measured import Loss
-from billhook.core.results.specs import PRUNE
-from billhook.core.results.store_tables import MIGRATIONS, layout, layout_of
+from billhook.core.results.store_tables import MIGRATIONS, connect_to_read, layout, layout_of
 from billhook.core.results.stored import Run, RunState, StoredEvent, former_kind
 from billhook.runs import STORE as STORE
 from billhook.runs import hold_file, is_held
@@ -59,23 +58,27 @@ class Store:
         if read_only and found is None:
             name = shorten(str(path), 200)
             raise UsageError(f"There is no store {name}. Give the file that prune wrote: {option('store', 'FILE')}.")
-        try:
-            if read_only:
-                self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=60)
-            else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
-            self._db.row_factory = sqlite3.Row
-            self._check_version(read_only)
-            if not read_only:
-                self._db.execute("PRAGMA journal_mode = WAL")
-                self._db.execute("PRAGMA foreign_keys = ON")
-                self._migrate()
-        except (sqlite3.DatabaseError, OSError, ValueError) as error:
-            kind = ResourceError if cannot_write(error) else UsageError
-            raise kind(
-                f"{option('store', str(path))} cannot be used ({error}). Give another file, or move this one."
-            ) from error
+        with ExitStack() as opening:
+            try:
+                if read_only:
+                    self._db = connect_to_read(path.resolve())
+                else:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
+                opening.callback(self._db.close)
+                self._db.row_factory = sqlite3.Row
+                self._check_version(read_only)
+                if not read_only:
+                    self._db.execute("PRAGMA journal_mode = WAL")
+                    self._db.execute("PRAGMA foreign_keys = ON")
+                    self._migrate()
+            except (sqlite3.DatabaseError, OSError, ValueError) as error:
+                full = cannot_write(error)
+                raise (ResourceError if full else UsageError)(
+                    f"{option('store', str(path))} cannot be used ({error}). "
+                    + ("Free some space, or give another file." if full else "Give another file, or move this one.")
+                ) from error
+            opening.pop_all()
 
     def close(self) -> None:
         with suppress(sqlite3.Error):  # the last events of a run whose disk is full
@@ -151,10 +154,16 @@ class Store:
         raise RunError(f"There is no run {run!r} in {self.path}.{guess} `billhook runs` lists them.")
 
     def _now(self, row: sqlite3.Row) -> Run:
-        """A run as it is: a study or an evaluation that is filed as running, and that no process holds, was killed."""
+        """A run as it is: one that is stored as running, and that no process holds, was killed, maybe after its end."""
         run = self._read(_run, row)
-        killed = run.state == "running" and run.kind != PRUNE and self.free(run.id)
-        return replace(run, state="interrupted") if killed else run
+        if run.state != "running" or not self.free(run.id):
+            return run
+        return replace(run, state="interrupted" if run.result is None else "done")
+
+    def killed(self) -> list[Run]:
+        """The runs that are stored as running and that no process holds."""
+        runs = map(self._now, self._select("SELECT * FROM runs WHERE state = 'running'"))
+        return [run for run in runs if run.state != "running"]
 
     def update(
         self,
@@ -263,8 +272,9 @@ class Store:
         if len(known) == len(keys):
             return known
         computed = list(compute())
-        for key, value in zip(keys, computed, strict=True):
-            self.add(key, value, run)
+        with self._write():
+            for key, value in zip(keys, computed, strict=True):
+                self._insert(key, value, run)
         return computed
 
     def all_of(self, kind: type[FactKey[T]]) -> list[Any]:

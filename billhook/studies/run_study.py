@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from billhook.methods.export.target_folder import check_target, named_folder, pu
 from billhook.models.load import Teacher
 from billhook.report.pages import page_of
 from billhook.runs.job import EvalContext, run_environment, store_and_watch
+from billhook.runs.pipeline import delete_unfinished
 from billhook.runs.prepare import NOTHING, find_model, load_teacher
 from billhook.runs.recipe import EvalOptions, Recipe
 from billhook.runs.store import STORE, Store
@@ -88,11 +90,16 @@ def open_run(
 def begin_run(spec: RunSpec, device: str, store: Path, out: str) -> Iterator[tuple[Store, str]]:
     """The store, and a new run of it that this process holds, and that is done when the block ends."""
     with writing(), closing(Store(store)) as opened:
+        delete_unfinished(opened)
         run = opened.new_run(spec.kind, spec.to_json(), run_environment(device, opened), out)
         with opened.lock_and_track(run):
             yield opened, run
             assert opened.run(run).result is not None, "every kind of run stores the whole of its result"
-            opened.update(run, state="done")
+            try:
+                opened.update(run, state="done")
+            except sqlite3.Error as error:
+                if not cannot_write(error):  # it has its result, and is known to be done
+                    raise
 
 
 def write_study(result: R, folder: Path, store: Store, run: str) -> R:

@@ -26,6 +26,7 @@ from billhook.core.plan import Plan
 from billhook.core.results.run import RunResult
 from billhook.data.calibration import calibration_tokens, held_out_tokens
 from billhook.data.texts import TextSpec
+from billhook.methods.evaluate import speed
 from billhook.methods.evaluate.speed import peak_bytes
 from billhook.models.surgery import masked
 from billhook.report.run_report import run_page
@@ -277,6 +278,24 @@ def test_estimates_are_never_filed_as_losses(model: Path, text: Path, tmp_path: 
 
 
 # -- interrupted and resumed ----------------------------------------------------------------------------------------
+
+
+def waits_for_its_parent(end: Any, held: Any) -> None:
+    held.close()
+    os.dup2(end.fileno(), 0)
+    speed._end_with_parent()
+
+
+def test_the_process_that_measures_memory_ends_with_the_one_that_began_it() -> None:
+    context = multiprocessing.get_context("fork")
+    end, held = context.Pipe(duplex=False)
+    child = context.Process(target=waits_for_its_parent, args=(end, held))
+    child.start()
+    child.join(0.1)
+    assert child.exitcode is None
+    held.close()
+    child.join(20)
+    assert child.exitcode == 1
 
 
 def killed_at(stage: str, count: int, resume: bool, options: dict[str, Any]) -> None:

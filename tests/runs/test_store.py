@@ -143,7 +143,7 @@ def test_a_store_that_is_only_read_stays_as_it_is(tmp_path: Path) -> None:
 
 def test_a_run_without_a_result_has_no_page_yet(store: Store, tmp_path: Path) -> None:
     run = new(store)
-    with pytest.raises(RunError, match=rf"is running and has no result. Finish it: billhook.resume\('{run}'\)"):
+    with pytest.raises(RunError, match=rf"is interrupted and has no result. Finish it: billhook.resume\('{run}'\)"):
         billhook.make_report(run, out=tmp_path / "page", store=store.path)
     assert not (tmp_path / "page").exists()
 
@@ -200,6 +200,22 @@ def test_values_that_are_measured_together_are_measured_again_together(store: St
     later = replace(TIMING, batch=7)
     assert store.remember_together(keys, lambda: [later, later], run) == [later, later]
     assert store.remember_together(keys, lambda: [TIMING, TIMING], run) == [later, later]
+
+
+def test_what_is_measured_together_is_stored_together_or_not_at_all(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, keys, insert = new(store), [ScoresKey("m", name, {}, "t", "kl", "c") for name in ("a", "b")], Store._insert
+
+    def fill(self: Store, key: Any, value: Any, run: str) -> None:
+        if key is keys[1]:
+            raise sqlite3.OperationalError("database or disk is full")
+        insert(self, key, value, run)
+
+    monkeypatch.setattr(Store, "_insert", fill)
+    with pytest.raises(sqlite3.OperationalError):
+        store.remember_together(keys, lambda: [{"0": 1.0}, {"0": 2.0}], run)
+    assert [store.lookup(key) for key in keys] == [None, None]
 
 
 def typed_key(model: str, what: str, parts: dict[str, Any]) -> FactKey[Any]:
@@ -361,18 +377,69 @@ def test_a_write_that_an_interrupt_left_open_is_undone_and_the_next_one_counts(t
     assert (other.run(run).state, other.run(run).out) == ("interrupted", f"out/{run}")
 
 
-def test_a_run_that_was_killed_is_interrupted_and_leaves_no_lock(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["prune", "sweep"])
+def test_a_run_that_was_killed_is_interrupted_and_leaves_no_lock(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "runs.db"
     with closing(Store(path)) as store:
-        run = store.new_run("sweep", {}, {}, "out")
+        run = store.new_run(kind, {}, {}, "out")
         with store.lock(run):
             assert store.run(run).state == "running"
             held = (tmp_path / f"runs.db-{run}.lock").stat().st_ino
         assert held
         (tmp_path / f"runs.db-{run}.lock").touch()  # SIGKILL leaves it, unlocked
+    with closing(Store(path, read_only=True)) as store, monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        assert [each.state for each in store.runs()] == ["interrupted"], "who may not delete the lock sees it too"
     with closing(Store(path, read_only=True)) as store:
         assert [each.state for each in store.runs()] == ["interrupted"]
     assert not list(tmp_path.glob("*.lock"))
+
+
+def refuse(*_: object) -> None:
+    raise PermissionError
+
+
+def test_a_run_that_was_killed_after_it_stored_its_result_is_done(store: Store) -> None:
+    run = new(store)
+    store.update(run, result={"kind": "sweep"})
+    with store.lock(run):
+        assert store.run(run).state == "running"
+    assert store.run(run).state == "done"
+
+
+def ended_without_closing(path: Path) -> None:
+    """A process that leaves its writes in the -wal."""
+    store = Store(path)
+    store.new_run("sweep", {}, {}, "out")
+    os._exit(0)
+
+
+def test_a_reader_leaves_no_file_and_clears_what_a_killed_process_left(tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    child = multiprocessing.get_context("fork").Process(target=ended_without_closing, args=(path,))
+    child.start()
+    child.join()
+    assert (tmp_path / "runs.db-wal").stat().st_size
+    for _ in range(2):
+        with closing(Store(path, read_only=True)) as store:
+            assert len(store.runs()) == 1
+            with pytest.raises(sqlite3.OperationalError, match="readonly"):
+                store.new_run("sweep", {}, {}, "out")
+        assert [file.name for file in tmp_path.iterdir()] == ["runs.db"]
+
+
+def test_a_store_is_read_where_no_file_can_be_made(tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    with closing(Store(path)) as store:
+        run = store.new_run("sweep", {}, {}, "out")
+    (tmp_path / "runs.db-shm").mkdir()  # as on a full disk, SQLite gets none
+    with closing(Store(path, read_only=True)) as store:
+        assert [each.id for each in store.runs()] == [run]
+    (tmp_path / "runs.db-wal").write_bytes(b"what a writer has not yet put into the file")
+    with pytest.raises(UsageError, match="cannot be used"):
+        Store(path, read_only=True)
 
 
 # -- stores that somebody else wrote --------------------------------------------------------------------------------

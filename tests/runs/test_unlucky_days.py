@@ -97,6 +97,33 @@ def test_a_disk_that_fills_up_loses_nothing(
     assert result.out == str(tmp_path / "out")
 
 
+def test_a_store_whose_disk_is_full_at_the_start_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object) -> None:
+        raise sqlite_full(0)
+
+    monkeypatch.setattr(Store, "_migrate", fill)
+    with pytest.raises(ResourceError, match=r"b\.db' cannot be used .*full\)\. Free some space, or give another file"):
+        Store(tmp_path / "b.db")
+
+
+def test_a_disk_that_is_full_when_a_study_is_complete_changes_nothing(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = Store.update
+
+    def fill(self: Store, run: str, **values: Any) -> None:
+        if values.get("state") == "done":
+            raise sqlite_full(0)
+        update(self, run, **values)
+
+    monkeypatch.setattr(Store, "update", fill)
+    short = {"tokens": 60, "length": 20, "eval_tokens": 64, "eval_length": 32, "self_share": 0.0}
+    result = billhook.sweep(str(model), ["shortgpt"], remove="1blocks", data=str(text), out=tmp_path / "out",
+                            store=tmp_path / "b.db", **short)  # fmt: skip
+    assert Path(result.page).is_file()
+    assert [run.state for run in billhook.list_runs(tmp_path / "b.db")] == ["done"]
+
+
 def test_a_folder_that_is_taken_meanwhile_leaves_the_result_beside_it(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

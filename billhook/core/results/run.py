@@ -192,7 +192,10 @@ class AuditedRound:
 
 @dataclass(frozen=True, slots=True)
 class SearchSummary:
-    """How a search went. `site_evaluations`: sites computed, over all tokens; `audit`: None where not asked for."""
+    """How a search went. `audit`: None where not asked for.
+
+    `site_evaluations`: sites computed, over all tokens; of a run that was resumed, by the attempt that ended it.
+    """
 
     mode: Literal["exact", "fast"]
     decided: Decided

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 from billhook.core.results.specs import PRUNE
 from billhook.core.results.stored import former_kind
@@ -91,3 +92,22 @@ def layout_of(version: int) -> dict[tuple[str, str], str]:
         for migrate in MIGRATIONS[:version]:
             migrate(db)
         return layout(db)
+
+
+def connect_to_read(path: Path) -> sqlite3.Connection:
+    """A connection to a store that changes nothing in it.
+
+    With the right to write, SQLite deletes the -wal and -shm that reading needs, or that a killed process left. Where
+    it can make none, as on a full disk or in a folder of somebody else's, it reads without, unless a writer has some.
+    """
+    db = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=60)
+    try:
+        layout(db)
+    except sqlite3.OperationalError:
+        db.close()
+        wal = path.with_name(f"{path.name}-wal")
+        if wal.exists() and wal.stat().st_size:
+            raise
+        db = sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True)
+    db.execute("PRAGMA query_only = ON")
+    return db

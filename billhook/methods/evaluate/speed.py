@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,17 +94,27 @@ def peak_bytes(folder: Path, device: str, dtype: str, prompt: int, new_tokens: i
     """
     arguments = [str(folder.resolve()), device, dtype, str(prompt), str(new_tokens)]
     command = [sys.executable, "-P", "-m", "billhook.methods.evaluate.speed", *arguments]
+    watched, held = os.pipe()  # nothing is written: it closes with this process, and the other one ends
     try:
         done = subprocess.run(
-            command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900,
+            command, check=False, capture_output=True, text=True, stdin=watched, timeout=900,
             env=child_environment(folder),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return None
+    finally:
+        os.close(watched)
+        os.close(held)
     return int(json.loads(done.stdout)["peak_bytes"]) if done.returncode == 0 else None
 
 
+def _end_with_parent() -> None:
+    os.read(0, 1)
+    os._exit(1)
+
+
 def _child(folder: str, device: str, dtype: str, prompt: str, new_tokens: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     register()
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True).to(device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from billhook.core.errors import ResourceError, UsageError, cannot_write, option
@@ -46,9 +48,8 @@ def check_target(folder: Path, source: Path | None = None, needed_bytes: int = 0
         parent = target.parent
         while not parent.exists():
             parent = parent.parent
-        probe = parent / staging_folder(target, f"r{secrets.token_hex(3)}").name
-        probe.mkdir()
-        probe.rmdir()
+        with tempfile.TemporaryFile(dir=parent), suppress(FileNotFoundError):  # without a name that a kill would leave
+            (parent / staging_folder(target, f"r{secrets.token_hex(3)}").name).lstat()  # which may be too long
     except OSError as error:
         kind = ResourceError if cannot_write(error) else UsageError
         raise kind(f"{told} cannot be written ({error.strerror}). Choose another folder.") from error
