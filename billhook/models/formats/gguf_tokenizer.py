@@ -108,7 +108,9 @@ def _byte_level(text: JsonObject, said: dict[str, Any], path: Path) -> JsonObjec
             f"{path} says tokenizer.ggml.pre={name}, a way of splitting text that is not known for GGUF files. Known: "
             f"{', '.join(sorted(SPLITTINGS))}. Give the model's safetensors folder instead."
         )
-    unused = {token for token, type_ in zip(said["tokens"], said.get("token_type", ()), strict=False) if type_ == UNUSED}
+    unused = {
+        token for token, type_ in zip(said["tokens"], said.get("token_type", ()), strict=False) if type_ == UNUSED
+    }
     text["model"]["vocab"] = {token: index for token, index in text["model"]["vocab"].items() if token not in unused}
     return text
 
