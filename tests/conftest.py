@@ -18,6 +18,7 @@ import browser
 import tiny
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 
 from billhook.methods.evaluate import speed
 from billhook.models import device
@@ -25,6 +26,14 @@ from billhook.models import device
 torch.set_num_threads(1)  # the tests themselves run side by side
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+# A property holds however busy the machine is, and fixtures that are only read may serve every example.
+settings.register_profile(
+    "billhook",
+    parent=settings.default,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("billhook")
 
 
 @pytest.fixture(scope="session")

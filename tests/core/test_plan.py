@@ -10,7 +10,7 @@ from fractions import Fraction
 from itertools import chain, combinations
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from billhook.core.anatomy import Anatomy, SiteSize, Unassigned
@@ -359,7 +359,6 @@ def test_a_budget_that_cannot_be_read_says_what_to_write(text: str, message: str
 
 
 @given(anatomies(), budgets())
-@settings(deadline=None)
 def test_needed_spent_and_met_agree_with_counting(anatomy: Anatomy, budget: Budget) -> None:
     everything = Plan(frozenset(anatomy.sites_present()))
     for plan in subsets(anatomy.sites_present()):
@@ -414,7 +413,6 @@ def test_a_share_of_nothing_is_refused(text: str) -> None:
 
 
 @given(problems() | solvable())
-@settings(deadline=None)
 def test_check_raises_exactly_when_no_plan_meets_all_budgets(problem: Problem) -> None:
     plans = unions(problem)
     most = tuple(max(worth(problem.anatomy, budget.unit, plan) for plan in plans) for budget in problem.budgets)
@@ -441,7 +439,6 @@ def test_budgets_that_only_together_are_too_much_are_refused() -> None:
 
 
 @given(problems() | solvable(), st.data())
-@settings(deadline=None)
 def test_moves_are_all_that_help_and_still_lead_to_every_budget(problem: Problem, data: st.DataObject) -> None:
     anatomy, goals, plan = problem.anatomy, ends(problem), Plan()
     while True:
@@ -461,7 +458,6 @@ def test_moves_are_all_that_help_and_still_lead_to_every_budget(problem: Problem
 
 
 @given(problems())
-@settings(deadline=None)
 def test_legal_is_what_the_anatomy_lets_pass(problem: Problem) -> None:
     for plan in subsets(problem.anatomy.sites_present()):
         assert problem.is_valid(plan) == allowed(problem, plan)
@@ -474,7 +470,6 @@ def test_half_pruned_blocks_do_not_hide_the_way_to_a_budget() -> None:
 
 
 @given(problems(), st.data())
-@settings(deadline=None)
 def test_a_move_is_worth_what_the_budgets_count_it_as(problem: Problem, data: st.DataObject) -> None:
     anatomy, plan = problem.anatomy, data.draw(st.sampled_from(unions(problem)))
     needed = [budget.target(anatomy) for budget in problem.budgets]
@@ -490,7 +485,6 @@ def test_a_move_is_worth_what_the_budgets_count_it_as(problem: Problem, data: st
 
 
 @given(problems(), st.data())
-@settings(deadline=None)
 def test_what_is_gone_comes_back_in_groups_and_what_no_budget_counts_by_itself(
     problem: Problem, data: st.DataObject
 ) -> None:

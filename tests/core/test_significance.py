@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from billhook.core.results.measured import Estimate, EvalResult
@@ -187,7 +187,6 @@ def test_a_verdict_needs_a_p_that_stands_among_the_other_tests() -> None:
 
 
 @given(st.integers(50, 2000), st.floats(0.001, 0.009), st.sampled_from([0.01, 0.02]))
-@settings(deadline=None)
 def test_as_many_items_as_are_needed_decide(n: int, change: float, limit: float) -> None:
     pair = a_pair(change, 0.03, n)
     more = items_needed(pair, limit)

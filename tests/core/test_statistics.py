@@ -87,7 +87,7 @@ def test_swapping_the_two_turns_the_interval_round(texts: int) -> None:
 
 
 @given(st.floats(-5, 5), st.floats(-5, 5), st.sampled_from([1, 2, 9]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_shift_of_b_moves_the_interval_and_one_of_both_does_not(by: float, both: float, texts: int) -> None:
     a, b = results(texts, seed=3)
     still, moved = paired_difference(a, b), paired_difference(shifted(a, both), shifted(b, both + by))
@@ -229,7 +229,7 @@ def test_a_higher_level_gives_a_wider_interval() -> None:
 
 
 @given(st.floats(0.01, 100), st.integers(2, 14))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_it_scales_with_its_data(scale: float, n: int) -> None:
     rng = np.random.default_rng(n)
     sums, counts = rng.normal(1, 2, n), rng.integers(1, 9, n).astype(float)

@@ -18,7 +18,7 @@ LOGITS = st.builds(
     st.integers(2, 40),
     st.sampled_from([1e-3, 0.3, 3.0, 30.0]),
 )  # teacher and student: [2, tokens, words]
-some = settings(max_examples=25, deadline=None)
+some = settings(max_examples=25)
 DISTANCES = [name for name in LOSSES if not loss_facts(name).counts_targets]
 
 

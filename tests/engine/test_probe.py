@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoints import hooked
 
@@ -152,7 +152,7 @@ def _reference(folder: Path, loss: str) -> Callable[[Plan], Loss]:
     return functools.cache(lambda plan: plain(teacher, token_set(), plan, loss))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(data=st.data())
 @pytest.mark.parametrize("variant", ["llama", "phi", "falcon", "gemma2", "mixtral"])
 def test_random_batches_of_plans(variant: str, checkpoint: Folder, data: st.DataObject) -> None:

@@ -43,7 +43,7 @@ def total(plan: list[list[float]]) -> float:
     return math.fsum(x for group in plan for x in group)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(0, 10**9), st.integers(1, 9), st.integers(1, 6), st.integers(1, 3), st.integers(1, 300),
        st.sampled_from([None, 0.3, 0.97, 1.0]))  # fmt: skip
 def test_exact_gives_the_best_in_full_whatever_the_bound(
@@ -67,7 +67,7 @@ def test_exact_gives_the_best_in_full_whatever_the_bound(
             assert math.fsum(seen.values()) > total(full[order[best - 1]])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(0, 10**9), st.integers(1, 9), st.integers(1, 6), st.floats(0.3, 3), st.sampled_from([None, 0.9]))
 def test_under_a_ceiling_only_what_is_below_it_matters(
     seed: int, plans: int, groups: int, height: float, share: float | None

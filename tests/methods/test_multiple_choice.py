@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoints import hooked
 
@@ -128,7 +128,7 @@ def teacher(checkpoint: Folder) -> Teacher:
     return load(checkpoint("llama"))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(items=st.lists(ITEM, min_size=1, max_size=6), sharing=st.sampled_from([0, 1, 32]))
 def test_any_items_shared_or_not(items: list[Item], sharing: int, teacher: Teacher) -> None:
     close(teacher.model, items_set(items), sharing_from(sharing))
@@ -210,7 +210,7 @@ def cheapest(paths: list[Input], sharing: int) -> int:
     return min(found)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(items=st.lists(ITEM, min_size=1, max_size=3), sharing=st.sampled_from([0, 2, 5]))
 def test_families_take_the_fewest_positions(items: list[Item], sharing: int) -> None:
     paths = unique_inputs(items_set(items))[:9]

@@ -146,7 +146,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @given(problem=solvable(), seed=st.integers(0, 2**32 - 1), bounds=st.booleans())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @pytest.mark.parametrize("name", OF_SITES)
 def test_budgets_that_can_be_met_are_met(name: str, problem: Problem, seed: int, bounds: bool) -> None:
     log: list[MeasureRequest] = []

@@ -264,7 +264,7 @@ def test_a_beam_sees_past_the_trap_when_it_is_wide_enough(width: int) -> None:
 
 
 @given(problem=solvable(), seed=st.integers(0, 2**32 - 1), make=st.sampled_from([tangled, crooked]))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_swap_ends_where_no_single_exchange_helps(problem: Problem, seed: int, make: object) -> None:
     score = make(seed)  # type: ignore[operator]
     first, last = run("greedy", problem, score)[-1], run("swap", problem, score, tried=0)[-1]
@@ -428,7 +428,7 @@ def ends_of_size(problem: Problem, most: int) -> list[Plan]:
 
 
 @given(problem=solvable())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_exhaustive_measures_all_plans_without_anything_to_spare(problem: Problem) -> None:
     log: list[MeasureRequest] = []
     run("exhaustive", problem, tangled(1), log)
@@ -452,7 +452,7 @@ def test_exhaustive_refuses_what_would_take_too_long_before_it_measures() -> Non
 
 
 @given(problem=solvable(), data=st.data())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_the_programme_finds_the_least_sum_of_scores(problem: Problem, data: st.DataObject) -> None:
     groups = groups_of(problem)
     prices = data.draw(st.lists(st.integers(0, 300), min_size=len(groups), max_size=len(groups)))
@@ -501,7 +501,7 @@ def test_polish_starts_from_the_programme_and_ends_where_no_exchange_helps() -> 
 
 
 @given(problem=solvable(), seed=st.integers(0, 99))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_span_is_the_best_run_when_more_never_helps(problem: Problem, seed: int) -> None:
     runs = stretches(problem)
     if runs:
@@ -581,7 +581,7 @@ def test_no_number_of_generations_is_the_published_one(k: int, blocks: int) -> N
 
 
 @given(problem=solvable(), seed=st.integers(0, 99), start=st.sampled_from(["greedy", "random", "oneshot"]))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_mutants_meet_the_budgets_with_nothing_to_spare(problem: Problem, seed: int, start: str) -> None:
     score, log = crooked(seed), list[MeasureRequest]()
     begun = 0 if start == "random" else len(run_log(start, problem, score))

@@ -127,6 +127,7 @@ def spoil(name: str, value: float) -> Damage:
     return weights(lambda tensors: tensors[name].view(-1)[3].fill_(value))
 
 
+HEADS_BY_LAYER = {"model_type": "step3p5", "num_sliding_attention_heads": 96}  # the config has no one number of heads
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64}
 UP = "model.layers.2.mlp.up_proj.weight"
 DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
@@ -211,11 +212,13 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("no row for the architecture 'longcat_flash'", "no row suggests itself"),
     ),
     "numbers by layer": (
-        only_config(model_type="dots3_note_text", num_hidden_layers=2),
-        ("no row for the architecture 'dots3_note_text'", "The row that is probably missing"),
+        only_config(**HEADS_BY_LAYER, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]),
+        ("no row for the architecture 'step3p5'", "The row that is probably missing"),
     ),
     "numbers by layer, as many as usual": (
-        only_config(model_type="dots3_note_text"), ("no row for the architecture 'dots3_note_text'", "Known: cohere")),
+        only_config(**HEADS_BY_LAYER, layer_types=["sliding_attention"] + ["full_attention"] * 44),
+        ("no row for the architecture 'step3p5'", "Known: cohere"),
+    ),
     "prophetnet": (
         only_config(model_type="prophetnet", num_hidden_layers=2),
         ("does not accept this config.json", "num_encoder_layers"),
