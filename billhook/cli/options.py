@@ -104,6 +104,21 @@ def check_options(options: Mapping[str, Any], *, metrics: str = "", tasks: str =
     )
 
 
+def check_places(*models: str | None, store: Path | None = None, out: Path | None = None) -> None:
+    """Raise for a model that is not there, or a folder that cannot be written, before torch is imported.
+
+    `models`: as typed, of which None is the demo. `store`: where runs of the store are models too.
+    """
+    from billhook.core.plan_files import find_path
+    from billhook.core.results.target_folder import check_target, named_folder
+    from billhook.runs import require_model
+
+    if out is not None:
+        check_target(named_folder(out), find_path(models[0] or "demo") if models else None)
+    for model in models:
+        require_model(model or "demo", store)
+
+
 def command_line(command: str, *words: str, **options: Any) -> str:
     """A command to copy: quoted for a shell, with those of `options` that are neither empty, 0 nor False."""
     line = ["billhook", command, *words]

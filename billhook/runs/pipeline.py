@@ -22,6 +22,7 @@ from billhook.core.registry import options
 from billhook.core.results.model import ExpectedSeconds, MemoryUse, WorkEstimate
 from billhook.core.results.run import Answer, RunData, RunResult
 from billhook.core.results.stored import Run
+from billhook.core.results.target_folder import check_target, publish, staging_folder
 from billhook.data.calibration import generated_token_count
 from billhook.data.choice_tasks import load_items
 from billhook.data.splits import disjoint_parts, halves
@@ -29,7 +30,6 @@ from billhook.data.texts import SELF, external_sources, split_sources
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.methods.export import Student, export_student
-from billhook.methods.export.target_folder import check_target, publish, staging_folder
 from billhook.methods.search import SEARCHES
 from billhook.models.device import free_memory
 from billhook.models.load import Teacher

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -39,7 +38,6 @@ from billhook.methods.export.targets import Form, limits, narrower, stricter
 from billhook.methods.recover import RECOVERIES, adds
 from billhook.methods.search import drive, narrows
 from billhook.models.load import Teacher, as_teacher
-from billhook.models.sources import locate
 from billhook.models.surgery import stock_holds
 from billhook.runs import check_inputs
 from billhook.runs.executor import store_cache
@@ -47,16 +45,9 @@ from billhook.runs.job import RunContext
 from billhook.runs.recipe import CalibrationOptions, EvalOptions, Recipe, TextOptions
 from billhook.runs.search import expected_losses, method_options, search_of
 
-RUN_ID = re.compile("r[0-9a-f]{6}")  # studies take runs for models
 NOTHING: Mapping[str, Teacher] = MappingProxyType({})
 
 LEAST_RECOVERY_TOKENS = 64  # tokens, of which something may be learnt
-
-
-def find_model(options: TextOptions, loaded: Mapping[str, Teacher], watch: EventListener) -> None:
-    """Raise ModelError where there is no model of this name, before a store or a run is begun for it."""
-    if options.model not in loaded and not RUN_ID.fullmatch(options.model):
-        locate(options.model, watch)
 
 
 def load_teacher(recipe: TextOptions, watch: EventListener, loaded: Mapping[str, Teacher] = NOTHING) -> Teacher:

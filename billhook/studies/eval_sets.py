@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from billhook.core import statistics
-from billhook.core.errors import DataError, ResourceError, RunError, UsageError, option
+from billhook.core.errors import DataError, ResourceError, UsageError, option
 from billhook.core.events import EventListener, ignore_events, scaled_events
 from billhook.core.margin import Margins
 from billhook.core.options import TaskOptions, shows_options
@@ -37,7 +37,7 @@ from billhook.methods.evaluate.multiple_choice import score_choices
 from billhook.models.device import environment
 from billhook.models.load import Model, Teacher, loaded_by_name, name_of
 from billhook.models.repair import NO_REPAIR
-from billhook.runs import evaluation
+from billhook.runs import RUN_ID, evaluation
 from billhook.runs.job import EvalContext
 from billhook.runs.prepare import load_teacher, read_held_out_half
 from billhook.runs.recipe import EvalOptions, parse_options
@@ -105,12 +105,7 @@ class ModelResults:
 
 def resolve_model(name: str, store: Store) -> str:
     """The model that a name means: a stored run stands for its folder."""
-    if find_path(name) is not None or name == "demo" or not name.startswith("r") or len(name) != 7:
-        return name
-    try:
-        return store.run(name).out
-    except RunError:
-        return name
+    return store.run(name).out if RUN_ID.fullmatch(name) and find_path(name) is None else name
 
 
 def load_compared(job: EvalContext, name: str) -> Teacher:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 import billhook
 from billhook.core.errors import FingerprintError, ResourceError, RunError, UsageError, cannot_write, writing
 from billhook.core.events import Event
-from billhook.methods.export.target_folder import check_target, named_folder
+from billhook.core.results.target_folder import check_target, named_folder
 from billhook.runs.store import Store
 
 SHORT: dict[str, Any] = {"remove": "2sites", "search": "greedy", "tokens": 160, "length": 20, "eval_tokens": 256,
