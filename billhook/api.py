@@ -61,6 +61,7 @@ from billhook.runs.recipe import (
     default_recipe,
     parse_options,
     parse_recipe,
+    require_effect,
     with_overrides,
 )
 from billhook.runs.recipes.builtin import BuiltinRecipe, builtin_recipes
@@ -115,7 +116,9 @@ def _asked(model: Model, recipe: str | Path | None, options: Mapping[str, Any]) 
     chosen = recipe or default_recipe(options)
     if recipe is None and chosen is not None and options.get("target"):
         chosen = recipe_for_targets(Path(chosen), model, options)
-    return parse_recipe(with_overrides(chosen, model=name_of(model), **options), "The call")
+    asked = parse_recipe(with_overrides(chosen, model=name_of(model), **options), "The call")
+    require_effect(options, asked)
+    return asked
 
 
 @shows_options(PruneOptions, Recipe.model_fields, unset=True)

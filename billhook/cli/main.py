@@ -67,7 +67,7 @@ def prune_command(
     again = command_line("prune", "--resume", store=store)
     with CommandSession(as_json, quiet, verbose, again) as face:
         from billhook.runs import check_inputs, require_resumable
-        from billhook.runs.recipe import default_recipe, parse_recipe, with_overrides
+        from billhook.runs.recipe import default_recipe, parse_recipe, require_effect, with_overrides
 
         mine, recipe = recipe, recipe or (None if resume else default_recipe(options))
         given = with_overrides(recipe, **({"model": model} if model else {}), **options)
@@ -80,6 +80,7 @@ def prune_command(
             require_resumable(run, store, out)
         else:
             asked = parse_recipe(given, "The call")
+            require_effect(options, asked)
             check_inputs(asked, store=store)
             check_places(asked.model, out=out)
             if mine is None and options.get("target"):  # which chooses the recipe, once the model is known

@@ -54,15 +54,11 @@ def sweep_command(
 ) -> None:
     """Compare recipes at several sizes and on several calibration texts: one table, one page, through one store."""
     with CommandSession(as_json, quiet, verbose) as face:
-        from billhook.runs.recipe import with_overrides
-
         for size in split_commas(remove) or [""]:
             for text in split_commas(data) or [""]:
-                check_options(options, remove=size, data=text, tasks=tasks)
+                check_options(options, remove=size, data=text, tasks=tasks, recipes=split_commas(recipes))
         for text in split_commas(eval_data):
             check_options(options, eval_data=text)
-        for name in split_commas(recipes):
-            with_overrides(name)
         check_places(model, out=out)
         from billhook.studies import sweep
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from billhook.core.anatomy import Anatomy, SiteSize
-from billhook.core.budget import Budget
+from billhook.core.budget import Budget, parse_budgets
 from billhook.core.errors import PlanError, ResourceError, UsageError, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.margin import Margin
@@ -110,7 +110,16 @@ def check_search(recipe: Recipe, teacher: Teacher) -> None:
             f"The export {recipe.writes} has no place for sites of different widths, which the search {recipe.search} "
             f"chooses. {instead} {option('search', 'swap')}, or another export."
         )
-    if recipe.remove is None or counts_time(recipe):
+    unknown = recipe.remove is None or counts_time(recipe)
+    if recipe.fold_in_search:
+        some = Problem(teacher.anatomy, parse_budgets("50%params") if unknown else recipe.budgets)
+        if expected_losses(recipe, some) == 0:
+            with_scores = f" by the metric {recipe.metric}" if recipe.metric else ""
+            raise UsageError(
+                f"{option('fold_in_search', True)} judges what a search measures, and {recipe.search}{with_scores} "
+                f"measures nothing. Take {option('search', 'greedy')}, or leave {option('fold_in_search')} out."
+            )
+    if unknown:
         return
     problem = problem_of(recipe, teacher, teacher.anatomy, recipe.budgets)
     expected_losses(recipe, problem)
