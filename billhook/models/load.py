@@ -36,8 +36,11 @@ from billhook.models.streaming import (
     check_fit,
     make_buffers,
 )
-from billhook.models.transformers_internals import config_of, runs_own_code
+from billhook.models.transformers_internals import config_of, generation_config_of, runs_own_code
 
+UNREADABLE_GENERATION = (  # a note
+    "generation_config.json cannot be read. Nothing is measured by it. A student gets it as it is, unless it is no JSON"
+)
 LOADING_ISSUES = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
@@ -173,6 +176,8 @@ def load(
     sizes = structure.anatomy(model, config, pruned, item_bytes=stored.itemsize)
     tokenizer = _tokenizer(folder, model, trust_remote_code)
     print_ = checks.fingerprint(folder)
+    if unreadable := generation_config_of(folder)[1]:
+        watch(Event("load", values={"note": f"{UNREADABLE_GENERATION} ({unreadable})"}))
     watch(Event("load", 1, 1, values={"model": str(name)}))
     return Teacher(
         model, tokenizer, str(name), folder, stored, sizes, pruned.kept_blocks, pruned.removed, print_, weights
@@ -232,10 +237,12 @@ def _compared(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[A
 
 def _build(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
     auto: Any = transformers.AutoModelForCausalLM
+    generation, unreadable = generation_config_of(folder)
     with reading(f"transformers cannot load {folder}"):
         model, told = auto.from_pretrained(
             str(folder),
             config=config_of(folder, trust_remote_code),
+            generation_config=generation if unreadable else None,  # None: transformers reads the file
             dtype=dtype,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,

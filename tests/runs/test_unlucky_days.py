@@ -13,12 +13,17 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from safetensors import SafetensorError
 
 import billhook
 from billhook.core.errors import FingerprintError, ResourceError, RunError, UsageError, cannot_write, writing
 from billhook.core.events import Event
+from billhook.core.plan import Plan
 from billhook.core.results.target_folder import check_target, named_folder
+from billhook.engine.probe import logits
+from billhook.methods.export.checkpoint import save
+from billhook.models.surgery import apply
 from billhook.runs.store import Store
 
 SHORT: dict[str, Any] = {"remove": "2sites", "search": "greedy", "tokens": 160, "length": 20, "eval_tokens": 256,
@@ -216,6 +221,31 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "kernel": lambda folder: tiny.change_json(folder / "config.json", attn_implementation="flash_attention_2",
                                               use_cache=False, cache_implementation="static"),
 }  # fmt: skip
+
+
+UNREADABLE = {"no JSON": "{nope", "no object": "[1]", "no config": '{"watermarking_config": 7, "é": [1]}',
+              "odd types": '{"eos_token_id": {"a": 1}, "temperature": "hot"}'}  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", [None, 1000], ids=["whole", "streamed"])
+@pytest.mark.parametrize("content", list(UNREADABLE))
+def test_a_generation_config_that_cannot_be_read_is_a_note(content: str, memory: int | None, tmp_path: Path) -> None:
+    folder = tiny.with_tokenizer(tmp_path / "tiny")
+    rows = torch.arange(12)[None]
+    before = logits(billhook.load(folder, memory=memory), Plan(), rows)
+    (folder / "generation_config.json").write_text(UNREADABLE[content], encoding="utf-8")
+    events: list[Event] = []
+    teacher = billhook.load(folder, memory=memory, watch=events.append)
+    notes = [str(event.values["note"]) for event in events if "note" in event.values]
+    assert len(notes) == (content != "odd types")
+    assert all("Nothing is measured by it" in note for note in notes)
+    assert torch.equal(logits(teacher, Plan(), rows), before)
+    plan = Plan.parse(["mlp.1"])
+    save(apply(teacher, plan), None, plan, tmp_path / "out", teacher=teacher)
+    copied = tmp_path / "out" / "generation_config.json"
+    assert copied.is_file() == (content not in ("no JSON", "no object"))
+    assert not copied.is_file() or copied.read_bytes() == (folder / "generation_config.json").read_bytes()
+    assert billhook.load(tmp_path / "out").removed_earlier
 
 
 @pytest.mark.parametrize("broken", list(BROKEN))
