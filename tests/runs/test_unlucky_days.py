@@ -309,7 +309,10 @@ def test_a_run_resumes_only_with_what_decides_its_result(
         raise KeyboardInterrupt
 
     at_stage(monkeypatch, "evaluate", stop)
-    options = {**SHORT, "remove": None, "plan": str(tmp_path / "plan.txt"), "search": "swap"}
+    passed = ("remove", "search")
+    options = {name: value for name, value in SHORT.items() if name not in passed} | {
+        "plan": str(tmp_path / "plan.txt")
+    }
     with pytest.raises(KeyboardInterrupt):
         billhook.prune(str(folder), data=str(own), out=tmp_path / "out", store=store, **options)
     words, act = CHANGED[change]
