@@ -327,12 +327,13 @@ def named(job: EvalContext, teacher: Teacher, eval_set: EvalSet, names: Sequence
 def _choice_result(eval_set: EvalSet, sums: Sequence[float]) -> SetResult:
     """Scores and log-probabilities of choices, from those of the rows."""
     assert eval_set.tokens is not None
+    assert eval_set.tokens.choices is not None
     items = {item.number: item for item in read_items(eval_set.source)}
     values: list[list[float]] = [[] for _ in eval_set.tokens.clusters]
     for document, value in zip(eval_set.tokens.documents, sums, strict=True):
         values[document].append(value)
     responses = []
-    for number, nats in zip(eval_set.tokens.clusters, values, strict=True):
+    for number, nats in zip(eval_set.tokens.choices.numbers, values, strict=True):
         item = items[number]
         asked = requests(item)
         query, sizes = item.query or asked[0].context, tuple(request.characters for request in asked)
@@ -352,7 +353,8 @@ def _generation_result(job: EvalContext, teacher: Teacher, eval_set: EvalSet) ->
     whole = eval_set.prompts
     for batch in chunks(whole.tokens, BATCH_QUESTIONS):
         start = len(answers)
-        part = replace(whole, tokens=batch, targets=whole.targets[start : start + len(batch.clusters)])
+        some = slice(start, start + len(batch.clusters))
+        part = replace(whole, tokens=batch, targets=whole.targets[some], numbers=whole.numbers[some])
         watch = scaled_events(job.watch, start, len(whole.targets))
         key = AnswersKey(teacher.fingerprint, Plan(), teacher.compute_key, part.hash)
         written = job.store.remember(key, partial(_generate, teacher, part, watch, eval_set.source), job.run)
@@ -360,6 +362,6 @@ def _generation_result(job: EvalContext, teacher: Teacher, eval_set: EvalSet) ->
     questions = {question.number: question for question in read_questions(eval_set.source)}
     responses = [
         ItemResponse(number, questions[number].query, target=target, answer=answer)
-        for number, target, answer in zip(whole.tokens.clusters, whole.targets, answers, strict=True)
+        for number, target, answer in zip(whole.numbers, whole.targets, answers, strict=True)
     ]
     return SetResult(score_answers(whole, answers), responses)
