@@ -39,14 +39,16 @@ from billhook.engine.losses import ITEM_LOSSES, LOSSES, parse_loss
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate import EVALUATIONS, evaluate_by_name
 from billhook.methods.evaluate import speed as timing
+from billhook.methods.evaluate.perplexity import measure_perplexity
 from billhook.methods.export import EXPORTS
 from billhook.methods.metrics import GROUP_METRICS, METRICS, group_metric_scores, metric_scores
 from billhook.methods.recover import RECOVERIES
 from billhook.methods.search import SEARCHES
 from billhook.models.device import dtype_name, environment
 from billhook.models.load import Model, Teacher, as_teacher, loaded_by_name, name_of
+from billhook.models.repair import NO_REPAIR
 from billhook.report.run_report import write_report
-from billhook.runs import check_inputs, evaluation, require_model, unfinished_run
+from billhook.runs import check_inputs, require_model, unfinished_run
 from billhook.runs import list_runs as list_runs
 from billhook.runs import show as show
 from billhook.runs.exporting import recipe_for_targets
@@ -210,10 +212,8 @@ def evaluate(
         found = evaluate_by_name(teacher, tokens, list(names), recipe.set, watch=watch, who=teacher.name)
         estimates = {name: _estimate(each, recipe.seed) for name, each in found.items()}
         return Evaluation(teacher.name, tokens.info(), protocol, evaluations=estimates)
-    if teacher.weights is not None:
-        result = evaluation.streamed_perplexity(teacher, [Plan()], tokens, recipe.memory_bytes)[0]
-    else:
-        result = evaluate_by_name(teacher, tokens, ["perplexity"], {}, watch=watch, who=teacher.name)["perplexity"]
+    memory = recipe.memory_bytes
+    result = next(measure_perplexity(teacher, [(Plan(), NO_REPAIR)], tokens, memory=memory, watch=watch))
     bits, word = per_byte_and_word(tokens, teacher.tokenizer, math.fsum(result.sums))
     return Evaluation(teacher.name, tokens.info(), protocol, _estimate(result, recipe.seed), bits, word)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -171,16 +171,26 @@ def load(
         model, weights = _build(folder, compute, place, trust_remote_code), None
         for key, tensor in model.named_parameters():
             check_finite(key, tensor)
-    config = model.config
-    pruned = read_config(config)
-    sizes = structure.anatomy(model, config, pruned, item_bytes=stored.itemsize)
     tokenizer = _tokenizer(folder, model, trust_remote_code)
     print_ = checks.fingerprint(folder)
     if unreadable := generation_config_of(folder)[1]:
         watch(Event("load", values={"note": f"{UNREADABLE_GENERATION} ({unreadable})"}))
     watch(Event("load", 1, 1, values={"model": str(name)}))
-    return Teacher(
-        model, tokenizer, str(name), folder, stored, sizes, pruned.kept_blocks, pruned.removed, print_, weights
+    return Teacher(model, tokenizer, str(name), folder, stored, *_anatomy(model, stored), print_, weights)
+
+
+def _anatomy(model: Any, stored: torch.dtype) -> tuple[Anatomy, tuple[int, ...], Plan]:
+    """The anatomy of a model, where its blocks stood, and what an earlier pruning took."""
+    pruned = read_config(model.config)
+    sizes = structure.anatomy(model, model.config, pruned, item_bytes=stored.itemsize)
+    return sizes, pruned.kept_blocks, pruned.removed
+
+
+def student_as_teacher(teacher: Teacher, student: Any) -> Teacher:
+    """What `load` would make of a student's checkpoint: a teacher of its own, with the student's model."""
+    anatomy, positions, removed = _anatomy(student, teacher.dtype)
+    return replace(
+        teacher, model=student, anatomy=anatomy, positions=positions, removed_earlier=removed, lock=threading.RLock()
     )
 
 
