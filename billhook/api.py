@@ -244,7 +244,6 @@ def score(
     """
     names = list(dict.fromkeys(name.strip() for name in metric.split(",")))
     asked = parse_options(CalibrationOptions, {"model": name_of(model), "set": set or {}, **fields})
-    check_inputs(asked)
     metrics = [GROUP_METRICS[name] if name in tuple(GROUP_METRICS) else METRICS[name] for name in names]
     given = resolve_options(asked.set, *metrics)
     teacher = load_teacher(asked, watch, loaded_by_name(model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -16,10 +16,10 @@ from billhook.core.margin import Margin
 from billhook.core.plan import Plan
 from billhook.core.plan_files import read_plan
 from billhook.core.problem import Problem, parse_protection
+from billhook.core.registry import OptionValues
 from billhook.core.results.cache_keys import GeneratedKey
 from billhook.data.calibration import (
     calibration_tokens,
-    foreign_tokens,
     generate_share,
     generated_token_count,
     held_out_tokens,
@@ -229,6 +229,7 @@ def load_calibration(
     *,
     held_out: str | None = None,
     self_share: float = 0.0,
+    before_writing: Callable[[TokenSet | None], None] = lambda foreign: None,
     least: int | None = None,
 ) -> TokenSet:
     """Calibration tokens as `calibration_tokens` reads them. What the model writes for them is stored, so that whoever
@@ -247,7 +248,7 @@ def load_calibration(
 
     return calibration_tokens(
         spec, teacher.model, teacher.tokenizer, job.watch, held_out=held_out, self_share=self_share, write=write,
-        least=least,
+        before_writing=before_writing, least=least,
     )  # fmt: skip
 
 
@@ -268,18 +269,19 @@ def read_calibration(
     job: RunContext | None = None,
     *,
     self_share: float | None = None,
+    before_writing: Callable[[TokenSet | None], None] = lambda foreign: None,
 ) -> TokenSet:
     """Calibration tokens of options; where their loss is a task's, that task's. What the model writes is stored by a
-    `job`. `self_share`: instead of theirs."""
+    `job`. `self_share`: instead of theirs. `before_writing`: see `calibration_tokens`; of a task it gets None."""
     if (task := task_calibration(options, teacher, watch)) is not None:
+        before_writing(None)
         return task
     spec, share = calibration_spec(options), options.self_share if self_share is None else self_share
     with teacher.lock:  # it may write some of it
+        given: OptionValues = {"held_out": options.eval_data, "self_share": share, "before_writing": before_writing}
         if job is not None:
-            return load_calibration(job, teacher, spec, held_out=options.eval_data, self_share=share)
-        return calibration_tokens(
-            spec, teacher.model, teacher.tokenizer, watch, held_out=options.eval_data, self_share=share
-        )
+            return load_calibration(job, teacher, spec, **given)
+        return calibration_tokens(spec, teacher.model, teacher.tokenizer, watch, **given)
 
 
 def tokens_for(
@@ -292,18 +294,18 @@ def tokens_for(
     if recipe.eval_data is not None:
         require_foreign(recipe.eval_data)
     share = 0.0 if recipe.plan is not None else recipe.self_share  # of a plan nothing is searched
-    spec, task = calibration_spec(recipe), task_calibration(recipe, teacher, watch)
-    writes = task is None and generated_token_count(spec, share) > 0
-    if writes:
-        given = foreign_tokens(spec, teacher.model, teacher.tokenizer, held_out=recipe.eval_data, self_share=share)
-    else:
-        given = task or read_calibration(recipe, teacher, watch, job, self_share=share)
-    held_out = read_held_out(recipe, teacher, watch)
-    if given is not None and task is None:
-        require_disjoint(given, held_out)
-    _read_all(recipe, teacher, held_out, watch)
-    calibration = read_calibration(recipe, teacher, watch, job, self_share=share) if writes or given is None else given
-    if writes:
+    read: list[TokenSet] = []
+
+    def read_the_rest(foreign: TokenSet | None) -> None:
+        held_out = read_held_out(recipe, teacher, watch)
+        if foreign is not None:
+            require_disjoint(foreign, held_out)
+        _read_all(recipe, teacher, held_out, watch)
+        read.append(held_out)
+
+    calibration = read_calibration(recipe, teacher, watch, job, self_share=share, before_writing=read_the_rest)
+    (held_out,) = read
+    if calibration.choices is None:
         require_disjoint(calibration, held_out)
     return calibration, held_out
 
