@@ -11,6 +11,7 @@ from typing import Any, Unpack
 
 from billhook.core.errors import FingerprintError, ResourceError, UsageError, writing
 from billhook.core.events import EventListener, ignore_events
+from billhook.core.files.target_folder import check_target, named_folder
 from billhook.core.options import EvaluateOptions, PruneOptions, ScoreOptions, shows_options
 from billhook.core.plan import Plan, Site
 from billhook.core.plan_files import find_path
@@ -32,7 +33,6 @@ from billhook.core.results.model import (
 from billhook.core.results.run import RunResult
 from billhook.core.results.specs import PRUNE
 from billhook.core.results.stored import Run
-from billhook.core.results.target_folder import check_target, named_folder
 from billhook.core.statistics import exp_capped, mean_interval, score_interval
 from billhook.data.windows import fixed_windows, per_byte_and_word
 from billhook.engine.losses import ITEM_LOSSES, LOSSES, parse_loss

@@ -115,8 +115,8 @@ def check_places(*models: str | None, store: Path | None = None, out: Path | Non
 
     `models`: as typed, of which None is the demo. `store`: where runs of the store are models too.
     """
+    from billhook.core.files.target_folder import check_target, named_folder
     from billhook.core.plan_files import find_path
-    from billhook.core.results.target_folder import check_target, named_folder
     from billhook.runs import require_model
 
     if out is not None:

@@ -213,7 +213,7 @@ def require_resumable(run: str | None, store: str | Path, out: Named) -> None:
 
     Raises as `unfinished_run` and `check_target`.
     """
-    from billhook.core.results.target_folder import check_target, named_folder
+    from billhook.core.files.target_folder import check_target, named_folder
     from billhook.runs.store import Store
 
     with closing(Store(Path(store), read_only=True)) as opened:

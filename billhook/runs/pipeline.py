@@ -16,13 +16,13 @@ import torch
 from billhook.core.budget import parse_budgets
 from billhook.core.errors import FingerprintError, ResourceError, RunError, cannot_write, either, option, writing
 from billhook.core.events import EventListener
+from billhook.core.files.target_folder import check_target, publish, staging_folder
 from billhook.core.plan import Plan
 from billhook.core.plan_files import find_path
 from billhook.core.registry import options
 from billhook.core.results.model import ExpectedSeconds, MemoryUse, WorkEstimate
 from billhook.core.results.run import Answer, RunData, RunResult
 from billhook.core.results.stored import Run
-from billhook.core.results.target_folder import check_target, publish, staging_folder
 from billhook.data.calibration import generated_token_count
 from billhook.data.choice_tasks import load_items
 from billhook.data.splits import disjoint_parts, halves

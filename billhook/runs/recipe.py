@@ -332,33 +332,19 @@ class Condition:
 
 
 SITE_TIMES = ("batch", "context")  # how the time of a site is measured
+_FOLD = f"without a recovery. Add {option('recover', 'fold')}"
 CONDITIONS = (
-    Condition(
-        ("shortlist", "risk", "audit"), lambda recipe: recipe.fast,
-        f"without {option('fast', True)}. Add that",
-    ),
-    Condition(
-        ("recover_set",), lambda recipe: bool(recipe.recoveries),
-        f"without a recovery. Add {option('recover', 'fold')}",
-    ),
-    Condition(
-        ("recover_data", "recover_tokens", "recover_length"),
-        lambda recipe: bool(recipe.recoveries) or recipe.fold_in_search,
-        f"without a recovery. Add {option('recover', 'fold')}",
-    ),
-    Condition(
-        SITE_TIMES, lambda recipe: any(budget.unit == "ms" for budget in recipe.budgets),
-        f"without a budget in time. Add {option('remove', '20%ms')}",
-    ),
-    Condition(
-        ("search", "metric", "uniform", "multiple", "fast", "fold_in_search"), lambda recipe: recipe.plan is None,
-        f"with {option('plan')}, of which nothing is searched. Give {option('remove')} instead",
-    ),
-    Condition(
-        ("self_share",),
-        lambda recipe: recipe.plan is None and ":" not in recipe.loss and SELF not in split_sources(recipe.data),
-        f"with a plan, the loss of a task, or {option('data', SELF)}. Give {option('data', 'FILE')} and a size instead",
-    ),
+    Condition(("shortlist", "risk", "audit"), lambda of: of.fast, f"without {option('fast', True)}. Add that"),
+    Condition(("recover_set",), lambda of: bool(of.recoveries), _FOLD),
+    Condition(("recover_data", "recover_tokens", "recover_length"),
+              lambda of: bool(of.recoveries) or of.fold_in_search, _FOLD),
+    Condition(SITE_TIMES, lambda of: any(budget.unit == "ms" for budget in of.budgets),
+              f"without a budget in time. Add {option('remove', '20%ms')}"),
+    Condition(("search", "metric", "uniform", "multiple", "fast", "fold_in_search"), lambda of: of.plan is None,
+              f"with {option('plan')}, of which nothing is searched. Give {option('remove')} instead"),
+    Condition(("self_share",), lambda of: of.plan is None and ":" not in of.loss and SELF not in split_sources(of.data),
+              f"with a plan, the loss of a task, or {option('data', SELF)}. Give {option('data', 'FILE')} and a size "
+              "instead"),
 )  # fmt: skip
 
 

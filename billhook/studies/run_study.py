@@ -13,10 +13,10 @@ from typing import TypeVar
 
 from billhook.core.errors import ResourceError, ResultError, RunError, cannot_write, either, option, writing
 from billhook.core.events import EventListener
+from billhook.core.files.target_folder import check_target, named_folder, publish, staging_folder
 from billhook.core.results.json_form import PagedResult, Result
 from billhook.core.results.specs import PRUNE, RunSpec
 from billhook.core.results.stored import Run, read_result
-from billhook.core.results.target_folder import check_target, named_folder, publish, staging_folder
 from billhook.models.load import Teacher
 from billhook.report.pages import page_of
 from billhook.runs import require_model

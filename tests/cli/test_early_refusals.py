@@ -17,7 +17,7 @@ import billhook
 from billhook.api import EXPORTS, GROUP_METRICS, ITEM_LOSSES, LOSSES, METRICS, RECOVERIES, SEARCHES
 from billhook.core.errors import DataError, ModelError, PlanError, UsageError
 from billhook.core.events import ignore_events
-from billhook.core.results.target_folder import check_target, named_folder
+from billhook.core.files.target_folder import check_target, named_folder
 from billhook.runs import STORE, check_inputs, list_runs
 from billhook.runs.prepare import tokens_for
 from billhook.runs.recipe import Recipe

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 import billhook
 from billhook.core.errors import FingerprintError, ResourceError, RunError, UsageError, cannot_write, writing
 from billhook.core.events import Event
+from billhook.core.files.target_folder import check_target, named_folder
 from billhook.core.plan import Plan
-from billhook.core.results.target_folder import check_target, named_folder
 from billhook.engine.probe import logits
 from billhook.methods.export.checkpoint import save
 from billhook.models.surgery import apply
