@@ -218,6 +218,7 @@ def export_command(
     """Write a checkpoint in the form that llama.cpp, MLX, vLLM or an ONNX runtime loads, and verify it there."""
     with CommandSession(as_json, quiet, verbose) as face:
         check_options(options)
+        check_places(model, out=out)
         from billhook.runs.exporting import export
 
         face.show(export(model or "demo", to, out=out, dtype=dtype, verify=verify, watch=face.watch, **options))

@@ -55,7 +55,7 @@ MISTAKES: dict[str, tuple[int, str]] = {
     "runs": (2, "There is no store"),
     "show rabcdef": (2, "There is no store"),
     "runs --store s.db": (0, "rabc"),
-    "show RUN --store s.db": (0, "prune, running"),
+    "show RUN --store s.db": (0, "prune, interrupted"),
     "recipes --nonesuch": (2, "No such option"),
     **{
         f"{command.format('./none')}": (3, "There is no folder ./none")
@@ -76,7 +76,7 @@ MISTAKES: dict[str, tuple[int, str]] = {
             "compare m m {}",
             "gate {} --baseline m",
             "gate m --baseline {}",
-            "baseline save mine {}",
+            "baseline save mine {}", "export {} --to gguf",
         )
     },
     "prune none.gguf --remove 25%": (3, "There is no file none.gguf"),
