@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from billhook.core.errors import FingerprintError, ResourceError, RunError, UsageError, writing
+from billhook.core.errors import FingerprintError, ResourceError, UsageError, writing
 from billhook.core.events import EventListener, ignore_events
+from billhook.core.files.target_folder import check_target, named_folder
 from billhook.core.options import EvaluateOptions, PruneOptions, ScoreOptions, shows_options
 from billhook.core.plan import Plan, Site
 from billhook.core.plan_files import find_path
@@ -41,21 +39,22 @@ from billhook.engine.losses import ITEM_LOSSES, LOSSES, parse_loss
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate import EVALUATIONS, evaluate_by_name
 from billhook.methods.evaluate import speed as timing
+from billhook.methods.evaluate.perplexity import measure_perplexity
 from billhook.methods.export import EXPORTS
-from billhook.methods.export.target_folder import check_target, named_folder
 from billhook.methods.metrics import GROUP_METRICS, METRICS, group_metric_scores, metric_scores
 from billhook.methods.recover import RECOVERIES
 from billhook.methods.search import SEARCHES
 from billhook.models.device import dtype_name, environment
 from billhook.models.load import Model, Teacher, as_teacher, loaded_by_name, name_of
+from billhook.models.repair import NO_REPAIR
 from billhook.report.run_report import write_report
-from billhook.runs import check_inputs, evaluation
+from billhook.runs import check_inputs, require_model, unfinished_run
 from billhook.runs import list_runs as list_runs
 from billhook.runs import show as show
 from billhook.runs.exporting import recipe_for_targets
 from billhook.runs.job import run_environment
 from billhook.runs.pipeline import delete_unfinished, preview_run, run_pruning
-from billhook.runs.prepare import find_model, load_teacher, read_calibration, read_held_out
+from billhook.runs.prepare import load_teacher, read_calibration, read_held_out
 from billhook.runs.recipe import (
     TARGETS,
     CalibrationOptions,
@@ -64,6 +63,7 @@ from billhook.runs.recipe import (
     default_recipe,
     parse_options,
     parse_recipe,
+    require_effect,
     with_overrides,
 )
 from billhook.runs.recipes.builtin import BuiltinRecipe, builtin_recipes
@@ -90,10 +90,11 @@ def prune(
     Measurements that `store` holds are not repeated. Raises BillhookError; nothing half-written remains.
     """
     asked = _asked(model, recipe, options)
-    check_inputs(asked, out=out, store=store)
+    check_inputs(asked, store=store)
     where = named_folder(out if out is not None else Path("pruned") / "{run}")
     check_target(where, find_path(asked.model))
-    find_model(asked, loaded_by_name(model), watch)
+    if not isinstance(model, Teacher):
+        require_model(asked.model)
     with writing(), closing(Store(Path(store))) as opened:
         delete_unfinished(opened)
         run = opened.new_run(PRUNE, asked.model_dump(), run_environment(asked.device, opened), str(where))
@@ -117,7 +118,9 @@ def _asked(model: Model, recipe: str | Path | None, options: Mapping[str, Any]) 
     chosen = recipe or default_recipe(options)
     if recipe is None and chosen is not None and options.get("target"):
         chosen = recipe_for_targets(Path(chosen), model, options)
-    return parse_recipe(with_overrides(chosen, model=name_of(model), **options), "The call")
+    asked = parse_recipe(with_overrides(chosen, model=name_of(model), **options), "The call")
+    require_effect(options, asked)
+    return asked
 
 
 @shows_options(PruneOptions, Recipe.model_fields, unset=True)
@@ -137,36 +140,9 @@ def resume(
     """
     elsewhere = None if out is None else named_folder(out)
     with writing(), closing(Store(Path(store))) as opened:
-        chosen = opened.run(run) if run else _newest_unfinished(opened)
-        if chosen.kind != PRUNE:
-            raise RunError(f"Run {chosen.id} is no pruning. Begin it again: billhook {chosen.kind} …")
-        if chosen.state == "done":
-            raise RunError(
-                f"Run {chosen.id} is done; its checkpoint is {chosen.out}. `billhook show {chosen.id}` tells more."
-            )
-        chosen = _here(chosen, Path(store))
+        chosen = unfinished_run(opened, run)
         _same_recipe(chosen, options)
         return run_pruning(opened, chosen, watch, write_report, out=elsewhere)
-
-
-def _here(run: Run, store: Path) -> Run:
-    """The run as its paths are now: they start from its folder, which may have been moved with the store.
-
-    Raises RunError in another folder.
-    """
-    begun, here = Path(str(run.environment.get("folder", Path.cwd()))), Path.cwd()
-    there = Path(str(run.environment.get("store", begun))).parent
-    now = Path(os.path.normpath(store.resolve().parent / os.path.relpath(begun, there)))
-    if here not in (begun, now):
-        raise RunError(f"Run {run.id} was begun in another folder. Go there first: cd {shlex.quote(str(now))}")
-    if here == begun:
-        return run
-
-    def moved(value: Any) -> Any:
-        path = Path(value) if isinstance(value, str) else None
-        return str(here / path.relative_to(begun)) if path is not None and path.is_relative_to(begun) else value
-
-    return replace(run, spec={name: moved(value) for name, value in run.spec.items()}, out=moved(run.out))
 
 
 def _same_recipe(run: Run, options: Mapping[str, Any]) -> None:
@@ -179,16 +155,6 @@ def _same_recipe(run: Run, options: Mapping[str, Any]) -> None:
             f"Run {run.id} was begun with another recipe ({', '.join(differ)} differ). Resume it without options, "
             "or begin a new run: what was measured is reused wherever it fits."
         )
-
-
-def _newest_unfinished(store: Store) -> Run:
-    # A run that was refused before it had model and tokens has nothing to resume.
-    prunings = [run for run in store.runs() if run.kind == PRUNE]
-    unfinished = [run for run in prunings if run.state != "done" and (run.fingerprints or run.state != "failed")]
-    free = [run for run in unfinished if store.free(run.id)]
-    if unfinished:
-        return (free or unfinished)[0]  # one that another process holds is refused by name
-    raise RunError(f"{store.path} holds no unfinished run. `billhook runs` lists what it holds.")
 
 
 def inspect(
@@ -246,10 +212,8 @@ def evaluate(
         found = evaluate_by_name(teacher, tokens, list(names), recipe.set, watch=watch, who=teacher.name)
         estimates = {name: _estimate(each, recipe.seed) for name, each in found.items()}
         return Evaluation(teacher.name, tokens.info(), protocol, evaluations=estimates)
-    if teacher.weights is not None:
-        result = evaluation.streamed_perplexity(teacher, [Plan()], tokens, recipe.memory_bytes)[0]
-    else:
-        result = evaluate_by_name(teacher, tokens, ["perplexity"], {}, watch=watch, who=teacher.name)["perplexity"]
+    memory = recipe.memory_bytes
+    result = next(measure_perplexity(teacher, [(Plan(), NO_REPAIR)], tokens, memory=memory, watch=watch))
     bits, word = per_byte_and_word(tokens, teacher.tokenizer, math.fsum(result.sums))
     return Evaluation(teacher.name, tokens.info(), protocol, _estimate(result, recipe.seed), bits, word)
 
@@ -280,7 +244,6 @@ def score(
     """
     names = list(dict.fromkeys(name.strip() for name in metric.split(",")))
     asked = parse_options(CalibrationOptions, {"model": name_of(model), "set": set or {}, **fields})
-    check_inputs(asked)
     metrics = [GROUP_METRICS[name] if name in tuple(GROUP_METRICS) else METRICS[name] for name in names]
     given = resolve_options(asked.set, *metrics)
     teacher = load_teacher(asked, watch, loaded_by_name(model))

@@ -36,7 +36,8 @@ from billhook.core.results.measured import Estimate
 
 GOLDEN = Path(__file__).parent / "golden" / "golden.json"
 SHORT: dict[str, Any] = {"data": "texts.jsonl", "self_share": 0.0, "tokens": 240, "length": 24, "eval_tokens": 480,
-                         "eval_length": 24, "recover_tokens": 640, "recover_length": 24}  # fmt: skip
+                         "eval_length": 24}  # fmt: skip
+LEARN: dict[str, Any] = {"recover_tokens": 640, "recover_length": 24}
 TEXT: dict[str, Any] = {"eval_tokens": 480, "eval_length": 24}
 FEW: dict[str, Any] = {"generations": 2, "offspring": 4, "tokens": 64}  # of the search evolve
 
@@ -374,7 +375,7 @@ def pruned(name: str) -> dict[str, Any]:
     """One of `PRUNES`, with its checkpoint."""
     variant, flags, options = PRUNES[name]
     texts()
-    options = SHORT | options
+    options = SHORT | (LEARN if "recover" in options else {}) | options
     billhook.prune(model(variant, **flags), out=name, store=f"{name}.db", **options)
     report = of_prune(written(name, "report.json"), losses_of(f"{name}.db"))
     return report | {"checkpoint": of_checkpoint(Path(name), exact=not options.get("recover"))}

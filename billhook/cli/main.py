@@ -22,6 +22,7 @@ from billhook.cli.options import (
     Tasks,
     Verbose,
     check_options,
+    check_places,
     command_line,
     named,
     split_commas,
@@ -65,8 +66,8 @@ def prune_command(
     """Prune a model: search, remove, measure what that cost and gained, and save the rest."""
     again = command_line("prune", "--resume", store=store)
     with CommandSession(as_json, quiet, verbose, again) as face:
-        from billhook.runs import check_inputs
-        from billhook.runs.recipe import default_recipe, parse_recipe, with_overrides
+        from billhook.runs import check_inputs, require_resumable
+        from billhook.runs.recipe import default_recipe, parse_recipe, require_effect, with_overrides
 
         mine, recipe = recipe, recipe or (None if resume else default_recipe(options))
         given = with_overrides(recipe, **({"model": model} if model else {}), **options)
@@ -76,8 +77,12 @@ def prune_command(
             raise UsageError("--dry-run is of a new run, and --resume continues one. Leave one of them out.")
         if resume:
             store = _existing(store)
+            require_resumable(run, store, out)
         else:
-            check_inputs(parse_recipe(given, "The call"), out=out, store=store)
+            asked = parse_recipe(given, "The call")
+            require_effect(options, asked)
+            check_inputs(asked, store=store)
+            check_places(asked.model, out=out)
             if mine is None and options.get("target"):  # which chooses the recipe, once the model is known
                 given = {**({"model": model} if model else {}), **options}
         from billhook import api  # torch, which a mistake needs not
@@ -99,6 +104,7 @@ def inspect_command(
     """Show a model's anatomy: every site with its parameters, bytes, KV-cache bytes and FLOPs per token."""
     with CommandSession(as_json, False, verbose) as face:
         check_options(options)
+        check_places(model)
         from billhook import api
 
         face.show(api.inspect(model or "demo", watch=face.watch, **options))
@@ -119,6 +125,7 @@ def score_command(
     """Score sites, blocks, spans or channel groups: how much their removal would hurt."""
     with CommandSession(as_json, quiet, verbose) as face:
         check_options(options, metrics=metric)
+        check_places(model)
         from billhook import api
 
         face.show(api.score(model or "demo", metric, watch=face.watch, **options))
@@ -148,6 +155,7 @@ def eval_command(
         check_options(options, tasks=tasks)
         if tasks and (protocol is not None or {"data", "eval_data"} & set(options)):
             raise UsageError("--tasks are measured in the place of text. Leave --data and --protocol out.")
+        check_places(model, store=store if tasks else None)
         from billhook import api
         from billhook.studies import eval_sets
 
@@ -182,6 +190,7 @@ def speed_command(
     """Measure prefill and decode speed and peak memory of one model, or of two in turn (A B A B)."""
     with CommandSession(as_json, quiet, verbose) as face:
         check_options(options)
+        check_places(model, *filter(None, [other]))
         from billhook import api
         from billhook.core.results.measured import TimingProtocol
 
@@ -209,6 +218,7 @@ def export_command(
     """Write a checkpoint in the form that llama.cpp, MLX, vLLM or an ONNX runtime loads, and verify it there."""
     with CommandSession(as_json, quiet, verbose) as face:
         check_options(options)
+        check_places(model, out=out)
         from billhook.runs.exporting import export
 
         face.show(export(model or "demo", to, out=out, dtype=dtype, verify=verify, watch=face.watch, **options))
@@ -260,6 +270,10 @@ def report_command(
 ) -> None:  # fmt: skip
     """Make the page of a finished run again, from the store alone."""
     with CommandSession(as_json, True, verbose) as face:
+        from billhook import runs
+
+        runs.show(run, store)
+        check_places(out=out or Path("reports") / run)
         from billhook.studies import run_study
 
         face.show({"page": str(run_study.make_report(run, out=out, store=store))})

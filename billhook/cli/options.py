@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -92,16 +92,37 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
     return decorate
 
 
-def check_options(options: Mapping[str, Any], *, metrics: str = "", tasks: str = "", **more: Any) -> None:
-    """Raise for options of any command that are seen to be wrong before torch is imported. `more`: further ones."""
+def check_options(
+    options: Mapping[str, Any], *, metrics: str = "", tasks: str = "", recipes: Sequence[str] = (), **more: Any
+) -> None:
+    """Raise for options of any command that are seen to be wrong before torch is imported. `more`: further ones.
+
+    `recipes`: those that the options of a sweep overrule; it times sites whatever its budget.
+    """
     from billhook.runs import check_inputs
-    from billhook.runs.recipe import TARGETS, parse_recipe
+    from billhook.runs.recipe import SITE_TIMES, TARGETS, parse_recipe, require_effect, with_overrides
 
     given = {name: value for name, value in {**options, **more}.items() if value}
     target = {} if any(name in given for name in TARGETS) else {"remove": "1sites"}
-    check_inputs(
-        parse_recipe({**target, **given}, "The call"), metrics=split_commas(metrics), tasks=split_commas(tasks)
-    )
+    asked = [parse_recipe(with_overrides(name, **target, **given), "The call") for name in recipes or (None,)]
+    require_effect({n: value for n, value in options.items() if not recipes or n not in SITE_TIMES}, *asked)
+    for recipe in asked:
+        check_inputs(recipe, metrics=split_commas(metrics), tasks=split_commas(tasks))
+
+
+def check_places(*models: str | None, store: Path | None = None, out: Path | None = None) -> None:
+    """Raise for a model that is not there, or a folder that cannot be written, before torch is imported.
+
+    `models`: as typed, of which None is the demo. `store`: where runs of the store are models too.
+    """
+    from billhook.core.files.target_folder import check_target, named_folder
+    from billhook.core.plan_files import find_path
+    from billhook.runs import require_model
+
+    if out is not None:
+        check_target(named_folder(out), find_path(models[0] or "demo") if models else None)
+    for model in models:
+        require_model(model or "demo", store)
 
 
 def command_line(command: str, *words: str, **options: Any) -> str:

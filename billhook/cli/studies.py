@@ -24,6 +24,7 @@ from billhook.cli.options import (
     Tasks,
     Verbose,
     check_options,
+    check_places,
     check_texts,
     named,
     split_commas,
@@ -53,15 +54,12 @@ def sweep_command(
 ) -> None:
     """Compare recipes at several sizes and on several calibration texts: one table, one page, through one store."""
     with CommandSession(as_json, quiet, verbose) as face:
-        from billhook.runs.recipe import with_overrides
-
         for size in split_commas(remove) or [""]:
             for text in split_commas(data) or [""]:
-                check_options(options, remove=size, data=text, tasks=tasks)
+                check_options(options, remove=size, data=text, tasks=tasks, recipes=split_commas(recipes))
         for text in split_commas(eval_data):
             check_options(options, eval_data=text)
-        for name in split_commas(recipes):
-            with_overrides(name)
+        check_places(model, out=out)
         from billhook.studies import sweep
 
         lists: OptionValues = {
@@ -92,6 +90,7 @@ def transfer_command(
     """Prune for each task and measure on each: what adapting to one task costs on the others."""
     with CommandSession(as_json, quiet, verbose) as face:
         check_options(options, tasks=tasks)
+        check_places(model, out=out)
         from billhook.studies import transfer
 
         told = transfer.transfer(
@@ -119,6 +118,7 @@ def stability_command(
         check_options(options, metrics=metric)
         if wrong := [piece for piece in split_commas(sizes) if not piece.isdigit()]:
             raise UsageError(f"--sizes {wrong[0]} is no number of tokens. Write for example 512,2048.")
+        check_places(model, out=out)
         from billhook.studies import stability
 
         told = stability.stability(
@@ -182,6 +182,7 @@ def compare_command(
     with CommandSession(as_json, quiet, verbose) as face:
         margins = typed_margins(margin, ppl_margin)
         check_texts(options, data, tasks)
+        check_places(*models, store=store, out=out)
         from billhook.studies import compare
 
         found = compare.compare(
@@ -217,6 +218,10 @@ def gate_command(
     with CommandSession(as_json, quiet, verbose) as face:
         margins = typed_margins(margin, ppl_margin)
         check_texts(options, data, tasks)
+        check_places(student, store=store)
+        from billhook.runs import require_model
+
+        require_model(baseline, store, baseline=True)
         from billhook.studies import gate
 
         report = gate.gate(
@@ -255,6 +260,8 @@ def baseline_command(
         if action not in ("save", "list") or (action == "save") != (name is not None):
             raise UsageError("Write `billhook baseline save NAME MODEL`, or `billhook baseline list`.")
         check_texts(options, data, tasks)
+        if name is not None:
+            check_places(model, store=store)
         from billhook.studies import gate
 
         if name is None:
@@ -285,6 +292,7 @@ def threshold_command(
     """Find how much can be removed within a margin: chosen on validation items, confirmed once on test items."""
     with CommandSession(as_json, quiet, verbose) as face:
         check_options(options)
+        check_places(model, out=out)
         from billhook.studies import threshold
 
         told = threshold.threshold(

@@ -44,7 +44,7 @@ class Pair:
 def compare_pair(a: EvalResult, b: EvalResult, seed: int = 0, *, same: bool = False) -> Pair:
     """Compare two results over the same items, of one model if it is the `same`. Raises ValueError if they are not.
 
-    p is McNemar's mid-p where outcomes are 0 and 1 and every item is a text of its own, else that of a studentised
+    p is McNemar's mid-p where outcomes are 0 and 1, in which copies of an item count once; else that of a studentised
     bootstrap over texts.
     """
     change = zero_difference(a) if same else paired_difference(a, b, seed)
@@ -54,7 +54,9 @@ def compare_pair(a: EvalResult, b: EvalResult, seed: int = 0, *, same: bool = Fa
         return Pair(change, near, bootstrap_p(a, b, seed), None, None, sign)
     gained = sum(y > x for x, y in zip(a.sums, b.sums, strict=True))
     lost = sum(y < x for x, y in zip(a.sums, b.sums, strict=True))
-    return Pair(change, near, mcnemar(gained, lost), gained, lost, sign)
+    texts = np.bincount(np.unique(a.clusters, return_inverse=True)[1], np.asarray(b.sums) - np.asarray(a.sums))
+    p = mcnemar(int((texts > 0).sum()), int((texts < 0).sum()))
+    return Pair(change, near, p, gained, lost, sign)
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Literal
@@ -30,18 +31,21 @@ def paired_difference(a: EvalResult, b: EvalResult, seed: int = 0, level: float 
     """Mean of b - a per token, in nats, with its interval (95% by default) over the texts of the items.
 
     A studentised bootstrap of texts (`bootstrap_t`); where all items come from one text, items are resampled instead.
-    Of outcomes of 0 and 1, each a text of its own, the interval of Agresti and Min 2005 (Statistics in Medicine 24):
-    Wald's, after half an item was added to each cell of the table, which has a width where no item differs. Below 50
-    clusters the interval is marked unreliable. Raises ValueError if the two results are not over the same items.
+    Of outcomes of 0 and 1, the interval of Agresti and Min 2005 (Statistics in Medicine 24): Wald's, after half an item
+    was added to each cell of the table, which has a width where no item differs. Copies of an item count by
+    `effective_items`. Below 50 clusters the interval is marked unreliable. Raises ValueError if the two results are not
+    over the same items.
     """
     if (a.tokens, a.counts) != (b.tokens, b.counts):
         raise ValueError("These two results are not over the same items, so they cannot be paired.")
     change = np.asarray(b.sums) - np.asarray(a.sums)
     if is_binary(a) and is_binary(b):
-        n, gained, lost = len(change), int((change > 0).sum()) + 0.5, int((change < 0).sum()) + 0.5
+        n = effective_items(a)
+        gained, lost = (n * int(differs.sum()) / len(change) + 0.5 for differs in (change > 0, change < 0))
         centre = (gained - lost) / (n + 2)
         half = _z(level) * math.sqrt(gained + lost - (gained - lost) ** 2 / (n + 2)) / (n + 2)
-        return _interval(float(change.mean()), (centre - half, centre + half), n, n, unit="item")
+        ends = centre - half, centre + half
+        return _interval(float(change.mean()), ends, len(change), len(set(a.clusters)), unit="item")
     return _clustered(change, np.asarray(a.counts, np.float64), a.clusters, seed, level, unit=_unit(a))
 
 
@@ -55,21 +59,33 @@ def zero_difference(a: EvalResult) -> Estimate:
 def mean_interval(result: EvalResult, seed: int = 0) -> Estimate:
     """Mean of one result per token, in nats, with its interval over texts as in `paired_difference`.
 
-    Of outcomes of 0 and 1, each a text of its own, Wilson's.
+    Of outcomes of 0 and 1 Wilson's, in which copies of an item count by `effective_items`.
     """
     if is_binary(result):
-        n = len(result.sums)
-        return _interval(result.mean, wilson_interval(int(sum(result.sums)), n), n, n, unit="item")
+        n = effective_items(result)
+        items, texts = len(result.sums), len(set(result.clusters))
+        return _interval(result.mean, wilson_interval(n * sum(result.sums) / items, n), items, texts, unit="item")
     counts = np.asarray(result.counts, np.float64)
     return _clustered(np.asarray(result.sums), counts, result.clusters, seed, unit=_unit(result))
 
 
 def is_binary(result: EvalResult) -> bool:
-    """Whether outcomes are 0 and 1, of several items each of which is a text of its own."""
-    alone = len(set(result.clusters)) == len(result.clusters) > 1
+    """Whether outcomes are 0 and 1, of several items."""
+    several = len(result.clusters) > 1
     return (
-        alone and result.name not in LOSS_EVALUATIONS and set(result.sums) <= {0.0, 1.0} and set(result.counts) == {1}
+        several and result.name not in LOSS_EVALUATIONS and set(result.sums) <= {0.0, 1.0} and set(result.counts) == {1}
     )
+
+
+def effective_items(result: EvalResult) -> float:
+    """How many independent items those of a result are worth, where those of one text say the same.
+
+    Their number squared, over the sum of the squares of how many each text has: all of them where none is a copy.
+
+    Source: Kish 1965, Survey Sampling, the effective size of a sample of unequal weights.
+    """
+    sizes = Counter(result.clusters).values()
+    return sum(sizes) ** 2 / sum(size**2 for size in sizes)
 
 
 def _unit(result: EvalResult) -> Unit:
@@ -87,7 +103,7 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Estim
     return _clustered(np.asarray(b, np.float64), np.asarray(a, np.float64), tuple(range(len(a))), seed, unit="item")
 
 
-def wilson_interval(count: int, n: int) -> tuple[float, float]:
+def wilson_interval(count: float, n: float) -> tuple[float, float]:
     """The 95% interval of a share of n independent outcomes: Wilson's, which has a width at 0 and 1 too."""
     z = _z(0.95)
     centre = (count + z * z / 2) / (n + z * z)

@@ -36,6 +36,7 @@ def calibration_tokens(
     held_out: str | None = None,
     self_share: float = 0.0,
     write: Callable[[], list[str]] | None = None,
+    before_writing: Callable[[TokenSet | None], None] = lambda foreign: None,
     least: int | None = None,
 ) -> TokenSet:
     """Calibration tokens of a text, or of several in turn.
@@ -45,6 +46,7 @@ def calibration_tokens(
         self_share: of the tokens, those that the model writes, if it can; in [0, 1).
         write: returns what the model writes, empty if it cannot; called after all other text was found long enough.
             None: `generate_share`.
+        before_writing: called before that with the tokens that the model does not write, None if it writes all.
         least: so many tokens will do where the text holds no more. None: all of `spec.tokens`.
 
     Raises:
@@ -55,7 +57,9 @@ def calibration_tokens(
     check_length(spec.length, model.config)
     spec = replace(spec, length=row_length(spec.length, model.config))
     found = _read_foreign(spec, tokenizer, watch, held_out)
-    _foreign_parts(found, spec, self_share, tokenizer, least)  # what is too short is refused before the model writes
+    foreign = _foreign_parts(found, spec, self_share, tokenizer, least)  # too short a text is refused first of all
+    name = f"{spec.source}+{SELF}" if self_share > 0 and SELF not in split_sources(spec.source) else spec.source
+    before_writing(replace(_in_turn(foreign), source=name) if foreign else None)
     generated = write() if write is not None else generate_share(spec, self_share, model, tokenizer, watch)
     parts = _foreign_parts(found, spec, self_share if generated else 0.0, tokenizer, least)
     if generated:
@@ -65,19 +69,6 @@ def calibration_tokens(
         _require_tokens(part, tokens, _enough(tokens, sources, least), of=spec.tokens, halved=False)
         parts.insert(sources.index(SELF) if SELF in sources else len(parts), part)
     return _in_turn(parts)
-
-
-def foreign_tokens(
-    spec: TextSpec, model: Any, tokenizer: Any, *, held_out: str | None = None, self_share: float = 0.0
-) -> TokenSet | None:
-    """The tokens of `calibration_tokens` that the model does not write; None if it writes all. Raises as that does."""
-    _require_tokenizer(tokenizer)
-    check_length(spec.length, model.config)
-    spec = replace(spec, length=row_length(spec.length, model.config))
-    found = _read_foreign(spec, tokenizer, ignore_events, held_out)
-    parts = _foreign_parts(found, spec, self_share, tokenizer, None)
-    written = self_share > 0 and SELF not in split_sources(spec.source)
-    return replace(_in_turn(parts), source=f"{spec.source}+{SELF}" if written else spec.source) if parts else None
 
 
 Found = dict[str, tuple[list[Document], bool]]  # the documents of each source, and whether they are half of it

@@ -20,7 +20,7 @@ from billhook.core.events import EventListener, ignore_events
 from billhook.core.plan_files import find_path
 from billhook.core.results.json_form import JsonObject
 from billhook.data.rows import UnusableRow, is_text, json_lines, leave_out
-from billhook.data.token_sets import Choices, TokenSet, special_prefix, token_set
+from billhook.data.token_sets import Choices, TokenSet, special_prefix, token_set, without_layout
 from billhook.models.load import Teacher
 
 SUBJECT = "The following are multiple choice questions (with answers) about {}.\n\n"
@@ -228,7 +228,9 @@ def task_tokens(
     limit_tokens: int | None = None, limit_items: int | None = None, seed: int = 0, positions: int | None = None,
     part: Split | None = None, shots: FewShot | None = None, watch: EventListener = ignore_events,
 ) -> TokenSet:  # fmt: skip
-    """Return the items of a task file as a token set: a row per choice, a document per item, each a text of its own.
+    """Return the items of a task file as a token set: a row per choice, a document per item.
+
+    Each is a text of its own; copies, which differ in whitespace at most, are one.
 
     - `limit_items`, `limit_tokens`: how many to take, in the order of `seed`.
     - `positions`: of the model.
@@ -242,6 +244,9 @@ def task_tokens(
     if tokenizer is None:
         raise DataError("The model has no tokenizer, so no task can be read. Put its tokenizer files into its folder.")
     items = read_items(path, watch)
+    first_copies: dict[tuple[str, ...], int] = {}
+    for item in items:
+        first_copies.setdefault(_text_of(item), item.number)
     random.Random(0).shuffle(items)  # the parts do not depend on the seed
     items = items if part is None else _part(items, part, str(path))
     random.Random(seed).shuffle(items)
@@ -263,9 +268,14 @@ def task_tokens(
         rows += of_item
         total += sum(len(row.ids) for row in of_item)
     first, characters = tuple(row.first for row in rows), tuple(row.characters for row in rows)
-    choices = Choices(first, characters, tuple(item.gold for item in taken))
-    numbers = [item.number for item in taken]
-    return token_set([row.ids for row in rows], documents, numbers, digests, str(path), choices=choices)
+    choices = Choices(first, characters, *zip(*((item.gold, item.number) for item in taken), strict=True))
+    texts = [first_copies[_text_of(item)] for item in taken]
+    return token_set([row.ids for row in rows], documents, texts, digests, str(path), choices=choices)
+
+
+def _text_of(item: Item) -> tuple[str, ...]:
+    """What copies of an item have in common: the text of its requests, whitespace aside."""
+    return tuple(without_layout(request.context + request.continuation) for request in requests(item))
 
 
 def _with_shots(items: list[Item], shots: FewShot, source: str) -> tuple[list[Item], dict[str, str]]:
@@ -273,8 +283,8 @@ def _with_shots(items: list[Item], shots: FewShot, source: str) -> tuple[list[It
     file, count = shots
     pool = read_items(file)
     solved = few_shot_texts(pool, [item.subject for item in items], count, str(file))
-    shown = {tuple(requests(shot)) for s in solved for shot in [item for item in pool if item.subject == s][:count]}
-    rest = [item for item in items if tuple(requests(item)) not in shown]
+    shown = {_text_of(shot) for s in solved for shot in [item for item in pool if item.subject == s][:count]}
+    rest = [item for item in items if _text_of(item) not in shown]
     if not rest:
         raise DataError(f"All items of {source} are among its own {count} shots. Give shots from another file.")
     return rest, solved
@@ -283,8 +293,8 @@ def _with_shots(items: list[Item], shots: FewShot, source: str) -> tuple[list[It
 def _part(items: list[Item], part: Split, source: str) -> list[Item]:
     """Return every second item for calibration, or the others without copies of these for evaluation."""
     calibration = items[::2]
-    seen = {tuple(requests(item)) for item in calibration}
-    evaluation = [item for item in items[1::2] if tuple(requests(item)) not in seen]
+    seen = {_text_of(item) for item in calibration}
+    evaluation = [item for item in items[1::2] if _text_of(item) not in seen]
     if not evaluation:
         raise DataError(f"{source} has too few items to keep some for evaluation. Give at least 2 different items.")
     return calibration if part == "calibration" else evaluation

@@ -19,7 +19,7 @@ from billhook.core.events import EventListener, ignore_events
 from billhook.core.plan_files import find_path
 from billhook.data.choice_tasks import FewShot, check_fields, require_text
 from billhook.data.rows import UnusableRow, json_lines, leave_out
-from billhook.data.token_sets import TokenSet, special_prefix, token_set
+from billhook.data.token_sets import TokenSet, special_prefix, token_set, without_layout
 
 QUESTION_EXAMPLE = '{"query": "…", "answer": "…", "target": "…"}'
 QUESTION_FIELDS = {"query": str, "answer": str, "target": str}
@@ -37,12 +37,16 @@ class Question:
 
 @dataclass(frozen=True)
 class GenerationPrompts:
-    """Questions as tokens, a row and a document each, with the right `targets`; answers have at most `new_tokens`."""
+    """Questions as tokens, a row and a document each, with the right `targets`; answers have at most `new_tokens`.
+
+    `numbers`: the line of each in the file, from 1. Copies of a question are one text.
+    """
 
     tokens: TokenSet
     targets: tuple[str, ...]
     tokenizer: Any
     new_tokens: int
+    numbers: tuple[int, ...]
 
     @property
     def hash(self) -> str:
@@ -113,11 +117,14 @@ def build_prompts(
             f"new_tokens below {positions}."
         )
     questions, before = read_questions(path, watch), ""
+    first_copies: dict[str, int] = {}
+    for question in questions:
+        first_copies.setdefault(without_layout(question.query), question.number)
     if shots is not None:
         shown = _first_questions(*shots)
         before = "".join(f"{shot.query} {shot.answer}\n\n" for shot in shown)
-        queries = {shot.query for shot in shown}
-        questions = [question for question in questions if question.query not in queries]
+        queries = {without_layout(shot.query) for shot in shown}
+        questions = [question for question in questions if without_layout(question.query) not in queries]
         if not questions:
             raise DataError(f"All questions of {path} are among the {len(shown)} shots. Give shots from another file.")
     random.Random(seed).shuffle(questions)
@@ -126,8 +133,9 @@ def build_prompts(
     encoded = tokenizer([before + q.query for q in questions], add_special_tokens=False, verbose=False)["input_ids"]
     rows = [(*prefix, *ids)[-(room or len(prefix) + len(ids)) :] for ids in encoded]
     digests = [hashlib.sha256(repr(row).encode()).hexdigest()[:16] for row in rows]
-    tokens = token_set(rows, range(len(rows)), [q.number for q in questions], digests, str(path))
-    return GenerationPrompts(tokens, tuple(q.target for q in questions), tokenizer, new_tokens)
+    numbers, texts = tuple(q.number for q in questions), [first_copies[without_layout(q.query)] for q in questions]
+    tokens = token_set(rows, range(len(rows)), texts, digests, str(path))
+    return GenerationPrompts(tokens, tuple(q.target for q in questions), tokenizer, new_tokens, numbers)
 
 
 def _first_questions(file: str | Path, count: int) -> Sequence[Question]:

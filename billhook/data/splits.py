@@ -15,7 +15,9 @@ def select_documents(tokens: TokenSet, documents: Sequence[int]) -> TokenSet:
     choices = tokens.choices
     if choices is not None:
         first, characters = (tuple(of_rows[r] for r in rows) for of_rows in (choices.first, choices.characters))
-        choices = Choices(first, characters, tuple(choices.gold[d] for d in number))
+        choices = Choices(
+            first, characters, *(tuple(of[d] for d in number if of) for of in (choices.gold, choices.numbers))
+        )
     ids = [tuple(tokens.rows[r, : tokens.lengths[r]].tolist()) for r in rows]
     new_documents = [number[tokens.documents[r]] for r in rows]
     clusters, digests = [tokens.clusters[d] for d in number], [tokens.digests[d] for d in number]

@@ -24,12 +24,13 @@ class Choices:
     """What makes the rows of a token set the choices of items; an item is a document, its rows stand together.
 
     `first[r]`: where in row r the choice begins, at least 1; `characters[r]`: of its text without the leading blank.
-    `gold[d]`: which of the rows of document d is right, counted from 0.
+    `gold[d]`: which of the rows of document d is right, counted from 0. `numbers[d]`: its line in the file, from 1.
     """
 
     first: tuple[int, ...]
     characters: tuple[int, ...]
     gold: tuple[int, ...]
+    numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class Document:
 
     def digest(self) -> str:
         return hashlib.sha256(repr(self.ids).encode()).hexdigest()[:16]
+
+
+def without_layout(text: str) -> str:
+    """A text with one blank in place of all whitespace between words: what is equal so is a copy."""
+    return " ".join(text.split())
 
 
 # -- documents ------------------------------------------------------------------------------------------------------
@@ -182,7 +188,7 @@ def truncate(tokens: TokenSet, count: int) -> TokenSet:
     kept = max(documents) + 1
     part = tokens.choices
     if part is not None:
-        part = Choices(part.first[: len(rows)], part.characters[: len(rows)], part.gold[:kept])
+        part = Choices(part.first[: len(rows)], part.characters[: len(rows)], part.gold[:kept], part.numbers[:kept])
     return token_set(rows, documents, tokens.clusters[:kept], tokens.digests[:kept], tokens.source, choices=part)
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from billhook.core.errors import ModelError, option
 from billhook.core.results.foreign_files import read_json_object, reading, shown, validated
 from billhook.core.results.json_form import JsonObject
-from billhook.models import architectures
+from billhook.models import architectures, require_config
 from billhook.models.device import SAFETENSORS_DTYPES
 from billhook.models.pruned_config import check_section
 
@@ -35,11 +35,7 @@ def inspect_checkpoint(folder: Path, trust_remote_code: bool = False) -> tuple[J
 
     Raises ModelError for everything that must not be loaded.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        held = sorted(file.name for file in folder.glob("*.gguf"))
-        hint = f"Give the file itself: {folder / held[0]}" if held else "Give the folder that holds it."
-        raise ModelError(f"{folder} has no config.json, so it is no Hugging Face checkpoint. {hint}")
+    path = require_config(folder)
     _check_links(folder)
     raw = read_json_object(path)
     _check_keys(raw, path, trust_remote_code)

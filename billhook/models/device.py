@@ -50,15 +50,6 @@ def child_environment(*foreign: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(own + kept), "PYTHONSAFEPATH": "1"}
 
 
-def give_usual_modes(folder: Path) -> None:
-    """Give every file in a folder the mode that the umask says; safetensors writes files for their owner alone."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            path.chmod(0o666 & ~mask)
-
-
 # -- loading --------------------------------------------------------------------------------------------------------
 
 

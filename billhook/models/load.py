@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -36,8 +36,11 @@ from billhook.models.streaming import (
     check_fit,
     make_buffers,
 )
-from billhook.models.transformers_internals import config_of, runs_own_code
+from billhook.models.transformers_internals import config_of, generation_config_of, runs_own_code
 
+UNREADABLE_GENERATION = (  # a note
+    "generation_config.json cannot be read. Nothing is measured by it. A student gets it as it is, unless it is no JSON"
+)
 LOADING_ISSUES = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
@@ -168,14 +171,26 @@ def load(
         model, weights = _build(folder, compute, place, trust_remote_code), None
         for key, tensor in model.named_parameters():
             check_finite(key, tensor)
-    config = model.config
-    pruned = read_config(config)
-    sizes = structure.anatomy(model, config, pruned, item_bytes=stored.itemsize)
     tokenizer = _tokenizer(folder, model, trust_remote_code)
     print_ = checks.fingerprint(folder)
+    if unreadable := generation_config_of(folder)[1]:
+        watch(Event("load", values={"note": f"{UNREADABLE_GENERATION} ({unreadable})"}))
     watch(Event("load", 1, 1, values={"model": str(name)}))
-    return Teacher(
-        model, tokenizer, str(name), folder, stored, sizes, pruned.kept_blocks, pruned.removed, print_, weights
+    return Teacher(model, tokenizer, str(name), folder, stored, *_anatomy(model, stored), print_, weights)
+
+
+def _anatomy(model: Any, stored: torch.dtype) -> tuple[Anatomy, tuple[int, ...], Plan]:
+    """The anatomy of a model, where its blocks stood, and what an earlier pruning took."""
+    pruned = read_config(model.config)
+    sizes = structure.anatomy(model, model.config, pruned, item_bytes=stored.itemsize)
+    return sizes, pruned.kept_blocks, pruned.removed
+
+
+def student_as_teacher(teacher: Teacher, student: Any) -> Teacher:
+    """What `load` would make of a student's checkpoint: a teacher of its own, with the student's model."""
+    anatomy, positions, removed = _anatomy(student, teacher.dtype)
+    return replace(
+        teacher, model=student, anatomy=anatomy, positions=positions, removed_earlier=removed, lock=threading.RLock()
     )
 
 
@@ -232,10 +247,12 @@ def _compared(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[A
 
 def _build(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
     auto: Any = transformers.AutoModelForCausalLM
+    generation, unreadable = generation_config_of(folder)
     with reading(f"transformers cannot load {folder}"):
         model, told = auto.from_pretrained(
             str(folder),
             config=config_of(folder, trust_remote_code),
+            generation_config=generation if unreadable else None,  # None: transformers reads the file
             dtype=dtype,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,

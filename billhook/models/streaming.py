@@ -46,7 +46,7 @@ def build_on_meta(folder: Path, dtype: torch.dtype, device: torch.device | None 
         config = config_of(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
-        model.generation_config = generation_config_of(folder)
+        model.generation_config, _ = generation_config_of(folder)
     wide = set(names_in_float32(model, dtype))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)

@@ -96,11 +96,19 @@ def tied_names(model: Any) -> list[str]:
     return list((model._tied_weights_keys or {}) if model.config.tie_word_embeddings else ())
 
 
-def generation_config_of(folder: Path) -> transformers.GenerationConfig:
-    """Return the generation config of a checkpoint: its own file, or what its model config says."""
-    own = (folder / "generation_config.json").is_file()
-    more: dict[str, Any] = {} if own else {"config_file_name": "config.json", "_from_model_config": True}
-    return transformers.GenerationConfig.from_pretrained(str(folder), **more)
+def generation_config_of(folder: Path) -> tuple[transformers.GenerationConfig, str]:
+    """Return the generation config of a checkpoint, and why its own file cannot be read, if so.
+
+    Without a file that can be read it is what the model config says, or else a bare one.
+    """
+    why = ""
+    from_config: dict[str, Any] = {"config_file_name": "config.json", "_from_model_config": True}
+    for more in ({}, from_config) if (folder / "generation_config.json").is_file() else (from_config,):
+        try:
+            return transformers.GenerationConfig.from_pretrained(str(folder), **more), why
+        except Exception as error:  # a file of others, which transformers hardly checks
+            why = why or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return transformers.GenerationConfig(), why
 
 
 # -- the KV cache -----------------------------------------------------------------------------------------------------

@@ -8,23 +8,28 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from billhook.core.errors import DataError, UnknownName, UsageError, option
+from billhook.core.errors import DataError, RunError, UnknownName, UsageError, nearest, option
 from billhook.core.plan import shorten
 from billhook.core.plan_files import find_path, require_plan
 from billhook.core.results.stored import Run, RunSummary, StoredRun
 
 if TYPE_CHECKING:
+    from billhook.core.results.comparisons import Baseline
     from billhook.runs.recipe import TextOptions
+    from billhook.runs.store import Store
 
 Named = str | Path | None
 STORE = "billhook.db"
+RUN_ID = re.compile("r[0-9a-f]{6}")  # studies take runs for models
 GROUPS = {"item_loss": "billhook.task_loss"}
 WRITTEN = {  # where the methods of a family stand, and the decorators under which they do
     "metric": ("methods/metrics", ("metric", "group_metric")),
@@ -39,12 +44,12 @@ WRITTEN = {  # where the methods of a family stand, and the decorators under whi
 
 
 def check_inputs(
-    options: TextOptions, *, metrics: Iterable[str] = (), tasks: Iterable[str] = (), **written: Named
+    options: TextOptions, *, metrics: Iterable[str] = (), tasks: Iterable[str] = (), store: Named = None
 ) -> None:
     """Raise where it is seen without torch and without the model that options name what is not there.
 
-    Texts and the extras that they need, files of tasks and of a plan, methods, and the spelling of the device.
-    `written`: options that name what will be written, by name.
+    Texts and the extras that they need, files of tasks and of a plan, methods, the spelling of the device, and the
+    name of the store.
     """
     from billhook.data.texts import require_sources
     from billhook.runs.recipe import Recipe
@@ -52,8 +57,8 @@ def check_inputs(
     for name in ("data", "eval_data", "recover_data"):
         if (source := getattr(options, name, None)) is not None:
             require_sources(source)
-    for name, path in written.items():
-        _require_name(name, path)
+    if store is not None:
+        _require_name(store)
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", options.device):
         raise UsageError(f"This machine has no device {options.device!r}. Write auto, cpu, cuda, cuda:1 or mps.")
     loss, _, task = getattr(options, "loss", "").partition(":")
@@ -72,18 +77,16 @@ def check_inputs(
         _require_methods(family, filter(None, names))
 
 
-def _require_name(name: str, path: Named) -> None:
-    """Raise UsageError for what no file can be called."""
+def _require_name(store: str | Path) -> None:
+    """Raise UsageError for a store that no file can be called."""
     try:
-        if path is not None:
-            Path(path).lstat()
+        Path(store).lstat()
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        kind = "folder" if name == "out" else "file"
-        typed = option(name, shorten(str(path), 200))
-        raise UsageError(f"{typed} cannot be written ({reason}). Choose another {kind}.") from error
+        typed = option("store", shorten(str(store), 200))
+        raise UsageError(f"{typed} cannot be written ({reason}). Choose another file.") from error
 
 
 def _require_methods(family: str, names: Iterable[str]) -> None:
@@ -108,6 +111,38 @@ def method_names(family: str) -> set[str]:
     groups = [GROUPS.get(each, f"billhook.{each}") for each in decorators]
     offered = {entry.name for group in groups for entry in entry_points(group=group)}
     return offered | {name for text in texts for name in pattern.findall(text)}
+
+
+def require_model(name: str, store: Named = None, *, baseline: bool = False) -> None:
+    """Raise where a name is neither a model's nor, with a `store`, that of a run of it.
+
+    `baseline`: it may also be that of a stored baseline. Raises RunError, UsageError, or ModelError as `find_source`.
+    """
+    from billhook.models import find_source
+    from billhook.runs.store import Store
+
+    held = find_path(store) if store is not None and find_path(name) is None else None
+    if held is not None and (baseline or RUN_ID.fullmatch(name)):
+        with closing(Store(held, read_only=True)) as opened:
+            if baseline and load_baseline(opened, name) is not None:
+                return
+            if RUN_ID.fullmatch(name):
+                opened.run(name)
+                return
+    find_source(name)
+
+
+def load_baseline(store: Store, name: str) -> Baseline | None:
+    """A stored baseline; None if the name is a model's. Raises UsageError for a name that is nearly one's."""
+    from billhook.core.results.cache_keys import BaselineKey
+    from billhook.core.results.comparisons import Baseline
+
+    known = store.lookup(BaselineKey("", name))
+    if known is None and find_path(name) is None and "/" not in name and name != "demo":
+        names = sorted(Baseline.from_stored(value).name for value in store.all_of(BaselineKey))
+        if near := nearest(name, names):
+            raise UsageError(f"There is no baseline {name!r}. Did you mean {near!r}? Stored: {', '.join(names)}.")
+    return None if known is None else Baseline.from_stored(known)
 
 
 # -- what a store holds ---------------------------------------------------------------------------------------------
@@ -154,6 +189,69 @@ def show(run: str, store: str | Path = STORE) -> StoredRun:
         result = None if found.result is None else read_result(found.kind, found.result)
         about = {name: getattr(found, name) for name in found.__slots__ if name != "result"}
         return StoredRun(**about, losses=opened.count_losses(run), events=events, result=result)
+
+
+def unfinished_run(store: Store, run: str | None = None) -> Run:
+    """The pruning to resume, the newest unfinished one if none is named, with its paths as they are now.
+
+    Raises RunError where there is none, or in another folder than the run's.
+    """
+    from billhook.core.results.specs import PRUNE
+
+    chosen = store.run(run) if run else _newest_unfinished(store)
+    if chosen.kind != PRUNE:
+        raise RunError(f"Run {chosen.id} is no pruning. Begin it again: billhook {chosen.kind} …")
+    if chosen.state == "done":
+        raise RunError(
+            f"Run {chosen.id} is done; its checkpoint is {chosen.out}. `billhook show {chosen.id}` tells more."
+        )
+    return _here(chosen, store.path)
+
+
+def require_resumable(run: str | None, store: str | Path, out: Named) -> None:
+    """Raise where there is no run to resume, or its result cannot be written at another folder `out`.
+
+    Raises as `unfinished_run` and `check_target`.
+    """
+    from billhook.core.files.target_folder import check_target, named_folder
+    from billhook.runs.store import Store
+
+    with closing(Store(Path(store), read_only=True)) as opened:
+        found = unfinished_run(opened, run)
+    if out is not None and named_folder(out) != Path(found.out):
+        check_target(named_folder(out))
+
+
+def _newest_unfinished(store: Store) -> Run:
+    from billhook.core.results.specs import PRUNE
+
+    # A run that was refused before it had model and tokens has nothing to resume.
+    prunings = [run for run in store.runs() if run.kind == PRUNE]
+    unfinished = [run for run in prunings if run.state != "done" and (run.fingerprints or run.state != "failed")]
+    free = [run for run in unfinished if store.free(run.id)]
+    if unfinished:
+        return (free or unfinished)[0]  # one that another process holds is refused by name
+    raise RunError(f"{store.path} holds no unfinished run. `billhook runs` lists what it holds.")
+
+
+def _here(run: Run, store: Path) -> Run:
+    """The run as its paths are now: they start from its folder, which may have been moved with the store.
+
+    Raises RunError in another folder.
+    """
+    begun, here = Path(str(run.environment.get("folder", Path.cwd()))), Path.cwd()
+    there = Path(str(run.environment.get("store", begun))).parent
+    now = Path(os.path.normpath(store.resolve().parent / os.path.relpath(begun, there)))
+    if here not in (begun, now):
+        raise RunError(f"Run {run.id} was begun in another folder. Go there first: cd {shlex.quote(str(now))}")
+    if here == begun:
+        return run
+
+    def moved(value: Any) -> Any:
+        path = Path(value) if isinstance(value, str) else None
+        return str(here / path.relative_to(begun)) if path is not None and path.is_relative_to(begun) else value
+
+    return replace(run, spec={name: moved(value) for name, value in run.spec.items()}, out=moved(run.out))
 
 
 # -- locks -----------------------------------------------------------------------------------------------------------

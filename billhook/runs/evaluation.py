@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,9 @@ from billhook.data.generated import end_tokens, generating_by
 from billhook.data.splits import chunks, halves
 from billhook.data.token_sets import TokenSet
 from billhook.engine.probe import Probe
-from billhook.methods.evaluate import EVALUATIONS, speed
+from billhook.methods.evaluate import speed
 from billhook.methods.evaluate.multiple_choice import log_probabilities, score_choices
+from billhook.methods.evaluate.perplexity import Student, measure_perplexity
 from billhook.models.device import bandwidth, environment
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import NO_REPAIR, Repair
@@ -55,38 +55,17 @@ def compare_perplexity(
     return PerplexityChange(math.exp(results[0].mean), exp_capped(results[1].mean), change.mapped(exp_capped))
 
 
-Student = tuple[Plan, Repair]  # a student: what a plan leaves of the teacher, repaired
-
-
 def perplexity_results(
     job: EvalContext, teacher: Teacher, students: Sequence[Student], tokens: TokenSet
 ) -> list[EvalResult]:
-    """Perplexity of students by a plain forward pass; of a streamed teacher by passes over its file. Stored."""
+    """Perplexity of students, by `measure_perplexity`; stored."""
     keys = [evaluation_key(teacher, plan, "perplexity", tokens, repair) for plan, repair in students]
 
     def compute(missing: list[int]) -> Iterator[EvalResult]:
-        return _perplexities(job, teacher, [students[i] for i in missing], tokens)
+        some, memory = [students[i] for i in missing], job.recipe.memory_bytes
+        return measure_perplexity(teacher, some, tokens, memory=memory, watch=job.watch)
 
     return job.store.remember_each(keys, compute, job.run)
-
-
-def _perplexities(
-    job: EvalContext, teacher: Teacher, students: Sequence[Student], tokens: TokenSet
-) -> Iterator[EvalResult]:
-    if teacher.weights is not None:
-        memory = job.recipe.memory_bytes
-        bare = [plan for plan, repair in students if repair == NO_REPAIR]
-        one_pass = dict(zip(bare, streamed_perplexity(teacher, bare, tokens, memory), strict=True))
-        for plan, repair in students:
-            alone = None if repair == NO_REPAIR else streamed_perplexity(teacher, [plan], tokens, memory, repair)
-            yield one_pass[plan] if alone is None else alone[0]
-        return
-    for plan, repair in students:
-        model = apply(teacher, plan, repair=repair) if plan else teacher.model
-        who = "student" if plan else "teacher"
-        with nullcontext() if plan else teacher.lock:
-            result = EVALUATIONS["perplexity"](model, tokens, watch=job.watch, who=who)
-        yield result
 
 
 def evaluation_key(
@@ -101,23 +80,19 @@ def repair_key(repair: Repair) -> str:
     return "" if repair == NO_REPAIR else repair.key()
 
 
-_NAMES = {"ppl": "perplexity", "pp": "acc"}
-
-
 def evaluate_plans(
     job: EvalContext, teacher: Teacher, plans: Sequence[Plan], tokens: TokenSet, kind: str
 ) -> list[EvalResult]:
     """Perplexity (`ppl`) or accuracy (`pp`) of what each plan leaves of a teacher, by the engine; stored."""
-    name = _NAMES[kind]
+    if kind == "ppl":
+        return perplexity_results(job, teacher, [(plan, NO_REPAIR) for plan in plans], tokens)
 
     def compute(missing: list[int]) -> list[EvalResult]:
         left = [plans[i] for i in missing]
-        if kind == "ppl":
-            return streamed_perplexity(teacher, left, tokens, job.recipe.memory_bytes)
         sums = choice_logprobs(job, teacher, [(plan, NO_REPAIR) for plan in left], tokens)
-        return [score_choices(tokens, of_one)[name] for of_one in sums]
+        return [score_choices(tokens, of_one)["acc"] for of_one in sums]
 
-    keys = [evaluation_key(teacher, plan, name, tokens) for plan in plans]
+    keys = [evaluation_key(teacher, plan, "acc", tokens) for plan in plans]
     return job.store.remember_each(keys, compute, job.run)
 
 
@@ -197,15 +172,6 @@ def _batch_logprobs(
                 [Plan(plan.removed)]
             )
     return fresh
-
-
-def streamed_perplexity(
-    teacher: Teacher, plans: Sequence[Plan], tokens: TokenSet, memory: int | None, repair: Repair | None = None
-) -> list[EvalResult]:
-    """Perplexity of what each plan leaves of the teacher, by the measuring engine; of one plan under a `repair`."""
-    mended = None if repair is None else (plans[0], repair)
-    losses = Probe(teacher, tokens, "nll", memory=memory, repaired=mended).losses(plans)
-    return [EvalResult("perplexity", tokens.hash, loss.sums, loss.counts, tokens.clusters) for loss in losses]
 
 
 @undisturbed

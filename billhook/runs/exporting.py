@@ -12,12 +12,12 @@ import torch
 
 from billhook.core.errors import ResourceError, UsageError, option, writing
 from billhook.core.events import EventListener, ignore_events
+from billhook.core.files.target_folder import check_target, named_folder, publish, staging_folder
 from billhook.core.plan import Plan
 from billhook.core.registry import OptionValues, resolve_options
 from billhook.core.results.exports import ExportReport, TargetTable
 from billhook.methods.export import EXPORTS, Student, export_student, form_of
 from billhook.methods.export.serving import limits_of, table
-from billhook.methods.export.target_folder import check_target, named_folder, publish, staging_folder
 from billhook.methods.export.verification import PROBE_TEXTS, require_runtime
 from billhook.models.load import Model, Teacher, as_teacher, name_of
 

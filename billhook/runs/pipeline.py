@@ -16,6 +16,7 @@ import torch
 from billhook.core.budget import parse_budgets
 from billhook.core.errors import FingerprintError, ResourceError, RunError, cannot_write, either, option, writing
 from billhook.core.events import EventListener
+from billhook.core.files.target_folder import check_target, publish, staging_folder
 from billhook.core.plan import Plan
 from billhook.core.plan_files import find_path
 from billhook.core.registry import options
@@ -29,7 +30,6 @@ from billhook.data.texts import SELF, external_sources, split_sources
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.methods.export import Student, export_student
-from billhook.methods.export.target_folder import check_target, publish, staging_folder
 from billhook.methods.search import SEARCHES
 from billhook.models.device import free_memory
 from billhook.models.load import Teacher

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 from billhook.core.anatomy import Anatomy, SiteSize
-from billhook.core.budget import Budget
+from billhook.core.budget import Budget, parse_budgets
 from billhook.core.errors import PlanError, ResourceError, UsageError, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.margin import Margin
 from billhook.core.plan import Plan
 from billhook.core.plan_files import read_plan
 from billhook.core.problem import Problem, parse_protection
+from billhook.core.registry import OptionValues
 from billhook.core.results.cache_keys import GeneratedKey
 from billhook.data.calibration import (
     calibration_tokens,
-    foreign_tokens,
     generate_share,
     generated_token_count,
     held_out_tokens,
@@ -39,7 +38,6 @@ from billhook.methods.export.targets import Form, limits, narrower, stricter
 from billhook.methods.recover import RECOVERIES, adds
 from billhook.methods.search import drive, narrows
 from billhook.models.load import Teacher, as_teacher
-from billhook.models.sources import locate
 from billhook.models.surgery import stock_holds
 from billhook.runs import check_inputs
 from billhook.runs.executor import store_cache
@@ -47,16 +45,9 @@ from billhook.runs.job import RunContext
 from billhook.runs.recipe import CalibrationOptions, EvalOptions, Recipe, TextOptions
 from billhook.runs.search import expected_losses, method_options, search_of
 
-RUN_ID = re.compile("r[0-9a-f]{6}")  # studies take runs for models
 NOTHING: Mapping[str, Teacher] = MappingProxyType({})
 
 LEAST_RECOVERY_TOKENS = 64  # tokens, of which something may be learnt
-
-
-def find_model(options: TextOptions, loaded: Mapping[str, Teacher], watch: EventListener) -> None:
-    """Raise ModelError where there is no model of this name, before a store or a run is begun for it."""
-    if options.model not in loaded and not RUN_ID.fullmatch(options.model):
-        locate(options.model, watch)
 
 
 def load_teacher(recipe: TextOptions, watch: EventListener, loaded: Mapping[str, Teacher] = NOTHING) -> Teacher:
@@ -119,7 +110,16 @@ def check_search(recipe: Recipe, teacher: Teacher) -> None:
             f"The export {recipe.writes} has no place for sites of different widths, which the search {recipe.search} "
             f"chooses. {instead} {option('search', 'swap')}, or another export."
         )
-    if recipe.remove is None or counts_time(recipe):
+    unknown = recipe.remove is None or counts_time(recipe)
+    if recipe.fold_in_search:
+        some = Problem(teacher.anatomy, parse_budgets("50%params") if unknown else recipe.budgets)
+        if expected_losses(recipe, some) == 0:
+            with_scores = f" by the metric {recipe.metric}" if recipe.metric else ""
+            raise UsageError(
+                f"{option('fold_in_search', True)} judges what a search measures, and {recipe.search}{with_scores} "
+                f"measures nothing. Take {option('search', 'greedy')}, or leave {option('fold_in_search')} out."
+            )
+    if unknown:
         return
     problem = problem_of(recipe, teacher, teacher.anatomy, recipe.budgets)
     expected_losses(recipe, problem)
@@ -229,6 +229,7 @@ def load_calibration(
     *,
     held_out: str | None = None,
     self_share: float = 0.0,
+    before_writing: Callable[[TokenSet | None], None] = lambda foreign: None,
     least: int | None = None,
 ) -> TokenSet:
     """Calibration tokens as `calibration_tokens` reads them. What the model writes for them is stored, so that whoever
@@ -247,7 +248,7 @@ def load_calibration(
 
     return calibration_tokens(
         spec, teacher.model, teacher.tokenizer, job.watch, held_out=held_out, self_share=self_share, write=write,
-        least=least,
+        before_writing=before_writing, least=least,
     )  # fmt: skip
 
 
@@ -268,18 +269,19 @@ def read_calibration(
     job: RunContext | None = None,
     *,
     self_share: float | None = None,
+    before_writing: Callable[[TokenSet | None], None] = lambda foreign: None,
 ) -> TokenSet:
     """Calibration tokens of options; where their loss is a task's, that task's. What the model writes is stored by a
-    `job`. `self_share`: instead of theirs."""
+    `job`. `self_share`: instead of theirs. `before_writing`: see `calibration_tokens`; of a task it gets None."""
     if (task := task_calibration(options, teacher, watch)) is not None:
+        before_writing(None)
         return task
     spec, share = calibration_spec(options), options.self_share if self_share is None else self_share
     with teacher.lock:  # it may write some of it
+        given: OptionValues = {"held_out": options.eval_data, "self_share": share, "before_writing": before_writing}
         if job is not None:
-            return load_calibration(job, teacher, spec, held_out=options.eval_data, self_share=share)
-        return calibration_tokens(
-            spec, teacher.model, teacher.tokenizer, watch, held_out=options.eval_data, self_share=share
-        )
+            return load_calibration(job, teacher, spec, **given)
+        return calibration_tokens(spec, teacher.model, teacher.tokenizer, watch, **given)
 
 
 def tokens_for(
@@ -292,18 +294,18 @@ def tokens_for(
     if recipe.eval_data is not None:
         require_foreign(recipe.eval_data)
     share = 0.0 if recipe.plan is not None else recipe.self_share  # of a plan nothing is searched
-    spec, task = calibration_spec(recipe), task_calibration(recipe, teacher, watch)
-    writes = task is None and generated_token_count(spec, share) > 0
-    if writes:
-        given = foreign_tokens(spec, teacher.model, teacher.tokenizer, held_out=recipe.eval_data, self_share=share)
-    else:
-        given = task or read_calibration(recipe, teacher, watch, job, self_share=share)
-    held_out = read_held_out(recipe, teacher, watch)
-    if given is not None and task is None:
-        require_disjoint(given, held_out)
-    _read_all(recipe, teacher, held_out, watch)
-    calibration = read_calibration(recipe, teacher, watch, job, self_share=share) if writes or given is None else given
-    if writes:
+    read: list[TokenSet] = []
+
+    def read_the_rest(foreign: TokenSet | None) -> None:
+        held_out = read_held_out(recipe, teacher, watch)
+        if foreign is not None:
+            require_disjoint(foreign, held_out)
+        _read_all(recipe, teacher, held_out, watch)
+        read.append(held_out)
+
+    calibration = read_calibration(recipe, teacher, watch, job, self_share=share, before_writing=read_the_rest)
+    (held_out,) = read
+    if calibration.choices is None:
         require_disjoint(calibration, held_out)
     return calibration, held_out
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -17,6 +18,8 @@ from billhook.core.margin import Margin
 from billhook.core.plan import shorten
 from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues
+from billhook.core.results.foreign_files import every_value, load_unique_yaml
+from billhook.data.texts import SELF, split_sources
 
 MOST_RECIPE_BYTES = 2**16
 MOST_RECIPE_VALUES = 10_000  # counted as often as YAML's aliases repeat them
@@ -187,11 +190,6 @@ class Recipe(CalibrationOptions, EvalOptions):
             )
         if twice := [name for name in self.recoveries if self.recoveries.count(name) > 1]:
             raise RecipeError(f"{option('recover', self.recover)} does {twice[0]} twice. Name every recovery once.")
-        if self.audit and not self.fast:
-            raise RecipeError(
-                f"{option('audit', True)} states what {option('fast')} cost. Add {option('fast', True)}, or leave "
-                f"{option('audit')} out."
-            )
         if self.stock and self.export != "transformers":
             raise RecipeError(
                 f"{option('stock', True)} writes the export stock, and {option('export', self.export)} another. Leave "
@@ -311,9 +309,54 @@ def default_recipe(given: Mapping[str, Any]) -> Path | None:
 def with_overrides(recipe: str | Path | None, **given: Any) -> OptionValues:
     """The values of a recipe, by file or by name, overruled by what is `given`; a new target drops the recipe's."""
     values = {} if recipe is None else read_yaml(Path(recipe))
+    own = values if str(recipe) not in recipe_names() else {}
     if any(given.get(name) is not None for name in TARGETS):
         values = {name: value for name, value in values.items() if name not in TARGETS}
+    if own:  # what a call overrules may leave another key without effect
+        target = {} if any(name in values | given for name in TARGETS) else {"remove": "1sites"}
+        alone = {} if any(name in own for name in TARGETS) else {"remove": "1sites"}
+        require_effect(own, parse_recipe(own | alone, str(recipe)), parse_recipe(values | given | target, "The call"))
     return values | given
+
+
+# -- options that need others -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """What options need to have an effect. `unmet`: why they have none, and what to type, for a message."""
+
+    names: tuple[str, ...]
+    met: Callable[[Recipe], bool]
+    unmet: str
+
+
+SITE_TIMES = ("batch", "context")  # how the time of a site is measured
+_FOLD = f"without a recovery. Add {option('recover', 'fold')}"
+CONDITIONS = (
+    Condition(("shortlist", "risk", "audit"), lambda of: of.fast, f"without {option('fast', True)}. Add that"),
+    Condition(("recover_set",), lambda of: bool(of.recoveries), _FOLD),
+    Condition(("recover_data", "recover_tokens", "recover_length"),
+              lambda of: bool(of.recoveries) or of.fold_in_search, _FOLD),
+    Condition(SITE_TIMES, lambda of: any(budget.unit == "ms" for budget in of.budgets),
+              f"without a budget in time. Add {option('remove', '20%ms')}"),
+    Condition(("search", "metric", "uniform", "multiple", "fast", "fold_in_search"), lambda of: of.plan is None,
+              f"with {option('plan')}, of which nothing is searched. Give {option('remove')} instead"),
+    Condition(("self_share",), lambda of: of.plan is None and ":" not in of.loss and SELF not in split_sources(of.data),
+              f"with a plan, the loss of a task, or {option('data', SELF)}. Give {option('data', 'FILE')} and a size "
+              "instead"),
+)  # fmt: skip
+
+
+def require_effect(given: Mapping[str, object], *recipes: Recipe) -> None:
+    """Raise RecipeError for one of the `given` options that has an effect in none of the `recipes`.
+
+    What is switched off, such as 0 or False, needs none.
+    """
+    for condition in CONDITIONS:
+        for name in condition.names:
+            if given.get(name) and not any(map(condition.met, recipes)):
+                raise RecipeError(f"{option(name)} has no effect {condition.unmet}, or leave {option(name)} out.")
 
 
 def read_yaml(path: Path) -> OptionValues:
@@ -338,12 +381,12 @@ def read_yaml(path: Path) -> OptionValues:
             raw = opened.read(MOST_RECIPE_BYTES + 1)
         if len(raw) > MOST_RECIPE_BYTES:
             raise RecipeError(f"{path} has more than {MOST_RECIPE_BYTES // 1024} KB, which no recipe has.")
-        values = _load_unique(raw.decode("utf-8"))
+        values = load_unique_yaml(raw.decode("utf-8"))
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
     except OSError as error:
         raise RecipeError(f"{path} cannot be read ({error.strerror}). Give another recipe.") from error
-    if sum(1 for _ in islice(_every_value(values), MOST_RECIPE_VALUES + 1)) > MOST_RECIPE_VALUES:
+    if sum(1 for _ in islice(every_value(values), MOST_RECIPE_VALUES + 1)) > MOST_RECIPE_VALUES:
         raise RecipeError(f"{path} repeats its values by aliases without end. Write them out.")
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds no keys. A recipe looks like:\nmodel: demo\nremove: 25%sites")
@@ -351,37 +394,3 @@ def read_yaml(path: Path) -> OptionValues:
         if key not in Recipe.model_fields:
             raise _unknown_key(key, str(path), list(Recipe.model_fields))
     return values
-
-
-def _every_value(value: object) -> Iterator[object]:
-    """Every value inside a value, and that itself."""
-    waiting = [iter((value,))]
-    while waiting:
-        for each in waiting[-1]:
-            yield each
-            if isinstance(each, dict | list | tuple | set):
-                waiting.append(iter((*each, *each.values()) if isinstance(each, dict) else each))
-                break
-        else:
-            waiting.pop()
-
-
-def _load_unique(text: str) -> Any:
-    """The value of safe YAML in which a key may stand only once in a map, however it is spelled."""
-    import yaml
-
-    class UniqueKeys(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            marks: dict[Any, yaml.Mark] = {}
-            for key, _ in node.value:
-                if not isinstance(key, yaml.ScalarNode):
-                    continue
-                here = key.start_mark
-                first = marks.setdefault(self.construct_object(key), here)
-                if first is not here:
-                    both = f"lines {first.line + 1} and {here.line + 1}"
-                    both = both if first.line != here.line else f"line {here.line + 1}"
-                    raise RecipeError(f"The recipe has {key.value!r} twice, in {both}. Keep one of them.")
-            return dict(super().construct_mapping(node, deep))
-
-    return yaml.load(text, Loader=UniqueKeys)

@@ -48,11 +48,8 @@ class RecoveryResult:
 def recovery_options(recipe: Recipe) -> dict[str, OptionValues]:
     """The recoveries of a recipe in order, with their options. Raises UnknownName or UsageError."""
     methods = [RECOVERIES[name] for name in recipe.recoveries]
-    if recipe.recover_set and not methods:
-        raise UsageError(
-            f"{option('recover_set', recipe.recover_set)} goes with a recovery. Add {option('recover', 'fold')}, or "
-            "leave it out."
-        )
+    if not methods:
+        return {}
     options = dict(zip(recipe.recoveries, resolve_options(recipe.recover_set, *methods), strict=True))
     for own in options.values():
         TrainingOptions(**{name: value for name, value in own.items() if name in TRAINING_OPTIONS}).check()

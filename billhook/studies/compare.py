@@ -37,8 +37,8 @@ from billhook.engine.losses import kl
 from billhook.methods.evaluate import batches, speed, vocabulary_size
 from billhook.models.device import environment, to_float64
 from billhook.models.load import Model, Teacher, loaded_by_name, name_of
+from billhook.runs import require_model
 from billhook.runs.job import EvalContext
-from billhook.runs.prepare import find_model
 from billhook.runs.recipe import EvalOptions, parse_options
 from billhook.runs.store import STORE
 from billhook.studies.eval_sets import ComparisonSpec, ModelResults, comparison_spec, evaluate_on_sets, seen_sets
@@ -249,8 +249,8 @@ def compare(
         *(names[0], tuple(names[1:]), on, several(score), several(margins)), timed=timed, seen=seen,
         options=plain_options(options),
     )  # fmt: skip
-    for each in names[1:]:
-        find_model(recipe.model_copy(update={"model": each}), loaded_by_name(*models), watch)
+    for each in set(names[1:]) - loaded_by_name(*models).keys():
+        require_model(each, store)
     with open_run(spec, recipe, Path(store), out, watch, loaded=loaded_by_name(*models)) as job:
         comparison = compare_models(job, names, asked)
         return write_study(comparison, job.out, job.store, job.run)

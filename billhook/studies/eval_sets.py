@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from billhook.core import statistics
-from billhook.core.errors import DataError, ResourceError, RunError, UsageError, option
+from billhook.core.errors import DataError, ResourceError, UsageError, option
 from billhook.core.events import EventListener, ignore_events, scaled_events
 from billhook.core.margin import Margins
 from billhook.core.options import TaskOptions, shows_options
@@ -37,7 +37,7 @@ from billhook.methods.evaluate.multiple_choice import score_choices
 from billhook.models.device import environment
 from billhook.models.load import Model, Teacher, loaded_by_name, name_of
 from billhook.models.repair import NO_REPAIR
-from billhook.runs import evaluation
+from billhook.runs import RUN_ID, evaluation
 from billhook.runs.job import EvalContext
 from billhook.runs.prepare import load_teacher, read_held_out_half
 from billhook.runs.recipe import EvalOptions, parse_options
@@ -105,12 +105,7 @@ class ModelResults:
 
 def resolve_model(name: str, store: Store) -> str:
     """The model that a name means: a stored run stands for its folder."""
-    if find_path(name) is not None or name == "demo" or not name.startswith("r") or len(name) != 7:
-        return name
-    try:
-        return store.run(name).out
-    except RunError:
-        return name
+    return store.run(name).out if RUN_ID.fullmatch(name) and find_path(name) is None else name
 
 
 def load_compared(job: EvalContext, name: str) -> Teacher:
@@ -332,12 +327,13 @@ def named(job: EvalContext, teacher: Teacher, eval_set: EvalSet, names: Sequence
 def _choice_result(eval_set: EvalSet, sums: Sequence[float]) -> SetResult:
     """Scores and log-probabilities of choices, from those of the rows."""
     assert eval_set.tokens is not None
+    assert eval_set.tokens.choices is not None
     items = {item.number: item for item in read_items(eval_set.source)}
     values: list[list[float]] = [[] for _ in eval_set.tokens.clusters]
     for document, value in zip(eval_set.tokens.documents, sums, strict=True):
         values[document].append(value)
     responses = []
-    for number, nats in zip(eval_set.tokens.clusters, values, strict=True):
+    for number, nats in zip(eval_set.tokens.choices.numbers, values, strict=True):
         item = items[number]
         asked = requests(item)
         query, sizes = item.query or asked[0].context, tuple(request.characters for request in asked)
@@ -357,7 +353,8 @@ def _generation_result(job: EvalContext, teacher: Teacher, eval_set: EvalSet) ->
     whole = eval_set.prompts
     for batch in chunks(whole.tokens, BATCH_QUESTIONS):
         start = len(answers)
-        part = replace(whole, tokens=batch, targets=whole.targets[start : start + len(batch.clusters)])
+        some = slice(start, start + len(batch.clusters))
+        part = replace(whole, tokens=batch, targets=whole.targets[some], numbers=whole.numbers[some])
         watch = scaled_events(job.watch, start, len(whole.targets))
         key = AnswersKey(teacher.fingerprint, Plan(), teacher.compute_key, part.hash)
         written = job.store.remember(key, partial(_generate, teacher, part, watch, eval_set.source), job.run)
@@ -365,6 +362,6 @@ def _generation_result(job: EvalContext, teacher: Teacher, eval_set: EvalSet) ->
     questions = {question.number: question for question in read_questions(eval_set.source)}
     responses = [
         ItemResponse(number, questions[number].query, target=target, answer=answer)
-        for number, target, answer in zip(whole.tokens.clusters, whole.targets, answers, strict=True)
+        for number, target, answer in zip(whole.numbers, whole.targets, answers, strict=True)
     ]
     return SetResult(score_answers(whole, answers), responses)

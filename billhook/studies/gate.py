@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-from billhook.core.errors import FingerprintError, UsageError, nearest, option
+from billhook.core.errors import FingerprintError, UsageError, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.options import CompareOptions, shows_options
 from billhook.core.plan import Plan
-from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues
 from billhook.core.results.cache_keys import BaselineKey, EvaluationKey
 from billhook.core.results.comparisons import (
@@ -31,6 +30,7 @@ from billhook.core.statistics import exp_capped
 from billhook.models.device import environment
 from billhook.models.load import Model, loaded_by_name, name_of
 from billhook.report.compare_words import junit_xml
+from billhook.runs import load_baseline, require_model
 from billhook.runs.job import EvalContext
 from billhook.runs.recipe import EvalOptions, parse_options
 from billhook.runs.store import STORE, Store
@@ -69,6 +69,8 @@ def gate(
         seen=seen,
         options=plain_options(options),
     )
+    if name_of(baseline) not in loaded_by_name(student, baseline):
+        require_model(name_of(baseline), store, baseline=True)
     with open_run(spec, recipe, Path(store), NO_FOLDER, watch, loaded=loaded_by_name(student, baseline)) as job:
         stored = load_baseline(job.store, name_of(baseline))
         if stored is not None and (
@@ -147,11 +149,6 @@ def list_baselines(store: Store) -> list[Baseline]:
     return sorted(known, key=lambda baseline: baseline.name)
 
 
-def _stored_baseline(store: Store, name: str) -> Baseline | None:
-    value = store.lookup(BaselineKey("", name))
-    return None if value is None else Baseline.from_stored(value)
-
-
 def _with_values(store: Store, baseline: Baseline) -> Baseline:
     """A baseline with the perplexities and accuracies that the store holds of it."""
     sets = []
@@ -170,17 +167,6 @@ def spec_of_baseline(baseline: Baseline, spec: ComparisonSpec) -> ComparisonSpec
     own = baseline.items
     sets = replace(spec, texts=own.texts, tasks=own.tasks, items=own.items, scores=own.scores)
     return replace(sets, shots=own.shots, shots_from=own.shots_from)
-
-
-def load_baseline(store: Store, name: str) -> Baseline | None:
-    """A stored baseline; None if the name is a model's. Raises UsageError for a name that is nearly one's."""
-    known = _stored_baseline(store, name)
-    if known is None and find_path(name) is None and "/" not in name and name != "demo":
-        names = [baseline.name for baseline in list_baselines(store)]
-        near = nearest(name, names)
-        if near:
-            raise UsageError(f"There is no baseline {name!r}. Did you mean {near!r}? Stored: {', '.join(names)}.")
-    return known
 
 
 def run_gate(job: EvalContext, student: str, baseline: str, spec: ComparisonSpec) -> GateReport:

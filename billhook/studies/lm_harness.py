@@ -22,6 +22,7 @@ from billhook.core.results.comparisons import ItemResponse
 from billhook.core.results.foreign_files import read_bytes, reading
 from billhook.core.results.json_form import JsonObject
 from billhook.core.results.measured import EvalResult
+from billhook.data.token_sets import without_layout
 from billhook.models.load import Teacher
 from billhook.runs.job import EvalContext
 
@@ -135,7 +136,8 @@ def _by_item(
             f"The task {task} has no score of single items that is better when it is higher, so it cannot be paired."
         )
     key = _digest(json.dumps(asked))
-    ones, clusters = (1,) * len(items), tuple(range(1, len(items) + 1))
+    texts = [(without_layout(each.query), each.choices) for each in responses.values()]
+    ones, clusters = (1,) * len(items), tuple(texts.index(text) + 1 for text in texts)
     scores = {
         name: EvalResult(name, key, tuple(values[name] for values in items.values()), ones, clusters) for name in common
     }

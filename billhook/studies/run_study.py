@@ -13,15 +13,16 @@ from typing import TypeVar
 
 from billhook.core.errors import ResourceError, ResultError, RunError, cannot_write, either, option, writing
 from billhook.core.events import EventListener
+from billhook.core.files.target_folder import check_target, named_folder, publish, staging_folder
 from billhook.core.results.json_form import PagedResult, Result
 from billhook.core.results.specs import PRUNE, RunSpec
 from billhook.core.results.stored import Run, read_result
-from billhook.methods.export.target_folder import check_target, named_folder, publish, staging_folder
 from billhook.models.load import Teacher
 from billhook.report.pages import page_of
+from billhook.runs import require_model
 from billhook.runs.job import EvalContext, run_environment, store_and_watch
 from billhook.runs.pipeline import delete_unfinished
-from billhook.runs.prepare import NOTHING, find_model, load_teacher
+from billhook.runs.prepare import NOTHING, load_teacher
 from billhook.runs.recipe import EvalOptions, Recipe
 from billhook.runs.store import STORE, Store
 from billhook.studies.trials import StudyContext
@@ -77,7 +78,8 @@ def open_run(
     """
     if out is not None and out != NO_FOLDER:
         check_target(named_folder(out))
-    find_model(options, loaded, watch)
+    if options.model not in loaded:
+        require_model(options.model, store)
     where = str(out) if out == NO_FOLDER else str(named_folder(out if out is not None else Path("studies") / "{run}"))
     with begin_run(spec, options.device, store, where) as (opened, run):
         folder = Path(opened.run(run).out)

@@ -21,7 +21,7 @@ from billhook.methods.metrics import METRICS
 from billhook.models.device import environment
 from billhook.models.load import Model, loaded_by_name, name_of
 from billhook.runs.prepare import probe_of
-from billhook.runs.recipe import Recipe, parse_recipe
+from billhook.runs.recipe import Recipe, parse_recipe, require_effect
 from billhook.runs.search import compute_scores
 from billhook.runs.store import STORE
 from billhook.studies.run_study import open_study, write_study
@@ -49,6 +49,7 @@ def stability(
     if draws < 2 or not sizes:
         raise UsageError(f"Stability compares sets: ask for at least 2 {option('draws')} and one of {option('sizes')}.")
     first = parse_recipe({"model": name_of(model), **options}, "The call")
+    require_effect(options, first)
     spec = StabilitySpec(name_of(model), metric, tuple(sizes), draws, plain_options(options))
     with open_study(spec, first, Path(store), out, watch, loaded=loaded_by_name(model)) as (study, folder):
         result = run_stability(study, metric, tuple(sizes), draws, options)

@@ -27,7 +27,7 @@ from billhook.models.device import environment
 from billhook.models.load import Model, loaded_by_name, name_of
 from billhook.runs.choose_plan import with_site_times
 from billhook.runs.prepare import check_search
-from billhook.runs.recipe import Recipe, parse_recipe, with_overrides
+from billhook.runs.recipe import SITE_TIMES, Recipe, parse_recipe, require_effect, with_overrides
 from billhook.runs.store import STORE
 from billhook.studies.run_study import open_study, several, write_study
 from billhook.studies.trials import (
@@ -71,12 +71,13 @@ def sweep(
         )
     removes = tuple(map(spell_budget, [remove] if isinstance(remove, str | float) else remove))
     grid = Grid(several(recipes), removes, texts, held_out, several(tasks), items)
-    first = recipes_of(grid, name_of(model), options)[0][1]
+    asked = [recipe for _, recipe in recipes_of(grid, name_of(model), options)]
+    require_effect({name: value for name, value in options.items() if name not in SITE_TIMES}, *asked)
     spec = SweepSpec(
         *(name_of(model), grid.recipes, grid.removes, texts, several(eval_data), grid.tasks, items),
         options=plain_options(options),
     )
-    with open_study(spec, first, Path(store), out, watch, loaded=loaded_by_name(model)) as (study, folder):
+    with open_study(spec, asked[0], Path(store), out, watch, loaded=loaded_by_name(model)) as (study, folder):
         return write_study(run_sweep(study, grid, options), folder, study.store, study.run)
 
 

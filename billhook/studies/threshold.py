@@ -24,7 +24,7 @@ from billhook.runs.choose_plan import choose_plan
 from billhook.runs.evaluation import evaluate_plans
 from billhook.runs.job import RunContext
 from billhook.runs.prepare import tokens_for, validation_and_test
-from billhook.runs.recipe import Recipe, parse_recipe
+from billhook.runs.recipe import Recipe, parse_recipe, require_effect
 from billhook.runs.store import STORE
 from billhook.studies.run_study import open_study, several, stored_run, write_study
 
@@ -53,6 +53,7 @@ def threshold(
     least: OptionValues = {"remove": "40%"}
     given = stored.spec if stored is not None else least | {"model": name_of(model)}
     recipe = parse_recipe(given | options, "The call")
+    require_effect(options, recipe)
     spec = ThresholdSpec(recipe.model, tuple(map(str, parsed)), run, recipe.model_dump(exclude_defaults=True))
     with open_study(spec, recipe, Path(store), out, watch, loaded=loaded_by_name(model)) as (study, folder):
         steps = [] if stored is None else [decode(Step, step) for step in (stored.result or {})["steps"]]

@@ -16,7 +16,7 @@ from billhook.core.results.studies import TransferResult, TrialResult
 from billhook.data.choice_tasks import load_items
 from billhook.models.device import environment
 from billhook.models.load import Model, loaded_by_name, name_of
-from billhook.runs.recipe import Recipe, parse_recipe
+from billhook.runs.recipe import Recipe, parse_recipe, require_effect
 from billhook.runs.store import STORE
 from billhook.studies.run_study import open_study, several, write_study
 from billhook.studies.trials import (
@@ -52,6 +52,7 @@ def transfer(
             f"{option('tasks', ['a.jsonl', 'b.jsonl'])}."
         )
     first = parse_recipe({"model": name_of(model), **options}, "The call")
+    require_effect(options, first)
     spec = TransferSpec(name_of(model), several(tasks), items, plain_options(options))
     with open_study(spec, first, Path(store), out, watch, loaded=loaded_by_name(model)) as (study, folder):
         result = run_transfer(study, several(tasks), items, options)

@@ -17,6 +17,7 @@ import billhook
 from billhook.api import EXPORTS, GROUP_METRICS, ITEM_LOSSES, LOSSES, METRICS, RECOVERIES, SEARCHES
 from billhook.core.errors import DataError, ModelError, PlanError, UsageError
 from billhook.core.events import ignore_events
+from billhook.core.files.target_folder import check_target, named_folder
 from billhook.runs import STORE, check_inputs, list_runs
 from billhook.runs.prepare import tokens_for
 from billhook.runs.recipe import Recipe
@@ -54,8 +55,56 @@ MISTAKES: dict[str, tuple[int, str]] = {
     "runs": (2, "There is no store"),
     "show rabcdef": (2, "There is no store"),
     "runs --store s.db": (0, "rabc"),
-    "show RUN --store s.db": (0, "prune, running"),
+    "show RUN --store s.db": (0, "prune, interrupted"),
     "recipes --nonesuch": (2, "No such option"),
+    **{
+        f"{command.format('./none')}": (3, "There is no folder ./none")
+        for command in (
+            "inspect {}",
+            "score {}",
+            "prune {} --remove 25%",
+            "prune {} --remove 25% --dry-run",
+            "eval {}",
+            "eval {} --tasks lmeval:piqa",
+            "speed {}",
+            "speed m {}",
+            "sweep {}",
+            "transfer {} --tasks lmeval:piqa",
+            "stability {}",
+            "threshold {}",
+            "compare {} m",
+            "compare m m {}",
+            "gate {} --baseline m",
+            "gate m --baseline {}",
+            "baseline save mine {}", "export {} --to gguf",
+        )
+    },
+    "prune none.gguf --remove 25%": (3, "There is no file none.gguf"),
+    "prune . --remove 25%": (3, "has no config.json"),
+    "prune s.db --remove 25%": (3, "neither a folder nor a .gguf file"),
+    "score nonesuch": (3, "the Hugging Face Hub does not give it"),
+    "compare m RUM --store s.db": (2, "Did you mean RUN?"),
+    **{
+        f"{command} --out {out}": (2, words)
+        for command in (
+            "prune m --remove 25%",
+            "sweep m",
+            "stability m",
+            "threshold m",
+            "compare m m",
+            "transfer m --tasks lmeval:piqa",
+            "prune --resume --store s.db",
+            "report RUN --store s.db",
+        )
+        for out, words in (
+            ("full", "is not empty"),
+            ("-", "names no folder"),
+            ("s.db", "is a file"),
+            (".", "you are in"),
+            ("s.db/x", "cannot be written"),
+        )
+    },
+    "prune --resume --run RUM --store s.db": (2, "Did you mean RUN?"),
 }
 CHILD = """
 import json, sys
@@ -69,10 +118,16 @@ print(json.dumps(told))
 """
 
 
-def test_a_mistake_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+def test_a_mistake_is_told_before_anything_heavy_is_imported(model: Path, tmp_path: Path) -> None:
     with closing(Store(tmp_path / "s.db")) as store:
         run = store.new_run("prune", {"model": "demo", "remove": "25%"}, {}, "out")
-    asked = {line.replace("RUN", run): told for line, told in MISTAKES.items()}
+    (tmp_path / "m").symlink_to(model)
+    (tmp_path / "full" / "x").mkdir(parents=True)
+    wrong = run[:-1] + ("0" if run[-1] != "0" else "1")
+    asked = {
+        line.replace("RUN", run).replace("RUM", wrong): (code, words.replace("RUN", run))
+        for line, (code, words) in MISTAKES.items()
+    }
     asked["runs --store s.db"] = (0, run)
     command = [sys.executable, "-c", CHILD, json.dumps(list(asked)), json.dumps(HEAVY)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
@@ -107,9 +162,10 @@ def test_a_text_that_cannot_be_a_path_is_refused_wherever_one_is_read(text: str)
         given: dict[str, Any] = {"remove": "1sites", option: text}
         with pytest.raises(DataError, match="is missing"):
             check_inputs(Recipe(**given))
-    for option in ("out", "store"):
-        with suppress(UsageError):  # or it is a name that no file has yet
-            check_inputs(Recipe(remove="1sites"), **{option: text})
+    with suppress(UsageError):  # or it is a name that no file has yet
+        check_inputs(Recipe(remove="1sites"), store=text)
+    with suppress(UsageError):
+        check_target(named_folder(text))
     for read in (list_runs, billhook.load):
         with pytest.raises((UsageError, ModelError), match="There is no"):
             read(text)

@@ -48,7 +48,7 @@ def test_an_empty_model_is_not_the_demo(command: str) -> None:
         (("--search", "oneshot", "--metric", "flap"), "Searches for it: --search joint, --search rank_channels."),
         (("--search", "joint", "--metric", "cosine"), "scores sites or blocks, and the search joint takes scores of"),
         (("--recipe", "r" * 5000), "There is no recipe"),
-        (("--search", "swap", "--recover-set", "rank=3"), "goes with a recovery"),
+        (("--search", "swap", "--recover-set", "rank=3"), "--recover-set has no effect without a recovery"),
     ],
 )
 def test_what_cannot_be_used_is_told(

@@ -11,6 +11,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from billhook.core.margin import Margin
 from billhook.core.results.measured import Estimate, EvalResult
 from billhook.core.significance import (
     Pair,
@@ -22,7 +23,7 @@ from billhook.core.significance import (
     mcnemar,
     power,
 )
-from billhook.core.statistics import bootstrap_t, paired_difference
+from billhook.core.statistics import bootstrap_t, effective_items, mean_interval, paired_difference
 from billhook.report.numbers import reliability_note
 
 
@@ -217,3 +218,40 @@ def test_items_of_one_source_are_not_counted_as_if_they_were_independent() -> No
     alone, together = compare_pair(right(a), right(b)), compare_pair(right(a, clusters), right(b, clusters))
     assert alone.p < 1e-9 < 1e-4 < together.p
     assert together.change.high - together.change.low > 2 * (alone.change.high - alone.change.low)
+
+
+@pytest.mark.parametrize("copies", [1, 2, 7])
+def test_copies_of_an_item_say_no_more_than_one(copies: int) -> None:
+    """Every item as often as every other: values, intervals, p and verdicts are those of the items once."""
+    rng = np.random.default_rng(copies)
+    once = right(rng.integers(0, 2, 40).tolist()), right(rng.integers(0, 2, 40).tolist())
+    many = tuple(
+        replace(each, sums=each.sums * copies, counts=each.counts * copies, clusters=each.clusters * copies)
+        for each in once
+    )
+    for one, more in (
+        (mean_interval(once[0]), mean_interval(many[0])),
+        (paired_difference(*once), paired_difference(*many)),
+    ):
+        assert (more.low, more.high, more.value) == pytest.approx((one.low, one.high, one.value), abs=1e-12)
+        assert (one.n, more.n, one.clusters, more.clusters) == (40, 40 * copies, 40, 40)
+        assert not more.reliable
+    alone, pair = compare_pair(*once), compare_pair(*many)
+    assert (pair.p, pair.gained, pair.lost) == (alone.p, copies * alone.gained, copies * alone.lost)
+    margin = Margin.parse("9pp", any_task=True)
+    assert margin.check(*many).within == margin.check(*once).within
+
+
+def test_a_copied_item_weighs_what_it_weighs_and_proves_nothing() -> None:
+    """One item a hundred times, and ten others: worth little more than one item, also where no outcome differs."""
+    clusters = (1,) * 100 + tuple(range(2, 12))
+    same = EvalResult("acc", "t", (1.0,) * 100 + (0.0,) * 10, (1,) * 110, clusters)
+    assert effective_items(same) == pytest.approx(110**2 / (100**2 + 10))
+    low, high = mean_interval(same).low, mean_interval(same).high
+    assert low < 0.25 < mean_interval(same).value == 100 / 110 < high
+    assert paired_difference(same, same).high > 0.3, "no difference that was seen is none that is proved"
+    other = replace(same, sums=(0.0,) * 110)
+    assert compare_pair(same, other).p == mcnemar(0, 1)
+    one = replace(same, clusters=(1,) * 110)
+    assert effective_items(one) == 1.0
+    assert mean_interval(one).high - mean_interval(one).low > 0.5

@@ -24,6 +24,8 @@ from billhook.core.errors import DataError, ModelError, UnknownName, UsageError
 from billhook.core.plan import MeasureRequest, Plan, Site
 from billhook.core.results.measured import Loss
 from billhook.data.choice_tasks import Item, read_items, requests, task_tokens
+from billhook.data.generation_tasks import build_prompts
+from billhook.data.splits import select_documents
 from billhook.data.token_sets import TokenSet, truncate
 from billhook.engine.losses import ITEM_LOSSES, LOSSES, LossSpec, parse_loss
 from billhook.engine.probe import Probe, RacingOptions
@@ -542,3 +544,25 @@ def test_files_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
         read_items(tmp_path / "t.jsonl.gz")
     with pytest.raises(DataError, match=r"too few items to keep some for evaluation\. Give at least 2"):
         task_tokens(write(tmp_path / "t.jsonl", ROW, ROW), letters(), part="calibration")
+
+
+def test_copies_of_an_item_are_one_text(tmp_path: Path) -> None:
+    items = [{"query": f"w{i} w{i + 1}", "choices": ["w1", "w2 w3"], "gold": i % 2} for i in range(5)]
+    copies = [items[0] | {"query": " w0\tw1 "}, items[0] | {"gold": 1}, items[3] | {"choices": ["w1 ", "w2  w3"]}]
+    file, tokenizer = write(tmp_path / "t.jsonl", *items, *copies), letters()
+    whole = task_tokens(file, tokenizer)
+    assert whole.choices is not None
+    assert sorted(whole.choices.numbers) == list(range(1, 9))
+    firsts = dict(zip(whole.choices.numbers, whole.clusters, strict=True))
+    assert firsts == {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 1, 7: 1, 8: 4}
+    assert (whole.info().items, whole.info().texts) == (8, 5)
+    parts = [task_tokens(file, tokenizer, part=part) for part in ("calibration", "evaluation")]
+    assert not set(parts[0].clusters) & set(parts[1].clusters)
+    for some in (*parts, select_documents(whole, [5, 2, 0]), truncate(whole, 20)):
+        assert some.choices is not None
+        assert {firsts[number] for number in some.choices.numbers} == set(some.clusters)
+        assert len(some.choices.numbers) == len(some.clusters)
+    rows = [{"query": q, "answer": "w5", "target": "w5"} for q in ("w1 w2", "w3", "w1  w2 ")]
+    questions = write(tmp_path / "q.jsonl", *rows)
+    prompts = build_prompts(questions, tokenizer)
+    assert dict(zip(prompts.numbers, prompts.tokens.clusters, strict=True)) == {1: 1, 2: 2, 3: 1}

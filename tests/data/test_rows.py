@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,17 +16,21 @@ import pytest
 import tiny
 import transformers
 
+import billhook
 from billhook.core.errors import DataError
-from billhook.core.events import Event
+from billhook.core.events import Event, ignore_events
+from billhook.data import calibration
 from billhook.data import rows as reading
-from billhook.data.calibration import calibration_tokens, foreign_tokens, held_out_tokens
+from billhook.data.calibration import calibration_tokens, held_out_tokens
 from billhook.data.chats import chat_text
 from billhook.data.choice_tasks import read_items
 from billhook.data.generation_tasks import read_questions
 from billhook.data.prompts import read_prompts
 from billhook.data.rows import UnusableRow
 from billhook.data.texts import TextSpec, find_file, read_source, read_texts
-from billhook.data.token_sets import encode_texts
+from billhook.data.token_sets import TokenSet, encode_texts
+from billhook.runs.prepare import tokens_for
+from billhook.runs.recipe import Recipe
 
 MODEL = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=96))
 ALTERNATING = (
@@ -236,8 +241,8 @@ def test_samples_of_every_size_and_seed_are_halved_alike(tokenizer: Any, tmp_pat
     held_out = held_out_tokens(TextSpec(path, "text", 4000, 32, 0), MODEL, tokenizer)
     assert held_out.tokens == 4000
     assert len(set(sets[0].digests) | set(sets[1].digests)) > len(sets[0].digests)
-    for calibration in sets:
-        assert not set(calibration.digests) & set(held_out.digests)
+    for each in sets:
+        assert not set(each.digests) & set(held_out.digests)
 
 
 @pytest.mark.usefixtures("small")
@@ -276,5 +281,29 @@ def test_what_will_be_refused_is_refused_before_the_model_writes(tokenizer: Any,
 
     with pytest.raises(DataError, match="too short"):
         calibration_tokens(spec, MODEL, tokenizer, self_share=0.5, write=write)
-    with pytest.raises(DataError, match="too short"):
-        foreign_tokens(spec, MODEL, tokenizer, self_share=0.5)
+    few, read = replace(spec, tokens=64), list[str]()
+
+    def before(foreign: TokenSet | None) -> None:
+        assert foreign is not None
+        read.append(foreign.source)
+
+    with pytest.raises(AssertionError, match="the model writes"):
+        calibration_tokens(few, MODEL, tokenizer, self_share=0.5, write=write, before_writing=before)
+    assert read == [f"{spec.source}+self"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_a_text_is_read_once(share: float, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    plain = calibration._read
+
+    def counted(source: str, *given: Any) -> Any:
+        read.append(source)
+        return plain(source, *given)
+
+    monkeypatch.setattr(calibration, "_read", counted)
+    own, other = (str(tiny.write_texts(tmp_path / f"{name}.jsonl", 60, seed=i)) for i, name in enumerate("ab"))
+    asked = Recipe(remove="1sites", data=own, eval_data=other, tokens=160, length=20, eval_tokens=160, eval_length=20,
+                   self_share=share)  # fmt: skip
+    tokens_for(asked, billhook.load(model), ignore_events)
+    assert sorted(read) == [own, other]

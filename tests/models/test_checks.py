@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from billhook.core.errors import ModelError
 from billhook.core.plan import Plan, Site
 from billhook.methods.export.checkpoint import save
-from billhook.models import checks, sources
+from billhook.models import checks, find_source, sources
 from billhook.models.load import load
 from billhook.models.repair import Patch, Repair
 from billhook.models.sources import convert_gguf
@@ -119,7 +119,7 @@ def test_a_part_of_a_gguf_file_is_refused(tmp_path: Path) -> None:
     part = tmp_path / "big-00001-of-00002.gguf"
     part.write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"one of 2 parts.*llama-gguf-split"):
-        convert_gguf(part)
+        find_source(str(part))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float64, torch.float8_e4m3fn])

@@ -148,7 +148,7 @@ def test_the_generation_config_is_that_of_loading(tmp_path: Path, own: bool) -> 
     folder = tiny.saved(tmp_path / "model", "llama")
     if not own:
         (folder / "generation_config.json").unlink()
-    assert internals.generation_config_of(folder).to_dict() == loaded(folder).generation_config.to_dict()
+    assert internals.generation_config_of(folder)[0].to_dict() == loaded(folder).generation_config.to_dict()
 
 
 # -- the KV cache ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,17 @@ from billhook.core.anatomy import Anatomy, SiteSize, Unassigned
 from billhook.core.errors import FingerprintError, PlanError, RecipeError
 from billhook.core.plan import PARTS, Plan, Site
 from billhook.core.plan_files import read_plan
-from billhook.runs.recipe import ORDER, Recipe, default_recipe, parse_recipe, read_yaml
+from billhook.runs.recipe import (
+    CONDITIONS,
+    ORDER,
+    Recipe,
+    default_recipe,
+    parse_recipe,
+    read_yaml,
+    recipe_names,
+    require_effect,
+    with_overrides,
+)
 
 BLOCKS = 5
 SITES = tuple(SiteSize(Site(b, part), 10, 20, 4, 20) for b in range(BLOCKS) for part in PARTS)
@@ -227,7 +238,47 @@ def test_memory_is_an_amount_with_a_unit() -> None:
             parse_recipe({"remove": "1sites", "memory": wrong})
 
 
-def test_an_audit_is_of_a_race() -> None:
-    assert parse_recipe({"remove": "1sites", "fast": True, "audit": True}).audit
-    with pytest.raises(RecipeError, match="Add fast=True"):
-        parse_recipe({"remove": "1sites", "audit": True})
+WITHOUT: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # an option, what it needs, and the message
+    "audit": ({"audit": True}, {"fast": True}, "without fast=True. Add that, or leave audit= out"),
+    "shortlist": ({"shortlist": 5}, {"fast": True}, "no effect without fast=True"),
+    "risk": ({"risk": 0.1}, {"fast": True}, "no effect without fast=True"),
+    "recover_set": ({"recover_set": {"rank": 3}}, {"recover": "lowrank"}, "Add recover='fold'"),
+    "recover_data": ({"recover_data": "pydoc"}, {"recover": "mean"}, "Add recover='fold'"),
+    "recover_tokens": ({"recover_tokens": 640}, {"fold_in_search": True}, "Add recover='fold'"),
+    "recover_length": ({"recover_length": 32}, {"recover": "mean"}, "Add recover='fold'"),
+    "batch": ({"batch": 4}, {"remove": "20%ms"}, "without a budget in time. Add remove='20%ms'"),
+    "context": ({"context": 64}, {"remove": "20%ms,2blocks"}, "without a budget in time"),
+    "self_share": ({"self_share": 0.25, "data": "self"}, {"data": "pydoc+a.txt"}, "Give data='FILE'"),
+    "of_a_task": ({"self_share": 0.25, "loss": "task:a.jsonl"}, {"loss": "nll"}, "the loss of a task"),
+    "search": ({"search": "greedy", "plan": "mlp.1"}, {"plan": None, "remove": "1sites"}, "of which nothing is"),
+    "fold": ({"fold_in_search": True, "plan": "mlp.1"}, {"plan": None, "remove": "1sites"}, "Give remove= instead"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(WITHOUT))
+def test_an_option_without_effect_is_refused_where_a_user_gave_it(name: str, tmp_path: Path) -> None:
+    given, needed, words = WITHOUT[name]
+    target = {} if "plan" in given else {"remove": "1sites"}
+    wrong, right = target | given, target | given | needed
+    right = {name: value for name, value in right.items() if value is not None}
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        require_effect(wrong, parse_recipe(wrong))
+    require_effect(right, parse_recipe(right))
+    require_effect(wrong, parse_recipe(wrong), parse_recipe(right))  # it has one in some recipe
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump(wrong))
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        with_overrides(mine)
+    assert with_overrides(mine, **needed)
+    mine.write_text(yaml.safe_dump(right))
+    assert with_overrides(mine) == right
+    with_overrides(mine, plan="mlp.1", recover="", fast=False)  # a call may leave what a file says without effect
+    switched_off = {"self_share": 0.0, "audit": False, "recover_set": {}, "recover_data": None}
+    require_effect(switched_off, parse_recipe({"plan": "mlp.1"} | switched_off))
+
+
+def test_recipes_of_ours_may_be_overruled_by_anything() -> None:
+    for name in recipe_names():
+        for given in ({}, {"plan": "mlp.1"}, {"recover": ""}, {"loss": "nll", "remove": "2blocks"}):
+            parse_recipe(with_overrides(name, **given))
+    assert {name for condition in CONDITIONS for name in condition.names} <= set(Recipe.model_fields)

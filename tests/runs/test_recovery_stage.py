@@ -25,7 +25,7 @@ from billhook.methods.evaluate.perplexity import perplexity
 from billhook.methods.recover import RECOVERIES, RecoveryTask
 from billhook.report.run_words import run_notes
 from billhook.runs.executor import REFIT_CANDIDATES, RefitExecutor
-from billhook.runs.prepare import recovery_tokens, tokens_for
+from billhook.runs.prepare import recovery_tokens, tokens_for, validate
 from billhook.runs.recipe import Recipe, parse_recipe
 
 SHORT: dict[str, Any] = {"remove": "2sites", "search": "greedy", "tokens": 64, "length": 32, "eval_tokens": 256,
@@ -235,3 +235,14 @@ def test_a_search_with_folds_is_that_by_hand_and_measures_nothing_twice(
         plan = min(told, key=lambda p: told[p])
         assert step.loss == pytest.approx(told[plan], rel=1e-4)
     assert plan.names() == result.plan.names()
+
+
+def test_a_search_that_measures_nothing_folds_nothing(model: Path, text: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = SHORT | {"data": str(text), "fold_in_search": True, "search": "oneshot"}
+    with pytest.raises(UsageError, match=r"oneshot by the metric cosine measures nothing\. Take search='greedy'"):
+        billhook.prune(model, metric="cosine", out=tmp_path / "out", store=tmp_path / "b.db", **asked)
+    teacher = billhook.load(model)
+    assert validate(parse_recipe(asked), teacher) is None  # without a metric it measures every site
+    within = {name: value for name, value in asked.items() if name != "remove"} | {"within": "3%ppl"}
+    with pytest.raises(UsageError, match="measures nothing"):
+        validate(parse_recipe(within | {"metric": "cosine"}), teacher)

@@ -13,12 +13,17 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from safetensors import SafetensorError
 
 import billhook
 from billhook.core.errors import FingerprintError, ResourceError, RunError, UsageError, cannot_write, writing
 from billhook.core.events import Event
-from billhook.methods.export.target_folder import check_target, named_folder
+from billhook.core.files.target_folder import check_target, named_folder
+from billhook.core.plan import Plan
+from billhook.engine.probe import logits
+from billhook.methods.export.checkpoint import save
+from billhook.models.surgery import apply
 from billhook.runs.store import Store
 
 SHORT: dict[str, Any] = {"remove": "2sites", "search": "greedy", "tokens": 160, "length": 20, "eval_tokens": 256,
@@ -218,6 +223,31 @@ BROKEN: dict[str, Callable[[Path], object]] = {
 }  # fmt: skip
 
 
+UNREADABLE = {"no JSON": "{nope", "no object": "[1]", "no config": '{"watermarking_config": 7, "é": [1]}',
+              "odd types": '{"eos_token_id": {"a": 1}, "temperature": "hot"}'}  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", [None, 1000], ids=["whole", "streamed"])
+@pytest.mark.parametrize("content", list(UNREADABLE))
+def test_a_generation_config_that_cannot_be_read_is_a_note(content: str, memory: int | None, tmp_path: Path) -> None:
+    folder = tiny.with_tokenizer(tmp_path / "tiny")
+    rows = torch.arange(12)[None]
+    before = logits(billhook.load(folder, memory=memory), Plan(), rows)
+    (folder / "generation_config.json").write_text(UNREADABLE[content], encoding="utf-8")
+    events: list[Event] = []
+    teacher = billhook.load(folder, memory=memory, watch=events.append)
+    notes = [str(event.values["note"]) for event in events if "note" in event.values]
+    assert len(notes) == (content != "odd types")
+    assert all("Nothing is measured by it" in note for note in notes)
+    assert torch.equal(logits(teacher, Plan(), rows), before)
+    plan = Plan.parse(["mlp.1"])
+    save(apply(teacher, plan), None, plan, tmp_path / "out", teacher=teacher)
+    copied = tmp_path / "out" / "generation_config.json"
+    assert copied.is_file() == (content not in ("no JSON", "no object"))
+    assert not copied.is_file() or copied.read_bytes() == (folder / "generation_config.json").read_bytes()
+    assert billhook.load(tmp_path / "out").removed_earlier
+
+
 @pytest.mark.parametrize("broken", list(BROKEN))
 def test_what_a_checkpoint_says_of_answers_and_kernels_does_not_end_a_run(
     broken: str, text: Path, tmp_path: Path
@@ -279,7 +309,10 @@ def test_a_run_resumes_only_with_what_decides_its_result(
         raise KeyboardInterrupt
 
     at_stage(monkeypatch, "evaluate", stop)
-    options = {**SHORT, "remove": None, "plan": str(tmp_path / "plan.txt"), "search": "swap"}
+    passed = ("remove", "search")
+    options = {name: value for name, value in SHORT.items() if name not in passed} | {
+        "plan": str(tmp_path / "plan.txt")
+    }
     with pytest.raises(KeyboardInterrupt):
         billhook.prune(str(folder), data=str(own), out=tmp_path / "out", store=store, **options)
     words, act = CHANGED[change]

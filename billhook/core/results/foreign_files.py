@@ -9,10 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from billhook.core.errors import BillhookError, ModelError, cannot_write
+from billhook.core.errors import BillhookError, ModelError, RecipeError, cannot_write
 from billhook.core.results.json_form import JsonObject
 
 if TYPE_CHECKING:
+    import yaml
     from pydantic import TypeAdapter
 
 T = TypeVar("T")
@@ -115,3 +116,37 @@ def shown(value: object) -> str:
     """A foreign value as a message shows it: its beginning."""
     text = repr(value)
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
+
+
+def every_value(value: object) -> Iterator[object]:
+    """Every value inside a value, and that itself."""
+    waiting = [iter((value,))]
+    while waiting:
+        for each in waiting[-1]:
+            yield each
+            if isinstance(each, dict | list | tuple | set):
+                waiting.append(iter((*each, *each.values()) if isinstance(each, dict) else each))
+                break
+        else:
+            waiting.pop()
+
+
+def load_unique_yaml(text: str) -> Any:
+    """The value of safe YAML in which a key may stand only once in a map, however it is spelled."""
+    import yaml
+
+    class UniqueKeys(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            marks: dict[Any, yaml.Mark] = {}
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                here = key.start_mark
+                first = marks.setdefault(self.construct_object(key), here)
+                if first is not here:
+                    both = f"lines {first.line + 1} and {here.line + 1}"
+                    both = both if first.line != here.line else f"line {here.line + 1}"
+                    raise RecipeError(f"The recipe has {key.value!r} twice, in {both}. Keep one of them.")
+            return dict(super().construct_mapping(node, deep))
+
+    return yaml.load(text, Loader=UniqueKeys)

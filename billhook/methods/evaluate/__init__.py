@@ -11,10 +11,12 @@ import torch
 
 from billhook.core.errors import ResourceError, UsageError, option
 from billhook.core.events import EventListener, ignore_events
+from billhook.core.plan import Plan
 from billhook.core.registry import Registry, resolve_options, wrong_return
 from billhook.core.results.measured import EvalResult
 from billhook.data.token_sets import TokenSet
 from billhook.models.load import Teacher
+from billhook.models.repair import NO_REPAIR
 from billhook.models.structure import rope_boundary
 
 EVALUATIONS: Registry[Callable[..., EvalResult]] = Registry("evaluation")
@@ -60,9 +62,14 @@ def evaluate_by_name(
         )
     pairs = zip(names, resolved, strict=True)
     with teacher.lock:
-        return {
-            name: run_evaluation(name, teacher.model, eval_set, watch=watch, who=who, **given) for name, given in pairs
-        }
+        return {name: _evaluated(name, teacher, eval_set, watch=watch, who=who, **given) for name, given in pairs}
+
+
+def _evaluated(name: str, teacher: Teacher, eval_set: Any, **options: Any) -> EvalResult:
+    """An evaluation of a teacher; its perplexity is the one that is shown everywhere."""
+    if name == "perplexity":
+        return next(perplexity.measure_perplexity(teacher, [(Plan(), NO_REPAIR)], eval_set, watch=options["watch"]))
+    return run_evaluation(name, teacher.model, eval_set, **options)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from billhook.core.errors import ModelError
+from billhook.core.results.foreign_files import read_json_object
 from billhook.core.results.json_form import JsonObject
 from billhook.models import architectures, modeling_billhook
 from billhook.models.load import Teacher
@@ -35,7 +38,8 @@ def write_beside_weights(student: Any, tokenizer: Any | None, teacher: Teacher, 
     text = json.dumps(student_text(raw, teacher.model, student), indent=2, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     own = tokenizer is None or tokenizer is teacher.tokenizer
-    copy_files(teacher.folder, folder, (*GENERATION, *LEGAL, *(TOKENIZER if own else ())))
+    generation = GENERATION if _is_json(teacher.folder / GENERATION[0]) else ()
+    copy_files(teacher.folder, folder, (*generation, *LEGAL, *(TOKENIZER if own else ())))
     if own and (teacher.folder / "tokenizer_config.json").is_file():
         settings = (teacher.folder / "tokenizer_config.json").read_text(encoding="utf-8")
         copy_files(teacher.folder, folder, ("*.py",) if '"auto_map"' in settings else ())
@@ -44,6 +48,14 @@ def write_beside_weights(student: Any, tokenizer: Any | None, teacher: Teacher, 
     if is_pruned_type(student):
         code = Path(modeling_billhook.__file__)
         shutil.copyfile(code, folder / code.name)
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file is there, and holds a JSON object."""
+    with suppress(ModelError):
+        read_json_object(path)
+        return True
+    return False
 
 
 def with_older_names(raw: JsonObject) -> JsonObject:

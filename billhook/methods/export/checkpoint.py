@@ -15,11 +15,11 @@ from safetensors import safe_open
 
 from billhook.core.errors import BillhookError, ModelError, option
 from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.files.target_folder import check_target, publish, staging_folder
 from billhook.core.plan import Plan
 from billhook.engine.probe import logits
 from billhook.methods.export.beside_weights import write_beside_weights
 from billhook.methods.export.shards import check_written, copy_shards
-from billhook.methods.export.target_folder import check_target, publish, staging_folder
 from billhook.models import architectures, checks
 from billhook.models.device import dtype_name
 from billhook.models.load import Teacher, load

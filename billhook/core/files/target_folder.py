@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import tempfile
@@ -9,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from billhook.core.errors import ResourceError, UsageError, cannot_write, option
-from billhook.models.device import give_usual_modes
 
 RESERVED = ("", "-")  # of a run that writes no files
 
@@ -64,6 +64,15 @@ def check_target(folder: Path, source: Path | None = None, needed_bytes: int = 0
 def staging_folder(folder: Path, run: str) -> Path:
     """Where a folder is built before it appears; a run finds what an earlier attempt of its own left there."""
     return folder.resolve().with_name(f".{folder.resolve().name}.{run}.partial")
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Give every file in a folder the mode that the umask says; safetensors writes files for their owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
 
 
 def publish(aside: Path, target: Path) -> None:
