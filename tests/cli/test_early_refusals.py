@@ -76,7 +76,8 @@ MISTAKES: dict[str, tuple[int, str]] = {
             "compare m m {}",
             "gate {} --baseline m",
             "gate m --baseline {}",
-            "baseline save mine {}", "export {} --to gguf",
+            "baseline save mine {}",
+            "export {} --to gguf",
         )
     },
     "prune none.gguf --remove 25%": (3, "There is no file none.gguf"),
