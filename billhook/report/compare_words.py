@@ -26,9 +26,9 @@ from billhook.report.numbers import (
     format_perplexity,
     format_perplexity_ratio,
     format_points,
-    format_ratio,
     pluralize,
     reliability_note,
+    speed_change,
     visible_name,
 )
 from billhook.report.study_words import short_names
@@ -144,17 +144,6 @@ def size_rows(result: Comparison, other: int = 1) -> list[tuple[str, str, str, s
         memory = (format_number(peak, "B") for peak in peaks)
         rows.append(("Peak memory", *memory, _percent(peaks[1] / peaks[0])))  # type: ignore[arg-type]
     return rows
-
-
-def speed_change(first: Estimate, second: Estimate, ratio: Estimate) -> str:
-    """`×1.16 (1.10–1.21)`: the ratio of the medians shown, with the interval of the runs in pairs.
-
-    Where the interval includes 1, or leaves out the ratio, the difference is noise, and is called so.
-    """
-    shown = second.value / first.value
-    ends = f"{format_ratio(min(ratio.low, shown))}–{format_ratio(max(ratio.high, shown))}"
-    told = ratio.low <= shown <= ratio.high and not ratio.low <= 1 <= ratio.high
-    return f"{format_ratio(shown)} ({ends})" + ("" if told else ", noise")
 
 
 def agreement_words(result: Comparison, other: int = 1) -> str:

@@ -192,3 +192,14 @@ def verification_sentence(found: Verification | None) -> str:
         f"over {found.positions} tokens, {found.agreement:.0%} of the most likely tokens agree, {found.generated} of "
         f"{found.of} greedy tokens until the first that differs{texts}."
     )
+
+
+def speed_change(first: Estimate, second: Estimate, ratio: Estimate) -> str:
+    """`×1.16 (1.10–1.21)`: the ratio of the medians shown, with the interval of the runs in pairs.
+
+    Where the interval includes 1, or leaves out the ratio, the difference is noise, and is called so.
+    """
+    shown = second.value / first.value
+    ends = f"{format_ratio(min(ratio.low, shown))}–{format_ratio(max(ratio.high, shown))}"
+    told = ratio.low <= shown <= ratio.high and not ratio.low <= 1 <= ratio.high
+    return f"{format_ratio(shown)} ({ends})" + ("" if told else ", noise")

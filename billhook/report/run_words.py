@@ -24,6 +24,7 @@ from billhook.report.numbers import (
     percentage_points,
     pluralize,
     reliability_note,
+    speed_change,
     stem,
     with_interval,
 )
@@ -72,7 +73,7 @@ def _speed_rows(speed: SpeedChange) -> list[SummaryRow]:
     before, after, ratio, promised = speed.teacher, speed.student, speed.ratio, speed.predicted
     rows = [
         SummaryRow(label, with_interval(a), with_interval(b),
-                   f"{with_interval(times, format_ratio)}, predicted {format_ratio(predicted)}")
+                   f"{speed_change(a, b, times)}, predicted {format_ratio(predicted)}")
         for label, a, b, times, predicted in (
             ("Prefill tokens/s", before.prefill_tokens_per_s, after.prefill_tokens_per_s, ratio.prefill,
              promised.prefill),

@@ -18,7 +18,7 @@ from billhook.core.plan import Plan
 from billhook.core.results.json_form import PagedResult
 from billhook.core.results.measured import Estimate
 from billhook.core.results.studies import RefusedTrial, StudentOutcome, SweepResult
-from billhook.report import compare_words, curves, numbers, study_pages, study_words
+from billhook.report import curves, numbers, study_pages, study_words
 from billhook.report.curves import looks_of
 from billhook.report.threshold_page import threshold_page
 
@@ -147,7 +147,7 @@ def test_speed_is_compared_by_the_medians_that_are_shown(
     first: float, second: float, ratio: tuple[float, float, float], words: str
 ) -> None:
     of = [Estimate(value, value, value, 9, 9, True, "") for value in (first, second)]
-    assert compare_words.speed_change(*of, Estimate(*ratio, 9, 9, True, "")) == words
+    assert numbers.speed_change(*of, Estimate(*ratio, 9, 9, True, "")) == words
 
 
 def test_the_rows_are_in_order_of_size_calibration_and_loss() -> None:
