@@ -23,7 +23,7 @@ from billhook.models.formats.gguf_tokenizer import complete_tokenizer
 from billhook.models.streaming import check_fit
 from billhook.models.transformers_internals import forget_quantisation
 
-_COPY = "v3"  # part of the name of a converted copy: another one where conversion has changed
+_COPY = "v4"  # part of the name of a converted copy: another one where conversion has changed
 _MOST_BLOCKS = 1000  # of which a header tells numbers one by one
 
 

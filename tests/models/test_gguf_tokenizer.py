@@ -131,7 +131,7 @@ def test_scores_and_kinds_of_entries_stand_in_tokenizer_model(tmp_path: Path) ->
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     added = settings["added_tokens_decoder"]
     assert {index: (entry["content"], entry["special"]) for index, entry in added.items()} == {
-        **{"0": ("<unk>", True), "1": ("<s>", True), "2": ("</s>", True), "3": ("<tool>", False), "4": ("▁▁", False)}
+        **{"0": ("<unk>", True), "1": ("<s>", True), "2": ("</s>", True), "3": ("<tool>", False), "4": ("  ", False)}
     }
     assert (settings["add_bos_token"], settings["add_prefix_space"]) == (False, False)
 

@@ -13,6 +13,8 @@ from billhook.core.results.json_form import JsonObject
 
 # Keys of a GGUF file behind the name of the architecture, and what configs call them.
 FIELDS = {
+    "context_length": "max_position_embeddings",
+    "feed_forward_length": "n_inner",
     "attention.key_length": "head_dim",
     "attention.sliding_window": "sliding_window",
     "attn_logit_softcapping": "attn_logit_softcapping",

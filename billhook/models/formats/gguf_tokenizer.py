@@ -80,7 +80,8 @@ def complete_tokenizer(path: Path, folder: Path) -> None:
         text = _read(folder / "tokenizer.json")
         _write(folder / "tokenizer.json", _byte_level(text, said, path))
     elif said.get("model") == "llama" and {"scores", "token_type"} <= said.keys():
-        settings["added_tokens_decoder"] = _added(said)
+        there = {each["id"]: each["content"] for each in _read(folder / "tokenizer.json").get("added_tokens", ())}
+        settings["added_tokens_decoder"] = _added(said, there)
         space_prefix = bool(said.get("add_space_prefix", True))
         model = sentencepiece_model(_pieces(said), add_space_prefix=space_prefix)
         (folder / "tokenizer.model").write_bytes(model)
@@ -126,12 +127,15 @@ def _pieces(said: dict[str, Any]) -> list[Piece]:
     return pieces
 
 
-def _added(said: dict[str, Any]) -> JsonObject:
-    """The `added_tokens_decoder` of tokenizer_config.json: control tokens that were added, and the user's own."""
+def _added(said: dict[str, Any], there: dict[int, str]) -> JsonObject:
+    """The `added_tokens_decoder` of tokenizer_config.json: control tokens that were added, and the user's own.
+
+    `there`: how tokenizer.json spells those that it has; another spelling would be one more token.
+    """
     rows = enumerate(zip(said["tokens"], said["scores"], said["token_type"], strict=True))
     return {
         str(index): {
-            **{"content": token.replace(" ", "▁"), "special": type_ == CONTROL},
+            **{"content": there.get(index, token.replace(" ", "▁")), "special": type_ == CONTROL},
             **dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False),
         }
         for index, (token, score, type_) in rows
