@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from billhook.core.errors import BillhookError, MissingExtra
-from billhook.core.plan import Plan
 from billhook.core.results.exports import Verification
-from billhook.engine.probe import logits
 from billhook.methods.export import Student
 from billhook.runtimes import RUNTIMES, Served
 
@@ -39,7 +36,9 @@ def verify(name: str, path: Path, student: Student, *, most_kl: float | None = E
         return None
     rows = student.tokens[:1]
     ids: list[int] = rows[0].tolist()
-    mine = logits(replace(student.teacher, model=student.model, weights=None), Plan(), rows)[0].float().log_softmax(-1)
+    with torch.inference_mode():
+        mine = student.model(input_ids=rows.to(student.model.device), use_cache=False).logits[0].float().cpu()
+    mine = mine.log_softmax(-1)
     asked = min(8, len(ids))
     with Served(name, path, context=len(ids) + GENERATED) as served:
         theirs = torch.from_numpy(served.logprobs(ids))[:, : mine.shape[-1]]
