@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from billhook.models.architectures import BLOCK_KINDS, head_dim
+from billhook.models.architectures import BLOCK_KINDS, architecture_of, base_type, head_dim
 
 Config = Any  # a transformers config
 Key = bool | int | float | str | Sequence[bool] | Sequence[int]
@@ -101,11 +101,10 @@ def window_of(config: Config) -> int | None:
 
 
 def kv_heads(config: Config) -> int:
-    """Return the number of heads in the KV cache."""
-    for name in ("num_kv_heads", "num_key_value_heads"):
-        if (count := getattr(config, name, None)) is not None:
-            return int(count)
-    return int(config.num_attention_heads)
+    """Return the number of KV heads, each with its group of queries: those of Falcon before they are repeated."""
+    if base_type(config.model_type) == "falcon" and config.new_decoder_architecture:
+        return int(config.num_kv_heads)
+    return architecture_of(config).kv_heads(config)
 
 
 # -- what is done to tensors ------------------------------------------------------------------------------------------
@@ -132,17 +131,10 @@ def transposed(tensor: torch.Tensor, config: Config) -> torch.Tensor:
 
 def in_turn(tensor: torch.Tensor, config: Config) -> torch.Tensor:
     """Put all queries first, then all keys, then all values, of a tensor that has them group by group."""
-    size, groups = head_dim(config), fused_groups(config)
+    size, groups = head_dim(config), kv_heads(config)
     grouped = tensor.reshape(groups, -1, size, *tensor.shape[1:])
     parts = (grouped[:, :-2], grouped[:, -2:-1], grouped[:, -1:])
     return torch.cat([part.reshape(-1, *tensor.shape[1:]) for part in parts])
-
-
-def fused_groups(config: Config) -> int:
-    """Return the number of groups of queries with a key and a value each in a fused projection."""
-    if config.model_type == "falcon" and not config.new_decoder_architecture:
-        return 1 if config.multi_query else int(config.num_attention_heads)
-    return kv_heads(config)
 
 
 def _heads(first: int, last: int) -> Change:
@@ -256,12 +248,6 @@ def _no_head_norms(config: Config) -> str | None:
     return f"a {config.model_type} model with norms of single heads" if found else None
 
 
-def _no_stablelm(config: Config) -> str | None:
-    if config.use_parallel_residual:
-        return "a stablelm model with parallel residual; it is written for the serial kind alone"
-    return _no_head_norms(config)
-
-
 def _no_falcon(config: Config) -> str | None:
     if config.alibi:
         return "a falcon model with ALiBi; llama.cpp rotates queries and keys there"
@@ -329,7 +315,7 @@ ROWS: dict[str, GgufRow] = {
     "phi3": GgufRow("phi3", ropes=("default", "longrope"), partial_rope=True, keys=_phi3_keys),
     "stablelm": GgufRow(
         "stablelm", biases=frozenset(("attn_q", "attn_k", "attn_v", *_NORMED)), output="there", layer_norm=True,
-        ropes=("default",), partial_rope=True, keys=_parallel, refuse=_no_stablelm,
+        ropes=("default",), partial_rope=True, keys=_parallel, refuse=_no_head_norms,
     ),
     "olmo2": GgufRow("olmo2", biases=frozenset(), output="there"),
     "cohere": GgufRow(
