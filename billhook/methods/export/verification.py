@@ -22,7 +22,9 @@ PROBE_TEXTS = (
     "तेज़ भूरी लोमड़ी आलसी कुत्ते के ऊपर कूदती है 🦊🐕‍🦺",
 )
 GENERATED = 32  # tokens of the greedy answer
-EXACT_KL = 1e-3  # nats at any position, of an export that holds the student's weights to 8 bits of mantissa or more
+# Nats at any position, of an export that holds the student's weights to 10 bits of mantissa or more. Seen in llama.cpp,
+# whose KV cache is float16: 0.0001 of a trained model; of tiny random ones 0.0003 in float32 and 0.002 in float16.
+EXACT_KL = 5e-3
 
 
 def verify(name: str, path: Path, student: Student, *, most_kl: float | None = EXACT_KL) -> Verification | None:

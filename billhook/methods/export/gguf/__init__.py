@@ -17,6 +17,7 @@ from billhook.methods.export.gguf.tensors import EMBEDDING, Contents, contents
 from billhook.methods.export.gguf.tokenizer import tokenizer_keys
 from billhook.methods.export.gguf.types import (
     BY_PROGRAM,
+    EXACT,
     FLOATS,
     PROGRAM,
     check_type,
@@ -58,7 +59,7 @@ FORMS = (
 
 
 @export(*FORMS)
-def gguf(student: Student, folder: Path, dtype: str = "f16") -> Exported:
+def gguf(student: Student, folder: Path, *, dtype: str = "f16") -> Exported:
     """A GGUF file for llama.cpp, Ollama and LM Studio: of the model's own type, or of type deci for single sites.
 
     Formula: the weights in the type `dtype`; missing sites have stand-ins that compute nothing
@@ -98,7 +99,7 @@ def _written(
 ) -> tuple[Path, Verification | None, list[str]]:
     """Write the file, verified. What is rounded is verified unrounded first, so that no mistake passes as rounding."""
     held, keys = inside
-    exact = dtype if dtype in FLOATS else "f16"
+    exact = dtype if dtype in EXACT else "f32" if dtype in FLOATS else "f16"
     file, target = (folder / f"model-{name.upper()}.gguf" for name in (exact, dtype))
     write_file(file, row.name, keys, held, exact, student.watch)
     verified = verify(RUNTIME, file, student)

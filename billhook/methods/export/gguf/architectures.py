@@ -342,7 +342,7 @@ DECI_ROWS: dict[str, GgufRow] = {
     "mistral": _DECI,
     "qwen2": _DECI,
     "phi3": replace(
-        _DECI, ropes=("default",),
+        _DECI, ropes=("default",), names={"self_attn.qkv_proj.weight": "attn_qkv"},
         changes={
             "attn_qkv": (
                 ("attn_q", _then(_heads(0, 1), interleaved)),

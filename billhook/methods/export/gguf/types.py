@@ -18,6 +18,7 @@ from billhook.methods.export.gguf.architectures import Key
 from billhook.methods.export.gguf.tensors import EMBEDDING, HEAD, Contents
 
 FLOATS = ("f32", "f16", "bf16")
+EXACT = ("f32", "f16")  # with which llama.cpp computes as the model does; with bf16 it rounds activations to 8 bits
 ROUNDED = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # which the package gguf rounds to
 BY_PROGRAM = (  # which llama.cpp's program rounds to, without a text to learn from
     *("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs"),
@@ -67,11 +68,20 @@ def write_file(
         writer.write_ti_data_to_file()
         for i, (name, piece) in enumerate(held.pieces.items(), 1):
             watch(Event("save", i, len(held.pieces), {"step": dtype}))
-            writer.write_tensor_data(quantize(piece.value().numpy(), kinds[name]))
+            with np.errstate(over="ignore"):
+                data = quantize(piece.value().numpy(), kinds[name])
+            writer.write_tensor_data(_in_range(data, name))
     finally:
         writer.close()
     wanted = GGMLQuantizationType[dtype.upper()]
     return [n for n, p in held.pieces.items() if len(p.shape) > 1 and kinds[n] != wanted and kinds[n].name == "F16"]
+
+
+def _in_range(values: Any, name: str) -> Any:
+    """Return what is to be written. Raises UsageError for numbers that float16 does not reach."""
+    if values.dtype == np.float16 and not np.isfinite(values).all():
+        raise UsageError(f"{name} has weights beyond the range of f16. Choose {option('dtype', 'bf16')}.")
+    return values
 
 
 def _kind_of(name: str, shape: Sequence[int], dtype: str) -> str:
