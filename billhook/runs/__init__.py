@@ -69,7 +69,7 @@ def check_inputs(
             require_plan(options.plan)
         files.append(options.margin.file or "" if options.margin is not None else "")
         named["metric"] += [options.metric] if options.metric else []
-        named |= {"search": [options.search], "recovery": [*options.recoveries], "export": [options.writes]}
+        named |= {"search": [options.search], "recovery": [*options.recoveries], "export": [*options.exports]}
     for file in filter(None, files):
         if find_path(file) is None:
             raise DataError(f"The task file {shorten(file, 200)} is missing. Give a .jsonl or .jsonl.gz file.")
@@ -106,7 +106,7 @@ def method_names(family: str) -> set[str]:
 
     place, decorators = WRITTEN[family]
     folder = Path(__file__).parents[1] / place
-    texts = [file.read_text(encoding="utf-8") for file in (folder.glob("*.py") if folder.is_dir() else (folder,))]
+    texts = [file.read_text(encoding="utf-8") for file in (folder.rglob("*.py") if folder.is_dir() else (folder,))]
     pattern = re.compile(rf"^@(?:{'|'.join(decorators)})(?:\(.*\))?\ndef (\w+)", re.MULTILINE)
     groups = [GROUPS.get(each, f"billhook.{each}") for each in decorators]
     offered = {entry.name for group in groups for entry in entry_points(group=group)}

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 
+import billhook
 from billhook.core.errors import BillhookError, ModelError, PlanError, UsageError
 from billhook.core.plan import Plan, Site
 from billhook.methods.export import Exported, Student, export_student, form_of
@@ -20,6 +21,7 @@ from billhook.methods.export.gguf.tokenizer import tokenizer_keys
 from billhook.models.load import Teacher, load
 from billhook.models.repair import NO_REPAIR, Patch, Repair
 from billhook.models.surgery import apply
+from billhook.report import run_words
 from billhook.runs.exporting import probe_tokens
 
 gguf = pytest.importorskip("gguf")
@@ -224,6 +226,25 @@ def byte_level(folder: Path, before: Any, *, whole: bool = False, **flags: Any) 
     fast.chat_template = "{{ messages }}"
     fast.save_pretrained(folder)
     return load(folder)
+
+
+def test_what_has_a_runtime_stands_beside_the_checkpoint_of_a_run(tmp_path: Path) -> None:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    teacher = byte_level(tmp_path / "model", ByteLevel(add_prefix_space=False))
+    texts = tiny.write_texts(tmp_path / "texts.jsonl", 20)
+    given: dict[str, Any] = {"data": str(texts), "tokens": 96, "length": 16, "eval_tokens": 256}
+    given["store"] = tmp_path / "runs.db"
+    result = billhook.prune(teacher, plan="attention.2,mlp.1", export="gguf", out=tmp_path / "out", **given)
+    (beside,) = result.exports
+    assert (beside.to, beside.form, beside.files) == ("gguf", "GGUF deci, F16", ("Modelfile", "model-F16.gguf"))
+    assert beside.verified is not None
+    assert Path(beside.out) == tmp_path / "out" / "exports" / "gguf"
+    assert (Path(beside.out) / "model-F16.gguf").is_file()
+    assert load(tmp_path / "out").anatomy.sites_present() != teacher.anatomy.sites_present()
+    assert any("Verified in llama.cpp" in note for note in run_words.run_notes(result))
+    with pytest.raises(UsageError, match=r"writes the checkpoint twice: transformers, adapter\. Take one"):
+        billhook.prune(teacher, plan="mlp.1", export="transformers,adapter", out=tmp_path / "two", **given)
 
 
 def steps() -> Iterator[tuple[str, Any, bool, bool]]:

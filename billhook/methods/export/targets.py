@@ -193,6 +193,7 @@ def narrower(one: Form, other: Form) -> Form:
         sites=stricter(one.sites, other.sites), mlp_widths=stricter(one.mlp_widths, other.mlp_widths),
         attention_widths=stricter(one.attention_widths, other.attention_widths),
         inserts=one.inserts and other.inserts, biases=one.biases and other.biases,
+        constants=(one.inserts or one.constants) and (other.inserts or other.constants),
         mlp_step=math.lcm(one.mlp_step, other.mlp_step),
         attention_counts=_both_counts(one.attention_counts, other.attention_counts),
     )  # fmt: skip
@@ -217,4 +218,4 @@ def _both_counts(
 
 def _generosity(form: Form) -> tuple[int, ...]:
     answers = (form.sites, form.mlp_widths, form.attention_widths)
-    return (*(STRICTEST.index(answer) for answer in answers), int(form.inserts), int(form.biases))
+    return (*(STRICTEST.index(answer) for answer in answers), int(form.inserts), int(form.constants), int(form.biases))

@@ -12,7 +12,7 @@ import torch
 from billhook.models.architectures import BLOCK_KINDS, architecture_of, base_type, head_dim
 
 Config = Any  # a transformers config
-Key = bool | int | float | str | Sequence[bool] | Sequence[int]
+Key = bool | int | float | str | Sequence[bool] | Sequence[int] | Sequence[float] | Sequence[str]
 Change = Callable[[torch.Tensor, Config], torch.Tensor]
 LEAST_CONTEXT = 512  # tokens: a model whose window is shorter is not written as one without a window
 SLIDING = "sliding_attention"  # what layer_types call a block with a window

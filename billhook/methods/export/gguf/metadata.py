@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from billhook.methods.export.gguf.architectures import GgufRow, Key, head_dim, rope_kinds, window_of
+from billhook.methods.export.gguf.architectures import GgufRow, Key, rope_kinds, window_of
 from billhook.methods.export.gguf.tensors import EMBEDDING, Contents
+from billhook.models.architectures import head_dim
 
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 

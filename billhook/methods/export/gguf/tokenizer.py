@@ -10,12 +10,12 @@ from typing import Any
 from billhook.core.errors import ModelError
 from billhook.core.results.foreign_files import shown
 from billhook.core.results.json_form import JsonObject
-from billhook.methods.export.gguf.architectures import Key
 from billhook.models.load import Teacher
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's types of tokens
 SPECIAL = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 KEYS = {"unk": "unknown", "pad": "padding", "sep": "seperator"}  # how the format spells them
+TokenizerKeys = dict[str, bool | int | str | list[str] | list[int] | list[float]]
 NO_MERGE = -1e6  # the score of a token that no merge makes: it is never compared with another
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -61,7 +61,7 @@ SENTENCE_PIECE: tuple[tuple[JsonObject | None, JsonObject | None, bool], ...] = 
 )
 
 
-def tokenizer_keys(teacher: Teacher, rows: int) -> dict[str, Key | list[str]]:
+def tokenizer_keys(teacher: Teacher, rows: int) -> TokenizerKeys:
     """Return the keys of a tokenizer with `rows` entries, as many as the embedding has. Without one, `no_vocab`.
 
     Raises ModelError for a tokenizer that splits text in another way than llama.cpp is known to.
@@ -82,7 +82,7 @@ def tokenizer_keys(teacher: Teacher, rows: int) -> dict[str, Key | list[str]]:
     return keys | _special(teacher) | _templates(tokenizer)
 
 
-def _splitting(raw: JsonObject, teacher: Teacher) -> dict[str, Key | list[str]]:
+def _splitting(raw: JsonObject, teacher: Teacher) -> TokenizerKeys:
     """Return the keys that say how text is split, of the tokenizers library's JSON of a tokenizer."""
     model: JsonObject = raw.get("model") or {}
     normalizer, before = raw.get("normalizer"), _plain(raw.get("pre_tokenizer"))
@@ -141,7 +141,7 @@ def _scores(texts: Sequence[str], merges: Sequence[Sequence[str]]) -> list[float
     return [-float(made[text]) if text in made else NO_MERGE for text in texts]
 
 
-def _special(teacher: Teacher) -> dict[str, Key | list[str]]:
+def _special(teacher: Teacher) -> TokenizerKeys:
     """Return the numbers of special tokens, and which of them stand around every text."""
     tokenizer, config = teacher.tokenizer, teacher.model.config
     ids: dict[str, int] = {}
@@ -152,9 +152,7 @@ def _special(teacher: Teacher) -> dict[str, Key | list[str]]:
             ids[name] = index
     if "eos" in ids:
         ids.setdefault("bos", ids["eos"])  # llama.cpp would take token 11
-    keys: dict[str, Key | list[str]] = {
-        f"tokenizer.ggml.{KEYS.get(name, name)}_token_id": index for name, index in ids.items()
-    }
+    keys: TokenizerKeys = {f"tokenizer.ggml.{KEYS.get(name, name)}_token_id": index for name, index in ids.items()}
     assert tokenizer is not None
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     around = tokenizer("a")["input_ids"]
@@ -163,16 +161,14 @@ def _special(teacher: Teacher) -> dict[str, Key | list[str]]:
     return keys
 
 
-def _templates(tokenizer: Any) -> dict[str, Key | list[str]]:
+def _templates(tokenizer: Any) -> TokenizerKeys:
     """Return the chat templates: one, or several by name of which `default` is the one that programs take."""
     found: str | Mapping[str, str] | None = getattr(tokenizer, "chat_template", None)
     if not found:
         return {}
     if isinstance(found, str):
         return {"tokenizer.chat_template": found}
-    keys: dict[str, Key | list[str]] = {
-        f"tokenizer.chat_template.{name}": text for name, text in found.items() if name != "default"
-    }
+    keys: TokenizerKeys = {f"tokenizer.chat_template.{name}": text for name, text in found.items() if name != "default"}
     if keys:
         keys["tokenizer.chat_templates"] = [name for name in found if name != "default"]
     return keys | ({"tokenizer.chat_template": found["default"]} if "default" in found else {})

@@ -38,7 +38,7 @@ def check_type(dtype: str) -> None:
 
 
 def write_file(
-    path: Path, arch: str, keys: Mapping[str, Key | list[str]], held: Contents, dtype: str, watch: EventListener
+    path: Path, arch: str, keys: Mapping[str, Key], held: Contents, dtype: str, watch: EventListener
 ) -> list[str]:
     """Write a GGUF file, tensor by tensor. Returns the tensors that are finer than `dtype`: their rows do not divide.
 
@@ -95,7 +95,7 @@ def _kind_of(name: str, shape: Sequence[int], dtype: str) -> str:
     return FINE if name in (EMBEDDING, HEAD) else dtype
 
 
-def _add_key(writer: Any, name: str, value: Key | list[str]) -> None:
+def _add_key(writer: Any, name: str, value: Key) -> None:
     """Add a key in the type that llama.cpp expects."""
     families = ("general.", "tokenizer.", "billhook.")
     key = name if name.startswith(families) else f"{writer.arch}.{name}"
