@@ -87,7 +87,7 @@ def _suits_all(row: Architecture) -> str | None:
 class RecoveryFacts:
     """What a recovery adds to a student besides new values of its weights.
 
-    `adds`: `patches` in the place of removed sites, `constants` there, `biases` of output projections without, or nothing.
+    `adds`: `patches` in the place of removed sites, `constants` there, `biases` of output projections, or nothing.
     `option`: the value of an option with which it does; empty: with any. `refuse`: a reason why it finds nothing to
     change in models of an architecture.
     """

@@ -10,6 +10,7 @@ from typing import Any
 from billhook.core.errors import ModelError
 from billhook.core.results.foreign_files import shown
 from billhook.core.results.json_form import JsonObject
+from billhook.models.formats.gguf_tokenizer import SPLITTINGS
 from billhook.models.load import Teacher
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's types of tokens
@@ -18,31 +19,7 @@ KEYS = {"unk": "unknown", "pad": "padding", "sep": "seperator"}  # how the forma
 TokenizerKeys = dict[str, bool | int | str | list[str] | list[int] | list[float]]
 NO_MERGE = -1e6  # the score of a token that no merge makes: it is never compared with another
 
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-
-
-def _split(regex: str) -> JsonObject:
-    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-
-
-def _bytes(*, own_regex: bool) -> JsonObject:
-    return {"type": "ByteLevel", "add_prefix_space": False, "use_regex": own_regex}
-
-
-def _sequence(*steps: JsonObject) -> JsonObject:
-    return {"type": "Sequence", "pretokenizers": list(steps)}
-
-
-# What splits text before merges, whether a word that is a token is kept whole, and llama.cpp's name for both.
-BYTE_LEVEL: tuple[tuple[JsonObject, bool, str], ...] = (
-    (_bytes(own_regex=True), False, "gpt-2"),
-    (_sequence({"type": "Digits", "individual_digits": True}, _bytes(own_regex=True)), False, "smollm"),
-    (_sequence(_split(rf"{_SHORT}|{_WORDS}|\p{{N}}|{_REST}"), _bytes(own_regex=False)), False, "qwen2"),
-    (_sequence(_split(rf"{_SHORT}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"), _bytes(own_regex=False)), True, "llama-bpe"),
-    (_sequence(_split(rf"{_SHORT}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}"), _bytes(own_regex=False)), False, "dbrx"),
-)
+BYTE_LEVEL = ("gpt-2", "smollm", "qwen2", "llama-bpe", "dbrx")  # one name of llama.cpp's for every way to split
 _REPLACE: JsonObject = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _PREPEND: JsonObject = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, _REPLACE]}
 _MERGED: JsonObject = {
@@ -95,8 +72,9 @@ def _splitting(raw: JsonObject, teacher: Teacher) -> TokenizerKeys:
                     "tokenizer.ggml.add_space_prefix": space,
                 }  # fmt: skip
     elif model.get("type") == "BPE" and (normalizer is None or normalizer.get("type") == "NFC"):
-        for split, keeps, name in BYTE_LEVEL:
-            if (before, whole) == (split, keeps):
+        for name in BYTE_LEVEL:
+            known = SPLITTINGS[name]
+            if (before, whole) == (_plain(known.pre_tokenizer()), known.ignore_merges):
                 return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name}
     found = {"model": model.get("type"), "normalizer": normalizer, "pre_tokenizer": before, "ignore_merges": whole}
     raise ModelError(
