@@ -167,12 +167,12 @@ class Served:
             raise RuntimeFailed(f"{self.name} refuses {self.path}: {answer}.{self._last_words()}")
         return answer
 
-    def _last_words(self, most: int = 400) -> str:
-        """Return the last lines that the process wrote, for a message."""
+    def _last_words(self, most: int = 400, window: int = 2**16) -> str:
+        """Return the last lines that the process wrote about an error, for a message; a trace may stand after them."""
         size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - 8 * most))
+        self._log.seek(max(0, size - window))
         lines = self._log.read().decode(errors="replace").splitlines()
-        text = " / ".join(line.strip() for line in lines[-12:] if re.search("error|fail|assert", line, re.I))
+        text = " / ".join([line.strip() for line in lines if re.search("error|fail|assert", line, re.I)][-4:])
         return f" It wrote: {text[-most:]}" if text else ""
 
 
