@@ -141,8 +141,9 @@ def _heads(first: int, last: int) -> Change:
     """Return the queries (0, 1), keys (1, 2) or values (2, 3) of a projection that has all of each in turn."""
 
     def cut(tensor: torch.Tensor, config: Config) -> torch.Tensor:
-        size, kv = head_dim(config), kv_heads(config)
-        edges = (0, tensor.shape[0] - 2 * kv * size, tensor.shape[0] - kv * size, tensor.shape[0])
+        groups = kv_heads(config)
+        rows = tensor.shape[0] // (config.num_attention_heads // groups + 2)  # of the keys: a block may have fewer
+        edges = (0, tensor.shape[0] - 2 * rows, tensor.shape[0] - rows, tensor.shape[0])
         return tensor[edges[first] : edges[last]]
 
     return cut
@@ -231,7 +232,7 @@ def _phi3_keys(config: Config) -> dict[str, Key]:
     if rope.get("rope_type") != "longrope":
         return {}
     original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
-    scale = config.max_position_embeddings / original
+    scale = rope.get("factor") or config.max_position_embeddings / original
     usual = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
     return {
         "rope.scaling.original_context_length": original,
