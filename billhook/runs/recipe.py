@@ -168,9 +168,8 @@ class Recipe(CalibrationOptions, EvalOptions):
     def _stock_is_an_export(cls, values: OptionValues) -> OptionValues:
         """The export `stock` and the option of that name are one."""
         names = split_names(str(values.get("export", "")))
-        if "stock" not in names:
-            return values
-        return {**values, "export": ",".join(n.replace("stock", "transformers") for n in names), "stock": True}
+        written = ",".join("transformers" if name == "stock" else name for name in names)
+        return {**values, "export": written, "stock": True} if "stock" in names else values
 
     @field_validator("search", mode="before")
     @classmethod
@@ -193,7 +192,7 @@ class Recipe(CalibrationOptions, EvalOptions):
             )
         if twice := [name for name in self.recoveries if self.recoveries.count(name) > 1]:
             raise RecipeError(f"{option('recover', self.recover)} does {twice[0]} twice. Name every recovery once.")
-        if self.stock and "transformers" not in self.exports:
+        if self.stock and "transformers" not in split_names(self.export):
             raise RecipeError(
                 f"{option('stock', True)} writes the export stock, and {option('export', self.export)} another. Leave "
                 "one out."
@@ -205,12 +204,7 @@ class Recipe(CalibrationOptions, EvalOptions):
         """The name of the export that writes the checkpoint itself."""
         from billhook.methods.export import arranged
 
-        return "stock" if self.stock else arranged(self.exports)[0]
-
-    @property
-    def exports(self) -> tuple[str, ...]:
-        """The names of all exports, in order."""
-        return split_names(self.export)
+        return "stock" if self.stock else arranged(split_names(self.export))[0]
 
     @property
     def targets(self) -> tuple[str, ...]:

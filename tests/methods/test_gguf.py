@@ -15,9 +15,9 @@ import billhook
 from billhook.core.errors import BillhookError, ModelError, PlanError, UsageError
 from billhook.core.plan import Plan, Site
 from billhook.methods.export import Exported, Student, export_student, form_of
-from billhook.methods.export.gguf import types
-from billhook.methods.export.gguf.architectures import DECI_ROWS, ROWS
-from billhook.methods.export.gguf.tokenizer import tokenizer_keys
+from billhook.models.formats import gguf_writer as types
+from billhook.models.formats.gguf_rows import DECI_ROWS, ROWS
+from billhook.models.formats.gguf_vocabulary import tokenizer_keys
 from billhook.models.load import Teacher, load
 from billhook.models.repair import NO_REPAIR, Patch, Repair
 from billhook.models.surgery import apply

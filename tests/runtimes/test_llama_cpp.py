@@ -69,10 +69,10 @@ def test_a_file_that_does_not_load_is_a_message(left: bytes, file: Path, tmp_pat
 def test_a_crash_of_the_engine_is_a_message(file: Path, tmp_path: Path) -> None:
     """Of type deci without a width of the last MLP llama.cpp computes no output, and aborts."""
     from billhook.core.events import ignore_events
-    from billhook.methods.export.gguf.architectures import DECI_ROWS
-    from billhook.methods.export.gguf.metadata import model_keys
-    from billhook.methods.export.gguf.tensors import contents
-    from billhook.methods.export.gguf.types import write_file
+    from billhook.models.formats.gguf_metadata import model_keys
+    from billhook.models.formats.gguf_rows import DECI_ROWS
+    from billhook.models.formats.gguf_tensors import contents
+    from billhook.models.formats.gguf_writer import write_file
 
     model, row = tiny.build("llama"), DECI_ROWS["llama"]
     held = contents(model, row)
@@ -81,7 +81,7 @@ def test_a_crash_of_the_engine_is_a_message(file: Path, tmp_path: Path) -> None:
         del held.pieces[name]
     bad = tmp_path / "bad.gguf"
     keys = {**model_keys(model.config, row, held), "tokenizer.ggml.model": "no_vocab"}
-    write_file(bad, row.name, keys, held, "f32", ignore_events)
+    write_file(bad, row.name, keys, held, dtype="f32", watch=ignore_events)
     with pytest.raises(RuntimeFailed, match=rf"llama\.cpp ended with signal 6 on {bad}\. It wrote: .*GGML_ASSERT"):  # noqa: SIM117
         with Served("llama.cpp", bad, threads=1) as served:
             served.logprobs(IDS)

@@ -11,11 +11,15 @@ from typing import Any
 from billhook.core.errors import BillhookError, MissingExtra, ModelError, option
 from billhook.core.results.exports import Verification
 from billhook.methods.export import Exported, Student, export
-from billhook.methods.export.gguf.architectures import DECI_ROWS, ROWS, GgufRow
-from billhook.methods.export.gguf.metadata import context_length, model_keys
-from billhook.methods.export.gguf.tensors import EMBEDDING, Contents, contents
-from billhook.methods.export.gguf.tokenizer import tokenizer_keys
-from billhook.methods.export.gguf.types import (
+from billhook.methods.export.targets import Form, first_form, student_shape
+from billhook.methods.export.verification import verify
+from billhook.models.architectures import base_type
+from billhook.models.device import dtype_name
+from billhook.models.formats.gguf_metadata import context_length, model_keys
+from billhook.models.formats.gguf_rows import DECI_ROWS, ROWS, GgufRow
+from billhook.models.formats.gguf_tensors import EMBEDDING, Contents, contents
+from billhook.models.formats.gguf_vocabulary import tokenizer_keys
+from billhook.models.formats.gguf_writer import (
     BY_PROGRAM,
     EXACT,
     FLOATS,
@@ -25,10 +29,6 @@ from billhook.methods.export.gguf.types import (
     run_program,
     write_file,
 )
-from billhook.methods.export.targets import Form, first_form, student_shape
-from billhook.methods.export.verification import verify
-from billhook.models.architectures import base_type
-from billhook.models.device import dtype_name
 
 RUNTIME = "llama.cpp"
 MOST_ROUNDED_KL = 1.0  # nats per token: a rounded file that is further away is no model any more
@@ -101,7 +101,7 @@ def _written(
     held, keys = inside
     exact = dtype if dtype in EXACT else "f32" if dtype in FLOATS else "f16"
     file, target = (folder / f"model-{name.upper()}.gguf" for name in (exact, dtype))
-    write_file(file, row.name, keys, held, exact, student.watch)
+    write_file(file, row.name, keys, held, dtype=exact, watch=student.watch)
     verified = verify(RUNTIME, file, student)
     if exact == dtype:
         return file, verified, []
@@ -114,7 +114,7 @@ def _written(
         run_program(program, file, target, dtype)
         notes.append(f"Rounded by {program}.")
     else:
-        finer = write_file(target, row.name, keys, held, dtype, student.watch)
+        finer = write_file(target, row.name, keys, held, dtype=dtype, watch=student.watch)
         if finer:
             notes.append(f"{len(finer)} tensors are f16, since their rows are no multiple of 32: {finer[0]} …")
     if verified is not None:

@@ -19,10 +19,12 @@ SLIDING = "sliding_attention"  # what layer_types call a block with a window
 
 
 def no_keys(config: Config) -> dict[str, Key]:
+    """Return no key: of types that have none of their own."""
     return {}
 
 
 def no_reason(config: Config) -> str | None:
+    """Return None: of types that are refused by nothing else."""
     return None
 
 
@@ -111,6 +113,7 @@ def kv_heads(config: Config) -> int:
 
 
 def same(tensor: torch.Tensor, config: Config) -> torch.Tensor:
+    """Return a tensor as it is."""
     return tensor
 
 
@@ -122,10 +125,12 @@ def interleaved(tensor: torch.Tensor, config: Config) -> torch.Tensor:
 
 
 def plus_one(tensor: torch.Tensor, config: Config) -> torch.Tensor:
+    """Return the scale of a norm whose weight is the scale minus one."""
     return tensor + 1
 
 
 def transposed(tensor: torch.Tensor, config: Config) -> torch.Tensor:
+    """Return [outputs, inputs] of a weight that is [inputs, outputs]."""
     return tensor.t()
 
 

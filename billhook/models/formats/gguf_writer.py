@@ -14,8 +14,8 @@ import numpy as np
 
 from billhook.core.errors import BillhookError, UsageError, nearest, option
 from billhook.core.events import Event, EventListener
-from billhook.methods.export.gguf.architectures import Key
-from billhook.methods.export.gguf.tensors import EMBEDDING, HEAD, Contents
+from billhook.models.formats.gguf_rows import Key
+from billhook.models.formats.gguf_tensors import EMBEDDING, HEAD, Contents
 
 FLOATS = ("f32", "f16", "bf16")
 EXACT = ("f32", "f16")  # with which llama.cpp computes as the model does; with bf16 it rounds activations to 8 bits
@@ -38,7 +38,7 @@ def check_type(dtype: str) -> None:
 
 
 def write_file(
-    path: Path, arch: str, keys: Mapping[str, Key], held: Contents, dtype: str, watch: EventListener
+    path: Path, arch: str, keys: Mapping[str, Key], held: Contents, *, dtype: str, watch: EventListener
 ) -> list[str]:
     """Write a GGUF file, tensor by tensor. Returns the tensors that are finer than `dtype`: their rows do not divide.
 

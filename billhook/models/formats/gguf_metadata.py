@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from billhook.methods.export.gguf.architectures import GgufRow, Key, rope_kinds, window_of
-from billhook.methods.export.gguf.tensors import EMBEDDING, Contents
 from billhook.models.architectures import head_dim
+from billhook.models.formats.gguf_rows import GgufRow, Key, rope_kinds, window_of
+from billhook.models.formats.gguf_tensors import EMBEDDING, Contents
 
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 

@@ -11,9 +11,9 @@ import torch
 
 from billhook.core.errors import ModelError, PlanError
 from billhook.core.plan import PARTS, Part
-from billhook.methods.export.gguf.architectures import Change, GgufRow, kv_heads, rope_kinds, same
 from billhook.models import structure
 from billhook.models.architectures import architecture_of, head_dim
+from billhook.models.formats.gguf_rows import Change, GgufRow, kv_heads, rope_kinds, same
 from billhook.models.modeling_billhook import PatchModule, skipped_parts
 from billhook.models.transformers_internals import tied_names
 
