@@ -12,7 +12,7 @@ from billhook.core.errors import BillhookError, MissingExtra, ModelError, option
 from billhook.core.results.exports import Verification
 from billhook.methods.export import Exported, Student, export
 from billhook.methods.export.targets import Form, first_form, student_shape
-from billhook.methods.export.verification import verify
+from billhook.methods.export.verification import PROBE_TEXTS, verify
 from billhook.models.architectures import base_type
 from billhook.models.device import dtype_name
 from billhook.models.formats.gguf_metadata import context_length, model_keys
@@ -81,7 +81,7 @@ def gguf(student: Student, folder: Path, *, dtype: str = "f16") -> Exported:
     row = (DECI_ROWS if form.name == "deci" else ROWS)[teacher.anatomy.model_type]
     held = contents(model, row)
     keys = {
-        "general.name": Path(teacher.name).stem,
+        "general.name": Path(teacher.name).name.removesuffix(".gguf"),
         **model_keys(model.config, row, held),
         **tokenizer_keys(teacher, held.pieces[EMBEDDING].shape[0]),
     }
@@ -90,7 +90,7 @@ def gguf(student: Student, folder: Path, *, dtype: str = "f16") -> Exported:
     (folder / "Modelfile").write_text(_modelfile(student, file), encoding="utf-8")
     return Exported(
         folder, tuple(sorted(folder.iterdir())), f"GGUF {row.name}, {file.stem.removeprefix('model-')}",
-        verified=verified, notes=(*notes, *_notes(model.config, row)),
+        verified=verified, notes=(*notes, *_notes(model.config, row, verified)),
     )  # fmt: skip
 
 
@@ -139,8 +139,13 @@ def _modelfile(student: Student, file: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _notes(config: Any, row: GgufRow) -> list[str]:
+def _notes(config: Any, row: GgufRow, verified: Verification | None) -> list[str]:
     notes = ["Ollama and LM Studio read GGUF files by llama.cpp's code; Billhook did not run them."]
+    if verified is not None and verified.texts is not None and verified.texts < len(PROBE_TEXTS):
+        notes.append(
+            "Before a text that begins with a space llama.cpp puts another one, as SentencePiece does; "
+            "transformers does not."
+        )
     most = context_length(config, row)
     if most < config.max_position_embeddings:
         notes.append(

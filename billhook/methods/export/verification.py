@@ -23,8 +23,8 @@ PROBE_TEXTS = (
 )
 GENERATED = 32  # tokens of the greedy answer
 # Nats at any position, of an export that holds the student's weights to 10 bits of mantissa or more. Seen in llama.cpp,
-# whose KV cache is float16: 0.0001 of a trained model; of tiny random ones 0.0003 in float32 and 0.002 in float16.
-EXACT_KL = 5e-3
+# whose KV cache is float16: 0.0001 of a trained model; of tiny random ones 0.0003 in float32 and 0.005 in float16.
+EXACT_KL = 2e-2
 
 
 def verify(name: str, path: Path, student: Student, *, most_kl: float | None = EXACT_KL) -> Verification | None:
@@ -68,19 +68,26 @@ def require_runtime(name: str) -> None:
 
 
 def _require_same_tokens(served: Served, student: Student) -> int | None:
-    """Return how many probe texts a runtime tokenises as the student's tokenizer does; raise where one differs."""
+    """Return how many probe texts a runtime tokenises as the student's tokenizer does; raise where one differs.
+
+    A text that begins with a space may differ if it does not without: SentencePiece puts another space before it, and
+    transformers' Metaspace does not.
+    """
     tokenizer = student.teacher.tokenizer
     if tokenizer is None:
         return None
+    alike = 0
     for text in PROBE_TEXTS:
         theirs, mine = served.tokenize(text), tokenizer(text)["input_ids"]
-        if theirs != mine:
+        alike += theirs == mine
+        bare = text.lstrip(" ")
+        if theirs != mine and (bare == text or served.tokenize(bare) != tokenizer(bare)["input_ids"]):
             at = next((i for i, (a, b) in enumerate(zip(theirs, mine, strict=False)) if a != b), len(mine))
             raise BillhookError(
                 f"{served.name} splits {text!r} into other tokens than the student's tokenizer: from token {at} on "
                 f"{theirs[at : at + 4]} instead of {mine[at : at + 4]}. Nothing was kept."
             )
-    return len(PROBE_TEXTS)
+    return alike
 
 
 @torch.inference_mode()

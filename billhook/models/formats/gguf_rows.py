@@ -55,7 +55,7 @@ class GgufRow:
 
     def fault(self, config: Config) -> str | None:
         """Return why llama.cpp's code for this type does not compute a model of this config; None if it does."""
-        what = f"a {config.model_type} model with"
+        what = f"a {base_type(config.model_type)} model with"
         ropes = rope_kinds(config)
         unknown = [str(rope.get("rope_type")) for rope in ropes if rope.get("rope_type", "default") not in self.ropes]
         window = window_of(config)
