@@ -50,7 +50,7 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "recover_tokens": (32768, "Tokens for the recovery at most"),
     "recover_length": (256, "Tokens per sequence for the recovery"),
     "stock": (False, "Stock shape: zeros in removed sites, no speed-up"),
-    "export": ("transformers", "Form of the checkpoint, as `billhook methods` lists them"),
+    "export": ("transformers", "Forms of the checkpoint, as `billhook methods` lists them"),
     "target": ("", "What will serve the model: llama.cpp,mlx … as `billhook targets` lists"),
     "seed": (0, "Seed of every random choice"),
     "device": ("auto", "Device: auto, cpu, cuda, cuda:1, mps"),

@@ -204,6 +204,11 @@ def _value(name: str, value: Any, default: Any) -> Any:
     raise UsageError(f"The option {name} is {kind}, not {reprlib.repr(value)}. Its default is {default}.")
 
 
+def split_names(text: str) -> tuple[str, ...]:
+    """Return the names in a list with commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def wrong_return(family: str, name: str, wanted: str, got: object) -> UsageError:
     """Return the error for a method, most likely of another package, that does not return what its family does."""
     kind = type(got).__name__ if not isinstance(got, str) else got

@@ -26,6 +26,7 @@ from billhook.report.numbers import (
     reliability_note,
     speed_change,
     stem,
+    verification_sentence,
     with_interval,
 )
 
@@ -97,6 +98,8 @@ def run_notes(result: RunResult) -> list[str]:
         notes.append("Speed was not measured.")
     elif result.speed.gap is not None:
         notes.append(f"Speed: {_gap_in_words(result.speed, result.speed.gap)}")
+    for each in result.exports:
+        notes.append(f"{each.out}: {each.form}. {' '.join((verification_sentence(each.verified), *each.notes))}")
     if result.targets:
         notes.append(targets_in_words(result.targets, result.out))
     return notes + ([_within_in_words(result.within)] if result.within else [])

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from billhook.core.errors import DataError, RunError, UnknownName, UsageError, nearest, option
 from billhook.core.plan import shorten
 from billhook.core.plan_files import find_path, require_plan
+from billhook.core.registry import split_names
 from billhook.core.results.stored import Run, RunSummary, StoredRun
 
 if TYPE_CHECKING:
@@ -69,7 +70,11 @@ def check_inputs(
             require_plan(options.plan)
         files.append(options.margin.file or "" if options.margin is not None else "")
         named["metric"] += [options.metric] if options.metric else []
-        named |= {"search": [options.search], "recovery": [*options.recoveries], "export": [options.writes]}
+        named |= {
+            "search": [options.search],
+            "recovery": [*options.recoveries],
+            "export": [*split_names(options.export)],
+        }
     for file in filter(None, files):
         if find_path(file) is None:
             raise DataError(f"The task file {shorten(file, 200)} is missing. Give a .jsonl or .jsonl.gz file.")

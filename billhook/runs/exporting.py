@@ -16,7 +16,7 @@ from billhook.core.files.target_folder import check_target, named_folder, publis
 from billhook.core.plan import Plan
 from billhook.core.registry import OptionValues, resolve_options
 from billhook.core.results.exports import ExportReport, TargetTable
-from billhook.methods.export import EXPORTS, Student, export_student, form_of
+from billhook.methods.export import EXPORTS, Exported, Student, export_student, form_of
 from billhook.methods.export.serving import limits_of, table
 from billhook.methods.export.verification import PROBE_TEXTS, require_runtime
 from billhook.models.load import Model, Teacher, as_teacher, name_of
@@ -101,9 +101,20 @@ def export_model(
         publish(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    files = sorted(path for path in out.rglob("*") if path.is_file())
+    return _report(teacher, to, exported, out, str(out))
+
+
+def export_beside(name: str, student: Student, folder: Path) -> ExportReport:
+    """Write the export `name` of a run's student beside its checkpoint in `folder`, in which `out` of the report is."""
+    place = f"exports/{name}"
+    return _report(student.teacher, name, export_student(name, student, folder / place), folder / place, place)
+
+
+def _report(teacher: Teacher, name: str, exported: Exported, folder: Path, out: str) -> ExportReport:
+    """The report of an export that stands in `folder` now, and will in `out`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     return ExportReport(
-        teacher.name, to, exported.form, str(out), tuple(str(path.relative_to(out)) for path in files),
+        teacher.name, name, exported.form, out, tuple(str(path.relative_to(folder)) for path in files),
         sum(path.stat().st_size for path in files), exported.verified, exported.notes,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from billhook.core.margin import Margin
 from billhook.core.plan import Plan
 from billhook.core.plan_files import read_plan
 from billhook.core.problem import Problem, parse_protection
-from billhook.core.registry import OptionValues
+from billhook.core.registry import OptionValues, split_names
 from billhook.core.results.cache_keys import GeneratedKey
 from billhook.data.calibration import (
     calibration_tokens,
@@ -32,7 +32,7 @@ from billhook.data.texts import SELF, TextSpec, external_sources, split_sources
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.engine.probe import Probe, RacingOptions
-from billhook.methods.export import EXPORTS, form_of
+from billhook.methods.export import EXPORTS, arranged, form_of
 from billhook.methods.export.serving import limits_of, require_fit
 from billhook.methods.export.targets import Form, limits, narrower, stricter
 from billhook.methods.recover import RECOVERIES, adds
@@ -75,7 +75,8 @@ def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:
     """The plan that a recipe gives, if it gives one. Raises UsageError before anything is computed."""
     parse_loss(recipe.loss)
     method_options(recipe)
-    form_of(recipe.writes, teacher, Plan())
+    for name in (recipe.writes, *arranged(split_names(recipe.export))[1]):
+        form_of(name, teacher, Plan())
     require_recoveries(recipe, teacher)
     protected = parse_protection(recipe.protect, teacher.anatomy)
     lost = sorted(site for site in teacher.removed_earlier.removed if site.block in teacher.positions)
@@ -92,6 +93,8 @@ def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:
         if plan.narrowed and recipe.stock:
             raise PlanError(f"{option('stock', True)} has no place for sites that become narrower. Leave it out.")
         require_fit(recipe.targets, teacher, plan)
+        for name in arranged(split_names(recipe.export))[1]:
+            form_of(name, teacher, plan)
         return teacher.anatomy.check(plan, protected)
     check_search(recipe, teacher)
     return None
@@ -153,17 +156,19 @@ def problem_of(recipe: Recipe, teacher: Teacher, anatomy: Anatomy, budgets: tupl
 
 def limits_of_recipe(recipe: Recipe, teacher: Teacher) -> Form:
     """What the targets of a recipe, and its export, can express of a model."""
-    own = limits([EXPORTS.facts(recipe.writes)], teacher.anatomy.model_type, teacher.model.config) or Form()
+    forms = [EXPORTS.facts(name) for name in (recipe.writes, *arranged(split_names(recipe.export))[1])]
+    own = limits(forms, teacher.anatomy.model_type, teacher.model.config) or Form()
     return narrower(own, limits_of(recipe.targets, teacher)) if recipe.targets else own
 
 
 def require_recoveries(recipe: Recipe, teacher: Teacher) -> None:
     """Raise PlanError where a recovery adds what a target of the recipe, or its export, has no place for."""
     most = limits_of_recipe(recipe, teacher)
+    constants = most.inserts or most.constants
     for name in applicable_recoveries(recipe, teacher):
         added = adds(name, recipe.recover_set)
-        if (added == "patches" and not most.inserts) or (added == "biases" and not most.biases):
-            where = option("target", recipe.target) if recipe.target else f"The export {recipe.writes}"
+        if not {"": True, "patches": most.inserts, "constants": constants, "biases": most.biases}[added]:
+            where = option("target", recipe.target) if recipe.target else option("export", recipe.export)
             raise PlanError(f"{where} has no place for the {added} of {name}. Recover by fold or lora.")
 
 

@@ -17,7 +17,7 @@ from billhook.core.errors import RecipeError, nearest, option
 from billhook.core.margin import Margin
 from billhook.core.plan import shorten
 from billhook.core.plan_files import find_path
-from billhook.core.registry import OptionValues
+from billhook.core.registry import OptionValues, split_names
 from billhook.core.results.foreign_files import every_value, load_unique_yaml
 from billhook.data.texts import SELF, split_sources
 
@@ -147,7 +147,7 @@ class Recipe(CalibrationOptions, EvalOptions):
     recover_tokens: Annotated[int, Field(description="Tokens for the recovery at most", le=MOST, ge=64)] = 32768
     recover_length: Annotated[int, Field(description="Tokens per sequence for the recovery", le=MOST, ge=16)] = 256
     stock: Annotated[bool, Field(description="Stock shape: zeros in removed sites, no speed-up")] = False
-    export: Annotated[str, Field(description="Form of the checkpoint, as `billhook methods` lists them")] = (
+    export: Annotated[str, Field(description="Forms of the checkpoint, as `billhook methods` lists them")] = (
         "transformers"
     )
 
@@ -167,7 +167,9 @@ class Recipe(CalibrationOptions, EvalOptions):
     @classmethod
     def _stock_is_an_export(cls, values: OptionValues) -> OptionValues:
         """The export `stock` and the option of that name are one."""
-        return {**values, "export": "transformers", "stock": True} if values.get("export") == "stock" else values
+        names = split_names(str(values.get("export", "")))
+        written = ",".join("transformers" if name == "stock" else name for name in names)
+        return {**values, "export": written, "stock": True} if "stock" in names else values
 
     @field_validator("search", mode="before")
     @classmethod
@@ -190,7 +192,7 @@ class Recipe(CalibrationOptions, EvalOptions):
             )
         if twice := [name for name in self.recoveries if self.recoveries.count(name) > 1]:
             raise RecipeError(f"{option('recover', self.recover)} does {twice[0]} twice. Name every recovery once.")
-        if self.stock and self.export != "transformers":
+        if self.stock and "transformers" not in split_names(self.export):
             raise RecipeError(
                 f"{option('stock', True)} writes the export stock, and {option('export', self.export)} another. Leave "
                 "one out."
@@ -199,13 +201,15 @@ class Recipe(CalibrationOptions, EvalOptions):
 
     @property
     def writes(self) -> str:
-        """The name of the export that writes the checkpoint."""
-        return "stock" if self.stock else self.export
+        """The name of the export that writes the checkpoint itself."""
+        from billhook.methods.export import arranged
+
+        return "stock" if self.stock else arranged(split_names(self.export))[0]
 
     @property
     def targets(self) -> tuple[str, ...]:
         """The names of the software that has to load the student."""
-        return tuple(name.strip() for name in self.target.split(",") if name.strip())
+        return split_names(self.target)
 
     @property
     def recoveries(self) -> tuple[str, ...]:

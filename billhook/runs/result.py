@@ -10,6 +10,7 @@ import billhook
 from billhook.core.anatomy import Anatomy
 from billhook.core.events import ignore_events
 from billhook.core.plan import Plan
+from billhook.core.results.exports import ExportReport
 from billhook.core.results.run import (
     Answer,
     ModelInfo,
@@ -54,6 +55,7 @@ class Measured:
     tasks: tuple[TaskChange, ...]
     speed: SpeedChange | None
     answers: tuple[Answer, ...]
+    exports: tuple[ExportReport, ...] = ()
 
 
 def run_result(
@@ -92,6 +94,7 @@ def run_result(
         answers=measured.answers,
         seconds=job.seconds,
         targets=fits(teacher, choice.plan, recovered.repair),
+        exports=tuple(replace(each, out=str(job.out / each.out)) for each in measured.exports),
     )
 
 

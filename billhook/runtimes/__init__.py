@@ -26,7 +26,6 @@ import numpy.typing as npt
 
 from billhook.core.errors import BillhookError, MissingExtra
 from billhook.core.registry import Entries
-from billhook.models.device import child_environment
 
 Floats = npt.NDArray[np.float32]
 SECONDS = 900.0  # that one answer may take
@@ -93,6 +92,8 @@ class Served:
     """
 
     def __init__(self, name: str, path: Path, *, context: int = 512, threads: int | None = None) -> None:
+        from billhook.models.device import child_environment  # with torch, which the process has no use for
+
         runtime = RUNTIMES[name]
         if not runtime.installed:
             raise MissingExtra(f"Running a model in {name}", runtime.extra)
@@ -166,12 +167,12 @@ class Served:
             raise RuntimeFailed(f"{self.name} refuses {self.path}: {answer}.{self._last_words()}")
         return answer
 
-    def _last_words(self, most: int = 400) -> str:
-        """Return the last lines that the process wrote, for a message."""
+    def _last_words(self, most: int = 400, window: int = 2**16) -> str:
+        """Return the last lines that the process wrote about an error, for a message; a trace may stand after them."""
         size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - 8 * most))
+        self._log.seek(max(0, size - window))
         lines = self._log.read().decode(errors="replace").splitlines()
-        text = " / ".join(line.strip() for line in lines[-12:] if re.search("error|fail|assert", line, re.I))
+        text = " / ".join([line.strip() for line in lines if re.search("error|fail|assert", line, re.I)][-4:])
         return f" It wrote: {text[-most:]}" if text else ""
 
 

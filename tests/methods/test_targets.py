@@ -115,7 +115,7 @@ def test_a_plan_that_a_target_cannot_express_is_refused_at_once(model: Path, tmp
     where = {"target": "stock", "out": tmp_path / "out", "store": tmp_path / "s.db", "watch": told.append}
     with pytest.raises(PlanError, match="stock has no place for mlps of different widths"):
         billhook.prune(model, plan="mlp.2[0-30]", **where)
-    with pytest.raises(PlanError, match="no place for the patches of mean"):
+    with pytest.raises(PlanError, match="no place for the constants of mean"):
         billhook.prune(model, plan="mlp.2", recover="mean", **where)
     assert "measure" not in {event.stage for event in told}
     assert not (tmp_path / "out").exists()

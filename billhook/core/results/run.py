@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from billhook.core.anatomy import Anatomy, ModelSizes
 from billhook.core.margin import Margin
 from billhook.core.plan import Plan
-from billhook.core.results.exports import TargetFit
+from billhook.core.results.exports import ExportReport, TargetFit
 from billhook.core.results.json_form import JsonObject, Result
 from billhook.core.results.measured import (
     Environment,
@@ -236,7 +236,8 @@ class RunResult(Result):
 
     `checkpoint`: the student's `model_type`; `reasons`: what a reader of the numbers must know; `recipe`: what was
     asked; `seen`: digests of the documents and items that a search, a recovery or an earlier pruning has looked at.
-    `targets`: which software that serves models takes the student, through which export.
+    `targets`: which software that serves models takes the student, through which export; `exports`: those that stand
+    beside the checkpoint.
     """
 
     kind: ClassVar[str] = "prune"
@@ -268,6 +269,7 @@ class RunResult(Result):
     answers: tuple[Answer, ...]
     seconds: dict[str, float]
     targets: tuple[TargetFit, ...] = ()
+    exports: tuple[ExportReport, ...] = ()
 
     def rows(self) -> list[JsonObject]:
         """One row, so that the rows of several runs make a table."""

@@ -7,13 +7,14 @@ decorator says what its target can express. It raises where the folder does not 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from billhook.core.errors import UsageError, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.plan import Plan
 from billhook.core.registry import RegistryWithFacts, wrong_return
@@ -78,6 +79,21 @@ def form_of(name: str, teacher: Teacher, plan: Plan, repair: Repair = NO_REPAIR)
     return first_form(name, EXPORTS.facts(name), student_shape(teacher, plan, repair), others)
 
 
+def arranged(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Return the export that writes a run's checkpoint itself, and those that stand beside it.
+
+    What has a runtime of its own stands beside the checkpoint that transformers loads. Raises UnknownName, UsageError
+    where two would write the checkpoint itself.
+    """
+    beside = tuple(name for name in names if any(form.runtimes for form in EXPORTS.facts(name)))
+    own = [name for name in names if name not in beside]
+    if len(own) > 1:
+        raise UsageError(
+            f"{option('export', ','.join(names))} writes the checkpoint twice: {', '.join(own)}. Take one."
+        )
+    return (own or ["transformers"])[0], beside
+
+
 def export_student(name: str, student: Student, folder: Path, **options: Any) -> Exported:
     """Write a student to a new folder by the export `name`; the folder is there and proven, or is not there.
 
@@ -98,5 +114,6 @@ def export_student(name: str, student: Student, folder: Path, **options: Any) ->
 
 from billhook.methods.export import (  # noqa: E402, F401 - they add themselves to the registry above
     adapter,
+    gguf,
     hugging_face,
 )

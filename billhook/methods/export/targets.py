@@ -33,11 +33,12 @@ class Form:
 
     `sites`: a block that lacks one of its sites is written without it (`removed`), with `zeros` in its place, or not at
     all (`none`: only whole blocks may be missing). `mlp_widths`, `attention_widths`: `any`, all blocks `alike`, or
-    `none`. `inserts`: what a repair put in the place of a removed site. `biases`: of output projections that have none
-    in the stock type. `architectures`: stock model types; None is every one. `refuse`: a reason why the model of a
-    config has no place in this form. `runtimes`: those that load it and can verify it, the first one does. `mlp_step`:
-    widths of an mlp that waste nothing are multiples of it; a search for this form keeps to them. `attention_counts`:
-    in how many KV groups an attention may be left, ascending, by the config; empty is any number.
+    `none`. `inserts`: what a repair put in the place of a removed site; `constants`: of that only constants. `biases`:
+    of output projections that have none in the stock type. `architectures`: stock model types; None is every one.
+    `refuse`: a reason why the model of a config has no place in this form. `runtimes`: those that load it and can
+    verify it, the first one does. `mlp_step`: widths of an mlp that waste nothing are multiples of it; a search for
+    this form keeps to them. `attention_counts`: in how many KV groups an attention may be left, ascending, by the
+    config; empty is any number.
     """
 
     name: str = ""
@@ -45,6 +46,7 @@ class Form:
     mlp_widths: Widths = "any"
     attention_widths: Widths = "any"
     inserts: bool = True
+    constants: bool = False
     biases: bool = True
     architectures: tuple[str, ...] | None = None
     refuse: Callable[[Any], str | None] = _every
@@ -76,7 +78,7 @@ class Form:
         counts = self.attention_counts(shape.config)
         if counts and (odd := sorted(set(shape.kv_groups) - set(counts))):
             return f"an attention of {odd[0]} KV groups; keep {', '.join(map(str, counts))}"
-        if not self.inserts and shape.patches:
+        if not self.inserts and (shape.patches or (shape.constants and not self.constants)):
             return "what a repair puts in the place of a site; recover by fold alone"
         if not self.biases and shape.biases:
             return f"a bias of the output of {shape.biases[0]}, which a recovery added; leave that recovery out"
@@ -89,7 +91,8 @@ class StudentShape:
 
     `single`: missing sites of blocks of which the other site is kept. `mlps`, `attentions`: `whole`, narrowed all
     `alike` in a way that the stock config can say, or each with its `own` width. `kv_groups`: in how many KV groups
-    narrowed attentions are left.
+    narrowed attentions are left. `patches`: what repairs put in the place of sites that is more than a constant;
+    `constants`: the others.
     """
 
     model_type: str
@@ -98,6 +101,7 @@ class StudentShape:
     mlps: Literal["whole", "alike", "own"] = "whole"
     attentions: Literal["whole", "alike", "own"] = "whole"
     patches: tuple[Site, ...] = ()
+    constants: tuple[Site, ...] = ()
     biases: tuple[Site, ...] = ()
     kv_groups: tuple[int, ...] = ()
 
@@ -128,9 +132,12 @@ def student_shape(teacher: Teacher, plan: Plan, repair: Repair = NO_REPAIR) -> S
             return "whole"
         return "alike" if len(counts) == 1 and stock else "own"
 
+    specs = {**earlier.patches, **{site: patch.spec() for site, patch in repair.patches.items()}}
+    constants = {site for site, spec in specs.items() if not (spec["gain"] or spec["rank"])}
     return StudentShape(
         teacher.anatomy.model_type, teacher.model.config, single, widths("mlp"), widths("attention"),
-        tuple(sorted({*earlier.patches, *repair.patches})), tuple(sorted({*_earlier_biases(teacher), *repair.biases})),
+        tuple(sorted(specs.keys() - constants)), tuple(sorted(constants)),
+        tuple(sorted({*_earlier_biases(teacher), *repair.biases})),
         tuple(sorted({count for count in kept("attention").values() if count is not None})),
     )  # fmt: skip
 
@@ -160,7 +167,8 @@ def first_form(name: str, forms: Sequence[Form], shape: StudentShape, others: Se
         if found is None:
             return form
     fitting = [f for form, f in zip(forms, faults, strict=True) if form.takes(shape.model_type, shape.config) is None]
-    told = (fitting or faults)[-1]
+    known = [f for form, f in zip(forms, faults, strict=True) if shape.model_type in (form.architectures or ())]
+    told = (fitting or known or faults)[-1]
     raise PlanError(f"The export {name} has no place for {told}, or take another export: {', '.join(others)}.")
 
 
@@ -185,6 +193,7 @@ def narrower(one: Form, other: Form) -> Form:
         sites=stricter(one.sites, other.sites), mlp_widths=stricter(one.mlp_widths, other.mlp_widths),
         attention_widths=stricter(one.attention_widths, other.attention_widths),
         inserts=one.inserts and other.inserts, biases=one.biases and other.biases,
+        constants=(one.inserts or one.constants) and (other.inserts or other.constants),
         mlp_step=math.lcm(one.mlp_step, other.mlp_step),
         attention_counts=_both_counts(one.attention_counts, other.attention_counts),
     )  # fmt: skip
@@ -209,4 +218,4 @@ def _both_counts(
 
 def _generosity(form: Form) -> tuple[int, ...]:
     answers = (form.sites, form.mlp_widths, form.attention_widths)
-    return (*(STRICTEST.index(answer) for answer in answers), int(form.inserts), int(form.biases))
+    return (*(STRICTEST.index(answer) for answer in answers), int(form.inserts), int(form.constants), int(form.biases))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from billhook.core.errors import BillhookError, MissingExtra
-from billhook.core.plan import Plan
 from billhook.core.results.exports import Verification
-from billhook.engine.probe import logits
 from billhook.methods.export import Student
 from billhook.runtimes import RUNTIMES, Served
 
@@ -25,7 +22,9 @@ PROBE_TEXTS = (
     "तेज़ भूरी लोमड़ी आलसी कुत्ते के ऊपर कूदती है 🦊🐕‍🦺",
 )
 GENERATED = 32  # tokens of the greedy answer
-EXACT_KL = 1e-3  # nats at any position, of an export that holds the student's weights to 8 bits of mantissa or more
+# Nats at any position, of an export that holds the student's weights to 10 bits of mantissa or more. Seen in llama.cpp,
+# whose KV cache is float16: 0.0001 of a trained model; of tiny random ones 0.0003 in float32 and 0.005 in float16.
+EXACT_KL = 2e-2
 
 
 def verify(name: str, path: Path, student: Student, *, most_kl: float | None = EXACT_KL) -> Verification | None:
@@ -39,7 +38,9 @@ def verify(name: str, path: Path, student: Student, *, most_kl: float | None = E
         return None
     rows = student.tokens[:1]
     ids: list[int] = rows[0].tolist()
-    mine = logits(replace(student.teacher, model=student.model, weights=None), Plan(), rows)[0].float().log_softmax(-1)
+    with torch.inference_mode():
+        mine = student.model(input_ids=rows.to(student.model.device), use_cache=False).logits[0].float().cpu()
+    mine = mine.log_softmax(-1)
     asked = min(8, len(ids))
     with Served(name, path, context=len(ids) + GENERATED) as served:
         theirs = torch.from_numpy(served.logprobs(ids))[:, : mine.shape[-1]]
@@ -67,19 +68,26 @@ def require_runtime(name: str) -> None:
 
 
 def _require_same_tokens(served: Served, student: Student) -> int | None:
-    """Return how many probe texts a runtime tokenises as the student's tokenizer does; raise where one differs."""
+    """Return how many probe texts a runtime tokenises as the student's tokenizer does; raise where one differs.
+
+    A text that begins with a space may differ if it does not without: SentencePiece puts another space before it, and
+    transformers' Metaspace does not.
+    """
     tokenizer = student.teacher.tokenizer
     if tokenizer is None:
         return None
+    alike = 0
     for text in PROBE_TEXTS:
         theirs, mine = served.tokenize(text), tokenizer(text)["input_ids"]
-        if theirs != mine:
+        alike += theirs == mine
+        bare = text.lstrip(" ")
+        if theirs != mine and (bare == text or served.tokenize(bare) != tokenizer(bare)["input_ids"]):
             at = next((i for i, (a, b) in enumerate(zip(theirs, mine, strict=False)) if a != b), len(mine))
             raise BillhookError(
                 f"{served.name} splits {text!r} into other tokens than the student's tokenizer: from token {at} on "
                 f"{theirs[at : at + 4]} instead of {mine[at : at + 4]}. Nothing was kept."
             )
-    return len(PROBE_TEXTS)
+    return alike
 
 
 @torch.inference_mode()

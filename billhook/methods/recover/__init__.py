@@ -87,12 +87,12 @@ def _suits_all(row: Architecture) -> str | None:
 class RecoveryFacts:
     """What a recovery adds to a student besides new values of its weights.
 
-    `adds`: `patches` in the place of removed sites, `biases` of output projections that have none, or nothing.
+    `adds`: `patches` in the place of removed sites, `constants` there, `biases` of output projections, or nothing.
     `option`: the value of an option with which it does; empty: with any. `refuse`: a reason why it finds nothing to
     change in models of an architecture.
     """
 
-    adds: Literal["", "patches", "biases"] = ""
+    adds: Literal["", "patches", "constants", "biases"] = ""
     option: tuple[str, str] = ("", "")
     refuse: Callable[[Architecture], str | None] = _suits_all
 
@@ -108,7 +108,7 @@ def recovery(function: Recovery, /) -> Recovery:
 @overload
 def recovery(
     *,
-    adds: Literal["", "patches", "biases"] = ...,
+    adds: Literal["", "patches", "constants", "biases"] = ...,
     option: tuple[str, str] = ...,
     refuse: Callable[[Architecture], str | None] = ...,
 ) -> Callable[[Recovery], Recovery]:
@@ -119,7 +119,7 @@ def recovery(
     function: Recovery | None = None,
     /,
     *,
-    adds: Literal["", "patches", "biases"] = "",
+    adds: Literal["", "patches", "constants", "biases"] = "",
     option: tuple[str, str] = ("", ""),
     refuse: Callable[[Architecture], str | None] = _suits_all,
 ) -> Recovery | Callable[[Recovery], Recovery]:
@@ -128,7 +128,7 @@ def recovery(
     return add if function is None else add(function)
 
 
-def adds(name: str, given: OptionValues) -> Literal["", "patches", "biases"]:
+def adds(name: str, given: OptionValues) -> Literal["", "patches", "constants", "biases"]:
     """Return what a recovery with the `given` options adds to a student. Raises UnknownName."""
     facts = RECOVERIES.facts(name)
     key, value = facts.option

@@ -21,7 +21,7 @@ from billhook.methods.recover.side_by_side import (
 from billhook.models.repair import Patch, Repair
 
 
-@recovery(adds="patches")
+@recovery(adds="constants")
 def mean(task: RecoveryTask, train: TokenSet, valid: TokenSet) -> Repair:
     """Replace each removed sublayer by its mean output in the unpruned model, the emulated update.
 

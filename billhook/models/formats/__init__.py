@@ -1,1 +1,1 @@
-"""Formats of files that a GGUF file leaves out and other programs ask for."""
+"""GGUF files, and the files that they leave out and other programs ask for."""
