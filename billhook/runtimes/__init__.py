@@ -61,6 +61,8 @@ RUNTIMES = Entries(
     "runtime",
     {
         "llama.cpp": Runtime("billhook.runtimes.llama_cpp", "xllamacpp", "xllamacpp", "llama"),
+        "mlx": Runtime("billhook.runtimes.mlx", "mlx_lm", "mlx-lm", "mlx"),
+        "vllm": Runtime("billhook.runtimes.vllm", "vllm", "vllm", "vllm"),
     },
     fits=lambda value: isinstance(value, Runtime),
 )
