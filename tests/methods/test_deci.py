@@ -22,7 +22,7 @@ from billhook.methods.export import Student, export_student, form_of
 from billhook.methods.export.deci_folder import kv_heads
 from billhook.models import modeling_decilm
 from billhook.models.load import load
-from billhook.models.repair import NO_REPAIR, Patch, Repair
+from billhook.models.repair import Patch, Repair
 from billhook.models.surgery import apply
 from billhook.runtimes import RUNTIMES
 
@@ -98,7 +98,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
         with torch.inference_mode():
             found[name] = got.folder, student.model(ROWS, use_cache=False).logits
     if RUNTIMES["mlx"].installed:
-        command = [sys.executable, "-c", IN_MLX, ",".join(map(str, ROWS[0].tolist())), *(str(f) for f, _ in found.values())]
+        command = [
+            sys.executable,
+            "-c",
+            IN_MLX,
+            ",".join(map(str, ROWS[0].tolist())),
+            *(str(f) for f, _ in found.values()),
+        ]
         subprocess.run(command, check=True)
     return found
 
@@ -135,8 +141,71 @@ def test_transformers_loads_the_folder_with_its_own_code(
 
 
 def test_what_is_missing_has_no_tensors_and_the_config_says_it(exported: dict[str, tuple[Path, torch.Tensor]]) -> None:
+    """`mixed`: the first attention is needed, block 2 is removed whole, the last one lacks its MLP."""
     folder, _ = exported["mixed"]
     config = json.loads((folder / "config.json").read_text())
-    told = [(b["attention"]["n_heads_in_group"], b["ffn"]["ffn_mult"]) for b in config["block_configs"]]
-    assert told == [(4, 12.0), (2, 12.0), (None, None), (4, None)][: len(told)]  # block 2 lost both
-    told = [(b["attention"]["no_op"], b["ffn"]["no_op"]) for b in config["block_configs"]]
+    blocks = config["block_configs"]
+    assert [(b["attention"]["no_op"], b["ffn"]["no_op"]) for b in blocks] == [(False, False)] * 2 + [(False, True)]
+    assert [b["attention"]["n_heads_in_group"] for b in blocks] == [4, 2, 4]
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert not any(".2.mlp" in name or ".2.post_attention" in name for name in tensors)
+    assert not tensors["model.layers.0.self_attn.o_proj.weight"].any()
+    widths = [tensors[f"model.layers.{i}.mlp.down_proj.weight"].shape[1] for i in range(2)]
+    assert widths == [256, 256] == [modeling_decilm.mlp_width(b["ffn"]["ffn_mult"], 32) for b in blocks[:2]]
+    assert not tensors["model.layers.0.mlp.down_proj.weight"][:, 21:].any()  # of the 21 neurons that are kept
+    folder, _ = exported["a middle attention"]
+    assert json.loads((folder / "config.json").read_text())["block_configs"][2]["attention"]["no_op"]
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert not any(".2.self_attn" in name or ".2.input_layernorm" in name for name in file.keys())  # noqa: SIM118
+
+
+def test_the_width_of_an_mlp_survives_every_reader() -> None:
+    """mlx-lm rounds the factor to 6 decimals, and all of them cut to whole neurons before they round up."""
+    for width in (32, 576, 960, 2048, 4096, 5120, 8192, 16384):
+        for neurons in range(256, 40_000, 256):
+            mult = 1.5 * neurons / width
+            assert modeling_decilm.mlp_width(mult, width) == neurons == modeling_decilm.mlp_width(round(mult, 6), width)
+
+
+def test_kv_heads_are_the_fewest_that_have_room() -> None:
+    assert [kv_heads(32, groups, 4) for groups in range(1, 9)] == [1, 2, 4, 4, 8, 8, 8, 8]
+    assert [kv_heads(9, groups, 3) for groups in (1, 2, 3)] == [1, 3, 3]
+    assert kv_heads(40, 8, 4) == 8
+    assert kv_heads(9, 4, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("variant", "fields", "reason"),
+    [
+        ("qwen3", {}, "models of type qwen3; it takes llama, mistral, qwen2"),
+        ("mistral", {}, "a window of 6 tokens over texts of up to 96"),
+        ("qwen2", {}, "a window of 6 tokens"),
+        ("llama", {"hidden_act": "gelu"}, "the activation gelu; it takes silu"),
+        ("llama", {"head_dim": 12}, "4 heads of 12 channels in a model of width 32"),
+        ("llama", {"head_dim": 16}, "4 heads of 16 channels in a model of width 32"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", **ROPE, "factor": 2.0}}, "positions of type dynamic"),
+    ],
+)
+def test_a_model_without_a_place_is_refused(variant: str, fields: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    teacher = load(tiny.saved(tmp_path / "model", variant, **fields))
+    with pytest.raises(PlanError, match=f"The export deci has no place for {reason}"):
+        form_of("deci", teacher, Plan())
+
+
+def test_what_a_repair_inserts_is_refused(checkpoint: Folder) -> None:
+    repair = Repair(patches={Site(1, "mlp"): Patch(bias=torch.ones(32))})
+    with pytest.raises(PlanError, match="deci has no place for what a repair puts in the place of a site; recover by"):
+        form_of("deci", load(checkpoint("llama")), Plan.parse(["mlp.1"]), repair)
+
+
+def test_an_earlier_pruning_is_exported_like_a_new_one(checkpoint: Folder, tmp_path: Path) -> None:
+    """As `billhook export` does: the folder of a pruned checkpoint is the folder of its student."""
+    teacher, plan = load(checkpoint("llama")), Plan.parse("attention.0,attention.2,mlp.2,mlp.1[0-30]".split(","))
+    student = Student(apply(teacher, plan), teacher, plan, ROWS, verify=False)
+    export_student("transformers", student, tmp_path / "pruned")
+    again = load(tmp_path / "pruned")
+    export_student("deci", student, tmp_path / "one")
+    export_student("deci", Student(again.model, again, Plan(), ROWS, verify=False), tmp_path / "other")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()

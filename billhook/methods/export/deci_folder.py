@@ -97,7 +97,9 @@ class Block:
         }
 
 
-@export(Form("nemotron-nas", inserts=False, architectures=("llama", "mistral", "qwen2"), refuse=misfit, runtimes=RUNTIMES))
+@export(
+    Form("nemotron-nas", inserts=False, architectures=("llama", "mistral", "qwen2"), refuse=misfit, runtimes=RUNTIMES)
+)
 def deci(student: Student, folder: Path) -> Exported:
     """A folder of model type nemotron-nas, which MLX, vLLM, SGLang and TensorRT-LLM load: removed sites are not there.
 
@@ -139,7 +141,10 @@ def blocks_of(stored: Tensors, config: Any) -> tuple[list[Block], Sizes]:
         index, _, rest = name.removeprefix("model.layers.").partition(".")
         if name.startswith("model.layers."):
             own[int(index)][rest] = tensor
-    bias = {part: any(f"{PARTS[part]}." in name and name.endswith(".bias") for each in own for name in each) for part in PARTS}
+    bias = {
+        part: any(f"{PARTS[part]}." in name and name.endswith(".bias") for each in own for name in each)
+        for part in PARTS
+    }
     width, embedding = int(config.hidden_size), stored["model.embed_tokens.weight"]
     sizes = Sizes(width, width // dim, dim, bias, embedding.dtype)
     blocks = []
@@ -148,7 +153,8 @@ def blocks_of(stored: Tensors, config: Any) -> tuple[list[Block], Sizes]:
         mlp, neurons = _mlp(tensors, sizes)
         norms = {
             f"{NORMS[part]}.weight": tensors.get(f"{NORMS[part]}.weight", torch.ones(width, dtype=sizes.dtype))
-            for part, there in (("attention", kv), ("mlp", neurons)) if there
+            for part, there in (("attention", kv), ("mlp", neurons))
+            if there
         }
         blocks.append(Block(norms | attention | mlp, kv, neurons))
     return blocks, sizes
@@ -255,8 +261,12 @@ def read_back(student: Student, folder: Path) -> float:
     Raises BillhookError where it is more than sums that are rounded in another order.
     """
     model, rows = student.model, student.tokens.to(student.model.device)
-    again: Any = modeling_decilm.DeciLMForCausalLM.from_pretrained(str(folder), dtype=model.dtype, local_files_only=True)
-    mine, theirs = (each(input_ids=rows, use_cache=False).logits.float() for each in (model, again.eval().to(model.device)))
+    again: Any = modeling_decilm.DeciLMForCausalLM.from_pretrained(
+        str(folder), dtype=model.dtype, local_files_only=True
+    )
+    mine, theirs = (
+        each(input_ids=rows, use_cache=False).logits.float() for each in (model, again.eval().to(model.device))
+    )
     gap = float((mine - theirs).abs().max())
     if not gap <= float(mine.abs().max()) * torch.finfo(model.dtype).eps ** 0.5:
         raise BillhookError(f"The folder does not load back equal (logits differ by {gap:g}); it was deleted.")
