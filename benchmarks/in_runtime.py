@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +39,7 @@ class Case(NamedTuple):
 
     plan: str = ""
     model_type: str = "llama"
-    fields: dict[str, Any] = {}
+    fields: Mapping[str, Any] = MappingProxyType({})
     biases: str = ""
 
 

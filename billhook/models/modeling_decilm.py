@@ -52,7 +52,7 @@ class DeciLMForCausalLM(LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         width, heads = config.hidden_size, config.num_attention_heads
-        for block, told in zip(self.model.layers, config.block_configs):
+        for block, told in zip(self.model.layers, config.block_configs, strict=True):
             if told.attention.no_op:
                 block.self_attn, block.input_layernorm = NoOp(pair=True), nn.Identity()
             else:

@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,4 +70,4 @@ class Model:
 
 
 def _has_tokenizer(path: str) -> bool:
-    return any(name.startswith("tokenizer") for name in os.listdir(path))
+    return any(Path(path).glob("tokenizer*"))

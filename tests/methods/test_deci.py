@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,8 +41,13 @@ class Case(NamedTuple):
 
     plan: str = ""
     variant: str = "llama"
-    fields: dict[str, Any] = {}
+    fields: Mapping[str, Any] = MappingProxyType({})
     biases: str = ""
+
+
+def sizes(heads: int, kv_heads: int, **more: int) -> dict[str, int]:
+    """Fields of a config."""
+    return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, **more}
 
 
 CASES = {
@@ -59,11 +65,9 @@ CASES = {
     "neurons": Case("mlp.1[0-30],mlp.2[5-13]"),
     "more neurons than a multiple": Case("mlp.1[0-255],mlp.2[0-256]", fields={"intermediate_size": 300}),
     "heads": Case("attention.1[0],attention.3[1]"),
-    "heads that do not divide": Case(
-        "attention.1[0-4],attention.2[1-4]", fields={"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 6}
-    ),
-    "heads of one key": Case("attention.1[0-1],attention.2[3]", fields={"num_key_value_heads": 1}),
-    "fewer heads than fit": Case("attention.1[0]", fields={"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}),
+    "heads that do not divide": Case("attention.1[0-4],attention.2[1-4]", fields=sizes(12, 6, hidden_size=48)),
+    "heads of one key": Case("attention.1[0-1],attention.2[3]", fields=sizes(4, 1)),
+    "fewer heads than fit": Case("attention.1[0]", fields=sizes(2, 2, head_dim=8)),
     "all alike": Case(",".join(f"attention.{i}[1],mlp.{i}[3-30]" for i in range(4))),
     "biases of a recovery": Case("attention.1[0],mlp.2[0-30]", biases="attention.1,mlp.2"),
     "biases": Case("attention.0,mlp.2,mlp.1[0-30]", fields={"attention_bias": True, "mlp_bias": True}),
@@ -201,7 +205,7 @@ def test_what_a_repair_inserts_is_refused(checkpoint: Folder) -> None:
 
 def test_an_earlier_pruning_is_exported_like_a_new_one(checkpoint: Folder, tmp_path: Path) -> None:
     """As `billhook export` does: the folder of a pruned checkpoint is the folder of its student."""
-    teacher, plan = load(checkpoint("llama")), Plan.parse("attention.0,attention.2,mlp.2,mlp.1[0-30]".split(","))
+    teacher, plan = load(checkpoint("llama")), Plan.parse(["attention.0", "attention.2", "mlp.2", "mlp.1[0-30]"])
     student = Student(apply(teacher, plan), teacher, plan, ROWS, verify=False)
     export_student("transformers", student, tmp_path / "pruned")
     again = load(tmp_path / "pruned")

@@ -130,7 +130,9 @@ def deci(student: Student, folder: Path) -> Exported:
     write_manifest(folder, teacher.fingerprint, teacher.anatomy.blocks, student.plan, teacher.removed_earlier)
     difference = read_back(student, folder)
     verified = verify(RUNTIMES[0], folder, student)
-    return Exported(folder, tuple(sorted(folder.iterdir())), "nemotron-nas", difference, verified)
+    kinds = {block.kv_heads for block in blocks} - {0}
+    notes = ("Blocks have different numbers of KV heads, which SGLang refuses.",) if len(kinds) > 1 else ()
+    return Exported(folder, tuple(sorted(folder.iterdir())), "nemotron-nas", difference, verified, notes)
 
 
 def blocks_of(stored: Tensors, config: Any) -> tuple[list[Block], Sizes]:
@@ -163,8 +165,8 @@ def blocks_of(stored: Tensors, config: Any) -> tuple[list[Block], Sizes]:
 def _attention(tensors: Tensors, sizes: Sizes, *, needed: bool) -> tuple[Tensors, int]:
     """Return the attention of a block with whole groups of heads, and how many KV heads it has; none without one.
 
-    Its heads stand in groups that are as large as in every block with so many KV heads, the missing ones zeros. `needed`:
-    a missing one is one KV head and zeros, since vLLM starts the residual stream in the attention of block 0.
+    Every KV head serves as many query heads as the config implies, the missing ones zeros. `needed`: a missing
+    attention is one KV head and zeros, since vLLM starts the residual stream in the attention of block 0.
     """
     dim, heads = sizes.head_dim, sizes.heads
     query = tensors.get("self_attn.q_proj.weight")
@@ -180,11 +182,11 @@ def _attention(tensors: Tensors, sizes: Sizes, *, needed: bool) -> tuple[Tensors
     for name, rows, at in (("q", heads, places), ("k", kv, range(groups)), ("v", kv, range(groups))):
         for kind, inner in _kinds(sizes, "attention"):
             old = tensors.get(f"self_attn.{name}_proj.{kind}")
-            new = torch.zeros((rows, dim, *inner), dtype=sizes.dtype)
+            new = torch.zeros((rows, dim, *inner), dtype=sizes.dtype if old is None else old.dtype)
             if old is not None:
                 new[list(at)] = old.reshape(-1, dim, *inner)
             found[f"self_attn.{name}_proj.{kind}"] = new.flatten(0, 1)
-    output = torch.zeros((sizes.width, heads, dim), dtype=sizes.dtype)
+    output = torch.zeros((sizes.width, heads, dim), dtype=sizes.dtype if query is None else query.dtype)
     if query is not None:
         output[:, places] = tensors["self_attn.o_proj.weight"].reshape(sizes.width, -1, dim)
     return found | _output(tensors, "self_attn.o_proj", output.flatten(1), sizes, "attention"), kv
@@ -200,11 +202,11 @@ def _mlp(tensors: Tensors, sizes: Sizes) -> tuple[Tensors, int]:
     found: Tensors = {}
     for name in ("gate_proj", "up_proj"):
         for kind, inner in _kinds(sizes, "mlp"):
-            new = torch.zeros((neurons, *inner), dtype=sizes.dtype)
+            new = torch.zeros((neurons, *inner), dtype=down.dtype)
             if (old := tensors.get(f"mlp.{name}.{kind}")) is not None:
                 new[:has] = old
             found[f"mlp.{name}.{kind}"] = new
-    output = torch.zeros((sizes.width, neurons), dtype=sizes.dtype)
+    output = torch.zeros((sizes.width, neurons), dtype=down.dtype)
     output[:, :has] = down
     return found | _output(tensors, "mlp.down_proj", output, sizes, "mlp"), neurons
 
