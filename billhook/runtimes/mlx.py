@@ -50,8 +50,10 @@ class Model:
         """Of each next token: [time, vocabulary]."""
         model = self._float32()
         self._forget(model)
-        logits = self._decode(model, tokens).astype(mx.float32)
-        return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True), dtype=np.float32)
+        logits = np.array(self._decode(model, tokens).astype(mx.float32), dtype=np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        found: npt.NDArray[np.float32] = (logits - np.log(np.exp(logits).sum(-1, keepdims=True))).astype(np.float32)
+        return found
 
     def tokenize(self, text: str) -> list[int]:
         if self._tokenizer is None:

@@ -16,15 +16,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-MEMORY = "1"  # GB for the KV cache on CPUs, where vLLM would take half of all
+SETTINGS = {  # of the environment, which vLLM reads while it is imported
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GB, where it would take half of all memory
+    "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled for a few tokens
+}
 
 
 class Model:
     """A Hugging Face folder in vLLM, with the code that the folder brings. `threads`: vLLM chooses."""
 
     def __init__(self, path: str, context: int, threads: int) -> None:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", MEMORY)
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
         from vllm import LLM
 
         self._model: Any = LLM(
