@@ -97,9 +97,13 @@ class Block:
         }
 
 
-@export(
-    Form("nemotron-nas", inserts=False, architectures=("llama", "mistral", "qwen2"), refuse=misfit, runtimes=RUNTIMES)
-)
+FORM = Form(
+    "nemotron-nas", inserts=False, architectures=("llama", "mistral", "qwen2"), refuse=misfit, runtimes=RUNTIMES,
+    mlp_step=NEURONS,
+)  # fmt: skip
+
+
+@export(FORM)
 def deci(student: Student, folder: Path) -> Exported:
     """A folder of model type nemotron-nas, which MLX, vLLM, SGLang and TensorRT-LLM load: removed sites are not there.
 
