@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
@@ -50,11 +50,12 @@ class Runtime:
 
     @property
     def version(self) -> str:
-        """The installed release; empty where there is none."""
+        """The installed release, of whichever distribution brings the package; empty where there is none."""
         try:
             return version(self.distribution)
         except PackageNotFoundError:
-            return ""
+            others = packages_distributions().get(self.package, ())
+            return version(others[0]) if others else ""
 
 
 RUNTIMES = Entries(
