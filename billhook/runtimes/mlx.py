@@ -79,7 +79,8 @@ class Model:
 
     def numbers(self) -> tuple[int | None, int | None, int | None]:
         """Bytes of weights, of the KV cache after the last answer, and at the peak of this process."""
-        weights = sum(int(tensor.nbytes) for _, tensor in tree_flatten(self._stored.parameters()))
+        leaves: Any = tree_flatten(self._stored.parameters())
+        weights = sum(int(tensor.nbytes) for _, tensor in leaves)
         kv = sum(int(each.nbytes) for each in self._caches)
         unit = 1 if sys.platform == "darwin" else 1024
         return weights, kv or None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

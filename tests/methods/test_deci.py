@@ -19,9 +19,8 @@ from safetensors import safe_open
 
 from billhook.core.errors import PlanError
 from billhook.core.plan import Plan, Site
-from billhook.methods.export import Student, export_student, form_of
-from billhook.methods.export.deci_folder import kv_heads
-from billhook.models import modeling_decilm
+from billhook.methods.export import Student, export_student, form_of, modeling_decilm
+from billhook.methods.export.deci_blocks import kv_heads
 from billhook.models.load import load
 from billhook.models.repair import Patch, Repair
 from billhook.models.surgery import apply

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +15,30 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from billhook.core.errors import BillhookError, ModelError, ResourceError
-from billhook.core.plan import Part
 from billhook.core.results.json_form import JsonObject
-from billhook.methods.export import Exported, Student, export
+from billhook.methods.export import Exported, Student, export, modeling_decilm
 from billhook.methods.export.beside_weights import CONFIG, write_companions
 from billhook.methods.export.checkpoint import SHARD_BYTES, stored_tensors
+from billhook.methods.export.deci_blocks import NEURONS, ROW, Block, Sizes, blocks_of, kv_heads
 from billhook.methods.export.shards import check_written
 from billhook.methods.export.targets import Form
 from billhook.methods.export.verification import verify
-from billhook.models import architectures, checks, modeling_decilm
+from billhook.models import checks
+from billhook.models.architectures import BLOCK_KINDS, CONFIG_FIELDS, head_dim
 from billhook.models.device import dtype_name
 from billhook.models.pruned_config import write_manifest
 
-Tensors = dict[str, torch.Tensor]
 RUNTIMES = ("mlx", "vllm")
-NEURONS = 256  # the readers round the width of an MLP up to a multiple
 ROPE_TYPES = ("default", "linear", "llama3")  # which all readers compute alike
-PARTS: dict[Part, str] = {"attention": "self_attn", "mlp": "mlp"}
-NORMS: dict[Part, str] = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
 
 
 def misfit(config: Any) -> str | None:
     """Return why no model with this config has a place in such a folder; None where some have."""
-    dim, width = architectures.head_dim(config), int(config.hidden_size)
+    dim, width = head_dim(config), int(config.hidden_size)
     rope: JsonObject = config.rope_parameters or {}
     kind = rope.get("rope_type", "default")
     heads = int(config.num_attention_heads)
-    groups = int(getattr(config, "num_key_value_heads", None) or heads)
+    groups = ROW.kv_heads(config)
     if width % dim or kv_heads(width // dim, groups, heads // groups) is None:
         return (
             f"{heads} heads of {dim} channels in a model of width {width:,}; its readers share the width out among the "
@@ -55,46 +50,11 @@ def misfit(config: Any) -> str | None:
         return f"positions of type {kind}; it takes {', '.join(ROPE_TYPES)}"
     if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
         return "rotary positions for a part of each head"
-    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
+    kinds = getattr(config, BLOCK_KINDS, None) or ("sliding_attention",)
     window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
     if window is not None and window < config.max_position_embeddings:
         return f"a window of {window:,} tokens over texts of up to {config.max_position_embeddings:,}"
     return None
-
-
-def kv_heads(heads: int, groups: int, each: int) -> int | None:
-    """Return the fewest KV heads, evenly shared by `heads`, with room for `groups` KV groups of `each` query heads."""
-    return next((n for n in range(groups, heads + 1) if heads % n == 0 and heads // n >= each), None)
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What all blocks of a folder have in common. `bias`: whether its attentions, its MLPs, have biases."""
-
-    width: int
-    heads: int
-    head_dim: int
-    bias: Mapping[Part, bool]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One block of a folder: its tensors by their names in it, with the zeros. 0 KV heads or neurons: it has none."""
-
-    tensors: Tensors
-    kv_heads: int
-    neurons: int
-
-    def config(self, sizes: Sizes) -> JsonObject:
-        """Return its entry of `block_configs`."""
-        common: JsonObject = {"replace_with_linear": False, "sparsify": None}
-        group = sizes.heads // self.kv_heads if self.kv_heads else None
-        mult = 1.5 * self.neurons / sizes.width if self.neurons else None
-        return {
-            "attention": {"no_op": not self.kv_heads, **common, "n_heads_in_group": group},
-            "ffn": {"no_op": not self.neurons, **common, "ffn_mult": mult},
-        }
 
 
 FORM = Form(
@@ -116,11 +76,11 @@ def deci(student: Student, folder: Path) -> Exported:
         raise ResourceError(f"{teacher.name} is larger than the memory that is free, so it cannot be exported here.")
     config, stored = student.model.config, stored_tensors(student.model, teacher)
     blocks, sizes = blocks_of(stored, config)
-    rest = {name: tensor for name, tensor in stored.items() if not name.startswith("model.layers.")}
+    rest = {name: tensor for name, tensor in stored.items() if not name.startswith(f"{ROW.blocks}.")}
     if config.tie_word_embeddings:
         rest.pop("lm_head.weight", None)
     state = rest | {
-        f"model.layers.{i}.{name}": tensor for i, block in enumerate(blocks) for name, tensor in block.tensors.items()
+        f"{ROW.blocks}.{i}.{name}": tensor for i, block in enumerate(blocks) for name, tensor in block.tensors.items()
     }
     folder.mkdir(parents=True)
     save_torch_state_dict(state, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
@@ -139,94 +99,6 @@ def deci(student: Student, folder: Path) -> Exported:
     return Exported(folder, tuple(sorted(folder.iterdir())), "nemotron-nas", difference, verified, notes)
 
 
-def blocks_of(stored: Tensors, config: Any) -> tuple[list[Block], Sizes]:
-    """Return the blocks of a student as the folder holds them, from its stored tensors, and what they share."""
-    count, dim = int(config.num_hidden_layers), architectures.head_dim(config)
-    own: list[Tensors] = [{} for _ in range(count)]
-    for name, tensor in stored.items():
-        index, _, rest = name.removeprefix("model.layers.").partition(".")
-        if name.startswith("model.layers."):
-            own[int(index)][rest] = tensor
-    bias = {
-        part: any(f"{PARTS[part]}." in name and name.endswith(".bias") for each in own for name in each)
-        for part in PARTS
-    }
-    width, embedding = int(config.hidden_size), stored["model.embed_tokens.weight"]
-    sizes = Sizes(width, width // dim, dim, bias, embedding.dtype)
-    blocks = []
-    for index, tensors in enumerate(own):
-        attention, kv = _attention(tensors, sizes, needed=index == 0)
-        mlp, neurons = _mlp(tensors, sizes)
-        norms = {
-            f"{NORMS[part]}.weight": tensors.get(f"{NORMS[part]}.weight", torch.ones(width, dtype=sizes.dtype))
-            for part, there in (("attention", kv), ("mlp", neurons))
-            if there
-        }
-        blocks.append(Block(norms | attention | mlp, kv, neurons))
-    return blocks, sizes
-
-
-def _attention(tensors: Tensors, sizes: Sizes, *, needed: bool) -> tuple[Tensors, int]:
-    """Return the attention of a block with whole groups of heads, and how many KV heads it has; none without one.
-
-    Every KV head serves as many query heads as the config implies, the missing ones zeros. `needed`: a missing
-    attention is one KV head and zeros, since vLLM starts the residual stream in the attention of block 0.
-    """
-    dim, heads = sizes.head_dim, sizes.heads
-    query = tensors.get("self_attn.q_proj.weight")
-    if query is None and not needed:
-        return {}, 0
-    has = query.shape[0] // dim if query is not None else 0
-    groups = tensors["self_attn.k_proj.weight"].shape[0] // dim if query is not None else 1
-    each = has // groups
-    kv = kv_heads(heads, groups, each)
-    assert kv is not None, "misfit refuses it"
-    places = [g * (heads // kv) + h for g in range(groups) for h in range(each)]
-    found: Tensors = {}
-    for name, rows, at in (("q", heads, places), ("k", kv, range(groups)), ("v", kv, range(groups))):
-        for kind, inner in _kinds(sizes, "attention"):
-            old = tensors.get(f"self_attn.{name}_proj.{kind}")
-            new = torch.zeros((rows, dim, *inner), dtype=sizes.dtype if old is None else old.dtype)
-            if old is not None:
-                new[list(at)] = old.reshape(-1, dim, *inner)
-            found[f"self_attn.{name}_proj.{kind}"] = new.flatten(0, 1)
-    output = torch.zeros((sizes.width, heads, dim), dtype=sizes.dtype if query is None else query.dtype)
-    if query is not None:
-        output[:, places] = tensors["self_attn.o_proj.weight"].reshape(sizes.width, -1, dim)
-    return found | _output(tensors, "self_attn.o_proj", output.flatten(1), sizes, "attention"), kv
-
-
-def _mlp(tensors: Tensors, sizes: Sizes) -> tuple[Tensors, int]:
-    """Return the MLP of a block with a whole multiple of neurons, and how many they are; none without one."""
-    down = tensors.get("mlp.down_proj.weight")
-    if down is None:
-        return {}, 0
-    has = down.shape[1]
-    neurons = -(-has // NEURONS) * NEURONS
-    found: Tensors = {}
-    for name in ("gate_proj", "up_proj"):
-        for kind, inner in _kinds(sizes, "mlp"):
-            new = torch.zeros((neurons, *inner), dtype=down.dtype)
-            if (old := tensors.get(f"mlp.{name}.{kind}")) is not None:
-                new[:has] = old
-            found[f"mlp.{name}.{kind}"] = new
-    output = torch.zeros((sizes.width, neurons), dtype=down.dtype)
-    output[:, :has] = down
-    return found | _output(tensors, "mlp.down_proj", output, sizes, "mlp"), neurons
-
-
-def _kinds(sizes: Sizes, part: Part) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Return the kinds of tensors of a projection, and what follows the axis of its outputs in their shapes."""
-    return (("weight", (sizes.width,)), *((("bias", ()),) if sizes.bias[part] else ()))
-
-
-def _output(tensors: Tensors, name: str, weight: torch.Tensor, sizes: Sizes, part: Part) -> Tensors:
-    """Return the tensors of a projection to the residual stream, with a bias where all have one."""
-    zeros = torch.zeros(sizes.width, dtype=sizes.dtype)
-    bias = {f"{name}.bias": tensors.get(f"{name}.bias", zeros)} if sizes.bias[part] else {}
-    return {f"{name}.weight": weight, **bias}
-
-
 def config_text(config: Any, blocks: list[Block], sizes: Sizes) -> JsonObject:
     """Return the config.json of a folder: only what its readers ask for."""
     rope: JsonObject = dict(config.rope_parameters or {})
@@ -242,9 +114,9 @@ def config_text(config: Any, blocks: list[Block], sizes: Sizes) -> JsonObject:
         "hidden_size": sizes.width,
         "num_hidden_layers": len(blocks),
         "num_attention_heads": sizes.heads,
-        "num_key_value_heads": max(block.kv_heads for block in blocks),
+        CONFIG_FIELDS["attention"][1]: max(block.kv_heads for block in blocks),
         "head_dim": sizes.head_dim,
-        "intermediate_size": max(block.neurons for block in blocks),
+        CONFIG_FIELDS["mlp"][-1]: max(block.neurons for block in blocks),
         "vocab_size": int(config.vocab_size),
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,

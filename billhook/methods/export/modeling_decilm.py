@@ -27,6 +27,8 @@ def mlp_width(ffn_mult, hidden_size):
 
 
 class DeciLMConfig(LlamaConfig):
+    """The config of a Llama, with a section for each block."""
+
     model_type = "nemotron-nas"
 
     def __init__(self, block_configs=(), **kwargs):
@@ -47,6 +49,8 @@ class NoOp(nn.Module):
 
 
 class DeciLMForCausalLM(LlamaForCausalLM):
+    """A Llama whose blocks are as `block_configs` says. Block 0 has an attention, as caches of transformers need it."""
+
     config_class = DeciLMConfig
 
     def __init__(self, config):
