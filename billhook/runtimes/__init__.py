@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
@@ -49,17 +49,20 @@ class Runtime:
 
     @property
     def version(self) -> str:
-        """The installed release; empty where there is none."""
+        """The installed release, of whichever distribution brings the package; empty where there is none."""
         try:
             return version(self.distribution)
         except PackageNotFoundError:
-            return ""
+            others = packages_distributions().get(self.package, ())
+            return version(others[0]) if others else ""
 
 
 RUNTIMES = Entries(
     "runtime",
     {
         "llama.cpp": Runtime("billhook.runtimes.llama_cpp", "xllamacpp", "xllamacpp", "llama"),
+        "mlx": Runtime("billhook.runtimes.mlx", "mlx_lm", "mlx-lm", "mlx"),
+        "vllm": Runtime("billhook.runtimes.vllm", "vllm", "vllm", "vllm"),
     },
     fits=lambda value: isinstance(value, Runtime),
 )

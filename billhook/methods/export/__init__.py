@@ -114,6 +114,7 @@ def export_student(name: str, student: Student, folder: Path, **options: Any) ->
 
 from billhook.methods.export import (  # noqa: E402, F401 - they add themselves to the registry above
     adapter,
+    deci_folder,
     gguf,
     hugging_face,
 )

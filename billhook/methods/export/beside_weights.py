@@ -37,6 +37,14 @@ def write_beside_weights(student: Any, tokenizer: Any | None, teacher: Teacher, 
     raw = with_older_names(raw) if teacher.folder.parent == cache_folder() else raw
     text = json.dumps(student_text(raw, teacher.model, student), indent=2, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    write_companions(tokenizer, teacher, folder)
+    if is_pruned_type(student):
+        code = Path(modeling_billhook.__file__)
+        shutil.copyfile(code, folder / code.name)
+
+
+def write_companions(tokenizer: Any | None, teacher: Teacher, folder: Path) -> None:
+    """Write the tokenizer, the generation config and the licence: its teacher's files, or another `tokenizer`."""
     own = tokenizer is None or tokenizer is teacher.tokenizer
     generation = GENERATION if _is_json(teacher.folder / GENERATION[0]) else ()
     copy_files(teacher.folder, folder, (*generation, *LEGAL, *(TOKENIZER if own else ())))
@@ -45,9 +53,6 @@ def write_beside_weights(student: Any, tokenizer: Any | None, teacher: Teacher, 
         copy_files(teacher.folder, folder, ("*.py",) if '"auto_map"' in settings else ())
     elif not own:
         tokenizer.save_pretrained(folder)  # type: ignore[union-attr]
-    if is_pruned_type(student):
-        code = Path(modeling_billhook.__file__)
-        shutil.copyfile(code, folder / code.name)
 
 
 def _is_json(path: Path) -> bool:

@@ -81,7 +81,7 @@ def write_checkpoint(
     if teacher.weights is not None:
         copy_shards(student, teacher, teacher.weights, folder, watch, most=shard_bytes or COPY_BYTES)
     else:
-        state = _on_disk(student, teacher)
+        state = stored_tensors(student, teacher)
         watch(Event("save", 1, 3, {"tensors": len(state)}))
         tied = tied_names(student)
         save_torch_state_dict(
@@ -95,8 +95,8 @@ def write_checkpoint(
     return sorted(folder.iterdir())
 
 
-def _on_disk(student: Any, teacher: Teacher) -> dict[str, torch.Tensor]:
-    """The student's tensors under the Hub's names, in the checkpoint's dtype.
+def stored_tensors(student: Any, teacher: Teacher) -> dict[str, torch.Tensor]:
+    """Return the student's tensors under the Hub's names, in the checkpoint's dtype.
 
     A tensor that says the same as the source's in the compute dtype is the source's, bit for bit.
     """
