@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from billhook.core.budget import Budget
     from billhook.core.errors import BillhookError
     from billhook.core.events import Event
+    from billhook.core.files.hub import push
     from billhook.core.plan import Plan, Site
     from billhook.core.results.measured import TimingProtocol
     from billhook.core.results.run import RunResult
@@ -77,6 +78,7 @@ __all__ = [
     "masked",
     "measure_speed",
     "prune",
+    "push",
     "register",
     "resume",
     "save",
@@ -119,6 +121,7 @@ _HOMES = {
     "masked": "models.surgery",
     "measure_speed": "api",
     "prune": "api",
+    "push": "core.files.hub",
     "register": "models.pruned_config",
     "resume": "api",
     "save": "methods.export.checkpoint",

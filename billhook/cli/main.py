@@ -155,7 +155,7 @@ def eval_command(
         check_options(options, tasks=tasks)
         if tasks and (protocol is not None or {"data", "eval_data"} & set(options)):
             raise UsageError("--tasks are measured in the place of text. Leave --data and --protocol out.")
-        check_places(model, store=store if tasks else None)
+        check_places(model, store=store if tasks else None, served=True)
         from billhook import api
         from billhook.studies import eval_sets
 
@@ -182,6 +182,9 @@ def speed_command(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Decoded tokens per prompt", min=1)] = 32,
     repeats: Annotated[int, typer.Option(help="Counted runs per model", min=2)] = 9,
+    engine: Annotated[
+        str | None, typer.Option(help="Runtime that serves both, such as llama.cpp; models are its files")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -190,12 +193,13 @@ def speed_command(
     """Measure prefill and decode speed and peak memory of one model, or of two in turn (A B A B)."""
     with CommandSession(as_json, quiet, verbose) as face:
         check_options(options)
-        check_places(model, *filter(None, [other]))
+        models = [f"{engine}:{name}" if engine else name for name in (model or "demo", other) if name is not None]
+        check_places(*models, served=engine is not None)
         from billhook import api
         from billhook.core.results.measured import TimingProtocol
 
         protocol = TimingProtocol(prompt_tokens, new_tokens, batch, repeats)
-        told = api.measure_speed(model or "demo", other, protocol=protocol, watch=face.watch, **options)
+        told = api.measure_speed(model or "demo", other, engine=engine, protocol=protocol, watch=face.watch, **options)
         face.show(told)
 
 
@@ -235,6 +239,31 @@ def targets_command(
         from billhook.runs.exporting import targets
 
         face.show(targets(model or "demo", watch=face.watch, **options))
+
+
+@app.command(name="push")
+def push_command(
+    *,
+    folder: Annotated[Path, typer.Argument(help="Folder that `billhook prune` or `billhook export` wrote")],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hugging Face Hub: OWNER/NAME")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository that only its owner sees")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; made from main if missing [default: main]")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Change files that the branch holds, without asking")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and their sizes, and stop")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Upload a checkpoint with its card and exports to the Hugging Face Hub, in one commit."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        from billhook.cli.tables import push_question
+        from billhook.core.files import hub
+
+        told = hub.push(
+            folder, repo, private=private, revision=revision, yes=yes, dry_run=dry_run,
+            ask=face.asking(push_question), watch=face.watch,
+        )  # fmt: skip
+        face.show(told)
 
 
 for command in COMMANDS:

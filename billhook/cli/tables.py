@@ -11,7 +11,7 @@ from billhook.cli.session import empty_table, plain_table, prints
 from billhook.core.anatomy import ModelSizes, SiteSize, Unassigned
 from billhook.core.plan import Site
 from billhook.core.registry import MethodInfo
-from billhook.core.results.exports import ExportReport, TargetTable
+from billhook.core.results.exports import ExportReport, PushReport, TargetTable
 from billhook.core.results.json_form import Result, cell_text
 from billhook.core.results.model import (
     BlockScore,
@@ -26,7 +26,7 @@ from billhook.core.results.model import (
     WorkEstimate,
 )
 from billhook.core.results.run import RunResult
-from billhook.report.numbers import format_duration, reliability_note, verification_sentence
+from billhook.report.numbers import format_duration, format_number, reliability_note, verification_sentence
 
 
 @prints(Result)
@@ -87,6 +87,28 @@ def targets_table(console: Console, found: TargetTable) -> None:
     console.print(f"Billhook runs exports in all of them but {unverified}.", style="dim", highlight=False)
 
 
+@prints(PushReport)
+def push_table(console: Console, report: PushReport) -> None:
+    """Print the files of an upload with their sizes, and where they are."""
+    rows = [[file.path, f"{file.bytes:,}"] for file in report.files]
+    console.print(plain_table(("file", "bytes"), rows))
+    size = f"{len(report.files)} files, {sum(file.bytes for file in report.files) / 1e6:,.1f} MB"
+    if report.url:
+        gone = f"; {len(report.replaced)} replaced, {len(report.deleted)} deleted" if report.replaced else ""
+        console.print(f"{size} in {report.repo} on {report.revision}{gone}: {report.url}", soft_wrap=True)
+    else:
+        console.print(f"{size} for {report.repo} on {report.revision}. Nothing was uploaded.")
+
+
+def push_question(report: PushReport) -> str:
+    """Ask whether an upload may change a branch that holds files."""
+    deleted = f" and delete {', '.join(report.deleted)}" if report.deleted else ""
+    return (
+        f"{report.repo} holds files on {report.revision}. Add {len(report.files) - len(report.replaced)}, replace "
+        f"{len(report.replaced)}{deleted}?"
+    )
+
+
 @prints(Inspection)
 def anatomy_table(console: Console, found: Inspection) -> None:
     """Print the sites of a model and their sizes."""
@@ -138,7 +160,8 @@ def evaluation_table(console: Console, found: Evaluation) -> None:
         f"{found.model}: perplexity {ppl.value:.3f} (95% interval {ppl.low:.3f} to {ppl.high:.3f}; "
         f"{ppl.n} documents of {ppl.clusters} texts, {data.tokens:,} tokens of {data.source})"
     )
-    console.print(f"{found.bits_per_byte:.4f} bits a byte, perplexity of a word {found.word_perplexity:,.2f}")
+    if found.bits_per_byte is not None:
+        console.print(f"{found.bits_per_byte:.4f} bits a byte, perplexity of a word {found.word_perplexity:,.2f}")
     if note := reliability_note(ppl):
         console.print(note, style="dim")
 
@@ -155,21 +178,23 @@ def _evaluations_by_name(console: Console, found: Evaluation) -> None:
 @prints(SpeedReport)
 def speed_table(console: Console, found: SpeedReport) -> None:
     """Print tokens per second and peak memory."""
-    table = empty_table("model", "prefill tok/s", "decode tok/s", "peak memory")
+    cache = ("KV cache",) if found.runtime else ()
+    table = empty_table("model", "prefill tok/s", "decode tok/s", "peak memory", *cache)
     for each in found.models:
         rates = each.rates
         cells = (rates.prefill_tokens_per_s, rates.decode_tokens_per_s)
         peak = f"{rates.peak_bytes / 1e9:.2f} GB" if rates.peak_bytes else "not measured"
-        table.add_row(each.model, *(f"{c.value:.1f} ({c.low:.1f}–{c.high:.1f})" for c in cells), peak)
+        told = [format_number(each.kv_bytes, "B") if each.kv_bytes else "not told" for _ in cache]
+        table.add_row(each.model, *(f"{c.value:.1f} ({c.low:.1f}–{c.high:.1f})" for c in cells), peak, *told)
     console.print(table)
     if found.ratio is not None:
         phases = (("prefill", found.ratio.prefill), ("decode", found.ratio.decode))
         times = (f"{name} ×{r.value:.2f} ({r.low:.2f}–{r.high:.2f})" for name, r in phases)
         console.print(f"The second is faster by: {', '.join(times)}")
-    p = found.protocol
+    p, where = found.protocol, ", ".join(filter(None, (found.runtime, found.environment.machine)))
     console.print(
         f"{p.repeats} runs after a warm-up, batch {p.batch}, {p.prompt_tokens} tokens in, {p.new_tokens} "
-        f"out, {found.environment.machine}; median (95% interval of the median)",
+        f"out, {where}; median (95% interval of the median)",
         style="dim",
     )
 
