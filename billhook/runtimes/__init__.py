@@ -61,6 +61,8 @@ RUNTIMES = Entries(
     "runtime",
     {
         "llama.cpp": Runtime("billhook.runtimes.llama_cpp", "xllamacpp", "xllamacpp", "llama"),
+        "onnxruntime": Runtime("billhook.runtimes.onnx_runtime", "onnxruntime", "onnxruntime", "onnx"),
+        "openvino": Runtime("billhook.runtimes.open_vino", "openvino", "openvino", "openvino"),
     },
     fits=lambda value: isinstance(value, Runtime),
 )

@@ -98,5 +98,6 @@ def export_student(name: str, student: Student, folder: Path, **options: Any) ->
 
 from billhook.methods.export import (  # noqa: E402, F401 - they add themselves to the registry above
     adapter,
+    graphs,
     hugging_face,
 )
