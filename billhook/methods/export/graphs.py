@@ -24,7 +24,7 @@ from billhook.methods.export.targets import Form
 from billhook.methods.export.verification import verify
 
 # Types whose students were seen to agree in both runtimes.
-ARCHITECTURES = ("llama",)
+ARCHITECTURES = ("gemma2", "gpt2", "llama")
 TRANSFORMERS = "5.23"  # the first release whose exporters write what they traced
 ROWS, PAST, NEW = 2, 4, 3  # of the example that is traced: a length of 1 would become a constant
 
@@ -66,7 +66,10 @@ def _exporters(what: str, extra: str, packages: tuple[str, ...]) -> Any:
     """Return the module with the exporters. Raises MissingExtra, UsageError where transformers is too old."""
     if any(importlib.util.find_spec(name) is None for name in packages):
         raise MissingExtra(what, extra)
-    found: Any = importlib.util.find_spec("transformers.exporters") and importlib.import_module("transformers.exporters")
+    try:
+        found = importlib.import_module("transformers.exporters")
+    except ImportError:
+        found = None
     if not hasattr(found, "ExportedModel"):
         raise UsageError(
             f"{what} needs transformers {TRANSFORMERS} or newer; this is {transformers.__version__}. Install it with: "

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from billhook.core.errors import BillhookError, MissingExtra
-from billhook.core.plan import Plan
 from billhook.core.results.exports import Verification
-from billhook.engine.probe import logits
 from billhook.methods.export import Student
 from billhook.runtimes import RUNTIMES, Served
 
@@ -25,7 +22,9 @@ PROBE_TEXTS = (
     "तेज़ भूरी लोमड़ी आलसी कुत्ते के ऊपर कूदती है 🦊🐕‍🦺",
 )
 GENERATED = 32  # tokens of the greedy answer
-EXACT_KL = 1e-3  # nats at any position, of an export that holds the student's weights to 8 bits of mantissa or more
+# Nats at any position, of an export that holds the student's weights to 10 bits of mantissa or more. Seen in llama.cpp,
+# whose KV cache is float16: 0.0001 of a trained model; of tiny random ones 0.0003 in float32 and 0.002 in float16.
+EXACT_KL = 5e-3
 
 
 def verify(name: str, path: Path, student: Student, *, most_kl: float | None = EXACT_KL) -> Verification | None:
@@ -39,7 +38,9 @@ def verify(name: str, path: Path, student: Student, *, most_kl: float | None = E
         return None
     rows = student.tokens[:1]
     ids: list[int] = rows[0].tolist()
-    mine = logits(replace(student.teacher, model=student.model, weights=None), Plan(), rows)[0].float().log_softmax(-1)
+    with torch.inference_mode():
+        mine = student.model(input_ids=rows.to(student.model.device), use_cache=False).logits[0].float().cpu()
+    mine = mine.log_softmax(-1)
     asked = min(8, len(ids))
     with Served(name, path, context=len(ids) + GENERATED) as served:
         theirs = torch.from_numpy(served.logprobs(ids))[:, : mine.shape[-1]]
