@@ -13,10 +13,10 @@ import pytest
 import tiny
 import torch
 
-from billhook.core.errors import BillhookError, MissingExtra, PlanError, UsageError
+from billhook.core.errors import BillhookError, MissingExtra, UsageError
 from billhook.core.plan import Plan, Site
-from billhook.methods.export import Student, export_student, form_of
-from billhook.models.load import Teacher, load
+from billhook.methods.export import Student, export_student
+from billhook.models.load import load
 from billhook.models.repair import NO_REPAIR, Patch, Repair
 from billhook.models.surgery import apply
 from billhook.runtimes import RUNTIMES, Served
@@ -80,9 +80,7 @@ def test_what_does_not_agree_is_not_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RUNTIME_OF)
-def test_what_is_missing_is_told_with_what_to_type(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_missing_is_told_with_what_to_type(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = student(tiny.saved(tmp_path / "model", "llama", num_hidden_layers=2), "mlp.0")
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda *_: None)
@@ -90,6 +88,6 @@ def test_what_is_missing_is_told_with_what_to_type(
             export_student(name, given, tmp_path / "out")
     pytest.importorskip(RUNTIMES[RUNTIME_OF[name]].package)
     monkeypatch.setitem(sys.modules, "transformers.exporters", ModuleType("transformers.exporters"))
-    with pytest.raises(UsageError, match="pip install 'transformers>=5.23'"):
+    with pytest.raises(UsageError, match=r"pip install 'transformers>=5\.23'"):
         export_student(name, given, tmp_path / "out")
     assert not (tmp_path / "out").exists()

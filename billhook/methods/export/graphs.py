@@ -86,11 +86,11 @@ def _traced(student: Student, exporter: Any, config: Any) -> Any:
     if model.dtype != torch.float32 or model.device.type != "cpu":
         model = copy.deepcopy(model).to("cpu", torch.float32)
     example = _example(model)
-    varying = {axis: torch.export.Dim.AUTO for axis in (0, 1)}
+    any_size = torch.export.Dim.AUTO
     layers = len(example["past_key_values"].layers)
     shapes = {
-        **dict.fromkeys(("input_ids", "attention_mask", "position_ids"), varying),
-        "past_key_values": [{axis: torch.export.Dim.AUTO for axis in (0, 2)}] * (2 * layers),
+        **dict.fromkeys(("input_ids", "attention_mask", "position_ids"), {0: any_size, 1: any_size}),
+        "past_key_values": [{0: any_size, 2: any_size}] * (2 * layers),
     }
     try:
         with _quiet():
