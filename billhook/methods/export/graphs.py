@@ -87,11 +87,12 @@ def _traced(student: Student, exporter: Any, config: Any) -> Any:
         model = copy.deepcopy(model).to("cpu", torch.float32)
     example = _example(model)
     any_size = torch.export.Dim.AUTO
+    tokens = {0: any_size, 1: any_size}
     layers = len(example["past_key_values"].layers)
     shapes = {
-        **dict.fromkeys(("input_ids", "attention_mask", "position_ids"), {0: any_size, 1: any_size}),
+        "input_ids": tokens, "attention_mask": tokens, "position_ids": tokens,
         "past_key_values": [{0: any_size, 2: any_size}] * (2 * layers),
-    }
+    }  # fmt: skip
     try:
         with _quiet():
             return exporter().export(model, example, config(dynamic_shapes=shapes))
