@@ -64,6 +64,8 @@ RUNTIMES = Entries(
         "llama.cpp": Runtime("billhook.runtimes.llama_cpp", "xllamacpp", "xllamacpp", "llama"),
         "mlx": Runtime("billhook.runtimes.mlx", "mlx_lm", "mlx-lm", "mlx"),
         "vllm": Runtime("billhook.runtimes.vllm", "vllm", "vllm", "vllm"),
+        "onnxruntime": Runtime("billhook.runtimes.onnx_runtime", "onnxruntime", "onnxruntime", "onnx"),
+        "openvino": Runtime("billhook.runtimes.open_vino", "openvino", "openvino", "openvino"),
     },
     fits=lambda value: isinstance(value, Runtime),
 )

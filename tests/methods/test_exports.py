@@ -54,7 +54,7 @@ def test_what_an_export_writes_loads_back_equal(
 def test_what_a_target_can_express_is_data() -> None:
     assert EXPORTS.facts("transformers") == (Form(),)
     assert EXPORTS.facts("stock") == (Form("", "zeros", "alike", "alike", inserts=False, biases=False),)
-    assert list(EXPORTS) == ["adapter", "deci", "gguf", "stock", "transformers"]
+    assert list(EXPORTS) == ["adapter", "deci", "gguf", "onnx", "openvino", "stock", "transformers"]
 
 
 def test_what_cannot_be_expressed_is_refused_with_what_can(checkpoint: Folder, tmp_path: Path) -> None:

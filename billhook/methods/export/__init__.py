@@ -116,5 +116,6 @@ from billhook.methods.export import (  # noqa: E402, F401 - they add themselves 
     adapter,
     deci_folder,
     gguf,
+    graphs,
     hugging_face,
 )

@@ -1,0 +1,79 @@
+"""What the runtimes of graphs share: a step over new tokens after the KV cache, and all answers made of steps."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+
+class GraphModel(ABC):
+    """A graph with its tokenizer in one folder, `path`."""
+
+    _weights: int  # bytes
+    _past = 0  # tokens in the KV cache
+
+    def __init__(self, path: Path) -> None:
+        self._tokenizer = path / "tokenizer.json"
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Empty the KV cache."""
+
+    @abstractmethod
+    def _step(self, tokens: Sequence[int]) -> Any:
+        """Append tokens to the KV cache; return the logits after each of them: [time, vocabulary]."""
+
+    @abstractmethod
+    def _kv_bytes(self) -> int: ...
+
+    def _arguments(self, tokens: Sequence[int]) -> dict[str, npt.NDArray[np.int64]]:
+        """Return the inputs of a step, in which all tokens are seen, and count it."""
+        start, self._past = self._past, self._past + len(tokens)
+        return {
+            "input_ids": np.array([tokens], np.int64),
+            "attention_mask": np.ones((1, self._past), np.int64),
+            "position_ids": np.arange(start, self._past, dtype=np.int64)[None],
+        }
+
+    def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Of each next token: [time, vocabulary]."""
+        self._forget()
+        logits = np.array(self._step(tokens), dtype=np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        found: npt.NDArray[np.float32] = (logits - np.log(np.exp(logits).sum(-1, keepdims=True))).astype(np.float32)
+        return found
+
+    def tokenize(self, text: str) -> list[int]:
+        found: list[int] = Tokenizer.from_file(str(self._tokenizer)).encode(text).ids
+        return found
+
+    def generate(self, tokens: Sequence[int], count: int) -> list[int]:
+        return self._greedy(tokens, count)[0]
+
+    def time(self, tokens: Sequence[int], count: int) -> tuple[float, float]:
+        _, prefill, decode = self._greedy(tokens, count + 1)
+        return prefill, decode
+
+    def _greedy(self, tokens: Sequence[int], count: int) -> tuple[list[int], float, float]:
+        """Return `count` tokens, and the seconds until the first of them, and from there to the last."""
+        self._forget()
+        start = time.perf_counter()
+        made = [int(self._step(tokens)[-1].argmax())]
+        middle = time.perf_counter()
+        while len(made) < count:
+            made.append(int(self._step(made[-1:])[-1].argmax()))
+        return made, middle - start, time.perf_counter() - middle
+
+    def numbers(self) -> tuple[int | None, int | None, int | None]:
+        """Bytes of the files with the weights, of the KV cache after the last answer, and of the peak of memory."""
+        unit = 1 if sys.platform == "darwin" else 1024
+        return self._weights, self._kv_bytes() or None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
