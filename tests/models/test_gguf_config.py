@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from billhook.core.errors import ModelError
-from billhook.models.formats.gguf_config import llama3_factors, read_gguf_config
+from billhook.models.formats.gguf_config import Llama3Rope, llama3_factors, read_gguf_config
 
 THETA, WIDTH = 500_000.0, 64
 SETTINGS = [(8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (16.0, 2.0, 8.0, 4096), (4.0, 1.0, 3.0, 2048)]
@@ -61,7 +61,7 @@ def written(path: Path, factors: np.ndarray | None, **keys: float | str) -> Path
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_factors_are_those_of_transformers(settings: tuple[float, float, float, int]) -> None:
     factors = plain() / frequencies(llama_config(*settings))
-    np.testing.assert_allclose(llama3_factors(THETA, WIDTH, *settings), factors, rtol=1e-5)
+    np.testing.assert_allclose(llama3_factors(THETA, WIDTH, Llama3Rope(*settings)), factors, rtol=1e-5)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

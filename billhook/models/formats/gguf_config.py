@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,23 @@ FIELDS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
-LLAMA3 = (1.0, 4.0, 8192.0)  # low and high frequency factor, and positions, of Llama 3.1 and later
 SAME = 1e-3  # of a factor: files hold them in float32, made from a frequency in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Rope:
+    """How Llama 3 slows frequencies down, in the words of its configs. `positions`: of the model before that."""
+
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    positions: float = 8192.0
+
+    def to_json(self) -> JsonObject:
+        return {
+            "rope_type": "llama3", "factor": self.factor, "low_freq_factor": self.low, "high_freq_factor": self.high,
+            "original_max_position_embeddings": round(self.positions),
+        }  # fmt: skip
 
 
 def read_gguf_config(path: Path) -> Any:
@@ -66,27 +82,25 @@ def _rope(
         return {}
     assert theta is not None
     assert width is not None
-    for low, high, positions in _llama3_candidates(values, theta, width):
-        found = {"rope_type": "llama3", "factor": max(values), "low_freq_factor": low, "high_freq_factor": high,
-                 "original_max_position_embeddings": round(positions)}  # fmt: skip
-        expected = llama3_factors(theta, width, max(values), low, high, round(positions))
+    for rope in _llama3_candidates(values, theta, width):
+        expected = llama3_factors(theta, width, rope)
         if all(abs(a - b) <= SAME * b for a, b in zip(values, expected, strict=True)):
-            return found
+            return rope.to_json()
     raise ModelError(
         f"The factors of {path}, rope_freqs.weight, follow no rule that Billhook knows. Give the safetensors folder of "
         "this model instead."
     )
 
 
-def llama3_factors(theta: float, width: int, factor: float, low: float, high: float, positions: float) -> list[float]:
-    """Return by how much Llama 3 slows each frequency of heads of `width` down: from 1, the fast ones, to `factor`.
+def llama3_factors(theta: float, width: int, rope: Llama3Rope) -> list[float]:
+    """Return by how much Llama 3 slows each frequency of heads of `width` down: from 1, the fast ones, to its factor.
 
-    In between 1 / factor is a straight line over the number of turns within `positions`.
+    In between 1 / factor is a straight line over the number of turns within its positions.
     """
     found = []
     for turns in _turns(theta, width):
-        share = min(1.0, max(0.0, (positions * turns - low) / (high - low)))
-        found.append(1 / ((1 - share) / factor + share))
+        share = min(1.0, max(0.0, (rope.positions * turns - rope.low) / (rope.high - rope.low)))
+        found.append(1 / ((1 - share) / rope.factor + share))
     return found
 
 
@@ -95,9 +109,9 @@ def _turns(theta: float, width: int) -> list[float]:
     return [theta ** (-2 * i / width) / 6.283185307179586 for i in range(width // 2)]
 
 
-def _llama3_candidates(values: Sequence[float], theta: float, width: int) -> list[tuple[float, float, float]]:
+def _llama3_candidates(values: Sequence[float], theta: float, width: int) -> list[Llama3Rope]:
     """Return settings that may have made some factors: Llama 3's own, and the line through two factors in between."""
-    most, found = max(values), [LLAMA3]
+    most, found = max(values), [Llama3Rope(max(values))]
     inner = [
         ((1 / value - 1 / most) / (1 - 1 / most), turns)
         for value, turns in zip(values, _turns(theta, width), strict=True)
@@ -108,5 +122,5 @@ def _llama3_candidates(values: Sequence[float], theta: float, width: int) -> lis
         slope = (first - last) / (a - b)
         rise = slope * b - last  # low / (high - low)
         if slope > 0 and rise > 0:
-            found.append((1.0, 1.0 + 1.0 / rise, slope / rise))  # only ratios of the three matter
+            found.append(Llama3Rope(most, 1.0, 1.0 + 1.0 / rise, round(slope / rise)))  # only ratios matter
     return found

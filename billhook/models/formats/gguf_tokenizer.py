@@ -80,8 +80,8 @@ def complete_tokenizer(path: Path, folder: Path) -> None:
         text = _read(folder / "tokenizer.json")
         _write(folder / "tokenizer.json", _byte_level(text, said, path))
     elif said.get("model") == "llama" and {"scores", "token_type"} <= said.keys():
-        there = {each["id"]: each["content"] for each in _read(folder / "tokenizer.json").get("added_tokens", ())}
-        settings["added_tokens_decoder"] = _added(said, there)
+        spelled = {each["id"]: each["content"] for each in _read(folder / "tokenizer.json").get("added_tokens", ())}
+        settings["added_tokens_decoder"] = _added(said, spelled)
         space_prefix = bool(said.get("add_space_prefix", True))
         model = sentencepiece_model(_pieces(said), add_space_prefix=space_prefix)
         (folder / "tokenizer.model").write_bytes(model)
