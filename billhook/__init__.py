@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from billhook.core.results.run import RunResult
     from billhook.methods.export.adapter import load_with_adapter
     from billhook.methods.export.checkpoint import save
+    from billhook.methods.export.hub import push
     from billhook.models.load import Teacher, load
     from billhook.models.pruned_config import register
     from billhook.models.surgery import apply, masked
@@ -77,6 +78,7 @@ __all__ = [
     "masked",
     "measure_speed",
     "prune",
+    "push",
     "register",
     "resume",
     "save",
@@ -119,6 +121,7 @@ _HOMES = {
     "masked": "models.surgery",
     "measure_speed": "api",
     "prune": "api",
+    "push": "methods.export.hub",
     "register": "models.pruned_config",
     "resume": "api",
     "save": "methods.export.checkpoint",

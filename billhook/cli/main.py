@@ -237,6 +237,31 @@ def targets_command(
         face.show(targets(model or "demo", watch=face.watch, **options))
 
 
+@app.command(name="push")
+def push_command(
+    *,
+    folder: Annotated[Path, typer.Argument(help="Folder that `billhook prune` or `billhook export` wrote")],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hugging Face Hub: OWNER/NAME")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository that only its owner sees")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; made from main if missing [default: main]")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Change files that the branch holds, without asking")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and their sizes, and stop")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Upload a checkpoint with its card and exports to the Hugging Face Hub, in one commit."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        from billhook.cli.tables import push_question
+        from billhook.methods.export import hub
+
+        told = hub.push(
+            folder, repo, private=private, revision=revision, yes=yes, dry_run=dry_run,
+            ask=face.asking(push_question), watch=face.watch,
+        )  # fmt: skip
+        face.show(told)
+
+
 for command in COMMANDS:
     app.command(name=command.__name__.removesuffix("_command"))(command)
 

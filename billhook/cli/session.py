@@ -47,6 +47,18 @@ class CommandSession:
         else:
             print_result(value)
 
+    def asking(self, question: Callable[[Any], str]) -> Callable[[Any], bool] | None:
+        """Return what asks yes or no in the terminal, with no as the default; None where nobody is there to answer."""
+        if not all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr)):
+            return None
+
+        def ask(value: Any) -> bool:
+            self._close()
+            print(visible(f"{question(value)} [y/N] "), end="", file=sys.stderr, flush=True)
+            return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+        return ask
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._close()
         if error is None:

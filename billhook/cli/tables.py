@@ -11,7 +11,7 @@ from billhook.cli.session import empty_table, plain_table, prints
 from billhook.core.anatomy import ModelSizes, SiteSize, Unassigned
 from billhook.core.plan import Site
 from billhook.core.registry import MethodInfo
-from billhook.core.results.exports import ExportReport, TargetTable
+from billhook.core.results.exports import ExportReport, PushReport, TargetTable
 from billhook.core.results.json_form import Result, cell_text
 from billhook.core.results.model import (
     BlockScore,
@@ -85,6 +85,28 @@ def targets_table(console: Console, found: TargetTable) -> None:
             console.print(f"{row.target}: no place for {row.reason}.", style="dim", highlight=False)
     unverified = ", ".join(row.target for row in found.targets if not row.verified)
     console.print(f"Billhook runs exports in all of them but {unverified}.", style="dim", highlight=False)
+
+
+@prints(PushReport)
+def push_table(console: Console, report: PushReport) -> None:
+    """Print the files of an upload with their sizes, and where they are."""
+    rows = [[file.path, f"{file.bytes:,}"] for file in report.files]
+    console.print(plain_table(("file", "bytes"), rows))
+    size = f"{len(report.files)} files, {sum(file.bytes for file in report.files) / 1e6:,.1f} MB"
+    if report.url:
+        gone = f"; {len(report.replaced)} replaced, {len(report.deleted)} deleted" if report.replaced else ""
+        console.print(f"{size} in {report.repo} on {report.revision}{gone}: {report.url}", soft_wrap=True)
+    else:
+        console.print(f"{size} for {report.repo} on {report.revision}. Nothing was uploaded.")
+
+
+def push_question(report: PushReport) -> str:
+    """Ask whether an upload may change a branch that holds files."""
+    deleted = f" and delete {', '.join(report.deleted)}" if report.deleted else ""
+    return (
+        f"{report.repo} holds files on {report.revision}. Add {len(report.files) - len(report.replaced)}, replace "
+        f"{len(report.replaced)}{deleted}?"
+    )
 
 
 @prints(Inspection)

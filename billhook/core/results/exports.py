@@ -96,3 +96,34 @@ class TargetTable(Result):
     def rows(self) -> list[JsonObject]:
         """A row a target."""
         return [asdict(target) for target in self.targets]
+
+
+@dataclass(frozen=True, slots=True)
+class PushedFile:
+    """One file of an upload, by its name in the repository."""
+
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True, repr=False)
+class PushReport(Result):
+    """An upload to the Hugging Face Hub: what of a folder goes to a branch of a repository.
+
+    `replaced`, `deleted`: files that were there. `url`: of the commit; empty where nothing was uploaded.
+    """
+
+    kind: ClassVar[str] = "push"
+
+    folder: str
+    repo: str
+    revision: str
+    files: tuple[PushedFile, ...]
+    replaced: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
+    created: bool = False
+    url: str = ""
+
+    def rows(self) -> list[JsonObject]:
+        """A row a file."""
+        return [{"file": each.path, "bytes": each.bytes} for each in self.files]
