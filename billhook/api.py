@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Unpack
 
-from billhook.core.errors import FingerprintError, ResourceError, UsageError, writing
+from billhook.core.errors import FingerprintError, ResourceError, UsageError, option, writing
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.files.target_folder import check_target, named_folder
 from billhook.core.options import EvaluateOptions, PruneOptions, ScoreOptions, shows_options
@@ -40,6 +40,8 @@ from billhook.engine.probe import Probe
 from billhook.methods.evaluate import EVALUATIONS, evaluate_by_name
 from billhook.methods.evaluate import speed as timing
 from billhook.methods.evaluate.perplexity import measure_perplexity
+from billhook.methods.evaluate.runtime_speed import speed_in_runtime
+from billhook.methods.evaluate.served import is_served, served_model
 from billhook.methods.export import EXPORTS
 from billhook.methods.metrics import GROUP_METRICS, METRICS, group_metric_scores, metric_scores
 from billhook.methods.recover import RECOVERIES
@@ -54,7 +56,7 @@ from billhook.runs import show as show
 from billhook.runs.exporting import recipe_for_targets
 from billhook.runs.job import run_environment
 from billhook.runs.pipeline import delete_unfinished, preview_run, run_pruning
-from billhook.runs.prepare import load_teacher, read_calibration, read_held_out
+from billhook.runs.prepare import load_teacher, open_model, read_calibration, read_held_out
 from billhook.runs.recipe import (
     TARGETS,
     CalibrationOptions,
@@ -202,7 +204,7 @@ def evaluate(
     """
     names = dict.fromkeys((evaluations,) if isinstance(evaluations, str) else evaluations)
     recipe = parse_options(EvalOptions, {"model": name_of(model), **options})
-    teacher = load_teacher(recipe, watch, loaded_by_name(model))
+    teacher = open_model(recipe, watch, loaded_by_name(model))
     if protocol is None:
         tokens = read_held_out(recipe, teacher, watch)
     else:
@@ -214,8 +216,11 @@ def evaluate(
         return Evaluation(teacher.name, tokens.info(), protocol, evaluations=estimates)
     memory = recipe.memory_bytes
     result = next(measure_perplexity(teacher, [(Plan(), NO_REPAIR)], tokens, memory=memory, watch=watch))
+    found = Evaluation(teacher.name, tokens.info(), protocol, _estimate(result, recipe.seed))
+    if served_model(teacher) is not None:  # which turns no tokens back into text
+        return found
     bits, word = per_byte_and_word(tokens, teacher.tokenizer, math.fsum(result.sums))
-    return Evaluation(teacher.name, tokens.info(), protocol, _estimate(result, recipe.seed), bits, word)
+    return replace(found, bits_per_byte=bits, word_perplexity=word)
 
 
 def _estimate(result: EvalResult, seed: int) -> Estimate:
@@ -291,11 +296,23 @@ def measure_speed(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    engine: str | None = None,
     protocol: TimingProtocol = TimingProtocol(),  # noqa: B008 - an immutable value
     watch: EventListener = ignore_events,
 ) -> SpeedReport:
-    """Prefill and decode speed and peak memory of one model, or of two timed in turn (A B A B)."""
+    """Prefill and decode speed and peak memory of one model, or of two timed in turn (A B A B).
+
+    `engine`: the runtime that serves both, such as llama.cpp; then models are its files, and device and dtype its own
+    choice. Raises UnknownName, MissingExtra, ModelError, RuntimeFailed where it does not take a file.
+    """
     given = [each for each in (model, other) if each is not None]
+    if engine is not None:
+        if (device, dtype) != ("auto", "auto"):
+            raise UsageError(f"{engine} chooses device and dtype. Leave {option('device')} and {option('dtype')} out.")
+        return speed_in_runtime(engine, [name_of(each) for each in given], protocol, watch)
+    if named := next((str(each) for each in given if is_served(name_of(each))), None):
+        runtime, _, path = named.partition(":")
+        raise UsageError(f"{named} runs in a runtime. Time it there: {option('engine', runtime)}, and the name {path}.")
     teachers = [as_teacher(each, device=device, dtype=dtype, watch=watch) for each in given]
     if large := [teacher.name for teacher in teachers if teacher.weights is not None]:
         raise ResourceError(f"{large[0]} is larger than the memory that is free, so it cannot be timed here.")

@@ -182,6 +182,9 @@ def speed_command(
     prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Decoded tokens per prompt", min=1)] = 32,
     repeats: Annotated[int, typer.Option(help="Counted runs per model", min=2)] = 9,
+    engine: Annotated[
+        str | None, typer.Option(help="Runtime that serves both, such as llama.cpp; models are its files")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -195,7 +198,7 @@ def speed_command(
         from billhook.core.results.measured import TimingProtocol
 
         protocol = TimingProtocol(prompt_tokens, new_tokens, batch, repeats)
-        told = api.measure_speed(model or "demo", other, protocol=protocol, watch=face.watch, **options)
+        told = api.measure_speed(model or "demo", other, engine=engine, protocol=protocol, watch=face.watch, **options)
         face.show(told)
 
 

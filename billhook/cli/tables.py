@@ -160,7 +160,8 @@ def evaluation_table(console: Console, found: Evaluation) -> None:
         f"{found.model}: perplexity {ppl.value:.3f} (95% interval {ppl.low:.3f} to {ppl.high:.3f}; "
         f"{ppl.n} documents of {ppl.clusters} texts, {data.tokens:,} tokens of {data.source})"
     )
-    console.print(f"{found.bits_per_byte:.4f} bits a byte, perplexity of a word {found.word_perplexity:,.2f}")
+    if found.bits_per_byte is not None:
+        console.print(f"{found.bits_per_byte:.4f} bits a byte, perplexity of a word {found.word_perplexity:,.2f}")
     if note := reliability_note(ppl):
         console.print(note, style="dim")
 
@@ -177,21 +178,23 @@ def _evaluations_by_name(console: Console, found: Evaluation) -> None:
 @prints(SpeedReport)
 def speed_table(console: Console, found: SpeedReport) -> None:
     """Print tokens per second and peak memory."""
-    table = empty_table("model", "prefill tok/s", "decode tok/s", "peak memory")
+    cache = ("KV cache",) if found.runtime else ()
+    table = empty_table("model", "prefill tok/s", "decode tok/s", "peak memory", *cache)
     for each in found.models:
         rates = each.rates
         cells = (rates.prefill_tokens_per_s, rates.decode_tokens_per_s)
         peak = f"{rates.peak_bytes / 1e9:.2f} GB" if rates.peak_bytes else "not measured"
-        table.add_row(each.model, *(f"{c.value:.1f} ({c.low:.1f}–{c.high:.1f})" for c in cells), peak)
+        told = [f"{each.kv_bytes / 1e6:,.1f} MB" if each.kv_bytes else "not told" for _ in cache]
+        table.add_row(each.model, *(f"{c.value:.1f} ({c.low:.1f}–{c.high:.1f})" for c in cells), peak, *told)
     console.print(table)
     if found.ratio is not None:
         phases = (("prefill", found.ratio.prefill), ("decode", found.ratio.decode))
         times = (f"{name} ×{r.value:.2f} ({r.low:.2f}–{r.high:.2f})" for name, r in phases)
         console.print(f"The second is faster by: {', '.join(times)}")
-    p = found.protocol
+    p, where = found.protocol, ", ".join(filter(None, (found.runtime, found.environment.machine)))
     console.print(
         f"{p.repeats} runs after a warm-up, batch {p.batch}, {p.prompt_tokens} tokens in, {p.new_tokens} "
-        f"out, {found.environment.machine}; median (95% interval of the median)",
+        f"out, {where}; median (95% interval of the median)",
         style="dim",
     )
 

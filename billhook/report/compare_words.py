@@ -127,7 +127,7 @@ def size_rows(result: Comparison, other: int = 1) -> list[tuple[str, str, str, s
     rows = [
         (label, format_number(first, unit), format_number(second, unit), _percent(second / first))
         for label, first, second, unit in sizes
-        if first
+        if first and second  # 0: not known, of a model in its runtime
     ]
     speed = result.speed[other - 1]
     if speed is None:

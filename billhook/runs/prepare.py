@@ -32,6 +32,7 @@ from billhook.data.texts import SELF, TextSpec, external_sources, split_sources
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.engine.probe import Probe, RacingOptions
+from billhook.methods.evaluate.served import find_artefact, is_served, load_served
 from billhook.methods.export import EXPORTS, form_of
 from billhook.methods.export.serving import limits_of, require_fit
 from billhook.methods.export.targets import Form, limits, narrower, stricter
@@ -50,12 +51,28 @@ NOTHING: Mapping[str, Teacher] = MappingProxyType({})
 LEAST_RECOVERY_TOKENS = 64  # tokens, of which something may be learnt
 
 
+def open_model(options: TextOptions, watch: EventListener, loaded: Mapping[str, Teacher] = NOTHING) -> Teacher:
+    """The model of some options for evaluations: as `load_teacher`, or in the runtime of a name ENGINE:FILE.
+
+    That chooses device, dtype and memory itself.
+    """
+    if options.model in loaded or not is_served(options.model):
+        return load_teacher(options, watch, loaded)
+    check_inputs(options)
+    return load_served(options.model, watch)
+
+
 def load_teacher(recipe: TextOptions, watch: EventListener, loaded: Mapping[str, Teacher] = NOTHING) -> Teacher:
     """The model of some options, loaded as they say, or the one of its name that is `loaded`.
 
     Raises ResourceError for a memory that two blocks fill, and as `check_inputs` before the model is loaded.
     """
     check_inputs(recipe)
+    if recipe.model not in loaded and is_served(recipe.model):
+        raise UsageError(
+            f"{recipe.model} would run in a runtime, where models are evaluated and not changed or looked into. Name "
+            "the checkpoint that was exported."
+        )
     teacher = as_teacher(
         loaded.get(recipe.model, recipe.model), device=recipe.device, dtype=recipe.dtype, memory=recipe.memory_bytes,
         trust_remote_code=recipe.trust_remote_code, watch=watch,

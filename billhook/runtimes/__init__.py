@@ -26,7 +26,6 @@ import numpy.typing as npt
 
 from billhook.core.errors import BillhookError, MissingExtra
 from billhook.core.registry import Entries
-from billhook.models.device import child_environment
 
 Floats = npt.NDArray[np.float32]
 SECONDS = 900.0  # that one answer may take
@@ -93,6 +92,8 @@ class Served:
     """
 
     def __init__(self, name: str, path: Path, *, context: int = 512, threads: int | None = None) -> None:
+        from billhook.models.device import child_environment  # with torch, which the process has no use for
+
         runtime = RUNTIMES[name]
         if not runtime.installed:
             raise MissingExtra(f"Running a model in {name}", runtime.extra)

@@ -35,6 +35,8 @@ from billhook.core.results.specs import CompareSpec, EvalItems, plain_options
 from billhook.data.token_sets import TokenSet, truncate
 from billhook.engine.losses import kl
 from billhook.methods.evaluate import batches, speed, vocabulary_size
+from billhook.methods.evaluate.runtime_speed import time_artefacts
+from billhook.methods.evaluate.served import served_model
 from billhook.models.device import environment, to_float64
 from billhook.models.load import Model, Teacher, loaded_by_name, name_of
 from billhook.runs import require_model
@@ -160,14 +162,19 @@ def _side_by_side(job: EvalContext, models: tuple[Any, Any], tokens: TokenSet) -
 
 
 def _compare_speed(job: EvalContext, a: Teacher, b: Teacher) -> SpeedPair | None:
-    """Speed of both, timed in turn, and peak memory; None where one is streamed."""
-    if a.weights is not None or b.weights is not None:
+    """Speed of both, timed in turn, and peak memory; None where one is streamed, or they run in different software."""
+    served = [served_model(each) for each in (a, b)]
+    artefacts = [each.artefact for each in served if each is not None]
+    if a.weights is not None or b.weights is not None or len({each and each.artefact.engine for each in served}) > 1:
         return None
     protocol = TimingProtocol()
     most = speed.max_positions((a.model, b.model))
     if most is not None and most < protocol.prompt_tokens + protocol.new_tokens:
         protocol = replace(protocol, prompt_tokens=most // 2, new_tokens=most // 2)
-    timings = speed.time_interleaved((a.model, b.model), (a.folder, b.folder), protocol, watch=job.watch)
+    if artefacts:
+        timings = [timing for timing, _ in time_artefacts(artefacts, protocol, watch=job.watch)]
+    else:
+        timings = speed.time_interleaved((a.model, b.model), (a.folder, b.folder), protocol, watch=job.watch)
     ratio, first, other = speed.speed_ratio(*timings), *map(_model_speed, timings)
     return SpeedPair(first, other, ratio.prefill, ratio.decode, **asdict(protocol))
 

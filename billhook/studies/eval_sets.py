@@ -34,12 +34,13 @@ from billhook.data.token_sets import TokenSet
 from billhook.methods.evaluate import evaluate_by_name
 from billhook.methods.evaluate.generation import generate_answers, score_answers
 from billhook.methods.evaluate.multiple_choice import score_choices
+from billhook.methods.evaluate.served import require_here
 from billhook.models.device import environment
 from billhook.models.load import Model, Teacher, loaded_by_name, name_of
 from billhook.models.repair import NO_REPAIR
 from billhook.runs import RUN_ID, evaluation
 from billhook.runs.job import EvalContext
-from billhook.runs.prepare import load_teacher, read_held_out_half
+from billhook.runs.prepare import open_model, read_held_out_half
 from billhook.runs.recipe import EvalOptions, parse_options
 from billhook.runs.store import STORE, Store
 from billhook.studies import lm_harness
@@ -111,7 +112,7 @@ def resolve_model(name: str, store: Store) -> str:
 def load_compared(job: EvalContext, name: str) -> Teacher:
     """Load the model that a name means, as the recipe of the run says."""
     model = name if name in job.loaded else resolve_model(name, job.store)
-    return load_teacher(job.options.model_copy(update={"model": model}), job.watch, job.loaded)
+    return open_model(job.options.model_copy(update={"model": model}), job.watch, job.loaded)
 
 
 def load_eval_sets(
@@ -270,6 +271,7 @@ def read_task(
     a file that is no task, UsageError for shots of a task of the harness from a file.
     """
     if source.startswith(HARNESS):
+        require_here(teacher, source)
         if shots_from:
             raise UsageError(
                 f"{source} brings its own examples. Leave {option('shots_from')} out; {option('shots')} says how many."
@@ -277,6 +279,7 @@ def read_task(
         return EvalSet(source, "harness", limit=items, shots=shots or None)
     given: FewShot | None = (shots_from or source, shots) if shots else None
     if is_generation_task(source):
+        require_here(teacher, source)
         most = getattr(teacher.model.config, "max_position_embeddings", None)
         new = GENERATION_TOKENS if most is None else min(GENERATION_TOKENS, most // 2)
         asking: OptionValues = {"limit_items": items, "seed": seed, "positions": most, "new_tokens": new}

@@ -236,15 +236,19 @@ class Evaluation(Result):
 
 @dataclass(frozen=True, slots=True)
 class ModelRates:
-    """Speed of one model."""
+    """Speed of one model. `kv_bytes`: of the KV cache, where a runtime says them."""
 
     model: str
     rates: Rates
+    kv_bytes: int | None = None
 
 
 @dataclass(frozen=True, repr=False)
 class SpeedReport(Result):
-    """Speed of one model, or of two timed in turn. `ratio`: how many times faster the second is."""
+    """Speed of one model, or of two timed in turn. `ratio`: how many times faster the second is.
+
+    `runtime`: the software that served them, with its release; empty where Billhook ran them with transformers.
+    """
 
     kind: ClassVar[str] = "speed"
 
@@ -252,12 +256,13 @@ class SpeedReport(Result):
     protocol: TimingProtocol
     environment: Environment
     ratio: SpeedRatio | None = None
+    runtime: str = ""
 
     def rows(self) -> list[JsonObject]:
         """A row a model."""
         return [
             {"model": each.model, **estimate_columns("prefill_tokens_per_s", each.rates.prefill_tokens_per_s),
              **estimate_columns("decode_tokens_per_s", each.rates.decode_tokens_per_s),
-             "peak_bytes": each.rates.peak_bytes}
+             "peak_bytes": each.rates.peak_bytes, "kv_bytes": each.kv_bytes}
             for each in self.models
         ]  # fmt: skip

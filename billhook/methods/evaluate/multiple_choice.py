@@ -14,6 +14,7 @@ from billhook.core.results.measured import EvalResult
 from billhook.data.prefixes import Readout, SharingCosts, batch_groups, group_by_prefix, keep_worthwhile, unique_inputs
 from billhook.data.token_sets import Choices, TokenSet
 from billhook.methods.evaluate import evaluation, vocabulary_size
+from billhook.methods.evaluate.served import ServedModel
 from billhook.models.structure import rope_boundary
 from billhook.models.transformers_internals import REPEATABLE_LAYERS, logits_at, new_cache
 
@@ -70,9 +71,12 @@ def log_probabilities(
     """Return the log-probability in nats of each row's choice, given its context.
 
     Shared prefixes are computed once, where the model's cache allows it and `sharing` finds it worthwhile; the head is
-    computed only where it is read. The sums equal those of one forward pass per row, up to rounding.
+    computed only where it is read. The sums equal those of one forward pass per row, up to rounding; a model in a
+    runtime makes one.
     """
     _choices(tokens)
+    if isinstance(model, ServedModel):
+        return model.choice_logprobs(tokens, watch, who)
     most_reads = max(1, CHOICE_LOGITS_BYTES // (4 * vocabulary_size(model)))
     sums, done = [0.0] * len(tokens.lengths), 0
     boundary = rope_boundary(model.config)

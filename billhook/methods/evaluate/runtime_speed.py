@@ -1,0 +1,59 @@
+"""Speed and memory of exported models in the runtime that serves them, timed in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+
+from billhook.core.errors import UsageError, option
+from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.results.measured import Timing, TimingProtocol
+from billhook.core.results.model import ModelRates, SpeedReport
+from billhook.methods.evaluate.served import Artefact, count_vocabulary, find_artefact, open_runtime
+from billhook.methods.evaluate.speed import rates, speed_ratio
+from billhook.models.device import environment
+from billhook.runtimes import RuntimeNumbers
+
+
+def speed_in_runtime(
+    engine: str, names: Sequence[str], protocol: TimingProtocol, watch: EventListener = ignore_events
+) -> SpeedReport:
+    """Return the speed of the files of one or two models in the runtime `engine`. Raises as `find_artefact`."""
+    timed = time_artefacts([find_artefact(f"{engine}:{name}") for name in names], protocol, watch=watch)
+    runtime = f"{engine} {timed[0][1].version}"
+    return SpeedReport(
+        tuple(ModelRates(n, rates(each), told.kv_bytes) for n, (each, told) in zip(names, timed, strict=True)),
+        protocol, environment(runtime), speed_ratio(timed[0][0], timed[1][0]) if len(timed) > 1 else None, runtime,
+    )  # fmt: skip
+
+
+def time_artefacts(
+    artefacts: Sequence[Artefact], protocol: TimingProtocol, seed: int = 0, watch: EventListener = ignore_events
+) -> list[tuple[Timing, RuntimeNumbers]]:
+    """Time each artefact in its runtime, in the order A B A B …, after one warm-up each; with what the runtime says.
+
+    All are open at once, each in a process of its own, whose peak memory counts. Raises UsageError for a batch: a
+    runtime answers one prompt at a time.
+    """
+    if protocol.batch != 1:
+        raise UsageError(f"A runtime is timed with one prompt at a time. Leave {option('batch')} out.")
+    prompt, new = protocol.prompt_tokens, protocol.new_tokens
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_runtime(each, prompt + new)) for each in artefacts]
+        draw = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, min(map(count_vocabulary, opened)), (prompt,), generator=draw).tolist()
+        seconds: list[list[tuple[float, float]]] = [[] for _ in opened]
+        total = (protocol.repeats + 1) * len(opened)
+        for repeat in range(protocol.repeats + 1):
+            for i, served in enumerate(opened):
+                taken = served.time(ids, new)
+                if repeat:
+                    seconds[i].append(taken)
+                watch(Event("speed", repeat * len(opened) + i + 1, total))
+        numbers = [served.numbers() for served in opened]
+    return [
+        (Timing(*map(tuple, zip(*of_one, strict=True)), prompt, new, 1, each.peak_bytes), each)
+        for of_one, each in zip(seconds, numbers, strict=True)
+    ]
