@@ -68,11 +68,8 @@ def load_teacher(recipe: TextOptions, watch: EventListener, loaded: Mapping[str,
     Raises ResourceError for a memory that two blocks fill, and as `check_inputs` before the model is loaded.
     """
     check_inputs(recipe)
-    if recipe.model not in loaded and is_served(recipe.model):
-        raise UsageError(
-            f"{recipe.model} would run in a runtime, where models are evaluated and not changed or looked into. Name "
-            "the checkpoint that was exported."
-        )
+    if recipe.model not in loaded:
+        _require_checkpoint(recipe)
     teacher = as_teacher(
         loaded.get(recipe.model, recipe.model), device=recipe.device, dtype=recipe.dtype, memory=recipe.memory_bytes,
         trust_remote_code=recipe.trust_remote_code, watch=watch,
@@ -86,6 +83,15 @@ def load_teacher(recipe: TextOptions, watch: EventListener, loaded: Mapping[str,
             "or more."
         )
     return teacher
+
+
+def _require_checkpoint(options: TextOptions) -> None:
+    """Raise UsageError for a model that would run in a runtime, where it is measured and nothing else."""
+    if is_served(options.model):
+        raise UsageError(
+            f"{options.model} would run in a runtime, where models are evaluated and not changed or looked into. Name "
+            "the checkpoint that was exported."
+        )
 
 
 def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:

@@ -57,7 +57,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
     items = [{"query": words(4), "choices": [words(2) for _ in range(3)], "gold": draw.randrange(3)} for _ in range(60)]
     (place / "task.jsonl").write_text("\n".join(map(json.dumps, items)))
-    (place / "questions.jsonl").write_text(json.dumps({"question": "w1", "answer": "#### 2"}) + "\n")
+    (place / "questions.jsonl").write_text(json.dumps({"query": "w1", "target": "2"}) + "\n")
     text = tiny.write_texts(place / "texts.jsonl", 60, words=8)
     return Home(
         folder, f"llama.cpp:{tiny_gguf.file(folder, place / 'student.gguf')}",
@@ -106,7 +106,9 @@ def test_choices_have_the_log_probabilities_of_the_checkpoint(home: Home, tmp_pa
     theirs = task_tokens(home.task, ServedTokenizer(model), positions=96)
     assert theirs.hash == tokens.hash
     mine = log_probabilities(teacher.model, tokens)
-    assert log_probabilities(model, theirs) == pytest.approx(mine, abs=0.02)
+    assert log_probabilities(model, theirs) == pytest.approx(
+        mine, abs=0.1
+    )  # nats of 7 tokens and more; a cache of float16
     store = tmp_path / "store.db"
     scores = [billhook.evaluate_tasks(m, [home.task], store=store).scores for m in (home.folder, home.file)]
     assert [(s.score, s.estimate.n) for s in scores[0]] == [(s.score, s.estimate.n) for s in scores[1]]
@@ -228,6 +230,8 @@ def test_every_mistake_is_one_message_that_says_what_to_type(
         (lambda: billhook.evaluate("llama.cpp:no.gguf"), "no file or folder no.gguf. Give what `billhook"),
         (lambda: billhook.evaluate(f"llama.cpp:{tmp_path / 'half.gguf'}"), "half.gguf is no GGUF file"),
         (lambda: billhook.prune(home.file, remove="1sites", store=store), "runtime, where models are evaluated"),
+        (lambda: billhook.sweep(home.file, remove="1sites", store=store), "runtime, where models are evaluated"),
+        (lambda: billhook.score(home.file), "runtime, where models are evaluated and not changed or looked into"),
         (lambda: billhook.evaluate_tasks(home.file, [home.questions], store=store), "runs in llama.cpp, where text"),
         (lambda: billhook.evaluate_tasks(home.file, ["lmeval:piqa"], store=store), "and lmeval:piqa is neither"),
         (lambda: billhook.measure_speed(home.file), f"engine='llama.cpp', and the name {file}"),
@@ -237,3 +241,4 @@ def test_every_mistake_is_one_message_that_says_what_to_type(
     ):  # fmt: skip
         with pytest.raises(BillhookError, match=re.escape(message)):
             call()
+    assert not store.exists() or not [run for run in billhook.list_runs(store) if run.kind in ("prune", "sweep")]
