@@ -216,11 +216,11 @@ def evaluate(
         return Evaluation(teacher.name, tokens.info(), protocol, evaluations=estimates)
     memory = recipe.memory_bytes
     result = next(measure_perplexity(teacher, [(Plan(), NO_REPAIR)], tokens, memory=memory, watch=watch))
-    found = Evaluation(teacher.name, tokens.info(), protocol, _estimate(result, recipe.seed))
+    told = Evaluation(teacher.name, tokens.info(), protocol, _estimate(result, recipe.seed))
     if served_model(teacher) is not None:  # which turns no tokens back into text
-        return found
+        return told
     bits, word = per_byte_and_word(tokens, teacher.tokenizer, math.fsum(result.sums))
-    return replace(found, bits_per_byte=bits, word_perplexity=word)
+    return replace(told, bits_per_byte=bits, word_perplexity=word)
 
 
 def _estimate(result: EvalResult, seed: int) -> Estimate:

@@ -54,6 +54,6 @@ def time_artefacts(
                 watch(Event("speed", repeat * len(opened) + i + 1, total))
         numbers = [served.numbers() for served in opened]
     return [
-        (Timing(*map(tuple, zip(*of_one, strict=True)), prompt, new, 1, each.peak_bytes), each)
+        (Timing(tuple(p for p, _ in of_one), tuple(d for _, d in of_one), prompt, new, 1, each.peak_bytes), each)
         for of_one, each in zip(seconds, numbers, strict=True)
     ]

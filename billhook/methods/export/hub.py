@@ -15,12 +15,10 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 
 from billhook.core.errors import BillhookError, EndpointError, UsageError, either, option
 from billhook.core.events import Event, EventListener, ignore_events
@@ -30,6 +28,7 @@ from billhook.core.results.exports import PushedFile, PushReport
 NEVER = ("report.json", "report.html", "__pycache__", "cache", "*.partial", "*.lock", "*.tmp", "*.log", "*.pyc",
          "*.db", "*.db-*", "*.sqlite*")  # fmt: skip
 MODELS = ("config.json", "*.safetensors", "*.gguf", "*.onnx", "*.xml")  # one of which says that a model is here
+REPOSITORY = re.compile(r"(?!.*(?:--|\.\.|\.git$))(?:[a-z0-9][\w.-]*/)?\w(?:[\w.-]{0,94}\w)?", re.ASCII | re.IGNORECASE)
 SHOWN = 5  # names of files in a message
 HEAD_BYTES = 2**20  # of a file, in which paths of this machine are looked for
 
@@ -167,14 +166,11 @@ class There:
 def repository_name(repo: str) -> str:
     """Return the name of a repository without its address before it. Raises UsageError for what is none."""
     name = re.sub(r"^(https?://)?(huggingface\.co|hf\.co)/(?=.)", "", repo).rstrip("/")
-    try:
-        if not name:
-            raise HFValidationError("it is empty")
-        validate_repo_id(name)
-    except HFValidationError as error:
+    if not REPOSITORY.fullmatch(name):
         raise UsageError(
-            f"{repo!r} is no name of a repository ({str(error).rstrip('.')}). Write OWNER/NAME, such as alice/my-model."
-        ) from error
+            f"{repo!r} is no name of a repository. Write OWNER/NAME of letters, digits, -, _ and ., such as "
+            "alice/my-model."
+        )
     return name
 
 
