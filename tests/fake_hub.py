@@ -38,6 +38,7 @@ class FakeHub:
     repos: dict[str, FakeRepo] = field(default_factory=dict)
     stored: dict[str, bytes] = field(default_factory=dict)  # large files by their sha256
     forbidden: set[str] = field(default_factory=set)
+    broken: bool = False  # takes no large file
     asked: list[str] = field(default_factory=list)
 
     @property
@@ -51,11 +52,14 @@ def answer(hub: FakeHub, method: str, path: str, role: str | None, body: bytes) 
     parts = [unquote(part) for part in path.split("?")[0].strip("/").split("/")]
     repo = "/".join(parts[2:4])
     if method == "PUT" and parts[0] == "stored":
+        if hub.broken:
+            return 507, {"error": "No room"}, {}
         assert hashlib.sha256(body).hexdigest() == parts[1]
         hub.stored[parts[1]] = body
         return 200, {}, {}
     if parts == ["api", "validate-yaml"]:
-        return 200, {"errors": [], "warnings": []}, {}
+        errors = [{"message": '"license" must be a string'}] if "license: 1" in json.loads(body)["content"] else []
+        return (400 if errors else 200), {"errors": errors, "warnings": []}, {}
     if role is None:
         return 401, {"error": "Invalid user token."}, {}
     if parts == ["api", "whoami-v2"]:

@@ -26,7 +26,7 @@ from billhook.core.results.model import (
     WorkEstimate,
 )
 from billhook.core.results.run import RunResult
-from billhook.report.numbers import format_duration, reliability_note, verification_sentence
+from billhook.report.numbers import format_duration, format_number, reliability_note, verification_sentence
 
 
 @prints(Result)
@@ -184,7 +184,7 @@ def speed_table(console: Console, found: SpeedReport) -> None:
         rates = each.rates
         cells = (rates.prefill_tokens_per_s, rates.decode_tokens_per_s)
         peak = f"{rates.peak_bytes / 1e9:.2f} GB" if rates.peak_bytes else "not measured"
-        told = [f"{each.kv_bytes / 1e6:,.1f} MB" if each.kv_bytes else "not told" for _ in cache]
+        told = [format_number(each.kv_bytes, "B") if each.kv_bytes else "not told" for _ in cache]
         table.add_row(each.model, *(f"{c.value:.1f} ({c.low:.1f}–{c.high:.1f})" for c in cells), peak, *told)
     console.print(table)
     if found.ratio is not None:

@@ -173,6 +173,22 @@ def test_addresses_of_repositories_are_names() -> None:
         assert repository_name(name) == name
 
 
+def test_a_card_that_the_hub_refuses_stops_the_upload(run: Path, hub: fake_hub.FakeHub) -> None:
+    (run / "README.md").write_text("---\nlicense: 1\n---\n")
+    with pytest.raises(EndpointError, match=r"refuses a file .*README.md.*must be a string.*Nothing was"):
+        billhook.push(run, "alice/mine")
+    assert not hub.repos["alice/mine"].commits
+
+
+def test_an_upload_that_breaks_off_publishes_nothing(
+    run: Path, hub: fake_hub.FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.broken = True
+    with pytest.raises(EndpointError, match=r"stopped the upload .*507.*type the same again"):
+        billhook.push(run, "alice/mine")
+    assert not hub.repos["alice/mine"].commits
+
+
 @pytest.mark.parametrize("path", ["/data/models/base", "{folder}"])
 def test_paths_of_this_machine_are_not_published(path: str, run: Path) -> None:
     path = path.format(folder=run)

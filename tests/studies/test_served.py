@@ -15,9 +15,10 @@ import pytest
 import tiny
 import tiny_gguf
 import torch
+from typer.testing import CliRunner
 
 import billhook
-from billhook.cli import session
+from billhook.cli import main, session
 from billhook.core.errors import BillhookError
 from billhook.core.events import Event
 from billhook.data.choice_tasks import task_tokens
@@ -192,6 +193,8 @@ def test_speed_is_measured_in_the_runtime_in_turn(home: Home, capsys: pytest.Cap
     told = capsys.readouterr().out
     assert "KV cache" in told
     assert "llama.cpp" in told
+    typed = ["speed", "--engine", "llama.cpp", *names, "--repeats", "2", "--new-tokens", "2", "--quiet"]
+    assert "The second is faster by" in CliRunner().invoke(main.app, typed, env={"COLUMNS": "200"}).output
     assert type(report).from_json(json.loads(json.dumps(report.to_json()))) == report
 
 

@@ -293,11 +293,14 @@ def _asking(hub: HfApi, repo: str, begun: bool = False) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise EndpointError(_refusal(error, repo)) from error
     except Exception as error:  # of the client's own kinds, which differ by its release
+        reason = str(error.__cause__ or error).strip().split("\n")[0][:200]
+        if begun and isinstance(error, ValueError):  # what the Hub says of the card
+            said = " ".join(str(error).split())[:300].rstrip(".")
+            raise EndpointError(f"The Hub refuses a file ({said}). Nothing was published. Change it first.") from error
         away = type(error).__module__.startswith("httpx") or isinstance(error, ConnectionError | TimeoutError)
-        if not (away or begun) or isinstance(error, FileNotFoundError):
+        if not away and not (begun and isinstance(error, RuntimeError)):
             raise
         what = "stopped the upload" if begun else "cannot be reached"
-        reason = str(error.__cause__ or error).strip().split("\n")[0][:200]
         kept = " No file of it is published: type the same again." if begun else ""
         raise EndpointError(
             f"{hub.endpoint} {what} ({type(error).__name__}: {reason}).{kept} Check the network, and HF_ENDPOINT if it "
