@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -41,7 +42,7 @@ from billhook.methods.evaluate import EVALUATIONS, evaluate_by_name
 from billhook.methods.evaluate import speed as timing
 from billhook.methods.evaluate.perplexity import measure_perplexity
 from billhook.methods.evaluate.runtime_speed import speed_in_runtime
-from billhook.methods.evaluate.served import is_served, served_model
+from billhook.methods.evaluate.served import served_model
 from billhook.methods.export import EXPORTS
 from billhook.methods.metrics import GROUP_METRICS, METRICS, group_metric_scores, metric_scores
 from billhook.methods.recover import RECOVERIES
@@ -70,6 +71,7 @@ from billhook.runs.recipe import (
 )
 from billhook.runs.recipes.builtin import BuiltinRecipe, builtin_recipes
 from billhook.runs.store import STORE, Store
+from billhook.runtimes.artefacts import require_checkpoint
 
 
 @shows_options(PruneOptions, Recipe.model_fields)
@@ -310,9 +312,9 @@ def measure_speed(
         if (device, dtype) != ("auto", "auto"):
             raise UsageError(f"{engine} chooses device and dtype. Leave {option('device')} and {option('dtype')} out.")
         return speed_in_runtime(engine, [name_of(each) for each in given], protocol, watch)
-    if named := next((str(each) for each in given if is_served(name_of(each))), None):
-        runtime, _, path = named.partition(":")
-        raise UsageError(f"{named} runs in a runtime. Time it there: {option('engine', runtime)}, and the name {path}.")
+    for each in given:
+        if not isinstance(each, Teacher):
+            require_checkpoint(str(each))
     teachers = [as_teacher(each, device=device, dtype=dtype, watch=watch) for each in given]
     if large := [teacher.name for teacher in teachers if teacher.weights is not None]:
         raise ResourceError(f"{large[0]} is larger than the memory that is free, so it cannot be timed here.")

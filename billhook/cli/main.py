@@ -155,7 +155,7 @@ def eval_command(
         check_options(options, tasks=tasks)
         if tasks and (protocol is not None or {"data", "eval_data"} & set(options)):
             raise UsageError("--tasks are measured in the place of text. Leave --data and --protocol out.")
-        check_places(model, store=store if tasks else None)
+        check_places(model, store=store if tasks else None, served=True)
         from billhook import api
         from billhook.studies import eval_sets
 
@@ -193,7 +193,8 @@ def speed_command(
     """Measure prefill and decode speed and peak memory of one model, or of two in turn (A B A B)."""
     with CommandSession(as_json, quiet, verbose) as face:
         check_options(options)
-        check_places(model, *filter(None, [other]))
+        models = [f"{engine}:{name}" if engine else name for name in (model or "demo", other) if name is not None]
+        check_places(*models, served=engine is not None)
         from billhook import api
         from billhook.core.results.measured import TimingProtocol
 

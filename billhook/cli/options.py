@@ -110,10 +110,11 @@ def check_options(
         check_inputs(recipe, metrics=split_commas(metrics), tasks=split_commas(tasks))
 
 
-def check_places(*models: str | None, store: Path | None = None, out: Path | None = None) -> None:
+def check_places(*models: str | None, store: Path | None = None, out: Path | None = None, served: bool = False) -> None:
     """Raise for a model that is not there, or a folder that cannot be written, before torch is imported.
 
-    `models`: as typed, of which None is the demo. `store`: where runs of the store are models too.
+    `models`: as typed, of which None is the demo. `store`: where runs of the store are models too. `served`: where
+    those in a runtime are.
     """
     from billhook.core.files.target_folder import check_target, named_folder
     from billhook.core.plan_files import find_path
@@ -122,7 +123,7 @@ def check_places(*models: str | None, store: Path | None = None, out: Path | Non
     if out is not None:
         check_target(named_folder(out), find_path(models[0] or "demo") if models else None)
     for model in models:
-        require_model(model or "demo", store)
+        require_model(model or "demo", store, served=served)
 
 
 def command_line(command: str, *words: str, **options: Any) -> str:

@@ -182,7 +182,7 @@ def compare_command(
     with CommandSession(as_json, quiet, verbose) as face:
         margins = typed_margins(margin, ppl_margin)
         check_texts(options, data, tasks)
-        check_places(*models, store=store, out=out)
+        check_places(*models, store=store, out=out, served=True)
         from billhook.studies import compare
 
         found = compare.compare(
@@ -218,10 +218,10 @@ def gate_command(
     with CommandSession(as_json, quiet, verbose) as face:
         margins = typed_margins(margin, ppl_margin)
         check_texts(options, data, tasks)
-        check_places(student, store=store)
+        check_places(student, store=store, served=True)
         from billhook.runs import require_model
 
-        require_model(baseline, store, baseline=True)
+        require_model(baseline, store, baseline=True, served=True)
         from billhook.studies import gate
 
         report = gate.gate(
@@ -261,7 +261,7 @@ def baseline_command(
             raise UsageError("Write `billhook baseline save NAME MODEL`, or `billhook baseline list`.")
         check_texts(options, data, tasks)
         if name is not None:
-            check_places(model, store=store)
+            check_places(model, store=store, served=True)
         from billhook.studies import gate
 
         if name is None:

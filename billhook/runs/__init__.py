@@ -113,13 +113,15 @@ def method_names(family: str) -> set[str]:
     return offered | {name for text in texts for name in pattern.findall(text)}
 
 
-def require_model(name: str, store: Named = None, *, baseline: bool = False) -> None:
+def require_model(name: str, store: Named = None, *, baseline: bool = False, served: bool = False) -> None:
     """Raise where a name is neither a model's nor, with a `store`, that of a run of it.
 
-    `baseline`: it may also be that of a stored baseline. Raises RunError, UsageError, or ModelError as `find_source`.
+    `baseline`: it may also be that of a stored baseline; `served`: ENGINE:FILE, of a model in its runtime. Raises
+    RunError, UsageError, or as `find_source` and `find_artefact`.
     """
     from billhook.models import find_source
     from billhook.runs.store import Store
+    from billhook.runtimes.artefacts import find_artefact, is_served, require_checkpoint
 
     held = find_path(store) if store is not None and find_path(name) is None else None
     if held is not None and (baseline or RUN_ID.fullmatch(name)):
@@ -129,16 +131,22 @@ def require_model(name: str, store: Named = None, *, baseline: bool = False) -> 
             if RUN_ID.fullmatch(name):
                 opened.run(name)
                 return
-    find_source(name)
+    if not served:
+        require_checkpoint(name)
+    if is_served(name):
+        find_artefact(name)
+    else:
+        find_source(name)
 
 
 def load_baseline(store: Store, name: str) -> Baseline | None:
     """A stored baseline; None if the name is a model's. Raises UsageError for a name that is nearly one's."""
     from billhook.core.results.cache_keys import BaselineKey
     from billhook.core.results.comparisons import Baseline
+    from billhook.runtimes.artefacts import is_served
 
     known = store.lookup(BaselineKey("", name))
-    if known is None and find_path(name) is None and "/" not in name and name != "demo":
+    if known is None and find_path(name) is None and "/" not in name and name != "demo" and not is_served(name):
         names = sorted(Baseline.from_stored(value).name for value in store.all_of(BaselineKey))
         if near := nearest(name, names):
             raise UsageError(f"There is no baseline {name!r}. Did you mean {near!r}? Stored: {', '.join(names)}.")

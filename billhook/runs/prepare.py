@@ -32,7 +32,7 @@ from billhook.data.texts import SELF, TextSpec, external_sources, split_sources
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.engine.probe import Probe, RacingOptions
-from billhook.methods.evaluate.served import find_artefact, is_served, load_served
+from billhook.methods.evaluate.served import load_served
 from billhook.methods.export import EXPORTS, form_of
 from billhook.methods.export.serving import limits_of, require_fit
 from billhook.methods.export.targets import Form, limits, narrower, stricter
@@ -45,6 +45,7 @@ from billhook.runs.executor import store_cache
 from billhook.runs.job import RunContext
 from billhook.runs.recipe import CalibrationOptions, EvalOptions, Recipe, TextOptions
 from billhook.runs.search import expected_losses, method_options, search_of
+from billhook.runtimes.artefacts import is_served, require_checkpoint
 
 NOTHING: Mapping[str, Teacher] = MappingProxyType({})
 
@@ -69,7 +70,7 @@ def load_teacher(recipe: TextOptions, watch: EventListener, loaded: Mapping[str,
     """
     check_inputs(recipe)
     if recipe.model not in loaded:
-        _require_checkpoint(recipe)
+        require_checkpoint(recipe.model)
     teacher = as_teacher(
         loaded.get(recipe.model, recipe.model), device=recipe.device, dtype=recipe.dtype, memory=recipe.memory_bytes,
         trust_remote_code=recipe.trust_remote_code, watch=watch,
@@ -83,15 +84,6 @@ def load_teacher(recipe: TextOptions, watch: EventListener, loaded: Mapping[str,
             "or more."
         )
     return teacher
-
-
-def _require_checkpoint(options: TextOptions) -> None:
-    """Raise UsageError for a model that would run in a runtime, where it is measured and nothing else."""
-    if is_served(options.model):
-        raise UsageError(
-            f"{options.model} would run in a runtime, where models are evaluated and not changed or looked into. Name "
-            "the checkpoint that was exported."
-        )
 
 
 def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:

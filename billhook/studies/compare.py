@@ -257,7 +257,7 @@ def compare(
         options=plain_options(options),
     )  # fmt: skip
     for each in set(names[1:]) - loaded_by_name(*models).keys():
-        require_model(each, store)
+        require_model(each, store, served=True)
     with open_run(spec, recipe, Path(store), out, watch, loaded=loaded_by_name(*models)) as job:
         comparison = compare_models(job, names, asked)
         return write_study(comparison, job.out, job.store, job.run)

@@ -70,7 +70,7 @@ def gate(
         options=plain_options(options),
     )
     if name_of(baseline) not in loaded_by_name(student, baseline):
-        require_model(name_of(baseline), store, baseline=True)
+        require_model(name_of(baseline), store, baseline=True, served=True)
     with open_run(spec, recipe, Path(store), NO_FOLDER, watch, loaded=loaded_by_name(student, baseline)) as job:
         stored = load_baseline(job.store, name_of(baseline))
         if stored is not None and (

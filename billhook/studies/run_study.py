@@ -79,7 +79,7 @@ def open_run(
     if out is not None and out != NO_FOLDER:
         check_target(named_folder(out))
     if options.model not in loaded:
-        require_model(options.model, store)
+        require_model(options.model, store, served=not isinstance(options, Recipe))
     where = str(out) if out == NO_FOLDER else str(named_folder(out if out is not None else Path("studies") / "{run}"))
     with begin_run(spec, options.device, store, where) as (opened, run):
         folder = Path(opened.run(run).out)

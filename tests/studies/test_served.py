@@ -23,9 +23,10 @@ from billhook.core.errors import BillhookError
 from billhook.core.events import Event
 from billhook.data.choice_tasks import task_tokens
 from billhook.methods.evaluate.multiple_choice import log_probabilities
-from billhook.methods.evaluate.served import ServedModel, ServedTokenizer, find_artefact, is_served
+from billhook.methods.evaluate.served import ServedModel, ServedTokenizer
 from billhook.report.compare_words import size_rows
 from billhook.runtimes import RUNTIMES, Runtime
+from billhook.runtimes.artefacts import find_artefact, is_served
 
 pytest.importorskip("xllamacpp")
 TEXTS = ("w1 w12, w3.", " two  blanks\n\n1. x", "Käfer 敏捷 🦊", "")
@@ -232,12 +233,12 @@ def test_every_mistake_is_one_message_that_says_what_to_type(
         (lambda: billhook.evaluate("absent:x.gguf"), "pip install 'billhook[llama]'"),
         (lambda: billhook.evaluate("llama.cpp:no.gguf"), "no file or folder no.gguf. Give what `billhook"),
         (lambda: billhook.evaluate(f"llama.cpp:{tmp_path / 'half.gguf'}"), "half.gguf is no GGUF file"),
-        (lambda: billhook.prune(home.file, remove="1sites", store=store), "runtime, where models are evaluated"),
-        (lambda: billhook.sweep(home.file, remove="1sites", store=store), "runtime, where models are evaluated"),
-        (lambda: billhook.score(home.file), "runtime, where models are evaluated and not changed or looked into"),
+        (lambda: billhook.prune(home.file, remove="1sites", store=store), "Name the checkpoint that was exported"),
+        (lambda: billhook.sweep(home.file, remove="1sites", store=store), "Name the checkpoint that was exported"),
+        (lambda: billhook.score(home.file), "Name the checkpoint that was exported"),
         (lambda: billhook.evaluate_tasks(home.file, [home.questions], store=store), "runs in llama.cpp, where text"),
         (lambda: billhook.evaluate_tasks(home.file, ["lmeval:piqa"], store=store), "and lmeval:piqa is neither"),
-        (lambda: billhook.measure_speed(home.file), f"engine='llama.cpp', and the name {file}"),
+        (lambda: billhook.measure_speed(home.file), "and speed with engine='llama.cpp'."),
         (lambda: billhook.measure_speed(file, engine="vlm"), "There is no engine called 'vlm'"),
         (lambda: billhook.measure_speed(file, engine="llama.cpp", device="cpu"), "Leave device= and dtype= out"),
         (lambda: billhook.measure_speed(file, engine="llama.cpp", protocol=once), "Leave batch= out"),

@@ -14,6 +14,7 @@ from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import nll
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate import batches, evaluation
+from billhook.methods.evaluate.served import ServedModel
 from billhook.models.device import to_float64
 from billhook.models.load import Teacher, student_as_teacher
 from billhook.models.repair import NO_REPAIR, Repair
@@ -56,8 +57,12 @@ def measure_perplexity(
 
     All numbers of a run, a study or a comparison come from here, so that equal models get equal ones in every dtype:
     streams are in the compute dtype, logits and their sums in float32 and above. Bare plans share their passes. A
-    repaired student in memory is measured as the teacher that its checkpoint will be.
+    repaired student in memory is measured as the teacher that its checkpoint will be. A model in a runtime is itself
+    the only student.
     """
+    if isinstance(teacher.model, ServedModel):
+        yield perplexity(teacher.model, tokens, watch=watch, who=teacher.name)
+        return
     bare = list(dict.fromkeys(plan for plan, repair in students if repair == NO_REPAIR))
     done = dict(zip(bare, _nats(Probe(teacher, tokens, "nll", memory=memory), bare), strict=True)) if bare else {}
     for plan, repair in students:

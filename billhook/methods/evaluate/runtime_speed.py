@@ -11,10 +11,11 @@ from billhook.core.errors import UsageError, option
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.results.measured import Timing, TimingProtocol
 from billhook.core.results.model import ModelRates, SpeedReport
-from billhook.methods.evaluate.served import Artefact, count_vocabulary, find_artefact, open_runtime
+from billhook.methods.evaluate.served import count_vocabulary, open_runtime
 from billhook.methods.evaluate.speed import rates, speed_ratio
 from billhook.models.device import environment
 from billhook.runtimes import RuntimeNumbers
+from billhook.runtimes.artefacts import Artefact, find_artefact
 
 
 def speed_in_runtime(

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import re
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,69 +12,15 @@ import torch
 from torch import nn
 
 from billhook.core.anatomy import Anatomy, Unassigned
-from billhook.core.errors import MissingExtra, ModelError, UnknownName, UsageError
+from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Plan
-from billhook.core.plan_files import find_path
 from billhook.data.token_sets import TokenSet
 from billhook.models.load import Teacher
-from billhook.models.sources import demo_file
-from billhook.runtimes import RUNTIMES, Served
+from billhook.runtimes import Served
+from billhook.runtimes.artefacts import Artefact, count_parameters, find_artefact, read_positions, run_folder
 
 LEAST_CONTEXT = 512  # tokens that a runtime is opened for
-WEIGHTS = (".gguf", ".safetensors", ".onnx", ".bin", ".xml", ".npz")
-
-
-@dataclass(frozen=True, slots=True)
-class Artefact:
-    """Files of an exported model, and the runtime that serves them. `path`: a file, or a folder."""
-
-    engine: str
-    path: Path
-
-    @property
-    def identity(self) -> str:
-        """16 hex digits of the runtime's release and of every byte of the files."""
-        digest = hashlib.sha256(f"{self.engine} {RUNTIMES[self.engine].version}".encode())
-        for path in self.files():
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()[:16]
-
-    def files(self) -> list[Path]:
-        """List the files, in order."""
-        return [self.path] if self.path.is_file() else sorted(p for p in self.path.rglob("*") if p.is_file())
-
-    @property
-    def bytes(self) -> int:
-        """Size of the weights on disk."""
-        return sum(path.stat().st_size for path in self.files() if path.suffix in WEIGHTS)
-
-
-def is_served(name: str) -> bool:
-    """Return whether a name is `ENGINE:FILE`, and not that of a file or folder itself."""
-    return bool(re.match(r"[A-Za-z][\w.+-]+:[^:/\\]|[A-Za-z][\w.+-]+:/[^/]", name)) and find_path(name) is None
-
-
-def find_artefact(name: str) -> Artefact:
-    """Return what `ENGINE:FILE` names; of a folder that holds one GGUF file and no config.json, that file.
-
-    Raises UnknownName for an engine that there is not, MissingExtra for one that is not installed, ModelError for a
-    missing file.
-    """
-    engine, _, place = name.partition(":")
-    if engine not in RUNTIMES:
-        raise UnknownName("engine", engine, RUNTIMES, " Write ENGINE:FILE, such as llama.cpp:student.gguf.")
-    if not RUNTIMES[engine].installed:
-        raise MissingExtra(f"Running a model in {engine}", RUNTIMES[engine].extra)
-    path = demo_file() if place == "demo" else find_path(place)
-    if path is None:
-        raise ModelError(f"There is no file or folder {place}. Give what `billhook export` wrote for {engine}.")
-    inside = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").exists() else []
-    return Artefact(engine, inside[0] if len(inside) == 1 else path)
-
-
-# -- a model for evaluations ------------------------------------------------------------------------------------------
 
 
 class ServedModel:
@@ -94,7 +35,7 @@ class ServedModel:
 
     def __init__(self, artefact: Artefact) -> None:
         self.artefact = artefact
-        self.config = SimpleNamespace(model_type=artefact.engine, **_positions(artefact.path))
+        self.config = SimpleNamespace(model_type=artefact.engine, **read_positions(artefact.path))
         self._room = 0
         self._served: Served | None = None
         self._vocabulary = 0
@@ -176,10 +117,10 @@ def load_served(name: str, watch: EventListener = ignore_events) -> Teacher:
     artefact = find_artefact(name)
     model = ServedModel(artefact)
     model.opened()
-    rest = Unassigned(_parameters(artefact.path), artefact.bytes, 0)
+    rest = Unassigned(count_parameters(artefact.path), artefact.bytes, 0)
     watch(Event("load", 1, 1, values={"model": name}))
     return Teacher(
-        model, ServedTokenizer(model), name, _run_folder(artefact.path), torch.float32,
+        model, ServedTokenizer(model), name, run_folder(artefact.path), torch.float32,
         Anatomy(artefact.engine, 0, (), rest), (), Plan(), artefact.identity,
     )  # fmt: skip
 
@@ -206,38 +147,3 @@ def open_runtime(artefact: Artefact, room: int) -> Served:
 def count_vocabulary(served: Served) -> int:
     """Return the number of log-probabilities per token."""
     return int(served.logprobs([0]).shape[1])
-
-
-def _run_folder(path: Path) -> Path:
-    """Return the folder that says what a search has seen: the run's, of an export inside it."""
-    folder = path.resolve() if path.is_dir() else path.resolve().parent
-    return folder.parent.parent if folder.parent.name == "exports" else folder
-
-
-def _positions(path: Path) -> dict[str, int]:
-    """Return how many positions the files say that a model has, as a config names them; nothing where they do not."""
-    if path.suffix == ".gguf":
-        fields = _gguf(path).fields
-        found = [field.contents() for name, field in fields.items() if name.endswith(".context_length")]
-    else:
-        config = path / "config.json"
-        raw = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        found = [part.get("max_position_embeddings") for part in (raw, raw.get("text_config") or {})]
-    most = next((value for value in found if isinstance(value, int)), None)
-    return {} if most is None else {"max_position_embeddings": most}
-
-
-def _parameters(path: Path) -> int:
-    """Return the number of parameters of a GGUF file; 0 of other files, which may pack several into one number."""
-    return sum(int(tensor.n_elements) for tensor in _gguf(path).tensors) if path.suffix == ".gguf" else 0
-
-
-def _gguf(path: Path) -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingExtra("Reading a GGUF file", "llama") from error
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise ModelError(f"{path} is no GGUF file that can be read ({error}). Export it again.") from error
