@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from billhook.core.budget import Budget
     from billhook.core.errors import BillhookError
     from billhook.core.events import Event
+    from billhook.core.files.hub import push
     from billhook.core.plan import Plan, Site
     from billhook.core.results.measured import TimingProtocol
     from billhook.core.results.run import RunResult
     from billhook.methods.export.adapter import load_with_adapter
     from billhook.methods.export.checkpoint import save
-    from billhook.methods.export.hub import push
     from billhook.models.load import Teacher, load
     from billhook.models.pruned_config import register
     from billhook.models.surgery import apply, masked
@@ -121,7 +121,7 @@ _HOMES = {
     "masked": "models.surgery",
     "measure_speed": "api",
     "prune": "api",
-    "push": "methods.export.hub",
+    "push": "core.files.hub",
     "register": "models.pruned_config",
     "resume": "api",
     "save": "methods.export.checkpoint",

@@ -257,7 +257,7 @@ def push_command(
     """Upload a checkpoint with its card and exports to the Hugging Face Hub, in one commit."""
     with CommandSession(as_json, quiet, verbose) as face:
         from billhook.cli.tables import push_question
-        from billhook.methods.export import hub
+        from billhook.core.files import hub
 
         told = hub.push(
             folder, repo, private=private, revision=revision, yes=yes, dry_run=dry_run,

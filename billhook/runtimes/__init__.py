@@ -19,15 +19,16 @@ from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, cast
-
-import numpy as np
-import numpy.typing as npt
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from billhook.core.errors import BillhookError, MissingExtra
 from billhook.core.registry import Entries
 
-Floats = npt.NDArray[np.float32]
+if TYPE_CHECKING:  # what a mistake in a name need not wait for
+    import numpy as np
+    import numpy.typing as npt
+
+    Floats = npt.NDArray[np.float32]
 SECONDS = 900.0  # that one answer may take
 
 
@@ -114,7 +115,7 @@ class Served:
 
     def logprobs(self, tokens: Sequence[int]) -> Floats:
         """Return the natural logarithm of the probability of each next token: [time, vocabulary]."""
-        return cast(Floats, self._ask("logprobs", list(tokens)))
+        return cast("Floats", self._ask("logprobs", list(tokens)))
 
     def tokenize(self, text: str) -> list[int]:
         """Return the tokens of a text, with what the model expects before it; special tokens in it are read as such."""

@@ -20,8 +20,8 @@ import billhook
 from billhook.cli import main, session
 from billhook.cli.tables import push_question
 from billhook.core.errors import BillhookError, EndpointError, UsageError
+from billhook.core.files.hub import repository_name
 from billhook.core.results.exports import PushReport
-from billhook.methods.export.hub import repository_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the Hub's own client
 SENT = ["README.md", "billhook.json", "config.json", "exports/gguf/model-f16.gguf", "model.safetensors"]

@@ -10,19 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from typing import TYPE_CHECKING, Any
 
 from billhook.core.errors import BillhookError, EndpointError, UsageError, either, option
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.results.exports import PushedFile, PushReport
+
+if TYPE_CHECKING:  # it takes a second to import, which a mistake need not wait for
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
 # Of one machine: a report names its paths, and the others are made anew. Dot files are left out too.
 NEVER = ("report.json", "report.html", "__pycache__", "cache", "*.partial", "*.lock", "*.tmp", "*.log", "*.pyc",
@@ -65,6 +61,8 @@ def push(
     )
     if dry_run:
         return report
+    from huggingface_hub import HfApi
+
     hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=_token())
     with _asking(hub, name):
         name = _owned(hub, name, str(folder))
@@ -175,6 +173,8 @@ def repository_name(repo: str) -> str:
 
 
 def _token() -> str:
+    from huggingface_hub import get_token
+
     token = get_token()
     if not token:
         raise UsageError(
@@ -210,6 +210,8 @@ def _owned(hub: HfApi, repo: str, folder: str) -> str:
 
 def _look(hub: HfApi, repo: str, revision: str | None) -> There | None:
     """Return what a branch of a repository holds; None where there is no repository."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
     new = False
     try:
         try:
@@ -264,6 +266,8 @@ def _some(names: tuple[str, ...]) -> str:
 
 def _commit(hub: HfApi, root: Path, report: PushReport, there: There | None, *, private: bool) -> str:
     """Make what is missing, upload, and return the address of the commit."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
     if there is None:
         hub.create_repo(report.repo, private=private, exist_ok=True)
     if report.revision != "main" and (there is None or there.new):
@@ -284,6 +288,8 @@ def _commit(hub: HfApi, root: Path, report: PushReport, there: There | None, *, 
 @contextmanager
 def _asking(hub: HfApi, repo: str, begun: bool = False) -> Iterator[None]:
     """Raise EndpointError for what the Hub refuses, or where it cannot be reached. `begun`: an upload may be."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
     try:
         yield
     except BillhookError:
