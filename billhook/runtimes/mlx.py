@@ -13,8 +13,6 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
-from mlx_lm import tokenizer_utils, utils
-from mlx_lm.models import cache
 
 
 class Model:
@@ -24,8 +22,11 @@ class Model:
     """
 
     def __init__(self, path: str, context: int, threads: int) -> None:
+        import mlx_lm  # which imports transformers: a process that serves no model does without
+
+        self._lm: Any = mlx_lm
         self._path = Path(path)
-        self._stored, self._config = utils.load_model(self._path)
+        self._stored, self._config = mlx_lm.utils.load_model(self._path)
         self._exact: Any = None
         self._tokenizer: Any = None
         self._caches: list[Any] = []
@@ -33,12 +34,12 @@ class Model:
     def _float32(self) -> Any:
         """Return the model with its weights in float32, read when it is first asked for."""
         if self._exact is None:
-            self._exact, _ = utils.load_model(self._path, lazy=True)
+            self._exact, _ = self._lm.utils.load_model(self._path, lazy=True)
             self._exact.set_dtype(mx.float32)
         return self._exact
 
     def _forget(self, model: Any) -> None:
-        self._caches = cache.make_prompt_cache(model)
+        self._caches = self._lm.models.cache.make_prompt_cache(model)
 
     def _decode(self, model: Any, tokens: Sequence[int]) -> Any:
         """Return the logits after each of these tokens, which follow those before: [time, vocabulary]."""
@@ -57,7 +58,7 @@ class Model:
 
     def tokenize(self, text: str) -> list[int]:
         if self._tokenizer is None:
-            self._tokenizer = tokenizer_utils.load(self._path, eos_token_ids=self._config.get("eos_token_id"))
+            self._tokenizer = self._lm.tokenizer_utils.load(self._path, eos_token_ids=self._config.get("eos_token_id"))
         return list(map(int, self._tokenizer.encode(text)))
 
     def generate(self, tokens: Sequence[int], count: int) -> list[int]:
