@@ -67,24 +67,33 @@ def export_table(console: Console, report: ExportReport) -> None:
 def targets_table(console: Console, found: TargetTable) -> None:
     """Print what software that serves models can express of a model."""
     console.print(f"{found.model}: {found.type}")
-    table = empty_table("target", "export", "may lack", "mlp widths", "attention widths", "patches")
+    table = empty_table("target", "removes", "mlp widths", "attention widths", "repairs")
     for row in found.targets:
         if row.reason is not None:
-            table.add_row(row.target, "/".join(row.exports), "nothing of it", "", "", "")
+            table.add_row(row.target, "", "", "", "")
             continue
-        lack = {"removed": "single sites", "zeros": "sites, as zeros", "none": "whole blocks"}[row.sites]
-        step = f", steps of {row.mlp_step}" if row.mlp_step > 1 and row.mlps == "any" else ""
-        groups = f": {', '.join(map(str, row.kv_groups))} KV groups" if row.kv_groups else ""
-        patches = " and ".join(name for name, so in (("patches", row.patches), ("biases", row.biases)) if so)
-        table.add_row(
-            row.target, "/".join(row.exports), lack, row.mlps + step, row.attentions + groups, patches or "none"
-        )
+        removes = {"removed": "sites", "zeros": "zeros", "none": "blocks"}[row.sites]
+        step = f", in {row.mlp_step}s" if row.mlp_step > 1 and row.mlps == "any" else ""
+        groups = f", {' '.join(map(str, row.kv_groups))}" if row.kv_groups else ""
+        repairs = " + ".join(name for name, so in (("patches", row.patches), ("biases", row.biases)) if so)
+        table.add_row(row.target, removes, row.mlps + step, row.attentions + groups, repairs or "weights")
     console.print(table)
     for row in found.targets:
         if row.reason is not None:
             console.print(f"{row.target}: no place for {row.reason}.", style="dim", highlight=False)
+    for name, targets in _by_export(found).items():
+        console.print(f"{', '.join(targets)}: billhook export FOLDER --to {name}", style="dim", highlight=False)
     unverified = ", ".join(row.target for row in found.targets if not row.verified)
     console.print(f"Billhook runs exports in all of them but {unverified}.", style="dim", highlight=False)
+
+
+def _by_export(found: TargetTable) -> dict[str, list[str]]:
+    """Return by the most general export of each target the targets that it serves."""
+    served: dict[str, list[str]] = {}
+    for row in found.targets:
+        if row.reason is None:
+            served.setdefault(row.exports[-1], []).append(row.target)
+    return served
 
 
 @prints(PushReport)

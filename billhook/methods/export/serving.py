@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from billhook.core.errors import ModelError, PlanError
@@ -17,6 +17,10 @@ from billhook.models.repair import NO_REPAIR, Repair
 
 # A Hugging Face checkpoint of a stock type, which this software loads by its own code for the type.
 STOCK_TYPE = Form("stock", "none", "alike", "alike", inserts=False, biases=False)
+MLX_TYPES = (  # of which mlx-lm 0.32 has a model
+    *("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "mixtral"),
+    *("olmo2", "stablelm", "cohere", "gpt_oss", "nemotron", "gpt2", "gpt_neox"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class Target:
 
 
 _STOCK_OR_DECI = (Route("transformers", (STOCK_TYPE,)), Route("deci"))
+_MLX = (Route("transformers", (replace(STOCK_TYPE, architectures=MLX_TYPES),)), Route("deci"))
 TARGETS = Entries(
     "target",
     {
@@ -49,7 +54,7 @@ TARGETS = Entries(
         "llama.cpp": Target((Route("gguf"),)),
         "ollama": Target((Route("gguf"),), verified=False),
         "lmstudio": Target((Route("gguf"),), verified=False),
-        "mlx": Target(_STOCK_OR_DECI),
+        "mlx": Target(_MLX),
         "vllm": Target(_STOCK_OR_DECI),
         "sglang": Target(_STOCK_OR_DECI, verified=False),
         "onnx": Target((Route("onnx"),)),
@@ -78,7 +83,9 @@ def table(teacher: Teacher) -> tuple[TargetLimits, ...]:
     rows = []
     for name in TARGETS:
         target = TARGETS[name]
-        exports = tuple(route.export for route in target.routes)
+        exports = tuple(
+            route.export for route in target.routes if any(f.takes(model_type, config) is None for f in route.loaded())
+        )
         found = limits([target.forms()], model_type, config)
         if found is None:
             rows.append(TargetLimits(name, exports, target.verified, _reason(target, model_type, config)))
@@ -120,4 +127,4 @@ def require_fit(names: Sequence[str], teacher: Teacher, plan: Plan, repair: Repa
 def _reason(target: Target, model_type: str, config: Any) -> str | None:
     """Return why a target takes no student of a model; None where it takes some."""
     reasons = [form.takes(model_type, config) for form in target.forms()]
-    return None if None in reasons else reasons[-1]
+    return None if None in reasons else reasons[0]
