@@ -126,5 +126,11 @@ def require_fit(names: Sequence[str], teacher: Teacher, plan: Plan, repair: Repa
 
 def _reason(target: Target, model_type: str, config: Any) -> str | None:
     """Return why a target takes no student of a model; None where it takes some."""
-    reasons = [form.takes(model_type, config) for form in target.forms()]
-    return None if None in reasons else reasons[0]
+    forms = target.forms()
+    if any(form.takes(model_type, config) is None for form in forms):
+        return None
+    knowing = [form for form in forms if form.architectures is None or model_type in form.architectures]
+    if knowing:
+        return knowing[0].takes(model_type, config)
+    every = dict.fromkeys(name for form in forms for name in form.architectures or ())
+    return Form(architectures=tuple(every)).takes(model_type, config)
