@@ -13,9 +13,9 @@ import pytest
 import tiny
 import torch
 
-from billhook.core.errors import BillhookError, MissingExtra, UsageError
+from billhook.core.errors import BillhookError, MissingExtra, PlanError, UsageError
 from billhook.core.plan import Plan, Site
-from billhook.methods.export import Student, export_student
+from billhook.methods.export import EXPORTS, Student, export_student, form_of
 from billhook.models.load import load
 from billhook.models.repair import NO_REPAIR, Patch, Repair
 from billhook.models.surgery import apply
@@ -91,3 +91,12 @@ def test_what_is_missing_is_told_with_what_to_type(name: str, tmp_path: Path, mo
     with pytest.raises(UsageError, match=r"pip install 'transformers>=5\.23'"):
         export_student(name, given, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_graph_was_not_seen_to_agree_is_refused(tmp_path: Path) -> None:
+    teacher = load(tiny.saved(tmp_path / "model", "falcon_alibi"))
+    with pytest.raises(PlanError, match="onnx has no place for positions by ALiBi; take openvino"):
+        form_of("onnx", teacher, Plan())
+    assert form_of("openvino", teacher, Plan()).runtimes == ("openvino",)
+    for name in RUNTIME_OF:
+        assert str(EXPORTS.facts(name)[0].takes("mamba", None)).startswith("models of type mamba; it takes cohere,")
