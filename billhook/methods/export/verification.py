@@ -40,7 +40,7 @@ def verify(name: str, path: Path, student: Student, *, most_kl: float | None = E
     ids: list[int] = rows[0].tolist()
     with torch.inference_mode():
         mine = student.model(input_ids=rows.to(student.model.device), use_cache=False).logits[0].float().cpu()
-    mine = mine.log_softmax(-1)
+    mine = mine.double().log_softmax(-1)
     asked = min(8, len(ids))
     with Served(name, path, context=len(ids) + GENERATED) as served:
         theirs = torch.from_numpy(served.logprobs(ids))[:, : mine.shape[-1]]
