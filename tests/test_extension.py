@@ -365,7 +365,7 @@ def test_an_export_of_another_package_is_used_by_name(answers: dict[str, Answer]
     ("name", "message"),
     [
         ("unlabelled", "The export labelled has no place for a block without its mlp; remove whole blocks, or take "
-         "another export: adapter, gguf, stock, transformers."),
+         "another export: adapter, deci, gguf, onnx, openvino, stock, transformers."),
         ("two exports", "--stock writes the export stock, and --export labelled another. Leave one out."),
         ("no export", "Did you mean 'labelled'?"),
     ],

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from billhook.core.margin import BOUND
-from billhook.core.results.exports import TargetFit
+from billhook.core.results.exports import FaultReason, TargetFit
 from billhook.core.results.measured import WorkPlan
 from billhook.core.results.run import (
     RecoveryReport,
@@ -105,12 +105,22 @@ def run_notes(result: RunResult) -> list[str]:
     return notes + ([_within_in_words(result.within)] if result.within else [])
 
 
+FAULTS: dict[FaultReason, str] = {
+    "model": "this kind of model",
+    "sites": "blocks of which one site is missing: remove whole blocks",
+    "widths": "different widths: narrow all blocks alike, as the recipe billhook-width does",
+    "kv_groups": "this number of KV groups",
+    "patches": "the patches of a recovery: recover by fold",
+    "biases": "the biases of a recovery: recover by fold",
+}
+
+
 def targets_in_words(targets: Sequence[TargetFit], out: str) -> str:
     """Return which software loads a student, through which export, and what keeps the rest from it."""
     taken: dict[str, list[str]] = {}
     refused: dict[str, list[str]] = {}
     for each in targets:
-        kind, key = (taken, each.export) if each.fault is None else (refused, each.fault)
+        kind, key = (taken, each.export) if each.fault is None else (refused, FAULTS[each.fault])
         kind.setdefault(key, []).append(each.target)
     here = ", ".join(taken.pop("transformers", []))
     sentences = [f"{here} load it as it is."] if here else []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
+
+from billhook.runtimes.memory import peak_resident
 
 
 class GraphModel(ABC):
@@ -75,5 +75,4 @@ class GraphModel(ABC):
 
     def numbers(self) -> tuple[int | None, int | None, int | None]:
         """Bytes of the files with the weights, of the KV cache after the last answer, and of the peak of memory."""
-        unit = 1 if sys.platform == "darwin" else 1024
-        return self._weights, self._kv_bytes() or None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return self._weights, self._kv_bytes() or None, peak_resident()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from billhook.runtimes.memory import peak_resident
 
 MOST_AT_ONCE = 512  # tokens that one call decodes
 
@@ -165,6 +166,5 @@ class Model:
         """Bytes of weights, of the KV cache as the log says them, and at the peak of this process."""
         text = "".join(self._said)
         told = re.findall(r"KV buffer size\s*=\s*([0-9.]+) MiB", text)
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peak = peak_resident()
         return int(self._api.llama_model_size(self._model)), int(sum(map(float, told)) * 2**20) if told else None, peak

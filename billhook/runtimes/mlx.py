@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +11,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
+
+from billhook.runtimes.memory import peak_resident
 
 
 class Model:
@@ -83,5 +83,4 @@ class Model:
         leaves: Any = tree_flatten(self._stored.parameters())
         weights = sum(int(tensor.nbytes) for _, tensor in leaves)
         kv = sum(int(each.nbytes) for each in self._caches)
-        unit = 1 if sys.platform == "darwin" else 1024
-        return weights, kv or None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return weights, kv or None, peak_resident()

@@ -6,8 +6,6 @@ It gives log-probabilities as lists of Python numbers, a vocabulary for each tok
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from billhook.runtimes.memory import peak_resident
 
 SETTINGS = {  # of the environment, which vLLM reads while it is imported
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -69,8 +69,7 @@ class Model:
 
     def numbers(self) -> tuple[int | None, int | None, int | None]:
         """Bytes at the peak of this process; vLLM takes a KV cache of a fixed size, so it says nothing of the rest."""
-        unit = 1 if sys.platform == "darwin" else 1024
-        return None, None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return None, None, peak_resident()
 
 
 def _has_tokenizer(path: str) -> bool:

@@ -88,7 +88,7 @@ def _model_folder(folder: Path) -> Path:
         what = "is a file. Give the folder that it is in" if folder.is_file() else "is not there. Give a folder"
         raise UsageError(f"{folder} {what}, which `billhook prune` or `billhook export` wrote.")
     if folder.resolve().name.endswith(".partial"):
-        raise UsageError(f"{folder} is not finished. Finish it first: billhook prune --resume")
+        raise UsageError(f"{folder} is not finished. Finish it first, by billhook prune with the option resume")
     if not any(fnmatch(path.name, pattern) for path in folder.iterdir() for pattern in MODELS):
         raise UsageError(f"{folder} holds no model. Give the folder that `billhook prune` or `billhook export` wrote.")
     return folder.resolve()
@@ -194,7 +194,7 @@ def _owned(hub: HfApi, repo: str, folder: str) -> str:
     if role == "read":
         raise EndpointError(
             f"The token of {me} may only read. Make one that may write, at https://huggingface.co/settings/tokens, "
-            "then type: hf auth login --force, or export HF_TOKEN=…"
+            "then type: hf auth login, or export HF_TOKEN=…"
         )
     repo = repo if "/" in repo else f"{me}/{repo}"
     owners = [me, *(str(each["name"]) for each in about.get("orgs", ()))]
@@ -203,7 +203,7 @@ def _owned(hub: HfApi, repo: str, folder: str) -> str:
         again = either(f"billhook.push({folder!r}, {mine!r})", f"billhook push {folder} {mine}")
         raise EndpointError(
             f"{repo} is not yours: the token is that of {', '.join(owners)}. Type {again}, or log in as its owner with "
-            "hf auth login --force."
+            "hf auth login."
         )
     return repo
 
@@ -319,7 +319,7 @@ def _refusal(error: HfHubHTTPError, repo: str) -> str:
     code = error.response.status_code
     words = (error.server_message or str(error).strip().split("\n")[0])[:200].rstrip(".")
     if code == 401:
-        advice = "The token is wrong or has expired. Type: hf auth login --force, or export HF_TOKEN=…"
+        advice = "The token is wrong or has expired. Type: hf auth login, or export HF_TOKEN=…"
     elif code in (403, 404):
         advice = (
             f"The token may not write to {repo}. Choose a repository of your own, or make a token that may write to "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from billhook.core.results.json_form import JsonObject, Result
 
@@ -48,16 +48,20 @@ class ExportReport(Result):
         return [{"file": file} for file in self.files]
 
 
+FaultReason = Literal["model", "sites", "widths", "kv_groups", "patches", "biases"]
+
+
 @dataclass(frozen=True, slots=True)
 class TargetFit:
     """Whether software that serves models takes a student: by the export `export`, or not because of `fault`.
 
-    `verified`: whether Billhook runs exports in it.
+    `fault`: the kind of model, blocks of which a site is missing, widths, a number of KV groups, or what a recovery
+    added. `verified`: whether Billhook runs exports in it.
     """
 
     target: str
     export: str
-    fault: str | None
+    fault: FaultReason | None
     verified: bool
 
 

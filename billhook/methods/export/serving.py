@@ -11,7 +11,7 @@ from billhook.core.plan import Plan
 from billhook.core.registry import Entries
 from billhook.core.results.exports import TargetFit, TargetLimits
 from billhook.methods.export import EXPORTS
-from billhook.methods.export.targets import Form, StudentShape, limits, student_shape
+from billhook.methods.export.targets import Fault, Form, StudentShape, limits, student_shape
 from billhook.models.load import Teacher
 from billhook.models.repair import NO_REPAIR, Repair
 
@@ -97,30 +97,32 @@ def table(teacher: Teacher) -> tuple[TargetLimits, ...]:
     return tuple(rows)
 
 
-def fit(name: str, shape: StudentShape) -> TargetFit:
+def fit(name: str, shape: StudentShape) -> tuple[str, Fault | None]:
     """Return by which export a target loads a student, or what keeps it from that."""
-    target = TARGETS[name]
-    faults: list[str] = []
-    for route in target.routes:
+    faults: list[tuple[str, Fault | None]] = []
+    for route in TARGETS[name].routes:
         for form in route.loaded():
-            fault = form.fault(shape)
-            if fault is None:
-                return TargetFit(name, route.export, None, target.verified)
-            faults.append(fault)
-    return TargetFit(name, target.routes[-1].export, faults[-1], target.verified)
+            faults.append((route.export, form.fault(shape)))
+            if faults[-1][1] is None:
+                return faults[-1]
+    return faults[-1]
 
 
 def fits(teacher: Teacher, plan: Plan, repair: Repair = NO_REPAIR) -> tuple[TargetFit, ...]:
     """Return of every target how it takes a student."""
     shape = student_shape(teacher, plan, repair)
-    return tuple(fit(name, shape) for name in TARGETS)
+    found = {name: fit(name, shape) for name in TARGETS}
+    return tuple(
+        TargetFit(name, by, fault.reason if fault else None, TARGETS[name].verified)
+        for name, (by, fault) in found.items()
+    )
 
 
 def require_fit(names: Sequence[str], teacher: Teacher, plan: Plan, repair: Repair = NO_REPAIR) -> None:
     """Raise PlanError where one of the targets cannot express a plan and its repair, with what would be allowed."""
     shape = student_shape(teacher, plan, repair)
     for name in names:
-        if (fault := fit(name, shape).fault) is not None:
+        if (fault := fit(name, shape)[1]) is not None:
             raise PlanError(f"The target {name} has no place for {fault}.")
 
 

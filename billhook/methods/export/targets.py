@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from billhook.core.errors import PlanError
 from billhook.core.plan import PARTS, Part, Plan, Site
+from billhook.core.results.exports import FaultReason
 from billhook.models.load import Teacher
 from billhook.models.pruned_config import stock_shape
 from billhook.models.repair import NO_REPAIR, Repair
@@ -25,6 +26,17 @@ def _every(config: Any) -> str | None:
 
 def _any_count(config: Any) -> tuple[int, ...]:
     return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What of a student has no place in a form: its kind, and in words, with what would be allowed."""
+
+    reason: FaultReason
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,25 +75,26 @@ class Form:
     def widths(self, part: Part) -> Widths:
         return self.mlp_widths if part == "mlp" else self.attention_widths
 
-    def fault(self, shape: StudentShape) -> str | None:
+    def fault(self, shape: StudentShape) -> Fault | None:
         """Return what of a student has no place in this form, and what would be allowed; None if all has."""
         if (reason := self.takes(shape.model_type, shape.config)) is not None:
-            return reason
+            return Fault("model", reason)
         if self.sites == "none" and shape.single:
-            return f"a block without its {shape.single[0].part}; remove whole blocks"
+            return Fault("sites", f"a block without its {shape.single[0].part}; remove whole blocks")
         for part in PARTS:
             found, most = shape.widths(part), self.widths(part)
             if most == "none" and found != "whole":
-                return f"a width of its own for {part}s; remove sites or blocks"
+                return Fault("widths", f"a width of its own for {part}s; remove sites or blocks")
             if most == "alike" and found == "own":
-                return f"{part}s of different widths; narrow all of them alike, or remove whole ones"
+                return Fault("widths", f"{part}s of different widths; narrow all of them alike, or remove whole ones")
         counts = self.attention_counts(shape.config)
         if counts and (odd := sorted(set(shape.kv_groups) - set(counts))):
-            return f"an attention of {odd[0]} KV groups; keep {', '.join(map(str, counts))}"
+            return Fault("kv_groups", f"an attention of {odd[0]} KV groups; keep {', '.join(map(str, counts))}")
         if not self.inserts and (shape.patches or (shape.constants and not self.constants)):
-            return "what a repair puts in the place of a site; recover by fold alone"
+            return Fault("patches", "what a repair puts in the place of a site; recover by fold alone")
         if not self.biases and shape.biases:
-            return f"a bias of the output of {shape.biases[0]}, which a recovery added; leave that recovery out"
+            text = f"a bias of the output of {shape.biases[0]}, which a recovery added; leave that recovery out"
+            return Fault("biases", text)
         return None
 
 
