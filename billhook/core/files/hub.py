@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # it takes a second to import, which a mistake need not wait 
 NEVER = ("report.json", "report.html", "__pycache__", "cache", "*.partial", "*.lock", "*.tmp", "*.log", "*.pyc",
          "*.db", "*.db-*", "*.sqlite*")  # fmt: skip
 MODELS = ("config.json", "*.safetensors", "*.gguf", "*.onnx", "*.xml")  # one of which says that a model is here
+RELOGIN = "hf auth login --force"  # a command of huggingface_hub
 REPOSITORY = re.compile(r"(?!.*(?:--|\.\.|\.git$))(?:[a-z0-9][\w.-]*/)?\w(?:[\w.-]{0,94}\w)?", re.ASCII | re.IGNORECASE)
 SHOWN = 5  # names of files in a message
 HEAD_BYTES = 2**20  # of a file, in which paths of this machine are looked for
@@ -194,7 +195,7 @@ def _owned(hub: HfApi, repo: str, folder: str) -> str:
     if role == "read":
         raise EndpointError(
             f"The token of {me} may only read. Make one that may write, at https://huggingface.co/settings/tokens, "
-            "then type: hf auth login, or export HF_TOKEN=…"
+            f"then type: {RELOGIN}, or export HF_TOKEN=…"
         )
     repo = repo if "/" in repo else f"{me}/{repo}"
     owners = [me, *(str(each["name"]) for each in about.get("orgs", ()))]
@@ -203,7 +204,7 @@ def _owned(hub: HfApi, repo: str, folder: str) -> str:
         again = either(f"billhook.push({folder!r}, {mine!r})", f"billhook push {folder} {mine}")
         raise EndpointError(
             f"{repo} is not yours: the token is that of {', '.join(owners)}. Type {again}, or log in as its owner with "
-            "hf auth login."
+            f"{RELOGIN}."
         )
     return repo
 
@@ -319,7 +320,7 @@ def _refusal(error: HfHubHTTPError, repo: str) -> str:
     code = error.response.status_code
     words = (error.server_message or str(error).strip().split("\n")[0])[:200].rstrip(".")
     if code == 401:
-        advice = "The token is wrong or has expired. Type: hf auth login, or export HF_TOKEN=…"
+        advice = f"The token is wrong or has expired. Type: {RELOGIN}, or export HF_TOKEN=…"
     elif code in (403, 404):
         advice = (
             f"The token may not write to {repo}. Choose a repository of your own, or make a token that may write to "
