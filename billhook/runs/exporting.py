@@ -14,7 +14,7 @@ from billhook.core.errors import ResourceError, UsageError, option, writing
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.files.target_folder import check_target, named_folder, publish, staging_folder
 from billhook.core.plan import Plan
-from billhook.core.registry import OptionValues, resolve_options
+from billhook.core.registry import OptionValues, resolve_options, split_names
 from billhook.core.results.exports import ExportReport, TargetTable
 from billhook.methods.export import EXPORTS, Exported, Student, export_student, form_of
 from billhook.methods.export.serving import limits_of, table
@@ -64,7 +64,7 @@ def recipe_for_targets(chosen: Path, model: Model, options: Mapping[str, Any]) -
     whole blocks. Raises UnknownName, ModelError for a target that takes no student of the model.
     """
     teacher = as_teacher(model, memory=0, trust_remote_code=bool(options.get("trust_remote_code")))
-    most = limits_of([name.strip() for name in str(options["target"]).split(",") if name.strip()], teacher)
+    most = limits_of(split_names(str(options["target"])), teacher)
     if chosen.name == "billhook" and (most.sites, most.mlp_widths) != ("removed", "any"):
         return Path("billhook-width" if most.mlp_widths != "none" else "billhook-depth")
     return chosen

@@ -19,7 +19,7 @@ from billhook.core.events import EventListener
 from billhook.core.files.target_folder import check_target, publish, staging_folder
 from billhook.core.plan import Plan
 from billhook.core.plan_files import find_path
-from billhook.core.registry import options, split_names
+from billhook.core.registry import options
 from billhook.core.results.model import ExpectedSeconds, MemoryUse, WorkEstimate
 from billhook.core.results.run import Answer, RunData, RunResult
 from billhook.core.results.stored import Run
@@ -29,7 +29,7 @@ from billhook.data.splits import disjoint_parts, halves
 from billhook.data.texts import SELF, external_sources, split_sources
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
-from billhook.methods.export import Student, arranged, export_student
+from billhook.methods.export import Student, export_student
 from billhook.methods.search import SEARCHES
 from billhook.models.device import free_memory
 from billhook.models.load import Teacher
@@ -228,7 +228,7 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
         whole = Student(student, teacher, plan, probe_row, repair, got.base, got.adapter, watch=job.watch)
         export_student(recipe.writes if got.adapter is None else "adapter", whole, aside)
         probed = replace(whole, tokens=probe_tokens(teacher))
-        beside = tuple(export_beside(name, probed, aside) for name in arranged(split_names(recipe.export))[1])
+        beside = tuple(export_beside(name, probed, aside) for name in recipe.writes_beside)
     with job.stage("speed"):
         timing = partial(evaluation.compare_speed, job, teacher, student, (plan, repair), aside)
         timed = None if streamed else evaluation.courtesy(job, "speed", timing, None)

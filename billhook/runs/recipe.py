@@ -207,6 +207,13 @@ class Recipe(CalibrationOptions, EvalOptions):
         return "stock" if self.stock else arranged(split_names(self.export))[0]
 
     @property
+    def writes_beside(self) -> tuple[str, ...]:
+        """The names of the exports that stand beside the checkpoint."""
+        from billhook.methods.export import arranged
+
+        return arranged(split_names(self.export))[1]
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """The names of the software that has to load the student."""
         return split_names(self.target)
@@ -214,12 +221,12 @@ class Recipe(CalibrationOptions, EvalOptions):
     @property
     def recoveries(self) -> tuple[str, ...]:
         """The names of the recoveries, in order."""
-        return tuple(name.strip().removesuffix("?") for name in self.recover.split(",") if name.strip())
+        return tuple(name.removesuffix("?") for name in split_names(self.recover))
 
     @property
     def optional_recoveries(self) -> frozenset[str]:
         """Those with a question mark behind their name: left out where the model has no place for them."""
-        return frozenset(n.strip().removesuffix("?") for n in self.recover.split(",") if n.strip().endswith("?"))
+        return frozenset(name.removesuffix("?") for name in split_names(self.recover) if name.endswith("?"))
 
     @property
     def budgets(self) -> tuple[Budget, ...]:

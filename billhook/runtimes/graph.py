@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from billhook.runtimes.log_softmax import log_softmax
 from billhook.runtimes.memory import peak_resident
 
 
@@ -47,10 +48,7 @@ class GraphModel(ABC):
     def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Of each next token: [time, vocabulary]."""
         self._forget()
-        logits = np.array(self._step(tokens), dtype=np.float64)
-        logits -= logits.max(-1, keepdims=True)
-        found: npt.NDArray[np.float32] = (logits - np.log(np.exp(logits).sum(-1, keepdims=True))).astype(np.float32)
-        return found
+        return log_softmax(np.asarray(self._step(tokens)))
 
     def tokenize(self, text: str) -> list[int]:
         found: list[int] = Tokenizer.from_file(str(self._tokenizer)).encode(text).ids

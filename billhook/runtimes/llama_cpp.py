@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from billhook.runtimes.log_softmax import log_softmax
 from billhook.runtimes.memory import peak_resident
 
 MOST_AT_ONCE = 512  # tokens that one call decodes
@@ -131,11 +132,7 @@ class Model:
     def logprobs(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Of each next token: [time, vocabulary]."""
         self._forget()
-        logits = np.stack(self._decode(tokens, 0, every=True))
-        logits -= logits.max(-1, keepdims=True)
-        sums = np.log(np.exp(logits).sum(-1, keepdims=True, dtype=np.float64))
-        found: npt.NDArray[np.float32] = (logits - sums).astype(np.float32)
-        return found
+        return log_softmax(np.stack(self._decode(tokens, 0, every=True)))
 
     def tokenize(self, text: str) -> list[int]:
         raw = text.encode()

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 
+from billhook.runtimes.log_softmax import log_softmax
 from billhook.runtimes.memory import peak_resident
 
 
@@ -51,10 +52,7 @@ class Model:
         """Of each next token: [time, vocabulary]."""
         model = self._float32()
         self._forget(model)
-        logits = np.array(self._decode(model, tokens).astype(mx.float32), dtype=np.float64)
-        logits -= logits.max(-1, keepdims=True)
-        found: npt.NDArray[np.float32] = (logits - np.log(np.exp(logits).sum(-1, keepdims=True))).astype(np.float32)
-        return found
+        return log_softmax(np.array(self._decode(model, tokens).astype(mx.float32)))
 
     def tokenize(self, text: str) -> list[int]:
         if self._tokenizer is None:
