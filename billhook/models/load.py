@@ -194,6 +194,18 @@ def student_as_teacher(teacher: Teacher, student: Any) -> Teacher:
     )
 
 
+def model_config(model: Model, *, trust_remote_code: bool = False, watch: EventListener = ignore_events) -> Any:
+    """Return the config of a model that can be pruned; no weights are read. Raises ModelError as `load`."""
+    if isinstance(model, Teacher):
+        return model.model.config
+    folder = locate(str(model), watch)
+    checks.inspect_checkpoint(folder, trust_remote_code)
+    register()
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    architectures.architecture_of(config)
+    return config
+
+
 def as_teacher(
     model: Model,
     *,

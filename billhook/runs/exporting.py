@@ -19,7 +19,8 @@ from billhook.core.results.exports import ExportReport, TargetTable
 from billhook.methods.export import EXPORTS, Exported, Student, export_student, form_of
 from billhook.methods.export.serving import limits_of, table
 from billhook.methods.export.verification import PROBE_TEXTS, require_runtime
-from billhook.models.load import Model, Teacher, as_teacher, name_of
+from billhook.models.architectures import base_type
+from billhook.models.load import Model, Teacher, as_teacher, model_config, name_of
 
 PROBE_TOKENS = 192  # on which an export and its student are compared
 
@@ -53,8 +54,8 @@ def targets(
     model: Model = "demo", *, trust_remote_code: bool = False, watch: EventListener = ignore_events
 ) -> TargetTable:
     """Return what every target, software that serves models, can express of a model."""
-    teacher = as_teacher(model, memory=0, trust_remote_code=trust_remote_code, watch=watch)
-    return TargetTable(teacher.name, teacher.anatomy.model_type, table(teacher))
+    config = model_config(model, trust_remote_code=trust_remote_code, watch=watch)
+    return TargetTable(name_of(model), base_type(config.model_type), table(config))
 
 
 def recipe_for_targets(chosen: Path, model: Model, options: Mapping[str, Any]) -> Path:
@@ -63,8 +64,8 @@ def recipe_for_targets(chosen: Path, model: Model, options: Mapping[str, Any]) -
     Where no site may have a width of its own, it narrows all of them alike; where none may be narrowed, it removes
     whole blocks. Raises UnknownName, ModelError for a target that takes no student of the model.
     """
-    teacher = as_teacher(model, memory=0, trust_remote_code=bool(options.get("trust_remote_code")))
-    most = limits_of(split_names(str(options["target"])), teacher)
+    config = model_config(model, trust_remote_code=bool(options.get("trust_remote_code")))
+    most = limits_of(split_names(str(options["target"])), config)
     if chosen.name == "billhook" and (most.sites, most.mlp_widths) != ("removed", "any"):
         return Path("billhook-width" if most.mlp_widths != "none" else "billhook-depth")
     return chosen

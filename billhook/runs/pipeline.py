@@ -42,6 +42,7 @@ from billhook.runs.prepare import (
     NOTHING,
     calibration_spec,
     counts_time,
+    exports_beside,
     load_teacher,
     probe_of,
     problem_of,
@@ -228,7 +229,7 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
         whole = Student(student, teacher, plan, probe_row, repair, got.base, got.adapter, watch=job.watch)
         export_student(recipe.writes if got.adapter is None else "adapter", whole, aside)
         probed = replace(whole, tokens=probe_tokens(teacher))
-        beside = tuple(export_beside(name, probed, aside) for name in recipe.writes_beside)
+        beside = tuple(export_beside(name, probed, aside) for name in exports_beside(recipe))
     with job.stage("speed"):
         timing = partial(evaluation.compare_speed, job, teacher, student, (plan, repair), aside)
         timed = None if streamed else evaluation.courtesy(job, "speed", timing, None)

@@ -16,7 +16,7 @@ from billhook.core.margin import Margin
 from billhook.core.plan import Plan
 from billhook.core.plan_files import read_plan
 from billhook.core.problem import Problem, parse_protection
-from billhook.core.registry import OptionValues
+from billhook.core.registry import OptionValues, split_names
 from billhook.core.results.cache_keys import GeneratedKey
 from billhook.data.calibration import (
     calibration_tokens,
@@ -33,7 +33,7 @@ from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.engine.probe import Probe, RacingOptions
 from billhook.methods.evaluate.served import load_served
-from billhook.methods.export import EXPORTS, form_of
+from billhook.methods.export import EXPORTS, arranged, form_of
 from billhook.methods.export.serving import limits_of, require_fit
 from billhook.methods.export.targets import Form, limits, narrower, stricter
 from billhook.methods.recover import RECOVERIES, adds
@@ -90,7 +90,7 @@ def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:
     """The plan that a recipe gives, if it gives one. Raises UsageError before anything is computed."""
     parse_loss(recipe.loss)
     method_options(recipe)
-    for name in (recipe.writes, *recipe.writes_beside):
+    for name in (recipe.writes, *exports_beside(recipe)):
         form_of(name, teacher, Plan())
     require_recoveries(recipe, teacher)
     protected = parse_protection(recipe.protect, teacher.anatomy)
@@ -108,7 +108,7 @@ def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:
         if plan.narrowed and recipe.stock:
             raise PlanError(f"{option('stock', True)} has no place for sites that become narrower. Leave it out.")
         require_fit(recipe.targets, teacher, plan)
-        for name in recipe.writes_beside:
+        for name in exports_beside(recipe):
             form_of(name, teacher, plan)
         return teacher.anatomy.check(plan, protected)
     check_search(recipe, teacher)
@@ -169,11 +169,16 @@ def problem_of(recipe: Recipe, teacher: Teacher, anatomy: Anatomy, budgets: tupl
     return Problem(anatomy, budgets, protected, recipe.seed, blocks_only=most.sites == "none").check()
 
 
+def exports_beside(recipe: Recipe) -> tuple[str, ...]:
+    """The names of the exports of a recipe that stand beside its checkpoint."""
+    return arranged(split_names(recipe.export))[1]
+
+
 def limits_of_recipe(recipe: Recipe, teacher: Teacher) -> Form:
     """What the targets of a recipe, and its export, can express of a model."""
-    forms = [EXPORTS.facts(name) for name in (recipe.writes, *recipe.writes_beside)]
+    forms = [EXPORTS.facts(name) for name in (recipe.writes, *exports_beside(recipe))]
     own = limits(forms, teacher.anatomy.model_type, teacher.model.config) or Form()
-    return narrower(own, limits_of(recipe.targets, teacher)) if recipe.targets else own
+    return narrower(own, limits_of(recipe.targets, teacher.model.config)) if recipe.targets else own
 
 
 def require_recoveries(recipe: Recipe, teacher: Teacher) -> None:

@@ -207,13 +207,6 @@ class Recipe(CalibrationOptions, EvalOptions):
         return "stock" if self.stock else arranged(split_names(self.export))[0]
 
     @property
-    def writes_beside(self) -> tuple[str, ...]:
-        """The names of the exports that stand beside the checkpoint."""
-        from billhook.methods.export import arranged
-
-        return arranged(split_names(self.export))[1]
-
-    @property
     def targets(self) -> tuple[str, ...]:
         """The names of the software that has to load the student."""
         return split_names(self.target)

@@ -12,6 +12,7 @@ from billhook.core.registry import Entries
 from billhook.core.results.exports import TargetFit, TargetLimits
 from billhook.methods.export import EXPORTS
 from billhook.methods.export.targets import Fault, Form, StudentShape, limits, student_shape
+from billhook.models.architectures import base_type
 from billhook.models.load import Teacher
 from billhook.models.repair import NO_REPAIR, Repair
 
@@ -65,9 +66,9 @@ TARGETS = Entries(
 )
 
 
-def limits_of(names: Sequence[str], teacher: Teacher) -> Form:
+def limits_of(names: Sequence[str], config: Any) -> Form:
     """Return what all of the targets can express of a model. Raises UnknownName, ModelError where one takes none."""
-    config, model_type = teacher.model.config, teacher.anatomy.model_type
+    model_type = base_type(config.model_type)
     found = limits([TARGETS[name].forms() for name in names], model_type, config)
     if found is None:
         reasons = {name: _reason(TARGETS[name], model_type, config) for name in names}
@@ -77,9 +78,9 @@ def limits_of(names: Sequence[str], teacher: Teacher) -> Form:
     return found
 
 
-def table(teacher: Teacher) -> tuple[TargetLimits, ...]:
+def table(config: Any) -> tuple[TargetLimits, ...]:
     """Return of every target what it can express of a model."""
-    config, model_type = teacher.model.config, teacher.anatomy.model_type
+    model_type = base_type(config.model_type)
     rows = []
     for name in TARGETS:
         target = TARGETS[name]
