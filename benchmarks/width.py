@@ -27,8 +27,8 @@ from results import page
 import billhook
 from billhook.core import statistics
 from billhook.core.events import Event
+from billhook.core.files.cache_keys import EvaluationKey, repaired_dtype
 from billhook.core.plan import Plan
-from billhook.core.results.cache_keys import EvaluationKey, repaired_dtype
 from billhook.core.results.measured import EvalResult
 from billhook.methods.evaluate import speed
 from billhook.models.device import keep_freed_memory

@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from billhook.runs import list_runs, show
     from billhook.runs.exporting import export, targets
     from billhook.runs.recipe import Recipe
-    from billhook.studies.ab_test import ab_test
     from billhook.studies.compare import compare
     from billhook.studies.eval_sets import evaluate_tasks
     from billhook.studies.gate import baselines, gate, save_baseline
     from billhook.studies.run_study import make_report
+    from billhook.studies.servers.ab_test import ab_test
     from billhook.studies.stability import stability
     from billhook.studies.sweep import sweep
     from billhook.studies.threshold import threshold
@@ -102,7 +102,7 @@ _HOMES = {
     "Site": "core.plan",
     "Teacher": "models.load",
     "TimingProtocol": "core.results.measured",
-    "ab_test": "studies.ab_test",
+    "ab_test": "studies.servers.ab_test",
     "apply": "models.surgery",
     "baselines": "studies.gate",
     "compare": "studies.compare",

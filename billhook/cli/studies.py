@@ -332,7 +332,7 @@ def abtest_command(
 ) -> None:
     """Compare two OpenAI-compatible servers on the same prompts: times, errors, agreement and task scores."""
     with CommandSession(as_json, quiet, verbose) as face:
-        from billhook.studies import ab_test
+        from billhook.studies.servers import ab_test
 
         told = ab_test.ab_test(
             a, b, prompts, model_a=model_a, model_b=model_b, api_key_env_a=api_key_env_a, api_key_env_b=api_key_env_b,

@@ -14,7 +14,7 @@ import transformers
 from safetensors import safe_open
 
 from billhook.core.errors import ModelError, option
-from billhook.core.results.foreign_files import read_json_object, reading, shown, validated
+from billhook.core.files.foreign_files import read_json_object, reading, shown, validated
 from billhook.core.results.json_form import JsonObject
 from billhook.models import architectures, require_config
 from billhook.models.device import SAFETENSORS_DTYPES

@@ -15,8 +15,8 @@ import transformers
 from billhook.core.anatomy import Anatomy
 from billhook.core.errors import ModelError, UsageError, option
 from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.files.foreign_files import reading
 from billhook.core.plan import Plan
-from billhook.core.results.foreign_files import reading
 from billhook.models import architectures, checks, structure
 from billhook.models.device import (
     SAFETENSORS_DTYPES,

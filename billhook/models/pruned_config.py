@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from billhook.core.errors import ModelError, PlanError
+from billhook.core.files.foreign_files import AGAIN, shown, validated
 from billhook.core.plan import PARTS, Part, Plan, Site, format_ranges, parse_ends, parse_ranges
-from billhook.core.results.foreign_files import AGAIN, shown, validated
 from billhook.core.results.json_form import JsonObject
 from billhook.models import architectures
 from billhook.models.modeling_billhook import pruned_classes, skipped_parts

@@ -14,8 +14,8 @@ import transformers
 
 from billhook.core.errors import ModelError
 from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.files.foreign_files import read_json, reading, shown
 from billhook.core.files.target_folder import give_usual_modes
-from billhook.core.results.foreign_files import read_json, reading, shown
 from billhook.models import find_source
 from billhook.models.checks import inspect_checkpoint
 from billhook.models.formats.gguf_config import read_gguf_config

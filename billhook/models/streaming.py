@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 from billhook.core.errors import ModelError
-from billhook.core.results.foreign_files import reading
+from billhook.core.files.foreign_files import reading
 from billhook.models import checks
 from billhook.models.device import SAFETENSORS_DTYPES, dtype_bytes
 from billhook.models.transformers_internals import (

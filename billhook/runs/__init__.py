@@ -146,7 +146,7 @@ def require_model(name: str, store: Named = None, *, baseline: bool = False, ser
 
 def load_baseline(store: Store, name: str) -> Baseline | None:
     """A stored baseline; None if the name is a model's. Raises UsageError for a name that is nearly one's."""
-    from billhook.core.results.cache_keys import BaselineKey
+    from billhook.core.files.cache_keys import BaselineKey
     from billhook.core.results.comparisons import Baseline
     from billhook.runtimes.artefacts import is_served
 

@@ -11,10 +11,10 @@ from billhook.core.anatomy import Anatomy
 from billhook.core.budget import Budget
 from billhook.core.errors import BudgetError, UsageError, option
 from billhook.core.events import Event
+from billhook.core.files.cache_keys import FoldedOn, LossKey, PlanLossKey, SiteTimesKey
 from billhook.core.margin import MarginCheck
 from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.problem import Problem
-from billhook.core.results.cache_keys import FoldedOn, LossKey, PlanLossKey, SiteTimesKey
 from billhook.core.results.measured import Loss, Step
 from billhook.core.results.run import AuditedRound, MarginTrial, SearchSummary, WithinReport
 from billhook.data.splits import select_documents

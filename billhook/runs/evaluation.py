@@ -14,9 +14,9 @@ from transformers import GenerationConfig
 
 from billhook.core.errors import DataError, cannot_write
 from billhook.core.events import Event, EventListener, scaled_events
+from billhook.core.files.cache_keys import BandwidthKey, ChoicesKey, EvaluationKey, TimingKey
+from billhook.core.files.foreign_files import read_json_object, validated
 from billhook.core.plan import Plan
-from billhook.core.results.cache_keys import BandwidthKey, ChoicesKey, EvaluationKey, TimingKey
-from billhook.core.results.foreign_files import read_json_object, validated
 from billhook.core.results.measured import EvalResult, Timing, TimingProtocol
 from billhook.core.results.run import Answer, PerplexityChange, SpeedChange, TaskChange
 from billhook.core.statistics import exp_capped, paired_difference

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
+from billhook.core.files.cache_keys import LossKey, PlanLossKey
 from billhook.core.plan import MeasureRequest, Plan
-from billhook.core.results.cache_keys import LossKey, PlanLossKey
 from billhook.core.results.measured import Loss
 from billhook.data.token_sets import TokenSet, truncate
 from billhook.engine.measurements import DocumentIds, Known, Pieces

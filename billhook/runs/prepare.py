@@ -12,12 +12,12 @@ from billhook.core.anatomy import Anatomy, SiteSize
 from billhook.core.budget import Budget, parse_budgets
 from billhook.core.errors import PlanError, ResourceError, UsageError, option
 from billhook.core.events import EventListener, ignore_events
+from billhook.core.files.cache_keys import GeneratedKey
 from billhook.core.margin import Margin
 from billhook.core.plan import Plan
 from billhook.core.plan_files import read_plan
 from billhook.core.problem import Problem, parse_protection
 from billhook.core.registry import OptionValues, split_names
-from billhook.core.results.cache_keys import GeneratedKey
 from billhook.data.calibration import (
     calibration_tokens,
     generate_share,

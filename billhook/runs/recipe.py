@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from billhook.core.budget import Budget, parse_budgets, spell_budget
 from billhook.core.errors import RecipeError, nearest, option
+from billhook.core.files.foreign_files import every_value, load_unique_yaml
 from billhook.core.margin import Margin
 from billhook.core.plan import shorten
 from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues, split_names
-from billhook.core.results.foreign_files import every_value, load_unique_yaml
 from billhook.data.texts import SELF, split_sources
 
 MOST_RECIPE_BYTES = 2**16

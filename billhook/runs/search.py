@@ -12,10 +12,10 @@ from typing import Any
 from billhook.core.budget import UNITS, Budget
 from billhook.core.errors import PlanError, UsageError, option
 from billhook.core.events import Event, EventValue
+from billhook.core.files.cache_keys import ScoresKey
 from billhook.core.plan import MeasureRequest, Plan, Site, shorten
 from billhook.core.problem import Problem, format_unit, parse_unit
 from billhook.core.registry import OptionValues, resolve_options, wrong_return
-from billhook.core.results.cache_keys import ScoresKey
 from billhook.core.results.measured import Loss
 from billhook.engine.probe import Probe
 from billhook.methods.metrics import GROUP_METRICS, METRICS, group_metric_scores, metric_scores

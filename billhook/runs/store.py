@@ -15,13 +15,13 @@ from typing import Any, TypeVar, get_args
 
 from billhook.core.errors import ResourceError, ResultError, RunError, UsageError, cannot_write, nearest, option
 from billhook.core.events import Event
+from billhook.core.files.cache_keys import CacheKey, FactKey, LossKey, PlanLossKey, numbers
+from billhook.core.files.foreign_files import reading
+from billhook.core.files.store_tables import MIGRATIONS, connect_to_read, layout, layout_of
 from billhook.core.plan import Plan, shorten
 from billhook.core.plan_files import find_path
-from billhook.core.results.cache_keys import CacheKey, FactKey, LossKey, PlanLossKey, numbers
-from billhook.core.results.foreign_files import reading
 from billhook.core.results.json_form import JsonObject
 from billhook.core.results.measured import Loss
-from billhook.core.results.store_tables import MIGRATIONS, connect_to_read, layout, layout_of
 from billhook.core.results.stored import Run, RunState, StoredEvent, former_kind
 from billhook.runs import STORE as STORE
 from billhook.runs import hold_file, is_held

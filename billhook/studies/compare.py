@@ -14,10 +14,10 @@ import torch
 from billhook.core import significance, statistics
 from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.files.cache_keys import ComparedWith, EvaluationKey
 from billhook.core.options import CompareOptions, shows_options
 from billhook.core.plan import Plan
 from billhook.core.registry import OptionValues
-from billhook.core.results.cache_keys import ComparedWith, EvaluationKey
 from billhook.core.results.comparisons import (
     Agreement,
     ComparedModel,

@@ -11,12 +11,12 @@ from typing import Any, Unpack
 from billhook.core import statistics
 from billhook.core.errors import DataError, ResourceError, UsageError, option
 from billhook.core.events import EventListener, ignore_events, scaled_events
+from billhook.core.files.cache_keys import AnswersKey, EvaluationKey
 from billhook.core.margin import Margins
 from billhook.core.options import TaskOptions, shows_options
 from billhook.core.plan import Plan
 from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues
-from billhook.core.results.cache_keys import AnswersKey, EvaluationKey
 from billhook.core.results.comparisons import (
     EvalSetInfo,
     ItemResponse,

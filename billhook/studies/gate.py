@@ -10,10 +10,10 @@ from typing import Unpack
 
 from billhook.core.errors import FingerprintError, UsageError, option
 from billhook.core.events import EventListener, ignore_events
+from billhook.core.files.cache_keys import BaselineKey, EvaluationKey
 from billhook.core.options import CompareOptions, shows_options
 from billhook.core.plan import Plan
 from billhook.core.registry import OptionValues
-from billhook.core.results.cache_keys import BaselineKey, EvaluationKey
 from billhook.core.results.comparisons import (
     BASELINE_TEXT,
     GATE_VERDICTS,

@@ -15,11 +15,11 @@ import yaml
 
 from billhook.core.errors import DataError, MissingExtra, option
 from billhook.core.events import Event
+from billhook.core.files.cache_keys import HarnessKey
+from billhook.core.files.foreign_files import read_bytes, reading
 from billhook.core.plan import Plan
 from billhook.core.plan_files import find_path
-from billhook.core.results.cache_keys import HarnessKey
 from billhook.core.results.comparisons import ItemResponse
-from billhook.core.results.foreign_files import read_bytes, reading
 from billhook.core.results.json_form import JsonObject
 from billhook.core.results.measured import EvalResult
 from billhook.data.token_sets import without_layout

@@ -10,8 +10,8 @@ from pathlib import Path
 from billhook.core import statistics
 from billhook.core.anatomy import Anatomy
 from billhook.core.events import Event, EventListener
+from billhook.core.files.cache_keys import AttemptKey, PlanKey, TrialPlan
 from billhook.core.plan import Plan
-from billhook.core.results.cache_keys import AttemptKey, PlanKey, TrialPlan
 from billhook.core.results.measured import EvalResult
 from billhook.core.results.studies import Outcome, StudentOutcome, TrialResult
 from billhook.data.token_sets import TokenSet

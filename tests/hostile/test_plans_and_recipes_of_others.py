@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from billhook.core.anatomy import Anatomy
 from billhook.core.events import Event
+from billhook.core.files.cache_keys import ChoicesKey, EvaluationKey, LossKey, PlanKey, PlanLossKey, TimingKey
 from billhook.core.plan import Plan
 from billhook.core.plan_files import read_plan
-from billhook.core.results.cache_keys import ChoicesKey, EvaluationKey, LossKey, PlanKey, PlanLossKey, TimingKey
 from billhook.core.results.measured import Environment, EvalResult, Loss, Timing, TimingProtocol
 from billhook.core.results.stored import read_result
 from billhook.models.load import load

@@ -22,8 +22,7 @@ import pytest
 import billhook
 from billhook.core.errors import ResultError, RunError, UsageError
 from billhook.core.events import Event
-from billhook.core.plan import Plan
-from billhook.core.results.cache_keys import (
+from billhook.core.files.cache_keys import (
     AttemptKey,
     BaselineKey,
     ChoicesKey,
@@ -38,9 +37,10 @@ from billhook.core.results.cache_keys import (
     SiteTimesKey,
     TimingKey,
 )
+from billhook.core.files.store_tables import MIGRATIONS
+from billhook.core.plan import Plan
 from billhook.core.results.measured import Environment, EvalResult, Loss, Timing, TimingProtocol
 from billhook.core.results.specs import SweepSpec, plain_options
-from billhook.core.results.store_tables import MIGRATIONS
 from billhook.runs.store import Store
 
 SITES = [f"{part}.{block}" for block in range(4) for part in ("attention", "mlp")]
@@ -313,7 +313,7 @@ import sys
 from pathlib import Path
 from billhook.core.results.specs import SweepSpec, plain_options
 
-from billhook.core.results.store_tables import MIGRATIONS
+from billhook.core.files.store_tables import MIGRATIONS
 from billhook.runs.store import Store
 with Store(Path(sys.argv[1])).lock(sys.argv[2]):
     print("held", flush=True)

@@ -39,8 +39,8 @@ from billhook.data.choice_tasks import read_items, requests, task_tokens
 from billhook.data.prompts import read_prompts
 from billhook.methods.evaluate.multiple_choice import log_probabilities, score_choices
 from billhook.report import ab_words
-from billhook.studies.endpoint import Endpoint, RequestFailed, base_url
-from billhook.studies.openai_client import parse_chunk, split_sse
+from billhook.studies.servers.endpoint import Endpoint, RequestFailed, base_url
+from billhook.studies.servers.openai_client import parse_chunk, split_sse
 
 ENV = {"COLUMNS": "80", "TERM": "dumb"}
 QUICK: dict[str, Any] = {"timeout": 10.0, "concurrency": 4, "max_tokens": 8}
@@ -338,7 +338,7 @@ def test_what_cannot_be_asked_is_refused(options: Any, kind: type[BillhookError]
 
 
 def test_without_httpx_the_line_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("billhook.studies.endpoint.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("billhook.studies.servers.endpoint.importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=re.escape("pip install 'billhook[abtest]'")):
         Endpoint.create("A", "http://h")
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import billhook
 from billhook.cli.main import app
 from billhook.core.errors import DataError, MissingExtra, ResourceError, UsageError
-from billhook.core.results.cache_keys import HarnessKey
+from billhook.core.files.cache_keys import HarnessKey
 from billhook.core.results.comparisons import TaskScores
 from billhook.data.choice_tasks import task_tokens
 from billhook.data.generation_tasks import build_prompts

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from billhook.core.errors import BillhookError, DataError, FingerprintError, MissingExtra, UsageError, option
-from billhook.core.results.foreign_files import read_json_object, reading
+from billhook.core.files.foreign_files import read_json_object, reading
 from billhook.methods.export import EXPORTS, Exported, Student, export
 from billhook.models import checks
 from billhook.models.load import load

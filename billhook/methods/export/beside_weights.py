@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from billhook.core.errors import ModelError
-from billhook.core.results.foreign_files import read_json_object
+from billhook.core.files.foreign_files import read_json_object
 from billhook.core.results.json_form import JsonObject
 from billhook.models import architectures, modeling_billhook
 from billhook.models.load import Teacher

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from billhook.core.errors import ModelError
-from billhook.core.results.foreign_files import shown
+from billhook.core.files.foreign_files import shown
 from billhook.core.results.json_form import JsonObject
 from billhook.models.formats.gguf_tokenizer import SPLITTINGS
 from billhook.models.load import Teacher

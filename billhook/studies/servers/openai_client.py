@@ -20,7 +20,7 @@ from billhook.core.results.ab_report import Completion
 from billhook.core.results.json_form import JsonObject
 from billhook.data.choice_tasks import Request
 from billhook.report.numbers import printable
-from billhook.studies.endpoint import (
+from billhook.studies.servers.endpoint import (
     MOST_BYTES,
     Connection,
     Endpoint,

@@ -39,15 +39,15 @@ from billhook.core.results.specs import AbTestSpec, ServerSpec
 from billhook.data.prompts import Prompt, read_prompts
 from billhook.runs.job import store_and_watch
 from billhook.runs.store import STORE
-from billhook.studies.endpoint import Endpoint, RequestFailed, connect
-from billhook.studies.openai_client import (
+from billhook.studies.run_study import begin_run
+from billhook.studies.servers.endpoint import Endpoint, RequestFailed, connect
+from billhook.studies.servers.openai_client import (
     choose_model,
     complete,
     endpoint_choice_logprobs,
     prompt_logprobs_support,
     warm_up,
 )
-from billhook.studies.run_study import begin_run
 
 SIDES: tuple[Literal["a", "b"], ...] = ("a", "b")
 ChoiceSums = list[float] | RequestFailed  # log-probabilities of the choices of an item, or why there are none
