@@ -1,4 +1,4 @@
-"""What every page shares: escaping, tables, charts and the frame."""
+"""What every page shares: escaping, tables, sections and the frame."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from string import Template
 from typing import Any
@@ -66,17 +67,58 @@ def chart(kind: str, title: str, label: str, caption: str, numbers: Mapping[str,
     )
 
 
-def page_html(title: str, made: str, headline: str, notes: Iterable[str], body: Iterable[str]) -> str:
-    """One self-contained page of sections. `made`: by what and where; `headline`: the finding in one sentence.
+# -- sections and pages ------------------------------------------------------------------------------------------------
 
-    `body`: sections as HTML; every other text is escaped here. The page has the style of a run's page.
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One part of a page. `id`: its anchor; `title`: its heading, which may be empty; `html`: what is below it."""
+
+    id: str
+    title: str
+    html: str
+
+    def to_html(self) -> str:
+        """Return the section with its heading."""
+        head = f'<h2 id="{escaped(self.id)}-title">{escaped(self.title)}</h2>' if self.title else ""
+        named = f' aria-labelledby="{escaped(self.id)}-title"' if self.title else ""
+        return f'<section id="{escaped(self.id)}"{named}>{head}{self.html}</section>'
+
+
+def caption(text: str) -> str:
+    """A paragraph below a table."""
+    return f"<p>{escaped(text)}</p>"
+
+
+def details(summary: str, html: str) -> str:
+    """Something to open."""
+    return f"<details><summary>{escaped(summary)}</summary>{html}</details>"
+
+
+def note_lines(notes: Iterable[str]) -> str:
+    """Notes as paragraphs, each once."""
+    return "".join(f'<p class="note">{escaped(note)}</p>' for note in dict.fromkeys(notes))
+
+
+def asset(name: str) -> str:
+    """The text of a file that pages share: style.css, charts.js, pages.js, echarts.min.js."""
+    return files("billhook.report").joinpath("assets").joinpath(name).read_text(encoding="utf-8")
+
+
+def page_html(title: str, made: str, headline: str, notes: Iterable[str], sections: Iterable[Section | str]) -> str:
+    """One self-contained page. `made`: by what and where; `headline`: the finding in one sentence.
+
+    Every text but the HTML of the sections is escaped here. ECharts is on the page where there is a chart.
     """
-    templates = files("billhook.report").joinpath("templates")
-    head = templates.joinpath("run.html").read_text(encoding="utf-8").partition("</style>")[0]
-    return Template(head + templates.joinpath("compare.html").read_text(encoding="utf-8")).substitute(
+    body = "".join(each if isinstance(each, str) else each.to_html() for each in sections)
+    scripts = ["echarts.min.js", "charts.js"] if 'class="plot"' in body else []
+    frame = Template(files("billhook.report").joinpath("templates").joinpath("page.html").read_text(encoding="utf-8"))
+    return frame.substitute(
         title=escaped(title),
         made=escaped(made),
         verdict=escaped(headline),
-        notes="".join(f'<p class="note">{escaped(note)}</p>' for note in dict.fromkeys(notes)),
-        body="".join(body),
+        notes=note_lines(notes),
+        body=body,
+        style=asset("style.css"),
+        scripts="\n".join(f"<script>{asset(name)}</script>" for name in [*scripts, "pages.js"]),
     )
