@@ -6,7 +6,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from string import Template
@@ -46,9 +46,29 @@ def html_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def scrolling(table: str, label: str) -> str:
-    """A table that scrolls by itself where it is wider than the screen."""
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escaped(label)}">{table}</div>'
+def sortable_table(
+    heads: Sequence[tuple[str, str]], lines: Iterable[Sequence[tuple[object, str]]], words: Collection[int] = ()
+) -> str:
+    """A table that sorts by a press of a heading, (word, small print) each; cells are (what sorts them, text).
+
+    `words`: the numbers of the columns that are sorted as words.
+    """
+    top = "".join(
+        f'<th scope="col"{" data-words" * (i in words)}><button type="button">{escaped(word)}'
+        f"{f' <small>{escaped(about)}</small>' if about else ''}</button></th>"
+        for i, (word, about) in enumerate(heads)
+    )
+    body = ""
+    for (sort, first), *rest in lines:
+        cells = "".join(f'<td data-sort="{escaped(key)}">{escaped(text)}</td>' for key, text in rest)
+        body += f'<tr><th scope="row" data-sort="{escaped(sort)}">{escaped(first)}</th>{cells}</tr>'
+    return f'<table class="sortable"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def scrolling(table: str, label: str, tall: bool = False) -> str:
+    """A table that scrolls by itself where it is wider than the screen, and if `tall` where it is taller."""
+    kind = "scroll tall" if tall else "scroll"
+    return f'<div class="{kind}" role="region" tabindex="0" aria-label="{escaped(label)}">{table}</div>'
 
 
 def whole_spans(table: str) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 from billhook.core.plan import MeasureRequest, Plan, Site
-from billhook.core.results.measured import Loss, Step, paired_gap
-from billhook.core.results.run import AuditedRound, Decided, SearchSummary
+from billhook.core.results.measured import Loss, Step, loss_se, paired_gap
+from billhook.core.results.run import AuditedRound, Decided, SearchSummary, SiteLoss
 from billhook.engine.probe import Probe
 
 
@@ -47,6 +47,20 @@ def _lowest(plans: tuple[Plan, ...], losses: list[Loss]) -> Plan:
                if not loss.bound)[2]  # fmt: skip
 
 
+def losses_alone(rounds: Iterable[tuple[MeasureRequest, list[Loss]]]) -> tuple[SiteLoss, ...]:
+    """What removing each site alone costs, of the sites that a search measured so; on the most tokens that it took."""
+    found: dict[Site, SiteLoss] = {}
+    for ask, losses in rounds:
+        for plan, loss in zip(ask.plans, losses, strict=True):
+            if len(plan.removed) != 1 or plan.narrowed or loss.bound:
+                continue
+            (site,) = plan.removed
+            tokens = sum(loss.counts)
+            if site not in found or found[site].tokens < tokens:
+                found[site] = SiteLoss(site, loss.mean, loss_se(loss), tokens)
+    return tuple(found[site] for site in sorted(found))
+
+
 Cost = Callable[[frozenset[Site]], object]
 Round = tuple[tuple[Plan, ...], list[Loss]]  # the plans of one Ask and their losses
 
@@ -63,7 +77,7 @@ def removal_trace(path: list[Plan], rounds: list[Round], on_path: list[Loss], co
     for plan, loss in zip(path, on_path, strict=True):
         gap, error = _gap(previous, plan, rounds, cost)
         removed, narrowed = sorted(plan.removed - previous.removed), sorted(plan.narrowed - previous.narrowed)
-        steps.append(Step(tuple(removed), loss.mean, gap, error, tuple(narrowed)))
+        steps.append(Step(tuple(removed), loss.mean, gap, error, tuple(narrowed), loss_se(loss)))
         previous = plan
     return steps
 
