@@ -16,9 +16,11 @@ from typing import Any
 from billhook.core.results.json_form import JsonObject
 from billhook.core.results.measured import Estimate
 
+LOGARITHMS = ("nats_as_ratio", "exp")  # forms of axes whose numbers are logarithms, to the base e
+MOST_NATS = 700.0  # of which exp is a number
 COLOURS = ("--orange", "--blue", "--green", "--violet", "--pink", "--olive", "--teal", "--grey")
 SYMBOLS = ("circle", "square", "diamond", "triangle", "cross", "down", "plus", "star")
-DASHES: dict[str, str] = {"solid": "", "dashed": "6 4", "dotted": "2 3"}  # ECharts' names, and the dashes of a key
+DASHES = {"solid": "", "dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3", "longdash": "12 4"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class Line:
 def xy_chart(lines: Sequence[Line], x: Axis, y: Axis, *, marks: Mapping[str, float] | None = None) -> JsonObject:
     """Return lines and points over two axes of numbers. `marks`: dotted lines across, at values of y, by name."""
     series = [each for line in lines for each in _series(line, across=False)]
+    y = _with_round_ratios(y, lines)
     series += [_mark(name, "yAxis", value) for name, value in (marks or {}).items()]
     return {"xAxis": x.to_json(), "yAxis": y.to_json(), "series": series}
 
@@ -98,6 +101,7 @@ def names_chart(lines: Sequence[Line], x: Axis, names: Sequence[str], *, at: flo
     """
     y = Axis(labels=tuple(names)).to_json() | {"inverse": True}
     series = [each for line in lines for each in _series(line, across=True)]
+    x = _with_round_ratios(x, lines)
     series += [] if at is None else [_mark("", "xAxis", at)]
     return {"xAxis": x.to_json(), "yAxis": y, "series": series}
 
@@ -120,6 +124,20 @@ def front_line(points: Sequence[Point]) -> JsonObject:
     return {"type": "line", "data": data, "symbol": "none", "silent": True, "lineStyle": style, "z": 0}
 
 
+def _with_round_ratios(axis: Axis, lines: Sequence[Line]) -> Axis:
+    """Give an axis of logarithms, which has no ends of its own, ends around all values, and round ratios as ticks."""
+    if axis.form not in LOGARITHMS or axis.ticks:
+        return axis
+    given = (x for line in lines for p in line.points for x in (p.low, p.value, p.high))
+    ends = [x for x in given if x is not None and math.isfinite(x)] or [0.0]
+    low, high = min(ends), max(ends)
+    low, high = (min(low, 0.0), max(high, 0.0)) if axis.form == "nats_as_ratio" else (low, high)
+    room = 0.06 * (high - low) or 0.05
+    low, high = low - room, high + room
+    ticks = tuple(map(math.log, ratio_ticks(math.exp(low), math.exp(min(high, MOST_NATS)))))
+    return replace(axis, low=low, high=high, ticks=ticks)
+
+
 def _series(line: Line, across: bool) -> list[JsonObject]:
     series: list[JsonObject] = []
     color = line.colour
@@ -127,7 +145,8 @@ def _series(line: Line, across: bool) -> list[JsonObject]:
         ends = [[p.x, _known(p.low), _known(p.high)] for p in line.points]
         series.append({"type": "@band", "name": line.name, "color": color, "data": ends})
     if line.joined:
-        style = {"color": color, "width": 2, "type": line.dash}
+        dashes = list(map(int, DASHES[line.dash].split())) or "solid"
+        style = {"color": color, "width": 2, "type": dashes}
         data = [[p.x, _known(p.value)] for p in line.points]
         series.append({"type": "line", "name": line.name, "data": data, "symbol": "none", "silent": True,
                        "lineStyle": style})  # fmt: skip
@@ -147,7 +166,7 @@ def _item(point: Point, whiskers: bool) -> JsonObject:
 
 def _mark(name: str, axis: str, value: float) -> JsonObject:
     line = {"color": "--dim", "type": "dotted", "width": 1.5}
-    label = {"show": bool(name), "formatter": name, "position": "insideEndTop", "color": "--dim"}
+    label = {"show": bool(name), "formatter": name, "position": "insideStartTop", "color": "--dim"}
     mark = {"silent": True, "symbol": "none", "lineStyle": line, "label": label, "data": [{axis: value}]}
     return {"type": "scatter", "data": [], "silent": True, "markLine": mark}
 

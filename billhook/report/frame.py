@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import html
 import json
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from string import Template
-from typing import Any
 
 # -- words -------------------------------------------------------------------------------------------------------------
 
@@ -46,6 +44,19 @@ def html_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def stacked_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose cells are HTML; on narrow screens every row is a list of its cells, with their headings."""
+    top = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in head)
+    body = ""
+    for first, *rest in rows:
+        cells = (
+            f'<td data-label="{escaped(name)}"><div>{cell}</div></td>'
+            for name, cell in zip(head[1:], rest, strict=True)
+        )
+        body += f'<tr><th scope="row">{first}</th>{"".join(cells)}</tr>'
+    return f'<table class="stack"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+
+
 def sortable_table(
     heads: Sequence[tuple[str, str]], lines: Iterable[Sequence[tuple[object, str]]], words: Collection[int] = ()
 ) -> str:
@@ -76,17 +87,6 @@ def whole_spans(table: str) -> str:
     return re.sub(r"\(.*?\)", r'<span class="span">\g<0></span>', table)
 
 
-def chart(kind: str, title: str, label: str, caption: str, numbers: Mapping[str, list[Any]]) -> str:
-    """A figure that report.html draws from `numbers`; `label` tells a screen reader what is to be seen."""
-    height = {"loss": 420, "speed": 230}[kind]
-    finite = {k: [None if isinstance(x, float) and not math.isfinite(x) else x for x in v] for k, v in numbers.items()}
-    box = f'class="chart" data-kind="{kind}" style="height:{height}px" data-numbers="{escaped(json.dumps(finite))}"'
-    return (
-        f'<section class="{kind}"><h2>{escaped(title)}</h2><div role="img" aria-label="{escaped(label)}" {box}></div>'
-        f"<p>{escaped(caption)}</p></section>"
-    )
-
-
 # -- sections and pages ------------------------------------------------------------------------------------------------
 
 
@@ -107,7 +107,7 @@ class Section:
 
 def caption(text: str) -> str:
     """A paragraph below a table."""
-    return f"<p>{escaped(text)}</p>"
+    return f'<p class="caption">{escaped(text)}</p>'
 
 
 def details(summary: str, html: str) -> str:
@@ -125,12 +125,12 @@ def asset(name: str) -> str:
     return files("billhook.report").joinpath("assets").joinpath(name).read_text(encoding="utf-8")
 
 
-def page_html(title: str, made: str, headline: str, notes: Iterable[str], sections: Iterable[Section | str]) -> str:
+def page_html(title: str, made: str, headline: str, notes: Iterable[str], sections: Iterable[Section]) -> str:
     """One self-contained page. `made`: by what and where; `headline`: the finding in one sentence.
 
     Every text but the HTML of the sections is escaped here. ECharts is on the page where there is a chart.
     """
-    body = "".join(each if isinstance(each, str) else each.to_html() for each in sections)
+    body = "".join(section.to_html() for section in sections if section.html)
     scripts = ["echarts.min.js", "charts.js"] if 'class="plot"' in body else []
     frame = Template(files("billhook.report").joinpath("templates").joinpath("page.html").read_text(encoding="utf-8"))
     return frame.substitute(

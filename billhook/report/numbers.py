@@ -44,7 +44,7 @@ def format_accuracy(x: float) -> str:
 
 def format_points(x: float) -> str:
     """A difference of accuracies in percentage points, with its sign."""
-    return f"{100 * x:+.1f}".replace("-", "−")
+    return f"{round(100 * x, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 class Ends(Protocol):

@@ -29,6 +29,7 @@ for (const name of Object.keys(FORMATS)) {
 }
 
 /* Outlines in a box of 16 × 16, as in the keys. */
+const LARGER = {diamond: 1.3, star: 1.4, triangle: 1.15, down: 1.15, cross: 1.1, plus: 1.15, arrow: 1.4};
 const SYMBOLS = {
   circle: 'M14 8A6 6 0 1 1 2 8a6 6 0 1 1 12 0z',
   square: 'M3 3h10v10H3z',
@@ -42,10 +43,10 @@ const SYMBOLS = {
 };
 
 function short(x, unit = '') {
-  const size = Math.abs(x);
+  const size = Math.abs(x), few = +x.toPrecision(unit ? 4 : 6);
   if (size >= 1e15) return x.toExponential(0) + (unit && ' ' + unit);
-  const [scale, prefix] = [[1e12, 'T'], [1e9, 'G'], [1e6, 'M'], [1e4, 'k']].find(([s]) => size >= s) || [1, ''];
-  return (+(x / (prefix === 'k' ? 1e3 : scale)).toPrecision(4)).toLocaleString('en') + (unit || prefix ? ' ' : '') + prefix + unit;
+  const [scale, prefix] = [[1e12, 'T'], [1e9, 'G'], [1e6, 'M'], [unit ? 1e3 : 1e6, 'k']].find(([s]) => size >= s) || [1, ''];
+  return (+(few / scale).toPrecision(6)).toLocaleString('en') + (unit || prefix ? ' ' : '') + prefix + unit;
 }
 
 /* -- from the option on the page to the one that ECharts takes -- */
@@ -65,12 +66,11 @@ function resolve(value, key) {
   if (typeof value !== 'string') return value;
   if (/color$/i.test(key) && value.startsWith('--')) return colour(value);
   if (key === 'formatter' && value.startsWith('@')) return FORMATS[value.slice(1)];
-  if (key === 'symbol' && value in SYMBOLS) return 'path://' + SYMBOLS[value];
   return value;
 }
 
 function intervals(series) {
-  const {across, shift = 0, hollow, size = 11, color, symbol = 'path://' + SYMBOLS.circle, lineStyle, ...rest} = series;
+  const {across, shift = 0, hollow, size = 12, color, symbol = 'circle', lineStyle, ...rest} = series;
   const place = (api, x, y) => {
     const at = api.coord(across ? [y, x] : [x, y]);
     at[across ? 1 : 0] += shift;
@@ -81,9 +81,10 @@ function intervals(series) {
     renderItem(params, api) {
       const [x, value, low, high] = [0, 1, 2, 3].map(i => api.value(i));
       if (!Number.isFinite(value)) return null;
-      const item = series.data[params.dataIndex] || {}, tone = item.color ? resolve(item.color, 'color') : color;
+      const item = series.data[params.dataIndex] || {}, tone = item.color || color;
       const stroke = {stroke: tone, lineWidth: 2, opacity: rest.opacity}, [px, py] = place(api, x, value);
-      const parts = [], path = item.symbol ? 'path://' + SYMBOLS[item.symbol] : symbol, open = item.hollow ?? hollow;
+      const name = item.symbol || symbol, wide = size * (LARGER[name] || 1);
+      const parts = [], open = item.hollow ?? hollow;
       if (Number.isFinite(low) && Number.isFinite(high) && high > low) {
         const cap = across ? [0, 4] : [4, 0], ends = [place(api, x, low), place(api, x, high)];
         const [a, b] = ends.map(end => within(end, params.coordSys));
@@ -91,7 +92,7 @@ function intervals(series) {
         for (const end of [a, b].filter((end, i) => end[0] === ends[i][0] && end[1] === ends[i][1]))
           parts.push({type: 'line', style: stroke, shape: {x1: end[0] - cap[0], y1: end[1] - cap[1], x2: end[0] + cap[0], y2: end[1] + cap[1]}});
       }
-      parts.push({type: 'path', shape: {pathData: path.slice(7), x: px - size / 2, y: py - size / 2, width: size, height: size},
+      parts.push({type: 'path', shape: {pathData: SYMBOLS[name], x: px - wide / 2, y: py - wide / 2, width: wide, height: wide},
         style: {fill: open ? colour('--ground') : tone, stroke: open ? tone : colour('--ground'), lineWidth: open ? 2 : 1, opacity: rest.opacity}});
       return {type: 'group', children: parts};
     }};

@@ -47,12 +47,13 @@ def model_card(result: RunResult) -> str:
             "\n".join(f"> {markdown(note)}\n>" for note in run_notes(result)).removesuffix("\n>"),
             "## What was removed",
             f"![The model before and after]({DRAWING})",
-            "\n".join(f"- {words}" for words in removed or ["nothing"]) + "\n\nBlocks are counted from 0 in the unpruned model.",
+            "\n".join(f"- {words}" for words in removed or ["nothing"])
+            + "\n\nBlocks are counted from 0 in the unpruned model.",
             "## Measured",
             table + "\n\nIn brackets: 95% intervals. The teacher is the model before this pruning.",
             _recovered_card(result),
             f"## How to load it\n\n{_loading(result)}",
-            f"## Recipe\n\n```yaml\n{yaml_lines(result.recipe)}\n```",
+            f"## Recipe\n\n{_recipe(result)}",
             "## Data\n\n" + "\n".join(data),
             f"## Environment\n\n{markdown(where)}",
             f"Made with Billhook {markdown(result.billhook)}, run {markdown(result.run)}, "
@@ -88,6 +89,13 @@ def _texts(value: Any) -> list[str]:
 def data_of(result: RunResult) -> list[tuple[str, TokenSetInfo]]:
     """The tokens of a run with their use."""
     return [("calibration", result.data.calibration), ("evaluation", result.data.evaluation)]
+
+
+def _recipe(result: RunResult) -> str:
+    """What of the recipe is not at its default, where that is known."""
+    told = {name: value for name, value in result.recipe.items() if name in result.changed and name != "about"}
+    more = "\n\nEverything else is at its default; report.json, beside this file, has all." if told else ""
+    return f"```yaml\n{yaml_lines(told or result.recipe)}\n```{more}"
 
 
 def _recovered_card(result: RunResult) -> str:

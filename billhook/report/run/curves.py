@@ -78,8 +78,11 @@ def speed_chart(result: RunResult) -> str:
     names = ("prefill", "decode")
     measured: list[Estimate] = [speed.ratio.prefill, speed.ratio.decode]
     dots = tuple(
-        Point.of(i, each, f"{names[i]}: measured {format_ratio(each.value)} ({format_ratio(each.low)} to "
-                          f"{format_ratio(each.high)})")  # fmt: skip
+        Point.of(
+            i,
+            each,
+            f"{names[i]}: measured {format_ratio(each.value)} ({format_ratio(each.low)} to {format_ratio(each.high)})",
+        )
         for i, each in enumerate(measured)
     )
     promised = [speed.predicted.prefill, speed.predicted.decode]

@@ -14,10 +14,13 @@ LABELS = 92
 TALL: dict[Part, int] = {"attention": 34, "mlp": 52}
 KV = 20
 STYLE = """
-.bh text { font: 12px system-ui, sans-serif; fill: #57606a; } .bh .head { font-weight: 600; font-size: 14px; fill: #1b1f24; }
+.bh text { font: 12px system-ui, sans-serif; fill: #57606a; }
+.bh .head { font-weight: 600; font-size: 14px; fill: #1b1f24; }
 .bh .attention { fill: #3b82b0; } .bh .mlp { fill: #d9691b; } .bh .kv { fill: #808b97; }
 .bh .was { fill: none; stroke: #9aa5b1; stroke-dasharray: 3 2; }
-@media (prefers-color-scheme: dark) { .bh text { fill: #9aa5b1; } .bh .head { fill: #e4e7eb; } .bh .was { stroke: #6b7681; } }
+@media (prefers-color-scheme: dark) {
+  .bh text { fill: #9aa5b1; } .bh .head { fill: #e4e7eb; } .bh .was { stroke: #6b7681; }
+}
 """
 
 

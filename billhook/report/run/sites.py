@@ -10,7 +10,7 @@ from billhook.core.anatomy import SiteSize
 from billhook.core.plan import PARTS, Site
 from billhook.core.results.measured import Step
 from billhook.core.results.run import RunResult, SiteLoss
-from billhook.report.charts import Axis, Line, Point, figure, key_of, ratio_ticks, xy_chart
+from billhook.report.charts import Axis, Line, Point, figure, key_of, xy_chart
 from billhook.report.frame import caption, details, escaped, html_table, scrolling, sortable_table
 from billhook.report.numbers import format_number, pluralize
 from billhook.report.run_words import kept_group_counts, narrowed_sites, search_in_words
@@ -46,7 +46,9 @@ def facts_of_sites(result: RunResult) -> list[SiteFacts]:
     turn = {site: (number, step) for number, step in enumerate(result.steps, 1) for site in step.sites}
     counts, sizes = kept_group_counts(result), {size.site: size for size in result.anatomy.sites}
     alone = {each.site: each for each in result.alone}
-    facts = [SiteFacts(site, "earlier", "", "removed before this run", 0.0, None, None) for site in removed_earlier(result)]
+    facts = [
+        SiteFacts(site, "earlier", "", "removed before this run", 0.0, None, None) for site in removed_earlier(result)
+    ]
     for site, size in sizes.items():
         state, mark, why, share = "kept", "", "kept", 1.0
         if str(site) in counts:
@@ -148,15 +150,12 @@ def worth_chart(result: RunResult) -> str:
     for part, colour, symbol, shift in (("attention", "--blue", "circle", -3), ("mlp", "--orange", "diamond", 3)):
         points = tuple(_worth(fact, lowest / 2) for fact in facts if fact.site.part == part)
         lines.append(Line(part, points, colour, symbol, shift=shift))
-    ends = [x for line in lines for p in line.points for x in (p.low, p.high, p.value) if x is not None]
-    low, high = math.exp(min(ends)), math.exp(max(ends))
-    y = Axis(f"loss ({result.loss}, {result.loss_unit}) without the site", "exp",
-             ticks=tuple(map(math.log, ratio_ticks(low, high))))  # fmt: skip
+    y = Axis(f"loss ({result.loss}, {result.loss_unit}) without the site", "exp")
     x = Axis("block", "integer", low=-1, high=result.anatomy.blocks)
     tokens = max(fact.alone.tokens for fact in facts if fact.alone)
     text = (
-        f"Each site removed alone, measured by the search on {tokens:,} calibration tokens; whiskers: 95% intervals over "
-        "documents. Hollow: removed. Equal distances are equal ratios."
+        f"Each site removed alone, measured by the search on {tokens:,} calibration tokens; whiskers: 95% intervals "
+        "over documents. Hollow: removed. Equal distances are equal ratios."
     )
     label = f"Loss without each of {len(facts)} sites, from {lowest:.3g} up; the table of sites has the numbers."
     return figure(xy_chart(lines, x, y), title="What each site is worth", label=label, caption=text, key=key_of(lines))

@@ -15,7 +15,8 @@ from billhook.report.run_words import FAULTS
 PROMPT = "The capital of France is"
 ENGINES = {
     "llama.cpp": "llama.cpp", "ollama": "Ollama", "lmstudio": "LM Studio", "mlx": "MLX", "vllm": "vLLM",
-    "sglang": "SGLang", "onnx": "ONNX Runtime", "openvino": "OpenVINO", "stock": "software that reads stock checkpoints",
+    "sglang": "SGLang", "onnx": "ONNX Runtime", "openvino": "OpenVINO",
+    "stock": "software that reads stock checkpoints",
 }  # fmt: skip
 
 
