@@ -113,11 +113,8 @@ def a_gate(verdict: str = "FAIL") -> GateReport:
 
 def an_ab_report(pairs: int = 40, **changed: Any) -> AbReport:
     """Two servers of which B is faster, and gives another text to every fourth prompt."""
-    outcomes = tuple(
-        PromptOutcome(i, "a" if i % 2 else "b", Completion("Paris.", seconds=0.5), Completion("Paris." if i % 4 else "Rome."),
-                      bool(i % 4))
-        for i in range(pairs)
-    )  # fmt: skip
+    answers = [(Completion("Paris.", seconds=0.5), Completion("Paris." if i % 4 else "Rome.")) for i in range(pairs)]
+    outcomes = tuple(PromptOutcome(i, "a" if i % 2 else "b", *both, bool(i % 4)) for i, both in enumerate(answers))
     measures = (
         PairedMeasure("latency_s", estimate(0.5, 0.45, 0.55), estimate(0.4, 0.36, 0.44), estimate(0.8, 0.75, 0.86)),
         PairedMeasure("first_token_s", estimate(0.1, 0.09, 0.11), estimate(0.1, 0.09, 0.12), estimate(1.0, 0.9, 1.12)),

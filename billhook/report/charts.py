@@ -209,7 +209,7 @@ def figure(option: JsonObject, *, title: str, label: str, caption: str, height: 
 
     `key`: HTML of `key_of`, where lines have names that the chart does not show.
     """
-    return _figure(option, {}, title, (label, caption), height, key)
+    return _figure(option, {"data-height": str(height)}, (title, label, caption), key)
 
 
 def switched_figure(
@@ -228,14 +228,12 @@ def switched_figure(
     buttons = "".join(_switch(name, choices) for name, choices in switches)
     first = " ".join(next(iter(choices)) for _, choices in switches)
     named = {" ".join(values): option for values, option in options.items()}
-    return _figure(named, {"data-shown": first}, title, (label, caption), height, buttons)
+    return _figure(named, {"data-height": str(height), "data-shown": first}, (title, label, caption), buttons)
 
 
-def _figure(
-    option: JsonObject, more: Mapping[str, str], title: str, words: tuple[str, str], height: int, above: str
-) -> str:
-    label, caption = words
-    told = {"aria-label": label, "data-height": str(height), **more, "data-option": json.dumps(option, allow_nan=False)}
+def _figure(option: JsonObject, more: Mapping[str, str], words: tuple[str, str, str], above: str) -> str:
+    title, label, caption = words
+    told = {"aria-label": label, **more, "data-option": json.dumps(option, allow_nan=False)}
     given = " ".join(f'{name}="{escape(value)}"' for name, value in told.items())
     head = f"<h3>{escape(title)}</h3>" if title else ""
     return (

@@ -52,7 +52,9 @@ def run_page(result: RunResult) -> str:
     """One self-contained HTML page."""
     when = re.sub(r"T(\d\d:\d\d).*\+00:00$", r" \1 UTC", result.created)
     made = f"Billhook {result.billhook} · run {result.run} · {when} · {checkpoint_type(result)}"
-    return page_html(run_title(result), made, run_verdict(result), run_notes(result), run_sections(result))
+    return page_html(
+        run_title(result), made, run_verdict(result), run_notes(result, served=False), run_sections(result)
+    )
 
 
 def run_title(result: RunResult) -> str:

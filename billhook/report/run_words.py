@@ -88,8 +88,11 @@ def _speed_rows(speed: SpeedChange) -> list[SummaryRow]:
     return rows + ([_sizes("Peak memory", *peaks, "B")] if any(peaks) else [])
 
 
-def run_notes(result: RunResult) -> list[str]:
-    """What a reader of the numbers must know: recoveries, reasons, and what was not measured."""
+def run_notes(result: RunResult, *, served: bool = True) -> list[str]:
+    """What a reader of the numbers must know: recoveries, reasons, and what was not measured.
+
+    `served`: with what runs the student, which a page says elsewhere.
+    """
     notes = [_recovery_in_words(report, added) for report, added in _added_parameters(result)]
     if result.reasons:
         notes.append(" ".join(REASONS[reason] for reason in result.reasons))
@@ -101,9 +104,9 @@ def run_notes(result: RunResult) -> list[str]:
         notes.append("Speed was not measured.")
     elif result.speed.gap is not None:
         notes.append(f"Speed: {_gap_in_words(result.speed, result.speed.gap)}")
-    for each in result.exports:
+    for each in result.exports if served else ():
         notes.append(f"{each.out}: {each.form}. {' '.join((verification_sentence(each.verified), *each.notes))}")
-    if result.targets:
+    if result.targets and served:
         notes.append(targets_in_words(result.targets, result.out))
     return notes + ([_within_in_words(result.within)] if result.within else [])
 

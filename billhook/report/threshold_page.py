@@ -184,8 +184,8 @@ def _step_point(result: ThresholdResult, step: int) -> Point:
     marks = "".join(f", {word}" for word, so in (("chosen", chosen), ("knee", knee)) if so)
     share, loss = 100 * result.shares[step + 1], result.losses[step]
     tip = f"step {step + 1}{marks}\n{share:.1f}% removed\nloss {loss:.4g}"
-    look = {"colour": "--blue" if chosen else "", "symbol": "diamond" if marks else ""}
-    return Point(share, loss, tip, hollow=knee or None, **look)
+    colour, symbol = "--blue" if chosen else "", "diamond" if marks else ""
+    return Point(share, loss, tip, colour=colour, symbol=symbol, hollow=knee or None)
 
 
 def _loss_chart(result: ThresholdResult) -> str:

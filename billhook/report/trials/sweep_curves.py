@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
 
 from billhook.core.results.json_form import JsonObject
 from billhook.core.results.studies import SizeName, StudentOutcome, SweepResult, TrialResult
@@ -159,7 +158,7 @@ def _point(result: SweepResult, trial: TrialResult, on: str, size: SizeName, mos
 
 
 def _ratio_axis(name: str, lines: Sequence[Line], trials: Sequence[TrialResult], on: str, most: float) -> Axis:
-    """An axis on which equal ratios are equally far, from the teacher or the lowest to what is not drawn as an arrow."""
+    """An axis of equal ratios, from the teacher or the lowest to what is not drawn as an arrow."""
     points = [point for line in lines for point in line.points]
     low = min([0.0, *(point.value for point in points)])
     high = max([0.0, *(point.value for point in points)])
