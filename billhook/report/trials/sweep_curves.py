@@ -102,11 +102,11 @@ def _option(result: SweepResult, looks: Looks, on: str, size: SizeName) -> JsonO
     datas = list(dict.fromkeys(trial.data for trial in result.trials))
     known = [trial for trial in result.trials if known_fraction(result, trial, size) is not None]
     most = _most(known, on) if is_text else math.inf
-    lines: dict[tuple[str, str], list[Point]] = {}
+    lines: dict[tuple[str, str], list[Point]] = {(trial.recipe, trial.data): [] for trial in known}
     fronts: dict[str, list[Point]] = {}
     for trial in sorted(known, key=lambda trial: known_fraction(result, trial, size) or 0.0):
         point = _point(result, trial, on, size, most)
-        lines.setdefault((trial.recipe, trial.data), []).append(point)
+        lines[trial.recipe, trial.data].append(point)
         if is_text and size in trial.front:
             fronts.setdefault(trial.data, []).append(point)
     drawn = [
