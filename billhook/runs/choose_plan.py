@@ -19,7 +19,7 @@ from billhook.core.results.measured import Loss, Step
 from billhook.core.results.run import AuditedRound, MarginTrial, SearchSummary, SiteLoss, WithinReport
 from billhook.data.splits import select_documents
 from billhook.data.token_sets import TokenSet, truncate
-from billhook.engine.losses import parse_loss
+from billhook.engine.losses import loss_facts, parse_loss
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate import speed
 from billhook.methods.recover import RECOVERIES, RecoveryTask
@@ -103,7 +103,8 @@ def choose_plan(
     on_path = measure(MeasureRequest(tuple(path)), *([] if measured.issuperset(path) else [progress]))
     whole = [(ask.plans, losses) for ask, losses in rounds if ask.tokens is None]
     steps = removal_trace(path, whole, on_path, problem.cost if problem else len)
-    return PlanChoice(path[-1], steps, summary, within, losses_alone(rounds))
+    bounds = probe.fast is None and loss_facts(parse_loss(recipe.loss).name).never_negative
+    return PlanChoice(path[-1], steps, summary, within, losses_alone(rounds, bounds=bounds))
 
 
 def _with_scores(problem: Problem, scores: ScoreFields) -> Problem:

@@ -47,18 +47,26 @@ def _lowest(plans: tuple[Plan, ...], losses: list[Loss]) -> Plan:
                if not loss.bound)[2]  # fmt: skip
 
 
-def losses_alone(rounds: Iterable[tuple[MeasureRequest, list[Loss]]]) -> tuple[SiteLoss, ...]:
-    """What removing each site alone costs, of the sites that a search measured so; on the most tokens that it took."""
+def losses_alone(rounds: Iterable[tuple[MeasureRequest, list[Loss]]], *, bounds: bool = False) -> tuple[SiteLoss, ...]:
+    """What removing each site alone costs, of the sites that a search measured so; on the most tokens that it took.
+
+    `bounds`: a loss that was not measured in full is a lower bound, and is taken where there is no other.
+    """
     found: dict[Site, SiteLoss] = {}
     for ask, losses in rounds:
         for plan, loss in zip(ask.plans, losses, strict=True):
-            if len(plan.removed) != 1 or plan.narrowed or loss.bound:
+            if len(plan.removed) != 1 or plan.narrowed or not loss.sums or (loss.bound and not bounds):
                 continue
             (site,) = plan.removed
-            tokens = sum(loss.counts)
-            if site not in found or found[site].tokens < tokens:
-                found[site] = SiteLoss(site, loss.mean, loss_se(loss), tokens)
+            new = SiteLoss(site, loss.mean, None if loss.bound else loss_se(loss), sum(loss.counts), loss.bound)
+            if new.loss > 0 and (site not in found or _rank(new) > _rank(found[site])):
+                found[site] = new
     return tuple(found[site] for site in sorted(found))
+
+
+def _rank(alone: SiteLoss) -> tuple[bool, int, float]:
+    """The larger, the more is known: a loss before bounds, more tokens, and of bounds the higher."""
+    return not alone.at_least, alone.tokens, alone.loss if alone.at_least else 0.0
 
 
 Cost = Callable[[frozenset[Site]], object]

@@ -184,13 +184,15 @@ class Decided:
 class SiteLoss:
     """What a search measured of a student that lacks one site alone: the loss, and its standard error over documents.
 
-    `tokens`: of the calibration, on which it was measured.
+    `tokens`: of the calibration, on which it was measured. `at_least`: the search dropped it as soon as it was certain
+    to lose, and `loss` is a lower bound.
     """
 
     site: Site
     loss: float
     se: float | None
     tokens: int
+    at_least: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +253,7 @@ class RunResult(Result):
     asked; `seen`: digests of the documents and items that a search, a recovery or an earlier pruning has looked at.
     `targets`: which software that serves models takes the student, through which export; `exports`: those that stand
     beside the checkpoint. `changed`: the fields of the recipe that are not at their defaults; empty in reports that
-    do not say. `alone`: the sites whose removal alone the search measured in full.
+    do not say. `alone`: what removing each site alone costs, as far as the search measured it.
     """
 
     kind: ClassVar[str] = "prune"

@@ -109,6 +109,8 @@ def _cell(fact: SiteFacts) -> str:
 
 
 def _loss(alone: SiteLoss) -> str:
+    if alone.at_least:
+        return f"≥ {alone.loss:.3g}"
     return f"{alone.loss:.3g}" + ("" if alone.se is None else f" ± {Z * alone.se:.2g}")
 
 
@@ -126,18 +128,22 @@ def sites_table(result: RunResult) -> str:
     for fact in facts_of_sites(result):
         if fact.size is None:
             continue
-        size, alone = fact.size, fact.alone
+        size = fact.size
         cells: list[tuple[object, str]] = [(fact.site.block * 2 + (fact.site.part == "mlp"), str(fact.site))]
         cells += [(n, f"{n:,}") for n in (size.parameters, size.kv_bytes_per_token, size.flops_per_token)]
         cells += [(size.ns_per_token, f"{size.ns_per_token / 1000:,.0f}")] * timed
-        if result.alone:
-            unknown = alone is None or not size.parameters
-            cells += [(1e308, "–")] * 2 if unknown or alone is None else [
-                (alone.loss, _loss(alone)), (alone.loss / size.parameters, f"{1e6 * alone.loss / size.parameters:.3g}"),
-            ]  # fmt: skip
+        cells += _alone_cells(fact.alone, size.parameters) if result.alone else []
         lines.append([*cells, (fact.why, fact.why)])
     words = [len(heads) - 1]
     return scrolling(sortable_table(heads, lines, words), "Sites", tall=True)
+
+
+def _alone_cells(alone: SiteLoss | None, parameters: int) -> list[tuple[object, str]]:
+    """The loss of a site alone, and the loss per million parameters that it frees."""
+    if alone is None or not parameters:
+        return [(1e308, "–")] * 2
+    each = 1e6 * alone.loss / parameters
+    return [(alone.loss, _loss(alone)), (each, f"{'≥ ' if alone.at_least else ''}{each:.3g}")]
 
 
 def worth_chart(result: RunResult) -> str:
@@ -155,7 +161,8 @@ def worth_chart(result: RunResult) -> str:
     tokens = max(fact.alone.tokens for fact in facts if fact.alone)
     text = (
         f"Each site removed alone, measured by the search on {tokens:,} calibration tokens; whiskers: 95% intervals "
-        "over documents. Hollow: removed. Equal distances are equal ratios."
+        "over documents. Hollow: removed. Arrows: at least so much; the search dropped these as soon as they were "
+        "certain to lose. Equal distances are equal ratios."
     )
     label = f"Loss without each of {len(facts)} sites, from {lowest:.3g} up; the table of sites has the numbers."
     return figure(xy_chart(lines, x, y), title="What each site is worth", label=label, caption=text, key=key_of(lines))
@@ -167,7 +174,8 @@ def _worth(fact: SiteFacts, least: float) -> Point:
     ends = (None, None) if se is None else (max(alone.loss - Z * se, least), alone.loss + Z * se)
     low, high = (None if end is None else math.log(end) for end in ends)
     tip = f"{fact.site}: {fact.why}\nalone: loss {_loss(alone)}"
-    return Point(fact.site.block, math.log(alone.loss), tip, low, high, hollow=fact.state == "removed")
+    return Point(fact.site.block, math.log(alone.loss), tip, low, high, symbol="arrow" if alone.at_least else "",
+                 hollow=fact.state == "removed")  # fmt: skip
 
 
 # -- the removals ------------------------------------------------------------------------------------------------------
