@@ -11,11 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 from billhook.core.results.json_form import JsonObject
 from billhook.core.results.measured import Estimate
 
+Form = Literal[
+    "number", "ratio", "nats_as_ratio", "exp", "nats", "percent", "share", "points", "bytes", "seconds", "integer"
+]  # how charts.js writes a number
 LOGARITHMS = ("nats_as_ratio", "exp")  # forms of axes whose numbers are logarithms, to the base e
 MOST_NATS = 700.0  # of which exp is a number
 COLOURS = ("--orange", "--blue", "--green", "--violet", "--pink", "--olive", "--teal", "--grey")
@@ -32,7 +35,7 @@ class Axis:
     """
 
     name: str = ""
-    form: str = "number"
+    form: Form = "number"
     low: float | None = None
     high: float | None = None
     ticks: tuple[float, ...] = ()

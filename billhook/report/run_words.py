@@ -253,9 +253,8 @@ def headline(result: RunResult) -> str:
         times = format_ratio(quality.ratio.value)
         facts.append(f"perplexity {values} ({times}, 95% interval {low} to {high})")
     if result.speed:
-        decode = result.speed.ratio.decode
-        middle, low, high = (format_ratio(x) for x in (decode.value, decode.low, decode.high))
-        facts.append(f"decoding speed {middle} ({low[1:]} to {high[1:]})")
+        sides = (side.decode_tokens_per_s for side in (result.speed.teacher, result.speed.student))
+        facts.append(f"decoding speed {speed_change(*sides, result.speed.ratio.decode)}")
     return f"{_changed_in_words(result)}: {', '.join(facts)}."
 
 

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from browser import HOSTILE, OVERFLOW, Elements, Tab
@@ -40,6 +42,19 @@ def test_no_script_ends_its_element(name: str) -> None:
     text = (ASSETS / name).read_text(encoding="utf-8").lower()
     assert "</script" not in text
     assert "<!--" not in text
+
+
+def test_names_in_python_are_those_of_the_script_and_the_style() -> None:
+    script, style = (ASSETS / "charts.js").read_text(), (ASSETS / "style.css").read_text()
+    outlines = dict(re.findall(r"^  (\w+): '(M[^']+)',$", script, re.MULTILINE))
+    assert {**charts.OUTLINES, "arrow": outlines["arrow"]} == outlines
+    assert set(charts.SYMBOLS) == set(charts.OUTLINES)
+    for colour in (*charts.COLOURS, "--ink", "--dim", "--line", "--ground"):
+        assert style.count(f"{colour}: #") >= 1
+    for colour in (*charts.COLOURS, "--ink", "--dim"):
+        assert f".tone{colour} {{" in style
+    forms = set(re.findall(r"^  (\w+): x =>", script, re.MULTILINE))
+    assert forms == set(get_args(charts.Form))
 
 
 @given(st.floats(-1e3, 1e3), st.floats(1e-2, 1e6), st.integers(2, 12))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import operator
 import random
 import re
 import time
@@ -414,13 +415,13 @@ def test_the_charts_carry_the_numbers_of_the_run() -> None:
     errors = [high - value for _, value, _, high in dots(gap)]
     assert errors == pytest.approx([1.96 * (step.gap_se or 0) for step in known])
     measured, promised = dots(speed), dots(speed, 1)
-    assert [x[1:] for x in measured] == [[e.value, e.low, e.high] for e in asdict_ratio(result.speed.ratio)]
+    for phase, (_, value, low, high) in zip(("prefill", "decode"), measured, strict=True):
+        sides = (getattr(side, f"{phase}_tokens_per_s").value for side in (result.speed.student, result.speed.teacher))
+        assert value == pytest.approx(operator.truediv(*sides))
+        ratio = getattr(result.speed.ratio, phase)
+        assert (low, high) == (min(value, ratio.low), max(value, ratio.high))
     assert [x[1] for x in promised] == [1.21, 1.13]
     assert worth
-
-
-def asdict_ratio(ratio: SpeedRatio) -> tuple[Estimate, Estimate]:
-    return ratio.prefill, ratio.decode
 
 
 def test_every_site_says_what_it_is_worth() -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from billhook.core.plan import Plan
-from billhook.core.results.measured import Estimate
 from billhook.core.results.run import RunResult
 from billhook.report.charts import Axis, Line, Point, figure, key_of, names_chart, xy_chart
 from billhook.report.frame import readable_value
-from billhook.report.numbers import format_number, format_ratio, pluralize
+from billhook.report.numbers import format_number, format_ratio, pluralize, shown_ratio
 from billhook.report.run.sites import Z, removed_in_step
 from billhook.report.run_words import summary_rows
 
@@ -76,7 +75,10 @@ def speed_chart(result: RunResult) -> str:
     if not speed:
         return ""
     names = ("prefill", "decode")
-    measured: list[Estimate] = [speed.ratio.prefill, speed.ratio.decode]
+    measured = [
+        shown_ratio(getattr(speed.teacher, rate), getattr(speed.student, rate), ratio)
+        for rate, ratio in (("prefill_tokens_per_s", speed.ratio.prefill), ("decode_tokens_per_s", speed.ratio.decode))
+    ]
     dots = tuple(
         Point.of(
             i,

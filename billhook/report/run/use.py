@@ -16,7 +16,7 @@ PROMPT = "The capital of France is"
 ENGINES = {
     "llama.cpp": "llama.cpp", "ollama": "Ollama", "lmstudio": "LM Studio", "mlx": "MLX", "vllm": "vLLM",
     "sglang": "SGLang", "onnx": "ONNX Runtime", "openvino": "OpenVINO",
-    "stock": "software that reads stock checkpoints",
+    "stock": "Software that reads stock checkpoints",
 }  # fmt: skip
 
 

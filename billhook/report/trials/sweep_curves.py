@@ -31,7 +31,6 @@ from billhook.report.numbers import (
 from billhook.report.study_words import known_fraction, short_names, sizes_of, tasks_of, texts_of
 
 Looks = Mapping[str, tuple[str, str]]  # colour and symbol by recipe
-Reader = dict[SizeName, str]
 
 
 def looks_of(recipes: Sequence[str]) -> dict[str, tuple[str, str]]:
