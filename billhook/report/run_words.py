@@ -253,8 +253,8 @@ def headline(result: RunResult) -> str:
         times = format_ratio(quality.ratio.value)
         facts.append(f"perplexity {values} ({times}, 95% interval {low} to {high})")
     if result.speed:
-        sides = (side.decode_tokens_per_s for side in (result.speed.teacher, result.speed.student))
-        facts.append(f"decoding speed {speed_change(*sides, result.speed.ratio.decode)}")
+        before, after = (side.decode_tokens_per_s for side in (result.speed.teacher, result.speed.student))
+        facts.append(f"decoding speed {speed_change(before, after, result.speed.ratio.decode)}")
     return f"{_changed_in_words(result)}: {', '.join(facts)}."
 
 
