@@ -71,7 +71,10 @@ def sortable_table(
     )
     body = ""
     for (sort, first), *rest in lines:
-        cells = "".join(f'<td data-sort="{escaped(key)}">{escaped(text)}</td>' for key, text in rest)
+        cells = "".join(
+            f'<td data-sort="{escaped(key)}"{" class=wrap" * (i in words)}>{escaped(text)}</td>'
+            for i, (key, text) in enumerate(rest, 1)
+        )
         body += f'<tr><th scope="row" data-sort="{escaped(sort)}">{escaped(first)}</th>{cells}</tr>'
     return f'<table class="sortable"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
 

@@ -27,7 +27,14 @@ def gate_page(report: GateReport) -> str:
     """The page of one gate."""
     made = f"Billhook · gate · {report.environment.machine}"
     notes = [*seen_warnings(report.seen), *gate_notes(report)]
-    return page_html(gate_title(report), made, f"{gate_sentence(report)}.", notes, gate_sections(report))
+    return page_html(gate_title(report), made, gate_verdict(report), notes, gate_sections(report))
+
+
+def gate_verdict(report: GateReport) -> str:
+    """The verdict, and what is behind it: the checks that do not pass, else that all do."""
+    names = short_names(check.source for check in report.checks)
+    bad = [f"on {names[check.source]} it {describe_check(check)}" for check in report.checks if check.verdict != "PASS"]
+    return f"{gate_sentence(report)}: {'; '.join(bad) or 'on every set it loses less than may go'}."
 
 
 def gate_title(report: GateReport) -> str:
@@ -67,7 +74,7 @@ def _chart(checks: list[GateCheck]) -> str:
         for i, check in enumerate(checks)
     )
     lines = [Line("lost", lost), Line("margin", margins, "--dim", "diamond")]
-    x = Axis("lost, % of perplexity" if checks[0].is_text else "lost, pp of accuracy", "number")
+    x = Axis("lost, % of perplexity" if checks[0].is_text else "lost, pp of accuracy", "number", zero=True)
     text = f"Dots: what is lost, with its bounds ({BOUND} each); hollow: does not pass. Diamonds: what may go."
     title = "Perplexity" if checks[0].is_text else "Accuracy"
     option = names_chart(lines, x, names, at=0.0)

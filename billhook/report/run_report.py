@@ -91,7 +91,7 @@ def _measured(result: RunResult) -> str:
 
 def _parts(result: RunResult) -> str:
     drawing = architecture_svg(result.anatomy, result.plan, styled=False)
-    every = details("Every site: what it is worth and costs, and why it went", sites_table(result))
+    every = details("Every site: what it is worth, what it costs, and why it was removed", sites_table(result))
     return (
         f'<div class="drawing" role="region" tabindex="0" aria-label="The model before and after">{drawing}</div>'
         f"{strip(result)}{removals(result)}{every}{worth_chart(result)}"

@@ -18,7 +18,7 @@ from billhook.report.ab_page import ab_page
 from billhook.report.ab_words import ab_headline
 from billhook.report.compare_page import comparison_page, comparison_verdict, labels_of
 from billhook.report.compare_words import change_words
-from billhook.report.gate_page import gate_page
+from billhook.report.gate_page import gate_page, gate_verdict
 
 
 def hostile_comparison() -> Comparison:
@@ -98,6 +98,14 @@ def test_models_of_one_name_are_told_apart() -> None:
     result = a_comparison(students=2)
     result = replace(result, models=tuple(replace(each, model="same") for each in result.models))
     assert labels_of(result) == ["same (A)", "same (B)", "same (C)"]
+
+
+def test_the_verdict_of_a_gate_has_its_numbers() -> None:
+    assert gate_verdict(a_gate()) == (
+        "FAIL: pruned/student against SmolLM2-135M: on arc.jsonl it loses 6.00 pp (one-sided 95%: 3.10 to 8.90); 1 may go."
+    )
+    passed = a_gate("PASS")
+    assert gate_verdict(passed).endswith("on every set it loses less than may go.")
 
 
 def test_the_gate_draws_what_is_lost_and_what_may_go() -> None:
