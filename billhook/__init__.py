@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from billhook.api import (
         dry_run,
         evaluate,
+        export,
         inspect,
         list_methods,
         list_recipes,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from billhook.models.pruned_config import register
     from billhook.models.surgery import apply, masked
     from billhook.runs import list_runs, show
-    from billhook.runs.exporting import export, targets
+    from billhook.runs.exporting import targets
     from billhook.runs.recipe import Recipe
     from billhook.studies.compare import compare
     from billhook.studies.eval_sets import evaluate_tasks
@@ -109,7 +110,7 @@ _HOMES = {
     "dry_run": "api",
     "evaluate": "api",
     "evaluate_tasks": "studies.eval_sets",
-    "export": "runs.exporting",
+    "export": "api",
     "gate": "studies.gate",
     "inspect": "api",
     "list_methods": "api",

@@ -223,9 +223,9 @@ def export_command(
     with CommandSession(as_json, quiet, verbose) as face:
         check_options(options)
         check_places(model, out=out)
-        from billhook.runs.exporting import export
+        from billhook import api
 
-        face.show(export(model or "demo", to, out=out, dtype=dtype, verify=verify, watch=face.watch, **options))
+        face.show(api.export(model or "demo", to, out=out, dtype=dtype, verify=verify, watch=face.watch, **options))
 
 
 @app.command(name="targets")

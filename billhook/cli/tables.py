@@ -81,6 +81,8 @@ def targets_table(console: Console, found: TargetTable) -> None:
     for row in found.targets:
         if row.reason is not None:
             console.print(f"{row.target}: no place for {row.reason}.", style="dim", highlight=False)
+        elif row.first_attention:
+            console.print(f"{row.target}: the first block keeps its attention.", style="dim", highlight=False)
     for name, targets in _by_export(found).items():
         console.print(f"{', '.join(targets)}: billhook export FOLDER --to {name}", style="dim", highlight=False)
     unverified = ", ".join(row.target for row in found.targets if not row.verified)

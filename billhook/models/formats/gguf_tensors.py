@@ -17,7 +17,9 @@ from billhook.models.formats.gguf_rows import Change, GgufRow, kv_heads, rope_ki
 from billhook.models.modeling_billhook import PatchModule, skipped_parts
 from billhook.models.transformers_internals import tied_names
 
-MLP_STEP = 32  # neurons: llama.cpp reads rows in steps of 32, takes a remainder one by one, and cannot round it to 8 bits
+MLP_STEP = (
+    32  # neurons: llama.cpp reads rows in steps of 32, takes a remainder one by one, and cannot round it to 8 bits
+)
 EMPTY_WIDTH = 32  # neurons of the zeros that stand for a missing MLP: llama.cpp computes a block without one wrongly
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
