@@ -57,7 +57,7 @@ def test_what_is_wrong_is_said_before_a_model_is_read(
     half = tmp_path / "half"
     half.mkdir()
     (half / "config.json").write_text((student / "config.json").read_text())
-    monkeypatch.setattr("billhook.models.load.Teacher", never)
+    monkeypatch.setattr("billhook.models.load.Teacher.__init__", never)
     for model, to, more, told in (
         (student, "ggfu", {}, "There is no export called 'ggfu'. Did you mean 'gguf'?"),
         (student, "gguf", {"out": taken}, "is not empty. Choose a folder that is not there yet"),
