@@ -14,7 +14,7 @@ import torch
 
 from billhook.core.plan import PARTS, Part
 from billhook.core.results.json_form import JsonObject
-from billhook.models.architectures import ARCHITECTURES, head_dim
+from billhook.models.architectures import ARCHITECTURES, BLOCK_KINDS, CONFIG_FIELDS, head_dim
 
 Tensors = dict[str, torch.Tensor]
 ROW = ARCHITECTURES["llama"]  # the names of the tensors
@@ -154,8 +154,8 @@ def sidecars(config: JsonObject, blocks: list[Block]) -> dict[str, JsonObject]:
         own: JsonObject = {
             "skip": [part for part, has in zip(PARTS, (block.kv_heads, block.neurons), strict=True) if not has]
         }
-        own |= {"num_key_value_heads": block.kv_heads} if block.kv_heads else {}
-        own |= {"intermediate_size": block.neurons} if block.neurons else {}
+        own |= {CONFIG_FIELDS["attention"][1]: block.kv_heads} if block.kv_heads else {}
+        own |= {CONFIG_FIELDS["mlp"][-1]: block.neurons} if block.neurons else {}
         layers[f"{index:0{len(str(len(blocks) - 1))}}"] = own
     plain = {name: value for name, value in config.items() if name not in ("auto_map", "block_configs")}
     told = {"config.anymodel.json": plain | {
@@ -170,7 +170,7 @@ def sidecars(config: JsonObject, blocks: list[Block]) -> dict[str, JsonObject]:
             "n_kv_heads": max(kv), "head_dim": config["head_dim"], "hidden_dim": max(widths, default=NEURONS),
             "vocab_size": config["vocab_size"], "norm_eps": config["rms_norm_eps"], "rope_theta": config["rope_theta"],
             "use_hf_rope": True,
-            "layer_types": ["attention" if block.kv_heads else "skip_attention" for block in blocks],
+            BLOCK_KINDS: ["attention" if block.kv_heads else "skip_attention" for block in blocks],
             "mlp_type": ["default" if block.neurons else "skip" for block in blocks],
         }  # fmt: skip
     return told
