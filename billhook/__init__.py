@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from billhook.api import (
         dry_run,
         evaluate,
-        export,
         inspect,
         list_methods,
         list_recipes,
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from billhook.runs.recipe import Recipe
     from billhook.studies.compare import compare
     from billhook.studies.eval_sets import evaluate_tasks
+    from billhook.studies.exporting import export
     from billhook.studies.gate import baselines, gate, save_baseline
     from billhook.studies.run_study import make_report
     from billhook.studies.servers.ab_test import ab_test
@@ -110,7 +110,7 @@ _HOMES = {
     "dry_run": "api",
     "evaluate": "api",
     "evaluate_tasks": "studies.eval_sets",
-    "export": "api",
+    "export": "studies.exporting",
     "gate": "studies.gate",
     "inspect": "api",
     "list_methods": "api",

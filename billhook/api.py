@@ -17,7 +17,6 @@ from billhook.core.options import EvaluateOptions, PruneOptions, ScoreOptions, s
 from billhook.core.plan import Plan, Site
 from billhook.core.plan_files import find_path
 from billhook.core.registry import MethodInfo, OptionValues, resolve_options
-from billhook.core.results.exports import ExportReport
 from billhook.core.results.measured import Estimate, EvalResult, Score, TimingProtocol
 from billhook.core.results.model import (
     BlockScore,
@@ -51,12 +50,11 @@ from billhook.methods.search import SEARCHES
 from billhook.models.device import dtype_name, environment
 from billhook.models.load import Model, Teacher, as_teacher, loaded_by_name, name_of
 from billhook.models.repair import NO_REPAIR
-from billhook.report.export_card import export_card
 from billhook.report.run_report import write_report
 from billhook.runs import check_inputs, require_model, unfinished_run
 from billhook.runs import list_runs as list_runs
 from billhook.runs import show as show
-from billhook.runs.exporting import export_model, recipe_for_targets
+from billhook.runs.exporting import recipe_for_targets
 from billhook.runs.job import run_environment
 from billhook.runs.pipeline import delete_unfinished, preview_run, run_pruning
 from billhook.runs.prepare import load_teacher, open_model, read_calibration, read_held_out
@@ -331,31 +329,6 @@ def measure_speed(
         environment(str(models[0].device)),
         timing.speed_ratio(timings[0], timings[1]) if other is not None else None,
     )
-
-
-def export(
-    model: Model,
-    to: str,
-    *,
-    out: str | Path | None = None,
-    dtype: str | None = None,
-    verify: bool | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    watch: EventListener = ignore_events,
-) -> ExportReport:
-    """Write a checkpoint in the form `to`, an export's name, for the software that serves it.
-
-    `out`: default MODEL-TO. `dtype`: of the export's weights. `verify`: True demands that the runtime which serves it
-    is installed, False leaves it out; where it runs, its next tokens are compared with the checkpoint's. The folder
-    appears whole or not at all. Raises BillhookError.
-    """
-    resolve_options({} if dtype is None else {"dtype": dtype}, EXPORTS[to])
-    where = named_folder(out if out is not None else f"{Path(name_of(model)).name}-{to}")
-    check_target(where)
-    teacher = as_teacher(model, device=device, trust_remote_code=trust_remote_code, watch=watch)
-    with writing():
-        return export_model(teacher, to, where, verify=verify, card=export_card, dtype=dtype, watch=watch)
 
 
 def list_methods() -> list[MethodInfo]:

@@ -19,6 +19,12 @@ from billhook.runtimes import Runtime
 Folder = Callable[[str], Path]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder for the store, which lies where a command is typed."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+
+
 @pytest.fixture
 def student(checkpoint: Folder, tmp_path: Path) -> Path:
     """A pruned checkpoint without a tokenizer, and no card of its own."""
@@ -41,6 +47,9 @@ def test_a_folder_says_what_it_is_and_whether_it_was_verified(
     assert (report.verified is not None) == (to == "gguf" and verify is None)
     assert all(command in card for command in run_commands(to, report.files))
     assert str(tmp_path) not in card
+    (filed,) = billhook.list_runs()
+    assert (filed.kind, filed.state, filed.out) == ("export", "done", str(tmp_path / "out"))
+    assert billhook.show(filed.run).result == report
     require_no_paths(tmp_path / "out", published_files(tmp_path / "out"))
 
 
@@ -87,6 +96,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_know_is_refused_and_nothing_stays(t
     with pytest.raises(BillhookError, match="convert_hf_to_gguf"):
         billhook.export(teacher, "gguf", out=tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    assert [filed.state for filed in billhook.list_runs()] == ["failed"]
 
 
 def test_a_plan_that_a_target_has_no_place_for_says_what_it_has(checkpoint: Folder, tmp_path: Path) -> None:
