@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from billhook.models.pruned_config import register
     from billhook.models.surgery import apply, masked
     from billhook.runs import list_runs, show
-    from billhook.runs.exporting import export, targets
+    from billhook.runs.exporting import targets
     from billhook.runs.recipe import Recipe
     from billhook.studies.compare import compare
     from billhook.studies.eval_sets import evaluate_tasks
+    from billhook.studies.exporting import export
     from billhook.studies.gate import baselines, gate, save_baseline
     from billhook.studies.run_study import make_report
     from billhook.studies.servers.ab_test import ab_test
@@ -109,7 +110,7 @@ _HOMES = {
     "dry_run": "api",
     "evaluate": "api",
     "evaluate_tasks": "studies.eval_sets",
-    "export": "runs.exporting",
+    "export": "studies.exporting",
     "gate": "studies.gate",
     "inspect": "api",
     "list_methods": "api",

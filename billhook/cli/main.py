@@ -214,6 +214,7 @@ def export_command(
     verify: Annotated[
         bool | None, typer.Option(help="Demand the runtime that serves it, or leave it out", show_default=False)
     ] = None,
+    store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -223,9 +224,12 @@ def export_command(
     with CommandSession(as_json, quiet, verbose) as face:
         check_options(options)
         check_places(model, out=out)
-        from billhook.runs.exporting import export
+        from billhook.studies.exporting import export
 
-        face.show(export(model or "demo", to, out=out, dtype=dtype, verify=verify, watch=face.watch, **options))
+        told = export(
+            model or "demo", to, out=out, dtype=dtype, verify=verify, store=store, watch=face.watch, **options
+        )
+        face.show(told)
 
 
 @app.command(name="targets")

@@ -81,6 +81,8 @@ def targets_table(console: Console, found: TargetTable) -> None:
     for row in found.targets:
         if row.reason is not None:
             console.print(f"{row.target}: no place for {row.reason}.", style="dim", highlight=False)
+        elif row.first_attention:
+            console.print(f"{row.target}: the first block keeps its attention.", style="dim", highlight=False)
     for name, targets in _by_export(found).items():
         console.print(f"{', '.join(targets)}: billhook export FOLDER --to {name}", style="dim", highlight=False)
     unverified = ", ".join(row.target for row in found.targets if not row.verified)
@@ -200,6 +202,9 @@ def speed_table(console: Console, found: SpeedReport) -> None:
         phases = (("prefill", found.ratio.prefill), ("decode", found.ratio.decode))
         times = (f"{name} ×{r.value:.2f} ({r.low:.2f}–{r.high:.2f})" for name, r in phases)
         console.print(f"The second is faster by: {', '.join(times)}")
+    if found.predicted is not None:
+        by_weights = f"prefill ×{found.predicted.prefill:.2f}, decode ×{found.predicted.decode:.2f}"
+        console.print(f"By their weights alone it would be: {by_weights}")
     p, where = found.protocol, ", ".join(filter(None, (found.runtime, found.environment.machine)))
     console.print(
         f"{p.repeats} runs after a warm-up, batch {p.batch}, {p.prompt_tokens} tokens in, {p.new_tokens} "

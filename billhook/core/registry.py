@@ -175,8 +175,9 @@ def resolve_options(given: OptionValues, *functions: Callable[..., object]) -> l
             near = nearest(name, all_options)
             guess = f" Did you mean {near}?" if near else ""
             names = " and ".join(function.__name__ for function in functions)
-            known_names = ", ".join(sorted(name for name in all_options if "." not in name)) or "none"
-            raise UsageError(f"There is no option {name!r} of {names}.{guess} Known: {known_names}.")
+            known_names = ", ".join(sorted(name for name in all_options if "." not in name))
+            allowed = f"Known: {known_names}." if known_names else "It has none: leave it out."
+            raise UsageError(f"There is no option {name!r} of {names}.{guess} {allowed}")
     resolved = []
     for function, of_one in zip(functions, known, strict=True):
         values = {name: given.get(f"{function.__name__}.{name}", given.get(name)) for name in of_one}

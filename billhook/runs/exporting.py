@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from billhook.core.errors import ResourceError, UsageError, option, writing
+from billhook.core.errors import ResourceError, UsageError, option
 from billhook.core.events import EventListener, ignore_events
-from billhook.core.files.target_folder import check_target, named_folder, publish, staging_folder
+from billhook.core.files.target_folder import check_target, publish, staging_folder
 from billhook.core.plan import Plan
 from billhook.core.registry import OptionValues, resolve_options, split_names
 from billhook.core.results.exports import ExportReport, TargetTable
@@ -20,34 +20,10 @@ from billhook.methods.export import EXPORTS, Exported, Student, export_student, 
 from billhook.methods.export.serving import limits_of, table
 from billhook.methods.export.verification import PROBE_TEXTS, require_runtime
 from billhook.models.architectures import base_type
-from billhook.models.load import Model, Teacher, as_teacher, model_config, name_of
+from billhook.models.load import Model, Teacher, model_config, name_of
 
+CARD = "README.md"
 PROBE_TOKENS = 192  # on which an export and its student are compared
-
-
-def export(
-    model: Model,
-    to: str,
-    *,
-    out: str | Path | None = None,
-    dtype: str | None = None,
-    verify: bool | None = None,
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    watch: EventListener = ignore_events,
-) -> ExportReport:
-    """Write a checkpoint in the form `to`, an export's name, for the software that serves it.
-
-    `out`: default MODEL-TO. `dtype`: of the export's weights. `verify`: True demands that the runtime which serves it
-    is installed, False leaves it out; where it runs, its next tokens are compared with the checkpoint's. The folder
-    appears whole or not at all. Raises BillhookError.
-    """
-    resolve_options({} if dtype is None else {"dtype": dtype}, EXPORTS[to])
-    where = named_folder(out if out is not None else f"{Path(name_of(model)).name}-{to}")
-    check_target(where)
-    teacher = as_teacher(model, device=device, trust_remote_code=trust_remote_code, watch=watch)
-    with writing():
-        return export_model(teacher, to, where, verify=verify, dtype=dtype, watch=watch)
 
 
 def targets(
@@ -77,13 +53,15 @@ def export_model(
     out: Path,
     *,
     verify: bool | None = None,
+    card: Callable[[ExportReport], str] | None = None,
     watch: EventListener = ignore_events,
     **options: object,
 ) -> ExportReport:
     """Write a loaded checkpoint to the new folder `out` by the export `to`; it is there whole, or not at all.
 
     `verify`: True demands that the runtime is there, False leaves it out, None verifies where it is installed.
-    `options`: of the export. Raises PlanError where the target cannot express the model, and as `export_student`.
+    `card`: makes the README.md of a folder that has none. `options`: of the export. Raises PlanError where the target
+    cannot express the model, and as `export_student`.
     """
     given: OptionValues = {name: value for name, value in options.items() if value is not None}
     (own,) = resolve_options(given, EXPORTS[to])
@@ -99,6 +77,9 @@ def export_model(
     aside = staging_folder(out, secrets.token_hex(3))
     try:
         exported = export_student(to, student, aside, **own)
+        if card is not None and not (aside / CARD).exists():
+            told = card(_report(teacher, to, exported, aside, str(out)))
+            (aside / CARD).write_text(told, encoding="utf-8", errors="backslashreplace")
         publish(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

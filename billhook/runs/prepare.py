@@ -14,7 +14,7 @@ from billhook.core.errors import PlanError, ResourceError, UsageError, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.files.cache_keys import GeneratedKey
 from billhook.core.margin import Margin
-from billhook.core.plan import Plan
+from billhook.core.plan import Plan, Site
 from billhook.core.plan_files import read_plan
 from billhook.core.problem import Problem, parse_protection
 from billhook.core.registry import OptionValues, split_names
@@ -166,6 +166,8 @@ def problem_of(recipe: Recipe, teacher: Teacher, anatomy: Anatomy, budgets: tupl
     """
     most, protected = limits_of_recipe(recipe, teacher), parse_protection(recipe.protect, anatomy)
     anatomy = limited(anatomy, most, teacher.model.config)
+    if most.first_attention:
+        protected |= {Site(min(anatomy.sites_present()).block, "attention")}
     return Problem(anatomy, budgets, protected, recipe.seed, blocks_only=most.sites == "none").check()
 
 

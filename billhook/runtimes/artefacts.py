@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,39 @@ def read_positions(path: Path) -> dict[str, int]:
 def count_parameters(path: Path) -> int:
     """Return the number of parameters of a GGUF file; 0 of other files, which may pack several into one number."""
     return sum(int(tensor.n_elements) for tensor in _gguf(path).tensors) if path.suffix == ".gguf" else 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReadWeights:
+    """Weights that every token is multiplied by: all of a file but an embedding that is only looked up."""
+
+    bytes: int
+    elements: int
+
+
+def read_weights(artefact: Artefact) -> ReadWeights | None:
+    """Return what the files say of the weights that every token meets; None of a form whose tensors are not listed."""
+    found: dict[str, tuple[int, int]] = {}
+    if artefact.path.suffix == ".gguf":
+        found = {t.name: (int(t.n_bytes), int(t.n_elements)) for t in _gguf(artefact.path).tensors}
+    for file in artefact.files():
+        if file.suffix == ".safetensors":
+            found |= _safetensors(file)
+    heads = [name for name in found if name.startswith(("output.", "lm_head."))]
+    embedding = next((name for name in found if name.endswith(("token_embd.weight", "embed_tokens.weight"))), None)
+    if heads and embedding:
+        del found[embedding]
+    sizes = tuple(map(sum, zip(*found.values(), strict=True)))
+    return ReadWeights(*sizes) if sizes else None
+
+
+def _safetensors(file: Path) -> dict[str, tuple[int, int]]:
+    """Return the bytes and the elements of every tensor, by the header of a file."""
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    header.pop("__metadata__", None)
+    ends = {name: told["data_offsets"] for name, told in header.items()}
+    return {name: (ends[name][1] - ends[name][0], math.prod(told["shape"])) for name, told in header.items()}
 
 
 def _gguf(path: Path) -> Any:

@@ -163,6 +163,37 @@ def test_what_is_missing_has_no_tensors_and_the_config_says_it(exported: dict[st
         assert not any(".2.self_attn" in name or ".2.input_layernorm" in name for name in file.keys())  # noqa: SIM118
 
 
+@pytest.mark.parametrize("name", list(CASES))
+def test_what_other_readers_are_told_is_what_the_tensors_are(
+    name: str, exported: dict[str, tuple[Path, torch.Tensor]]
+) -> None:
+    """Against the shapes on the disk. One width is all that ExecuTorch's file can say."""
+    folder, _ = exported[name]
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    told = json.loads((folder / "config.anymodel.json").read_text())
+    layers, dim = told["per_layer_config"], told["head_dim"]
+    widths, kv = set(), set()
+    for index, layer in enumerate(layers.values()):
+        before = f"model.layers.{index}."
+        attention, mlp = (shapes.get(before + rest) for rest in ("self_attn.k_proj.weight", "mlp.up_proj.weight"))
+        assert layer["skip"] == [part for part, has in (("attention", attention), ("mlp", mlp)) if not has]
+        assert layer.get("num_key_value_heads") == (attention[0] // dim if attention else None)
+        assert layer.get("intermediate_size") == (mlp[0] if mlp else None)
+        kv |= {attention[0] // dim} if attention else set()
+        widths |= {mlp[0]} if mlp else set()
+    told_it = (folder / "executorch.params.json").exists()
+    biased = any(key.endswith(".bias") for key in shapes)
+    assert told_it == (len(widths) < 2 and len(kv) == 1 and not biased and told["rope_scaling"] is None)
+    if told_it:
+        args = json.loads((folder / "executorch.params.json").read_text())
+        skips = [layer["skip"] for layer in layers.values()]
+        assert args["layer_types"] == ["skip_attention" if "attention" in skip else "attention" for skip in skips]
+        assert args["mlp_type"] == ["skip" if "mlp" in skip else "default" for skip in skips]
+        assert {args["hidden_dim"]} >= widths
+        assert {args["n_kv_heads"]} == kv
+
+
 def test_the_width_of_an_mlp_survives_every_reader() -> None:
     """mlx-lm rounds the factor to 6 decimals, and all of them cut to whole neurons before they round up."""
     for width in (32, 576, 960, 2048, 4096, 5120, 8192, 16384):

@@ -144,17 +144,19 @@ def test_a_type_that_no_file_has_is_refused_before_anything_is_written(tmp_path:
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0", "q4_0"])
 def test_types_of_weights(dtype: str, tmp_path: Path) -> None:
-    """All rows of this model but those of its down projections, 48 wide, divide into blocks of 32."""
-    _, got = exported(tmp_path / "model", "llama", "", tmp_path / "out", dtype=dtype)
+    """All rows divide into blocks of 32 but those of an attention that has lost heads; zeros fill those of MLPs."""
+    _, got = exported(tmp_path / "model", "llama", "attention.1[0]", tmp_path / "out", dtype=dtype)
     (file,) = (path for path in got.files if path.suffix == ".gguf")
     assert file.name == f"model-{dtype.upper()}.gguf"
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
-    assert kinds["blk.0.attn_q.weight"] == dtype.upper()
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    kinds = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+    assert tensors["blk.0.ffn_down.weight"].shape.tolist() == [64, 32], "48 neurons and 16 zeros"
+    assert kinds["blk.0.attn_q.weight"] == kinds["blk.0.ffn_down.weight"] == dtype.upper()
     assert kinds["blk.0.attn_norm.weight"] == "F32"
-    assert kinds["blk.0.ffn_down.weight"] == (dtype.upper() if dtype in types.FLOATS else "F16")
+    assert kinds["blk.1.attn_output.weight"] == (dtype.upper() if dtype in types.FLOATS else "F16")
     assert kinds["token_embd.weight"] == (dtype.upper() if dtype in types.FLOATS else "Q8_0")
     assert got.verified is not None
-    rounded = [note for note in got.notes if note.startswith(("4 tensors are f16", "Before rounding: KL"))]
+    rounded = [note for note in got.notes if note.startswith(("In f16, since", "Before rounding: KL"))]
     assert len(rounded) == {"f16": 0, "bf16": 1}.get(dtype, 2)
 
 

@@ -353,7 +353,7 @@ def test_score_of_several_metrics_with_options(model: Path, text: Path) -> None:
         assert told.scores[name] == alone.scores[name]
     for metric, options, message in (
         ("cosine,taylor", {"knid": 1}, "no option 'knid' of cosine and taylor. Did you mean kind.* Known: kind"),
-        ("cosine", {"kind": "vector"}, "no option 'kind' of cosine. Known: none"),
+        ("cosine", {"kind": "vector"}, "no option 'kind' of cosine. It has none: leave it out"),
         ("taylor", {"kind": "third"}, "There is no kind of taylor called 'third'.*element, second, vector"),
         ("cosine,", {}, "There is no metric called ''"),
     ):

@@ -15,13 +15,15 @@ import billhook
 from billhook.core.errors import PlanError
 from billhook.core.events import Event
 from billhook.core.plan import KeptGroups, Plan, Site
-from billhook.methods.export.serving import STOCK_TYPE
+from billhook.methods.export.serving import STOCK_TYPE, fit
 from billhook.methods.export.targets import Form, limits, narrower, student_shape
 from billhook.methods.search import kept_count
 from billhook.models.load import Teacher, load
 from billhook.models.repair import Patch, Repair
 from billhook.models.surgery import apply
+from billhook.runs import prepare
 from billhook.runs.prepare import limited
+from billhook.runs.recipe import parse_recipe
 
 Folder = Callable[[str], Path]
 PLANS = ("attention.1,mlp.1", "mlp.1", "attention.2", "attention.0,mlp.0,mlp.3")
@@ -82,6 +84,22 @@ def test_of_several_targets_what_all_can_express_holds() -> None:
     found = limits([[only_gpt2, two]], "llama", None)
     assert found is not None
     assert (found.sites, found.inserts, found.mlp_step) == ("zeros", False, 48), "the form for gpt2 does not count"
+
+
+def test_sglang_gets_blocks_of_one_number_of_kv_heads(checkpoint: Folder) -> None:
+    teacher = load(checkpoint("llama"))
+    for names, told in (
+        ("attention.2,mlp.1[0-19]", None),
+        ("attention.0", "a first block without its attention; keep attention.0"),
+        ("attention.0,mlp.0,attention.1", "a first block without its attention; keep attention.1"),
+        ("attention.1[0]", "a width of its own for attentions"),
+    ):
+        plan = Plan.parse(names.split(","))
+        fault = fit("sglang", student_shape(teacher, plan))[1]
+        assert (fault is None) if told is None else told in str(fault)
+        assert fit("vllm", student_shape(teacher, plan))[1] is None
+    recipe = parse_recipe({"model": teacher.name, "remove": "2sites", "target": "sglang"})
+    assert prepare.problem_of(recipe, teacher, teacher.anatomy, recipe.budgets).protected == {Site(0, "attention")}
 
 
 @pytest.mark.parametrize("name", ["greedy", "swap", "beam", "evolve", "exhaustive"])

@@ -23,10 +23,11 @@ from billhook.core.errors import BillhookError
 from billhook.core.events import Event
 from billhook.data.choice_tasks import task_tokens
 from billhook.methods.evaluate.multiple_choice import log_probabilities
+from billhook.methods.evaluate.runtime_speed import predicted_ratio
 from billhook.methods.evaluate.served import ServedModel, ServedTokenizer
 from billhook.report.compare_words import size_rows
 from billhook.runtimes import RUNTIMES, Runtime
-from billhook.runtimes.artefacts import find_artefact, is_served
+from billhook.runtimes.artefacts import ReadWeights, find_artefact, is_served, read_weights
 
 pytest.importorskip("xllamacpp")
 TEXTS = ("w1 w12, w3.", " two  blanks\n\n1. x", "Käfer 敏捷 🦊", "")
@@ -193,10 +194,38 @@ def test_speed_is_measured_in_the_runtime_in_turn(home: Home, capsys: pytest.Cap
     session.print_result(report)
     told = capsys.readouterr().out
     assert "KV cache" in told
+    assert "By their weights alone it would be: prefill ×1.00, decode ×1.00" in told
     assert "llama.cpp" in told
     typed = ["speed", "--engine", "llama.cpp", *names, "--repeats", "2", "--new-tokens", "2", "--quiet"]
     assert "The second is faster by" in CliRunner().invoke(main.app, typed, env={"COLUMNS": "200"}).output
     assert type(report).from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama_tied"])
+def test_a_speed_is_predicted_by_the_weights_that_a_token_meets(variant: str, tmp_path: Path) -> None:
+    """By the parameters of the model: an embedding that is only looked up does not count. Of a folder and of a file."""
+    folder = tiny.saved(tmp_path / "model", variant, intermediate_size=64)
+    teacher = billhook.load(folder)
+    student = tmp_path / "student"
+    plan = billhook.Plan.parse(["mlp.1", "attention.1", "mlp.2[0-31]"])
+    billhook.save(billhook.apply(teacher, plan), None, plan, student, teacher=teacher)
+    count = {}
+    for place in (folder, student):
+        model = billhook.load(place).model
+        count[place] = sum(p.numel() for p in model.parameters())
+        if variant == "llama":
+            count[place] -= model.get_input_embeddings().weight.numel()
+        files = read_weights(find_artefact(f"mlx:{place}"))
+        assert files == ReadWeights(4 * count[place], count[place])
+        out = tmp_path / f"{place.name}-gguf"
+        billhook.export(place, "gguf", out=out, dtype="f16", verify=False, store=tmp_path / "s.db")
+        told = read_weights(find_artefact(f"llama.cpp:{out}"))
+        assert told is not None
+        assert told.elements == count[place]
+        assert 2 * told.elements < told.bytes < 2.2 * told.elements, "vectors are float32"
+    predicted = predicted_ratio(*(find_artefact(f"mlx:{place}") for place in (folder, student)))
+    assert predicted is not None
+    assert predicted.decode == predicted.prefill == pytest.approx(count[folder] / count[student])
 
 
 def test_the_process_of_a_runtime_is_without_torch() -> None:

@@ -72,6 +72,7 @@ class TargetLimits:
     `sites`: whether single sites may be missing (`removed`), are written as `zeros`, or whole blocks alone (`none`).
     `mlps`, `attentions`: widths, `any`, all blocks `alike`, or `none`. `mlp_step`: widths of an mlp without waste are
     multiples of it. `kv_groups`: in how many groups an attention may be left; empty is any number.
+    `first_attention`: the first block must keep its attention.
     """
 
     target: str
@@ -85,6 +86,7 @@ class TargetLimits:
     biases: bool = False
     mlp_step: int = 1
     kv_groups: tuple[int, ...] = ()
+    first_attention: bool = False
 
 
 @dataclass(frozen=True, repr=False)

@@ -17,7 +17,7 @@ from billhook.core.results.measured import (
     WorkPlan,
     estimate_columns,
 )
-from billhook.core.results.run import Rates, RunData, SpeedRatio
+from billhook.core.results.run import PredictedSpeed, Rates, RunData, SpeedRatio
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +248,7 @@ class SpeedReport(Result):
     """Speed of one model, or of two timed in turn. `ratio`: how many times faster the second is.
 
     `runtime`: the software that served them, with its release; empty where Billhook ran them with transformers.
+    `predicted`: the same ratio by the weights of an exported model alone.
     """
 
     kind: ClassVar[str] = "speed"
@@ -257,6 +258,7 @@ class SpeedReport(Result):
     environment: Environment
     ratio: SpeedRatio | None = None
     runtime: str = ""
+    predicted: PredictedSpeed | None = None
 
     def rows(self) -> list[JsonObject]:
         """A row a model."""

@@ -159,6 +159,17 @@ class EvalSpec(RunSpec):
 
 
 @dataclass(frozen=True)
+class ExportSpec(RunSpec):
+    """A checkpoint in the form `to`. `dtype`: of its weights; `verify`: in the software that serves it."""
+
+    kind = "export"
+    model: str
+    to: str
+    dtype: str | None
+    verify: bool | None
+
+
+@dataclass(frozen=True)
 class ServerSpec:
     """An OpenAI-compatible server. `api_key_env`: the name of the environment variable that holds its key."""
 

@@ -11,23 +11,37 @@ from billhook.core.errors import UsageError, option
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.results.measured import Timing, TimingProtocol
 from billhook.core.results.model import ModelRates, SpeedReport
+from billhook.core.results.run import PredictedSpeed
 from billhook.methods.evaluate.served import count_vocabulary, open_runtime
 from billhook.methods.evaluate.speed import rates, speed_ratio
 from billhook.models.device import environment
 from billhook.runtimes import RuntimeNumbers
-from billhook.runtimes.artefacts import Artefact, find_artefact
+from billhook.runtimes.artefacts import Artefact, find_artefact, read_weights
 
 
 def speed_in_runtime(
     engine: str, names: Sequence[str], protocol: TimingProtocol, watch: EventListener = ignore_events
 ) -> SpeedReport:
     """Return the speed of the files of one or two models in the runtime `engine`. Raises as `find_artefact`."""
-    timed = time_artefacts([find_artefact(f"{engine}:{name}") for name in names], protocol, watch=watch)
+    artefacts = [find_artefact(f"{engine}:{name}") for name in names]
+    timed = time_artefacts(artefacts, protocol, watch=watch)
     runtime = f"{engine} {timed[0][1].version}"
     return SpeedReport(
         tuple(ModelRates(n, rates(each), told.kv_bytes) for n, (each, told) in zip(names, timed, strict=True)),
         protocol, environment(runtime), speed_ratio(timed[0][0], timed[1][0]) if len(timed) > 1 else None, runtime,
+        predicted_ratio(*artefacts) if len(timed) > 1 else None,
     )  # fmt: skip
+
+
+def predicted_ratio(first: Artefact, second: Artefact) -> PredictedSpeed | None:
+    """Return how many times faster the second is by its weights alone: the bytes that a token reads, the products.
+
+    None where the files do not list their tensors.
+    """
+    before, after = read_weights(first), read_weights(second)
+    if before is None or after is None:
+        return None
+    return PredictedSpeed(before.elements / after.elements, before.bytes / after.bytes)
 
 
 def time_artefacts(

@@ -14,7 +14,7 @@ import torch
 
 from billhook.core.plan import PARTS, Part
 from billhook.core.results.json_form import JsonObject
-from billhook.models.architectures import ARCHITECTURES, head_dim
+from billhook.models.architectures import ARCHITECTURES, BLOCK_KINDS, CONFIG_FIELDS, head_dim
 
 Tensors = dict[str, torch.Tensor]
 ROW = ARCHITECTURES["llama"]  # the names of the tensors
@@ -138,3 +138,39 @@ def _output(tensors: Tensors, name: str, weight: torch.Tensor, sizes: Sizes, par
     zeros = torch.zeros(sizes.width, dtype=sizes.dtype)
     bias = {f"{name}.bias": tensors.get(f"{name}.bias", zeros)} if sizes.bias[part] else {}
     return {f"{name}.weight": weight, **bias}
+
+
+# -- what else may read a folder --------------------------------------------------------------------------------------
+
+
+def sidecars(config: JsonObject, blocks: list[Block]) -> dict[str, JsonObject]:
+    """Return files that tell two other readers of the tensors in a folder what its `config` says, by their names.
+
+    `config.anymodel.json`: for the AnyModel that is proposed for vLLM (pull request 36512). `executorch.params.json`:
+    the ModelArgs of ExecuTorch's Llama export, for blocks of one width without biases. Neither was run.
+    """
+    layers: JsonObject = {}
+    for index, block in enumerate(blocks):
+        own: JsonObject = {
+            "skip": [part for part, has in zip(PARTS, (block.kv_heads, block.neurons), strict=True) if not has]
+        }
+        own |= {CONFIG_FIELDS["attention"][1]: block.kv_heads} if block.kv_heads else {}
+        own |= {CONFIG_FIELDS["mlp"][-1]: block.neurons} if block.neurons else {}
+        layers[f"{index:0{len(str(len(blocks) - 1))}}"] = own
+    plain = {name: value for name, value in config.items() if name not in ("auto_map", "block_configs")}
+    told = {"config.anymodel.json": plain | {
+        "architectures": ["AnyModel"], "base_architecture": "LlamaForCausalLM", "model_type": "llama",
+        "per_layer_config": layers,
+    }}  # fmt: skip
+    widths, kv = ({getattr(block, name) for block in blocks} - {0} for name in ("neurons", "kv_heads"))
+    scaled = config["rope_scaling"] is not None
+    if len(widths) < 2 and len(kv) == 1 and not (scaled or config["attention_bias"] or config["mlp_bias"]):
+        told["executorch.params.json"] = {
+            "dim": config["hidden_size"], "n_layers": len(blocks), "n_heads": config["num_attention_heads"],
+            "n_kv_heads": max(kv), "head_dim": config["head_dim"], "hidden_dim": max(widths, default=NEURONS),
+            "vocab_size": config["vocab_size"], "norm_eps": config["rms_norm_eps"], "rope_theta": config["rope_theta"],
+            "use_hf_rope": True,
+            BLOCK_KINDS: ["attention" if block.kv_heads else "skip_attention" for block in blocks],
+            "mlp_type": ["default" if block.neurons else "skip" for block in blocks],
+        }  # fmt: skip
+    return told

@@ -19,7 +19,7 @@ from billhook.core.results.json_form import JsonObject
 from billhook.methods.export import Exported, Student, export, modeling_decilm
 from billhook.methods.export.beside_weights import CONFIG, write_companions
 from billhook.methods.export.checkpoint import SHARD_BYTES, stored_tensors
-from billhook.methods.export.deci_blocks import NEURONS, ROW, Block, Sizes, blocks_of, kv_heads
+from billhook.methods.export.deci_blocks import NEURONS, ROW, Block, Sizes, blocks_of, kv_heads, sidecars
 from billhook.methods.export.shards import check_written
 from billhook.methods.export.targets import Form
 from billhook.methods.export.verification import verify
@@ -86,8 +86,11 @@ def deci(student: Student, folder: Path) -> Exported:
     save_torch_state_dict(state, folder, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
     for shard in checks.shards(folder):
         check_written(shard, state)
-    text = json.dumps(config_text(config, blocks, sizes), indent=2, ensure_ascii=False)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    told = config_text(config, blocks, sizes)
+    beside = sidecars(told, blocks)
+    for name, value in {CONFIG: told, **beside}.items():
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
     write_companions(teacher.tokenizer, teacher, folder)
     code = Path(modeling_decilm.__file__)
     shutil.copyfile(code, folder / code.name)
@@ -95,8 +98,9 @@ def deci(student: Student, folder: Path) -> Exported:
     difference = read_back(student, folder)
     verified = verify(RUNTIMES[0], folder, student)
     kinds = {block.kv_heads for block in blocks} - {0}
-    notes = ("Blocks have different numbers of KV heads, which SGLang refuses.",) if len(kinds) > 1 else ()
-    return Exported(folder, tuple(sorted(folder.iterdir())), "nemotron-nas", difference, verified, notes)
+    notes = [f"{' and '.join(beside)}: for readers that Billhook did not run."]
+    notes += ["Blocks have different numbers of KV heads, which SGLang refuses."] if len(kinds) > 1 else []
+    return Exported(folder, tuple(sorted(folder.iterdir())), "nemotron-nas", difference, verified, tuple(notes))
 
 
 def config_text(config: Any, blocks: list[Block], sizes: Sizes) -> JsonObject:

@@ -17,7 +17,7 @@ from billhook.models.architectures import base_type
 from billhook.models.device import dtype_name
 from billhook.models.formats.gguf_metadata import context_length, model_keys
 from billhook.models.formats.gguf_rows import DECI_ROWS, ROWS, GgufRow
-from billhook.models.formats.gguf_tensors import EMBEDDING, Contents, contents
+from billhook.models.formats.gguf_tensors import EMBEDDING, MLP_STEP, Contents, contents
 from billhook.models.formats.gguf_vocabulary import tokenizer_keys
 from billhook.models.formats.gguf_writer import (
     BY_PROGRAM,
@@ -44,7 +44,7 @@ def _native(*, alike: bool) -> Form:
     widths = "alike" if alike else "none"
     return Form(
         "native", "none", "alike", widths, inserts=False, biases=False, architectures=types,  # type: ignore[arg-type]
-        refuse=_refuse(ROWS), runtimes=(RUNTIME,),
+        refuse=_refuse(ROWS), runtimes=(RUNTIME,), mlp_step=MLP_STEP,
     )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ FORMS = (
     _native(alike=False),
     Form(
         "deci", inserts=False, constants=True, architectures=tuple(DECI_ROWS), refuse=_refuse(DECI_ROWS),
-        runtimes=(RUNTIME,),
+        runtimes=(RUNTIME,), mlp_step=MLP_STEP,
     ),
 )  # fmt: skip
 
@@ -116,7 +116,8 @@ def _written(
     else:
         finer = write_file(target, row.name, keys, held, dtype=dtype, watch=student.watch)
         if finer:
-            notes.append(f"{len(finer)} tensors are f16, since their rows are no multiple of 32: {finer[0]} …")
+            more = f" and {len(finer) - 1} more" if finer[1:] else ""
+            notes.append(f"In f16, since rows of other types are a multiple of 32: {finer[0]}{more}.")
     if verified is not None:
         notes.append(f"Before rounding: KL {verified.kl:.2g} nats on average and {verified.worst:.2g} at most.")
     file.unlink()

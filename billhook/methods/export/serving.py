@@ -11,7 +11,8 @@ from billhook.core.plan import Plan
 from billhook.core.registry import Entries
 from billhook.core.results.exports import TargetFit, TargetLimits
 from billhook.methods.export import EXPORTS
-from billhook.methods.export.targets import Fault, Form, StudentShape, limits, student_shape
+from billhook.methods.export.deci_folder import FORM as DECI
+from billhook.methods.export.targets import Fault, Form, StudentShape, limits, nearest_fault, student_shape
 from billhook.models.architectures import base_type
 from billhook.models.load import Teacher
 from billhook.models.repair import NO_REPAIR, Repair
@@ -46,8 +47,9 @@ class Target:
         return [form for route in self.routes for form in route.loaded()]
 
 
-_STOCK_OR_DECI = (Route("transformers", (STOCK_TYPE,)), Route("deci"))
 _MLX = (Route("transformers", (replace(STOCK_TYPE, architectures=MLX_TYPES),)), Route("deci"))
+# SGLang asks for one number of KV heads, and the stand-in for the attention of a first block has one head.
+_SGLANG = replace(DECI, attention_widths="none", first_attention=True)
 TARGETS = Entries(
     "target",
     {
@@ -56,8 +58,8 @@ TARGETS = Entries(
         "ollama": Target((Route("gguf"),), verified=False),
         "lmstudio": Target((Route("gguf"),), verified=False),
         "mlx": Target(_MLX),
-        "vllm": Target(_STOCK_OR_DECI),
-        "sglang": Target(_STOCK_OR_DECI, verified=False),
+        "vllm": Target((Route("transformers", (STOCK_TYPE,)), Route("deci"))),
+        "sglang": Target((Route("transformers", (STOCK_TYPE,)), Route("deci", (_SGLANG,))), verified=False),
         "onnx": Target((Route("onnx"),)),
         "openvino": Target((Route("openvino"),)),
         "stock": Target((Route("stock"),)),
@@ -94,19 +96,18 @@ def table(config: Any) -> tuple[TargetLimits, ...]:
             rows.append(TargetLimits(
                 name, exports, target.verified, None, found.sites, found.mlp_widths, found.attention_widths,
                 found.inserts, found.biases, found.mlp_step, found.attention_counts(config),
+                found.first_attention,
             ))  # fmt: skip
     return tuple(rows)
 
 
 def fit(name: str, shape: StudentShape) -> tuple[str, Fault | None]:
     """Return by which export a target loads a student, or what keeps it from that."""
-    faults: list[tuple[str, Fault | None]] = []
-    for route in TARGETS[name].routes:
-        for form in route.loaded():
-            faults.append((route.export, form.fault(shape)))
-            if faults[-1][1] is None:
-                return faults[-1]
-    return faults[-1]
+    target = TARGETS[name]
+    for route in target.routes:
+        if any(form.fault(shape) is None for form in route.loaded()):
+            return route.export, None
+    return target.routes[-1].export, nearest_fault(target.forms(), shape)
 
 
 def fits(teacher: Teacher, plan: Plan, repair: Repair = NO_REPAIR) -> tuple[TargetFit, ...]:

@@ -50,7 +50,7 @@ class Form:
     `refuse`: a reason why the model of a config has no place in this form. `runtimes`: those that load it and can
     verify it, the first one does. `mlp_step`: widths of an mlp that waste nothing are multiples of it; a search for
     this form keeps to them. `attention_counts`: in how many KV groups an attention may be left, ascending, by the
-    config; empty is any number.
+    config; empty is any number. `first_attention`: the first block must keep its attention.
     """
 
     name: str = ""
@@ -65,6 +65,7 @@ class Form:
     runtimes: tuple[str, ...] = ()
     mlp_step: int = 1
     attention_counts: Callable[[Any], tuple[int, ...]] = _any_count
+    first_attention: bool = False
 
     def takes(self, model_type: str, config: Any) -> str | None:
         """Return why no student of this model has a place in this form; None where some have."""
@@ -81,6 +82,8 @@ class Form:
             return Fault("model", reason)
         if self.sites == "none" and shape.single:
             return Fault("sites", f"a block without its {shape.single[0].part}; remove whole blocks")
+        if self.first_attention and shape.single and shape.single[0] == Site(shape.first, "attention"):
+            return Fault("sites", f"a first block without its attention; keep {shape.single[0]}")
         for part in PARTS:
             found, most = shape.widths(part), self.widths(part)
             if most == "none" and found != "whole":
@@ -104,8 +107,8 @@ class StudentShape:
 
     `single`: missing sites of blocks of which the other site is kept. `mlps`, `attentions`: `whole`, narrowed all
     `alike` in a way that the stock config can say, or each with its `own` width. `kv_groups`: in how many KV groups
-    narrowed attentions are left. `patches`: what repairs put in the place of sites that is more than a constant;
-    `constants`: the others.
+    narrowed attentions are left. `first`: the number of the first block that is left. `patches`: what repairs put in
+    the place of sites that is more than a constant; `constants`: the others.
     """
 
     model_type: str
@@ -117,6 +120,7 @@ class StudentShape:
     constants: tuple[Site, ...] = ()
     biases: tuple[Site, ...] = ()
     kv_groups: tuple[int, ...] = ()
+    first: int = 0
 
     def widths(self, part: Part) -> Literal["whole", "alike", "own"]:
         return self.mlps if part == "mlp" else self.attentions
@@ -152,6 +156,7 @@ def student_shape(teacher: Teacher, plan: Plan, repair: Repair = NO_REPAIR) -> S
         tuple(sorted(specs.keys() - constants)), tuple(sorted(constants)),
         tuple(sorted({*_earlier_biases(teacher), *repair.biases})),
         tuple(sorted({count for count in kept("attention").values() if count is not None})),
+        min(site.block for part in PARTS for site in kept(part)),
     )  # fmt: skip
 
 
@@ -175,14 +180,23 @@ def first_form(name: str, forms: Sequence[Form], shape: StudentShape, others: Se
 
     Raises PlanError with what has no place in the most generous of them, and the `others` exports.
     """
-    faults = [form.fault(shape) for form in forms]
-    for form, found in zip(forms, faults, strict=True):
-        if found is None:
+    for form in forms:
+        if form.fault(shape) is None:
             return form
-    fitting = [f for form, f in zip(forms, faults, strict=True) if form.takes(shape.model_type, shape.config) is None]
-    known = [f for form, f in zip(forms, faults, strict=True) if shape.model_type in (form.architectures or ())]
-    told = (fitting or known or faults)[-1]
+    told = nearest_fault(forms, shape)
     raise PlanError(f"The export {name} has no place for {told}, or take another export: {', '.join(others)}.")
+
+
+def nearest_fault(forms: Sequence[Form], shape: StudentShape) -> Fault:
+    """Return what keeps a student from the most generous of the forms that take its model, none of which it fits.
+
+    Where none takes the model: from the last of those that know its type, or from the last one.
+    """
+    taking = [form for form in forms if form.takes(shape.model_type, shape.config) is None]
+    known = [form for form in forms if shape.model_type in (form.architectures or ())]
+    fault = (taking or known or list(forms))[-1].fault(shape)
+    assert fault is not None, "it fits none"
+    return fault
 
 
 def limits(forms_by_target: Sequence[Sequence[Form]], model_type: str, config: Any) -> Form | None:
@@ -209,6 +223,7 @@ def narrower(one: Form, other: Form) -> Form:
         constants=(one.inserts or one.constants) and (other.inserts or other.constants),
         mlp_step=math.lcm(one.mlp_step, other.mlp_step),
         attention_counts=_both_counts(one.attention_counts, other.attention_counts),
+        first_attention=one.first_attention or other.first_attention,
     )  # fmt: skip
 
 

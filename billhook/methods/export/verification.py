@@ -21,7 +21,7 @@ PROBE_TEXTS = (
     "سريع الثعلب البني يقفز فوق الكلب الكسول · שועל חום מהיר",
     "तेज़ भूरी लोमड़ी आलसी कुत्ते के ऊपर कूदती है 🦊🐕‍🦺",
 )
-GENERATED = 32  # tokens of the greedy answer
+GENERATED = 64  # tokens of the greedy answer
 # Nats at any position, of an export that holds the student's weights to 10 bits of mantissa or more. Seen in llama.cpp,
 # whose KV cache is float16: 0.0001 of a trained model; of tiny random ones 0.0003 in float32 and 0.005 in float16.
 EXACT_KL = 2e-2

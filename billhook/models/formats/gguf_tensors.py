@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from billhook.models.formats.gguf_rows import Change, GgufRow, kv_heads, rope_ki
 from billhook.models.modeling_billhook import PatchModule, skipped_parts
 from billhook.models.transformers_internals import tied_names
 
+MLP_STEP = (
+    32  # neurons: llama.cpp reads rows in steps of 32, takes a remainder one by one, and cannot round it to 8 bits
+)
 EMPTY_WIDTH = 32  # neurons of the zeros that stand for a missing MLP: llama.cpp computes a block without one wrongly
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
@@ -64,6 +67,7 @@ def contents(model: Any, row: GgufRow) -> Contents:
             _count_heads(found, model.config, block)
         if "mlp" in gone:
             _without_mlp(found, model, block)
+        _fill_up(found.pieces, block)
         found.widths.append(_width(found.pieces, block))
     for (block, part), constant in constants.items():
         after = block if part == "mlp" else block - 1  # the MLP whose output comes last before the place
@@ -132,6 +136,34 @@ def _count_heads(found: Contents, config: Any, block: int) -> None:
     size = head_dim(config)
     found.heads.append(query.shape[0] // size if query else int(config.num_attention_heads))
     found.kv.append(key.shape[0] // size if key else kv_heads(config))
+
+
+def _fill_up(pieces: dict[str, Piece], block: int) -> None:
+    """Give the MLP of a block a whole multiple of `MLP_STEP` neurons: those that it lacks are zeros, which is exact.
+
+    Experts, and MLPs whose gate and up are one tensor, stay as they are.
+    """
+    parts = {name: pieces.get(f"blk.{block}.ffn_{name}") for name in (
+        "down.weight", "up.weight", "up.bias", "gate.weight", "gate.bias",
+    )}  # fmt: skip
+    down, up = parts["down.weight"], parts["up.weight"]
+    if down is None or up is None or up.shape[0] != down.shape[-1] or not (missing := -down.shape[-1] % MLP_STEP):
+        return
+    for name, piece in parts.items():
+        if piece is not None:
+            pieces[f"blk.{block}.ffn_{name}"] = _with_zeros(piece, missing, last=name.startswith("down"))
+
+
+def _with_zeros(piece: Piece, count: int, *, last: bool) -> Piece:
+    """Return a piece with zeros after its last axis, or after its first."""
+    grown = list(piece.shape)
+    grown[-1 if last else 0] += count
+    ends = (0, count) if last else (0, 0) * (len(grown) - 1) + (0, count)
+
+    def change(tensor: torch.Tensor, config: Any) -> torch.Tensor:
+        return torch.nn.functional.pad(piece.change(tensor, config), ends)
+
+    return replace(piece, change=change, shape=tuple(grown))
 
 
 def _width(pieces: Mapping[str, Piece], block: int) -> int:
