@@ -11,9 +11,10 @@ from billhook.core.results.ab_report import AbReport
 from billhook.core.results.comparisons import Baseline, Comparison, GateReport, SeenSets, TaskScores
 from billhook.core.results.measured import Estimate
 from billhook.core.results.studies import StabilityResult, SweepResult, ThresholdResult, TransferResult, TrialResult
-from billhook.report import ab_words, compare_words, numbers, study_words, threshold_page
+from billhook.report import ab_words, compare_words, numbers, study_words
 from billhook.report.numbers import format_accuracy, format_perplexity, printable
 from billhook.report.study_words import short_names
+from billhook.report.trials import threshold_page
 
 # -- trials, and agreement of calibration sets ------------------------------------------------------------------------
 

@@ -20,11 +20,11 @@ from billhook.core.results.json_form import PagedResult
 from billhook.core.results.measured import Estimate
 from billhook.core.results.studies import RefusedTrial, StudentOutcome, SweepResult
 from billhook.report import numbers, study_words
-from billhook.report.threshold_page import threshold_page
 from billhook.report.trials import sweep_curves
 from billhook.report.trials.stability_page import stability_page
 from billhook.report.trials.sweep_curves import looks_of
 from billhook.report.trials.sweep_page import sweep_page
+from billhook.report.trials.threshold_page import threshold_page
 from billhook.report.trials.transfer_page import transfer_page
 
 FEW = ("shortgpt", "sleb", "übermäßig-groß")

@@ -38,7 +38,8 @@ from billhook.core.results.run import RunResult
 from billhook.core.results.studies import ThresholdResult
 from billhook.data.choice_tasks import load_items, read_items
 from billhook.methods.evaluate.multiple_choice import log_probabilities
-from billhook.report import compare_page, compare_words, run_words, threshold_page
+from billhook.report import compare_page, compare_words, run_words
+from billhook.report.trials import threshold_page
 from billhook.studies.threshold import knee
 
 SHORT: dict[str, Any] = {"eval_tokens": 512, "eval_length": 24}
