@@ -58,7 +58,7 @@ def main() -> None:
         for _, trace in found:
             kinds.setdefault(trace.about[1], trace)
         told = [
-            {"search": kind.split()[0], "mode": kind.split()[1], "seconds": round(trace.seconds or 0, 1),
+            {"search": kind.split()[0], "kind": kind, "seconds": round(trace.seconds or 0, 1),
              "points": thinned(trace.points)}
             for kind, trace in sorted(kinds.items())
         ]  # fmt: skip
@@ -70,7 +70,7 @@ def main() -> None:
         )
     heads = " ".join(f"{share:6.0%}" for share in SHARES)
     losses = "losses, forecast and true, after a third"
-    print(f"{'search':16} {'seconds':>8}  forecast over true seconds after {heads}  {losses}")
+    print(f"{'search':18} {'seconds':>8}  forecast over true seconds after {heads}  {losses}")
     for name, trace in found:
         others = [other for _, other in found if other is not trace]
         ends = [search_end.search_end(until(trace, share), others) for share in SHARES]
@@ -80,7 +80,7 @@ def main() -> None:
         ]
         end = ends[1]
         loss = "" if end is None or end.loss is None or trace.loss is None else f"{end.loss:.3f} {trace.loss:.3f}"
-        print(f"{trace.about[1]:16} {trace.seconds or 0:8.1f} {'':33}{' '.join(cells)}  {loss} {name}")
+        print(f"{trace.about[1]:18} {trace.seconds or 0:8.1f} {'':33}{' '.join(cells)}  {loss} {name}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,8 +118,9 @@ def trace_of(spec: Mapping[str, Any], model: str, events: Iterable[StoredEvent])
 
 
 def _about(spec: Mapping[str, Any], model: str) -> tuple[str, ...]:
-    kind = f"{spec['search']} {'fast' if spec.get('fast') else 'exact'}"
-    return f"{kind} {sorted(dict(spec.get('set') or {}).items())} {model}", kind, str(spec["search"])
+    moves = "blocks" if re.search(r"blocks?\s*$", str(spec.get("remove"))) else "sites"
+    kind = f"{spec['search']} {'fast' if spec.get('fast') else 'exact'} {moves}"
+    return f"{kind} {sorted(dict(spec.get('set') or {}).items())} {model}", kind, f"{spec['search']} {moves}"
 
 
 def _met(values: Mapping[str, Any]) -> float:
@@ -133,7 +135,7 @@ def search_end(now: SearchTrace, earlier: Iterable[SearchTrace] = (), level: flo
 
     Its last point is laid on the path that each earlier search of its kind took through losses counted and budget met;
     there that one had spent a share of its time. Those most like it are taken: of the same options and model, else of
-    the same search. Billhook ships some searches of its demo and of a small model, for stores without.
+    the same search, over sites or over blocks. Billhook ships some searches of its demo and of a small model, for stores without.
     """
     ended = [trace for trace in earlier if trace.seconds]
     like = _most_like(now, ended) or _most_like(now, shipped_traces())
@@ -159,7 +161,7 @@ def shipped_traces() -> tuple[SearchTrace, ...]:
     told = yaml.safe_load(files("billhook.core.outlook").joinpath("searches.yaml").read_text(encoding="utf-8"))
     return tuple(
         SearchTrace(
-            row["search"], ("", f"{row['search']} {row['mode']}", row["search"]),
+            row["search"], ("", row["kind"], f"{row['search']} {row['kind'].split()[-1]}"),
             tuple(SearchPoint(seconds, counted, met) for seconds, counted, met in row["points"]),
             seconds=row["seconds"], source=told["source"],
         )

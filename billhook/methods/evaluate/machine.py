@@ -19,7 +19,6 @@ REPEATS = 7
 BLOCKS, STEPS = 16, 32  # of a model so small that its steps are calls and nothing else
 
 
-@torch.inference_mode()
 def measure_machine(device: str = "auto", watch: EventListener = ignore_events) -> Machine:
     """Return memory, bandwidth, FLOP/s and the time of a call on a device, each the median of several measurements.
 
@@ -31,16 +30,18 @@ def measure_machine(device: str = "auto", watch: EventListener = ignore_events) 
     watch(Event("machine", 0, 3))
     reads = bandwidth(place)
     watch(Event("machine", 1, 3))
-    computes = _flops(place)
+    computes = matrix_flops(place)
     watch(Event("machine", 2, 3))
-    calls = _call_seconds(place)
+    calls = call_seconds(place)
     watch(Event("machine", 3, 3))
     cuda = place.type == "cuda"
     memory = torch.cuda.get_device_properties(place).total_memory if cuda else psutil.virtual_memory().total
     return Machine(HERE, int(memory), reads, computes, None, "measured here", calls)
 
 
-def _flops(place: torch.device) -> float:
+@torch.inference_mode()
+def matrix_flops(place: torch.device) -> float:
+    """Return FLOP/s of a product of square matrices: the median of 7."""
     side = SIDE[place.type]
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     a = torch.ones(side, side, device=place, dtype=dtype)
@@ -52,7 +53,9 @@ def _flops(place: torch.device) -> float:
     return float(2 * side**3 / statistics.median(seconds[1:]))
 
 
-def _call_seconds(place: torch.device) -> float:
+@torch.inference_mode()
+def call_seconds(place: torch.device) -> float:
+    """Return the seconds of a site in a decoding step whatever its size: of a model of width 8, the median of 7."""
     config = LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=BLOCKS, num_attention_heads=1,
         num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
