@@ -56,7 +56,7 @@ def main() -> None:
     if "--write" in sys.argv:
         kinds: dict[str, SearchTrace] = {}
         for _, trace in found:
-            kinds.setdefault(trace.about[1], trace)
+            kinds.setdefault(trace.about[2], trace)
         told = [
             {"search": kind.split()[0], "kind": kind, "seconds": round(trace.seconds or 0, 1),
              "points": thinned(trace.points)}
@@ -80,7 +80,7 @@ def main() -> None:
         ]
         end = ends[1]
         loss = "" if end is None or end.loss is None or trace.loss is None else f"{end.loss:.3f} {trace.loss:.3f}"
-        print(f"{trace.about[1]:18} {trace.seconds or 0:8.1f} {'':33}{' '.join(cells)}  {loss} {name}")
+        print(f"{trace.about[2]:18} {trace.seconds or 0:8.1f} {'':33}{' '.join(cells)}  {loss} {name}")
 
 
 if __name__ == "__main__":

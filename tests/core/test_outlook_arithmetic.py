@@ -213,7 +213,10 @@ def a_trace(seconds: float, wobble: float = 0.0, power: float = 1.0, name: str =
     at[1:-1] *= 1 + wobble * random.uniform(-1, 1, 49)
     points = tuple(SearchPoint(float(t), i / 50, i / 50) for i, t in enumerate(np.sort(at)))
     return SearchTrace(
-        name, (f"{name} exact sites [] m", f"{name} exact sites", f"{name} sites"), points, seconds=seconds
+        name,
+        (f"{name} exact sites [] m 20%", f"{name} exact sites [] m", f"{name} exact sites", f"{name} sites"),
+        points,
+        seconds=seconds,
     )
 
 
@@ -239,7 +242,7 @@ def test_the_end_of_a_search_is_that_of_searches_that_went_alike(power: float, s
 
 def test_the_most_like_searches_are_taken_and_shipped_ones_are_better_than_none() -> None:
     now = until(a_trace(300.0), 0.5)
-    other = replace(a_trace(100.0, power=3.0), about=("else", "greedy exact sites", "greedy sites"))
+    other = replace(a_trace(100.0, power=3.0), about=("else", "other", "greedy exact sites", "greedy sites"))
     same = search_end.search_end(now, [other, a_trace(100.0)])
     assert same is not None
     assert (same.traces, same.errors) == (1, 0)
@@ -248,7 +251,7 @@ def test_the_most_like_searches_are_taken_and_shipped_ones_are_better_than_none(
     shipped = search_end.search_end(now)
     assert shipped is not None
     assert shipped.source == "searches that Billhook ships"
-    assert search_end.search_end(replace(now, search="mine", about=("a", "b", "c"))) is None
+    assert search_end.search_end(replace(now, search="mine", about=("a", "b", "c", "d"))) is None
     assert search_end.search_end(until(a_trace(300.0), 0.001), [a_trace(100.0)]) is None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from billhook.core.outlook.loss_curve import LossPoint, forecast, past_errors, shipped_errors
+from billhook.core.outlook.loss_curve import LossPoint, forecast
 from billhook.core.results.stored import StoredEvent
 
 EARLY = 0.02  # of the time, before which nothing is said
@@ -120,7 +120,8 @@ def trace_of(spec: Mapping[str, Any], model: str, events: Iterable[StoredEvent])
 def _about(spec: Mapping[str, Any], model: str) -> tuple[str, ...]:
     moves = "blocks" if re.search(r"blocks?\s*$", str(spec.get("remove"))) else "sites"
     kind = f"{spec['search']} {'fast' if spec.get('fast') else 'exact'} {moves}"
-    return f"{kind} {sorted(dict(spec.get('set') or {}).items())} {model}", kind, f"{spec['search']} {moves}"
+    same = f"{kind} {sorted(dict(spec.get('set') or {}).items())} {model}"
+    return f"{same} {spec.get('remove')}", same, kind, f"{spec['search']} {moves}"
 
 
 def _met(values: Mapping[str, Any]) -> float:
@@ -135,7 +136,7 @@ def search_end(now: SearchTrace, earlier: Iterable[SearchTrace] = (), level: flo
 
     Its last point is laid on the path that each earlier search of its kind took through losses counted and budget met;
     there that one had spent a share of its time. Those most like it are taken: of the same options and model, else of
-    the same search, over sites or over blocks. Billhook ships some searches of its demo and of a small model, for stores without.
+    the same search, over sites or over blocks. Billhook ships some, for stores without.
     """
     ended = [trace for trace in earlier if trace.seconds]
     like = _most_like(now, ended) or _most_like(now, shipped_traces())
@@ -161,7 +162,7 @@ def shipped_traces() -> tuple[SearchTrace, ...]:
     told = yaml.safe_load(files("billhook.core.outlook").joinpath("searches.yaml").read_text(encoding="utf-8"))
     return tuple(
         SearchTrace(
-            row["search"], ("", row["kind"], f"{row['search']} {row['kind'].split()[-1]}"),
+            row["search"], ("", "", row["kind"], f"{row['search']} {row['kind'].split()[-1]}"),
             tuple(SearchPoint(seconds, counted, met) for seconds, counted, met in row["points"]),
             seconds=row["seconds"], source=told["source"],
         )
@@ -223,22 +224,32 @@ def _end_loss(
 ) -> tuple[float | None, float | None, float | None]:
     """Return the loss at the end, with its range.
 
-    The last loss so far times what it changed by in earlier searches from there on. Where there are none, the curve of
-    the rounds so far at the whole budget.
+    The last loss so far times what it changed by from there on, in earlier searches for the same budget; without such,
+    the curve of the rounds so far at the whole budget, corrected by what it would have missed in earlier searches of
+    this kind, which is its range.
     """
     full = now.loss
     last = full or next((r.loss for r in reversed(now.rounds) if r.met > 0), None)
     met = 1.0 if full else max((r.met for r in now.rounds), default=0.0)
-    gains = [gain for trace in like if (gain := _still_gained(trace, met, share)) is not None]
+    twins = [trace for trace in like if trace.about[0] == now.about[0]]
+    gains = [gain for trace in twins if (gain := _still_gained(trace, met, share)) is not None]
     if last is not None and (full is not None or gains):
         gain, (low, high) = statistics.median(gains) if gains else 1.0, _range(gains, level)
         return last * gain, None if low is None else last * low, None if high is None else last * high
-    points = [LossPoint(HALFWAY * r.met, r.loss) for r in now.rounds if 0 < r.met < 1 and r.loss > 0]
-    if len(points) < 2:
+    value = _curve_end(now.rounds, met)
+    if value is None:
         return None, None, None
-    past = past_errors([points], "this search").combined_with(shipped_errors())
-    told = forecast(points[-MOST_TRACES:], HALFWAY, past, level)
-    return told.value, told.low, told.high
+    past = [(trace.loss, _curve_end(trace.rounds, met)) for trace in like]
+    errors = [true / guess for true, guess in past if true is not None and guess]
+    low, high = _range(errors, level) if len(errors) > 1 else (None, None)
+    centre = value * (statistics.median(errors) if errors else 1.0)
+    return centre, None if low is None else value * low, None if high is None else value * high
+
+
+def _curve_end(rounds: Sequence[RoundLoss], met: float) -> float | None:
+    """Return the loss at the whole budget, by the curve of the rounds until a share of it was met; None if too few."""
+    points = [LossPoint(HALFWAY * r.met, r.loss) for r in rounds if 0 < r.met <= met and r.met < 1 and r.loss > 0]
+    return forecast(points[-MOST_TRACES:], HALFWAY).value if len(points) > 1 else None
 
 
 def _still_gained(trace: SearchTrace, met: float, share: float) -> float | None:
