@@ -10,13 +10,14 @@ from billhook.core.outlook.costs import Figure
 from billhook.core.outlook.loss_curve import LossForecast
 from billhook.core.outlook.roofline import USABLE, Resources, Workload
 from billhook.core.outlook.search_end import SearchForecast
-from billhook.core.results.outlook import CostReport, CurveForecast, ForecastReport, ModelOnMachine
+from billhook.core.results.outlook import CostReport, CurveForecast, ForecastReport, ModelOnMachine, RooflineCheck
 from billhook.core.results.suggestions import Suggestion, SuggestionReport
 from billhook.report.numbers import (
     format_duration,
     format_nats,
     format_number,
     format_perplexity,
+    format_ratio,
     format_share,
     pluralize,
     printable,
@@ -122,9 +123,21 @@ def _resource_cells(found: Resources) -> list[str]:
     return [*sizes, batch, *rates, format_number(energy)]
 
 
+def check_sentence(check: RooflineCheck) -> str:
+    """The roofline of this machine against what was measured here."""
+    measured = check.measured
+    times = format_ratio(check.predicted / measured.value)
+    ends = f"{format_number(measured.low)}–{format_number(measured.high)}"
+    return (
+        f"Checked: run {check.run} decoded {format_number(measured.value)} ({ends}) tokens/s unpruned, {check.batch} "
+        f"at a time, where the roofline of `here` says {format_number(check.predicted)}: {times} of what was measured."
+    )
+
+
 def resource_notes(report: ForecastReport) -> list[str]:
     """What the figures of machines mean, and what they leave out."""
-    notes = [
+    notes = [] if report.check is None else [check_sentence(report.check)]
+    notes += [
         "At best: the slower of reading and computing at the machine's peak, without attention scores. batch: the "
         f"largest that fits in {USABLE:.0%} of the memory.",
     ]

@@ -130,6 +130,12 @@ def test_this_machine_is_measured_once_and_kept(store: Path) -> None:
     assert MachineReport.from_json(json.loads(json.dumps(told.to_json()))) == told
     on_it = forecast(run, machine="here", store=store)
     assert on_it.resources[0].resources.machine == told.machine
+    assert on_it.check is not None
+    assert (on_it.check.run, on_it.check.measured.value, on_it.check.batch) == (run, 10.0, 1)
+    again = forecast(run, machine="here", context=128 + 16, prompt_tokens=128, bits=32, store=store)
+    assert on_it.check.predicted == pytest.approx(again.resources[0].resources.decode_tokens_per_s)
+    assert "Checked: run" in typed("forecast", run, "--machine", "here", "--store", store)[1]
+    assert forecast(run, machine="l4", store=store).check is None
     assert [run.kind for run in billhook.list_runs(store)] == ["machine", "prune"]
 
 

@@ -12,7 +12,7 @@ from billhook.core.outlook.machines import Machine
 from billhook.core.outlook.roofline import Resources
 from billhook.core.outlook.search_end import SearchForecast
 from billhook.core.results.json_form import Result, Row
-from billhook.core.results.measured import Environment
+from billhook.core.results.measured import Environment, Estimate
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,11 +61,23 @@ class ModelOnMachine:
     resources: Resources
 
 
+@dataclass(frozen=True, slots=True)
+class RooflineCheck:
+    """The unpruned model as a run measured it here, beside the roofline of this machine: tokens decoded per second."""
+
+    run: str
+    measured: Estimate
+    predicted: float
+    context: int
+    batch: int
+
+
 @dataclass(frozen=True, repr=False)
 class ForecastReport(Result):
     """What is to be expected of a model, or of a run: perplexity at other sizes, the end of a search, resources.
 
     `run`: empty where a model was asked about; `search`: of one that goes on; `curve`: None where no size is measured.
+    `check`: the roofline of this machine held against a measurement, where the store has both.
     """
 
     kind: ClassVar[str] = "forecast"
@@ -75,6 +87,7 @@ class ForecastReport(Result):
     search: SearchForecast | None
     curve: CurveForecast | None
     resources: tuple[ModelOnMachine, ...]
+    check: RooflineCheck | None = None
 
     def rows(self) -> list[Row]:
         """A row for each size: measured, forecast, or on a machine."""

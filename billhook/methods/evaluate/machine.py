@@ -15,8 +15,8 @@ from billhook.methods.evaluate.speed import time_steps
 from billhook.models.device import bandwidth, pick_device, synchronised_time
 
 SIDE = {"cpu": 1024, "mps": 4096, "cuda": 8192}  # of the square matrices that are multiplied
-REPEATS = 7
-BLOCKS, STEPS = 16, 32  # of a model so small that its steps are calls and nothing else
+REPEATS = 5
+BLOCKS, STEPS = 16, 8  # of a model so small that its steps are calls and nothing else
 
 
 def measure_machine(device: str = "auto", watch: EventListener = ignore_events) -> Machine:
@@ -41,7 +41,7 @@ def measure_machine(device: str = "auto", watch: EventListener = ignore_events) 
 
 @torch.inference_mode()
 def matrix_flops(place: torch.device) -> float:
-    """Return FLOP/s of a product of square matrices: the median of 7."""
+    """Return FLOP/s of a product of square matrices: the median of 5."""
     side = SIDE[place.type]
     dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     a = torch.ones(side, side, device=place, dtype=dtype)
@@ -55,7 +55,7 @@ def matrix_flops(place: torch.device) -> float:
 
 @torch.inference_mode()
 def call_seconds(place: torch.device) -> float:
-    """Return the seconds of a site in a decoding step whatever its size: of a model of width 8, the median of 7."""
+    """Return the seconds of a site in a decoding step whatever its size: of a model of width 8, the median of 5."""
     config = LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=BLOCKS, num_attention_heads=1,
         num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,

@@ -14,12 +14,20 @@ from billhook.core.events import EventListener, ignore_events
 from billhook.core.outlook.history import History, MeasuredCurve, recipe_key
 from billhook.core.outlook.loss_curve import forecast as forecast_loss
 from billhook.core.outlook.loss_curve import shipped_errors
-from billhook.core.outlook.machines import Machine
+from billhook.core.outlook.machines import HERE, Machine
 from billhook.core.outlook.roofline import Workload, resources, shrunk
 from billhook.core.outlook.search_end import SearchForecast, search_end, trace_of
 from billhook.core.plan import Plan
 from billhook.core.results.json_form import decode
-from billhook.core.results.outlook import CurveForecast, ForecastReport, MachineReport, MeasuredPoint, ModelOnMachine
+from billhook.core.results.outlook import (
+    CurveForecast,
+    ForecastReport,
+    MachineReport,
+    MeasuredPoint,
+    ModelOnMachine,
+    RooflineCheck,
+)
+from billhook.core.results.run import SpeedChange
 from billhook.core.results.specs import PRUNE
 from billhook.runs import STORE
 from billhook.runs.store import Store
@@ -34,6 +42,7 @@ from billhook.studies.outlook.reading import (
     workload_of,
 )
 
+DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 SIZES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)  # that are forecast where none is named
 
 
@@ -69,7 +78,8 @@ def forecast(
         curve = _curve(subject, shares)
     model = subject.history.model or "demo"
     rows = _on_machines(subject, anatomy_of(subject.history, model), shares, machines, workload)
-    return ForecastReport(model, subject.run.id if subject.run else "", search, curve, tuple(rows))
+    check = _check(subject, machines)
+    return ForecastReport(model, subject.run.id if subject.run else "", search, curve, tuple(rows), check)
 
 
 def measure_here(
@@ -134,6 +144,21 @@ def _search(store: Store, subject: Subject) -> SearchForecast | None:
     if now is None or now.seconds is not None:
         return None
     return search_end(now, traces_of(store, subject.runs, run.spec.get("search")))
+
+
+def _check(subject: Subject, machines: Sequence[Machine]) -> RooflineCheck | None:
+    """The speed that a run measured on this machine, against its roofline for the same prompt, batch and dtype."""
+    here = next((each for each in machines if each.name == HERE), None)
+    runs = [subject.run] if subject.run is not None else subject.history.runs
+    told = next((r.result for r in runs if r.kind == PRUNE and r.result is not None and r.result.get("speed")), None)
+    if here is None or told is None:
+        return None
+    speed, protocol = decode(SpeedChange, told["speed"]), decode(SpeedChange, told["speed"]).protocol
+    item = DTYPE_BYTES.get(str(told["model"]["compute_dtype"]))
+    context = protocol.prompt_tokens + protocol.new_tokens // 2
+    work = Workload(context, protocol.batch, protocol.prompt_tokens, item, item)
+    predicted = resources(decode(Anatomy, told["anatomy"]), here, work).decode_tokens_per_s
+    return RooflineCheck(str(told["run"]), speed.teacher.decode_tokens_per_s, predicted, context, protocol.batch)
 
 
 def _on_machines(
