@@ -69,17 +69,16 @@ def main() -> None:
             head + yaml.safe_dump({"source": source, "searches": told}, default_flow_style=None, width=118)
         )
     heads = " ".join(f"{share:6.0%}" for share in SHARES)
-    print(
-        f"{'search':16} {'seconds':>8}  forecast over true seconds after {heads}  losses, forecast and true, after a third"
-    )
+    losses = "losses, forecast and true, after a third"
+    print(f"{'search':16} {'seconds':>8}  forecast over true seconds after {heads}  {losses}")
     for name, trace in found:
         others = [other for _, other in found if other is not trace]
-        told = [search_end.search_end(until(trace, share), others) for share in SHARES]
+        ends = [search_end.search_end(until(trace, share), others) for share in SHARES]
         cells = [
             "  none" if t is None or t.source != trace.source else f"{t.seconds / (trace.seconds or 1):6.2f}"
-            for t in told
+            for t in ends
         ]
-        end = told[1]
+        end = ends[1]
         loss = "" if end is None or end.loss is None or trace.loss is None else f"{end.loss:.3f} {trace.loss:.3f}"
         print(f"{trace.about[1]:16} {trace.seconds or 0:8.1f} {'':33}{' '.join(cells)}  {loss} {name}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from billhook.core.anatomy import Anatomy
@@ -91,6 +91,21 @@ def resources(
         step, decode[1], batch / step, prompt, prefill[1], tokens / prompt,
         None if machine.watts is None else machine.watts * step / batch,
     )  # fmt: skip
+
+
+def shrunk(anatomy: Anatomy, share: float) -> Anatomy:
+    """Return the anatomy of a student that lacks a share of the parameters, taken evenly from all sites."""
+    inside = sum(size.parameters for size in anatomy.sites)
+    factor = max(0.0, 1 - share * anatomy.total("parameters") / inside)
+    sites = tuple(
+        replace(
+            size, parameters=round(size.parameters * factor), bytes=round(size.bytes * factor),
+            kv_bytes_per_token=round(size.kv_bytes_per_token * factor),
+            flops_per_token=round(size.flops_per_token * factor), ns_per_token=round(size.ns_per_token * factor),
+        )
+        for size in anatomy.sites
+    )  # fmt: skip
+    return replace(anatomy, sites=sites)
 
 
 def _seconds(machine: Machine, read_bytes: float, flops: float) -> tuple[float, Bound]:

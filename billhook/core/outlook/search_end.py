@@ -24,7 +24,7 @@ HALFWAY = 0.5  # a share at which curves of one search stand; only ratios of sha
 
 @dataclass(frozen=True, slots=True)
 class SearchPoint:
-    """How far a search is after `seconds`: `counted` of its losses, at most; `met` of its budget so far, both 0 to 1."""
+    """How far a search is after `seconds`: shares of its losses, `counted`, and of its budget, `met`."""
 
     seconds: float
     counted: float
@@ -42,7 +42,7 @@ class RoundLoss:
 
 @dataclass(frozen=True, slots=True)
 class SearchTrace:
-    """How one search went. `about`: what it was asked, from the most to the least telling. `seconds`: None: it goes on."""
+    """How one search went. `about`: what it was asked, the most telling first; `seconds`: None while it goes on."""
 
     search: str
     about: tuple[str, ...]
@@ -63,7 +63,7 @@ class SearchForecast:
 
     - `seconds`: of the whole search, with the range of `level` of past forecasts; no range where there are none.
     - `loss`: of its end, on its calibration tokens, in the same way; None while it cannot be said.
-    - `traces`: earlier searches of its kind; `errors`: past forecasts that made the range; `source`: where they are from.
+    - `traces`: earlier searches of its kind, from `source`; `errors`: past forecasts that made the range.
     """
 
     elapsed: float
@@ -225,7 +225,7 @@ def _end_loss(
     the rounds so far at the whole budget.
     """
     full = now.loss
-    last = full or next((r.loss for r in reversed(now.rounds) if 0 < r.met), None)
+    last = full or next((r.loss for r in reversed(now.rounds) if r.met > 0), None)
     met = 1.0 if full else max((r.met for r in now.rounds), default=0.0)
     gains = [gain for trace in like if (gain := _still_gained(trace, met, share)) is not None]
     if last is not None and (full is not None or gains):

@@ -1,0 +1,52 @@
+"""The commands about what follows from measured numbers: forecasts, costs, suggestions."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from billhook.cli.options import DEFAULT_STORE, Json, Quiet, StoreFile, Verbose, with_options
+from billhook.cli.session import CommandSession
+from billhook.core.registry import OptionValues
+
+Of = Annotated[str, typer.Argument(help="Run or model [default: the newest pruning of the store]")]
+Machines = Annotated[str, typer.Option(help="Machines by name, separated by commas [default: some common ones]")]
+Context = Annotated[int, typer.Option(help="Tokens of a full context", min=1)]
+Batch = Annotated[int, typer.Option(help="Sequences at a time", min=1)]
+PromptTokens = Annotated[int, typer.Option(help="Tokens per prompt", min=1)]
+Bits = Annotated[float | None, typer.Option(help="Bits per weight as served [default: as in the checkpoint]")]
+
+
+@with_options("remove", "device")
+def forecast_command(
+    *,
+    of: Of = "",
+    machine: Machines = "",
+    here: Annotated[bool, typer.Option("--here", help="Measure this machine first, in about 10 s")] = False,
+    context: Context = 2048,
+    batch: Batch = 1,
+    prompt_tokens: PromptTokens = 512,
+    bits: Bits = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: OptionValues,
+) -> None:
+    """Forecast perplexity at other sizes, the end of a search, and speed and memory on other machines."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        from billhook.core.outlook.roofline import Workload
+        from billhook.studies.outlook import forecasting
+
+        workload = Workload(context, batch, prompt_tokens, forecasting.parse_bits(bits))
+        if here:
+            told = forecasting.measure_here(device=options.get("device", "auto"), store=store, watch=face.watch)
+            if not as_json:
+                face.show(told)
+        remove = options.get("remove", ())
+        names = f"here,{machine}" if here and machine else machine
+        face.show(forecasting.forecast(of, remove=remove, machine=names, workload=workload, store=store))
+
+
+COMMANDS = (forecast_command,)

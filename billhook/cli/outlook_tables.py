@@ -1,0 +1,46 @@
+"""Tables of forecasts, costs and suggestions in the terminal."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from rich.console import Console
+
+from billhook.cli.session import foot, plain_table, prints
+from billhook.core.results.outlook import ForecastReport, MachineReport
+from billhook.report import outlook_words as words
+from billhook.report.numbers import format_number, printable
+
+
+@prints(ForecastReport)
+def forecast_tables(console: Console, report: ForecastReport) -> None:
+    """The end of the search, perplexity against size, and a table for each machine."""
+    of = f"{printable(report.model)}, run {report.run}" if report.run else printable(report.model)
+    console.print(f"Forecast for {of}", style="bold", highlight=False)
+    if report.search is not None:
+        for line in words.search_sentences(report.search):
+            console.print(line, highlight=False)
+    if report.curve is not None:
+        console.print(words.curve_headline(report.curve), highlight=False)
+        console.print(plain_table(words.CURVE_COLUMNS, words.curve_rows(report.curve)))
+        foot(console, "", words.curve_notes(report.curve))
+    else:
+        console.print("No size of this model was measured in this store: no forecast of perplexity.", style="dim")
+    if report.resources:
+        console.print(f"\n{words.workload_sentence(report.resources[0].resources.workload)}", highlight=False)
+    for machine, models in groupby(report.resources, key=lambda each: each.resources.machine):
+        held, reads = format_number(float(machine.memory_bytes), "B"), format_number(machine.bandwidth, "B/s")
+        computes = format_number(machine.flops, "FLOP/s")
+        console.print(f"{machine.name}: {held}, {reads}, {computes} ({machine.source})", style="bold", highlight=False)
+        console.print(plain_table(words.RESOURCE_COLUMNS, words.resource_rows(list(models))))
+    foot(console, "", words.resource_notes(report))
+
+
+@prints(MachineReport)
+def machine_table(console: Console, report: MachineReport) -> None:
+    """The machine in a line."""
+    here = report.machine
+    figures = f"{format_number(here.bandwidth, 'B/s')}, {format_number(here.flops, 'FLOP/s')}"
+    calls = format_number(here.call_seconds, "s")
+    memory = format_number(float(here.memory_bytes), "B")
+    console.print(f"This machine: {memory}, {figures}, {calls} a call of a site. Kept in the store as `here`.")

@@ -1,0 +1,130 @@
+"""Forecasts and costs in words, for terminals and pages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from billhook.core.outlook.loss_curve import LossForecast
+from billhook.core.outlook.roofline import USABLE, Resources, Workload
+from billhook.core.outlook.search_end import SearchForecast
+from billhook.core.results.outlook import CurveForecast, ForecastReport, ModelOnMachine
+from billhook.report.numbers import (
+    format_duration,
+    format_number,
+    format_perplexity,
+    format_share,
+    pluralize,
+    printable,
+    stem,
+)
+
+CURVE_COLUMNS = ("removed", "perplexity", "interval", "from")
+RESOURCE_COLUMNS = ("model", "weights", "KV", "batch", "prefill/s", "decode/s", "J/token")
+
+
+# -- perplexity ------------------------------------------------------------------------------------------------------
+
+
+def curve_headline(curve: CurveForecast) -> str:
+    """What the forecasts are of."""
+    return (
+        f"Perplexity on {printable(stem(curve.text))} by {printable(curve.recipe)}; the teacher's is "
+        f"{format_perplexity(curve.teacher)}."
+    )
+
+
+def curve_rows(curve: CurveForecast) -> list[list[str]]:
+    """A line a size, measured or forecast, the smallest first."""
+    rows: list[tuple[float, list[str]]] = []
+    for point in curve.measured:
+        ends = (math.exp(point.nats + side * 1.96 * point.se) * curve.teacher for side in (-1, 1))
+        interval = " to ".join(map(format_perplexity, ends)) if point.se else "–"
+        rows.append((point.share, [_size(point.share), format_perplexity(point.perplexity), interval, point.run]))
+    for each in curve.forecasts:
+        value, low, high = (curve.teacher * math.exp(x) for x in (each.value, each.low, each.high))
+        interval = f"{format_perplexity(low)} to {format_perplexity(high)}"
+        rows.append((each.share, [_size(each.share), format_perplexity(value), interval, "forecast"]))
+    return [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+
+
+def _size(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def curve_notes(curve: CurveForecast) -> list[str]:
+    """How sure the forecasts are, and why."""
+    measured = f"Measured: 95% intervals. Forecast from {pluralize(len(curve.measured), 'measured size')}"
+    if not curve.forecasts:
+        return [f"{measured}: no other size was asked for, or nothing was lost that a forecast could rest on."]
+    first, fewest = curve.forecasts[0], min(each.errors for each in curve.forecasts)
+    return [
+        f"{measured}: intervals that hold {format_share(first.level)} of such forecasts, by the errors of at least "
+        f"{fewest} past ones ({first.source})."
+    ]
+
+
+def forecast_sentence(each: LossForecast, teacher: float) -> str:
+    """`perplexity 16.8 (14.8 to 21.7 in 90% of such forecasts)`."""
+    value, low, high = (format_perplexity(teacher * math.exp(x)) for x in (each.value, each.low, each.high))
+    return f"perplexity {value} ({low} to {high} in {format_share(each.level)} of such forecasts)"
+
+
+# -- searches --------------------------------------------------------------------------------------------------------
+
+
+def search_sentences(search: SearchForecast) -> list[str]:
+    """When a search will end, at which loss, and on what that rests."""
+    basis = f"from {pluralize(search.traces, 'earlier search').replace('searchs', 'searches')} ({search.source})"
+    if search.low is None or search.high is None:
+        ends, basis = "", f"{basis}; how far off such forecasts are is not known yet"
+    else:
+        ends = f" ({format_duration(search.low)} to {format_duration(search.high)})"
+        basis = f"{basis}, by {pluralize(search.errors, 'past forecast')}"
+    lines = [f"The search takes {format_duration(search.seconds)}{ends}, {format_duration(search.left)} more: {basis}."]
+    if search.loss is not None:
+        known = search.loss_low is not None and search.loss_high is not None
+        span = f" ({search.loss_low:.4f} to {search.loss_high:.4f})" if known else ""
+        lines.append(f"It ends at a loss of about {search.loss:.4f}{span} on its calibration tokens.")
+    return lines
+
+
+# -- machines --------------------------------------------------------------------------------------------------------
+
+
+def workload_sentence(workload: Workload) -> str:
+    """What a machine is asked to serve."""
+    bits = workload.bytes_per_parameter
+    weights = "weights as in the checkpoint" if bits is None else f"weights of {8 * bits:g} bits"
+    return (
+        f"{pluralize(workload.batch, 'sequence')} at a time, a context of {workload.context:,} tokens, prompts of "
+        f"{workload.prompt_tokens:,}, {weights}."
+    )
+
+
+def resource_rows(models: Sequence[ModelOnMachine]) -> list[list[str]]:
+    """A line for each model; one that does not fit has no rates."""
+    return [[each.label, *_resource_cells(each.resources)] for each in models]
+
+
+def _resource_cells(found: Resources) -> list[str]:
+    sizes = [format_number(float(found.weight_bytes), "B"), format_number(float(found.kv_cache_bytes), "B")]
+    if not found.fits:
+        return [*sizes, "does not fit", "–", "–", "–"]
+    batch = "any" if found.largest_batch is None else f"{found.largest_batch:,}"
+    energy = None if found.joules_per_token is None else float(found.joules_per_token)
+    rates = (format_number(rate) for rate in (found.prefill_tokens_per_s, found.decode_tokens_per_s))
+    return [*sizes, batch, *rates, format_number(energy)]
+
+
+def resource_notes(report: ForecastReport) -> list[str]:
+    """What the figures of machines mean, and what they leave out."""
+    notes = [
+        "At best: the slower of reading and computing at the machine's peak, without attention scores. batch: the "
+        f"largest that fits in {USABLE:.0%} of the memory.",
+    ]
+    if any(each.resources.joules_per_token is not None for each in report.resources):
+        notes.append("J/token: at the full power that the vendor states, for decoding.")
+    if any(each.even for each in report.resources):
+        notes.append("A size that was not pruned yet is taken evenly from all sites.")
+    return notes
