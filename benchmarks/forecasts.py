@@ -67,7 +67,9 @@ def coverage(recipes: Mapping[str, Sequence[Curve]], level: float = 0.9) -> list
         held, widths, misses = [], [], []
         for name, own in recipes.items():
             others = [past for other, past in errors.items() if other != name]
-            past = PastErrors({p: tuple(e for o in others for e in o.errors[p]) for p in PLACES}, 0, SOURCE)
+            past = PastErrors(
+                {place: tuple(e for other in others for e in other.errors[place]) for place in PLACES}, 0, SOURCE
+            )
             for curve in own:
                 found = loss_curve.forecast([curve[i] for i in given], curve[target].share, past, level)
                 held.append(found.low <= curve[target].nats <= found.high)
@@ -83,9 +85,10 @@ def coverage(recipes: Mapping[str, Sequence[Curve]], level: float = 0.9) -> list
 def write_errors(recipes: Mapping[str, Sequence[Curve]]) -> str:
     """The errors of all recipes, as the file that Billhook ships."""
     past = loss_curve.past_errors([curve for own in recipes.values() for curve in own], SOURCE)
-    told = {place: _grouped(past.errors[place]) for place in PLACES}
+    told: dict[str, object] = {"source": SOURCE, "curves": past.curves}
+    told |= {place: _grouped(past.errors[place]) for place in PLACES}
     head = "# Errors of forecasts of loss over their promised spread, which benchmarks/forecasts.py --write wrote.\n"
-    return head + yaml.safe_dump({"source": SOURCE, "curves": past.curves, **told}, width=118, default_flow_style=None)
+    return head + yaml.safe_dump(told, width=118, default_flow_style=None)
 
 
 def _grouped(errors: Sequence[PastError]) -> list[dict[str, object]]:

@@ -49,4 +49,33 @@ def forecast_command(
         face.show(forecasting.forecast(of, remove=remove, machine=names, workload=workload, store=store))
 
 
-COMMANDS = (forecast_command,)
+def cost_command(
+    *,
+    run: Annotated[str, typer.Argument(help="Pruning of the store [default: the newest]")] = "",
+    tokens_per_day: Annotated[float | None, typer.Option(help="Tokens decoded each day [default: all day]")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Price of an hour of the machine")] = None,
+    price_per_kwh: Annotated[float | None, typer.Option(help="Price of a kWh, instead of an hour")] = None,
+    watts: Annotated[float | None, typer.Option(help="Power of the machine [default: as its vendor states]")] = None,
+    machine: Annotated[str, typer.Option(help="Machine by name [default: the rates that the run measured]")] = "",
+    context: Context = 2048,
+    batch: Batch = 1,
+    bits: Bits = None,
+    against: Annotated[str, typer.Option(help="Run, folder or file of another model, such as a quantised one")] = "",
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Work out what a student saves: cost per million tokens, payback, and the quality lost for it."""
+    with CommandSession(as_json, True, verbose) as face:
+        from billhook.core.outlook.roofline import Workload
+        from billhook.studies.outlook import costing, forecasting
+
+        workload = Workload(context, batch, bytes_per_parameter=forecasting.parse_bits(bits))
+        told = costing.cost(
+            run, tokens_per_day=tokens_per_day, price_per_hour=price_per_hour, price_per_kwh=price_per_kwh,
+            watts=watts, machine=machine, workload=workload, against=against, store=store,
+        )  # fmt: skip
+        face.show(told)
+
+
+COMMANDS = (forecast_command, cost_command)

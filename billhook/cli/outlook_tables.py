@@ -7,7 +7,7 @@ from itertools import groupby
 from rich.console import Console
 
 from billhook.cli.session import foot, plain_table, prints
-from billhook.core.results.outlook import ForecastReport, MachineReport
+from billhook.core.results.outlook import CostReport, ForecastReport, MachineReport
 from billhook.report import outlook_words as words
 from billhook.report.numbers import format_number, printable
 
@@ -44,3 +44,14 @@ def machine_table(console: Console, report: MachineReport) -> None:
     calls = format_number(here.call_seconds, "s")
     memory = format_number(float(here.memory_bytes), "B")
     console.print(f"This machine: {memory}, {figures}, {calls} a call of a site. Kept in the store as `here`.")
+
+
+@prints(CostReport)
+def cost_table(console: Console, report: CostReport) -> None:
+    """A line a model, then a day, quality, and sources."""
+    on = f" on {report.machine}" if report.machine else ""
+    console.print(f"Cost of {printable(report.model)}, run {report.run}{on}", style="bold", highlight=False)
+    console.print(plain_table(words.COST_COLUMNS, words.cost_rows(report)))
+    for line in words.cost_sentences(report):
+        console.print(line, highlight=False)
+    foot(console, "", words.cost_notes(report))

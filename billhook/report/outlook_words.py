@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from billhook.core.outlook.costs import Figure
 from billhook.core.outlook.loss_curve import LossForecast
 from billhook.core.outlook.roofline import USABLE, Resources, Workload
 from billhook.core.outlook.search_end import SearchForecast
-from billhook.core.results.outlook import CurveForecast, ForecastReport, ModelOnMachine
+from billhook.core.results.outlook import CostReport, CurveForecast, ForecastReport, ModelOnMachine
 from billhook.report.numbers import (
     format_duration,
     format_number,
@@ -128,3 +129,69 @@ def resource_notes(report: ForecastReport) -> list[str]:
     if any(each.even for each in report.resources):
         notes.append("A size that was not pruned yet is taken evenly from all sites.")
     return notes
+
+
+# -- costs -----------------------------------------------------------------------------------------------------------
+
+COST_COLUMNS = ("model", "tokens/s", "a million tokens", "saved", "paid back, h")
+
+
+def cost_rows(report: CostReport) -> list[list[str]]:
+    """A line a model: rate, cost, savings and payback, each with its interval where one was measured."""
+    return [
+        [
+            printable(each.label), _figure(each.rate), _figure(each.per_million),
+            "–" if each.saved is None else _figure(each.saved, format_share),
+            "–" if each.payback_hours is None else _figure(each.payback_hours, _hours),
+        ]
+        for each in report.costs
+    ]  # fmt: skip
+
+
+def cost_sentences(report: CostReport) -> list[str]:
+    """What a day costs and saves, and the quality that is lost for it."""
+    lines = []
+    for each in report.costs:
+        if each.per_day is not None and each.machines is not None:
+            saved = "" if each.saved_per_day is None else f", which saves {_figure(each.saved_per_day)}"
+            machines = pluralize(each.machines, "machine")
+            lines.append(f"{printable(each.label)}: {_figure(each.per_day)} a day on {machines}{saved}.")
+        if each.ratio is not None:
+            lost = each.ratio.mapped(lambda times: times - 1)
+            line = f"{printable(each.label)} loses {_figure(lost, _percent)} of perplexity"
+            if each.lost_per_saved is not None:
+                line += f": {_figure(each.lost_per_saved, format_number)}% for each 1% of cost saved"
+            lines.append(line + ".")
+        elif each.saved is not None:
+            lines.append(f"{printable(each.label)}: its quality was not measured in this store.")
+    return lines
+
+
+def cost_notes(report: CostReport) -> list[str]:
+    """How the figures were worked out, and where each comes from."""
+    prices = report.prices
+    served = "a machine that serves all day" if prices.tokens_per_day is None else (
+        f"{format_number(prices.tokens_per_day)} tokens a day"
+    )  # fmt: skip
+    lines = [
+        f"At {format_number(prices.per_hour)} an hour ({prices.basis}), {report.batch} at a time, for {served}. "
+        f"Making the student took {format_duration(report.making_seconds)} (search and recovery) at the same price.",
+        "In brackets: 95% intervals of what was measured; ∞ where a saving may be none.",
+    ]
+    sources = dict.fromkeys(f"{each.label}: {each.rate.source}" for each in report.costs)
+    sources |= dict.fromkeys(f"quality of {each.label}: {each.ratio.source}" for each in report.costs if each.ratio)
+    return [*lines, f"Sources: {'; '.join(map(printable, sources))}."]
+
+
+def _figure(figure: Figure, spell: Callable[[float], str] = format_number) -> str:
+    if figure.low is None or figure.high is None:
+        return spell(figure.value)
+    return f"{spell(figure.value)} ({spell(figure.low)}–{spell(figure.high)})"
+
+
+def _hours(hours: float) -> str:
+    return "never" if math.isinf(hours) else format_number(hours)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%".replace("-", "−")

@@ -121,9 +121,9 @@ def _measured(run: Run) -> list[tuple[str, str, str, MeasuredSize]]:
         share = 1 - trial.sizes.parameters / swept.sizes.parameters
         for text, outcome in trial.results.items():
             if outcome.kind == "perplexity":
-                change = outcome.change.mapped(math.exp)
+                ratio = outcome.change.mapped(math.exp)
                 value, whole = outcome.estimate.value, swept.teacher[text].estimate.value
-                size = MeasuredSize(run.id, _point(share, change), value, whole)
+                size = MeasuredSize(run.id, _point(share, ratio), value, whole)
                 key = repr((trial.recipe, trial.data, sorted(options.items())))
                 found.append((trial.recipe, key, swept.evaluation[text].hash, size))
     return found

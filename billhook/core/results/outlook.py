@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
+from billhook.core.outlook.costs import ModelCost, Prices
 from billhook.core.outlook.loss_curve import LossForecast
 from billhook.core.outlook.machines import Machine
 from billhook.core.outlook.roofline import Resources
@@ -93,3 +94,35 @@ class ForecastReport(Result):
              "decode_tokens_per_s": each.resources.decode_tokens_per_s}
             for each in self.resources
         ]  # fmt: skip
+
+
+@dataclass(frozen=True, repr=False)
+class CostReport(Result):
+    """What a teacher and its student cost, and other models against them.
+
+    `machine`: by whose figures the rates were worked out; empty where the rates were measured. `batch`: sequences at a
+    time; `making_seconds`: of search and recovery; `costs`: of the teacher first.
+    """
+
+    kind: ClassVar[str] = "cost"
+
+    model: str
+    run: str
+    machine: str
+    batch: int
+    prices: Prices
+    making_seconds: float
+    costs: tuple[ModelCost, ...]
+
+    def rows(self) -> list[Row]:
+        """A row a model."""
+        found: list[Row] = []
+        for each in self.costs:
+            row: Row = {"model": each.label, "bytes": each.bytes, "machines": each.machines}
+            for name in ("rate", "per_million", "saved", "per_day", "saved_per_day", "payback_hours", "ratio",
+                         "lost_per_saved"):  # fmt: skip
+                figure = getattr(each, name)
+                row |= {name: figure and figure.value, f"{name}_low": figure and figure.low,
+                        f"{name}_high": figure and figure.high, f"{name}_source": figure and figure.source}  # fmt: skip
+            found.append(row)
+        return found
