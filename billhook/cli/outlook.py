@@ -78,4 +78,14 @@ def cost_command(
         face.show(told)
 
 
-COMMANDS = (forecast_command, cost_command)
+def suggest_command(
+    *, of: Of = "", store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False
+) -> None:
+    """Suggest what to try next, by expected gain, and show what earlier suggestions brought."""
+    with CommandSession(as_json, True, verbose) as face:
+        from billhook.studies.outlook import suggesting
+
+        face.show(suggesting.suggest(of, store=store))
+
+
+COMMANDS = (forecast_command, cost_command, suggest_command)

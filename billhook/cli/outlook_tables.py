@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from itertools import groupby
 
 from rich.console import Console
 
 from billhook.cli.session import foot, plain_table, prints
 from billhook.core.results.outlook import CostReport, ForecastReport, MachineReport
+from billhook.core.results.suggestions import SuggestionReport
 from billhook.report import outlook_words as words
 from billhook.report.numbers import format_number, printable
 
@@ -55,3 +57,18 @@ def cost_table(console: Console, report: CostReport) -> None:
     for line in words.cost_sentences(report):
         console.print(line, highlight=False)
     foot(console, "", words.cost_notes(report))
+
+
+@prints(SuggestionReport)
+def suggestion_list(console: Console, report: SuggestionReport) -> None:
+    """Every suggestion with its command, the largest expected gain first."""
+    console.print(f"What to try after run {report.run} of {printable(report.model)}", style="bold", highlight=False)
+    for number, each in enumerate(report.suggestions, 1):
+        first, *others = words.suggestion_lines(each)
+        console.print(f"\n{number}. {first}", style="bold", highlight=False)
+        for line in others:
+            console.print(line, highlight=False)
+        console.print(printable(shlex.join(each.command)), highlight=False, soft_wrap=True)
+    if not report.suggestions:
+        console.print("Nothing is left that Billhook knows to try.", highlight=False)
+    foot(console, "", [words.suggestions_note(report)])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from billhook.core.outlook.costs import Figure
 from billhook.core.outlook.loss_curve import LossForecast
 from billhook.core.outlook.roofline import USABLE, Resources, Workload
 from billhook.core.outlook.search_end import SearchForecast
 from billhook.core.results.outlook import CostReport, CurveForecast, ForecastReport, ModelOnMachine
+from billhook.core.results.suggestions import Suggestion, SuggestionReport
 from billhook.report.numbers import (
     format_duration,
+    format_nats,
     format_number,
     format_perplexity,
     format_share,
@@ -195,3 +198,63 @@ def _hours(hours: float) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}%".replace("-", "−")
+
+
+# -- suggestions -----------------------------------------------------------------------------------------------------
+
+FACTS: dict[str, Callable[[Any], str]] = {
+    "tokens": lambda tokens: f"{tokens:,} calibration tokens so far",
+    "task": lambda file: f"task {printable(stem(str(file)))}",
+    "points": lambda points: f"{points:+.1f} percentage points".replace("-", "−"),
+    "share": lambda share: f"the loss bends at {_size(share)} removed",
+    "given up": lambda share: f"{_size(share)} less is removed",
+    "target": lambda name: f"{printable(name)} refuses the student",
+    "fault": lambda fault: f"because of its {printable(str(fault).replace('_', ' '))}",
+    "set": lambda name: f"undecided on {printable(stem(str(name)))}",
+    "more": lambda more: f"about {more:,} more items decide it",
+}
+
+
+def suggestion_lines(each: Suggestion) -> list[str]:
+    """What it is, what it is expected to bring and take, what it rests on, and what it brought."""
+    expected = [gain_words(each)]
+    if each.seconds is not None:
+        expected.append(f"about {format_duration(each.seconds)}, by earlier runs of this store")
+    else:
+        expected.append("no run of this store tells the time: add --dry-run")
+    facts = [FACTS.get(name, lambda value, name=name: f"{name} {value}")(value) for name, value in each.facts.items()]
+    lines = [f"{printable(each.what)}", "; ".join(expected) + "."]
+    if facts:
+        lines.append(f"Seen: {'; '.join(facts)}.")
+    if each.found is not None:
+        lines.append(found_words(each))
+    return lines
+
+
+def gain_words(each: Suggestion) -> str:
+    """The expected gain, and its evidence."""
+    gain = each.gain
+    if gain is None:
+        return "Gain: no evidence in this store, nor in the docs"
+    if gain.n == 1:
+        return f"Gain: {format_nats(gain.value)} nats per token ({gain.source})"
+    ends = f"{format_nats(gain.low)} to {format_nats(gain.high)}"
+    return f"Gain: {format_nats(gain.value)} nats per token ({ends}; {gain.n} measured, {gain.source})"
+
+
+def found_words(each: Suggestion) -> str:
+    """What a later run brought, against what was expected."""
+    found = each.found
+    assert found is not None
+    expected = "nothing was expected" if each.gain is None else f"expected {format_nats(each.gain.value)}"
+    ends = f"{format_nats(found.low)} to {format_nats(found.high)}"
+    return (
+        f"Tried: run {found.run} gained {format_nats(found.value)} ({ends}), {expected}; it took "
+        f"{format_duration(found.seconds)}."
+    )
+
+
+def suggestions_note(report: SuggestionReport) -> str:
+    """What a gain is, and how sure."""
+    lost = "not measured" if report.nats is None else f"{format_nats(report.nats)} nats per token"
+    return f"Gains are of the loss on held-out text, which is {lost}. Intervals hold 90% of what was measured."
