@@ -36,17 +36,19 @@ def forecast_command(
 ) -> None:
     """Forecast perplexity at other sizes, the end of a search, and speed and memory on other machines."""
     with CommandSession(as_json, quiet, verbose) as face:
-        from billhook.core.outlook.roofline import Workload
         from billhook.studies.outlook import forecasting
 
-        workload = Workload(context, batch, prompt_tokens, forecasting.parse_bits(bits))
         if here:
-            told = forecasting.measure_here(device=options.get("device", "auto"), store=store, watch=face.watch)
+            measured = forecasting.measure_here(device=options.get("device", "auto"), store=store, watch=face.watch)
             if not as_json:
-                face.show(told)
+                face.show(measured)
         remove = options.get("remove", ())
         names = f"here,{machine}" if here and machine else machine
-        face.show(forecasting.forecast(of, remove=remove, machine=names, workload=workload, store=store))
+        told = forecasting.forecast(
+            of, remove=remove, machine=names, context=context, batch=batch, prompt_tokens=prompt_tokens, bits=bits,
+            store=store,
+        )  # fmt: skip
+        face.show(told)
 
 
 def cost_command(
@@ -67,13 +69,11 @@ def cost_command(
 ) -> None:
     """Work out what a student saves: cost per million tokens, payback, and the quality lost for it."""
     with CommandSession(as_json, True, verbose) as face:
-        from billhook.core.outlook.roofline import Workload
-        from billhook.studies.outlook import costing, forecasting
+        from billhook.studies.outlook import costing
 
-        workload = Workload(context, batch, bytes_per_parameter=forecasting.parse_bits(bits))
         told = costing.cost(
             run, tokens_per_day=tokens_per_day, price_per_hour=price_per_hour, price_per_kwh=price_per_kwh,
-            watts=watts, machine=machine, workload=workload, against=against, store=store,
+            watts=watts, machine=machine, context=context, batch=batch, bits=bits, against=against, store=store,
         )  # fmt: skip
         face.show(told)
 

@@ -22,7 +22,14 @@ from billhook.core.results.stored import Run, read_result
 from billhook.core.statistics import exp_capped
 from billhook.runs import RUN_ID, STORE
 from billhook.runs.store import Store
-from billhook.studies.outlook.reading import chosen_machines, measured_here, reading_store, require_pruned, subject_of
+from billhook.studies.outlook.reading import (
+    chosen_machines,
+    measured_here,
+    reading_store,
+    require_pruned,
+    subject_of,
+    workload_of,
+)
 
 WEIGHT_FILES = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx_data", "*.bin")
 MADE_BY = ("search", "recover")  # stages of a run that a student costs
@@ -36,7 +43,9 @@ def cost(
     price_per_kwh: float | None = None,
     watts: float | None = None,
     machine: str = "",
-    workload: Workload = Workload(),  # noqa: B008 - an immutable value
+    context: int = 2048,
+    batch: int = 1,
+    bits: float | None = None,
     against: str = "",
     store: str | Path = STORE,
 ) -> CostReport:
@@ -47,11 +56,12 @@ def cost(
         tokens_per_day: decoded; left out, payback is for a machine that serves all day.
         price_per_hour, price_per_kwh: one of them, in any currency; a kWh needs `watts`, or a machine that states them.
         machine: rates by its roofline; left out, the rates that the run measured.
-        workload: for `machine`.
+        context, batch, bits: for `machine`: tokens of a context, sequences at a time, bits of a weight.
         against: a run (a pruning, or a comparison with speed), or a model's folder or file.
 
     Raises UsageError, UnknownName, RunError.
     """
+    workload = workload_of(context, batch, Workload().prompt_tokens, bits)
     with reading_store(store) as opened:
         subject = subject_of(run, opened)
         told = require_pruned(subject)

@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 from billhook.core.anatomy import Anatomy
-from billhook.core.errors import BudgetError, UsageError, option, writing
+from billhook.core.errors import BudgetError, option, writing
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.outlook.history import History, MeasuredCurve, recipe_key
 from billhook.core.outlook.loss_curve import forecast as forecast_loss
@@ -32,6 +32,7 @@ from billhook.studies.outlook.reading import (
     reading_store,
     subject_of,
     traces_of,
+    workload_of,
 )
 
 SIZES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)  # that are forecast where none is named
@@ -42,7 +43,10 @@ def forecast(
     *,
     remove: str | float | Sequence[str | float] = (),
     machine: str | Sequence[str] = (),
-    workload: Workload = Workload(),  # noqa: B008 - an immutable value
+    context: int = 2048,
+    batch: int = 1,
+    prompt_tokens: int = 512,
+    bits: float | None = None,
     store: str | Path = STORE,
 ) -> ForecastReport:
     """Forecast perplexity at other sizes, resources on other machines, and the end of a search that goes on.
@@ -51,11 +55,13 @@ def forecast(
         of: a run of the store, or a model; left out, the newest pruning.
         remove: sizes as shares of the parameters, such as 20%.
         machine: names of machines, such as rtx-4090, or `here` once it was measured.
-        workload: context, batch and prompt that a machine serves.
+        context, batch, prompt_tokens: what a machine serves: tokens of a full context, sequences at a time, prompts.
+        bits: of a weight as it is served; left out, as in the checkpoint.
 
     Losses are forecast from the sizes that the store holds of the same recipe and text. Nothing is measured, and no
     model is read where a run of the store knows its anatomy. Raises UnknownName, UsageError, RunError, BudgetError.
     """
+    workload = workload_of(context, batch, prompt_tokens, bits)
     shares = [_share(size) for size in ([remove] if isinstance(remove, str | float) else remove)]
     with reading_store(store) as opened:
         subject = subject_of(of, opened)
@@ -159,10 +165,3 @@ def _share(size: str | float) -> float:
     if not 0 < share < 1 or not math.isfinite(share):
         raise BudgetError(f"{option('remove', str(size))} is not between 0% and 100%. Write 20%.")
     return share
-
-
-def parse_bits(bits: float | None) -> float | None:
-    """Bytes of a parameter from its bits. Raises UsageError unless they are between 1 and 32."""
-    if bits is not None and not 1 <= bits <= 32:
-        raise UsageError(f"{option('bits', bits)} is not between 1 and 32. Write 16, 8 or 4.5, or leave it out.")
-    return None if bits is None else bits / 8

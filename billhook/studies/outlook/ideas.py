@@ -22,7 +22,7 @@ from billhook.core.results.stored import Run, read_result
 from billhook.core.statistics import knee
 
 HELD_OUT = "held-out"  # the text by which recoveries are judged
-LITTLE = 0.02  # of the loss at a knee that is saved, below which it is not worth a word
+BEND = 0.1  # of the loss: what stopping at a knee saves more than the share of the size that it gives up
 WIDER = 2  # times as many calibration tokens
 TRAINED = ("lora", "qa_lora", "full", "partial", "bias")
 
@@ -141,9 +141,10 @@ def stop_at_the_knee(situation: Situation) -> Idea | None:
     bend = knee(shares, losses) if len(steps) > 2 else None
     if bend is None or bend in (0, len(steps)) or losses[-1] <= 0:
         return None
-    won = (1 - losses[bend] / losses[-1]) * situation.nats
-    if won < LITTLE * situation.nats:
+    saved = 1 - losses[bend] / losses[-1]
+    if saved - (1 - shares[bend] / shares[-1]) < BEND:
         return None
+    won = saved * situation.nats
     gain = Gain(won, won, won, 1, f"the steps of run {situation.run.id}, no interval")
     facts = {"share": shares[bend], "given up": shares[-1] - shares[bend]}
     size = f"{math.floor(1000 * shares[bend]) / 10:g}%params"

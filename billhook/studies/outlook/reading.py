@@ -11,6 +11,7 @@ from billhook.core.anatomy import Anatomy
 from billhook.core.errors import RunError, UsageError, either, option
 from billhook.core.outlook.history import History, history_of
 from billhook.core.outlook.machines import Machine, machine
+from billhook.core.outlook.roofline import Workload
 from billhook.core.outlook.search_end import SearchTrace, trace_of
 from billhook.core.plan_files import find_path
 from billhook.core.results.json_form import JsonObject
@@ -109,3 +110,13 @@ def chosen_machines(names: str | Sequence[str], here: Machine | None) -> list[Ma
     if listed and any(listed) and not wanted:
         raise UsageError(f"{option('machine')} is empty. Write a name such as rtx-4090, or leave it out.")
     return [machine(name, here) for name in wanted or [*(["here"] if here else []), *USUAL]]
+
+
+def workload_of(context: int, batch: int, prompt_tokens: int, bits: float | None) -> Workload:
+    """What a machine serves. Raises UsageError for numbers below 1, and for bits of a weight that no format has."""
+    for name, value in (("context", context), ("batch", batch), ("prompt_tokens", prompt_tokens)):
+        if value < 1:
+            raise UsageError(f"{option(name, value)} is below 1. Give a whole number from 1 on.")
+    if bits is not None and not 1 <= bits <= 32:
+        raise UsageError(f"{option('bits', bits)} is not between 1 and 32. Write 16, 8 or 4.5, or leave it out.")
+    return Workload(context, batch, prompt_tokens, None if bits is None else bits / 8)
