@@ -85,7 +85,7 @@ def test_a_model_without_a_size_has_resources_alone(store: Path) -> None:
         forecast("rffffff", store=store)
     with pytest.raises(RunError, match="There is no store that holds run rffffff"):
         forecast("rffffff", store=store.with_name("none.db"))
-    with pytest.raises(UsageError, match="bits=64.* is not between 1 and 32"):
+    with pytest.raises(UsageError, match=r"bits=64.* is not between 1 and 32"):
         forecast(run, bits=64, store=store)
 
 
@@ -182,7 +182,7 @@ def test_prices_that_say_too_little_or_too_much_are_refused(asked: dict[str, Any
     with pytest.raises(UsageError, match=words):
         billhook.cost(run, store=store, **asked)
     silent = file_run(store, a_run(speed=None))
-    with pytest.raises(RunError, match="did not measure speed. Name a machine instead"):
+    with pytest.raises(RunError, match=r"did not measure speed\. Name a machine instead"):
         billhook.cost(silent, price_per_hour=1.0, store=store)
 
 

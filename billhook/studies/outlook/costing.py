@@ -173,7 +173,7 @@ def _compared(run: Run, teacher: ModelCost, prices: Prices) -> ModelCost:
     if not isinstance(found, Comparison) or pair is None:
         raise RunError(
             f"Run {run.id} is {run.kind} and holds no speed of two models. Compare them first: "
-            "billhook compare MODEL OTHER --speed."
+            "billhook compare MODEL OTHER."
         )
     source = f"run {run.id}, {pair.decode_ratio.n} timings"
     text = next((each for each in found.sets if each.is_text and each.pairs[0] is not None), None)
