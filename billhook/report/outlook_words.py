@@ -60,7 +60,8 @@ def curve_notes(curve: CurveForecast) -> list[str]:
     """How sure the forecasts are, and why."""
     measured = f"Measured: 95% intervals. Forecast from {pluralize(len(curve.measured), 'measured size')}"
     if not curve.forecasts:
-        return [f"{measured}: no other size was asked for, or nothing was lost that a forecast could rest on."]
+        lost = any(point.nats > 0 for point in curve.measured)
+        return [f"{measured}: {'no other size is left.' if lost else 'none lost anything that one could rest on.'}"]
     first, fewest = curve.forecasts[0], min(each.errors for each in curve.forecasts)
     return [
         f"{measured}: intervals that hold {format_share(first.level)} of such forecasts, by the errors of at least "

@@ -114,7 +114,7 @@ def _curve(subject: Subject, shares: Sequence[float]) -> CurveForecast | None:
         _source(subject.history, curve),
         curve.sizes[0].teacher,
         tuple(MeasuredPoint(s.point.share, s.point.nats, s.point.se, s.perplexity, s.run) for s in curve.sizes),
-        tuple(forecast_loss(curve.points, share, past) for share in wanted) if useful or shares else (),
+        tuple(forecast_loss(curve.points, share, past) for share in wanted) if useful else (),
     )
 
 
