@@ -43,10 +43,12 @@ class SuggestionReport(Result):
     def rows(self) -> list[Row]:
         """A row for each suggestion."""
         return [
-            {"suggestion": each.name, "command": " ".join(each.command), "seconds": each.seconds}
-            | _columns("gain", each.gain) | {"source": each.gain and each.gain.source}
-            | {"found_run": each.found and each.found.run}
-            | _columns("found", each.found) | {"found_seconds": each.found and each.found.seconds}
+            {
+                "suggestion": each.name, "command": " ".join(each.command), "seconds": each.seconds,
+                **_columns("gain", each.gain), "source": None if each.gain is None else each.gain.source,
+                "found_run": None if each.found is None else each.found.run, **_columns("found", each.found),
+                "found_seconds": None if each.found is None else each.found.seconds,
+            }
             for each in self.suggestions
         ]  # fmt: skip
 

@@ -14,7 +14,7 @@ from billhook.core.outlook.machines import HERE, Machine
 from billhook.methods.evaluate.speed import time_steps
 from billhook.models.device import bandwidth, pick_device, synchronised_time
 
-SIDE = {"cpu": 2048, "mps": 4096, "cuda": 8192}  # of the square matrices that are multiplied
+SIDE = {"cpu": 1024, "mps": 4096, "cuda": 8192}  # of the square matrices that are multiplied
 REPEATS = 7
 BLOCKS, STEPS = 16, 32  # of a model so small that its steps are calls and nothing else
 

@@ -13,6 +13,7 @@ from billhook.core.outlook.roofline import Workload, resources
 from billhook.core.plan import Plan
 from billhook.core.plan_files import find_path
 from billhook.core.results.comparisons import Comparison
+from billhook.core.results.exports import ExportReport
 from billhook.core.results.json_form import JsonObject, decode
 from billhook.core.results.measured import Estimate
 from billhook.core.results.outlook import CostReport
@@ -65,17 +66,17 @@ def cost(
     with reading_store(store) as opened:
         subject = subject_of(run, opened)
         told = require_pruned(subject)
-        found = chosen_machines(machine, measured_here(opened))[0] if machine else None
+        found = chosen_machines(machine, measured_here(subject.runs))[0] if machine else None
         prices = _prices(tokens_per_day, price_per_hour, price_per_kwh, watts, found)
         assert subject.run is not None
         speeds = _speeds(told, found, workload)
-        making = sum(float(told["seconds"].get(stage, 0.0)) for stage in MADE_BY)
+        making = _making(told)
         teacher = model_cost("teacher", speeds.teacher, prices, bytes_=speeds.sizes.teacher.bytes)
         student = model_cost(
             subject.run.id, speeds.student, prices, bytes_=speeds.sizes.student.bytes, teacher=teacher,
             speedup=speeds.ratio, making_seconds=making, ratio=_quality(told, subject.run.id),
         )  # fmt: skip
-        rival = [] if not against or opened is None else [_rival(against, opened, teacher, speeds, prices)]
+        rival = [] if not against or opened is None else [_rival(against, _Setting(opened, teacher, speeds, prices))]
     return CostReport(
         subject.history.model, subject.run.id, found.name if found else "", speeds.workload.batch, prices, making,
         (teacher, student, *rival),
@@ -140,6 +141,11 @@ def _prices(
     return Prices(power / 1000 * kwh, f"{power:g} W at {kwh:g} a kWh", tokens)
 
 
+def _making(told: JsonObject) -> float:
+    """Seconds of search and recovery."""
+    return sum(float(told["seconds"].get(stage, 0.0)) for stage in MADE_BY)
+
+
 def _quality(told: JsonObject, run: str) -> Figure | None:
     if told.get("perplexity") is None:
         return None
@@ -150,23 +156,34 @@ def _quality(told: JsonObject, run: str) -> Figure | None:
 # -- against another model --------------------------------------------------------------------------------------------
 
 
-def _rival(against: str, store: Store, teacher: ModelCost, speeds: _Speeds, prices: Prices) -> ModelCost:
-    """Another model: a pruning, the second model of a comparison, or files, whose size tells their speed."""
-    if RUN_ID.fullmatch(against) and find_path(against) is None:
-        run = store.run(against)
-        if run.kind == PRUNE and run.result is not None:
-            told = run.result
-            other = _speeds(told, speeds.machine, speeds.workload)
-            making = sum(float(told["seconds"].get(stage, 0.0)) for stage in MADE_BY)
-            return model_cost(
-                run.id, other.student, prices, bytes_=other.sizes.student.bytes, teacher=teacher,
-                speedup=other.ratio, making_seconds=making, ratio=_quality(told, run.id),
-            )  # fmt: skip
-        return _compared(run, teacher, prices)
-    return _by_files(against, store, teacher, speeds, prices)
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """What another model is held against, and the store that may know it."""
+
+    store: Store
+    teacher: ModelCost
+    speeds: _Speeds
+    prices: Prices
 
 
-def _compared(run: Run, teacher: ModelCost, prices: Prices) -> ModelCost:
+def _rival(against: str, given: _Setting) -> ModelCost:
+    """Another model: a pruning, the second model of a comparison, or an export or files, whose bytes tell the speed."""
+    if not RUN_ID.fullmatch(against) or find_path(against) is not None:
+        return _by_size(against, _file_bytes(against), given)
+    run = given.store.run(against)
+    if run.kind == ExportReport.kind and run.result is not None:
+        return _by_size(run.id, int(run.result["bytes"]), given)
+    if run.kind != PRUNE or run.result is None:
+        return _compared(run, given)
+    told = run.result
+    other = _speeds(told, given.speeds.machine, given.speeds.workload)
+    return model_cost(
+        run.id, other.student, given.prices, bytes_=other.sizes.student.bytes, teacher=given.teacher,
+        speedup=other.ratio, making_seconds=_making(told), ratio=_quality(told, run.id),
+    )  # fmt: skip
+
+
+def _compared(run: Run, given: _Setting) -> ModelCost:
     """The second model of a comparison that measured speed."""
     found = None if run.result is None else read_result(run.kind, run.result)
     pair = found.speed[0] if isinstance(found, Comparison) and found.speed else None
@@ -179,27 +196,25 @@ def _compared(run: Run, teacher: ModelCost, prices: Prices) -> ModelCost:
     text = next((each for each in found.sets if each.is_text and each.pairs[0] is not None), None)
     change = None if text is None or text.pairs[0] is None else text.pairs[0].change.mapped(exp_capped)
     return model_cost(
-        found.models[1].model, Figure.of(pair.other.decode, source), prices, bytes_=found.models[1].sizes.bytes,
-        teacher=teacher, speedup=Figure.of(pair.decode_ratio, source), making_seconds=None,
+        found.models[1].model, Figure.of(pair.other.decode, source), given.prices,
+        bytes_=found.models[1].sizes.bytes, teacher=given.teacher, speedup=Figure.of(pair.decode_ratio, source),
         ratio=None if change is None else Figure.of(change, f"run {run.id}, {change.n} documents"),
     )  # fmt: skip
 
 
-def _by_files(name: str, store: Store, teacher: ModelCost, speeds: _Speeds, prices: Prices) -> ModelCost:
-    """A model of which the files are known: as many times faster as they are smaller than the teacher's weights."""
-    size, source = _file_bytes(name), "sizes of the files, read once a token; no interval"
+def _by_size(name: str, size: int, given: _Setting) -> ModelCost:
+    """A model of which the bytes are known: as many times faster as it is smaller than the teacher's weights."""
+    source, speeds, teacher = "bytes of the files, read once a token; no interval", given.speeds, given.teacher
     if speeds.machine is None:
         speedup = Figure(speeds.sizes.teacher.bytes / size, source=source)
     else:
         per_token = size + speeds.sizes.teacher.kv_bytes_per_token * speeds.workload.context * speeds.workload.batch
         rate = speeds.workload.batch * speeds.machine.bandwidth / per_token
         speedup = Figure(rate / teacher.rate.value, source=f"{source}; bandwidth of {speeds.machine.name}")
-    change = _known_quality(name, store)
+    known = _known_quality(name, given.store)
+    ratio = None if known is None else Figure.of(known[1], f"run {known[0]}, {known[1].n} documents")
     rate_figure = Figure(teacher.rate.value * speedup.value, source=speedup.source)
-    ratio = None if change is None else Figure.of(change[1], f"run {change[0]}, {change[1].n} documents")
-    return model_cost(
-        name, rate_figure, prices, bytes_=size, teacher=teacher, speedup=speedup, making_seconds=None, ratio=ratio
-    )
+    return model_cost(name, rate_figure, given.prices, bytes_=size, teacher=teacher, speedup=speedup, ratio=ratio)
 
 
 def _file_bytes(name: str) -> int:

@@ -21,7 +21,6 @@ from billhook.core.plan import Plan
 from billhook.core.results.json_form import decode
 from billhook.core.results.outlook import CurveForecast, ForecastReport, MachineReport, MeasuredPoint, ModelOnMachine
 from billhook.core.results.specs import PRUNE
-from billhook.core.results.stored import Run
 from billhook.runs import STORE
 from billhook.runs.store import Store
 from billhook.studies.outlook.reading import (
@@ -65,8 +64,8 @@ def forecast(
     shares = [_share(size) for size in ([remove] if isinstance(remove, str | float) else remove)]
     with reading_store(store) as opened:
         subject = subject_of(of, opened)
-        machines = chosen_machines(machine, measured_here(opened))
-        search = None if opened is None or subject.run is None else _search(opened, subject.run)
+        machines = chosen_machines(machine, measured_here(subject.runs))
+        search = None if opened is None else _search(opened, subject)
         curve = _curve(subject, shares)
     model = subject.history.model or "demo"
     rows = _on_machines(subject, anatomy_of(subject.history, model), shares, machines, workload)
@@ -127,13 +126,14 @@ def _source(history: History, curve: MeasuredCurve) -> str:
     return next((name for name, info in told.get("evaluation", {}).items() if info["hash"] == curve.text), curve.text)
 
 
-def _search(store: Store, run: Run) -> SearchForecast | None:
-    if run.kind != PRUNE or run.state == "done":
+def _search(store: Store, subject: Subject) -> SearchForecast | None:
+    run = subject.run
+    if run is None or run.kind != PRUNE or run.state == "done":
         return None
     now = trace_of(run.spec, run.fingerprints.get("model", ""), store.events(run.id))
     if now is None or now.seconds is not None:
         return None
-    return search_end(now, traces_of(store, store.runs(), run.spec.get("search")))
+    return search_end(now, traces_of(store, subject.runs, run.spec.get("search")))
 
 
 def _on_machines(

@@ -27,10 +27,11 @@ MOST_SEARCHES = 30  # earlier ones whose events are read
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is asked about: a `run`, or a model (`run` is None), with what the store knows of it."""
+    """What is asked about: a `run`, or a model (`run` is None), with what the store knows of it, and all its `runs`."""
 
     run: Run | None
     history: History
+    runs: tuple[Run, ...]
 
 
 @contextmanager
@@ -49,21 +50,21 @@ def subject_of(of: str, store: Store | None) -> Subject:
 
     Raises RunError for an id that the store does not hold.
     """
-    runs = [] if store is None else store.runs()
+    runs = () if store is None else tuple(store.runs())
     if of and RUN_ID.fullmatch(of) and find_path(of) is None:
         if store is None:
             raise RunError(f"There is no store that holds run {of}. Give its file: {option('store', 'FILE')}.")
         run = store.run(of)
-        return Subject(run, history_of(runs, run.fingerprints.get("model", "")))
+        return Subject(run, history_of(runs, run.fingerprints.get("model", "")), runs)
     if not of:
         newest = next((run for run in runs if run.kind == PRUNE and run.fingerprints.get("model")), None)
         if newest is not None:
-            return Subject(newest, history_of(runs, newest.fingerprints["model"]))
+            return Subject(newest, history_of(runs, newest.fingerprints["model"]), runs)
     name = of or "demo"
     same = (run.fingerprints.get("model") for run in runs if run.spec.get("model") == name)
     fingerprint = next((each for each in same if each), "")
     history = history_of(runs, fingerprint) if fingerprint else History(name, "", None, (), ())
-    return Subject(None, history)
+    return Subject(None, history, runs)
 
 
 def require_pruned(subject: Subject) -> JsonObject:
@@ -96,9 +97,8 @@ def traces_of(store: Store, runs: Iterable[Run], search: object) -> list[SearchT
     return found[::-1]
 
 
-def measured_here(store: Store | None) -> Machine | None:
-    """The user's machine, as the store's newest measurement says."""
-    runs = [] if store is None else store.runs()
+def measured_here(runs: Iterable[Run]) -> Machine | None:
+    """The user's machine, as the newest measurement among runs says."""
     told = next((r.result for r in runs if r.kind == MachineReport.kind and r.result is not None), None)
     return None if told is None else MachineReport.from_json(told).machine
 

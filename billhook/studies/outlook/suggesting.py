@@ -43,7 +43,7 @@ def suggest(of: str = "", *, store: str | Path = STORE) -> SuggestionReport:
         told = require_pruned(subject)
         run, nats = subject.run, lost_nats(told)
         assert run is not None
-        situation = Situation(run, told, max(0.0, nats or 0.0), subject.history, tuple(opened.runs()))
+        situation = Situation(run, told, max(0.0, nats or 0.0), subject.history, subject.runs)
         found = [_suggested(name, situation, opened) for name in SUGGESTIONS]
     ranked = sorted((each for each in found if each is not None), key=_rank)
     return SuggestionReport(subject.history.model, run.id, nats, tuple(ranked))
