@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from billhook.studies.eval_sets import evaluate_tasks
     from billhook.studies.exporting import export
     from billhook.studies.gate import baselines, gate, save_baseline
+    from billhook.studies.outlook.costing import cost
+    from billhook.studies.outlook.forecasting import forecast, measure_here
+    from billhook.studies.outlook.suggesting import suggest
     from billhook.studies.run_study import make_report
     from billhook.studies.servers.ab_test import ab_test
     from billhook.studies.stability import stability
@@ -64,10 +67,12 @@ __all__ = [
     "apply",
     "baselines",
     "compare",
+    "cost",
     "dry_run",
     "evaluate",
     "evaluate_tasks",
     "export",
+    "forecast",
     "gate",
     "inspect",
     "list_methods",
@@ -77,6 +82,7 @@ __all__ = [
     "load_with_adapter",
     "make_report",
     "masked",
+    "measure_here",
     "measure_speed",
     "prune",
     "push",
@@ -87,6 +93,7 @@ __all__ = [
     "score",
     "show",
     "stability",
+    "suggest",
     "sweep",
     "targets",
     "threshold",
@@ -107,10 +114,12 @@ _HOMES = {
     "apply": "models.surgery",
     "baselines": "studies.gate",
     "compare": "studies.compare",
+    "cost": "studies.outlook.costing",
     "dry_run": "api",
     "evaluate": "api",
     "evaluate_tasks": "studies.eval_sets",
     "export": "studies.exporting",
+    "forecast": "studies.outlook.forecasting",
     "gate": "studies.gate",
     "inspect": "api",
     "list_methods": "api",
@@ -120,6 +129,7 @@ _HOMES = {
     "load_with_adapter": "methods.export.adapter",
     "make_report": "studies.run_study",
     "masked": "models.surgery",
+    "measure_here": "studies.outlook.forecasting",
     "measure_speed": "api",
     "prune": "api",
     "push": "core.files.hub",
@@ -130,6 +140,7 @@ _HOMES = {
     "score": "api",
     "show": "runs",
     "stability": "studies.stability",
+    "suggest": "studies.outlook.suggesting",
     "sweep": "studies.sweep",
     "targets": "runs.exporting",
     "threshold": "studies.threshold",

@@ -238,7 +238,9 @@ def test_files_and_modules_that_a_page_names_are_there(page: Path) -> None:
 
 NO_MODULES = {"billhook.json", "billhook.db", "billhook.patches", "billhook.groups", "billhook.kept_blocks"}
 NO_MODULES |= {f"billhook.{family}" for family in ("metric", "group_metric", "loss", "task_loss", "search", "recovery")}
-NO_MODULES |= {f"billhook.{family}" for family in ("evaluation", "export", "architecture")}  # entry points
+NO_MODULES |= {
+    f"billhook.{family}" for family in ("evaluation", "export", "architecture", "suggestion")
+}  # entry points
 
 
 def _resolves(name: str) -> bool:

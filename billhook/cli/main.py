@@ -28,6 +28,7 @@ from billhook.cli.options import (
     split_commas,
     with_options,
 )
+from billhook.cli.outlook import COMMANDS as OUTLOOK_COMMANDS
 from billhook.cli.session import CommandSession
 from billhook.cli.studies import COMMANDS
 from billhook.core.errors import UsageError
@@ -270,7 +271,7 @@ def push_command(
         face.show(told)
 
 
-for command in COMMANDS:
+for command in (*COMMANDS, *OUTLOOK_COMMANDS):
     app.command(name=command.__name__.removesuffix("_command"))(command)
 
 

@@ -157,7 +157,7 @@ def print_result(value: Any) -> None:
 
 def table_of(kind: type | str) -> Print:
     """What prints a result of a kind: its table, or its rows."""
-    for module in ("run_tables", "tables", "study_tables"):  # by the time that they take to import
+    for module in ("run_tables", "tables", "study_tables", "outlook_tables"):  # by the time that they take to import
         if kind not in TABLES:
             import_module(f"billhook.cli.{module}")
     return TABLES[kind if kind in TABLES else Result]

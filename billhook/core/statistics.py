@@ -245,3 +245,18 @@ def correlation(a: Floats, b: Floats) -> float:
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
     return float(np.corrcoef(a, b)[0, 1])
+
+
+def knee(shares: Sequence[float], losses: Sequence[float]) -> int | None:
+    """Where a curve of losses over what is removed bends most: the point farthest below the line between its ends.
+
+    None where it does not bend upwards, or there are fewer than three points.
+
+    Source: Satopää et al. 2011, Finding a "kneedle" in a haystack.
+    """
+    if len(shares) < 3 or shares[-1] <= shares[0] or losses[-1] <= losses[0]:
+        return None
+    wide, tall = shares[-1] - shares[0], losses[-1] - losses[0]
+    below = [(x - shares[0]) / wide - (y - losses[0]) / tall for x, y in zip(shares, losses, strict=True)]
+    best = max(range(len(below)), key=lambda i: below[i])
+    return best if below[best] > 0 else None

@@ -17,6 +17,7 @@ from billhook.core.results.json_form import decode
 from billhook.core.results.measured import Step
 from billhook.core.results.specs import PRUNE, ThresholdSpec
 from billhook.core.results.studies import MarginLoss, ThresholdData, ThresholdResult, ThresholdTrial
+from billhook.core.statistics import knee
 from billhook.data.token_sets import TokenSet
 from billhook.models.device import environment
 from billhook.models.load import Model, Teacher, loaded_by_name, name_of
@@ -129,18 +130,3 @@ def _lost_by(job: RunContext, teacher: Teacher, plan: Plan, sets: Mapping[Margin
         check = margin.check(before, after, job.recipe.seed, same=not plan)
         losses.append(MarginLoss(margin, check.in_units(margin.kind), float(margin.amount), check.within))
     return tuple(losses)
-
-
-def knee(shares: Sequence[float], losses: Sequence[float]) -> int | None:
-    """Where a curve of losses over what is removed bends most: the point farthest below the line between its ends.
-
-    None where it does not bend upwards, or there are fewer than three points.
-
-    Source: Satopää et al. 2011, Finding a "kneedle" in a haystack.
-    """
-    if len(shares) < 3 or shares[-1] <= shares[0] or losses[-1] <= losses[0]:
-        return None
-    wide, tall = shares[-1] - shares[0], losses[-1] - losses[0]
-    below = [(x - shares[0]) / wide - (y - losses[0]) / tall for x, y in zip(shares, losses, strict=True)]
-    best = max(range(len(below)), key=lambda i: below[i])
-    return best if below[best] > 0 else None

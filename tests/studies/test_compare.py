@@ -36,10 +36,10 @@ from billhook.core.results.comparisons import (
 )
 from billhook.core.results.run import RunResult
 from billhook.core.results.studies import ThresholdResult
+from billhook.core.statistics import knee
 from billhook.data.choice_tasks import load_items, read_items
 from billhook.methods.evaluate.multiple_choice import log_probabilities
 from billhook.report import compare_page, compare_words, run_words, threshold_page
-from billhook.studies.threshold import knee
 
 SHORT: dict[str, Any] = {"eval_tokens": 512, "eval_length": 24}
 SEARCH: dict[str, Any] = SHORT | {"search": "greedy", "tokens": 240, "length": 24}

@@ -60,7 +60,7 @@ def time_interleaved(
     total = (protocol.repeats + 1) * len(models)
     for repeat in range(protocol.repeats + 1):
         for i, model in enumerate(models):
-            seconds = _once(model, ids.to(model.device), protocol.new_tokens)
+            seconds = time_steps(model, ids.to(model.device), protocol.new_tokens)
             if repeat:
                 prefill[i].append(seconds[0])
                 decode[i].append(seconds[1])
@@ -75,7 +75,7 @@ def time_interleaved(
     ]
 
 
-def _once(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+def time_steps(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """Return the seconds of a prefill of `ids` [batch, time] and of `new_tokens` decoding steps."""
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     cache = cache_name(model)
@@ -120,7 +120,7 @@ def _child(folder: str, device: str, dtype: str, prompt: str, new_tokens: str) -
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True).to(device)
     with torch.inference_mode():
-        _once(model.eval(), torch.zeros(1, int(prompt), dtype=torch.int64, device=device), int(new_tokens))
+        time_steps(model.eval(), torch.zeros(1, int(prompt), dtype=torch.int64, device=device), int(new_tokens))
     print(json.dumps({"peak_bytes": peak_memory(model.device)}))
 
 
@@ -155,7 +155,7 @@ def site_times(
     for repeat in range(repeats + 1):
         for i, model in enumerate(models):
             watch(Event("cost", repeat * len(models) + i, (repeats + 1) * len(models), {"step": "decode"}))
-            decode = _once(model, ids, steps)[1] / steps
+            decode = time_steps(model, ids, steps)[1] / steps
             if repeat:  # the first is a warm-up
                 seconds[i].append(decode)
     table: dict[str, int] = {}

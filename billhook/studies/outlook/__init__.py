@@ -1,0 +1,1 @@
+"""Forecasts, costs and suggestions, from what a store holds. No torch, but where a model has to be read."""
