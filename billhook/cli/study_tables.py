@@ -211,5 +211,9 @@ def ab_table(console: Console, value: AbReport) -> None:
         model, url = (printable(text)[: ab_words.MOST] for text in (side.model, side.url))
         console.print(f"{name}: {model} at {url}", highlight=False)
     console.print(plain_table(("", "A", "B", "B / A"), ab_words.ab_rows(value)))
+    console.print(ab_words.ab_headline(value), highlight=False)
     for note in ab_words.ab_notes(value):
         console.print(note, style="dim", highlight=False)
+    if value.run:
+        run = printable(value.run)
+        console.print(f"Page: billhook report {run}. All answers: billhook show {run} --json", highlight=False)

@@ -1,25 +1,25 @@
 """A threshold as one self-contained HTML page: what every step loses, where the margin is, and what was confirmed.
 
-Nothing is measured here: every number comes from the result. The figures are SVG, drawn here.
+Nothing is measured here: every number comes from the result.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 from html import escape
 from pathlib import PurePath
 
 from billhook.core.margin import BOUND, Margin
-from billhook.core.results.studies import ThresholdResult
-from billhook.report.frame import html_table, page_html, scrolling
-from billhook.report.numbers import format_number, pluralize, printable, reliability_note
+from billhook.core.results.studies import MarginLoss, ThresholdResult
+from billhook.report.charts import Axis, Line, Point, figure, key_of, xy_chart
+from billhook.report.frame import Section, caption, page_html, stacked_table
+from billhook.report.numbers import pluralize, printable, reliability_note
 from billhook.report.pages import page
 
-WIDE, TALL = 480, 280
+FAR = 5  # times the margin, beyond which trials are drawn at the edge
 MOST_PLAN = 2000  # characters that a command spells out; a longer plan is read from the result beside the page
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 44
-Point = tuple[float, float]
 
 
 def threshold_headline(result: ThresholdResult) -> str:
@@ -63,12 +63,17 @@ def unit_of(margin: Margin) -> str:
     return "% of perplexity" if margin.kind == "ppl" else "pp of accuracy"
 
 
+def _short_unit(margin: Margin) -> str:
+    return "% ppl" if margin.kind == "ppl" else " pp"
+
+
 def trial_rows(result: ThresholdResult) -> list[tuple[str, ...]]:
-    """(step, share removed, margin, lost, at most, within) of every trial on validation items."""
+    """(step, share removed, margin, lost, at most, within) of every trial on validation items, with units."""
     return [
         (
             f"{trial.step} of {result.steps}", f"{trial.share:.1%}", printable(each.margin),
-            _minus(each.lost.value), _minus(each.lost.high), "within" if each.within else "too much",
+            *(f"{_minus(x)}{_short_unit(each.margin)}" for x in (each.lost.value, each.lost.high)),
+            "within" if each.within else "too much",
         )
         for trial in result.trials
         for each in trial.losses
@@ -89,16 +94,28 @@ def knee_words(result: ThresholdResult) -> str:
 @page(ThresholdResult)
 def threshold_page(result: ThresholdResult) -> str:
     """The page of one threshold."""
-    trials = scrolling(html_table(TRIAL_COLUMNS, trial_rows(result)), "Trials")
-    body = [
-        *(_margin_figure(result, i) for i in range(len(result.margins))),
-        _loss_figure(result),
-        f"<section><h2>Trials on validation items</h2>{trials}</section>",
-        f"<section><h2>Plan</h2><pre>{escape(command(result) or 'nothing')}</pre></section>",
-    ]
     made = f"Billhook · threshold · {result.environment.machine}"
-    title = f"{printable(result.model)}: how much can be removed"
-    return page_html(title, made, threshold_headline(result), threshold_notes(result), body)
+    notes, sections = threshold_notes(result), threshold_sections(result)
+    return page_html(threshold_title(result), made, threshold_headline(result), notes, sections)
+
+
+def threshold_title(result: ThresholdResult) -> str:
+    """The heading of the page."""
+    return f"{printable(result.model)}: how much can be removed"
+
+
+def threshold_sections(result: ThresholdResult) -> list[Section]:
+    """The command, every margin along the steps, the loss along the steps, and the trials."""
+    trials = stacked_table(TRIAL_COLUMNS, [[escape(cell) for cell in row] for row in trial_rows(result)])
+    words = "Loses, at most: percent of perplexity, or percentage points (pp) of accuracy, on validation items."
+    margins = "".join(_margin_chart(result, i) for i in range(len(result.margins)))
+    sections = [
+        Section("next", "What next", _next(result)),
+        Section("margins", "What is removed, and what it costs", margins),
+        Section("losses", "Loss along the steps", _loss_chart(result)),
+        Section("trials", "Trials on validation items", trials + caption(words)),
+    ]
+    return [section for section in sections if section.html]
 
 
 def threshold_notes(result: ThresholdResult) -> list[str]:
@@ -106,107 +123,81 @@ def threshold_notes(result: ThresholdResult) -> list[str]:
     return [note for each in result.test if (note := reliability_note(each.lost))]
 
 
-def _margin_figure(result: ThresholdResult, number: int) -> str:
+def _next(result: ThresholdResult) -> str:
+    prune, model = command(result), shlex.quote(printable(result.model))
+    if not prune:
+        loose = " ".join(f"--margin {shlex.quote(_looser(margin))}" for margin in result.margins)
+        words, prune = "Nothing stays within. Allow more:", f"billhook threshold {model} {loose}"
+    else:
+        words = "Prune so:" if result.confirmed else "Test items did not confirm this. Ask for a smaller margin, or:"
+    return f'<p class="plain">{words}</p><pre>{escape(prune)}</pre>'
+
+
+def _looser(margin: Margin) -> str:
+    amount = min(2 * margin.amount, Fraction(100)) if margin.kind == "pp" else 2 * margin.amount
+    return printable(replace(margin, amount=amount))
+
+
+def _margin_chart(result: ThresholdResult, number: int) -> str:
     """What the trials lose under one margin, with their intervals, the margin, and the proof of what was chosen."""
-    trials = [(100 * trial.share, trial.losses[number]) for trial in result.trials]
-    proof = [(100 * result.share, each) for each in result.test[number : number + 1]]
-    limit = trials[0][1].limit
-    tops = [each.lost.high for _, each in proof] + [each.lost.value for _, each in trials] + [limit]
-    high = min(max(tops), 12 * limit) if limit else max(tops)
-    bottom = min(0.0, *(each.lost.low for _, each in trials + proof))
-    scale = _Scale((0.0, 100 * max(result.shares)), (bottom, 1.15 * high))
-    drawn = [scale.frame("% of the parameters removed", unit_of(result.margins[number]))]
-    drawn.append(scale.line([(0, limit), (scale.x[1], limit)], "var(--dim)", dashes="4 4"))
-    for shift, colour, points in ((0, "var(--blue)", trials), (5, "var(--orange)", proof)):
-        for x, each in points:
-            drawn.append(scale.bar(x, (each.lost.low, each.lost.value, each.lost.high), colour, shift))
-    caption = (
-        "Blue: steps on validation items; orange: the chosen one on test items. Bars end at their lower and upper "
-        f"bounds ({BOUND} each); dashed: the margin."
+    unit = unit_of(result.margins[number])
+    trials = [(trial.step, trial.share, trial.losses[number]) for trial in result.trials]
+    proof = [(result.step, result.share, each) for each in result.test[number : number + 1]]
+    lines = [
+        Line("validation items", tuple(_point(*each, result.steps, unit) for each in trials), "--blue", joined=True),
+        Line("test items", tuple(_point(*each, result.steps, unit) for each in proof), "--orange", "diamond", shift=6),
+    ]
+    limit, far = trials[0][2].limit, FAR * trials[0][2].limit
+    beyond = sum(each.lost.value > far > 0 for _, _, each in trials)
+    lines = [replace(line, points=tuple(_at_most(point, far) for point in line.points)) for line in lines]
+    name = printable(result.margins[number])
+    above = f"; arrows: {pluralize(beyond, 'trial')} above {far:g}" if beyond else ""
+    y = Axis(f"loses, {unit}{above}", "number", high=far if beyond else None)
+    x = Axis("% of the parameters removed", "percent", zero=True)
+    option = xy_chart(lines, x, y, marks={f"margin {limit:g}": limit})
+    text = (
+        "Blue: steps on validation items; orange: the chosen one on test items, which no choice has seen. Whiskers end "
+        f"at their lower and upper bounds ({BOUND} each); dotted: the margin."
     )
-    name = f"{printable(result.margins[number])}: what is removed, and what it costs"
-    return f"<section><h2>{escape(name)}</h2>{_svg(drawn, name)}<p>{caption}</p></section>"
+    return figure(option, title=name, label=f"{name}: {text}", caption=text, key=key_of(lines))
 
 
-def _loss_figure(result: ThresholdResult) -> str:
-    """The loss along the steps, its knee, and the chosen step."""
-    points = [(100 * share, loss) for share, loss in zip(result.shares[1:], result.losses, strict=True)]
-    if not points:
+def _point(step: int, share: float, each: MarginLoss, steps: int, unit: str) -> Point:
+    lost = each.lost
+    tip = (
+        f"step {step} of {steps}, {share:.1%} removed\nloses {_minus(lost.value)} {unit}\n{_minus(lost.low)} to "
+        f"{_minus(lost.high)} ({BOUND})\n{'within' if each.within else 'too much'}"
+    )
+    return Point.of(100 * share, lost, tip, hollow=not each.within)
+
+
+def _at_most(point: Point, most: float) -> Point:
+    """A point far above the margin as an arrow at the edge."""
+    if not point.value > most > 0:
+        return point
+    return replace(point, value=most, low=None, high=None, symbol="arrow", hollow=False)
+
+
+def _step_point(result: ThresholdResult, step: int) -> Point:
+    """One step of the path, counted from 0: the knee is hollow, the chosen one blue."""
+    chosen, knee = step == result.step - 1, step == result.knee
+    marks = "".join(f", {word}" for word, so in (("chosen", chosen), ("knee", knee)) if so)
+    share, loss = 100 * result.shares[step + 1], result.losses[step]
+    tip = f"step {step + 1}{marks}\n{share:.1f}% removed\nloss {loss:.4g}"
+    colour, symbol = "--blue" if chosen else "", "diamond" if marks else ""
+    return Point(share, loss, tip, colour=colour, symbol=symbol, hollow=knee or None)
+
+
+def _loss_chart(result: ThresholdResult) -> str:
+    """The loss along the steps, its knee, and the chosen step; nothing for fewer than two steps."""
+    shares = result.shares[1:]
+    if len(shares) < 2:
         return ""
-    scale = _Scale((0.0, max(x for x, _ in points)), (0.0, 1.08 * max(y for _, y in points)))
-    drawn = [scale.frame("% of the parameters removed", f"loss ({printable(result.loss)})")]
-    drawn.append(scale.line(points, "var(--orange)"))
-    drawn += [scale.dot(point, "var(--orange)") for point in points]
-    for index, words in ((result.knee, "knee"), (result.step - 1, "chosen")):
-        if index is not None and index >= 0:
-            drawn.append(scale.mark(points[index], words))
-    figure = f"{_svg(drawn, 'Loss along the steps')}<p>{knee_words(result)}</p>"
-    return f"<section><h2>Loss along the steps</h2>{figure}</section>"
-
-
-def _svg(parts: Sequence[str], label: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDE} {TALL}" role="img" aria-label="{escape(label)}" '
-        f'style="width:100%;max-width:35rem;font:13px system-ui,sans-serif">{"".join(parts)}</svg>'
+    points = tuple(_step_point(result, step) for step in range(len(shares)))
+    option = xy_chart([Line("loss", points, joined=True)], Axis("% of the parameters removed", "percent", zero=True),
+                      Axis(f"loss ({printable(result.loss)})", "nats", zero=True))  # fmt: skip
+    chosen = f" Blue diamond: the chosen step, {result.step}." if result.step else ""
+    text = (
+        f"{knee_words(result)} Hollow diamond: the knee.{chosen} These losses chose the order; they have no interval."
     )
-
-
-class _Scale:
-    """From the numbers of a figure to its places."""
-
-    def __init__(self, x: Point, y: Point) -> None:
-        self.x, self.y = (x[0], max(x[1], x[0] + 1e-9)), (y[0], max(y[1], y[0] + 1e-9))
-
-    def at(self, x: float, y: float) -> Point:
-        wide, tall = WIDE - LEFT - RIGHT, TALL - TOP - BOTTOM
-        y = min(max(y, self.y[0]), self.y[1])
-        return (
-            LEFT + wide * (x - self.x[0]) / (self.x[1] - self.x[0]),
-            TOP + tall * (1 - (y - self.y[0]) / (self.y[1] - self.y[0])),
-        )
-
-    def frame(self, below: str, beside: str) -> str:
-        drawn = []
-        for i in range(5):
-            x, y = (ends[0] + (ends[1] - ends[0]) * i / 4 for ends in (self.x, self.y))
-            (px, _), (_, py) = self.at(x, self.y[0]), self.at(self.x[0], y)
-            below_x = f'x="{px:.1f}" y="{TALL - BOTTOM + 16}" text-anchor="middle"'
-            beside_y = f'x="{LEFT - 6}" y="{py + 4:.1f}" text-anchor="end"'
-            drawn.append(f'<text {below_x} fill="var(--dim)">{format_number(x)}</text>')
-            drawn.append(f'<text {beside_y} fill="var(--dim)">{format_number(y)}</text>')
-            drawn.append(f'<line x1="{LEFT}" x2="{WIDE - RIGHT}" y1="{py:.1f}" y2="{py:.1f}" stroke="var(--line)"/>')
-        drawn.append(
-            f'<text x="{WIDE / 2}" y="{TALL - 8}" text-anchor="middle" fill="var(--dim)">{escape(below)}</text>'
-        )
-        middle = (TALL - BOTTOM) / 2
-        drawn.append(
-            f'<text transform="translate(12 {middle}) rotate(-90)" text-anchor="middle" fill="var(--dim)">'
-            f"{escape(beside)}</text>"
-        )
-        return "".join(drawn)
-
-    def line(self, points: Sequence[Point], colour: str, dashes: str = "") -> str:
-        places = " ".join(f"{x:.1f},{y:.1f}" for x, y in (self.at(*point) for point in points))
-        return (
-            f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"/>'
-        )
-
-    def dot(self, point: Point, colour: str) -> str:
-        x, y = self.at(*point)
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>'
-
-    def bar(self, x: float, ends: tuple[float, float, float], colour: str, shift: float) -> str:
-        (px, low), (_, middle), (_, high) = (self.at(x, y) for y in ends)
-        px += shift
-        return (
-            f'<line x1="{px:.1f}" x2="{px:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{colour}" stroke-width="2"/>'
-            f'<circle cx="{px:.1f}" cy="{middle:.1f}" r="4" fill="{colour}"/>'
-        )
-
-    def mark(self, point: Point, words: str) -> str:
-        x, y = self.at(*point)
-        anchor = "start" if x < WIDE / 2 else "end"
-        return (
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="none" stroke="var(--ink)" stroke-width="1.5"/>'
-            f'<text x="{x:.1f}" y="{y - 12:.1f}" text-anchor="{anchor}" fill="var(--ink)">{escape(words)}</text>'
-        )
+    return figure(option, title="", label=f"Loss along {len(points)} steps. {knee_words(result)}", caption=text)
