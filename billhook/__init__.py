@@ -42,8 +42,10 @@ if TYPE_CHECKING:
     from billhook.studies.eval_sets import evaluate_tasks
     from billhook.studies.exporting import export
     from billhook.studies.gate import baselines, gate, save_baseline
+    from billhook.studies.monitoring.alert_list import alerts
     from billhook.studies.run_study import make_report
     from billhook.studies.servers.ab_test import ab_test
+    from billhook.studies.servers.watch import watch
     from billhook.studies.stability import stability
     from billhook.studies.sweep import sweep
     from billhook.studies.threshold import threshold
@@ -61,6 +63,7 @@ __all__ = [
     "Teacher",
     "TimingProtocol",
     "ab_test",
+    "alerts",
     "apply",
     "baselines",
     "compare",
@@ -91,6 +94,7 @@ __all__ = [
     "targets",
     "threshold",
     "transfer",
+    "watch",
 ]
 _HOMES = {
     "Anatomy": "core.anatomy",
@@ -104,6 +108,7 @@ _HOMES = {
     "Teacher": "models.load",
     "TimingProtocol": "core.results.measured",
     "ab_test": "studies.servers.ab_test",
+    "alerts": "studies.monitoring.alert_list",
     "apply": "models.surgery",
     "baselines": "studies.gate",
     "compare": "studies.compare",
@@ -134,6 +139,7 @@ _HOMES = {
     "targets": "runs.exporting",
     "threshold": "studies.threshold",
     "transfer": "studies.transfer",
+    "watch": "studies.servers.watch",
 }
 
 

@@ -153,12 +153,13 @@ def _with_values(store: Store, baseline: Baseline) -> Baseline:
     """A baseline with the perplexities and accuracies that the store holds of it."""
     sets = []
     for each in baseline.sets:
-        result = _baseline_result(store, baseline, each.score, each.tokens)
+        result = baseline_result(store, baseline, each.score, each.tokens)
         sets.append(replace(each, value=None if result is None else _shown(result)))
     return replace(baseline, sets=tuple(sets))
 
 
-def _baseline_result(store: Store, baseline: Baseline, score: str, tokens: str) -> EvalResult | None:
+def baseline_result(store: Store, baseline: Baseline, score: str, tokens: str) -> EvalResult | None:
+    """What a baseline got on one set, item by item; None where the store does not hold it."""
     return store.lookup(EvaluationKey(baseline.fingerprint, Plan(), score, tokens, baseline.compute))
 
 
@@ -179,7 +180,7 @@ def run_gate(job: EvalContext, student: str, baseline: str, spec: ComparisonSpec
         job = replace(job, options=job.options.model_copy(update=stored.items.text_fields()))
     tested = evaluate_on_sets(job, student, spec)
     if stored is not None:
-        results, fingerprint = _cached_results(job, stored, tested), stored.fingerprint
+        results, fingerprint = cached_results(job, stored, tested), stored.fingerprint
     else:
         other = evaluate_on_sets(job, baseline, spec)
         results, fingerprint = _compute_results(other, tested), other.teacher.fingerprint
@@ -201,11 +202,11 @@ def run_gate(job: EvalContext, student: str, baseline: str, spec: ComparisonSpec
     )
 
 
-def _cached_results(job: EvalContext, baseline: Baseline, student: ModelResults) -> dict[str, EvalResult]:
+def cached_results(job: EvalContext, baseline: Baseline, student: ModelResults) -> dict[str, EvalResult]:
     """The stored results of a baseline. Raises FingerprintError if the student has other items."""
     results = {}
     for source, result in student.results.items():
-        kept = _baseline_result(job.store, baseline, result.name, result.tokens)
+        kept = baseline_result(job.store, baseline, result.name, result.tokens)
         if kept is None:
             raise FingerprintError(
                 f"{source} gives {student.teacher.name} other tokens than the baseline {baseline.name} was measured "
