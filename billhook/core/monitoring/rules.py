@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from billhook.core.errors import RecipeError, UsageError, nearest, option
 from billhook.core.files.foreign_files import load_unique_yaml
-from billhook.core.margin import Margin
 from billhook.core.monitoring.alerts import Kind, Rule, Severity, Unit
 from billhook.core.plan_files import find_path
 
@@ -157,9 +156,8 @@ def _limit(kind: Kind, text: str | None, where: str) -> tuple[float, Unit]:
     if match is None or spelled not in units:
         what = f"the unit {spelled!r}" if spelled else "no unit" if match else "no number"
         raise RecipeError(f"{where} has {limits.key}: {text!r}, which has {what}. Write {allowed}.")
-    if kind in ("quality", "drift"):
-        margin = Margin.parse(text, any_task=True)
-        return float(margin.amount), "%ppl" if margin.kind == "ppl" else "pp"
+    if spelled == "pp" and number > 100:
+        raise RecipeError(f"{where} has {limits.key}: {text!r}, more than 100 percentage points. Write {allowed}.")
     if kind == "memory":
         return number * BYTES[spelled], "bytes"
     if kind == "stalled":
