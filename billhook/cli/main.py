@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from billhook.cli.monitoring import WATCH_COMMANDS
 from billhook.cli.options import (
     DEFAULT_STORE,
     RECIPE,
@@ -17,9 +18,11 @@ from billhook.cli.options import (
     Model,
     NumberOfShots,
     Quiet,
+    RulesFile,
     ShotsFrom,
     StoreFile,
     Tasks,
+    Track,
     Verbose,
     check_options,
     check_places,
@@ -57,6 +60,8 @@ def prune_command(
     resume: Annotated[bool, typer.Option("--resume", help="Resume the newest unfinished run")] = False,
     run: Annotated[str | None, typer.Option(help="Run to resume, with --resume")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate losses, memory and time, and stop")] = False,
+    rules: RulesFile = None,
+    track: Track = "",
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -85,14 +90,19 @@ def prune_command(
             check_places(asked.model, out=out)
             if mine is None and options.get("target"):  # which chooses the recipe, once the model is known
                 given = {**({"model": model} if model else {}), **options}
+        if rules is not None:
+            from billhook.core.monitoring.rules import read_rules
+
+            read_rules(rules)
+        face.track(track, "prune", given if resume else asked.model_dump())
         from billhook import api  # torch, which a mistake needs not
 
         if resume:
-            result = api.resume(run, out=out, store=store, watch=face.watch, **given)
+            result = api.resume(run, out=out, rules=rules, store=store, watch=face.watch, **given)
         elif dry_run:
             return face.show(api.dry_run(watch=face.watch, **given))
         else:
-            result = api.prune(out=out, store=store, watch=face.watch, **given)
+            result = api.prune(out=out, rules=rules, store=store, watch=face.watch, **given)
         face.show(result)
 
 
@@ -270,7 +280,7 @@ def push_command(
         face.show(told)
 
 
-for command in COMMANDS:
+for command in (*COMMANDS, *WATCH_COMMANDS):
     app.command(name=command.__name__.removesuffix("_command"))(command)
 
 

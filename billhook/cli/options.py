@@ -164,6 +164,8 @@ Items = Annotated[int, typer.Option(help="Items per task", min=2)]
 ItemLimit = Annotated[int | None, typer.Option(help="Items per task [default: all]", min=2)]
 Tasks = Annotated[str, typer.Option(help="Tasks, separated by commas: files of items or questions, lmeval:NAME")]
 ScoreNames = Annotated[str, typer.Option(help="Score for the verdict, where a task has it: acc_norm")]
+RulesFile = Annotated[Path | None, typer.Option("--rules", help="YAML file of rules for alerts")]
+Track = Annotated[str, typer.Option(help="Trackers, with commas: mlflow, wandb, trackio, tensorboard")]
 NumberOfShots = Annotated[int, typer.Option("--shots", help="Solved items before each item", min=0)]
 ShotsFrom = Annotated[str, typer.Option(help="File of the solved items [default: the task itself]")]
 

@@ -34,7 +34,15 @@ from billhook.runs import load_baseline, require_model
 from billhook.runs.job import EvalContext
 from billhook.runs.recipe import EvalOptions, parse_options
 from billhook.runs.store import STORE, Store
-from billhook.studies.eval_sets import ComparisonSpec, ModelResults, comparison_spec, evaluate_on_sets, seen_sets
+from billhook.studies.eval_sets import (
+    ComparisonSpec,
+    ModelResults,
+    comparison_spec,
+    evaluate_on_sets,
+    resolve_model,
+    seen_sets,
+)
+from billhook.studies.monitoring.alerting import RulesFile, check_result, rules_of
 from billhook.studies.run_study import NO_FOLDER, open_run, several
 
 
@@ -52,6 +60,7 @@ def gate(
     margins: str | Sequence[str] = ("1pp", "3%ppl"),
     seen: bool = False,
     junit: str | Path | None = None,
+    rules: RulesFile = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Unpack[CompareOptions],
@@ -59,9 +68,11 @@ def gate(
     """Whether a student is not worse than a baseline by more than the margins: PASS, FAIL or UNDECIDED, on every set.
 
     `baseline`: a model, or the name of one that `save_baseline` stored, which is not measured again: then `data`,
-    `tasks` and `items` are those that it was measured on. Otherwise `data` is pydoc. `junit`: a file for JUnit XML. The
-    rest is as for `compare`.
+    `tasks` and `items` are those that it was measured on. Otherwise `data` is pydoc. `junit`: a file for JUnit XML.
+    `rules`: a YAML file of rules, whose alerts are events (default: those of Billhook for runs). The rest is as for
+    `compare`.
     """
+    read = rules_of(rules, "runs")
     recipe = parse_options(EvalOptions, {"model": name_of(student), **options})
     on = EvalItems(() if data is None else several(data), several(tasks), items, shots, shots_from)
     spec = GateSpec(
@@ -90,6 +101,7 @@ def gate(
         if junit is not None:
             write_junit(report, Path(junit))
         job.store.update(job.run, result=report.to_json())
+        check_result(job.store, job.run, watch, report, read, folder=resolve_model(name_of(student), job.store))
         return report
 
 

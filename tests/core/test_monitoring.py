@@ -34,7 +34,9 @@ from billhook.core.statistics import paired_difference
 
 WEEKS, ROUNDS_A_WEEK, ITEMS = 200, 168, 200
 
-cached_e_value = cache(lambda lost, gained, mean: log_e_value({1.0: lost, 0.0: gained, 0.5: ITEMS - lost - gained}, mean))
+cached_e_value = cache(
+    lambda lost, gained, mean: log_e_value({1.0: lost, 0.0: gained, 0.5: ITEMS - lost - gained}, mean)
+)
 
 
 # -- the chance of a false alert -------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_a_server_that_fails_alerts_and_the_watch_goes_on(start: Any, tmp_path: 
     result, _ = watched(server.url, store, rounds=1, retries=0)
     assert [(alert.kind, alert.value.value) for alert in result.alerts] == [("errors", 100.0)]
     scorer.down = False
-    result, events = watched(server.url, store, rounds=1)
+    result, _ = watched(server.url, store, rounds=1)
     assert result.rounds == 4
     assert result.alerts == (), "it is over"
     with closing(Store(store, read_only=True)) as opened:
@@ -260,7 +260,7 @@ def test_what_cannot_be_watched_is_refused_before_a_run_begins(options: Any, tol
     keep_baseline(store, task, good)
     with pytest.raises(UsageError, match=told):
         billhook.watch("http://127.0.0.1:1", "v1", store=store, **options)
-    with pytest.raises(UsageError, match="Did you mean 'v1'|holds no baseline"):
+    with pytest.raises(UsageError, match="holds no baseline 'other'"):
         billhook.watch("http://127.0.0.1:1", "other", store=store)
     assert [run.kind for run in billhook.list_runs(store)] == ["baseline"]
 

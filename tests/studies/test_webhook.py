@@ -39,7 +39,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.seen.append((self.path, dict(self.headers), body))
+        self.server.seen.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
         self.server.stalls.wait(30)
         self.send_response(self.server.answer[0])
         if self.server.answer[1]:
@@ -76,7 +76,7 @@ def resolves_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
         ("example.org/hook", "no http or https address"),
         ("https://", "no http or https address"),
         ("https://example.org:99999/", "no http or https address"),
-        ("https://user:word@example.org/", "holds a user or a password"),
+        ("https://user:hunter2@example.org/", "holds a user or a password"),
         ("http://169.254.169.254/latest/meta-data", "a link-local or metadata address"),
         ("http://[fe80::1]/", "a link-local or metadata address"),
         ("http://[fd00:ec2::254]/", "a link-local or metadata address"),
@@ -89,7 +89,7 @@ def resolves_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
 def test_an_address_that_must_not_be_called_is_refused(url: str, told: str) -> None:
     with pytest.raises(UsageError, match=told) as refused:
         Webhook.parse(url)
-    assert "word" not in str(refused.value)
+    assert "hunter2" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_what_is_sent_and_that_a_redirect_is_not_followed() -> None:
         assert Webhook.parse(server.url).send({"text": "hello"}) == "it answered 302"
         (path, headers, body), *more = other.seen
         assert (path, body, more) == ("/services/secret-token?key=hidden", {"text": "hello"}, [])
-        assert headers["Host"] == f"127.0.0.1:{other.server_port}"
-        assert not {name.lower() for name in headers} & {"authorization", "cookie"}
+        assert headers["host"] == f"127.0.0.1:{other.server_port}"
+        assert not headers.keys() & {"authorization", "cookie"}
 
 
 def test_a_webhook_that_stalls_or_is_gone_is_a_word(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from billhook.core.events import EventListener
-from billhook.core.monitoring.alerts import Alert, Observation, Rule, evaluate
+from billhook.core.monitoring.alerts import Alert, Rule, evaluate
 from billhook.core.monitoring.observations import observations_of
 from billhook.core.monitoring.rules import default_rules, read_rules
 from billhook.core.results.json_form import Result
+from billhook.core.results.run import RunResult
 from billhook.runs.store import Store
+from billhook.studies.monitoring.lineage import caused_by, whole_loss
 
 RulesFile = str | Path | None
 
@@ -31,15 +34,19 @@ def tell_alerts(store: Store, run: str, watch: EventListener, alerts: Iterable[A
 
 
 def check_result(
-    store: Store,
-    run: str,
-    watch: EventListener,
-    result: Result,
-    rules: Sequence[Rule],
-    *,
-    more: Sequence[Observation] = (),
+    store: Store, run: str, watch: EventListener, result: Result, rules: Sequence[Rule], *, folder: str = ""
 ) -> tuple[Alert, ...]:
-    """Hold the result of a run against rules, and tell of what breaks them. `more`: further observations."""
-    found = evaluate(rules, (*observations_of(result, time.time()), *more))
-    tell_alerts(store, run, watch, found)
-    return found
+    """Hold the result of a run against rules, and tell of what breaks them.
+
+    `folder`: the checkpoint that the result is about; where that is the last of several prunings, what they lost
+    together is held against the rules too, and alerts name the step that caused it.
+    """
+    at = time.time()
+    found = observations_of(result, at)
+    if isinstance(result, RunResult):
+        found += whole_loss(folder, at) if folder else ()
+    elif folder and (step := caused_by(folder)):
+        found = tuple(replace(each, step=step) for each in found)
+    broken = evaluate(rules, found)
+    tell_alerts(store, run, watch, broken)
+    return broken
