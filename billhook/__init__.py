@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from billhook.runs import list_runs, show
     from billhook.runs.exporting import targets
     from billhook.runs.recipe import Recipe
+    from billhook.runs.trackers import Tracking
     from billhook.studies.compare import compare
     from billhook.studies.eval_sets import evaluate_tasks
     from billhook.studies.exporting import export
@@ -62,6 +63,7 @@ __all__ = [
     "Site",
     "Teacher",
     "TimingProtocol",
+    "Tracking",
     "ab_test",
     "alerts",
     "apply",
@@ -107,6 +109,7 @@ _HOMES = {
     "Site": "core.plan",
     "Teacher": "models.load",
     "TimingProtocol": "core.results.measured",
+    "Tracking": "runs.trackers",
     "ab_test": "studies.servers.ab_test",
     "alerts": "studies.monitoring.alert_list",
     "apply": "models.surgery",

@@ -24,6 +24,7 @@ from billhook.core.results.json_form import Result, Row
 from billhook.core.results.run import RunResult
 
 SECONDS_BETWEEN = 1.0  # of two events of a stage that are handed on, as in the store
+ROUNDS = ("round", "watch")  # stages of which every event counts
 MOST_WAIT_S = 30.0  # at the end of a run for what a tracker has not written yet
 
 
@@ -100,6 +101,8 @@ class _Worker:
 class Tracking:
     """A listener that hands the events of a run to trackers, and its result when it ends."""
 
+    hears_all = True  # also what is stored and not shown: rounds of searches, and the times of stages
+
     def __init__(self, workers: Sequence[_Worker]) -> None:
         self._workers, self._step = tuple(workers), 0
         self._last: dict[str, float] = {}
@@ -126,9 +129,13 @@ class Tracking:
         return Tracking([_Worker(name, opening, run, failed).start() for name, opening in opens.items()])
 
     def __call__(self, event: Event) -> None:
-        """Hand an event on; of those of a stage within a second the last one."""
+        """Hand an event on; of those of a stage within a second the last one, of rounds each."""
         now, complete = time.monotonic(), event.total is not None and event.done == event.total
-        if not complete and now - self._last.get(event.stage, -SECONDS_BETWEEN) < SECONDS_BETWEEN:
+        if (
+            not complete
+            and event.stage not in ROUNDS
+            and now - self._last.get(event.stage, -SECONDS_BETWEEN) < SECONDS_BETWEEN
+        ):
             self._held[event.stage] = event
             return
         self._last[event.stage] = now

@@ -22,8 +22,10 @@ class _Trackio:
     def __init__(self, run: TrackedRun) -> None:
         import trackio
 
-        for name in ("trackio", "trackio.run"):  # their words are no result, and stdout may hold one
-            setattr(sys.modules[name], "print", partial(print, file=sys.stderr))  # noqa: B010
+        on_stderr = partial(print, file=sys.stderr)
+        for name, module in list(sys.modules.items()):
+            if name.split(".")[0] == "trackio":  # whose words are no result, and stdout may hold one
+                vars(module)["print"] = on_stderr
         quiet = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
         self._step = 0
         self._run: Any = trackio.init(project="billhook", config=dict(run.params), **quiet)
