@@ -26,6 +26,7 @@ from billhook.cli.options import (
     Verbose,
     check_options,
     check_places,
+    check_rules,
     command_line,
     named,
     split_commas,
@@ -90,10 +91,7 @@ def prune_command(
             check_places(asked.model, out=out)
             if mine is None and options.get("target"):  # which chooses the recipe, once the model is known
                 given = {**({"model": model} if model else {}), **options}
-        if rules is not None:
-            from billhook.core.monitoring.rules import read_rules
-
-            read_rules(rules)
+        check_rules(rules)
         face.track(track, "prune", given if resume else asked.model_dump())
         from billhook import api  # torch, which a mistake needs not
 

@@ -17,6 +17,7 @@ from billhook.cli.options import (
     Verbose,
     check_options,
     check_places,
+    check_rules,
     command_line,
     split_commas,
     with_options,
@@ -55,6 +56,7 @@ def watch_command(
     with CommandSession(as_json, quiet, verbose, command_line("watch", target, **own, **options)) as face:
         served = "://" in target
         check_options(options, tasks=tasks)
+        check_rules(rules)
         if not served:
             check_places(target, store=store, served=True)
         face.track(track, "watch", {"target": target, **{n: str(v) for n, v in own.items() if v}, **options})

@@ -126,6 +126,14 @@ def check_places(*models: str | None, store: Path | None = None, out: Path | Non
         require_model(model or "demo", store, served=served)
 
 
+def check_rules(rules: Path | None) -> None:
+    """Raise for a file of rules that cannot be read, before torch is imported."""
+    if rules is not None:
+        from billhook.core.monitoring.rules import read_rules
+
+        read_rules(rules)
+
+
 def command_line(command: str, *words: str, **options: Any) -> str:
     """A command to copy: quoted for a shell, with those of `options` that are neither empty, 0 nor False."""
     line = ["billhook", command, *words]

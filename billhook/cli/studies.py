@@ -27,6 +27,7 @@ from billhook.cli.options import (
     Verbose,
     check_options,
     check_places,
+    check_rules,
     check_texts,
     named,
     split_commas,
@@ -64,6 +65,7 @@ def sweep_command(
         for text in split_commas(eval_data):
             check_options(options, eval_data=text)
         check_places(model, out=out)
+        check_rules(rules)
         face.track(
             track, "sweep", {"model": model or "demo", "recipes": recipes, "remove": remove, "data": data, **options}
         )
@@ -233,6 +235,7 @@ def gate_command(
         from billhook.runs import require_model
 
         require_model(baseline, store, baseline=True, served=True)
+        check_rules(rules)
         face.track(track, "gate", {"student": student, "baseline": baseline, "tasks": tasks, **options})
         from billhook.studies import gate
 

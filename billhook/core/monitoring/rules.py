@@ -151,8 +151,8 @@ def _limit(kind: Kind, text: str | None, where: str) -> tuple[float, Unit]:
         raise RecipeError(f"{where} has no limit. Write {allowed}.")
     match = re.fullmatch(r"\s*([0-9]{1,12}(?:\.[0-9]{1,12})?)\s*([a-zA-Z%/]*)\s*", text)
     number, spelled = (float(match[1]), match[2]) if match else (0.0, "")
-    units = {re.sub(r"[0-9.]", "", example) for example in limits.examples}
-    units = BYTES.keys() if kind == "memory" else SECONDS.keys() if kind == "stalled" else units
+    spellings = {"memory": BYTES.keys(), "stalled": SECONDS.keys()}
+    units = set(spellings.get(kind, (re.sub(r"[0-9.]", "", example) for example in limits.examples)))
     if match is None or spelled not in units:
         what = f"the unit {spelled!r}" if spelled else "no unit" if match else "no number"
         raise RecipeError(f"{where} has {limits.key}: {text!r}, which has {what}. Write {allowed}.")

@@ -72,7 +72,7 @@ def watch_rows(result: WatchResult) -> list[tuple[str, ...]]:
     things: dict[tuple[str, str, Unit], list[Observation]] = {}
     for each in result.observations:
         things.setdefault((each.kind, each.what, each.unit), []).append(each)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (kind, what, unit), seen in things.items():
         first, last = seen[0].value, seen[-1].value
         name = f"{NAMES.get(kind, kind)}, {printable(what)}"

@@ -185,7 +185,7 @@ def page_of(result: object) -> Path | None:
 
 def numbers_of(rows: Sequence[Row]) -> dict[str, float]:
     """Return the numbers of rows as a flat summary: of several rows under the number of each."""
-    flat = {}
+    flat: dict[str, float] = {}
     for number, row in enumerate(rows):
         before = f"{number}/" if len(rows) > 1 else ""
         flat |= {f"{before}{name}": float(v) for name, v in row.items() if isinstance(v, int | float)}
