@@ -34,6 +34,7 @@ from billhook.data.choice_tasks import requests, select_items
 from billhook.data.generation_tasks import select_questions
 from billhook.runs.store import Store
 
+HERE = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 ITEMS = 60  # in the file, of which every second one is evaluated
 QUICK: dict[str, Any] = {"every": "0.01s", "probes": 0, "timeout": 10.0, "concurrency": 4, "max_tokens": 4}
 
@@ -226,7 +227,7 @@ def test_a_killed_watch_loses_nothing_and_the_next_goes_on_in_its_series(start: 
     code = (
         f"import billhook; billhook.watch({server.url!r}, 'v1', store={str(store)!r}, **{QUICK | {'every': '0.2s'}!r})"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ, cwd=tmp_path)
+    process = subprocess.Popen([sys.executable, "-c", code], env=HERE, cwd=tmp_path)
     try:
         end = time.monotonic() + 60
         while time.monotonic() < end and _stored_rounds(store) < 2:
@@ -338,7 +339,7 @@ def test_an_interrupted_watch_says_how_to_go_on(start: Any, tmp_path: Path) -> N
     keep_baseline(store, task, good)
     server = start(Scorer(task, good))
     words = [sys.executable, "-m", "billhook", *command(server, store, "--every", "0.2s")]
-    with subprocess.Popen(words, env=os.environ, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(words, env=HERE, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + 60
         while time.monotonic() < end and _stored_rounds(store) < 1:
             time.sleep(0.05)
