@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from endpoints import Request, Server, asked, serving
 from typer.testing import CliRunner
 
@@ -33,6 +34,8 @@ from billhook.core.results.monitoring import WatchResult
 from billhook.data.choice_tasks import requests, select_items
 from billhook.data.generation_tasks import select_questions
 from billhook.runs.store import Store
+from billhook.studies.gate import baseline_result
+from billhook.studies.servers import watch as watch_module
 
 HERE = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 ITEMS = 60  # in the file, of which every second one is evaluated
@@ -174,6 +177,40 @@ def test_a_changed_file_of_items_is_refused_before_anything_is_asked(start: Any,
     assert not server.seen
 
 
+def test_a_server_of_the_model_of_the_baseline_loses_nothing_on_any_item(
+    start: Any, model: Path, tmp_path: Path
+) -> None:
+    """A real, tiny model: what `save_baseline` got item by item is what its server gets, in the same order."""
+    teacher, path, store = billhook.load(model), tmp_path / "task.jsonl", tmp_path / "runs.db"
+    words, draw = [*teacher.tokenizer.get_vocab()][40:80], random.Random(2)
+    rows = [
+        {"query": " ".join(draw.sample(words, 4)), "choices": draw.sample(words, 3), "gold": i % 3} for i in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in (*rows, *rows[:6])))  # some items are copies
+    billhook.save_baseline("v1", model, data=(), tasks=str(path), items=16, seed=3, device="cpu", store=store)
+
+    def behave(server: Server, request: Request) -> None:
+        if not request.body.get("echo"):
+            return request.stream(["x"])
+        ids = torch.tensor([teacher.tokenizer(request.body["prompt"])["input_ids"]])
+        with server.lock, torch.inference_mode():
+            logits = teacher.model(ids).logits[0].log_softmax(-1)
+        values = [None, *logits[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()]
+        return request.reply(
+            200, {"choices": [{"text": request.body["prompt"], "logprobs": {"token_logprobs": values}}]}
+        )
+
+    result, _ = watched(start(behave).url, store, rounds=1)
+    with closing(Store(store, read_only=True)) as opened:
+        (about,) = billhook.baselines(store)
+        kept = baseline_result(opened, about, "acc", about.sets[0].tokens)
+        found = opened.lookup(WatchRoundKey(result.target, result.series, 1))
+    assert kept is not None
+    assert found is not None
+    assert 0 < sum(kept.sums) < len(kept.sums) == 16
+    assert found.outcomes[str(path)] == "".join(str(int(x)) for x in kept.sums)
+
+
 # -- errors and times ------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +326,6 @@ def test_a_folder_whose_weights_are_exchanged_alerts(tmp_path: Path, text: Path)
 
 def _spoil(folder: Path) -> None:
     """Exchange the rows of the head, so that the model says other words."""
-    import torch
     from safetensors.torch import load_file, save_file
 
     file = folder / "model.safetensors"
@@ -334,17 +370,17 @@ def test_the_command_shows_what_it_found_and_leaves_with_4_for_a_critical_alert(
     assert (listed.exit_code, "0 alerts now, 2 told by runs" in listed.stdout) == (0, True), listed.stdout
 
 
-def test_an_interrupted_watch_says_how_to_go_on(start: Any, tmp_path: Path) -> None:
+def test_an_interrupted_watch_says_how_to_go_on(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task, store = write_task(tmp_path / "task.jsonl"), tmp_path / "runs.db"
     keep_baseline(store, task, good)
     server = start(Scorer(task, good))
-    words = [sys.executable, "-m", "billhook", *command(server, store, "--every", "0.2s")]
-    with subprocess.Popen(words, env=HERE, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        end = time.monotonic() + 60
-        while time.monotonic() < end and _stored_rounds(store) < 1:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        _, told = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert f"Go on with: billhook watch {server.url}" in told.replace("\n", " ")
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch_module.time, "sleep", interrupt)
+    done = CliRunner().invoke(main.app, command(server, store))
+    assert done.exit_code == 130
+    assert f"Go on with: billhook watch {server.url} --baseline v1" in done.stderr.replace("\n", " ")
     assert [run.state for run in billhook.list_runs(store) if run.kind == "watch"] == ["interrupted"]
+    assert _stored_rounds(store) == 1
