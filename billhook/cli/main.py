@@ -79,6 +79,8 @@ def prune_command(
         given = with_overrides(recipe, **({"model": model} if model else {}), **options)
         if run and not resume:
             raise UsageError(f"--run {run} goes with --resume. Add --resume, or leave --run out.")
+        if track and dry_run:
+            raise UsageError("--track follows a run, and --dry-run is none. Leave one of them out.")
         if resume and dry_run:
             raise UsageError("--dry-run is of a new run, and --resume continues one. Leave one of them out.")
         if resume:

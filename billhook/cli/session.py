@@ -41,12 +41,15 @@ class CommandSession:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that is closed ends no run
         progress.silence_libraries(self.verbose)
         watch, self._close = progress.progress(quiet=self.quiet)
-        self.watch = fan_out(_with_kept_memory(watch), self._note_alert)
+        self.watch = fan_out(_with_kept_memory(watch), self._note)
         return self
 
-    def _note_alert(self, event: Event) -> None:
+    def _note(self, event: Event) -> None:
+        """Keep alerts for the exit code, and tell of failed trackers and webhooks where no progress is shown."""
         if event.stage == ALERT:
             self._alerts.append(Alert.from_event(event))
+        elif self.quiet and event.stage in ("track", "webhook"):
+            _tell(f"{event.stage}: {', '.join(map(str, event.values.values()))}")
 
     def alert(self, alerts: Sequence[Alert]) -> None:
         """Let alerts decide the exit code: one that is critical is a failed gate."""

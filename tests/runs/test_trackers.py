@@ -19,7 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 import billhook
-from billhook.cli import main
+from billhook.cli import main, session
 from billhook.core.errors import MissingExtra, UnknownName
 from billhook.core.events import Event
 from billhook.core.monitoring.alerts import Observation, exact
@@ -302,6 +302,17 @@ def test_a_tracker_that_fails_is_one_warning_and_the_others_go_on(
     assert dict(warning.values) == {"tracker": "bad", "failed": "OSError: no space left"}
     assert broken.seen.count(at) == 1, "it is not called again"
     assert mlflow.calls[-1] == ("end", "FINISHED")
+
+
+def test_a_failed_tracker_is_told_quietly_too_and_a_dry_run_is_not_tracked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(TRACKERS._entries, "bad", lambda run: Broken("close"))
+    with session.CommandSession(as_json=False, quiet=True, verbose=False) as face:
+        face.track("bad", "gate", {})
+    assert capsys.readouterr().err == "track: bad, OSError: no space left\n"
+    done = CliRunner().invoke(main.app, ["prune", "--remove", "1sites", "--dry-run", "--track", "bad"])
+    assert (done.exit_code, "--dry-run is none" in done.stderr) == (2, True)
 
 
 def test_a_tracker_that_hangs_does_not_hold_up_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from typing import get_args
 
-from billhook.core.monitoring.alerts import Alert, Observation, Unit
+from billhook.core.monitoring.alerts import Alert, Kind, Observation, Unit
 from billhook.core.results.measured import Estimate
 from billhook.core.results.monitoring import AlertList, WatchResult
 from billhook.report.numbers import format_duration, format_number, pluralize, printable
 
 NAMES = {"quality": "loss", "drift": "loss", "speed": "speed, of the predicted"}
+KIND_ORDER = get_args(Kind)
 WATCH_COLUMNS = ("", "first shown", "last", "interval", "n")
 ALERT_COLUMNS = ("since", "severity", "rule", "what", "value", "interval", "limit")
 
@@ -73,9 +75,9 @@ def watch_rows(result: WatchResult) -> list[tuple[str, ...]]:
     for each in result.observations:
         things.setdefault((each.kind, each.what, each.unit), []).append(each)
     rows: list[tuple[str, ...]] = []
-    for (kind, what, unit), seen in things.items():
+    for (kind, what, unit), seen in sorted(things.items(), key=lambda thing: KIND_ORDER.index(thing[0][0])):
         first, last = seen[0].value, seen[-1].value
-        name = f"{NAMES.get(kind, kind)}, {printable(what)}"
+        name = f"{NAMES.get(kind, kind)}, {'against the first round' if unit == 'x' else printable(what)}"
         rows.append(
             (name, spell(first.value, unit), spell(last.value, unit), interval_words(last, unit), f"{last.n:,}")
         )
