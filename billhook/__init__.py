@@ -38,15 +38,18 @@ if TYPE_CHECKING:
     from billhook.runs import list_runs, show
     from billhook.runs.exporting import targets
     from billhook.runs.recipe import Recipe
+    from billhook.runs.trackers import Tracking
     from billhook.studies.compare import compare
     from billhook.studies.eval_sets import evaluate_tasks
     from billhook.studies.exporting import export
     from billhook.studies.gate import baselines, gate, save_baseline
+    from billhook.studies.monitoring.alert_list import alerts
     from billhook.studies.outlook.costing import cost
     from billhook.studies.outlook.forecasting import forecast, measure_here
     from billhook.studies.outlook.suggesting import suggest
     from billhook.studies.run_study import make_report
     from billhook.studies.servers.ab_test import ab_test
+    from billhook.studies.servers.watch import watch
     from billhook.studies.stability import stability
     from billhook.studies.sweep import sweep
     from billhook.studies.threshold import threshold
@@ -63,7 +66,9 @@ __all__ = [
     "Site",
     "Teacher",
     "TimingProtocol",
+    "Tracking",
     "ab_test",
+    "alerts",
     "apply",
     "baselines",
     "compare",
@@ -98,6 +103,7 @@ __all__ = [
     "targets",
     "threshold",
     "transfer",
+    "watch",
 ]
 _HOMES = {
     "Anatomy": "core.anatomy",
@@ -110,7 +116,9 @@ _HOMES = {
     "Site": "core.plan",
     "Teacher": "models.load",
     "TimingProtocol": "core.results.measured",
+    "Tracking": "runs.trackers",
     "ab_test": "studies.servers.ab_test",
+    "alerts": "studies.monitoring.alert_list",
     "apply": "models.surgery",
     "baselines": "studies.gate",
     "compare": "studies.compare",
@@ -145,6 +153,7 @@ _HOMES = {
     "targets": "runs.exporting",
     "threshold": "studies.threshold",
     "transfer": "studies.transfer",
+    "watch": "studies.servers.watch",
 }
 
 

@@ -72,6 +72,7 @@ from billhook.runs.recipe import (
 from billhook.runs.recipes.builtin import BuiltinRecipe, builtin_recipes
 from billhook.runs.store import STORE, Store
 from billhook.runtimes.artefacts import require_checkpoint
+from billhook.studies.monitoring.alerting import RulesFile, check_result, rules_of
 
 
 @shows_options(PruneOptions, Recipe.model_fields)
@@ -80,6 +81,7 @@ def prune(
     *,
     recipe: str | Path | None = None,
     out: str | Path | None = None,
+    rules: RulesFile = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Unpack[PruneOptions],
@@ -91,9 +93,10 @@ def prune(
     refits the rest; for a size in sites or blocks it is `billhook-depth`.
     `options`: the fields of `Recipe`, which overrule it; one of `remove`, `plan` and `within` is needed. The checkpoint
     and its report appear at `out` (default: pruned/<run>), whole or not at all.
+    `rules`: a YAML file of rules, whose alerts are events (default: those of Billhook for runs).
     Measurements that `store` holds are not repeated. Raises BillhookError; nothing half-written remains.
     """
-    asked = _asked(model, recipe, options)
+    read, asked = rules_of(rules, "runs"), _asked(model, recipe, options)
     check_inputs(asked, store=store)
     where = named_folder(out if out is not None else Path("pruned") / "{run}")
     check_target(where, find_path(asked.model))
@@ -102,7 +105,9 @@ def prune(
     with writing(), closing(Store(Path(store))) as opened:
         delete_unfinished(opened)
         run = opened.new_run(PRUNE, asked.model_dump(), run_environment(asked.device, opened), str(where))
-        return run_pruning(opened, opened.run(run), watch, write_report, loaded_by_name(model))
+        result = run_pruning(opened, opened.run(run), watch, write_report, loaded_by_name(model))
+        check_result(opened, run, watch, result, read, folder=result.out)
+        return result
 
 
 @shows_options(PruneOptions, Recipe.model_fields)
@@ -132,21 +137,25 @@ def resume(
     run: str | None = None,
     *,
     out: str | Path | None = None,
+    rules: RulesFile = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Unpack[PruneOptions],
 ) -> RunResult:
     """Go on with an unfinished run (the newest one if none is named); nothing that was measured is measured again.
 
-    `out`: another folder for the checkpoint than the one that the run was begun with. The folder in which a run was
-    begun may have been moved with its store.
+    `out`: another folder for the checkpoint than the one that the run was begun with. `rules`: as for `prune`. The
+    folder in which a run was begun may have been moved with its store.
     Raises RunError if there is none, FingerprintError if `options`, fields of `Recipe`, are not the run's.
     """
+    read = rules_of(rules, "runs")
     elsewhere = None if out is None else named_folder(out)
     with writing(), closing(Store(Path(store))) as opened:
         chosen = unfinished_run(opened, run)
         _same_recipe(chosen, options)
-        return run_pruning(opened, chosen, watch, write_report, out=elsewhere)
+        result = run_pruning(opened, chosen, watch, write_report, out=elsewhere)
+        check_result(opened, chosen.id, watch, result, read, folder=result.out)
+        return result
 
 
 def _same_recipe(run: Run, options: Mapping[str, Any]) -> None:

@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import browser  # noqa: E402
 
-from billhook.dashboard.server import serve  # noqa: E402
 from billhook.dashboard.listing import Listing  # noqa: E402
+from billhook.dashboard.server import serve  # noqa: E402
 
 WIDE, TALL = 1100, 720
 

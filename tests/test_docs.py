@@ -239,7 +239,7 @@ def test_files_and_modules_that_a_page_names_are_there(page: Path) -> None:
 NO_MODULES = {"billhook.json", "billhook.db", "billhook.patches", "billhook.groups", "billhook.kept_blocks"}
 NO_MODULES |= {f"billhook.{family}" for family in ("metric", "group_metric", "loss", "task_loss", "search", "recovery")}
 NO_MODULES |= {
-    f"billhook.{family}" for family in ("evaluation", "export", "architecture", "suggestion")
+    f"billhook.{family}" for family in ("evaluation", "export", "architecture", "suggestion", "tracker")
 }  # entry points
 
 
@@ -362,13 +362,27 @@ def test_inline_code_names_only_what_exists(page: Path) -> None:
 
 
 def test_recipes_in_the_docs_are_recipes(tmp_path: Path) -> None:
+    from billhook.core.monitoring.rules import read_rules
     from billhook.runs.recipe import parse_recipe, read_yaml
 
     found = [block for page in PAGES if page.exists() for block in fences(read(page), "yaml")]
     assert found
     for block in found:
         (tmp_path / "recipe.yaml").write_text(block)
-        parse_recipe(read_yaml(tmp_path / "recipe.yaml"))
+        if block.startswith("rules:"):
+            assert read_rules(tmp_path / "recipe.yaml")
+        else:
+            parse_recipe(read_yaml(tmp_path / "recipe.yaml"))
+
+
+def test_the_table_of_rules_is_what_can_be_written() -> None:
+    from billhook.core.monitoring.rules import KINDS
+
+    section = read(DOCS / "guides" / "watch-a-served-model.md").partition("## Rules")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.MULTILINE))
+    assert {kind: inline(cell) for kind, cell in rows.items()} == {
+        kind: [f"{limits.key}: {example}" for example in limits.examples] for kind, limits in KINDS.items()
+    }
 
 
 def test_the_licence_is_the_one_that_the_package_names() -> None:

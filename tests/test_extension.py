@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from billhook.core.errors import ModelError
-from billhook.core.registry import Registry
+from billhook.core.registry import Entries, Registry
 from billhook.core.results.comparisons import TaskScores
 from billhook.engine.losses import ITEM_LOSSES, LOSSES
 from billhook.methods.evaluate import EVALUATIONS
@@ -26,11 +26,13 @@ from billhook.methods.recover import RECOVERIES
 from billhook.methods.search import SEARCHES
 from billhook.models.architectures import ARCHITECTURES
 from billhook.models.load import load
+from billhook.runs.trackers import TRACKERS
 
 ROOT = Path(__file__).resolve().parents[1]
 
 OTHERS = '''
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -123,6 +125,26 @@ def labelled(student, folder):
     return replace(written, files=(*written.files, folder / "label.txt"))
 
 
+class Diary:
+    """A line for everything that happens."""
+
+    def __init__(self, run):
+        self.note("open", run.kind, run.params["plan"])
+
+    def note(self, *words):
+        with Path(__file__).with_name("diary.txt").open("a") as file:
+            print(*words, file=file)
+
+    def log(self, step, values):
+        self.note("log", *values)
+
+    def finish(self, rows, page):
+        self.note("finish", rows[0]["plan"], page.name)
+
+    def close(self, failed):
+        self.note("close", failed)
+
+
 OLMO = Architecture()
 '''
 ENTRIES = """
@@ -151,6 +173,9 @@ lopsided = others:lopsided
 
 [billhook.export]
 labelled = others:labelled
+
+[billhook.tracker]
+diary = others:Diary
 
 [billhook.architecture]
 olmo = others:OLMO
@@ -258,6 +283,8 @@ def answers(
         "unlabelled": (*prune, "--plan", "mlp.1", "--export", "labelled"),
         "two exports": (*prune, "--plan", "mlp.1", "--export", "labelled", "--stock"),
         "no export": (*prune, "--plan", "mlp.1", "--export", "lablled"),
+        "followed": (*prune, "--plan", "mlp.1", "--track", "diary", "--json"),
+        "misfollowed": (*prune, "--plan", "mlp.1", "--track", "dairy"),
         "olmo": ("prune", olmo, *prune[2:], "--plan", "mlp.1", "--json"),
     }
     for name, command in commands.items():
@@ -276,7 +303,7 @@ def test_methods_of_another_package_are_listed(answers: dict[str, Answer]) -> No
     listed = {row["name"]: row for row in answers["methods"].told["methods"]}
     assert listed["heaviest"]["summary"] == "Absolute weights of every channel group."
     mine = {line.split(" = ")[0] for line in ENTRIES.splitlines() if " = " in line}
-    assert mine - {"olmo"} <= set(listed)
+    assert mine - {"olmo", "diary"} <= set(listed)
     assert "transformers" in listed
 
 
@@ -285,6 +312,15 @@ def test_a_group_metric_of_another_package_is_used_by_name(answers: dict[str, An
     assert len(groups) == 8
     assert all(min(row["values"]) > 0 for row in groups)
     assert answers["narrow"].told["plan"]["narrowed"]
+
+
+def test_a_tracker_of_another_package_follows_a_run(answers: dict[str, Answer], others: Path) -> None:
+    assert answers["followed"].told["plan"]["removed"] == ["mlp.1"]
+    first, *lines, finished, last = (others / "diary.txt").read_text().splitlines()
+    assert (first, finished, last) == ("open prune mlp.1", "finish mlp.1 report.html", "close False")
+    assert {"log load/seconds load/done", "log save/seconds save/done"} <= set(lines)
+    assert answers["misfollowed"].code == 2
+    assert "Did you mean 'diary'" in answers["misfollowed"].words
 
 
 def test_an_evaluation_of_another_package_is_used_by_name(answers: dict[str, Answer]) -> None:
@@ -413,9 +449,11 @@ def test_what_is_no_method_is_named(tmp_path: Path) -> None:
 
 
 def test_a_group_of_entry_points_has_a_name_that_packages_can_write() -> None:
-    families = (METRICS, GROUP_METRICS, LOSSES, ITEM_LOSSES, SEARCHES, RECOVERIES, EVALUATIONS, EXPORTS, ARCHITECTURES)
+    families: tuple[Entries[Any], ...] = (METRICS, GROUP_METRICS, LOSSES, ITEM_LOSSES, SEARCHES, RECOVERIES)
+    families += (EVALUATIONS, EXPORTS, ARCHITECTURES, TRACKERS)
     assert [each.group.removeprefix("billhook.") for each in families] == [
-        "metric", "group_metric", "loss", "task_loss", "search", "recovery", "evaluation", "export", "architecture"
+        "metric", "group_metric", "loss", "task_loss", "search", "recovery", "evaluation", "export", "architecture",
+        "tracker",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="not an entry-point group"):
         Registry("metric of channel groups")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from billhook.cli.monitoring import WATCH_COMMANDS
 from billhook.cli.options import (
     DEFAULT_STORE,
     RECIPE,
@@ -17,12 +18,15 @@ from billhook.cli.options import (
     Model,
     NumberOfShots,
     Quiet,
+    RulesFile,
     ShotsFrom,
     StoreFile,
     Tasks,
+    Track,
     Verbose,
     check_options,
     check_places,
+    check_rules,
     command_line,
     named,
     split_commas,
@@ -58,6 +62,8 @@ def prune_command(
     resume: Annotated[bool, typer.Option("--resume", help="Resume the newest unfinished run")] = False,
     run: Annotated[str | None, typer.Option(help="Run to resume, with --resume")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate losses, memory and time, and stop")] = False,
+    rules: RulesFile = None,
+    track: Track = "",
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -74,6 +80,8 @@ def prune_command(
         given = with_overrides(recipe, **({"model": model} if model else {}), **options)
         if run and not resume:
             raise UsageError(f"--run {run} goes with --resume. Add --resume, or leave --run out.")
+        if track and dry_run:
+            raise UsageError("--track follows a run, and --dry-run is none. Leave one of them out.")
         if resume and dry_run:
             raise UsageError("--dry-run is of a new run, and --resume continues one. Leave one of them out.")
         if resume:
@@ -86,14 +94,16 @@ def prune_command(
             check_places(asked.model, out=out)
             if mine is None and options.get("target"):  # which chooses the recipe, once the model is known
                 given = {**({"model": model} if model else {}), **options}
+        check_rules(rules)
+        face.track(track, "prune", given if resume else asked.model_dump())
         from billhook import api  # torch, which a mistake needs not
 
         if resume:
-            result = api.resume(run, out=out, store=store, watch=face.watch, **given)
+            result = api.resume(run, out=out, rules=rules, store=store, watch=face.watch, **given)
         elif dry_run:
             return face.show(api.dry_run(watch=face.watch, **given))
         else:
-            result = api.prune(out=out, store=store, watch=face.watch, **given)
+            result = api.prune(out=out, rules=rules, store=store, watch=face.watch, **given)
         face.show(result)
 
 
@@ -271,7 +281,7 @@ def push_command(
         face.show(told)
 
 
-for command in (*COMMANDS, *OUTLOOK_COMMANDS):
+for command in (*COMMANDS, *OUTLOOK_COMMANDS, *WATCH_COMMANDS):
     app.command(name=command.__name__.removesuffix("_command"))(command)
 
 

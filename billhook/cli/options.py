@@ -126,6 +126,14 @@ def check_places(*models: str | None, store: Path | None = None, out: Path | Non
         require_model(model or "demo", store, served=served)
 
 
+def check_rules(rules: Path | None) -> None:
+    """Raise for a file of rules that cannot be read, before torch is imported."""
+    if rules is not None:
+        from billhook.core.monitoring.rules import read_rules
+
+        read_rules(rules)
+
+
 def command_line(command: str, *words: str, **options: Any) -> str:
     """A command to copy: quoted for a shell, with those of `options` that are neither empty, 0 nor False."""
     line = ["billhook", command, *words]
@@ -164,6 +172,8 @@ Items = Annotated[int, typer.Option(help="Items per task", min=2)]
 ItemLimit = Annotated[int | None, typer.Option(help="Items per task [default: all]", min=2)]
 Tasks = Annotated[str, typer.Option(help="Tasks, separated by commas: files of items or questions, lmeval:NAME")]
 ScoreNames = Annotated[str, typer.Option(help="Score for the verdict, where a task has it: acc_norm")]
+RulesFile = Annotated[Path | None, typer.Option("--rules", help="YAML file of rules for alerts")]
+Track = Annotated[str, typer.Option(help="Trackers, with commas: mlflow, wandb, trackio, tensorboard")]
 NumberOfShots = Annotated[int, typer.Option("--shots", help="Solved items before each item", min=0)]
 ShotsFrom = Annotated[str, typer.Option(help="File of the solved items [default: the task itself]")]
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from billhook.cli.visible_console import VisibleConsole
 from billhook.core.errors import visible
 from billhook.core.events import Event, EventListener, EventValue, ignore_events
+from billhook.core.monitoring.alerts import ALERT, Alert
+from billhook.report.monitoring.alert_words import alert_sentence
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -35,9 +37,11 @@ WORDS: dict[str, Callable[[Any], str]] = {  # of the values of an event, by name
     "left_out": lambda n: f"{n:,} {'row' if n == 1 else 'rows'} left out",
     "tensors": lambda n: f"{n:,} tensors",
     "best": lambda loss: f"best on validation {loss:.4f}",
+    "round": lambda number: f"round {number:,}", "host": str, "failed": str, "tracker": str,
     "seconds": lambda seconds: f"{seconds:.1f} s",
 }  # fmt: skip
 
+LASTING = (ALERT, "webhook", "track")  # stages whose every event is a line of its own
 PLAIN_SECONDS = 5.0  # without a terminal, at most one line in so many seconds
 
 
@@ -50,6 +54,8 @@ def silence_libraries(verbose: bool) -> None:
 
 def event_words(stage: str, values: Mapping[str, EventValue]) -> str:
     """Return what the values of an event of a stage say, as one line without its counts."""
+    if stage == ALERT:
+        return alert_sentence(Alert.from_event(Event(stage, values=values)))
     if stage == "round":
         narrowed = [pair.partition("=") for pair in str(values["narrowed"]).split(",") if pair]
         sites = [site for site in str(values["removed"]).split(",") if site]
@@ -145,6 +151,8 @@ class _Bars:
         bars.start()
 
     def __call__(self, event: Event) -> None:
+        if event.stage in LASTING:
+            return self._bars.console.print(f"{event.stage}: {event_words(event.stage, event.values)}")
         if event.stage not in self._tasks:
             self._tasks[event.stage] = self._bars.add_task("", stage=event.stage, rate="", note="", total=event.total)
         task = self._tasks[event.stage]
@@ -178,6 +186,7 @@ def _plain_progress() -> EventListener:
             last.update(stage=event.stage, start=now, first=event.done)
         last["done"] = event.done
         complete = event.total is not None and event.done == event.total
+        fresh = fresh or event.stage in LASTING
         if not fresh and not complete and now - last["at"] < PLAIN_SECONDS:
             return
         last["at"] = now

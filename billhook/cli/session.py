@@ -6,17 +6,22 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
 from billhook.cli.visible_console import VisibleConsole
-from billhook.core.errors import BillhookError, cannot_write, on_command_line, visible
-from billhook.core.events import Event, EventListener
+from billhook.core.errors import BillhookError, GateFailed, cannot_write, on_command_line, visible
+from billhook.core.events import Event, EventListener, fan_out
+from billhook.core.monitoring.alerts import ALERT, Alert
 from billhook.core.results.json_form import Result
+from billhook.report.monitoring.alert_words import alert_sentence
+
+if TYPE_CHECKING:
+    from billhook.runs.trackers import Tracking
 
 
 class CommandSession:
@@ -26,6 +31,8 @@ class CommandSession:
         self.as_json, self.quiet, self.verbose, self.resume = as_json, quiet, verbose, resume
         self.watch: EventListener
         self._close: Callable[[], None] = lambda: None
+        self._alerts: list[Alert] = []
+        self._following: list[Tracking] = []
 
     def __enter__(self) -> CommandSession:
         from billhook.cli import progress
@@ -34,13 +41,35 @@ class CommandSession:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal that is closed ends no run
         progress.silence_libraries(self.verbose)
         watch, self._close = progress.progress(quiet=self.quiet)
-        self.watch = _with_kept_memory(watch)
+        self.watch = fan_out(_with_kept_memory(watch), self._note)
         return self
+
+    def _note(self, event: Event) -> None:
+        """Keep alerts for the exit code, and tell of failed trackers and webhooks where no progress is shown."""
+        if event.stage == ALERT:
+            self._alerts.append(Alert.from_event(event))
+        elif self.quiet and event.stage in ("track", "webhook"):
+            _tell(f"{event.stage}: {', '.join(map(str, event.values.values()))}")
+
+    def alert(self, alerts: Sequence[Alert]) -> None:
+        """Let alerts decide the exit code: one that is critical is a failed gate."""
+        self._alerts += alerts
+
+    def track(self, names: str, kind: str, params: Mapping[str, Any]) -> None:
+        """Let trackers follow the run, by their names with commas. Raises UnknownName, MissingExtra."""
+        if names:
+            from billhook.runs.trackers import Tracking
+
+            tracking = Tracking.start(names, kind, params, self.watch)
+            self._following.append(tracking)
+            self.watch = fan_out(self.watch, tracking)
 
     def show(self, value: Any) -> None:
         """Print a result: its JSON under --json, else its tables."""
         from billhook.core.results.json_form import encode
 
+        for tracking in self._following:
+            tracking.finish(value)
         self._close()
         if self.as_json:
             print(json.dumps(value.to_json() if isinstance(value, Result) else encode(value), indent=2), flush=True)
@@ -60,7 +89,11 @@ class CommandSession:
         return ask
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        for tracking in self._following:
+            tracking.close(failed=error is not None)
         self._close()
+        if error is None or isinstance(error, KeyboardInterrupt):
+            self._end_alerts(interrupted=error is not None)
         if error is None:
             return
         if self.verbose:
@@ -83,6 +116,14 @@ class CommandSession:
         if not self.verbose:
             _tell("".join(traceback.format_exception(error)).rstrip())
         _leave("This is a bug in Billhook. Please report it with the lines above.", 1)
+
+    def _end_alerts(self, *, interrupted: bool) -> None:
+        """Tell of alerts that a quiet command did not show, and leave with 4 where one is critical."""
+        for alert in self._alerts if self.quiet else ():
+            _tell(f"{ALERT}: {alert_sentence(alert)}")
+        critical = dict.fromkeys(alert.rule for alert in self._alerts if alert.severity == "critical")
+        if critical and not interrupted:
+            _leave(f"Rules are broken: {', '.join(critical)}.", GateFailed.exit_code)
 
 
 def _with_kept_memory(watch: EventListener) -> EventListener:

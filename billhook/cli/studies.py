@@ -18,13 +18,16 @@ from billhook.cli.options import (
     NumberOfShots,
     Out,
     Quiet,
+    RulesFile,
     ScoreNames,
     ShotsFrom,
     StoreFile,
     Tasks,
+    Track,
     Verbose,
     check_options,
     check_places,
+    check_rules,
     check_texts,
     named,
     split_commas,
@@ -46,6 +49,8 @@ def sweep_command(
     tasks: Annotated[str, typer.Option(help="Files of multiple-choice items to measure, separated by commas")] = "",
     items: Items = 200,
     out: Out = None,
+    rules: RulesFile = None,
+    track: Track = "",
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -60,6 +65,10 @@ def sweep_command(
         for text in split_commas(eval_data):
             check_options(options, eval_data=text)
         check_places(model, out=out)
+        check_rules(rules)
+        face.track(
+            track, "sweep", {"model": model or "demo", "recipes": recipes, "remove": remove, "data": data, **options}
+        )
         from billhook.studies import sweep
 
         lists: OptionValues = {
@@ -68,8 +77,8 @@ def sweep_command(
             "eval_data": split_commas(eval_data),
         }
         told = sweep.sweep(
-            model or "demo", split_commas(recipes), tasks=split_commas(tasks), items=items, out=out, store=store,
-            watch=face.watch, **lists, **options,
+            model or "demo", split_commas(recipes), tasks=split_commas(tasks), items=items, out=out, rules=rules,
+            store=store, watch=face.watch, **lists, **options,
         )  # fmt: skip
         face.show(told)
 
@@ -172,6 +181,7 @@ def compare_command(
     no_speed: Annotated[bool, typer.Option("--no-speed", help="No measurement of speed")] = False,
     seen: AllowSeen = False,
     out: Out = None,
+    track: Track = "",
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -183,6 +193,7 @@ def compare_command(
         margins = typed_margins(margin, ppl_margin)
         check_texts(options, data, tasks)
         check_places(*models, store=store, out=out, served=True)
+        face.track(track, "compare", {"models": ",".join(models), "data": data, "tasks": tasks, **options})
         from billhook.studies import compare
 
         found = compare.compare(
@@ -208,6 +219,8 @@ def gate_command(
     ppl_margin: Percent = None,
     seen: AllowSeen = False,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML to this file too")] = None,
+    rules: RulesFile = None,
+    track: Track = "",
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -222,12 +235,14 @@ def gate_command(
         from billhook.runs import require_model
 
         require_model(baseline, store, baseline=True, served=True)
+        check_rules(rules)
+        face.track(track, "gate", {"student": student, "baseline": baseline, "tasks": tasks, **options})
         from billhook.studies import gate
 
         report = gate.gate(
             student, baseline, data=None if data is None else split_commas(data), tasks=split_commas(tasks),
             items=items, score=split_commas(score), shots=shots, shots_from=shots_from,
-            margins=margins, seen=seen, junit=junit, store=store, watch=face.watch, **options,
+            margins=margins, seen=seen, junit=junit, rules=rules, store=store, watch=face.watch, **options,
         )  # fmt: skip
         face.show(report)
         if report.verdict != "PASS":

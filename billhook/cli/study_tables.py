@@ -10,8 +10,10 @@ from billhook.cli.session import empty_table, foot, plain_table, prints
 from billhook.core.results.ab_report import AbReport
 from billhook.core.results.comparisons import Baseline, Comparison, GateReport, SeenSets, TaskScores
 from billhook.core.results.measured import Estimate
+from billhook.core.results.monitoring import AlertList, WatchResult
 from billhook.core.results.studies import StabilityResult, SweepResult, ThresholdResult, TransferResult, TrialResult
 from billhook.report import ab_words, compare_words, numbers, study_words
+from billhook.report.monitoring import alert_words
 from billhook.report.numbers import format_accuracy, format_perplexity, printable
 from billhook.report.study_words import short_names
 from billhook.report.trials import threshold_page
@@ -218,3 +220,23 @@ def ab_table(console: Console, value: AbReport) -> None:
     if value.run:
         run = printable(value.run)
         console.print(f"Page: billhook report {run}. All answers: billhook show {run} --json", highlight=False)
+
+
+@prints(WatchResult)
+def watch_table(console: Console, value: WatchResult) -> None:
+    """A watch: one row for each thing that is watched, and the alerts."""
+    console.print(f"{printable(value.target)}: {printable(alert_words.watch_headline(value))}", highlight=False)
+    console.print(plain_table(alert_words.WATCH_COLUMNS, alert_words.watch_rows(value)))
+    for alert in value.alerts:
+        console.print(alert_words.alert_sentence(alert), highlight=False)
+    foot(console, "", alert_words.watch_notes(value))
+
+
+@prints(AlertList)
+def alerts_table(console: Console, value: AlertList) -> None:
+    """The alerts of a store: those that hold now, then those that runs told of."""
+    console.print(alert_words.list_headline(value), highlight=False)
+    for title, found in (("Now", value.now), ("Told by runs, the newest first", value.told)):
+        if found:
+            console.print(f"\n{title}")
+            console.print(plain_table(alert_words.ALERT_COLUMNS, alert_words.alert_rows(found)))

@@ -25,14 +25,29 @@ def ignore_events(event: Event) -> None:
     """Do nothing."""
 
 
-def fan_out(*listeners: EventListener) -> EventListener:
-    """Return a listener that hands every event to all `listeners`, in order."""
+@dataclass(frozen=True, slots=True)
+class _FanOut:
+    """A listener that hands every event to several ones, in order."""
 
-    def hand_on(event: Event) -> None:
-        for listen in listeners:
+    listeners: tuple[EventListener, ...]
+
+    def __call__(self, event: Event) -> None:
+        for listen in self.listeners:
             listen(event)
 
-    return hand_on
+
+def fan_out(*listeners: EventListener) -> EventListener:
+    """Return a listener that hands every event to all `listeners`, in order."""
+    return _FanOut(listeners)
+
+
+def hear_all(watch: EventListener, event: Event) -> None:
+    """Hand an event that is stored, and that no terminal shows, to those behind `watch` that state `hears_all`."""
+    for listen in watch.listeners if isinstance(watch, _FanOut) else (watch,):
+        if isinstance(listen, _FanOut):
+            hear_all(listen, event)
+        elif getattr(listen, "hears_all", False):
+            listen(event)
 
 
 def scaled_events(watch: EventListener, before: int, total: int) -> EventListener:

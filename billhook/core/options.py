@@ -129,6 +129,14 @@ class RequestFields(TypedDict, total=False):
     seed: int
 
 
+class WatchOptions(LoadOptions, total=False):
+    """How a folder is loaded, and how a server is asked, for a watch."""
+
+    timeout: float
+    retries: int
+    concurrency: int
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -243,14 +243,7 @@ def task_tokens(
     """
     if tokenizer is None:
         raise DataError("The model has no tokenizer, so no task can be read. Put its tokenizer files into its folder.")
-    items = read_items(path, watch)
-    first_copies: dict[tuple[str, ...], int] = {}
-    for item in items:
-        first_copies.setdefault(_text_of(item), item.number)
-    random.Random(0).shuffle(items)  # the parts do not depend on the seed
-    items = items if part is None else _part(items, part, str(path))
-    random.Random(seed).shuffle(items)
-    items, solved = (items, {}) if shots is None else _with_shots(items, shots, str(path))
+    items, texts, solved = select_items(path, part=part, seed=seed, shots=shots, watch=watch)
     prefix = special_prefix(tokenizer)
     taken: list[Item] = []
     rows: list[_Row] = []
@@ -269,8 +262,26 @@ def task_tokens(
         total += sum(len(row.ids) for row in of_item)
     first, characters = tuple(row.first for row in rows), tuple(row.characters for row in rows)
     choices = Choices(first, characters, *zip(*((item.gold, item.number) for item in taken), strict=True))
-    texts = [first_copies[_text_of(item)] for item in taken]
-    return token_set([row.ids for row in rows], documents, texts, digests, str(path), choices=choices)
+    return token_set([row.ids for row in rows], documents, texts[: len(taken)], digests, str(path), choices=choices)
+
+
+def select_items(
+    path: str | Path, *, part: Split | None, seed: int = 0, shots: FewShot | None = None,
+    watch: EventListener = ignore_events,
+) -> tuple[list[Item], list[int], dict[str, str]]:  # fmt: skip
+    """Return items of a task in the order of `seed`, the line of the first copy of each, and solved text by subject.
+
+    `part`, `shots`: as for `task_tokens`. Raises DataError.
+    """
+    items = read_items(path, watch)
+    first_copies: dict[tuple[str, ...], int] = {}
+    for item in items:
+        first_copies.setdefault(_text_of(item), item.number)
+    random.Random(0).shuffle(items)  # the parts do not depend on the seed
+    items = items if part is None else _part(items, part, str(path))
+    random.Random(seed).shuffle(items)
+    items, solved = (items, {}) if shots is None else _with_shots(items, shots, str(path))
+    return items, [first_copies[_text_of(item)] for item in items], solved
 
 
 def _text_of(item: Item) -> tuple[str, ...]:

@@ -116,6 +116,24 @@ def build_prompts(
             f"The model has {positions} positions, and answers of {new_tokens} tokens leave no room for a prompt. Give "
             f"new_tokens below {positions}."
         )
+    questions, texts, before = select_questions(path, limit_items=limit_items, seed=seed, shots=shots, watch=watch)
+    prefix, room = special_prefix(tokenizer), None if positions is None else positions - new_tokens
+    encoded = tokenizer([before + q.query for q in questions], add_special_tokens=False, verbose=False)["input_ids"]
+    rows = [(*prefix, *ids)[-(room or len(prefix) + len(ids)) :] for ids in encoded]
+    digests = [hashlib.sha256(repr(row).encode()).hexdigest()[:16] for row in rows]
+    numbers = tuple(q.number for q in questions)
+    tokens = token_set(rows, range(len(rows)), texts, digests, str(path))
+    return GenerationPrompts(tokens, tuple(q.target for q in questions), tokenizer, new_tokens, numbers)
+
+
+def select_questions(
+    path: str | Path, *, limit_items: int | None = None, seed: int = 0, shots: FewShot | None = None,
+    watch: EventListener = ignore_events,
+) -> tuple[list[Question], list[int], str]:  # fmt: skip
+    """Return the first `limit_items` questions in the order of `seed`, the lines of their first copies, and the shots.
+
+    `shots`: as for `build_prompts`; they are one text. Raises DataError.
+    """
     questions, before = read_questions(path, watch), ""
     first_copies: dict[str, int] = {}
     for question in questions:
@@ -129,13 +147,7 @@ def build_prompts(
             raise DataError(f"All questions of {path} are among the {len(shown)} shots. Give shots from another file.")
     random.Random(seed).shuffle(questions)
     questions = questions[:limit_items]
-    prefix, room = special_prefix(tokenizer), None if positions is None else positions - new_tokens
-    encoded = tokenizer([before + q.query for q in questions], add_special_tokens=False, verbose=False)["input_ids"]
-    rows = [(*prefix, *ids)[-(room or len(prefix) + len(ids)) :] for ids in encoded]
-    digests = [hashlib.sha256(repr(row).encode()).hexdigest()[:16] for row in rows]
-    numbers, texts = tuple(q.number for q in questions), [first_copies[without_layout(q.query)] for q in questions]
-    tokens = token_set(rows, range(len(rows)), texts, digests, str(path))
-    return GenerationPrompts(tokens, tuple(q.target for q in questions), tokenizer, new_tokens, numbers)
+    return questions, [first_copies[without_layout(q.query)] for q in questions], before
 
 
 def _first_questions(file: str | Path, count: int) -> Sequence[Question]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from billhook.core.events import Event, EventListener, fan_out
+from billhook.core.events import Event, EventListener, fan_out, hear_all
 from billhook.models.device import environment, pick_device
 from billhook.models.load import Teacher
 from billhook.runs.recipe import EvalOptions, Recipe
@@ -55,7 +55,9 @@ class Context(Generic[O_co]):
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 3)
-        self.store.add_event(self.run, Event(name, 1, 1, {"seconds": self.seconds[name]}), at_once=True)
+        ended = Event(name, 1, 1, {"seconds": self.seconds[name]})
+        self.store.add_event(self.run, ended, at_once=True)
+        hear_all(self.watch, ended)
 
 
 RunContext = Context[Recipe]  # of what prunes

@@ -11,7 +11,7 @@ from typing import Any
 
 from billhook.core.budget import UNITS, Budget
 from billhook.core.errors import PlanError, UsageError, option
-from billhook.core.events import Event, EventValue
+from billhook.core.events import Event, EventValue, hear_all
 from billhook.core.files.cache_keys import ScoresKey
 from billhook.core.plan import MeasureRequest, Plan, Site, shorten
 from billhook.core.problem import Problem, format_unit, parse_unit
@@ -142,7 +142,9 @@ def _round(
         mean, plan = lowest_full(ask.plans, losses)
         narrowed = ",".join(f"{narrow.site}={len(narrow.groups)}" for narrow in sorted(plan.narrowed))
         values: dict[str, EventValue] = {"removed": ",".join(plan.names()), "narrowed": narrowed, "loss": mean}
-        job.store.add_event(job.run, Event("round", before + len(losses), total, values))
+        event = Event("round", before + len(losses), total, values)
+        job.store.add_event(job.run, event)
+        hear_all(job.watch, event)
     return losses
 
 

@@ -357,10 +357,10 @@ class Store:
                 rows,
             )
 
-    def events(self, run: str) -> list[StoredEvent]:
-        """The events of one run, in order."""
+    def events(self, run: str, stage: str = "%") -> list[StoredEvent]:
+        """The events of one run, in order; of one stage, where it is named."""
         self._flush_events()
-        rows = self._select("SELECT * FROM events WHERE run = ? ORDER BY at, rowid", run)
+        rows = self._select("SELECT * FROM events WHERE run = ? AND stage LIKE ? ORDER BY at, rowid", run, stage)
         return [self._read(_event, row) for row in rows]
 
 

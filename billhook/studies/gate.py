@@ -34,7 +34,15 @@ from billhook.runs import load_baseline, require_model
 from billhook.runs.job import EvalContext
 from billhook.runs.recipe import EvalOptions, parse_options
 from billhook.runs.store import STORE, Store
-from billhook.studies.eval_sets import ComparisonSpec, ModelResults, comparison_spec, evaluate_on_sets, seen_sets
+from billhook.studies.eval_sets import (
+    ComparisonSpec,
+    ModelResults,
+    comparison_spec,
+    evaluate_on_sets,
+    resolve_model,
+    seen_sets,
+)
+from billhook.studies.monitoring.alerting import RulesFile, check_result, rules_of
 from billhook.studies.run_study import NO_FOLDER, open_run, several
 
 
@@ -52,6 +60,7 @@ def gate(
     margins: str | Sequence[str] = ("1pp", "3%ppl"),
     seen: bool = False,
     junit: str | Path | None = None,
+    rules: RulesFile = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Unpack[CompareOptions],
@@ -59,9 +68,11 @@ def gate(
     """Whether a student is not worse than a baseline by more than the margins: PASS, FAIL or UNDECIDED, on every set.
 
     `baseline`: a model, or the name of one that `save_baseline` stored, which is not measured again: then `data`,
-    `tasks` and `items` are those that it was measured on. Otherwise `data` is pydoc. `junit`: a file for JUnit XML. The
-    rest is as for `compare`.
+    `tasks` and `items` are those that it was measured on. Otherwise `data` is pydoc. `junit`: a file for JUnit XML.
+    `rules`: a YAML file of rules, whose alerts are events (default: those of Billhook for runs). The rest is as for
+    `compare`.
     """
+    read = rules_of(rules, "runs")
     recipe = parse_options(EvalOptions, {"model": name_of(student), **options})
     on = EvalItems(() if data is None else several(data), several(tasks), items, shots, shots_from)
     spec = GateSpec(
@@ -90,6 +101,7 @@ def gate(
         if junit is not None:
             write_junit(report, Path(junit))
         job.store.update(job.run, result=report.to_json())
+        check_result(job.store, job.run, watch, report, read, folder=resolve_model(name_of(student), job.store))
         return report
 
 
@@ -153,12 +165,13 @@ def _with_values(store: Store, baseline: Baseline) -> Baseline:
     """A baseline with the perplexities and accuracies that the store holds of it."""
     sets = []
     for each in baseline.sets:
-        result = _baseline_result(store, baseline, each.score, each.tokens)
+        result = baseline_result(store, baseline, each.score, each.tokens)
         sets.append(replace(each, value=None if result is None else _shown(result)))
     return replace(baseline, sets=tuple(sets))
 
 
-def _baseline_result(store: Store, baseline: Baseline, score: str, tokens: str) -> EvalResult | None:
+def baseline_result(store: Store, baseline: Baseline, score: str, tokens: str) -> EvalResult | None:
+    """What a baseline got on one set, item by item; None where the store does not hold it."""
     return store.lookup(EvaluationKey(baseline.fingerprint, Plan(), score, tokens, baseline.compute))
 
 
@@ -179,7 +192,7 @@ def run_gate(job: EvalContext, student: str, baseline: str, spec: ComparisonSpec
         job = replace(job, options=job.options.model_copy(update=stored.items.text_fields()))
     tested = evaluate_on_sets(job, student, spec)
     if stored is not None:
-        results, fingerprint = _cached_results(job, stored, tested), stored.fingerprint
+        results, fingerprint = cached_results(job, stored, tested), stored.fingerprint
     else:
         other = evaluate_on_sets(job, baseline, spec)
         results, fingerprint = _compute_results(other, tested), other.teacher.fingerprint
@@ -201,11 +214,11 @@ def run_gate(job: EvalContext, student: str, baseline: str, spec: ComparisonSpec
     )
 
 
-def _cached_results(job: EvalContext, baseline: Baseline, student: ModelResults) -> dict[str, EvalResult]:
+def cached_results(job: EvalContext, baseline: Baseline, student: ModelResults) -> dict[str, EvalResult]:
     """The stored results of a baseline. Raises FingerprintError if the student has other items."""
     results = {}
     for source, result in student.results.items():
-        kept = _baseline_result(job.store, baseline, result.name, result.tokens)
+        kept = baseline_result(job.store, baseline, result.name, result.tokens)
         if kept is None:
             raise FingerprintError(
                 f"{source} gives {student.teacher.name} other tokens than the baseline {baseline.name} was measured "

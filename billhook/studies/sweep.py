@@ -29,6 +29,7 @@ from billhook.runs.choose_plan import with_site_times
 from billhook.runs.prepare import check_search
 from billhook.runs.recipe import SITE_TIMES, Recipe, parse_recipe, require_effect, with_overrides
 from billhook.runs.store import STORE
+from billhook.studies.monitoring.alerting import RulesFile, check_result, rules_of
 from billhook.studies.run_study import open_study, several, write_study
 from billhook.studies.trials import (
     StudyContext,
@@ -53,6 +54,7 @@ def sweep(
     tasks: str | Sequence[str] = (),
     items: int = 200,
     out: str | Path | None = None,
+    rules: RulesFile = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Unpack[SweepOptions],
@@ -61,8 +63,10 @@ def sweep(
 
     `recipes`: names of ours, or YAML files. `eval_data`: held-out texts (default: those of `data`); `tasks`: files of
     multiple-choice items, of which `items` are measured. `options`: fields of `Recipe` that overrule every recipe, such
-    as `tokens`. Nothing that `store` holds is measured again, so that a sweep which was killed resumes.
+    as `tokens`. `rules`: a YAML file of rules, whose alerts are events. Nothing that `store` holds is measured again,
+    so that a sweep which was killed resumes.
     """
+    read = rules_of(rules)
     texts = several(data)
     held_out = several(eval_data) or tuple(dict.fromkeys(filter(None, map(external_sources, texts))))
     if not held_out:
@@ -78,7 +82,9 @@ def sweep(
         options=plain_options(options),
     )
     with open_study(spec, asked[0], Path(store), out, watch, loaded=loaded_by_name(model)) as (study, folder):
-        return write_study(run_sweep(study, grid, options), folder, study.store, study.run)
+        result = write_study(run_sweep(study, grid, options), folder, study.store, study.run)
+        check_result(study.store, study.run, watch, result, read)
+        return result
 
 
 def evaluation_sets(study: StudyContext, grid: Grid, recipe: Recipe) -> dict[str, TokenSet]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from billhook.cli.progress import event_words
-from billhook.core.events import Event, EventValue, fan_out, scaled_events
+from billhook.core.events import Event, EventValue, fan_out, hear_all, scaled_events
 
 
 def test_a_fan_out_hands_every_event_to_every_listener_in_order() -> None:
@@ -43,3 +43,21 @@ WORDS: list[tuple[str, dict[str, EventValue], str]] = [
 @pytest.mark.parametrize(("stage", "values", "words"), WORDS)
 def test_values_are_worded(stage: str, values: dict[str, EventValue], words: str) -> None:
     assert event_words(stage, values) == words
+
+
+def test_what_no_terminal_shows_reaches_those_who_hear_all_however_deep() -> None:
+    class Hears:
+        hears_all = True
+
+        def __init__(self) -> None:
+            self.heard: list[Event] = []
+
+        def __call__(self, event: Event) -> None:
+            self.heard.append(event)
+
+    shown: list[Event] = []
+    first, second, event = Hears(), Hears(), Event("round", 1, 2, {"loss": 0.5})
+    hear_all(fan_out(shown.append, fan_out(first, fan_out(second))), event)
+    hear_all(first, event)
+    hear_all(shown.append, event)
+    assert (shown, first.heard, second.heard) == ([], [event, event], [event])

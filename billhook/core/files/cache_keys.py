@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Generic, TypeVar, get_args
 
 from billhook.core.plan import Plan
-from billhook.core.results.json_form import JsonObject, decode
+from billhook.core.results.json_form import JsonObject, decode, encode
 from billhook.core.results.measured import Environment, EvalResult, Loss, Timing, TimingProtocol
+from billhook.core.results.monitoring import WatchRound
 
 T = TypeVar("T")
 
@@ -349,3 +350,15 @@ class BaselineKey(FactKey[JsonObject]):
 
     what = "baseline"
     name: str
+
+
+@dataclass(frozen=True)
+class WatchRoundKey(FactKey[WatchRound]):
+    """One round of a `series` of a watch of a model or a server, from 1."""
+
+    what = "watch"
+    series: str
+    number: int
+
+    def encode(self, value: WatchRound) -> dict[str, str]:
+        return {"value": _json(encode(value))}

@@ -131,8 +131,11 @@ def every_value(value: object) -> Iterator[object]:
             waiting.pop()
 
 
-def load_unique_yaml(text: str) -> Any:
-    """The value of safe YAML in which a key may stand only once in a map, however it is spelled."""
+def load_unique_yaml(text: str, what: str = "recipe") -> Any:
+    """The value of safe YAML in which a key may stand only once in a map, however it is spelled.
+
+    `what`: the name of the file in a message. Raises RecipeError for a key that stands twice.
+    """
     import yaml
 
     class UniqueKeys(yaml.SafeLoader):
@@ -146,7 +149,7 @@ def load_unique_yaml(text: str) -> Any:
                 if first is not here:
                     both = f"lines {first.line + 1} and {here.line + 1}"
                     both = both if first.line != here.line else f"line {here.line + 1}"
-                    raise RecipeError(f"The recipe has {key.value!r} twice, in {both}. Keep one of them.")
+                    raise RecipeError(f"The {what} has {key.value!r} twice, in {both}. Keep one of them.")
             return dict(super().construct_mapping(node, deep))
 
     return yaml.load(text, Loader=UniqueKeys)

@@ -189,3 +189,22 @@ class AbTestSpec(RunSpec):
     prompts: str
     limit: int | None
     requests: Options
+
+
+@dataclass(frozen=True)
+class WatchSpec(RunSpec):
+    """A server or a folder, `model`, that is held against a `baseline` every `every_s` seconds, `rounds` times.
+
+    `served`: how a server is asked; None of a folder. `rules`: the file; empty for those of Billhook.
+    """
+
+    kind = "watch"
+    model: str
+    baseline: str
+    tasks: tuple[str, ...]
+    every_s: float
+    rounds: int | None
+    rules: str
+    probes: int
+    served: ServerSpec | None
+    requests: Options

@@ -1,0 +1,1 @@
+"""What is watched: bounds that hold over many looks, rules, and the alerts that they raise."""

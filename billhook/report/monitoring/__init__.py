@@ -1,0 +1,1 @@
+"""Alerts and watches as words."""

@@ -1,0 +1,1 @@
+"""Rules over the runs of a store, and the steps of a lineage."""

@@ -1,0 +1,269 @@
+"""A server, or a folder, over time: every so often it is held against a baseline, and rules say what is an alert."""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import count
+from pathlib import Path
+from typing import Literal, Protocol, Unpack
+
+from billhook.core.errors import FingerprintError, UsageError, either, option
+from billhook.core.events import Event, EventListener, EventValue, ignore_events
+from billhook.core.files.cache_keys import WatchRoundKey
+from billhook.core.monitoring.alerts import Alert, Observation, Rule, evaluate, new_alerts
+from billhook.core.monitoring.rules import parse_seconds
+from billhook.core.monitoring.sequential import ALPHA
+from billhook.core.options import WatchOptions, shows_options
+from billhook.core.results.ab_report import RequestOptions
+from billhook.core.results.comparisons import Baseline
+from billhook.core.results.json_form import encode
+from billhook.core.results.monitoring import WatchResult, WatchRound
+from billhook.core.results.specs import ServerSpec, WatchSpec
+from billhook.report.monitoring.alert_words import alert_sentence
+from billhook.runs import load_baseline
+from billhook.runs.job import store_and_watch
+from billhook.runs.recipe import EvalOptions, parse_options
+from billhook.runs.store import STORE, Store
+from billhook.studies.eval_sets import HARNESS, ComparisonSpec
+from billhook.studies.gate import baseline_result, spec_of_baseline
+from billhook.studies.monitoring.alerting import RulesFile, rules_of, tell_alerts
+from billhook.studies.run_study import NO_FOLDER, begin_run, open_run, several
+from billhook.studies.servers.endpoint import Endpoint
+from billhook.studies.servers.watch_rounds import EndpointRounds, FolderRounds, WatchTask, read_task_items
+from billhook.studies.servers.webhook import Webhook
+
+SHOWN_ROUNDS = 500  # whose observations a result holds; the store holds those of all
+
+
+class Rounds(Protocol):
+    """What is evaluated each round. `series`: a digest of what makes two rounds comparable."""
+
+    @property
+    def series(self) -> str: ...
+
+    def measure(self, number: int, first: WatchRound | None) -> WatchRound:
+        """Return round `number` of a series whose first round is `first`."""
+        ...
+
+
+@shows_options(WatchOptions, EvalOptions.model_fields | {each.name: each for each in fields(RequestOptions)})
+def watch(
+    target: str,
+    baseline: str,
+    *,
+    tasks: str | Sequence[str] = (),
+    every: str = "1h",
+    rounds: int | None = None,
+    rules: RulesFile = None,
+    webhook: str | None = None,
+    model: str = "",
+    api_key_env: str = "",
+    kind: Literal["chat", "text"] = "text",
+    max_tokens: int = 32,
+    probes: int = 48,
+    store: str | Path = STORE,
+    watch: EventListener = ignore_events,
+    **options: Unpack[WatchOptions],
+) -> WatchResult:
+    """Hold a server or a folder against a stored baseline, again and again: quality, latency, throughput, errors.
+
+    Arguments:
+        target: the address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1, or a folder.
+        baseline: the name under which `save_baseline` stored what a model got.
+        tasks: those of the baseline that are asked (default: all; a server is asked tasks alone).
+        every: time between the beginnings of two rounds, such as 1h, 30min or 10s.
+        rounds: how many; None: until it is interrupted.
+        rules: a YAML file of rules (default: those of Billhook for watches).
+        webhook: an http or https address to which alerts are sent; its failure never ends a watch.
+        model, api_key_env, kind, max_tokens: of a server, as for `ab_test`.
+        probes: prompts that are asked each round for their time.
+
+    Every round is stored when it ends; a watch that starts again goes on in the same series. Ends of intervals hold
+    over all rounds at once: a series without change raises an alert with a chance of 1% at most. Raises UsageError,
+    EndpointError before the first round, FingerprintError where the items are not those of the baseline.
+    """
+    asking = {name: options.pop(name) for name in ASKING if name in options}  # type: ignore[misc]
+    ask = RequestOptions(kind, max_tokens, **asking)
+    server = Endpoint.create("target", target, model, api_key_env) if "://" in target else None
+    place = target if server is None else server.url
+    served = None if server is None else ServerSpec(server.url, model, api_key_env)
+    requests = {} if server is None else asdict(ask)
+    seconds = parse_seconds(every, "every")
+    spec = WatchSpec(place, baseline, several(tasks), seconds, rounds, str(rules or ""), probes, served, requests)
+    pace = Pace.read(spec, rules, webhook)
+    kept = _stored(baseline, store)
+    if server is None:
+        recipe = parse_options(EvalOptions, {"model": target, **options, **kept.items.text_fields()})
+        with open_run(spec, recipe, Path(store), NO_FOLDER, watch) as job:
+            found = FolderRounds(job, target, kept, _sets(kept, spec.tasks))
+            return _keep_watch(Series(job.store, job.run, watch, spec, found), pace)
+    if options:
+        raise UsageError(f"A server loads its model itself. Leave {option(next(iter(options)))} out.")
+    known = _tasks(kept, spec.tasks, store)
+    with begin_run(spec, "cpu", Path(store), "") as (opened, run):
+        asked = EndpointRounds(server, ask, known, probes, store_and_watch(opened, run, watch))
+        return _keep_watch(Series(opened, run, watch, spec, asked), pace)
+
+
+ASKING = ("timeout", "retries", "concurrency")
+
+
+# -- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def _stored(name: str, store: str | Path) -> Baseline:
+    """The baseline of a name. Raises UsageError with the command that saves one."""
+    with closing(Store(Path(store), read_only=True)) as opened:
+        found = load_baseline(opened, name)
+    if found is None:
+        example = either(f"billhook.save_baseline({name!r}, MODEL, tasks=…)", f"billhook baseline save {name} MODEL")
+        raise UsageError(f"The store {store} holds no baseline {name!r}. Save one first: {example}")
+    return found
+
+
+def _chosen(baseline: Baseline, tasks: Sequence[str]) -> tuple[str, ...]:
+    """The tasks that are watched. Raises UsageError for one that the baseline was not measured on."""
+    for task in tasks:
+        if task not in baseline.items.tasks:
+            raise UsageError(
+                f"The baseline {baseline.name} was not measured on {task}. Measured: "
+                f"{', '.join(baseline.items.tasks) or 'no task'}."
+            )
+    return tuple(tasks) or baseline.items.tasks
+
+
+def _sets(baseline: Baseline, tasks: Sequence[str]) -> ComparisonSpec:
+    """The sets on which a folder is evaluated: those of the baseline, or the named tasks alone."""
+    whole = spec_of_baseline(baseline, ComparisonSpec(()))
+    return replace(whole, texts=() if tasks else whole.texts, tasks=_chosen(baseline, tasks)).check()
+
+
+def _tasks(baseline: Baseline, tasks: Sequence[str], store: str | Path) -> tuple[WatchTask, ...]:
+    """The tasks on which a server is evaluated, with what the baseline got on each item."""
+    chosen, sets = _chosen(baseline, tasks), {each.source: each for each in baseline.sets}
+    if not chosen:
+        raise UsageError(
+            f"The baseline {baseline.name} has texts alone, and a server is asked tasks. Save one with "
+            f"{option('tasks', ['FILE'])}."
+        )
+    found = []
+    with closing(Store(Path(store), read_only=True)) as opened:
+        for source in chosen:
+            if source.startswith(HARNESS):
+                raise UsageError(f"{source} is run by its harness, which a watch of a server has not. Leave it out.")
+            about = sets[source]
+            result = baseline_result(opened, baseline, about.score, about.tokens)
+            if result is None:
+                raise FingerprintError(f"The store {store} does not hold what {baseline.name} got. Save it again.")
+            found.append(read_task_items(baseline, source, about.score, result))
+    return tuple(found)
+
+
+# -- rounds ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often, how many times, and what is an alert to whom."""
+
+    every_s: float
+    rounds: int | None
+    rules: tuple[Rule, ...]
+    webhook: Webhook | None
+
+    @staticmethod
+    def read(spec: WatchSpec, rules: RulesFile, webhook: str | None) -> Pace:
+        """Read the rules and the address. Raises UsageError, RecipeError."""
+        if spec.rounds is not None and spec.rounds < 1:
+            raise UsageError(f"{option('rounds', spec.rounds)} is too few. Give at least 1, or leave it out.")
+        if spec.probes < 0:
+            raise UsageError(f"{option('probes', spec.probes)} is too few. Give 0 or more.")
+        hook = Webhook.parse(webhook) if webhook is not None else None
+        return Pace(spec.every_s, spec.rounds, rules_of(rules, "watch"), hook)
+
+
+@dataclass(frozen=True)
+class Series:
+    """The rounds of one target, of which the store holds all that were ever measured."""
+
+    store: Store
+    run: str
+    watch: EventListener
+    spec: WatchSpec
+    rounds: Rounds
+
+    def key(self, number: int) -> WatchRoundKey:
+        return WatchRoundKey(self.spec.model, self.rounds.series, number)
+
+    def known(self) -> int:
+        """How many rounds are stored; they have no gaps."""
+        most = 1
+        while self.store.lookup(self.key(most)) is not None:
+            most *= 2
+        return bisect.bisect_left(range(1, most), True, key=lambda n: self.store.lookup(self.key(n)) is None)
+
+    def load(self, numbers: Iterable[int]) -> list[WatchRound]:
+        """Stored rounds by their numbers."""
+        return [found for n in numbers if (found := self.store.lookup(self.key(n))) is not None]
+
+
+def _keep_watch(series: Series, pace: Pace) -> WatchResult:
+    """Measure round after round; each is stored, held against the rules, and told, before the next one begins."""
+    name = f"watch-{series.rounds.series}"
+    with series.store.lock(name):
+        before = series.known()
+        first, recent = series.load([1]), series.load(range(max(1, before - SHOWN_ROUNDS + 1), before + 1))
+        told: list[Alert] = []
+        for number in count(before + 1):
+            begun, done = time.monotonic(), number - before
+            measured = series.rounds.measure(number, first[0] if first else None)
+            series.store.add(series.key(number), measured, series.run)
+            first, recent = first or [measured], [*recent, measured][-SHOWN_ROUNDS:]
+            series.store.add_event(series.run, _event(measured, done, pace.rounds), at_once=True)
+            series.watch(_event(measured, done, pace.rounds))
+            fresh = new_alerts(evaluate(pace.rules, _observations(recent)), told)
+            told += fresh
+            tell_alerts(series.store, series.run, series.watch, fresh)
+            _call(series, pace.webhook, fresh)
+            result = _result(series, number, recent, told)
+            series.store.update(series.run, result=result.to_json())
+            if done == pace.rounds:
+                return result
+            time.sleep(max(0.0, pace.every_s - (time.monotonic() - begun)))
+    raise AssertionError("count has no end")
+
+
+def _observations(rounds: Sequence[WatchRound]) -> tuple[Observation, ...]:
+    return tuple(each for measured in rounds for each in measured.observations)
+
+
+def _event(measured: WatchRound, done: int, total: int | None) -> Event:
+    """What a round found, as an event; `round` is its number in the series."""
+    values: dict[str, EventValue] = {"round": measured.number}
+    values |= {f"{each.kind}, {each.what}, {each.unit}": each.value.value for each in measured.observations}
+    return Event("watch", done, total, values)
+
+
+def _call(series: Series, hook: Webhook | None, alerts: Sequence[Alert]) -> None:
+    """Send alerts to a webhook. What goes wrong is an event, and nothing more."""
+    if hook is None or not alerts:
+        return
+    told = [encode(alert) for alert in alerts]
+    payload = {"text": "\n".join(map(alert_sentence, alerts)), "target": series.spec.model, "run": series.run}
+    if failure := hook.send(payload | {"alerts": told}):
+        event = Event("webhook", values={"host": hook.host, "failed": failure})
+        series.store.add_event(series.run, event, at_once=True)
+        series.watch(event)
+
+
+def _result(series: Series, number: int, rounds: Sequence[WatchRound], alerts: Sequence[Alert]) -> WatchResult:
+    spec, served = series.spec, series.spec.served
+    model = spec.model if served is None else served.model
+    return WatchResult(
+        spec.model, model, spec.baseline, series.rounds.series, number, spec.every_s, _observations(rounds),
+        tuple(alerts), ALPHA, series.run,
+    )  # fmt: skip
