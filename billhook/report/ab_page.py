@@ -10,7 +10,7 @@ from billhook.core.results.ab_report import AbReport, Completion, PromptOutcome
 from billhook.core.results.measured import Estimate
 from billhook.report.ab_words import MEASURES, ab_headline, ab_notes, ab_rows, where_answers_lie
 from billhook.report.charts import Axis, Line, Point, figure, names_chart
-from billhook.report.frame import Section, caption, html_table, page_html, scrolling
+from billhook.report.frame import Section, caption, html_table, page_html, stacked_table
 from billhook.report.numbers import format_ratio, printable, visible_name
 from billhook.report.pages import page
 
@@ -33,7 +33,8 @@ def ab_sections(result: AbReport) -> list[Section]:
     """The table, a chart of ratios, where the answers lie, and the answers that differ."""
     both = (("A", result.a), ("B", result.b))
     sides = [(name, visible_name(side.model), visible_name(side.url)) for name, side in both]
-    table = scrolling(html_table(("", "A", "B", "B against A"), ab_rows(result)), "A and B")
+    rows = [[escape(cell) for cell in row] for row in ab_rows(result)]
+    table = stacked_table(("Measure", "A", "B", "B against A"), rows)
     servers = html_table(("", "Model", "Server"), sides)
     sections = [
         Section("measures", "What was measured", table + _chart(result)),

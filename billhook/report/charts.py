@@ -94,7 +94,8 @@ def xy_chart(lines: Sequence[Line], x: Axis, y: Axis, *, marks: Mapping[str, flo
     series = [each for line in lines for each in _series(line, across=False)]
     y = _with_round_ratios(y, lines)
     series += [_mark(name, "yAxis", value) for name, value in (marks or {}).items()]
-    return {"xAxis": x.to_json(), "yAxis": y.to_json(), "series": series}
+    below = x.to_json() | ({"axisLine": {"onZero": False}} if y.form == "exp" else {})  # whose 0 is the number 1
+    return {"xAxis": below, "yAxis": y.to_json(), "series": series}
 
 
 def names_chart(lines: Sequence[Line], x: Axis, names: Sequence[str], *, at: float | None = None) -> JsonObject:

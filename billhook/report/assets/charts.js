@@ -115,13 +115,13 @@ function band(series) {
 }
 
 function styled(option) {
-  const axis = one => ({nameGap: 0, ...one, name: '',
-    axisLine: {lineStyle: {color: colour('--dim')}, ...one.axisLine},
+  const axis = (one, onZero) => ({nameGap: 0, ...one, name: '',
+    axisLine: {onZero, lineStyle: {color: colour('--dim')}, ...one.axisLine},
     axisTick: {lineStyle: {color: colour('--dim')}, ...one.axisTick},
     axisLabel: {color: colour('--dim'), fontSize: 12, hideOverlap: true, ...one.axisLabel},
     splitLine: {show: one.type !== 'category', lineStyle: {color: colour('--line')}, ...one.splitLine}});
   const calm = !option.animation || matchMedia('(prefers-reduced-motion: reduce)').matches;
-  return {...option, animation: !calm, xAxis: axis(option.xAxis || {}), yAxis: axis(option.yAxis || {}),
+  return {...option, animation: !calm, xAxis: axis(option.xAxis || {}, true), yAxis: axis(option.yAxis || {}, false),
     textStyle: {fontFamily: 'system-ui, sans-serif', color: colour('--ink')},
     grid: {left: 6, right: 16, top: 12, bottom: 6, outerBoundsMode: 'same', outerBoundsContain: 'axisLabel', ...option.grid},
     tooltip: {renderMode: 'richText', confine: true, backgroundColor: colour('--ink'), borderWidth: 0, padding: [6, 9],

@@ -94,7 +94,7 @@ def data_of(result: RunResult) -> list[tuple[str, TokenSetInfo]]:
 def _recipe(result: RunResult) -> str:
     """What of the recipe is not at its default, where that is known."""
     told = {name: value for name, value in result.recipe.items() if name in result.changed and name != "about"}
-    more = "\n\nEverything else is at its default; report.json, beside this file, has all." if told else ""
+    more = "\n\nEverything else is at its default; report.json of the run has all." if told else ""
     return f"```yaml\n{yaml_lines(told or result.recipe)}\n```{more}"
 
 

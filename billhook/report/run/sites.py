@@ -10,7 +10,7 @@ from billhook.core.anatomy import SiteSize
 from billhook.core.plan import PARTS, Site
 from billhook.core.results.measured import Step
 from billhook.core.results.run import RunResult, SiteLoss
-from billhook.report.charts import Axis, Line, Point, figure, key_of, xy_chart
+from billhook.report.charts import Axis, Line, Point, figure, key_of, round_ticks, xy_chart
 from billhook.report.frame import caption, details, escaped, html_table, scrolling, sortable_table
 from billhook.report.numbers import format_number, pluralize
 from billhook.report.run_words import kept_group_counts, narrowed_sites, search_in_words
@@ -157,7 +157,8 @@ def worth_chart(result: RunResult) -> str:
         points = tuple(_worth(fact, lowest / 2) for fact in facts if fact.site.part == part)
         lines.append(Line(part, points, colour, symbol, shift=shift))
     y = Axis(f"loss ({result.loss}, {result.loss_unit}) without the site", "exp")
-    x = Axis("block", "integer", low=-1, high=result.anatomy.blocks)
+    last = result.anatomy.blocks - 1
+    x = Axis("block", "integer", low=-0.5, high=last + 0.5, ticks=round_ticks(0, max(last, 1)))
     tokens = max(fact.alone.tokens for fact in facts if fact.alone)
     text = (
         f"Each site removed alone, measured by the search on {tokens:,} calibration tokens; whiskers: 95% intervals "
