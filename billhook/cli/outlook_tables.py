@@ -10,7 +10,7 @@ from rich.console import Console
 from billhook.cli.session import foot, plain_table, prints
 from billhook.core.results.outlook import CostReport, ForecastReport, MachineReport
 from billhook.core.results.suggestions import SuggestionReport
-from billhook.report import outlook_words as words
+from billhook.report.outlook import words
 from billhook.report.numbers import format_number, printable
 
 
