@@ -10,8 +10,8 @@ from rich.console import Console
 from billhook.cli.session import foot, plain_table, prints
 from billhook.core.results.outlook import CostReport, ForecastReport, MachineReport
 from billhook.core.results.suggestions import SuggestionReport
-from billhook.report import outlook_words as words
 from billhook.report.numbers import format_number, printable
+from billhook.report.outlook import words
 
 
 @prints(ForecastReport)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,7 @@ def prune_command(recipe: Recipe) -> tuple[str, ...]:
     """The shortest command that asks for a recipe: one of ours by name, and what differs from it."""
     asked = recipe.model_dump()
     best: tuple[str, ...] | None = None
-    for name in (None, *recipe_names()):
-        start = parse_recipe(with_overrides(name, model=recipe.model, remove="1sites")).model_dump()
+    for name, start in _recipes().items():
         differs = {n: v for n, v in asked.items() if n not in ("about", "model") and v != start[n]}
         if name is None:
             differs |= {"search": asked["search"]}  # without which the default recipe would be taken
@@ -89,6 +89,13 @@ def prune_command(recipe: Recipe) -> tuple[str, ...]:
             best = typed
     assert best is not None, "the defaults can be overruled"
     return best
+
+
+@cache
+def _recipes() -> Mapping[str | None, JsonObject]:
+    """The fields of each recipe of ours; of None the defaults."""
+    names = (None, *recipe_names())
+    return {name: parse_recipe(with_overrides(name, remove="1sites")).model_dump() for name in names}
 
 
 def _typed(name: str | None, model: str, differs: Mapping[str, Any], start: JsonObject) -> tuple[str, ...] | None:
@@ -131,8 +138,7 @@ def _same(a: Run, b: Run) -> bool:
 
 
 def _compared(spec: Mapping[str, Any]) -> JsonObject:
-    defaults = parse_recipe({"remove": "1sites"}).model_dump()
-    kept = {name: value for name, value in {**defaults, **spec}.items() if name not in FREE}
+    kept = {name: value for name, value in {**_recipes()[None], **spec}.items() if name not in FREE}
     kept["recover"] = str(kept["recover"]).replace("?", "")
     kept["set"] = {name: str(value) for name, value in dict(kept["set"]).items()}
     return kept

@@ -1,0 +1,1 @@
+"""Forecasts, costs and suggestions in words."""
