@@ -32,7 +32,7 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
     def handle_data(self, data: str) -> None:
-        self.text += data if len(data) < 10**6 else ""  # not plotly's script
+        self.text += data if len(data) < 10**6 else ""  # not the script of ECharts
 
 
 class Tab:
@@ -60,9 +60,13 @@ class Tab:
 
     def show(self, path: Path, width: int, scheme: str) -> None:
         """Load a page at a width and in a colour scheme, and wait until it has loaded and its events are in."""
+        self.open(path.as_uri(), width, scheme)
+
+    def open(self, url: str, width: int, scheme: str) -> None:
+        """Load the page of an address, in the same way."""
         self.look(width, scheme)
         self.events.clear()
-        self.send("Page.navigate", url=path.as_uri())
+        self.send("Page.navigate", url=url)
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(json.loads(self.socket.recv(timeout=30)))
         self.run(  # two frames, so that everything is drawn

@@ -23,8 +23,11 @@ STEPS = {
     "path": "along the path",
 }  # fmt: skip
 
+PHASES = {"exchanges": "now exchanging", "alone": "each part alone first", "changes": "now changing widths"}
+
 WORDS: dict[str, Callable[[Any], str]] = {  # of the values of an event, by name
     "note": str, "of": str, "set": str, "model": str, "metric": str, "recipe": str, "data": str, "remove": str,
+    "phase": lambda phase: PHASES.get(phase, phase),
     "step": lambda step: STEPS.get(step, step),
     "converting": lambda name: f"converting {name} to safetensors, once",
     "pruned_for": lambda task: f"pruned for {task}",

@@ -11,9 +11,10 @@ from billhook.core.results.ab_report import AbReport
 from billhook.core.results.comparisons import Baseline, Comparison, GateReport, SeenSets, TaskScores
 from billhook.core.results.measured import Estimate
 from billhook.core.results.studies import StabilityResult, SweepResult, ThresholdResult, TransferResult, TrialResult
-from billhook.report import ab_words, compare_words, numbers, study_words, threshold_page
+from billhook.report import ab_words, compare_words, numbers, study_words
 from billhook.report.numbers import format_accuracy, format_perplexity, printable
 from billhook.report.study_words import short_names
+from billhook.report.trials import threshold_page
 
 # -- trials, and agreement of calibration sets ------------------------------------------------------------------------
 
@@ -211,5 +212,9 @@ def ab_table(console: Console, value: AbReport) -> None:
         model, url = (printable(text)[: ab_words.MOST] for text in (side.model, side.url))
         console.print(f"{name}: {model} at {url}", highlight=False)
     console.print(plain_table(("", "A", "B", "B / A"), ab_words.ab_rows(value)))
+    console.print(ab_words.ab_headline(value), highlight=False)
     for note in ab_words.ab_notes(value):
         console.print(note, style="dim", highlight=False)
+    if value.run:
+        run = printable(value.run)
+        console.print(f"Page: billhook report {run}. All answers: billhook show {run} --json", highlight=False)

@@ -44,8 +44,8 @@ def result_table(console: Console, result: RunResult) -> None:
     removed = result.plan.names()
     names = f": {', '.join(removed)}" if removed else ""
     console.print(f"Removed {len(removed)} of {len(result.anatomy.sites)} sites{names}")
-    if narrow := run_words.kept_group_texts(result):
-        console.print(run_words.kept_groups_sentence(narrow))
+    if narrowed := run_words.narrowed_sentence(result):
+        console.print(narrowed)
     table = empty_table("", "teacher", "student", "change")
     for row in run_words.summary_rows(result):
         table.add_row(row.label, row.teacher, row.student, row.change)

@@ -190,6 +190,9 @@ def split_name(name: str) -> tuple[Site, str | None]:
     return (Site.parse(match[1]), match[2]) if match else (Site.parse(name), None)
 
 
+Phase = Literal["", "exchanges", "alone", "changes"]
+
+
 @dataclass(frozen=True, slots=True)
 class MeasureRequest:
     """Plans that a search wants measured.
@@ -198,6 +201,8 @@ class MeasureRequest:
     - `tokens=n`: only the first n calibration tokens.
     - `expected`: the search's estimate per plan, lower = better; only their order matters, for what is measured first.
     - `ceiling`: nats per document; a plan with a larger sum may be returned as a bound, even among the best.
+    - `phase`: what the search does, for readers of its progress: `exchanges` of what the first plan removes, each site
+      `alone`, or `changes` of widths; empty while it removes more and more.
     """
 
     plans: tuple[Plan, ...]
@@ -205,3 +210,4 @@ class MeasureRequest:
     tokens: int | None = None
     expected: tuple[float, ...] | None = None
     ceiling: tuple[float, ...] | None = None
+    phase: Phase = ""

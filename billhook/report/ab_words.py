@@ -43,6 +43,42 @@ def ab_rows(result: AbReport) -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def ab_headline(result: AbReport) -> str:
+    """Which server is faster and better, as far as the intervals tell, in a sentence."""
+    told = []
+    for words, name, more in (("latency", "latency_s", False), ("tokens per second", "tokens_per_s", True)):
+        measure = result.measure(name)  # type: ignore[arg-type]
+        if measure is None:
+            continue
+        low, high = measure.ratio.low, measure.ratio.high
+        side = "no clear difference in" if low <= 1 <= high or not math.isfinite(high) else "B is better in"
+        if side.startswith("B") and (low > 1) != more:
+            side = "B is worse in"
+        told.append(f"{side} {words}, {_cell(measure.ratio, format_ratio)}")
+    if (task := result.task) is not None and task.acc is not None:
+        change = task.acc.change
+        clear = "no clear difference in" if change.low <= 0 <= change.high else (
+            "B is better in" if change.low > 0 else "B is worse in")  # fmt: skip
+        told.append(f"{clear} accuracy, {_cell(change, format_points, _format_points, ' to ')} pp")
+    if (agreement := result.agreement) is not None:
+        told.append(f"{format_accuracy(agreement.same.value)} of the answers are the same")
+    if not told:
+        return "No prompt was answered by both: nothing can be compared."
+    words = "; ".join(told)
+    return f"{words[0].upper()}{words[1:]}. Over {result.pairs} prompts that both answered."
+
+
+def where_answers_lie(result: AbReport) -> str:
+    """Where every answer is stored, and the command that prints them; empty where there is no store."""
+    if not result.run:
+        return "The answers are in the result alone: it was not stored."
+    run = visible_name(result.run)
+    return (
+        f"Every answer is in the run store: billhook show {run} --json prints them, and billhook report {run} writes "
+        "this page with them beside it, in result.json."
+    )
+
+
 def _cell(estimate: Estimate, spell: Spell = format_number, ends: Spell | None = None, to: str = "–") -> str:
     """`0.21 (0.20–0.22)`; of a single pair without the ends, which are not known."""
     if not math.isfinite(estimate.low):

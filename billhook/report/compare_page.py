@@ -1,66 +1,235 @@
-"""A comparison as one self-contained HTML page: verdicts, sizes, and the items that flipped, which can be searched.
+"""A comparison as one page: one table of all students, a chart of them, then each student to open.
 
-Nothing is measured here: every number comes from the result. The page has the head of the run's page, asks the network
-for nothing (its Content-Security-Policy forbids it) and escapes every string of the result.
+Nothing is measured here: every number comes from the result. Every string of the result is escaped.
 """
 
 from __future__ import annotations
 
-import re
+import shlex
+from collections import Counter
 from dataclasses import asdict
 from html import escape
 
 from billhook.core.margin import BOUND
-from billhook.core.results.comparisons import Comparison, Flip
+from billhook.core.results.comparisons import ComparedSet, Comparison, Flip, PairVerdict, Verdict
+from billhook.core.results.measured import Estimate
+from billhook.report.charts import COLOURS, SYMBOLS, Axis, Line, Point, figure, key_of, names_chart
 from billhook.report.compare_words import (
     VERDICT_COLUMNS,
     agreement_words,
+    change_words,
     comparison_headline,
     flip_words,
+    margin_words,
     model_names,
     seen_warnings,
     set_names,
     size_rows,
+    verdict_counts,
     verdict_rows,
 )
-from billhook.report.frame import html_table, page_html, scrolling
-from billhook.report.numbers import printable, token_facts
+from billhook.report.frame import Section, caption, details, html_table, page_html, scrolling, stacked_table
+from billhook.report.numbers import format_number, pluralize, printable, token_facts
 from billhook.report.pages import page
+from billhook.report.study_words import short_names
 
 MOST_FLIPS = 300  # of a task and a pair, on the page; the result has all
+WORDS: tuple[Verdict, ...] = ("worse", "undecided", "equivalent", "better")
 
 
 @page(Comparison)
 def comparison_page(result: Comparison) -> str:
     """The page of one comparison."""
+    made = f"Billhook · compare · {result.environment.machine}"
+    warnings = seen_warnings(result.seen)
+    return page_html(comparison_title(result), made, comparison_verdict(result), warnings, compare_sections(result))
+
+
+def comparison_title(result: Comparison) -> str:
+    """The heading of the page."""
     names = model_names(result)
-    others = range(1, len(names))
-    return page_html(
-        f"{' and '.join(names[1:])} against {names[0]}",
-        f"Billhook · compare · {result.environment.machine}",
-        " ".join(comparison_headline(result, other) for other in others),
-        seen_warnings(result.seen),
-        [*(_pair(result, other) for other in others), *(_flips(result, other) for other in others), _how(result)],
+    return (
+        f"{' and '.join(names[1:])} against {names[0]}"
+        if len(names) < 4
+        else f"{len(names) - 1} models against {names[0]}"
     )
 
 
-def _pair(result: Comparison, other: int) -> str:
-    """Verdicts, what is behind them, and sizes of A and one other model."""
-    names = model_names(result)
-    verdicts = html_table(VERDICT_COLUMNS, verdict_rows(result, other))
-    verdicts = re.sub(r"<td>(better|equivalent|worse|undecided)</td>", r'<td class="word \1">\1</td>', verdicts)
-    lines = "".join(
-        f"<p>{escape(words)}</p>" for words in [*flip_words(result, other), agreement_words(result, other)] if words
+def comparison_verdict(result: Comparison) -> str:
+    """What all sets say of every student, in a sentence."""
+    if len(result.models) == 2:
+        return comparison_headline(result)
+    names = labels_of(result)
+    told = [f"{names[other]} is {verdict_counts(result, other)}" for other in range(1, len(names))]
+    return f"Against {names[0]} on {pluralize(len(result.sets), 'set')} ({margin_words(result)}): {'; '.join(told)}."
+
+
+def labels_of(result: Comparison) -> list[str]:
+    """Short names of the models, A first, no two alike."""
+    brief = short_names(each.model for each in result.models)
+    names = [brief[each.model] for each in result.models]
+    many = Counter(names)
+    return [f"{name} ({chr(65 + i)})" if many[name] > 1 else name for i, name in enumerate(names)]
+
+
+def compare_sections(result: Comparison) -> list[Section]:
+    """One table of students, what next, a chart of all, each student to open, and on what they were measured."""
+    return [
+        Section("students", "Students", _students(result)),
+        Section("next", "What next", _next(result)),
+        Section("changes", "Change against the first model", _charts(result)),
+        Section("each", "Each student", "".join(_student(result, other) for other in range(1, len(result.models)))),
+        Section("how", "Measured on", _how(result)),
+    ]
+
+
+def word(verdict: str) -> str:
+    """A verdict as HTML: its mark, its word and its colour."""
+    return f'<span class="word {escape(verdict.lower())}">{escape(verdict)}</span>'
+
+
+# -- all students ------------------------------------------------------------------------------------------------------
+
+
+def _students(result: Comparison) -> str:
+    """A row for each student: its verdicts, what changed on every set, and its size and speed."""
+    names, brief = labels_of(result), set_names(result)
+    heads = ["Student", "Verdicts"]
+    heads += [f"{brief[each.source]}, {'ppl' if each.is_text else each.score}" for each in result.sets]
+    heads += ["Parameters", "KV cache", "Decoding"]
+    rows = []
+    for other in range(1, len(names)):
+        counts = Counter(result.verdicts(other))
+        words = "<br>".join(f"{word(each)} on {counts[each]}" for each in WORDS if counts[each]) or "–"
+        cells = [words, *(_set_cell(each, other) for each in result.sets), *_size_cells(result, other)]
+        rows.append([escape(names[other]), *cells])
+    table = stacked_table(heads, rows)
+    text = (
+        f"Each against {names[0]}; below each value its paired 95% interval. Equivalent: the lower and the upper bound "
+        f"({BOUND} each) are within the margin. Undecided: more items would tell."
     )
-    caption = (
-        f"<p>A: {escape(names[0])}. B: {escape(names[other])}. Intervals are paired over items; p is adjusted for all "
-        f"sets by Holm's method. Equivalent: the lower and the upper bound ({BOUND} each) are within the margin.</p>"
+    return scrolling(table, "Students") + caption(text)
+
+
+def _set_cell(compared: ComparedSet, other: int) -> str:
+    pair = compared.pairs[other - 1]
+    if pair is None:
+        return "not comparable"
+    value, ends = change_words(pair, compared.is_text)
+    return f"{word(pair.verdict)}<br>{escape(value)}<small>{escape(ends)}</small>"
+
+
+def _size_cells(result: Comparison, other: int) -> list[str]:
+    rows = {row[0]: row for row in size_rows(result, other)}
+    cells = []
+    for name in ("Parameters", "KV cache / token", "Decode tokens/s"):
+        row = rows.get(name)
+        if row is None:
+            cells.append("–")
+            continue
+        value, _, ends = row[3].partition(" (")
+        small = f"<small>{escape(ends.replace(')', '', 1))}</small>" if ends else ""
+        cells.append(f"{escape(value)}{small}")
+    return cells
+
+
+def _charts(result: Comparison) -> str:
+    """Every student on every set, with its interval: one chart of perplexities, one of accuracies."""
+    names = labels_of(result)
+    charts = [_chart(result, kind) for kind in (True, False)]
+    lines = [Line(names[other], (), *_look(other)) for other in range(1, len(names))]
+    key = key_of(lines, buttons=True) if len(names) > 2 else ""
+    hint = caption("Press a student to single it out in both charts.") if key and all(charts) else ""
+    return f'<div class="linked">{key}{hint}{"".join(charts)}</div>' if any(charts) else ""
+
+
+def _look(other: int) -> tuple[str, str]:
+    return COLOURS[(other - 1) % len(COLOURS)], SYMBOLS[(other - 1) % len(SYMBOLS)]
+
+
+def _chart(result: Comparison, is_text: bool) -> str:
+    sets = [each for each in result.sets if each.is_text == is_text and any(each.pairs)]
+    if not sets:
+        return ""
+    names, brief, students = labels_of(result), set_names(result), len(result.models) - 1
+    lines = []
+    for other in range(1, len(names)):
+        shift = round(9 * (other - 1 - students / 2))
+        points = tuple(
+            _point(each, pair, i, f"{names[other]}, {brief[each.source]}")
+            for i, each in enumerate(sets) if (pair := each.pairs[other - 1]) is not None
+        )  # fmt: skip
+        lines.append(Line(names[other], points, *_look(other), shift=shift))
+    margins = tuple(_margin(each, i) for i, each in enumerate(sets))
+    lines.append(Line("margin", margins, "--dim", size=0, shift=round(9 * students / 2)))
+    x = Axis("perplexity ÷ the first model’s", "nats_as_ratio") if is_text else Axis("change of accuracy", "points")
+    option = names_chart(lines, x, [brief[each.source] for each in sets], at=0.0)
+    side = "right: worse" if is_text else "left: worse"
+    text = (
+        f"Dots: change against {names[0]}, {side}; whiskers: paired 95% intervals. Dotted: no change. Grey, below each "
+        "set: its margin."
+    )
+    title = "Perplexity" if is_text else "Accuracy"
+    label = f"{title} of {students} students on {len(sets)} sets; the table of students has the numbers."
+    height = 90 + len(sets) * (9 * students + 36)
+    return figure(option, title=title, label=label, caption=text, height=height)
+
+
+def _point(compared: ComparedSet, pair: PairVerdict, place: int, name: str) -> Point:
+    value, ends = change_words(pair, compared.is_text)
+    tip = f"{name}: {pair.verdict}\n{value} ({ends})\n{compared.n:,} {'documents' if compared.is_text else 'items'}"
+    return Point.of(place, _scaled(pair.change, compared.is_text), tip, hollow=pair.verdict == "undecided")
+
+
+def _scaled(change: Estimate, is_text: bool) -> Estimate:
+    return change if is_text else change.mapped(lambda share: 100 * share)
+
+
+def _margin(compared: ComparedSet, place: int) -> Point:
+    pair = next(pair for pair in compared.pairs if pair is not None)
+    limit = pair.margin.limit if compared.is_text else 100 * pair.margin.limit
+    return Point(place, 0.0, f"margin {pair.margin}", -limit, limit)
+
+
+def _next(result: Comparison) -> str:
+    """What to do next: more items for what is undecided, recovery for what is worse, a baseline for what is good."""
+    names = [shlex.quote(printable(each.model)) for each in result.models]
+    verdicts = [verdict for other in range(1, len(names)) for verdict in result.verdicts(other)]
+    steps = []
+    if "undecided" in verdicts:
+        more = max((pair.more or 0 for each in result.sets for pair in each.pairs if pair is not None), default=0)
+        tasks = [each.source for each in result.sets if not each.is_text]
+        count = f"about {format_number(more)} more texts or items decide" if more else "more texts or items decide"
+        asked = f" --tasks {shlex.quote(','.join(map(printable, tasks)))}" if tasks else ""
+        steps.append((f"Decide what is undecided: {count} all of it.",
+                      f"billhook compare {' '.join(names)}{asked} --eval-tokens 65536"))  # fmt: skip
+    if "worse" in verdicts:
+        steps.append(("Get quality back where it is worse: prune again with a recovery.",
+                      f"billhook prune {names[0]} --remove 10% --recover fold,lora"))  # fmt: skip
+    if verdicts and not {"worse", "undecided"} & set(verdicts):
+        steps.append(("Keep it so: a gate fails as soon as a later student loses more.",
+                      f"billhook gate {names[-1]} --baseline {names[0]}"))  # fmt: skip
+    return "".join(f'<p class="plain">{escape(words)}</p><pre>{escape(code)}</pre>' for words, code in steps)
+
+
+# -- each student ------------------------------------------------------------------------------------------------------
+
+
+def _student(result: Comparison, other: int) -> str:
+    """Verdicts, what is behind them, sizes and flipped items of one student; in sight where it is the only one."""
+    names = model_names(result)
+    rows = [[word(cell) if cell in WORDS else escape(cell) for cell in row] for row in verdict_rows(result, other)]
+    verdicts = stacked_table(VERDICT_COLUMNS, rows)
+    lines = "".join(caption(words) for words in [*flip_words(result, other), agreement_words(result, other)] if words)
+    about = caption(
+        f"A: {names[0]}. B: {names[other]}. Intervals are paired over items; p is adjusted for all sets by Holm's "
+        "method."
     )
     sizes = scrolling(html_table(("Measure", "A", "B", "Change"), size_rows(result, other)), "Size and speed")
-    return (
-        f"<section><h2>{escape(names[other])}</h2>{scrolling(verdicts, 'Verdicts')}{caption}{lines}</section>"
-        f"<section><h2>Size and speed</h2>{sizes}</section>"
-    )
+    body = f"{scrolling(verdicts, 'Verdicts')}{about}{lines}<h4>Size and speed</h4>{sizes}{_flips(result, other)}"
+    if len(names) == 2:
+        return body
+    return details(labels_of(result)[other], body)
 
 
 def _flips(result: Comparison, other: int) -> str:
@@ -80,8 +249,8 @@ def _flips(result: Comparison, other: int) -> str:
             '<option value="a">only A is right</option><option value="b">only B is right</option></select>'
             '<output aria-live="polite"></output></div>'
         )
-        title = f"<h2>{escape(brief[each.source])}: items that flipped, {escape(model_names(result)[other])}</h2>"
-        sections.append(f'<section class="flips">{title}{tools}{cut}{items}</section>')
+        title = f"<h4>{escape(brief[each.source])}: items that flipped</h4>"
+        sections.append(f'<div class="flips">{title}{tools}{cut}{items}</div>')
     return "".join(sections)
 
 
@@ -124,5 +293,4 @@ def _how(result: Comparison) -> str:
         lines.append((brief[each.source], *("–" if facts.get(key) is None else f"{facts[key]:,}" for key in keys)))
     sets = scrolling(html_table(("Set", *(key.capitalize() for key in keys)), lines), "Sets")
     where = [(key, printable(value)) for key, value in asdict(result.environment).items()]
-    environment = html_table(("Name", "Value"), where)
-    return f"<section><h2>Measured on</h2>{sets}</section><section><h2>Environment</h2>{environment}</section>"
+    return f"{sets}<h3>Environment</h3>{html_table(('Name', 'Value'), where)}"

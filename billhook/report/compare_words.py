@@ -77,16 +77,17 @@ def verdict_rows(result: Comparison, other: int = 1) -> list[tuple[str, ...]]:
         name = f"{brief[each.source]}, {'ppl' if each.is_text else each.score}"
         change, p, word = "other tokens", "–", "not comparable"
         if pair is not None:
-            change, p, word = _change(pair, each.is_text), p_value(pair.p_holm), pair.verdict
+            change = "{} ({})".format(*change_words(pair, each.is_text))
+            p, word = p_value(pair.p_holm), pair.verdict
         rows.append((name, word, a, b, change, p))
     return rows
 
 
-def _change(pair: PairVerdict, is_text: bool) -> str:
-    """`×1.62 (1.55 to 1.70)`, or `−6.2 pp (−8.1 to −4.3)`."""
+def change_words(pair: PairVerdict, is_text: bool) -> tuple[str, str]:
+    """A change and its interval: `×1.62` and `1.55 to 1.70`, or `−6.2 pp` and `−8.1 to −4.3`."""
     if is_text:
-        return f"{format_perplexity_ratio(pair.change.value)} ({_ends(pair.change, format_perplexity_ratio)})"
-    return f"{format_points(pair.change.value)} pp ({_ends(pair.change, format_points)})"
+        return format_perplexity_ratio(pair.change.value), _ends(pair.change, format_perplexity_ratio)
+    return f"{format_points(pair.change.value)} pp", _ends(pair.change, format_points)
 
 
 def p_value(p: float) -> str:
@@ -169,10 +170,22 @@ def comparison_headline(result: Comparison, other: int = 1) -> str:
     counts = Counter(result.verdicts(other))
     if not counts:
         return f"{b} and {a} share no set on which they can be compared."
+    sets = pluralize(counts.total(), "set")
+    return f"{b} against {a}, {sets}: {verdict_counts(result, other)} ({margin_words(result)})."
+
+
+def verdict_counts(result: Comparison, other: int = 1) -> str:
+    """`worse on 2, equivalent on 1`."""
+    counts = Counter(result.verdicts(other))
     words = [f"{word} on {counts[word]}" for word in ("worse", "undecided", "equivalent", "better") if counts[word]]
+    return ", ".join(words) or "not comparable"
+
+
+def margin_words(result: Comparison) -> str:
+    """`margins: 1 pp of accuracy, 3% of perplexity`."""
     margins = f"{_amount(result.margins.accuracy)} pp of accuracy, {_amount(result.margins.perplexity)}% of perplexity"
     margins += "".join(f", {_amount(each)} pp on {set_names(result)[str(each.file)]}" for each in result.margins.files)
-    return f"{b} against {a}, {pluralize(counts.total(), 'set')}: {', '.join(words)} (margins: {margins})."
+    return f"margins: {margins}"
 
 
 def _amount(margin: Margin) -> str:

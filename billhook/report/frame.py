@@ -1,15 +1,14 @@
-"""What every page shares: escaping, tables, charts and the frame."""
+"""What every page shares: escaping, tables, sections and the frame."""
 
 from __future__ import annotations
 
 import html
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from string import Template
-from typing import Any
 
 # -- words -------------------------------------------------------------------------------------------------------------
 
@@ -45,9 +44,45 @@ def html_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def scrolling(table: str, label: str) -> str:
-    """A table that scrolls by itself where it is wider than the screen."""
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escaped(label)}">{table}</div>'
+def stacked_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose cells are HTML; on narrow screens every row is a list of its cells, with their headings."""
+    top = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in head)
+    body = ""
+    for first, *rest in rows:
+        cells = (
+            f'<td data-label="{escaped(name)}"><div>{cell}</div></td>'
+            for name, cell in zip(head[1:], rest, strict=True)
+        )
+        body += f'<tr><th scope="row">{first}</th>{"".join(cells)}</tr>'
+    return f'<table class="stack"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def sortable_table(
+    heads: Sequence[tuple[str, str]], lines: Iterable[Sequence[tuple[object, str]]], words: Collection[int] = ()
+) -> str:
+    """A table that sorts by a press of a heading, (word, small print) each; cells are (what sorts them, text).
+
+    `words`: the numbers of the columns that are sorted as words.
+    """
+    top = "".join(
+        f'<th scope="col"{" data-words" * (i in words)}><button type="button">{escaped(word)}'
+        f"{f' <small>{escaped(about)}</small>' if about else ''}</button></th>"
+        for i, (word, about) in enumerate(heads)
+    )
+    body = ""
+    for (sort, first), *rest in lines:
+        cells = "".join(
+            f'<td data-sort="{escaped(key)}"{" class=wrap" * (i in words)}>{escaped(text)}</td>'
+            for i, (key, text) in enumerate(rest, 1)
+        )
+        body += f'<tr><th scope="row" data-sort="{escaped(sort)}">{escaped(first)}</th>{cells}</tr>'
+    return f'<table class="sortable"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def scrolling(table: str, label: str, tall: bool = False) -> str:
+    """A table that scrolls by itself where it is wider than the screen, and if `tall` where it is taller."""
+    kind = "scroll tall" if tall else "scroll"
+    return f'<div class="{kind}" role="region" tabindex="0" aria-label="{escaped(label)}">{table}</div>'
 
 
 def whole_spans(table: str) -> str:
@@ -55,28 +90,58 @@ def whole_spans(table: str) -> str:
     return re.sub(r"\(.*?\)", r'<span class="span">\g<0></span>', table)
 
 
-def chart(kind: str, title: str, label: str, caption: str, numbers: Mapping[str, list[Any]]) -> str:
-    """A figure that report.html draws from `numbers`; `label` tells a screen reader what is to be seen."""
-    height = {"loss": 420, "speed": 230}[kind]
-    finite = {k: [None if isinstance(x, float) and not math.isfinite(x) else x for x in v] for k, v in numbers.items()}
-    box = f'class="chart" data-kind="{kind}" style="height:{height}px" data-numbers="{escaped(json.dumps(finite))}"'
-    return (
-        f'<section class="{kind}"><h2>{escaped(title)}</h2><div role="img" aria-label="{escaped(label)}" {box}></div>'
-        f"<p>{escaped(caption)}</p></section>"
-    )
+# -- sections and pages ------------------------------------------------------------------------------------------------
 
 
-def page_html(title: str, made: str, headline: str, notes: Iterable[str], body: Iterable[str]) -> str:
-    """One self-contained page of sections. `made`: by what and where; `headline`: the finding in one sentence.
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One part of a page. `id`: its anchor; `title`: its heading, which may be empty; `html`: what is below it."""
 
-    `body`: sections as HTML; every other text is escaped here. The page has the style of a run's page.
+    id: str
+    title: str
+    html: str
+
+    def to_html(self) -> str:
+        """Return the section with its heading."""
+        head = f'<h2 id="{escaped(self.id)}-title">{escaped(self.title)}</h2>' if self.title else ""
+        named = f' aria-labelledby="{escaped(self.id)}-title"' if self.title else ""
+        return f'<section id="{escaped(self.id)}"{named}>{head}{self.html}</section>'
+
+
+def caption(text: str) -> str:
+    """A paragraph below a table."""
+    return f'<p class="caption">{escaped(text)}</p>'
+
+
+def details(summary: str, html: str) -> str:
+    """Something to open."""
+    return f"<details><summary>{escaped(summary)}</summary>{html}</details>"
+
+
+def note_lines(notes: Iterable[str]) -> str:
+    """Notes as paragraphs, each once."""
+    return "".join(f'<p class="note">{escaped(note)}</p>' for note in dict.fromkeys(notes))
+
+
+def asset(name: str) -> str:
+    """The text of a file that pages share: style.css, charts.js, pages.js, echarts.min.js."""
+    return files("billhook.report").joinpath("assets").joinpath(name).read_text(encoding="utf-8")
+
+
+def page_html(title: str, made: str, headline: str, notes: Iterable[str], sections: Iterable[Section]) -> str:
+    """One self-contained page. `made`: by what and where; `headline`: the finding in one sentence.
+
+    Every text but the HTML of the sections is escaped here. ECharts is on the page where there is a chart.
     """
-    templates = files("billhook.report").joinpath("templates")
-    head = templates.joinpath("run.html").read_text(encoding="utf-8").partition("</style>")[0]
-    return Template(head + templates.joinpath("compare.html").read_text(encoding="utf-8")).substitute(
+    body = "".join(section.to_html() for section in sections if section.html)
+    scripts = ["echarts.min.js", "charts.js"] if 'class="plot"' in body else []
+    frame = Template(files("billhook.report").joinpath("templates").joinpath("page.html").read_text(encoding="utf-8"))
+    return frame.substitute(
         title=escaped(title),
         made=escaped(made),
         verdict=escaped(headline),
-        notes="".join(f'<p class="note">{escaped(note)}</p>' for note in dict.fromkeys(notes)),
-        body="".join(body),
+        notes=note_lines(notes),
+        body=body,
+        style=asset("style.css"),
+        scripts="\n".join(f"<script>{asset(name)}</script>" for name in [*scripts, "pages.js"]),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from billhook.core.errors import visible
@@ -44,7 +44,7 @@ def format_accuracy(x: float) -> str:
 
 def format_points(x: float) -> str:
     """A difference of accuracies in percentage points, with its sign."""
-    return f"{100 * x:+.1f}".replace("-", "−")
+    return f"{round(100 * x, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 class Ends(Protocol):
@@ -194,12 +194,18 @@ def verification_sentence(found: Verification | None) -> str:
     )
 
 
+def shown_ratio(first: Estimate, second: Estimate, ratio: Estimate) -> Estimate:
+    """The ratio of the medians that are shown, with the interval of the runs in pairs, which it widens to itself."""
+    shown = second.value / first.value
+    return replace(ratio, value=shown, low=min(ratio.low, shown), high=max(ratio.high, shown))
+
+
 def speed_change(first: Estimate, second: Estimate, ratio: Estimate) -> str:
     """`×1.16 (1.10–1.21)`: the ratio of the medians shown, with the interval of the runs in pairs.
 
     Where the interval includes 1, or leaves out the ratio, the difference is noise, and is called so.
     """
-    shown = second.value / first.value
-    ends = f"{format_ratio(min(ratio.low, shown))}–{format_ratio(max(ratio.high, shown))}"
-    told = ratio.low <= shown <= ratio.high and not ratio.low <= 1 <= ratio.high
-    return f"{format_ratio(shown)} ({ends})" + ("" if told else ", noise")
+    shown = shown_ratio(first, second, ratio)
+    ends = f"{format_ratio(shown.low)}–{format_ratio(shown.high)}"
+    told = ratio.low <= shown.value <= ratio.high and not ratio.low <= 1 <= ratio.high
+    return f"{format_ratio(shown.value)} ({ends})" + ("" if told else ", noise")

@@ -29,8 +29,8 @@ def page(result: type[R]) -> Callable[[Callable[[R], str]], Callable[[R], str]]:
 
 def page_of(kind: str) -> Callable[[Any], str]:
     """The page of a kind of result. Raises RunError for one without a page."""
-    for module in pkgutil.iter_modules(billhook.report.__path__):
-        import_module(f"billhook.report.{module.name}")
+    for module in pkgutil.walk_packages(billhook.report.__path__, "billhook.report."):
+        import_module(module.name)
     if kind not in PAGES:
         raise RunError(f"A run of kind {kind} has no page. Kinds with a page: {', '.join(sorted(PAGES))}.")
     return PAGES[kind]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from billhook.core.margin import BOUND
+from billhook.core.plan import PARTS, Part, Site, format_ranges
 from billhook.core.results.exports import FaultReason, TargetFit
 from billhook.core.results.measured import WorkPlan
 from billhook.core.results.run import (
@@ -21,6 +23,7 @@ from billhook.report.numbers import (
     format_duration,
     format_number,
     format_ratio,
+    join_words,
     percentage_points,
     pluralize,
     reliability_note,
@@ -85,8 +88,11 @@ def _speed_rows(speed: SpeedChange) -> list[SummaryRow]:
     return rows + ([_sizes("Peak memory", *peaks, "B")] if any(peaks) else [])
 
 
-def run_notes(result: RunResult) -> list[str]:
-    """What a reader of the numbers must know: recoveries, reasons, and what was not measured."""
+def run_notes(result: RunResult, *, served: bool = True) -> list[str]:
+    """What a reader of the numbers must know: recoveries, reasons, and what was not measured.
+
+    `served`: with what runs the student, which a page says elsewhere.
+    """
     notes = [_recovery_in_words(report, added) for report, added in _added_parameters(result)]
     if result.reasons:
         notes.append(" ".join(REASONS[reason] for reason in result.reasons))
@@ -98,9 +104,9 @@ def run_notes(result: RunResult) -> list[str]:
         notes.append("Speed was not measured.")
     elif result.speed.gap is not None:
         notes.append(f"Speed: {_gap_in_words(result.speed, result.speed.gap)}")
-    for each in result.exports:
+    for each in result.exports if served else ():
         notes.append(f"{each.out}: {each.form}. {' '.join((verification_sentence(each.verified), *each.notes))}")
-    if result.targets:
+    if result.targets and served:
         notes.append(targets_in_words(result.targets, result.out))
     return notes + ([_within_in_words(result.within)] if result.within else [])
 
@@ -239,8 +245,6 @@ def checkpoint_type(result: RunResult) -> str:
 
 def headline(result: RunResult) -> str:
     """The run in one sentence of plain words."""
-    plan, present = result.plan, len(result.anatomy.sites)
-    whole = f" ({pluralize(len(plan.blocks()), 'whole block')})" if plan.blocks() else ""
     was, now = result.sizes.teacher.parameters, result.sizes.student.parameters
     facts = [f"{1 - now / was:.1%} fewer parameters" if now < was else "as many parameters as before"]
     if quality := result.perplexity:
@@ -249,11 +253,90 @@ def headline(result: RunResult) -> str:
         times = format_ratio(quality.ratio.value)
         facts.append(f"perplexity {values} ({times}, 95% interval {low} to {high})")
     if result.speed:
-        decode = result.speed.ratio.decode
-        middle, low, high = (format_ratio(x) for x in (decode.value, decode.low, decode.high))
-        facts.append(f"decoding speed {middle} ({low[1:]} to {high[1:]})")
-    narrower = f", {len(plan.narrowed)} narrower" if plan.narrowed else ""
-    return f"{len(plan.removed)} of {pluralize(present, 'site')} removed{whole}{narrower}: {', '.join(facts)}."
+        before, after = (side.decode_tokens_per_s for side in (result.speed.teacher, result.speed.student))
+        facts.append(f"decoding speed {speed_change(before, after, result.speed.ratio.decode)}")
+    return f"{_changed_in_words(result)}: {', '.join(facts)}."
+
+
+def _changed_in_words(result: RunResult) -> str:
+    """`3 of 60 sites removed (1 whole block), 2 narrowed`; `all 30 MLPs narrowed to 1,229 of 1,536 neurons`."""
+    plan, present = result.plan, len(result.anatomy.sites)
+    whole = f" ({pluralize(len(plan.blocks()), 'whole block')})" if plan.blocks() else ""
+    if not plan.narrowed or plan.removed:
+        narrowed = f", {len(plan.narrowed)} narrowed" if plan.narrowed else ""
+        return f"{len(plan.removed)} of {pluralize(present, 'site')} removed{whole}{narrowed}"
+    kinds = narrowed_sites(result)
+    if all(kind.all_of_part for kind in kinds):
+        words = join_words([f"all {kind.name} narrowed to {kind.kept_words}" for kind in kinds])
+        return words[0].upper() + words[1:]
+    return f"{len(plan.narrowed)} of {pluralize(present, 'site')} narrowed, none removed"
+
+
+def quality_verdict(result: RunResult) -> str:
+    """Whether the student is good, in a sentence: by its interval of perplexity, and by the margin if one was given."""
+    if result.perplexity is None:
+        return "Its quality was not measured."
+    ratio = result.perplexity.ratio
+    ends = f"{_percent_more(ratio.low)} to {_percent_more(ratio.high)}"
+    on = f"held-out text (95% interval over {pluralize(ratio.clusters, 'text')})"
+    if not math.isfinite(ratio.low) or not math.isfinite(ratio.high):
+        words = "How much worse it is on held-out text is not known: one text has no interval"
+    elif ratio.high < 1:
+        words = f"It is better than the teacher: perplexity changes by {ends} on {on}"
+    elif ratio.low <= 1:
+        words = f"No loss is seen: perplexity changes by {ends} on {on}"
+    else:
+        words = f"It is worse than the teacher: perplexity rises by {ends} on {on}"
+    within = f", within the margin of {result.within.margin} on other text" if result.within else ""
+    return f"{words}{within}."
+
+
+def _percent_more(ratio: float) -> str:
+    return f"{100 * (ratio - 1):.3g}%".replace("-", "−")
+
+
+@dataclass(frozen=True, slots=True)
+class NarrowedSites:
+    """Narrowed sites of one part that keep equally many channel groups of equally many."""
+
+    part: Part
+    blocks: tuple[int, ...]
+    kept: int
+    had: int
+    all_of_part: bool  # that the model has
+    unit: str  # what a channel group of them is
+
+    @property
+    def name(self) -> str:
+        """`30 MLPs` where it is all of them, `mlp of blocks 4–9, 12` else."""
+        if self.all_of_part:
+            return f"{len(self.blocks)} {'MLPs' if self.part == 'mlp' else 'attentions'}"
+        blocks = format_ranges(self.blocks).replace("-", "–").replace(" ", ", ")
+        return f"{self.part} of block{'s' if len(self.blocks) > 1 else ''} {blocks}"
+
+    @property
+    def kept_words(self) -> str:
+        """`1,229 of 1,536 neurons`."""
+        return f"{self.kept:,} of {self.had:,} {self.unit}"
+
+    def __str__(self) -> str:
+        return f"{'all ' if self.all_of_part else ''}{self.name}: {self.kept_words}"
+
+
+def narrowed_sites(result: RunResult) -> list[NarrowedSites]:
+    """The narrowed sites, those of one part and equal widths as one, in order of the model."""
+    sizes = {size.site: size for size in result.anatomy.sites}
+    groups: dict[tuple[Part, int, int], list[int]] = {}
+    for kept in sorted(result.plan.narrowed):
+        key = (kept.site.part, len(kept.groups), len(sizes[kept.site].groups))
+        groups.setdefault(key, []).append(kept.site.block)
+    found = []
+    for (part, kept_, had), blocks in groups.items():
+        every = {site.block for site in sizes if site.part == part}
+        experts = max(sizes[Site(block, part)].experts for block in blocks)
+        unit = "KV groups" if part == "attention" else "neurons" if experts == 1 else "channel groups"
+        found.append(NarrowedSites(part, tuple(blocks), kept_, had, len(blocks) > 1 and every == set(blocks), unit))
+    return sorted(found, key=lambda each: (PARTS.index(each.part), each.blocks))
 
 
 def kept_group_counts(result: RunResult) -> dict[str, tuple[int, int]]:
@@ -267,10 +350,11 @@ def kept_group_texts(result: RunResult) -> dict[str, str]:
     return {site: f"{kept:,} of {had:,}" for site, (kept, had) in kept_group_counts(result).items()}
 
 
-def kept_groups_sentence(kept: Mapping[str, str], most: int = 6) -> str:
-    """A sentence of what `kept_group_texts` says, of the first sites."""
-    some = ", ".join(f"{site} {words}" for site, words in list(kept.items())[:most])
-    return f"Narrower, channel groups left: {some}" + (f" and {len(kept) - most} more" if len(kept) > most else "")
+def narrowed_sentence(result: RunResult, most: int = 6) -> str:
+    """`Narrowed: all 30 MLPs: 1,229 of 1,536 neurons`, of the first kinds; empty where nothing is."""
+    kinds = [str(kind) for kind in narrowed_sites(result)]
+    more = f"; and {len(kinds) - most} more" if len(kinds) > most else ""
+    return f"Narrowed: {'; '.join(kinds[:most])}{more}" if kinds else ""
 
 
 def _sizes(label: str, teacher: float | None, student: float | None, unit: str) -> SummaryRow:

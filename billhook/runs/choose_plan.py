@@ -16,10 +16,10 @@ from billhook.core.margin import MarginCheck
 from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.problem import Problem
 from billhook.core.results.measured import Loss, Step
-from billhook.core.results.run import AuditedRound, MarginTrial, SearchSummary, WithinReport
+from billhook.core.results.run import AuditedRound, MarginTrial, SearchSummary, SiteLoss, WithinReport
 from billhook.data.splits import select_documents
 from billhook.data.token_sets import TokenSet, truncate
-from billhook.engine.losses import parse_loss
+from billhook.engine.losses import loss_facts, parse_loss
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate import speed
 from billhook.methods.recover import RECOVERIES, RecoveryTask
@@ -38,7 +38,7 @@ from billhook.runs.prepare import (
 )
 from billhook.runs.recipe import Recipe
 from billhook.runs.search import ScoreFields, compute_scores, progress_of_request, run_search
-from billhook.runs.trace import measure_regret, removal_trace, search_summary
+from billhook.runs.trace import losses_alone, measure_regret, removal_trace, search_summary
 
 FOLD_TOKENS = 8192  # for a fold inside the search
 FOLD = {"reach": "next"}  # its options; what stands farther behind is refitted after the search
@@ -54,6 +54,7 @@ class PlanChoice:
     steps: list[Step]
     search_summary: SearchSummary
     within: WithinReport | None = None
+    alone: tuple[SiteLoss, ...] = ()
 
 
 # -- the whole of it ------------------------------------------------------------------------------------------------
@@ -102,7 +103,8 @@ def choose_plan(
     on_path = measure(MeasureRequest(tuple(path)), *([] if measured.issuperset(path) else [progress]))
     whole = [(ask.plans, losses) for ask, losses in rounds if ask.tokens is None]
     steps = removal_trace(path, whole, on_path, problem.cost if problem else len)
-    return PlanChoice(path[-1], steps, summary, within)
+    bounds = probe.fast is None and loss_facts(parse_loss(recipe.loss).name).never_negative
+    return PlanChoice(path[-1], steps, summary, within, losses_alone(rounds, bounds=bounds))
 
 
 def _with_scores(problem: Problem, scores: ScoreFields) -> Problem:

@@ -95,6 +95,8 @@ def run_result(
         seconds=job.seconds,
         targets=fits(teacher, choice.plan, recovered.repair),
         exports=tuple(replace(each, out=str(job.out / each.out)) for each in measured.exports),
+        changed=tuple(recipe.model_dump(exclude_defaults=True)),
+        alone=choice.alone,
     )
 
 

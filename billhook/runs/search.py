@@ -124,9 +124,11 @@ def _round(
     if not ask.plans:
         return measure(ask)
     spent = [problem.removed_cost(Plan(frozenset.intersection(*(plan.removed for plan in ask.plans))))]
-    if any(plan.narrowed for plan in ask.plans):  # each plan lacks other widths, so that they have nothing in common
+    if ask.phase:  # each plan is another change of the first one
+        spent = [problem.removed_cost(ask.plans[0])]
+    elif any(plan.narrowed for plan in ask.plans):  # each plan lacks other widths, so that they have nothing in common
         spent = list(map(problem.removed_cost, ask.plans))
-    sofar: dict[str, EventValue] = {}
+    sofar: dict[str, EventValue] = {"phase": ask.phase} if ask.phase else {}
     least = map(min, zip(*spent, strict=True))
     for budget, done, target in zip(problem.budgets, least, problem.targets, strict=True):
         sofar |= {

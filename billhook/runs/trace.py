@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 from billhook.core.plan import MeasureRequest, Plan, Site
-from billhook.core.results.measured import Loss, Step, paired_gap
-from billhook.core.results.run import AuditedRound, Decided, SearchSummary
+from billhook.core.results.measured import Loss, Step, loss_se, paired_gap
+from billhook.core.results.run import AuditedRound, Decided, SearchSummary, SiteLoss
 from billhook.engine.probe import Probe
 
 
@@ -47,6 +47,28 @@ def _lowest(plans: tuple[Plan, ...], losses: list[Loss]) -> Plan:
                if not loss.bound)[2]  # fmt: skip
 
 
+def losses_alone(rounds: Iterable[tuple[MeasureRequest, list[Loss]]], *, bounds: bool = False) -> tuple[SiteLoss, ...]:
+    """What removing each site alone costs, of the sites that a search measured so; on the most tokens that it took.
+
+    `bounds`: a loss that was not measured in full is a lower bound, and is taken where there is no other.
+    """
+    found: dict[Site, SiteLoss] = {}
+    for ask, losses in rounds:
+        for plan, loss in zip(ask.plans, losses, strict=True):
+            if len(plan.removed) != 1 or plan.narrowed or not loss.sums or (loss.bound and not bounds):
+                continue
+            (site,) = plan.removed
+            new = SiteLoss(site, loss.mean, None if loss.bound else loss_se(loss), sum(loss.counts), loss.bound)
+            if new.loss > 0 and (site not in found or _rank(new) > _rank(found[site])):
+                found[site] = new
+    return tuple(found[site] for site in sorted(found))
+
+
+def _rank(alone: SiteLoss) -> tuple[bool, int, float]:
+    """The larger, the more is known: a loss before bounds, more tokens, and of bounds the higher."""
+    return not alone.at_least, alone.tokens, alone.loss if alone.at_least else 0.0
+
+
 Cost = Callable[[frozenset[Site]], object]
 Round = tuple[tuple[Plan, ...], list[Loss]]  # the plans of one Ask and their losses
 
@@ -63,7 +85,7 @@ def removal_trace(path: list[Plan], rounds: list[Round], on_path: list[Loss], co
     for plan, loss in zip(path, on_path, strict=True):
         gap, error = _gap(previous, plan, rounds, cost)
         removed, narrowed = sorted(plan.removed - previous.removed), sorted(plan.narrowed - previous.narrowed)
-        steps.append(Step(tuple(removed), loss.mean, gap, error, tuple(narrowed)))
+        steps.append(Step(tuple(removed), loss.mean, gap, error, tuple(narrowed), loss_se(loss)))
         previous = plan
     return steps
 

@@ -11,7 +11,7 @@ from billhook.core.results.exports import ExportReport
 from billhook.core.results.specs import ExportSpec
 from billhook.methods.export import EXPORTS
 from billhook.models.load import Model, as_teacher, name_of
-from billhook.report.export_card import export_card
+from billhook.report.run.export_card import export_card
 from billhook.runs.exporting import export_model
 from billhook.runs.job import store_and_watch
 from billhook.runs.store import STORE

@@ -24,7 +24,7 @@ from billhook.runs.recipe import Recipe
 from billhook.runs.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "transformers", "numpy", "scipy", "datasets", "plotly")
+HEAVY = ("torch", "transformers", "numpy", "scipy", "datasets")
 MISTAKES: dict[str, tuple[int, str]] = {
     "prune demo --remove 25": (2, "has no unit"),
     "prune demo": (2, "neither remove nor plan nor within"),

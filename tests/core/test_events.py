@@ -21,6 +21,8 @@ WORDS: list[tuple[str, dict[str, EventValue], str]] = [
     ("load", {"model": "demo"}, "demo"),
     ("search", {"removed_sites": 2, "target_sites": 3, "objective": "kl", "lowest": 0.12345},
      "2 of 3 sites removed, lowest kl 0.1235"),
+    ("search", {"removed_sites": 9, "target_sites": 9, "phase": "exchanges", "objective": "kl", "lowest": 0.12345},
+     "9 of 9 sites removed, now exchanging, lowest kl 0.1235"),
     ("search", {"removed_params": 12345, "target_params": 20000, "removed_ms": 0.25, "target_ms": 1.5},
      "12,345 of 20,000 params removed, 0.250 of 1.500 ms removed"),
     ("round", {"removed": "attention.1,mlp.2", "narrowed": "mlp.0=1200", "loss": 0.5},

@@ -217,7 +217,12 @@ def test_progress_tells_how_much_is_gone_of_narrower_sites_too(model: Path, text
         store=store, watch=seen.append, set={"levels": 3, "start": "none"}, **options,
     )  # fmt: skip
     notes = [event_words(event.stage, event.values) for event in seen if event.stage == "search"]
-    assert any(re.match(r"[1-9][\d,]* of [\d,]+ params removed, lowest kl", note) for note in notes), notes
+    told_of = r"[1-9][\d,]* of [\d,]+ params removed(, now changing widths)?, lowest kl"
+    assert any(re.match(told_of, note) for note in notes), notes
+    phases = [str(event.values.get("phase", "")) for event in seen if event.stage == "search"]
+    assert list(dict.fromkeys(phases)) == ["alone", "", "changes"]
+    gone = [event.values["removed_params"] for event in seen if event.values.get("phase") == "changes"]
+    assert all(gone), "what is removed does not fall back to nothing"
     with closing(Store(store)) as opened:
         told = [event_words(e.stage, e.values) for e in opened.events(found.run) if e.stage == "round"]
     words = r"(nothing|(, |(attention|mlp)\.\d+( keeps [\d,]+)?)+): [\d.]+"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import math
 import re
@@ -18,9 +19,13 @@ from billhook.core.plan import Plan
 from billhook.core.results.json_form import PagedResult
 from billhook.core.results.measured import Estimate
 from billhook.core.results.studies import RefusedTrial, StudentOutcome, SweepResult
-from billhook.report import curves, numbers, study_pages, study_words
-from billhook.report.curves import looks_of
-from billhook.report.threshold_page import threshold_page
+from billhook.report import numbers, study_words
+from billhook.report.trials import sweep_curves
+from billhook.report.trials.stability_page import stability_page
+from billhook.report.trials.sweep_curves import looks_of
+from billhook.report.trials.sweep_page import sweep_page
+from billhook.report.trials.threshold_page import threshold_page
+from billhook.report.trials.transfer_page import transfer_page
 
 FEW = ("shortgpt", "sleb", "übermäßig-groß")
 
@@ -79,14 +84,11 @@ def cells(page: str) -> list[list[str]]:
 @pytest.mark.parametrize("name", ["usual", "two", "tasks only", "one row"])
 def test_the_table_of_a_sweep_has_every_row_and_number(name: str) -> None:
     result = SWEEPS[name]
-    told = cells(study_pages.sweep_page(result))
+    told = cells(sweep_page(result))
     assert len(told) == len(result.trials)
     for line, trial in zip(told, study_words.sorted_trials(result), strict=True):
         sizes = [size for size in ("parameters", "kv_bytes_per_token", "ns_per_token") if getattr(result.sizes, size)]
-        wanted = [trial.recipe, None, trial.remove]
-        wanted += [f"{getattr(trial.sizes, size) / getattr(result.sizes, size):.1%}" for size in sizes]
-        parts = [site.part for site in trial.plan.removed]
-        wanted += [str(parts.count("attention")), str(parts.count("mlp"))]
+        wanted: list[str | None] = [trial.recipe, trial.remove]
         for text in study_words.texts_of(result):
             got, gap = trial.results[text].estimate, trial.results[text].above_best
             value, low, high = map(numbers.format_number, (got.value, got.low, got.high))
@@ -98,11 +100,14 @@ def test_the_table_of_a_sweep_has_every_row_and_number(name: str) -> None:
         for task in study_words.tasks_of(result):
             got = trial.results[task].estimate
             wanted.append(f"{got.value:.1%}|{100 * got.low:.1f}–{got.high:.1%}")
+        wanted += [f"{getattr(trial.sizes, size) / getattr(result.sizes, size):.1%}" for size in sizes]
+        parts = [site.part for site in trial.plan.removed]
+        wanted += [str(parts.count("attention")), str(parts.count("mlp")), None]
         wanted += [numbers.format_duration(trial.search_seconds), numbers.format_number(trial.site_evaluations)]
         assert len(line) == len(wanted)
         for cell, want in zip(line, wanted, strict=True):
             assert want is None or cell == want
-        assert line[1].rpartition("+")[2] == trial.data.rpartition("/")[2]
+        assert line[-3].rpartition("+")[2] == trial.data.rpartition("/")[2]
 
 
 def narrowed_sweep() -> SweepResult:
@@ -117,10 +122,11 @@ def test_narrowed_sites_are_counted_and_their_time_is_not_known() -> None:
     trial = next(t for t in result.trials if t.plan.narrowed)
     assert study_words.known_fraction(result, trial, "ns_per_token") is None
     assert study_words.known_fraction(result, trial, "parameters") is not None
-    page = study_pages.sweep_page(result)
+    page = sweep_page(result)
     assert '<td data-sort="0">0<small>3 narrowed</small></td><td data-sort="0">0<small>1 narrowed</small></td>' in page
     assert '<td data-sort="2">–</td>' in page
-    assert curves.numbers_of(result, curves.looks_of(FEW))["lines"][0]["points"][0]["left"]["ns_per_token"] is None  # type: ignore[index]
+    option = sweep_curves._option(result, looks_of(FEW), "wiki.jsonl", "ns_per_token")
+    assert FEW[0] not in {series.get("name") for series in option["series"]}  # its time is not known: it is not drawn
 
 
 def test_a_headline_names_those_that_tie() -> None:
@@ -175,13 +181,13 @@ def test_the_verdict_counts_comparisons() -> None:
 
 
 def test_what_is_not_known_is_said() -> None:
-    page = study_pages.sweep_page(SWEEPS["uncertain"])
+    page = sweep_page(SWEEPS["uncertain"])
     assert "not known" in page
     assert "are not reliable" in page
-    assert "Time per token was not measured" in study_pages.sweep_page(SWEEPS["one row"])
-    refused = study_pages.sweep_page(SWEEPS["refused"])
+    assert "Time per token was not measured" in sweep_page(SWEEPS["one row"])
+    refused = sweep_page(SWEEPS["refused"])
     assert refused.count("it would be the whole model") == 2
-    assert len(refused) < 100_000  # nothing to draw, no plotly
+    assert len(refused) < 100_000  # nothing to draw, no ECharts
 
 
 def test_names_are_short_where_they_differ() -> None:
@@ -205,7 +211,7 @@ def test_no_two_recipes_look_the_same(recipes: list[str]) -> None:
 @pytest.mark.parametrize("tasks", [("arc",), ("arc", "piqa", "boolq"), tuple(f"task{i}" for i in range(7))])
 def test_the_page_of_a_transfer_has_every_number(tasks: tuple[str, ...]) -> None:
     result = a_transfer(len(tasks), tasks)
-    page = study_pages.transfer_page(result)
+    page = transfer_page(result)
     pairs = [(trial, task) for trial in result.trials for task in tasks]
     pale = 0
     for trial, task in pairs:
@@ -228,7 +234,7 @@ def test_the_page_of_a_transfer_has_every_number(tasks: tuple[str, ...]) -> None
 @pytest.mark.parametrize(("sizes", "sets"), [((256,), 2), ((256, 1024, 4096), 5)])
 def test_the_page_of_a_study_of_stability_counts_sites(sizes: tuple[int, ...], sets: int) -> None:
     result = a_stability(1, sizes, sets)
-    found = Elements(study_pages.stability_page(result)).found
+    found = Elements(stability_page(result)).found
     told = {about["title"]: about["class"] for tag, about in found if tag == "i"}
     for size in result.sizes:
         sites = {site for plan in size.plans for site in plan.removed}
@@ -238,8 +244,13 @@ def test_the_page_of_a_study_of_stability_counts_sites(sizes: tuple[int, ...], s
             assert told[about] == ("all" if n == sets else "some")
         kept = [kind for about, kind in told.items() if about and about.endswith(f" {size.tokens:,} tokens")]
         assert len(kept) - kept.count("none") == len(sites)
-    drawn = next(json.loads(about["data-numbers"] or "") for _, about in found if "data-numbers" in about)
-    assert drawn["overlap_low"] == [size.overlap.low for size in result.sizes]
+    options = [json.loads(about["data-option"] or "") for _, about in found if "data-option" in about]
+    assert len(options) == (len(sizes) > 1)  # one size has no curve
+    for option in options:
+        ranks, overlap = (s["data"] for s in option["series"] if s["type"] == "@interval")
+        for drawn, name in ((ranks, "rank_correlation"), (overlap, "overlap")):
+            spreads = [getattr(size, name) for size in result.sizes]
+            assert [each["value"][1:] for each in drawn] == [[s.mean, s.low, s.high] for s in spreads]
     assert study_words.stability_headline(result).count("tokens") == len(sizes[:2])
 
 
@@ -249,7 +260,7 @@ def test_sites_of_plans_that_narrow_are_counted_apart() -> None:
     result = a_stability(1, (256,), 3)
     result = replace(result, sizes=(replace(result.sizes[0], plans=plans),))
     assert study_words.removal_counts(result.sizes[0]) == {"mlp.1": 2, "attention.2": 1}
-    assert "mlp.1: in 2 of 3 plans with 256 tokens" in study_pages.stability_page(result)
+    assert "mlp.1: in 2 of 3 plans with 256 tokens" in stability_page(result)
 
 
 def test_hostile_strings_stay_strings() -> None:
@@ -258,9 +269,9 @@ def test_hostile_strings_stay_strings() -> None:
     stable = replace(stable, data=replace(stable.data, source=HOSTILE))
     machine = replace(a_threshold().environment, machine=HOSTILE)
     pairs = [
-        (study_pages.sweep_page(a_sweep(3, FEW)), study_pages.sweep_page(attacked(3))),
-        (study_pages.transfer_page(a_transfer(1, ("a", "b"))), study_pages.transfer_page(transfer)),
-        (study_pages.stability_page(a_stability(1)), study_pages.stability_page(stable)),
+        (sweep_page(a_sweep(3, FEW)), sweep_page(attacked(3))),
+        (transfer_page(a_transfer(1, ("a", "b"))), transfer_page(transfer)),
+        (stability_page(a_stability(1)), stability_page(stable)),
         (threshold_page(a_threshold()), threshold_page(a_threshold(model=HOSTILE, environment=machine))),
     ]
     for safe, page in pairs:
@@ -315,17 +326,22 @@ def test_a_terminal_of_80_columns_shows_it(
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    pages = {name: study_pages.sweep_page(result) for name, result in SWEEPS.items()}
-    pages["transfer"] = study_pages.transfer_page(a_transfer(1, ("arc", "piqa", "boolq", f"lang-{'x' * 60}", HOSTILE)))
-    pages["stability"] = study_pages.stability_page(a_stability(1))
+    pages = {name: sweep_page(result) for name, result in SWEEPS.items()}
+    pages["transfer"] = transfer_page(a_transfer(1, ("arc", "piqa", "boolq", f"lang-{'x' * 60}", HOSTILE)))
+    pages["stability"] = stability_page(a_stability(1))
+    pages["threshold"] = threshold_page(a_threshold(task=f"/tasks/{HOSTILE}"))
     told = {name: folder / f"{name.replace(' ', '-')}.html" for name in pages}
     for name, page in pages.items():
         told[name].write_text(page, encoding="utf-8")
     return told
 
 
+CHART = "echarts.getInstanceByDom"
+FIRST = f"{CHART}(document.querySelector('.plot')).getOption()"
+
+
 LOOKS = [(390, "light"), (390, "dark"), (1440, "light"), (1440, "dark")]
-VIEWS = [(name, *look) for name in ("two", "hostile", "transfer", "stability") for look in LOOKS]
+VIEWS = [(name, *look) for name in ("two", "hostile", "transfer", "stability", "threshold") for look in LOOKS]
 VIEWS += [(name, *LOOKS[i % 4]) for i, name in enumerate(("usual", "tasks only", "uncertain", "one row", "refused"))]
 
 
@@ -336,57 +352,114 @@ def test_the_page_in_a_browser(tab: Tab, paths: dict[str, Path], name: str, widt
     assert tab.run(OVERFLOW) <= 0
     assert tab.run("document.title") != "owned"
     charts = 0 if name in ("transfer", "refused") else 2 if name in ("two", "hostile", "usual") else 1
-    assert tab.run("document.querySelectorAll('.js-plotly-plot').length") == charts
-    assert tab.run("document.querySelectorAll('.js-plotly-plot:has(.points path)').length") == charts
+    charts = 3 if name == "threshold" else charts
+    assert tab.run("document.querySelectorAll('.plot canvas').length") == charts
+    if charts:
+        drawn = f"[...document.querySelectorAll('.plot')].every(box => {CHART}(box).getOption().series.length)"
+        assert tab.run(drawn)
+        pixels = "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(x => x)"
+        assert tab.run(f"[...document.querySelectorAll('.plot canvas')].every({pixels})")
     assert tab.complaints() == []
     assert [url for url in tab.requests() if not url.startswith("data:")] == [paths[name].as_uri()]
 
 
 def test_switches_draw_another_text_and_another_size(tab: Tab, paths: dict[str, Path]) -> None:
     tab.show(paths["usual"], 1440, "light")
-    titles = "['x', 'y'].map(a => document.querySelector('.chart').layout[a + 'axis'].title.text)"
-    values = "JSON.stringify(document.querySelector('.chart').data.map(t => t['%s']))"
+    titles = "['below', 'above'].map(side => document.querySelector('.axis.' + side).textContent)"
+    values = f"JSON.stringify({FIRST}.series.map(s => s.data.map(d => (d.value ?? d)[%d])))"
     assert tab.run(titles) == ["% of the teacher’s parameters left", "perplexity ÷ teacher’s, wiki.jsonl"]
-    x, y = tab.run(values % "x"), tab.run(values % "y")
-    tab.run("document.querySelector('[data-choice=on] button:nth-of-type(2)').click()")
+    x, y = tab.run(values % 0), tab.run(values % 1)
+    tab.run("document.querySelectorAll('[data-switch]')[0].querySelectorAll('button')[1].click()")
     assert tab.run(titles)[1].endswith("c4.jsonl")
-    assert tab.run(values % "y") != y
+    assert tab.run(values % 1) != y
     assert tab.run(titles)[0].endswith("parameters left")
-    tab.run("document.querySelector('[data-choice=against] button:nth-of-type(3)').click()")
+    tab.run("document.querySelectorAll('[data-switch]')[1].querySelectorAll('button')[2].click()")
     assert tab.run(titles)[0] == "% of the teacher’s time per token left"
-    assert tab.run(values % "x") != x
-    assert tab.run("document.querySelectorAll('[data-choice=against] [aria-pressed=true]').length") == 2
-    accuracy = "document.querySelectorAll('.chart')[1].layout.xaxis.title.text"
+    assert tab.run(values % 0) != x
+    assert tab.run("document.querySelectorAll('[data-switch] [aria-pressed=true]').length") == 4
+    accuracy = "document.querySelectorAll('.axis.below')[1].textContent"
     assert tab.run(accuracy) == "% of the teacher’s parameters left"  # each chart has switches of its own
     assert tab.complaints() == []
 
 
+@pytest.mark.parametrize("name", ["usual", "two", "uncertain", "tasks only"])
+def test_the_curves_draw_every_trial(name: str) -> None:
+    result = SWEEPS[name]
+    for on in result.teacher:
+        for size in study_words.sizes_of(result):
+            recipes = list(dict.fromkeys(trial.recipe for trial in result.trials))
+            option = sweep_curves._option(result, looks_of(recipes), on, size)
+            drawn = {
+                (s["name"], each["value"][0]): each
+                for s in option["series"]
+                if s["type"] == "@interval"
+                for each in s["data"]
+            }
+            assert len(drawn) == len(result.trials)
+            top = option["yAxis"].get("max", math.inf)
+            for trial in result.trials:
+                point = drawn[trial.recipe, 100 * study_words.fraction_kept(result, trial, size)]
+                of = trial.results[on].change if on in study_words.texts_of(result) else trial.results[on].estimate
+                if point.get("symbol") == "arrow":
+                    assert of.value > point["value"][1] <= top
+                    continue
+                ends = [x if math.isfinite(x) else None for x in (of.value, of.low, of.high)]
+                assert point["value"][1:] == ends
+                assert point["hollow"] == (size not in trial.front)
+                assert trial.recipe in point["tip"]
+
+
 def test_points_far_above_the_others_are_drawn_at_the_edge(tab: Tab, paths: dict[str, Path]) -> None:
     tab.show(paths["two"], 1440, "light")
-    assert "Arrows at the upper edge: 6 points lie" in tab.run("document.querySelector('.beyond').textContent")
-    top = tab.run("10 ** document.querySelector('.chart').layout.yaxis.range[1]")
+    above = "document.querySelector('.axis.above').textContent"
+    assert "arrows: 6 points above ×" in tab.run(above)
+    top = tab.run(f"Math.exp({FIRST}.yAxis[0].max)")
     assert top < 1000
-    shown = "document.querySelector('.chart').data.flatMap(t => t.y).every(y => y <= %f)"
-    assert tab.run(shown % top) is True
+    assert tab.run(f"{FIRST}.series.flatMap(s => s.data.map(d => (d.value ?? d)[1])).every(y => Math.exp(y) <= {top})")
     tab.show(paths["usual"], 1440, "light")
-    assert tab.run("document.querySelector('.beyond').textContent") == ""
+    assert "arrows" not in tab.run(above)
 
 
 def test_the_key_singles_recipes_out_in_both_charts(tab: Tab, paths: dict[str, Path]) -> None:
     tab.show(paths["usual"], 1440, "light")
-    lit = "b => b.data.filter(t => t.meta && t.opacity === 1).map(t => t.meta)"
-    bright = f"[...document.querySelectorAll('.chart')].map({lit})"
+    lit = f"box => {CHART}(box).getOption().series.filter(s => s.encode && !(s.opacity < 1)).map(s => s.name)"
+    bright = f"[...document.querySelectorAll('.plot')].map({lit})"
     assert [len(each) for each in tab.run(bright)] == [17, 17]
-    button = "[...document.querySelectorAll('.legend button')].find(b => b.dataset.recipe === '%s')"
+    button = "[...document.querySelectorAll('.key button')].find(b => b.dataset.series === '%s')"
     tab.run(f"{button % 'sleb'}.click()")
     assert tab.run(bright) == [["sleb"], ["sleb"]]
     tab.run(f"{button % 'uidl'}.dispatchEvent(new MouseEvent('mouseenter'))")
     assert tab.run(bright) == [["sleb", "uidl"]] * 2
-    tab.run("document.querySelector('[data-choice=on] button:nth-of-type(2)').click()")
+    tab.run("document.querySelectorAll('[data-switch] button')[1].click()")
     assert tab.run(bright) == [["sleb", "uidl"]] * 2
     tab.run(f"{button % 'uidl'}.dispatchEvent(new MouseEvent('mouseleave'))")
     tab.run(f"{button % 'sleb'}.click()")
     assert [len(each) for each in tab.run(bright)] == [17, 17]
+
+
+def test_the_perplexity_of_a_sweep_is_in_sight_on_a_phone(tab: Tab, paths: dict[str, Path]) -> None:
+    tab.show(paths["usual"], 390, "light")
+    heads = "[...document.querySelectorAll('.sortable thead th')]"
+    place = f"{heads}.find(h => h.textContent.startsWith('Perplexity')).getBoundingClientRect().right"
+    assert tab.run(place) <= 390
+    seen = "r => r.cells[2].getBoundingClientRect().right <= 390"
+    assert tab.run(f"[...document.querySelectorAll('.sortable tbody tr')].every({seen})")
+
+
+def test_ticks_of_a_threshold_are_round_and_its_whiskers_whole(tab: Tab, paths: dict[str, Path]) -> None:
+    result = a_threshold(task=f"/tasks/{HOSTILE}")
+    tab.show(paths["threshold"], 390, "light")
+    for number in range(len(result.margins)):
+        chart = f"{CHART}(document.querySelectorAll('.plot')[{number}])"
+        ticks = tab.run(f"{chart}.getModel().getComponent('yAxis').axis.scale.getTicks().map(t => t.value)")
+        steps = {round(b - a, 9) for a, b in itertools.pairwise(ticks)}
+        assert len(steps) == 1
+        assert f"{steps.pop():.0e}"[0] in "1235"
+        low, high = tab.run(f"{chart}.getModel().getComponent('yAxis').axis.scale.getExtent()")
+        for trial in result.trials:
+            lost = trial.losses[number].lost
+            assert low <= lost.low
+            assert lost.high <= high or lost.value > high
 
 
 def test_headings_sort(tab: Tab, paths: dict[str, Path]) -> None:
@@ -399,7 +472,7 @@ def test_headings_sort(tab: Tab, paths: dict[str, Path]) -> None:
             tab.run(f"document.querySelectorAll('.sortable thead button')[{i}].click()")
             told = tab.run(column % i)
             assert sorted(told) == sorted(before)
-            if i > 2:
+            if i not in (0, 1, heads - 3):  # columns of words
                 assert list(map(float, told)) == sorted(map(float, told), reverse=state == "descending")
             sorts = "[...document.querySelectorAll('.sortable [aria-sort]')].map(t => t.getAttribute('aria-sort'))"
             assert tab.run(sorts) == [state]
@@ -418,7 +491,7 @@ def test_wide_tables_scroll_by_themselves(tab: Tab, paths: dict[str, Path]) -> N
 
 def test_charts_follow_the_scheme(tab: Tab, paths: dict[str, Path]) -> None:
     tab.show(paths["stability"], 1440, "light")
-    look = "getComputedStyle(document.querySelector('.js-plotly-plot .xtick text')).fill"
+    look = f"{FIRST}.xAxis[0].axisLabel.color"
     light = tab.run(look)
     tab.look(390, "dark")
     tab.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")

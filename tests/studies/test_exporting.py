@@ -13,7 +13,7 @@ import billhook
 from billhook.core.errors import BillhookError
 from billhook.core.files.hub import published_files, require_no_paths
 from billhook.models.load import Teacher, load
-from billhook.report.export_card import run_commands
+from billhook.report.run.export_card import run_commands
 from billhook.runtimes import Runtime
 
 Folder = Callable[[str], Path]

@@ -119,13 +119,17 @@ def estimate_columns(name: str, estimate: Estimate | None) -> dict[str, float | 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One removal on the way: what went, the loss after it, and the gap to the second best (nats per token)."""
+    """One removal on the way: what went, the loss after it, and the gap to the second best (nats per token).
+
+    `gap_se`, `loss_se`: standard errors over documents; None where they are not known.
+    """
 
     sites: tuple[Site, ...]
     loss: float
     gap: float | None
-    gap_se: float | None  # standard error of the gap over documents
+    gap_se: float | None
     narrowed: tuple[KeptGroups, ...] = ()  # sites that became narrower, as they are now
+    loss_se: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +178,11 @@ class Environment:
     device: str
     machine: str
     threads: int
+
+
+def loss_se(loss: Loss) -> float | None:
+    """The standard error of the mean of a loss over its documents; None for one document."""
+    return Score.of(loss.sums, loss.counts).se
 
 
 def paired_gap(a: Loss, b: Loss) -> tuple[float, float | None]:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from billhook.core.anatomy import Anatomy, ModelSizes
 from billhook.core.margin import Margin
-from billhook.core.plan import Plan
+from billhook.core.plan import Plan, Site
 from billhook.core.results.exports import ExportReport, TargetFit
 from billhook.core.results.json_form import JsonObject, Result
 from billhook.core.results.measured import (
@@ -181,6 +181,21 @@ class Decided:
 
 
 @dataclass(frozen=True, slots=True)
+class SiteLoss:
+    """What a search measured of a student that lacks one site alone: the loss, and its standard error over documents.
+
+    `tokens`: of the calibration, on which it was measured. `at_least`: the search dropped it as soon as it was certain
+    to lose, and `loss` is a lower bound.
+    """
+
+    site: Site
+    loss: float
+    se: float | None
+    tokens: int
+    at_least: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class AuditedRound:
     """One round measured again, exactly. `regret`: loss of the chosen candidate minus that of the best, per token."""
 
@@ -237,7 +252,8 @@ class RunResult(Result):
     `checkpoint`: the student's `model_type`; `reasons`: what a reader of the numbers must know; `recipe`: what was
     asked; `seen`: digests of the documents and items that a search, a recovery or an earlier pruning has looked at.
     `targets`: which software that serves models takes the student, through which export; `exports`: those that stand
-    beside the checkpoint.
+    beside the checkpoint. `changed`: the fields of the recipe that are not at their defaults; empty in reports that
+    do not say. `alone`: what removing each site alone costs, as far as the search measured it.
     """
 
     kind: ClassVar[str] = "prune"
@@ -270,6 +286,8 @@ class RunResult(Result):
     seconds: dict[str, float]
     targets: tuple[TargetFit, ...] = ()
     exports: tuple[ExportReport, ...] = ()
+    changed: tuple[str, ...] = ()
+    alone: tuple[SiteLoss, ...] = ()
 
     def rows(self) -> list[JsonObject]:
         """One row, so that the rows of several runs make a table."""

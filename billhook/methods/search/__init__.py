@@ -151,7 +151,7 @@ def improve_by_swaps(
     on few tokens; the `limit` exchanges (0: all) with the lowest sums are measured in full, most of them dropped early.
     """
     groups = problem.groups()
-    now = (yield MeasureRequest((plan,)))[0].mean
+    now = (yield MeasureRequest((plan,), phase="exchanges"))[0].mean
     while True:
         outside = [g for g in groups if not set(g) & plan.removed and problem.is_valid(Plan(frozenset(g)))]
         less = {g: Plan(plan.removed - set(g)) for g in problem.removed_moves(plan)}
@@ -160,14 +160,15 @@ def improve_by_swaps(
         for g, without in less.items():
             pairs |= {p: (g, h) for h in outside if problem.is_met(p := without.without(*h)) and problem.is_valid(p)}
         halves = (plan, *less.values(), *more.values())
-        losses = yield MeasureRequest(halves, tokens=SCREENING_TOKENS)
+        losses = yield MeasureRequest(halves, tokens=SCREENING_TOKENS, phase="exchanges")
         few = {p: loss.mean for p, loss in zip(halves, losses, strict=True)}
         gain = {g: few[p] - few[plan] for g, p in less.items()}
         rise = {h: few[p] - few[plan] for h, p in more.items()}
         promising = sorted(pairs, key=lambda p: (_expected(pairs[p], gain, rise), p.key()))[: limit or None]
         plans = (plan, *promising)
         expected = (-math.inf, *(_expected(pairs[p], gain, rise) for p in promising))
-        loss, best = lowest_full(plans, (yield MeasureRequest(plans, full_results=1, expected=expected)))
+        request = MeasureRequest(plans, full_results=1, expected=expected, phase="exchanges")
+        loss, best = lowest_full(plans, (yield request))
         if best == plan or loss >= now:
             return plan, now
         now, plan = loss, best

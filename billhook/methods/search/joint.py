@@ -66,7 +66,7 @@ def joint(
     sites = problem.anatomy.sites
     ladders = [_ladder(problem, size, levels, multiple, ()) for size in sites]
     places = [(i, rung) for i, ladder in enumerate(ladders) for rung in range(1, len(ladder))]
-    alone = yield MeasureRequest((Plan(), *(ladders[i][rung] for i, rung in places)), tokens=tokens)
+    alone = yield MeasureRequest((Plan(), *(ladders[i][rung] for i, rung in places)), tokens=tokens, phase="alone")
     rises = {place: loss.mean - alone[0].mean for place, loss in zip(places, alone[1:], strict=True)}
     cheapest = _best(problem, ladders, (0,) * len(ladders), rises, len(ladders))
     starts = [] if cheapest is None else [_plan(ladders, cheapest)]
@@ -119,14 +119,16 @@ def _best_change(
     near = [(i, rung) for i, rung in near if 0 <= rung < len(ladders[i])]
     near = [place for place in near if problem.is_valid(_plan(ladders, _moved(here, [place])))]
     plans = [_plan(ladders, there) for there in (here, *(_moved(here, [place]) for place in near))]
-    losses = yield MeasureRequest(tuple(plans), tokens=tokens)
+    losses = yield MeasureRequest(tuple(plans), tokens=tokens, phase="changes")
     rises = {place: loss.mean - losses[0].mean for place, loss in zip(near, losses[1:], strict=True)}
     candidates = {_plan(ladders, here): here}
     for most in CHANGES:
         there = _best(problem, ladders, here, rises, most)
         if there is not None:
             candidates.setdefault(_plan(ladders, there), there)
-    return candidates[lowest_full(tuple(candidates), (yield MeasureRequest(tuple(candidates), full_results=1)))[1]]
+    reached = tuple(candidates)
+    losses = yield MeasureRequest(reached, full_results=1, phase="changes")
+    return candidates[lowest_full(reached, losses)[1]]
 
 
 def _uniform(problem: Problem, parts: str, multiple: int) -> list[Plan]:

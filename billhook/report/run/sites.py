@@ -1,0 +1,227 @@
+"""The sites of a run: the strip that shows what was removed, what each site is worth and costs, and why it went."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from billhook.core.anatomy import SiteSize
+from billhook.core.plan import PARTS, Site
+from billhook.core.results.measured import Step
+from billhook.core.results.run import RunResult, SiteLoss
+from billhook.report.charts import Axis, Line, Point, figure, key_of, round_ticks, xy_chart
+from billhook.report.frame import caption, details, escaped, html_table, scrolling, sortable_table
+from billhook.report.numbers import format_number, pluralize
+from billhook.report.run_words import kept_group_counts, narrowed_sites, search_in_words
+
+Z = 1.96  # standard errors of a 95% interval
+
+
+def removed_earlier(result: RunResult) -> list[Site]:
+    """Sites of the unpruned model that were removed before this run."""
+    present = set(result.anatomy.sites_present())
+    all_sites = (Site(block, part) for block in range(result.anatomy.blocks) for part in PARTS)
+    return [site for site in all_sites if site not in present]
+
+
+@dataclass(frozen=True, slots=True)
+class SiteFacts:
+    """What became of one site of the unpruned model: its state, the mark of its cell, and why, in words.
+
+    `state`: kept, narrower, removed or earlier; `share`: of its channel groups, kept.
+    """
+
+    site: Site
+    state: str
+    mark: str
+    why: str
+    share: float
+    size: SiteSize | None
+    alone: SiteLoss | None
+
+
+def facts_of_sites(result: RunResult) -> list[SiteFacts]:
+    """Every site of the unpruned model, in order."""
+    turn = {site: (number, step) for number, step in enumerate(result.steps, 1) for site in step.sites}
+    counts, sizes = kept_group_counts(result), {size.site: size for size in result.anatomy.sites}
+    alone = {each.site: each for each in result.alone}
+    facts = [
+        SiteFacts(site, "earlier", "", "removed before this run", 0.0, None, None) for site in removed_earlier(result)
+    ]
+    for site, size in sizes.items():
+        state, mark, why, share = "kept", "", "kept", 1.0
+        if str(site) in counts:
+            kept, had = counts[str(site)]
+            state, why, share = "narrower", f"keeps {kept:,} of {had:,} channel groups", kept / had
+        elif site in result.plan.removed:
+            state, mark, why, share = "removed", "×", "removed by the given plan", 0.0
+            if site in turn:
+                number, step = turn[site]
+                mark, why = str(number), _why(number, len(result.steps), step)
+        facts.append(SiteFacts(site, state, mark, why, share, size, alone.get(site)))
+    return sorted(facts, key=lambda each: each.site)
+
+
+def _why(number: int, of: int, step: Step) -> str:
+    """`removal 3 of 15, loss 0.0123 after it, the second best 0.0007 ± 0.0004 worse`."""
+    words = f"removal {number} of {of}, loss {step.loss:.4g} after it"
+    if step.gap is None:
+        return words
+    gap = format_number(step.gap)
+    if step.gap_se is None:
+        return f"{words}, the second best {gap} worse"
+    clear = "" if step.gap > Z * step.gap_se else ", which may be noise"
+    return f"{words}, the second best {gap} ± {format_number(Z * step.gap_se)} worse{clear}"
+
+
+# -- the strip ---------------------------------------------------------------------------------------------------------
+
+
+def strip(result: RunResult) -> str:
+    """Blocks from left to right, ten to a table, so that narrow screens can stack the tables; attention above mlp."""
+    facts, blocks, tables = {each.site: each for each in facts_of_sites(result)}, result.anatomy.blocks, []
+    for start in range(0, blocks, 10):
+        span = range(start, min(start + 10, blocks))
+        lines = f"<tr><th>block</th>{''.join(f'<th scope=col>{block}</th>' for block in span)}</tr>"
+        for part in PARTS:
+            cells = "".join(_cell(facts[Site(block, part)]) for block in span)
+            lines += f"<tr><th scope=row>{part}</th>{cells}</tr>"
+        tables.append(f'<table data-vars="n:{len(span)}">{lines}</table>')
+    narrowed = any(each.state == "narrower" for each in facts.values())
+    earlier = any(each.state == "earlier" for each in facts.values())
+    marks = [("kept", "", "kept"), ("removed", "3", "removed; numbers give the order")]
+    marks += [("narrower", "", "narrowed: the lower part is kept")] * narrowed
+    marks += [("earlier", "", "removed before this run")] * earlier
+    shown = "".join(f'<span><i class="{kind}">{mark}</i>{words}</span>' for kind, mark, words in marks)
+    long = " long" if blocks > 30 else ""
+    return f'<div class="map{long}">{"".join(tables)}</div><p class="marks" aria-hidden="true">{shown}</p>'
+
+
+def _cell(fact: SiteFacts) -> str:
+    stop = 0 if fact.site == Site(0, "attention") else -1
+    told = [f"{fact.site}: {fact.size.parameters:,} parameters" if fact.size else str(fact.site), fact.why]
+    if fact.alone is not None:
+        told.append(f"removed alone it costs a loss of {_loss(fact.alone)}")
+    shown = f'class="{fact.state}" data-site="{fact.site}" tabindex="{stop}" aria-label="{escaped(", ".join(told))}"'
+    shown += f' data-vars="left:{fact.share:.0%}"' if fact.state == "narrower" else ""
+    return f'<td><button type="button" {shown}>{fact.mark}</button></td>'
+
+
+def _loss(alone: SiteLoss) -> str:
+    if alone.at_least:
+        return f"≥ {alone.loss:.3g}"
+    return f"{alone.loss:.3g}" + ("" if alone.se is None else f" ± {Z * alone.se:.2g}")
+
+
+# -- what each is worth ------------------------------------------------------------------------------------------------
+
+
+def sites_table(result: RunResult) -> str:
+    """Every site with what it costs, what removing it alone loses, and why it went; sorted by a press of a heading."""
+    heads = [("Site", ""), ("Parameters", ""), ("KV cache", "bytes a token"), ("FLOPs", "a token")]
+    timed = any(size.ns_per_token for size in result.anatomy.sites)
+    heads += [("Time", "µs a token")] * timed
+    heads += [("Loss alone", result.loss_unit), ("Loss alone", "a million parameters")] if result.alone else []
+    heads += [("What became of it", "")]
+    lines = []
+    for fact in facts_of_sites(result):
+        if fact.size is None:
+            continue
+        size = fact.size
+        cells: list[tuple[object, str]] = [(fact.site.block * 2 + (fact.site.part == "mlp"), str(fact.site))]
+        cells += [(n, f"{n:,}") for n in (size.parameters, size.kv_bytes_per_token, size.flops_per_token)]
+        cells += [(size.ns_per_token, f"{size.ns_per_token / 1000:,.0f}")] * timed
+        cells += _alone_cells(fact.alone, size.parameters) if result.alone else []
+        lines.append([*cells, (fact.why, fact.why)])
+    words = [len(heads) - 1]
+    return scrolling(sortable_table(heads, lines, words), "Sites", tall=True)
+
+
+def _alone_cells(alone: SiteLoss | None, parameters: int) -> list[tuple[object, str]]:
+    """The loss of a site alone, and the loss per million parameters that it frees."""
+    if alone is None or not parameters:
+        return [(1e308, "–")] * 2
+    each = 1e6 * alone.loss / parameters
+    return [(alone.loss, _loss(alone)), (each, f"{'≥ ' if alone.at_least else ''}{each:.3g}")]
+
+
+def worth_chart(result: RunResult) -> str:
+    """What removing each site alone loses, by block; nothing where no two sites were measured so."""
+    facts = [fact for fact in facts_of_sites(result) if fact.alone is not None and fact.alone.loss > 0]
+    if len(facts) < 2:
+        return ""
+    lowest = min(fact.alone.loss for fact in facts if fact.alone)
+    lines = []
+    for part, colour, symbol, shift in (("attention", "--blue", "circle", -3), ("mlp", "--orange", "diamond", 3)):
+        points = tuple(_worth(fact, lowest / 2) for fact in facts if fact.site.part == part)
+        lines.append(Line(part, points, colour, symbol, shift=shift))
+    y = Axis(f"loss ({result.loss}, {result.loss_unit}) without the site", "exp")
+    last = result.anatomy.blocks - 1
+    x = Axis("block", "integer", low=-0.5, high=last + 0.5, ticks=round_ticks(0, max(last, 1)))
+    tokens = max(fact.alone.tokens for fact in facts if fact.alone)
+    text = (
+        f"Each site removed alone, measured by the search on {tokens:,} calibration tokens; whiskers: 95% intervals "
+        "over documents. Hollow: removed. Arrows: at least so much; the search dropped these as soon as they were "
+        "certain to lose. Equal distances are equal ratios."
+    )
+    label = f"Loss without each of {len(facts)} sites, from {lowest:.3g} up; the table of sites has the numbers."
+    return figure(xy_chart(lines, x, y), title="What each site is worth", label=label, caption=text, key=key_of(lines))
+
+
+def _worth(fact: SiteFacts, least: float) -> Point:
+    assert fact.alone is not None
+    alone, se = fact.alone, fact.alone.se
+    ends = (None, None) if se is None else (max(alone.loss - Z * se, least), alone.loss + Z * se)
+    low, high = (None if end is None else math.log(end) for end in ends)
+    tip = f"{fact.site}: {fact.why}\nalone: loss {_loss(alone)}"
+    return Point(fact.site.block, math.log(alone.loss), tip, low, high, symbol="arrow" if alone.at_least else "",
+                 hollow=fact.state == "removed")  # fmt: skip
+
+
+# -- the removals ------------------------------------------------------------------------------------------------------
+
+
+def removed_in_step(step: Step) -> str:
+    """What one step removed, in words."""
+    narrowed = [f"{pluralize(len(step.narrowed), 'site')} narrowed"] if step.narrowed else []
+    return ", ".join([*map(str, step.sites), *narrowed])
+
+
+def removals(result: RunResult) -> str:
+    """How the search went, what was narrowed, and the removals as a table."""
+    words = caption(search_in_words(result.search))
+    if kinds := narrowed_sites(result):
+        words += "".join(f'<p class="plain">{escaped(str(kind))}</p>' for kind in kinds[:12])
+        words += caption(f"And {len(kinds) - 12} more kinds; the table of sites has all.") if len(kinds) > 12 else ""
+    if not result.steps:
+        return "<p>A given plan was applied without a search, so its removals have no order and no losses.</p>" + words
+    if len(result.steps) == 1 and not result.steps[0].sites:
+        return words  # one step that narrows: nothing came before or after anything
+    sizes = {size.site: size.parameters for size in result.anatomy.sites}
+    lines = [
+        (
+            str(number),
+            removed_in_step(step),
+            "" if step.narrowed else format_number(sum(sizes.get(site, 0) for site in step.sites)),
+            f"{step.loss:.4g}" + _more(step.loss_se),
+            format_number(step.gap) + _more(step.gap_se),
+        )
+        for number, step in enumerate(result.steps, 1)
+    ]
+    table = scrolling(html_table(("No.", "Site", "Parameters", "Loss ± 95%", "Gap ± 95%"), lines), "Removals")
+    return words + details("The removals in order, as a table", table)
+
+
+def _more(se: float | None) -> str:
+    return "" if se is None else f" ± {format_number(Z * se)}"
+
+
+def sites_in_words(sites: Sequence[Site]) -> list[str]:
+    """`attention of blocks 3, 5` and `mlp of block 2`."""
+    words = []
+    for part in PARTS:
+        blocks = [str(site.block) for site in sites if site.part == part]
+        if blocks:
+            words.append(f"{part} of block{'s' if len(blocks) > 1 else ''} {', '.join(blocks)}")
+    return words
