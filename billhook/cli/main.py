@@ -284,6 +284,33 @@ def runs_command(*, store: StoreFile = DEFAULT_STORE, as_json: Json = False, ver
         face.show({"runs": runs.list_runs(store)})
 
 
+@app.command(name="tag")
+def tag_command(
+    *, run: Annotated[str, typer.Argument(help="Id of the run, as `billhook runs` lists it")],
+    tags: Annotated[list[str], typer.Argument(help="Words to find it by, such as good")],
+    remove: Annotated[bool, typer.Option("--remove", help="Take these tags away")] = False,
+    store: StoreFile = DEFAULT_STORE, as_json: Json = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Put tags to a run, by which the dashboard finds it."""
+    with CommandSession(as_json, True, verbose) as face:
+        from billhook import runs
+
+        face.show({"tags": runs.tag(run, tags, remove=remove, store=store), "run": run})
+
+
+@app.command(name="dashboard")
+def dashboard_command(
+    *, store: StoreFile = DEFAULT_STORE,
+    port: Annotated[int, typer.Option(help="Port on this machine; 0 for any that is free", min=0, max=65535)] = 8765,
+    as_json: Json = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Show the runs of a store in a browser, live, until Ctrl-C."""
+    with CommandSession(as_json, True, verbose) as face:
+        from billhook.dashboard import server
+
+        server.serve(store, port, lambda address: face.show({"dashboard": address, "store": str(store)}))
+
+
 @app.command(name="show")
 def show_command(
     *, run: Annotated[str, typer.Argument(help="Id of the run, as `billhook runs` lists it")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from rich.console import Console
 
@@ -10,6 +11,7 @@ from billhook.cli.progress import event_words
 from billhook.cli.session import empty_table, foot, prints, table_of
 from billhook.core.results.json_form import Result
 from billhook.core.results.stored import RunSummary, StoredRun
+from billhook.report.numbers import printable
 
 
 @prints(StoredRun)
@@ -41,3 +43,16 @@ def runs_table(console: Console, value: dict[str, list[RunSummary]]) -> None:
         cells = (row.run, row.kind, row.state, row.model, row.remove, row.search)
         table.add_row(*(cell or "–" for cell in cells), f"{row.losses:,}", row.out)
     console.print(table if value["runs"] else "No runs yet. Start one: billhook prune --remove 25%sites")
+
+
+@prints("tags")
+def tags_line(console: Console, value: dict[str, Any]) -> None:
+    """Print the tags of a run."""
+    console.print(f"{value['run']}: {', '.join(value['tags']) or 'no tags'}", highlight=False)
+
+
+@prints("dashboard")
+def dashboard_line(console: Console, value: dict[str, str]) -> None:
+    """Print where the dashboard is to be seen."""
+    line = f"{printable(value['store'])}: {value['dashboard']} (Ctrl-C ends it)"
+    console.print(line, highlight=False, soft_wrap=True)

@@ -169,6 +169,30 @@ def list_runs(store: str | Path = STORE) -> list[RunSummary]:
         return [_summary(run, opened.count_losses(run.id)) for run in opened.runs()]
 
 
+TAG = re.compile(r"[^\s,]{1,40}")
+
+
+def tag(run: str, tags: Iterable[str], *, remove: bool = False, store: str | Path = STORE) -> list[str]:
+    """Put tags to a run, or `remove` them. Returns those that it has then.
+
+    Raises UsageError for a tag with spaces, commas or nothing to see, and for one to remove that the run has not.
+    """
+    from billhook.core.errors import visible
+    from billhook.runs.store import Store
+
+    asked = list(tags)
+    if wrong := next((each for each in asked if not TAG.fullmatch(each) or visible(each) != each), None):
+        raise UsageError(f"{wrong!r} is not a tag. A tag is a word of at most 40 characters: billhook tag {run} good")
+    with closing(Store(Path(store), read_only=True)) as opened:
+        opened.run(run)
+    with closing(Store(Path(store))) as opened:
+        if remove and (wrong := next((each for each in asked if each not in opened.tags(run)), None)):
+            has = ", ".join(opened.tags(run)) or "no tags"
+            raise UsageError(f"Run {run} has no tag {wrong!r}. It has {has}.")
+        opened.tag(run, asked, remove=remove)
+        return opened.tags(run)
+
+
 def _summary(run: Run, losses: int) -> RunSummary:
     """One run in a list. What a study or an evaluation of Billhook 0.1 was asked is not known, beyond its model."""
     from billhook.core.results.specs import PRUNE

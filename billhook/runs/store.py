@@ -183,6 +183,16 @@ class Store:
             columns = ", ".join(f"{column} = ?" for column in given)
             self._db.execute(f"UPDATE runs SET {columns} WHERE id = ?", (*given.values(), run))
 
+    def tag(self, run: str, tags: Iterable[str], *, remove: bool = False) -> None:
+        """Put tags to a run, or take them away. The same tag twice changes nothing."""
+        what = "DELETE FROM tags WHERE run = ? AND tag = ?" if remove else "INSERT OR IGNORE INTO tags VALUES (?, ?)"
+        with self._write():
+            self._db.executemany(what, [(run, each) for each in tags])
+
+    def tags(self, run: str) -> list[str]:
+        """The tags of a run, in order."""
+        return [row["tag"] for row in self._select("SELECT tag FROM tags WHERE run = ? ORDER BY tag", run)]
+
     def _lock_file(self, run: str) -> Path:
         return self.path.with_name(f"{self.path.name}-{run}.lock")
 

@@ -75,7 +75,13 @@ def _add_event_values(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE events ADD COLUMN resources TEXT NOT NULL DEFAULT '{}'")
 
 
-MIGRATIONS = (_create_tables, _create_pieces, _create_facts, _add_kind, _add_event_values)
+def _create_tags(db: sqlite3.Connection) -> None:
+    """Words that a person puts to a run, to find it again."""
+    db.execute("CREATE TABLE tags (run TEXT REFERENCES runs (id), tag TEXT, PRIMARY KEY (run, tag)) WITHOUT ROWID")
+
+
+MIGRATIONS = (_create_tables, _create_pieces, _create_facts, _add_kind, _add_event_values, _create_tags)
+TAGGED = 6  # the first version of a store that has tags
 
 
 def layout(db: sqlite3.Connection) -> dict[tuple[str, str], str]:

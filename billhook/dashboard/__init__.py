@@ -1,0 +1,1 @@
+"""Live pages over the run store: what runs do, what they found, and what is worth trying. No torch."""

@@ -1,0 +1,205 @@
+'use strict';
+/* What live pages do: follow events, sort, filter and mark the table of runs, move along the path of a search. */
+
+const $$ = (query, root = document) => [...root.querySelectorAll(query)];
+
+/* -- news: each event holds HTML of parts by the id of the element that it replaces -- */
+
+function follow() {
+  const address = document.body.dataset.events, line = document.querySelector('#line');
+  if (!address) return;
+  const source = new EventSource(address);
+  source.addEventListener('open', () => { line.textContent = 'live'; line.className = ''; });
+  source.addEventListener('error', () => { line.textContent = 'not connected'; line.className = 'gone'; });
+  source.addEventListener('parts', event => {
+    for (const [id, html] of Object.entries(JSON.parse(event.data))) replace(id, html);
+    if (document.querySelector('#rows')) arrange();
+  });
+  addEventListener('pagehide', () => source.close());
+  addEventListener('pageshow', event => event.persisted && follow());
+}
+
+function replace(id, html) {
+  const box = document.createElement('template');
+  box.innerHTML = html;
+  const made = box.content.firstElementChild, old = document.getElementById(id);
+  if (!made) return;
+  if (old) {
+    keepChoices(old, made);
+    old.replaceWith(made);
+  } else if (id.startsWith('row-')) {
+    document.querySelector('#rows').prepend(made);
+  } else return;
+  begin(made);
+}
+
+/* What a person has ticked, opened, moved or focused stays so. */
+function keepChoices(old, made) {
+  for (const box of $$('input[type=checkbox]:checked', old))
+    for (const same of $$('input[type=checkbox]', made)) if (same.value === box.value) same.checked = true;
+  const opened = $$('details', old).map(each => each.open);
+  $$('details', made).forEach((each, i) => { each.open = opened[i] ?? each.open; });
+  const at = document.activeElement, key = at && old.contains(at) && (at.id || at.getAttribute('href') || at.value);
+  if (key) queueMicrotask(() => $$('a, input, button, select, [tabindex]', made)
+    .find(each => [each.id, each.getAttribute('href'), each.value].includes(key))?.focus({preventScroll: true}));
+}
+
+function begin(root) {
+  if (root.querySelector('.plot')) { followKeys(root); drawCharts(root); }
+  if (typeof followPage === 'function') followPage(root);
+  for (const path of $$('.path', root)) followPath(path);
+  for (const form of $$('form[data-send]', root)) form.addEventListener('input', () => form.requestSubmit());
+}
+
+/* -- the table of runs -- */
+
+const choices = {sort: '', down: false};
+
+function arrange() {
+  const body = document.querySelector('#rows'), rows = [...body.rows];
+  const wanted = Object.fromEntries($$('[data-filter]').map(each => [each.dataset.filter, each.value]));
+  const words = wanted.text.toLowerCase().split(/\s+/).filter(Boolean);
+  for (const row of rows) {
+    const text = row.textContent.toLowerCase(), {state, kind, model, tags} = row.dataset;
+    row.hidden = !(words.every(word => text.includes(word)) && (!wanted.state || state === wanted.state) &&
+      (!wanted.kind || kind === wanted.kind) && (!wanted.model || model === wanted.model) &&
+      (!wanted.tag || tags.split(' ').includes(wanted.tag)));
+  }
+  addTags(rows);
+  if (choices.sort) order(body, rows);
+  mark(rows.filter(row => !row.hidden));
+  count(rows);
+  const query = new URLSearchParams(Object.entries({...wanted, sort: choices.sort, down: choices.down ? '1' : ''}).filter(([, v]) => v));
+  history.replaceState(null, '', location.pathname + (query.size ? '?' + query : ''));
+}
+
+/* Tags that came while the page was open. */
+function addTags(rows) {
+  const list = document.querySelector('[data-filter=tag]'), known = new Set([...list.options].map(each => each.value));
+  for (const tag of new Set(rows.flatMap(row => row.dataset.tags.split(' '))))
+    if (tag && !known.has(tag)) list.add(new Option(tag, tag));
+}
+
+function column(name) {
+  return $$('#runs thead th').findIndex(head => head.textContent === name) + 1;
+}
+
+function order(body, rows) {
+  const at = column(choices.sort), text = $$('#runs thead th')[at - 1].dataset.sort === 'text', sign = choices.down ? -1 : 1;
+  const value = row => row.cells[at].dataset.value;
+  const sorted = rows.map(row => [value(row), row]).sort(([a], [b]) => {
+    if (a === '' || b === '') return (a === '') - (b === '');
+    return sign * (text ? a.localeCompare(b, undefined, {numeric: true}) : a - b);
+  });
+  if (sorted.some(([, row], i) => row !== body.rows[i])) body.append(...sorted.map(([, row]) => row));
+}
+
+/* The best of every column among the runs of one model. */
+function mark(rows) {
+  for (const cell of $$('#rows td.best')) { cell.classList.remove('best'); cell.querySelector('.aloud')?.remove(); }
+  const models = Map.groupBy ? Map.groupBy(rows, row => row.dataset.model) : new Map([['', rows]]);
+  $$('#runs thead th').forEach((head, i) => {
+    if (!head.dataset.best) return;
+    for (const peers of models.values()) {
+      const cells = peers.map(row => row.cells[i + 1]).filter(cell => cell.dataset.value !== '');
+      const best = Math[head.dataset.best === 'low' ? 'min' : 'max'](...cells.map(cell => +cell.dataset.value));
+      if (new Set(cells.map(cell => cell.dataset.value)).size < 2) continue;
+      for (const cell of cells.filter(each => +each.dataset.value === best)) {
+        cell.classList.add('best');
+        const said = document.createElement('span');
+        said.className = 'aloud';
+        said.textContent = ' best';
+        cell.append(said);
+      }
+    }
+  });
+}
+
+function count(rows) {
+  const shown = rows.filter(row => !row.hidden).length, ticked = $$('#rows input:checked').length;
+  document.querySelector('#count').textContent = `${shown} of ${rows.length} shown` + (ticked ? `, ${ticked} selected` : '');
+  document.querySelector('#compare').disabled = ticked < 2;
+}
+
+function followTable() {
+  const asked = new URLSearchParams(location.search);
+  choices.sort = column(asked.get('sort')) ? asked.get('sort') || '' : '';
+  choices.down = asked.has('down');
+  for (const field of $$('[data-filter]')) {
+    if (asked.has(field.dataset.filter)) {
+      if (field.options && ![...field.options].some(each => each.value === asked.get(field.dataset.filter))) continue;
+      field.value = asked.get(field.dataset.filter);
+    }
+    field.addEventListener('input', arrange);
+  }
+  document.querySelector('#rows').addEventListener('change', () => count([...document.querySelector('#rows').rows]));
+  for (const head of $$('#runs thead th')) {
+    head.addEventListener('click', () => {
+      choices.down = choices.sort === head.textContent ? !choices.down : false;
+      choices.sort = head.textContent;
+      showOrder();
+      arrange();
+    });
+  }
+  document.querySelector('#runs').addEventListener('keydown', event => {
+    if (event.key === 'Enter' && event.target.dataset.filter) event.preventDefault();
+  });
+  showOrder();
+  arrange();
+}
+
+function showOrder() {
+  for (const head of $$('#runs thead th')) {
+    if (head.textContent === choices.sort) head.setAttribute('aria-sort', choices.down ? 'descending' : 'ascending');
+    else head.removeAttribute('aria-sort');
+  }
+}
+
+/* -- the path of a search: a handle, below the chart or on it -- */
+
+function followPath(path) {
+  const handle = path.querySelector('input[type=range]'), plot = path.querySelector('.plot');
+  if (!handle) return;
+  const points = $$('.point', path);
+  const show = () => {
+    points.forEach((point, i) => { point.hidden = i !== +handle.value; });
+    handle.setAttribute('aria-valuetext', points[+handle.value].querySelector('h3').textContent);
+    if (plot && typeof echarts !== 'undefined') cursor(plot, +points[+handle.value].dataset.x);
+  };
+  handle.addEventListener('input', show);
+  if (plot) {
+    const drag = event => {
+      const chart = echarts.getInstanceByDom(plot), x = chart.convertFromPixel({xAxisIndex: 0}, event.offsetX);
+      const gaps = points.map(point => Math.abs(+point.dataset.x - x));
+      handle.value = gaps.indexOf(Math.min(...gaps));
+      show();
+    };
+    plot.addEventListener('pointerdown', event => { plot.setPointerCapture(event.pointerId); drag(event); });
+    plot.addEventListener('pointermove', event => event.buttons && drag(event));
+    matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => setTimeout(show));
+  }
+  setTimeout(show);
+}
+
+/* A line downwards at `x`. */
+function cursor(plot, x) {
+  const line = {id: 'cursor', type: 'scatter', data: [], silent: true, animation: false, markLine: {silent: true, symbol: 'none', animation: false,
+    label: {show: false}, lineStyle: {color: colour('--removed'), type: 'solid', width: 2}, data: [{xAxis: x}]}};
+  echarts.getInstanceByDom(plot)?.setOption({series: [line]});
+}
+
+/* -- commands: a button copies -- */
+
+document.addEventListener('click', async event => {
+  const button = event.target.closest('.command button');
+  if (!button) return;
+  await navigator.clipboard.writeText(button.parentElement.querySelector('pre').textContent);
+  button.textContent = 'copied';
+});
+
+document.addEventListener('DOMContentLoaded', () => {
+  if (document.querySelector('#rows')) followTable();
+  for (const path of $$('.path')) followPath(path);
+  for (const form of $$('form[data-send]')) form.addEventListener('input', () => form.requestSubmit());
+  follow();
+});

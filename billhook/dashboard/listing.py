@@ -1,0 +1,155 @@
+"""The runs of a store as a list: the figures of each, read by SQL alone. No result is decoded whole."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import zlib
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from billhook.core.errors import ResultError
+from billhook.core.files.foreign_files import reading
+from billhook.core.files.store_tables import TAGGED, connect_to_read
+from billhook.core.results.json_form import SCHEMA, JsonObject, decode
+from billhook.core.results.run import PerplexityChange, SizeChange, SpeedChange
+from billhook.core.results.specs import PRUNE
+from billhook.core.results.stored import former_kind
+from billhook.runs import is_held
+
+T = TypeVar("T")
+
+KINDS_SINCE = 4  # the version of a store from which runs have a column for their kind
+FIGURES = "'$.schema', '$.sizes', '$.perplexity', '$.speed', '$.seconds'"
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a pruning found, as far as a list shows it. None: not measured. `seconds`: of all stages."""
+
+    sizes: SizeChange
+    perplexity: PerplexityChange | None
+    speed: SpeedChange | None
+    seconds: float
+
+    def left(self, what: str) -> float | None:
+        """The share of the teacher's `parameters`, `bytes`, … that the student has; None where the teacher has none."""
+        had, has = (getattr(sizes, what) for sizes in (self.sizes.teacher, self.sizes.student))
+        return has / had if had else None
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One run in a list. `remove`: what was asked to go; `event`: the number of its last event, 0 without any.
+
+    `finished`: a process has stored a result. `figures`: None of a run without one, and of kinds other than prunings.
+    """
+
+    id: str
+    kind: str
+    created: float
+    state: str
+    out: str
+    model: str
+    remove: str
+    search: str
+    tags: tuple[str, ...]
+    event: int
+    finished: bool
+    figures: Figures | None
+
+    @property
+    def stamp(self) -> str:
+        """Text that changes with whatever the list shows of the run."""
+        return f"{self.id} {self.state} {self.event} {self.finished} {','.join(self.tags)}"
+
+
+def stamp(runs: list[Listed]) -> int:
+    """A number that changes with the states and the tags of runs, not with their events."""
+    return zlib.crc32("".join(replace(run, event=0).stamp for run in runs).encode())
+
+
+@contextmanager
+def opened(store: Path) -> Iterator[sqlite3.Connection]:
+    """A connection to a store that changes nothing. Raises ResultError where the file is damaged."""
+    with reading(f"The store {store} cannot be read", ResultError, "Give another store."):
+        with closing(connect_to_read(store.resolve())) as db:
+            db.row_factory = sqlite3.Row
+            yield db
+
+
+def version(db: sqlite3.Connection) -> int:
+    """The number of migrations that a store has seen."""
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+
+class Listing:
+    """Reads the runs of one store, and keeps what cannot change any more: the figures of runs that have ended."""
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+        self._ended: dict[tuple[str, int], Figures | None] = {}  # by run and its last event
+
+    def runs(self) -> list[Listed]:
+        """All runs, the newest first."""
+        with opened(self.store) as db:
+            tags = _tags(db)
+            events = dict(db.execute("SELECT run, max(rowid) FROM events GROUP BY run").fetchall())
+            kind = "kind" if version(db) >= KINDS_SINCE else "NULL"
+            rows = db.execute(
+                f"SELECT id, {kind} AS kind, created, state, out, recipe, environment, result IS NOT NULL AS finished "
+                "FROM runs ORDER BY created DESC, rowid DESC"
+            ).fetchall()
+            return [self._listed(db, row, tags.get(row["id"], ()), events.get(row["id"], 0)) for row in rows]
+
+    def _listed(self, db: sqlite3.Connection, row: sqlite3.Row, tags: tuple[str, ...], event: int) -> Listed:
+        asked, (former, _) = json.loads(row["recipe"]), former_kind(json.loads(row["environment"]))
+        kind, finished = row["kind"] or former, bool(row["finished"])
+        pruning = asked if kind == PRUNE else {}
+        removed = pruning.get("remove") or pruning.get("plan") or pruning.get("within") or ""
+        state = row["state"]
+        if state == "running" and not is_held(lock_file(self.store, row["id"])):
+            state = "done" if finished else "interrupted"
+        figures = self._figures(db, row["id"], event) if finished and kind == PRUNE else None
+        return Listed(
+            *(row["id"], kind, row["created"], state, row["out"], str(asked.get("model", "")), str(removed)),
+            *(str(pruning.get("search") or ""), tags, event, finished, figures),
+        )
+
+    def _figures(self, db: sqlite3.Connection, run: str, event: int) -> Figures | None:
+        if (run, event) not in self._ended:
+            (text,) = db.execute(f"SELECT json_extract(result, {FIGURES}) FROM runs WHERE id = ?", (run,)).fetchone()
+            self._ended[run, event] = _figures(json.loads(text))
+        return self._ended[run, event]
+
+
+def lock_file(store: Path, run: str) -> Path:
+    """The file that a process holds which works on a run."""
+    return store.with_name(f"{store.name}-{run}.lock")
+
+
+def _tags(db: sqlite3.Connection) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    if version(db) >= TAGGED:
+        for run, tag in db.execute("SELECT run, tag FROM tags ORDER BY run, tag"):
+            found[run] = (*found.get(run, ()), tag)
+    return found
+
+
+def _figures(found: list[Any]) -> Figures | None:
+    """Figures from the values of FIGURES. None for a result of Billhook 0.1, which had another form."""
+    schema, sizes, perplexity, speed, seconds = found
+    if schema != SCHEMA:
+        return None
+    return Figures(
+        decode(SizeChange, sizes), _decoded(PerplexityChange, perplexity), _decoded(SpeedChange, speed),
+        sum(map(float, seconds.values())),
+    )  # fmt: skip
+
+
+def _decoded(kind: type[T], value: JsonObject | None) -> T | None:
+    return None if value is None else decode(kind, value)
+
