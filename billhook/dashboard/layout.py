@@ -101,3 +101,8 @@ def with_origin(estimate: Estimate, spell: Callable[[float], str], what: str) ->
 def plain_figure(text: str, what: str) -> str:
     """A figure that is counted or has no interval, as HTML, which its title says."""
     return f'<span title="{escaped(what)}">{escaped(text)}</span>'
+
+
+def command_html(command: str) -> str:
+    """A command with a button that copies it."""
+    return f'<div class="command"><pre>{escaped(visible_name(command))}</pre><button type="button">copy</button></div>'

@@ -75,10 +75,10 @@ def stamp(runs: list[Listed]) -> int:
 @contextmanager
 def opened(store: Path) -> Iterator[sqlite3.Connection]:
     """A connection to a store that changes nothing. Raises ResultError where the file is damaged."""
-    with reading(f"The store {store} cannot be read", ResultError, "Give another store."):
-        with closing(connect_to_read(store.resolve())) as db:
-            db.row_factory = sqlite3.Row
-            yield db
+    refused = reading(f"The store {store} cannot be read", ResultError, "Give another store.")
+    with refused, closing(connect_to_read(store.resolve())) as db:
+        db.row_factory = sqlite3.Row
+        yield db
 
 
 def version(db: sqlite3.Connection) -> int:
@@ -152,4 +152,3 @@ def _figures(found: list[Any]) -> Figures | None:
 
 def _decoded(kind: type[T], value: JsonObject | None) -> T | None:
     return None if value is None else decode(kind, value)
-

@@ -65,9 +65,7 @@ def stream(listing: Listing, request: Request, ended: Callable[[], bool]) -> Res
     return StreamingResponse(lines, media_type="text/event-stream")
 
 
-async def _lines(
-    listing: Listing, run: str | None, since: Seen, ended: Callable[[], bool]
-) -> AsyncIterator[str]:
+async def _lines(listing: Listing, run: str | None, since: Seen, ended: Callable[[], bool]) -> AsyncIterator[str]:
     import anyio
     from starlette.concurrency import run_in_threadpool
 
@@ -94,7 +92,7 @@ def _data_version(db: sqlite3.Connection) -> int:
 
 
 def _news(listing: Listing, run: str | None, since: Seen, known: dict[str, str]) -> tuple[Parts, Seen, dict[str, str]]:
-    """The parts that changed since, what was seen with them, and the stamps of all runs, which tell it the next time."""
+    """The parts that changed, what was seen with them, and the stamps of all runs, for the next time."""
     from billhook.dashboard import run_page, runs_page
 
     runs = listing.runs()

@@ -46,7 +46,7 @@ class Progress:
     """Where a run is. `rate`: units of the stage per second; `left`: seconds to the end of the stage.
 
     `cpu`: cores in use, on average over the last events; `disk_free`: bytes free where the store is. None: not known.
-    `rounds`: those of the search of the newest attempt, in order. `began`: when that attempt did.
+    `rounds`: of the search, in order; a resumed one takes the same. `began`: when the newest attempt did.
     """
 
     now: Moment
@@ -74,7 +74,7 @@ def progress_of(db: sqlite3.Connection, store: Path, run: str) -> Progress | Non
     if version(db) < VALUES_SINCE:
         columns = "rowid, at, stage, done, total, '{}', '{}'"
     asked = f"SELECT {columns} FROM events WHERE run = ?"
-    recent = [_moment(row) for row in db.execute(f"{asked} ORDER BY rowid DESC LIMIT {RECENT}", (run,))]
+    recent = [_moment(row) for row in db.execute(f"{asked} ORDER BY at DESC, rowid DESC LIMIT {RECENT}", (run,))]
     if not recent:
         return None
     begun = [
@@ -82,16 +82,13 @@ def progress_of(db: sqlite3.Connection, store: Path, run: str) -> Progress | Non
             "SELECT rowid, at FROM events WHERE run = ? AND stage = 'load' AND done = 0 ORDER BY rowid", (run,)
         )
     ]  # fmt: skip
-    searched = db.execute(
-        "SELECT max(rowid) FROM events WHERE run = ? AND stage = 'search' AND done = 0", (run,)
-    ).fetchone()[0]
-    rounds = db.execute(f"{asked} AND stage = 'round' AND rowid > ? ORDER BY rowid", (run, searched or 0))
+    rounds = {each.done: each for each in map(_moment, db.execute(f"{asked} AND stage = 'round' ORDER BY at", (run,)))}
     now = next((each for each in recent if each.stage != "round"), recent[0])
     rate = _rate(recent, now)
     left = (now.total - now.done) / rate if rate and now.total else None
     return Progress(
         now, _attempt_began(begun, recent), rate, left, _cores(recent), shutil.disk_usage(store.parent).free,
-        tuple(map(_round, map(_moment, rounds))), len(_attempts(begun)),
+        tuple(_round(rounds[done]) for done in sorted(rounds)), len(_attempts(begun)),
     )  # fmt: skip
 
 
@@ -132,16 +129,17 @@ def _rate(recent: list[Moment], now: Moment) -> float | None:
 
 
 def _cores(recent: list[Moment]) -> float | None:
-    """Cores in use over the last events of one process."""
-    last, *earlier = recent
-    if "cpu_seconds" not in last.resources:
-        return None
-    for each in earlier:
-        spent = last.resources["cpu_seconds"] - each.resources.get("cpu_seconds", float("inf"))
-        if spent < 0:
+    """Cores in use over the last seconds of one process. Events that were written together tell of one moment."""
+    times: dict[float, float] = {}  # the last event, by the CPU seconds that were stored with it
+    for each in recent:
+        if (spent := each.resources.get("cpu_seconds")) is not None:
+            times[spent] = max(each.at, times.get(spent, each.at))
+    (now, at), *earlier = [*times.items()] or [(0.0, 0.0)]
+    for spent, then in earlier:
+        if spent > now:  # an earlier process
             return None
-        if last.at - each.at >= 5:
-            return spent / (last.at - each.at)
+        if at - then >= 5:
+            return (now - spent) / (at - then)
     return None
 
 

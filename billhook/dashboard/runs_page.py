@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from billhook.dashboard.layout import page_html, plain_figure, run_address, when, with_origin
 from billhook.dashboard.listing import Figures, Listed, Listing, opened
 from billhook.dashboard.live import Parts, seen_in
+from billhook.dashboard.parts.status import status_line
 from billhook.dashboard.progress import progress_of
-from billhook.dashboard.status import status_line
 from billhook.report.frame import escaped
 from billhook.report.numbers import format_duration, format_number, format_ratio, pluralize, visible_name
 
@@ -40,9 +40,10 @@ def runs_page(listing: Listing, request: Request) -> str:
  aria-live="polite">{pluralize(len(runs), "run")}</output></div>
 <div class="scroll" role="region" tabindex="0" aria-label="Runs"><table class="runs"><thead><tr><td></td>{head}</tr>
 </thead><tbody id="rows">{rows}</tbody></table></div></form>
-<p>Perplexity: the student's over the teacher's on held-out text. Decoding: its speed over the teacher's. In brackets: 95%
-intervals; dotted: an interval that rests on too little. Parameters and KV cache: counted, so that there is no interval.
-★: the best of a column among the runs of one model that are shown. To tag a run: <code>billhook tag RUN WORD</code></p>"""
+<section><p>Perplexity: the student's over the teacher's on held-out text. Decoding: its speed over the teacher's. In
+brackets: 95% intervals; dotted: an interval that rests on too little. Parameters and KV cache: counted, so there is
+no interval. ★: the best of a column among the runs of one model that are shown. To tag a run: <code>billhook tag RUN
+WORD</code></p></section>"""
     return page_html("Runs", listing.store, body, here="/", events=f"/events?since={seen_in(runs)}", charts=False)
 
 
@@ -69,7 +70,10 @@ def _row(run: Listed, live: str) -> str:
     figures = _figures(run.figures) if run.figures else [("", "–")] * 4
     took = plain_figure(format_duration(run.figures.seconds), "Seconds of all stages") if run.figures else "–"
     cells = [
-        (f"{run.created:.0f}", f'<a href="{run_address(run.id)}">{shown}</a> <small>{when(run.created)}</small> {tags}'),
+        (
+            f"{run.created:.0f}",
+            f'<a href="{run_address(run.id)}">{shown}</a> <small>{when(run.created)}</small> {tags}',
+        ),
         (run.state, f'<span class="state {run.state}">{run.state}</span>{live}'),
         (model, escaped(model)),
         (run.kind, escaped(run.kind)),
@@ -82,9 +86,7 @@ def _row(run: Listed, live: str) -> str:
         f"</{'th' if i == 0 else 'td'}>"
         for i, (value, cell) in enumerate(cells)
     )
-    return (
-        f'<tr id="row-{escaped(run.id)}" {kept} data-tags="{escaped(" ".join(run.tags))}"><td>{box}</td>{drawn}</tr>'
-    )
+    return f'<tr id="row-{escaped(run.id)}" {kept} data-tags="{escaped(" ".join(run.tags))}"><td>{box}</td>{drawn}</tr>'
 
 
 def _removed(run: Listed) -> str:
@@ -102,7 +104,9 @@ def _figures(found: Figures) -> list[tuple[str, str]]:
     for name, unit in (("parameters", ""), ("kv_bytes_per_token", "B")):
         left, now = found.left(name), getattr(found.sizes.student, name)
         words = "–" if left is None else "unchanged" if left == 1 else f"{left - 1:+.1%}".replace("-", "−")
-        cells.append(("" if left is None else f"{left:.6g}", plain_figure(words, f"Counted: {format_number(now, unit)}")))
+        cells.append(
+            ("" if left is None else f"{left:.6g}", plain_figure(words, f"Counted: {format_number(now, unit)}"))
+        )
     if (speed := found.speed) is None:
         return [*cells, ("", "–")]
     ratio = speed.ratio.decode
@@ -127,5 +131,3 @@ def _filters(runs: list[Listed]) -> str:
         if values or name == "tag"
     )
     return f'<label>Search <input type="search" data-filter="text" autocomplete="off"></label>{lists}'
-
-

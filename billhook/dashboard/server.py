@@ -77,9 +77,8 @@ def _listen(port: int, store: Path) -> socket.socket:
 def _store_shown_at(address: str) -> str | None:
     """The store whose dashboard answers at an address; None where something else does."""
     open_ = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-    with suppress(OSError, ValueError, AttributeError):
-        with open_(f"{address}about", timeout=1) as answer:
-            return str(json.loads(answer.read(4096))["store"])
+    with suppress(OSError, ValueError, AttributeError), open_(f"{address}about", timeout=1) as answer:
+        return str(json.loads(answer.read(4096))["store"])
     return None
 
 

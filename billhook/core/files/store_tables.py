@@ -76,8 +76,9 @@ def _add_event_values(db: sqlite3.Connection) -> None:
 
 
 def _create_tags(db: sqlite3.Connection) -> None:
-    """Words that a person puts to a run, to find it again."""
+    """Words that a person puts to a run, to find it again; and the losses of a run are found without a look at all."""
     db.execute("CREATE TABLE tags (run TEXT REFERENCES runs (id), tag TEXT, PRIMARY KEY (run, tag)) WITHOUT ROWID")
+    db.execute("CREATE INDEX losses_by_run ON losses (run)")
 
 
 MIGRATIONS = (_create_tables, _create_pieces, _create_facts, _add_kind, _add_event_values, _create_tags)

@@ -188,6 +188,18 @@ function cursor(plot, x) {
   echarts.getInstanceByDom(plot)?.setOption({series: [line]});
 }
 
+/* -- times that pass -- */
+
+function duration(seconds) {
+  if (seconds < 59.95) return seconds.toFixed(0) + ' s';
+  const whole = Math.round(seconds), minutes = Math.floor(whole / 60);
+  return minutes < 60 ? `${minutes} min ${whole % 60} s` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+setInterval(() => {
+  for (const each of $$('.age')) each.textContent = duration(Math.max(0, Date.now() / 1000 - each.dataset.since));
+}, 1000);
+
 /* -- commands: a button copies -- */
 
 document.addEventListener('click', async event => {

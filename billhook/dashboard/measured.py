@@ -99,8 +99,8 @@ class Measured:
 
     def _evaluations(self, plan: Plan, tokens: str) -> dict[str, EvalResult]:
         rows = self._db.execute(
-            "SELECT dtype, sums, counts, clusters FROM evaluations WHERE model = ? AND plan = ? AND name = 'perplexity' "
-            "AND tokens = ? ORDER BY dtype",
+            "SELECT dtype, sums, counts, clusters FROM evaluations WHERE model = ? AND plan = ? "
+            "AND name = 'perplexity' AND tokens = ? ORDER BY dtype",
             (self._key[0], plan.key(), tokens),
         ).fetchall()
         return {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 from billhook.core.plan import PARTS
-from billhook.dashboard.progress import Progress
+from billhook.dashboard.progress import Progress, Round
+from billhook.report.charts import Axis, Line, Point, figure, xy_chart
 from billhook.report.frame import escaped
 from billhook.report.numbers import format_duration, format_number, pluralize, visible_name
 
@@ -17,6 +20,11 @@ WORDS = {
 def status_line(found: Progress) -> str:
     """The stage with its bar, rate and time left, and what the process uses, as HTML."""
     return f"{_bar(found)}<p>{' · '.join(map(escaped, (*_pace(found), *_use(found))))}</p>"
+
+
+def age(since: float) -> str:
+    """The time since a moment as HTML, which the page counts on."""
+    return f'<span class="age" data-since="{since:.3f}">{format_duration(max(0.0, time.time() - since))}</span>'
 
 
 def stage_words(stage: str) -> str:
@@ -67,5 +75,27 @@ def gone_so_far(found: Progress) -> str:
     names = ", ".join([*last.removed, *(each.replace("=", " keeps ") for each in last.narrowed)]) or "nothing yet"
     return (
         f"<p>Gone so far: <strong>{escaped(' and '.join(counts) or 'nothing')}</strong>, loss {last.loss:.4g} on "
-        f"calibration tokens; no interval is stored for a round.</p><p><small>{escaped(visible_name(names))}</small></p>"
+        "calibration tokens; no interval is stored for a round.</p>"
+        f"<p><small>{escaped(visible_name(names))}</small></p>"
     )
+
+
+def rounds_figure(found: Progress) -> str:
+    """The loss of the best candidate round by round; nothing before the second round."""
+    if len(found.rounds) < 2:
+        return ""
+    points = tuple(
+        Point(number, each.loss, f"round {number}: {_round_words(each)}, loss {each.loss:.4g}")
+        for number, each in enumerate(found.rounds, 1)
+    )
+    line = Line("Loss", points, "--orange", joined=True, size=9)
+    option = xy_chart(
+        [line], Axis("Round of the search", "integer"), Axis("Loss of its best candidate", "nats", zero=True)
+    )
+    words = f"The best candidate of each of {len(points)} rounds, on calibration tokens; a round has no interval."
+    return figure(option, title="", label=words, caption=words, height=220)
+
+
+def _round_words(each: Round) -> str:
+    narrow = [f"{pluralize(len(each.narrowed), 'site')} narrower"] if each.narrowed else []
+    return ", ".join([*(each.removed[-3:]), *narrow]) or "nothing removed"

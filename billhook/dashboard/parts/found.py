@@ -1,0 +1,47 @@
+"""What a finished run found, as sections: of a pruning its verdict, its path, its sites and its proofs first."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from billhook.core.results.json_form import JsonObject, Result, cell_text
+from billhook.core.results.run import RunResult
+from billhook.dashboard.commands import prune_command
+from billhook.dashboard.layout import command_html
+from billhook.dashboard.listing import Listed
+from billhook.dashboard.measured import Measured
+from billhook.dashboard.parts.curve import path_sections
+from billhook.dashboard.parts.related import gate_verdict, related_runs, related_section
+from billhook.dashboard.parts.sites import sites_section
+from billhook.report.frame import Section, escaped, html_table, scrolling
+from billhook.report.run_words import headline
+
+
+def found_parts(
+    db: sqlite3.Connection, store: Path, run: Listed, result: Result | JsonObject
+) -> tuple[str, list[Section]]:
+    """The verdict of a run as HTML, and the sections of its page."""
+    if isinstance(result, RunResult):
+        return _pruning(db, store, run, result)
+    if not isinstance(result, Result):
+        return '<p class="verdict">Stored by Billhook 0.1, whose results have another form. Run it again.</p>', []
+    return _study(result)
+
+
+def _pruning(db: sqlite3.Connection, store: Path, run: Listed, result: RunResult) -> tuple[str, list[Section]]:
+    names = tuple({run.id, result.out, str(Path(result.out).resolve())})
+    related, measured = related_runs(db, names), Measured(db, result)
+    verdict = f'<p class="verdict">{escaped(headline(result))}</p>{gate_verdict(related)}'
+    return verdict, [
+        *path_sections(measured, store),
+        sites_section(measured, db),
+        related_section(related),
+        Section("make", "Make it again", command_html(prune_command(result.recipe, store))),
+    ]
+
+
+def _study(result: Result) -> tuple[str, list[Section]]:
+    rows = result.rows()
+    table = html_table(tuple(rows[0]), [[cell_text(cell) for cell in row.values()] for row in rows]) if rows else ""
+    return "", [Section("rows", "What it found", scrolling(table, "Rows"))]
