@@ -87,17 +87,18 @@ class Measured:
     def held_out(self, plan: Plan) -> tuple[HeldOut, ...]:
         """Perplexity of a plan on held-out text, in pairs with the teacher's."""
         tokens = self.result.data.evaluation.hash
-        before = self._evaluations(self.result.already_removed, tokens) or self._evaluations(Plan(), tokens)
+        before = self.evaluations(self.result.already_removed, tokens) or self.evaluations(Plan(), tokens)
         teacher = next((found for dtype, found in before.items() if "repaired" not in dtype), None)
         if teacher is None or not plan:
             return ()
         return tuple(
             HeldOut(paired_difference(teacher, found).mapped(exp_capped), ", repaired " in dtype)
-            for dtype, found in self._evaluations(plan, tokens).items()
+            for dtype, found in self.evaluations(plan, tokens).items()
             if found.counts == teacher.counts
         )
 
-    def _evaluations(self, plan: Plan, tokens: str) -> dict[str, EvalResult]:
+    def evaluations(self, plan: Plan, tokens: str) -> dict[str, EvalResult]:
+        """Perplexity of a plan on the tokens of a hash, by compute dtype and repair."""
         rows = self._db.execute(
             "SELECT dtype, sums, counts, clusters FROM evaluations WHERE model = ? AND plan = ? "
             "AND name = 'perplexity' AND tokens = ? ORDER BY dtype",

@@ -215,3 +215,28 @@ document.addEventListener('DOMContentLoaded', () => {
   for (const form of $$('form[data-send]')) form.addEventListener('input', () => form.requestSubmit());
   follow();
 });
+
+/* -- comparing: focus and points of a chart single a student out, as pointing at its name does -- */
+
+function followLinks(group) {
+  const buttons = $$('button[data-series]', group), only = name => {
+    const before = buttons.filter(button => 'pointed' in button.dataset).map(button => button.dataset.series);
+    if (before.length === (name ? 1 : 0) && before.every(each => each === name)) return;
+    for (const button of buttons) {
+      if (button.dataset.series === name) button.dataset.pointed = '';
+      else delete button.dataset.pointed;
+    }
+    drawCharts(group);
+  };
+  for (const button of buttons) {
+    button.addEventListener('focus', () => only(button.dataset.series));
+    button.addEventListener('blur', () => only(''));
+  }
+  for (const plot of $$('.plot', group)) {
+    const chart = echarts.getInstanceByDom(plot);
+    chart.on('mouseover', told => told.seriesName && buttons.some(each => each.dataset.series === told.seriesName) && only(told.seriesName));
+    chart.on('globalout', () => only(''));
+  }
+}
+
+document.addEventListener('DOMContentLoaded', () => { for (const group of $$('.linked')) followLinks(group); });

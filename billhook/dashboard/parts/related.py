@@ -88,3 +88,10 @@ def _blocks(related: list[Related]) -> Iterator[str]:
         flips = "".join(f"<li>{escaped(words)}</li>" for words in flip_words(each.result, each.number))
         headline = escaped(comparison_headline(each.result, each.number))
         yield f"<h3>Comparison {link}</h3><p>{headline}</p><ul>{flips}</ul>"
+
+
+def comparisons_between(db: sqlite3.Connection, names: set[str]) -> str:
+    """The items that flipped in comparisons of models with these names; nothing where there is none."""
+    found = {each.run: each for name in sorted(names) for each in related_runs(db, (name.rstrip("/"),))}
+    shown = [each for each in found.values() if isinstance(each.result, Comparison)]
+    return "".join(_blocks(shown))
