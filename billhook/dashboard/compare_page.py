@@ -67,11 +67,11 @@ def _compared(db: sqlite3.Connection, entries: list[Entry], asked: Sequence[str]
         notes.append(f"Without a result to compare: {', '.join(map(visible_name, left))}.")
     charts = fronts(entries)
     hint = "<p>Point at a student, or focus it, to single it out in every chart; press to keep it.</p>"
-    drawn = f'<div class="linked"><section>{lines_key(entries)}{hint}</section><div class="two three">{"".join(charts)}</div></div>'
+    drawn = f'<section>{lines_key(entries)}{hint}</section><div class="two three">{"".join(charts)}</div>'
     names = {name for run in runs if run.id in asked for name in (run.id, run.out)}
     sections = [
         Section("figures", "Figures", _table(entries)),
-        Section("fronts", "Pareto fronts", drawn if charts else _no_fronts(entries)),
+        Section("fronts", "Pareto fronts", f'<div class="linked">{drawn}</div>' if charts else _no_fronts(entries)),
         Section("sites", "Sites", strips(entries)),
         Section("flips", "Items that flipped", comparisons_between(db, names)),
     ]

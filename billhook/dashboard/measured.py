@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from billhook.core.anatomy import ModelSizes
 from billhook.core.plan import Plan, Site
-from billhook.core.results.measured import Estimate, EvalResult, Step
-from billhook.core.results.run import RunResult
+from billhook.core.results.measured import Estimate, EvalResult, Score, Step
+from billhook.core.results.run import RunResult, SiteLoss
 from billhook.core.statistics import exp_capped, mean_interval, paired_difference
 
 
@@ -135,11 +135,29 @@ def _stop(measured: Measured, number: int, plan: Plan, step: Step | None) -> Sto
     )
 
 
-def alone(measured: Measured) -> dict[Site, Estimate]:
-    """The loss that the removal of each site alone from the unpruned model makes, where it was measured."""
-    sites = measured.result.anatomy.sites_present()
-    found = {site: measured.loss(Plan(frozenset({site}))) for site in sites}
-    return {site: mean_interval(loss) for site, loss in found.items() if loss is not None}
+def enriched(db: sqlite3.Connection, measured: Measured) -> RunResult:
+    """The result with what else the store knows of its sites: the loss without each alone, and their times."""
+    result = measured.result
+    times = {} if any(size.ns_per_token for size in result.anatomy.sites) else _site_times(db, result)
+    sites = tuple(
+        replace(size, ns_per_token=times.get(str(size.site), size.ns_per_token)) for size in result.anatomy.sites
+    )
+    found = {site: measured.loss(Plan(frozenset({site}))) for site in result.anatomy.sites_present()}
+    tokens = result.data.calibration.tokens
+    alone = tuple(
+        SiteLoss(site, loss.mean, Score.of(loss.sums, loss.counts).se, tokens)
+        for site, loss in found.items() if loss is not None
+    )  # fmt: skip
+    return replace(result, anatomy=replace(result.anatomy, sites=sites), alone=alone or result.alone)
+
+
+def _site_times(db: sqlite3.Connection, result: RunResult) -> dict[str, int]:
+    """Nanoseconds of a decoding step that each site takes; empty where they were not measured."""
+    rows = db.execute("SELECT of, value FROM facts WHERE model = ? AND what = 'ns'", (result.model.fingerprint,))
+    for asked, value in rows.fetchall():
+        if str(json.loads(asked).get("dtype", "")).startswith(result.model.compute_dtype):
+            return {str(site): int(ns) for site, ns in json.loads(value).items()}
+    return {}
 
 
 def next_removal(measured: Measured, stops: list[Stop]) -> NextRemoval | None:

@@ -69,7 +69,7 @@ def _whole(listing: Listing, run: Listed) -> str:
         else:
             verdict, sections = found_parts(db, listing.store, run, result)
             body = f"{verdict}"
-        sections.append(cost_section(db, run, result, found))
+        sections.append(cost_section(db, run, found))
     text = "".join(each.to_html() for each in sections if each.html)
     return f'<div id="run">{head}<h1>{escaped(visible_name(run.id))}</h1>{body}{text}</div>'
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import sqlite3
 from itertools import pairwise
 
-from billhook.core.results.json_form import JsonObject, Result
-from billhook.core.results.run import RunResult
 from billhook.dashboard.listing import Listed, version
 from billhook.dashboard.progress import VALUES_SINCE, Progress
-from billhook.report.frame import Section, escaped, html_table
+from billhook.report.frame import Section, escaped
 from billhook.report.numbers import format_duration, format_number
 
 
-def cost_section(
-    db: sqlite3.Connection, run: Listed, result: Result | JsonObject | None, found: Progress | None
-) -> Section:
+def cost_section(db: sqlite3.Connection, run: Listed, found: Progress | None) -> Section:
     """What the run cost, from its events and its result. All of it is counted: there are no intervals."""
     seconds, cpu, memory = _use(db, run.id)
     losses = db.execute("SELECT count(*) FROM losses WHERE run = ?", (run.id,)).fetchone()[0]
@@ -31,15 +27,8 @@ def cost_section(
         f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}<small>{escaped(about)}</small></dd></div>"
         for name, value, about in facts
     )
-    stages = ""
-    if isinstance(result, RunResult):
-        table = html_table(
-            ("Stage", "Time"), [(stage, format_duration(spent)) for stage, spent in result.seconds.items()]
-        )
-        stages = f"<details><summary>Time of each stage</summary>{table}</details>"
-    return Section(
-        "cost", "What it cost" + ("" if run.finished else " so far"), f'<dl class="facts">{drawn}</dl>{stages}'
-    )
+    title = "What it cost" if run.finished else "What it cost so far"
+    return Section("cost", title, f'<dl class="facts">{drawn}</dl>')
 
 
 def _use(db: sqlite3.Connection, run: str) -> tuple[float, float | None, float | None]:

@@ -10,12 +10,13 @@ from billhook.core.results.run import RunResult
 from billhook.dashboard.commands import prune_command
 from billhook.dashboard.layout import command_html
 from billhook.dashboard.listing import Listed
-from billhook.dashboard.measured import Measured
+from billhook.dashboard.measured import Measured, enriched
 from billhook.dashboard.parts.curve import path_sections
 from billhook.dashboard.parts.related import gate_verdict, related_runs, related_section
-from billhook.dashboard.parts.sites import sites_section
-from billhook.report.frame import Section, escaped, html_table, scrolling
-from billhook.report.run_words import headline
+from billhook.report.frame import Section, escaped, html_table, note_lines, scrolling
+from billhook.report.run.curves import gap_chart
+from billhook.report.run_report import run_sections, run_verdict
+from billhook.report.run_words import run_notes
 
 
 def found_parts(
@@ -32,10 +33,14 @@ def found_parts(
 def _pruning(db: sqlite3.Connection, store: Path, run: Listed, result: RunResult) -> tuple[str, list[Section]]:
     names = tuple({run.id, result.out, str(Path(result.out).resolve())})
     related, measured = related_runs(db, names), Measured(db, result)
-    verdict = f'<p class="verdict">{escaped(headline(result))}</p>{gate_verdict(related)}'
+    whole = enriched(db, measured)
+    notes = note_lines(run_notes(whole))
+    verdict = f'<p class="verdict">{escaped(run_verdict(whole))}</p>{gate_verdict(related)}{notes}'
+    theirs = [section for section in run_sections(whole) if section.id != "loss"]
     return verdict, [
-        *path_sections(measured, store),
-        sites_section(measured, db),
+        *path_sections(Measured(db, whole), store),
+        *theirs,
+        Section("choices", "How clear each choice was", gap_chart(whole)),
         related_section(related),
         Section("make", "Make it again", command_html(prune_command(result.recipe, store))),
     ]
