@@ -23,17 +23,24 @@ from billhook.runs import is_held
 T = TypeVar("T")
 
 KINDS_SINCE = 4  # the version of a store from which runs have a column for their kind
-FIGURES = "'$.schema', '$.sizes', '$.perplexity', '$.speed', '$.seconds'"
+FIGURES = (
+    "'$.schema', '$.sizes', '$.perplexity', '$.speed', '$.seconds', '$.model.fingerprint', '$.data.evaluation.hash'"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a pruning found, as far as a list shows it. None: not measured. `seconds`: of all stages."""
+    """What a pruning found, as far as a list shows it. None: not measured. `seconds`: of all stages.
+
+    `fingerprint`: of the teacher; `held_out`: the hash of the text on which perplexity was measured.
+    """
 
     sizes: SizeChange
     perplexity: PerplexityChange | None
     speed: SpeedChange | None
     seconds: float
+    fingerprint: str
+    held_out: str
 
     def left(self, what: str) -> float | None:
         """The share of the teacher's `parameters`, `bytes`, … that the student has; None where the teacher has none."""
@@ -141,12 +148,12 @@ def _tags(db: sqlite3.Connection) -> dict[str, tuple[str, ...]]:
 
 def _figures(found: list[Any]) -> Figures | None:
     """Figures from the values of FIGURES. None for a result of Billhook 0.1, which had another form."""
-    schema, sizes, perplexity, speed, seconds = found
+    schema, sizes, perplexity, speed, seconds, fingerprint, held_out = found
     if schema != SCHEMA:
         return None
     return Figures(
         decode(SizeChange, sizes), _decoded(PerplexityChange, perplexity), _decoded(SpeedChange, speed),
-        sum(map(float, seconds.values())),
+        sum(map(float, seconds.values())), str(fingerprint), str(held_out),
     )  # fmt: skip
 
 

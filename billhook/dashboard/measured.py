@@ -167,7 +167,7 @@ def next_removal(measured: Measured, stops: list[Stop]) -> NextRemoval | None:
     """
     final = stops[-1].plan
     touched = final.removed | {narrow.site for narrow in final.narrowed}
-    for stop in stops[:0:-1]:
+    for stop in stops[:0:-1] if not final.narrowed else []:  # a search of widths measures no site on top
         before = measured.loss(stop.plan)
         sizes = [size for size in measured.result.anatomy.sites if size.site not in touched]
         found = [

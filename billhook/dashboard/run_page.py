@@ -56,7 +56,8 @@ def parts(listing: Listing, name: str, changed: Iterable[Listed]) -> Parts:
 def _whole(listing: Listing, run: Listed) -> str:
     tags = "".join(f'<span class="tag">{escaped(visible_name(tag))}</span>' for tag in run.tags)
     head = (
-        f'<p class="made">{escaped(run.kind)} · {escaped(visible_name(run.model))} · begun {when(run.created)} · '
+        f'<p class="made">{escaped(visible_name(run.id))} · {escaped(run.kind)} · {escaped(visible_name(run.model))} · '
+        f"begun {when(run.created)} · "
         f'<span class="state {run.state}">{run.state}</span> {tags}</p>'
     )
     with opened(listing.store) as db:
@@ -64,14 +65,15 @@ def _whole(listing: Listing, run: Listed) -> str:
         spec, result = json.loads(row["recipe"]), _result(run, row["result"])
         found = progress_of(db, listing.store, run.id)
         if result is None:
-            body = _status(run, found, listing.store)
+            title = f"{run.kind} of {visible_name(run.model)}"
+            body = f"<h1>{escaped(title)}</h1>{_status(run, found, listing.store)}"
             sections = [Section("asked", "What was asked", _asked(run, spec, listing))]
         else:
             verdict, sections = found_parts(db, listing.store, run, result)
             body = f"{verdict}"
         sections.append(cost_section(db, run, found))
     text = "".join(each.to_html() for each in sections if each.html)
-    return f'<div id="run">{head}<h1>{escaped(visible_name(run.id))}</h1>{body}{text}</div>'
+    return f'<div id="run">{head}{body}{text}</div>'
 
 
 def _result(run: Listed, text: str | None) -> Result | JsonObject | None:

@@ -48,7 +48,6 @@ function begin(root) {
   if (root.querySelector('.plot')) { followKeys(root); drawCharts(root); }
   if (typeof followPage === 'function') followPage(root);
   for (const path of $$('.path', root)) followPath(path);
-  for (const form of $$('form[data-send]', root)) form.addEventListener('input', () => form.requestSubmit());
 }
 
 /* -- the table of runs -- */
@@ -184,8 +183,34 @@ function followPath(path) {
 /* A line downwards at `x`. */
 function cursor(plot, x) {
   const line = {id: 'cursor', type: 'scatter', data: [], silent: true, animation: false, markLine: {silent: true, symbol: 'none', animation: false,
-    label: {show: false}, lineStyle: {color: colour('--removed'), type: 'solid', width: 2}, data: [{xAxis: x}]}};
+    label: {show: false}, lineStyle: {color: colour('--removed'), type: [4, 3], width: 1.5}, data: [{xAxis: x}]}};
   echarts.getInstanceByDom(plot)?.setOption({series: [line]});
+}
+
+/* -- a form whose answer is put in place while it is filled in -- */
+
+function followForm(form) {
+  let waiting = 0, asked = 0;
+  const send = async () => {
+    const query = '?' + new URLSearchParams(new FormData(form)), mine = ++asked;
+    const answer = await fetch(form.getAttribute('action') + query);
+    const page = new DOMParser().parseFromString(await answer.text(), 'text/html');
+    const made = page.getElementById(form.dataset.send);
+    if (!made || mine !== asked) return;
+    history.replaceState(null, '', location.pathname + query);
+    replace(form.dataset.send, made.outerHTML);
+  };
+  form.addEventListener('input', event => {
+    const output = event.target.parentElement.querySelector('output');
+    if (output) output.textContent = event.target.value;
+    if (event.target.tagName === 'SELECT' && ['run', 'unit'].includes(event.target.name)) {
+      form.querySelector('[name=amount]').disabled = true;  // another scale: begin where the run ends
+      form.requestSubmit();
+      return;
+    }
+    clearTimeout(waiting);
+    waiting = setTimeout(send, 60);
+  });
 }
 
 /* -- times that pass -- */
@@ -212,7 +237,7 @@ document.addEventListener('click', async event => {
 document.addEventListener('DOMContentLoaded', () => {
   if (document.querySelector('#rows')) followTable();
   for (const path of $$('.path')) followPath(path);
-  for (const form of $$('form[data-send]')) form.addEventListener('input', () => form.requestSubmit());
+  for (const form of $$('form[data-send]')) followForm(form);
   follow();
 });
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from billhook.core.plan import Plan
@@ -23,6 +24,7 @@ from billhook.report.numbers import (
     join_words,
     pluralize,
 )
+from billhook.report.run_words import narrowed_sites
 
 MOST_NAMES = 12  # of removed sites, in words
 
@@ -32,7 +34,7 @@ def path_sections(measured: Measured, store: Path) -> list[Section]:
     stops = stops_of(measured)
     return [
         Section("path", "Quality against size", _path(measured.result, stops, store)),
-        Section("next", "What next", _next(measured, stops, store)),
+        Section("removal", "The next removal", _next(measured, stops, store)),
     ]
 
 
@@ -60,7 +62,9 @@ def _chart(result: RunResult, stops: Sequence[Stop]) -> str:
         )
         for stop in stops if stop.loss is not None
     )  # fmt: skip
-    lines = [Line(f"Calibration: {result.loss}", calibration, "--orange", joined=True, banded=True, size=9)]
+    lines = [
+        Line(f"Calibration: {result.loss}", calibration, "--orange", joined=True, banded=len(calibration) > 1, size=9)
+    ]
     for repaired, name, symbol in ((False, "Held-out: perplexity, log of the ratio", "diamond"),
                                    (True, "Held-out, after the recovery", "square")):  # fmt: skip
         points = tuple(
@@ -69,7 +73,8 @@ def _chart(result: RunResult, stops: Sequence[Stop]) -> str:
             for stop in stops for each in stop.held_out if each.repaired == repaired
         )  # fmt: skip
         if points:
-            lines.append(Line(name, points, "--blue" if not repaired else "--green", symbol))
+            colour, shift = ("--green", 6) if repaired else ("--blue", -6)
+            lines.append(Line(name, points, colour, symbol, shift=shift))
     n = next((stop.interval.n for stop in stops if stop.interval), None)
     held = sum(len(stop.held_out) for stop in stops)
     words = (
@@ -104,7 +109,7 @@ def _panel(result: RunResult, stop: Stop, stops: Sequence[Stop], store: Path) ->
     """What is known of one point of the path, and the command that makes it."""
     last = stop is stops[-1]
     head = f"{_gone(stop)} of the parameters removed" + (", as in this run" if last else "")
-    gone = [f"{_names(stop.plan)}."] if stop.plan else ["Nothing is removed: this is the teacher."]
+    gone = [f"{_names(result, stop.plan)}."] if stop.plan else ["Nothing is removed: this is the teacher."]
     if stop.step and stop.step.gap is not None:
         error = "" if stop.step.gap_se is None else f" ± {format_number(1.96 * stop.step.gap_se)}"
         gone.append(
@@ -121,15 +126,15 @@ def _panel(result: RunResult, stop: Stop, stops: Sequence[Stop], store: Path) ->
     return f'<article class="point" data-x="{_percent(stop)}"{hidden}><h3>{escaped(head)}</h3>{body}{command}</article>'
 
 
-def _names(plan: Plan) -> str:
+def _names(result: RunResult, plan: Plan) -> str:
     """Which sites a plan removes, and how many it narrows."""
     names = plan.names()
     words = []
     if names:
         words.append(f"{pluralize(len(names), 'site')} removed: {join_words(names, MOST_NAMES)}")
     if plan.narrowed:
-        narrow = [f"{narrow.site} to {len(narrow.groups):,}" for narrow in sorted(plan.narrowed)]
-        words.append(f"{pluralize(len(narrow), 'site')} narrowed: {join_words(narrow, MOST_NAMES)} channel groups")
+        kinds = list(map(str, narrowed_sites(replace(result, plan=plan))))
+        words.append(f"{pluralize(len(plan.narrowed), 'site')} narrowed: {join_words(kinds, MOST_NAMES)}")
     return "; ".join(words)
 
 
@@ -142,11 +147,11 @@ def _step_names(stop: Stop) -> str:
 def _loss_words(result: RunResult, stop: Stop) -> str:
     """`kl 0.165 (0.150 to 0.181; n = 9 documents) …`, or that no interval is stored."""
     if stop.loss is None:
-        return f"{result.loss} was not measured here" if stop.plan else f"{result.loss} of the teacher is the origin"
+        return f"the loss ({result.loss}) was not measured here"
     unit = f"{result.loss_unit} per token on calibration tokens"
     if stop.interval is None:
-        return f"{result.loss} {format_nats(stop.loss)} {unit}; no interval is stored"
-    return f"{result.loss} {format_nats(stop.loss)} {_ends(stop.interval, format_nats)} {unit}"
+        return f"loss ({result.loss}) {format_nats(stop.loss)} {unit}; no interval is stored"
+    return f"loss ({result.loss}) {format_nats(stop.loss)} {_ends(stop.interval, format_nats)} {unit}"
 
 
 def _ends(estimate: Estimate, spell: Spell) -> str:

@@ -14,8 +14,9 @@ from billhook.dashboard.measured import Measured, enriched
 from billhook.dashboard.parts.curve import path_sections
 from billhook.dashboard.parts.related import gate_verdict, related_runs, related_section
 from billhook.report.frame import Section, escaped, html_table, note_lines, scrolling
+from billhook.report.numbers import visible_name
 from billhook.report.run.curves import gap_chart
-from billhook.report.run_report import run_sections, run_verdict
+from billhook.report.run_report import run_sections, run_title, run_verdict
 from billhook.report.run_words import run_notes
 
 
@@ -26,8 +27,9 @@ def found_parts(
     if isinstance(result, RunResult):
         return _pruning(db, store, run, result)
     if not isinstance(result, Result):
-        return '<p class="verdict">Stored by Billhook 0.1, whose results have another form. Run it again.</p>', []
-    return _study(result)
+        words = "Stored by Billhook 0.1, whose results have another form. Run it again."
+        return f'<h1>{escaped(run.id)}</h1><p class="verdict">{words}</p>', []
+    return _study(run, result)
 
 
 def _pruning(db: sqlite3.Connection, store: Path, run: Listed, result: RunResult) -> tuple[str, list[Section]]:
@@ -35,7 +37,8 @@ def _pruning(db: sqlite3.Connection, store: Path, run: Listed, result: RunResult
     related, measured = related_runs(db, names), Measured(db, result)
     whole = enriched(db, measured)
     notes = note_lines(run_notes(whole))
-    verdict = f'<p class="verdict">{escaped(run_verdict(whole))}</p>{gate_verdict(related)}{notes}'
+    title, words = escaped(run_title(whole)), escaped(run_verdict(whole))
+    verdict = f'<h1>{title}</h1><p class="verdict">{words}</p>{gate_verdict(related)}{notes}'
     theirs = [section for section in run_sections(whole) if section.id != "loss"]
     return verdict, [
         *path_sections(Measured(db, whole), store),
@@ -46,7 +49,9 @@ def _pruning(db: sqlite3.Connection, store: Path, run: Listed, result: RunResult
     ]
 
 
-def _study(result: Result) -> tuple[str, list[Section]]:
+def _study(run: Listed, result: Result) -> tuple[str, list[Section]]:
     rows = result.rows()
     table = html_table(tuple(rows[0]), [[cell_text(cell) for cell in row.values()] for row in rows]) if rows else ""
-    return "", [Section("rows", "What it found", scrolling(table, "Rows"))]
+    return f"<h1>{escaped(f'{run.kind} of {visible_name(run.model)}')}</h1>", [
+        Section("rows", "What it found", scrolling(table, "Rows"))
+    ]

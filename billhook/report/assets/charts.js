@@ -92,7 +92,7 @@ function intervals(series) {
         for (const end of [a, b].filter((end, i) => end[0] === ends[i][0] && end[1] === ends[i][1]))
           parts.push({type: 'line', style: stroke, shape: {x1: end[0] - cap[0], y1: end[1] - cap[1], x2: end[0] + cap[0], y2: end[1] + cap[1]}});
       }
-      parts.push({type: 'path', shape: {pathData: SYMBOLS[name], x: px - wide / 2, y: py - wide / 2, width: wide, height: wide},
+      parts.push({type: 'path', x: px, y: py, shape: {pathData: SYMBOLS[name], x: -wide / 2, y: -wide / 2, width: wide, height: wide},
         style: {fill: open ? colour('--ground') : tone, stroke: open ? tone : colour('--ground'), lineWidth: open ? 2 : 1, opacity: rest.opacity}});
       return {type: 'group', children: parts};
     }};
