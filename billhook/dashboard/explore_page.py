@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from billhook.core.outlook.machines import machine, machines
+from billhook.core.outlook.machines import HERE, machine, machines
 from billhook.core.outlook.roofline import Workload
 from billhook.core.results.run import RunResult
 from billhook.core.results.stored import read_result
 from billhook.dashboard.layout import page_html
-from billhook.dashboard.listing import Listed, Listing, opened
+from billhook.dashboard.listing import Listed, Listing, opened, stamp
 from billhook.dashboard.measured import Measured, Stop, enriched, stops_of
-from billhook.dashboard.outlooks import UNITS, amounts, curve_of, needs_at, predicted, share_at
+from billhook.dashboard.outlooks import UNITS, amounts, known_of, machine_here, needs_at, predicted, share_at
 from billhook.dashboard.parts.forecast import better_runs, curve_figure, forecast_words, needs_table
 from billhook.report.frame import Section, escaped
 from billhook.report.numbers import visible_name
@@ -65,7 +65,7 @@ def _asked(query: Mapping[str, str]) -> Asked:
     return Asked(
         unit if unit in UNITS else "parameters",
         amount,
-        name if name in machines() else DEFAULT_MACHINE,
+        name if name in machines() or name == HERE else DEFAULT_MACHINE,
         workload,
         width,
     )
@@ -86,11 +86,14 @@ def _body(listing: Listing, able: Sequence[Listed], chosen: Listed, asked: Asked
         assert isinstance(result, RunResult)
         whole = enriched(db, Measured(db, result))
         stops = stops_of(Measured(db, whole))
-        curve = curve_of(db, able, chosen)
+        here = machine_here(db)
+    known = known_of(listing.store, chosen.id, stamp(listing.runs()))
+    assert known is not None
     at = amounts(stops, asked.unit)
     amount = at[-1] if asked.amount is None else asked.amount
     share = share_at(stops, asked.unit, amount)
-    form = _form(able, chosen, asked, amount, _most(stops, asked.unit))
+    places = [*([HERE] if here else []), *machines()]
+    form = _form(able, chosen, asked, (amount, _most(stops, asked.unit)), places)
     if share is None or share >= 0.95:
         why = (
             f"The path of {chosen.id} removes no {UNITS[asked.unit].removeprefix('% of the ')}: choose another unit."
@@ -98,9 +101,9 @@ def _body(listing: Listing, able: Sequence[Listed], chosen: Listed, asked: Asked
             else "Nothing would be left of the model. Choose less."
         )
         return f'<h1>Explorer</h1>{form}<div id="forecast"><p class="note">{escaped(why)}</p></div>'
-    found = predicted(curve, share)
-    place = machine(asked.machine)
-    quality = forecast_words(curve, share, found, chosen) + curve_figure(curve, share, stops)
+    found = predicted(known, share)
+    place = machine(asked.machine if here or asked.machine != HERE else DEFAULT_MACHINE, here)
+    quality = forecast_words(known, share, found) + curve_figure(known, share, stops)
     needs = needs_table(whole, place, *needs_at(whole, stops, share, place, asked.workload))
     sections = [
         Section("quality", "Perplexity", quality),
@@ -119,7 +122,10 @@ def _most(stops: Sequence[Stop], unit: str) -> float:
     return min(90.0, max(30.0, math.ceil(1.5 * last)))
 
 
-def _form(able: Sequence[Listed], chosen: Listed, asked: Asked, amount: float, most: float) -> str:
+def _form(
+    able: Sequence[Listed], chosen: Listed, asked: Asked, slider: tuple[float, float], places: Sequence[str]
+) -> str:
+    amount, most = slider
     named = {run.id: f"{run.id} {visible_name(run.model)} {visible_name(run.remove)}" for run in able}
     step = 1 if asked.unit == "sites" else 0.5
     fields = [
@@ -127,7 +133,7 @@ def _form(able: Sequence[Listed], chosen: Listed, asked: Asked, amount: float, m
         _choice("unit", "Budget in", UNITS, asked.unit),
         f'<label class="wide">Removed <output>{amount:g}</output><input type="range" name="amount" min="0" '
         f'max="{max(most, amount):g}" step="{step}" value="{amount:g}"></label>',
-        _choice("machine", "Machine", {name: name for name in machines()}, asked.machine),
+        _choice("machine", "Machine", {name: name for name in places}, asked.machine),
         _choice("width", "Weights in", WIDTHS, asked.width),
         f'<label>Context <input type="number" name="context" min="1" value="{asked.workload.context}"></label>',
         f'<label>Batch <input type="number" name="batch" min="1" value="{asked.workload.batch}"></label>',

@@ -6,18 +6,24 @@ import json
 import math
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 
-from billhook.core.outlook.loss_curve import LossForecast, LossPoint, forecast
+from billhook.core.outlook.history import MeasuredCurve, history_of
+from billhook.core.outlook.loss_curve import LossForecast, PastErrors, forecast, shipped_errors
 from billhook.core.outlook.machines import Machine
 from billhook.core.outlook.roofline import USABLE, Resources, Workload, resources
+from billhook.core.results.outlook import MachineReport
 from billhook.core.results.run import RunResult
 from billhook.dashboard.listing import Figures, Listed
+from billhook.dashboard.listing import opened as reading_only
 from billhook.dashboard.measured import Stop
+from billhook.runs.store import Store
 
-SE95 = 2 * 1.96  # standard errors between the ends of an interval
-OWN = ("remove", "plan", "within", "about", "export", "target", "seed", "stock")  # what runs of one curve may differ in
+MOST_RUNS = 200  # of one model, the newest, of which forecasts are made
 UNITS = {
     "parameters": "% of the parameters", "sites": "sites", "bytes": "% of the bytes on disk",
     "kv_bytes_per_token": "% of the KV cache", "flops_per_token": "% of the FLOPs per token",
@@ -26,56 +32,52 @@ UNITS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
-    """Runs of one recipe at several sizes: `points` for a forecast, with the run of each."""
+class Known:
+    """What a forecast rests on: the measured sizes of one recipe on one text, and how wrong past forecasts were."""
 
-    points: tuple[LossPoint, ...]
-    runs: tuple[str, ...]
-    teacher: float  # perplexity
-
-
-def curve_of(db: sqlite3.Connection, runs: Sequence[Listed], chosen: Listed) -> Curve:
-    """The finished runs of the same teacher, held-out text and recipe as the chosen one; sizes aside."""
-    assert chosen.figures is not None
-    recipes = {run: _recipe(text) for run, text in db.execute("SELECT id, recipe FROM runs WHERE result IS NOT NULL")}
-    own, points, names = recipes[chosen.id], [], []
-    for run in runs:
-        found = run.figures
-        if found is None or found.perplexity is None or recipes.get(run.id) != own or not same_text(found, chosen):
-            continue
-        if point := point_of(found):
-            points.append(point)
-            names.append(run.id)
-    teacher = chosen.figures.perplexity.teacher if chosen.figures.perplexity else math.nan
-    return Curve(tuple(points), tuple(names), teacher)
+    curve: MeasuredCurve
+    past: PastErrors
 
 
-def _recipe(text: str) -> str:
-    value = json.loads(text)
-    return json.dumps({name: each for name, each in value.items() if name not in OWN}, sort_keys=True)
+@lru_cache(maxsize=16)
+def known_of(store: Path, run: str, states: int) -> Known | None:
+    """What the store knows of the recipe, the teacher and the held-out text of a run; None without a perplexity.
+
+    `states`: the number that changes with the states of runs, so that what is known is read anew with a new result.
+    """
+    with closing(Store(store, read_only=True)) as opened:
+        fingerprint = opened.run(run).fingerprints.get("model", "")
+        with reading_only(store) as db:
+            same = db.execute(
+                "SELECT id FROM runs WHERE result IS NOT NULL "
+                "AND (json_extract(bound, '$.model') = ? OR kind = 'sweep') "
+                f"ORDER BY created DESC LIMIT {MOST_RUNS}",
+                (fingerprint,),
+            ).fetchall()
+        history = history_of([opened.run(each) for (each,) in same], fingerprint)
+    curve = next((c for c in history.curves if any(size.run == run for size in c.sizes)), None)
+    return None if curve is None else Known(curve, history.past(curve).combined_with(shipped_errors()))
+
+
+def predicted(known: Known, share: float) -> LossForecast | None:
+    """Nats at a share of the parameters; None where nothing was measured that lost anything, or for no removal."""
+    if not 0 < share < 1 or not any(point.share > 0 and point.nats > 0 for point in known.curve.points):
+        return None
+    return forecast(known.curve.points, share, known.past)
+
+
+def machine_here(db: sqlite3.Connection) -> Machine | None:
+    """The machine that was measured last, of which the store holds the figures."""
+    row = db.execute(
+        "SELECT result FROM runs WHERE kind = ? AND result IS NOT NULL ORDER BY created DESC", (MachineReport.kind,)
+    ).fetchone()
+    return None if row is None else MachineReport.from_json(json.loads(row["result"])).machine
 
 
 def same_text(found: Figures, chosen: Listed) -> bool:
     """Whether a run was measured on the held-out text of the chosen one, and of the same teacher."""
     own = chosen.figures
     return own is not None and (found.fingerprint, found.held_out) == (own.fingerprint, own.held_out)
-
-
-def point_of(found: Figures) -> LossPoint | None:
-    """A finished run as a point of a curve; None where it lost nothing, or its perplexity is not known."""
-    left, quality = found.left("parameters"), found.perplexity
-    if left is None or quality is None or not 0 < quality.ratio.value < math.inf:
-        return None
-    ratio = quality.ratio
-    wide = math.log(ratio.high / ratio.low) if ratio.low > 0 and ratio.high < math.inf else 0.0
-    return LossPoint(1 - left, math.log(ratio.value), wide / SE95)
-
-
-def predicted(curve: Curve, share: float) -> LossForecast | None:
-    """Nats at a share of the parameters; None where nothing was measured that lost anything, or for no removal."""
-    if not 0 < share < 1 or not any(point.share > 0 and point.nats > 0 for point in curve.points):
-        return None
-    return forecast(curve.points, share)
 
 
 # -- a budget in any unit: along the path of a run, and on beyond its end ----------------------------------------------

@@ -49,7 +49,7 @@ def serve(store: Path, port: int, started: Callable[[str], None]) -> None:
     with _listen(port, path) as listening:
         ending: list[Callable[[], bool]] = []
         app = make_app(path, lambda: any(ended() for ended in ending))
-        config = uvicorn.Config(app, log_level="critical", access_log=False, lifespan="off", ws="none", http="h11",
+        config = uvicorn.Config(app, log_level="error", access_log=False, lifespan="off", ws="none", http="h11",
                                 loop="asyncio", server_header=False)  # fmt: skip
         server = uvicorn.Server(config)
         ending.append(lambda: server.should_exit)

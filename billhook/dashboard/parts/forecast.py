@@ -13,8 +13,8 @@ from billhook.core.statistics import exp_capped
 from billhook.dashboard.layout import compare_address, run_address
 from billhook.dashboard.listing import Listed
 from billhook.dashboard.measured import Stop
-from billhook.dashboard.outlooks import Curve, Needs, point_of, predicted, same_text
-from billhook.report.charts import Axis, Line, Point, figure, key_of, xy_chart
+from billhook.dashboard.outlooks import Known, Needs, predicted, same_text
+from billhook.report.charts import Axis, Line, Point, figure, key_of, ratio_ticks, xy_chart
 from billhook.report.frame import caption, escaped, html_table, scrolling
 from billhook.report.numbers import format_number, format_ratio, pluralize
 
@@ -26,15 +26,16 @@ DRAWN = 25  # shares of the curve
 NEAR = 0.01  # a run that removes so much less than asked spends the same budget
 
 
-def forecast_words(curve: Curve, share: float, found: LossForecast | None, chosen: Listed) -> str:
+def forecast_words(known: Known, share: float, found: LossForecast | None) -> str:
     """The forecast as a sentence with where it comes from."""
     if share == 0:
         return '<p class="plain">Nothing is removed: this is the teacher.</p>'
     if found is None:
         words = "No measured size of this recipe loses anything, so there is nothing to forecast from."
         return f'<p class="plain">{words}</p>'
+    teacher = known.curve.sizes[0].teacher
     ratio = [format_ratio(exp_capped(x)) for x in (found.value, found.low, found.high)]
-    own = [format_number(curve.teacher * exp_capped(x)) for x in (found.value, found.low, found.high)]
+    own = [format_number(teacher * exp_capped(x)) for x in (found.value, found.low, found.high)]
     words = (
         f"With {100 * share:.1f}% of the parameters removed, perplexity {ratio[0]} ({ratio[1][1:]} to {ratio[2][1:]}) "
         f"of the teacher's: {own[0]} ({own[1]} to {own[2]})."
@@ -42,30 +43,30 @@ def forecast_words(curve: Curve, share: float, found: LossForecast | None, chose
     about = (
         f"A forecast {PLACES[found.place]}, from {pluralize(found.n, 'measured size')} of this recipe. The interval "
         f"holds {100 * found.level:.0f}% of such forecasts, by {found.errors} past ones of {found.source}. Runs: "
-        f"{', '.join(curve.runs)}."
+        f"{', '.join(dict.fromkeys(size.run for size in known.curve.sizes))}."
     )
     return f'<p class="plain"><strong>{escaped(words)}</strong></p>{caption(about)}'
 
 
-def curve_figure(curve: Curve, share: float, stops: Sequence[Stop]) -> str:
+def curve_figure(known: Known, share: float, stops: Sequence[Stop]) -> str:
     """Measured sizes, the forecast between and beyond them, and the asked one."""
-    top = max([share, *(point.share for point in curve.points), stops[-1].shares["parameters"]]) * 1.15
-    if not share > 0 or predicted(curve, share) is None:
+    top = max([share, *(point.share for point in known.curve.points), stops[-1].shares["parameters"]]) * 1.15
+    if not share > 0 or predicted(known, share) is None:
         return ""
     shares = [min(top, 0.98) * (i + 1) / DRAWN for i in range(DRAWN)]
     drawn = tuple(
         Point(100 * each, found.value, f"{100 * each:.1f}% removed: {_ratio_words(found)}", found.low, found.high)
-        for each in sorted({*shares, share}) if (found := predicted(curve, each)) is not None
+        for each in sorted({*shares, share}) if (found := predicted(known, each)) is not None
     )  # fmt: skip
     measured = tuple(
         Point(
-            100 * point.share, point.nats,
-            f"{run}: {100 * point.share:.1f}% removed, {format_ratio(math.exp(point.nats))}, measured",
-            point.nats - 1.96 * point.se, point.nats + 1.96 * point.se,
+            100 * size.point.share, size.point.nats,
+            f"{size.run}: {100 * size.point.share:.1f}% removed, {format_ratio(exp_capped(size.point.nats))}, measured",
+            size.point.nats - 1.96 * size.point.se, size.point.nats + 1.96 * size.point.se,
         )
-        for run, point in zip(curve.runs, curve.points, strict=True)
+        for size in known.curve.sizes
     )  # fmt: skip
-    asked = predicted(curve, share)
+    asked = predicted(known, share)
     lines = [
         Line("Forecast, 90% interval", drawn, "--blue", symbol="", joined=True, banded=True, dash="dashed"),
         Line("Measured, 95% interval", measured, "--orange", "circle"),
@@ -73,10 +74,12 @@ def curve_figure(curve: Curve, share: float, stops: Sequence[Stop]) -> str:
     if asked is not None:
         tip = f"Asked: {100 * share:.1f}% removed, {_ratio_words(asked)}"
         lines.append(Line("Asked", (Point(100 * share, asked.value, tip, asked.low, asked.high),), "--ink", "diamond"))
+    ends = [math.exp(y) for point in (*drawn, *measured) for y in (point.low, point.high) if y is not None]
+    ticks = tuple(map(math.log, ratio_ticks(min(1.0, *ends), max(ends))))
     option = xy_chart(
         lines,
         Axis("Parameters removed", "percent", low=0),
-        Axis("Perplexity over the teacher's", "nats_as_ratio", zero=True),
+        Axis("Perplexity over the teacher's", "nats_as_ratio", ticks=ticks),
     )
     text = "Perplexity over the teacher's, on held-out text. Nothing is run for the forecast."
     label = f"Forecast of perplexity from 0 to {100 * top:.0f}% of the parameters removed."
@@ -126,16 +129,17 @@ def better_runs(able: Sequence[Listed], chosen: Listed, share: float, found: Los
         figures = run.figures
         if figures is None or not same_text(figures, chosen) or found is None:
             continue
-        point = point_of(figures)
-        if point is None or point.share < share - NEAR or point.nats >= found.value:
+        left, quality = figures.left("parameters"), figures.perplexity
+        if left is None or quality is None or 1 - left < share - NEAR:
             continue
-        quality = figures.perplexity
-        assert quality is not None
+        nats = math.log(quality.ratio.value)
+        if nats >= found.value:
+            continue
         ends = (
             f"({format_ratio(quality.ratio.low)[1:]} to {format_ratio(quality.ratio.high)[1:]}; n = {quality.ratio.n})"
         )
-        sure = "below the forecast's interval" if point.nats < found.low else "within the forecast's interval"
-        rows.append((point.nats, run, f"{100 * point.share:.1f}%", f"{format_ratio(quality.ratio.value)} {ends}", sure))
+        sure = "below the forecast's interval" if nats < found.low else "within the forecast's interval"
+        rows.append((nats, run, f"{1 - left:.1%}", f"{format_ratio(quality.ratio.value)} {ends}", sure))
     if not rows:
         words = (
             "No run of this teacher on this held-out text removes as much and has lower perplexity than the forecast."
