@@ -26,7 +26,7 @@ SYMBOLS = ("circle", "square", "diamond", "triangle", "cross", "down", "plus", "
 class Against:
     """One axis of a front. `value`: None where it is not known; `better`: -1 where less is better, 1 where more is."""
 
-    title: str
+    title: str  # what stands after `against`
     axis: str
     form: str
     value: Callable[[Entry], float | None]
@@ -49,7 +49,7 @@ def _rate_words(entry: Entry, x: float) -> str:
 
 AGAINST = (
     Against(
-        "Parameters", "Parameters left", "percent", _percent("parameters"),
+        "parameters", "Parameters left", "percent", _percent("parameters"),
         lambda entry, x: f"{x:.1f}% of the parameters, counted",
     ),
     Against(
@@ -57,19 +57,19 @@ AGAINST = (
         lambda entry, x: f"{x:.1f}% of the KV cache, counted",
     ),
     Against(
-        "Time", "Time of the sites left", "percent", _percent("ns_per_token"),
+        "time", "Time of the sites left", "percent", _percent("ns_per_token"),
         lambda entry, x: f"{x:.1f}% of the time of a decoding step, measured without an interval",
     ),
     Against(
-        "Tokens per second", "Tokens decoded per second", "number", lambda entry: entry.rate and entry.rate.value,
+        "tokens per second", "Tokens decoded per second", "number", lambda entry: entry.rate and entry.rate.value,
         _rate_words, 1,
     ),
     Against(
-        "Memory", "Peak memory", "bytes", lambda entry: entry.memory,
+        "memory", "Peak memory", "bytes", lambda entry: entry.memory,
         lambda entry, x: f"{format_number(x, 'B')} at the peak, one process, no interval",
     ),
     Against(
-        "Cost", "Time to make it", "seconds", lambda entry: entry.seconds,
+        "cost", "Time to make it", "seconds", lambda entry: entry.seconds,
         lambda entry, x: f"{format_duration(x)} to make it, counted once",
     ),
 )  # fmt: skip
@@ -114,11 +114,12 @@ def _front(entries: Sequence[Entry], against: Against) -> str:
     names = ", ".join(known[i][1].name for i in sorted(best))
     more = "right" if against.better > 0 else "left"
     words = (
-        f"Bars: 95% intervals. Filled and joined: the Pareto front, {names}. Better is lower and to the {more}. "
-        f"{pluralize(len(entries) - len(known), 'student')} without these figures."
+        f"Bars: 95% intervals. Filled and joined: the Pareto front, {names}. Better is lower and to the {more}."
     )
-    label = f"Perplexity over the teacher's against {against.title.lower()} of {pluralize(len(known), 'student')}."
-    return figure(option, title=f"Quality against {against.title.lower()}", label=label, caption=words, height=300)
+    if left := len(entries) - len(known):
+        words += f" Without these figures: {pluralize(left, 'student')}."
+    label = f"Perplexity over the teacher's against {against.title} of {pluralize(len(known), 'student')}."
+    return figure(option, title=f"Quality against {against.title}", label=label, caption=words, height=300)
 
 
 def _quality_words(quality: Estimate) -> str:
