@@ -181,7 +181,8 @@ def tag(run: str, tags: Iterable[str], *, remove: bool = False, store: str | Pat
     from billhook.runs.store import Store
 
     asked = list(tags)
-    if wrong := next((each for each in asked if not TAG.fullmatch(each) or visible(each) != each), None):
+    wrong = next((each for each in asked if not TAG.fullmatch(each) or visible(each) != each), None)
+    if wrong is not None:
         raise UsageError(f"{wrong!r} is not a tag. A tag is a word of at most 40 characters: billhook tag {run} good")
     with closing(Store(Path(store), read_only=True)) as opened:
         opened.run(run)

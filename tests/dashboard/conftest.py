@@ -21,11 +21,11 @@ def another(store: Store, first: RunResult, plan: Plan, ratio: float, out: str) 
     """A run like the first one, with another plan and another perplexity."""
     assert first.perplexity is not None
     old = store.run(first.run)
-    remove = f"{len(plan.removed)}sites" if plan.removed else "10%params"
-    run = store.new_run(old.kind, old.spec | {"remove": remove}, old.environment, out)
+    asked = {"remove": f"{len(plan.removed)}sites"} if plan.removed else {"remove": "10%params", "search": "joint"}
+    run = store.new_run(old.kind, old.spec | asked, old.environment, out)
     change = first.perplexity
     result = replace(
-        first, run=run, out=out, plan=plan, recipe=first.recipe | {"remove": remove},
+        first, run=run, out=out, plan=plan, recipe=first.recipe | asked,
         steps=first.steps[: len(plan.removed)], sizes=SizeChange(first.sizes.teacher, first.anatomy.sizes(plan)),
         perplexity=PerplexityChange(
             change.teacher, change.teacher * ratio,
@@ -49,7 +49,7 @@ def pruned_store(model: Path, text: Path, tmp_path_factory: pytest.TempPathFacto
         another(store, first, two, 1.05, str(home / TWO))
         mlp = next(size for size in first.anatomy.sites if size.site.part == "mlp")
         narrow = Plan(narrowed=frozenset({KeptGroups(mlp.site, mlp.groups[: len(mlp.groups) // 2])}))
-        another(store, first, narrow, 1.02, str(home / NARROW))
+        another(store, first, narrow, 1.004, str(home / NARROW))
     return home / "runs.db"
 
 
