@@ -13,6 +13,7 @@ from billhook.dashboard.listing import Listed
 from billhook.dashboard.measured import Measured, enriched
 from billhook.dashboard.parts.curve import path_sections
 from billhook.dashboard.parts.related import gate_verdict, related_runs, related_section
+from billhook.dashboard.parts.studies import TOLD
 from billhook.report.frame import Section, escaped, html_table, note_lines, scrolling
 from billhook.report.numbers import visible_name
 from billhook.report.run.curves import gap_chart
@@ -50,8 +51,12 @@ def _pruning(db: sqlite3.Connection, store: Path, run: Listed, result: RunResult
 
 
 def _study(run: Listed, result: Result) -> tuple[str, list[Section]]:
+    told = TOLD.get(type(result))
+    if told is not None:
+        notes = note_lines(told.notes(result))
+        title, words = escaped(told.title(result)), escaped(told.verdict(result))
+        return f'<h1>{title}</h1><p class="verdict">{words}</p>{notes}', told.sections(result)
     rows = result.rows()
     table = html_table(tuple(rows[0]), [[cell_text(cell) for cell in row.values()] for row in rows]) if rows else ""
-    return f"<h1>{escaped(f'{run.kind} of {visible_name(run.model)}')}</h1>", [
-        Section("rows", "What it found", scrolling(table, "Rows"))
-    ]
+    title = escaped(f"{run.kind} of {visible_name(run.model)}")
+    return f"<h1>{title}</h1>", [Section("rows", "What it found", scrolling(table, "Rows"))]

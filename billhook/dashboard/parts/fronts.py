@@ -113,9 +113,7 @@ def _front(entries: Sequence[Entry], against: Against) -> str:
     option["series"].insert(0, front_line(joined))
     names = ", ".join(known[i][1].name for i in sorted(best))
     more = "right" if against.better > 0 else "left"
-    words = (
-        f"Bars: 95% intervals. Filled and joined: the Pareto front, {names}. Better is lower and to the {more}."
-    )
+    words = f"Bars: 95% intervals. Filled and joined: the Pareto front, {names}. Better is lower and to the {more}."
     if left := len(entries) - len(known):
         words += f" Without these figures: {pluralize(left, 'student')}."
     label = f"Perplexity over the teacher's against {against.title} of {pluralize(len(known), 'student')}."
