@@ -94,43 +94,68 @@ def version(db: sqlite3.Connection) -> int:
 
 
 class Listing:
-    """Reads the runs of one store, and keeps what cannot change any more: the figures of runs that have ended."""
+    """Reads the runs of one store, and keeps what cannot change: what they were asked, their events, ended figures."""
 
     def __init__(self, store: Path) -> None:
         self.store = store
+        self._asked: dict[str, _Asked] = {}
         self._ended: dict[tuple[str, int], Figures | None] = {}  # by run and its last event
+        self._events: dict[str, int] = {}  # the last of each run
 
     def runs(self) -> list[Listed]:
         """All runs, the newest first."""
         with opened(self.store) as db:
-            tags = _tags(db)
-            events = dict(db.execute("SELECT run, max(rowid) FROM events GROUP BY run").fetchall())
+            known = self._events
+            fresh = db.execute(
+                "SELECT run, max(rowid) FROM events WHERE rowid > ? GROUP BY +run", (max(known.values(), default=0),)
+            )
+            self._events = known | dict(fresh.fetchall())
             kind = "kind" if version(db) >= KINDS_SINCE else "NULL"
+            tags, new = _tags(db), [run for (run,) in db.execute("SELECT id FROM runs") if run not in self._asked]
+            for run in new:
+                columns = f"{kind} AS kind, recipe, environment"
+                row = db.execute(f"SELECT {columns} FROM runs WHERE id = ?", (run,)).fetchone()
+                self._asked[run] = _asked(row)
             rows = db.execute(
-                f"SELECT id, {kind} AS kind, created, state, out, recipe, environment, result IS NOT NULL AS finished "
-                "FROM runs ORDER BY created DESC, rowid DESC"
+                "SELECT id, created, state, out, result IS NOT NULL AS finished FROM runs "
+                "ORDER BY created DESC, rowid DESC"
             ).fetchall()
-            return [self._listed(db, row, tags.get(row["id"], ()), events.get(row["id"], 0)) for row in rows]
+            return [self._listed(db, row, tags.get(row["id"], ())) for row in rows if row["id"] in self._asked]
 
-    def _listed(self, db: sqlite3.Connection, row: sqlite3.Row, tags: tuple[str, ...], event: int) -> Listed:
-        asked, (former, _) = json.loads(row["recipe"]), former_kind(json.loads(row["environment"]))
-        kind, finished = row["kind"] or former, bool(row["finished"])
-        pruning = asked if kind == PRUNE else {}
-        removed = pruning.get("remove") or pruning.get("plan") or pruning.get("within") or ""
-        state = row["state"]
-        if state == "running" and not is_held(lock_file(self.store, row["id"])):
+    def _listed(self, db: sqlite3.Connection, row: sqlite3.Row, tags: tuple[str, ...]) -> Listed:
+        run, state, finished = row["id"], row["state"], bool(row["finished"])
+        asked, event = self._asked[run], self._events.get(run, 0)
+        if state == "running" and not is_held(lock_file(self.store, run)):
             state = "done" if finished else "interrupted"
-        figures = self._figures(db, row["id"], event) if finished and kind == PRUNE else None
+        figures = self._figures(db, run, event) if finished and asked.kind == PRUNE else None
         return Listed(
-            *(row["id"], kind, row["created"], state, row["out"], str(asked.get("model", "")), str(removed)),
-            *(str(pruning.get("search") or ""), tags, event, finished, figures),
-        )
+            run, asked.kind, row["created"], state, row["out"], asked.model, asked.remove, asked.search, tags, event,
+            finished, figures,
+        )  # fmt: skip
 
     def _figures(self, db: sqlite3.Connection, run: str, event: int) -> Figures | None:
         if (run, event) not in self._ended:
             (text,) = db.execute(f"SELECT json_extract(result, {FIGURES}) FROM runs WHERE id = ?", (run,)).fetchone()
             self._ended[run, event] = _figures(json.loads(text))
         return self._ended[run, event]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a run was asked, as far as a list shows it."""
+
+    kind: str
+    model: str
+    remove: str
+    search: str
+
+
+def _asked(row: sqlite3.Row) -> _Asked:
+    spec, (former, _) = json.loads(row["recipe"]), former_kind(json.loads(row["environment"]))
+    kind = row["kind"] or former
+    pruning = spec if kind == PRUNE else {}
+    removed = pruning.get("remove") or pruning.get("plan") or pruning.get("within") or ""
+    return _Asked(kind, str(spec.get("model", "")), str(removed), str(pruning.get("search") or ""))
 
 
 def lock_file(store: Path, run: str) -> Path:

@@ -21,13 +21,15 @@ COLUMNS = (  # name, how it sorts, and which end of it is the best
     ("Perplexity", "number", "low"), ("Parameters", "number", "low"), ("KV cache", "number", "low"),
     ("Decoding", "number", "high"), ("Took", "number", "low"),
 )  # fmt: skip
+MOST = 100  # rows that the page begins with, and lays out at once
 STATES = ("running", "interrupted", "failed", "done")
 
 
 def runs_page(listing: Listing, request: Request) -> str:
     """All runs of the store."""
     runs = listing.runs()
-    rows = "".join(_rows(listing, runs).values())
+    rows = "".join(_rows(listing, runs[:MOST]).values())
+    rest = f' data-rest="/rows?after={MOST}"' if len(runs) > MOST else ""
     head = "".join(
         f'<th scope="col" data-sort="{sort}" data-best="{best}"><button type="button">{name}</button></th>'
         for name, sort, best in COLUMNS
@@ -39,12 +41,20 @@ def runs_page(listing: Listing, request: Request) -> str:
 <div class="act"><button type="submit" id="compare">Compare the selected</button> <output id="count"
  aria-live="polite">{pluralize(len(runs), "run")}</output></div>
 <div class="scroll" role="region" tabindex="0" aria-label="Runs"><table class="runs"><thead><tr><td></td>{head}</tr>
-</thead><tbody id="rows">{rows}</tbody></table></div></form>
+</thead><tbody id="rows" data-most="{MOST}"{rest}>{rows}</tbody></table></div>
+<button type="button" id="more" hidden>Show all</button></form>
 <section><p>Perplexity: the student's over the teacher's on held-out text. Decoding: its speed over the teacher's. In
 brackets: 95% intervals; dotted: an interval that rests on too little. Parameters and KV cache: counted, so there is
 no interval. ★: the best of a column among the runs of one model that are shown. To tag a run: <code>billhook tag RUN
 WORD</code></p></section>"""
     return page_html("Runs", listing.store, body, here="/", events=f"/events?since={seen_in(runs)}", charts=False)
+
+
+def more_rows(listing: Listing, request: Request) -> str:
+    """The rows of the runs after the first so many, as a table to take them from."""
+    after = request.query_params.get("after", "")
+    rows = _rows(listing, listing.runs()[int(after) if after.isascii() and after.isdigit() and len(after) < 9 else 0 :])
+    return f"<table><tbody>{''.join(rows.values())}</tbody></table>"
 
 
 def parts(listing: Listing, runs: Iterable[Listed]) -> Parts:

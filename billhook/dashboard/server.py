@@ -48,7 +48,9 @@ def serve(store: Path, port: int, started: Callable[[str], None]) -> None:
         path = opened.path.resolve()
     with _listen(port, path) as listening:
         ending: list[Callable[[], bool]] = []
-        app = make_app(path, lambda: any(ended() for ended in ending))
+        listing = Listing(path)
+        listing.runs()  # so that the first page need not read the results
+        app = make_app(listing, lambda: any(ended() for ended in ending))
         config = uvicorn.Config(app, log_level="error", access_log=False, lifespan="off", ws="none", http="h11",
                                 loop="asyncio", server_header=False)  # fmt: skip
         server = uvicorn.Server(config)
@@ -82,7 +84,7 @@ def _store_shown_at(address: str) -> str | None:
     return None
 
 
-def make_app(store: Path, ended: Callable[[], bool] = lambda: False) -> Starlette:
+def make_app(listing: Listing, ended: Callable[[], bool] = lambda: False) -> Starlette:
     """The pages of a store as an ASGI application. `ended`: whether the server ends, which ends streams of events."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -93,8 +95,6 @@ def make_app(store: Path, ended: Callable[[], bool] = lambda: False) -> Starlett
 
     from billhook.dashboard import compare_page, explore_page, live, run_page, runs_page
     from billhook.dashboard.layout import problem_page
-
-    listing = Listing(store)
 
     def page(make: Callable[[Listing, Request], str]) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
@@ -109,13 +109,14 @@ def make_app(store: Path, ended: Callable[[], bool] = lambda: False) -> Starlett
     async def about(request: Request) -> Response:
         from billhook import __version__
 
-        return JSONResponse({"billhook": __version__, "store": str(store)})
+        return JSONResponse({"billhook": __version__, "store": str(listing.store)})
 
     async def events(request: Request) -> Response:
         return live.stream(listing, request, ended)
 
     routes = [
         Route("/", page(runs_page.runs_page)),
+        Route("/rows", page(runs_page.more_rows)),
         Route("/runs/{run}", page(run_page.run_page)),
         Route("/compare", page(compare_page.compare_page)),
         Route("/explore", page(explore_page.explore_page)),

@@ -17,24 +17,38 @@ from typing import Any
 
 import uvicorn
 
+from billhook.dashboard.listing import Listing
 from billhook.dashboard.server import make_app
 from billhook.runs.store import Store
 
+WIDE = 8  # columns of the table of events
 CHILD = Path(__file__).with_name("live_child.py")
 
 
+@dataclass(frozen=True)
+class Served:
+    """A dashboard in a thread of this process."""
+
+    address: str
+    server: uvicorn.Server
+
+    def busy(self) -> int:
+        """How many requests are being answered."""
+        return len(self.server.server_state.tasks)
+
+
 @contextmanager
-def served(store: Path) -> Iterator[str]:
-    """The address of a dashboard of a store, in a thread of this process."""
+def served(store: Path) -> Iterator[Served]:
+    """A dashboard of a store."""
     ending = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        app = make_app(store.resolve(), ending.is_set)
+        app = make_app(Listing(store.resolve()), ending.is_set)
         config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", http="h11", loop="asyncio")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+            yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", server)
         finally:
             ending.set()
             server.should_exit = True
@@ -63,8 +77,7 @@ def clones(store: Path, run: str, many: int, **columns: Any) -> None:
             db.execute(
                 f"INSERT INTO runs ({','.join(values)}) VALUES ({','.join('?' * len(values))})", (*values.values(),)
             )
-            marks = ",".join("?" * len(events[0]))
-            db.executemany(f"INSERT INTO events VALUES ({marks})", [(new, *rest) for _, *rest in events])
+            db.executemany(f"INSERT INTO events VALUES (?{',?' * (WIDE - 1)})", [(new, *rest) for _, *rest in events])
         db.commit()
 
 

@@ -21,6 +21,7 @@ from starlette.testclient import TestClient
 from billhook.core.errors import MissingExtra, UsageError
 from billhook.core.files.store_tables import MIGRATIONS
 from billhook.dashboard import server
+from billhook.dashboard.listing import Listing
 from billhook.dashboard.server import is_local, make_app, serve
 from billhook.runs.store import Store
 
@@ -30,7 +31,7 @@ PAGES = ("/", "/compare", "/explore", "/about", "/assets/dashboard.css", "/share
 
 @pytest.fixture
 def client(pruned_store: Path) -> TestClient:
-    return TestClient(make_app(pruned_store), base_url="http://127.0.0.1:1")
+    return TestClient(make_app(Listing(pruned_store)), base_url="http://127.0.0.1:1")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:8765", "localhost", "LOCALHOST:9", "[::1]", "[::1]:8765"])
@@ -93,7 +94,7 @@ def test_reading_changes_nothing_and_never_migrates(tmp_path: Path) -> None:
     old = tmp_path / "old.db"
     old.write_bytes(gzip.decompress(V0.read_bytes()))
     before = old.read_bytes()
-    client = TestClient(make_app(old), base_url="http://127.0.0.1")
+    client = TestClient(make_app(Listing(old)), base_url="http://127.0.0.1")
     with closing(sqlite3.connect(f"{old.as_uri()}?mode=ro", uri=True)) as db:
         runs = [run for (run,) in db.execute("SELECT id FROM runs")]
         assert db.execute("PRAGMA user_version").fetchone()[0] < len(MIGRATIONS)
@@ -140,7 +141,7 @@ def test_a_hostile_name_is_text(store: Path) -> None:
     edited(store, runs[0], change)
     with closing(Store(store)) as opened:
         opened.tag(runs[0], ["<img/src=x>"])
-    client = TestClient(make_app(store), base_url="http://127.0.0.1")
+    client = TestClient(make_app(Listing(store)), base_url="http://127.0.0.1")
     for path in ("/", f"/runs/{runs[0]}", f"/compare?run={runs[0]}&run={runs[1]}", f"/explore?run={runs[0]}"):
         answer = client.get(path)
         assert answer.status_code == 200, path
@@ -190,8 +191,8 @@ def test_a_port_that_another_program_has_is_said(pruned_store: Path) -> None:
 
 
 def test_another_store_at_the_port_is_named(store: Path, pruned_store: Path) -> None:
-    with served(store) as address:
-        port = int(address.rpartition(":")[2])
+    with served(store) as here:
+        port = int(here.address.rpartition(":")[2])
         with pytest.raises(UsageError, match=f"taken by the dashboard of {store}"):
             serve(pruned_store, port, print)
 

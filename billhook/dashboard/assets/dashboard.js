@@ -52,22 +52,23 @@ function begin(root) {
 
 /* -- the table of runs -- */
 
-const choices = {sort: '', down: false};
+const choices = {sort: '', down: false, all: false};
 
 function arrange() {
   const body = document.querySelector('#rows'), rows = [...body.rows];
   const wanted = Object.fromEntries($$('[data-filter]').map(each => [each.dataset.filter, each.value]));
   const words = wanted.text.toLowerCase().split(/\s+/).filter(Boolean);
-  for (const row of rows) {
-    const text = row.textContent.toLowerCase(), {state, kind, model, tags} = row.dataset;
-    row.hidden = !(words.every(word => text.includes(word)) && (!wanted.state || state === wanted.state) &&
-      (!wanted.kind || kind === wanted.kind) && (!wanted.model || model === wanted.model) &&
-      (!wanted.tag || tags.split(' ').includes(wanted.tag)));
-  }
+  const fits = row => {
+    const {state, kind, model, tags} = row.dataset;
+    return (!wanted.state || state === wanted.state) && (!wanted.kind || kind === wanted.kind) &&
+      (!wanted.model || model === wanted.model) && (!wanted.tag || tags.split(' ').includes(wanted.tag)) &&
+      (!words.length || (text => words.every(word => text.includes(word)))(row.textContent.toLowerCase()));
+  };
   addTags(rows);
-  if (choices.sort) order(body, rows);
-  mark(rows.filter(row => !row.hidden));
-  count(rows);
+  const found = (choices.sort ? order(body, rows) : rows).filter(fits), shown = new Set(choices.all ? found : found.slice(0, +body.dataset.most));
+  for (const row of rows) row.hidden = !shown.has(row);
+  mark(found);
+  count(rows, found);
   const query = new URLSearchParams(Object.entries({...wanted, sort: choices.sort, down: choices.down ? '1' : ''}).filter(([, v]) => v));
   history.replaceState(null, '', location.pathname + (query.size ? '?' + query : ''));
 }
@@ -90,7 +91,9 @@ function order(body, rows) {
     if (a === '' || b === '') return (a === '') - (b === '');
     return sign * (text ? a.localeCompare(b, undefined, {numeric: true}) : a - b);
   });
-  if (sorted.some(([, row], i) => row !== body.rows[i])) body.append(...sorted.map(([, row]) => row));
+  const found = sorted.map(([, row]) => row);
+  if (found.some((row, i) => row !== rows[i])) body.append(...found);
+  return found;
 }
 
 /* The best of every column among the runs of one model. */
@@ -114,10 +117,20 @@ function mark(rows) {
   });
 }
 
-function count(rows) {
-  const shown = rows.filter(row => !row.hidden).length, ticked = $$('#rows input:checked').length;
-  document.querySelector('#count').textContent = `${shown} of ${rows.length} shown` + (ticked ? `, ${ticked} selected` : '');
+function count(rows, found) {
+  const ticked = $$('#rows input:checked').length, more = document.querySelector('#more'), most = +document.querySelector('#rows').dataset.most;
+  document.querySelector('#count').textContent = `${found.length} of ${rows.length} shown` + (ticked ? `, ${ticked} selected` : '');
   document.querySelector('#compare').disabled = ticked < 2;
+  more.hidden = choices.all || found.length <= most;
+  more.textContent = `Show ${found.length - most} more`;
+}
+
+/* The rows after the first ones come once the page is there. */
+async function loadRest(body) {
+  const answer = await fetch(body.dataset.rest), box = document.createElement('template');
+  box.innerHTML = await answer.text();
+  for (const row of box.content.querySelectorAll('tr')) if (!document.getElementById(row.id)) { row.hidden = true; body.append(row); }
+  arrange();
 }
 
 function followTable() {
@@ -131,7 +144,8 @@ function followTable() {
     }
     field.addEventListener('input', arrange);
   }
-  document.querySelector('#rows').addEventListener('change', () => count([...document.querySelector('#rows').rows]));
+  document.querySelector('#rows').addEventListener('change', arrange);
+  document.querySelector('#more').addEventListener('click', () => { choices.all = true; arrange(); });
   for (const head of $$('#runs thead th')) {
     head.addEventListener('click', () => {
       choices.down = choices.sort === head.textContent ? !choices.down : false;
@@ -145,6 +159,8 @@ function followTable() {
   });
   showOrder();
   arrange();
+  const body = document.querySelector('#rows');
+  if (body.dataset.rest) loadRest(body);
 }
 
 function showOrder() {

@@ -14,7 +14,7 @@ from billhook.dashboard.layout import compare_address, run_address
 from billhook.dashboard.listing import Listed
 from billhook.dashboard.measured import Stop
 from billhook.dashboard.outlooks import Known, Needs, predicted, same_text
-from billhook.report.charts import Axis, Line, Point, figure, key_of, ratio_ticks, xy_chart
+from billhook.report.charts import Axis, Line, Point, figure, key_of, xy_chart
 from billhook.report.frame import caption, escaped, html_table, scrolling
 from billhook.report.numbers import format_number, format_ratio, pluralize
 
@@ -68,18 +68,16 @@ def curve_figure(known: Known, share: float, stops: Sequence[Stop]) -> str:
     )  # fmt: skip
     asked = predicted(known, share)
     lines = [
-        Line("Forecast, 90% interval", drawn, "--blue", symbol="", joined=True, banded=True, dash="dashed"),
+        Line("Forecast, 90% interval", drawn, "--blue", symbol="", joined=True, banded=True, dash="dash"),
         Line("Measured, 95% interval", measured, "--orange", "circle"),
     ]
     if asked is not None:
         tip = f"Asked: {100 * share:.1f}% removed, {_ratio_words(asked)}"
         lines.append(Line("Asked", (Point(100 * share, asked.value, tip, asked.low, asked.high),), "--ink", "diamond"))
-    ends = [math.exp(y) for point in (*drawn, *measured) for y in (point.low, point.high) if y is not None]
-    ticks = tuple(map(math.log, ratio_ticks(min(1.0, *ends), max(ends))))
     option = xy_chart(
         lines,
         Axis("Parameters removed", "percent", low=0),
-        Axis("Perplexity over the teacher's", "nats_as_ratio", ticks=ticks),
+        Axis("Perplexity over the teacher's", "nats_as_ratio"),
     )
     text = "Perplexity over the teacher's, on held-out text. Nothing is run for the forecast."
     label = f"Forecast of perplexity from 0 to {100 * top:.0f}% of the parameters removed."

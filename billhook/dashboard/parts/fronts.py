@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from billhook.core.results.measured import Estimate
 from billhook.dashboard.entries import Entry, front
-from billhook.report.charts import Axis, Line, Point, figure, front_line, key_of, ratio_ticks, round_ticks, xy_chart
+from billhook.report.charts import Axis, Line, Point, figure, front_line, key_of, round_ticks, xy_chart
 from billhook.report.numbers import (
     format_duration,
     format_interval,
@@ -98,15 +98,14 @@ def _front(entries: Sequence[Entry], against: Against) -> str:
     if len({x for _, _, x, _ in known}) < 2:
         return ""
     best = set(front([(-against.better * x, quality.value) for _, _, x, quality in known]))
-    lines, ends = [], []
+    lines = []
     for i, (number, entry, x, quality) in enumerate(known):
         tip = f"{entry.name}: {_quality_words(quality)}; {against.words(entry, x)}" + (
             "; on the front" if i in best else ""
         )
         point = Point(x, math.log(quality.value), tip, _log(quality.low), _log(quality.high), hollow=i not in best)
         lines.append(_line(entries, number, (point,)))
-        ends += [end for end in (quality.low, quality.value, quality.high) if 0 < end < math.inf]
-    y = Axis("Perplexity over the teacher's", "nats_as_ratio", ticks=_ticks(ends))
+    y = Axis("Perplexity over the teacher's", "nats_as_ratio")
     xs = [x for _, _, x, _ in known]
     option = xy_chart(lines, Axis(against.axis, against.form, ticks=_spread(xs)), y, marks={"as the teacher": 0.0})
     joined = [Point(x, math.log(quality.value), "") for i, (_, _, x, quality) in enumerate(known) if i in best]
@@ -127,11 +126,6 @@ def _quality_words(quality: Estimate) -> str:
 
 def _log(x: float) -> float:
     return math.log(x) if 0 < x < math.inf else math.nan
-
-
-def _ticks(ends: Sequence[float]) -> tuple[float, ...]:
-    low, high = min([*ends, 1.0]), max([*ends, 1.0])
-    return tuple(math.log(tick) for tick in ratio_ticks(low / 1.02, high * 1.02))
 
 
 def _spread(xs: Sequence[float]) -> tuple[float, ...]:

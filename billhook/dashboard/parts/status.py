@@ -48,8 +48,12 @@ def _pace(found: Progress) -> list[str]:
         words.append(f"{format_duration(found.left)} left in this stage")
     if found.removed is not None:
         gone, target, unit = found.removed
-        words.append(f"{format_number(gone)} of {format_number(target)} {unit} removed")
+        words.append(f"{_count(gone)} of {_count(target)} {unit} removed")
     return words
+
+
+def _count(x: float) -> str:
+    return format_number(int(x) if x == int(x) else x)
 
 
 def _use(found: Progress) -> list[str]:
