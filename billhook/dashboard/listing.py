@@ -22,6 +22,8 @@ from billhook.runs import is_held
 
 T = TypeVar("T")
 
+Parts = dict[str, str]  # HTML by the id of the element that it replaces
+
 KINDS_SINCE = 4  # the version of a store from which runs have a column for their kind
 FIGURES = (
     "'$.schema', '$.sizes', '$.perplexity', '$.speed', '$.seconds', '$.model.fingerprint', '$.data.evaluation.hash'"
@@ -77,6 +79,34 @@ class Listed:
 def stamp(runs: list[Listed]) -> int:
     """A number that changes with the states and the tags of runs, not with their events."""
     return zlib.crc32("".join(replace(run, event=0).stamp for run in runs).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a reader has seen of a store. `states`: a number that changes with states and tags."""
+
+    event: int
+    states: int
+
+    def __str__(self) -> str:
+        return f"{self.event}-{self.states}"
+
+    @staticmethod
+    def parse(text: str) -> Seen:
+        """Read what `str` wrote; anything else has seen nothing."""
+        event, _, states = text.partition("-")
+        known = all(part.isascii() and part.isdigit() and len(part) < 20 for part in (event, states))
+        return Seen(int(event), int(states)) if known else Seen(-1, -1)
+
+
+def seen_in(runs: list[Listed]) -> Seen:
+    """What a page shows that is made from these runs."""
+    return Seen(max((run.event for run in runs), default=0), stamp(runs))
+
+
+def changed(runs: list[Listed], since: Seen) -> list[Listed]:
+    """The runs that have changed since: all where states or tags have, else those with new events."""
+    return runs if stamp(runs) != since.states else [run for run in runs if run.event > since.event]
 
 
 @contextmanager

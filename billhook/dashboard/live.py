@@ -10,11 +10,10 @@ import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from billhook.core.files.store_tables import connect_to_read
-from billhook.dashboard.listing import Listed, Listing, stamp
+from billhook.dashboard.listing import Listing, Parts, Seen, changed, seen_in
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -23,35 +22,6 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 0.5  # between two looks at the store
 LOOK_AGAIN = 4  # of which one is thorough: a killed process changes nothing in the store
 HEARTBEAT = 20  # looks without news, after which a line says that the server lives
-Parts = dict[str, str]  # HTML by the id of the element that it replaces
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What a reader has seen of a store. `states`: a number that changes with states and tags."""
-
-    event: int
-    states: int
-
-    def __str__(self) -> str:
-        return f"{self.event}-{self.states}"
-
-    @staticmethod
-    def parse(text: str) -> Seen:
-        """Read what `str` wrote; anything else has seen nothing."""
-        event, _, states = text.partition("-")
-        known = all(part.isascii() and part.isdigit() and len(part) < 20 for part in (event, states))
-        return Seen(int(event), int(states)) if known else Seen(-1, -1)
-
-
-def seen_in(runs: list[Listed]) -> Seen:
-    """What a page shows that is made from these runs."""
-    return Seen(max((run.event for run in runs), default=0), stamp(runs))
-
-
-def changed(runs: list[Listed], since: Seen) -> list[Listed]:
-    """The runs that have changed since: all where states or tags have, else those with new events."""
-    return runs if stamp(runs) != since.states else [run for run in runs if run.event > since.event]
 
 
 def stream(listing: Listing, request: Request, ended: Callable[[], bool]) -> Response:

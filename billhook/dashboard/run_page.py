@@ -15,8 +15,7 @@ from billhook.core.results.specs import PRUNE
 from billhook.core.results.stored import read_result
 from billhook.dashboard.commands import prune_command
 from billhook.dashboard.layout import command_html, page_html, when
-from billhook.dashboard.listing import Listed, Listing, opened
-from billhook.dashboard.live import Parts, seen_in
+from billhook.dashboard.listing import Listed, Listing, Parts, opened, seen_in
 from billhook.dashboard.parts.cost import cost_section
 from billhook.dashboard.parts.found import found_parts
 from billhook.dashboard.parts.status import age, gone_so_far, rounds_figure, stage_words, status_line

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from billhook.dashboard.layout import page_html, plain_figure, run_address, when, with_origin
-from billhook.dashboard.listing import Figures, Listed, Listing, opened
-from billhook.dashboard.live import Parts, seen_in
+from billhook.dashboard.listing import Figures, Listed, Listing, Parts, opened, seen_in
 from billhook.dashboard.parts.status import status_line
 from billhook.dashboard.progress import progress_of
 from billhook.report.frame import escaped

@@ -16,8 +16,7 @@ from dashboards import Child, Served, all_runs, clones, served, until
 
 from billhook.core.events import Event
 from billhook.dashboard import live
-from billhook.dashboard.listing import Listing, opened
-from billhook.dashboard.live import Seen, changed, seen_in
+from billhook.dashboard.listing import Listing, Seen, changed, opened, seen_in
 from billhook.dashboard.progress import progress_of
 from billhook.runs import tag
 from billhook.runs.store import Store
