@@ -103,7 +103,7 @@ def needs_table(result: RunResult, machine: Machine, teacher: Resources, student
     ]  # fmt: skip
     if machine.watts is not None:
         joules = [machine.watts * seconds / batch for seconds in (teacher.decode_seconds, student.decode_seconds)]
-        lines.append(_line("Energy per token", *joules, "J"))
+        lines.append(_line("Energy per token", joules[0], joules[1], "J"))
     table = scrolling(html_table(("", "Teacher", "Student", "Change"), lines), "Needs")
     between = "" if student.exact else " Between the plans of the path it is linear; beyond its last one, on that line."
     text = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from billhook.core.results.measured import Estimate
 from billhook.dashboard.entries import Entry, front
-from billhook.report.charts import Axis, Line, Point, figure, front_line, key_of, round_ticks, xy_chart
+from billhook.report.charts import Axis, Form, Line, Point, figure, front_line, key_of, round_ticks, xy_chart
 from billhook.report.numbers import (
     format_duration,
     format_interval,
@@ -28,7 +28,7 @@ class Against:
 
     title: str  # what stands after `against`
     axis: str
-    form: str
+    form: Form
     value: Callable[[Entry], float | None]
     words: Callable[[Entry, float], str]
     better: int = -1
@@ -61,7 +61,7 @@ AGAINST = (
         lambda entry, x: f"{x:.1f}% of the time of a decoding step, measured without an interval",
     ),
     Against(
-        "tokens per second", "Tokens decoded per second", "number", lambda entry: entry.rate and entry.rate.value,
+        "tokens per second", "Tokens decoded per second", "number", lambda entry: entry.rate.value if entry.rate else None,
         _rate_words, 1,
     ),
     Against(
