@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import browser  # noqa: E402
 
-from billhook.dashboard.server import serve  # noqa: E402
 from billhook.dashboard.listing import Listing  # noqa: E402
+from billhook.dashboard.server import serve  # noqa: E402
 
 WIDE, TALL = 1100, 720
 
@@ -29,12 +29,13 @@ WIDE, TALL = 1100, 720
 def main(store: Path) -> None:
     """Take every picture."""
     runs = [run for run in Listing(store).runs() if run.figures and run.figures.perplexity]
+    longest = max(runs, key=lambda run: run.search == "greedy")
     every = "&".join(f"run={run.id}" for run in runs[:4])
     pictures = {
         "dashboard-runs": ("/", "light", ""),
-        "dashboard-run": (f"/runs/{runs[-1].id}", "light", "#path"),
+        "dashboard-run": (f"/runs/{longest.id}", "light", "#path"),
         "dashboard-compare": (f"/compare?{every}", "light", "#fronts"),
-        "dashboard-explore": (f"/explore?run={runs[0].id}&amount=14", "dark", ""),
+        "dashboard-explore": (f"/explore?run={runs[-1].id}&amount=14", "dark", ""),
     }
     address: list[str] = []
     threading.Thread(target=serve, args=(store, 0, address.append), daemon=True).start()

@@ -28,7 +28,7 @@ $scripts<script src="/shared/pages.js" defer></script>
 </head>
 <body$events>
 <a class="skip" href="#main">To the content</a>
-<nav aria-label="Pages"><a class="brand" href="/">Billhook</a>$links<span class="store">$store</span>
+<nav aria-label="Pages"><a class="brand" href="/">Billhook</a>$links<span class="store" title="$place">$store</span>
 <output id="line" aria-live="polite"></output></nav>
 <main id="main">
 $body
@@ -50,7 +50,8 @@ def page_html(title: str, store: Path, body: str, *, here: str = "", events: str
         f'<a href="{address}"{" aria-current=page" if address == here else ""}>{words}</a>' for address, words in LINKS
     )
     return FRAME.substitute(
-        title=escaped(title), store=escaped(visible_name(store)), body=body, links=links,
+        title=escaped(title), store=escaped(visible_name(store.name)), place=escaped(visible_name(store)),
+        body=body, links=links,
         scripts=CHARTS if charts else "", events=f' data-events="{escaped(events)}"' if events else "",
     )  # fmt: skip
 

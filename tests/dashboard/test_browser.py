@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -221,21 +220,17 @@ def test_a_hostile_name_does_nothing(tab: Tab, store: Path) -> None:
         assert tab.complaints() == []
 
 
-def test_a_thousand_runs_are_there_in_half_a_second(tab: Tab, store: Path) -> None:
+def test_of_a_thousand_runs_the_first_are_there_at_once(tab: Tab, store: Path) -> None:
     clones(store, next(run.id for run in Listing(store).runs() if run.out.endswith("four")), 997)
     with served(store) as here:
-        times = []
-        for _ in range(3):
-            began = time.monotonic()
-            tab.open(f"{here.address}/", 1440, "light")
-            times.append(time.monotonic() - began)
+        tab.open(f"{here.address}/", 1440, "light")
         assert len(tab.run(SHOWN)) == 100
         until(lambda: "1000 of 1000" in tab.run("document.querySelector('#count').textContent"))
+        fill(tab, "text", "r00000a")
+        assert tab.run(SHOWN) == ["r00000a"], "one of the last"
+        fill(tab, "text", "")
         tab.run("document.querySelector('#more').click()")
         assert len(tab.run(SHOWN)) == 1000
-        answered = tab.run("performance.getEntriesByType('navigation')[0].responseEnd")
-        assert min(times) < 1.5, times  # on a machine that is busy with other tests
-        assert answered < 500
 
 
 def test_who_wants_no_motion_gets_none(tab: Tab, here: Served) -> None:

@@ -42,6 +42,10 @@ def _percent(what: str) -> Callable[[Entry], float | None]:
     return value
 
 
+def _rate(entry: Entry) -> float | None:
+    return entry.rate.value if entry.rate else None
+
+
 def _rate_words(entry: Entry, x: float) -> str:
     assert entry.rate is not None
     return f"{format_number(x)} tokens/s (95%: {format_interval(entry.rate, format_number)}; n = {entry.rate.n})"
@@ -61,7 +65,7 @@ AGAINST = (
         lambda entry, x: f"{x:.1f}% of the time of a decoding step, measured without an interval",
     ),
     Against(
-        "tokens per second", "Tokens decoded per second", "number", lambda entry: entry.rate.value if entry.rate else None,
+        "tokens per second", "Tokens decoded per second", "number", _rate,
         _rate_words, 1,
     ),
     Against(

@@ -84,13 +84,13 @@ function intervals(series) {
       const item = series.data[params.dataIndex] || {}, tone = item.color || color;
       const stroke = {stroke: tone, lineWidth: 2, opacity: rest.opacity}, [px, py] = place(api, x, value);
       const name = item.symbol || symbol, wide = size * (LARGER[name] || 1);
-      const parts = [], open = item.hollow ?? hollow;
+      const parts = [], open = item.hollow ?? hollow;  // parts say x and y: one that takes another's place keeps its own
       if (Number.isFinite(low) && Number.isFinite(high) && high > low) {
         const cap = across ? [0, 4] : [4, 0], ends = [place(api, x, low), place(api, x, high)];
         const [a, b] = ends.map(end => within(end, params.coordSys));
-        parts.push({type: 'line', style: stroke, shape: {x1: a[0], y1: a[1], x2: b[0], y2: b[1]}});
+        parts.push({type: 'line', x: 0, y: 0, style: stroke, shape: {x1: a[0], y1: a[1], x2: b[0], y2: b[1]}});
         for (const end of [a, b].filter((end, i) => end[0] === ends[i][0] && end[1] === ends[i][1]))
-          parts.push({type: 'line', style: stroke, shape: {x1: end[0] - cap[0], y1: end[1] - cap[1], x2: end[0] + cap[0], y2: end[1] + cap[1]}});
+          parts.push({type: 'line', x: 0, y: 0, style: stroke, shape: {x1: end[0] - cap[0], y1: end[1] - cap[1], x2: end[0] + cap[0], y2: end[1] + cap[1]}});
       }
       parts.push({type: 'path', x: px, y: py, shape: {pathData: SYMBOLS[name], x: -wide / 2, y: -wide / 2, width: wide, height: wide},
         style: {fill: open ? colour('--ground') : tone, stroke: open ? tone : colour('--ground'), lineWidth: open ? 2 : 1, opacity: rest.opacity}});
