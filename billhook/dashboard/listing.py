@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from billhook.core.errors import ResultError
-from billhook.core.files.foreign_files import reading
 from billhook.core.files.store_tables import TAGGED, connect_to_read
 from billhook.core.results.json_form import SCHEMA, JsonObject, decode
 from billhook.core.results.run import PerplexityChange, SizeChange, SpeedChange
@@ -112,10 +111,12 @@ def changed(runs: list[Listed], since: Seen) -> list[Listed]:
 @contextmanager
 def opened(store: Path) -> Iterator[sqlite3.Connection]:
     """A connection to a store that changes nothing. Raises ResultError where the file is damaged."""
-    refused = reading(f"The store {store} cannot be read", ResultError, "Give another store.")
-    with refused, closing(connect_to_read(store.resolve())) as db:
-        db.row_factory = sqlite3.Row
-        yield db
+    try:
+        with closing(connect_to_read(store.resolve())) as db:
+            db.row_factory = sqlite3.Row
+            yield db
+    except (sqlite3.DatabaseError, json.JSONDecodeError) as error:
+        raise ResultError(f"The store {store} cannot be read ({error}). Give another store.") from error
 
 
 def version(db: sqlite3.Connection) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from billhook.core.errors import ResultError, RunError, nearest
@@ -15,13 +14,15 @@ from billhook.core.results.specs import PRUNE
 from billhook.core.results.stored import read_result
 from billhook.dashboard.commands import prune_command
 from billhook.dashboard.layout import command_html, page_html, when
-from billhook.dashboard.listing import Listed, Listing, Parts, opened, seen_in
+from billhook.dashboard.listing import Listed, Listing, Parts, opened, seen_in, stamp
+from billhook.dashboard.outlooks import search_forecast
 from billhook.dashboard.parts.cost import cost_section
 from billhook.dashboard.parts.found import found_parts
 from billhook.dashboard.parts.status import age, gone_so_far, rounds_figure, stage_words, status_line
 from billhook.dashboard.progress import Progress, progress_of
 from billhook.report.frame import Section, escaped
 from billhook.report.numbers import visible_name
+from billhook.report.outlook_words import search_sentences
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -49,7 +50,7 @@ def parts(listing: Listing, name: str, changed: Iterable[Listed]) -> Parts:
     if run.finished:
         return {"run": _whole(listing, run)}
     with opened(listing.store) as db:
-        return {"status": _status(run, progress_of(db, listing.store, run.id), listing.store)}
+        return {"status": _status(run, progress_of(db, listing.store, run.id), listing)}
 
 
 def _whole(listing: Listing, run: Listed) -> str:
@@ -65,7 +66,7 @@ def _whole(listing: Listing, run: Listed) -> str:
         found = progress_of(db, listing.store, run.id)
         if result is None:
             title = f"{run.kind} of {visible_name(run.model)}"
-            body = f"<h1>{escaped(title)}</h1>{_status(run, found, listing.store)}"
+            body = f"<h1>{escaped(title)}</h1>{_status(run, found, listing)}"
             sections = [Section("asked", "What was asked", _asked(run, spec, listing))]
         else:
             verdict, sections = found_parts(db, listing.store, run, result)
@@ -82,13 +83,13 @@ def _result(run: Listed, text: str | None) -> Result | JsonObject | None:
         return read_result(run.kind, json.loads(text))
 
 
-def _status(run: Listed, found: Progress | None, store: Path) -> str:
+def _status(run: Listed, found: Progress | None, listing: Listing) -> str:
     """Where a run without a result is."""
     if found is None:
         inner = "<p>It has not begun to measure.</p>"
     else:
-        resume = shlex.join(["billhook", "prune", "--resume", "--run", run.id, "--store", str(store)])
-        shown = shlex.join(["billhook", "show", run.id, "--store", str(store)])
+        resume = shlex.join(["billhook", "prune", "--resume", "--run", run.id, "--store", str(listing.store)])
+        shown = shlex.join(["billhook", "show", run.id, "--store", str(listing.store)])
         more = f" This is attempt {found.attempts}." if found.attempts > 1 else ""
         words = {
             "running": f"Running for {age(found.began)}; last event {age(found.now.at)} ago.{more}",
@@ -97,9 +98,17 @@ def _status(run: Listed, found: Progress | None, store: Path) -> str:
             "failed": f"Failed while {stage_words(found.now.stage)}. Its events: <code>{escaped(shown)}</code>",
         }.get(run.state, "Ended without a result.")
         line = status_line(found) if run.state == "running" else ""
+        if run.state == "running" and found.now.stage in ("search", "round", "score"):
+            line += _end_of_search(listing, run)
         inner = f"<p>{words}</p>{line}{gone_so_far(found)}{rounds_figure(found)}"
     state = f'<p class="verdict"><span class="state {run.state}">{run.state}</span></p>'
     return f'<div id="status" class="status" data-state="{run.state}">{state}{inner}</div>'
+
+
+def _end_of_search(listing: Listing, run: Listed) -> str:
+    """When the search will end, in sentences with what they rest on; nothing where it has hardly begun."""
+    forecast = search_forecast(listing.store, run.id, stamp(listing.runs()))
+    return "" if forecast is None else f"<p>{escaped(' '.join(search_sentences(forecast)))}</p>"
 
 
 def _asked(run: Listed, spec: JsonObject, listing: Listing) -> str:

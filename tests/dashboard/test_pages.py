@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -34,8 +35,9 @@ from billhook.dashboard.commands import point_command, prune_command
 from billhook.dashboard.entries import Entry, entries_of, front, paired
 from billhook.dashboard.listing import Listing, opened, stamp
 from billhook.dashboard.measured import Measured, enriched, next_removal, stops_of
-from billhook.dashboard.outlooks import UNITS, amounts, known_of, needs_at, predicted, share_at
+from billhook.dashboard.outlooks import UNITS, amounts, known_of, needs_at, predicted, search_forecast, share_at
 from billhook.dashboard.server import make_app
+from billhook.report.numbers import format_duration
 from billhook.runs import tag
 from billhook.runs.recipe import parse_recipe, with_overrides
 from billhook.runs.store import Store
@@ -249,6 +251,39 @@ def test_a_run_of_an_unfinished_store_says_how_to_go_on(store: Path) -> None:
     text = Elements(client.get(f"/runs/{run}").text).text
     assert f"billhook prune --resume --run {run} --store {store}" in text
     assert "billhook prune m --remove 2sites --search greedy --store" in text
+
+
+def searched(store: Store, old: Run, seconds: int) -> str:
+    """A run like an old one, whose search has lasted so many of its 20 seconds."""
+    run = store.new_run(old.kind, old.spec, old.environment, old.out)
+    store.update(run, fingerprints=old.fingerprints)
+    for event in (Event("load", 0), Event("search", 0)):
+        store.add_event(run, event, at_once=True)
+    for number in range(1, seconds + 1):
+        values = {"removed_sites": number // 5, "target_sites": 4, "lowest": 0.01 * number, "objective": "kl"}
+        store.add_event(run, Event("search", 5 * number, 100, values), at_once=True)
+        names = ",".join(old.result["plan"]["removed"][: number // 5 + 1]) if old.result else ""
+        store.add_event(run, Event("round", 5 * number, 100, {"removed": names, "narrowed": "", "loss": 0.01 * number}))
+    if seconds == 20:
+        store.add_event(run, Event("search", 1, 1, {"seconds": 20.0}), at_once=True)
+        store.update(run, state="done", result=old.result)
+    return run
+
+
+def test_the_end_of_a_search_is_forecast_from_earlier_ones(store: Path) -> None:
+    earlier, clock = runs_of(store)["four"], itertools.count(10**9, 0.5)
+    with closing(Store(store, clock=lambda: float(next(clock)))) as opened_store:
+        searched(opened_store, earlier, 20)
+        live = searched(opened_store, earlier, 10)
+        client = TestClient(make_app(Listing(store)), base_url="http://127.0.0.1")
+        assert "The search takes" not in client.get(f"/runs/{live}").text, "no process holds it"
+        with opened_store.lock(live):
+            told = Elements(client.get(f"/runs/{live}").text).text
+    found = search_forecast(store, live, 0)
+    assert found is not None
+    assert found.seconds == pytest.approx(2 * found.elapsed, rel=0.2), "half of it is done"
+    assert f"The search takes {format_duration(found.seconds)}" in told
+    assert "last event" in told
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------
