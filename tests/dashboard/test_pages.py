@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import made_studies
 import pytest
 import typer
 from browser import Elements
@@ -30,12 +31,14 @@ from billhook.core.outlook.roofline import Workload, resources
 from billhook.core.plan import Plan
 from billhook.core.results.run import RunResult
 from billhook.core.results.stored import Run
+from billhook.core.results.studies import SweepResult
 from billhook.core.statistics import exp_capped, paired_difference
 from billhook.dashboard.commands import point_command, prune_command
 from billhook.dashboard.entries import Entry, entries_of, front, paired
 from billhook.dashboard.listing import Listing, opened, stamp
 from billhook.dashboard.measured import Measured, enriched, next_removal, stops_of
 from billhook.dashboard.outlooks import UNITS, amounts, known_of, needs_at, predicted, search_forecast, share_at
+from billhook.dashboard.parts.studies import TOLD
 from billhook.dashboard.server import make_app
 from billhook.report.numbers import format_duration
 from billhook.runs import tag
@@ -397,3 +400,45 @@ def test_a_better_way_is_named_if_there_is_one(store: Path) -> None:
 def test_a_query_that_cannot_be_read_is_left_out(pruned_store: Path, query: str) -> None:
     client = TestClient(make_app(Listing(pruned_store)), base_url="http://127.0.0.1")
     assert client.get(f"/explore?{query}").status_code == 200
+
+
+# -- studies ----------------------------------------------------------------------------------------------------------
+
+STUDIES = {
+    "sweep": made_studies.a_sweep(recipes=("a", "b"), texts=("/data/wiki.jsonl",), tasks=()),
+    "transfer": made_studies.a_transfer(), "stability": made_studies.a_stability(),
+    "threshold": made_studies.a_threshold(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STUDIES)
+def test_studies_have_the_sections_of_their_reports(store: Path, kind: str) -> None:
+    result = STUDIES[kind]
+    with closing(Store(store)) as opened_store:
+        run = opened_store.new_run(kind, {"model": "m"}, {}, "out")
+        opened_store.update(run, state="done", result=result.to_json())
+    client = TestClient(make_app(Listing(store)), base_url="http://127.0.0.1")
+    page, told = client.get(f"/runs/{run}"), TOLD[type(result)]
+    assert page.status_code == 200
+    words = Elements(page.text).text
+    assert told.title(result) in words
+    assert told.verdict(result)[:60] in words
+    for section in told.sections(result):
+        assert not section.title or section.title in words
+
+
+def test_the_trials_of_a_sweep_are_compared(store: Path) -> None:
+    result = STUDIES["sweep"]
+    with closing(Store(store)) as opened_store:
+        run = opened_store.new_run("sweep", {"model": "m"}, {}, "out")
+        opened_store.update(run, state="done", result=result.to_json())
+    with opened(store) as db:
+        entries = entries_of(db, [run])
+    assert isinstance(result, SweepResult)
+    assert len(entries) == len(result.trials)
+    for entry, trial in zip(entries, result.trials, strict=True):
+        assert (entry.plan, entry.sizes, entry.seconds) == (trial.plan, trial.sizes, trial.search_seconds)
+        change = trial.results["/data/wiki.jsonl"].change
+        assert entry.quality is not None
+        assert entry.quality.value == pytest.approx(math.exp(change.value))
+    assert len({entry.name for entry in entries}) == len(entries)
