@@ -22,7 +22,7 @@ from billhook.dashboard.parts.status import age, gone_so_far, rounds_figure, sta
 from billhook.dashboard.progress import Progress, progress_of
 from billhook.report.frame import Section, escaped
 from billhook.report.numbers import visible_name
-from billhook.report.outlook_words import search_sentences
+from billhook.report.outlook.words import search_sentences
 
 if TYPE_CHECKING:
     from starlette.requests import Request

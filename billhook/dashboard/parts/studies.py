@@ -17,14 +17,14 @@ from billhook.report.compare_words import gate_notes, gate_sentence, seen_warnin
 from billhook.report.frame import Section
 from billhook.report.gate_page import gate_sections, gate_title
 from billhook.report.study_words import reliability_notes, stability_headline, sweep_headline, transfer_headline
-from billhook.report.threshold_page import (
+from billhook.report.trials.stability_page import stability_sections, stability_title
+from billhook.report.trials.sweep_page import sweep_sections, sweep_title
+from billhook.report.trials.threshold_page import (
     threshold_headline,
     threshold_notes,
     threshold_sections,
     threshold_title,
 )
-from billhook.report.trials.stability_page import stability_sections, stability_title
-from billhook.report.trials.sweep_page import sweep_sections, sweep_title
 from billhook.report.trials.transfer_page import transfer_sections, transfer_title
 
 
