@@ -133,7 +133,7 @@ class Recipe(CalibrationOptions, EvalOptions):
     fast: Annotated[bool, Field(description="Race the candidates of a round: faster, not exact")] = False
     shortlist: Annotated[int, Field(description="Candidates in each round of --fast", le=MOST, ge=2)] = 12
     risk: Annotated[float, Field(description="Risk of --fast to drop the best, per comparison", gt=0, lt=0.5)] = 0.05
-    finalists: Annotated[int, Field(description="Plans judged again on unseen text", le=MOST, ge=1)] = 8
+    finalists: Annotated[int, Field(description="Plans judged again on unseen text", le=MOST, ge=0)] = 8
     audit: Annotated[bool, Field(description="Exact check of every round of --fast, with its regret")] = False
     protect: Annotated[str, Field(description="Sites or blocks to keep: attention.0,mlp.27-29,0-3,last2")] = ""
     batch: Annotated[int, Field(description="Sequences at a time, for a budget in ms", le=MOST, ge=1)] = 1
