@@ -36,7 +36,7 @@ from billhook.core.results.measured import Estimate
 
 GOLDEN = Path(__file__).parent / "golden" / "golden.json"
 SHORT: dict[str, Any] = {"data": "texts.jsonl", "self_share": 0.0, "tokens": 240, "length": 24, "eval_tokens": 480,
-                         "eval_length": 24}  # fmt: skip
+                         "eval_length": 24, "finalists": 0}  # fmt: skip
 LEARN: dict[str, Any] = {"recover_tokens": 640, "recover_length": 24}
 TEXT: dict[str, Any] = {"eval_tokens": 480, "eval_length": 24}
 FEW: dict[str, Any] = {"generations": 2, "offspring": 4, "tokens": 64}  # of the search evolve
@@ -73,6 +73,7 @@ PRUNES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "exhaustive_stock": ("gpt2", {}, {"remove": "2sites", "search": "exhaustive", "loss": "norm", "stock": True}),
     "fast_audit": ("llama", {"num_hidden_layers": 6}, {
         "remove": "4sites", "search": "greedy", "fast": True, "shortlist": 4, "audit": True}),
+    "finalists": ("llama", {"num_hidden_layers": 6}, {"remove": "4sites", "search": "greedy", "finalists": 5}),
     "fast_swap": ("llama", {"num_hidden_layers": 6}, {
         "remove": "30%kv", "search": "swap", "fast": True, "loss": "angular"}),
     "fold_in_search": ("llama", {}, {
@@ -96,7 +97,8 @@ METRICS = {
     "sites": "cosine,l1,l2,relative_l1,relative_l2,angular_span,magnitude,sprint_local,taylor",
     "losses": "loo_js,loo_kl,loo_logits,loo_nll,loo_ppl,shapley_kl,shapley_nll,present_absent",
     "task": "loo_task,shapley_task",
-    "groups": "activation,flap,group_magnitude,saap,taylor_element1,taylor_element2,taylor_mix,taylor_vector,wanda_sp",
+    "groups": "activation,cfsp,flap,group_magnitude,obs,saap,taylor_element1,taylor_element2,taylor_mix,taylor_vector,"
+    "wanda_sp",
 }
 SCORED: dict[str, tuple[str, dict[str, Any]]] = {
     "sites": ("qwen3", {}),

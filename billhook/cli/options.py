@@ -30,6 +30,7 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "fast": (False, "Race the candidates of a round: faster, not exact"),
     "shortlist": (12, "Candidates in each round of --fast"),
     "risk": (0.05, "Risk of --fast to drop the best, per comparison"),
+    "finalists": (8, "Plans judged again on unseen text"),
     "audit": (False, "Exact check of every round of --fast, with its regret"),
     "memory": (None, "Memory limit such as 4GB; a larger model is streamed"),
     "protect": ("", "Sites or blocks to keep: attention.0,mlp.27-29,0-3,last2"),
@@ -51,7 +52,7 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "recover_length": (256, "Tokens per sequence for the recovery"),
     "stock": (False, "Stock shape: zeros in removed sites, no speed-up"),
     "export": ("transformers", "Forms of the checkpoint, as `billhook methods` lists them"),
-    "target": ("", "What will serve the model: llama.cpp,mlx … as `billhook targets` lists"),
+    "target": ("", "What serves the model: llama.cpp,mlx … as `billhook targets` lists"),
     "seed": (0, "Seed of every random choice"),
     "device": ("auto", "Device: auto, cpu, cuda, cuda:1, mps"),
     "dtype": ("auto", "Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
@@ -164,9 +165,9 @@ Model = Annotated[
     str | None,
     typer.Argument(help="Folder, .gguf file, Hugging Face name, or demo [default: demo]", callback=named),
 ]
-STUDY_OPTIONS = ("search", "metric", "loss", "set", "uniform", "multiple", "fast", "shortlist", "risk", "memory",
-               "protect", "batch", "context", "self_share", "field", "tokens", "length", "eval_tokens", "eval_length",
-               "seed", "device", "dtype", "trust_remote_code")  # fmt: skip
+STUDY_OPTIONS = ("search", "metric", "loss", "set", "uniform", "multiple", "fast", "shortlist", "risk", "finalists",
+               "memory", "protect", "batch", "context", "self_share", "field", "tokens", "length", "eval_tokens",
+               "eval_length", "seed", "device", "dtype", "trust_remote_code")  # fmt: skip
 Out = Annotated[Path | None, typer.Option(help="Folder for page and table [default: studies/<run>]")]
 Items = Annotated[int, typer.Option(help="Items per task", min=2)]
 ItemLimit = Annotated[int | None, typer.Option(help="Items per task [default: all]", min=2)]

@@ -71,6 +71,7 @@ class SearchOptions(TaskOptions, total=False):
     fast: bool
     shortlist: int
     risk: float
+    finalists: int
     audit: bool
     protect: str
     batch: int

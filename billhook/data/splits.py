@@ -24,6 +24,13 @@ def select_documents(tokens: TokenSet, documents: Sequence[int]) -> TokenSet:
     return token_set(ids, new_documents, clusters, digests, tokens.source, choices=choices)
 
 
+def without_documents(tokens: TokenSet, *others: TokenSet) -> TokenSet | None:
+    """Return the documents of a token set that are in none of the others; None where there are none."""
+    gone = {digest for other in others for digest in other.digests}
+    left = [document for document, digest in enumerate(tokens.digests) if digest not in gone]
+    return select_documents(tokens, left) if left else None
+
+
 def chunks(tokens: TokenSet, count: int) -> list[TokenSet]:
     """Split a token set into chunks of `count` documents, in order; the last may have fewer."""
     whole = len(tokens.clusters)

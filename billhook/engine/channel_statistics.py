@@ -37,6 +37,9 @@ class Inputs:
 
 # (inputs, the projection's weight [outputs, inputs] in float64) -> a value per channel [inputs]
 InputFunction = Callable[[Inputs, torch.Tensor], torch.Tensor]
+# (the projection's inputs [tokens, inputs], its weight [outputs, inputs], channels [groups, channels of each]) -> a
+# value per group [groups]; all in float64 but the channels' numbers
+OutputFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def channel_layouts(bench: Measurer, index: int, block: nn.Module) -> Iterator[tuple[Site, ChannelLayout]]:
@@ -72,6 +75,27 @@ def groups_by_weights(bench: Measurer, function: WeightFunction) -> GroupValues:
     return require_finite(values)
 
 
+def groups_by_ranges(bench: Measurer) -> GroupValues:
+    """Return the mean over the channels of each group of Σ over its matrices of r / the largest r of the site.
+
+    r of a channel in a matrix: the largest minus the smallest of its weights, each counted from 0.
+    """
+    values: GroupValues = {}
+    for index, block in enumerate(bench.runner.blocks(range(bench.runner.depth))):
+        for site, layout in channel_layouts(bench, index, block):
+            if layout.experts > 1:
+                continue
+            pieces = []
+            for slot in layout.slots:
+                w = block.get_parameter(slot.name).detach()
+                if w.ndim == 2:
+                    lines = to_float64(w.movedim(slot.axis, 0))
+                    ranges = (lines.amax(1).clamp(min=0) - lines.amin(1).clamp(max=0)).cpu()[slot.index]
+                    pieces.append((ranges / ranges.max().clamp(min=1e-300)).mean(-1))
+            values[site] = torch.stack(pieces).sum(0)
+    return require_finite(values)
+
+
 def groups_by_gradients(
     bench: Measurer, functions: Mapping[str, tuple[GradientFunction, bool]], fisher: bool
 ) -> dict[str, GroupValues]:
@@ -93,9 +117,19 @@ def groups_by_gradients(
     return {name: require_finite({s: by_site[s] for s in order if s in by_site}) for name, by_site in sums.items()}
 
 
-@torch.inference_mode()
 def groups_by_inputs(bench: Measurer, function: InputFunction) -> GroupValues:
-    """Return the mean over the channels of each group of function(inputs, weight), from one pass.
+    """Return the mean over the channels of each group of function(inputs, weight), from one pass."""
+
+    def of_groups(x: torch.Tensor, weight: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+        inputs = Inputs(len(x), x.mean(0), x.var(0), x.square().mean(0), x.abs().mean(0))
+        return function(inputs, weight)[channels].mean(-1)
+
+    return groups_by_outputs(bench, of_groups)
+
+
+@torch.inference_mode()
+def groups_by_outputs(bench: Measurer, function: OutputFunction) -> GroupValues:
+    """Return function(inputs of the output projection, its weight, channels of each group), from one pass.
 
     Sites whose output projection is not one linear module, mixtures of experts, are left out.
     """
@@ -114,12 +148,11 @@ def groups_by_inputs(bench: Measurer, function: InputFunction) -> GroupValues:
             for handle in handles:
                 handle.remove()
         for site, layout in layouts.items():
-            pairs = zip(captured[site], bench.groups, strict=True)
+            pairs = zip(captured.pop(site), bench.groups, strict=True)
             x = to_float64(torch.cat([x.reshape(*group.ids.shape, -1)[group.counted] for x, group in pairs]))
-            inputs = Inputs(len(x), x.mean(0), x.var(0), x.square().mean(0), x.abs().mean(0))
             output = layout.output
             weight = structure.as_outputs_by_inputs(block, output.name, block.get_parameter(output.name).detach())
-            group_values[site] = function(inputs, to_float64(weight)).cpu()[output.index].mean(-1)
+            group_values[site] = function(x, to_float64(weight), output.index.to(x.device)).cpu()
     bench.check_finite(streams)
     return require_finite(group_values)
 

@@ -376,6 +376,16 @@ class Probe:
         """Return the mean over each group's channels of function(output projection's inputs, its weight); one pass."""
         return channel_statistics.groups_by_inputs(self._measurer, function)
 
+    @undisturbed
+    def groups_of_outputs(self, function: channel_statistics.OutputFunction) -> GroupValues:
+        """Return function(output projection's inputs, its weight, channels of each group) [groups]; one pass."""
+        return channel_statistics.groups_by_outputs(self._measurer, function)
+
+    @undisturbed
+    def groups_of_ranges(self) -> GroupValues:
+        """Return the relative range of each channel group's weights, summed over matrices; see `groups_by_ranges`."""
+        return channel_statistics.groups_by_ranges(self._measurer)
+
 
 @torch.inference_mode()
 def logits(teacher: Teacher, plan: Plan, rows: torch.Tensor, repair: Repair | None = None) -> torch.Tensor:
@@ -383,8 +393,7 @@ def logits(teacher: Teacher, plan: Plan, rows: torch.Tensor, repair: Repair | No
 
     For few rows: a streamed teacher's blocks are read once. `repair`: a repair of the blocks.
     """
-    count = len(rows)
-    tokens = token_set([tuple(row) for row in rows.tolist()], [0] * count, [0], [""], "rows")
+    tokens = token_set([tuple(row) for row in rows.tolist()], [0] * len(rows), [0], [""], "rows")
     bench = Measurer(teacher, tokens, "nll", repaired=None if repair is None else (plan, repair))
     if plan.narrowed and repair is None:
         bench.use_narrowing(plan)

@@ -11,6 +11,7 @@ from billhook.core.plan import PARTS, Part, Site, format_ranges
 from billhook.core.results.exports import FaultReason, TargetFit
 from billhook.core.results.measured import WorkPlan
 from billhook.core.results.run import (
+    FinalChoice,
     RecoveryReport,
     RunReason,
     RunResult,
@@ -223,7 +224,20 @@ def search_in_words(search: SearchSummary) -> str:
         worst = max((round_.regret for round_ in search.audit), default=0.0)
         sentence += f" Audit: {len(missed)} of {len(search.audit)} rounds missed the best candidate"
         sentence += f", by at most {worst:.3g} per token." if missed else "."
-    return sentence
+    return sentence + (_final_choice_in_words(search.final) if search.final is not None else "")
+
+
+def _final_choice_in_words(final: FinalChoice) -> str:
+    """Which of the best plans was taken, and how much the calibration text flatters it."""
+    taken = (
+        f" The best {final.plans} plans were judged on {final.data.tokens:,} tokens that the search had not seen. "
+        f"The lowest was taken: {final.unseen:.4g} per token there, {final.calibration:.4g} on the calibration text."
+    )
+    if not final.gap:
+        return taken
+    error = "" if final.gap_se is None else f" ± {1.96 * final.gap_se:.2g}"
+    where = ", found for another size," if final.elsewhere else ""
+    return taken + f" It{where} is lower by {final.gap:.2g}{error} than the one that the calibration text chooses."
 
 
 def work_in_words(work: WorkPlan) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -11,13 +11,12 @@ from billhook.core.anatomy import Anatomy
 from billhook.core.budget import Budget
 from billhook.core.errors import BudgetError, UsageError, option
 from billhook.core.events import Event
-from billhook.core.files.cache_keys import FoldedOn, LossKey, PlanLossKey, SiteTimesKey
-from billhook.core.margin import MarginCheck
+from billhook.core.files.cache_keys import FinalistKey, FoldedOn, LossKey, PlanLossKey, SiteTimesKey
 from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.problem import Problem
-from billhook.core.results.measured import Loss, Step
-from billhook.core.results.run import AuditedRound, MarginTrial, SearchSummary, SiteLoss, WithinReport
-from billhook.data.splits import select_documents
+from billhook.core.results.measured import Loss, Step, paired_gap
+from billhook.core.results.run import AuditedRound, FinalChoice, MarginTrial, SearchSummary, SiteLoss, WithinReport
+from billhook.data.splits import without_documents
 from billhook.data.token_sets import TokenSet, truncate
 from billhook.engine.losses import loss_facts, parse_loss
 from billhook.engine.probe import Probe
@@ -34,6 +33,7 @@ from billhook.runs.prepare import (
     probe_of,
     problem_of,
     recovery_tokens,
+    unseen_tokens,
     validation_and_test,
 )
 from billhook.runs.recipe import Recipe
@@ -43,6 +43,11 @@ from billhook.runs.trace import losses_alone, measure_regret, removal_trace, sea
 FOLD_TOKENS = 8192  # for a fold inside the search
 FOLD = {"reach": "next"}  # its options; what stands farther behind is refitted after the search
 GROWTH = Fraction(3, 2)  # of the removed share, from trial to trial: a search far beyond the margin costs the most
+# What of a recipe says how much is removed, is read before the search, or comes after it.
+NOT_OF_THE_SEARCH = {
+    *("about", "model", "remove", "within", "plan", "data", "field", "tokens", "length", "self_share", "eval_data"),
+    *("eval_tokens", "eval_length", "recover", "recover_set", "finalists", "device", "dtype"),
+}
 FINEST = Fraction(1, 2)  # percent of the parameters, between what stays within a margin and what does not
 
 
@@ -76,8 +81,9 @@ def choose_plan(
     recipe = job.recipe
     probe = probe_of(recipe, teacher, calibration, job)
     plain = Executor(probe)
-    measure = RefitExecutor(plain, _judge(job, teacher, calibration)) if recipe.fold_in_search else plain
+    measure = RefitExecutor(plain, _judge(job, teacher, calibration, calibration)) if recipe.fold_in_search else plain
     within: WithinReport | None = None
+    final: FinalChoice | None = None
     problem: Problem | None = None
     if given is not None:
         path = [given]
@@ -85,12 +91,13 @@ def choose_plan(
         scores = compute_scores(job, probe)
         if recipe.within is not None:
             assert held_out is not None
-            problem, path, within = _largest_within_margin(job, teacher, measure, scores, held_out)
+            problem, path, within, final = _largest_within_margin(job, teacher, measure, scores, calibration, held_out)
         else:
             anatomy = with_site_times(job, teacher) if counts_time(recipe) else teacher.anatomy
             problem = _with_scores(problem_of(recipe, teacher, anatomy, recipe.budgets), scores)
-            path = run_search(job, problem, measure)
-    rounds, summary = list(measure.rounds), search_summary(probe)
+            texts = (calibration, *([held_out] if held_out is not None else []))
+            path, final = _search(job, teacher, problem, measure, texts)
+    rounds, summary = list(measure.rounds), replace(search_summary(probe), final=final)
     if recipe.audit:
         probe.release_streams()
         summary = replace(summary, audit=tuple(_audit(job, probe, rounds)))
@@ -116,12 +123,11 @@ def _with_scores(problem: Problem, scores: ScoreFields) -> Problem:
     return replace(problem, group_scores={site: of_one for site, of_one in groups.items() if site in free})
 
 
-def _judge(job: RunContext, teacher: Teacher, calibration: TokenSet) -> Callable[[Plan], Loss]:
-    """The loss of a plan on the calibration tokens after a fold on other texts; stored."""
+def _judge(job: RunContext, teacher: Teacher, tokens: TokenSet, calibration: TokenSet) -> Callable[[Plan], Loss]:
+    """The loss of a plan on `tokens` after a fold on texts that are not of the calibration; stored."""
     recipe = job.recipe
-    texts = recovery_tokens(recipe, teacher, job.watch)
-    others = [d for d, digest in enumerate(texts.digests) if digest not in set(calibration.digests)]
-    train = truncate(select_documents(texts, others), FOLD_TOKENS) if others else None
+    texts = without_documents(recovery_tokens(recipe, teacher, job.watch), calibration, tokens)
+    train = truncate(texts, FOLD_TOKENS) if texts is not None else None
     if train is None or train.tokens < LEAST_RECOVERY_TOKENS:
         raise UsageError(
             f"{option('fold_in_search', True)} refits on texts that the search is not judged on. Give more "
@@ -129,8 +135,8 @@ def _judge(job: RunContext, teacher: Teacher, calibration: TokenSet) -> Callable
         )
     loss = parse_loss(recipe.loss).name
     treatment = FoldedOn(train.hash, **FOLD)
-    of = LossKey(teacher.fingerprint, calibration.hash, loss, teacher.compute_key, treatment)
-    probe = Probe(teacher, calibration, loss, memory=recipe.memory_bytes)
+    of = LossKey(teacher.fingerprint, tokens.hash, loss, teacher.compute_key, treatment)
+    probe = Probe(teacher, tokens, loss, memory=recipe.memory_bytes)
     subject = RecoveryTask(teacher, Plan(), memory=recipe.memory_bytes, seed=recipe.seed, streams_by_tokens={})
 
     def measure(plan: Plan) -> Loss:
@@ -141,6 +147,66 @@ def _judge(job: RunContext, teacher: Teacher, calibration: TokenSet) -> Callable
         return job.store.remember(PlanLossKey(of, plan), partial(measure, plan), job.run)
 
     return judge
+
+
+# -- the last choice ------------------------------------------------------------------------------------------------
+
+
+def _search(
+    job: RunContext, teacher: Teacher, problem: Problem, measure: Executor | RefitExecutor, texts: Sequence[TokenSet]
+) -> tuple[list[Plan], FinalChoice | None]:
+    """The path of the recipe's search, to the best of its finalists on text that no round has seen.
+
+    Hundreds of candidates are compared on the same tokens, so that the lowest loss is partly luck. What the same
+    search found for other sizes, in the same store, is among the finalists where it meets the budgets. `texts`: the
+    calibration, and the held-out text where it is known.
+    """
+    path = run_search(job, problem, measure)
+    if job.recipe.finalists < 2 or not measure.rounds:
+        return path, None
+    recipe = job.recipe.model_dump(mode="json", exclude=NOT_OF_THE_SEARCH, exclude_defaults=True)
+    search = {"model": teacher.fingerprint, "recipe": recipe, "tokens": texts[0].hash}
+    found = [Plan.from_json(told["plan"]) for told in job.store.all_of(FinalistKey) if told["search"] == search]
+    fitting = [plan for plan in found if plan != path[-1] and problem.is_met(plan) and problem.is_valid(plan)]
+    losses = dict(zip(fitting, measure(MeasureRequest(tuple(fitting))), strict=True)) if fitting else {}
+    for ask, answers in measure.rounds:
+        if ask.tokens is None:
+            losses |= {p: loss for p, loss in zip(ask.plans, answers, strict=True) if not loss.bound}
+    plans = sorted((p for p in losses if problem.is_met(p) and problem.is_valid(p)), key=lambda p: losses[p].mean)
+    plans = list(dict.fromkeys([path[-1], *plans]))[: job.recipe.finalists]
+    if len(plans) < 2 or path[-1] not in losses:
+        return path, None
+    unseen = unseen_tokens(job.recipe, teacher, job.watch, *texts)
+    if unseen is None:
+        return path, None
+    chosen, final = _final_choice(job, teacher, plans, losses, unseen, texts[0])
+    for plan in {path[-1], chosen}:
+        key = FinalistKey(teacher.fingerprint, recipe, texts[0].hash, plan)
+        job.store.add(key, {"search": search, "plan": plan.to_json()}, job.run)
+    if chosen == path[-1]:
+        return path, final
+    before = [plan for plan in path[:-1] if plan.removed <= chosen.removed and plan.narrowed <= chosen.narrowed]
+    return [*before, chosen], replace(final, elsewhere=chosen in fitting)
+
+
+def _final_choice(
+    job: RunContext, teacher: Teacher, plans: list[Plan], on_calibration: Mapping[Plan, Loss], unseen: TokenSet,
+    calibration: TokenSet,
+) -> tuple[Plan, FinalChoice]:  # fmt: skip
+    """The plan with the lowest loss on text that no round has seen. The first of `plans` is the search's own."""
+    if job.recipe.fold_in_search:
+        judge = _judge(job, teacher, unseen, calibration)
+        losses = [judge(plan) for plan in plans]
+    else:
+        exact = job.recipe.model_copy(update={"fast": False})
+        progress = progress_of_request(job, {"step": "finalists"}, before=0, total=len(plans))
+        losses = Executor(probe_of(exact, teacher, unseen, job))(MeasureRequest(tuple(plans)), progress)
+    best = min(range(len(plans)), key=lambda i: losses[i].mean)
+    gap, error = paired_gap(losses[0], losses[best])
+    chosen = plans[best]
+    return chosen, FinalChoice(
+        len(plans), on_calibration[chosen].mean, losses[best].mean, losses[0].mean, gap, error, False, unseen.info()
+    )
 
 
 def _audit(job: RunContext, probe: Probe, rounds: list[tuple[MeasureRequest, list[Loss]]]) -> list[AuditedRound]:
@@ -180,8 +246,9 @@ def with_site_times(job: RunContext, teacher: Teacher) -> Anatomy:
 
 
 def _largest_within_margin(
-    job: RunContext, teacher: Teacher, measure: Executor | RefitExecutor, scores: ScoreFields, held_out: TokenSet
-) -> tuple[Problem, list[Plan], WithinReport]:
+    job: RunContext, teacher: Teacher, measure: Executor | RefitExecutor, scores: ScoreFields, calibration: TokenSet,
+    held_out: TokenSet,
+) -> tuple[Problem, list[Plan], WithinReport, FinalChoice | None]:  # fmt: skip
     """The largest share of the parameters whose removal stays within the recipe's margin on validation items.
 
     Shares grow by half until one is too much, then the gap is halved; each has a search of its own, which reuses what
@@ -193,7 +260,7 @@ def _largest_within_margin(
     everything = teacher.anatomy.total("parameters")
     smallest = min(size.parameters for size in teacher.anatomy.sites) * Fraction(100, everything)
     low, high = Fraction(0), Fraction(100)
-    best: tuple[Problem, list[Plan], MarginCheck] | None = None
+    best: tuple[Problem, list[Plan], FinalChoice | None] | None = None
     trials: list[MarginTrial] = []
     share = max(FINEST, smallest)
     while share < 100 and high - low > max(FINEST, smallest):
@@ -203,13 +270,13 @@ def _largest_within_margin(
         except BudgetError:
             high, share = share, (low + share) / 2
             continue
-        path = run_search(job, problem, measure)
+        path, final = _search(job, teacher, problem, measure, (calibration, held_out))
         dense, student = evaluate_plans(job, teacher, [Plan(), path[-1]], validation, margin.kind)
         kept = margin.check(dense, student, recipe.seed)
         spent = Fraction(problem.removed_cost(path[-1])[0] * 100, everything)
         trials.append(MarginTrial(float(spent), kept.within, kept.in_units(margin.kind)))
         if kept.within:
-            low, best = spent, (problem, path, kept)
+            low, best = spent, (problem, path, final)
         else:
             high = share
         share = GROWTH * max(share, low) if high == 100 else (low + high) / 2
@@ -224,4 +291,4 @@ def _largest_within_margin(
             f"Nothing can be removed within {margin}: removing {least.percent:.2f}% of the parameters may already lose "
             f"{least.lost.high:.2f} {unit}. Allow more, or take more {option('eval_tokens')}."
         )
-    return best[0], best[1], WithinReport(margin, tuple(trials), validation.info())
+    return best[0], best[1], WithinReport(margin, tuple(trials), validation.info()), best[2]

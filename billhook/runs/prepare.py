@@ -27,9 +27,9 @@ from billhook.data.calibration import (
     require_foreign,
 )
 from billhook.data.choice_tasks import load_items
-from billhook.data.splits import halves
+from billhook.data.splits import halves, without_documents
 from billhook.data.texts import SELF, TextSpec, external_sources, split_sources
-from billhook.data.token_sets import TokenSet
+from billhook.data.token_sets import TokenSet, truncate
 from billhook.engine.losses import parse_loss
 from billhook.engine.probe import Probe, RacingOptions
 from billhook.methods.evaluate.served import load_served
@@ -309,6 +309,20 @@ def read_calibration(
         if job is not None:
             return load_calibration(job, teacher, spec, **given)
         return calibration_tokens(spec, teacher.model, teacher.tokenizer, watch, **given)
+
+
+def unseen_tokens(recipe: Recipe, teacher: Teacher, watch: EventListener, *seen: TokenSet) -> TokenSet | None:
+    """As many tokens of the calibration text as a recipe asks for, of documents that are not among those `seen`.
+
+    None where the text holds no two more, is a task, or is written by the model alone.
+    """
+    source = external_sources(recipe.data)
+    if parse_loss(recipe.loss).file is not None or not source:
+        return None
+    spec = replace(calibration_spec(recipe), source=source, tokens=2 * recipe.tokens)
+    given: OptionValues = {"held_out": recipe.eval_data, "least": 1}
+    more = without_documents(calibration_tokens(spec, teacher.model, teacher.tokenizer, watch, **given), *seen)
+    return None if more is None or len(more.digests) < 2 else truncate(more, recipe.tokens)
 
 
 def tokens_for(

@@ -133,6 +133,7 @@ class Recipe(CalibrationOptions, EvalOptions):
     fast: Annotated[bool, Field(description="Race the candidates of a round: faster, not exact")] = False
     shortlist: Annotated[int, Field(description="Candidates in each round of --fast", le=MOST, ge=2)] = 12
     risk: Annotated[float, Field(description="Risk of --fast to drop the best, per comparison", gt=0, lt=0.5)] = 0.05
+    finalists: Annotated[int, Field(description="Plans judged again on unseen text", le=MOST, ge=0)] = 8
     audit: Annotated[bool, Field(description="Exact check of every round of --fast, with its regret")] = False
     protect: Annotated[str, Field(description="Sites or blocks to keep: attention.0,mlp.27-29,0-3,last2")] = ""
     batch: Annotated[int, Field(description="Sequences at a time, for a budget in ms", le=MOST, ge=1)] = 1
@@ -150,10 +151,7 @@ class Recipe(CalibrationOptions, EvalOptions):
     export: Annotated[str, Field(description="Forms of the checkpoint, as `billhook methods` lists them")] = (
         "transformers"
     )
-
-    target: Annotated[
-        str, Field(description="What will serve the model: llama.cpp,mlx … as `billhook targets` lists")
-    ] = ""
+    target: Annotated[str, Field(description="What serves the model: llama.cpp,mlx … as `billhook targets` lists")] = ""
 
     @field_validator("remove", mode="before")
     @classmethod
@@ -242,9 +240,10 @@ class Recipe(CalibrationOptions, EvalOptions):
 # Names of fields as help and YAML list them: first what is pruned, and how much.
 ORDER = (
     *("about", "model", *TARGETS, "search", "metric", "loss", "set", "uniform", "multiple", "fast", "shortlist"),
-    *("risk", "audit", "memory", "protect", "batch", "context", "data", "self_share", "eval_data", "field", "tokens"),
-    *("length", "eval_tokens", "eval_length", "recover", "fold_in_search", "recover_set", "recover_data"),
-    *("recover_tokens", "recover_length", "stock", "export", "target", "seed", "device", "dtype", "trust_remote_code"),
+    *("risk", "finalists", "audit", "memory", "protect", "batch", "context", "data", "self_share", "eval_data"),
+    *("field", "tokens", "length", "eval_tokens", "eval_length", "recover", "fold_in_search", "recover_set"),
+    *("recover_data", "recover_tokens", "recover_length", "stock", "export", "target", "seed", "device", "dtype"),
+    "trust_remote_code",
 )
 
 
@@ -344,7 +343,7 @@ CONDITIONS = (
               lambda of: bool(of.recoveries) or of.fold_in_search, _FOLD),
     Condition(SITE_TIMES, lambda of: any(budget.unit == "ms" for budget in of.budgets),
               f"without a budget in time. Add {option('remove', '20%ms')}"),
-    Condition(("search", "metric", "uniform", "multiple", "fast", "fold_in_search"), lambda of: of.plan is None,
+    Condition(("search", "metric", "uniform", "multiple", "fast", "finalists", "fold_in_search"), lambda r: not r.plan,
               f"with {option('plan')}, of which nothing is searched. Give {option('remove')} instead"),
     Condition(("self_share",), lambda of: of.plan is None and ":" not in of.loss and SELF not in split_sources(of.data),
               f"with a plan, the loss of a task, or {option('data', SELF)}. Give {option('data', 'FILE')} and a size "

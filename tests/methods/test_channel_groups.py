@@ -23,7 +23,7 @@ from billhook.core.problem import Problem
 from billhook.data.token_sets import TokenSet, token_set
 from billhook.engine.probe import Probe
 from billhook.methods.metrics import GROUP_METRICS
-from billhook.methods.metrics.channel_groups import fuse
+from billhook.methods.metrics.channel_groups import fuse, removal_errors
 from billhook.methods.search import SEARCHES, drive
 from billhook.models import channel_groups, structure
 from billhook.models.load import Teacher, load
@@ -31,7 +31,7 @@ from billhook.models.modeling_billhook import set_parameter
 
 Folder = Callable[[str], Path]
 NAMES = sorted(GROUP_METRICS)
-OF_INPUTS = ("activation", "flap", "wanda_sp")
+OF_INPUTS = ("activation", "cfsp", "flap", "obs", "wanda_sp")
 
 
 def documents(rows: int = 8, length: int = 12, seed: int = 1) -> TokenSet:
@@ -128,6 +128,58 @@ def test_activations_are_those_of_hooks_on_the_whole_model(checkpoint: Folder) -
         assert values.argsort().tolist() == plain[where].argsort().tolist()
     ifv = GROUP_METRICS["flap"](probe, kind="ifv", standardise=False)[site]
     assert ifv.tolist() == pytest.approx(x.var(0).view(2, -1).mean(1).tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("site", [Site(1, "mlp"), Site(2, "attention")])
+def test_cfsp_is_ranges_times_norms(checkpoint: Folder, site: Site) -> None:
+    teacher, tokens = load(checkpoint("llama")), documents()
+    probe, block = Probe(teacher, tokens, "nll"), teacher.block(site.block)
+    _, of = layout(teacher, site)
+    ranges = torch.zeros(of.groups, dtype=torch.float64)
+    for slot in of.slots:
+        w = block.get_parameter(slot.name).detach().double()
+        lines = list(w if slot.axis == 0 else w.T)
+        each = [max(0.0, float(line.max())) + abs(min(0.0, float(line.min()))) for line in lines]
+        of_groups = [[each[i] for i in entries] for entries in slot.index.tolist()]
+        largest = max(max(values) for values in of_groups)
+        ranges += torch.tensor([sum(values) / len(values) / largest for values in of_groups], dtype=torch.float64)
+    told = GROUP_METRICS["cfsp"](probe)[site]
+    norms = probe.groups_of_inputs(lambda x, w: (x.square * x.tokens).sqrt())[site]
+    assert told.tolist() == pytest.approx((ranges * norms).tolist(), rel=1e-5)
+
+
+def test_obs_counts_what_the_best_refit_leaves() -> None:
+    """Against least squares over what is left, for one group of two channels; and in full for the whole order."""
+    torch.manual_seed(0)
+    x, w = torch.randn(50, 8).double(), torch.randn(5, 8).double()
+    channels, ridge = torch.arange(8).view(4, 2), 0.01
+    errors = removal_errors(x.T @ x, w, channels, ridge)
+    root = torch.linalg.cholesky(x.T @ x + ridge * torch.diag((x.T @ x).diagonal())).T
+
+    def left(groups: list[int]) -> float:
+        kept = [c for c in range(8) if c // 2 not in groups]
+        fit = torch.linalg.lstsq(root[:, kept], root @ w.T).solution
+        return float((root @ w.T - root[:, kept] @ fit).square().sum())
+
+    order = errors.argsort().tolist()
+    assert errors[order[0]] == pytest.approx(min(left([g]) for g in range(4)))
+    for count in range(1, 5):
+        assert errors[order[count - 1]] == pytest.approx(left(order[:count])), "refitted after each"
+        if count < 4:
+            ahead = {g: left([*order[: count - 1], g]) for g in order[count - 1 :]}
+            assert min(ahead, key=ahead.__getitem__) == order[count - 1]
+
+
+def test_obs_lets_a_twin_go_first() -> None:
+    """Two channels that always say the same: either can be replaced, however large both are."""
+    torch.manual_seed(1)
+    x = torch.randn(40, 6).double()
+    x[:, 4] = 3 * x[:, 1]
+    w = torch.randn(5, 6).double()
+    w[:, [1, 4]] *= 10
+    errors = removal_errors(x.T @ x, w, torch.arange(6)[:, None], 1e-6)
+    assert int(errors.argmin()) in (1, 4)
+    assert errors.min() < 1e-3 * errors.max()
 
 
 # -- planted --------------------------------------------------------------------------------------------------------

@@ -334,6 +334,16 @@ class PlanKey(FactKey[TrialPlan]):
 
 
 @dataclass(frozen=True)
+class FinalistKey(FactKey[JsonObject]):
+    """A plan with which a search ended, whatever its budget. `recipe`: what matters of it to a search."""
+
+    what = "finalist"
+    recipe: Mapping[str, Any]
+    tokens: str
+    plan: Plan
+
+
+@dataclass(frozen=True)
 class AttemptKey(FactKey[str]):
     """The run that first began the search of a plan."""
 

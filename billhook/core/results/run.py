@@ -206,8 +206,32 @@ class AuditedRound:
 
 
 @dataclass(frozen=True, slots=True)
+class FinalChoice:
+    """The last choice of a search: the lowest of its best `plans`, on text that no round had seen.
+
+    Losses per token: of the plan that was taken, on the `calibration` text and on the `unseen` one; `before`: on the
+    unseen one, of the plan that the calibration text alone chooses; `gap`: how much lower the plan that was taken is,
+    with its standard error over documents. `elsewhere`: the plan was found for another size.
+    """
+
+    plans: int
+    calibration: float
+    unseen: float
+    before: float
+    gap: float
+    gap_se: float | None
+    elsewhere: bool
+    data: TokenSetInfo
+
+    @property
+    def optimism(self) -> float:
+        """How much lower the loss on the calibration text is."""
+        return self.unseen - self.calibration
+
+
+@dataclass(frozen=True, slots=True)
 class SearchSummary:
-    """How a search went. `audit`: None where not asked for.
+    """How a search went. `audit`: None where not asked for; `final`: where its best plans were not judged again.
 
     `site_evaluations`: sites computed, over all tokens; of a run that was resumed, by the attempt that ended it.
     """
@@ -217,6 +241,7 @@ class SearchSummary:
     work: WorkPlan
     site_evaluations: float
     audit: tuple[AuditedRound, ...] | None = None
+    final: FinalChoice | None = None
 
 
 @dataclass(frozen=True, slots=True)
