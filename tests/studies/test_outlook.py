@@ -217,6 +217,7 @@ def test_what_a_suggestion_brought_stands_beside_what_was_expected(store: Path) 
     later = file_run(store, a_run(0.6, recovered=0.4, recipe={"recover": "fold?"}))
     told = named(suggest(run, store=store))["fold_after_pruning"]
     assert told.found.run == later
+    assert told.gain.source.startswith("docs/"), "what was expected before the run itself was evidence"
     assert told.found.value == pytest.approx(0.4)
     assert told.found.low < 0.4 < told.found.high
     assert told.found.seconds == pytest.approx(110.0)
@@ -238,6 +239,10 @@ def test_each_fact_of_a_run_leads_to_its_suggestion(store: Path) -> None:
     gains = [each.gain.value for each in told.values() if each.gain is not None]
     assert gains == sorted(gains, reverse=True)
     assert [each.gain is None for each in told.values()] == sorted(each.gain is None for each in told.values())
+    losing = file_run(store, a_run(1.0, 3, recovered=-0.2, recipe={"recover": "fold", "seed": 9}))
+    assert losing
+    ranked = [each.name for each in suggest(run, store=store).suggestions]
+    assert ranked[-1] == "fold_after_pruning", "what lost elsewhere comes last"
     straight = file_run(store, a_run(1.0, 4, steps=(0.1, 0.2, 0.3, 0.4), recipe={"self_share": 0.5}))
     assert not {"stop_at_the_knee", "share_for_a_task", "serve_it", "text_of_its_own"} & set(
         named(suggest(straight, store=store))

@@ -58,8 +58,10 @@ def _with_run(subject: Subject) -> Subject:
     return replace(subject, run=next(done, None))
 
 
-def _rank(each: Suggestion) -> tuple[bool, float, str]:
-    return each.gain is None, -(each.gain.value if each.gain else 0.0), each.name
+def _rank(each: Suggestion) -> tuple[int, float, str]:
+    """Gains first, the largest ahead; then what nothing is known of; last what is expected to bring nothing."""
+    gain = None if each.gain is None else each.gain.value
+    return 1 if gain is None else 0 if gain > 0 else 2, -(gain or 0.0), each.name
 
 
 def _suggested(name: str, situation: Situation, store: Store) -> Suggestion | None:
@@ -73,6 +75,10 @@ def _suggested(name: str, situation: Situation, store: Store) -> Suggestion | No
         return Suggestion(name, what, idea.command, idea.gain, idea.seconds, dict(idea.facts))
     asked = parse_recipe({**situation.recipe, **idea.changes}, f"The suggestion {name}")
     later = _found(situation, asked)
+    if later is not None:  # what was expected before it ran, by the runs until then
+        tried = next(run for run in situation.everything if run.id == later.run)
+        before = tuple(run for run in situation.everything if run.created < tried.created or run.id == situation.run.id)
+        idea = SUGGESTIONS[name](replace(situation, everything=before)) or idea
     return Suggestion(name, what, prune_command(asked), idea.gain, idea.seconds, dict(idea.facts), later)
 
 
