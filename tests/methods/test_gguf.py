@@ -54,12 +54,13 @@ DECI: list[tuple[str, str, dict[str, Any]]] = [
 
 
 def exported(
-    folder: Path, variant: str, names: str, out: Path, *, repair: Repair = NO_REPAIR, dtype: str = "f32", **flags: Any
-) -> tuple[Teacher, Exported]:
+    folder: Path, variant: str, names: str, out: Path, *, repair: Repair = NO_REPAIR, dtype: str = "f32",
+    verify: bool = True, **flags: Any,
+) -> tuple[Teacher, Exported]:  # fmt: skip
     tiny.saved(folder, variant, **flags)
     teacher, plan = load(folder), Plan.parse(names.split(",")) if names else Plan()
     model = apply(teacher, plan, repair=repair)
-    student = Student(model, teacher, plan, probe_tokens(teacher), repair)
+    student = Student(model, teacher, plan, probe_tokens(teacher), repair, verify=verify)
     return teacher, export_student("gguf", student, out, dtype=dtype)
 
 
@@ -182,6 +183,23 @@ def test_other_types_are_the_business_of_a_program(tmp_path: Path, monkeypatch: 
     assert types.find_program() is None or "ik_llama_cpp" in str(types.find_program())
     found = program(tmp_path / "llama-quantize", "cp $1 $2")
     assert types.find_program() == found
+
+
+def test_types_that_llama_cpp_does_not_read_are_rounded_anew(tmp_path: Path) -> None:
+    """By a program that writes type 133 for one tensor, unless it is told not to."""
+    _, got = exported(tmp_path / "model", "llama", "", tmp_path / "out", dtype="f16", verify=False)
+    (file,) = (path for path in got.files if path.suffix == ".gguf")
+    assert types.foreign_tensors(file) == []
+    data, name = file.read_bytes(), b"blk.2.attn_v.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8  # dimensions and their sizes
+    assert data[at : at + 4] == (1).to_bytes(4, "little")
+    odd = tmp_path / "odd.gguf"
+    odd.write_bytes(data[:at] + (133).to_bytes(4, "little") + data[at + 4 :])
+    assert types.foreign_tensors(odd) == [name.decode()]
+    script = f'if [ "$1" = --custom-q ]; then echo "$2" > {tmp_path}/rules; cp "$3" "$4"; else cp {odd} "$2"; fi'
+    types.run_program(program(tmp_path / "rounds", script), file, tmp_path / "new.gguf", "q4_k_m")
+    assert (tmp_path / "rules").read_text().strip() == r"^blk\.2\.attn_v\.weight$=q8_0"
+    assert (tmp_path / "new.gguf").read_bytes() == data
 
 
 def test_weights_beyond_the_range_of_f16_are_refused(tmp_path: Path) -> None:

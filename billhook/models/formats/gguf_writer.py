@@ -126,14 +126,43 @@ def find_program() -> str | None:
 
 
 def run_program(program: str, source: Path, target: Path, dtype: str) -> None:
-    """Round a file to a type by llama.cpp's program. Raises BillhookError with its last words where it fails."""
+    """Round a file to a type by llama.cpp's program. Raises BillhookError with its last words where it fails.
+
+    The program of ik_llama.cpp has types of its own for rows that are no multiple of 256, which llama.cpp does not
+    read: such tensors are rounded to q8_0 in a second run, as llama.cpp's own program would.
+    """
+    _run([program, str(source), str(target), dtype.upper()], source, target, dtype)
+    if foreign := foreign_tensors(target):
+        rules = ",".join(f"^{re.escape(name)}$=q8_0" for name in foreign)
+        target.unlink()
+        _run([program, "--custom-q", rules, str(source), str(target), dtype.upper()], source, target, dtype)
+
+
+def _run(command: list[str], source: Path, target: Path, dtype: str) -> None:
     done = subprocess.run(
-        [program, str(source), str(target), dtype.upper()], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        errors="replace", check=False,
-    )  # fmt: skip
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode or not target.is_file():
         lines = [line.strip() for line in f"{done.stdout}\n{done.stderr}".splitlines()]
         said = " / ".join(line for line in lines if re.search("error|fail|assert|invalid", line, re.I))[-400:]
         raise BillhookError(
-            f"{program} does not round {source.name} to {dtype} (exit status {done.returncode}). {said}".rstrip()
+            f"{command[0]} does not round {source.name} to {dtype} (exit status {done.returncode}). {said}".rstrip()
         )
+
+
+def foreign_tensors(file: Path) -> list[str]:
+    """Return the tensors of a GGUF file whose type the format does not know."""
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    found: dict[str, int] = {}
+
+    class Types(GGUFReader):  # type: ignore[misc]
+        """Reads names and types; a type that it does not know would end the reading of the tensors."""
+
+        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            for field in fields:  # the name's length and bytes, dimensions, sizes, type, offset
+                found[bytes(field.parts[1]).decode("utf-8")] = int(field.parts[4][0])
+
+    Types(file)
+    known = {each.value for each in GGMLQuantizationType}
+    return [name for name, kind in found.items() if kind not in known]
