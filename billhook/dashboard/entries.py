@@ -15,12 +15,12 @@ from billhook.core.plan import Plan
 from billhook.core.results.comparisons import Comparison
 from billhook.core.results.json_form import SCHEMA
 from billhook.core.results.measured import Estimate, EvalResult
-from billhook.core.results.run import RunResult
+from billhook.core.results.run import RunResult, SpeedChange
 from billhook.core.results.stored import read_result
 from billhook.core.results.studies import SweepResult
 from billhook.core.statistics import exp_capped, paired_difference
 from billhook.dashboard.measured import Measured
-from billhook.report.numbers import visible_name
+from billhook.report.numbers import shown_ratio, visible_name
 
 MOST = 40  # of one page
 
@@ -93,10 +93,15 @@ def _of_pruning(db: sqlite3.Connection, run: str, result: RunResult) -> Entry:
     return Entry(
         f"{run} {visible_name(asked)}", run, "prune", result.plan, result.sizes.student, result.sizes.teacher,
         result.perplexity.ratio if result.perplexity else None, result.data.evaluation.hash,
-        speed.ratio.decode if speed else None, speed.student.decode_tokens_per_s if speed else None,
+        _decode_ratio(speed) if speed else None, speed.student.decode_tokens_per_s if speed else None,
         speed.student.peak_bytes if speed else None, math.fsum(result.seconds.values()), result.anatomy,
         ", ".join(report.recovery for report in result.recoveries), _evaluation(db, result),
     )  # fmt: skip
+
+
+def _decode_ratio(speed: SpeedChange) -> Estimate:
+    """The ratio of decoding speeds as reports show it."""
+    return shown_ratio(speed.teacher.decode_tokens_per_s, speed.student.decode_tokens_per_s, speed.ratio.decode)
 
 
 def _evaluation(db: sqlite3.Connection, result: RunResult) -> EvalResult | None:

@@ -10,7 +10,7 @@ from billhook.dashboard.listing import Figures, Listed, Listing, Parts, opened, 
 from billhook.dashboard.parts.status import status_line
 from billhook.dashboard.progress import progress_of
 from billhook.report.frame import escaped
-from billhook.report.numbers import format_duration, format_number, format_ratio, pluralize, visible_name
+from billhook.report.numbers import format_duration, format_number, format_ratio, pluralize, shown_ratio, visible_name
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -118,7 +118,8 @@ def _figures(found: Figures) -> list[tuple[str, str]]:
         )
     if (speed := found.speed) is None:
         return [*cells, ("", "–")]
-    ratio = speed.ratio.decode
+    sides = speed.teacher.decode_tokens_per_s, speed.student.decode_tokens_per_s
+    ratio = shown_ratio(sides[0], sides[1], speed.ratio.decode)
     cell = with_origin(ratio, format_ratio, "Decoding speed, student over teacher, timed in turn")
     return [*cells, (f"{ratio.value:.6g}", cell)]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from browser import Tab
 
 from billhook.dashboard.listing import Listing
 from billhook.dashboard.server import make_app
@@ -54,6 +55,11 @@ def served(store: Path) -> Iterator[Served]:
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+
+
+def faults(tab: Tab) -> list[dict[str, Any]]:
+    """What a page complains of. The stream of the page before, which ends with it, is none."""
+    return [each for each in tab.complaints() if not each["params"].get("canceled")]
 
 
 def until(what: Any, seconds: float = 20.0) -> Any:

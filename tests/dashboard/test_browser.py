@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from browser import HOSTILE, OVERFLOW, Tab
-from dashboards import Served, clones, edited, served, until
+from dashboards import Served, clones, edited, faults, served, until
 
 from billhook.core.results.run import RunResult
 from billhook.dashboard.listing import Listing
@@ -62,8 +62,8 @@ def test_every_page_is_calm_and_fits(tab: Tab, here: Served, runs: dict[str, Run
             assert len(plots) >= {"run": 3, "narrow": 1, "compare": 2, "explore": 1}.get(kind, 0)
             ground = tab.run("getComputedStyle(document.documentElement).backgroundColor")
             assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
-            missing = [e for e in tab.complaints() if kind == "missing" and "404" in str(e)]
-            assert tab.complaints() == missing
+            missing = [e for e in faults(tab) if kind == "missing" and "404" in str(e)]
+            assert faults(tab) == missing
             assert all(url.startswith((here.address, "data:")) for url in tab.requests())
 
 
@@ -151,7 +151,7 @@ def test_the_slider_forecasts_without_a_reload(tab: Tab, here: Served, runs: dic
             "list.dispatchEvent(new Event('input', {bubbles: true}))")  # fmt: skip
     until(lambda: tab.run("location.search").startswith("?run=") and "unit=sites" in tab.run("location.search"))
     assert until(lambda: tab.run("document.querySelector('[name=amount]')?.value")) == "4"
-    assert tab.complaints() == []
+    assert faults(tab) == []
 
 
 # -- the table of runs ------------------------------------------------------------------------------------------------
@@ -210,14 +210,14 @@ def test_a_hostile_name_does_nothing(tab: Tab, store: Path) -> None:
             tab.open(f"{here.address}{path}", 390, "light")
             assert "owned" not in tab.run("document.title")
             assert tab.run(OVERFLOW) <= 0, path
-            assert tab.complaints() == []
+            assert faults(tab) == []
             assert all(url.startswith((here.address, "data:")) for url in tab.requests())
         tab.open(f"{here.address}/", 1440, "light")
         with closing(Store(store)) as opened:
             opened.tag(runs[0], ["new"])
         until(lambda: tab.run("document.querySelectorAll('.tag').length"))  # put in place by a script
         assert "owned" not in tab.run("document.title")
-        assert tab.complaints() == []
+        assert faults(tab) == []
 
 
 def test_of_a_thousand_runs_the_first_are_there_at_once(tab: Tab, store: Path) -> None:

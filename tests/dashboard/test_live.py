@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from browser import Tab
-from dashboards import Child, Served, all_runs, clones, served, until
+from dashboards import Child, Served, all_runs, clones, faults, served, until
 
 from billhook.core.events import Event
 from billhook.dashboard import live
@@ -171,7 +171,7 @@ def test_a_run_is_watched_through_a_kill_and_a_resume(store: Path, tab: Tab) -> 
         assert until(lambda: tab.run("!!document.querySelector('.state.done')"))
         assert tab.run("window.same"), "the page was not loaded again"
         assert tab.run("[...document.querySelectorAll('.plot')].every(each => echarts.getInstanceByDom(each))")
-        assert tab.complaints() == []
+        assert faults(tab) == []
         assert all(url.startswith(here.address) for url in tab.requests())
 
 
@@ -192,4 +192,4 @@ def test_the_list_moves_with_its_runs(store: Path, tab: Tab) -> None:
         child.close()
         until(lambda: tab.run(f"{row}.dataset.state") == "interrupted")
         assert tab.run("window.same && document.querySelectorAll('#rows input:checked').length") == 1
-        assert tab.complaints() == []
+        assert faults(tab) == []

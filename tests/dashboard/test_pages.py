@@ -40,7 +40,8 @@ from billhook.dashboard.measured import Measured, enriched, next_removal, stops_
 from billhook.dashboard.outlooks import UNITS, amounts, known_of, needs_at, predicted, search_forecast, share_at
 from billhook.dashboard.parts.studies import TOLD
 from billhook.dashboard.server import make_app
-from billhook.report.numbers import format_duration
+from billhook.report.numbers import format_duration, format_ratio
+from billhook.report.run_words import summary_rows
 from billhook.runs import tag
 from billhook.runs.recipe import parse_recipe, with_overrides
 from billhook.runs.store import Store
@@ -78,6 +79,18 @@ def test_the_list_shows_what_results_say(pruned_store: Path) -> None:
         assert figures.seconds == pytest.approx(math.fsum(result.seconds.values()))
         assert (run.model, run.remove) == (result.recipe["model"], result.recipe["remove"])
         assert (figures.fingerprint, figures.held_out) == (result.model.fingerprint, result.data.evaluation.hash)
+
+
+def test_the_speed_of_list_and_comparison_is_that_of_the_report(pruned_store: Path) -> None:
+    run = runs_of(pruned_store)["four"]
+    told = next(row.change for row in summary_rows(result_of(run)) if row.label == "Decode tokens/s")
+    with opened(pruned_store) as db:
+        (entry,) = entries_of(db, [run.id])
+    assert entry.decode is not None
+    assert told.startswith(format_ratio(entry.decode.value))
+    client = TestClient(make_app(Listing(pruned_store)), base_url="http://127.0.0.1")
+    row = Elements(client.get("/").text).text
+    assert format_ratio(entry.decode.value) in row
 
 
 def test_tags_are_set_found_and_taken_away(store: Path) -> None:

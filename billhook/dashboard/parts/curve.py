@@ -186,11 +186,11 @@ def _next(measured: Measured, stops: list[Stop], store: Path) -> str:
     saves += [f"{found.ns_per_token / 1e6:.3g} ms per token"] if found.ns_per_token else []
     where = (
         "measured from this plan" if found.after == stops[-1].steps
-        else f"measured after {pluralize(found.after, 'step')} of {stops[-1].steps}, so that it costs more here"
+        else f"measured after {pluralize(found.after, 'step')} of {stops[-1].steps}, not from this plan"
     )  # fmt: skip
     words = (
         f"Next: remove {found.site}. It costs {format_nats(change.value)} {result.loss_unit} "
-        f"({format_interval(change, format_nats)}), saves {join_words(saves)}."
+        f"({format_interval(change, format_nats)}) and saves {join_words(saves)}."
     )
     about = f"{origin(change, f'Rise of {result.loss} in pairs on calibration tokens, {where}')}"
     plan = stops[-1].plan.without(found.site)
