@@ -115,7 +115,7 @@ def groups_by_inputs(bench: Measurer, function: InputFunction) -> GroupValues:
                 handle.remove()
         for site, layout in layouts.items():
             pairs = zip(captured[site], bench.groups, strict=True)
-            x = to_float64(torch.cat([x.reshape(*group.ids.shape, -1)[group.counted] for x, group in pairs]))
+            x = to_float64(torch.cat([group.tokens_of(x.reshape(*group.ids.shape, -1)) for x, group in pairs]))
             inputs = Inputs(len(x), x.mean(0), x.var(0), x.square().mean(0), x.abs().mean(0))
             output = layout.output
             weight = structure.as_outputs_by_inputs(block, output.name, block.get_parameter(output.name).detach())
