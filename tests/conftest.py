@@ -11,10 +11,14 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, which run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
+ON_A_GPU = bool(os.environ.get("BILLHOOK_TEST_DEVICE"))  # `make test-gpu`
+if not ON_A_GPU:  # for this process and those that tests start, before torch looks for devices
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import browser
+import places
 import tiny
 import torch
 import transformers
@@ -34,6 +38,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("billhook")
+
+
+def pytest_configure() -> None:
+    """Refuse `make test-gpu` on a machine without a GPU, and say what to do; pin the CPU for all other tests."""
+    if ON_A_GPU:
+        places.real_device()
+    else:
+        torch.backends.mps.is_available = lambda: False
 
 
 @pytest.fixture(scope="session")
