@@ -156,13 +156,8 @@ class Measurer:
         return quality if self._item_loss is None else "full"
 
     def measure(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
-        """Return the nats of each document of each job's group; of a task, the loss of each item.
-
-        Where memory runs out it tries again with less at a time. Raises ResourceError where that does not help.
-        """
-        nats = with_less(
-            lambda: self._in_parts(self.supported_quality(quality), jobs), self._halve, self.teacher.device
-        )
+        """Return the nats of each document of each job's group; of a task, the loss of each item."""
+        nats = self.row_nats(self.supported_quality(quality), jobs)
         if self._item_loss is None:
             return nats
         by_item: dict[WalkJob, Sums] = {}
@@ -177,12 +172,19 @@ class Measurer:
             by_item |= dict(zip(group_jobs, map(tuple, torch.stack(values, 1).tolist()), strict=True))
         return by_item
 
+    def row_nats(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
+        """Return the nats of each document of each job's group; where rows are choices, of each row.
+
+        Where memory runs out it tries again with less at a time. Raises ResourceError where that does not help.
+        """
+        return with_less(lambda: self._in_parts(quality, jobs), self._halve, self.teacher.device)
+
     def _in_parts(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
-        """Return `row_nats` of the jobs, in as many parts as memory has run out."""
+        """Return `row_nats` of the jobs, in twice as many parts after each time that memory ran out."""
         size = -(-len(jobs) // self._parts)
         nats: dict[WalkJob, Sums] = {}
         for start in range(0, len(jobs), max(1, size)):
-            nats |= self.row_nats(quality, jobs[start : start + size])
+            nats |= self._nats(quality, jobs[start : start + size])
         return nats
 
     def _halve(self) -> None:
@@ -195,8 +197,8 @@ class Measurer:
             streams.limit //= 2
 
     @undisturbed
-    def row_nats(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
-        """Return the nats of each document of each job's group; where rows are choices, of each row."""
+    def _nats(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
+        """Return `row_nats`, in one walk."""
         self._refer()
         values: list[_TokenValues] = []
         waiting: dict[int, list[tuple[WalkJob, torch.Tensor]]] = defaultdict(list)

@@ -292,6 +292,8 @@ def _register() -> None:
         return
     _ = tiny.transformers.LlamaConfig, tiny.transformers.LlamaForCausalLM  # whose lazy imports look at all devices
     _setup_privateuseone_for_python_backend(NAME, _Module())
+    _LIBRARY.append(torch.library.Library("_", "IMPL", "AutocastPrivateUse1"))
+    _LIBRARY[-1].fallback(torch.library.fallthrough_kernel)  # it casts nothing by itself
     _LIBRARY.append(library := torch.library.Library("aten", "IMPL"))
 
     def empty(size: Any, dtype: Any = None, **_: Any) -> Remote:
