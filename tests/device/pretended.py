@@ -286,8 +286,8 @@ def _copied(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = Fal
 _LIBRARY: list[torch.library.Library] = []  # it holds for as long as it lives
 
 
-def _register() -> None:
-    """Make the device known to torch, once a process."""
+def register() -> None:
+    """Make the device known to torch, once a process; before the first backward pass, which counts devices."""
     if _LIBRARY:
         return
     _ = tiny.transformers.LlamaConfig, tiny.transformers.LlamaForCausalLM  # whose lazy imports look at all devices
@@ -310,7 +310,7 @@ def _register() -> None:
 @contextmanager
 def pretended(*, float64: bool = True, limit: int | None = None) -> Iterator[Costs]:
     """Inside, Billhook loads models to the device, which has `limit` bytes. Yields what is asked of it from now on."""
-    _register()
+    register()
     place = torch.device(NAME, 0)
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     picks = loading.pick_device
