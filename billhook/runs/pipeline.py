@@ -11,8 +11,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from billhook.core.budget import parse_budgets
 from billhook.core.errors import FingerprintError, ResourceError, RunError, cannot_write, either, option, writing
 from billhook.core.events import EventListener

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -23,8 +24,10 @@ from billhook.engine.probe import Probe
 from billhook.methods.evaluate.graphed_decoding import FixedDecoding
 from billhook.methods.evaluate.speed import time_interleaved
 from billhook.methods.search import SEARCHES, drive
+from billhook.models import load as loading
 from billhook.models.accelerator import memory, products
 from billhook.models.load import load
+from billhook.models.streaming import StreamedWeights
 from billhook.models.surgery import apply
 
 Folder = Callable[[str], Path]
@@ -161,6 +164,29 @@ def test_a_model_that_fits_once_and_not_twice_is_pruned(wide: Path, text: Path, 
         assert teacher.weights is None
         assert costs.peak < 1.9 * weights(wide)
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.usefixtures("shorter")
+def test_a_run_on_the_cpu_holds_one_model(
+    wide: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is loaded whole once; what was written is read back block by block."""
+    whole, streamed = [], []
+    build, init = loading._build, StreamedWeights.__init__
+    monkeypatch.setattr(loading, "_build", lambda *given: (whole.append(given[0]), build(*given))[1])
+
+    def counted(self: StreamedWeights, folder: Path, *given: Any) -> None:
+        streamed.append(folder)
+        init(self, folder, *given)
+
+    monkeypatch.setattr(StreamedWeights, "__init__", counted)
+    teacher = load(wide, device="cpu", dtype="float32")
+    billhook.prune(
+        teacher, remove="3sites", search="greedy", data=str(text), self_share=0.0, tokens=120, length=24,
+        eval_tokens=240, eval_length=24, out=tmp_path / "out", store=tmp_path / "runs.db",
+    )  # fmt: skip
+    assert whole == [wide]
+    assert len(streamed) == 2  # headers of the teacher, and the student that was written
 
 
 def test_a_model_goes_to_the_device_tensor_by_tensor(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
