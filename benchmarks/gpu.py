@@ -36,7 +36,7 @@ from billhook.engine.bench import Measurer
 from billhook.engine.losses import LOSSES
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate.graphed_decoding import graphed_seconds
-from billhook.methods.evaluate.speed import _once as eager_seconds
+from billhook.methods.evaluate.speed import time_steps as eager_seconds
 from billhook.methods.recover import RECOVERIES, RecoveryTask
 from billhook.methods.search import SEARCHES, drive
 from billhook.models.accelerator.copies import SideCopies
