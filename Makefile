@@ -1,10 +1,11 @@
 # Two commands: `make demo` prunes the demo model, `make test` runs the tests. Both do all the set-up themselves.
+# `make test` pretends a GPU. `make test-gpu` runs what a device must keep on the GPU that is there.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := build/demo
 READY := .venv/.ready
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-gpu lint docs clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Billhook needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -20,6 +21,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest
+
+test-gpu: $(READY)
+	BILLHOOK_TEST_DEVICE=auto $(BIN)/pytest --numprocesses=0 tests/device/test_contract.py
 
 lint: $(READY)
 	$(BIN)/ruff check

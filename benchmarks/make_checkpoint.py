@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="where the weights are drawn")
     given = parser.parse_args()
     if given.folder.exists():
         parser.error(f"{given.folder} is there already. Name a new folder.")
@@ -52,11 +53,11 @@ def write(given: argparse.Namespace) -> dict[str, Any]:
         shapes = {name: p.shape for name, p in transformers.LlamaForCausalLM(config).named_parameters()}
     given.folder.mkdir(parents=True)
     files = [(f"block-{i:03d}.safetensors", f"model.layers.{i}.") for i in range(given.blocks)]
-    draw = torch.Generator().manual_seed(given.seed)
+    draw = torch.Generator(given.device).manual_seed(given.seed)
     where, total = {}, 0
     for file, prefix in [("rest.safetensors", ""), *files]:
         names = [n for n in shapes if (n.startswith(prefix) if prefix else not n.startswith("model.layers."))]
-        tensors = {name: _random(shapes[name], draw).to(DTYPES[given.dtype]) for name in names}
+        tensors = {name: _random(shapes[name], draw).to("cpu", DTYPES[given.dtype]) for name in names}
         save_file(tensors, given.folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(names, file)
         total += sum(t.nbytes for t in tensors.values())
@@ -70,8 +71,8 @@ def write(given: argparse.Namespace) -> dict[str, Any]:
 
 def _random(shape: torch.Size, draw: torch.Generator) -> torch.Tensor:
     if len(shape) == 1:
-        return 1 + 0.3 * torch.randn(shape, generator=draw)
-    return torch.randn(shape, generator=draw) / shape[1] ** 0.5
+        return 1 + 0.3 * torch.randn(shape, generator=draw, device=draw.device)
+    return torch.randn(shape, generator=draw, device=draw.device) / shape[1] ** 0.5
 
 
 def _tokenizer() -> Any:

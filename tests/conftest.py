@@ -11,10 +11,16 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, which run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Of this process and those that tests start, before torch looks for devices: none, or the first for `make test-gpu`.
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    os.environ.get("CUDA_VISIBLE_DEVICES", "0") if os.environ.get("BILLHOOK_TEST_DEVICE") else ""
+)
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import browser
+import places
+import pretended
 import tiny
 import torch
 import transformers
@@ -34,6 +40,20 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("billhook")
+
+
+def pytest_configure() -> None:
+    """Refuse `make test-gpu` on a machine without a GPU, and say what to do; pin the CPU for all other tests."""
+    if places.ASKED:
+        places.real_device()
+    else:
+        torch.backends.mps.is_available = lambda: False
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Pretend a device before any test runs, where one needs it: torch counts devices at its first backward pass."""
+    if not places.ASKED and any(item.path.parent.name == "device" for item in session.items):
+        pretended.register()
 
 
 @pytest.fixture(scope="session")

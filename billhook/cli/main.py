@@ -41,6 +41,8 @@ from billhook.core.registry import OptionValues
 
 # Threads that wait for others let go of their core, almost at once: torch reads this when it is imported (LOG.md, 38).
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+# Stacks of streams have many sizes: a GPU's allocator grows its segments instead of leaving gaps between them.
+ALLOCATING = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 app = typer.Typer(
     name="billhook",
@@ -379,7 +381,7 @@ def _existing(store: Path) -> Path:
 
 def main() -> None:
     """The console script."""
-    for name, value in WAITING.items():
+    for name, value in (WAITING | ALLOCATING).items():
         os.environ.setdefault(name, value)
     app()
 

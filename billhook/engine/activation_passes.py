@@ -40,15 +40,26 @@ class DocumentMeans:
             self.document_of.append(first + group.document_of[last_tokens(group) if last else slice(None)].cpu())
             first += len(group.documents)
         self._counts = to_float64(torch.cat(self.document_of).bincount(minlength=first))
-        self._sums: dict[ScoredUnit, torch.Tensor] = defaultdict(lambda: torch.zeros_like(self._counts))
+        self._values: dict[ScoredUnit, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
 
     def add(self, unit: ScoredUnit, documents: torch.Tensor, values: torch.Tensor) -> None:
-        """Add the `values` [tokens] of a unit, given the documents of the tokens."""
-        self._sums[unit].index_add_(0, documents, to_float64(values.cpu()))
+        """Add the `values` [tokens] of a unit, given the documents of the tokens. They stay on their device."""
+        self._values[unit].append((documents, values))
 
     def scores(self) -> dict[ScoredUnit, Score]:
-        """Return the means."""
-        return {unit: Score.of(sums.tolist(), self._counts.tolist()) for unit, sums in self._sums.items()}
+        """Return the means. All values leave the device at once."""
+        sizes = [len(values) for pairs in self._values.values() for _, values in pairs]
+        if not sizes:
+            return {}
+        values = torch.cat([values for pairs in self._values.values() for _, values in pairs]).cpu()
+        parts = iter(to_float64(values).split(sizes))
+        scores: dict[ScoredUnit, Score] = {}
+        for unit, pairs in self._values.items():
+            sums = torch.zeros_like(self._counts)
+            for documents, _ in pairs:
+                sums.index_add_(0, documents, next(parts))
+            scores[unit] = Score.of(sums.tolist(), self._counts.tolist())
+        return scores
 
 
 def require_finite_scores(scores: dict[ScoredUnit, Score]) -> dict[ScoredUnit, Score]:
@@ -64,8 +75,9 @@ def require_finite_scores(scores: dict[ScoredUnit, Score]) -> dict[ScoredUnit, S
 
 
 def last_tokens(group: DocumentGroup) -> torch.Tensor:
-    """Return the index, among the counted tokens of a group, of the last one in each row: [rows]."""
-    return group.counted.sum(1).cumsum(0) - 1
+    """Return the index, among the counted tokens of a group, of the last one in each row: [rows], on the CPU."""
+    rows = group.counted.cpu() // group.ids.shape[1]
+    return torch.cat((rows[1:] != rows[:-1], torch.ones(1, dtype=torch.bool))).nonzero()[:, 0]
 
 
 # -- before and after -----------------------------------------------------------------------------------------------
@@ -84,7 +96,7 @@ def mean_over_tokens(bench: Measurer, statistics: Mapping[str, Statistic]) -> di
         done = runner.step(index, block, [(x, wanted) for x in streams])
         for g, (x, after) in enumerate(zip(streams, done, strict=True)):
             for unit, before, then in _units(bench, index, x, after):
-                pair = before[groups[g].counted].float(), then[groups[g].counted].float()
+                pair = groups[g].tokens_of(before).float(), groups[g].tokens_of(then).float()
                 for name, statistic in statistics.items():
                     means[name].add(unit, means[name].document_of[g], statistic(*pair))
         streams = [after[KEPT] for after in done]
@@ -126,7 +138,7 @@ def mean_over_spans(bench: Measurer, distance: Statistic, last: bool) -> dict[Sc
         )
 
     def picked(streams: list[torch.Tensor]) -> torch.Tensor:
-        counted = [x[group.counted] for x, group in zip(streams, groups, strict=True)]
+        counted = [group.tokens_of(x) for x, group in zip(streams, groups, strict=True)]
         if last:
             counted = [x[last_tokens(group)] for x, group in zip(counted, groups, strict=True)]
         return torch.cat(counted).float().cpu()
@@ -158,14 +170,14 @@ def mean_at_next_mlp(bench: Measurer, error: Statistic) -> dict[ScoredUnit, Scor
 
     def add_errors(units: list[ScoredUnit], with_unit: list[torch.Tensor], without: list[torch.Tensor]) -> None:
         for g, (f, other) in enumerate(zip(with_unit, without, strict=True)):
-            values = error(f[groups[g].counted].float(), other[groups[g].counted].float())
+            values = error(groups[g].tokens_of(f).float(), groups[g].tokens_of(other).float())
             for unit in units:
                 means.add(unit, means.document_of[g], values)
 
     for index, block in enumerate(runner.blocks(range(runner.depth))):
         done = runner.step(index, block, [(x, {KEPT, NO_ATTENTION, NO_MLP, NEITHER}) for x in streams])
         added = _added(runner, streams, done)
-        adds = any(bool(f[group.counted].any()) for f, group in zip(added, groups, strict=True))
+        adds = any(bool(group.tokens_of(f).any()) for f, group in zip(added, groups, strict=True))
         wanted = {KEPT} if not adds else {NO_ATTENTION} if runner.parallel else {KEPT, NO_MLP}
         still_waiting = []
         for units, others in waiting:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,19 +16,30 @@ from billhook.core.results.measured import WorkPlan
 from billhook.data.token_sets import TokenSet
 from billhook.engine.blocks import BlockRunner
 from billhook.engine.document_groups import document_groups
-from billhook.engine.head import HEAD_TOKENS_AT_A_TIME, VOCABULARY_AT_A_TIME, Head, Reference
+from billhook.engine.head import VOCABULARY_AT_A_TIME, Head, Reference
 from billhook.engine.losses import ITEM_LOSSES, loss_facts
 from billhook.engine.prefix_trie import StreamCache, Walk, WalkJob
 from billhook.engine.racing import Quality, Sums
 from billhook.engine.single_plan import NarrowedWalk, RepairedWalk
+from billhook.models.accelerator.memory import with_less
+from billhook.models.accelerator.sizes import work_sizes
 from billhook.models.architectures import widest
-from billhook.models.device import CHUNK_TOKENS, dtype_name, free_memory
+from billhook.models.device import dtype_name, free_memory
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import Repair
 from billhook.models.structure import rope_boundary
 
-WAVE_TOKENS = 4096  # tokens times plans at a time where a model is in memory
 SAMPLE_EVERY = 4  # a sampled piece takes one of so many positions
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenValues:
+    """Losses of tokens that may still be on their way: `values` [jobs, tokens], the document or row of each token."""
+
+    jobs: list[WalkJob]  # of one document group
+    values: torch.Tensor
+    of: torch.Tensor
+    times: float  # by which a sum is multiplied
 
 
 class Measurer:
@@ -48,8 +60,9 @@ class Measurer:
         loss = loss if self._item_loss is None else "nll"  # of the tokens of the choices
         self.teacher, self.loss = teacher, loss
         self.groups = document_groups(tokens, teacher.device, rope_boundary(teacher.model.config))
-        self.runner = BlockRunner(teacher, CHUNK_TOKENS.get(teacher.device.type, 1024))
-        self._fixed = walk
+        self.sizes = work_sizes(teacher.device, int(teacher.model.config.hidden_size))
+        self.runner = BlockRunner(teacher, self.sizes.chunk)
+        self._fixed, self._parts = walk, 1  # the parts of a batch of jobs
         self._limit = self._room(memory)
         self._head = Head(teacher, loss, self._limit // 8)
         self.walk = Walk(self.runner, [group.ids for group in self.groups], self._limit)
@@ -99,7 +112,7 @@ class Measurer:
             return free_memory(self.teacher.device) // 2
         config = self.teacher.model.config
         width, wide = int(config.hidden_size), widest(config)
-        working = 4 * (self.runner.chunk * 4 * wide + HEAD_TOKENS_AT_A_TIME * VOCABULARY_AT_A_TIME)
+        working = 4 * (self.runner.chunk * 4 * wide + self.sizes.head_tokens * VOCABULARY_AT_A_TIME)
         if self.teacher.weights is not None:  # a piece of the head as it is stored, and in float32
             working += 6 * VOCABULARY_AT_A_TIME * width
         if loss_facts(self.loss).rotation_free:  # in float64: WᵀW, its factor and a piece of the head
@@ -113,7 +126,9 @@ class Measurer:
         tokens = sum(group.ids.numel() for group in self.groups)
         streamed = self.teacher.weights is not None
         width = int(self.teacher.model.config.hidden_size)
-        wave = max(1, self._limit // (2 * (self.token_bytes + 4 * width))) if streamed else WAVE_TOKENS  # with hidden
+        wave = self.sizes.wave
+        if streamed:
+            wave = max(1, self._limit // (2 * (self.token_bytes + 4 * width)))  # with hidden
         live = 2 * (plans + 1) * largest * self.token_bytes  # before and after a block
         if streamed:
             live = 2 * min(wave, (plans + 1) * tokens) * self.token_bytes
@@ -157,47 +172,81 @@ class Measurer:
             by_item |= dict(zip(group_jobs, map(tuple, torch.stack(values, 1).tolist()), strict=True))
         return by_item
 
-    @undisturbed
     def row_nats(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
-        """Return the nats of each document of each job's group; where rows are choices, of each row."""
+        """Return the nats of each document of each job's group; where rows are choices, of each row.
+
+        Where memory runs out it tries again with less at a time. Raises ResourceError where that does not help.
+        """
+        return with_less(lambda: self._in_parts(quality, jobs), self._halve, self.teacher.device)
+
+    def _in_parts(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
+        """Return `row_nats` of the jobs, in twice as many parts after each time that memory ran out."""
+        size = -(-len(jobs) // self._parts)
+        nats: dict[WalkJob, Sums] = {}
+        for start in range(0, len(jobs), max(1, size)):
+            nats |= self._nats(quality, jobs[start : start + size])
+        return nats
+
+    def _halve(self) -> None:
+        """Drop what is cached, and take half as much at a time from now on."""
+        self._parts *= 2
+        self._limit //= 2
+        self.runner.chunk = max(1, self.runner.chunk // 2)
+        for streams in (self.walk.streams, self._narrower):
+            streams.clear()
+            streams.limit //= 2
+
+    @undisturbed
+    def _nats(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
+        """Return `row_nats`, in one walk."""
         self._refer()
-        sums: dict[WalkJob, Sums] = {}
+        values: list[_TokenValues] = []
         waiting: dict[int, list[tuple[WalkJob, torch.Tensor]]] = defaultdict(list)
         for job, stream in self._runs.run(jobs, self.layout.walk == "layers"):
             group = self.groups[job[0]]
-            waiting[job[0]].append((job, self.runner.final_norm(stream)[group.read]))
-            if self.teacher.weights is None and len(waiting[job[0]]) * len(group.targets) >= HEAD_TOKENS_AT_A_TIME:
-                sums |= self._sums(quality, [waiting.pop(job[0])])
+            waiting[job[0]].append((job, group.read_of(stream)))
+            if self.teacher.weights is None and len(waiting[job[0]]) * len(group.targets) >= self.sizes.head_tokens:
+                values += self._values(quality, [waiting.pop(job[0])])
         rest = list(waiting.values())
         waiting.clear()
-        return sums | self._sums(quality, rest)  # a streamed head is read once for all, for built-in losses
+        return self._sums(values + self._values(quality, rest))  # a streamed head is read once, for built-in losses
 
-    def _sums(self, quality: Quality, waiting: list[list[tuple[WalkJob, torch.Tensor]]]) -> dict[WalkJob, Sums]:
-        """Return nats by document, or by row of choices, from the heads' inputs; each list is of one document group."""
+    def _values(self, quality: Quality, waiting: list[list[tuple[WalkJob, torch.Tensor]]]) -> list[_TokenValues]:
+        """Return the loss of each token, from the streams that the head reads; each list is of one document group."""
         numbers = [pairs[0][0][0] for pairs in waiting]
         jobs = [[job for job, _ in pairs] for pairs in waiting]
         batches = []
         for number in numbers:  # the parts of a stack are released
-            batches.append((torch.stack([h for _, h in waiting.pop(0)]), self._references[number]))
+            stacked = torch.stack([x for _, x in waiting.pop(0)])
+            batches.append((self.runner.final_norm(stacked), self._references[number]))
         by_row = self._item_loss is not None
-        of = [(self.groups[g].row_of if by_row else self.groups[g].document_of).cpu() for g in numbers]
-        share = [1.0] * len(numbers)
+        of = [self.groups[g].row_of if by_row else self.groups[g].document_of for g in numbers]
+        share = 1.0
         if quality == "bound":
             values = [self._head.bound(hidden, reference) for hidden, reference in batches]
         elif quality == "sample":
             picked = [slice(g % SAMPLE_EVERY, None, SAMPLE_EVERY) for g in numbers]
             some = [(hidden[:, at], reference.at(at)) for (hidden, reference), at in zip(batches, picked, strict=True)]
-            share = [float(SAMPLE_EVERY)] * len(numbers)
+            share = float(SAMPLE_EVERY)
             of = [documents[at] for documents, at in zip(of, picked, strict=True)]
             values = self._head.losses(some)
         else:
             values = self._head.losses(batches)
+        return [_TokenValues(*each, share) for each in zip(jobs, values, of, strict=True)]
+
+    def _sums(self, batches: Sequence[_TokenValues]) -> dict[WalkJob, Sums]:
+        """Return nats by document, or by row of choices. All values leave the device at once."""
         by_job: dict[WalkJob, Sums] = {}
-        for group_jobs, g, documents, value, times in zip(jobs, numbers, of, values, share, strict=True):
-            size = len(self.groups[g].rows if by_row else self.groups[g].documents)
-            sums = torch.zeros(len(group_jobs), size, dtype=torch.float64)
-            sums.index_add_(1, documents, value.cpu().double()).mul_(times)
-            for job, row in zip(group_jobs, sums.tolist(), strict=True):
+        if not batches:
+            return by_job
+        sizes = [batch.values.numel() for batch in batches]
+        values = torch.cat([batch.values.flatten() for batch in batches]).cpu().double().split(sizes)
+        for batch, flat in zip(batches, values, strict=True):
+            group = self.groups[batch.jobs[0][0]]
+            size = len(group.documents if self._item_loss is None else group.rows)
+            sums = torch.zeros(len(batch.jobs), size, dtype=torch.float64)
+            sums.index_add_(1, batch.of, flat.view(batch.values.shape)).mul_(batch.times)
+            for job, row in zip(batch.jobs, sums.tolist(), strict=True):
                 if not all(math.isfinite(x) for x in row):
                     raise ModelError(self._where_not_finite(job))
                 by_job[job] = tuple(row)
@@ -214,18 +263,20 @@ class Measurer:
             self._references = [Reference(nothing, target) for target in targets]
             return
         jobs = [(g, 0) for g in range(len(self.groups))]
-        final = {job[0]: self.runner.final_norm(stream) for job, stream in self.walk.run(jobs, layers=True)}
-        hidden = [final[g][group.counted] for g, group in enumerate(self.groups)]
-        for g, h in enumerate(hidden):
-            if not bool(torch.isfinite(h).all()):
-                raise ModelError(self._where_not_finite((g, 0)))
+        final = {
+            g: self.runner.final_norm(self.groups[g].tokens_of(stream)) for (g, _), stream in self.walk.run(jobs, True)
+        }
+        hidden = [final[g] for g in range(len(self.groups))]
+        finite = torch.stack([torch.isfinite(h).all() for h in hidden]).tolist()
+        if False in finite:
+            raise ModelError(self._where_not_finite((finite.index(False), 0)))
         self._references = self._head.references(hidden, targets)
 
     @undisturbed
     def check_finite(self, streams: Sequence[torch.Tensor]) -> None:
         """Raise ModelError, naming the block, unless the streams after the last block, one per group, are finite."""
         for number, (group, stream) in enumerate(zip(self.groups, streams, strict=True)):
-            if not bool(torch.isfinite(stream[group.counted]).all()):
+            if not bool(torch.isfinite(group.tokens_of(stream)).all()):
                 raise ModelError(self._where_not_finite((number, 0)))
 
     def _where_not_finite(self, job: WalkJob) -> str:

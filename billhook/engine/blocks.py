@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from billhook.models import structure
 from billhook.models.load import Teacher
@@ -19,6 +20,7 @@ from billhook.models.modeling_billhook import remove_part
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # a block's arguments besides the residual stream
 KEPT, NO_ATTENTION, NO_MLP, NEITHER = range(4)  # variants of a block under a plan
+ANY_ROWS = 0  # the number of rows under which arguments are cached that serve any number
 CACHED_SHAPES = 64  # shapes whose recorded calls are cached
 
 
@@ -51,7 +53,7 @@ class BlockRunner:
         self._parts = self.row.parts(self._blocks[0], self.model.config)
         present = set(teacher.anatomy.sites_present())
         self._present = [{s.part for s in present if s.block == p} for p in teacher.positions]
-        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._calls: dict[tuple[int, int], list[Call]] = {}  # by rows and time
 
     # -- before and after the blocks --------------------------------------------------------------------------------
 
@@ -89,7 +91,8 @@ class BlockRunner:
                 del block.forward
         if len(self._calls) >= CACHED_SHAPES:
             del self._calls[next(iter(self._calls))]
-        self._calls[ids.shape[0], ids.shape[1]] = calls
+        rows, time = int(ids.shape[0]), int(ids.shape[1])
+        self._calls[ANY_ROWS if _serve_any_rows(calls, rows, time) else rows, time] = calls
         return streams[0]
 
     def final_norm(self, stream: torch.Tensor) -> torch.Tensor:
@@ -214,10 +217,17 @@ class BlockRunner:
 
     def call(self, index: int, block: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
         """Return the stream [rows, time, width] after block `index`, computed by `block` or a stand-in for it."""
-        shape = (x.shape[0], x.shape[1])
-        if shape not in self._calls:
-            self.embed(torch.zeros(shape, dtype=torch.int64, device=x.device))
-        args, kwargs = self._calls[shape][index]
+        rows, time = x.shape[0], x.shape[1]
+        while (calls := self._calls.get((ANY_ROWS, time)) or self._calls.get((rows, time))) is None:
+            self.embed(torch.zeros((rows, time), dtype=torch.int64, device=x.device))
+        args, kwargs = calls[index]
         output = block(x, *args, **kwargs)
         y: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return y
+
+
+def _serve_any_rows(calls: list[Call], rows: int, time: int) -> bool:
+    """Return whether arguments that were recorded with several rows say nothing of them: they broadcast."""
+    tensors = [x for x in tree_flatten(calls)[0] if isinstance(x, torch.Tensor) and x.dim()]
+    by_position = rows != time
+    return rows > 1 and all(x.shape[0] == 1 or (x.dim() == 1 and by_position and x.shape[0] == time) for x in tensors)

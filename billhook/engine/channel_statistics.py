@@ -149,7 +149,7 @@ def groups_by_outputs(bench: Measurer, function: OutputFunction) -> GroupValues:
                 handle.remove()
         for site, layout in layouts.items():
             pairs = zip(captured.pop(site), bench.groups, strict=True)
-            x = to_float64(torch.cat([x.reshape(*group.ids.shape, -1)[group.counted] for x, group in pairs]))
+            x = to_float64(torch.cat([group.tokens_of(x.reshape(*group.ids.shape, -1)) for x, group in pairs]))
             output = layout.output
             weight = structure.as_outputs_by_inputs(block, output.name, block.get_parameter(output.name).detach())
             group_values[site] = function(x, to_float64(weight), output.index.to(x.device)).cpu()

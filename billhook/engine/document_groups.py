@@ -18,21 +18,31 @@ class DocumentGroup:
 
     - `counted`: which positions are tokens and not padding.
     - `read`: the positions that the head reads: those counted; for choices, those before the tokens of a choice.
+
+    What chooses positions is a list of numbers, not a mask: the CPU need not wait for the device to count a mask.
     """
 
     documents: tuple[int, ...]
     ids: torch.Tensor  # [rows, time]
-    counted: torch.Tensor  # [rows, time], bool
-    read: torch.Tensor  # [rows, time], bool
+    counted: torch.Tensor  # [tokens]: numbers of positions, row after row
+    read: torch.Tensor  # [read]: numbers of positions
     targets: torch.Tensor  # [read]: the next token, -100 where there is none
-    document_of: torch.Tensor  # [tokens]: index into `documents`
+    document_of: torch.Tensor  # [tokens]: index into `documents`; on the CPU
     rows: tuple[int, ...]  # of the token set; those of one document stand together
-    row_of: torch.Tensor  # [read]: index into `rows`
+    row_of: torch.Tensor  # [read]: index into `rows`; on the CPU
     items: tuple[tuple[slice, int], ...] = ()  # of choices: where in `rows` each document is, and its right one
 
     @property
     def tokens(self) -> int:
         return len(self.document_of)
+
+    def tokens_of(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the values of the counted positions: [tokens, ...] of [rows, time, ...]."""
+        return values.flatten(0, 1).index_select(0, self.counted)
+
+    def read_of(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the values of the positions that the head reads: [read, ...] of [rows, time, ...]."""
+        return values.flatten(0, 1).index_select(0, self.read)
 
 
 def document_groups(tokens: TokenSet, device: torch.device, boundary: int | None = None) -> list[DocumentGroup]:
@@ -77,6 +87,11 @@ def _group(tokens: TokenSet, documents: list[int], rows: dict[int, list[int]], d
     of = torch.tensor([documents.index(tokens.documents[r]) for r in picked])[:, None].expand_as(ids)
     row_of = torch.arange(len(picked))[:, None].expand_as(ids)
     return DocumentGroup(
-        tuple(documents), ids.to(device), counted.to(device), read.to(device), targets[read].to(device),
-        of[counted].to(device), tuple(picked), row_of[read].to(device), tuple(items),
+        tuple(documents), ids.to(device), _numbers(counted).to(device), _numbers(read).to(device),
+        targets[read].to(device), of[counted], tuple(picked), row_of[read], tuple(items),
     )  # fmt: skip
+
+
+def _numbers(mask: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of the positions where a mask [rows, time] is True, row after row."""
+    return mask.flatten().nonzero()[:, 0]

@@ -97,7 +97,7 @@ def _rows(groups: Sequence[DocumentGroup], tokens: int) -> Iterator[tuple[torch.
     by_time: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for group in groups:
         targets = torch.full_like(group.ids, -100)
-        targets[group.counted] = group.targets
+        targets.view(-1)[group.counted] = group.targets
         by_time.setdefault(group.ids.shape[1], []).append((group.ids, targets))
     for time, pairs in by_time.items():
         rows = max(1, tokens // time)

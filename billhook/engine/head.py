@@ -25,11 +25,12 @@ import torch.nn.functional as F  # noqa: N812
 
 from billhook.core.registry import wrong_return
 from billhook.engine.losses import LOSSES, WordTerms, loss_facts, top_count, topk_and_rest
+from billhook.models.accelerator.products import keeps_narrow, wide_product
+from billhook.models.accelerator.sizes import work_sizes
 from billhook.models.device import float64_place
 from billhook.models.load import Teacher
 
 VOCABULARY_AT_A_TIME = 8192
-HEAD_TOKENS_AT_A_TIME = 1024
 LOGITS_BYTES = 2**26  # per document, where a loss needs whole logits
 COVERED = 0.98  # share of the teacher's probability that the words of a bound cover
 LEAST_OUTSIDE = 1e-3  # least probability outside the bound's words that counts
@@ -67,6 +68,7 @@ class Head:
     def __init__(self, teacher: Teacher, loss: str, room: int) -> None:
         model, row = teacher.model, teacher.architecture
         self._teacher, self.loss, self._room = teacher, loss, room
+        self._tokens = work_sizes(teacher.device).head_tokens  # at a time
         self._facts = loss_facts(loss)
         self._embedding = model.get_output_embeddings()
         self.words, self.width = map(int, self._embedding.weight.shape)
@@ -86,17 +88,20 @@ class Head:
     # -- logits -----------------------------------------------------------------------------------------------------
 
     def _pieces(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield (first word, rows of W in float32 [words, width]) over the vocabulary, in order."""
+        """Yield (first word, rows of W [words, width]) over the vocabulary, in order; see `_as_multiplied`."""
         weights = self._teacher.weights
         first = 0
-        streamed = weights is not None
         whole = weights.head(VOCABULARY_AT_A_TIME) if weights else self._embedding.weight.split(VOCABULARY_AT_A_TIME)
         for piece in whole:
-            yield first, piece.float() if streamed or piece.dtype != torch.float32 else piece
+            yield first, self._as_multiplied(piece)
             first += len(piece)
 
+    def _as_multiplied(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows of W in float32, or as they are where the device multiplies them with float32 sums."""
+        return rows if keeps_narrow(rows.device, rows.dtype) else rows.float()
+
     def _logits(self, hidden: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        z = F.linear(hidden, rows, bias)
+        z = F.linear(hidden, rows, bias) if rows.dtype == torch.float32 else wide_product(hidden, rows, bias)
         z = z * self._scale if self._scale != 1.0 else z
         return self._cap * torch.tanh(z / self._cap) if self._cap else z
 
@@ -106,13 +111,13 @@ class Head:
     def _lse(self, all_hidden: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return log Σ exp of the logits, [tokens], for each [tokens, width]. Reads the head once."""
         sizes = [len(hidden) for hidden in all_hidden]
-        if len(sizes) > 1 and sum(sizes) <= 4 * HEAD_TOKENS_AT_A_TIME:  # small tensors are faster together
+        if len(sizes) > 1 and sum(sizes) <= 4 * self._tokens:  # small tensors are faster together
             return list(self._lse([torch.cat(all_hidden)])[0].split(sizes))
         totals = [torch.full(hidden.shape[:1], -torch.inf, device=hidden.device) for hidden in all_hidden]
         for first, rows in self._pieces():
             bias = self._bias_of(first, len(rows))
             for hidden, total in zip(all_hidden, totals, strict=True):
-                for h, out in zip(hidden.split(HEAD_TOKENS_AT_A_TIME), total.split(HEAD_TOKENS_AT_A_TIME), strict=True):
+                for h, out in zip(hidden.split(self._tokens), total.split(self._tokens), strict=True):
                     torch.logaddexp(out, self._logits(h, rows, bias).logsumexp(-1), out=out)
         return totals
 
@@ -135,9 +140,9 @@ class Head:
         mass = torch.zeros(self.words, device=joined.device)
         for first, rows in self._pieces():
             bias = self._bias_of(first, len(rows))
-            for h, at, u in zip(*(x.split(HEAD_TOKENS_AT_A_TIME) for x in (joined, lse, mean_row)), strict=True):
+            for h, at, u in zip(*(x.split(self._tokens) for x in (joined, lse, mean_row)), strict=True):
                 p = (self._logits(h, rows, bias) - at[:, None]).exp()
-                u += p @ rows
+                u += p @ rows.float()
                 mass[first : first + len(rows)] += p.sum(0)
         rest, rest_row = self._choose_words(joined, lse, mean_row, mass)
         parts = [x.split(sizes) if x is not None else [None] * len(sizes) for x in (lse, mean_row, rest, rest_row)]
@@ -159,27 +164,27 @@ class Head:
         self._picked = order[:count].sort().values
         weights = self._teacher.weights
         rows = self._embedding.weight[self._picked] if weights is None else weights.head_rows(self._picked)
-        self._rows = rows.float()
+        self._rows = self._as_multiplied(rows)
         bias = None if self._bias is None else self._bias[self._picked]
         rest, rest_row = torch.empty_like(lse), torch.empty_like(mean_row)
-        for h, at, u, m, r in zip(*(x.split(HEAD_TOKENS_AT_A_TIME) for x in (hidden, lse, mean_row, rest, rest_row)),
+        for h, at, u, m, r in zip(*(x.split(self._tokens) for x in (hidden, lse, mean_row, rest, rest_row)),
                                   strict=True):  # fmt: skip
             p = (self._logits(h, self._rows, bias) - at[:, None]).exp()
             outside = 1 - p.sum(-1)
             enough = outside > LEAST_OUTSIDE  # below it the differences are rounding, and the bound leaves them out
-            r[:] = torch.where(enough[:, None], (u - p @ self._rows) / outside[:, None], 0.0)
+            r[:] = torch.where(enough[:, None], (u - p @ self._rows.float()) / outside[:, None], 0.0)
             m[:] = torch.where(enough, outside.log() + at, -torch.inf)
         return rest, rest_row
 
     def _with_top(self, hidden: list[torch.Tensor], targets: list[torch.Tensor]) -> list[Reference]:
         """Return references with the likeliest words, chosen anew from each piece and the best so far."""
         joined = torch.cat(hidden)
-        chunks = joined.split(HEAD_TOKENS_AT_A_TIME)
+        chunks = joined.split(self._tokens)
         best = [(h.new_empty(len(h), 0), h.new_empty(len(h), 0, dtype=torch.int64)) for h in chunks]
         rest = torch.full(joined.shape[:1], -torch.inf, device=joined.device)
         for first, rows in self._pieces():
             words = torch.arange(first, first + len(rows), device=joined.device)
-            for i, (h, others) in enumerate(zip(chunks, rest.split(HEAD_TOKENS_AT_A_TIME), strict=True)):
+            for i, (h, others) in enumerate(zip(chunks, rest.split(self._tokens), strict=True)):
                 known, ids = best[i]
                 values = torch.cat((known, self._logits(h, rows, self._bias_of(first, len(rows)))), -1)
                 ids = torch.cat((ids, words.expand(len(h), -1)), -1)
@@ -206,7 +211,7 @@ class Head:
         gram = torch.zeros(size, size, dtype=torch.float64, device=place)
         for first, rows in self._pieces():
             bias = self._bias_of(first, len(rows))
-            whole = rows if bias is None else torch.cat((rows, bias[:, None]), -1)
+            whole = rows.float() if bias is None else torch.cat((rows.float(), bias[:, None]), -1)
             whole = whole.to(place).double()
             gram.addmm_(whole.T, whole)
         factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
@@ -224,7 +229,7 @@ class Head:
         assert self._picked is not None
         bias = None if self._bias is None else self._bias[self._picked]
         flat = hidden.flatten(0, 1)
-        logits = [self._logits(h, self._rows, bias).logsumexp(-1) for h in flat.split(HEAD_TOKENS_AT_A_TIME)]
+        logits = [self._logits(h, self._rows, bias).logsumexp(-1) for h in flat.split(self._tokens)]
         inside = torch.cat(logits).view(hidden.shape[:2])
         assert reference.lse is not None
         assert reference.mean_row is not None
@@ -276,22 +281,22 @@ class Head:
         lse = self._lse([hidden])[0]
         for first, rows in self._pieces():
             bias = self._bias_of(first, len(rows))
-            parts = (x.split(HEAD_TOKENS_AT_A_TIME) for x in (hidden, lse, targets, gradients))
+            parts = (x.split(self._tokens) for x in (hidden, lse, targets, gradients))
             for h, at, target, out in zip(*parts, strict=True):
                 z = self._logits(h, rows, bias)
                 slope = (z - at[:, None]).exp()  # of the loss by the logits: [tokens, words]
                 here = ((target >= first) & (target < first + len(rows))).nonzero()[:, 0]
                 slope[here, target[here] - first] -= 1
                 slope *= self._scale * (1 - (z / self._cap) ** 2 if self._cap else 1.0)
-                out += slope @ rows
+                out += slope @ rows.float()
         return gradients
 
     def _walk(self, batches: list[HeadBatch]) -> Iterator[tuple[int, torch.Tensor, int, slice]]:
         """Yield each piece of the head with slices of each batch: (first word, rows of W, batch, tokens)."""
         for first, rows in self._pieces():
             for number, (hidden, _) in enumerate(batches):
-                for start in range(0, hidden.shape[1], HEAD_TOKENS_AT_A_TIME):
-                    yield first, rows, number, slice(start, start + HEAD_TOKENS_AT_A_TIME)
+                for start in range(0, hidden.shape[1], self._tokens):
+                    yield first, rows, number, slice(start, start + self._tokens)
 
     def _both(self, batches: list[HeadBatch]) -> Iterator[tuple[int, int, slice, torch.Tensor, torch.Tensor]]:
         """Yield the logits of teacher and student by piece: (batch, plan, tokens, z_p, z_q), z: [tokens, words]."""
@@ -359,7 +364,7 @@ class Head:
         token_loss = LOSSES[self.loss]
         values = torch.empty(hidden.shape[:2], device=hidden.device)
         words = self.words if self._rotated is None else len(self._rotated[0])
-        few = max(1, min(HEAD_TOKENS_AT_A_TIME, LOGITS_BYTES // (4 * words)))
+        few = max(1, min(self._tokens, LOGITS_BYTES // (4 * words)))
         for start in range(0, hidden.shape[1], few):
             at = slice(start, start + few)
             teacher, targets = self._loss_inputs(reference.hidden[at]), reference.targets[at]

@@ -20,7 +20,7 @@ from billhook.core.problem import ScoredUnit
 from billhook.core.results.measured import Loss, Score, WorkPlan
 from billhook.data.token_sets import TokenSet, token_set
 from billhook.engine import activation_passes, channel_statistics, gradient_pass
-from billhook.engine.bench import WAVE_TOKENS, Measurer, job_batches
+from billhook.engine.bench import Measurer, job_batches
 from billhook.engine.channel_statistics import GroupValues
 from billhook.engine.losses import loss_facts
 from billhook.engine.measurements import DocumentIds, Known, PieceTable
@@ -208,10 +208,12 @@ class Probe:
         groups = self._measurer.groups
         order = sorted(range(len(groups)), key=lambda g: (-self._hardness[g] if self._hardness else 0, g))
         tokens = tuple(group.tokens for group in groups)
-        streamed, positive = self.teacher.weights is not None, loss_facts(self.loss).never_negative
-        least = self.layout.wave if streamed else WAVE_TOKENS // 4
+        # Where a request costs a pass over a file, or launches, few large ones are better.
+        together = self.teacher.weights is not None or self._measurer.sizes.launches_count
+        positive = loss_facts(self.loss).never_negative
+        least = self.layout.wave if together else self.layout.wave // 4
         ceiling = None if limits is None else {g: tuple(limits[d] for d in x.documents) for g, x in enumerate(groups)}
-        task = SelectionTask(len(masks), best or len(masks), tuple(order), tokens, least, streamed, positive, ceiling)
+        task = SelectionTask(len(masks), best or len(masks), tuple(order), tokens, least, together, positive, ceiling)
         if (task.best >= len(masks) and limits is None) or (self.fast is None and not positive):
             return measure_all(task)
         if self.fast is None:

@@ -40,7 +40,7 @@ class SelectionTask:
     - `plans`, `best`: the number of plans, and how many of them must be known in full.
     - `order`: document groups, the most informative first; `tokens`: of each group by number.
     - `wave`: the least tokens to request at a time.
-    - `together`: each request costs a pass over a file, so that few large ones are better.
+    - `together`: each request has a cost of its own, such as a pass over a file: few large ones are better.
     - `positive`: losses are never negative.
     - `ceiling`: nats of each document by group; a plan with a larger total is not needed.
     """

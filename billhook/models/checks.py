@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CANDIDATES = ("model.safetensors", "model-*-of-*.safetensors")  # what readers take for the weights of a folder
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")  # transformers would load these on top
 _OTHER_WEIGHTS = "transformers_weights"  # a key of config.json that makes transformers read another file
+HASHED_AT_A_TIME = 8  # shards
 _COUNTS = ("layer", "labels")  # in keys of configs whose numbers make lists of that length
 _LARGEST = 2**53  # of any number in a config
 _MOST_COUNTED = 1000  # such entries, where there are fewer tensors
@@ -343,7 +345,13 @@ def stored_dtype(raw: JsonObject, tensors: dict[str, tuple[str, int]]) -> torch.
 def fingerprint(folder: Path) -> str:
     """16 hex digits of a checkpoint: of its config and of every byte of its shards."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for shard in shards(folder):
-        with shard.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    with ThreadPoolExecutor(HASHED_AT_A_TIME, "billhook-hash") as pool:  # hashing releases Python's lock
+        for part in pool.map(_digest, shards(folder)):
+            digest.update(part)
     return digest.hexdigest()[:16]
+
+
+def _digest(shard: Path) -> bytes:
+    """Return the digest of every byte of a shard."""
+    with shard.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -23,7 +24,8 @@ from billhook.core.errors import UsageError, option
 from billhook.core.results.measured import Environment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CHUNK_TOKENS = {"cpu": 512, "cuda": 16384, "mps": 4096}  # tokens that go through a block at a time
+NO_FLOAT64 = {"mps"}  # kinds of devices that lack it
+SHARE_OF_FREE = 0.85  # of what a device has free, above which a model is streamed
 SHARE_OF_WEIGHTS = 0.75  # of a memory budget, above which a model is streamed: the rest is for activations
 
 
@@ -75,11 +77,21 @@ def pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dt
     return DTYPES[name]
 
 
+def device_module(device: torch.device) -> Any | None:
+    """Return torch's module of a kind of device, such as torch.cuda; None where that counts no memory."""
+    if device.type in ("cpu", "meta"):
+        return None
+    module = torch.get_device_module(device)
+    return module if hasattr(module, "mem_get_info") else None
+
+
 def free_memory(device: torch.device) -> int:
-    """Bytes that `device` has free."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    """Bytes that `device` has free, with those that its allocator caches and nobody uses."""
+    module = device_module(device)
+    if module is None:
+        return int(psutil.virtual_memory().available)
+    cached = module.memory_reserved(device) - module.memory_allocated(device)
+    return int(module.mem_get_info(device)[0] + cached)
 
 
 def environment(device: str) -> Environment:
@@ -117,7 +129,7 @@ def dtype_bytes(name: str) -> int:
 
 def float64_place(device: torch.device) -> torch.device:
     """Return where float64 is computed for tensors on `device`: the CPU for an Apple GPU, which has none."""
-    return torch.device("cpu") if device.type == "mps" else device
+    return torch.device("cpu") if device.type in NO_FLOAT64 else device
 
 
 def to_float64(values: torch.Tensor) -> torch.Tensor:
@@ -170,16 +182,23 @@ def resource_use() -> dict[str, float | int]:
 
 
 @torch.inference_mode()
-def bandwidth(device: torch.device, size_bytes: int = 2**28) -> float:
-    """Return bytes per second at which a matrix-vector product streams a matrix from memory; the median of 5."""
-    matrix = torch.zeros(size_bytes // 4 // 4096, 4096, device=device)
-    vector = torch.zeros(4096, device=device)
+def bandwidth(device: torch.device, size_bytes: int | None = None) -> float:
+    """Return bytes per second at which a matrix-vector product streams a matrix from memory; the median of 5.
+
+    On a GPU 2 GB, or what fits, ten times in a row, so that waiting for the device counts little.
+    """
+    on_cpu = device.type == "cpu"
+    size = size_bytes or (2**28 if on_cpu else min(2**31, free_memory(device) // 4))
+    rows, in_a_row = max(1, size // 4 // 4096), 1 if on_cpu else 10
+    matrix = torch.ones(rows, 4096, device=device)  # no zeros: memory that compresses would look faster
+    vector = torch.ones(4096, device=device)
     seconds = []
     for _ in range(6):
         start = synchronised_time(device)
-        matrix @ vector
-        seconds.append(synchronised_time(device) - start)
-    return size_bytes / statistics.median(seconds[1:])
+        for _ in range(in_a_row):
+            matrix @ vector
+        seconds.append((synchronised_time(device) - start) / in_a_row)
+    return matrix.nbytes / statistics.median(seconds[1:])
 
 
 def keep_freed_memory() -> None:

@@ -20,6 +20,7 @@ from billhook.core.plan import Plan
 from billhook.models import architectures, checks, structure
 from billhook.models.device import (
     SAFETENSORS_DTYPES,
+    SHARE_OF_FREE,
     SHARE_OF_WEIGHTS,
     dtype_name,
     free_memory,
@@ -145,9 +146,10 @@ def load(
     """Load a model folder (safetensors), a GGUF file, a Hugging Face name, or `demo`.
 
     `device`: auto, cpu, cuda[:n] or mps. `dtype`: auto (float32 on a CPU, the checkpoint's own elsewhere), float32,
-    bfloat16 or float16. A model whose weights do not fit into `memory` bytes (None: what the device has free) is not
-    loaded: its `weights` are read from the file when they are needed. Raises ModelError if the checkpoint is damaged,
-    foreign or not supported, and UsageError for a device or dtype that the machine lacks.
+    bfloat16 or float16. A model whose weights do not fit into `memory` bytes (None: most of what the device has free,
+    so that activations have room) is not loaded: its `weights` are read from the file when they are needed. Raises
+    ModelError if the checkpoint is damaged, foreign or not supported, and UsageError for a device or dtype that the
+    machine lacks.
     """
     place = pick_device(device)
     watch(Event("load", values={"model": str(name)}))
@@ -163,10 +165,15 @@ def load(
     model: Any
     weights: StreamedWeights | None
     model, weights = (None, None) if own_code else _compared(folder, compute, place)
-    if weights is not None and needed > (free_memory(place) if memory is None else SHARE_OF_WEIGHTS * memory):
+    room = SHARE_OF_FREE * free_memory(place) if memory is None else SHARE_OF_WEIGHTS * memory
+    if weights is not None and needed > room:
         release_freed_memory()
         make_buffers(model, place)
         weights.load_outside_blocks()
+    elif weights is not None and place.type != "cpu":  # from the file to the device, tensor by tensor
+        make_buffers(model, place)
+        weights.load_all()
+        weights = None
     else:
         model, weights = _build(folder, compute, place, trust_remote_code), None
         for key, tensor in model.named_parameters():

@@ -19,6 +19,7 @@ from torch import nn
 from billhook.core.errors import ModelError
 from billhook.core.files.foreign_files import reading
 from billhook.models import checks
+from billhook.models.accelerator.copies import SideCopies
 from billhook.models.device import SAFETENSORS_DTYPES, dtype_bytes
 from billhook.models.transformers_internals import (
     Conversion,
@@ -30,6 +31,7 @@ from billhook.models.transformers_internals import (
     tied_parameters,
 )
 
+_Arriving = tuple[dict[str, torch.Tensor], Any]  # parameters by name, and the event that their copies precede
 COMPARED_ROWS = 4096  # of two embeddings at a time, where a checkpoint has both and its config says that they are one
 
 
@@ -98,7 +100,7 @@ class StreamedWeights:
         Raises ModelError if a tensor is missing, left over, of another shape or no float of a model's.
         """
         self.bytes_read = 0
-        self._lock = threading.Lock()
+        self._lock, self._copies = threading.Lock(), SideCopies(device)
         self._model, self._blocks, self.dtype, self.device = model, blocks, dtype, device
         self._wanted: dict[str, torch.Tensor] = model.state_dict()  # all of it on the meta device
         self._shards: dict[str, Path] = {}
@@ -203,18 +205,20 @@ class StreamedWeights:
             for name, value in piece.convert(mapped, self._model).items():
                 if name not in made:
                     made[name] = torch.empty_like(self._wanted[name], device=self.device)
-                (made[name] if len(pieces) == 1 else made[name][turn : turn + 1]).copy_(value)
+                self._copies.copy(made[name] if len(pieces) == 1 else made[name][turn : turn + 1], value)
         for name, value in made.items():
             if name not in self._checked:
                 check_finite(name, value)
                 self._checked.add(name)
         return made
 
-    def _read(self, index: int) -> dict[str, torch.Tensor]:
-        """The parameters of a block, under their names in the model."""
+    def _read(self, index: int) -> _Arriving:
+        """The parameters of a block under their names in the model, and when they have arrived: see SideCopies."""
         inside = f"{self._blocks}.{index}."
         recipes = [recipe for recipe in self._recipes if recipe.first.startswith(inside)]
-        return {name: value for recipe in recipes for name, value in self._cooked(recipe).items()}
+        with self._copies.aside():
+            made = {name: value for recipe in recipes for name, value in self._cooked(recipe).items()}
+            return made, self._copies.mark()
 
     def blocks(self, indices: Iterable[int]) -> Iterator[nn.Module]:
         """The blocks at `indices` with real parameters, ready to be called.
@@ -225,10 +229,11 @@ class StreamedWeights:
         """
         order = list(indices)
         with ThreadPoolExecutor(1, "billhook-read") as reader:
-            ahead: Future[dict[str, torch.Tensor]] | None = reader.submit(self._read, order[0]) if order else None
+            ahead: Future[_Arriving] | None = reader.submit(self._read, order[0]) if order else None
             for turn, index in enumerate(order):
                 assert ahead is not None
-                made = ahead.result()
+                made, arrived = ahead.result()
+                self._copies.receive(arrived, made.values())
                 ahead = reader.submit(self._read, order[turn + 1]) if turn + 1 < len(order) else None
                 stood = {}
                 try:
@@ -246,6 +251,14 @@ class StreamedWeights:
             if not recipe.first.startswith(f"{self._blocks}.") and recipe.first not in embeddings:
                 for name, value in self._cooked(recipe).items():
                     set_tensor(self._model, name, value)
+
+    def load_all(self) -> None:
+        """Give every parameter its value on the device, for good; host memory holds one at a time."""
+        for recipe in self._recipes:
+            for name, value in self._cooked(recipe).items():
+                set_tensor(self._model, name, nn.Parameter(value))
+        for name in [name for name in self._wanted if name not in self._source]:
+            set_tensor(self._model, name, self._model.get_parameter(self._alias(name)))
 
     # -- the two embeddings -----------------------------------------------------------------------------------------
 

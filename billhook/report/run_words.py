@@ -12,6 +12,7 @@ from billhook.core.results.exports import FaultReason, TargetFit
 from billhook.core.results.measured import WorkPlan
 from billhook.core.results.run import (
     FinalChoice,
+    Rates,
     RecoveryReport,
     RunReason,
     RunResult,
@@ -103,13 +104,26 @@ def run_notes(result: RunResult, *, served: bool = True) -> list[str]:
         notes.append(f"Perplexity: {reliability_note(result.perplexity.ratio)}")
     if result.speed is None:
         notes.append("Speed was not measured.")
-    elif result.speed.gap is not None:
-        notes.append(f"Speed: {_gap_in_words(result.speed, result.speed.gap)}")
+    else:
+        notes += _eager_in_words(result.speed.teacher, result.speed.student)
+        if result.speed.gap is not None:
+            notes.append(f"Speed: {_gap_in_words(result.speed, result.speed.gap)}")
     for each in result.exports if served else ():
         notes.append(f"{each.out}: {each.form}. {' '.join((verification_sentence(each.verified), *each.notes))}")
     if result.targets and served:
         notes.append(targets_in_words(result.targets, result.out))
     return notes + ([_within_in_words(result.within)] if result.within else [])
+
+
+def _eager_in_words(before: Rates, after: Rates) -> list[str]:
+    """Return what decoding is kernel by kernel, where it was timed as one graph."""
+    one, other = before.eager_decode_tokens_per_s, after.eager_decode_tokens_per_s
+    if one is None or other is None:
+        return []
+    return [
+        "Decoding was timed as a serving engine runs it: all kernels of a step are one graph. Kernel by kernel the "
+        f"teacher decodes {with_interval(one)} and the student {with_interval(other)} tokens/s."
+    ]
 
 
 FAULTS: dict[FaultReason, str] = {

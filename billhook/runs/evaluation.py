@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from transformers import GenerationConfig
 
 from billhook.core.errors import DataError, cannot_write
@@ -29,6 +30,7 @@ from billhook.engine.probe import Probe
 from billhook.methods.evaluate import speed
 from billhook.methods.evaluate.multiple_choice import log_probabilities, score_choices
 from billhook.methods.evaluate.perplexity import Student, measure_perplexity
+from billhook.models.accelerator.sizes import work_sizes
 from billhook.models.device import bandwidth, environment
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import NO_REPAIR, Repair
@@ -174,6 +176,14 @@ def _batch_logprobs(
     return fresh
 
 
+def _padded(lines: Sequence[torch.Tensor], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens [lines, time] of prompts, padded on the left, and the mask of what is no padding."""
+    longest = max(map(len, lines))
+    ids = torch.stack([F.pad(line, (longest - len(line), 0), value=fill) for line in lines])
+    mask = torch.stack([F.pad(torch.ones_like(line), (longest - len(line), 0)) for line in lines])
+    return ids, mask
+
+
 @undisturbed
 @torch.inference_mode()
 def sample_answers(teacher: Teacher, student: Any, watch: EventListener) -> tuple[Answer, ...]:
@@ -185,15 +195,17 @@ def sample_answers(teacher: Teacher, student: Any, watch: EventListener) -> tupl
     plain = GenerationConfig(max_new_tokens=SAMPLE_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=fill)
     answers: dict[str, list[str]] = {"teacher": [], "student": []}
     done, total = 0, 2 * len(PROMPTS)
+    lines = [_chat_prompt(tokenizer, prompt)["input_ids"][0] for prompt in PROMPTS]
+    together = len(lines) if work_sizes(teacher.device).launches_count else 1
     for who, model in (("teacher", teacher.model), ("student", student)):
-        for prompt in PROMPTS:
+        for start in range(0, len(lines), together):
             watch(Event("answer", done, total, {"of": who}))
-            inputs = _chat_prompt(tokenizer, prompt).to(model.device)
+            ids, mask = _padded(lines[start : start + together], fill)
             with generating_by(model, plain):
-                written = model.generate(**inputs)
-            text = tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            answers[who].append(text.strip())
-            done += 1
+                written = model.generate(ids.to(model.device), attention_mask=mask.to(model.device))
+            texts = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+            answers[who] += [text.strip() for text in texts]
+            done += len(texts)
             watch(Event("answer", done, total, {"of": who}))
     return tuple(Answer(*each) for each in zip(PROMPTS, answers["teacher"], answers["student"], strict=True))
 

@@ -11,8 +11,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from billhook.core.budget import parse_budgets
 from billhook.core.errors import FingerprintError, ResourceError, RunError, cannot_write, either, option, writing
 from billhook.core.events import EventListener
@@ -308,7 +306,7 @@ def preview_run(recipe: Recipe, watch: EventListener, loaded: Mapping[str, Teach
         remove=recipe.remove or recipe.within or str(given),
         losses=count,
         data=RunData(replace(calibration.info(), tokens=all_tokens, source=source), held_out.info()),
-        memory=MemoryUse(teacher.weight_bytes, work.kept, free_memory(torch.device("cpu"))),
+        memory=MemoryUse(teacher.weight_bytes, work.kept, free_memory(teacher.device)),
         work=work,
         disk_bytes=teacher.anatomy.total("bytes"),
         seconds=ExpectedSeconds(None if search is None else round(search, 1), round(2 * forward * held_out.tokens, 1)),

@@ -70,6 +70,7 @@ class Store:
                 self._check_version(read_only)
                 if not read_only:
                     self._db.execute("PRAGMA journal_mode = WAL")
+                    self._db.execute("PRAGMA synchronous = NORMAL")  # a kill loses nothing, a power cut little
                     self._db.execute("PRAGMA foreign_keys = ON")
                     self._migrate()
             except (sqlite3.DatabaseError, OSError, ValueError) as error:

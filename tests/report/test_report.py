@@ -252,6 +252,20 @@ def test_what_was_not_measured_has_no_row_and_a_note() -> None:
         assert "nan" not in run_words.headline(result)
 
 
+def test_decoding_as_a_graph_has_the_eager_speed_beside_it() -> None:
+    result = a_result()
+    assert result.speed
+    assert not any("graph" in note for note in run_words.run_notes(result))
+    sides = [
+        replace(side, eager_decode_tokens_per_s=Estimate(10.0 * k, 9.0 * k, 11.0 * k, 9, 9, True, ""))
+        for k, side in enumerate((result.speed.teacher, result.speed.student), 1)
+    ]
+    speed = replace(result.speed, teacher=sides[0], student=sides[1])
+    note = next(note for note in run_words.run_notes(replace(result, speed=speed)) if "graph" in note)
+    assert "the teacher decodes 10" in note
+    assert "the student 20" in note
+
+
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
     [

@@ -134,7 +134,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of repeated runs of one model, taken in turn with another one; `batch` sequences at a time."""
+    """Seconds of repeated runs of one model, taken in turn with another one; `batch` sequences at a time.
+
+    `eager_decode_s`: of decoding without a graph of kernels, where `decode_s` is with one.
+    """
 
     prefill_s: tuple[float, ...]
     decode_s: tuple[float, ...]
@@ -142,6 +145,7 @@ class Timing:
     new_tokens: int
     batch: int
     peak_bytes: int | None  # of the whole process that loads the model and answers, or of the device
+    eager_decode_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,11 +109,15 @@ class RecoveryReport:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Tokens per second, medians with intervals. `peak_bytes`: of a process that loads the model and answers."""
+    """Tokens per second, medians with intervals. `peak_bytes`: of a process that loads the model and answers.
+
+    `eager_decode_tokens_per_s`: kernel by kernel, where decoding was timed as a replayed graph of kernels.
+    """
 
     prefill_tokens_per_s: Estimate
     decode_tokens_per_s: Estimate
     peak_bytes: int | None
+    eager_decode_tokens_per_s: Estimate | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,13 +15,13 @@ from billhook.core.plan import Plan
 from billhook.core.registry import Registry, resolve_options, wrong_return
 from billhook.core.results.measured import EvalResult
 from billhook.data.token_sets import TokenSet
+from billhook.models.accelerator.sizes import work_sizes
 from billhook.models.load import Teacher
 from billhook.models.repair import NO_REPAIR
 from billhook.models.structure import rope_boundary
 
 EVALUATIONS: Registry[Callable[..., EvalResult]] = Registry("evaluation")
 evaluation = EVALUATIONS.add
-BATCH_LOGITS_BYTES = 2**28  # logits per batch, in float32
 
 
 def run_evaluation(
@@ -88,25 +88,25 @@ def vocabulary_size(model: Any) -> int:
 
 
 def batches(tokens: TokenSet, model: Any) -> Iterator[RowBatch]:
-    """Yield the rows of a token set, longest first, with at most BATCH_LOGITS_BYTES of logits per batch.
+    """Yield the rows of a token set, longest first, with as many logits per batch as the device takes.
 
     Rows that have other rope factors than the longest row are in a batch of their own.
     """
     vocabulary, device, boundary = vocabulary_size(model), model.device, rope_boundary(model.config)
     order = sorted(range(len(tokens.lengths)), key=lambda r: (-tokens.lengths[r], r))
-    start = 0
+    start, most = 0, work_sizes(device).logits_bytes
     while start < len(order):
         time = tokens.lengths[order[start]]
-        count = max(1, BATCH_LOGITS_BYTES // (4 * vocabulary * time))
+        count = max(1, most // (4 * vocabulary * time))
         if boundary is not None and time > boundary:
             count = min(count, sum(tokens.lengths[r] > boundary for r in order[start:]))
         rows = tuple(order[start : start + count])
         lengths = tuple(tokens.lengths[r] for r in rows)
-        ids = tokens.rows[list(rows), :time].to(device)
+        ids = tokens.rows[list(rows), :time]
         targets = torch.full_like(ids, -100)
         for i, n in enumerate(lengths):
             targets[i, : n - 1] = ids[i, 1:n]
-        yield RowBatch(ids, targets, rows, lengths)
+        yield RowBatch(ids.to(device), targets.to(device), rows, lengths)
         start += count
 
 

@@ -14,12 +14,12 @@ from billhook.core.results.measured import EvalResult
 from billhook.data.generated import generating_by
 from billhook.data.generation_tasks import GenerationPrompts
 from billhook.methods.evaluate import evaluation
+from billhook.models.accelerator.sizes import work_sizes
 from billhook.models.structure import rope_boundary
 
 STOPS = ("Question:", "</s>", "<|im_end|>")  # the harness's for GSM8K, besides the tokenizer's EOS
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
-GENERATION_BATCH_POSITIONS = 4096  # tokens of a batch with its complete answers and padding
 
 
 @evaluation
@@ -78,19 +78,20 @@ def plain_number(text: str) -> str:
 @torch.inference_mode()
 def generate_answers(
     model: Any, prompts: GenerationPrompts, *, watch: EventListener = ignore_events, who: str = "",
-    stops: Sequence[str] = STOPS, batch_positions: int = GENERATION_BATCH_POSITIONS,
+    stops: Sequence[str] = STOPS, batch_positions: int | None = None,
 ) -> list[str]:  # fmt: skip
     """Return the model's greedy answer to each prompt, up to the first of `stops` or `new_tokens`.
 
     Prompts of similar length are padded on the left and answered together with a KV cache, at most `batch_positions`
-    tokens at a time.
+    tokens at a time, with their complete answers and padding (None: as many as the device takes).
     """
     tokens, tokenizer = prompts.tokens, prompts.tokenizer
     end = tokenizer.eos_token_id
     fill = next((token for token in (tokenizer.pad_token_id, end) if token is not None), 0)
     plain = GenerationConfig(max_new_tokens=prompts.new_tokens, do_sample=False, eos_token_id=end, pad_token_id=fill)
     answers, done = [""] * len(tokens.lengths), 0
-    for rows in _batches(tokens.lengths, prompts.new_tokens, batch_positions, rope_boundary(model.config)):
+    most = batch_positions or work_sizes(torch.device(model.device)).answer_positions
+    for rows in _batches(tokens.lengths, prompts.new_tokens, most, rope_boundary(model.config)):
         longest = max(tokens.lengths[row] for row in rows)
         ids = torch.full((len(rows), longest), fill, dtype=torch.int64)
         mask = torch.zeros_like(ids)

@@ -15,11 +15,9 @@ from billhook.data.prefixes import Readout, SharingCosts, batch_groups, group_by
 from billhook.data.token_sets import Choices, TokenSet
 from billhook.methods.evaluate import evaluation, vocabulary_size
 from billhook.methods.evaluate.served import ServedModel
+from billhook.models.accelerator.sizes import work_sizes
 from billhook.models.structure import rope_boundary
 from billhook.models.transformers_internals import REPEATABLE_LAYERS, logits_at, new_cache
-
-CHOICE_BATCH_POSITIONS = 512  # per batch, with cached and padded ones; larger batches cost memory traffic on a CPU
-CHOICE_LOGITS_BYTES = 2**26  # per batch, in float32
 
 
 @evaluation
@@ -77,12 +75,13 @@ def log_probabilities(
     _choices(tokens)
     if isinstance(model, ServedModel):
         return model.choice_logprobs(tokens, watch, who)
-    most_reads = max(1, CHOICE_LOGITS_BYTES // (4 * vocabulary_size(model)))
+    sizes = work_sizes(torch.device(model.device))
+    most_reads = max(1, sizes.choice_logits_bytes // (4 * vocabulary_size(model)))
     sums, done = [0.0] * len(tokens.lengths), 0
     boundary = rope_boundary(model.config)
     longest = min((n for n in (_longest_shared(model), boundary) if n is not None), default=None)
     groups = keep_worthwhile(group_by_prefix(unique_inputs(tokens), longest, sharing), sharing)
-    for batch in batch_groups(groups, CHOICE_BATCH_POSITIONS, most_reads, boundary):
+    for batch in batch_groups(groups, sizes.choice_positions, most_reads, boundary):
         shared = batch[0].shared
         inputs = [(i, x) for i, group in enumerate(batch) for x in group.inputs]
         if shared:
@@ -110,17 +109,17 @@ def _read(
     `lines` are padded on the right and continue the prefixes in `cache`, which the pass extends. `reads`: for each line
     its readouts.
     """
-    ids = torch.zeros(len(lines), max(map(len, lines)), dtype=torch.int64, device=model.device)
+    ids = torch.zeros(len(lines), max(map(len, lines)), dtype=torch.int64)  # copied to the device once
     wanted = torch.zeros_like(ids, dtype=torch.bool)
     for i, (line, readouts) in enumerate(zip(lines, reads, strict=True)):
         ids[i, : len(line)] = torch.tensor(line)
         wanted[i, [at for at, _, _ in readouts]] = True
-    logits = logits_at(model, ids, wanted, cache).float()
+    logits = logits_at(model, ids.to(model.device), wanted.to(model.device), cache).float()
     numbers = wanted.flatten().cumsum(0).view_as(ids) - 1
     flat = [(i, *readout) for i, readouts in enumerate(reads) for readout in readouts]
     if flat:
-        line, position, word = torch.tensor([readout[:3] for readout in flat], device=ids.device).T
-        at = numbers[line, position]
+        line, position, word = torch.tensor([readout[:3] for readout in flat]).T
+        at, word = numbers[line, position].to(logits.device), word.to(logits.device)
         values = logits[at, word] - logits.logsumexp(-1)[at]
         for (*_, row), value in zip(flat, values.tolist(), strict=True):
             sums[row] += value

@@ -38,8 +38,12 @@ def perplexity(model: Any, tokens: TokenSet, *, watch: EventListener = ignore_ev
     done = 0
     for batch in batches(tokens, model):
         logits = model(input_ids=batch.ids, use_cache=False).logits
-        for i, (row, n) in enumerate(zip(batch.rows, batch.lengths, strict=True)):
-            per_row[row] = float(to_float64(nll(logits[i, :n], logits[i, :n], batch.targets[i, :n])).sum())
+        sums = [
+            to_float64(nll(logits[i, :n], logits[i, :n], batch.targets[i, :n])).sum()
+            for i, n in enumerate(batch.lengths)
+        ]
+        for row, value in zip(batch.rows, torch.stack(sums).tolist(), strict=True):  # one wait for the device
+            per_row[row] = value
         done += sum(batch.lengths)
         watch(Event("evaluate", done, tokens.tokens, {"of": who}))
     return EvalResult("perplexity", tokens.hash, *_by_document(tokens, per_row), tokens.clusters)

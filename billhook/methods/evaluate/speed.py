@@ -24,6 +24,9 @@ from billhook.core.plan import Plan, Site
 from billhook.core.results.measured import Estimate, Timing, TimingProtocol
 from billhook.core.results.run import Phase, PredictedSpeed, Rates, SpeedGap, SpeedRatio
 from billhook.core.statistics import median_interval
+from billhook.methods.evaluate.graphed_decoding import graphed_seconds
+from billhook.models.accelerator.memory import peak_of
+from billhook.models.accelerator.sizes import warm_up_runs
 from billhook.models.device import DTYPES, child_environment, dtype_name, peak_memory, synchronised_time
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.pruned_config import register
@@ -46,10 +49,11 @@ def time_interleaved(
     models: Sequence[Any], folders: Sequence[Path], protocol: TimingProtocol,
     seed: int = 0, watch: EventListener = ignore_events,
 ) -> list[Timing]:  # fmt: skip
-    """Time each model, in the order A B A B …: wall seconds on a synchronised device, after one warm-up each.
+    """Time each model, in the order A B A B …: wall seconds on a synchronised device, after warm-ups of each.
 
-    `folders[i]` holds the checkpoint of model i: peak memory is that of a fresh process that loads it and answers one
-    prompt.
+    On CUDA a decoding step is a replayed graph, as in a serving engine, and the eager one is timed beside it.
+    `folders[i]` holds the checkpoint of model i: on a CPU, peak memory is that of a fresh process that loads it and
+    answers one prompt; on a GPU that of its allocator, less what others hold.
     """
     prompt = protocol.prompt_tokens
     draw = torch.Generator().manual_seed(seed)
@@ -57,22 +61,35 @@ def time_interleaved(
     ids = torch.randint(0, vocabulary, (protocol.batch, prompt), generator=draw)
     prefill: list[list[float]] = [[] for _ in models]
     decode: list[list[float]] = [[] for _ in models]
-    total = (protocol.repeats + 1) * len(models)
-    for repeat in range(protocol.repeats + 1):
+    graphed: list[list[float]] = [[] for _ in models]
+    warm_ups = max(warm_up_runs(m.device) for m in models)
+    total = (protocol.repeats + warm_ups) * len(models)
+    for repeat in range(protocol.repeats + warm_ups):
         for i, model in enumerate(models):
             seconds = time_steps(model, ids.to(model.device), protocol.new_tokens)
-            if repeat:
+            if repeat >= warm_ups:
                 prefill[i].append(seconds[0])
                 decode[i].append(seconds[1])
+                replayed = graphed_seconds(model, ids.to(model.device), protocol.new_tokens)
+                graphed[i] += [] if replayed is None else [replayed]
             watch(Event("speed", repeat * len(models) + i + 1, total))
-    peaks = [
-        peak_bytes(folder, str(m.device), dtype_name(m.dtype), prompt, protocol.new_tokens)
-        for folder, m in zip(folders, models, strict=True)
-    ]
+    peaks = [_peak(m, folder, protocol) for folder, m in zip(folders, models, strict=True)]
+    both = min(map(len, graphed)) == protocol.repeats  # a ratio compares two graphs or none
     return [
-        Timing(tuple(p), tuple(d), prompt, protocol.new_tokens, protocol.batch, peak)
-        for p, d, peak in zip(prefill, decode, peaks, strict=True)
-    ]
+        Timing(
+            tuple(p), tuple(g if both else d), prompt, protocol.new_tokens, protocol.batch, peak,
+            tuple(d) if both else (),
+        )
+        for p, d, g, peak in zip(prefill, decode, graphed, peaks, strict=True)
+    ]  # fmt: skip
+
+
+def _peak(model: Any, folder: Path, protocol: TimingProtocol) -> int | None:
+    """Return the peak memory of one answer: in this process where the device counts it, else in one of its own."""
+    prompt, new = protocol.prompt_tokens, protocol.new_tokens
+    ids = torch.zeros(1, prompt, dtype=torch.int64).to(model.device)
+    counted = peak_of(lambda: time_steps(model, ids, new), model)
+    return peak_bytes(folder, str(model.device), dtype_name(model.dtype), prompt, new) if counted is None else counted
 
 
 def time_steps(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
@@ -152,11 +169,14 @@ def site_times(
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, teacher.model.config.vocab_size, (batch, context), generator=draw).to(teacher.device)
     seconds: list[list[float]] = [[] for _ in models]
-    for repeat in range(repeats + 1):
+    graphs = all(graphed_seconds(model, ids, steps) is not None for model in models)
+    warm_ups = warm_up_runs(ids.device)
+    for repeat in range(repeats + warm_ups):
         for i, model in enumerate(models):
-            watch(Event("cost", repeat * len(models) + i, (repeats + 1) * len(models), {"step": "decode"}))
-            decode = time_steps(model, ids, steps)[1] / steps
-            if repeat:  # the first is a warm-up
+            watch(Event("cost", repeat * len(models) + i, (repeats + warm_ups) * len(models), {"step": "decode"}))
+            replayed = graphed_seconds(model, ids, steps) if graphs else None
+            decode = (time_steps(model, ids, steps)[1] if replayed is None else replayed) / steps
+            if repeat >= warm_ups:
                 seconds[i].append(decode)
     table: dict[str, int] = {}
     for (kind, sites), without in zip(removed.items(), seconds[1:], strict=True):
@@ -168,9 +188,11 @@ def site_times(
 def rates(timing: Timing) -> Rates:
     """Tokens per second, median and 95% interval of the median, and the peak memory."""
     prompt, new = timing.prompt_tokens * timing.batch, timing.new_tokens * timing.batch
+    eager = [new / s for s in timing.eager_decode_s]
     return Rates(
-        _median([prompt / s for s in timing.prefill_s]), _median([new / s for s in timing.decode_s]), timing.peak_bytes
-    )
+        _median([prompt / s for s in timing.prefill_s]), _median([new / s for s in timing.decode_s]),
+        timing.peak_bytes, _median(eager) if eager else None,
+    )  # fmt: skip
 
 
 def speed_ratio(teacher: Timing, student: Timing) -> SpeedRatio:

@@ -147,10 +147,14 @@ def linear_maps(block: nn.Module) -> Iterator[str]:
             yield name
 
 
-def unshare_parameters(student: Any, names: Iterable[str]) -> None:
-    """Replace the student's shared parameters `names` by trainable float32 copies; tied parameters stay tied."""
+def unshare_parameters(student: Any, names: Iterable[str], dtype: torch.dtype | None = torch.float32) -> None:
+    """Replace the student's shared parameters `names` by trainable copies in `dtype` (None: their own).
+
+    Tied parameters stay tied.
+    """
     old = dict(student.named_parameters())
-    replace_parameters(student, {old[name]: nn.Parameter(old[name].detach().float().clone()) for name in names})
+    fresh = {old[name]: old[name].detach().to(dtype or old[name].dtype, copy=True) for name in names}
+    replace_parameters(student, {parameter: nn.Parameter(value) for parameter, value in fresh.items()})
 
 
 @torch.inference_mode(False)

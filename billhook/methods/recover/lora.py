@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,11 +47,11 @@ def lora(
     if not merge and task.work is None:
         raise UsageError("lora with merge=False needs a folder for the adapter. Use RecoveryTask(..., work=FOLDER).")
     adapted: list[Any] = []
+    names: list[str] = []
 
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
         path = task.teacher.architecture.blocks
-        names = [f"{path}.{i}.{name}" for i, block in enumerate(blocks) for name in linear_maps(block)]
-        unshare_parameters(student, [f"{name}.weight" for name in names])  # merging writes to these weights
+        names[:] = [f"{path}.{i}.{name}" for i, block in enumerate(blocks) for name in linear_maps(block)]
         transposed = any(isinstance(module, Conv1D) for module in blocks.modules())  # GPT-2's are [inputs, outputs]
         config = peft.LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, fan_in_fan_out=transposed
@@ -65,9 +66,24 @@ def lora(
         if not merge and task.work is not None:
             adapted[0].peft_config["default"].base_model_name_or_path = ""  # no path of this machine
             adapted[0].save_pretrained(task.work / ADAPTER)
-        return adapted[0].merge_and_unload()
+        return _merged(adapted[0], names)
 
     return finetune(task, (train, valid), training, learn, end)
+
+
+@torch.no_grad()
+def _merged(adapted: Any, names: Sequence[str]) -> Any:
+    """Return the model under an adapter with W + s B A in the place of each weight; the shared W stays as it is.
+
+    Summed in float32, and held in the dtype of W in host memory, weight by weight: the device holds W and no more.
+    """
+    student = adapted.get_base_model()
+    for name in names:
+        layer = student.get_submodule(name)
+        base = layer.get_base_layer()
+        weight = base.weight.float() + layer.get_delta_weight("default")
+        base.weight = nn.Parameter(weight.to(base.weight.dtype).cpu(), requires_grad=False)
+    return adapted.unload()
 
 
 @recovery
@@ -99,13 +115,13 @@ def qa_lora(
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
         path, factors = task.teacher.architecture.blocks, dict[str, nn.Parameter]()
         names = [(i, name) for i, block in enumerate(blocks) for name in linear_maps(block)]
-        unshare_parameters(student, [f"{path}.{i}.{name}.weight" for i, name in names])
+        unshare_parameters(student, [f"{path}.{i}.{name}.weight" for i, name in names], dtype=None)
         draw = torch.Generator().manual_seed(task.seed)
         for i, name in names:
             module = blocks[i].get_submodule(name).requires_grad_(False)
             stored = module.get_parameter("weight").detach()
             weight = structure.as_outputs_by_inputs(blocks[i], f"{name}.weight", stored)
-            weight.copy_(quantised(weight, group, bits))
+            weight.copy_(quantised(weight.float(), group, bits))
             updates.append(Update(module, weight, group, rank=rank, scale=alpha / rank, draw=draw))
             factors |= {f"{path}.{i}.{name}.down": updates[-1].down, f"{path}.{i}.{name}.up": updates[-1].up}
         return factors
@@ -145,7 +161,8 @@ class Update:
         """Add the update to the weight, and remove the hook."""
         self._hook.remove()
         columns = (self.scale / self.group) * (self.up @ self.down)
-        self.weight += columns.repeat_interleave(self.group, 1)[:, : self.weight.shape[1]]
+        update = columns.repeat_interleave(self.group, 1)[:, : self.weight.shape[1]]
+        self.weight.copy_(self.weight.float() + update)  # summed in float32
 
 
 def quantised(weight: torch.Tensor, group: int, bits: int) -> torch.Tensor:

@@ -7,10 +7,11 @@ from functools import cache
 
 import torch
 
-from billhook.models.device import float64_place, to_float64
+from billhook.models.device import float64_place, free_memory, to_float64
 
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0)  # shares of the diagonal of XᵀX
 MOMENT_TOKENS_AT_A_TIME = 8192
+HELD_AT_ONCE = 6  # moments of two sets and their sum, a ridge, its factor and a solution
 EMPTY = 1e-14  # share of the mean diagonal: below, an input is almost zero
 
 
@@ -32,7 +33,7 @@ class Moments:
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
         """x [tokens, inputs], y [tokens, outputs], weight [tokens], all in float32."""
-        place = float64_place(x.device)
+        place = _place(x.device, x.shape[1] * (x.shape[1] + y.shape[1]))
         options = {"dtype": torch.float64, "device": place}
         self.xx = torch.zeros(x.shape[1], x.shape[1], **options)  # type: ignore[call-overload]
         self.xy = torch.zeros(x.shape[1], y.shape[1], **options)  # type: ignore[call-overload]
@@ -60,13 +61,21 @@ class Moments:
         whole.diagonal().mul_(1 + ridge).clamp_(min=max(least, 1e-300))
         factor, failed = torch.linalg.cholesky_ex(whole)
         if failed:
-            solution: torch.Tensor = torch.linalg.lstsq(whole, self.xy, driver="gelsd").solution
-            return solution
+            on_cpu = whole.cpu(), self.xy.cpu()  # a GPU's driver solves matrices of full rank alone
+            solution: torch.Tensor = torch.linalg.lstsq(*on_cpu, driver="gelsd").solution
+            return solution.to(whole.device)
         return torch.cholesky_solve(self.xy, factor)
 
     def error(self, b: torch.Tensor) -> float:
         """Return |Y - X B|²."""
         return self.yy - 2 * float((b * self.xy).sum()) + float(((self.xx @ b) * b).sum())
+
+
+def _place(device: torch.device, elements: int) -> torch.device:
+    """Return where moments of so many elements are held: on the device if it has room for all that a fit holds."""
+    place = float64_place(device)
+    fits = place.type == "cpu" or HELD_AT_ONCE * 8 * elements <= free_memory(place)
+    return place if fits else torch.device("cpu")
 
 
 def ridge_fit(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, validation: torch.Tensor) -> Fit:

@@ -83,7 +83,7 @@ def equivalent_places(bench: Measurer, plan: Plan) -> list[tuple[Site, ...]]:
 
 def _flat(bench: Measurer, streams: Sequence[torch.Tensor]) -> torch.Tensor:
     """Join the counted tokens of all groups: [tokens, any], in float32."""
-    return torch.cat([x[group.counted] for x, group in zip(streams, bench.groups, strict=True)]).float()
+    return torch.cat([group.tokens_of(x) for x, group in zip(streams, bench.groups, strict=True)]).float()
 
 
 def lookahead_targets(sites: Sequence[Site], plan: Plan) -> dict[Site, Site]:

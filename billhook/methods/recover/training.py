@@ -26,13 +26,14 @@ from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, EventValue
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import kl, topk_and_rest
+from billhook.models.accelerator.sizes import work_sizes
 
-AT_A_TIME = 1024  # tokens per forward pass; a step accumulates several
 CHECKS = 12  # validations per training; fewer where they would take more than CHECKING
 CHECKING = 0.2  # share of the minutes
 WARM_UP = 0.05  # share of the steps
 PATIENCE = 4  # validations without an improvement
 SAVE_EVERY = 30.0  # seconds between checkpoints
+SAVING = 20  # times as long as a checkpoint takes passes before the next one
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,11 @@ class TrainingRows:
         return TrainingRows(*(None if p is None else p[rows.to(p.device), :time].to(self.ids.device) for p in parts))  # type: ignore[arg-type]
 
     def slices(self) -> Iterator[slice]:
-        """Yield all rows in order, at most AT_A_TIME tokens per slice."""
-        step = max(1, AT_A_TIME // self.ids.shape[1])
+        """Yield all rows in order, at most as many tokens per slice as the device takes at a time.
+
+        A step accumulates several slices.
+        """
+        step = max(1, work_sizes(self.ids.device).training_tokens // self.ids.shape[1])
         return (slice(start, min(start + step, len(self.ids))) for start in range(0, len(self.ids), step))
 
     def chunks(self) -> Iterator[TrainingRows]:
@@ -223,7 +227,8 @@ class Trainer:
         self.student, self.parameters, self.options, self.watch = student, parameters, options, watch
         self._digests: list[str] = []  # of the training and the validation rows
         self._file = None if work is None else work / "training.pt"
-        self._optimizer = torch.optim.AdamW(parameters.values(), lr=options.rate, weight_decay=0.0)
+        fused = True if work_sizes(student.device).launches_count else None  # one kernel for all parameters
+        self._optimizer = torch.optim.AdamW(parameters.values(), lr=options.rate, weight_decay=0.0, fused=fused)
         self._compute, self._save_every = compute, SAVE_EVERY if save_every is None else save_every
         self._dropouts = [m for name, m in student.named_modules() if "lora_dropout" in name]  # peft's
         self._set_dropout(False)
@@ -244,7 +249,7 @@ class Trainer:
             self._optimizer.load_state_dict(saved["optimizer"])
             schedule.load_state_dict(saved["schedule"])
         interval = max(1, state.steps // state.checks)
-        saved_at = time.perf_counter()
+        saved_at, pause = time.perf_counter(), self._save_every
         while state.step < state.steps and state.waited < PATIENCE:
             loss = self._step(train, order, state.step, set_inputs)
             schedule.step()
@@ -253,9 +258,10 @@ class Trainer:
                 self._check(state, valid, set_inputs)
             values: dict[str, EventValue] = {"objective": self.options.loss, "loss": loss, "best": state.best}
             self.watch(Event("recover", state.step, state.steps, values))
-            if time.perf_counter() - saved_at > self._save_every:
+            if (start := time.perf_counter()) - saved_at > pause:
                 self._save(state, schedule)
                 saved_at = time.perf_counter()
+                pause = max(self._save_every, SAVING * (saved_at - start)) if self._save_every else 0.0
         self._restore(state.kept)
         return state.best
 
