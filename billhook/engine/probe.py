@@ -90,13 +90,12 @@ class Probe:
         repaired: tuple[Plan, Repair] | None = None,
     ) -> None:  # fmt: skip
         self.teacher, self.tokens, self.loss, self.fast, self.memory = teacher, tokens, loss, fast, memory
-        self._cache_factory = cache_factory
+        self._cache_factory, self._round = cache_factory, 0
         self._measurer = Measurer(teacher, tokens, loss, memory=memory, walk=walk, repaired=repaired)
         self._runners = [self._measurer.runner]  # their work counts as this probe's
         self._narrowed_probe: Probe | None = None  # without a cache, for plans that narrow sites
         self._hardness: list[float] = []  # loss of the last round's best plan by group
         self._rises: dict[int, tuple[float, int]] = {}  # by move: the gap to the best, and its round
-        self._round = 0
         self._means: dict[str, tuple[activation_passes.Statistic, dict[ScoredUnit, Score]]] = {}
         self.tally: list[Counter[str]] = []  # of each batch: how many plans by kind of decision
 
@@ -208,7 +207,6 @@ class Probe:
         groups = self._measurer.groups
         order = sorted(range(len(groups)), key=lambda g: (-self._hardness[g] if self._hardness else 0, g))
         tokens = tuple(group.tokens for group in groups)
-        # Where a request costs a pass over a file, or launches, few large ones are better.
         together = self.teacher.weights is not None or self._measurer.sizes.launches_count
         positive = loss_facts(self.loss).never_negative
         least = self.layout.wave if together else self.layout.wave // 4
@@ -385,7 +383,7 @@ class Probe:
 
     @undisturbed
     def groups_of_ranges(self) -> GroupValues:
-        """Return the relative range of each channel group's weights, summed over matrices; see `groups_by_ranges`."""
+        """Return the relative range of each channel group's weights, summed over matrices."""
         return channel_statistics.groups_by_ranges(self._measurer)
 
 

@@ -91,7 +91,9 @@ def choose_plan(
         scores = compute_scores(job, probe)
         if recipe.within is not None:
             assert held_out is not None
-            problem, path, within, final = _largest_within_margin(job, teacher, measure, scores, calibration, held_out)
+            problem, path, within, final = _largest_within_margin(
+                job, teacher, measure, scores, (calibration, held_out)
+            )
         else:
             anatomy = with_site_times(job, teacher) if counts_time(recipe) else teacher.anatomy
             problem = _with_scores(problem_of(recipe, teacher, anatomy, recipe.budgets), scores)
@@ -179,7 +181,7 @@ def _search(
     unseen = unseen_tokens(job.recipe, teacher, job.watch, *texts)
     if unseen is None:
         return path, None
-    chosen, final = _final_choice(job, teacher, plans, losses, unseen, texts[0])
+    chosen, final = _final_choice(job, teacher, losses, plans, unseen=unseen, calibration=texts[0])
     for plan in {path[-1], chosen}:
         key = FinalistKey(teacher.fingerprint, recipe, texts[0].hash, plan)
         job.store.add(key, {"search": search, "plan": plan.to_json()}, job.run)
@@ -190,10 +192,13 @@ def _search(
 
 
 def _final_choice(
-    job: RunContext, teacher: Teacher, plans: list[Plan], on_calibration: Mapping[Plan, Loss], unseen: TokenSet,
+    job: RunContext, teacher: Teacher, measured: Mapping[Plan, Loss], plans: list[Plan], *, unseen: TokenSet,
     calibration: TokenSet,
 ) -> tuple[Plan, FinalChoice]:  # fmt: skip
-    """The plan with the lowest loss on text that no round has seen. The first of `plans` is the search's own."""
+    """The plan with the lowest loss on text that no round has seen. The first of `plans` is the search's own.
+
+    `measured`: their losses on the `calibration` text.
+    """
     if job.recipe.fold_in_search:
         judge = _judge(job, teacher, unseen, calibration)
         losses = [judge(plan) for plan in plans]
@@ -205,7 +210,7 @@ def _final_choice(
     gap, error = paired_gap(losses[0], losses[best])
     chosen = plans[best]
     return chosen, FinalChoice(
-        len(plans), on_calibration[chosen].mean, losses[best].mean, losses[0].mean, gap, error, False, unseen.info()
+        len(plans), measured[chosen].mean, losses[best].mean, losses[0].mean, gap, error, False, unseen.info()
     )
 
 
@@ -246,8 +251,8 @@ def with_site_times(job: RunContext, teacher: Teacher) -> Anatomy:
 
 
 def _largest_within_margin(
-    job: RunContext, teacher: Teacher, measure: Executor | RefitExecutor, scores: ScoreFields, calibration: TokenSet,
-    held_out: TokenSet,
+    job: RunContext, teacher: Teacher, measure: Executor | RefitExecutor, scores: ScoreFields,
+    texts: tuple[TokenSet, TokenSet],
 ) -> tuple[Problem, list[Plan], WithinReport, FinalChoice | None]:  # fmt: skip
     """The largest share of the parameters whose removal stays within the recipe's margin on validation items.
 
@@ -256,7 +261,7 @@ def _largest_within_margin(
     """
     recipe, margin = job.recipe, job.recipe.margin
     assert margin is not None
-    validation, _ = validation_and_test(recipe, margin, teacher, held_out)
+    validation, _ = validation_and_test(recipe, margin, teacher, texts[1])
     everything = teacher.anatomy.total("parameters")
     smallest = min(size.parameters for size in teacher.anatomy.sites) * Fraction(100, everything)
     low, high = Fraction(0), Fraction(100)
@@ -270,7 +275,7 @@ def _largest_within_margin(
         except BudgetError:
             high, share = share, (low + share) / 2
             continue
-        path, final = _search(job, teacher, problem, measure, (calibration, held_out))
+        path, final = _search(job, teacher, problem, measure, texts)
         dense, student = evaluate_plans(job, teacher, [Plan(), path[-1]], validation, margin.kind)
         kept = margin.check(dense, student, recipe.seed)
         spent = Fraction(problem.removed_cost(path[-1])[0] * 100, everything)

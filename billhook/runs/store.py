@@ -392,10 +392,5 @@ def _object(text: str) -> JsonObject:
     return value
 
 
-def _text(value: Mapping[str, Any] | None) -> str | None:
-    """JSON that keeps its order, which tables follow."""
-    return None if value is None else json.dumps(value)
-
-
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)

@@ -23,7 +23,8 @@ from billhook.core.problem import Problem
 from billhook.data.token_sets import TokenSet, token_set
 from billhook.engine.probe import Probe
 from billhook.methods.metrics import GROUP_METRICS
-from billhook.methods.metrics.channel_groups import fuse, removal_errors
+from billhook.methods.metrics.channel_groups import fuse
+from billhook.methods.metrics.refitted_groups import removal_errors
 from billhook.methods.search import SEARCHES, drive
 from billhook.models import channel_groups, structure
 from billhook.models.load import Teacher, load

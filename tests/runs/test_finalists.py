@@ -28,10 +28,10 @@ def unseen(monkeypatch: pytest.MonkeyPatch) -> list[TokenSet]:
     heard: list[TokenSet] = []
     judge = choose_plan._final_choice
 
-    def heard_choice(job: Any, teacher: Any, plans: Any, losses: Any, tokens: TokenSet, calibration: TokenSet) -> Any:
-        assert not set(tokens.digests) & set(calibration.digests)
-        heard.append(tokens)
-        return judge(job, teacher, plans, losses, tokens, calibration)
+    def heard_choice(*given: Any, unseen: TokenSet, calibration: TokenSet) -> Any:
+        assert not set(unseen.digests) & set(calibration.digests)
+        heard.append(unseen)
+        return judge(*given, unseen=unseen, calibration=calibration)
 
     monkeypatch.setattr(choose_plan, "_final_choice", heard_choice)
     return heard
@@ -78,9 +78,9 @@ def test_what_was_found_for_a_larger_size_is_a_finalist_for_a_smaller_one(
     seen: list[list[Plan]] = []
     judge = choose_plan._final_choice
 
-    def heard(job: Any, teacher: Any, plans: list[Plan], *rest: Any) -> Any:
+    def heard(job: Any, teacher: Any, losses: Any, plans: list[Plan], **texts: Any) -> Any:
         seen.append(plans)
-        return judge(job, teacher, plans, *rest)
+        return judge(job, teacher, losses, plans, **texts)
 
     monkeypatch.setattr(choose_plan, "_final_choice", heard)
     smaller = pruned(model, text, tmp_path, remove="2sites", search="greedy", finalists=200)

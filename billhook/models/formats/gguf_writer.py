@@ -156,7 +156,7 @@ def foreign_tensors(file: Path) -> list[str]:
 
     found: dict[str, int] = {}
 
-    class Types(GGUFReader):  # type: ignore[misc]
+    class Types(GGUFReader):
         """Reads names and types; a type that it does not know would end the reading of the tensors."""
 
         def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
