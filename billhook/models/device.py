@@ -94,6 +94,12 @@ def free_memory(device: torch.device) -> int:
     return int(module.mem_get_info(device)[0] + cached)
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes that a GPU has in all; elsewhere those of the machine."""
+    module = device_module(device)
+    return int(psutil.virtual_memory().total if module is None else module.mem_get_info(device)[1])
+
+
 def environment(device: str) -> Environment:
     """Where numbers of this process are measured."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores"

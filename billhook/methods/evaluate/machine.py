@@ -5,14 +5,13 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.outlook.machines import HERE, Machine
 from billhook.methods.evaluate.speed import time_steps
-from billhook.models.device import bandwidth, pick_device, synchronised_time
+from billhook.models.device import bandwidth, pick_device, synchronised_time, total_memory
 
 SIDE = {"cpu": 1024, "mps": 4096, "cuda": 8192}  # of the square matrices that are multiplied
 REPEATS = 5
@@ -34,9 +33,8 @@ def measure_machine(device: str = "auto", watch: EventListener = ignore_events) 
     watch(Event("machine", 2, 3))
     calls = call_seconds(place)
     watch(Event("machine", 3, 3))
-    cuda = place.type == "cuda"
-    memory = torch.cuda.get_device_properties(place).total_memory if cuda else psutil.virtual_memory().total
-    return Machine(HERE, int(memory), reads, computes, None, "measured here", calls)
+    memory = total_memory(place)
+    return Machine(HERE, memory, reads, computes, None, "measured here", calls)
 
 
 @torch.inference_mode()
