@@ -109,8 +109,8 @@ class Section:
 
 
 def caption(text: str) -> str:
-    """A paragraph below a table."""
-    return f'<p class="caption">{escaped(text)}</p>'
+    """A paragraph below a table; nothing without text."""
+    return f'<p class="caption">{escaped(text)}</p>' if text else ""
 
 
 def details(summary: str, html: str) -> str:

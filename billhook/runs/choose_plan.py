@@ -204,8 +204,11 @@ def _final_choice(
         losses = [judge(plan) for plan in plans]
     else:
         exact = job.recipe.model_copy(update={"fast": False})
-        progress = progress_of_request(job, {"step": "finalists"}, before=0, total=len(plans))
-        losses = Executor(probe_of(exact, teacher, unseen, job))(MeasureRequest(tuple(plans)), progress)
+
+        def show(done: int, of: int, lowest: float) -> None:
+            job.watch(Event("finalists", done, of))
+
+        losses = Executor(probe_of(exact, teacher, unseen, job))(MeasureRequest(tuple(plans)), show)
     best = min(range(len(plans)), key=lambda i: losses[i].mean)
     gap, error = paired_gap(losses[0], losses[best])
     chosen = plans[best]

@@ -149,4 +149,4 @@ def test_a_step_survives_json() -> None:
     read = json.loads(json.dumps(encode(step)))
     assert decode(Step, json.loads(json.dumps(read))) == step
     assert Plan.parse(["mlp.1[0-2]"]).combined_with(Plan.parse([*read.pop("sites"), *read.pop("narrowed")])) == plan
-    assert read == {"loss": step.loss, "gap": None, "gap_se": None}
+    assert read == {"loss": step.loss, "gap": None, "gap_se": None, "loss_se": None}

@@ -90,7 +90,7 @@ def test_both_sides_are_what_plain_passes_give(variant: str, checkpoint: Folder)
             last.register_forward_hook(lambda m, a, out, e=ends: e.append(out[0] if isinstance(out, tuple) else out))
             for group in bench.groups:
                 logits(model, group.ids)
-            told = torch.cat([end[group.counted] for end, group in zip(ends, bench.groups, strict=True)])
+            told = torch.cat([group.tokens_of(end) for end, group in zip(ends, bench.groups, strict=True)])
             assert torch.equal(told, seen)
 
 

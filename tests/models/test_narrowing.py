@@ -277,14 +277,15 @@ def test_a_run_narrows_what_its_plan_says_and_proves_it(model: Path, text: Path,
     whole = probe.losses([Plan(plan.removed)])[0].mean
     assert step.loss != pytest.approx(whole, rel=1e-3), "what became narrower counts"
     page, card = ((tmp_path / "out" / name).read_text() for name in ("report.html", "README.md"))
-    assert "2 narrower" in page
+    assert "2 narrowed" in page
     assert 'class="narrower" data-site="mlp.2" tabindex="-1"' in page
-    assert 'style="--left:46%"' in page, "22 of 48"
-    assert "the lower part stays" in page
-    assert "attention.0 (1 of 2), mlp.2 (22 of 48)" in page
-    assert "mlp.2: 22 of 48 channel groups stay" in card
+    assert 'data-vars="left:46%"' in page, "22 of 48"
+    assert "the lower part is kept" in page
+    assert "attention of block 0: 1 of 2 KV groups" in page
+    assert "mlp of block 2: 22 of 48 neurons" in page
+    assert "mlp of block 2: 22 of 48 neurons" in card
     shown = CliRunner().invoke(app, ["show", told.run, "--store", str(tmp_path / "b.db")]).output
-    assert "Narrower, channel groups left: attention.0 1 of 2, mlp.2 22 of 48" in shown
+    assert "Narrowed: attention of block 0: 1 of 2 KV groups; mlp of block 2: 22 of 48 neurons" in " ".join(shown.split())
     assert max(map(len, shown.splitlines())) <= 80
     manifest = billhook.prune(
         model, plan=str(tmp_path / "out" / "billhook.json"), out=tmp_path / "twin", store=tmp_path / "b.db", **options

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from billhook.core.errors import UsageError
+from billhook.core.errors import UsageError, option
 
 Floats = NDArray[np.float64]
 Place = Literal["beyond", "between", "below"]  # where a size lies among the measured ones
@@ -106,7 +106,7 @@ def forecast(
     if not used:
         raise UsageError(
             "No size of this model was measured at which anything is lost, so there is nothing to forecast from. "
-            "Measure one: billhook prune MODEL --remove 10%."
+            f"Measure one, with {option('remove', '10%')}."
         )
     if not 0 < share < 1:
         raise UsageError(

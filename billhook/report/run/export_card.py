@@ -10,6 +10,9 @@ from billhook.core.errors import visible
 from billhook.core.results.exports import ExportReport
 from billhook.report.frame import markdown
 from billhook.report.numbers import verification_sentence
+from billhook.report.run.use import engine_code
+
+SERVED_BY = {"gguf": ("llama.cpp", "ollama"), "deci": ("vllm", "mlx")}  # by a shell command
 
 
 def export_card(report: ExportReport) -> str:
@@ -29,12 +32,6 @@ def export_card(report: ExportReport) -> str:
 
 def run_commands(to: str, files: Sequence[str]) -> list[str]:
     """Shell commands that run an export in the folder of its `files`; none for a form that needs code of its own."""
-    if to == "gguf":
-        (file,) = (each for each in files if each.endswith(".gguf"))
-        return [f"llama-cli -m {file}", "ollama create pruned -f Modelfile && ollama run pruned"]
-    if to == "deci":
-        return ["vllm serve . --trust-remote-code", "mlx_lm.generate --model . --prompt 'Hello'"]
     if to in ("transformers", "stock"):
-        trust = "" if to == "stock" else " --trust-remote-code"
-        return [f"transformers chat .{trust}"]
-    return []
+        return ["transformers chat . --trust-remote-code" if to == "transformers" else "transformers chat ."]
+    return [engine_code(target, ".", files) for target in SERVED_BY.get(to, ())]

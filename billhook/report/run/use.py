@@ -81,7 +81,7 @@ def engine_code(target: str, folder: str, files: Sequence[str] = ()) -> str:
     gguf = next((file for file in files if file.endswith(".gguf")), "model-F16.gguf")
     codes = {
         "llama.cpp": f"llama-server -m {shlex.quote(f'{folder}/{gguf}')}",
-        "ollama": f"cd {quoted} && ollama create pruned -f Modelfile && ollama run pruned",
+        "ollama": f"ollama create pruned -f {shlex.quote(f'{folder}/Modelfile')} && ollama run pruned",
         "lmstudio": f"lms import {shlex.quote(f'{folder}/{gguf}')}",
         "mlx": f'mlx_lm.generate --model {quoted} --prompt "{PROMPT}" --max-tokens 32',
         "vllm": f"vllm serve {quoted} --trust-remote-code",

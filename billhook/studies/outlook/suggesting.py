@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from billhook.core.errors import RunError, UsageError
+from billhook.core.errors import RunError, UsageError, option
 from billhook.core.outlook.suggestions import SUGGESTIONS, Found, Idea, Situation, lost_nats
 from billhook.core.registry import parse_docstring
 from billhook.core.results.json_form import JsonObject, decode
@@ -39,7 +39,7 @@ def suggest(of: str = "", *, store: str | Path = STORE) -> SuggestionReport:
     """
     with reading_store(store) as opened:
         if opened is None:
-            raise RunError("There is no store yet. Prune a model first: `billhook prune MODEL --remove 20%`.")
+            raise RunError(f"There is no store yet. Prune a model first, with {option('remove', '20%')}.")
         subject = _with_run(subject_of(of, opened))
         told = require_pruned(subject)
         run, nats = subject.run, lost_nats(told)

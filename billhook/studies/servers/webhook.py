@@ -78,7 +78,7 @@ class Webhook:
             with httpx.Client(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False) as client:
                 for address in self.addresses():
                     bare = f"[{address}]" if ":" in address else address
-                    place = urlunsplit(self.parts._replace(netloc=f"{bare}:{self._port()}"))
+                    place = urlunsplit((self.parts.scheme, f"{bare}:{self._port()}", *self.parts[2:]))
                     try:
                         code = client.post(place, json=payload, **about).status_code
                     except httpx.ConnectError as error:
