@@ -285,7 +285,8 @@ def test_a_run_narrows_what_its_plan_says_and_proves_it(model: Path, text: Path,
     assert "mlp of block 2: 22 of 48 neurons" in page
     assert "mlp of block 2: 22 of 48 neurons" in card
     shown = CliRunner().invoke(app, ["show", told.run, "--store", str(tmp_path / "b.db")]).output
-    assert "Narrowed: attention of block 0: 1 of 2 KV groups; mlp of block 2: 22 of 48 neurons" in " ".join(shown.split())
+    told_there = " ".join(shown.split())
+    assert "Narrowed: attention of block 0: 1 of 2 KV groups; mlp of block 2: 22 of 48 neurons" in told_there
     assert max(map(len, shown.splitlines())) <= 80
     manifest = billhook.prune(
         model, plan=str(tmp_path / "out" / "billhook.json"), out=tmp_path / "twin", store=tmp_path / "b.db", **options
