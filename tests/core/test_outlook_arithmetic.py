@@ -91,7 +91,7 @@ def test_intervals_cover_at_the_stated_rate() -> None:
 
 
 def test_what_forecasts_refuse() -> None:
-    with pytest.raises(UsageError, match=r"nothing to forecast from. Measure one: billhook prune MODEL --remove 10%"):
+    with pytest.raises(UsageError, match=r"nothing to forecast from\. Measure one, with remove='10%'"):
         forecast([LossPoint(0.1, -0.01), LossPoint(0.0, 0.0)], 0.2)
     with pytest.raises(UsageError, match=r"between 0 and 1, and 1.2 is not. Write 0.2"):
         forecast([LossPoint(0.1, 0.1)], 1.2)

@@ -46,9 +46,17 @@ def messages(here: Served, path: str, **headers: str) -> Iterator[Iterator[tuple
         yield read(answer)
 
 
-def test_what_changes_is_told_and_nothing_twice(store: Path) -> None:
-    run, since = newest(store), seen_in(Listing(store).runs())
+def test_what_changes_is_told_and_nothing_twice(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, since, looks, look = newest(store), seen_in(Listing(store).runs()), [], live._news
+
+    def heard(*given: Any) -> Any:
+        found = look(*given)
+        looks.append(found)
+        return found
+
+    monkeypatch.setattr(live, "_news", heard)
     with served(store) as here, messages(here, f"/events?since={since}") as told:
+        until(lambda: bool(looks))  # what comes before the first look would be told with all the rest
         with closing(Store(store)) as opened_store:
             new = opened_store.new_run("prune", {"model": "m", "remove": "1sites"}, {}, "out")
         _, parts = next(told)

@@ -72,6 +72,7 @@ from billhook.methods.metrics import (  # noqa: E402, F401 - they register thems
     ablation,
     activations,
     channel_groups,
+    refitted_groups,
     shapley,
     taylor,
     weights,
