@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 
 from billhook.core.anatomy import Anatomy
 from billhook.core.budget import Budget
 from billhook.core.errors import BudgetError, UsageError, option
 from billhook.core.events import Event
-from billhook.core.files.cache_keys import FinalistKey, FoldedOn, LossKey, PlanLossKey, SiteTimesKey
+from billhook.core.files.cache_keys import FinalistsKey, FoldedOn, LossKey, PlanLossKey, SiteTimesKey
 from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.problem import Problem
 from billhook.core.results.measured import Loss, Step, paired_gap
@@ -53,13 +53,17 @@ FINEST = Fraction(1, 2)  # percent of the parameters, between what stays within 
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """What a run decided to remove, and how. `within`: what the margin said of each trial, where there was one."""
+    """What a run decided to remove, and how. `within`: what the margin said of each trial, where there was one.
+
+    `judged_on`: digests of the documents on which finalists were judged.
+    """
 
     plan: Plan
     steps: list[Step]
     search_summary: SearchSummary
     within: WithinReport | None = None
     alone: tuple[SiteLoss, ...] = ()
+    judged_on: tuple[str, ...] = ()
 
 
 # -- the whole of it ------------------------------------------------------------------------------------------------
@@ -84,6 +88,8 @@ def choose_plan(
     measure = RefitExecutor(plain, _judge(job, teacher, calibration, calibration)) if recipe.fold_in_search else plain
     within: WithinReport | None = None
     final: FinalChoice | None = None
+    seen = (calibration, *([held_out] if held_out is not None else []))
+    unseen = cache(lambda: unseen_tokens(recipe, teacher, job.watch, *seen))
     problem: Problem | None = None
     if given is not None:
         path = [given]
@@ -91,14 +97,12 @@ def choose_plan(
         scores = compute_scores(job, probe)
         if recipe.within is not None:
             assert held_out is not None
-            problem, path, within, final = _largest_within_margin(
-                job, teacher, measure, scores, (calibration, held_out)
-            )
+            search = partial(_search, job, teacher, measure=measure, texts=(calibration, unseen))
+            problem, path, within, final = _largest_within_margin(job, teacher, search, scores, held_out)
         else:
             anatomy = with_site_times(job, teacher) if counts_time(recipe) else teacher.anatomy
             problem = _with_scores(problem_of(recipe, teacher, anatomy, recipe.budgets), scores)
-            texts = (calibration, *([held_out] if held_out is not None else []))
-            path, final = _search(job, teacher, problem, measure, texts)
+            path, final = _search(job, teacher, problem, measure, (calibration, unseen))
     rounds, summary = list(measure.rounds), replace(search_summary(probe), final=final)
     if recipe.audit:
         probe.release_streams()
@@ -113,7 +117,8 @@ def choose_plan(
     whole = [(ask.plans, losses) for ask, losses in rounds if ask.tokens is None]
     steps = removal_trace(path, whole, on_path, problem.cost if problem else len)
     bounds = probe.fast is None and loss_facts(parse_loss(recipe.loss).name).never_negative
-    return PlanChoice(path[-1], steps, summary, within, losses_alone(rounds, bounds=bounds))
+    judged_on = more.digests if final is not None and (more := unseen()) is not None else ()
+    return PlanChoice(path[-1], steps, summary, within, losses_alone(rounds, bounds=bounds), judged_on)
 
 
 def _with_scores(problem: Problem, scores: ScoreFields) -> Problem:
@@ -155,40 +160,42 @@ def _judge(job: RunContext, teacher: Teacher, tokens: TokenSet, calibration: Tok
 
 
 def _search(
-    job: RunContext, teacher: Teacher, problem: Problem, measure: Executor | RefitExecutor, texts: Sequence[TokenSet]
-) -> tuple[list[Plan], FinalChoice | None]:
+    job: RunContext, teacher: Teacher, problem: Problem, measure: Executor | RefitExecutor,
+    texts: tuple[TokenSet, Callable[[], TokenSet | None]],
+) -> tuple[list[Plan], FinalChoice | None]:  # fmt: skip
     """The path of the recipe's search, to the best of its finalists on text that no round has seen.
 
     Hundreds of candidates are compared on the same tokens, so that the lowest loss is partly luck. What the same
     search found for other sizes, in the same store, is among the finalists where it meets the budgets. `texts`: the
-    calibration, and the held-out text where it is known.
+    calibration, and what reads the unseen one.
     """
     path = run_search(job, problem, measure)
     if job.recipe.finalists < 2 or not measure.rounds:
         return path, None
+
+    def meets(plan: Plan) -> bool:
+        return problem.is_met(plan) and problem.is_valid(plan)
+
     recipe = job.recipe.model_dump(mode="json", exclude=NOT_OF_THE_SEARCH, exclude_defaults=True)
-    search = {"model": teacher.fingerprint, "recipe": recipe, "tokens": texts[0].hash}
-    found = [Plan.from_json(told["plan"]) for told in job.store.all_of(FinalistKey) if told["search"] == search]
-    fitting = [plan for plan in found if plan != path[-1] and problem.is_met(plan) and problem.is_valid(plan)]
-    losses = dict(zip(fitting, measure(MeasureRequest(tuple(fitting))), strict=True)) if fitting else {}
-    for ask, answers in measure.rounds:
-        if ask.tokens is None:
-            losses |= {p: loss for p, loss in zip(ask.plans, answers, strict=True) if not loss.bound}
-    plans = sorted((p for p in losses if problem.is_met(p) and problem.is_valid(p)), key=lambda p: losses[p].mean)
-    plans = list(dict.fromkeys([path[-1], *plans]))[: job.recipe.finalists]
-    if len(plans) < 2 or path[-1] not in losses:
-        return path, None
-    unseen = unseen_tokens(job.recipe, teacher, job.watch, *texts)
-    if unseen is None:
+    key = FinalistsKey(teacher.fingerprint, recipe, texts[0].hash)
+    known = [Plan.from_json(plan) for plan in job.store.lookup(key) or ()]
+    elsewhere = [plan for plan in known if plan != path[-1] and meets(plan)]
+    if elsewhere:
+        measure(MeasureRequest(tuple(elsewhere)))
+    losses = {
+        plan: loss
+        for ask, answers in measure.rounds if ask.tokens is None
+        for plan, loss in zip(ask.plans, answers, strict=True) if not loss.bound and meets(plan)
+    }  # fmt: skip
+    plans = list(dict.fromkeys([path[-1], *sorted(losses, key=lambda plan: losses[plan].mean)]))[: job.recipe.finalists]
+    if len(plans) < 2 or path[-1] not in losses or (unseen := texts[1]()) is None:
         return path, None
     chosen, final = _final_choice(job, teacher, losses, plans, unseen=unseen, calibration=texts[0])
-    for plan in {path[-1], chosen}:
-        key = FinalistKey(teacher.fingerprint, recipe, texts[0].hash, plan)
-        job.store.add(key, {"search": search, "plan": plan.to_json()}, job.run)
+    job.store.add(key, [plan.to_json() for plan in dict.fromkeys([*known, path[-1], chosen])], job.run)
     if chosen == path[-1]:
         return path, final
     before = [plan for plan in path[:-1] if plan.removed <= chosen.removed and plan.narrowed <= chosen.narrowed]
-    return [*before, chosen], replace(final, elsewhere=chosen in fitting)
+    return [*before, chosen], replace(final, elsewhere=chosen in elsewhere)
 
 
 def _final_choice(
@@ -254,8 +261,8 @@ def with_site_times(job: RunContext, teacher: Teacher) -> Anatomy:
 
 
 def _largest_within_margin(
-    job: RunContext, teacher: Teacher, measure: Executor | RefitExecutor, scores: ScoreFields,
-    texts: tuple[TokenSet, TokenSet],
+    job: RunContext, teacher: Teacher, search: Callable[[Problem], tuple[list[Plan], FinalChoice | None]],
+    scores: ScoreFields, held_out: TokenSet,
 ) -> tuple[Problem, list[Plan], WithinReport, FinalChoice | None]:  # fmt: skip
     """The largest share of the parameters whose removal stays within the recipe's margin on validation items.
 
@@ -264,7 +271,7 @@ def _largest_within_margin(
     """
     recipe, margin = job.recipe, job.recipe.margin
     assert margin is not None
-    validation, _ = validation_and_test(recipe, margin, teacher, texts[1])
+    validation, _ = validation_and_test(recipe, margin, teacher, held_out)
     everything = teacher.anatomy.total("parameters")
     smallest = min(size.parameters for size in teacher.anatomy.sites) * Fraction(100, everything)
     low, high = Fraction(0), Fraction(100)
@@ -278,7 +285,7 @@ def _largest_within_margin(
         except BudgetError:
             high, share = share, (low + share) / 2
             continue
-        path, final = _search(job, teacher, problem, measure, texts)
+        path, final = search(problem)
         dense, student = evaluate_plans(job, teacher, [Plan(), path[-1]], validation, margin.kind)
         kept = margin.check(dense, student, recipe.seed)
         spent = Fraction(problem.removed_cost(path[-1])[0] * 100, everything)

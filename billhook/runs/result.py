@@ -33,7 +33,7 @@ from billhook.models.surgery import effective_plan
 from billhook.runs import evaluation
 from billhook.runs.choose_plan import PlanChoice
 from billhook.runs.job import RunContext
-from billhook.runs.prepare import applicable_recoveries, recovery_tokens, unseen_tokens, validation_and_test
+from billhook.runs.prepare import applicable_recoveries, recovery_tokens, validation_and_test
 from billhook.runs.recipe import Recipe
 from billhook.runs.recovery import RecoveryResult
 
@@ -104,12 +104,9 @@ def all_seen_digests(
     recipe: Recipe, teacher: Teacher, texts: Texts, got: RecoveryResult, choice: PlanChoice
 ) -> list[str]:
     """Digests of all documents and items that a choice, a fit or an earlier pruning of this model has looked at."""
-    found = {*texts.calibration.digests, *got.seen}
+    found = {*texts.calibration.digests, *got.seen, *choice.judged_on}
     if recipe.margin is not None:
         found |= set(validation_and_test(recipe, recipe.margin, teacher, texts.held_out)[0].digests)
-    if choice.search_summary.final is not None:
-        unseen = unseen_tokens(recipe, teacher, ignore_events, texts.calibration, texts.held_out)
-        found |= set(unseen.digests if unseen is not None else ())
     if recipe.fold_in_search:
         found |= set(recovery_tokens(recipe, teacher, ignore_events).digests)
     return sorted(found | set(evaluation.seen_digests(teacher.folder)))

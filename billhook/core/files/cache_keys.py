@@ -334,13 +334,13 @@ class PlanKey(FactKey[TrialPlan]):
 
 
 @dataclass(frozen=True)
-class FinalistKey(FactKey[JsonObject]):
-    """A plan with which a search ended, whatever its budget. `recipe`: what matters of it to a search."""
+class FinalistsKey(FactKey[list[JsonObject]]):
+    """The plans with which a search ended, for all sizes. `recipe`: what matters of it to a search."""
 
-    what = "finalist"
+    what = "finalists"
+    replaces = True
     recipe: Mapping[str, Any]
     tokens: str
-    plan: Plan
 
 
 @dataclass(frozen=True)
