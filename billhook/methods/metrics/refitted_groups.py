@@ -54,8 +54,9 @@ def removal_errors(gram: torch.Tensor, weight: torch.Tensor, channels: torch.Ten
         alone = (theirs * torch.linalg.solve(blocks, theirs)).sum((1, 2))
         first = alone.argsort()[:size]
         gone = channels[alive[first]].flatten()
-        back = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])  # [gone, inputs]
-        together = float((weight[:, gone] @ torch.linalg.solve(inverse[gone][:, gone], weight[:, gone].T)).trace())
+        sides = torch.cat((inverse[gone], weight[:, gone].T), 1)  # [gone, inputs + outputs]
+        back, read = torch.linalg.solve(inverse[gone][:, gone], sides).split((len(inverse), len(weight)), 1)
+        together = float((weight[:, gone].T * read).sum())
         shares = alone[first].cumsum(0) / alone[first].sum().clamp(min=1e-300)
         told[alive[first]] = total + together * shares
         total += together
