@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from billhook.cli.visible_console import VisibleConsole
 from billhook.core.errors import visible
-from billhook.core.events import Event, EventListener, EventValue, ignore_events
-from billhook.core.monitoring.alerts import ALERT, Alert
-from billhook.report.monitoring.alert_words import alert_sentence
+from billhook.core.events import ALERT, Event, EventListener, EventValue, ignore_events
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -55,6 +53,9 @@ def silence_libraries(verbose: bool) -> None:
 def event_words(stage: str, values: Mapping[str, EventValue]) -> str:
     """Return what the values of an event of a stage say, as one line without its counts."""
     if stage == ALERT:
+        from billhook.core.monitoring.alerts import Alert
+        from billhook.report.monitoring.alert_words import alert_sentence
+
         return alert_sentence(Alert.from_event(Event(stage, values=values)))
     if stage == "round":
         narrowed = [pair.partition("=") for pair in str(values["narrowed"]).split(",") if pair]

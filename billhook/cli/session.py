@@ -15,12 +15,11 @@ from rich.table import Table
 
 from billhook.cli.visible_console import VisibleConsole
 from billhook.core.errors import BillhookError, GateFailed, cannot_write, on_command_line, visible
-from billhook.core.events import Event, EventListener, fan_out
-from billhook.core.monitoring.alerts import ALERT, Alert
+from billhook.core.events import ALERT, Event, EventListener, fan_out
 from billhook.core.results.json_form import Result
-from billhook.report.monitoring.alert_words import alert_sentence
 
 if TYPE_CHECKING:
+    from billhook.core.monitoring.alerts import Alert
     from billhook.runs.trackers import Tracking
 
 
@@ -47,6 +46,8 @@ class CommandSession:
     def _note(self, event: Event) -> None:
         """Keep alerts for the exit code, and tell of failed trackers and webhooks where no progress is shown."""
         if event.stage == ALERT:
+            from billhook.core.monitoring.alerts import Alert
+
             self._alerts.append(Alert.from_event(event))
         elif self.quiet and event.stage in ("track", "webhook"):
             _tell(f"{event.stage}: {', '.join(map(str, event.values.values()))}")
@@ -120,6 +121,8 @@ class CommandSession:
     def _end_alerts(self, *, interrupted: bool) -> None:
         """Tell of alerts that a quiet command did not show, and leave with 4 where one is critical."""
         for alert in self._alerts if self.quiet else ():
+            from billhook.report.monitoring.alert_words import alert_sentence
+
             _tell(f"{ALERT}: {alert_sentence(alert)}")
         critical = dict.fromkeys(alert.rule for alert in self._alerts if alert.severity == "critical")
         if critical and not interrupted:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 
 EventValue = float | int | str
 
+ALERT = "alert"  # the stage of events that tell of alerts
+
 
 @dataclass(frozen=True, slots=True)
 class Event:

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from billhook.core.events import Event
+from billhook.core.events import ALERT, Event
 from billhook.core.results.json_form import decode, encode
 from billhook.core.results.measured import Estimate
 
 Kind = Literal["quality", "drift", "latency", "throughput", "errors", "speed", "memory", "stopped", "stalled"]
 Severity = Literal["warning", "critical"]
 Unit = Literal["pp", "%ppl", "x", "s", "tokens/s", "%", "bytes", ""]
-
-ALERT = "alert"  # the stage of the events that tell of alerts
 
 
 @dataclass(frozen=True, slots=True)

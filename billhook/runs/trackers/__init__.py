@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from billhook.core.errors import MissingExtra
-from billhook.core.events import Event, EventListener, ignore_events
-from billhook.core.monitoring.alerts import ALERT
+from billhook.core.events import ALERT, Event, EventListener, ignore_events
 from billhook.core.registry import RegistryWithFacts, split_names
 from billhook.core.results.json_form import Result, Row
 from billhook.core.results.run import RunResult

@@ -9,9 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from billhook.core.errors import UsageError, option
-from billhook.core.events import Event
+from billhook.core.events import ALERT, Event
 from billhook.core.files.cache_keys import BaselineKey
-from billhook.core.monitoring.alerts import ALERT, Alert, Observation, evaluate, exact
+from billhook.core.monitoring.alerts import Alert, Observation, evaluate, exact
 from billhook.core.monitoring.observations import percent_lost, points_lost
 from billhook.core.results.comparisons import Baseline
 from billhook.core.results.monitoring import AlertList
