@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from billhook.core.events import EventListener, ignore_events
@@ -10,6 +11,7 @@ from billhook.core.registry import resolve_options
 from billhook.core.results.exports import ExportReport
 from billhook.core.results.specs import ExportSpec
 from billhook.methods.export import EXPORTS
+from billhook.models.device import environment
 from billhook.models.load import Model, as_teacher, name_of
 from billhook.report.run.export_card import export_card
 from billhook.runs.exporting import export_model
@@ -43,6 +45,7 @@ def export(
     spec = ExportSpec(name_of(model), to, dtype, verify)
     with begin_run(spec, device, Path(store), str(where)) as (opened, run):
         told = store_and_watch(opened, run, watch)
-        report = export_model(teacher, to, where, verify=verify, card=export_card, dtype=dtype, watch=told)
+        card = partial(export_card, version=environment(str(teacher.device)).billhook)
+        report = export_model(teacher, to, where, verify=verify, card=card, dtype=dtype, watch=told)
         opened.update(run, result=report.to_json())
     return report

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import billhook
 from billhook.core.errors import visible
 from billhook.core.results.exports import ExportReport
 from billhook.report.frame import markdown
@@ -15,8 +14,11 @@ from billhook.report.run.use import engine_code
 SERVED_BY = {"gguf": ("llama.cpp", "ollama"), "deci": ("vllm", "mlx")}  # by a shell command
 
 
-def export_card(report: ExportReport) -> str:
-    """README.md of an exported folder: Markdown with the YAML front matter of the Hugging Face Hub."""
+def export_card(report: ExportReport, version: str) -> str:
+    """README.md of an exported folder: Markdown with the YAML front matter of the Hugging Face Hub.
+
+    `version`: the release of Billhook that wrote it.
+    """
     name = re.split(r"[/\\]", report.model.rstrip("/\\"))[-1]
     lines = "\n".join(run_commands(report.to, report.files))
     told = [
@@ -25,7 +27,7 @@ def export_card(report: ExportReport) -> str:
         verification_sentence(report.verified),
         "\n".join(f"> {markdown(note)}\n>" for note in report.notes).removesuffix("\n>"),
         f"## Run it\n\nIn this folder:\n\n```sh\n{lines}\n```" if lines else "",
-        f"Made with Billhook {markdown(billhook.__version__)}.\n",
+        f"Made with Billhook {markdown(version)}.\n",
     ]
     return visible("\n\n".join(filter(None, told)))
 
