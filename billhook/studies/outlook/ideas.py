@@ -32,8 +32,7 @@ def fold_after_pruning(situation: Situation) -> Idea | None:
     """Refit what is left after the same search, by least squares (fold)."""
     if _recoveries(situation.recipe):
         return None
-    closed = [share for _, name, share, _ in _recovered(situation) if name == "fold"]
-    seconds = [s for run, name, _, s in _recovered(situation) if name == "fold" and _same_model(situation, run)]
+    closed, seconds = _recovered_by(situation, "fold")
     return Idea(
         {"recover": "fold"}, gain=gain_here_or_shipped(closed, "fold", situation.nats),
         seconds=_after_search(situation, seconds),
@@ -46,8 +45,7 @@ def train_after_fold(situation: Situation) -> Idea | None:
     names = _recoveries(situation.recipe)
     if names != ("fold",) or situation.told.get("reasons") == ["streamed"]:
         return None
-    closed = [share for _, name, share, _ in _recovered(situation) if name == "lora"]
-    seconds = [s for run, name, _, s in _recovered(situation) if name == "lora" and _same_model(situation, run)]
+    closed, seconds = _recovered_by(situation, "lora")
     return Idea(
         {"recover": "fold,lora"}, gain=gain_here_or_shipped(closed, "lora after fold", situation.nats),
         seconds=_after_search(situation, seconds),
@@ -207,6 +205,12 @@ def _recovered(situation: Situation) -> Iterator[tuple[Run, str, float, float]]:
             gain = report["on"].get(HELD_OUT)
             if gain is not None and gain["closed"] is not None and math.isfinite(float(gain["closed"])):
                 yield run, str(report["recovery"]), float(gain["closed"]), float(report["seconds"])
+
+
+def _recovered_by(situation: Situation, recovery: str) -> tuple[list[float], list[float]]:
+    """Return the shares that a recovery closed in the store, and its seconds with the model of the situation."""
+    found = [(run, share, seconds) for run, name, share, seconds in _recovered(situation) if name == recovery]
+    return [share for _, share, _ in found], [s for run, _, s in found if _same_model(situation, run)]
 
 
 def _pairs(situation: Situation, changed: object, but: tuple[str, ...]) -> Iterator[float]:
