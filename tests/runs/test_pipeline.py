@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import billhook
 from billhook.cli.progress import event_words
 from billhook.core.errors import ResourceError, UsageError
-from billhook.core.events import Event, EventListener
+from billhook.core.events import ALERT, Event, EventListener
 from billhook.core.plan import Plan
 from billhook.core.results.run import RunResult
 from billhook.data.calibration import calibration_tokens, held_out_tokens
@@ -122,7 +122,7 @@ def test_what_is_written_is_what_is_returned(result: RunResult) -> None:
 
 
 def test_progress_is_told_for_every_stage(result: RunResult, events: list[Event]) -> None:
-    stages = list(dict.fromkeys(event.stage for event in events))
+    stages = list(dict.fromkeys(event.stage for event in events if event.stage != ALERT))  # by how fast the machine is
     assert stages == ["load", "search", "finalists", "evaluate", "answer", "save", "speed"]
     searched = [event for event in events if event.stage == "search"]
     assert searched[-1].done == searched[-1].total == 8 + 7 + 6
