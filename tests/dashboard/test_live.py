@@ -46,17 +46,23 @@ def messages(here: Served, path: str, **headers: str) -> Iterator[Iterator[tuple
         yield read(answer)
 
 
-def test_what_changes_is_told_and_nothing_twice(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, since, looks, look = newest(store), seen_in(Listing(store).runs()), [], live._news
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the server found at each of its looks: what changes before the first is told with all the rest."""
+    found, look = [], live._news
 
     def heard(*given: Any) -> Any:
-        found = look(*given)
-        looks.append(found)
-        return found
+        found.append(look(*given))
+        return found[-1]
 
     monkeypatch.setattr(live, "_news", heard)
+    return found
+
+
+def test_what_changes_is_told_and_nothing_twice(store: Path, looks: list[Any]) -> None:
+    run, since = newest(store), seen_in(Listing(store).runs())
     with served(store) as here, messages(here, f"/events?since={since}") as told:
-        until(lambda: bool(looks))  # what comes before the first look would be told with all the rest
+        until(lambda: bool(looks))
         with closing(Store(store)) as opened_store:
             new = opened_store.new_run("prune", {"model": "m", "remove": "1sites"}, {}, "out")
         _, parts = next(told)
@@ -87,10 +93,11 @@ def test_a_lost_line_is_taken_up_where_it_was_lost(store: Path) -> None:
         until(lambda: not here.busy())  # the streams ended with their readers
 
 
-def test_of_one_run_its_own_news_alone(store: Path) -> None:
+def test_of_one_run_its_own_news_alone(store: Path, looks: list[Any]) -> None:
     first, second = (run.id for run in Listing(store).runs()[:2])
     since = seen_in(Listing(store).runs())
     with served(store) as here, messages(here, f"/events/{first}?since={since}") as told:
+        until(lambda: bool(looks))
         tag(second, ["other"], store=store)
         tag(first, ["mine"], store=store)
         _, parts = next(told)
