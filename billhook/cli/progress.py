@@ -39,7 +39,7 @@ WORDS: dict[str, Callable[[Any], str]] = {  # of the values of an event, by name
     "seconds": lambda seconds: f"{seconds:.1f} s",
 }  # fmt: skip
 
-LASTING = (ALERT, "webhook", "track")  # stages whose every event is a line of its own
+LASTING = (ALERT, "budget", "webhook", "track")  # stages whose every event is a line of its own
 PLAIN_SECONDS = 5.0  # without a terminal, at most one line in so many seconds
 
 
@@ -57,6 +57,13 @@ def event_words(stage: str, values: Mapping[str, EventValue]) -> str:
         from billhook.report.monitoring.alert_words import alert_sentence
 
         return alert_sentence(Alert.from_event(Event(stage, values=values)))
+    if stage == "budget":
+        asked, smaller = (f"{values[name]:.3g}%" for name in ("asked", "smaller"))
+        return (
+            f"{asked} of all {values['unit']} is {values['of_sites']:.0f}% of what attentions and MLPs hold, since "
+            f"{values['elsewhere']:.0f}% lies elsewhere, mostly in embeddings. {asked} of theirs: --remove {smaller}"
+            f"{'' if values['unit'] == 'params' else values['unit']}"
+        )
     if stage == "round":
         narrowed = [pair.partition("=") for pair in str(values["narrowed"]).split(",") if pair]
         sites = [site for site in str(values["removed"]).split(",") if site]

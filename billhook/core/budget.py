@@ -120,6 +120,17 @@ class Budget:
     def is_met(self, anatomy: Anatomy, plan: Plan) -> bool:
         return self.removed_cost(anatomy, plan) >= self.target(anatomy)
 
+    def share_of_sites(self, anatomy: Anatomy) -> Fraction | None:
+        """Return which share of all that sites hold a share of the whole model is; None for other budgets.
+
+        What no site holds, such as embeddings, is counted by a share of the model and cannot be removed.
+        """
+        unit = UNITS[self.unit]
+        if not self.share or unit.total is None:
+            return None
+        held = self.removed_cost(anatomy, Plan(frozenset(anatomy.sites_present())))
+        return Fraction(self.target(anatomy), held) if held else None
+
     def format(self, amount: Fraction | int) -> str:
         """Write a `removed_cost` in the unit: `1,234 params`, `0.52 ms`."""
         fine = UNITS[self.unit].fine

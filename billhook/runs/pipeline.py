@@ -51,7 +51,7 @@ from billhook.runs.prepare import (
 from billhook.runs.recipe import Recipe
 from billhook.runs.recovery import RecoveryResult, digest_of, load_recovery_tokens, recovery_options, run_recoveries
 from billhook.runs.result import Measured, Texts, run_result
-from billhook.runs.search import expected_losses, method_options
+from billhook.runs.search import expected_losses, method_options, tell_shares
 from billhook.runs.store import Store
 
 WriteReport = Callable[[RunResult, Path], None]  # writes the report of a result into a folder
@@ -196,6 +196,7 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
     with job.stage("load"):
         teacher = load_teacher(recipe, job.watch, job.loaded)
         given = validate(recipe, teacher)
+        tell_shares(recipe, teacher.anatomy, job.watch)
         recovery_options(recipe)
         streamed = teacher.weights is not None
         check_target(job.out, teacher.folder, int(1.05 * teacher.anatomy.total("bytes")))
@@ -288,6 +289,7 @@ def preview_run(recipe: Recipe, watch: EventListener, loaded: Mapping[str, Teach
     """
     teacher = load_teacher(recipe, watch, loaded)
     given = validate(recipe, teacher)
+    tell_shares(recipe, teacher.anatomy, watch)
     text = external_sources(recipe.data) or "pydoc"  # which stands for what the model would write
     of_text = given is None and parse_loss(recipe.loss).file is None
     written = generated_token_count(calibration_spec(recipe), recipe.self_share) if of_text else 0

@@ -9,9 +9,10 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
+from billhook.core.anatomy import Anatomy
 from billhook.core.budget import UNITS, Budget
 from billhook.core.errors import PlanError, UsageError, option
-from billhook.core.events import Event, EventValue, hear_all
+from billhook.core.events import Event, EventListener, EventValue, hear_all
 from billhook.core.files.cache_keys import ScoresKey
 from billhook.core.plan import MeasureRequest, Plan, Site, shorten
 from billhook.core.problem import Problem, format_unit, parse_unit
@@ -25,6 +26,22 @@ from billhook.runs.job import RunContext
 from billhook.runs.recipe import Recipe
 
 ScoreFields = OptionValues  # what a metric gives a Problem: `scores`, or `group_scores`
+
+
+SITES_HOLD_LITTLE = 1.5  # times the share that was asked for is removed of the sites: worth telling
+
+
+def tell_shares(recipe: Recipe, anatomy: Anatomy, watch: EventListener) -> None:
+    """Tell of shares of the model that are much larger shares of its sites, since other parts hold the rest."""
+    for budget in recipe.budgets if recipe.remove else ():
+        share = budget.share_of_sites(anatomy)
+        if share is not None and 1 >= share > SITES_HOLD_LITTLE * budget.amount / 100:
+            held = budget.amount / 100 / share
+            told: dict[str, EventValue] = {
+                "unit": budget.unit, "asked": float(budget.amount), "of_sites": float(100 * share),
+                "elsewhere": float(100 - 100 * held), "smaller": float(budget.amount * held),
+            }  # fmt: skip
+            watch(Event("budget", 1, 1, told))
 
 
 def method_options(recipe: Recipe) -> tuple[OptionValues, OptionValues]:

@@ -32,6 +32,8 @@ from billhook.methods.search import SEARCHES, drive, estimate_losses, kept_group
 from billhook.methods.search.rank_channels import ranked_plan
 from billhook.models.load import load
 from billhook.runs.executor import Executor
+from billhook.runs.recipe import Recipe
+from billhook.runs.search import tell_shares
 from billhook.runs.store import Store
 
 Folder = Callable[[str], Path]
@@ -279,3 +281,20 @@ def test_what_joint_cannot_do_is_said() -> None:
         found_by(both("1block"), lambda plan: 0.0)
     with pytest.raises(UsageError, match="both must be 1 or more"):
         found_by(both("20%params"), lambda plan: 0.0, levels=0)
+
+
+@pytest.mark.parametrize("elsewhere", [0, 100, 700, 10**6])
+@pytest.mark.parametrize("unit", ["", "bytes", "flops"])
+def test_a_share_of_a_model_whose_sites_hold_little_is_told_with_the_smaller_one(elsewhere: int, unit: str) -> None:
+    problem = both(f"10%{unit}")
+    anatomy = replace(problem.anatomy, rest=Unassigned(elsewhere, 4 * elsewhere, 2 * elsewhere))
+    heard: list[Event] = []
+    tell_shares(Recipe(model="m", remove=f"10%{unit}"), anatomy, heard.append)
+    held = sum(size.parameters for size in anatomy.sites)
+    share = 10 * (held + elsewhere) / held  # percent of what sites hold
+    assert len(heard) == (15 < share <= 100)
+    for event in heard:
+        assert event.values["of_sites"] == pytest.approx(share)
+        smaller = Problem(anatomy, parse_budgets(f"{event.values['smaller']:.9f}%{unit}"))
+        alone = Problem(replace(anatomy, rest=Unassigned(0, 0, 0)), problem.budgets)
+        assert float(smaller.targets[0]) == pytest.approx(float(alone.targets[0]))
