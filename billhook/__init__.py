@@ -42,13 +42,14 @@ if TYPE_CHECKING:
     from billhook.studies.compare import compare
     from billhook.studies.eval_sets import evaluate_tasks
     from billhook.studies.exporting import export
-    from billhook.studies.gate import baselines, gate, save_baseline
+    from billhook.studies.gate import baselines, gate
     from billhook.studies.monitoring.alert_list import alerts
     from billhook.studies.outlook.costing import cost
     from billhook.studies.outlook.forecasting import forecast, measure_here
     from billhook.studies.outlook.suggesting import suggest
     from billhook.studies.run_study import make_report
     from billhook.studies.servers.ab_test import ab_test
+    from billhook.studies.servers.baselines import save_baseline
     from billhook.studies.servers.watch import watch
     from billhook.studies.stability import stability
     from billhook.studies.sweep import sweep
@@ -144,7 +145,7 @@ _HOMES = {
     "register": "models.pruned_config",
     "resume": "api",
     "save": "methods.export.checkpoint",
-    "save_baseline": "studies.gate",
+    "save_baseline": "studies.servers.baselines",
     "score": "api",
     "show": "runs",
     "stability": "studies.stability",

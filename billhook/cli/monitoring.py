@@ -1,4 +1,4 @@
-"""The commands that watch: a model over time, and the alerts of a store."""
+"""The commands that watch: baselines, a model over time, and the alerts of a store."""
 
 from __future__ import annotations
 
@@ -8,22 +8,89 @@ import typer
 
 from billhook.cli.options import (
     DEFAULT_STORE,
+    NO_TEXT,
+    Concurrency,
+    ItemLimit,
     Json,
+    NumberOfShots,
     Quiet,
+    Retries,
     RulesFile,
+    ScoreNames,
+    ServerKey,
+    ServerKind,
+    ShotsFrom,
     StoreFile,
     Tasks,
+    TimedTokens,
+    Timeout,
     Track,
     Verbose,
     check_options,
     check_places,
     check_rules,
+    check_texts,
     command_line,
+    named,
     split_commas,
     with_options,
 )
 from billhook.cli.session import CommandSession
+from billhook.core.errors import UsageError
 from billhook.core.registry import OptionValues
+
+
+@with_options(*NO_TEXT)
+def baseline_command(
+    *,
+    action: Annotated[str, typer.Argument(help="save, or list")],
+    name: Annotated[str | None, typer.Argument(help="Name of the baseline, for save")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Model, folder, run, or address of a server, for save [default: demo]", callback=named),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Texts, separated by commas [default: pydoc]")] = None,
+    tasks: Tasks = "",
+    items: ItemLimit = None,
+    score: ScoreNames = "acc",
+    shots: NumberOfShots = 0,
+    shots_from: ShotsFrom = "",
+    served_model: Annotated[str, typer.Option(help="Model to request of a server [default: its first]")] = "",
+    api_key_env: ServerKey = "",
+    kind: ServerKind = "text",
+    max_tokens: TimedTokens = 32,
+    probes: Annotated[int, typer.Option(help="Prompts of a server whose times are kept", min=0)] = 48,
+    timeout: Annotated[float | None, typer.Option(help="Most seconds per answer of a server [default: 60]")] = None,
+    retries: Annotated[int | None, typer.Option(help="Attempts of a request to a server [default: 2]", min=0)] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests to a server at a time [default: 1]", min=1)] = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: OptionValues,
+) -> None:
+    """Measure a model or a server, and store the result under a name for `gate` and `watch`; or list the names."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        if action not in ("save", "list") or (action == "save") != (name is not None):
+            raise UsageError("Write `billhook baseline save NAME MODEL`, or `billhook baseline list`.")
+        check_texts(options, data, tasks)
+        if name is not None and "://" not in (model or ""):
+            check_places(model, store=store, served=True)
+        if name is None:
+            from billhook.studies import gate
+
+            face.show({"baselines": gate.baselines(store)})
+            return
+        from billhook.studies.servers import baselines
+
+        asking = {"timeout": timeout, "retries": retries, "concurrency": concurrency}
+        kept = baselines.save_baseline(
+            name, model or "demo", data=None if data is None else split_commas(data), tasks=split_commas(tasks),
+            items=items, score=split_commas(score), shots=shots, shots_from=shots_from, served_model=served_model,
+            api_key_env=api_key_env, max_tokens=max_tokens, probes=probes, store=store, watch=face.watch,
+            **(options | {n: v for n, v in asking.items() if v is not None} | {"kind": kind}),
+        )  # fmt: skip
+        face.show({"baselines": [kept]})
 
 
 @with_options("memory", "device", "dtype", "trust_remote_code")
@@ -37,13 +104,13 @@ def watch_command(
     rules: RulesFile = None,
     webhook: Annotated[str | None, typer.Option(metavar="URL", help="Address that alerts are sent to")] = None,
     model: Annotated[str, typer.Option(help="Model to request [default: the first of the server]")] = "",
-    api_key_env: Annotated[str, typer.Option(metavar="NAME", help="Environment variable with the server's key")] = "",
-    kind: Annotated[str, typer.Option(help="API: chat (chat/completions) or text (completions)")] = "text",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens per timed answer", min=1)] = 32,
+    api_key_env: ServerKey = "",
+    kind: ServerKind = "text",
+    max_tokens: TimedTokens = 32,
     probes: Annotated[int, typer.Option(help="Prompts asked for their time per round", min=0)] = 48,
-    timeout: Annotated[float, typer.Option(help="Most seconds per answer")] = 60.0,
-    retries: Annotated[int, typer.Option(help="Attempts after 429, 5xx or a broken connection", min=0)] = 2,
-    concurrency: Annotated[int, typer.Option(help="Requests at a time", min=1)] = 1,
+    timeout: Timeout = 60.0,
+    retries: Retries = 2,
+    concurrency: Concurrency = 1,
     track: Track = "",
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
@@ -88,4 +155,4 @@ def alerts_command(
         face.alert(found.now)
 
 
-WATCH_COMMANDS = (watch_command, alerts_command)
+WATCH_COMMANDS = (baseline_command, watch_command, alerts_command)

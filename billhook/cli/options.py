@@ -174,6 +174,13 @@ ItemLimit = Annotated[int | None, typer.Option(help="Items per task [default: al
 Tasks = Annotated[str, typer.Option(help="Tasks, separated by commas: files of items or questions, lmeval:NAME")]
 ScoreNames = Annotated[str, typer.Option(help="Score for the verdict, where a task has it: acc_norm")]
 RulesFile = Annotated[Path | None, typer.Option("--rules", help="YAML file of rules for alerts")]
+NO_TEXT = tuple(name for name in TEXT_OPTIONS if name not in ("data", "eval_data"))
+ServerKey = Annotated[str, typer.Option(metavar="NAME", help="Environment variable with the server's key")]
+ServerKind = Annotated[str, typer.Option(help="API: chat (chat/completions) or text (completions)")]
+TimedTokens = Annotated[int, typer.Option(help="Most tokens per timed answer", min=1)]
+Timeout = Annotated[float, typer.Option(help="Most seconds per answer")]
+Retries = Annotated[int, typer.Option(help="Attempts after 429, 5xx or a broken connection", min=0)]
+Concurrency = Annotated[int, typer.Option(help="Requests at a time", min=1)]
 Track = Annotated[str, typer.Option(help="Trackers, with commas: mlflow, wandb, trackio, tensorboard")]
 NumberOfShots = Annotated[int, typer.Option("--shots", help="Solved items before each item", min=0)]
 ShotsFrom = Annotated[str, typer.Option(help="File of the solved items [default: the task itself]")]

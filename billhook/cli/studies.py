@@ -9,8 +9,8 @@ import typer
 
 from billhook.cli.options import (
     DEFAULT_STORE,
+    NO_TEXT,
     STUDY_OPTIONS,
-    TEXT_OPTIONS,
     ItemLimit,
     Items,
     Json,
@@ -18,11 +18,14 @@ from billhook.cli.options import (
     NumberOfShots,
     Out,
     Quiet,
+    Retries,
     RulesFile,
     ScoreNames,
+    ServerKind,
     ShotsFrom,
     StoreFile,
     Tasks,
+    Timeout,
     Track,
     Verbose,
     check_options,
@@ -137,7 +140,6 @@ def stability_command(
         face.show(told)
 
 
-NO_TEXT = tuple(name for name in TEXT_OPTIONS if name not in ("data", "eval_data"))
 MarginTexts = Annotated[
     list[str] | None,
     typer.Option("--margin", help="Margin: 1pp, 1pp:FILE, 3%ppl; repeatable [default: 1pp, 3%ppl]"),
@@ -250,45 +252,6 @@ def gate_command(
             raise GateFailed(f"The gate is not passed on {' and '.join(failed)}.")
 
 
-@with_options(*NO_TEXT)
-def baseline_command(
-    *,
-    action: Annotated[str, typer.Argument(help="save, or list")],
-    name: Annotated[str | None, typer.Argument(help="Name of the baseline, for save")] = None,
-    model: Annotated[
-        str | None, typer.Argument(help="Model, folder or run, for save [default: demo]", callback=named)
-    ] = None,
-    data: Annotated[str, typer.Option(help="Texts, separated by commas")] = "pydoc",
-    tasks: Tasks = "",
-    items: ItemLimit = None,
-    score: ScoreNames = "acc",
-    shots: NumberOfShots = 0,
-    shots_from: ShotsFrom = "",
-    store: StoreFile = DEFAULT_STORE,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    options: OptionValues,
-) -> None:
-    """Measure a model and store the result under a name for `gate`, or list the names."""
-    with CommandSession(as_json, quiet, verbose) as face:
-        if action not in ("save", "list") or (action == "save") != (name is not None):
-            raise UsageError("Write `billhook baseline save NAME MODEL`, or `billhook baseline list`.")
-        check_texts(options, data, tasks)
-        if name is not None:
-            check_places(model, store=store, served=True)
-        from billhook.studies import gate
-
-        if name is None:
-            face.show({"baselines": gate.baselines(store)})
-            return
-        kept = gate.save_baseline(
-            name, model or "demo", data=split_commas(data), tasks=split_commas(tasks), items=items,
-            score=split_commas(score), shots=shots, shots_from=shots_from, store=store, watch=face.watch, **options,
-        )  # fmt: skip
-        face.show({"baselines": [kept]})
-
-
 @with_options("remove", "data", "eval_data", *STUDY_OPTIONS)
 def threshold_command(
     *,
@@ -329,15 +292,15 @@ def abtest_command(
     limit: Annotated[
         int | None, typer.Option(help="Number of prompts, drawn from the file [default: all]", min=1)
     ] = None,
-    kind: Annotated[str, typer.Option(help="API: chat (chat/completions) or text (completions)")] = "chat",
+    kind: ServerKind = "chat",
     model_a: ModelName = "",
     model_b: ModelName = "",
     api_key_env_a: KeyEnv = "",
     api_key_env_b: KeyEnv = "",
     max_tokens: Annotated[int, typer.Option(help="Most tokens per answer", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="Temperature; 0 takes the likeliest token", min=0)] = 0.0,
-    timeout: Annotated[float, typer.Option(help="Most seconds per answer")] = 60.0,
-    retries: Annotated[int, typer.Option(help="Attempts after 429, 5xx or a broken connection", min=0)] = 2,
+    timeout: Timeout = 60.0,
+    retries: Retries = 2,
     concurrency: Annotated[int, typer.Option(help="Pairs of requests at a time", min=1)] = 1,
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
@@ -363,7 +326,6 @@ COMMANDS = (
     stability_command,
     compare_command,
     gate_command,
-    baseline_command,
     threshold_command,
     abtest_command,
 )

@@ -138,6 +138,14 @@ class WatchOptions(LoadOptions, total=False):
     concurrency: int
 
 
+class BaselineOptions(CompareOptions, total=False):
+    """How a model is measured, and how a server is asked, for a baseline."""
+
+    timeout: float
+    retries: int
+    concurrency: int
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -105,22 +105,21 @@ def gate(
         return report
 
 
-@shows_options(CompareOptions, EvalOptions.model_fields)
-def save_baseline(
+def save_model_baseline(
     name: str,
-    model: Model = "demo",
+    model: Model,
     *,
-    data: str | Sequence[str] = ("pydoc",),
-    tasks: str | Sequence[str] = (),
-    items: int | None = None,
-    score: str | Sequence[str] = "acc",
-    shots: int = 0,
-    shots_from: str = "",
-    store: str | Path = STORE,
-    watch: EventListener = ignore_events,
+    data: str | Sequence[str],
+    tasks: str | Sequence[str],
+    items: int | None,
+    score: str | Sequence[str],
+    shots: int,
+    shots_from: str,
+    store: str | Path,
+    watch: EventListener,
     **options: Unpack[CompareOptions],
 ) -> Baseline:
-    """Measure a model and keep what it got under a name, for `gate`. A name never changes what it stands for."""
+    """Measure a model and keep what it got under a name; as `save_baseline`, whose options these are."""
     recipe = parse_options(EvalOptions, {"model": name_of(model), **options})
     sets: OptionValues = {"items": items, "shots": shots, "shots_from": shots_from}
     asked = comparison_spec(data=data, tasks=tasks, score=score, **sets).check()
@@ -145,14 +144,19 @@ def store_baseline(job: EvalContext, name: str, model: str, spec: ComparisonSpec
     items = BaselineItems(spec.texts, spec.tasks, spec.items, spec.scores, spec.shots, spec.shots_from, **text)
     sets = tuple(BaselineSet(source, result.name, result.tokens) for source, result in measured.results.items())
     baseline = Baseline(name, teacher.name, teacher.fingerprint, teacher.compute_key, items, sets)
-    key = BaselineKey("", name)
-    known = Baseline.from_stored(job.store.remember(key, baseline.stored, job.run))
+    return keep_baseline(job.store, job.run, baseline)
+
+
+def keep_baseline(store: Store, run: str, baseline: Baseline) -> Baseline:
+    """Keep a baseline under its name. Raises UsageError if the name stands for something else."""
+    name = baseline.name
+    known = Baseline.from_stored(store.remember(BaselineKey("", name), baseline.stored, run))
     if known != baseline:
         raise UsageError(
             f"The baseline {name} is stored already, of {known.model} ({known.fingerprint}). A baseline does not "
             f"change: take another name, such as {name}-2."
         )
-    return _with_values(job.store, baseline)
+    return _with_values(store, baseline)
 
 
 def list_baselines(store: Store) -> list[Baseline]:
@@ -215,16 +219,20 @@ def run_gate(job: EvalContext, student: str, baseline: str, spec: ComparisonSpec
 
 
 def cached_results(job: EvalContext, baseline: Baseline, student: ModelResults) -> dict[str, EvalResult]:
-    """The stored results of a baseline. Raises FingerprintError if the student has other items."""
-    results = {}
+    """The stored results of a baseline. Raises FingerprintError if the student has other items.
+
+    A server has no tokens that are known: its items are told by the texts that they come from.
+    """
+    results, asked = {}, {each.source: each.tokens for each in baseline.sets}
     for source, result in student.results.items():
-        kept = baseline_result(job.store, baseline, result.name, result.tokens)
-        if kept is None:
+        tokens = result.tokens if baseline.served is None else asked[source]
+        kept = baseline_result(job.store, baseline, result.name, tokens)
+        if kept is None or kept.clusters != result.clusters:
             raise FingerprintError(
                 f"{source} gives {student.teacher.name} other tokens than the baseline {baseline.name} was measured "
                 "on: the file has changed, or the tokenizer is another one. Save a new baseline."
             )
-        results[source] = kept
+        results[source] = replace(kept, tokens=result.tokens)
     return results
 
 

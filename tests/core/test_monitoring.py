@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -186,6 +187,19 @@ def test_a_rule_is_about_its_kind_its_unit_and_its_task() -> None:
     assert evaluate([falls], [seen(-1, 1, kind="throughput", unit="x")]) == ()
 
 
+def test_a_rule_of_a_ratio_is_about_one_reference_or_any() -> None:
+    first, base = (
+        seen(5, 1, kind="latency", unit="x"),
+        replace(seen(5, 1, kind="latency", unit="x"), against="baseline"),
+    )
+    for against, found in ((None, ["", "baseline"]), ("", [""]), ("baseline", ["baseline"])):
+        rule = Rule("slow", "latency", "warning", 1.0, "x", against=against)
+        told = evaluate([rule], [base, first])
+        assert [alert.against for alert in told] == found
+        assert new_alerts(told, told[:1]) == told[1:], "each is told"
+        assert all(Alert.from_event(Event("alert", values=dict(each.event().values))) == each for each in told)
+
+
 def test_an_alert_is_new_until_it_was_told_and_again_after_it_was_over() -> None:
     first = evaluate([RULE], [seen(5, 1), seen(5, 2)])
     later = evaluate([RULE], [seen(5, 1), seen(5, 2), seen(5, 3)])
@@ -237,6 +251,8 @@ def test_every_kind_and_unit_that_a_message_offers_can_be_read() -> None:
         ("{name: a, when: memory, above: 8}", "above: 8"),
         ("{name: a, when: memory, above: 8gb}", "the unit 'gb'. Write above: 8GB"),
         ("{name: a, when: stopped, after: 3h}", "`after`, and stopped has no limit"),
+        ("{name: a, when: latency, above: 2x, against: base}", "against: 'base'. Did you mean baseline"),
+        ("{name: a, when: latency, above: 2s, against: baseline}", "goes with a ratio. Write for example above: 1.5x"),
         ("{name: a, when: errors, above: 5%, severity: fatal}", "severity 'fatal'"),
         ("{name: a, when: errors, above: 5%, rounds: 0}", "rounds: 0"),
         ("{when: errors, above: 5%}", "has no 'name'"),

@@ -14,6 +14,7 @@ from billhook.core.results.measured import Estimate
 Kind = Literal["quality", "drift", "latency", "throughput", "errors", "speed", "memory", "stopped", "stalled"]
 Severity = Literal["warning", "critical"]
 Unit = Literal["pp", "%ppl", "x", "s", "tokens/s", "%", "bytes", ""]
+Against = Literal["", "baseline"]  # what a ratio (`x`) is to; empty: to the first round of its series
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Observation:
     - `errors`: percent of requests; `speed`: percent of the predicted speed; `memory`: bytes.
     - `stopped`, `stalled`: seconds since a run did anything.
 
-    `step`: the step that caused it, where a lineage of checkpoints says so.
+    `step`: the step that caused it, where a lineage of checkpoints says so. `against`: what a ratio is to.
     """
 
     kind: Kind
@@ -34,6 +35,7 @@ class Observation:
     value: Estimate
     at: float
     step: str = ""
+    against: Against = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,7 @@ class Rule:
     """What is allowed of one kind of observation, in one unit. `what`: of one task or run alone; empty: of all.
 
     `falls`: the limit is the lowest that is allowed, not the highest. `rounds`: observations in a row that exceed it.
+    `against`: what its ratios are to; None: anything.
     """
 
     name: str
@@ -51,11 +54,12 @@ class Rule:
     falls: bool = False
     what: str = ""
     rounds: int = 1
+    against: Against | None = None
 
     def is_about(self, observation: Observation) -> bool:
         """Whether the rule holds for an observation."""
         same = (self.kind, self.unit) == (observation.kind, observation.unit)
-        return same and self.what in ("", observation.what)
+        return same and self.what in ("", observation.what) and self.against in (None, observation.against)
 
     def is_broken_by(self, observation: Observation) -> bool:
         """Whether an observation exceeds the limit with its whole interval."""
@@ -76,6 +80,7 @@ class Alert:
     unit: Unit
     since: float
     step: str = ""
+    against: Against = ""
 
     def event(self) -> Event:
         """Return the event that tells of the alert."""
@@ -97,8 +102,8 @@ def evaluate(rules: Iterable[Rule], observations: Iterable[Observation]) -> tupl
     return tuple(alert for alert in found if alert is not None)
 
 
-def _thing(observation: Observation) -> tuple[str, str, str]:
-    return observation.kind, observation.what, observation.unit
+def _thing(observation: Observation) -> tuple[str, str, str, str]:
+    return observation.kind, observation.what, observation.unit, observation.against
 
 
 def _alert(rule: Rule, series: Sequence[Observation]) -> Alert | None:
@@ -111,15 +116,18 @@ def _alert(rule: Rule, series: Sequence[Observation]) -> Alert | None:
         return None
     last = series[-1]
     since = series[-broken].at
-    return Alert(
-        rule.name, rule.severity, rule.kind, last.what, last.value, rule.limit, rule.unit, since, step=last.step
-    )
+    about = (rule.name, rule.severity, rule.kind, last.what, last.value, rule.limit, rule.unit, since)
+    return Alert(*about, step=last.step, against=last.against)
 
 
 def new_alerts(alerts: Iterable[Alert], known: Iterable[Alert]) -> tuple[Alert, ...]:
     """Return the alerts of which nothing was known: another rule, another thing, or one that held in between."""
-    before = {(alert.rule, alert.what, alert.since) for alert in known}
-    return tuple(alert for alert in alerts if (alert.rule, alert.what, alert.since) not in before)
+    before = {_told(alert) for alert in known}
+    return tuple(alert for alert in alerts if _told(alert) not in before)
+
+
+def _told(alert: Alert) -> tuple[str, str, str, float]:
+    return alert.rule, alert.what, alert.against, alert.since
 
 
 def exact(value: float) -> Estimate:

@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from billhook.core.errors import RecipeError, UsageError, nearest, option
 from billhook.core.files.foreign_files import load_unique_yaml
-from billhook.core.monitoring.alerts import Kind, Rule, Severity, Unit
+from billhook.core.monitoring.alerts import Against, Kind, Rule, Severity, Unit
 from billhook.core.plan_files import find_path
 
 DEFAULTS = Path(__file__).parent  # a file for watches, and one for runs
 MOST_BYTES = 2**16  # of a file
 BYTES = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+REFERENCES: dict[str, Against] = {"first round": "", "baseline": "baseline"}  # of ratios
 SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
@@ -59,6 +60,7 @@ class _Written(BaseModel):
     above: str | None = None
     below: str | None = None
     after: str | None = None
+    against: str | None = None
 
 
 def read_rules(path: str | Path) -> tuple[Rule, ...]:
@@ -138,8 +140,20 @@ def _checked(written: _Written, where: str) -> Rule:
             )
             raise RecipeError(f"{where} has `{key}`, and {kind} {takes}.")
     limit, unit = _limit(kind, given.get(limits.key), where)
-    about = {"falls": limits.falls, "what": written.of, "rounds": written.rounds}
+    against = _against(written, unit, where)
+    about = {"falls": limits.falls, "what": written.of, "rounds": written.rounds, "against": against}
     return Rule(written.name, kind, severity, limit, unit, **about)  # type: ignore[arg-type]
+
+
+def _against(written: _Written, unit: Unit, where: str) -> Against | None:
+    """What a ratio is to; None: whatever there is."""
+    if written.against is None:
+        return None
+    if written.against not in REFERENCES:
+        raise RecipeError(f"{where} has against: {written.against!r}.{_guess(written.against, REFERENCES)}")
+    if unit != "x":
+        raise RecipeError(f"{where} has `against`, which goes with a ratio. Write for example above: 1.5x.")
+    return REFERENCES[written.against]
 
 
 def _limit(kind: Kind, text: str | None, where: str) -> tuple[float, Unit]:

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 from billhook.core.anatomy import ModelSizes
 from billhook.core.margin import Margin, Margins
 from billhook.core.plan import Plan
-from billhook.core.results.json_form import JsonObject, PagedResult, Result
+from billhook.core.results.json_form import JsonObject, PagedResult, Result, decode, encode
 from billhook.core.results.measured import Environment, Estimate, TokenSetInfo, estimate_columns
+from billhook.core.results.monitoring import ServedBaseline
 
 Verdict = Literal["better", "equivalent", "worse", "undecided"]
 
@@ -302,7 +303,11 @@ class BaselineSet:
 
 @dataclass(frozen=True, repr=False)
 class Baseline(Result):
-    """A model that was measured under a name, for gates. `compute`: its dtype and the kind of device."""
+    """A model that was measured under a name, for gates and watches. `compute`: its dtype and the kind of device.
+
+    `served`: how a server was asked that was measured instead; then `model` is its address, `fingerprint` a digest of
+    what it answered.
+    """
 
     kind: ClassVar[str] = "baseline"
 
@@ -312,6 +317,7 @@ class Baseline(Result):
     compute: str
     items: BaselineItems
     sets: tuple[BaselineSet, ...]
+    served: ServedBaseline | None = None
 
     def __repr__(self) -> str:
         return f"Baseline({self.name}: {self.model}, {', '.join(each.source for each in self.sets)})"
@@ -324,7 +330,8 @@ class Baseline(Result):
     def stored(self) -> JsonObject:
         """The form in which a store caches it, without values. It never changes: old stores hold it."""
         asked = asdict(self.items)
-        return {
+        served = {} if self.served is None else {"served": encode(self.served)}
+        return served | {
             "name": self.name, "model": self.model, "fingerprint": self.fingerprint, "compute": self.compute,
             "asked": {name: asked[name] for name in BASELINE_SETS},
             "text": {name: asked[name] for name in BASELINE_TEXT},
@@ -338,7 +345,8 @@ class Baseline(Result):
         asked |= {name: tuple(asked[name]) for name in ("texts", "tasks", "scores")}
         items = BaselineItems(**asked, **{name: value["text"][name] for name in BASELINE_TEXT})
         sets = tuple(BaselineSet(source, *about) for source, about in value["sets"].items())
-        return Baseline(value["name"], value["model"], value["fingerprint"], value["compute"], items, sets)
+        served = decode(ServedBaseline, value["served"]) if "served" in value else None
+        return Baseline(value["name"], value["model"], value["fingerprint"], value["compute"], items, sets, served)
 
 
 # -- eval -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -16,6 +18,36 @@ class AnsweredProbe:
 
     seconds: float | None
     tokens_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TimedPrompt:
+    """The time of one prompt, which a digest names."""
+
+    prompt: str
+    probe: AnsweredProbe
+
+
+@dataclass(frozen=True, slots=True)
+class ServedBaseline:
+    """How a server was asked whose answers and times are a baseline."""
+
+    url: str
+    model: str
+    kind: str
+    max_tokens: int
+    concurrency: int
+    times: tuple[TimedPrompt, ...]
+
+    def probes_of(self, prompts: Sequence[str]) -> tuple[AnsweredProbe, ...]:
+        """Return the times of prompts, in their order; None of those that were not asked."""
+        known = {each.prompt: each.probe for each in self.times}
+        return tuple(known.get(prompt_digest(text), AnsweredProbe(None, None)) for text in prompts)
+
+
+def prompt_digest(text: str) -> str:
+    """Return 16 hex digits that name a prompt."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +94,8 @@ class WatchResult(Result):
     def rows(self) -> list[JsonObject]:
         """A row for each observation."""
         return [
-            {"at": each.at, "kind": each.kind, "what": each.what, "unit": each.unit, "n": each.value.n}
+            {"at": each.at, "kind": each.kind, "what": each.what, "unit": each.unit, "against": each.against}
+            | {"n": each.value.n}
             | estimate_columns("value", each.value)
             for each in self.observations
         ]
@@ -84,7 +117,8 @@ class AlertList(Result):
         """A row for each alert."""
         return [
             {"state": state, "rule": each.rule, "severity": each.severity, "kind": each.kind, "what": each.what}
-            | {"unit": each.unit, "threshold": each.threshold, "since": each.since, "step": each.step}
+            | {"unit": each.unit, "against": each.against, "threshold": each.threshold, "since": each.since}
+            | {"step": each.step}
             | estimate_columns("value", each.value)
             for state, alerts in (("now", self.now), ("told", self.told))
             for each in alerts

@@ -7,12 +7,16 @@ import time
 from collections.abc import Sequence
 from typing import get_args
 
-from billhook.core.monitoring.alerts import Alert, Kind, Observation, Unit
+from billhook.core.monitoring.alerts import Against, Alert, Kind, Observation, Unit
 from billhook.core.results.measured import Estimate
 from billhook.core.results.monitoring import AlertList, WatchResult
 from billhook.report.numbers import format_duration, format_number, pluralize, printable
 
 NAMES = {"quality": "loss", "drift": "loss", "speed": "speed, of the predicted"}
+UNITS: dict[Unit, str] = {
+    "pp": " points", "%ppl": "% of perplexity", "x": "×", "%": "%", "s": " s", "tokens/s": " tokens/s",
+    "bytes": " GB", "": "",
+}  # fmt: skip
 KIND_ORDER = get_args(Kind)
 WATCH_COLUMNS = ("", "first shown", "last", "interval", "n")
 ALERT_COLUMNS = ("since", "severity", "rule", "what", "value", "interval", "limit")
@@ -23,18 +27,24 @@ def spell(value: float, unit: Unit) -> str:
     if not math.isfinite(value):
         return "not known"
     if unit == "bytes":
-        return f"{value / 1e9:,.2f} GB"
+        return f"{value / 1e9:,.2f}{UNITS[unit]}"
     if unit == "s" and value >= 60:
         return format_duration(value)
-    words = {"pp": " points", "%ppl": "% of perplexity", "x": "×", "%": "%", "s": " s", "tokens/s": " tokens/s", "": ""}
-    return format_number(value).replace("-", "−") + words[unit]
+    return format_number(value).replace("-", "−") + UNITS[unit]
 
 
 def interval_words(value: Estimate, unit: Unit) -> str:
-    """Return `from … to …`, or that it is counted or not known."""
+    """Return `0.9 to 1.1 s`, or that it is counted or not known."""
     if value.low == value.high:
         return "counted"
-    return f"{spell(value.low, unit)} to {spell(value.high, unit)}"
+    low, high = spell(value.low, unit), spell(value.high, unit)
+    both = math.isfinite(value.low) and math.isfinite(value.high) and (unit != "s" or value.high < 60)
+    return f"{low.removesuffix(UNITS[unit]) if both else low} to {high}"
+
+
+def reference_words(unit: Unit, against: Against) -> str:
+    """Return what a ratio is to: `the baseline`; empty of other units."""
+    return ("the baseline" if against else "the first round") if unit == "x" else ""
 
 
 def alert_sentence(alert: Alert) -> str:
@@ -44,6 +54,7 @@ def alert_sentence(alert: Alert) -> str:
     if alert.kind == "stopped":
         return f"{about} stopped {format_duration(alert.value.value)} ago and was not done again"
     value = f"{NAMES.get(alert.kind, alert.kind)} {spell(alert.value.value, alert.unit)}"
+    value += f" that of {of}" if (of := reference_words(alert.unit, alert.against)) else ""
     ends = (
         ""
         if alert.value.low == alert.value.high
@@ -64,20 +75,23 @@ def alert_rows(alerts: Sequence[Alert]) -> list[tuple[str, ...]]:
 
 
 def _alert_row(alert: Alert) -> tuple[str, ...]:
-    about = (stamp(alert.since), alert.severity, printable(alert.rule), printable(alert.what))
+    of = reference_words(alert.unit, alert.against)
+    what = printable(alert.what) + (f", against {of}" if of else "")
+    about = (stamp(alert.since), alert.severity, printable(alert.rule), what)
     limit = spell(alert.threshold, alert.unit) if alert.unit else "–"
     return (*about, spell(alert.value.value, alert.unit), interval_words(alert.value, alert.unit), limit)
 
 
 def watch_rows(result: WatchResult) -> list[tuple[str, ...]]:
     """Return a row for each thing that is watched: its first and last shown value, the interval, and n."""
-    things: dict[tuple[str, str, Unit], list[Observation]] = {}
+    things: dict[tuple[str, str, Unit, Against], list[Observation]] = {}
     for each in result.observations:
-        things.setdefault((each.kind, each.what, each.unit), []).append(each)
+        things.setdefault((each.kind, each.what, each.unit, each.against), []).append(each)
     rows: list[tuple[str, ...]] = []
-    for (kind, what, unit), seen in sorted(things.items(), key=lambda thing: KIND_ORDER.index(thing[0][0])):
+    for (kind, what, unit, against), seen in sorted(things.items(), key=lambda thing: KIND_ORDER.index(thing[0][0])):
         first, last = seen[0].value, seen[-1].value
-        name = f"{NAMES.get(kind, kind)}, {'against the first round' if unit == 'x' else printable(what)}"
+        of = reference_words(unit, against)
+        name = f"{NAMES.get(kind, kind)}, {f'against {of}' if of else printable(what)}"
         rows.append(
             (name, spell(first.value, unit), spell(last.value, unit), interval_words(last, unit), f"{last.n:,}")
         )

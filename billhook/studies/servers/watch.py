@@ -21,7 +21,7 @@ from billhook.core.options import WatchOptions, shows_options
 from billhook.core.results.ab_report import RequestOptions
 from billhook.core.results.comparisons import Baseline
 from billhook.core.results.json_form import encode
-from billhook.core.results.monitoring import WatchResult, WatchRound
+from billhook.core.results.monitoring import ServedBaseline, WatchResult, WatchRound
 from billhook.core.results.specs import ServerSpec, WatchSpec
 from billhook.report.monitoring.alert_words import alert_sentence
 from billhook.runs import load_baseline
@@ -32,8 +32,9 @@ from billhook.studies.eval_sets import HARNESS, ComparisonSpec
 from billhook.studies.gate import baseline_result, spec_of_baseline
 from billhook.studies.monitoring.alerting import RulesFile, rules_of, tell_alerts
 from billhook.studies.run_study import NO_FOLDER, begin_run, open_run, several
+from billhook.studies.servers.asking import Questions
 from billhook.studies.servers.endpoint import Endpoint
-from billhook.studies.servers.watch_rounds import EndpointRounds, FolderRounds, WatchTask, read_task_items
+from billhook.studies.servers.watch_rounds import EndpointRounds, FolderRounds, WatchTask, read_watch_task
 from billhook.studies.servers.webhook import Webhook
 
 SHOWN_ROUNDS = 500  # whose observations a result holds; the store holds those of all
@@ -96,6 +97,7 @@ def watch(
     spec = WatchSpec(place, baseline, several(tasks), seconds, rounds, str(rules or ""), probes, served, requests)
     pace = Pace.read(spec, rules, webhook)
     kept = _stored(baseline, store)
+    _require_times(pace.rules, kept)
     if server is None:
         recipe = parse_options(EvalOptions, {"model": target, **options, **kept.items.text_fields()})
         with open_run(spec, recipe, Path(store), NO_FOLDER, watch) as job:
@@ -104,9 +106,11 @@ def watch(
     if options:
         raise UsageError(f"A server loads its model itself. Leave {option(next(iter(options)))} out.")
     known = _tasks(kept, spec.tasks, store)
+    _require_comparable(kept.served, ask)
     with begin_run(spec, "cpu", Path(store), "") as (opened, run):
-        asked = EndpointRounds(server, ask, known, probes, store_and_watch(opened, run, watch))
-        return _keep_watch(Series(opened, run, watch, spec, asked), pace)
+        told = store_and_watch(opened, run, watch)
+        questions = Questions(server, ask, tuple(task.asked for task in known), probes, told)
+        return _keep_watch(Series(opened, run, watch, spec, EndpointRounds(questions, known, kept.served)), pace)
 
 
 ASKING = ("timeout", "retries", "concurrency")
@@ -159,8 +163,31 @@ def _tasks(baseline: Baseline, tasks: Sequence[str], store: str | Path) -> tuple
             result = baseline_result(opened, baseline, about.score, about.tokens)
             if result is None:
                 raise FingerprintError(f"The store {store} does not hold what {baseline.name} got. Save it again.")
-            found.append(read_task_items(baseline, source, about.score, result))
+            found.append(read_watch_task(baseline, source, result))
     return tuple(found)
+
+
+def _require_comparable(served: ServedBaseline | None, ask: RequestOptions) -> None:
+    """Raise UsageError where a server is asked otherwise than that of the baseline, whose times then say nothing."""
+    for name in ("kind", "max_tokens", "concurrency") if served is not None else ():
+        if (was := getattr(served, name)) != getattr(ask, name):
+            raise UsageError(
+                f"The baseline's server was asked with {option(name, was)}, and its times hold for that alone. Write "
+                f"{option(name, was)}, or save another baseline."
+            )
+
+
+def _require_times(rules: Sequence[Rule], baseline: Baseline) -> None:
+    """Raise UsageError for a rule about times against the baseline, where this is none of a server."""
+    if baseline.served is None and (about := [rule.name for rule in rules if rule.against == "baseline"]):
+        example = either(
+            f"billhook.save_baseline({f'{baseline.name}-served'!r}, 'http://127.0.0.1:8000/v1', tasks=…)",
+            f"billhook baseline save {baseline.name}-served http://127.0.0.1:8000/v1 --tasks FILE",
+        )
+        raise UsageError(
+            f"The rule {about[0]!r} is about the baseline's times, and {baseline.name} is not of a server. Save one of "
+            f"the server: {example}"
+        )
 
 
 # -- rounds ----------------------------------------------------------------------------------------------------------
@@ -244,7 +271,9 @@ def _observations(rounds: Sequence[WatchRound]) -> tuple[Observation, ...]:
 def _event(measured: WatchRound, done: int, total: int | None) -> Event:
     """What a round found, as an event; `round` is its number in the series."""
     values: dict[str, EventValue] = {"round": measured.number}
-    values |= {f"{each.kind}, {each.what}, {each.unit}": each.value.value for each in measured.observations}
+    for each in measured.observations:
+        name = f"{each.kind}, {each.what}, {each.unit}" + (f" {each.against}" if each.against else "")
+        values[name] = each.value.value
     return Event("watch", done, total, values)
 
 

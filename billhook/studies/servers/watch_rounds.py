@@ -1,20 +1,17 @@
-"""One round of a watch: what a server, or a folder, gets on the items of a baseline, and how fast and how often."""
+"""One round of a watch: what a server, or a folder, loses against a baseline, and how fast and how often it answers."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import statistics
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 from billhook.core.errors import EndpointError, FingerprintError
-from billhook.core.events import Event, EventListener
-from billhook.core.monitoring.alerts import Observation
+from billhook.core.monitoring.alerts import Against, Observation
 from billhook.core.monitoring.observations import percent_lost
 from billhook.core.monitoring.sequential import (
     Bounds,
@@ -25,79 +22,38 @@ from billhook.core.monitoring.sequential import (
     median_bounds,
     nats_bounds,
 )
-from billhook.core.results.ab_report import Completion, RequestOptions
 from billhook.core.results.comparisons import Baseline
+from billhook.core.results.json_form import encode
 from billhook.core.results.measured import Estimate, EvalResult
-from billhook.core.results.monitoring import AnsweredProbe, WatchRound
+from billhook.core.results.monitoring import ServedBaseline, WatchRound
 from billhook.core.statistics import FEW_CLUSTERS, LOSS_EVALUATIONS
-from billhook.data.choice_tasks import Request, requests, select_items
-from billhook.data.generation_tasks import is_generation_task, select_questions
-from billhook.methods.evaluate.generation import flexible_number, plain_number, strict_number, truncate_at_stop
 from billhook.runs.job import EvalContext
 from billhook.studies.eval_sets import ComparisonSpec, evaluate_on_sets
 from billhook.studies.gate import cached_results
 from billhook.studies.monitoring.lineage import caused_by
-from billhook.studies.servers.endpoint import Connection, Endpoint, RequestFailed, connect
-from billhook.studies.servers.openai_client import (
-    choose_model,
-    complete,
-    endpoint_choice_logprobs,
-    prompt_logprobs_support,
-    warm_up,
-)
+from billhook.studies.servers.asking import AskedTask, Questions, read_asked_task
 
-T = TypeVar("T")
-R = TypeVar("R")
-ANSWER_TOKENS = 256  # of a task that is answered in writing
 SINGLE_SERIES = 5  # beside the tasks: latency and throughput, absolute and by the first round, and errors
-
-
-@dataclass(frozen=True)
-class WatchItem:
-    """One item of a task: scored `choices` and which is right, or a `prompt` with the right answer."""
-
-    prompt: str
-    choices: tuple[Request, ...] = ()
-    gold: int = 0
-    target: str = ""
+BASELINE_SERIES = 2  # latency and throughput by those of the baseline
 
 
 @dataclass(frozen=True)
 class WatchTask:
-    """A task of a baseline: its items, the score, and what the baseline got on each."""
+    """A task of a baseline as a server is asked it, and what the baseline got on each item."""
 
-    source: str
-    score: str
-    items: tuple[WatchItem, ...]
+    asked: AskedTask
     baseline: EvalResult
 
-    @property
-    def digest(self) -> str:
-        """A digest of all that is asked."""
-        return hashlib.sha256(repr(self.items).encode()).hexdigest()[:16]
 
-
-def read_task_items(baseline: Baseline, source: str, score: str, result: EvalResult) -> WatchTask:
-    """Return the items of a task in the order in which a baseline was measured on them; no tokenizer is needed.
-
-    Raises FingerprintError if the file has other items now.
-    """
-    own = baseline.items
-    given = (own.shots_from or source, own.shots) if own.shots else None
-    if is_generation_task(source):
-        questions, texts, before = select_questions(source, limit_items=own.items, seed=own.seed, shots=given)
-        items = tuple(WatchItem(before + question.query, target=question.target) for question in questions)
-    else:
-        chosen, texts, solved = select_items(source, part="evaluation", seed=own.seed, shots=given)
-        chosen, texts = chosen[: own.items], texts[: own.items]
-        asked = [(tuple(requests(item, solved.get(item.subject, ""))), item.gold) for item in chosen]
-        items = tuple(WatchItem(choices[0].context, choices, gold) for choices, gold in asked)
-    if tuple(texts) != result.clusters:
+def read_watch_task(baseline: Baseline, source: str, result: EvalResult) -> WatchTask:
+    """Return a task of a baseline with its `result` there. Raises FingerprintError if the file has other items now."""
+    asked = read_asked_task(baseline.items, source)
+    if asked.clusters != result.clusters:
         raise FingerprintError(
             f"{source} has other items than the baseline {baseline.name} was measured on: the file has changed. Save "
             "a new baseline."
         )
-    return WatchTask(source, score, items, result)
+    return WatchTask(asked, result)
 
 
 # -- a server --------------------------------------------------------------------------------------------------------
@@ -105,124 +61,49 @@ def read_task_items(baseline: Baseline, source: str, score: str, result: EvalRes
 
 @dataclass(frozen=True)
 class EndpointRounds:
-    """How a server is asked each round. `probes`: prompts that are asked for their time."""
+    """How a server is held against a baseline each round. `served`: the baseline's times, if it is of a server."""
 
-    endpoint: Endpoint
-    options: RequestOptions
+    questions: Questions
     tasks: tuple[WatchTask, ...]
-    probes: int
-    watch: EventListener
+    served: ServedBaseline | None = None
 
     @property
     def series(self) -> str:
         """A digest of what makes two rounds comparable."""
-        told = [self.endpoint.url, self.endpoint.model, self.options.kind, self.options.max_tokens, self.probes]
-        tasks = [[task.source, task.score, task.digest, task.baseline.sums] for task in self.tasks]
-        return hashlib.sha256(json.dumps([told, tasks]).encode()).hexdigest()[:12]
+        end, options = self.questions.endpoint, self.questions.options
+        told = [end.url, end.model, options.kind, options.max_tokens, self.questions.probes]
+        tasks = [[task.asked.source, task.asked.score, task.asked.digest, task.baseline.sums] for task in self.tasks]
+        times = [] if self.served is None else [encode(self.served)]
+        return hashlib.sha256(json.dumps([told, tasks, *times]).encode()).hexdigest()[:12]
 
     def measure(self, number: int, first: WatchRound | None) -> WatchRound:
-        """Return round `number`; `first`: the first of the series, whose times are the reference.
+        """Return round `number`; `first`: the first of the series, whose times are a reference.
 
         A server that cannot be asked is a round of failed requests, but for the first one: raises EndpointError.
         """
         at = time.time()
         try:
-            found = asyncio.run(self._ask())
+            found = self.questions.ask()
         except EndpointError as error:
             if first is None:
                 raise
-            found = self._unreachable(error)
+            found = self.questions.unreachable(error)
         return self._observed(replace(found, number=number, at=at), first)
-
-    def _prompts(self) -> list[str]:
-        return [item.prompt for task in self.tasks for item in task.items][: self.probes]
-
-    def _unreachable(self, error: EndpointError) -> WatchRound:
-        count = sum(len(task.items) for task in self.tasks) + len(self._prompts())
-        outcomes = {task.source: "-" * len(task.items) for task in self.tasks}
-        probes = (AnsweredProbe(None, None),) * len(self._prompts())
-        told = {"unreachable": str(error)[:300]}
-        return WatchRound(0, 0.0, (), outcomes, probes, count, {"unreachable": count}, told)
-
-    async def _ask(self) -> WatchRound:
-        async with connect(self.endpoint, self.options) as opened:
-            line = await warm_up(await choose_model(opened))
-            prompts, failed = self._prompts(), list[RequestFailed]()
-            answers = await self._each("time", prompts, lambda text: complete(line, text))
-            failed += [RequestFailed(a.error, a.detail) for a in answers if a.error is not None]
-            outcomes = {}
-            for task in self.tasks:
-                marks = await self._task(line, task)
-                failed += [mark for mark in marks if isinstance(mark, RequestFailed)]
-                outcomes[task.source] = "".join("-" if isinstance(m, RequestFailed) else str(int(m)) for m in marks)
-        requested = len(prompts) + sum(len(task.items) for task in self.tasks)
-        first_errors = {each.kind: each.detail for each in reversed(failed)}
-        errors = dict(sorted(Counter(each.kind for each in failed).items()))
-        return WatchRound(0, 0.0, (), outcomes, tuple(map(_probe, answers)), requested, errors, first_errors)
-
-    async def _task(self, line: Connection, task: WatchTask) -> list[bool | RequestFailed]:
-        """Whether each item is answered rightly, or why it was not answered. Raises EndpointError without echo."""
-        if not task.items[0].choices:
-            written = replace(line, options=replace(line.options, max_tokens=ANSWER_TOKENS))
-
-            async def answer(item: WatchItem) -> bool | RequestFailed:
-                return _is_right(await complete(written, item.prompt), item.target, task.score)
-
-            return await self._each(task.source, task.items, answer)
-        support = await prompt_logprobs_support(line, task.items[0].choices[0])
-        if isinstance(support, str):
-            raise EndpointError(
-                f"{line.endpoint.url} gives no log-probabilities of a prompt ({support}), which {task.source} needs. "
-                "Serve the model by vLLM, or watch a task of questions with `target`, which is answered in writing."
-            )
-
-        async def score(item: WatchItem) -> bool | RequestFailed:
-            sums = await endpoint_choice_logprobs(line, item.choices, support)
-            if isinstance(sums, RequestFailed):
-                return sums
-            sizes = [each.characters if task.score == "acc_norm" else 1 for each in item.choices]
-            return max(range(len(sums)), key=lambda i: sums[i] / sizes[i]) == item.gold
-
-        return await self._each(task.source, task.items, score)
-
-    async def _each(self, what: str, items: Sequence[T], ask: Callable[[T], Awaitable[R]]) -> list[R]:
-        """What `ask` gives of every item, `concurrency` at a time."""
-        gate, done = asyncio.Semaphore(self.options.concurrency), 0
-
-        async def one(item: T) -> R:
-            nonlocal done
-            async with gate:
-                answer = await ask(item)
-            done += 1
-            self.watch(Event("ask", done, len(items), {"of": what}))
-            return answer
-
-        return await asyncio.gather(*map(one, items))
 
     def _observed(self, found: WatchRound, first: WatchRound | None) -> WatchRound:
         """The round with its observations, whose ends hold over all rounds."""
-        needed = evidence_needed(found.number, len(self.tasks) + SINGLE_SERIES)
+        series = len(self.tasks) + SINGLE_SERIES + (BASELINE_SERIES if self.served is not None else 0)
+        needed = evidence_needed(found.number, series)
         told = [_quality(task, found, needed) for task in self.tasks]
-        told += _times(found, first, needed)
+        told += _times(found, needed) if first is None else [*_times(found, needed), *_ratios(found, first, needed)]
+        if self.served is not None:
+            then = replace(found, probes=self.served.probes_of(self.questions.prompts()))
+            told += _ratios(found, then, needed, "baseline")
         failed = sum(found.errors.values())
         low, high = mean_bounds({1.0: failed, 0.0: found.requests - failed}, needed)
         share = _estimate(100 * failed / found.requests, (100 * low, 100 * high), found.requests)
         told.append(Observation("errors", "requests", "%", share, found.at))
         return replace(found, observations=tuple(each for each in told if each is not None))
-
-
-def _is_right(answer: Completion, target: str, score: str) -> bool | RequestFailed:
-    if answer.error is not None:
-        return RequestFailed(answer.error, answer.detail)
-    number = strict_number if score == "strict_match" else flexible_number
-    return number(truncate_at_stop(answer.text or "")) == plain_number(target)
-
-
-def _probe(answer: Completion) -> AnsweredProbe:
-    if answer.error is not None or not answer.seconds:
-        return AnsweredProbe(None, None)
-    count = answer.pieces if answer.tokens is None else answer.tokens
-    return AnsweredProbe(answer.seconds, count / answer.seconds if count else None)
 
 
 def _estimate(value: float, bounds: Bounds, n: int) -> Estimate:
@@ -231,13 +112,14 @@ def _estimate(value: float, bounds: Bounds, n: int) -> Estimate:
 
 def _quality(task: WatchTask, found: WatchRound, needed: float) -> Observation | None:
     """Points that a task lost over the items that were answered; None where none was."""
-    marks, base = found.outcomes[task.source], task.baseline
+    source, base = task.asked.source, task.baseline
+    marks = found.outcomes[source]
     kept = [i for i, mark in enumerate(marks) if mark != "-"]
     if not kept:
         return None
     clusters, ones = tuple(base.clusters[i] for i in kept), (1,) * len(kept)
     before = replace(base, sums=tuple(base.sums[i] for i in kept), counts=ones, clusters=clusters)
-    return points(task.source, before, replace(before, sums=tuple(float(marks[i]) for i in kept)), needed, found.at)
+    return points(source, before, replace(before, sums=tuple(float(marks[i]) for i in kept)), needed, found.at)
 
 
 def points(source: str, before: EvalResult, now: EvalResult, needed: float, at: float) -> Observation:
@@ -247,15 +129,26 @@ def points(source: str, before: EvalResult, now: EvalResult, needed: float, at: 
     return Observation("quality", source, "pp", replace(lost, clusters=len(set(now.clusters))), at)
 
 
-def _times(found: WatchRound, first: WatchRound | None, needed: float) -> list[Observation | None]:
-    """Medians over the probes: seconds and tokens per second, and how many times those of the first round."""
+TIMES: tuple[tuple[Literal["latency", "throughput"], Literal["s", "tokens/s"], str], ...]
+TIMES = (("latency", "s", "seconds"), ("throughput", "tokens/s", "tokens_per_s"))
+
+
+def _times(found: WatchRound, needed: float) -> list[Observation | None]:
+    """Medians over the probes, in seconds and tokens per second."""
+    return [
+        _median(kind, unit, [x for probe in found.probes if (x := getattr(probe, field)) is not None], needed, found.at)
+        for kind, unit, field in TIMES
+    ]
+
+
+def _ratios(found: WatchRound, then: WatchRound, needed: float, against: Against = "") -> list[Observation | None]:
+    """Medians over the probes of how many times those of `then` they are, each prompt in a pair with itself."""
     told: list[Observation | None] = []
-    for kind, unit, field in (("latency", "s", "seconds"), ("throughput", "tokens/s", "tokens_per_s")):
-        now = [getattr(probe, field) for probe in found.probes]
-        told.append(_median(kind, unit, [x for x in now if x is not None], needed, found.at))
-        then = [getattr(probe, field) for probe in first.probes] if first is not None else []
-        ratios = [y / x for x, y in zip(then, now, strict=False) if x is not None and y is not None]
-        told.append(_median(kind, "x", ratios, needed, found.at))
+    for kind, _, field in TIMES:
+        pairs = [(getattr(a, field), getattr(b, field)) for a, b in zip(then.probes, found.probes, strict=False)]
+        ratios = [after / before for before, after in pairs if before is not None and after is not None]
+        each = _median(kind, "x", ratios, needed, found.at)
+        told.append(None if each is None else replace(each, against=against))
     return told
 
 
