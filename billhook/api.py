@@ -72,7 +72,7 @@ from billhook.runs.recipe import (
 from billhook.runs.recipes.builtin import BuiltinRecipe, builtin_recipes
 from billhook.runs.store import STORE, Store
 from billhook.runtimes.artefacts import require_checkpoint
-from billhook.studies.monitoring.alerting import RulesFile, check_result, rules_of
+from billhook.studies.monitoring.alerting import Alarm, RulesFile, check_result
 
 
 @shows_options(PruneOptions, Recipe.model_fields)
@@ -82,6 +82,7 @@ def prune(
     recipe: str | Path | None = None,
     out: str | Path | None = None,
     rules: RulesFile = None,
+    webhook: str | None = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Unpack[PruneOptions],
@@ -93,10 +94,11 @@ def prune(
     refits the rest; for a size in sites or blocks it is `billhook-depth`.
     `options`: the fields of `Recipe`, which overrule it; one of `remove`, `plan` and `within` is needed. The checkpoint
     and its report appear at `out` (default: pruned/<run>), whole or not at all.
-    `rules`: a YAML file of rules, whose alerts are events (default: those of Billhook for runs).
+    `rules`: a YAML file of rules, whose alerts are events (default: those of Billhook for runs). `webhook`: an http or
+    https address that alerts are sent to; its failure never ends a run.
     Measurements that `store` holds are not repeated. Raises BillhookError; nothing half-written remains.
     """
-    read, asked = rules_of(rules, "runs"), _asked(model, recipe, options)
+    alarm, asked = Alarm.read(rules, webhook, "runs"), _asked(model, recipe, options)
     check_inputs(asked, store=store)
     where = named_folder(out if out is not None else Path("pruned") / "{run}")
     check_target(where, find_path(asked.model))
@@ -106,7 +108,7 @@ def prune(
         delete_unfinished(opened)
         run = opened.new_run(PRUNE, asked.model_dump(), run_environment(asked.device, opened), str(where))
         result = run_pruning(opened, opened.run(run), watch, write_report, loaded_by_name(model))
-        check_result(opened, run, watch, result, read, folder=result.out)
+        check_result(opened, run, watch, result, alarm, target=asked.model, folder=result.out)
         return result
 
 
@@ -138,23 +140,25 @@ def resume(
     *,
     out: str | Path | None = None,
     rules: RulesFile = None,
+    webhook: str | None = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Unpack[PruneOptions],
 ) -> RunResult:
     """Go on with an unfinished run (the newest one if none is named); nothing that was measured is measured again.
 
-    `out`: another folder for the checkpoint than the one that the run was begun with. `rules`: as for `prune`. The
-    folder in which a run was begun may have been moved with its store.
+    `out`: another folder for the checkpoint than the one that the run was begun with. `rules`, `webhook`: as for
+    `prune`. The folder in which a run was begun may have been moved with its store.
     Raises RunError if there is none, FingerprintError if `options`, fields of `Recipe`, are not the run's.
     """
-    read = rules_of(rules, "runs")
+    alarm = Alarm.read(rules, webhook, "runs")
     elsewhere = None if out is None else named_folder(out)
     with writing(), closing(Store(Path(store))) as opened:
         chosen = unfinished_run(opened, run)
         _same_recipe(chosen, options)
         result = run_pruning(opened, chosen, watch, write_report, out=elsewhere)
-        check_result(opened, chosen.id, watch, result, read, folder=result.out)
+        target = str(chosen.spec.get("model", ""))
+        check_result(opened, chosen.id, watch, result, alarm, target=target, folder=result.out)
         return result
 
 

@@ -32,7 +32,7 @@ def parameters(name: str) -> dict[str, inspect.Parameter]:
 
 def test_prune_shows_every_field_of_a_recipe_with_its_default() -> None:
     shown = parameters("prune")
-    assert shown.keys() == Recipe.model_fields.keys() | {"recipe", "out", "rules", "store", "watch"}
+    assert shown.keys() == Recipe.model_fields.keys() | {"recipe", "out", "rules", "webhook", "store", "watch"}
     for name, field in Recipe.model_fields.items():
         assert shown[name].default == field.default, name
     assert "tokens: Calibration tokens" in (billhook.prune.__doc__ or "")

@@ -24,6 +24,7 @@ from billhook.cli.options import (
     Tasks,
     Track,
     Verbose,
+    WebhookUrl,
     check_options,
     check_places,
     check_rules,
@@ -65,6 +66,7 @@ def prune_command(
     run: Annotated[str | None, typer.Option(help="Run to resume, with --resume")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate losses, memory and time, and stop")] = False,
     rules: RulesFile = None,
+    webhook: WebhookUrl = None,
     track: Track = "",
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
@@ -96,16 +98,16 @@ def prune_command(
             check_places(asked.model, out=out)
             if mine is None and options.get("target"):  # which chooses the recipe, once the model is known
                 given = {**({"model": model} if model else {}), **options}
-        check_rules(rules)
+        check_rules(rules, webhook)
         face.track(track, "prune", given if resume else asked.model_dump())
         from billhook import api  # torch, which a mistake needs not
 
         if resume:
-            result = api.resume(run, out=out, rules=rules, store=store, watch=face.watch, **given)
+            result = api.resume(run, out=out, rules=rules, webhook=webhook, store=store, watch=face.watch, **given)
         elif dry_run:
             return face.show(api.dry_run(watch=face.watch, **given))
         else:
-            result = api.prune(out=out, rules=rules, store=store, watch=face.watch, **given)
+            result = api.prune(out=out, rules=rules, webhook=webhook, store=store, watch=face.watch, **given)
         face.show(result)
 
 

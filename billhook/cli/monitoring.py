@@ -26,6 +26,7 @@ from billhook.cli.options import (
     Timeout,
     Track,
     Verbose,
+    WebhookUrl,
     check_options,
     check_places,
     check_rules,
@@ -102,7 +103,7 @@ def watch_command(
     every: Annotated[str, typer.Option(help="Time between two rounds: 1h, 30min, 10s")] = "1h",
     rounds: Annotated[int | None, typer.Option(help="Number of rounds [default: without end]", min=1)] = None,
     rules: RulesFile = None,
-    webhook: Annotated[str | None, typer.Option(metavar="URL", help="Address that alerts are sent to")] = None,
+    webhook: WebhookUrl = None,
     model: Annotated[str, typer.Option(help="Model to request [default: the first of the server]")] = "",
     api_key_env: ServerKey = "",
     kind: ServerKind = "text",
@@ -123,7 +124,7 @@ def watch_command(
     with CommandSession(as_json, quiet, verbose, command_line("watch", target, **own, **options)) as face:
         served = "://" in target
         check_options(options, tasks=tasks)
-        check_rules(rules)
+        check_rules(rules, webhook)
         if not served:
             check_places(target, store=store, served=True)
         face.track(track, "watch", {"target": target, **{n: str(v) for n, v in own.items() if v}, **options})

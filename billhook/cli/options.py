@@ -127,12 +127,16 @@ def check_places(*models: str | None, store: Path | None = None, out: Path | Non
         require_model(model or "demo", store, served=served)
 
 
-def check_rules(rules: Path | None) -> None:
-    """Raise for a file of rules that cannot be read, before torch is imported."""
+def check_rules(rules: Path | None, webhook: str | None = None) -> None:
+    """Raise for rules that cannot be read, and an address that must not be called, before torch is imported."""
     if rules is not None:
         from billhook.core.monitoring.rules import read_rules
 
         read_rules(rules)
+    if webhook is not None:
+        from billhook.studies.servers.webhook import Webhook
+
+        Webhook.parse(webhook)
 
 
 def command_line(command: str, *words: str, **options: Any) -> str:
@@ -181,6 +185,7 @@ TimedTokens = Annotated[int, typer.Option(help="Most tokens per timed answer", m
 Timeout = Annotated[float, typer.Option(help="Most seconds per answer")]
 Retries = Annotated[int, typer.Option(help="Attempts after 429, 5xx or a broken connection", min=0)]
 Concurrency = Annotated[int, typer.Option(help="Requests at a time", min=1)]
+WebhookUrl = Annotated[str | None, typer.Option("--webhook", metavar="URL", help="Address that alerts are sent to")]
 Track = Annotated[str, typer.Option(help="Trackers, with commas: mlflow, wandb, trackio, tensorboard")]
 NumberOfShots = Annotated[int, typer.Option("--shots", help="Solved items before each item", min=0)]
 ShotsFrom = Annotated[str, typer.Option(help="File of the solved items [default: the task itself]")]

@@ -28,6 +28,7 @@ from billhook.cli.options import (
     Timeout,
     Track,
     Verbose,
+    WebhookUrl,
     check_options,
     check_places,
     check_rules,
@@ -53,6 +54,7 @@ def sweep_command(
     items: Items = 200,
     out: Out = None,
     rules: RulesFile = None,
+    webhook: WebhookUrl = None,
     track: Track = "",
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
@@ -68,7 +70,7 @@ def sweep_command(
         for text in split_commas(eval_data):
             check_options(options, eval_data=text)
         check_places(model, out=out)
-        check_rules(rules)
+        check_rules(rules, webhook)
         face.track(
             track, "sweep", {"model": model or "demo", "recipes": recipes, "remove": remove, "data": data, **options}
         )
@@ -81,7 +83,7 @@ def sweep_command(
         }
         told = sweep.sweep(
             model or "demo", split_commas(recipes), tasks=split_commas(tasks), items=items, out=out, rules=rules,
-            store=store, watch=face.watch, **lists, **options,
+            webhook=webhook, store=store, watch=face.watch, **lists, **options,
         )  # fmt: skip
         face.show(told)
 
@@ -222,6 +224,7 @@ def gate_command(
     seen: AllowSeen = False,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML to this file too")] = None,
     rules: RulesFile = None,
+    webhook: WebhookUrl = None,
     track: Track = "",
     store: StoreFile = DEFAULT_STORE,
     as_json: Json = False,
@@ -237,14 +240,15 @@ def gate_command(
         from billhook.runs import require_model
 
         require_model(baseline, store, baseline=True, served=True)
-        check_rules(rules)
+        check_rules(rules, webhook)
         face.track(track, "gate", {"student": student, "baseline": baseline, "tasks": tasks, **options})
         from billhook.studies import gate
 
         report = gate.gate(
             student, baseline, data=None if data is None else split_commas(data), tasks=split_commas(tasks),
             items=items, score=split_commas(score), shots=shots, shots_from=shots_from,
-            margins=margins, seen=seen, junit=junit, rules=rules, store=store, watch=face.watch, **options,
+            margins=margins, seen=seen, junit=junit, rules=rules, webhook=webhook, store=store, watch=face.watch,
+            **options,
         )  # fmt: skip
         face.show(report)
         if report.verdict != "PASS":

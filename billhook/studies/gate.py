@@ -42,7 +42,7 @@ from billhook.studies.eval_sets import (
     resolve_model,
     seen_sets,
 )
-from billhook.studies.monitoring.alerting import RulesFile, check_result, rules_of
+from billhook.studies.monitoring.alerting import Alarm, RulesFile, check_result
 from billhook.studies.run_study import NO_FOLDER, open_run, several
 
 
@@ -61,6 +61,7 @@ def gate(
     seen: bool = False,
     junit: str | Path | None = None,
     rules: RulesFile = None,
+    webhook: str | None = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Unpack[CompareOptions],
@@ -69,10 +70,10 @@ def gate(
 
     `baseline`: a model, or the name of one that `save_baseline` stored, which is not measured again: then `data`,
     `tasks` and `items` are those that it was measured on. Otherwise `data` is pydoc. `junit`: a file for JUnit XML.
-    `rules`: a YAML file of rules, whose alerts are events (default: those of Billhook for runs). The rest is as for
-    `compare`.
+    `rules`: a YAML file of rules, whose alerts are events (default: those of Billhook for runs). `webhook`: an
+    http or https address that alerts are sent to. The rest is as for `compare`.
     """
-    read = rules_of(rules, "runs")
+    alarm = Alarm.read(rules, webhook, "runs")
     recipe = parse_options(EvalOptions, {"model": name_of(student), **options})
     on = EvalItems(() if data is None else several(data), several(tasks), items, shots, shots_from)
     spec = GateSpec(
@@ -101,7 +102,8 @@ def gate(
         if junit is not None:
             write_junit(report, Path(junit))
         job.store.update(job.run, result=report.to_json())
-        check_result(job.store, job.run, watch, report, read, folder=resolve_model(name_of(student), job.store))
+        name = name_of(student)
+        check_result(job.store, job.run, watch, report, alarm, target=name, folder=resolve_model(name, job.store))
         return report
 
 

@@ -29,7 +29,7 @@ from billhook.runs.choose_plan import with_site_times
 from billhook.runs.prepare import check_search
 from billhook.runs.recipe import SITE_TIMES, Recipe, parse_recipe, require_effect, with_overrides
 from billhook.runs.store import STORE
-from billhook.studies.monitoring.alerting import RulesFile, check_result, rules_of
+from billhook.studies.monitoring.alerting import Alarm, RulesFile, check_result
 from billhook.studies.run_study import open_study, several, write_study
 from billhook.studies.trials import (
     StudyContext,
@@ -55,6 +55,7 @@ def sweep(
     items: int = 200,
     out: str | Path | None = None,
     rules: RulesFile = None,
+    webhook: str | None = None,
     store: str | Path = STORE,
     watch: EventListener = ignore_events,
     **options: Unpack[SweepOptions],
@@ -63,10 +64,11 @@ def sweep(
 
     `recipes`: names of ours, or YAML files. `eval_data`: held-out texts (default: those of `data`); `tasks`: files of
     multiple-choice items, of which `items` are measured. `options`: fields of `Recipe` that overrule every recipe, such
-    as `tokens`. `rules`: a YAML file of rules, whose alerts are events. Nothing that `store` holds is measured again,
+    as `tokens`. `rules`: a YAML file of rules, whose alerts are events; `webhook`: an http or https address that they
+    are sent to. Nothing that `store` holds is measured again,
     so that a sweep which was killed resumes.
     """
-    read = rules_of(rules)
+    alarm = Alarm.read(rules, webhook)
     texts = several(data)
     held_out = several(eval_data) or tuple(dict.fromkeys(filter(None, map(external_sources, texts))))
     if not held_out:
@@ -83,7 +85,7 @@ def sweep(
     )
     with open_study(spec, asked[0], Path(store), out, watch, loaded=loaded_by_name(model)) as (study, folder):
         result = write_study(run_sweep(study, grid, options), folder, study.store, study.run)
-        check_result(study.store, study.run, watch, result, read)
+        check_result(study.store, study.run, watch, result, alarm, target=name_of(model))
         return result
 
 

@@ -28,7 +28,7 @@ from billhook.core.results.specs import GateSpec
 from billhook.core.statistics import paired_difference
 from billhook.report.monitoring.alert_words import alert_sentence
 from billhook.runs.store import Store
-from billhook.studies.monitoring.alerting import check_result
+from billhook.studies.monitoring.alerting import Alarm, check_result
 from billhook.studies.monitoring.lineage import caused_by, lineage, whole_loss
 
 LITTLE: dict[str, Any] = {"tokens": 240, "length": 24, "self_share": 0.0, "eval_tokens": 640, "eval_length": 32}
@@ -188,9 +188,10 @@ def test_an_alert_names_the_step_that_caused_it(
     rule = Rule("lost", "quality", "critical", 30.0, "%ppl")
     with closing(Store(tmp_path / "runs.db")) as store:
         run = store.new_run("gate", {}, {}, "-")
-        (of_gate,) = check_result(store, run, ignore_events, report, [rule], folder=str(last))
-        (of_pruning,) = check_result(store, run, ignore_events, step, [rule], folder=str(last))
-        (alone,) = check_result(store, run, ignore_events, report, [rule])
+        alarm, target = Alarm((rule,)), str(last)
+        (of_gate,) = check_result(store, run, ignore_events, report, alarm, target=target, folder=target)
+        (of_pruning,) = check_result(store, run, ignore_events, step, alarm, target=target, folder=target)
+        (alone,) = check_result(store, run, ignore_events, report, alarm, target=target)
     assert (of_gate.step, alone.step) == ("2 of 3, run r000001, step1", "")
     assert (of_pruning.step, of_pruning.what) == (of_gate.step, f"{step.data.evaluation.source}, all 3 steps")
     assert "; caused by step 2 of 3, run r000001, step1" in alert_sentence(of_gate)

@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from endpoints import serving
 from test_watch import Scorer, good, keep_baseline, watched, write_task
+from typer.testing import CliRunner
 
 import billhook
+from billhook.cli import main
 from billhook.core.errors import UsageError
+from billhook.core.events import Event
+from billhook.core.monitoring.alerts import ALERT, Alert
 from billhook.studies.servers import webhook
 from billhook.studies.servers.webhook import Webhook
 
@@ -155,3 +160,96 @@ def test_alerts_of_a_watch_are_sent_and_a_failure_is_an_event(tmp_path: Path) ->
     kept = json.dumps([billhook.show(run.run, store).to_json() for run in billhook.list_runs(store)])
     assert "secret-token" not in kept
     assert "hidden" not in kept
+
+
+# -- prunings, gates and sweeps --------------------------------------------------------------------------------------
+
+LITTLE: dict[str, Any] = {"tokens": 240, "length": 24, "self_share": 0.0, "eval_tokens": 640, "eval_length": 32}
+LITTLE |= {"device": "cpu"}
+ALWAYS = [
+    {"name": "large", "when": "memory", "above": "1kB"},
+    {"name": "worse", "when": "quality", "loses": "0%ppl"},
+]
+
+
+def rules_file(folder: Path) -> Path:
+    path = folder / "rules.yaml"
+    path.write_text(json.dumps({"rules": ALWAYS}))  # JSON is YAML
+    return path
+
+
+@pytest.mark.parametrize("answer", [(200, ""), (302, "http://127.0.0.1:1/"), (500, "")])
+def test_a_pruning_sends_its_alerts_and_ends_well_whatever_is_answered(
+    answer: tuple[int, str], model: Path, text: Path, tmp_path: Path
+) -> None:
+    store, events = tmp_path / "runs.db", list[Event]()
+    with hooked(answer) as hook:
+        result = billhook.prune(
+            model, plan="mlp.1", data=str(text), out=tmp_path / "out", store=store, rules=rules_file(tmp_path),
+            webhook=hook.url, watch=events.append, **LITTLE,
+        )  # fmt: skip
+        ((_, _, body),) = hook.seen
+    told = [Alert.from_event(event) for event in events if event.stage == ALERT]
+    assert "large" in {alert.rule for alert in told}
+    assert [each["rule"] for each in body["alerts"]] == [alert.rule for alert in told]
+    assert (body["run"], body["target"]) == (result.run, str(model))
+    failures = [dict(event.values) for event in events if event.stage == "webhook"]
+    assert failures == ([] if answer[0] == 200 else [{"host": "127.0.0.1", "failed": f"it answered {answer[0]}"}])
+    shown = json.dumps(billhook.show(result.run, store).to_json())
+    assert '"state": "done"' in shown
+    for secret in ("secret-token", "hidden", hook.url):
+        assert secret not in shown + json.dumps(body)
+
+
+def test_a_gate_and_a_sweep_send_theirs(model: Path, tmp_path: Path) -> None:
+    """On text that the model wrote itself, nothing is better than the model."""
+    store, out, rules = tmp_path / "runs.db", tmp_path / "out", rules_file(tmp_path)
+    given: dict[str, Any] = {"data": str(own_text(model, tmp_path / "own.jsonl")), "store": store}
+    billhook.prune(model, plan="mlp.0,mlp.1", out=out, **given, **LITTLE)
+    little = {name: LITTLE[name] for name in ("eval_tokens", "eval_length", "device")}
+    with hooked() as hook:
+        report = billhook.gate(out, model, webhook=hook.url, seen=True, rules=rules, **given, **little)
+        assert report.checks[0].lost.low > 0
+        assert [(body["target"], body["run"]) for *_, body in hook.seen] == [(str(out), newest(store))]
+        hook.seen.clear()
+        told = billhook.sweep(
+            model, ["billhook-depth"], remove=["2mlp"], out=tmp_path / "s", webhook=hook.url, rules=rules, **given,
+            **LITTLE,
+        )  # fmt: skip
+        assert told.trials[0].results[given["data"]].change.low > 0
+        assert [(body["target"], body["run"]) for *_, body in hook.seen] == [(str(model), newest(store))]
+
+
+def own_text(model: Path, path: Path) -> Path:
+    """A file of texts that a model wrote."""
+    teacher = billhook.load(model, device="cpu")
+    torch.manual_seed(0)
+    start = torch.randint(3, teacher.model.config.vocab_size, (60, 1))
+    ids = teacher.model.generate(
+        start, attention_mask=torch.ones_like(start), do_sample=True, max_new_tokens=36, top_k=0
+    )
+    rows = [{"text": teacher.tokenizer.decode(row, skip_special_tokens=True)} for row in ids]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def newest(store: Path) -> str:
+    return billhook.list_runs(store)[0].run
+
+
+def test_addresses_are_checked_before_a_run_begins(model: Path, tmp_path: Path) -> None:
+    store = tmp_path / "runs.db"
+    calls: list[Any] = [
+        lambda url: billhook.prune(model, remove="1mlp", webhook=url, store=store),
+        lambda url: billhook.gate(model, model, webhook=url, store=store),
+        lambda url: billhook.sweep(model, webhook=url, rules=rules_file(tmp_path), store=store),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match="link-local or metadata address"):
+            call("http://169.254.169.254/latest")
+    with pytest.raises(UsageError, match="no rule makes any"):
+        billhook.sweep(model, webhook="http://127.0.0.1:1/", store=store)
+    for command in (["prune", str(model), "--remove", "1mlp"], ["gate", str(model), "--baseline", str(model)]):
+        done = CliRunner().invoke(main.app, [*command, "--webhook", "ftp://example.org", "--store", str(store)])
+        assert (done.exit_code, "no http or https address" in done.stderr) == (2, True)
+    assert not store.exists()

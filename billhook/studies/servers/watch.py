@@ -20,22 +20,19 @@ from billhook.core.monitoring.sequential import ALPHA
 from billhook.core.options import WatchOptions, shows_options
 from billhook.core.results.ab_report import RequestOptions
 from billhook.core.results.comparisons import Baseline
-from billhook.core.results.json_form import encode
 from billhook.core.results.monitoring import ServedBaseline, WatchResult, WatchRound
 from billhook.core.results.specs import ServerSpec, WatchSpec
-from billhook.report.monitoring.alert_words import alert_sentence
 from billhook.runs import load_baseline
 from billhook.runs.job import store_and_watch
 from billhook.runs.recipe import EvalOptions, parse_options
 from billhook.runs.store import STORE, Store
 from billhook.studies.eval_sets import HARNESS, ComparisonSpec
 from billhook.studies.gate import baseline_result, spec_of_baseline
-from billhook.studies.monitoring.alerting import RulesFile, rules_of, tell_alerts
+from billhook.studies.monitoring.alerting import Alarm, RulesFile, call_webhook, tell_alerts
 from billhook.studies.run_study import NO_FOLDER, begin_run, open_run, several
 from billhook.studies.servers.asking import Questions
 from billhook.studies.servers.endpoint import Endpoint
 from billhook.studies.servers.watch_rounds import EndpointRounds, FolderRounds, WatchTask, read_watch_task
-from billhook.studies.servers.webhook import Webhook
 
 SHOWN_ROUNDS = 500  # whose observations a result holds; the store holds those of all
 
@@ -97,7 +94,7 @@ def watch(
     spec = WatchSpec(place, baseline, several(tasks), seconds, rounds, str(rules or ""), probes, served, requests)
     pace = Pace.read(spec, rules, webhook)
     kept = _stored(baseline, store)
-    _require_times(pace.rules, kept)
+    _require_times(pace.alarm.rules, kept)
     if server is None:
         recipe = parse_options(EvalOptions, {"model": target, **options, **kept.items.text_fields()})
         with open_run(spec, recipe, Path(store), NO_FOLDER, watch) as job:
@@ -199,8 +196,7 @@ class Pace:
 
     every_s: float
     rounds: int | None
-    rules: tuple[Rule, ...]
-    webhook: Webhook | None
+    alarm: Alarm
 
     @staticmethod
     def read(spec: WatchSpec, rules: RulesFile, webhook: str | None) -> Pace:
@@ -209,8 +205,7 @@ class Pace:
             raise UsageError(f"{option('rounds', spec.rounds)} is too few. Give at least 1, or leave it out.")
         if spec.probes < 0:
             raise UsageError(f"{option('probes', spec.probes)} is too few. Give 0 or more.")
-        hook = Webhook.parse(webhook) if webhook is not None else None
-        return Pace(spec.every_s, spec.rounds, rules_of(rules, "watch"), hook)
+        return Pace(spec.every_s, spec.rounds, Alarm.read(rules, webhook, "watch"))
 
 
 @dataclass(frozen=True)
@@ -252,10 +247,12 @@ def _keep_watch(series: Series, pace: Pace) -> WatchResult:
             first, recent = first or [measured], [*recent, measured][-SHOWN_ROUNDS:]
             series.store.add_event(series.run, _event(measured, done, pace.rounds), at_once=True)
             series.watch(_event(measured, done, pace.rounds))
-            fresh = new_alerts(evaluate(pace.rules, _observations(recent)), told)
+            fresh = new_alerts(evaluate(pace.alarm.rules, _observations(recent)), told)
             told += fresh
             tell_alerts(series.store, series.run, series.watch, fresh)
-            _call(series, pace.webhook, fresh)
+            call_webhook(
+                series.store, series.run, series.watch, pace.alarm.webhook, target=series.spec.model, alerts=fresh
+            )
             result = _result(series, number, recent, told)
             series.store.update(series.run, result=result.to_json())
             if done == pace.rounds:
@@ -275,18 +272,6 @@ def _event(measured: WatchRound, done: int, total: int | None) -> Event:
         name = f"{each.kind}, {each.what}, {each.unit}" + (f" {each.against}" if each.against else "")
         values[name] = each.value.value
     return Event("watch", done, total, values)
-
-
-def _call(series: Series, hook: Webhook | None, alerts: Sequence[Alert]) -> None:
-    """Send alerts to a webhook. What goes wrong is an event, and nothing more."""
-    if hook is None or not alerts:
-        return
-    told = [encode(alert) for alert in alerts]
-    payload = {"text": "\n".join(map(alert_sentence, alerts)), "target": series.spec.model, "run": series.run}
-    if failure := hook.send(payload | {"alerts": told}):
-        event = Event("webhook", values={"host": hook.host, "failed": failure})
-        series.store.add_event(series.run, event, at_once=True)
-        series.watch(event)
 
 
 def _result(series: Series, number: int, rounds: Sequence[WatchRound], alerts: Sequence[Alert]) -> WatchResult:

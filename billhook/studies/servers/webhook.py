@@ -80,7 +80,8 @@ class Webhook:
                     bare = f"[{address}]" if ":" in address else address
                     place = urlunsplit((self.parts.scheme, f"{bare}:{self._port()}", *self.parts[2:]))
                     try:
-                        code = client.post(place, json=payload, **about).status_code
+                        with client.stream("POST", place, json=payload, **about) as response:
+                            code = response.status_code  # what it says is not read: it may never end
                     except httpx.ConnectError as error:
                         failure = type(error).__name__
                         continue
