@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         inspect,
         list_methods,
         list_recipes,
-        measure_speed,
         prune,
         resume,
         score,
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from billhook.studies.stability import stability
     from billhook.studies.sweep import sweep
     from billhook.studies.threshold import threshold
+    from billhook.studies.timing import measure_speed
     from billhook.studies.transfer import transfer
 
 __all__ = [
@@ -139,7 +139,7 @@ _HOMES = {
     "make_report": "studies.run_study",
     "masked": "models.surgery",
     "measure_here": "studies.outlook.forecasting",
-    "measure_speed": "api",
+    "measure_speed": "studies.timing",
     "prune": "api",
     "push": "core.files.hub",
     "register": "models.pruned_config",

@@ -10,25 +10,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from billhook.core.errors import FingerprintError, ResourceError, UsageError, option, writing
+from billhook.core.errors import FingerprintError, writing
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.files.target_folder import check_target, named_folder
 from billhook.core.options import EvaluateOptions, PruneOptions, ScoreOptions, shows_options
 from billhook.core.plan import Plan, Site
 from billhook.core.plan_files import find_path
 from billhook.core.registry import MethodInfo, OptionValues, resolve_options
-from billhook.core.results.measured import Estimate, EvalResult, Score, TimingProtocol
+from billhook.core.results.measured import Estimate, EvalResult, Score
 from billhook.core.results.model import (
     BlockScore,
     Evaluation,
     GroupScores,
     Inspection,
     MetricScores,
-    ModelRates,
     ScoreTable,
     SiteScore,
     SpanScore,
-    SpeedReport,
     WorkEstimate,
 )
 from billhook.core.results.run import RunResult
@@ -39,15 +37,13 @@ from billhook.data.windows import fixed_windows, per_byte_and_word
 from billhook.engine.losses import ITEM_LOSSES, LOSSES, parse_loss
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate import EVALUATIONS, evaluate_by_name
-from billhook.methods.evaluate import speed as timing
 from billhook.methods.evaluate.perplexity import measure_perplexity
-from billhook.methods.evaluate.runtime_speed import speed_in_runtime
 from billhook.methods.evaluate.served import served_model
 from billhook.methods.export import EXPORTS
 from billhook.methods.metrics import GROUP_METRICS, METRICS, group_metric_scores, metric_scores
 from billhook.methods.recover import RECOVERIES
 from billhook.methods.search import SEARCHES
-from billhook.models.device import dtype_name, environment
+from billhook.models.device import dtype_name
 from billhook.models.load import Model, Teacher, as_teacher, loaded_by_name, name_of
 from billhook.models.repair import NO_REPAIR
 from billhook.report.run_report import write_report
@@ -71,7 +67,6 @@ from billhook.runs.recipe import (
 )
 from billhook.runs.recipes.builtin import BuiltinRecipe, builtin_recipes
 from billhook.runs.store import STORE, Store
-from billhook.runtimes.artefacts import require_checkpoint
 from billhook.studies.monitoring.alerting import Alarm, RulesFile, check_result
 
 
@@ -303,45 +298,6 @@ def _by_kind(teacher: Teacher, scores: Mapping[Any, Any]) -> MetricScores:
             first, last = (teacher.positions.index(position) for position in unit)
             spans.append(SpanScore(unit[0], unit[1], last - first + 1, *values))
     return MetricScores(tuple(sites), tuple(blocks), tuple(spans), tuple(groups))
-
-
-def measure_speed(
-    model: Model = "demo",
-    other: Model | None = None,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    engine: str | None = None,
-    protocol: TimingProtocol = TimingProtocol(),  # noqa: B008 - an immutable value
-    watch: EventListener = ignore_events,
-) -> SpeedReport:
-    """Prefill and decode speed and peak memory of one model, or of two timed in turn (A B A B).
-
-    `engine`: the runtime that serves both, such as llama.cpp; then models are its files, and device and dtype its own
-    choice. Raises UnknownName, MissingExtra, ModelError, RuntimeFailed where it does not take a file.
-    """
-    given = [each for each in (model, other) if each is not None]
-    if engine is not None:
-        if (device, dtype) != ("auto", "auto"):
-            raise UsageError(f"{engine} chooses device and dtype. Leave {option('device')} and {option('dtype')} out.")
-        return speed_in_runtime(engine, [name_of(each) for each in given], protocol, watch)
-    for each in given:
-        if not isinstance(each, Teacher):
-            require_checkpoint(str(each))
-    teachers = [as_teacher(each, device=device, dtype=dtype, watch=watch) for each in given]
-    if large := [teacher.name for teacher in teachers if teacher.weights is not None]:
-        raise ResourceError(f"{large[0]} is larger than the memory that is free, so it cannot be timed here.")
-    models = [teacher.model for teacher in teachers]
-    most, asked = timing.max_positions(models), protocol.prompt_tokens + protocol.new_tokens
-    if most is not None and asked > most:
-        raise UsageError(f"{asked} tokens of prompt and answer are more than the {most} positions. Ask for fewer.")
-    timings = timing.time_interleaved(models, [t.folder for t in teachers], protocol, watch=watch)
-    return SpeedReport(
-        tuple(ModelRates(t.name, timing.rates(each)) for t, each in zip(teachers, timings, strict=True)),
-        protocol,
-        environment(str(models[0].device)),
-        timing.speed_ratio(timings[0], timings[1]) if other is not None else None,
-    )
 
 
 def list_methods() -> list[MethodInfo]:

@@ -10,6 +10,7 @@ from typing import Any
 from made_studies import MACHINE, PAGE, TEACHER, described, estimate
 
 from billhook.core.margin import Margins
+from billhook.core.monitoring.alerts import Alert, Observation
 from billhook.core.plan import Plan
 from billhook.core.results.ab_report import (
     AbReport,
@@ -36,6 +37,10 @@ from billhook.core.results.comparisons import (
     SpeedPair,
     Verdict,
 )
+from billhook.core.results.measured import TimingProtocol
+from billhook.core.results.model import ModelRates, SpeedReport
+from billhook.core.results.monitoring import WatchResult
+from billhook.core.results.run import PredictedSpeed, Rates, SpeedRatio
 
 TEXTS = ("/data/wiki.jsonl", "/data/c4.jsonl")
 TASKS = ("/tasks/arc.jsonl", "/tasks/piqa.jsonl")
@@ -130,3 +135,25 @@ def an_ab_report(pairs: int = 40, **changed: Any) -> AbReport:
         RequestOptions(), 100.0, 30.0, outcomes, "r3fa9c1", "prompts.jsonl",
     )  # fmt: skip
     return replace(report, **changed)
+
+
+def a_speed(models: int = 2, runtime: str = "") -> SpeedReport:
+    """One model, or two of which the second is faster than its weights say."""
+    rate = estimate(800.0, 760.0, 850.0)
+    rows = tuple(ModelRates(f"models/{name}", Rates(rate, rate, 10**9), 4096) for name in "ab"[:models])
+    ratio = estimate(1.3, 1.2, 1.4)
+    pair = (SpeedRatio(ratio, ratio), PredictedSpeed(1.25, 1.2)) if models > 1 else (None, None)
+    return SpeedReport(rows, TimingProtocol(), MACHINE, pair[0], runtime, pair[1])
+
+
+def a_watch(rounds: int = 3) -> WatchResult:
+    """A server that gets slower from round to round, and breaks a rule in the last."""
+    seen = tuple(
+        Observation(
+            "latency", "answers", "x", estimate(1.0 + i, 0.9 + i, 1.2 + i), 1.7e9 + 3600 * i, against="baseline"
+        )
+        for i in range(rounds)
+    )
+    worse = Alert("slow", "warning", "latency", "answers", seen[-1].value, 1.5, "x", seen[-1].at, against="baseline")
+    told = (worse,) if rounds > 1 else ()
+    return WatchResult("http://127.0.0.1:8000/v1", "", "v1", "abc", rounds, 3600.0, seen, told, 0.01, "r000001")

@@ -29,7 +29,6 @@ from billhook.cli.options import (
     check_places,
     check_rules,
     command_line,
-    named,
     split_commas,
     with_options,
 )
@@ -183,39 +182,6 @@ def eval_command(
         names = split_commas(evaluations)
         found = api.evaluate(model or "demo", protocol=protocol, evaluations=names, watch=face.watch, **options)
         face.show(found)
-
-
-@app.command(name="speed")
-@with_options("device", "dtype")
-def speed_command(
-    *,
-    model: Model = None,
-    other: Annotated[
-        str | None, typer.Argument(help="Second model, timed in turn with the first", callback=named)
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Prompts at a time", min=1)] = 1,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt", min=1)] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Decoded tokens per prompt", min=1)] = 32,
-    repeats: Annotated[int, typer.Option(help="Counted runs per model", min=2)] = 9,
-    engine: Annotated[
-        str | None, typer.Option(help="Runtime that serves both, such as llama.cpp; models are its files")
-    ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    options: OptionValues,
-) -> None:
-    """Measure prefill and decode speed and peak memory of one model, or of two in turn (A B A B)."""
-    with CommandSession(as_json, quiet, verbose) as face:
-        check_options(options)
-        models = [f"{engine}:{name}" if engine else name for name in (model or "demo", other) if name is not None]
-        check_places(*models, served=engine is not None)
-        from billhook import api
-        from billhook.core.results.measured import TimingProtocol
-
-        protocol = TimingProtocol(prompt_tokens, new_tokens, batch, repeats)
-        told = api.measure_speed(model or "demo", other, engine=engine, protocol=protocol, watch=face.watch, **options)
-        face.show(told)
 
 
 @app.command(name="export")

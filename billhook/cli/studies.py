@@ -324,7 +324,47 @@ def abtest_command(
         face.show(told)
 
 
+@with_options("device", "dtype")
+def speed_command(
+    *,
+    model: Model = None,
+    other: Annotated[
+        str | None, typer.Argument(help="Second model, timed in turn with the first", callback=named)
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Prompts at a time", min=1)] = 1,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens per prompt", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Decoded tokens per prompt", min=1)] = 32,
+    repeats: Annotated[int, typer.Option(help="Counted runs per model", min=2)] = 9,
+    engine: Annotated[
+        str | None, typer.Option(help="Runtime that serves both, such as llama.cpp; models are its files")
+    ] = None,
+    rules: RulesFile = None,
+    webhook: WebhookUrl = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: OptionValues,
+) -> None:
+    """Measure prefill and decode speed and peak memory of one model, or of two in turn (A B A B)."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        check_options(options)
+        models = [f"{engine}:{name}" if engine else name for name in (model or "demo", other) if name is not None]
+        check_places(*models, served=engine is not None)
+        check_rules(rules, webhook)
+        from billhook.core.results.measured import TimingProtocol
+        from billhook.studies.timing import measure_speed
+
+        protocol = TimingProtocol(prompt_tokens, new_tokens, batch, repeats)
+        told = measure_speed(
+            model or "demo", other, engine=engine, protocol=protocol, rules=rules, webhook=webhook, store=store,
+            watch=face.watch, **options,
+        )  # fmt: skip
+        face.show(told)
+
+
 COMMANDS = (
+    speed_command,
     sweep_command,
     transfer_command,
     stability_command,

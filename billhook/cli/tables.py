@@ -26,7 +26,8 @@ from billhook.core.results.model import (
     WorkEstimate,
 )
 from billhook.core.results.run import RunResult
-from billhook.report.numbers import format_duration, format_number, reliability_note, verification_sentence
+from billhook.report.numbers import format_duration, reliability_note, verification_sentence
+from billhook.report.timing import words
 
 
 @prints(Result)
@@ -188,29 +189,11 @@ def _evaluations_by_name(console: Console, found: Evaluation) -> None:
 
 @prints(SpeedReport)
 def speed_table(console: Console, found: SpeedReport) -> None:
-    """Print tokens per second and peak memory."""
-    cache = ("KV cache",) if found.runtime else ()
-    table = empty_table("model", "prefill tok/s", "decode tok/s", "peak memory", *cache)
-    for each in found.models:
-        rates = each.rates
-        cells = (rates.prefill_tokens_per_s, rates.decode_tokens_per_s)
-        peak = f"{rates.peak_bytes / 1e9:.2f} GB" if rates.peak_bytes else "not measured"
-        told = [format_number(each.kv_bytes, "B") if each.kv_bytes else "not told" for _ in cache]
-        table.add_row(each.model, *(f"{c.value:.1f} ({c.low:.1f}–{c.high:.1f})" for c in cells), peak, *told)
-    console.print(table)
-    if found.ratio is not None:
-        phases = (("prefill", found.ratio.prefill), ("decode", found.ratio.decode))
-        times = (f"{name} ×{r.value:.2f} ({r.low:.2f}–{r.high:.2f})" for name, r in phases)
-        console.print(f"The second is faster by: {', '.join(times)}")
-    if found.predicted is not None:
-        by_weights = f"prefill ×{found.predicted.prefill:.2f}, decode ×{found.predicted.decode:.2f}"
-        console.print(f"By their weights alone it would be: {by_weights}")
-    p, where = found.protocol, ", ".join(filter(None, (found.runtime, found.environment.machine)))
-    console.print(
-        f"{p.repeats} runs after a warm-up, batch {p.batch}, {p.prompt_tokens} tokens in, {p.new_tokens} "
-        f"out, {where}; median (95% interval of the median)",
-        style="dim",
-    )
+    """Print tokens per second and peak memory, and how many times faster a second model is."""
+    console.print(plain_table(words.speed_columns(found), words.speed_rows(found)))
+    console.print(words.speed_headline(found), highlight=False)
+    for note in words.speed_notes(found):
+        console.print(note, style="dim", highlight=False)
 
 
 @prints("methods")

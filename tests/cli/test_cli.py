@@ -169,7 +169,7 @@ def commands(pruned: Pruned, model: Path) -> dict[str, tuple[object, ...]]:
     return {
         "inspect": ("inspect", model),
         "eval": ("eval", model, *pruned.options[:2], *pruned.options[-2:]),
-        "speed": ("speed", model, *timed),
+        "speed": ("speed", model, *timed, "--store", pruned.store.with_name("speed.db")),
         "runs": ("runs", "--store", pruned.store),
         "show": ("show", pruned.run, "--store", pruned.store),
         "methods": ("methods",),

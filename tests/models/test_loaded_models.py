@@ -63,7 +63,7 @@ def test_what_is_loaded_is_not_loaded_again_and_gives_the_same(teacher: Teacher,
         (billhook.score, {"tokens": 96, "length": 24} | data),
         (billhook.dry_run, SMALL | data | {"remove": "1sites", "search": "greedy"}),
         (billhook.evaluate_tasks, {"tasks": "task.jsonl", "store": store}),
-        (billhook.measure_speed, {"protocol": TimingProtocol(8, 4, 1, 2)}),
+        (billhook.measure_speed, {"protocol": TimingProtocol(8, 4, 1, 2), "store": store}),
     ]
     for function, given in calls:
         loaded = function(teacher, watch=told.append, **given)

@@ -9,7 +9,7 @@ import shlex
 import pytest
 import typer
 from browser import Elements
-from made_comparisons import a_comparison, a_gate, an_ab_report
+from made_comparisons import a_comparison, a_gate, a_speed, a_watch, an_ab_report
 from made_studies import a_stability, a_sweep, a_threshold, a_transfer
 from test_report import TARGETS, a_result
 
@@ -36,6 +36,11 @@ RESULTS: dict[str, Result] = {
     "gate that is undecided": a_gate("UNDECIDED"),
     "abtest": an_ab_report(),
     "few prompts": an_ab_report(4),
+    "speed": a_speed(2),
+    "speed of one": a_speed(1),
+    "speed in a runtime": a_speed(2, runtime="llama.cpp 1.0"),
+    "watch": a_watch(3),
+    "watch of one round": a_watch(1),
 }
 
 

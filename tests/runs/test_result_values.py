@@ -42,8 +42,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
         "named": billhook.evaluate(
             model, data=given["data"], eval_tokens=600, eval_length=24, evaluations="perplexity"
         ),
-        "speed": billhook.measure_speed(model, home / "out", protocol=fast),
-        "one speed": billhook.measure_speed(model, protocol=fast),
+        "speed": billhook.measure_speed(model, home / "out", protocol=fast, store=home / "s.db"),
+        "one speed": billhook.measure_speed(model, protocol=fast, store=home / "s.db"),
     }
 
 

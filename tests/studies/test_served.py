@@ -167,13 +167,15 @@ def test_an_export_inside_a_run_knows_what_its_search_has_seen(home: Home, tmp_p
         billhook.gate(f"llama.cpp:{place}", home.folder, data=home.text, store=tmp_path / "s.db", **home.options)  # type: ignore[arg-type]
 
 
-def test_speed_is_measured_in_the_runtime_in_turn(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+def test_speed_is_measured_in_the_runtime_in_turn(
+    home: Home, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     events: list[Event] = []
     names = [each.partition(":")[2] for each in (home.file, home.other)]
     found = {
         prompt: billhook.measure_speed(
             *names, engine="llama.cpp", watch=events.append,
-            protocol=billhook.TimingProtocol(prompt_tokens=prompt, new_tokens=8, repeats=6),
+            protocol=billhook.TimingProtocol(prompt_tokens=prompt, new_tokens=8, repeats=6), store=tmp_path / "s.db",
         )
         for prompt in (16, 1000)
     }  # fmt: skip
@@ -197,7 +199,8 @@ def test_speed_is_measured_in_the_runtime_in_turn(home: Home, capsys: pytest.Cap
     assert "By their weights alone it would be: prefill ×1.00, decode ×1.00" in told
     assert "llama.cpp" in told
     typed = ["speed", "--engine", "llama.cpp", *names, "--repeats", "2", "--new-tokens", "2", "--quiet"]
-    assert "The second is faster by" in CliRunner().invoke(main.app, typed, env={"COLUMNS": "200"}).output
+    typed += ["--store", str(tmp_path / "s.db")]
+    assert ": prefill ×" in CliRunner().invoke(main.app, typed, env={"COLUMNS": "200"}).output
     assert type(report).from_json(json.loads(json.dumps(report.to_json()))) == report
 
 

@@ -10,7 +10,8 @@ from billhook.core.monitoring.alerts import Observation, Unit, exact
 from billhook.core.results.comparisons import GateReport
 from billhook.core.results.json_form import Result
 from billhook.core.results.measured import Estimate
-from billhook.core.results.run import RunResult
+from billhook.core.results.model import SpeedReport
+from billhook.core.results.run import PredictedSpeed, RunResult, SpeedRatio
 from billhook.core.results.studies import SweepResult
 from billhook.core.statistics import exp_capped
 
@@ -39,12 +40,25 @@ def _of_pruning(result: RunResult, at: float) -> tuple[Observation, ...]:
         found.append(Observation("quality", result.data.evaluation.source, "%ppl", lost, at))
     found += [Observation("quality", task.file, "pp", points_lost(task.change), at) for task in result.tasks]
     if (speed := result.speed) is not None:
-        for phase in ("prefill", "decode"):
-            share = _over(getattr(speed.predicted, phase))
-            found.append(Observation("speed", phase, "%", getattr(speed.ratio, phase).mapped(share), at))
+        found += _of_predicted(speed.ratio, speed.predicted, at)
         if speed.student.peak_bytes is not None:
             found.append(Observation("memory", "student", "bytes", exact(float(speed.student.peak_bytes)), at))
     return tuple(found)
+
+
+@observations_of.register
+def _of_speed(result: SpeedReport, at: float) -> tuple[Observation, ...]:
+    peaks = {each.model: each.rates.peak_bytes for each in result.models}
+    found = [Observation("memory", name, "bytes", exact(float(peak)), at) for name, peak in peaks.items() if peak]
+    if result.ratio is not None and result.predicted is not None:
+        found += _of_predicted(result.ratio, result.predicted, at)
+    return tuple(found)
+
+
+def _of_predicted(ratio: SpeedRatio, predicted: PredictedSpeed, at: float) -> list[Observation]:
+    """Return both phases' share of the speed that was predicted."""
+    phases = (("prefill", ratio.prefill, predicted.prefill), ("decode", ratio.decode, predicted.decode))
+    return [Observation("speed", name, "%", found.mapped(_over(times)), at) for name, found, times in phases]
 
 
 def _over(predicted: float) -> Callable[[float], float]:

@@ -248,7 +248,7 @@ class SpeedReport(Result):
     """Speed of one model, or of two timed in turn. `ratio`: how many times faster the second is.
 
     `runtime`: the software that served them, with its release; empty where Billhook ran them with transformers.
-    `predicted`: the same ratio by the weights of an exported model alone.
+    `predicted`: the same ratio by the weights that each token meets, alone.
     """
 
     kind: ClassVar[str] = "speed"

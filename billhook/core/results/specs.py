@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from billhook.core.results.json_form import JsonObject, decode, encode
+from billhook.core.results.measured import TimingProtocol
 
 PRUNE = "prune"  # the kind of a run that is asked by a recipe and makes a checkpoint
 
@@ -167,6 +168,19 @@ class ExportSpec(RunSpec):
     to: str
     dtype: str | None
     verify: bool | None
+
+
+@dataclass(frozen=True)
+class SpeedSpec(RunSpec):
+    """The speed of `model`, or of it and an `other` in turn. `engine`: the runtime that serves them; None: here."""
+
+    kind = "speed"
+    model: str
+    other: str | None
+    engine: str | None
+    device: str
+    dtype: str
+    protocol: TimingProtocol
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import Any
 from billhook.core.results.ab_report import AbReport
 from billhook.core.results.comparisons import Comparison, GateReport
 from billhook.core.results.json_form import Result
+from billhook.core.results.model import SpeedReport
+from billhook.core.results.monitoring import WatchResult
 from billhook.core.results.studies import StabilityResult, SweepResult, ThresholdResult, TransferResult
 from billhook.report.ab_page import ab_sections, ab_title
 from billhook.report.ab_words import ab_headline, ab_notes
@@ -16,7 +18,11 @@ from billhook.report.compare_page import compare_sections, comparison_title, com
 from billhook.report.compare_words import gate_notes, gate_sentence, seen_warnings
 from billhook.report.frame import Section
 from billhook.report.gate_page import gate_sections, gate_title
+from billhook.report.monitoring.alert_words import watch_headline, watch_notes
+from billhook.report.monitoring.watch_page import watch_sections, watch_title
 from billhook.report.study_words import reliability_notes, stability_headline, sweep_headline, transfer_headline
+from billhook.report.timing.speed_page import speed_sections, speed_title
+from billhook.report.timing.words import speed_headline, speed_notes
 from billhook.report.trials.stability_page import stability_sections, stability_title
 from billhook.report.trials.sweep_page import sweep_sections, sweep_title
 from billhook.report.trials.threshold_page import (
@@ -50,4 +56,6 @@ TOLD: dict[type[Result], Told] = {
         gate_title, gate_sentence, lambda result: [*seen_warnings(result.seen), *gate_notes(result)], gate_sections
     ),
     AbReport: Told(ab_title, ab_headline, ab_notes, ab_sections),
+    SpeedReport: Told(speed_title, speed_headline, speed_notes, speed_sections),
+    WatchResult: Told(watch_title, watch_headline, watch_notes, watch_sections),
 }  # fmt: skip

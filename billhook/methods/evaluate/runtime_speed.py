@@ -16,16 +16,15 @@ from billhook.methods.evaluate.served import count_vocabulary, open_runtime
 from billhook.methods.evaluate.speed import rates, speed_ratio
 from billhook.models.device import environment
 from billhook.runtimes import RuntimeNumbers
-from billhook.runtimes.artefacts import Artefact, find_artefact, read_weights
+from billhook.runtimes.artefacts import Artefact, read_weights
 
 
 def speed_in_runtime(
-    engine: str, names: Sequence[str], protocol: TimingProtocol, watch: EventListener = ignore_events
+    names: Sequence[str], artefacts: Sequence[Artefact], protocol: TimingProtocol, watch: EventListener = ignore_events
 ) -> SpeedReport:
-    """Return the speed of the files of one or two models in the runtime `engine`. Raises as `find_artefact`."""
-    artefacts = [find_artefact(f"{engine}:{name}") for name in names]
+    """Return the speed of the files of one or two models in their runtime. Raises RuntimeFailed."""
     timed = time_artefacts(artefacts, protocol, watch=watch)
-    runtime = f"{engine} {timed[0][1].version}"
+    runtime = f"{artefacts[0].engine} {timed[0][1].version}"
     return SpeedReport(
         tuple(ModelRates(n, rates(each), told.kv_bytes) for n, (each, told) in zip(names, timed, strict=True)),
         protocol, environment(runtime), speed_ratio(timed[0][0], timed[1][0]) if len(timed) > 1 else None, runtime,
@@ -44,16 +43,20 @@ def predicted_ratio(first: Artefact, second: Artefact) -> PredictedSpeed | None:
     return PredictedSpeed(before.elements / after.elements, before.bytes / after.bytes)
 
 
+def check_protocol(protocol: TimingProtocol) -> None:
+    """Raise UsageError for a batch: a runtime answers one prompt at a time."""
+    if protocol.batch != 1:
+        raise UsageError(f"A runtime is timed with one prompt at a time. Leave {option('batch')} out.")
+
+
 def time_artefacts(
     artefacts: Sequence[Artefact], protocol: TimingProtocol, seed: int = 0, watch: EventListener = ignore_events
 ) -> list[tuple[Timing, RuntimeNumbers]]:
     """Time each artefact in its runtime, in the order A B A B …, after one warm-up each; with what the runtime says.
 
-    All are open at once, each in a process of its own, whose peak memory counts. Raises UsageError for a batch: a
-    runtime answers one prompt at a time.
+    All are open at once, each in a process of its own, whose peak memory counts. Raises as `check_protocol`.
     """
-    if protocol.batch != 1:
-        raise UsageError(f"A runtime is timed with one prompt at a time. Leave {option('batch')} out.")
+    check_protocol(protocol)
     prompt, new = protocol.prompt_tokens, protocol.new_tokens
     with ExitStack() as stack:
         opened = [stack.enter_context(open_runtime(each, prompt + new)) for each in artefacts]

@@ -84,18 +84,27 @@ def _alert_row(alert: Alert) -> tuple[str, ...]:
 
 def watch_rows(result: WatchResult) -> list[tuple[str, ...]]:
     """Return a row for each thing that is watched: its first and last shown value, the interval, and n."""
-    things: dict[tuple[str, str, Unit, Against], list[Observation]] = {}
+    rows: list[tuple[str, ...]] = []
+    for seen in series_of(result):
+        first, last, unit = seen[0].value, seen[-1].value, seen[0].unit
+        shown = (spell(first.value, unit), spell(last.value, unit), interval_words(last, unit), f"{last.n:,}")
+        rows.append((series_name(seen[0]), *shown))
+    return rows
+
+
+def series_of(result: WatchResult) -> list[list[Observation]]:
+    """Return the observations of each thing that is watched, in the order of rounds; things by their kind."""
+    things: dict[tuple[Kind, str, Unit, Against], list[Observation]] = {}
     for each in result.observations:
         things.setdefault((each.kind, each.what, each.unit, each.against), []).append(each)
-    rows: list[tuple[str, ...]] = []
-    for (kind, what, unit, against), seen in sorted(things.items(), key=lambda thing: KIND_ORDER.index(thing[0][0])):
-        first, last = seen[0].value, seen[-1].value
-        of = reference_words(unit, against)
-        name = f"{NAMES.get(kind, kind)}, {f'against {of}' if of else printable(what)}"
-        rows.append(
-            (name, spell(first.value, unit), spell(last.value, unit), interval_words(last, unit), f"{last.n:,}")
-        )
-    return rows
+    return [seen for _, seen in sorted(things.items(), key=lambda thing: KIND_ORDER.index(thing[0][0]))]
+
+
+def series_name(observation: Observation) -> str:
+    """Return what is watched, and of what: `loss, gsm8k.jsonl`, `latency, against the baseline`."""
+    of = reference_words(observation.unit, observation.against)
+    about = f"against {of}" if of else printable(observation.what)
+    return f"{NAMES.get(observation.kind, observation.kind)}, {about}"
 
 
 def watch_headline(result: WatchResult) -> str:

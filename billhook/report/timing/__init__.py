@@ -1,0 +1,1 @@
+"""Measured speed as words and as a page."""
