@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from billhook.core.errors import BillhookError, MissingExtra
 from billhook.core.registry import Entries
+from billhook.runtimes.energy import Phases
 
 if TYPE_CHECKING:  # what a mistake in a name need not wait for
     import numpy as np
@@ -130,10 +131,12 @@ class Served:
         """Return the `count` tokens that greedy decoding with the KV cache appends, past any end of text."""
         return cast(list[int], self._ask("generate", list(tokens), count))
 
-    def time(self, tokens: Sequence[int], count: int) -> tuple[float, float]:
-        """Return the seconds of a prefill of `tokens`, and of `count` decoding steps after it."""
-        prefill, decode = cast(tuple[float, float], self._ask("time", list(tokens), count))
-        return prefill, decode
+    def time(self, tokens: Sequence[int], count: int) -> Phases:
+        """Return the seconds of a prefill of `tokens`, and of `count` decoding steps after it, with joules if counted.
+
+        A `Model` of a runtime returns two seconds, or four numbers: the joules of both phases too.
+        """
+        return Phases(*cast(tuple[float, ...], self._ask("time", list(tokens), count)))
 
     def numbers(self) -> RuntimeNumbers:
         """Return what the runtime says of its memory."""

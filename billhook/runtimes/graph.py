@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from billhook.runtimes.energy import Laps, Timed, rapl_counters
 from billhook.runtimes.log_softmax import log_softmax
 from billhook.runtimes.memory import peak_resident
 
@@ -57,19 +57,19 @@ class GraphModel(ABC):
     def generate(self, tokens: Sequence[int], count: int) -> list[int]:
         return self._greedy(tokens, count)[0]
 
-    def time(self, tokens: Sequence[int], count: int) -> tuple[float, float]:
-        _, prefill, decode = self._greedy(tokens, count + 1)
-        return prefill, decode
+    def time(self, tokens: Sequence[int], count: int) -> Timed:
+        return self._greedy(tokens, count + 1)[1]
 
-    def _greedy(self, tokens: Sequence[int], count: int) -> tuple[list[int], float, float]:
-        """Return `count` tokens, and the seconds until the first of them, and from there to the last."""
+    def _greedy(self, tokens: Sequence[int], count: int) -> tuple[list[int], Timed]:
+        """Return `count` tokens, and the times until the first of them, and from there to the last."""
         self._forget()
-        start = time.perf_counter()
+        laps = Laps(rapl_counters())
         made = [int(self._step(tokens)[-1].argmax())]
-        middle = time.perf_counter()
+        laps.lap()
         while len(made) < count:
             made.append(int(self._step(made[-1:])[-1].argmax()))
-        return made, middle - start, time.perf_counter() - middle
+        laps.lap()
+        return made, laps.phases().numbers()
 
     def numbers(self) -> tuple[int | None, int | None, int | None]:
         """Bytes of the files with the weights, of the KV cache after the last answer, and of the peak of memory."""

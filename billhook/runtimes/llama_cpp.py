@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_uint64, c_void_p
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from billhook.runtimes.energy import Laps, Timed, rapl_counters
 from billhook.runtimes.log_softmax import log_softmax
 from billhook.runtimes.memory import peak_resident
 
@@ -150,14 +150,15 @@ class Model:
                 logits = self._decode(made[-1:], len(tokens) + i, every=False)
         return made
 
-    def time(self, tokens: Sequence[int], count: int) -> tuple[float, float]:
+    def time(self, tokens: Sequence[int], count: int) -> Timed:
         self._forget()
-        start = time.perf_counter()
+        laps = Laps(rapl_counters())
         logits = self._decode(tokens, 0, every=False)
-        middle = time.perf_counter()
+        laps.lap()
         for i in range(count):
             logits = self._decode([int(logits[-1].argmax())], len(tokens) + i, every=False)
-        return middle - start, time.perf_counter() - middle
+        laps.lap()
+        return laps.phases().numbers()
 
     def numbers(self) -> tuple[int | None, int | None, int | None]:
         """Bytes of weights, of the KV cache as the log says them, and at the peak of this process."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 
+from billhook.runtimes.energy import Laps, Timed, rapl_counters
 from billhook.runtimes.log_softmax import log_softmax
 from billhook.runtimes.memory import peak_resident
 
@@ -62,19 +62,19 @@ class Model:
     def generate(self, tokens: Sequence[int], count: int) -> list[int]:
         return self._greedy(self._float32(), tokens, count)[0]
 
-    def time(self, tokens: Sequence[int], count: int) -> tuple[float, float]:
-        _, prefill, decode = self._greedy(self._stored, tokens, count + 1)
-        return prefill, decode
+    def time(self, tokens: Sequence[int], count: int) -> Timed:
+        return self._greedy(self._stored, tokens, count + 1)[1]
 
-    def _greedy(self, model: Any, tokens: Sequence[int], count: int) -> tuple[list[int], float, float]:
-        """Return `count` tokens, and the seconds until the first of them, and from there to the last."""
+    def _greedy(self, model: Any, tokens: Sequence[int], count: int) -> tuple[list[int], Timed]:
+        """Return `count` tokens, and the times until the first of them, and from there to the last."""
         self._forget(model)
-        start = time.perf_counter()
+        laps = Laps(rapl_counters())
         made = [int(self._decode(model, tokens)[-1].argmax().item())]
-        middle = time.perf_counter()
+        laps.lap()
         while len(made) < count:
             made.append(int(self._decode(model, made[-1:])[-1].argmax().item()))
-        return made, middle - start, time.perf_counter() - middle
+        laps.lap()
+        return made, laps.phases().numbers()
 
     def numbers(self) -> tuple[int | None, int | None, int | None]:
         """Bytes of weights, of the KV cache after the last answer, and at the peak of this process."""

@@ -90,9 +90,11 @@ def _here(
     def measure(watch: EventListener) -> SpeedReport:
         timings = speed.time_interleaved(models, [t.folder for t in teachers], protocol, watch=watch)
         rates = tuple(ModelRates(t.name, speed.rates(each)) for t, each in zip(teachers, timings, strict=True))
+        energy = speed.counters_of(speed.meter_of(models[0].device))
         if len(teachers) == 1:
-            return SpeedReport(rates, protocol, environment(place))
+            return SpeedReport(rates, protocol, environment(place), energy=energy)
         predicted = speed.predicted_by_weights(teachers[0].anatomy, teachers[1].anatomy)
-        return SpeedReport(rates, protocol, environment(place), speed.speed_ratio(*timings), predicted=predicted)
+        ratio = speed.speed_ratio(*timings)
+        return SpeedReport(rates, protocol, environment(place), ratio, predicted=predicted, energy=energy)
 
     return measure, place

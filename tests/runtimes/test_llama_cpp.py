@@ -39,8 +39,8 @@ def test_probabilities_answers_and_numbers(file: Path) -> None:
         after = served.logprobs([*IDS[:8], *made])
         assert made == after[7:-1].argmax(-1).tolist()
         np.testing.assert_array_equal(served.logprobs(IDS), first)
-        prefill, decode = served.time(IDS, 4)
-        assert min(prefill, decode) > 0
+        taken = served.time(IDS, 4)
+        assert min(taken.prefill_s, taken.decode_s) > 0
         numbers = served.numbers()
     assert numbers.weight_bytes is not None
     assert 0 < numbers.weight_bytes < file.stat().st_size

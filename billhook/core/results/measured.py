@@ -136,7 +136,8 @@ class Step:
 class Timing:
     """Seconds of repeated runs of one model, taken in turn with another one; `batch` sequences at a time.
 
-    `eager_decode_s`: of decoding without a graph of kernels, where `decode_s` is with one.
+    `eager_decode_s`: of decoding without a graph of kernels, where `decode_s` is with one. `prefill_j`, `decode_j`:
+    joules of the same runs, of decoding without a graph; empty where the machine has no counter.
     """
 
     prefill_s: tuple[float, ...]
@@ -146,6 +147,8 @@ class Timing:
     batch: int
     peak_bytes: int | None  # of the whole process that loads the model and answers, or of the device
     eager_decode_s: tuple[float, ...] = ()
+    prefill_j: tuple[float, ...] = ()
+    decode_j: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +159,14 @@ class TimingProtocol:
     new_tokens: int = 32
     batch: int = 1
     repeats: int = 9
+
+
+@dataclass(frozen=True, slots=True)
+class EnergyCounters:
+    """The energy counters of a machine by name: those that were read, and those that the user may not read."""
+
+    read: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from billhook.core.errors import UsageError
 from billhook.core.plan import Plan, Site
 from billhook.core.results.json_form import JsonObject, Result
 from billhook.core.results.measured import (
+    EnergyCounters,
     Environment,
     Estimate,
     TimingProtocol,
@@ -248,7 +249,8 @@ class SpeedReport(Result):
     """Speed of one model, or of two timed in turn. `ratio`: how many times faster the second is.
 
     `runtime`: the software that served them, with its release; empty where Billhook ran them with transformers.
-    `predicted`: the same ratio by the weights that each token meets, alone.
+    `predicted`: the same ratio by the weights that each token meets, alone. `energy`: the counters that were read; None
+    of a report of an earlier Billhook.
     """
 
     kind: ClassVar[str] = "speed"
@@ -259,12 +261,15 @@ class SpeedReport(Result):
     ratio: SpeedRatio | None = None
     runtime: str = ""
     predicted: PredictedSpeed | None = None
+    energy: EnergyCounters | None = None
 
     def rows(self) -> list[JsonObject]:
         """A row a model."""
         return [
             {"model": each.model, **estimate_columns("prefill_tokens_per_s", each.rates.prefill_tokens_per_s),
              **estimate_columns("decode_tokens_per_s", each.rates.decode_tokens_per_s),
+             **estimate_columns("prefill_joules", each.rates.prefill_joules),
+             **estimate_columns("decode_joules", each.rates.decode_joules),
              "peak_bytes": each.rates.peak_bytes, "kv_bytes": each.kv_bytes}
             for each in self.models
         ]  # fmt: skip

@@ -112,20 +112,27 @@ class Rates:
     """Tokens per second, medians with intervals. `peak_bytes`: of a process that loads the model and answers.
 
     `eager_decode_tokens_per_s`: kernel by kernel, where decoding was timed as a replayed graph of kernels.
+    `prefill_joules`, `decode_joules`: per token, means with intervals; None where the machine has no counter.
     """
 
     prefill_tokens_per_s: Estimate
     decode_tokens_per_s: Estimate
     peak_bytes: int | None
     eager_decode_tokens_per_s: Estimate | None = None
+    prefill_joules: Estimate | None = None
+    decode_joules: Estimate | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SpeedRatio:
-    """How many times faster the second model is, from pairs that ran one after the other."""
+    """How many times faster the second model is, from pairs that ran one after the other.
+
+    `decode_joules`: how many times the energy per decoded token it takes; None where nothing counts that.
+    """
 
     prefill: Estimate
     decode: Estimate
+    decode_joules: Estimate | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,11 @@ from billhook.core.results.measured import Timing, TimingProtocol
 from billhook.core.results.model import ModelRates, SpeedReport
 from billhook.core.results.run import PredictedSpeed
 from billhook.methods.evaluate.served import count_vocabulary, open_runtime
-from billhook.methods.evaluate.speed import rates, speed_ratio
+from billhook.methods.evaluate.speed import counters_of, rates, speed_ratio, timing_of
 from billhook.models.device import environment
 from billhook.runtimes import RuntimeNumbers
 from billhook.runtimes.artefacts import Artefact, read_weights
+from billhook.runtimes.energy import Phases, rapl_counters
 
 
 def speed_in_runtime(
@@ -28,7 +29,7 @@ def speed_in_runtime(
     return SpeedReport(
         tuple(ModelRates(n, rates(each), told.kv_bytes) for n, (each, told) in zip(names, timed, strict=True)),
         protocol, environment(runtime), speed_ratio(timed[0][0], timed[1][0]) if len(timed) > 1 else None, runtime,
-        predicted_ratio(*artefacts) if len(timed) > 1 else None,
+        predicted_ratio(*artefacts) if len(timed) > 1 else None, counters_of(rapl_counters()),
     )  # fmt: skip
 
 
@@ -62,16 +63,13 @@ def time_artefacts(
         opened = [stack.enter_context(open_runtime(each, prompt + new)) for each in artefacts]
         draw = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, min(map(count_vocabulary, opened)), (prompt,), generator=draw).tolist()
-        seconds: list[list[tuple[float, float]]] = [[] for _ in opened]
+        runs: list[list[Phases]] = [[] for _ in opened]
         total = (protocol.repeats + 1) * len(opened)
         for repeat in range(protocol.repeats + 1):
             for i, served in enumerate(opened):
                 taken = served.time(ids, new)
                 if repeat:
-                    seconds[i].append(taken)
+                    runs[i].append(taken)
                 watch(Event("speed", repeat * len(opened) + i + 1, total))
         numbers = [served.numbers() for served in opened]
-    return [
-        (Timing(tuple(p for p, _ in of_one), tuple(d for _, d in of_one), prompt, new, 1, each.peak_bytes), each)
-        for of_one, each in zip(seconds, numbers, strict=True)
-    ]
+    return [(timing_of(each, protocol, told.peak_bytes), told) for each, told in zip(runs, numbers, strict=True)]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from billhook.core.anatomy import Anatomy
 from billhook.core.errors import ResourceError
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.plan import Plan, Site
-from billhook.core.results.measured import Estimate, Timing, TimingProtocol
+from billhook.core.results.measured import EnergyCounters, Estimate, Timing, TimingProtocol
 from billhook.core.results.run import Phase, PredictedSpeed, Rates, SpeedGap, SpeedRatio
-from billhook.core.statistics import median_interval
+from billhook.core.statistics import median_interval, student_quantile
 from billhook.methods.evaluate.graphed_decoding import graphed_seconds
 from billhook.models.accelerator.memory import peak_of
 from billhook.models.accelerator.sizes import warm_up_runs
@@ -32,6 +33,7 @@ from billhook.models.load import Teacher, undisturbed
 from billhook.models.pruned_config import register
 from billhook.models.surgery import apply
 from billhook.models.transformers_internals import cache_name
+from billhook.runtimes.energy import Laps, Meter, Phases, machine_meter
 
 FEWEST_RUNS = 6  # whose median has a 95% interval
 
@@ -47,9 +49,11 @@ def max_positions(models: Sequence[Any]) -> int | None:
 @torch.inference_mode()
 def time_interleaved(
     models: Sequence[Any], folders: Sequence[Path], protocol: TimingProtocol,
-    seed: int = 0, watch: EventListener = ignore_events,
+    seed: int = 0, meter: Meter | None = None, watch: EventListener = ignore_events,
 ) -> list[Timing]:  # fmt: skip
     """Time each model, in the order A B A B …: wall seconds on a synchronised device, after warm-ups of each.
+
+    `meter`: energy counters that are read beside the clock; None: those of this machine.
 
     On CUDA a decoding step is a replayed graph, as in a serving engine, and the eager one is timed beside it.
     `folders[i]` holds the checkpoint of model i: on a CPU, peak memory is that of a fresh process that loads it and
@@ -59,29 +63,49 @@ def time_interleaved(
     draw = torch.Generator().manual_seed(seed)
     vocabulary = min(model.config.vocab_size for model in models)
     ids = torch.randint(0, vocabulary, (protocol.batch, prompt), generator=draw)
-    prefill: list[list[float]] = [[] for _ in models]
-    decode: list[list[float]] = [[] for _ in models]
+    meter = meter_of(models[0].device) if meter is None else meter
+    runs: list[list[Phases]] = [[] for _ in models]
     graphed: list[list[float]] = [[] for _ in models]
     warm_ups = max(warm_up_runs(m.device) for m in models)
     total = (protocol.repeats + warm_ups) * len(models)
     for repeat in range(protocol.repeats + warm_ups):
         for i, model in enumerate(models):
-            seconds = time_steps(model, ids.to(model.device), protocol.new_tokens)
+            phases = run_phases(model, ids.to(model.device), protocol.new_tokens, meter)
             if repeat >= warm_ups:
-                prefill[i].append(seconds[0])
-                decode[i].append(seconds[1])
+                runs[i].append(phases)
                 replayed = graphed_seconds(model, ids.to(model.device), protocol.new_tokens)
                 graphed[i] += [] if replayed is None else [replayed]
             watch(Event("speed", repeat * len(models) + i + 1, total))
     peaks = [_peak(m, folder, protocol) for folder, m in zip(folders, models, strict=True)]
     both = min(map(len, graphed)) == protocol.repeats  # a ratio compares two graphs or none
+    found = [timing_of(each, protocol, peak) for each, peak in zip(runs, peaks, strict=True)]
     return [
-        Timing(
-            tuple(p), tuple(g if both else d), prompt, protocol.new_tokens, protocol.batch, peak,
-            tuple(d) if both else (),
-        )
-        for p, d, g, peak in zip(prefill, decode, graphed, peaks, strict=True)
-    ]  # fmt: skip
+        replace(timing, decode_s=tuple(replayed), eager_decode_s=timing.decode_s) if both else timing
+        for timing, replayed in zip(found, graphed, strict=True)
+    ]
+
+
+def meter_of(device: torch.device) -> Meter:
+    """Return the energy counters of this machine and of the device."""
+    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    return machine_meter(gpu)
+
+
+def counters_of(meter: Meter) -> EnergyCounters:
+    """Return the names of the counters of a meter."""
+    return EnergyCounters(tuple(each.name for each in meter.counters), meter.unreadable)
+
+
+def timing_of(runs: Sequence[Phases], protocol: TimingProtocol, peak: int | None) -> Timing:
+    """Return runs of one model as a timing; without joules where a run has none."""
+    pairs = [(each.prefill_j, each.decode_j) for each in runs]
+    counted = [(p, d) for p, d in pairs if p is not None and d is not None]
+    counted = counted if len(counted) == len(runs) else []
+    return Timing(
+        tuple(each.prefill_s for each in runs), tuple(each.decode_s for each in runs), protocol.prompt_tokens,
+        protocol.new_tokens, protocol.batch, peak, prefill_j=tuple(p for p, _ in counted),
+        decode_j=tuple(d for _, d in counted),
+    )  # fmt: skip
 
 
 def _peak(model: Any, folder: Path, protocol: TimingProtocol) -> int | None:
@@ -94,15 +118,22 @@ def _peak(model: Any, folder: Path, protocol: TimingProtocol) -> int | None:
 
 def time_steps(model: Any, ids: torch.Tensor, new_tokens: int) -> tuple[float, float]:
     """Return the seconds of a prefill of `ids` [batch, time] and of `new_tokens` decoding steps."""
+    found = run_phases(model, ids, new_tokens, Meter())
+    return found.prefill_s, found.decode_s
+
+
+def run_phases(model: Any, ids: torch.Tensor, new_tokens: int, meter: Meter) -> Phases:
+    """Return seconds and joules of a prefill of `ids` [batch, time] and of `new_tokens` decoding steps."""
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     cache = cache_name(model)
-    start = synchronised_time(model.device)
+    laps = Laps(meter, lambda: synchronised_time(model.device))
     out = model(input_ids=ids, use_cache=True, **last_only)
-    middle = synchronised_time(model.device)
+    laps.lap()
     for _ in range(new_tokens):
         token = out.logits[:, -1:].argmax(-1)
         out = model(input_ids=token, use_cache=True, **{cache: out[cache]})
-    return middle - start, synchronised_time(model.device) - middle
+    laps.lap()
+    return laps.phases()
 
 
 def peak_bytes(folder: Path, device: str, dtype: str, prompt: int, new_tokens: int) -> int | None:
@@ -191,8 +222,31 @@ def rates(timing: Timing) -> Rates:
     eager = [new / s for s in timing.eager_decode_s]
     return Rates(
         _median([prompt / s for s in timing.prefill_s]), _median([new / s for s in timing.decode_s]),
-        timing.peak_bytes, _median(eager) if eager else None,
+        timing.peak_bytes, _median(eager) if eager else None, _mean_joules(timing.prefill_j, prompt),
+        _mean_joules(timing.decode_j, new),
     )  # fmt: skip
+
+
+def _mean_joules(joules: Sequence[float], tokens: int) -> Estimate | None:
+    """Return joules per token, the mean with its 95% interval by Student's t; of fewer than 6 runs their range.
+
+    A counter advances in steps, which a mean evens out and a median does not.
+    """
+    if not joules or not any(joules):
+        return None
+    return _of_sums([each / tokens for each in joules], [1.0] * len(joules))
+
+
+def _of_sums(above: Sequence[float], below: Sequence[float]) -> Estimate:
+    """Return the ratio of two sums over runs with its 95% interval by Student's t; of fewer than 6 its range."""
+    n, total = len(above), sum(below)
+    value, reliable = sum(above) / total, n >= FEWEST_RUNS
+    if reliable:
+        squares = sum((a - value * b) ** 2 for a, b in zip(above, below, strict=True))
+        half = student_quantile(0.975, n - 1) * (squares * n / (n - 1)) ** 0.5 / total
+        return Estimate(value, value - half, value + half, n, n, True)
+    each = [a / b for a, b in zip(above, below, strict=True) if b > 0]
+    return Estimate(value, min(each), max(each), n, n, False, "few_runs")
 
 
 def speed_ratio(teacher: Timing, student: Timing) -> SpeedRatio:
@@ -201,7 +255,11 @@ def speed_ratio(teacher: Timing, student: Timing) -> SpeedRatio:
     def phase(before: Sequence[float], after: Sequence[float]) -> Estimate:
         return _median([a / b for a, b in zip(before, after, strict=True)])
 
-    return SpeedRatio(phase(teacher.prefill_s, student.prefill_s), phase(teacher.decode_s, student.decode_s))
+    joules = teacher.decode_j, student.decode_j
+    return SpeedRatio(
+        phase(teacher.prefill_s, student.prefill_s), phase(teacher.decode_s, student.decode_s),
+        _of_sums(joules[1], joules[0]) if all(map(any, joules)) else None,
+    )  # fmt: skip
 
 
 def _median(values: Sequence[float]) -> Estimate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from billhook.core.results.measured import Estimate
 from billhook.core.results.model import SpeedReport
-from billhook.report.numbers import format_number, format_ratio, printable, reliability_note, with_interval
+from billhook.report.numbers import format_number, format_ratio, join_words, printable, reliability_note, with_interval
 from billhook.report.study_words import short_names
 
 
@@ -61,5 +61,31 @@ def speed_notes(report: SpeedReport) -> list[str]:
         f"{p.repeats} runs after a warm-up, batch {p.batch}, {p.prompt_tokens} tokens in, {p.new_tokens} out, {where}; "
         "median (95% interval of the median)"
     )
+    notes += energy_words(report)
     rest = reliability_note(report.models[0].rates.decode_tokens_per_s)
     return [*notes, rest] if rest else notes
+
+
+def energy_words(report: SpeedReport) -> list[str]:
+    """Return the energy per token of each model, by which counters, or that nothing counts it."""
+    energy, found = report.energy, []
+    if energy is None:
+        return []
+    if not energy.read:
+        if energy.unreadable:
+            names = join_words(energy.unreadable)
+            return [f"Only the administrator of this machine may read its energy counters ({names})."]
+        return ["No energy counter on this machine."]
+    shown = short_names(each.model for each in report.models)
+    for each in report.models:
+        phases = (("decoded", each.rates.decode_joules), ("of the prompt", each.rates.prefill_joules))
+        told = [f"{_joules(joules)} per token {phase}" for phase, joules in phases if joules is not None]
+        found += [f"{printable(shown[each.model])}: {', '.join(told)}."] if told else []
+    if report.ratio is not None and report.ratio.decode_joules is not None:
+        found.append(f"Energy per decoded token: {with_interval(report.ratio.decode_joules, format_ratio)}.")
+    counters = f"Energy is that of the whole {join_words(energy.read)}, whoever uses it; mean (95% interval)."
+    return [*found, counters] if found else ["The energy counters did not move: the runs were too short."]
+
+
+def _joules(found: Estimate) -> str:
+    return with_interval(found, lambda x: f"{x:.3g}").replace(" (", " J (")
