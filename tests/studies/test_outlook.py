@@ -17,13 +17,16 @@ from typer.testing import CliRunner
 
 import billhook
 from billhook.cli.main import app
-from billhook.core.errors import BudgetError, RunError, UsageError
+from billhook.core.errors import BudgetError, ModelError, RunError, UsageError
 from billhook.core.events import Event
 from billhook.core.outlook.suggestions import SUGGESTIONS, Idea, Situation
 from billhook.core.plan import Site
 from billhook.core.results.exports import TargetFit
+from billhook.core.results.measured import Environment, Estimate, TimingProtocol
+from billhook.core.results.model import ModelRates, SpeedReport
 from billhook.core.results.outlook import CostReport, ForecastReport, MachineReport
-from billhook.core.results.run import TaskChange
+from billhook.core.results.run import Rates, RunResult, SpeedRatio, TaskChange
+from billhook.core.results.specs import SpeedSpec
 from billhook.core.results.suggestions import SuggestionReport
 from billhook.runs.recipe import parse_recipe
 from billhook.runs.store import Store
@@ -173,6 +176,81 @@ def test_a_quantised_file_is_as_fast_as_it_is_small(store: Path, tmp_path: Path)
     assert by_machine.prices.per_hour == pytest.approx(0.072 * 0.3)
     assert by_machine.costs[1].saved is not None
     assert by_machine.costs[1].saved.low is None, "a roofline has no interval"
+
+
+def with_joules(result: RunResult, teacher: float, student: float) -> RunResult:
+    """A planted pruning whose energy was measured, per decoded token."""
+    assert result.speed is not None
+    both = [replace(getattr(result.speed, who), decode_joules=estimate(x)) for who, x in
+            (("teacher", teacher), ("student", student))]  # fmt: skip
+    ratio = replace(result.speed.ratio, decode_joules=estimate(student / teacher))
+    return replace(result, speed=replace(result.speed, teacher=both[0], student=both[1], ratio=ratio))
+
+
+def estimate(value: float) -> Estimate:
+    return Estimate(value, 0.9 * value, 1.1 * value, 9, 9, True)
+
+
+def test_a_price_of_a_kwh_is_that_of_the_energy_that_was_measured(store: Path) -> None:
+    """The student is faster by a quarter, and takes three quarters of the energy: it is the energy that is paid."""
+    run = file_run(store, with_joules(a_run(0.1, speedup=1.25, seconds=3600.0), 2.0, 1.5))
+    told = billhook.cost(run, price_per_kwh=0.36, store=store)
+    teacher, student = told.costs
+    assert teacher.per_million.value == pytest.approx(2.0e6 / 3.6e6 * 0.36)
+    assert student.per_million.value == pytest.approx(1.5e6 / 3.6e6 * 0.36)
+    assert student.saved is not None
+    assert student.payback_hours is not None
+    assert (student.saved.value, student.saved.low, student.saved.high) == pytest.approx((0.25, 0.175, 0.325))
+    assert student.payback_hours.value == pytest.approx(1 / 0.25)
+    assert told.prices.per_hour == pytest.approx(2.0 * 10 / 1000 * 0.36), "2 J a token at 10 tokens a second are 20 W"
+    assert "20 W of the teacher, measured" in told.prices.basis
+    by_hour = billhook.cost(run, price_per_hour=1.0, store=store).costs[1]
+    assert by_hour.saved is not None
+    assert by_hour.saved.value == pytest.approx(0.2), "an hour is paid by the clock"
+    said = billhook.cost(run, price_per_kwh=0.36, watts=100.0, store=store)
+    assert said.prices.per_hour == pytest.approx(0.036), "what is said is taken"
+    other = file_run(store, with_joules(a_run(0.3, speedup=2.0), 2.0, 0.5))
+    rival = billhook.cost(run, price_per_kwh=0.36, against=other, store=store).costs[2]
+    assert rival.per_million.value == pytest.approx(0.5e6 / 3.6e6 * 0.36)
+
+
+def file_speed(store: Path, *models: str, engine: str | None) -> str:
+    """File a planted measurement of speed, of which the second model is three times as fast; returns its id."""
+    rows = tuple(ModelRates(name, Rates(estimate(300.0), estimate(10.0 * 3**i), None)) for i, name in enumerate(models))
+    ratio = SpeedRatio(estimate(2.0), estimate(3.0)) if len(models) > 1 else None
+    where = Environment("0", "3", "2", "5", "cpu", "here", 2)
+    report = SpeedReport(rows, TimingProtocol(), where, ratio, "llama.cpp 1" if engine else "")
+    spec = SpeedSpec(models[0], models[1] if len(models) > 1 else None, engine, "auto", "auto", TimingProtocol())
+    with closing(Store(store)) as opened:
+        run = opened.new_run("speed", spec.to_json(), {}, "-")
+        opened.update(run, result=report.to_json(), state="done")
+    return run
+
+
+def test_a_quantised_file_in_its_runtime_has_the_speed_that_was_measured(store: Path, tmp_path: Path) -> None:
+    run, file = file_run(store, a_run()), str(tmp_path / "q.gguf")
+    Path(file).write_bytes(b"0" * (an_anatomy().total("bytes") // 4))
+    name = f"llama.cpp:{file}"
+    by_size = billhook.cost(run, price_per_hour=1.0, against=name, store=store).costs[2]
+    assert by_size.label == name
+    assert by_size.rate.value == pytest.approx(40.0, rel=1e-3), "four times as small"
+    timed = file_speed(store, "whole.gguf", file, engine="llama.cpp")
+    for against in (name, file, timed):
+        rival = billhook.cost(run, price_per_hour=1.0, against=against, store=store).costs[2]
+        assert rival.saved is not None
+        assert (rival.rate.value, rival.saved.value) == pytest.approx((30.0, 1 - 1 / 3))
+        assert rival.saved.low == pytest.approx(1 - 1 / 2.7)
+        assert timed in rival.rate.source
+    machine = billhook.cost(run, price_per_hour=1.0, machine="l4", against=name, store=store).costs[2]
+    assert "bandwidth of l4" in machine.rate.source
+    alone = file_speed(store, file, engine="llama.cpp")
+    with pytest.raises(RunError, match="timed one model alone"):
+        billhook.cost(run, price_per_hour=1.0, against=alone, store=store)
+    with pytest.raises(ModelError, match=r"There is no model llama\.cpp:none\.gguf"):
+        billhook.cost(run, price_per_hour=1.0, against="llama.cpp:none.gguf", store=store)
+    code, out, _ = typed("cost", run, "--price-per-hour", "1", "--against", name, "--store", store)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

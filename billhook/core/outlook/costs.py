@@ -10,6 +10,7 @@ from billhook.core.results.measured import Estimate
 
 MILLION = 10**6
 HOUR, DAY = 3600.0, 86400.0
+KWH = 3.6e6  # joules
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +39,14 @@ class Figure:
 class Prices:
     """What an hour of the machine costs, in a currency of the user's, and the tokens that are decoded each day.
 
-    `basis`: how the hour was priced; `tokens_per_day`: None where the user did not say.
+    `basis`: how the hour was priced; `tokens_per_day`: None where the user did not say. `per_kwh`: the price of a kWh,
+    where costs are those of the energy that was measured; then the hour is one of the teacher.
     """
 
     per_hour: float
     basis: str
     tokens_per_day: float | None = None
+    per_kwh: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,20 @@ class ModelCost:
 def cost_per_million(rate: Figure, per_hour: float) -> Figure:
     """Return what a million tokens cost at so many a second."""
     return rate.mapped(lambda tokens: per_hour / HOUR / tokens * MILLION)
+
+
+@dataclass(frozen=True, slots=True)
+class EnergyCost:
+    """What the measured energy of a model costs: of a million tokens; `saved`: the share of the teacher's."""
+
+    per_million: Figure
+    saved: Figure | None = None
+
+    @staticmethod
+    def of(joules: Figure, per_kwh: float, ratio: Figure | None = None) -> EnergyCost:
+        """Return the cost of so many joules per token; `ratio`: to the teacher's."""
+        cost = joules.mapped(lambda each: each * MILLION / KWH * per_kwh)
+        return EnergyCost(cost, None if ratio is None else ratio.mapped(lambda times: 1 - times))
 
 
 def saved_share(speedup: Figure) -> Figure:
@@ -114,19 +131,20 @@ def lost_per_saved(ratio: Figure, saved: Figure) -> Figure:
 def model_cost(
     label: str, rate: Figure, prices: Prices, *, bytes_: int | None = None, teacher: ModelCost | None = None,
     speedup: Figure | None = None, making_seconds: float | None = None, ratio: Figure | None = None,
+    energy: EnergyCost | None = None,
 ) -> ModelCost:  # fmt: skip
     """Return what a model costs, and against its `teacher` what it saves.
 
     `speedup`: how many times faster it is than the teacher, measured in pairs. `making_seconds`: of search and
-    recovery. `ratio`: of perplexities.
+    recovery. `ratio`: of perplexities. `energy`: what is paid instead of the hours that it takes.
     """
-    per_million = cost_per_million(rate, prices.per_hour)
+    per_million = cost_per_million(rate, prices.per_hour) if energy is None else energy.per_million
     day = prices.tokens_per_day
     per_day = None if day is None else per_million.mapped(lambda cost: cost * day / MILLION)
     machines = None if day is None else math.ceil(day / (rate.value * DAY))
     if teacher is None or speedup is None:
         return ModelCost(label, rate, per_million, bytes_, None, per_day, None, machines, None, ratio)
-    saved = saved_share(speedup)
+    saved = saved_share(speedup) if energy is None or energy.saved is None else energy.saved
     load = None if day is None else teacher.rate.mapped(lambda tokens: day / tokens / HOUR)
     whole = None if teacher.per_day is None else teacher.per_day.value
     return ModelCost(
