@@ -48,7 +48,7 @@ def max_positions(models: Sequence[Any]) -> int | None:
 
 @torch.inference_mode()
 def time_interleaved(
-    models: Sequence[Any], folders: Sequence[Path], protocol: TimingProtocol,
+    models: Sequence[Any], folders: Sequence[Path], protocol: TimingProtocol, *,
     seed: int = 0, meter: Meter | None = None, watch: EventListener = ignore_events,
 ) -> list[Timing]:  # fmt: skip
     """Time each model, in the order A B A B …: wall seconds on a synchronised device, after warm-ups of each.
@@ -86,9 +86,9 @@ def time_interleaved(
 
 
 def meter_of(device: torch.device) -> Meter:
-    """Return the energy counters of this machine and of the device."""
-    gpu = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-    return machine_meter(gpu)
+    """Return the energy counters of this machine and of the device, which older releases of torch do not identify."""
+    about = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return machine_meter(str(getattr(about, "uuid", "")))
 
 
 def counters_of(meter: Meter) -> EnergyCounters:
