@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -202,6 +204,37 @@ def test_speed_is_measured_in_the_runtime_in_turn(
     typed += ["--store", str(tmp_path / "s.db")]
     assert ": prefill ×" in CliRunner().invoke(main.app, typed, env={"COLUMNS": "200"}).output
     assert type(report).from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_a_pruning_is_held_against_quantising_as_its_runtime_measured_it(home: Home, tmp_path: Path) -> None:
+    """Export by llama.cpp's q8_0, time it there against the whole model, compare it on text, and ask for the cost."""
+    given: dict[str, Any] = {"store": tmp_path / "s.db"}
+    little: dict[str, Any] = {"tokens": 96, "length": 24, "self_share": 0.0, "data": home.text, **home.options}
+    run = billhook.prune(home.folder, plan="mlp.1", out=tmp_path / "pruned", device="cpu", **given, **little)
+    quantised, whole = tmp_path / "q8", home.file.partition(":")[2]
+    billhook.export(home.folder, "gguf", dtype="q8_0", out=quantised, **given)
+    name = f"llama.cpp:{quantised}"
+    by_size = billhook.cost(run.run, price_per_hour=1.0, against=name, **given).costs[2]
+    assert by_size.bytes == sum(file.stat().st_size for file in quantised.glob("*.gguf"))
+    assert by_size.rate.source.startswith("bytes of the files")
+    protocol = billhook.TimingProtocol(prompt_tokens=8, new_tokens=4, repeats=6)
+    timed = billhook.measure_speed(whole, quantised, engine="llama.cpp", protocol=protocol, **given)  # type: ignore[arg-type]
+    compared = billhook.compare(
+        home.file, name, data=home.text, timed=False, out=tmp_path / "c", **given, **home.options
+    )  # type: ignore[arg-type]
+    rival = billhook.cost(run.run, price_per_hour=1.0, against=name, **given).costs[2]
+    pair = compared.sets[0].pairs[0]
+    assert timed.ratio is not None
+    assert pair is not None
+    assert rival.saved is not None
+    assert rival.ratio is not None
+    assert rival.rate.value == timed.models[1].rates.decode_tokens_per_s.value
+    assert rival.saved.value == pytest.approx(1 - 1 / timed.ratio.decode.value)
+    assert rival.ratio.value == pytest.approx(math.exp(pair.change.value))
+    typed = ["cost", run.run, "--price-per-hour", "0.8", "--against", name, "--store", str(given["store"])]
+    done = CliRunner().invoke(main.app, typed, env={"COLUMNS": "80", "TERM": "dumb"})
+    assert done.exit_code == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama_tied"])
