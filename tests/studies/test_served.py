@@ -222,13 +222,14 @@ def test_a_pruning_is_held_against_quantising_as_its_runtime_measured_it(home: H
     compared = billhook.compare(
         home.file, name, data=home.text, timed=False, out=tmp_path / "c", **given, **home.options
     )  # type: ignore[arg-type]
-    rival = billhook.cost(run.run, price_per_hour=1.0, against=name, **given).costs[2]
+    teacher, _, rival = billhook.cost(run.run, price_per_hour=1.0, against=name, **given).costs
     pair = compared.sets[0].pairs[0]
     assert timed.ratio is not None
     assert pair is not None
     assert rival.saved is not None
     assert rival.ratio is not None
-    assert rival.rate.value == timed.models[1].rates.decode_tokens_per_s.value
+    assert rival.rate.value == pytest.approx(teacher.rate.value * timed.ratio.decode.value), "runtimes are not mixed"
+    assert "in llama.cpp" in rival.rate.source
     assert rival.saved.value == pytest.approx(1 - 1 / timed.ratio.decode.value)
     assert rival.ratio.value == pytest.approx(math.exp(pair.change.value))
     typed = ["cost", run.run, "--price-per-hour", "0.8", "--against", name, "--store", str(given["store"])]

@@ -221,11 +221,11 @@ def _rival(against: str, given: _Setting) -> ModelCost:
 
 @dataclass(frozen=True, slots=True)
 class _Timed:
-    """The speed of a model in a run, and how many times faster it is than the first model of that run."""
+    """How many times faster a model is than the first model of a run, and in which runtime, if any."""
 
     run: str
-    rate: Estimate
     ratio: Estimate
+    runtime: str = ""
 
 
 def _timed(run: Run, given: _Setting) -> ModelCost:
@@ -242,7 +242,7 @@ def _pair_of(run: Run) -> _Timed | None:
     report = SpeedReport.from_json(run.result) if run.result is not None else None
     if report is None or report.ratio is None:
         return None
-    return _Timed(run.id, report.models[1].rates.decode_tokens_per_s, report.ratio.decode)
+    return _Timed(run.id, report.ratio.decode, report.runtime)
 
 
 def _known_speed(name: str, store: Store) -> _Timed | None:
@@ -258,17 +258,18 @@ def _known_speed(name: str, store: Store) -> _Timed | None:
             found = read_result(run.kind, run.result)
             both = found.speed[run.spec["others"].index(name)] if isinstance(found, Comparison) else None
             if both is not None:
-                return _Timed(run.id, both.other.decode, both.decode_ratio)
+                return _Timed(run.id, both.decode_ratio)
     return None
 
 
 def _by_speed(name: str, size: int | None, known: _Timed, given: _Setting) -> ModelCost:
-    """A model that a run timed in turn with another one, which counts as the teacher."""
-    source, quality = f"run {known.run}, {known.ratio.n} timings", _known_quality(name, given.store)
+    """A model that a run timed in turn with the teacher: as many times the rate of this."""
+    where = f" in {known.runtime}" if known.runtime else ""
+    speedup = Figure.of(known.ratio, f"run {known.run}, {known.ratio.n} timings{where}, in pairs")
+    rate, quality = speedup.mapped(lambda times: times * given.teacher.rate.value), _known_quality(name, given.store)
     return model_cost(
-        name, Figure.of(known.rate, source), given.prices, bytes_=size, teacher=given.teacher,
-        speedup=Figure.of(known.ratio, f"{source}, in pairs"), ratio=_ratio_of(quality),
-    )  # fmt: skip
+        name, rate, given.prices, bytes_=size, teacher=given.teacher, speedup=speedup, ratio=_ratio_of(quality)
+    )
 
 
 def _ratio_of(known: tuple[str, Estimate] | None) -> Figure | None:
