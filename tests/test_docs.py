@@ -28,7 +28,7 @@ import typer
 
 import billhook
 from billhook.core import errors
-from billhook.core.budget import UNITS, Budget, parse_budgets
+from billhook.core.budget import UNITS, Budget, parse_budgets, parse_bytes
 from billhook.core.problem import Problem
 from billhook.engine.losses import LOSSES, loss_facts
 from billhook.methods.search import estimate_losses
@@ -36,7 +36,7 @@ from billhook.models import structure
 from billhook.models.architectures import ARCHITECTURES
 from billhook.models.device import SHARE_OF_WEIGHTS
 from billhook.models.pruned_config import PrunedConfig
-from billhook.runs.recipe import Recipe, parse_bytes
+from billhook.runs.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

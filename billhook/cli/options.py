@@ -50,6 +50,7 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "recover_data": (None, "Text for the recovery [default: that of --data]"),
     "recover_tokens": (32768, "Tokens for the recovery at most"),
     "recover_length": (256, "Tokens per sequence for the recovery"),
+    "skills": ("all", "Skills to test: arithmetic,brackets,copying,recall, or none"),
     "stock": (False, "Stock shape: zeros in removed sites, no speed-up"),
     "export": ("transformers", "Forms of the checkpoint, as `billhook methods` lists them"),
     "target": ("", "What serves the model: llama.cpp,mlx … as `billhook targets` lists"),

@@ -41,6 +41,7 @@ def rows_table(console: Console, result: Result) -> None:
 def result_table(console: Console, result: RunResult) -> None:
     """Print what a pruning removed and what that changed."""
     from billhook.report import run_words
+    from billhook.report.run.skills import lost_skills
 
     removed = result.plan.names()
     names = f": {', '.join(removed)}" if removed else ""
@@ -51,6 +52,8 @@ def result_table(console: Console, result: RunResult) -> None:
     for row in run_words.summary_rows(result):
         table.add_row(row.label, row.teacher, row.student, row.change)
     console.print(table)
+    if warning := lost_skills(result):
+        console.print(warning, style="bold")
     for note in filter(None, (run_words.search_in_words(result.search), *run_words.run_notes(result))):
         console.print(note, style="dim")
     console.print(f"Checkpoint and report: {result.out} (open {result.out}/report.html)")

@@ -10,7 +10,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 from billhook.core.anatomy import Anatomy, SiteSize
-from billhook.core.errors import BudgetError, nearest
+from billhook.core.errors import BudgetError, RecipeError, nearest, option
 from billhook.core.plan import Plan, Site, shorten
 
 
@@ -160,3 +160,14 @@ def parse_budgets(text: str) -> tuple[Budget, ...]:
     if twice:
         raise BudgetError(f"{text!r} has two budgets in {twice}. Keep the larger one.")
     return budgets
+
+
+def parse_bytes(text: str) -> int:
+    """`4GB`, `500MB` or `2.5GiB` in bytes. Raises RecipeError with the allowed spellings."""
+    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([MG])(i?)B\s*", text)
+    if not match or float(match[1]) == 0:
+        raise RecipeError(
+            f"{option('memory', text)} is not an amount of memory. Write for example 4GB, 500MB or 2.5GiB."
+        )
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** {"M": 2, "G": 3}[match[2]])

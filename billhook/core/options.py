@@ -116,6 +116,7 @@ class PruneOptions(StudyOptions, total=False):
 
     plan: str | Path | None
     within: str | None
+    skills: str
 
 
 class RequestFields(TypedDict, total=False):

@@ -161,7 +161,7 @@ def few_shot_texts(items: Sequence[Item], subjects: Iterable[str], count: int, s
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
     """The tokens of a request; the continuation's begin at `first`."""
 
     ids: tuple[int, ...]
@@ -169,25 +169,30 @@ class _Row:
     characters: int
 
 
-def _rows(
-    item: Item, solved: str, tokenizer: Any, prefix: Sequence[int], *, positions: int | None, source: str
-) -> list[_Row]:
-    """Tokenise context and continuation together, and the context alone; the continuation's tokens are the rest.
+def encode_items(items: Iterable[tuple[Item, str]], tokenizer: Any) -> dict[str, list[int]]:
+    """Return the tokens of all texts of items, each with what is solved before it, for `item_rows`."""
+    asked = [request for item, solved in items for request in requests(item, solved)]
+    texts = {request.context + request.continuation for request in asked}
+    ordered = sorted(texts | {request.context.rstrip() for request in asked} - {""})
+    return dict(zip(ordered, tokenizer(ordered, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
 
-    Blanks at the end of a context belong to the continuation. A row begins with `prefix`, the tokenizer's special
-    tokens, or without any and without a context with BOS or EOS. A row longer than `positions` loses its first tokens.
+
+def item_rows(
+    item: Item, solved: str, encoded: Mapping[str, Sequence[int]], tokenizer: Any, prefix: Sequence[int], *,
+    positions: int | None, source: str,
+) -> list[Row]:  # fmt: skip
+    """Return a row for each choice: context and continuation as one text, of which the context's tokens are the first.
+
+    `encoded`: by `encode_items`. Blanks at the end of a context belong to the continuation. A row begins with
+    `prefix`, the tokenizer's special tokens, or without any and without a context with BOS or EOS. A row longer than
+    `positions` loses its first tokens.
     """
-    of_item = requests(item, solved)
-    heads = [request.context.rstrip() for request in of_item]
-    wholes = [request.context + request.continuation for request in of_item]
-    contexts = sorted({head for head in heads if head})  # most items have one context for all choices
-    encoded = tokenizer([*wholes, *contexts], add_special_tokens=False, verbose=False)["input_ids"]
-    lengths = {"": 0} | {head: len(ids) for head, ids in zip(contexts, encoded[len(wholes) :], strict=True)}
     rows = []
-    for choice, (request, head, ids) in enumerate(zip(of_item, heads, encoded, strict=False)):
-        where = f"{source}, row {item.number}, choice {choice},"
-        start = list(prefix) if prefix or lengths[head] else [_start(tokenizer, where)]
-        row, first = (*start, *ids), len(start) + lengths[head]
+    for choice, request in enumerate(requests(item, solved)):
+        where, head = f"{source}, row {item.number}, choice {choice},", request.context.rstrip()
+        length = len(encoded[head]) if head else 0
+        start = list(prefix) if prefix or length else [_start(tokenizer, where)]
+        row, first = (*start, *encoded[request.context + request.continuation]), len(start) + length
         if first >= len(row):
             raise DataError(f"{where} has no token of its own with this tokenizer. Leave the row out.")
         over = max(0, len(row) - (positions or len(row)))
@@ -195,7 +200,7 @@ def _rows(
             raise DataError(
                 f"{where} has {len(row) - first} tokens, and the model {positions} positions. Leave the row out."
             )
-        rows.append(_Row(row[over:], first - over, request.characters))
+        rows.append(Row(row[over:], first - over, request.characters))
     return rows
 
 
@@ -245,24 +250,27 @@ def task_tokens(
         raise DataError("The model has no tokenizer, so no task can be read. Put its tokenizer files into its folder.")
     items, texts, solved = select_items(path, part=part, seed=seed, shots=shots, watch=watch)
     prefix = special_prefix(tokenizer)
-    taken: list[Item] = []
-    rows: list[_Row] = []
-    documents: list[int] = []
-    digests: list[str] = []
+    taken: list[tuple[Item, list[Row]]] = []
     total = 0
     for item in items[:limit_items]:
         if limit_tokens is not None and total >= limit_tokens:
             break
         before = solved.get(item.subject, "")
-        of_item = _rows(item, before, tokenizer, prefix, positions=positions, source=str(path))
-        documents += [len(taken)] * len(of_item)
-        digests.append(hashlib.sha256(repr([row.ids for row in of_item]).encode()).hexdigest()[:16])
-        taken.append(item)
-        rows += of_item
-        total += sum(len(row.ids) for row in of_item)
+        encoded = encode_items([(item, before)], tokenizer)
+        rows = item_rows(item, before, encoded, tokenizer, prefix, positions=positions, source=str(path))
+        taken.append((item, rows))
+        total += sum(len(row.ids) for row in rows)
+    return choice_tokens(taken, texts[: len(taken)], str(path))
+
+
+def choice_tokens(items: Sequence[tuple[Item, Sequence[Row]]], texts: Sequence[int], source: str) -> TokenSet:
+    """Return items with their rows as a token set, a document each; `texts`: the text that each comes from."""
+    rows = [row for _, of_item in items for row in of_item]
+    documents = [d for d, (_, of_item) in enumerate(items) for _ in of_item]
+    digests = [hashlib.sha256(repr([row.ids for row in each]).encode()).hexdigest()[:16] for _, each in items]
     first, characters = tuple(row.first for row in rows), tuple(row.characters for row in rows)
-    choices = Choices(first, characters, *zip(*((item.gold, item.number) for item in taken), strict=True))
-    return token_set([row.ids for row in rows], documents, texts[: len(taken)], digests, str(path), choices=choices)
+    choices = Choices(first, characters, *zip(*((item.gold, item.number) for item, _ in items), strict=True))
+    return token_set([row.ids for row in rows], documents, texts, digests, source, choices=choices)
 
 
 def select_items(

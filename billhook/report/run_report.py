@@ -27,6 +27,7 @@ from billhook.report.run.card import DRAWING, data_of, model_card
 from billhook.report.run.curves import gap_chart, loss_chart, speed_chart
 from billhook.report.run.drawing import architecture_svg
 from billhook.report.run.sites import removals, sites_table, strip, worth_chart
+from billhook.report.run.skills import lost_skills, skills_html
 from billhook.report.run.use import next_html, use_html
 from billhook.report.run_words import (
     RECOVERY_COLUMNS,
@@ -63,8 +64,8 @@ def run_title(result: RunResult) -> str:
 
 
 def run_verdict(result: RunResult) -> str:
-    """Whether the student is good, and the run in one sentence."""
-    return f"{quality_verdict(result)} {headline(result)}"
+    """Whether the student is good, which skills it lost, and the run in one sentence."""
+    return " ".join(filter(None, (quality_verdict(result), lost_skills(result), headline(result))))
 
 
 def run_sections(result: RunResult) -> list[Section]:
@@ -75,6 +76,7 @@ def run_sections(result: RunResult) -> list[Section]:
         Section("next", "What next", next_html(result)),
         Section("parts", "What was removed", _parts(result)),
         Section("loss", "Loss along the removals", _charts(result)),
+        Section("skills", "What pruning breaks first", skills_html(result)),
         Section("recovered", "What recovery gave back", _recovered(result)),
         Section("answers", "The same prompts, answered by both", _answers(result.answers)),
         Section("made", "How it was made", _how(result)),

@@ -22,6 +22,7 @@ from billhook.core.results.run import (
     WithinReport,
 )
 from billhook.report.numbers import (
+    format_accuracy,
     format_duration,
     format_number,
     format_ratio,
@@ -40,12 +41,14 @@ SIZES = (("Parameters", "parameters", ""), ("On disk", "bytes", "B"), ("KV cache
 
 REASONS: dict[RunReason, str] = {
     "zeroed": "The removed sites hold zeros: equal outputs everywhere, no speed-up.",
-    "streamed": "The model was larger than the memory that it might use, and was read block by block: speed and sample "
-    "answers were not measured.",
+    "streamed": "The model was larger than the memory that it might use, and was read block by block: speed, sample "
+    "answers and skills were not measured.",
     "adapter_beside": "The weights are those without the adapter, which is in the folder adapter beside them; all "
     "measurements are of both together, merged.",
     "no_answers": "The models could not answer the sample prompts; the events of the run say why.",
     "no_speed": "Speed could not be measured; the events of the run say why.",
+    "no_skills": "Not every skill was tested: the tokenizer writes choices of its questions alike, or they are longer "
+    "than the model reads, or the events of the run say what failed.",
     "recovery_left_out": "A recovery of the recipe was left out: it finds nothing to change in this architecture.",
     "calibrated_on_text_alone": "Calibrated on the given text alone: this model cannot write its share of it here.",
 }
@@ -70,6 +73,10 @@ def summary_rows(result: RunResult) -> list[SummaryRow]:
     for task in result.tasks:
         sides = f"{100 * task.teacher:.1f}%", f"{100 * task.student:.1f}%"
         rows.append(SummaryRow(f"Accuracy, {stem(task.file)}", *sides, with_interval(task.change, percentage_points)))
+    for each in result.skills:
+        sides = format_accuracy(each.teacher), format_accuracy(each.student)
+        change = with_interval(each.change, percentage_points)
+        rows.append(SummaryRow(f"{each.skill.capitalize()}, of {each.change.n}", *sides, change))
     for label, name, unit in SIZES:
         rows.append(_sizes(label, getattr(result.sizes.teacher, name), getattr(result.sizes.student, name), unit))
     return rows + (_speed_rows(result.speed) if result.speed else [])

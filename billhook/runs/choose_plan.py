@@ -46,7 +46,7 @@ GROWTH = Fraction(3, 2)  # of the removed share, from trial to trial: a search f
 # What of a recipe says how much is removed, is read before the search, or comes after it.
 NOT_OF_THE_SEARCH = {
     *("about", "model", "remove", "within", "plan", "data", "field", "tokens", "length", "self_share", "eval_data"),
-    *("eval_tokens", "eval_length", "recover", "recover_set", "finalists", "device", "dtype"),
+    *("eval_tokens", "eval_length", "recover", "recover_set", "finalists", "device", "dtype", "skills"),
 }
 FINEST = Fraction(1, 2)  # percent of the parameters, between what stays within a margin and what does not
 

@@ -19,16 +19,18 @@ from billhook.core.files.cache_keys import BandwidthKey, ChoicesKey, EvaluationK
 from billhook.core.files.foreign_files import read_json_object, validated
 from billhook.core.plan import Plan
 from billhook.core.results.measured import EvalResult, Timing, TimingProtocol
-from billhook.core.results.run import Answer, PerplexityChange, SpeedChange, TaskChange
+from billhook.core.results.run import Answer, PerplexityChange, SkillChange, SkillName, SpeedChange, TaskChange
+from billhook.core.significance import compare_pair, holm
 from billhook.core.statistics import exp_capped, paired_difference
 from billhook.data.chat_templates import render_chat
 from billhook.data.choice_tasks import load_items
 from billhook.data.generated import end_tokens, generating_by
+from billhook.data.skills import skill_tokens
 from billhook.data.splits import chunks, halves
 from billhook.data.token_sets import TokenSet
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate import speed
-from billhook.methods.evaluate.multiple_choice import log_probabilities, score_choices
+from billhook.methods.evaluate.multiple_choice import log_probabilities, right_logprobs, score_choices
 from billhook.methods.evaluate.perplexity import Student, measure_perplexity
 from billhook.models.accelerator.sizes import work_sizes
 from billhook.models.device import bandwidth, environment
@@ -118,6 +120,36 @@ def task_accuracy(job: RunContext, teacher: Teacher, plan: Plan, file: str, repa
         (before,) = evaluate_plans(job, teacher, [Plan()], tokens, "pp")
         after = score_choices(tokens, choice_logprobs(job, teacher, [(plan, repair)], tokens)[0])["acc"]
     return TaskChange(file, before.mean, after.mean, paired_difference(before, after, job.recipe.seed))
+
+
+def skills_of(
+    job: RunContext, teacher: Teacher, plan: Plan, repair: Repair = NO_REPAIR
+) -> tuple[SkillChange, ...]:  # fmt: skip
+    """What both models get of every skill that the recipe tests, and its tokenizer and positions allow."""
+    positions, seed = getattr(teacher.model.config, "max_position_embeddings", None), job.recipe.seed
+    students: list[Student] = [(Plan(), NO_REPAIR), (plan, repair)]
+    found = []
+    for skill in job.recipe.tested_skills:
+        tokens = skill_tokens(skill, teacher.tokenizer, positions=positions, seed=seed)
+        if tokens is not None:
+            found.append((skill, tokens, choice_logprobs(job, teacher, students, tokens)))
+    return skill_changes(found, seed)
+
+
+def skill_changes(
+    tested: Sequence[tuple[SkillName, TokenSet, Sequence[Sequence[float]]]], seed: int
+) -> tuple[SkillChange, ...]:  # fmt: skip
+    """Skills of two models: each with its items, and the log-probabilities of their choices by both."""
+    changes = []
+    for skill, tokens, sums in tested:
+        before, after = (score_choices(tokens, of_one)["acc"] for of_one in sums)
+        nats = [right_logprobs(tokens, of_one) for of_one in sums]
+        pair, chance = compare_pair(before, after, seed), len(tokens.clusters) / len(tokens.lengths)
+        accuracy = before.mean, after.mean, pair.change, pair.p
+        change = paired_difference(nats[0], nats[1], seed)
+        changes.append(SkillChange(skill, chance, *accuracy, nats[0].mean, nats[1].mean, change))
+    adjusted = holm([each.p for each in changes])
+    return tuple(replace(each, p=p) for each, p in zip(changes, adjusted, strict=True))
 
 
 def choice_logprobs(

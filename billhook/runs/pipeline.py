@@ -19,7 +19,7 @@ from billhook.core.plan import Plan
 from billhook.core.plan_files import find_path
 from billhook.core.registry import options
 from billhook.core.results.model import ExpectedSeconds, MemoryUse, WorkEstimate
-from billhook.core.results.run import Answer, RunData, RunResult
+from billhook.core.results.run import Answer, RunData, RunResult, SkillChange
 from billhook.core.results.stored import Run
 from billhook.data.calibration import generated_token_count
 from billhook.data.choice_tasks import load_items
@@ -221,7 +221,10 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
         perplexity = evaluation.compare_perplexity(job, teacher, plan, proof_text, repair)
         tasks = tuple(evaluation.task_accuracy(job, teacher, plan, file, repair) for file in task_files(recipe))
         answering = partial(evaluation.sample_answers, teacher, student, job.watch)
+        testing = partial(evaluation.skills_of, job, teacher, plan, repair)
         unanswered: tuple[Answer, ...] = ()
+        untested: tuple[SkillChange, ...] = ()
+        skills = untested if streamed else evaluation.courtesy(job, "skills", testing, untested)
         answers = unanswered if streamed else evaluation.courtesy(job, "answer", answering, unanswered)
     with job.stage("save"):
         probe_row = calibration.rows[:1, : calibration.lengths[0]]
@@ -233,7 +236,8 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
         timing = partial(evaluation.compare_speed, job, teacher, student, (plan, repair), aside)
         timed = None if streamed else evaluation.courtesy(job, "speed", timing, None)
     with job.stage("report"):
-        tokens, measured = Texts(calibration, held_out, proof_text), Measured(perplexity, tasks, timed, answers, beside)
+        tokens = Texts(calibration, held_out, proof_text)
+        measured = Measured(perplexity, tasks, timed, answers, beside, skills)
         result = run_result(job, teacher, student, texts=tokens, choice=found, recovered=got, measured=measured)
         write_report(result, aside)
         _publish(job, aside)

@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from billhook.core.budget import Budget, parse_budgets, spell_budget
+from billhook.core.budget import Budget, parse_budgets, parse_bytes, spell_budget
 from billhook.core.errors import RecipeError, nearest, option
 from billhook.core.files.foreign_files import every_value, load_unique_yaml
 from billhook.core.margin import Margin
 from billhook.core.plan import shorten
 from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues, split_names
+from billhook.core.results.run import SkillName, parse_skills
 from billhook.data.texts import SELF, split_sources
 
 MOST_RECIPE_BYTES = 2**16
@@ -147,6 +148,7 @@ class Recipe(CalibrationOptions, EvalOptions):
     recover_data: Annotated[str | None, Field(description="Text for the recovery [default: that of --data]")] = None
     recover_tokens: Annotated[int, Field(description="Tokens for the recovery at most", le=MOST, ge=64)] = 32768
     recover_length: Annotated[int, Field(description="Tokens per sequence for the recovery", le=MOST, ge=16)] = 256
+    skills: Annotated[str, Field(description="Skills to test: arithmetic,brackets,copying,recall, or none")] = "all"
     stock: Annotated[bool, Field(description="Stock shape: zeros in removed sites, no speed-up")] = False
     export: Annotated[str, Field(description="Forms of the checkpoint, as `billhook methods` lists them")] = (
         "transformers"
@@ -173,6 +175,11 @@ class Recipe(CalibrationOptions, EvalOptions):
     @classmethod
     def _renamed_search(cls, value: object) -> object:
         return FORMER_SEARCHES.get(str(value), value)
+
+    @field_validator("skills")
+    @classmethod
+    def _skills(cls, value: str) -> str:
+        return ",".join(parse_skills(value)) or "none" if value != "all" else value
 
     @field_validator("within")
     @classmethod
@@ -210,6 +217,11 @@ class Recipe(CalibrationOptions, EvalOptions):
         return split_names(self.target)
 
     @property
+    def tested_skills(self) -> tuple[SkillName, ...]:
+        """The skills that are tested after pruning."""
+        return parse_skills(self.skills)
+
+    @property
     def recoveries(self) -> tuple[str, ...]:
         """The names of the recoveries, in order."""
         return tuple(name.removesuffix("?") for name in split_names(self.recover))
@@ -242,8 +254,8 @@ ORDER = (
     *("about", "model", *TARGETS, "search", "metric", "loss", "set", "uniform", "multiple", "fast", "shortlist"),
     *("risk", "finalists", "audit", "memory", "protect", "batch", "context", "data", "self_share", "eval_data"),
     *("field", "tokens", "length", "eval_tokens", "eval_length", "recover", "fold_in_search", "recover_set"),
-    *("recover_data", "recover_tokens", "recover_length", "stock", "export", "target", "seed", "device", "dtype"),
-    "trust_remote_code",
+    *("recover_data", "recover_tokens", "recover_length", "skills", "stock", "export", "target", "seed", "device"),
+    *("dtype", "trust_remote_code"),
 )
 
 
@@ -253,17 +265,6 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 Options = TypeVar("Options", bound=TextOptions)
-
-
-def parse_bytes(text: str) -> int:
-    """`4GB`, `500MB` or `2.5GiB` in bytes. Raises RecipeError with the allowed spellings."""
-    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([MG])(i?)B\s*", text)
-    if not match or float(match[1]) == 0:
-        raise RecipeError(
-            f"{option('memory', text)} is not an amount of memory. Write for example 4GB, 500MB or 2.5GiB."
-        )
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** {"M": 2, "G": 3}[match[2]])
 
 
 def parse_recipe(values: Mapping[str, Any], where: str = "The recipe") -> Recipe:

@@ -19,6 +19,7 @@ from billhook.core.results.run import (
     RunReason,
     RunResult,
     SizeChange,
+    SkillChange,
     SpeedChange,
     TaskChange,
 )
@@ -56,6 +57,7 @@ class Measured:
     speed: SpeedChange | None
     answers: tuple[Answer, ...]
     exports: tuple[ExportReport, ...] = ()
+    skills: tuple[SkillChange, ...] = ()
 
 
 def run_result(
@@ -72,7 +74,8 @@ def run_result(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         out=str(job.out),
         checkpoint=student.config.model_type,
-        reasons=run_reasons(recipe, teacher, student, texts.calibration, recovered) + left_out(teacher, measured),
+        reasons=run_reasons(recipe, teacher, student, texts.calibration, recovered)
+        + left_out(recipe, teacher, measured),
         model=model_info(teacher),
         anatomy=teacher.anatomy,
         already_removed=teacher.removed_earlier,
@@ -97,6 +100,7 @@ def run_result(
         exports=tuple(replace(each, out=str(job.out / each.out)) for each in measured.exports),
         changed=tuple(recipe.model_dump(exclude_defaults=True)),
         alone=choice.alone,
+        skills=measured.skills,
     )
 
 
@@ -128,9 +132,12 @@ def run_reasons(
     return tuple(reason for reason, so in holds.items() if so)
 
 
-def left_out(teacher: Teacher, measured: Measured) -> tuple[RunReason, ...]:
+def left_out(recipe: Recipe, teacher: Teacher, measured: Measured) -> tuple[RunReason, ...]:
     """What could not be made of a model that is in memory."""
-    missing: dict[RunReason, bool] = {"no_answers": not measured.answers, "no_speed": measured.speed is None}
+    missing: dict[RunReason, bool] = {
+        "no_answers": not measured.answers, "no_speed": measured.speed is None,
+        "no_skills": len(measured.skills) < len(recipe.tested_skills),
+    }  # fmt: skip
     return tuple(name for name, so in missing.items() if so and teacher.weights is None)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from billhook.core.anatomy import Anatomy, GroupSize, SiteSize, Unassigned
-from billhook.core.budget import parse_budgets
+from billhook.core.budget import parse_budgets, parse_bytes
 from billhook.core.errors import BillhookError, BudgetError, PlanError, RecipeError, UsageError
 from billhook.core.margin import Margin
 from billhook.core.plan import Plan, Site
@@ -18,7 +18,7 @@ from billhook.core.plan_files import find_path, read_plan
 from billhook.core.problem import parse_protection
 from billhook.core.registry import resolve_options
 from billhook.methods.search import SEARCHES
-from billhook.runs.recipe import parse_bytes, parse_recipe, read_yaml
+from billhook.runs.recipe import parse_recipe, read_yaml
 
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "\n".join(
     f"{name}: &{name} [{','.join([f'*{inside}'] * 10)}]" for inside, name in pairwise("abcdefgh")

@@ -21,7 +21,7 @@ Z = 3.92  # width of a 95% interval in standard errors
 
 # Fields of a recipe that do not shape the curve of its losses against size
 APART = ("about", "model", "remove", "plan", "within", "export", "stock", "audit", "memory", "device",
-         "trust_remote_code", "batch", "context", "eval_data", "eval_tokens", "eval_length")  # fmt: skip
+         "trust_remote_code", "batch", "context", "eval_data", "eval_tokens", "eval_length", "skills")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

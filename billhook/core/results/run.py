@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from billhook.core.anatomy import Anatomy, ModelSizes
+from billhook.core.errors import UnknownName
 from billhook.core.margin import Margin
 from billhook.core.plan import Plan, Site
+from billhook.core.registry import split_names
 from billhook.core.results.exports import ExportReport, TargetFit
 from billhook.core.results.json_form import JsonObject, Result
 from billhook.core.results.measured import (
@@ -19,12 +21,26 @@ from billhook.core.results.measured import (
     WorkPlan,
     estimate_columns,
 )
+from billhook.core.significance import LEVEL
 
 Phase = Literal["prefill", "decode"]
 
 RunReason = Literal[
-    "zeroed", "streamed", "adapter_beside", "calibrated_on_text_alone", "no_answers", "no_speed", "recovery_left_out"
-]
+    "zeroed", "streamed", "adapter_beside", "calibrated_on_text_alone", "no_answers", "no_speed", "recovery_left_out",
+    "no_skills",
+]  # fmt: skip
+
+SkillName = Literal["arithmetic", "brackets", "copying", "recall"]
+SKILLS: tuple[SkillName, ...] = get_args(SkillName)
+
+
+def parse_skills(text: str) -> tuple[SkillName, ...]:
+    """The skills that `all`, `none`, or names with commas between them mean. Raises UnknownName for another name."""
+    names = () if text == "none" else SKILLS if text == "all" else split_names(text)
+    if (wrong := next((name for name in names if name not in SKILLS), None)) is not None:
+        raise UnknownName("skill", wrong, (*SKILLS, "all", "none"))
+    return tuple(skill for skill in SKILLS if skill in names)
+
 
 # -- facts of a model, and of a plan ----------------------------------------------------------------------------------
 
@@ -78,6 +94,31 @@ class TaskChange:
     teacher: float
     student: float
     change: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class SkillChange:
+    """What both models get of one skill, on questions with a few choices of which one is right.
+
+    `teacher`, `student`: accuracies; `chance`: that of guessing. `change`: student minus teacher, in pairs; `p`: that
+    there is none, adjusted for all skills that the run tests (Holm). `teacher_nats`, `student_nats`: mean of the
+    log-probability that the right choice has among the choices; `nats`: its change, in pairs.
+    """
+
+    skill: SkillName
+    chance: float
+    teacher: float
+    student: float
+    change: Estimate
+    p: float
+    teacher_nats: float
+    student_nats: float
+    nats: Estimate
+
+    @property
+    def lost(self) -> bool:
+        """Whether the student is worse by the interval of its accuracy, and by a test at 5% for all skills together."""
+        return self.change.high < 0 and self.p < 1 - LEVEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +330,8 @@ class RunResult(Result):
     asked; `seen`: digests of the documents and items that a search, a recovery or an earlier pruning has looked at.
     `targets`: which software that serves models takes the student, through which export; `exports`: those that stand
     beside the checkpoint. `changed`: the fields of the recipe that are not at their defaults; empty in reports that
-    do not say. `alone`: what removing each site alone costs, as far as the search measured it.
+    do not say. `alone`: what removing each site alone costs, as far as the search measured it. `skills`: those that
+    were tested.
     """
 
     kind: ClassVar[str] = "prune"
@@ -324,6 +366,7 @@ class RunResult(Result):
     exports: tuple[ExportReport, ...] = ()
     changed: tuple[str, ...] = ()
     alone: tuple[SiteLoss, ...] = ()
+    skills: tuple[SkillChange, ...] = ()
 
     def rows(self) -> list[JsonObject]:
         """One row, so that the rows of several runs make a table."""
@@ -340,6 +383,10 @@ class RunResult(Result):
         for task in self.tasks:
             row |= {f"{task.file}_teacher": task.teacher, f"{task.file}_student": task.student}
             row |= estimate_columns(f"{task.file}_change", task.change)
+        for each in self.skills:
+            row |= {f"{each.skill}_teacher": each.teacher, f"{each.skill}_student": each.student}
+            row |= estimate_columns(f"{each.skill}_change", each.change)
+            row |= estimate_columns(f"{each.skill}_nats", each.nats)
         row |= estimate_columns("prefill_ratio", speed.ratio.prefill if speed else None)
         row |= estimate_columns("decode_ratio", speed.ratio.decode if speed else None)
         return [row | {"seconds": sum(self.seconds.values())}]

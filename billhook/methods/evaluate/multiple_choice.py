@@ -46,12 +46,7 @@ def score_choices(tokens: TokenSet, row_sums: Sequence[float]) -> dict[str, Eval
     `row_sums`: of one model, by `log_probabilities`, or of one plan, by `Probe.row_sums`. The first of equal choices is
     the answer. Raises ModelError for a NaN or infinite value.
     """
-    choices = _choices(tokens)
-    if not all(map(math.isfinite, row_sums)):
-        raise ModelError(f"The model's log-probabilities are NaN or infinite. Try {option('dtype', 'float32')}.")
-    rows: list[list[int]] = [[] for _ in choices.gold]
-    for row, document in enumerate(tokens.documents):
-        rows[document].append(row)
+    choices, rows = _choices(tokens), _rows_of_items(tokens, row_sums)
     per_character = [value / count for value, count in zip(row_sums, choices.characters, strict=True)]
     results = {}
     for name, values in (("acc", row_sums), ("acc_norm", per_character)):
@@ -59,6 +54,29 @@ def score_choices(tokens: TokenSet, row_sums: Sequence[float]) -> dict[str, Eval
         right = tuple(float(s.index(max(s)) == gold) for s, gold in zip(scores, choices.gold, strict=True))
         results[name] = EvalResult(name, tokens.hash, right, (1,) * len(right), tokens.clusters)
     return results
+
+
+def right_logprobs(tokens: TokenSet, row_sums: Sequence[float]) -> EvalResult:
+    """Score items by the log-probability in nats that the right choice has among the choices of its item.
+
+    It tells more than `acc` where nearly all items are right, or hardly one: guessing among k choices gets -log(k).
+    Arguments and errors as for `score_choices`.
+    """
+    nats = []
+    for item, gold in zip(_rows_of_items(tokens, row_sums), _choices(tokens).gold, strict=True):
+        values = [row_sums[row] for row in item]
+        nats.append(values[gold] - max(values) - math.log(math.fsum(math.exp(x - max(values)) for x in values)))
+    return EvalResult("right_logprob", tokens.hash, tuple(nats), (1,) * len(nats), tokens.clusters)
+
+
+def _rows_of_items(tokens: TokenSet, row_sums: Sequence[float]) -> list[list[int]]:
+    """Return the numbers of the rows of each item. Raises ModelError for a NaN or infinite value."""
+    if not all(map(math.isfinite, row_sums)):
+        raise ModelError(f"The model's log-probabilities are NaN or infinite. Try {option('dtype', 'float32')}.")
+    rows: list[list[int]] = [[] for _ in tokens.clusters]
+    for row, document in enumerate(tokens.documents):
+        rows[document].append(row)
+    return rows
 
 
 @torch.inference_mode()

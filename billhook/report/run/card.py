@@ -13,6 +13,7 @@ from billhook.core.results.run import RunResult
 from billhook.report.frame import markdown, yaml_lines
 from billhook.report.numbers import count_items
 from billhook.report.run.sites import removed_earlier, sites_in_words
+from billhook.report.run.skills import lost_skills
 from billhook.report.run_words import (
     RECOVERY_COLUMNS,
     headline,
@@ -43,7 +44,7 @@ def model_card(result: RunResult) -> str:
         [
             front,
             f"# {markdown(result.model.name)}, pruned",
-            headline(result),
+            " ".join(filter(None, (lost_skills(result), headline(result)))),
             "\n".join(f"> {markdown(note)}\n>" for note in run_notes(result)).removesuffix("\n>"),
             "## What was removed",
             f"![The model before and after]({DRAWING})",
