@@ -176,7 +176,7 @@ STUDY_OPTIONS = ("search", "metric", "loss", "set", "uniform", "multiple", "fast
 Out = Annotated[Path | None, typer.Option(help="Folder for page and table [default: studies/<run>]")]
 Items = Annotated[int, typer.Option(help="Items per task", min=2)]
 ItemLimit = Annotated[int | None, typer.Option(help="Items per task [default: all]", min=2)]
-Tasks = Annotated[str, typer.Option(help="Tasks, separated by commas: files of items or questions, lmeval:NAME")]
+Tasks = Annotated[str, typer.Option(help="Tasks, with commas: files of items or questions, skill:all, lmeval:NAME")]
 ScoreNames = Annotated[str, typer.Option(help="Score for the verdict, where a task has it: acc_norm")]
 RulesFile = Annotated[Path | None, typer.Option("--rules", help="YAML file of rules for alerts")]
 NO_TEXT = tuple(name for name in TEXT_OPTIONS if name not in ("data", "eval_data"))

@@ -52,6 +52,8 @@ def check_inputs(
     Texts and the extras that they need, files of tasks and of a plan, methods, the spelling of the device, and the
     name of the store.
     """
+    from billhook.data.skills import TASK as SKILL
+    from billhook.data.skills import with_skills
     from billhook.data.texts import require_sources
     from billhook.runs.recipe import Recipe
 
@@ -63,7 +65,7 @@ def check_inputs(
     if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", options.device):
         raise UsageError(f"This machine has no device {options.device!r}. Write auto, cpu, cuda, cuda:1 or mps.")
     loss, _, task = getattr(options, "loss", "").partition(":")
-    files = [task, *(each for each in tasks if not each.startswith("lmeval:"))]
+    files = [task, *(each for each in with_skills(tasks) if not each.startswith(("lmeval:", SKILL)))]
     named = {"metric": list(metrics), "loss": [loss]}
     if isinstance(options, Recipe):
         if options.plan is not None:

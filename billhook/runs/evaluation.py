@@ -19,13 +19,14 @@ from billhook.core.files.cache_keys import BandwidthKey, ChoicesKey, EvaluationK
 from billhook.core.files.foreign_files import read_json_object, validated
 from billhook.core.plan import Plan
 from billhook.core.results.measured import EvalResult, Timing, TimingProtocol
-from billhook.core.results.run import Answer, PerplexityChange, SkillChange, SkillName, SpeedChange, TaskChange
+from billhook.core.results.run import Answer, PerplexityChange, SkillChange, SpeedChange, TaskChange
 from billhook.core.significance import compare_pair, holm
 from billhook.core.statistics import exp_capped, paired_difference
 from billhook.data.chat_templates import render_chat
 from billhook.data.choice_tasks import load_items
 from billhook.data.generated import end_tokens, generating_by
-from billhook.data.skills import skill_tokens
+from billhook.data.skills import SkillName
+from billhook.data.skills.tokens import skill_tokens
 from billhook.data.splits import chunks, halves
 from billhook.data.token_sets import TokenSet
 from billhook.engine.probe import Probe

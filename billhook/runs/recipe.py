@@ -19,7 +19,7 @@ from billhook.core.margin import Margin
 from billhook.core.plan import shorten
 from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues, split_names
-from billhook.core.results.run import SkillName, parse_skills
+from billhook.data.skills import SkillName, parse_skills
 from billhook.data.texts import SELF, split_sources
 
 MOST_RECIPE_BYTES = 2**16

@@ -27,8 +27,10 @@ from billhook.core.results.comparisons import (
 )
 from billhook.core.results.measured import EvalResult
 from billhook.core.results.specs import EvalItems, EvalSpec, plain_options
-from billhook.data.choice_tasks import FewShot, Split, load_items, read_items, requests
+from billhook.data.choice_tasks import FewShot, Item, Split, load_items, read_items, requests
 from billhook.data.generation_tasks import GenerationPrompts, build_prompts, is_generation_task, read_questions
+from billhook.data.skills import TASK, with_skills
+from billhook.data.skills.tokens import load_skill
 from billhook.data.splits import chunks
 from billhook.data.token_sets import TokenSet
 from billhook.methods.evaluate import evaluate_by_name
@@ -207,7 +209,11 @@ def comparison_spec(
 ) -> ComparisonSpec:  # fmt: skip
     """What to compare on, from the arguments of a public function. Raises UsageError for a margin."""
     return ComparisonSpec(
-        several(data), several(tasks), scores=several(score), margins=Margins.parse(several(margins)), **same
+        several(data),
+        with_skills(several(tasks)),
+        scores=several(score),
+        margins=Margins.parse(several(margins)),
+        **same,
     )
 
 
@@ -220,7 +226,8 @@ GENERATION_TOKENS = 256  # at most, and no more than half of a model's positions
 class EvalSet:
     """One set: of text and choices their `tokens`, of questions their `prompts`, of the harness a name.
 
-    `limit`, `shots`: at most so many items, and how many solved ones stand before each; of the harness None is its own.
+    `items`: those of a skill, which no file holds. `limit`, `shots`: at most so many items, and how many solved ones
+    stand before each; of the harness None is its own.
     """
 
     source: str
@@ -229,6 +236,7 @@ class EvalSet:
     prompts: GenerationPrompts | None = None
     limit: int | None = None
     shots: int | None = None
+    items: Sequence[Item] = ()
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -265,11 +273,14 @@ def read_task(
     teacher: Teacher, source: str, *, part: Split | None, items: int | None = None, seed: int = 0, shots: int = 0,
     shots_from: str = "", watch: EventListener = ignore_events,
 ) -> EvalSet:  # fmt: skip
-    """A task by its name: a file of choices, of which `part` is taken, a file of questions, or `lmeval:NAME`.
+    """A task by its name: a file of choices, of which `part` is taken, a file of questions, a skill, or `lmeval:NAME`.
 
     `shots`: so many solved items before each, from the file `shots_from`, or from the task's own. Raises DataError for
     a file that is no task, UsageError for shots of a task of the harness from a file.
     """
+    if source.startswith(TASK):
+        tokens, asked = load_skill(source, teacher, items=items, seed=seed)
+        return EvalSet(source, "choices", tokens, shots=0, items=asked)
     if source.startswith(HARNESS):
         require_here(teacher, source)
         if shots_from:
@@ -331,7 +342,7 @@ def _choice_result(eval_set: EvalSet, sums: Sequence[float]) -> SetResult:
     """Scores and log-probabilities of choices, from those of the rows."""
     assert eval_set.tokens is not None
     assert eval_set.tokens.choices is not None
-    items = {item.number: item for item in read_items(eval_set.source)}
+    items = {item.number: item for item in eval_set.items or read_items(eval_set.source)}
     values: list[list[float]] = [[] for _ in eval_set.tokens.clusters]
     for document, value in zip(eval_set.tokens.documents, sums, strict=True):
         values[document].append(value)

@@ -20,6 +20,8 @@ from billhook.core.results.specs import SweepSpec, plain_options
 from billhook.core.results.studies import SIZE_NAMES, RefusedTrial, SizeName, SweepResult, TrialResult
 from billhook.data.calibration import require_disjoint
 from billhook.data.choice_tasks import load_items
+from billhook.data.skills import TASK, with_skills
+from billhook.data.skills.tokens import load_skill
 from billhook.data.texts import external_sources
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
@@ -76,7 +78,7 @@ def sweep(
             f"What a model writes itself proves nothing. Name a text to measure on: {option('eval_data', 'FILE')}."
         )
     removes = tuple(map(spell_budget, [remove] if isinstance(remove, str | float) else remove))
-    grid = Grid(several(recipes), removes, texts, held_out, several(tasks), items)
+    grid = Grid(several(recipes), removes, texts, held_out, with_skills(several(tasks)), items)
     asked = [recipe for _, recipe in recipes_of(grid, name_of(model), options)]
     require_effect({name: value for name, value in options.items() if name not in SITE_TIMES}, *asked)
     spec = SweepSpec(
@@ -93,7 +95,10 @@ def evaluation_sets(study: StudyContext, grid: Grid, recipe: Recipe) -> dict[str
     """Evaluation tokens by name: texts, and the halves of tasks that no search looks at."""
     sets = {source: held_out_of(study, source, recipe) for source in grid.texts}
     for file in grid.tasks:
-        sets[file] = load_items(file, study.teacher, "evaluation", items=grid.items)
+        if file.startswith(TASK):
+            sets[file], _ = load_skill(file, study.teacher, items=grid.items)
+        else:
+            sets[file] = load_items(file, study.teacher, "evaluation", items=grid.items)
     return sets
 
 

@@ -12,9 +12,9 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from billhook.core.results.run import SKILLS, SkillName
 from billhook.data.choice_tasks import Item
-from billhook.data.skills import ITEMS, skill_tokens
+from billhook.data.skills import SKILLS, SkillName
+from billhook.data.skills.tokens import ITEMS, skill_tokens
 from billhook.data.skills.words import NAMES, NOUNS, THINGS, filler
 from tests import tiny
 

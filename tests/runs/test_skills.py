@@ -14,11 +14,14 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import billhook
-from billhook.core.errors import UnknownName
+from billhook.core.errors import DataError, UnknownName
 from billhook.core.files.cache_keys import ChoicesKey
-from billhook.core.results.run import SKILLS, RunResult, SkillChange, SkillName, parse_skills
-from billhook.data.skills import skill_tokens
+from billhook.core.results.run import RunResult, SkillChange
+from billhook.data.skills import SKILLS, SkillName, parse_skills
+from billhook.data.skills.tokens import skill_tokens
 from billhook.data.token_sets import TokenSet
+from billhook.report.frame import escaped
+from billhook.report.run.card import model_card
 from billhook.report.run.skills import lost_skills, skill_rows
 from billhook.report.run_report import run_page, run_verdict
 from billhook.runs.evaluation import skill_changes
@@ -122,7 +125,7 @@ def test_skills_are_named(text: str, names: tuple[str, ...]) -> None:
 
 
 def test_an_unknown_skill_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UnknownName, match="no skill called 'brakets'. Did you mean 'brackets'"):
+    with pytest.raises(UnknownName, match=r"no skill called 'brakets'\. Did you mean 'brackets'"):
         Recipe(remove="1sites", skills="brakets")
 
 
@@ -179,3 +182,54 @@ def test_a_run_without_skills_has_none(home: Path) -> None:
     result = pruned(home, "c", skills="none")
     assert (result.skills, result.reasons) == ((), ())
     assert "What pruning breaks" not in run_page(result)
+
+
+def test_a_lost_skill_is_in_every_verdict(home: Path, sets: dict[SkillName, TokenSet]) -> None:
+    result = replace(pruned(home, "d"), skills=changes(sets, 0.9, {"copying": 0.4}))
+    (lost,) = [each for each in result.skills if each.lost]
+    ends = f"{100 * lost.change.low:+.1f} to {100 * lost.change.high:+.1f} points".replace("-", "−")
+    told = f"Copying breaks: it falls from {lost.teacher:.0%} to {lost.student:.0%} right ({ends}; guessing gets 25%)."
+    assert lost_skills(result) == told
+    assert told in run_verdict(result)
+    assert told in model_card(result)
+    assert escaped(told) in run_page(result)
+    assert result.rows()[0]["copying_change_high"] == lost.change.high
+
+
+# -- among tasks ------------------------------------------------------------------------------------------------------
+
+
+def test_skills_are_tasks_of_comparisons(home: Path) -> None:
+    student = pruned(home, "e").out
+    among = {"data": (), "store": home / "runs.db", "device": "cpu"}
+    found = billhook.compare(home / "model", student, tasks="skill:all", timed=False, out=home / "compared", **among)
+    assert [each.source for each in found.sets] == [f"skill:{skill}" for skill in SKILLS]
+    for each, of_run in zip(found.sets, pruned(home, "f").skills, strict=True):
+        assert each.n == of_run.change.n, "all of them: no search has seen any"
+        assert [value.estimate.value for value in each.values] == [of_run.teacher, of_run.student]
+        assert each.pairs[0] is not None
+        assert each.pairs[0].change == of_run.change
+        assert all(flip.choices and flip.query for flip in each.flips)
+    billhook.save_baseline("skilled", home / "model", tasks="skill:brackets", **among)
+    report = billhook.gate(student, "skilled", store=home / "runs.db", device="cpu", margins="90pp")
+    assert [(check.source, check.verdict) for check in report.checks] == [("skill:brackets", "PASS")]
+    scores = billhook.evaluate_tasks(home / "model", "skill:copying", items=20, store=home / "runs.db", device="cpu")
+    assert {each.estimate.n for each in scores.scores} == {20}
+
+
+def test_a_sweep_measures_skills(home: Path) -> None:
+    found = billhook.sweep(
+        home / "model", "shortgpt", remove="1blocks", data=str(home / "texts.jsonl"), tasks="skill:brackets", items=30,
+        tokens=240, length=24, eval_tokens=640, eval_length=32, self_share=0.0, out=home / "swept",
+        store=home / "runs.db", device="cpu",
+    )  # fmt: skip
+    (trial,) = found.trials
+    assert (found.evaluation["skill:brackets"].items, trial.results["skill:brackets"].kind) == (30, "accuracy")
+
+
+def test_a_skill_that_is_none_and_a_model_that_cannot_be_asked(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match=r"no skill called 'copy'\. Did you mean 'copying'"):
+        billhook.evaluate_tasks(home / "model", "skill:copy", store=tmp_path / "b.db")
+    folder = tiny.with_tokenizer(tmp_path / "words")
+    with pytest.raises(DataError, match=r"cannot be asked skill:recall: .* Leave the task out"):
+        billhook.evaluate_tasks(folder, "skill:recall", store=tmp_path / "b.db", device="cpu")

@@ -271,12 +271,13 @@ def test_a_courtesy_that_fails_is_a_note(
 
     monkeypatch.setattr("billhook.runs.evaluation.sample_answers", fail)
     monkeypatch.setattr("billhook.runs.evaluation.compare_speed", fail)
+    monkeypatch.setattr("billhook.runs.evaluation.skills_of", fail)
     result = billhook.prune(str(model), data=str(text), out=tmp_path / "out", store=tmp_path / "b.db", **SHORT)
     assert result.answers == ()
-    assert result.speed is None
-    assert result.reasons[-2:] == ("no_answers", "no_speed")
+    assert (result.speed, result.skills) == (None, ())
+    assert result.reasons[-3:] == ("no_answers", "no_speed", "no_skills")
     notes = [event.values.get("note") for event in billhook.show(result.run, tmp_path / "b.db").events]
-    assert notes.count("left out: ValueError: no voice") == 2
+    assert notes.count("left out: ValueError: no voice") == 3
     assert "Speed could not be measured" in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from billhook.core.anatomy import Anatomy, ModelSizes
-from billhook.core.errors import UnknownName
 from billhook.core.margin import Margin
 from billhook.core.plan import Plan, Site
-from billhook.core.registry import split_names
 from billhook.core.results.exports import ExportReport, TargetFit
 from billhook.core.results.json_form import JsonObject, Result
 from billhook.core.results.measured import (
@@ -29,18 +27,6 @@ RunReason = Literal[
     "zeroed", "streamed", "adapter_beside", "calibrated_on_text_alone", "no_answers", "no_speed", "recovery_left_out",
     "no_skills",
 ]  # fmt: skip
-
-SkillName = Literal["arithmetic", "brackets", "copying", "recall"]
-SKILLS: tuple[SkillName, ...] = get_args(SkillName)
-
-
-def parse_skills(text: str) -> tuple[SkillName, ...]:
-    """The skills that `all`, `none`, or names with commas between them mean. Raises UnknownName for another name."""
-    names = () if text == "none" else SKILLS if text == "all" else split_names(text)
-    if (wrong := next((name for name in names if name not in SKILLS), None)) is not None:
-        raise UnknownName("skill", wrong, (*SKILLS, "all", "none"))
-    return tuple(skill for skill in SKILLS if skill in names)
-
 
 # -- facts of a model, and of a plan ----------------------------------------------------------------------------------
 
@@ -105,7 +91,7 @@ class SkillChange:
     log-probability that the right choice has among the choices; `nats`: its change, in pairs.
     """
 
-    skill: SkillName
+    skill: str
     chance: float
     teacher: float
     student: float

@@ -2,41 +2,35 @@
 
 On the limits of layer pruning (arXiv 2602.01997) finds that arithmetic and brackets do not come back by training where
 classification does. Copying and recall are what induction heads do (Olsson et al. 2022, arXiv 2209.11895).
+
+Here are their names, for which no torch is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import Literal, get_args
 
-from billhook.core.results.run import SKILLS, SkillName
-from billhook.data.choice_tasks import Item, choice_tokens, encode_items, item_rows
-from billhook.data.skills.arithmetic import arithmetic
-from billhook.data.skills.brackets import brackets
-from billhook.data.skills.copying import copying
-from billhook.data.skills.recall import recall
-from billhook.data.token_sets import TokenSet, special_prefix
+from billhook.core.errors import UnknownName
+from billhook.core.registry import split_names
 
-ITEMS: Mapping[SkillName, Callable[[int], list[Item]]] = {
-    "arithmetic": arithmetic, "brackets": brackets, "copying": copying, "recall": recall,
-}  # fmt: skip
-assert tuple(ITEMS) == SKILLS
-SOURCE = "skill:"  # before the name of a skill, as the source of a token set
-FEWEST = 10  # items on which a skill is tested
+SkillName = Literal["arithmetic", "brackets", "copying", "recall"]
+SKILLS: tuple[SkillName, ...] = get_args(SkillName)
+TASK = "skill:"  # before the name of a skill, where it stands among tasks
 
 
-def skill_tokens(name: SkillName, tokenizer: Any, *, positions: int | None, seed: int = 0) -> TokenSet | None:
-    """Return the items of a skill as a token set; None where fewer than 10 are left.
+def parse_skills(text: str) -> tuple[SkillName, ...]:
+    """The skills that `all`, `none`, or names with commas between them mean. Raises UnknownName for another name."""
+    names = () if text == "none" else SKILLS if text == "all" else split_names(text)
+    if (wrong := next((name for name in names if name not in SKILLS), None)) is not None:
+        raise UnknownName("skill", wrong, (*SKILLS, "all", "none"))
+    return tuple(skill for skill in SKILLS if skill in names)
 
-    Left out are items that are longer than `positions`, and those of which the tokenizer writes two choices alike.
-    """
-    items, prefix, kept = ITEMS[name](seed), special_prefix(tokenizer), []
-    encoded = encode_items([(item, "") for item in items], tokenizer)
-    for item in items:
-        rows = item_rows(item, "", encoded, tokenizer, prefix, positions=None, source=SOURCE + name)
-        fits = positions is None or max(len(row.ids) for row in rows) <= positions
-        if fits and len({row.ids for row in rows}) == len(rows):
-            kept.append((item, rows))
-    if len(kept) < FEWEST:
-        return None
-    return choice_tokens(kept, [item.number for item, _ in kept], SOURCE + name)
+
+def with_skills(tasks: Iterable[str]) -> tuple[str, ...]:
+    """Names of tasks, `skill:all` as all skills, each by its name. Raises UnknownName for another skill."""
+    named: list[str] = []
+    for task in tasks:
+        skills = parse_skills(task.removeprefix(TASK)) if task.startswith(TASK) else ()
+        named += [TASK + skill for skill in skills] if task.startswith(TASK) else [task]
+    return tuple(dict.fromkeys(named))

@@ -9,7 +9,6 @@ from billhook.data.choice_tasks import Item
 from billhook.data.skills.questions import Level, Question, items_of, wrong_of
 from billhook.data.skills.words import NAMES, NOUNS, THINGS, filler
 
-
 PER_LEVEL = 16  # the questions are long
 
 
