@@ -104,9 +104,12 @@ def test_shown_answers_are_right_and_are_not_asked() -> None:
                     assert eval(left) == int(right)
 
 
-def test_wrong_results_have_as_many_digits() -> None:
+def test_neither_digits_nor_rank_give_a_result_away() -> None:
+    ranks: Counter[int] = Counter()
     for item in ITEMS["arithmetic"](0):
         assert len({len(choice) for choice in item.choices}) == 1
+        ranks[sorted(map(int, item.choices)).index(int(item.choices[item.gold]))] += 1
+    assert all(10 <= ranks[rank] <= 40 for rank in range(4)), ranks
 
 
 def test_a_word_before_is_not_enough_where_every_word_stands_twice() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from random import Random
 
 from billhook.data.choice_tasks import Item
-from billhook.data.skills.questions import Level, Question, items_of, wrong_of
+from billhook.data.skills.questions import WRONG, Level, Question, items_of
 
 SHOTS = 4
 NEAR = (1, 2, 3, 10, 20)  # what wrong results are off by
@@ -41,6 +41,9 @@ def _product(first: tuple[int, int], second: tuple[int, int]) -> Callable[[Rando
 
 
 def _question(draw: Random, text: str, result: int) -> Question:
-    near = [result + sign * gap for gap in NEAR for sign in (-1, 1)]
-    alike = [str(each) for each in near if each >= 0 and len(str(each)) == len(str(result))]
-    return Question(text, str(result), wrong_of(draw, str(result), alike))
+    """Put any number of the wrong results below the right one, so that its rank tells nothing."""
+    lower, higher = ([result + sign * gap for gap in NEAR] for sign in (-1, 1))
+    lower, higher = ([x for x in near if x > 0 and len(str(x)) == len(str(result))] for near in (lower, higher))
+    below = min(max(draw.randint(0, WRONG), WRONG - len(higher)), len(lower))
+    wrong = draw.sample(lower, below) + draw.sample(higher, WRONG - below)
+    return Question(text, str(result), tuple(map(str, wrong)))

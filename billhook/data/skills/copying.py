@@ -7,7 +7,7 @@ from itertools import pairwise
 from random import Random
 
 from billhook.data.choice_tasks import Item
-from billhook.data.skills.questions import Level, Question, items_of, wrong_of
+from billhook.data.skills.questions import WRONG, Level, Question, items_of, wrong_of
 from billhook.data.skills.words import NOUNS
 
 
@@ -47,5 +47,5 @@ def _question(draw: Random, line: list[str], at: int) -> Question:
     before, right = line[at - 1], line[at]
     rivals = [b for a, b in pairwise(line) if a == before and b != right]
     later = [word for word in line[at + 1 :] if word not in (right, *rivals)]
-    wrong = (*rivals, *wrong_of(draw, right, later))[:3]
+    wrong = (*rivals, *wrong_of(draw, right, later))[:WRONG]
     return Question(f"{' '.join(line)}\n{' '.join(line[:at])}", right, wrong)

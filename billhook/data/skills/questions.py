@@ -8,7 +8,7 @@ from random import Random
 
 from billhook.data.choice_tasks import Item
 
-CHOICES = 4
+WRONG = 3  # choices of a question
 ITEMS_PER_LEVEL = 25
 
 
@@ -61,4 +61,4 @@ def items_of(name: str, seed: int, levels: Sequence[Level], count: int = ITEMS_P
 
 def wrong_of(draw: Random, right: str, others: Sequence[str]) -> tuple[str, ...]:
     """Return three of `others` that are not the right answer."""
-    return tuple(draw.sample([each for each in dict.fromkeys(others) if each != right], CHOICES - 1))
+    return tuple(draw.sample([each for each in dict.fromkeys(others) if each != right], WRONG))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from random import Random
 
 from billhook.data.choice_tasks import Item
-from billhook.data.skills.questions import Level, Question, items_of, wrong_of
+from billhook.data.skills.questions import WRONG, Level, Question, items_of, wrong_of
 from billhook.data.skills.words import NAMES, NOUNS, THINGS, filler
 
 PER_LEVEL = 16  # the questions are long
@@ -35,7 +35,7 @@ def _told(persons: int, kinds: int, sentences: int) -> Callable[[Random], Questi
         right = facts[thing, name]
         rivals = [word for (_, who), word in facts.items() if who == name and word != right]
         others = [word for word in facts.values() if word not in (right, *rivals)]
-        wrong = (*rivals, *wrong_of(draw, right, others))[:3]
+        wrong = (*rivals, *wrong_of(draw, right, others))[:WRONG]
         return Question(f"{text}\nThe {thing} of {name} is", right, wrong)
 
     return ask
