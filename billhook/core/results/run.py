@@ -19,8 +19,8 @@ from billhook.core.results.measured import (
     WorkPlan,
     estimate_columns,
 )
-from billhook.core.significance import LEVEL
 
+MOST_P = 0.05  # of a change that is not chance
 Phase = Literal["prefill", "decode"]
 
 RunReason = Literal[
@@ -104,7 +104,7 @@ class SkillChange:
     @property
     def lost(self) -> bool:
         """Whether the student is worse by the interval of its accuracy, and by a test at 5% for all skills together."""
-        return self.change.high < 0 and self.p < 1 - LEVEL
+        return self.change.high < 0 and self.p < MOST_P
 
 
 @dataclass(frozen=True, slots=True)
