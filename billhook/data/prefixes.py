@@ -114,6 +114,11 @@ def keep_worthwhile(
     return [group for part in parts for group in part]
 
 
+def computed_positions(tokens: TokenSet) -> int:
+    """Count the token positions that a model computes for a token set of choices, where it can share any prefix."""
+    return sum(group.positions for group in keep_worthwhile(group_by_prefix(unique_inputs(tokens), None)))
+
+
 def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
     """Count the first tokens that are the same."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -39,6 +39,7 @@ from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import NO_REPAIR, Repair
 from billhook.models.surgery import apply, effective_plan
 from billhook.runs.job import EvalContext, RunContext
+from billhook.runs.recipe import Recipe
 
 T = TypeVar("T")
 
@@ -126,15 +127,21 @@ def task_accuracy(job: RunContext, teacher: Teacher, plan: Plan, file: str, repa
 def skills_of(
     job: RunContext, teacher: Teacher, plan: Plan, repair: Repair = NO_REPAIR
 ) -> tuple[SkillChange, ...]:  # fmt: skip
-    """What both models get of every skill that the recipe tests, and its tokenizer and positions allow."""
-    positions, seed = getattr(teacher.model.config, "max_position_embeddings", None), job.recipe.seed
+    """What both models get of `skill_sets`."""
     students: list[Student] = [(Plan(), NO_REPAIR), (plan, repair)]
-    found = []
-    for skill in job.recipe.tested_skills:
-        tokens = skill_tokens(skill, teacher.tokenizer, positions=positions, seed=seed)
-        if tokens is not None:
-            found.append((skill, tokens, choice_logprobs(job, teacher, students, tokens)))
-    return skill_changes(found, seed)
+    sets = skill_sets(job.recipe, teacher)
+    found = [(skill, tokens, choice_logprobs(job, teacher, students, tokens)) for skill, tokens in sets.items()]
+    return skill_changes(found, job.recipe.seed)
+
+
+def skill_sets(recipe: Recipe, teacher: Teacher) -> dict[SkillName, TokenSet]:
+    """The questions of every skill that a recipe tests, and tokenizer and positions of the model allow."""
+    positions = getattr(teacher.model.config, "max_position_embeddings", None)
+    made = {
+        skill: skill_tokens(skill, teacher.tokenizer, positions=positions, seed=recipe.seed)
+        for skill in recipe.tested_skills
+    }
+    return {skill: tokens for skill, tokens in made.items() if tokens is not None}
 
 
 def skill_changes(

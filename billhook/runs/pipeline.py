@@ -23,6 +23,7 @@ from billhook.core.results.run import Answer, RunData, RunResult, SkillChange
 from billhook.core.results.stored import Run
 from billhook.data.calibration import generated_token_count
 from billhook.data.choice_tasks import load_items
+from billhook.data.prefixes import computed_positions
 from billhook.data.splits import disjoint_parts, halves
 from billhook.data.texts import SELF, external_sources, split_sources
 from billhook.data.token_sets import TokenSet
@@ -306,6 +307,8 @@ def preview_run(recipe: Recipe, watch: EventListener, loaded: Mapping[str, Teach
     forward, one = _seconds_per_token(recipe, teacher, calibration)
     wanted = options(SEARCHES[recipe.search]) | method_options(recipe)[0]
     search = None if count is None else count * one * min(all_tokens, wanted.get("tokens", all_tokens))
+    skills = {} if teacher.weights is not None else evaluation.skill_sets(recipe, teacher)
+    asked = sum(map(computed_positions, skills.values()))
     source = calibration.source if written == 0 else "+".join(dict.fromkeys([*split_sources(recipe.data), SELF]))
     return WorkEstimate(
         model=teacher.name,
@@ -315,7 +318,9 @@ def preview_run(recipe: Recipe, watch: EventListener, loaded: Mapping[str, Teach
         memory=MemoryUse(teacher.weight_bytes, work.kept, free_memory(teacher.device)),
         work=work,
         disk_bytes=teacher.anatomy.total("bytes"),
-        seconds=ExpectedSeconds(None if search is None else round(search, 1), round(2 * forward * held_out.tokens, 1)),
+        seconds=ExpectedSeconds(
+            None if search is None else round(search, 1), round(2 * forward * (held_out.tokens + asked), 1)
+        ),
     )
 
 

@@ -13,6 +13,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from billhook.data.choice_tasks import Item
+from billhook.data.prefixes import computed_positions
 from billhook.data.skills import SKILLS, SkillName
 from billhook.data.skills.tokens import ITEMS, skill_tokens
 from billhook.data.skills.words import NAMES, NOUNS, THINGS, filler
@@ -208,6 +209,17 @@ def test_any_tokenizer_scores_the_choice_and_nothing_else(tokenizer: Any) -> Non
             written = [re.sub("[ Ġ▁]", "", end) for end in ends]
             assert written == [choice.replace(" ", "") for choice in items[number].choices]
             assert items[number].choices[gold] == SOLVERS[skill](items[number])[0]
+
+
+def test_what_is_computed_lies_between_every_prefix_once_and_every_input_whole(tokenizer: Any) -> None:
+    for skill in SKILLS:
+        tokens = skill_tokens(skill, tokenizer, positions=None)
+        assert tokens is not None
+        inputs = {tuple(row[: n - 1].tolist()) for row, n in zip(tokens.rows, tokens.lengths, strict=True)}
+        prefixes = {ids[:n] for ids in inputs for n in range(1, len(ids) + 1)}
+        assert len(prefixes) <= computed_positions(tokens) <= sum(map(len, inputs)) < tokens.tokens
+        if skill in ("arithmetic", "brackets"):
+            assert computed_positions(tokens) < sum(map(len, inputs)) / 2, "solved lines are read once"
 
 
 def test_items_that_do_not_fit_are_left_out(tokenizer: Any) -> None:
