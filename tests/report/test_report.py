@@ -52,6 +52,7 @@ from billhook.core.results.run import (
 from billhook.report import numbers, run_report, run_words
 from billhook.report.run import use as run_use
 from billhook.report.run.drawing import architecture_svg
+from billhook.report.run.sites import sites_table
 
 TARGETS = (
     TargetFit("llama.cpp", "gguf", None, True),
@@ -521,6 +522,55 @@ def test_the_drawing_is_filled_as_far_as_is_kept() -> None:
     assert tall[3] == tall[1]
     cache = [b for b in tree.iter("{http://www.w3.org/2000/svg}rect") if b.get("class") == "kv"]
     assert len(cache) == 3  # block 1 has none after
+
+
+# -- the table of sites ----------------------------------------------------------------------------------------------
+
+
+def site_cells(result: RunResult) -> tuple[list[str], dict[str, list[float]]]:
+    """The headings of the table of sites, and what sorts each row, by site."""
+    tree = ET.fromstring(sites_table(result).split("<p class")[0].replace(" class=wrap", "").replace(" data-words", ""))
+    heads = [" ".join("".join(head.itertext()).split()) for head in tree.iter("th") if head.get("scope") == "col"]
+    rows = [list(row) for row in tree.iter("tr")][1:]
+    return heads, {row[0].text or "": [float(cell.get("data-sort", "")) for cell in row[1:-1]] for row in rows}
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_loss_per_ms_is_what_a_site_is_worth_over_the_time_it_takes(measured: bool) -> None:
+    result = a_result(21, 4, 3)
+    if measured:
+        sites = tuple(replace(s, ns_per_token=1000 * (i + 1)) for i, s in enumerate(result.anatomy.sites))
+        result = replace(result, anatomy=replace(result.anatomy, sites=sites), speed=None)
+    heads, rows = site_cells(result)
+    assert heads[3:5] == [
+        "Loss per ms nats per ms of a step",
+        f"Time ms of a step, {'measured' if measured else 'predicted'}",
+    ]
+    alone = {str(each.site): each.loss for each in result.alone}
+    for name, (loss, per_million, per_ms, ms, parameters, *_) in rows.items():
+        assert loss == alone[name]
+        assert per_ms * ms == pytest.approx(loss)
+        assert per_million * parameters / 1e6 == pytest.approx(loss)
+    times = [cells[3] for cells in rows.values()]
+    if measured:
+        assert times == [(i + 1) / 1000 for i in range(8)]
+    else:  # the sites and the head share the measured step by the weights that a token uses
+        assert result.speed is not None
+        step = 1000 / result.speed.teacher.decode_tokens_per_s.value
+        rest = result.anatomy.rest.flops_per_token / result.anatomy.total("flops_per_token")
+        assert sum(times) == pytest.approx(step * (1 - rest))
+    assert ("measured by removing" in sites_table(result)) == measured
+
+
+def test_no_loss_per_ms_where_a_time_or_a_loss_is_not_known() -> None:
+    assert "Loss per ms" not in sites_table(a_result(speed=None))
+    assert "Loss per ms" not in sites_table(a_result(alone=()))
+    assert "Time" in sites_table(a_result(alone=()))
+    assert "Time" not in sites_table(a_result(alone=(), speed=None))
+    few = a_result(alone=a_result().alone[:1])
+    _, rows = site_cells(few)
+    unknown = [name for name, cells in rows.items() if cells[2] == 1e308]
+    assert len(unknown) == len(rows) - 1
 
 
 # -- how to run it, and what next -----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from billhook.core.anatomy import SiteSize
 from billhook.core.plan import PARTS, Site
@@ -117,33 +117,63 @@ def _loss(alone: SiteLoss) -> str:
 # -- what each is worth ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class SiteTimes:
+    """Milliseconds of a decoding step that each site takes, and in words where they come from."""
+
+    ms: dict[Site, float]
+    about: str
+    measured: bool
+
+
+def site_times(result: RunResult) -> SiteTimes | None:
+    """The time of each site: measured where a budget counts time, else its share of the teacher's measured step."""
+    sizes = result.anatomy.sites
+    if all(size.ns_per_token for size in sizes):
+        words = "Time: of a decoding step, measured by removing all sites of a kind and size; it has no interval."
+        return SiteTimes({size.site: size.ns_per_token / 1e6 for size in sizes}, words, True)
+    if result.speed is None:
+        return None
+    rate, batch = result.speed.teacher.decode_tokens_per_s.value, result.speed.protocol.batch
+    step, whole = 1000 * batch / rate, result.anatomy.total("flops_per_token")
+    words = (
+        f"Time: predicted, with no interval; the share that a site has in the weights that a token uses, of the "
+        f"teacher's measured decoding step of {step:.3g} ms at batch {batch}. --remove 20%ms measures it."
+    )
+    return SiteTimes({size.site: step * size.flops_per_token / whole for size in sizes}, words, False)
+
+
 def sites_table(result: RunResult) -> str:
-    """Every site with what it costs, what removing it alone loses, and why it went; sorted by a press of a heading."""
-    heads = [("Site", ""), ("Parameters", ""), ("KV cache", "bytes a token"), ("FLOPs", "a token")]
-    timed = any(size.ns_per_token for size in result.anatomy.sites)
-    heads += [("Time", "µs a token")] * timed
-    heads += [("Loss alone", result.loss_unit), ("Loss alone", "a million parameters")] if result.alone else []
-    heads += [("What became of it", "")]
+    """Every site with what it is worth and costs, and why it went; sorted by a press of a heading."""
+    times, alone = site_times(result), bool(result.alone)
+    heads = [("Site", "")]
+    heads += [("Loss alone", result.loss_unit), ("Loss alone", "per million parameters")] if alone else []
+    heads += [("Loss per ms", f"{result.loss_unit} per ms of a step")] if alone and times else []
+    heads += [("Time", f"ms of a step, {'measured' if times.measured else 'predicted'}")] if times else []
+    heads += [("Parameters", ""), ("KV cache", "bytes per token"), ("FLOPs", "per token"), ("What became of it", "")]
     lines = []
     for fact in facts_of_sites(result):
         if fact.size is None:
             continue
-        size = fact.size
+        size, ms = fact.size, times.ms[fact.site] if times else 0.0
         cells: list[tuple[object, str]] = [(fact.site.block * 2 + (fact.site.part == "mlp"), str(fact.site))]
+        per = [1.0, size.parameters / 1e6, *([ms] if times else [])] if alone else []
+        cells += [_loss_cell(fact.alone, each) for each in per]
+        cells += [(ms, f"{ms:.3g}")] if times else []
         cells += [(n, f"{n:,}") for n in (size.parameters, size.kv_bytes_per_token, size.flops_per_token)]
-        cells += [(size.ns_per_token, f"{size.ns_per_token / 1000:,.0f}")] * timed
-        cells += _alone_cells(fact.alone, size.parameters) if result.alone else []
         lines.append([*cells, (fact.why, fact.why)])
-    words = [len(heads) - 1]
-    return scrolling(sortable_table(heads, lines, words), "Sites", tall=True)
+    words = "Loss alone: of the model without this one site, measured by the search; ± 95% over documents. " * alone
+    table = scrolling(sortable_table(heads, lines, [len(heads) - 1]), "Sites", tall=True)
+    return table + caption(words + (times.about if times else ""))
 
 
-def _alone_cells(alone: SiteLoss | None, parameters: int) -> list[tuple[object, str]]:
-    """The loss of a site alone, and the loss per million parameters that it frees."""
-    if alone is None or not parameters:
-        return [(1e308, "–")] * 2
-    each = 1e6 * alone.loss / parameters
-    return [(alone.loss, _loss(alone)), (each, f"{'≥ ' if alone.at_least else ''}{each:.3g}")]
+def _loss_cell(alone: SiteLoss | None, per: float) -> tuple[float, str]:
+    """The loss of a site alone over what it costs; what is not known sorts last."""
+    if alone is None or not per:
+        return 1e308, "–"
+    se = None if alone.se is None else alone.se / per
+    each = replace(alone, loss=alone.loss / per, se=se)
+    return each.loss, _loss(each)
 
 
 def worth_chart(result: RunResult) -> str:
