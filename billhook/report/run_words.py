@@ -267,7 +267,7 @@ def work_in_words(work: WorkPlan) -> str:
     often = "every block" if work.checkpoint_every == 1 else f"every {work.checkpoint_every} blocks"
     kept = f"streams kept after {often}, at most {work.limit / 1e9:.1f} GB" if work.checkpoint_every else ""
     order = "layer by layer" if work.walk == "layers" else "depth-first"
-    return f"{weights}{order}, {work.groups} document groups, {kept or 'no streams kept'}"
+    return f"{weights}{order}, {pluralize(work.groups, 'document group')}, {kept or 'no streams kept'}"
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------

@@ -90,7 +90,10 @@ def strip(result: RunResult) -> str:
         tables.append(f'<table data-vars="n:{len(span)}">{lines}</table>')
     narrowed = any(each.state == "narrower" for each in facts.values())
     earlier = any(each.state == "earlier" for each in facts.values())
-    marks = [("kept", "", "kept"), ("removed", "3", "removed; numbers give the order")]
+    ordered = any(fact.mark.isdecimal() for fact in facts.values())
+    marks = [("kept", "", "kept")]
+    marks += [("removed", "3", "removed; numbers give the order")] * ordered
+    marks += [("removed", "×", "removed")] * any(fact.mark == "×" for fact in facts.values())
     marks += [("narrower", "", "narrowed: the lower part is kept")] * narrowed
     marks += [("earlier", "", "removed before this run")] * earlier
     shown = "".join(f'<span><i class="{kind}">{mark}</i>{words}</span>' for kind, mark, words in marks)
@@ -147,8 +150,9 @@ def sites_table(result: RunResult) -> str:
     """Every site with what it is worth and costs, and why it went; sorted by a press of a heading."""
     times, alone = site_times(result), bool(result.alone)
     heads = [("Site", "")]
-    heads += [("Loss alone", result.loss_unit), ("Loss alone", "per million parameters")] if alone else []
+    heads += [("Loss alone", result.loss_unit)] if alone else []
     heads += [("Loss per ms", f"{result.loss_unit} per ms of a step")] if alone and times else []
+    heads += [("Loss per M", "million parameters")] if alone else []
     heads += [("Time", f"ms of a step, {'measured' if times.measured else 'predicted'}")] if times else []
     heads += [("Parameters", ""), ("KV cache", "bytes per token"), ("FLOPs", "per token"), ("What became of it", "")]
     lines = []
@@ -157,7 +161,7 @@ def sites_table(result: RunResult) -> str:
             continue
         size, ms = fact.size, times.ms[fact.site] if times else 0.0
         cells: list[tuple[object, str]] = [(fact.site.block * 2 + (fact.site.part == "mlp"), str(fact.site))]
-        per = [1.0, size.parameters / 1e6, *([ms] if times else [])] if alone else []
+        per = [1.0, *([ms] if times else []), size.parameters / 1e6] if alone else []
         cells += [_loss_cell(fact.alone, each) for each in per]
         cells += [(ms, f"{ms:.3g}")] if times else []
         cells += [(n, f"{n:,}") for n in (size.parameters, size.kv_bytes_per_token, size.flops_per_token)]
