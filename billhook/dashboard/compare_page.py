@@ -10,7 +10,7 @@ from billhook.dashboard.entries import MOST, Entry, entries_of, paired
 from billhook.dashboard.layout import page_html, plain_figure, run_address, when, with_origin
 from billhook.dashboard.listing import Listed, Listing, opened
 from billhook.dashboard.parts.diff import strips
-from billhook.dashboard.parts.fronts import fronts, lines_key
+from billhook.dashboard.parts.fronts import fronts, lines_key, tasks_chart
 from billhook.dashboard.parts.related import comparisons_between
 from billhook.report.frame import Section, escaped, scrolling
 from billhook.report.numbers import format_duration, format_number, format_ratio, pluralize, visible_name
@@ -65,13 +65,14 @@ def _compared(db: sqlite3.Connection, entries: list[Entry], asked: Sequence[str]
     told = {entry.run for entry in entries}
     if left := [run for run in asked if run not in told]:
         notes.append(f"Without a result to compare: {', '.join(map(visible_name, left))}.")
-    charts = fronts(entries)
+    charts, tasks = fronts(entries), tasks_chart(entries)
     hint = "<p>Point at a student, or focus it, to single it out in every chart; press to keep it.</p>"
-    drawn = f'<section>{lines_key(entries)}{hint}</section><div class="two three">{"".join(charts)}</div>'
+    drawn = f'<div class="two three">{"".join(charts)}</div>' if charts else _no_fronts(entries)
+    linked = f'<div class="linked"><section>{lines_key(entries)}{hint}</section>{drawn}{tasks}</div>'
     names = {name for run in runs if run.id in asked for name in (run.id, run.out)}
     sections = [
         Section("figures", "Figures", _table(entries)),
-        Section("fronts", "Pareto fronts", f'<div class="linked">{drawn}</div>' if charts else _no_fronts(entries)),
+        Section("fronts", "Quality, size and tasks", linked if charts or tasks else _no_fronts(entries)),
         Section("sites", "Sites", strips(entries)),
         Section("flips", "Items that flipped", comparisons_between(db, names)),
     ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from billhook.core.anatomy import Anatomy, ModelSizes
 from billhook.core.errors import ResultError
@@ -33,6 +33,7 @@ class Entry:
     - `sizes`, `whole`: of student and teacher, as far as they are known.
     - `decode`: decoding speed over the teacher's; `rate`: tokens per second; `memory`: peak bytes of the student.
     - `evaluation`: the nats of the student by document, for pairs; `seconds`: what making it took.
+    - `tasks`: the change of its accuracy over the teacher's, by task.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Entry:
     anatomy: Anatomy | None = None
     repaired: str = ""
     evaluation: EvalResult | None = None
+    tasks: Mapping[str, Estimate] = field(default_factory=dict)
 
     def left(self, what: str) -> float | None:
         """The share of the teacher's `parameters`, … that is left; None where it is not known."""
@@ -96,6 +98,7 @@ def _of_pruning(db: sqlite3.Connection, run: str, result: RunResult) -> Entry:
         _decode_ratio(speed) if speed else None, speed.student.decode_tokens_per_s if speed else None,
         speed.student.peak_bytes if speed else None, math.fsum(result.seconds.values()), result.anatomy,
         ", ".join(report.recovery for report in result.recoveries), _evaluation(db, result),
+        {task.file: task.change for task in result.tasks},
     )  # fmt: skip
 
 
@@ -122,6 +125,7 @@ def _of_sweep(run: str, result: SweepResult) -> list[Entry]:
             f"{visible_name(trial.recipe)} {visible_name(trial.remove)}", run, "sweep", trial.plan, trial.sizes,
             result.sizes, trial.results[text].change.mapped(exp_capped) if text else None,
             result.evaluation[text].hash if text else "", seconds=trial.search_seconds,
+            tasks={name: each.change for name, each in trial.results.items() if each.kind != "perplexity"},
         )
         for trial in result.trials
     ]  # fmt: skip
@@ -147,6 +151,11 @@ def _of_comparison(run: str, result: Comparison) -> list[Entry]:
                 speed.decode_ratio if speed else None,
                 speed.other.decode if speed else None,
                 speed.other.peak_bytes if speed else None,
+                tasks={
+                    each.source: own.change
+                    for each in result.sets
+                    if not each.is_text and (own := each.pairs[number]) is not None
+                },
             )
         )
     return entries

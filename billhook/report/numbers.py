@@ -132,8 +132,10 @@ def stem(path: str) -> str:
 
 
 def in_brackets(ends: Sequence[float], spell: Callable[[float], str] = format_number) -> str:
-    """`(1.40–1.52)`."""
-    return f"({spell(ends[0])}–{spell(ends[1])})".replace("×", "")
+    """`(1.40–1.52)`; of ends with signs `(−1.0pp to +0.3pp)`."""
+    low, high = map(spell, ends)
+    between = " to " if low[:1] in "+−" else "–"
+    return f"({low}{between}{high})".replace("×", "")
 
 
 def with_interval(estimate: Estimate, spell: Callable[[float], str] = format_number) -> str:

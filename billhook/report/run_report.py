@@ -38,6 +38,7 @@ from billhook.report.run_words import (
     run_notes,
     summary_rows,
 )
+from billhook.report.trials.tasks import tasks_chart
 
 
 def write_report(result: RunResult, folder: Path) -> None:
@@ -88,7 +89,7 @@ def _measured(result: RunResult) -> str:
     rows = [(r.label, r.teacher, r.student, r.change) for r in summary_rows(result)]
     table = whole_spans(html_table(("Measure", "Teacher", "Student", "Change"), rows))
     words = "In brackets: 95% intervals. Teacher: the model before this pruning. Student: the pruned model."
-    return f'<div class="measured">{table}</div>{caption(words)}{speed_chart(result)}'
+    return f'<div class="measured">{table}</div>{caption(words)}{tasks_chart(result)}{speed_chart(result)}'
 
 
 def _parts(result: RunResult) -> str:

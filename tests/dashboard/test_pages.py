@@ -32,7 +32,6 @@ from billhook.core.outlook.roofline import Workload, resources
 from billhook.core.plan import Plan
 from billhook.core.results.run import RunResult
 from billhook.core.results.stored import Run
-from billhook.core.results.studies import SweepResult
 from billhook.core.statistics import exp_capped, paired_difference
 from billhook.dashboard.commands import point_command, prune_command
 from billhook.dashboard.entries import Entry, entries_of, front, paired
@@ -444,17 +443,26 @@ def test_studies_have_the_sections_of_their_reports(store: Path, kind: str) -> N
 
 
 def test_the_trials_of_a_sweep_are_compared(store: Path) -> None:
-    result = STUDIES["sweep"]
+    result = made_studies.a_sweep(3, ("sleb", "uidl"))
     with closing(Store(store)) as opened_store:
         run = opened_store.new_run("sweep", {"model": "m"}, {}, "out")
         opened_store.update(run, state="done", result=result.to_json())
     with opened(store) as db:
         entries = entries_of(db, [run])
-    assert isinstance(result, SweepResult)
     assert len(entries) == len(result.trials)
     for entry, trial in zip(entries, result.trials, strict=True):
         assert (entry.plan, entry.sizes, entry.seconds) == (trial.plan, trial.sizes, trial.search_seconds)
         change = trial.results["/data/wiki.jsonl"].change
         assert entry.quality is not None
         assert entry.quality.value == pytest.approx(math.exp(change.value))
+        assert entry.tasks == {name: trial.results[name].change for name in result.teacher if "/tasks/" in name}
+        assert len(entry.tasks) > 1
     assert len({entry.name for entry in entries}) == len(entries)
+    client = TestClient(make_app(Listing(store)), base_url="http://127.0.0.1")
+    assert "What each task gains or pays" in client.get(f"/compare?run={run}").text
+
+
+def test_students_without_tasks_have_no_chart_of_them(pruned_store: Path) -> None:
+    runs = "&".join(f"run={run.id}" for run in Listing(pruned_store).runs())
+    client = TestClient(make_app(Listing(pruned_store)), base_url="http://127.0.0.1")
+    assert "What each task gains or pays" not in client.get(f"/compare?{runs}").text

@@ -223,7 +223,7 @@ def test_tasks_and_margins_are_told() -> None:
     within = WithinReport(Margin.parse("3%ppl"), trials, TokenSetInfo("pydoc", 8192, 20, 20, 20, "cc"))
     result = a_result(tasks=(task,), within=within)
     (row,) = [row for row in run_words.summary_rows(result) if row.label == "Accuracy, piqa_validation"]
-    assert (row.teacher, row.student, row.change) == ("68.2%", "55.1%", "−13.1pp (−16.0pp–−10.0pp)")
+    assert (row.teacher, row.student, row.change) == ("68.2%", "55.1%", "−13.1pp (−16.0pp to −10.0pp)")
     (note,) = [note for note in run_words.run_notes(result) if note.startswith("Within 3%ppl")]
     assert "6.3% of the parameters can be removed, for 2.05 percent of the perplexity, at most 2.96" in note
     assert note.endswith("8.9% would lose more.")

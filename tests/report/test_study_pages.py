@@ -376,7 +376,7 @@ def test_switches_draw_another_text_and_another_size(tab: Tab, paths: dict[str, 
     tab.run("document.querySelectorAll('[data-switch]')[1].querySelectorAll('button')[2].click()")
     assert tab.run(titles)[0] == "% of the teacher’s time per token left"
     assert tab.run(values % 0) != x
-    assert tab.run("document.querySelectorAll('[data-switch] [aria-pressed=true]').length") == 4
+    assert tab.run("document.querySelectorAll('[data-switch] [aria-pressed=true]').length") == 6
     accuracy = "document.querySelectorAll('.axis.below')[1].textContent"
     assert tab.run(accuracy) == "% of the teacher’s parameters left"  # each chart has switches of its own
     assert tab.complaints() == []
@@ -423,7 +423,7 @@ def test_points_far_above_the_others_are_drawn_at_the_edge(tab: Tab, paths: dict
 def test_the_key_singles_recipes_out_in_both_charts(tab: Tab, paths: dict[str, Path]) -> None:
     tab.show(paths["usual"], 1440, "light")
     lit = f"box => {CHART}(box).getOption().series.filter(s => s.encode && !(s.opacity < 1)).map(s => s.name)"
-    bright = f"[...document.querySelectorAll('.plot')].map({lit})"
+    bright = f"[...document.querySelectorAll('.linked .plot')].map({lit})"
     assert [len(each) for each in tab.run(bright)] == [17, 17]
     button = "[...document.querySelectorAll('.key button')].find(b => b.dataset.series === '%s')"
     tab.run(f"{button % 'sleb'}.click()")

@@ -17,6 +17,7 @@ from billhook.report.numbers import (
     pluralize,
     reliability_note,
 )
+from billhook.report.trials.tasks import changes_chart
 
 COLOURS = ("--orange", "--blue", "--green", "--violet", "--pink", "--olive", "--teal", "--grey")
 SYMBOLS = ("circle", "square", "diamond", "triangle", "cross", "down", "plus", "star")
@@ -87,6 +88,13 @@ def lines_key(entries: Sequence[Entry]) -> str:
 def _line(entries: Sequence[Entry], number: int, points: tuple[Point, ...]) -> Line:
     colour, symbol = COLOURS[number % len(COLOURS)], SYMBOLS[(number // len(COLOURS) + number) % len(SYMBOLS)]
     return Line(entries[number].name, points, colour, symbol)
+
+
+def tasks_chart(entries: Sequence[Entry]) -> str:
+    """What each student gains or pays on each task; nothing where they were measured on fewer than two."""
+    lines = {entry.name: _line(entries, number, ()) for number, entry in enumerate(entries)}
+    looks = {name: (line.colour, line.symbol) for name, line in lines.items()}
+    return changes_chart({entry.name: entry.tasks for entry in entries}, looks)
 
 
 def fronts(entries: Sequence[Entry]) -> list[str]:

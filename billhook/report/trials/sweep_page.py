@@ -40,6 +40,7 @@ from billhook.report.study_words import (
 )
 from billhook.report.trials.sets import sets_table
 from billhook.report.trials.sweep_curves import curves
+from billhook.report.trials.tasks import TITLE, tasks_curves
 
 
 @page(SweepResult)
@@ -57,9 +58,10 @@ def sweep_title(result: SweepResult) -> str:
 
 
 def sweep_sections(result: SweepResult) -> list[Section]:
-    """Losses and accuracies against what is left, what next, all trials, what was refused, how."""
+    """Losses and accuracies against what is left, task by task, what next, all trials, what was refused, how."""
     sections = [
         Section("curves", "Quality against size", curves(result)),
+        Section("tasks", TITLE, tasks_curves(result)),
         Section("next", "What next", _next(result)),
         Section("trials", "All results", _all_trials(result)),
         Section("refused", "Refused", _refused(result)),
