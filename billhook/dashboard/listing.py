@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from billhook.core.errors import ResultError
-from billhook.core.files.store_tables import TAGGED, connect_to_read
+from billhook.core.files.store_tables import KINDED, TAGGED, connect_to_read
 from billhook.core.results.json_form import SCHEMA, JsonObject, decode
 from billhook.core.results.run import PerplexityChange, SizeChange, SpeedChange
 from billhook.core.results.specs import PRUNE
@@ -23,7 +23,6 @@ T = TypeVar("T")
 
 Parts = dict[str, str]  # HTML by the id of the element that it replaces
 
-KINDS_SINCE = 4  # the version of a store from which runs have a column for their kind
 FIGURES = (
     "'$.schema', '$.sizes', '$.perplexity', '$.speed', '$.seconds', '$.model.fingerprint', '$.data.evaluation.hash'"
 )
@@ -141,7 +140,7 @@ class Listing:
                 "SELECT run, max(rowid) FROM events WHERE rowid > ? GROUP BY +run", (max(known.values(), default=0),)
             )
             self._events = known | dict(fresh.fetchall())
-            kind = "kind" if version(db) >= KINDS_SINCE else "NULL"
+            kind = "kind" if version(db) >= KINDED else "NULL"
             tags, new = _tags(db), [run for (run,) in db.execute("SELECT id FROM runs") if run not in self._asked]
             for run in new:
                 columns = f"{kind} AS kind, recipe, environment"

@@ -16,7 +16,7 @@ from billhook.core.outlook.history import MeasuredCurve, history_of
 from billhook.core.outlook.loss_curve import LossForecast, PastErrors, forecast, shipped_errors
 from billhook.core.outlook.machines import Machine
 from billhook.core.outlook.roofline import USABLE, Resources, Workload, resources
-from billhook.core.outlook.search_end import SearchForecast, SearchTrace, search_end, trace_of
+from billhook.core.outlook.search_end import TRACED, SearchForecast, SearchTrace, search_end, trace_of
 from billhook.core.results.outlook import MachineReport
 from billhook.core.results.run import RunResult
 from billhook.dashboard.listing import Figures, Listed
@@ -72,7 +72,7 @@ def search_forecast(store: Path, run: str, states: int) -> SearchForecast | None
     """When the search of a run will end, and at which loss; None where it does not go on, or has hardly begun."""
     with closing(Store(store, read_only=True)) as opened:
         own = opened.run(run)
-        now = trace_of(own.spec, own.fingerprints.get("model", ""), opened.events(run))
+        now = trace_of(own.spec, own.fingerprints.get("model", ""), opened.events(run, *TRACED))
     if now is None or now.seconds is not None:
         return None
     return search_end(now, _ended_searches(store, str(own.spec.get("search")), states))

@@ -168,7 +168,7 @@ def list_runs(store: str | Path = STORE) -> list[RunSummary]:
     from billhook.runs.store import Store  # this package is imported with every recipe
 
     with closing(Store(Path(store), read_only=True)) as opened:
-        return [_summary(run, opened.count_losses(run.id)) for run in opened.runs()]
+        return [_summary(run, opened.count_losses(run.id)) for run in opened.runs(brief=True)]
 
 
 TAG = re.compile(r"[^\s,]{1,40}")
@@ -266,7 +266,7 @@ def _newest_unfinished(store: Store) -> Run:
     from billhook.core.results.specs import PRUNE
 
     # A run that was refused before it had model and tokens has nothing to resume.
-    prunings = [run for run in store.runs() if run.kind == PRUNE]
+    prunings = [run for run in store.runs(brief=True) if run.kind == PRUNE]
     unfinished = [run for run in prunings if run.state != "done" and (run.fingerprints or run.state != "failed")]
     free = [run for run in unfinished if store.free(run.id)]
     if unfinished:

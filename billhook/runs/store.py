@@ -17,7 +17,7 @@ from billhook.core.errors import ResourceError, ResultError, RunError, UsageErro
 from billhook.core.events import Event
 from billhook.core.files.cache_keys import CacheKey, FactKey, LossKey, PlanLossKey, numbers
 from billhook.core.files.foreign_files import reading
-from billhook.core.files.store_tables import MIGRATIONS, connect_to_read, layout, layout_of
+from billhook.core.files.store_tables import BRIEF, KINDED, MIGRATIONS, connect_to_read, layout, layout_of
 from billhook.core.plan import Plan, shorten
 from billhook.core.plan_files import find_path
 from billhook.core.results.json_form import JsonObject
@@ -140,9 +140,10 @@ class Store:
             )
         return run
 
-    def runs(self) -> list[Run]:
-        """All runs, the newest first."""
-        rows = self._select("SELECT * FROM runs ORDER BY created DESC, rowid DESC")
+    def runs(self, *, brief: bool = False) -> list[Run]:
+        """All runs, the newest first. `brief`: results of prunings without their plan, steps and anatomy."""
+        columns = BRIEF if brief and self._version() >= KINDED else "*"
+        rows = self._select(f"SELECT {columns} FROM runs ORDER BY created DESC, rowid DESC")
         return [self._now(row) for row in rows]
 
     def run(self, run: str) -> Run:
@@ -150,7 +151,7 @@ class Store:
         rows = self._select("SELECT * FROM runs WHERE id = ?", run)
         if rows:
             return self._now(rows[0])
-        near = nearest(run, [r.id for r in self.runs()])
+        near = nearest(run, [row["id"] for row in self._select("SELECT id FROM runs")])
         guess = f" Did you mean {near}?" if near else ""
         raise RunError(f"There is no run {run!r} in {self.path}.{guess} `billhook runs` lists them.")
 
@@ -358,10 +359,11 @@ class Store:
                 rows,
             )
 
-    def events(self, run: str, stage: str = "%") -> list[StoredEvent]:
-        """The events of one run, in order; of one stage, where it is named."""
+    def events(self, run: str, *stages: str) -> list[StoredEvent]:
+        """The events of one run, in order; of some stages, where these are named."""
         self._flush_events()
-        rows = self._select("SELECT * FROM events WHERE run = ? AND stage LIKE ? ORDER BY at, rowid", run, stage)
+        which = f"AND stage IN ({','.join('?' * len(stages))})" if stages else ""
+        rows = self._select(f"SELECT * FROM events WHERE run = ? {which} ORDER BY at, rowid", run, *stages)
         return [self._read(_event, row) for row in rows]
 
 

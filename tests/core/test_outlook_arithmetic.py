@@ -73,6 +73,32 @@ def test_more_sizes_and_shorter_ways_make_narrower_spreads() -> None:
     assert wide(line, 0.3) < wide(line[-1:], 0.3)
 
 
+def test_a_prediction_is_the_mixture_of_gaussians_over_all_strayings() -> None:
+    """Each of several sets at once, against one straying after the other, by the density of a normal distribution."""
+    points = [LossPoint(0.05, 0.1, 0.01), LossPoint(0.1, 0.4), LossPoint(0.2, 1.0, 0.2), LossPoint(0.33, 1.3, 0.1)]
+    sets, share = [points[:3], points[1:], points[::2] + points[1:2]], 0.27
+    means, deviations = loss_curve._predict_each(sets, share)
+    for given_, mean, deviation in zip(sets, means, deviations, strict=True):
+        at = np.log([*(p.share for p in given_), share])
+        at -= at.min()
+        y = np.log([p.nats for p in given_]) - loss_curve.EXPONENT * at[:-1]
+        steps = np.diff(np.eye(3), axis=0)
+        found = []
+        for wander in loss_curve.WANDERS:
+            cov = loss_curve.VAGUE + loss_curve.EXPONENT_SD**2 * np.outer(at, at)
+            cov += wander**2 * np.minimum.outer(at, at)
+            inside = cov[:3, :3] + np.diag([(p.se / p.nats) ** 2 + loss_curve.EXACT for p in given_])
+            inverse, apart = np.linalg.inv(inside), np.linalg.inv(steps @ inside @ steps.T)
+            fit = math.log(np.linalg.det(apart)) - (steps @ y) @ apart @ (steps @ y)
+            prior = -((math.log(wander / loss_curve.WANDER) / loss_curve.WANDER_SPREAD) ** 2)
+            found.append((cov[3, :3] @ inverse @ y, cov[3, 3] - cov[3, :3] @ inverse @ cov[:3, 3], (prior + fit) / 2))
+        centres, variances, logs = np.array(found).T
+        weight = np.exp(logs - logs.max()) / np.exp(logs - logs.max()).sum()
+        middle = weight @ centres
+        assert mean == pytest.approx(middle + loss_curve.EXPONENT * at[3], rel=1e-6)
+        assert deviation**2 == pytest.approx(weight @ (variances + (centres - middle) ** 2), rel=1e-4)
+
+
 def test_intervals_cover_at_the_stated_rate() -> None:
     """Curves that stray at random: calibrated on some, the intervals of others hold as often as they say."""
     random = np.random.default_rng(3)

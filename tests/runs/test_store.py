@@ -109,6 +109,27 @@ def test_runs_are_listed_newest_first_and_found_by_name(store: Store) -> None:
         store.run("x" + runs[1][1:])
 
 
+def test_brief_runs_lack_what_is_most_of_a_pruning_and_nothing_else(store: Store) -> None:
+    whole = {"schema": 2, "plan": {"removed": ["mlp.1"]}, "steps": [1, 2], "anatomy": {"sites": []},
+             "perplexity": {"teacher": 1 / 3}, "name": "☃ \" plan"}  # fmt: skip
+    for kind, result in (("prune", whole), ("prune", None), ("sweep", whole)):
+        run = store.new_run(kind, {"model": "m"}, {}, "out")
+        store.update(run, result=result, fingerprints={"model": "f"})
+    told, brief = store.runs(), store.runs(brief=True)
+    assert [replace(each, result=None) for each in brief] == [replace(each, result=None) for each in told]
+    less = {name: value for name, value in whole.items() if name not in ("plan", "steps", "anatomy")}
+    assert [each.result for each in brief][:3] == [whole, None, less]
+
+
+def test_events_are_found_by_their_stages(store: Store) -> None:
+    run = new(store)
+    for number, stage in enumerate(("load", "search", "round", "search%")):
+        store.add_event(run, Event(stage, number), at_once=True)
+    assert [each.stage for each in store.events(run)] == ["load", "search", "round", "search%"]
+    assert [each.stage for each in store.events(run, "round", "search")] == ["search", "round"]
+    assert store.events(run, "sear%") == []
+
+
 def test_a_run_keeps_its_kind_and_its_spec(store: Store) -> None:
     spec = SweepSpec(
         "demo", ("billhook",), ("10%",), ("pydoc",), (), (), 200, plain_options({"seed": 1, "set": ("a",)})

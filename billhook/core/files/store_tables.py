@@ -82,7 +82,11 @@ def _create_tags(db: sqlite3.Connection) -> None:
 
 
 MIGRATIONS = (_create_tables, _create_pieces, _create_facts, _add_kind, _add_event_values, _create_tags)
-TAGGED = 6  # the first version of a store that has tags
+KINDED, TAGGED = 4, 6  # the first versions of a store that have kinds and tags
+BRIEF = (  # columns of a run: of a pruning without what is most of its result, and is of one model or one path
+    "id, kind, created, state, out, recipe, environment, bound, CASE kind WHEN 'prune' "
+    "THEN json_remove(result, '$.plan', '$.steps', '$.anatomy') ELSE result END AS result"
+)
 
 
 def layout(db: sqlite3.Connection) -> dict[tuple[str, str], str]:

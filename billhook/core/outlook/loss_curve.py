@@ -24,6 +24,7 @@ PLACES: tuple[Place, ...] = ("beyond", "between", "below")
 # whose intervals cover best where each recipe is forecast by the errors of the others (benchmarks/forecasts.py).
 EXPONENT, EXPONENT_SD = 1.2, 0.2
 WANDER, WANDER_SPREAD = 0.3, 0.6  # median of how far a curve strays over a factor of e in share; sd of its logarithm
+FIELDS = ("share", "nats", "se")  # of a point
 WANDERS = np.exp(np.linspace(math.log(0.01), math.log(3), 25))
 VAGUE = 1e3  # variance of the level, of which nothing is known
 EXACT = 1e-9  # variance of a measurement without error, for the sake of solving
@@ -135,8 +136,9 @@ def past_errors(curves: Iterable[Sequence[LossPoint]], source: str) -> PastError
         for left_out in used:
             others = [p for p in used if p.share != left_out.share]
             for size in range(1, len(others) + 1):
-                for given in combinations(others, size):
-                    centre, spread = _predict(given, left_out.share)
+                sets = list(combinations(others, size))
+                centres, spreads = _predict_each(sets, left_out.share)
+                for given, centre, spread in zip(sets, centres, spreads, strict=True):
                     error = abs(math.log(left_out.nats) - centre) / spread
                     found[_place(given, left_out.share)].append(
                         PastError(_distance(given, left_out.share), size > 1, error)
@@ -184,29 +186,43 @@ def _quantile(errors: Sequence[float], level: float) -> float:
 
 def _predict(points: Sequence[LossPoint], share: float) -> tuple[float, float]:
     """Return mean and standard deviation of log nats at a share, over all ways in which the curve may stray."""
-    at = np.log([*(p.share for p in points), share])
-    at -= at.min()
-    rises = np.log([p.nats for p in points]) - EXPONENT * at[:-1]
-    noise = np.diag([min((p.se / p.nats) ** 2, 1.0) + EXACT for p in points])
-    means, variances, weights = zip(*(_given(at, rises, noise, wander) for wander in WANDERS), strict=True)
-    weight = np.exp(np.array(weights) - max(weights))
-    weight /= weight.sum()
-    mean = float(weight @ np.array(means))
-    variance = float(weight @ (np.array(variances) + (np.array(means) - mean) ** 2))
-    return mean + EXPONENT * float(at[-1]), math.sqrt(variance)
+    means, deviations = _predict_each([points], share)
+    return means[0], deviations[0]
 
 
-def _given(at: Floats, rises: Floats, noise: Floats, wander: float) -> tuple[float, float, float]:
-    """Return mean and variance of the last of `at` above the prior's slope, and the log evidence of this straying.
+def _predict_each(sets: Sequence[Sequence[LossPoint]], share: float) -> tuple[list[float], list[float]]:
+    """Return the same from each of several sets of equally many points, all at once.
 
-    at: log shares [n + 1]; rises: [n]; noise: variances [n, n]
+    Of [sets, wanders] Gaussian processes the mean and the variance at the share, and the log evidence of the straying.
     """
-    spread = VAGUE + EXPONENT_SD**2 * np.outer(at, at) + wander**2 * np.minimum.outer(at, at)
-    known, towards = spread[:-1, :-1] + noise, spread[:-1, -1]
-    pull = np.linalg.solve(known, towards)
-    prior = -0.5 * (math.log(wander / WANDER) / WANDER_SPREAD) ** 2
-    steps = np.diff(np.eye(len(rises)), axis=0)  # differences, of which the level is no part
-    apart, between = steps @ rises, steps @ known @ steps.T
-    fit = apart @ np.linalg.solve(between, apart) + np.linalg.slogdet(between)[1] if len(rises) > 1 else 0.0
-    variance = max(float(spread[-1, -1] - pull @ towards), EXACT)
-    return float(pull @ rises), variance, prior - 0.5 * float(fit)
+    shares, nats, se = (np.array([[getattr(p, name) for p in given] for given in sets]) for name in FIELDS)
+    at = np.log(np.column_stack([shares, np.full(len(sets), share)]))  # [sets, points + 1]
+    at -= at.min(axis=1, keepdims=True)
+    rises = (np.log(nats) - EXPONENT * at[:, :-1])[:, None]  # above the prior's slope
+    noise = np.minimum((se / nats) ** 2, 1.0) + EXACT
+    before, after = at[:, None, :, None], at[:, None, None, :]
+    strays = WANDERS[:, None, None] ** 2 * np.minimum(before, after)
+    spread = VAGUE + EXPONENT_SD**2 * before * after + strays
+    known = spread[..., :-1, :-1] + noise[:, None, :, None] * np.eye(noise.shape[1])
+    towards = spread[..., :-1, -1]
+    pull = np.linalg.solve(known, towards[..., None])[..., 0]
+    means = (pull * rises).sum(axis=-1)
+    variances = np.maximum(spread[..., -1, -1] - (pull * towards).sum(axis=-1), EXACT)
+    evidence = -0.5 * (np.log(WANDERS / WANDER) / WANDER_SPREAD) ** 2 - 0.5 * _misfit(known, rises)
+    weight = np.exp(evidence - evidence.max(axis=1, keepdims=True))
+    weight /= weight.sum(axis=1, keepdims=True)
+    mean = (weight * means).sum(axis=1)
+    variance = (weight * (variances + (means - mean[:, None]) ** 2)).sum(axis=1)
+    return (mean + EXPONENT * at[:, -1]).tolist(), np.sqrt(variance).tolist()
+
+
+def _misfit(known: Floats, rises: Floats) -> Floats:
+    """Return minus twice the log evidence of the differences of `rises`, of which the level is no part.
+
+    known: covariances [sets, wanders, points, points]; rises: [sets, 1, points]
+    """
+    steps = np.diff(np.eye(known.shape[-1]), axis=0)
+    apart, between = rises @ steps.T, steps @ known @ steps.T
+    solved = np.linalg.solve(between, np.broadcast_to(apart, between.shape[:-1])[..., None])[..., 0]
+    found: Floats = (apart * solved).sum(axis=-1) + np.linalg.slogdet(between)[1]
+    return found

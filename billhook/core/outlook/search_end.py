@@ -17,6 +17,7 @@ import yaml
 from billhook.core.outlook.loss_curve import LossPoint, forecast
 from billhook.core.results.stored import StoredEvent
 
+TRACED = ("search", "round")  # the stages of which a trace is made
 EARLY = 0.02  # of the time, before which nothing is said
 FEW = 9  # past forecasts, below which their range is the interval
 MOST_TRACES = 8  # of a kind that are compared
@@ -90,7 +91,7 @@ def trace_of(spec: Mapping[str, Any], model: str, events: Iterable[StoredEvent])
 
     `model`: the fingerprint of its model.
     """
-    told = [event for event in events if event.stage in ("search", "round")]
+    told = [event for event in events if event.stage in TRACED]
     first = next((i for i, event in enumerate(told) if event.stage == "search" and event.total is None), None)
     if first is None or spec.get("search") is None:
         return None

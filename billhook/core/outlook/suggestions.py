@@ -65,7 +65,10 @@ class Situation:
         return self.run.spec
 
     def results(self) -> Iterator[tuple[Run, JsonObject]]:
-        """Yield the prunings of the store that are done, of any model, with their results."""
+        """Yield the prunings of the store that are done, of any model, with their results.
+
+        These lack `plan`, `steps` and `anatomy`, which `told` has.
+        """
         for run in self.everything:
             if run.kind == PRUNE and run.result is not None and run.result.get("schema") is not None:
                 yield run, run.result

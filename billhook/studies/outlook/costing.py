@@ -321,7 +321,7 @@ def _file_bytes(name: str) -> int:
 
 def _known_quality(name: str, store: Store) -> tuple[str, Estimate] | None:
     """The run that compared a model on text, and its perplexity over that of the first."""
-    for run in store.runs():
+    for run in store.runs(brief=True):
         if run.kind != Comparison.kind or run.result is None or name not in run.spec.get("others", ()):
             continue
         found = read_result(run.kind, run.result)

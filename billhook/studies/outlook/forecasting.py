@@ -16,7 +16,7 @@ from billhook.core.outlook.loss_curve import forecast as forecast_loss
 from billhook.core.outlook.loss_curve import shipped_errors
 from billhook.core.outlook.machines import HERE, Machine
 from billhook.core.outlook.roofline import Workload, resources, shrunk
-from billhook.core.outlook.search_end import SearchForecast, search_end, trace_of
+from billhook.core.outlook.search_end import TRACED, SearchForecast, search_end, trace_of
 from billhook.core.plan import Plan
 from billhook.core.results.json_form import decode
 from billhook.core.results.outlook import (
@@ -140,7 +140,7 @@ def _search(store: Store, subject: Subject) -> SearchForecast | None:
     run = subject.run
     if run is None or run.kind != PRUNE or run.state == "done":
         return None
-    now = trace_of(run.spec, run.fingerprints.get("model", ""), store.events(run.id))
+    now = trace_of(run.spec, run.fingerprints.get("model", ""), store.events(run.id, *TRACED))
     if now is None or now.seconds is not None:
         return None
     return search_end(now, traces_of(store, subject.runs, run.spec.get("search")))
@@ -151,13 +151,14 @@ def _check(subject: Subject, machines: Sequence[Machine]) -> RooflineCheck | Non
     here = next((each for each in machines if each.name == HERE), None)
     runs = [subject.run] if subject.run is not None else subject.history.runs
     told = next((r.result for r in runs if r.kind == PRUNE and r.result is not None and r.result.get("speed")), None)
-    if here is None or told is None:
+    anatomy = subject.history.anatomy
+    if here is None or told is None or anatomy is None:
         return None
     speed, protocol = decode(SpeedChange, told["speed"]), decode(SpeedChange, told["speed"]).protocol
     item = DTYPE_BYTES.get(str(told["model"]["compute_dtype"]))
     context = protocol.prompt_tokens + protocol.new_tokens // 2
     work = Workload(context, protocol.batch, protocol.prompt_tokens, item, item)
-    predicted = resources(decode(Anatomy, told["anatomy"]), here, work).decode_tokens_per_s
+    predicted = resources(anatomy, here, work).decode_tokens_per_s
     return RooflineCheck(str(told["run"]), speed.teacher.decode_tokens_per_s, predicted, context, protocol.batch)
 
 

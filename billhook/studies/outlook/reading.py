@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from billhook.core.anatomy import Anatomy
@@ -12,9 +12,9 @@ from billhook.core.errors import RunError, UsageError, either, option
 from billhook.core.outlook.history import History, history_of
 from billhook.core.outlook.machines import Machine, machine
 from billhook.core.outlook.roofline import Workload
-from billhook.core.outlook.search_end import SearchTrace, trace_of
+from billhook.core.outlook.search_end import TRACED, SearchTrace, trace_of
 from billhook.core.plan_files import find_path
-from billhook.core.results.json_form import JsonObject
+from billhook.core.results.json_form import JsonObject, decode
 from billhook.core.results.outlook import MachineReport
 from billhook.core.results.specs import PRUNE
 from billhook.core.results.stored import Run
@@ -27,7 +27,10 @@ MOST_SEARCHES = 30  # earlier ones whose events are read
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is asked about: a `run`, or a model (`run` is None), with what the store knows of it, and all its `runs`."""
+    """What is asked about: a `run`, or a model (`run` is None), with what the store knows of it, and all its `runs`.
+
+    These and the runs of the history are brief: `Store.runs` says what their results lack.
+    """
 
     run: Run | None
     history: History
@@ -50,21 +53,31 @@ def subject_of(of: str, store: Store | None) -> Subject:
 
     Raises RunError for an id that the store does not hold.
     """
-    runs = () if store is None else tuple(store.runs())
+    runs = () if store is None else tuple(store.runs(brief=True))
     if of and RUN_ID.fullmatch(of) and find_path(of) is None:
         if store is None:
             raise RunError(f"There is no store that holds run {of}. Give its file: {option('store', 'FILE')}.")
         run = store.run(of)
-        return Subject(run, history_of(runs, run.fingerprints.get("model", "")), runs)
-    if not of:
+        return Subject(run, _history(store, runs, run.fingerprints.get("model", "")), runs)
+    if not of and store is not None:
         newest = next((run for run in runs if run.kind == PRUNE and run.fingerprints.get("model")), None)
         if newest is not None:
-            return Subject(newest, history_of(runs, newest.fingerprints["model"]), runs)
+            return Subject(store.run(newest.id), _history(store, runs, newest.fingerprints["model"]), runs)
     name = of or "demo"
     same = (run.fingerprints.get("model") for run in runs if run.spec.get("model") == name)
     fingerprint = next((each for each in same if each), "")
-    history = history_of(runs, fingerprint) if fingerprint else History(name, "", None, (), ())
-    return Subject(None, history, runs)
+    if store is None or not fingerprint:
+        return Subject(None, History(name, "", None, (), ()), runs)
+    return Subject(None, _history(store, runs, fingerprint), runs)
+
+
+def _history(store: Store, runs: Sequence[Run], fingerprint: str) -> History:
+    """What brief runs say of a model, with the anatomy that its newest pruning tells."""
+    history = history_of(runs, fingerprint)
+    done = (run for run in history.runs if run.kind == PRUNE and (run.result or {}).get("schema") is not None)
+    if history.anatomy is not None or (newest := next(done, None)) is None:
+        return history
+    return replace(history, anatomy=decode(Anatomy, (store.run(newest.id).result or {})["anatomy"]))
 
 
 def require_pruned(subject: Subject) -> JsonObject:
@@ -92,7 +105,7 @@ def traces_of(store: Store, runs: Iterable[Run], search: object) -> list[SearchT
     found: list[SearchTrace] = []
     for run in runs:
         if run.kind == PRUNE and run.spec.get("search") == search and len(found) < MOST_SEARCHES:
-            trace = trace_of(run.spec, run.fingerprints.get("model", ""), store.events(run.id))
+            trace = trace_of(run.spec, run.fingerprints.get("model", ""), store.events(run.id, *TRACED))
             found += [trace] if trace is not None and trace.seconds else []
     return found[::-1]
 

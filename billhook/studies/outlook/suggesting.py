@@ -40,7 +40,7 @@ def suggest(of: str = "", *, store: str | Path = STORE) -> SuggestionReport:
     with reading_store(store) as opened:
         if opened is None:
             raise RunError(f"There is no store yet. Prune a model first, with {option('remove', '20%')}.")
-        subject = _with_run(subject_of(of, opened))
+        subject = _with_run(subject_of(of, opened), opened)
         told = require_pruned(subject)
         run, nats = subject.run, lost_nats(told)
         assert run is not None
@@ -50,12 +50,13 @@ def suggest(of: str = "", *, store: str | Path = STORE) -> SuggestionReport:
     return SuggestionReport(subject.history.model, run.id, nats, tuple(ranked))
 
 
-def _with_run(subject: Subject) -> Subject:
+def _with_run(subject: Subject, store: Store) -> Subject:
     """Of a model the newest pruning that is done."""
     if subject.run is not None:
         return subject
     done = (r for r in subject.history.runs if r.kind == PRUNE and r.result is not None and r.state == "done")
-    return replace(subject, run=next(done, None))
+    newest = next(done, None)
+    return subject if newest is None else replace(subject, run=store.run(newest.id))
 
 
 def _rank(each: Suggestion) -> tuple[int, float, str]:
