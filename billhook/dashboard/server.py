@@ -25,6 +25,7 @@ LOOPBACK = "127.0.0.1"
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
 ASSETS = Path(__file__).parent / "assets"
 SHARED = Path(__file__).parents[1] / "report" / "assets"
+ASSET_PATHS = ("/assets/", "/shared/")
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -147,7 +148,8 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers[name] = value
-                headers.setdefault("cache-control", "no-store")
+                kept = scope["path"].startswith(ASSET_PATHS)  # by their etag, so that a browser asks whether it is new
+                headers.setdefault("cache-control", "no-cache" if kept else "no-store")
             await send(message)
 
         host = Headers(scope=scope).getlist("host")

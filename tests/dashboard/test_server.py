@@ -70,6 +70,15 @@ def test_every_answer_is_locked_in(client: TestClient, path: str) -> None:
     assert answer.text == ""
 
 
+def test_scripts_are_kept_by_a_browser_and_pages_are_not(client: TestClient) -> None:
+    for path in ("/shared/charts.js", "/assets/dashboard.css"):
+        first = client.get(path)
+        assert first.headers["cache-control"] == "no-cache"
+        again = client.get(path, headers={"if-none-match": first.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+    assert client.get("/").headers["cache-control"] == "no-store"
+
+
 def test_what_is_not_there_is_said(client: TestClient) -> None:
     answer = client.get("/runs/r12345")
     assert answer.status_code == 404

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import types
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from functools import cache
@@ -104,28 +105,45 @@ def decode(kind: type[T], value: Any) -> T:
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
-    origin, args = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _decode(next(a for a in args if a is not type(None)), value, where) if _optional(args) else value
+    read = _reader(kind)
     try:
-        if hasattr(kind, "from_json") and not (isinstance(kind, type) and issubclass(kind, Result)):
-            return kind.from_json(value)
-        if isinstance(kind, type) and is_dataclass(kind):
-            return kind(**{name: _decode(hint, value[name], f"{where}.{name}") for name, hint in _hints(kind, value)})
-        if origin is tuple:
-            each = args[:1] * len(value) if args[-1:] == (Ellipsis,) else args
-            return tuple(_decode(a, v, where) for a, v in zip(each, value, strict=True))
-        if origin is list:
-            return [_decode(args[0], v, where) for v in value]
-        if origin is dict:
-            return {name: _decode(args[1], v, f"{where}.{name}") for name, v in value.items()}
-        return _plain(kind, value)
+        return read(value, where)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ResultError(f"{where} of a stored result cannot be read ({error!r}). Run the command again.") from error
+
+
+@cache
+def _reader(kind: Any) -> Callable[[Any, str], Any]:
+    """What reads a value of a type, from its JSON and the name of its place."""
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return lambda value, where: value
+    if origin in (Union, types.UnionType):
+        if not _optional(args):
+            return lambda value, where: value
+        some = next(each for each in args if each is not type(None))
+        return lambda value, where: None if value is None else _decode(some, value, where)
+    if hasattr(kind, "from_json") and not (isinstance(kind, type) and issubclass(kind, Result)):
+        return lambda value, where: kind.from_json(value)
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = _hints(kind)
+        return lambda value, where: kind(
+            **{
+                name: _decode(hint, value[name], f"{where}.{name}")
+                for name, hint, optional in hints
+                if not optional or name in value
+            }
+        )
+    if origin is tuple:
+        return lambda value, where: tuple(
+            _decode(each, part, where)
+            for each, part in zip(args[:1] * len(value) if args[-1:] == (Ellipsis,) else args, value, strict=True)
+        )
+    if origin is list:
+        return lambda value, where: [_decode(args[0], each, where) for each in value]
+    if origin is dict:
+        return lambda value, where: {name: _decode(args[1], each, f"{where}.{name}") for name, each in value.items()}
+    return lambda value, where: _plain(kind, value)
 
 
 def _plain(kind: Any, value: Any) -> Any:
@@ -142,14 +160,7 @@ def _optional(args: tuple[Any, ...]) -> bool:
     return len(args) == 2 and type(None) in args
 
 
-def _hints(kind: type, value: JsonObject) -> list[tuple[str, Any]]:
-    """Fields to read: all without a default, and those with one that are there."""
-    hints = _hints_of(kind)
-    optional = {f.name for f in fields(kind) if f.default is not MISSING or f.default_factory is not MISSING}
-    return [(name, hint) for name, hint in hints.items() if name in value or name not in optional]
-
-
-@cache
-def _hints_of(kind: type) -> JsonObject:
+def _hints(kind: type) -> list[tuple[str, Any, bool]]:
+    """The fields of a dataclass with their types, and whether they may be left out."""
     hints = get_type_hints(kind)
-    return {f.name: hints[f.name] for f in fields(kind)}
+    return [(f.name, hints[f.name], f.default is not MISSING or f.default_factory is not MISSING) for f in fields(kind)]

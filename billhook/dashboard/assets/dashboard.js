@@ -160,7 +160,7 @@ function followTable() {
   showOrder();
   arrange();
   const body = document.querySelector('#rows');
-  if (body.dataset.rest) loadRest(body);
+  if (body.dataset.rest) (window.requestIdleCallback || setTimeout)(() => loadRest(body));
 }
 
 function showOrder() {
