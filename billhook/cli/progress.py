@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from billhook.cli.visible_console import VisibleConsole
 from billhook.core.errors import visible
-from billhook.core.events import ALERT, Event, EventListener, EventValue, ignore_events
+from billhook.core.events import ALERT, OUTLOOK, Event, EventListener, EventValue, ignore_events
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
+    from rich.text import Text
 
 STEPS = {
     "side_by_side": "side by side", "decode": "time of a decoding step", "load_back": "loading it back",
@@ -41,6 +43,7 @@ WORDS: dict[str, Callable[[Any], str]] = {  # of the values of an event, by name
 
 LASTING = (ALERT, "budget", "webhook", "track")  # stages whose every event is a line of its own
 PLAIN_SECONDS = 5.0  # without a terminal, at most one line in so many seconds
+OUTLOOK_SECONDS = 60.0  # and at most one forecast
 
 
 def silence_libraries(verbose: bool) -> None:
@@ -125,8 +128,12 @@ def forget_stream(stream: Any) -> None:
 def _shown() -> tuple[EventListener, Callable[[], None]]:
     """A watcher of lines, or of bars where stderr is a terminal, and how to close it."""
     console = VisibleConsole(stderr=True)
-    if not console.is_terminal:
-        return _plain_progress(), lambda: None
+    return bars_on(console) if console.is_terminal else (_plain_progress(), lambda: None)
+
+
+def bars_on(console: Console) -> tuple[EventListener, Callable[[], None]]:
+    """A watcher that draws bars on a terminal, and how to close it."""
+    from rich.console import RenderableType
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -135,32 +142,47 @@ def _shown() -> tuple[EventListener, Callable[[], None]]:
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
+    from rich.text import Text
 
-    bars = Progress(
+    class WithOutlook(Progress):
+        """Bars, and below them the forecast of how the search will end."""
+
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield from super().get_renderables()
+            if outlook.plain:
+                yield outlook
+
+    outlook = Text(style="dim")
+    bars = WithOutlook(
         SpinnerColumn(),
         TextColumn("{task.fields[stage]:<9}"),
-        BarColumn(bar_width=16),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(compact=True),
-        TextColumn("[dim]{task.fields[note]}"),
+        TextColumn("[dim]{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         console=console,
         transient=False,
+        expand=True,  # so that a long note is cut on few columns, and the counts are not
     )
-    return _Bars(bars), bars.stop
+    return _Bars(bars, outlook), bars.stop
 
 
 class _Bars:
-    """One bar a stage; a stage that starts over (a search round) starts its bar over."""
+    """One bar a stage; a stage that starts over (a search round) starts its bar over. `outlook`: shown below them."""
 
-    def __init__(self, bars: Progress) -> None:
-        self._bars, self._tasks = bars, {}  # type: ignore[var-annotated]
+    def __init__(self, bars: Progress, outlook: Text) -> None:
+        self._bars, self._outlook, self._tasks = bars, outlook, {}  # type: ignore[var-annotated]
         self._since: dict[str, tuple[float, int]] = {}
         bars.start()
 
     def __call__(self, event: Event) -> None:
         if event.stage in LASTING:
             return self._bars.console.print(f"{event.stage}: {event_words(event.stage, event.values)}")
+        if event.stage == OUTLOOK:
+            self._outlook.plain = visible(str(event.values.get("words", "")))
+            return None
         if event.stage not in self._tasks:
             self._tasks[event.stage] = self._bars.add_task("", stage=event.stage, rate="", note="", total=event.total)
         task = self._tasks[event.stage]
@@ -185,10 +207,15 @@ def _rate(event: Event, start: float, first: int) -> str:
 
 def _plain_progress() -> EventListener:
     """Lines on stderr: a new stage at once, the same stage every few seconds and when it is complete."""
-    last: dict[str, Any] = {"stage": "", "at": 0.0, "start": 0.0, "first": 0, "done": 0}
+    last: dict[str, Any] = {"stage": "", "at": 0.0, "start": 0.0, "first": 0, "done": 0, OUTLOOK: -OUTLOOK_SECONDS}
 
     def watch(event: Event) -> None:
         now = time.monotonic()
+        if event.stage == OUTLOOK:
+            if event.values and now - last[OUTLOOK] >= OUTLOOK_SECONDS:
+                last[OUTLOOK] = now
+                print(visible(f"{OUTLOOK} {event.values['words']}"), file=sys.stderr, flush=True)
+            return
         fresh = event.stage != last["stage"]
         if fresh or event.done < last["done"]:
             last.update(stage=event.stage, start=now, first=event.done)

@@ -41,6 +41,10 @@ class CommandSession:
         progress.silence_libraries(self.verbose)
         watch, self._close = progress.progress(quiet=self.quiet)
         self.watch = fan_out(_with_kept_memory(watch), self._note)
+        if not self.quiet:
+            from billhook.cli.search_outlook import SearchOutlook
+
+            self.watch = fan_out(self.watch, SearchOutlook(watch))
         return self
 
     def _note(self, event: Event) -> None:

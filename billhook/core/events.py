@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 EventValue = float | int | str
 
 ALERT = "alert"  # the stage of events that tell of alerts
+OUTLOOK = "outlook"  # the stage of events that forecast, in `words`, how a search will end; without, it has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +47,26 @@ def fan_out(*listeners: EventListener) -> EventListener:
 
 def hear_all(watch: EventListener, event: Event) -> None:
     """Hand an event that is stored, and that no terminal shows, to those behind `watch` that state `hears_all`."""
-    for listen in watch.listeners if isinstance(watch, _FanOut) else (watch,):
-        if isinstance(listen, _FanOut):
-            hear_all(listen, event)
-        elif getattr(listen, "hears_all", False):
+    for listen in _behind(watch):
+        if getattr(listen, "hears_all", False):
             listen(event)
+
+
+def begin_run(watch: EventListener, store: Path, run: str) -> None:
+    """Tell those behind `watch` that have a method `run_begins` which run of which store they hear from now on."""
+    for listen in _behind(watch):
+        begins = getattr(listen, "run_begins", None)
+        if begins is not None:
+            begins(store, run)
+
+
+def _behind(watch: EventListener) -> Iterator[EventListener]:
+    """The listeners behind one that hands events on, else itself."""
+    if isinstance(watch, _FanOut):
+        for listen in watch.listeners:
+            yield from _behind(listen)
+    else:
+        yield watch
 
 
 def scaled_events(watch: EventListener, before: int, total: int) -> EventListener:

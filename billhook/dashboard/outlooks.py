@@ -16,14 +16,14 @@ from billhook.core.outlook.history import MeasuredCurve, history_of
 from billhook.core.outlook.loss_curve import LossForecast, PastErrors, forecast, shipped_errors
 from billhook.core.outlook.machines import Machine
 from billhook.core.outlook.roofline import USABLE, Resources, Workload, resources
-from billhook.core.outlook.search_end import TRACED, SearchForecast, SearchTrace, search_end, trace_of
+from billhook.core.outlook.search_end import SearchForecast, SearchTrace
 from billhook.core.results.outlook import MachineReport
 from billhook.core.results.run import RunResult
 from billhook.dashboard.listing import Figures, Listed
 from billhook.dashboard.listing import opened as reading_only
 from billhook.dashboard.measured import Stop
 from billhook.runs.store import Store
-from billhook.studies.outlook.reading import MOST_SEARCHES, traces_of
+from billhook.studies.outlook.reading import ended_searches, search_forecast
 
 MOST_RUNS = 200  # of one model, the newest, of which forecasts are made
 UNITS = {
@@ -68,26 +68,18 @@ def predicted(known: Known, share: float) -> LossForecast | None:
     return forecast(known.curve.points, share, known.past)
 
 
-def search_forecast(store: Path, run: str, states: int) -> SearchForecast | None:
+def end_of_search(store: Path, run: str, states: int) -> SearchForecast | None:
     """When the search of a run will end, and at which loss; None where it does not go on, or has hardly begun."""
     with closing(Store(store, read_only=True)) as opened:
         own = opened.run(run)
-        now = trace_of(own.spec, own.fingerprints.get("model", ""), opened.events(run, *TRACED))
-    if now is None or now.seconds is not None:
-        return None
-    return search_end(now, _ended_searches(store, str(own.spec.get("search")), states))
+        return search_forecast(opened, own, lambda: _ended_searches(store, str(own.spec.get("search")), states))
 
 
 @lru_cache(maxsize=16)
 def _ended_searches(store: Path, search: str, states: int) -> tuple[SearchTrace, ...]:
     """How the newest searches of a kind went. `states`: as of `known_of`."""
-    with closing(Store(store, read_only=True)) as opened, reading_only(store) as db:
-        same = db.execute(
-            "SELECT id FROM runs WHERE result IS NOT NULL AND json_extract(recipe, '$.search') = ? "
-            f"ORDER BY created DESC LIMIT {MOST_SEARCHES}",
-            (search,),
-        ).fetchall()
-        return tuple(traces_of(opened, [opened.run(each) for (each,) in same], search))
+    with closing(Store(store, read_only=True)) as opened:
+        return tuple(ended_searches(opened, search))
 
 
 def machine_here(db: sqlite3.Connection) -> Machine | None:

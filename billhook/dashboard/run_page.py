@@ -15,7 +15,7 @@ from billhook.core.results.stored import read_result
 from billhook.dashboard.commands import prune_command
 from billhook.dashboard.layout import command_html, page_html, when
 from billhook.dashboard.listing import Listed, Listing, Parts, opened, seen_in, stamp
-from billhook.dashboard.outlooks import search_forecast
+from billhook.dashboard.outlooks import end_of_search
 from billhook.dashboard.parts.cost import cost_section
 from billhook.dashboard.parts.found import found_parts
 from billhook.dashboard.parts.status import age, gone_so_far, rounds_figure, stage_words, status_line
@@ -107,7 +107,7 @@ def _status(run: Listed, found: Progress | None, listing: Listing) -> str:
 
 def _end_of_search(listing: Listing, run: Listed) -> str:
     """When the search will end, in sentences with what they rest on; nothing where it has hardly begun."""
-    forecast = search_forecast(listing.store, run.id, stamp(listing.runs()))
+    forecast = end_of_search(listing.store, run.id, stamp(listing.runs()))
     return "" if forecast is None else f"<p>{escaped(' '.join(search_sentences(forecast)))}</p>"
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from billhook.core.events import Event, EventListener, fan_out, hear_all
+from billhook.core.events import Event, EventListener, begin_run, fan_out, hear_all
 from billhook.models.device import environment, pick_device
 from billhook.models.load import Teacher
 from billhook.runs.recipe import EvalOptions, Recipe
@@ -25,6 +25,7 @@ def run_environment(device: str, store: Store) -> dict[str, Any]:
 
 def store_and_watch(store: Store, run: str, watch: EventListener) -> EventListener:
     """Return the one listener of a run: it stores every event, and hands it on to `watch`."""
+    begin_run(watch, store.path, run)
     return fan_out(partial(store.add_event, run), watch)
 
 

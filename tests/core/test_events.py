@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from billhook.cli.progress import event_words
-from billhook.core.events import Event, EventValue, fan_out, hear_all, scaled_events
+from billhook.core.events import Event, EventValue, begin_run, fan_out, hear_all, scaled_events
 
 
 def test_a_fan_out_hands_every_event_to_every_listener_in_order() -> None:
@@ -46,6 +48,24 @@ WORDS: list[tuple[str, dict[str, EventValue], str]] = [
 @pytest.mark.parametrize(("stage", "values", "words"), WORDS)
 def test_values_are_worded(stage: str, values: dict[str, EventValue], words: str) -> None:
     assert event_words(stage, values) == words
+
+
+def test_who_follows_a_run_is_told_which_however_deep(tmp_path: Path) -> None:
+    class Follows:
+        def __init__(self) -> None:
+            self.runs: list[tuple[Path, str]] = []
+
+        def __call__(self, event: Event) -> None: ...
+
+        def run_begins(self, store: Path, run: str) -> None:
+            self.runs.append((store, run))
+
+    first, second = Follows(), Follows()
+    begin_run(fan_out(print, fan_out(first, fan_out(second))), tmp_path, "r000001")
+    begin_run(first, tmp_path, "r000002")
+    begin_run(print, tmp_path, "r000003")
+    assert first.runs == [(tmp_path, "r000001"), (tmp_path, "r000002")]
+    assert second.runs == [(tmp_path, "r000001")]
 
 
 def test_what_no_terminal_shows_reaches_those_who_hear_all_however_deep() -> None:

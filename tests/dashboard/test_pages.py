@@ -37,7 +37,7 @@ from billhook.dashboard.commands import point_command, prune_command
 from billhook.dashboard.entries import Entry, entries_of, front, paired
 from billhook.dashboard.listing import Listing, opened, stamp
 from billhook.dashboard.measured import Measured, enriched, next_removal, stops_of
-from billhook.dashboard.outlooks import UNITS, amounts, known_of, needs_at, predicted, search_forecast, share_at
+from billhook.dashboard.outlooks import UNITS, amounts, end_of_search, known_of, needs_at, predicted, share_at
 from billhook.dashboard.parts.studies import TOLD
 from billhook.dashboard.server import make_app
 from billhook.report.numbers import format_duration, format_ratio
@@ -297,7 +297,7 @@ def test_the_end_of_a_search_is_forecast_from_earlier_ones(store: Path) -> None:
         assert "The search takes" not in client.get(f"/runs/{live}").text, "no process holds it"
         with opened_store.lock(live):
             told = Elements(client.get(f"/runs/{live}").text).text
-    found = search_forecast(store, live, 0)
+    found = end_of_search(store, live, 0)
     assert found is not None
     assert found.seconds == pytest.approx(2 * found.elapsed, rel=0.2), "half of it is done"
     assert f"The search takes {format_duration(found.seconds)}" in told

@@ -95,6 +95,20 @@ def search_sentences(search: SearchForecast) -> list[str]:
     return lines
 
 
+def search_line(search: SearchForecast) -> str:
+    """The same in a line for a terminal, with the ranges that past forecasts give."""
+    left, ends, basis = format_duration(search.left), "", "how far off that is, is not known yet"
+    if search.low is not None and search.high is not None:
+        near, far = (format_duration(max(0.0, end - search.elapsed)) for end in (search.low, search.high))
+        ends, basis = f" ({near} to {far})", f"ranges by {pluralize(search.errors, 'past forecast')}"
+    words = f"the search has about {left} left{ends}"
+    if search.loss is not None:
+        known = search.loss_low is not None and search.loss_high is not None
+        span = f" ({search.loss_low:.4f} to {search.loss_high:.4f})" if known else ""
+        words += f", to a loss of about {search.loss:.4f}{span}"
+    return f"{words}; {basis}"
+
+
 # -- machines --------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from billhook.core.outlook.loss_curve import forecast as forecast_loss
 from billhook.core.outlook.loss_curve import shipped_errors
 from billhook.core.outlook.machines import HERE, Machine
 from billhook.core.outlook.roofline import Workload, resources, shrunk
-from billhook.core.outlook.search_end import TRACED, SearchForecast, search_end, trace_of
+from billhook.core.outlook.search_end import SearchForecast
 from billhook.core.plan import Plan
 from billhook.core.results.json_form import decode
 from billhook.core.results.outlook import (
@@ -37,6 +37,7 @@ from billhook.studies.outlook.reading import (
     chosen_machines,
     measured_here,
     reading_store,
+    search_forecast,
     subject_of,
     traces_of,
     workload_of,
@@ -140,10 +141,7 @@ def _search(store: Store, subject: Subject) -> SearchForecast | None:
     run = subject.run
     if run is None or run.kind != PRUNE or run.state == "done":
         return None
-    now = trace_of(run.spec, run.fingerprints.get("model", ""), store.events(run.id, *TRACED))
-    if now is None or now.seconds is not None:
-        return None
-    return search_end(now, traces_of(store, subject.runs, run.spec.get("search")))
+    return search_forecast(store, run, lambda: traces_of(store, subject.runs, run.spec.get("search")))
 
 
 def _check(subject: Subject, machines: Sequence[Machine]) -> RooflineCheck | None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from billhook.core.anatomy import Anatomy
 from billhook.core.errors import RunError, UsageError, either, option
+from billhook.core.files.store_tables import connect_to_read
 from billhook.core.outlook.history import History, history_of
 from billhook.core.outlook.machines import Machine, machine
 from billhook.core.outlook.roofline import Workload
-from billhook.core.outlook.search_end import TRACED, SearchTrace, trace_of
+from billhook.core.outlook.search_end import TRACED, SearchForecast, SearchTrace, search_end, trace_of
 from billhook.core.plan_files import find_path
 from billhook.core.results.json_form import JsonObject, decode
 from billhook.core.results.outlook import MachineReport
@@ -108,6 +109,26 @@ def traces_of(store: Store, runs: Iterable[Run], search: object) -> list[SearchT
             trace = trace_of(run.spec, run.fingerprints.get("model", ""), store.events(run.id, *TRACED))
             found += [trace] if trace is not None and trace.seconds else []
     return found[::-1]
+
+
+def search_forecast(store: Store, run: Run, earlier: Callable[[], Iterable[SearchTrace]]) -> SearchForecast | None:
+    """When the search of a run will end, and at which loss; None where it does not go on, or has hardly begun.
+
+    `earlier`: gives how other searches went, and is asked only where the search goes on.
+    """
+    now = trace_of(run.spec, run.fingerprints.get("model", ""), store.events(run.id, *TRACED))
+    return None if now is None or now.seconds is not None else search_end(now, earlier())
+
+
+def ended_searches(store: Store, search: str) -> list[SearchTrace]:
+    """How the newest ended searches of a kind went, the oldest first."""
+    with closing(connect_to_read(store.path.resolve())) as db:
+        same = db.execute(
+            "SELECT id FROM runs WHERE result IS NOT NULL AND json_extract(recipe, '$.search') = ? "
+            f"ORDER BY created DESC LIMIT {MOST_SEARCHES}",
+            (search,),
+        ).fetchall()
+    return traces_of(store, [store.run(run) for (run,) in same], search)
 
 
 def measured_here(runs: Iterable[Run]) -> Machine | None:
