@@ -95,8 +95,12 @@ def _measured(result: RunResult) -> str:
 def _parts(result: RunResult) -> str:
     drawing = architecture_svg(result.anatomy, result.plan, styled=False)
     every = details("Every site: what it is worth, what it costs, and why it was removed", sites_table(result))
+    save = "".join(
+        f'<button type="button" data-save="{kind}">Save as {kind.upper()}</button>' for kind in ("svg", "png")
+    )
     return (
-        f'<div class="drawing" role="region" tabindex="0" aria-label="The model before and after">{drawing}</div>'
+        f'<div class="drawn"><div class="drawing" role="region" tabindex="0" aria-label="The model before and after">'
+        f'{drawing}</div><p class="save">{save}</p></div>'
         f"{strip(result)}{removals(result)}{every}{worth_chart(result)}"
     )
 

@@ -82,6 +82,19 @@ def test_the_curve_draws_the_path(tab: Tab, here: Served, runs: dict[str, RunRes
     assert held[0][1:] == pytest.approx([math.log(x) for x in (ratio.value, ratio.low, ratio.high)])
 
 
+def test_the_drawing_is_saved_under_the_policy(tab: Tab, here: Served, runs: dict[str, RunResult]) -> None:
+    """No script or style is inline, and no image comes from elsewhere: a canvas of the page makes the file."""
+    tab.open(f"{here.address}{address_of('run', runs)}", 1440, "light")
+    size = tab.run("""new Promise(done => {
+        const make = URL.createObjectURL.bind(URL);
+        URL.createObjectURL = blob => { done([blob.type, blob.size]); return make(blob); };
+        document.querySelector('[data-save=png]').click();
+    })""")
+    assert size[0] == "image/png"
+    assert size[1] > 1000
+    assert faults(tab) == []
+
+
 def test_the_handle_moves_along_the_path_by_keys(tab: Tab, here: Served, runs: dict[str, RunResult]) -> None:
     result = runs["four"]
     tab.open(f"{here.address}{address_of('run', runs)}", 390, "light")

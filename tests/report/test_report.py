@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import math
@@ -705,6 +706,49 @@ def test_charts_follow_the_window_and_the_scheme(tab: Tab, paths: dict[str, Path
         assert wide > 390
     assert tab.run(look) != light
     assert tab.run(OVERFLOW) <= 0
+    assert tab.complaints() == []
+
+
+SAVED = """new Promise(done => {
+  const make = URL.createObjectURL.bind(URL);
+  URL.createObjectURL = blob => {
+    const reader = new FileReader();
+    reader.onload = () => done([blob.type, reader.result.split(',')[1]]);
+    reader.readAsDataURL(blob);
+    return make(blob);
+  };
+  document.querySelector('[data-save=%s]').click();
+})"""
+PIXELS = """(async () => {
+  const image = new Image(), canvas = document.createElement('canvas');
+  image.src = 'data:image/png;base64,%s';
+  await image.decode();
+  [canvas.width, canvas.height] = [image.width, image.height];
+  const draw = canvas.getContext('2d');
+  draw.drawImage(image, 0, 0);
+  const all = draw.getImageData(0, 0, image.width, image.height).data, seen = new Set();
+  for (let i = 0; i < all.length; i += 4) seen.add(`rgb(${all[i]}, ${all[i + 1]}, ${all[i + 2]})`);
+  return [image.width, image.height, [...seen]];
+})()"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_drawing_is_saved_with_the_colours_of_the_page(tab: Tab, paths: dict[str, Path], scheme: str) -> None:
+    tab.show(paths["usual"], 1440, scheme)
+    kind, text = tab.run(SAVED % "svg")
+    tree = ET.fromstring(base64.b64decode(text))
+    shown = tab.run("getComputedStyle(document.querySelector('.bh .attention')).fill")
+    fills = {
+        box.get("fill") for box in tree.iter("{http://www.w3.org/2000/svg}rect") if box.get("class") == "attention"
+    }
+    assert (kind, fills) == ("image/svg+xml", {shown})
+    ground = tab.run("getComputedStyle(document.documentElement).backgroundColor")
+    assert next(tree.iter("{http://www.w3.org/2000/svg}rect")).get("fill") == ground
+    kind, data = tab.run(SAVED % "png")
+    assert kind == "image/png"
+    width, height, colours = tab.run(PIXELS % data)
+    assert [width, height] == [2 * float(tree.get(side) or "") for side in ("width", "height")]
+    assert {shown, ground} <= set(colours)
     assert tab.complaints() == []
 
 

@@ -72,6 +72,41 @@ function searchItems(box) {
   show();
 }
 
+/* A drawing as a file, with the colours that it has on this page, as SVG or twice as large as PNG. */
+const DRAWN = ['fill', 'stroke', 'stroke-dasharray', 'font-family', 'font-size', 'font-weight', 'text-anchor'];
+
+function drawingText(svg) {
+  const copy = svg.cloneNode(true), shown = svg.querySelectorAll('text, rect');
+  copy.querySelectorAll('text, rect').forEach((each, i) => {
+    const style = getComputedStyle(shown[i]);
+    for (const name of DRAWN) each.setAttribute(name, style.getPropertyValue(name));
+  });
+  const ground = document.createElementNS(svg.namespaceURI, 'rect');
+  ground.setAttribute('width', '100%');
+  ground.setAttribute('height', '100%');
+  ground.setAttribute('fill', getComputedStyle(document.documentElement).backgroundColor);
+  copy.prepend(ground);
+  return new XMLSerializer().serializeToString(copy);
+}
+
+async function saveDrawing(svg, kind) {
+  const text = drawingText(svg), link = document.createElement('a');
+  let file = new Blob([text], {type: 'image/svg+xml'});
+  if (kind === 'png') {
+    const image = new Image(), canvas = document.createElement('canvas');
+    image.src = 'data:image/svg+xml;charset=utf-8,' + encodeURIComponent(text);
+    await image.decode();
+    canvas.width = 2 * svg.width.baseVal.value;
+    canvas.height = 2 * svg.height.baseVal.value;
+    canvas.getContext('2d').drawImage(image, 0, 0, canvas.width, canvas.height);
+    file = await new Promise(done => canvas.toBlob(done));
+  }
+  link.href = URL.createObjectURL(file);
+  link.download = 'architecture.' + kind;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
 /* Everything below `root`, once. */
 function followPage(root = document) {
   setVars(root);
@@ -79,6 +114,8 @@ function followPage(root = document) {
   if (tip) for (const map of root.querySelectorAll('.map')) followStrip(map, tip);
   for (const table of root.querySelectorAll('.sortable')) sortByHeadings(table);
   for (const box of root.querySelectorAll('.flips')) searchItems(box);
+  for (const button of root.querySelectorAll('[data-save]'))
+    button.addEventListener('click', () => saveDrawing(button.closest('.drawn').querySelector('svg'), button.dataset.save));
 }
 
 document.addEventListener('DOMContentLoaded', () => followPage());
