@@ -161,7 +161,7 @@ def agreement_words(result: Comparison, other: int = 1) -> str:
 
 
 def _percent(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.1f}%".replace("-", "−")
+    return "unchanged" if ratio == 1 else f"{100 * (ratio - 1):+.1f}%".replace("-", "−")
 
 
 def comparison_headline(result: Comparison, other: int = 1) -> str:

@@ -128,8 +128,10 @@ def asset(name: str) -> str:
     return files("billhook.report").joinpath("assets").joinpath(name).read_text(encoding="utf-8")
 
 
-def page_html(title: str, made: str, headline: str, notes: Iterable[str], sections: Iterable[Section]) -> str:
-    """One self-contained page. `made`: by what and where; `headline`: the finding in one sentence.
+def page_html(
+    title: str, made: str, headline: str, notes: Iterable[str], sections: Iterable[Section], *, lead: str = ""
+) -> str:
+    """One self-contained page. `made`: by what and where; `headline`: the finding in a sentence; `lead`: HTML below it.
 
     Every text but the HTML of the sections is escaped here. ECharts is on the page where there is a chart.
     """
@@ -140,7 +142,7 @@ def page_html(title: str, made: str, headline: str, notes: Iterable[str], sectio
         title=escaped(title),
         made=escaped(made),
         verdict=escaped(headline),
-        notes=note_lines(notes),
+        notes=lead + note_lines(notes),
         body=body,
         style=asset("style.css"),
         scripts="\n".join(f"<script>{asset(name)}</script>" for name in [*scripts, "pages.js"]),

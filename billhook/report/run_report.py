@@ -28,7 +28,7 @@ from billhook.report.run.curves import gap_chart, loss_chart, speed_chart
 from billhook.report.run.drawing import architecture_svg
 from billhook.report.run.sites import removals, sites_table, strip, worth_chart
 from billhook.report.run.skills import lost_skills, skills_html
-from billhook.report.run.use import next_html, use_html
+from billhook.report.run.use import at_a_glance, next_html, use_html
 from billhook.report.run_words import (
     RECOVERY_COLUMNS,
     checkpoint_type,
@@ -54,9 +54,8 @@ def run_page(result: RunResult) -> str:
     """One self-contained HTML page."""
     when = re.sub(r"T(\d\d:\d\d).*\+00:00$", r" \1 UTC", result.created)
     made = f"Billhook {result.billhook} · run {result.run} · {when} · {checkpoint_type(result)}"
-    return page_html(
-        run_title(result), made, run_verdict(result), run_notes(result, served=False), run_sections(result)
-    )
+    notes, lead = run_notes(result, served=False), at_a_glance(result)
+    return page_html(run_title(result), made, run_verdict(result), notes, run_sections(result), lead=lead)
 
 
 def run_title(result: RunResult) -> str:

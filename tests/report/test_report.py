@@ -481,7 +481,7 @@ def test_equal_widths_are_one_line() -> None:
     page, card = run_report.run_page(result), run_report.model_card(result)
     assert "- narrowed: all 30 MLPs: 8 of 10 neurons" in card
     assert "0 of 60 sites removed" not in page + card
-    assert page.count("all 30 MLPs: 8 of 10 neurons") == 1
+    assert page.count("all 30 MLPs: 8 of 10 neurons") == 2  # at a glance, and where all parts are told
     assert "Loss against what is left" not in page  # one step has no curve
     assert "How clear each choice was" not in page
     assert run_words.narrowed_sentence(result) == "Narrowed: all 30 MLPs: 8 of 10 neurons"
@@ -575,6 +575,19 @@ def test_no_loss_per_ms_where_a_time_or_a_loss_is_not_known() -> None:
 
 
 # -- how to run it, and what next -----------------------------------------------------------------------------------
+
+
+def test_a_newcomer_sees_at_once_which_parts_were_removed_and_what_to_do_next() -> None:
+    result = narrowed({0: 5, 1: 5}, removed=("attention.3",))
+    page = run_report.run_page(result)
+    first = Elements(page.split("<main>")[0].split("<body>")[1]).text
+    assert "attention of block 3; narrowed: mlp of blocks 0–1: 5 of 10 neurons." in first
+    words, code = run_use.next_steps(result)[0]
+    assert words in first
+    assert code in first
+    for place in ("parts", "next"):
+        assert f'<a href="#{place}">' in page
+        assert f'<section id="{place}"' in page
 
 
 def test_the_page_says_how_to_run_it_and_what_was_not_verified() -> None:

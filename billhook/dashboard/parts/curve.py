@@ -47,6 +47,8 @@ def _path(result: RunResult, stops: Sequence[Stop], store: Path) -> str:
     )
     if len(stops) == 1:
         return "<p>This run removes nothing, so that there is no path.</p>"
+    if len(stops) == 2:  # of one step there is neither a curve nor a way to move along it
+        return _panel(result, stops[1], stops, store)
     hint = (
         "<p>Drag the line, or use the arrow keys on the handle: what is removed at that point, and how to make it.</p>"
     )

@@ -17,6 +17,7 @@ from billhook.dashboard.parts.studies import TOLD
 from billhook.report.frame import Section, escaped, html_table, note_lines, scrolling
 from billhook.report.numbers import visible_name
 from billhook.report.run.curves import gap_chart
+from billhook.report.run.use import at_a_glance
 from billhook.report.run_report import run_sections, run_title, run_verdict
 from billhook.report.run_words import run_notes
 
@@ -39,7 +40,7 @@ def _pruning(db: sqlite3.Connection, store: Path, run: Listed, result: RunResult
     whole = enriched(db, measured)
     notes = note_lines(run_notes(whole))
     title, words = escaped(run_title(whole)), escaped(run_verdict(whole))
-    verdict = f'<h1>{title}</h1><p class="verdict">{words}</p>{gate_verdict(related)}{notes}'
+    verdict = f'<h1>{title}</h1><p class="verdict">{words}</p>{at_a_glance(whole)}{gate_verdict(related)}{notes}'
     theirs = [section for section in run_sections(whole) if section.id != "loss"]
     return verdict, [
         *path_sections(Measured(db, whole), store),

@@ -10,8 +10,10 @@ from billhook.core.results.exports import ExportReport, TargetFit
 from billhook.core.results.run import RunResult
 from billhook.report.frame import caption, details, escaped
 from billhook.report.numbers import printable, verification_sentence
-from billhook.report.run_words import FAULTS
+from billhook.report.run.sites import sites_in_words
+from billhook.report.run_words import FAULTS, narrowed_sites
 
+MOST_KINDS = 4  # of narrowed sites, at a glance
 PROMPT = "The capital of France is"
 ENGINES = {
     "llama.cpp": "llama.cpp", "ollama": "Ollama", "lmstudio": "LM Studio", "mlx": "MLX", "vllm": "vLLM",
@@ -133,6 +135,20 @@ def next_steps(result: RunResult) -> list[tuple[str, str]]:
         steps.append((f"Serve it, such as in {ENGINES.get(taken.target, taken.target)}.",
                       f"billhook export {out} --to {taken.export}"))  # fmt: skip
     return steps
+
+
+def at_a_glance(result: RunResult) -> str:
+    """Which parts were removed, and what to do next, in a few lines."""
+    parts = [
+        *sites_in_words(result.plan.sites()),
+        *(f"narrowed: {kind}" for kind in narrowed_sites(result)[:MOST_KINDS]),
+    ]
+    (words, code), *_ = next_steps(result)
+    return (
+        f'<dl class="glance"><dt>Removed</dt><dd>{escaped("; ".join(parts) or "nothing")}. '
+        f'<a href="#parts">All sites</a></dd><dt>Next</dt><dd>{escaped(words)} '
+        f'<a href="#next">More</a><pre>{escaped(code)}</pre></dd></dl>'
+    )
 
 
 def next_html(result: RunResult) -> str:
