@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from made_runs import FINGERPRINT, a_run, file_run
 
+from billhook import api
 from billhook.cli import progress
 from billhook.cli.search_outlook import FIRST_SECONDS, SHARE, SearchOutlook
 from billhook.cli.visible_console import VisibleConsole
@@ -98,6 +99,18 @@ def test_it_never_fails_the_run(store: Path) -> None:
         outlook(ROUND)
     assert len(shown) == 1, "told once"
     assert str(shown[0].values["words"]).startswith("its end cannot be forecast (")
+
+
+def test_a_pruning_tells_which_run_it_is_and_goes_on_as_without(model: Path, text: Path, tmp_path: Path) -> None:
+    shown: list[Event] = []
+    times = count(0.0, FIRST_SECONDS)
+    outlook = SearchOutlook(shown.append, clock=lambda: next(times))
+    told = {"tokens": 128, "length": 32, "eval_tokens": 256, "eval_length": 64, "self_share": 0.0, "data": text}
+    asked = {"remove": "3sites", "search": "greedy", "store": tmp_path / "runs.db"}
+    result = api.prune(model, out=tmp_path / "out", watch=outlook, **asked, **told)
+    assert outlook._of == (tmp_path / "runs.db", result.run)
+    assert shown[-1] == Event(OUTLOOK), "the search has ended"
+    assert not [event for event in shown if "cannot" in str(event.values.get("words", ""))]
 
 
 def test_other_kinds_of_runs_have_no_forecast(store: Path) -> None:
