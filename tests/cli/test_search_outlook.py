@@ -8,6 +8,7 @@ from contextlib import closing
 from io import StringIO
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_runs import FINGERPRINT, a_run, file_run
@@ -105,8 +106,15 @@ def test_a_pruning_tells_which_run_it_is_and_goes_on_as_without(model: Path, tex
     shown: list[Event] = []
     times = count(0.0, FIRST_SECONDS)
     outlook = SearchOutlook(shown.append, clock=lambda: next(times))
-    told = {"tokens": 128, "length": 32, "eval_tokens": 256, "eval_length": 64, "self_share": 0.0, "data": text}
-    asked = {"remove": "3sites", "search": "greedy", "store": tmp_path / "runs.db"}
+    told: dict[str, Any] = {
+        "tokens": 128,
+        "length": 32,
+        "eval_tokens": 256,
+        "eval_length": 64,
+        "self_share": 0.0,
+        "data": text,
+    }
+    asked: dict[str, Any] = {"remove": "3sites", "search": "greedy", "store": tmp_path / "runs.db"}
     result = api.prune(model, out=tmp_path / "out", watch=outlook, **asked, **told)
     assert outlook._of == (tmp_path / "runs.db", result.run)
     assert shown[-1] == Event(OUTLOOK), "the search has ended"

@@ -88,7 +88,7 @@ def tasks_curves(result: SweepResult) -> str:
         students = {name: {task: trials[0].results[task].change for task in tasks} for name, trials in rows.items()}
         return changes_chart(students, title="")
     sizes = sizes_of(result)
-    options = {
+    options: dict[tuple[str, ...], JsonObject] = {
         (str(i), str(size)): _option(result, tasks, trials, size)
         for i, trials in enumerate(rows.values()) for size in sizes
     }  # fmt: skip
