@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 
 from billhook.core.errors import PlanError, option
 from billhook.core.plan import (
@@ -19,6 +20,8 @@ from billhook.core.plan import (
     split_name,
 )
 from billhook.core.results.json_form import JsonObject
+
+SEARCH_LIMITS = ("counts", "by_expert")  # of a site: what a search may do with it, and no size
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +51,50 @@ class SiteSize:
     channels: int = 1  # per group: one of a neuron, those of a head of a KV group
     multiple: int = 1  # the kept groups of an expert, or of the site, are a multiple of this
     counts: tuple[int, ...] = ()  # in how many groups a search may leave it, ascending; none: in any number
+    expert: GroupSize | None = None  # of each expert, besides its groups: its row of the router; none: no expert can go
+    fewest: int = 1  # experts that are kept at least: so many as a token meets, and two
+    by_expert: bool = False  # whether a search removes whole experts instead of neurons of each
+
+    @property
+    def per_expert(self) -> int:
+        """The channel groups of each expert, or of the site."""
+        return len(self.groups) // self.experts
+
+    def kept_experts(self, kept: Sequence[int]) -> list[int]:
+        """Return how many of the ascending `kept` groups are those of each expert: none of one that is removed."""
+        firsts = (bisect_left(kept, first) for first in self.groups[:: self.per_expert])
+        return [after - before for before, after in pairwise((*firsts, len(kept)))]
+
+    def lost(self, kept: Sequence[int]) -> GroupSize:
+        """Return what the site loses where it keeps `kept` of its groups.
+
+        A token meets as many experts as before: FLOPs and time shrink with the width of the experts that are kept.
+        """
+        assert self.group is not None, f"{self.site} has no channel groups"
+        count = len(self.groups) - len(kept)
+        experts = sum(map(bool, self.kept_experts(kept))) if self.experts > 1 else 1
+        gone = self.experts - experts
+        met = self.experts * (self.per_expert - len(kept) // max(1, experts))
+        row = self.expert or GroupSize(0, 0, 0, 0)
+        return GroupSize(
+            self.group.parameters * count + row.parameters * gone,
+            self.group.bytes * count + row.bytes * gone,
+            self.group.kv_bytes_per_token * count,
+            self.group.flops_per_token * met + row.flops_per_token * gone,
+            self.group.ns_per_token * met,
+        )
 
     def to_json(self) -> JsonObject:
         """Return the fields; `groups` is the number of channel groups, `numbers` their ranges."""
         changed = {"site": str(self.site), "groups": len(self.groups), "numbers": format_ranges(self.groups)}
-        return {name: value for name, value in (asdict(self) | changed).items() if name != "counts"}
+        return {name: value for name, value in (asdict(self) | changed).items() if name not in SEARCH_LIMITS}
 
     @staticmethod
     def from_json(value: JsonObject) -> SiteSize:
         fields = {name: x for name, x in value.items() if name != "numbers"}
         groups = parse_ranges(value["numbers"]) if value["numbers"] else ()
-        group = None if value["group"] is None else GroupSize(**value["group"])
-        return SiteSize(**fields | {"site": Site.parse(value["site"]), "groups": groups, "group": group})
+        parts = {name: GroupSize(**value[name]) for name in ("group", "expert") if value.get(name) is not None}
+        return SiteSize(**fields | {"site": Site.parse(value["site"]), "groups": groups} | parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,17 +149,17 @@ class Anatomy:
         kept = [size for size in self.sites if size.site not in plan.removed]
         blocks = {size.site.block for size in kept}
         parts = [*kept, *(shared for shared in self.shared if shared.block in blocks), self.rest]
-        narrowed = sum(int(getattr(size.group, what)) * count for size, count in self.narrowed(plan))
-        return sum(int(getattr(size, what)) for size in parts) - narrowed
+        lost = sum(int(getattr(each, what)) for _, each in self.lost(plan))
+        return sum(int(getattr(size, what)) for size in parts) - lost
 
     def sizes(self, plan: Plan = Plan()) -> ModelSizes:  # noqa: B008 - an immutable value
         """Return all sizes of the model after `plan`."""
         return ModelSizes(*(self.total(each.name, plan) for each in fields(ModelSizes)))
 
-    def narrowed(self, plan: Plan) -> list[tuple[SiteSize, int]]:
-        """List the sites that `plan` narrows, with the number of their removed channel groups."""
-        kept = {narrow.site: len(narrow.groups) for narrow in plan.narrowed}
-        return [(size, len(size.groups) - kept[size.site]) for size in self.sites if size.site in kept]
+    def lost(self, plan: Plan) -> list[tuple[SiteSize, GroupSize]]:
+        """List the sites that `plan` narrows, with what each loses."""
+        kept = {narrow.site: narrow.groups for narrow in plan.narrowed}
+        return [(size, size.lost(kept[size.site])) for size in self.sites if size.site in kept and size.group]
 
     def parse(self, names: Iterable[str], protected: frozenset[Site] = frozenset()) -> Plan:
         """Return the plan of names as `Plan.to_list` writes them. Raises PlanError as `Plan.parse` and `check` do.
@@ -162,7 +197,7 @@ class Anatomy:
         return plan
 
     def _check_groups(self, plan: Plan) -> None:
-        """Raise PlanError for missing channel groups, none at all, or experts of different widths."""
+        """Raise PlanError for missing channel groups, none at all, too few experts, or some of different widths."""
         sizes = {size.site: size for size in self.sites}
         for site, kept in ((narrow.site, narrow.groups) for narrow in sorted(plan.narrowed)):
             if site not in sizes:
@@ -174,18 +209,28 @@ class Anatomy:
                 raise PlanError(f"{site} would keep no channel group. To remove the whole site, write {site}.")
             if missing := sorted(set(kept) - set(size.groups)):
                 raise _no_group(size, missing[0])
-            per_expert = len(size.groups) // size.experts
-            shares = (size.groups[e * per_expert : (e + 1) * per_expert] for e in range(size.experts))
-            counts = {len(set(kept).intersection(share)) for share in shares}
-            if len(counts) > 1 or 0 in counts:
-                raise PlanError(
-                    f"{site} keeps {min(counts)} to {max(counts)} neurons of its experts, which share one shape. Keep "
-                    "equally many of each."
-                )
-            if max(counts) % size.multiple:
-                raise PlanError(
-                    f"{site} keeps {max(counts)} neurons of each expert. Keep a multiple of {size.multiple}."
-                )
+            _check_experts(size, [count for count in size.kept_experts(kept) if count])
+
+
+def _check_experts(size: SiteSize, counts: Sequence[int]) -> None:
+    """Raise PlanError for counts of kept groups, one for each kept expert, that one shape cannot hold."""
+    if len(set(counts)) > 1:
+        raise PlanError(
+            f"{size.site} keeps {min(counts)} to {max(counts)} neurons of its experts, which share one shape. Keep "
+            "equally many of each, or none of an expert to remove it."
+        )
+    if len(counts) < size.experts and size.expert is None:
+        raise PlanError(
+            f"{size.site} would keep {len(counts)} of its {size.experts} experts, and its architecture names no router "
+            "(billhook/models/architectures.py). Keep as many neurons of each expert."
+        )
+    if len(counts) < size.fewest:
+        raise PlanError(
+            f"{size.site} would keep {len(counts)} of its {size.experts} experts. Keep {size.fewest} or more: each "
+            f"token meets as many. To remove the whole site, write {size.site}."
+        )
+    if counts[0] % size.multiple and counts[0] < size.per_expert:
+        raise PlanError(f"{size.site} keeps {counts[0]} neurons of each expert. Keep a multiple of {size.multiple}.")
 
 
 def _first_missing(groups: Sequence[int], ranges: Iterable[Ends]) -> int | None:

@@ -101,11 +101,11 @@ class Budget:
         if UNITS[self.unit].whole_blocks:
             present = set(anatomy.sites_present())
             return len({site.block for site in present} - {site.block for site in present - plan.removed})
-        unit, narrowed = UNITS[self.unit], anatomy.narrowed(plan)
+        unit = UNITS[self.unit]
         cost = self.cost(anatomy, plan.removed)
         if unit.total is None:  # units that count sites do not count channel groups
             return cost
-        return cost + sum(unit.cost(replace(size, **asdict(size.group))) * n for size, n in narrowed if size.group)
+        return cost + sum(unit.cost(replace(size, **asdict(lost))) for size, lost in anatomy.lost(plan))
 
     def target(self, anatomy: Anatomy) -> Fraction:
         """Return the least `removed_cost` that meets the budget; a share refers to the model as given."""

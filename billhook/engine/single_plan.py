@@ -11,30 +11,37 @@ from torch import nn
 
 from billhook.core.errors import UsageError, option
 from billhook.core.plan import PARTS, Plan, Site
+from billhook.core.results.json_form import JsonObject
 from billhook.engine.blocks import BlockRunner
 from billhook.engine.prefix_trie import StreamCache, Walk, WalkJob
 from billhook.models import structure
-from billhook.models.modeling_billhook import remove_part
+from billhook.models.modeling_billhook import remove_part, set_attributes
 from billhook.models.repair import NO_REPAIR, Repair, add_bias, patch_module
 from billhook.models.streaming import set_tensor
-from billhook.models.surgery import zeroed_block_weights
+from billhook.models.surgery import masked_block
 
 
 @contextmanager
 def patched_block(runner: BlockRunner, index: int, block: nn.Module, plan: Plan, repair: Repair) -> Iterator[None]:
     """Give block `index`, inside the context, the sites, patches, biases and weights that a repaired student has.
 
-    Removed channel groups are zeros.
+    Removed channel groups are zeros, removed experts are not there.
     """
     position, row, config = runner.teacher.positions[index], runner.row, runner.model.config
     parts = row.parts(block, config)
     original: dict[str, nn.Module] = {}
     weights: dict[str, torch.Tensor] = {}
+    known: dict[str, JsonObject] = {}
     prefix = f"{row.blocks}.{index}."
     biased: list[nn.Module] = []
     try:
-        for key, tensor in zeroed_block_weights(runner.teacher, plan, position, block).items():
+        masked, numbers = masked_block(runner.teacher, plan, position, block)
+        for key, tensor in masked.items():
             weights[key] = set_tensor(block, key, tensor)
+        for path, given in numbers.items():
+            module = block.get_submodule(path)
+            known[path] = {name: getattr(module, name) for name in given}
+        set_attributes(block, numbers)
         for name, tensor in repair.weights.items():
             if name.startswith(prefix):
                 key = name.removeprefix(prefix)
@@ -62,6 +69,7 @@ def patched_block(runner: BlockRunner, index: int, block: nn.Module, plan: Plan,
             setattr(block, name, module)
         for key, parameter in weights.items():
             set_tensor(block, key, parameter)
+        set_attributes(block, known)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ CONFIG_FIELDS: dict[Part, tuple[str, ...]] = {
     "mlp": ("moe_intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim", "intermediate_size"),
 }
 OF_EXPERTS_ONLY = "moe_intermediate_size"  # which of them is no width of a dense MLP
+EXPERT_FIELDS = ("num_local_experts", "num_experts")  # what configs call the number of experts
+MODULE_EXPERTS = ("num_experts",)  # what a router and a module of experts call it
 MODULE_WIDTHS = ("intermediate_size", "intermediate_dim")  # what modules of an MLP call their width
 BLOCK_KINDS = "layer_types"  # a list in configs: what kind of attention each block has
 PER_BLOCK_LISTS = (BLOCK_KINDS, "mlp_layer_types", "no_rope_layers", "kv_sharing_modes")  # of configs, one entry each
@@ -70,7 +72,8 @@ class Architecture:
     `shared_kv`: all heads share one key and value; `queries_per_group`: of a KV group, where they are fused by group.
     `no_groups` gives a reason why an attention has no channel groups. `heads_from_config`: it asks its config how many
     heads it has. `experts`: the module of a mixture of experts, `expert_input` and `expert_output` its stacked weights;
-    `gate_and_up_in_turn`: they are [experts, inputs, outputs], and gate and up alternate.
+    `gate_and_up_in_turn`: they are [experts, inputs, outputs], and gate and up alternate. `router`: the module beside
+    the experts that chooses among them, whose parameters have a row for each.
     """
 
     blocks: str = "model.layers"
@@ -105,6 +108,7 @@ class Architecture:
     expert_input: str = "gate_up_proj"
     expert_output: str = "down_proj"
     gate_and_up_in_turn: bool = False
+    router: str = "gate"
 
     def path(self, part: Part) -> str:
         """Where the modules of a part lie in its block: "" in the block itself."""
@@ -180,18 +184,12 @@ _ROWS: dict[str, Architecture] = {
         final=("model.final_layernorm",),
     ),
     "phi3": replace(
-        _LLAMA,
-        attention_inputs=("qkv_proj",),
-        fused_attention="in turn",
-        heads_from_config=True,
-        mlp_inputs=("gate_up_proj",),
-        fused_mlp=True,
+        _LLAMA, attention_inputs=("qkv_proj",), fused_attention="in turn", heads_from_config=True,
+        mlp_inputs=("gate_up_proj",), fused_mlp=True,
     ),
     "mixtral": _LLAMA,
     "olmo2": replace(
-        _LLAMA,
-        attention_norms=("post_attention_layernorm",),
-        mlp_norms=("post_feedforward_layernorm",),
+        _LLAMA, attention_norms=("post_attention_layernorm",), mlp_norms=("post_feedforward_layernorm",),
         norm_before_sum=True,
     ),
     "stablelm": replace(
@@ -201,7 +199,7 @@ _ROWS: dict[str, Architecture] = {
         no_groups=_norms_of_single_heads,
     ),
     "cohere": replace(_LLAMA, parallel=_always, shared_norm=_always, head_scale="logit_scale"),
-    "gpt_oss": replace(_LLAMA, mlp_outputs=2, gate_and_up_in_turn=True),
+    "gpt_oss": replace(_LLAMA, mlp_outputs=2, gate_and_up_in_turn=True, router="router"),
     "nemotron": replace(_LLAMA, mlp_inputs=("up_proj",)),
     "gpt2": Architecture(
         blocks="transformer.h",
@@ -270,7 +268,7 @@ _ROWS: dict[str, Architecture] = {
         final=("gpt_neox.final_layer_norm",),
         parallel=lambda config: bool(config.use_parallel_residual),
     ),
-}
+}  # fmt: skip
 
 
 ARCHITECTURES = Entries("architecture", _ROWS, fits=lambda row: isinstance(row, Architecture))

@@ -19,6 +19,8 @@ from billhook.core.plan import Part
 from billhook.core.results.json_form import JsonObject
 from billhook.models.architectures import (
     CONFIG_FIELDS,
+    EXPERT_FIELDS,
+    MODULE_EXPERTS,
     MODULE_WIDTHS,
     OF_EXPERTS_ONLY,
     Architecture,
@@ -50,7 +52,8 @@ class ChannelLayout:
 
     `output`: the slot whose entries turn a group's channels into output. `heads`: query heads of a group, 0 of neurons;
     `own_kv`: whether a group has keys and values of its own. `experts`: groups are numbered expert by expert.
-    `norms`: parameters of norms over all groups together. `never_zero`: slots whose entries stay where a group that is
+    `expert_rows`: other parameters with a row for each expert, the router's; none: no expert can be removed. `chooses`:
+    the modules that know how many experts there are. `norms`: parameters of norms over all groups together. `never_zero`: slots whose entries stay where a group that is
     removed holds zeros: norms and sinks of its heads.
     """
 
@@ -60,6 +63,8 @@ class ChannelLayout:
     heads: int = 0
     own_kv: bool = False
     experts: int = 1
+    expert_rows: tuple[str, ...] = ()
+    chooses: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
     never_zero: tuple[str, ...] = ()
 
@@ -182,7 +187,7 @@ def _mlp(block: nn.Module, row: Architecture) -> ChannelLayout | str:
     module = block.get_submodule(path)
     before = f"{path}." if path else ""
     if hasattr(module, row.experts):
-        return _experts(getattr(module, row.experts), f"{before}{row.experts}.", row)
+        return _experts(module, before, row)
     wanted = {row.mlp_output, *row.mlp_inputs}
     if not wanted <= _linears(module) or (path and _linears(module) != wanted):
         return _unknown(module, row.mlp_inputs, row.mlp_output)
@@ -194,9 +199,9 @@ def _mlp(block: nn.Module, row: Architecture) -> ChannelLayout | str:
     return ChannelLayout(neurons, (*slots, last), last)
 
 
-def _experts(module: nn.Module, before: str, row: Architecture) -> ChannelLayout:
+def _experts(mixture: nn.Module, path: str, row: Architecture) -> ChannelLayout:
     """Neurons of stacked experts, [experts, outputs, inputs], or turned, gate and up in turn."""
-    turned = row.gate_and_up_in_turn
+    turned, module, before = row.gate_and_up_in_turn, getattr(mixture, row.experts), f"{path}{row.experts}."
     down: torch.Tensor = getattr(module, row.expert_output)
     experts, neurons = int(down.shape[0]), int(down.shape[1 if turned else 2])
     index = _rows(neurons, 1)
@@ -205,7 +210,13 @@ def _experts(module: nn.Module, before: str, row: Architecture) -> ChannelLayout
     if hasattr(module, f"{row.expert_input}_bias"):
         slots.append(ParameterSlice(f"{before}{row.expert_input}_bias", 1, both))
     last = ParameterSlice(f"{before}{row.expert_output}", 1 if turned else 2, index)
-    return ChannelLayout(experts * neurons, (*slots, last), last, experts=experts)
+    own = {slot.name for slot in (*slots, last)}
+    others = [name for name, _ in module.named_parameters(prefix=before[:-1]) if name not in own]
+    router = getattr(mixture, row.router, None)
+    choosing = [] if router is None else [name for name, _ in router.named_parameters(prefix=f"{path}{row.router}")]
+    rows = tuple(name for name in (*choosing, *others) if choosing)
+    chooses = (f"{path}{row.router}", before[:-1]) if choosing else ()
+    return ChannelLayout(experts * neurons, (*slots, last), last, experts=experts, expert_rows=rows, chooses=chooses)
 
 
 # -- what follows from a layout ---------------------------------------------------------------------------------------
@@ -225,22 +236,44 @@ def group_size(block: nn.Module, layout: ChannelLayout, item_bytes: int, kv_byte
     return GroupSize(parameters, parameters * item_bytes, kv, round(flops * share))
 
 
+def expert_size(block: nn.Module, layout: ChannelLayout, item_bytes: int) -> GroupSize:
+    """What each expert has besides its groups, in numbers: its row of the router, and a bias of its output."""
+    parameters = flops = 0
+    for name in layout.expert_rows:
+        tensor = block.get_parameter(name)
+        own = tensor.numel() // layout.experts
+        parameters += own
+        if tensor.dim() == 2 and not name.endswith("bias"):
+            flops += 2 * own
+    return GroupSize(parameters, parameters * item_bytes, 0, flops)
+
+
 def config_field_names(part: Part, config: Config) -> list[str]:
     """What the class of a config calls the widths of a part."""
     return [name for name in CONFIG_FIELDS[part] if hasattr(type(config), config.attribute_map.get(name, name))]
 
 
-def config_fields(layout: ChannelLayout, count: int, config: Config) -> dict[str, int]:
-    """The widths of a part with `count` groups, as the config spells them, and transformers' `per_layer_config`."""
+def _expert_field(config: Config) -> str:
+    """What the file of a config calls the number of experts."""
+    return next(name for name in EXPERT_FIELDS if name not in config.attribute_map and hasattr(config, name))
+
+
+def config_fields(layout: ChannelLayout, kept: list[list[int]], config: Config) -> dict[str, int]:
+    """The widths of a part that keeps these places, as the config spells them, and transformers' `per_layer_config`."""
     if layout.heads:
-        heads, *kv = config_field_names("attention", config)
+        (heads, *kv), count = config_field_names("attention", config), len(kept[0])
         return {heads: count * layout.heads} | dict.fromkeys(kv, count if layout.own_kv else 1)
     names = [name for name in config_field_names("mlp", config) if name != OF_EXPERTS_ONLY or layout.experts > 1]
-    return {names[0]: count // layout.experts}
+    experts = sum(map(bool, kept))
+    number = {} if experts == layout.experts else {_expert_field(config): experts}
+    return {names[0]: max(map(len, kept)), **number}
 
 
 def kept_positions(layout: ChannelLayout, alive: Sequence[int], groups: Sequence[int]) -> list[list[int]]:
-    """Of each expert, or of the part, the places that stay. `alive`: the groups that it has, by number."""
+    """Of each expert, or of the part, the places that stay: none of an expert that is removed.
+
+    `alive`: the groups that the part has, by number.
+    """
     place = {number: i for i, number in enumerate(alive)}
     each = layout.groups // layout.experts
     told: list[list[int]] = [[] for _ in range(layout.experts)]
@@ -274,7 +307,28 @@ def kept_tensor(
             if slot.name.removesuffix(".weight") in layout.norms
             else stays
         )
-    return torch.stack([of_one(piece, places, slot.axis - 1) for piece, places in zip(tensor, kept, strict=True)])
+    pieces = zip(tensor, kept, strict=True)
+    return torch.stack([of_one(piece, places, slot.axis - 1) for piece, places in pieces if places])
+
+
+def _kept_rows(block: nn.Module, layout: ChannelLayout, kept: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Parameters with a row for each expert, of those that stay: {name in the block: tensor}; none if all do."""
+    rows = torch.tensor([expert for expert, places in enumerate(kept) if places])
+    if len(rows) == layout.experts:
+        return {}
+    tensors = {name: block.get_parameter(name).detach() for name in layout.expert_rows}
+    return {name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in tensors.items()}
+
+
+def expert_numbers(block: nn.Module, layout: ChannelLayout, kept: list[list[int]]) -> dict[str, JsonObject]:
+    """What modules must know of how many experts stay: {module: {attribute: number}}; nothing if all do."""
+    experts = sum(map(bool, kept))
+    if experts == layout.experts:
+        return {}
+    modules = {name: block.get_submodule(name) for name in layout.chooses}
+    return {
+        name: {field: experts for field in MODULE_EXPERTS if hasattr(module, field)} for name, module in modules.items()
+    }
 
 
 def cut_channels(
@@ -287,7 +341,10 @@ def cut_channels(
     """
     count = sum(map(len, kept))
     shapes: dict[str, list[int]] = {}
-    attributes: dict[str, JsonObject] = {}
+    attributes = expert_numbers(block, layout, kept)
+    for name, tensor in _kept_rows(block, layout, kept).items():
+        set_parameter(block, name, tensor)
+        shapes[name] = list(tensor.shape)
     for slot in layout.slots:
         tensor = kept_tensor(block.get_parameter(slot.name).detach(), layout, slot, kept)
         if (name := slot.name.removesuffix(".weight")) in layout.norms:
@@ -303,15 +360,19 @@ def cut_channels(
         where = layout.output.name.rpartition(".")[0] if layout.experts > 1 else row.path("mlp")
         module = block.get_submodule(where)
         names = [name for name in MODULE_WIDTHS if hasattr(module, name)]
-        attributes[where] = dict.fromkeys(names, count // layout.experts)
+        attributes[where] = dict.fromkeys(names, max(map(len, kept))) | attributes.get(where, {})
     attributes = {name: values for name, values in attributes.items() if values}
     set_attributes(block, attributes)
     return {"shapes": shapes, "attributes": attributes}
 
 
 def zeroed_weights(block: nn.Module, layout: ChannelLayout, kept: list[list[int]]) -> Mapping[str, torch.Tensor]:
-    """Parameters of a part in whole, zero where groups do not stay: {name in the block: tensor}. Norms stay."""
-    told: dict[str, torch.Tensor] = {}
+    """Parameters of a part, zero where groups do not stay: {name in the block: tensor}. Norms stay.
+
+    They are whole but for experts that are removed: no weights of a router keep it from choosing one, so that these
+    have no rows, and modules must know it (`expert_numbers`).
+    """
+    told = _kept_rows(block, layout, kept)
     for slot in layout.slots:
         if slot.name in layout.never_zero:
             continue
@@ -319,5 +380,6 @@ def zeroed_weights(block: nn.Module, layout: ChannelLayout, kept: list[list[int]
         for expert, places in enumerate(kept):
             piece = tensor if len(kept) == 1 else tensor[expert]
             piece.index_fill_(slot.axis - (len(kept) > 1), _gone(slot, places).to(tensor.device), 0)
-        told[slot.name] = tensor
+        gone = [expert for expert, places in enumerate(kept) if not places]
+        told[slot.name] = tensor if not gone else tensor[[bool(places) for places in kept]]
     return told

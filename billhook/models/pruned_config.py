@@ -196,7 +196,8 @@ def read_config(config: Any) -> PrunedConfig:
         site = Site.parse(name)
         index = kept.index(site.block) if site.block in kept else None
         own = layers.get(index, {}) if index is not None else {}
-        widths = {name: own[name] for name in architectures.CONFIG_FIELDS[site.part] if name in own}
+        names = (*architectures.CONFIG_FIELDS[site.part], *architectures.EXPERT_FIELDS)
+        widths = {name: own[name] for name in names if name in own}
         module = told.get("narrow", {}).get(f"{site.part}.{index}")
         narrowed[site] = NarrowedSite(parse_ranges(groups["kept"]), int(groups["of"]), widths, module)
     places = {Site.parse(name): entry for name, entry in told.get("patches", {}).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -23,6 +24,8 @@ from billhook.models.architectures import (
 from billhook.models.modeling_billhook import PatchModule
 from billhook.models.pruned_config import PrunedConfig
 from billhook.models.transformers_internals import inputs_first, is_linear
+
+FEWEST_EXPERTS = 2  # of a mixture: a router of one has no choice, and the part would be a plain MLP
 
 
 def blocks_of(model: nn.Module, row: Architecture) -> nn.ModuleList:
@@ -118,16 +121,20 @@ def anatomy(model: nn.Module, config: Config, pruned: PrunedConfig, *, item_byte
             of = channel_groups.find_layout(block, part, row, config)
             kv, group = (kv_bytes if part == "attention" else 0), None
             mine: tuple[int, ...] = ()
-            experts = channels = 1
+            experts = channels = fewest = 1
+            expert = None
             if not isinstance(of, str):
                 experts, channels = of.experts, int(of.output.index.shape[1]) // max(1, of.heads)
                 mine, whole = pruned.group_ids(site, of.groups)
                 kv = kv * of.groups // whole if of.own_kv else kv
                 picked = experts_per_token(config)
                 group = channel_groups.group_size(block, of, item_bytes, kv, picked)
+                if of.expert_rows:
+                    expert, fewest = channel_groups.expert_size(block, of, item_bytes), max(FEWEST_EXPERTS, picked)
             flops = _flops(modules, config)
             step = 1 if experts == 1 else EXPERT_MULTIPLE
-            sizes.append(SiteSize(site, count, count * item_bytes, kv, flops, 0, mine, group, experts, channels, step))
+            size = SiteSize(site, count, count * item_bytes, kv, flops, 0, mine, group, experts, channels, step)
+            sizes.append(replace(size, expert=expert, fewest=fewest))
         common = [p for p in _parameters([block]) if id(p) not in owned]
         patched = any(isinstance(module, PatchModule) for module in block.modules())  # then the block is never removed
         owned |= set() if patched else {id(p) for p in common}

@@ -14,6 +14,7 @@ from torch import nn
 
 from billhook.core.errors import PlanError, option
 from billhook.core.plan import PARTS, Plan, Site
+from billhook.core.results.json_form import JsonObject
 from billhook.models import architectures, channel_groups, modeling_billhook, structure
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.modeling_billhook import number_caches, pruned_classes, remove_part, remove_skipped
@@ -29,17 +30,21 @@ from billhook.models.repair import NO_REPAIR, Patch, Repair, add_bias, patch_mod
 from billhook.models.transformers_internals import stock_classes
 
 
-def zeroed_block_weights(teacher: Teacher, plan: Plan, position: int, block: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights of a block, by its own names, with which its whole parts compute as the narrower ones of a plan: zeros
-    where channel groups are removed. `position`: of the block in the unpruned model; it must be in memory."""
+def masked_block(
+    teacher: Teacher, plan: Plan, position: int, block: nn.Module
+) -> tuple[dict[str, torch.Tensor], dict[str, JsonObject]]:
+    """Weights of a block, by its own names, with which its parts compute as the narrower ones of a plan: zeros where
+    channel groups are removed, no rows of experts that are. And what its modules must know then: {module: {attribute:
+    number}}. `position`: of the block in the unpruned model; it must be in memory."""
     weights: dict[str, torch.Tensor] = {}
+    numbers: dict[str, JsonObject] = {}
     sizes = {size.site: size for size in teacher.anatomy.sites}
     for each in (narrow for narrow in plan.narrowed if narrow.site.block == position):
         of = structure.channel_layout(block, each.site.part, teacher.architecture, teacher.model.config)
-        weights |= channel_groups.zeroed_weights(
-            block, of, channel_groups.kept_positions(of, sizes[each.site].groups, each.groups)
-        )
-    return weights
+        kept = channel_groups.kept_positions(of, sizes[each.site].groups, each.groups)
+        weights |= channel_groups.zeroed_weights(block, of, kept)
+        numbers |= channel_groups.expert_numbers(block, of, kept)
+    return weights, numbers
 
 
 @contextmanager
@@ -134,9 +139,13 @@ def stock_holds(teacher: Teacher, plan: Plan) -> bool:
     Nothing is cut: an empty model is built, and its sites are measured.
     """
     config, row, widths = teacher.model.config, teacher.architecture, dict[str, int]()
+    sizes = {size.site: size for size in teacher.anatomy.sites}
     for each in plan.narrowed:
         of = structure.channel_layout(teacher.block(each.site.block), each.site.part, row, config)
-        widths |= channel_groups.config_fields(of, len(each.groups), config)
+        kept = channel_groups.kept_positions(of, sizes[each.site].groups, each.groups)
+        fields = channel_groups.config_fields(of, kept, config)
+        if any(widths.setdefault(name, number) != number for name, number in fields.items()):
+            return False
         if of.norms:  # their scale and epsilon change
             return False
     if any(each.site.part == "attention" for each in plan.narrowed):
@@ -148,10 +157,10 @@ def stock_holds(teacher: Teacher, plan: Plan) -> bool:
         built, built.config, PrunedConfig(len(teacher.positions), tuple(range(len(teacher.positions)))), item_bytes=1
     )
     parameters = {size.site: size.parameters for size in found.sites}
-    removed = {size.site: count * size.group.parameters for size, count in teacher.anatomy.narrowed(plan) if size.group}
+    lost = {size.site: each.parameters for size, each in teacher.anatomy.lost(plan)}
     return all(
         parameters[Site(teacher.positions.index(size.site.block), size.site.part)]
-        == size.parameters - removed.get(size.site, 0)
+        == size.parameters - lost.get(size.site, 0)
         for size in teacher.anatomy.sites
         if size.site not in plan.removed
     )
@@ -181,16 +190,15 @@ def _narrowed(student: Any, teacher: Teacher, plan: Plan, repair: Repair) -> dic
                 f"memory. Narrow its attentions, with {option('set', {'parts': 'mha'})}, or give it more "
                 f"{option('memory')}."
             )
-        module = channel_groups.cut_channels(
-            block, row, of, config, channel_groups.kept_positions(of, alive, each.groups)
-        )
+        kept = channel_groups.kept_positions(of, alive, each.groups)
+        module = channel_groups.cut_channels(block, row, of, config, kept)
         output = of.output.name.removesuffix(".weight")
         if each.site in repair.biases:
             add_bias(block.get_submodule(output), repair.biases[each.site])
         if (bias := dict(block.named_parameters()).get(f"{output}.bias")) is not None:
             module["shapes"][f"{output}.bias"] = list(bias.shape)
         whole = pruned.group_ids(each.site, of.groups)[1]
-        widths = channel_groups.config_fields(of, len(each.groups), config)
+        widths = channel_groups.config_fields(of, kept, config)
         entries[each.site] = NarrowedSite(each.groups, whole, widths, module)
     return entries
 

@@ -357,7 +357,10 @@ def test_uniform_widths_take_no_more_than_is_needed(share: int) -> None:
     def lost(budget: str) -> tuple[int, int]:
         problem = Problem(Anatomy("llama", 4, sites, Unassigned(0, 0, 0)), (Budget.parse(budget),), group_scores=scores)
         plan = drive(SEARCHES["rank_channels"](problem, uniform=True), lambda ask: [])[-1]
-        counts = {size.site: count for size, count in problem.anatomy.narrowed(plan)}
+        counts = {
+            size.site: each.parameters // (size.parameters // len(size.groups))
+            for size, each in problem.anatomy.lost(plan)
+        }
         assert not plan.removed
         found = {part: {counts.get(s.site, 0) for s in sites if s.site.part == part} for part in ("attention", "mlp")}
         return found["attention"].pop() if len(found["attention"]) == 1 else -1, min(found["mlp"])

@@ -71,7 +71,7 @@ def dear(problem: Problem, seed: int) -> Callable[[Plan], float]:
     prices = {size.site: (draw.uniform(0.1, 1), draw.uniform(1, 3)) for size in problem.anatomy.sites}
 
     def loss(plan: Plan) -> float:
-        gone = {size.site: count / len(size.groups) for size, count in problem.anatomy.narrowed(plan)}
+        gone = {size.site: lost.parameters / size.parameters for size, lost in problem.anatomy.lost(plan)}
         gone |= dict.fromkeys(plan.removed, 1.5)
         return sum(prices[site][0] * share ** prices[site][1] for site, share in gone.items())
 
@@ -163,7 +163,7 @@ def test_joint_begins_with_the_same_share_of_every_site_where_that_is_best(ends:
     problem = Problem(Anatomy("llama", 8, sites, Unassigned(0, 0, 0)), parse_budgets("12%params"), group_scores=scores)
 
     def loss(plan: Plan) -> float:
-        lost = {size.site: count / len(size.groups) for size, count in problem.anatomy.narrowed(plan)}
+        lost = {size.site: each.parameters / size.parameters for size, each in problem.anatomy.lost(plan)}
         lost |= dict.fromkeys(plan.removed, 1.0)
         shares = [lost.get(size.site, 0.0) for size in sites if not ends or 4 <= size.site.block < 6]
         outside = sum(share for site, share in lost.items() if ends and not 4 <= site.block < 6)
@@ -171,7 +171,7 @@ def test_joint_begins_with_the_same_share_of_every_site_where_that_is_best(ends:
 
     some = restricted(problem, "mix", 4, 2) if ends else problem
     even = ranked_plan(some, 1, uniform=True)
-    assert len({size.site.block for size, _ in problem.anatomy.narrowed(even)}) == (2 if ends else 8)
+    assert len({size.site.block for size, _ in problem.anatomy.lost(even)}) == (2 if ends else 8)
     assert found_by(problem, loss, start="none", rounds=0) == even
 
 

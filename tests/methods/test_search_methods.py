@@ -329,7 +329,7 @@ def test_a_search_removes_only_what_the_budget_counts(name: str, budget: str, pa
 
     def falling(plan: Plan) -> float:
         lost = [
-            *(size for size, _ in anatomy.narrowed(plan)),
+            *(size for size, _ in anatomy.lost(plan)),
             *(size for size in anatomy.sites if size.site in plan.removed),
         ]
         return 50 + sum(1 if size.site.part == part else -3 for size in lost)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from billhook.core.anatomy import Anatomy
+from billhook.core.anatomy import Anatomy, GroupSize
 from billhook.core.outlook.machines import Machine
 from billhook.core.plan import Plan
 
@@ -116,14 +116,10 @@ def _seconds(machine: Machine, read_bytes: float, flops: float) -> tuple[float, 
 def _touched(anatomy: Anatomy, plan: Plan, tokens: int) -> float:
     """Return how many weights so many tokens touch, on average: of experts, which each token picks anew, a share."""
     whole = anatomy.total("flops_per_token", plan) / 2
+    lost = {size.site: each for size, each in anatomy.lost(plan)}
     for size in anatomy.sites:
         if size.experts > 1 and size.site not in plan.removed:
-            kept = _kept_share(anatomy, plan, size.site)
-            parameters, active = size.parameters * kept, size.flops_per_token / 2 * kept
+            less = lost.get(size.site, GroupSize(0, 0, 0, 0))
+            parameters, active = size.parameters - less.parameters, (size.flops_per_token - less.flops_per_token) / 2
             whole += parameters * (1 - (1 - active / parameters) ** tokens) - active
     return whole
-
-
-def _kept_share(anatomy: Anatomy, plan: Plan, site: object) -> float:
-    """Return the share of a site's channel groups that `plan` keeps."""
-    return next((1 - gone / len(size.groups) for size, gone in anatomy.narrowed(plan) if size.site == site), 1.0)
