@@ -41,6 +41,10 @@ InputFunction = Callable[[Inputs, torch.Tensor], torch.Tensor]
 # value per group [groups]; all in float64 but the channels' numbers
 OutputFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
+# (gates of experts [pairs], their outputs [pairs, width]), float64, of pairs of a token and an expert that its router
+# chose; a gate is what the model multiplies the output with -> a value per pair [pairs]
+ExpertFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 def channel_layouts(bench: Measurer, index: int, block: nn.Module) -> Iterator[tuple[Site, ChannelLayout]]:
     """Yield the sites of a block that have channel groups, with their layouts."""
@@ -153,6 +157,42 @@ def groups_by_outputs(bench: Measurer, function: OutputFunction) -> GroupValues:
             output = layout.output
             weight = structure.as_outputs_by_inputs(block, output.name, block.get_parameter(output.name).detach())
             group_values[site] = function(x, to_float64(weight), output.index.to(x.device)).cpu()
+    bench.check_finite(streams)
+    return require_finite(group_values)
+
+
+@torch.inference_mode()
+def groups_by_experts(bench: Measurer, function: ExpertFunction) -> GroupValues:
+    """Return for each expert the mean of function(gates, outputs) over the tokens that its router sends it.
+
+    All groups of an expert have its value; it is 0 of an expert that no token meets. Sites without experts are left
+    out. One pass, in which experts compute twice.
+    """
+    runner, group_values = bench.runner, GroupValues()
+    streams = [runner.embed(group.ids) for group in bench.groups]
+    for index, block in enumerate(runner.blocks(range(runner.depth))):
+        mixtures = [(site, layout) for site, layout in channel_layouts(bench, index, block) if layout.experts > 1]
+        if not mixtures:
+            streams = [runner.call(index, block, x) for x in streams]
+            continue
+        ((site, layout),) = mixtures  # an attention has no experts
+        module = block.get_submodule(layout.output.name.rpartition(".")[0])
+        routed: list[tuple[torch.Tensor, ...]] = []
+        handle = module.register_forward_pre_hook(lambda m, inputs, routed=routed: routed.append(inputs))
+        try:
+            streams = [runner.call(index, block, x) for x in streams]
+        finally:
+            handle.remove()
+        sums = torch.zeros(layout.experts, dtype=torch.float64)
+        counts = torch.zeros(layout.experts, dtype=torch.float64)
+        for inputs, group in zip(routed, bench.groups, strict=True):
+            x, chosen, gates = (group.tokens_of(each.reshape(*group.ids.shape, -1)) for each in inputs)
+            pairs = chosen.reshape(-1, 1)
+            outputs = module(x.repeat_interleave(chosen.shape[1], 0), pairs, torch.ones_like(gates.reshape(-1, 1)))
+            values = function(to_float64(gates.flatten()), to_float64(outputs)).cpu()
+            sums.index_add_(0, pairs[:, 0].cpu(), values.double())
+            counts += pairs[:, 0].cpu().bincount(minlength=layout.experts)
+        group_values[site] = (sums / counts.clamp(min=1)).repeat_interleave(layout.groups // layout.experts)
     bench.check_finite(streams)
     return require_finite(group_values)
 

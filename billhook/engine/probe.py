@@ -124,14 +124,9 @@ class Probe:
 
     @torch.inference_mode()
     def iter_losses(
-        self,
-        plans: Sequence[Plan],
-        best: int | None = None,
-        *,
-        expected: Sequence[float] | None = None,
-        ceiling: Sequence[float] | None = None,
-        on_progress: Callable[[int], None] = lambda done: None,
-    ) -> Iterator[tuple[Plan, Loss]]:
+        self, plans: Sequence[Plan], best: int | None = None, *, expected: Sequence[float] | None = None,
+        ceiling: Sequence[float] | None = None, on_progress: Callable[[int], None] = lambda done: None,
+    ) -> Iterator[tuple[Plan, Loss]]:  # fmt: skip
         """Yield (plan, loss) as soon as it is decided.
 
         - `expected`: the expected loss or rise of each plan, lower = better; racing begins with the lowest.
@@ -380,6 +375,11 @@ class Probe:
     def groups_of_outputs(self, function: channel_statistics.OutputFunction) -> GroupValues:
         """Return function(output projection's inputs, its weight, channels of each group) [groups]; one pass."""
         return channel_statistics.groups_by_outputs(self._measurer, function)
+
+    @undisturbed
+    def groups_of_experts(self, function: channel_statistics.ExpertFunction) -> GroupValues:
+        """Return the mean of function(gates, outputs) over each expert's tokens, for all of its groups; one pass."""
+        return channel_statistics.groups_by_experts(self._measurer, function)
 
     @undisturbed
     def groups_of_ranges(self) -> GroupValues:

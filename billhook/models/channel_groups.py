@@ -53,8 +53,8 @@ class ChannelLayout:
     `output`: the slot whose entries turn a group's channels into output. `heads`: query heads of a group, 0 of neurons;
     `own_kv`: whether a group has keys and values of its own. `experts`: groups are numbered expert by expert.
     `expert_rows`: other parameters with a row for each expert, the router's; none: no expert can be removed. `chooses`:
-    the modules that know how many experts there are. `norms`: parameters of norms over all groups together. `never_zero`: slots whose entries stay where a group that is
-    removed holds zeros: norms and sinks of its heads.
+    the modules that know how many experts there are. `norms`: parameters of norms over all groups together.
+    `never_zero`: slots whose entries stay where a group that is removed holds zeros: norms and sinks of its heads.
     """
 
     groups: int

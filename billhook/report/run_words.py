@@ -332,7 +332,7 @@ def _percent_more(ratio: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class NarrowedSites:
-    """Narrowed sites of one part that keep equally many channel groups of equally many."""
+    """Narrowed sites of one part that keep equally many channel groups of equally many; `experts`: likewise."""
 
     part: Part
     blocks: tuple[int, ...]
@@ -340,6 +340,7 @@ class NarrowedSites:
     had: int
     all_of_part: bool  # that the model has
     unit: str  # what a channel group of them is
+    experts: tuple[int, int] = (1, 1)
 
     @property
     def name(self) -> str:
@@ -351,8 +352,13 @@ class NarrowedSites:
 
     @property
     def kept_words(self) -> str:
-        """`1,229 of 1,536 neurons`."""
-        return f"{self.kept:,} of {self.had:,} {self.unit}"
+        """`1,229 of 1,536 neurons`, `3 of 4 experts`, `4 experts of 512 of 768 neurons`."""
+        (experts, of), each = self.experts, (self.kept // self.experts[0], self.had // self.experts[1])
+        words = f"{each[0]:,} of {each[1]:,} {self.unit}"
+        if of == 1:
+            return words
+        some = f"{experts} of {of} experts" if experts < of else f"{of} experts"
+        return some if each[0] == each[1] else f"{some} of {words}"
 
     def __str__(self) -> str:
         return f"{'all ' if self.all_of_part else ''}{self.name}: {self.kept_words}"
@@ -361,16 +367,17 @@ class NarrowedSites:
 def narrowed_sites(result: RunResult) -> list[NarrowedSites]:
     """The narrowed sites, those of one part and equal widths as one, in order of the model."""
     sizes = {size.site: size for size in result.anatomy.sites}
-    groups: dict[tuple[Part, int, int], list[int]] = {}
+    groups: dict[tuple[Part, int, int, tuple[int, int]], list[int]] = {}
     for kept in sorted(result.plan.narrowed):
-        key = (kept.site.part, len(kept.groups), len(sizes[kept.site].groups))
+        size = sizes[kept.site]
+        experts = (sum(map(bool, size.kept_experts(kept.groups))), size.experts)
+        key = (kept.site.part, len(kept.groups), len(size.groups), experts)
         groups.setdefault(key, []).append(kept.site.block)
     found = []
-    for (part, kept_, had), blocks in groups.items():
+    for (part, kept_, had, experts), blocks in groups.items():
         every = {site.block for site in sizes if site.part == part}
-        experts = max(sizes[Site(block, part)].experts for block in blocks)
-        unit = "KV groups" if part == "attention" else "neurons" if experts == 1 else "channel groups"
-        found.append(NarrowedSites(part, tuple(blocks), kept_, had, len(blocks) > 1 and every == set(blocks), unit))
+        unit, whole = "KV groups" if part == "attention" else "neurons", len(blocks) > 1 and every == set(blocks)
+        found.append(NarrowedSites(part, tuple(blocks), kept_, had, whole, unit, experts))
     return sorted(found, key=lambda each: (PARTS.index(each.part), each.blocks))
 
 

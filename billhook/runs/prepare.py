@@ -44,7 +44,7 @@ from billhook.runs import check_inputs
 from billhook.runs.executor import store_cache
 from billhook.runs.job import RunContext
 from billhook.runs.recipe import CalibrationOptions, EvalOptions, Recipe, TextOptions
-from billhook.runs.search import expected_losses, method_options, search_of
+from billhook.runs.search import expected_losses, method_options, scores_experts, search_of
 from billhook.runtimes.artefacts import is_served, require_checkpoint
 
 NOTHING: Mapping[str, Teacher] = MappingProxyType({})
@@ -166,6 +166,9 @@ def problem_of(recipe: Recipe, teacher: Teacher, anatomy: Anatomy, budgets: tupl
     """
     most, protected = limits_of_recipe(recipe, teacher), parse_protection(recipe.protect, anatomy)
     anatomy = limited(anatomy, most, teacher.model.config)
+    if scores_experts(recipe):  # nothing else has scores
+        sites = (size if size.expert else replace(size, groups=(), group=None) for size in anatomy.sites)
+        anatomy = replace(anatomy, sites=tuple(sites))
     if most.first_attention:
         protected |= {Site(min(anatomy.sites_present()).block, "attention")}
     return Problem(anatomy, budgets, protected, recipe.seed, blocks_only=most.sites == "none").check()

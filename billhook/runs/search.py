@@ -50,6 +50,11 @@ def method_options(recipe: Recipe) -> tuple[OptionValues, OptionValues]:
     methods += [metric_of(recipe)] if recipe.metric else []
     widths = recipe.model_dump(include={"uniform", "multiple"}, exclude_defaults=True)
     found = resolve_options(recipe.set | widths, *methods)
+    if scores_experts(recipe) and not found[0].get("experts"):
+        raise UsageError(
+            f"The metric {recipe.metric} scores whole experts, and {recipe.search} would remove neurons of each. Add "
+            f"{option('set', {'experts': True})}, or take a metric of channel groups: {option('metric', 'taylor_mix')}."
+        )
     return found[0], found[1] if recipe.metric else {}
 
 
@@ -66,6 +71,11 @@ def metric_of(recipe: Recipe) -> Callable[..., Any]:
                 f"Searches for it: {', '.join(option('search', name) for name in fit)}."
             )
     return GROUP_METRICS[recipe.metric] if of_groups else METRICS[recipe.metric]
+
+
+def scores_experts(recipe: Recipe) -> bool:
+    """Whether the metric of a recipe scores the experts of mixtures alone."""
+    return recipe.metric is not None and recipe.metric in GROUP_METRICS and GROUP_METRICS.facts(recipe.metric).experts
 
 
 def compute_scores(job: RunContext, probe: Probe) -> ScoreFields:

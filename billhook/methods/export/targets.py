@@ -89,7 +89,9 @@ class Form:
             if most == "none" and found != "whole":
                 return Fault("widths", f"a width of its own for {part}s; remove sites or blocks")
             if most == "alike" and found == "own":
-                return Fault("widths", f"{part}s of different widths; narrow all of them alike, or remove whole ones")
+                experts = " or numbers of experts" if shape.experts else ""
+                text = f"{part}s of different widths{experts}; narrow all of them alike, or remove whole ones"
+                return Fault("widths", text)
         counts = self.attention_counts(shape.config)
         if counts and (odd := sorted(set(shape.kv_groups) - set(counts))):
             return Fault("kv_groups", f"an attention of {odd[0]} KV groups; keep {', '.join(map(str, counts))}")
@@ -107,8 +109,8 @@ class StudentShape:
 
     `single`: missing sites of blocks of which the other site is kept. `mlps`, `attentions`: `whole`, narrowed all
     `alike` in a way that the stock config can say, or each with its `own` width. `kv_groups`: in how many KV groups
-    narrowed attentions are left. `first`: the number of the first block that is left. `patches`: what repairs put in
-    the place of sites that is more than a constant; `constants`: the others.
+    narrowed attentions are left. `first`: the number of the first block that is left. `experts`: whether some mlp has
+    several. `patches`: what repairs put in the place of sites that is more than a constant; `constants`: the others.
     """
 
     model_type: str
@@ -121,6 +123,7 @@ class StudentShape:
     biases: tuple[Site, ...] = ()
     kv_groups: tuple[int, ...] = ()
     first: int = 0
+    experts: bool = False
 
     def widths(self, part: Part) -> Literal["whole", "alike", "own"]:
         return self.mlps if part == "mlp" else self.attentions
@@ -144,10 +147,9 @@ def student_shape(teacher: Teacher, plan: Plan, repair: Repair = NO_REPAIR) -> S
     stock = stock_holds(teacher, plan) if plan.narrowed else not own_type
 
     def widths(part: Part) -> Literal["whole", "alike", "own"]:
-        counts = set(kept(part).values())
-        if counts <= {None}:
+        if set(kept(part).values()) <= {None}:
             return "whole"
-        return "alike" if len(counts) == 1 and stock else "own"
+        return "alike" if stock else "own"
 
     specs = {**earlier.patches, **{site: patch.spec() for site, patch in repair.patches.items()}}
     constants = {site for site, spec in specs.items() if not (spec["gain"] or spec["rank"])}
@@ -157,6 +159,7 @@ def student_shape(teacher: Teacher, plan: Plan, repair: Repair = NO_REPAIR) -> S
         tuple(sorted({*_earlier_biases(teacher), *repair.biases})),
         tuple(sorted({count for count in kept("attention").values() if count is not None})),
         min(site.block for part in PARTS for site in kept(part)),
+        any(size.experts > 1 for size in teacher.anatomy.sites),
     )  # fmt: skip
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 
 from billhook.core.errors import UsageError, option
 from billhook.core.plan import Site
 from billhook.core.problem import ScoredUnit
-from billhook.core.registry import Registry, wrong_return
+from billhook.core.registry import Registry, RegistryWithFacts, wrong_return
 from billhook.core.results.measured import Score
 from billhook.engine.channel_statistics import GroupValues
 from billhook.engine.probe import Probe
@@ -26,8 +27,40 @@ METRICS: Registry[Metric] = Registry("metric")
 metric = METRICS.add
 
 # (probe, **options) -> {site: scores of its channel groups, [groups] in float64}
-GROUP_METRICS: Registry[Callable[..., GroupValues]] = Registry("metric of channel groups", "group_metric")
-group_metric = GROUP_METRICS.add
+GroupMetric = Callable[..., GroupValues]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMetricFacts:
+    """Facts that a metric of channel groups states in its decorator.
+
+    - `experts`: it scores the experts of mixtures alone, all groups of one alike.
+    """
+
+    experts: bool = False
+
+
+GROUP_METRICS: RegistryWithFacts[GroupMetric, GroupMetricFacts] = RegistryWithFacts(
+    "metric of channel groups", "group_metric", unstated=GroupMetricFacts()
+)
+
+
+@overload
+def group_metric(function: GroupMetric, /) -> GroupMetric:
+    """Add a metric of channel groups without facts."""
+
+
+@overload
+def group_metric(*, experts: bool = ...) -> Callable[[GroupMetric], GroupMetric]:
+    """Return the decorator that adds a metric of channel groups with these facts."""
+
+
+def group_metric(
+    function: GroupMetric | None = None, /, *, experts: bool = False
+) -> GroupMetric | Callable[[GroupMetric], GroupMetric]:
+    """Add a metric of channel groups under its own name, with its facts: see GroupMetricFacts."""
+    add = GROUP_METRICS.add_with(GroupMetricFacts(experts))
+    return add if function is None else add(function)
 
 
 def metric_scores(name: str, probe: Probe, **options: Any) -> dict[ScoredUnit, Score]:
@@ -72,6 +105,7 @@ from billhook.methods.metrics import (  # noqa: E402, F401 - they register thems
     ablation,
     activations,
     channel_groups,
+    mixtures,
     refitted_groups,
     shapley,
     taylor,

@@ -195,28 +195,66 @@ def ascending(values: Sequence[float]) -> list[int]:
 
 
 def kept_count(size: SiteSize, removed: int, multiple: int) -> int:
-    """Return how many groups of each expert are kept, a `multiple` of channels, if `removed` of all should be.
+    """Return how many groups are kept, a `multiple` of channels of each expert, if `removed` of all should be.
 
-    Where a site may be left in some numbers of groups alone, the next larger one.
+    Where a site may be left in some numbers of groups alone, the next larger one. Where whole experts are removed, all
+    groups of as many as are left, and at least `fewest`.
     """
+    if size.by_expert:
+        experts = -(-(len(size.groups) - removed) // size.per_expert)
+        return min(size.experts, max(size.fewest, experts)) * size.per_expert
     multiple = math.lcm(multiple // math.gcd(multiple, size.channels), size.multiple)
-    groups = len(size.groups) // size.experts
+    groups = size.per_expert
     count = groups - removed // size.experts
     kept = min(groups, max(multiple, -(-count // multiple) * multiple))
-    return next((allowed for allowed in size.counts if allowed >= kept), groups) if size.counts else kept
+    kept = next((allowed for allowed in size.counts if allowed >= kept), groups) if size.counts else kept
+    return kept * size.experts
 
 
 def kept_groups(size: SiteSize, order: Sequence[int], removed: int, multiple: int) -> tuple[int, ...]:
     """Return the groups to keep, a `multiple` of channels and as many in every expert, if `removed` should be.
 
-    `order`: the places of all groups; the first ones of each expert are removed first.
+    `order`: the places of all groups; the first ones of each expert are removed first. Where whole experts are removed,
+    the first ones of all: they are ordered expert by expert.
     """
-    per_expert, count = len(size.groups) // size.experts, kept_count(size, removed, multiple)
+    kept_in_all = kept_count(size, removed, multiple)
+    if size.by_expert:
+        return tuple(size.groups[place] for place in sorted(order[len(order) - kept_in_all :]))
+    per_expert, count = size.per_expert, kept_in_all // size.experts
     rank = {place: i for i, place in enumerate(order)}
     kept: list[int] = []
     for start in range(0, size.experts * per_expert, per_expert):
         kept += sorted(range(start, start + per_expert), key=rank.__getitem__, reverse=True)[:count]
     return tuple(size.groups[place] for place in sorted(kept))
+
+
+def by_experts(problem: Problem) -> Problem:
+    """Return the problem in which mixtures lose whole experts: all groups of one have the mean of their scores.
+
+    Raises UsageError for a model without experts that can be removed.
+    """
+    sizes = tuple(replace(s, by_expert=s.expert is not None and bool(s.groups)) for s in problem.anatomy.sites)
+    mixtures = {size.site: size for size in sizes if size.by_expert}
+    if not mixtures:
+        raise UsageError(
+            f"This model has no experts that can be removed. Leave {option('set', {'experts': True})} out, "
+            f"and take a metric of channel groups, such as {option('metric', 'flap')}."
+        )
+    scores = problem.group_scores
+    if scores is not None:
+        means = {
+            site: [mean for mean in _means(values, mixtures[site].experts) for _ in range(mixtures[site].per_expert)]
+            for site, values in scores.items()
+            if site in mixtures
+        }
+        scores = {**scores, **means}
+    return replace(problem, anatomy=replace(problem.anatomy, sites=sizes), group_scores=scores)
+
+
+def _means(values: Sequence[float], parts: int) -> list[float]:
+    """Return the means of as many equal parts."""
+    each = len(values) // parts
+    return [math.fsum(values[part * each : (part + 1) * each]) / each for part in range(parts)]
 
 
 # -- how many losses, without measuring any --------------------------------------------------------------------------

@@ -25,10 +25,10 @@ Place = tuple[int, int]  # a ladder, and a rung of it
 
 def _losses(
     problem: Problem, *, start: str = "swap", levels: int = 8, rounds: int = 16, tokens: int = 512, multiple: int = 1,
-    parts: str = "mix",
+    parts: str = "mix", experts: bool = False,
 ) -> int:  # fmt: skip
     """Return at most how many: one for each width of each site, those of `start`, and those of all `rounds`."""
-    problem = _checked(problem, levels, multiple, parts)
+    problem = _checked(problem, levels, multiple, parts, experts)
     free = [size for size in problem.anatomy.sites if size.site not in problem.protected]
     alone = 1 + sum(1 + len(_widths(problem, size, levels, multiple)) for size in free)
     starts = 3
@@ -41,7 +41,7 @@ def _losses(
 @search(losses=_losses, channel_groups=True)
 def joint(
     problem: Problem, *, start: str = "swap", levels: int = 8, rounds: int = 16, tokens: int = 512, multiple: int = 1,
-    parts: str = "mix",
+    parts: str = "mix", experts: bool = False,
 ) -> Search:  # fmt: skip
     """Choose how much of each site to keep, from all to nothing, by an integer programme over measured losses.
 
@@ -51,7 +51,7 @@ def joint(
     site, with and without the first four blocks and the last two. In each round it measures one width more and one
     less at each site. The programme makes 1, 2, 4, … 32 of these changes under the budgets, and the best plan on all
     calibration tokens is kept, until none is better. `tokens`: of the calibration, for losses that only propose;
-    `multiple`, `parts`: as for `rank_channels`.
+    `multiple`, `parts`, `experts`: as for `rank_channels`.
 
     Formula: min Σ_s rise(s, width of s), subject to the budgets; then the same over one step at each site
     Cost: those of `start`; a loss for each width of each site on `tokens`; in each round two for each site on `tokens`
@@ -62,7 +62,7 @@ def joint(
     the model's own channel groups, not trained; the programme is solved again around each plan that is reached.
     """
     start_search = None if start == "none" else SEARCHES[start]
-    problem = _checked(problem, levels, multiple, parts)
+    problem = _checked(problem, levels, multiple, parts, experts)
     sites = problem.anatomy.sites
     ladders = [_ladder(problem, size, levels, multiple, ()) for size in sites]
     places = [(i, rung) for i, ladder in enumerate(ladders) for rung in range(1, len(ladder))]
@@ -88,7 +88,7 @@ def joint(
     return [_plan(ladders, here)]
 
 
-def _checked(problem: Problem, levels: int, multiple: int, parts: str) -> Problem:
+def _checked(problem: Problem, levels: int, multiple: int, parts: str, experts: bool) -> Problem:
     """Return the problem of the parts that may change. Raises before anything is measured."""
     problem = restricted(problem, parts)
     if problem.group_scores is None:
@@ -99,16 +99,16 @@ def _checked(problem: Problem, levels: int, multiple: int, parts: str) -> Proble
         raise BudgetError("The search joint has no use for a budget in blocks. Count in params, bytes, kv or flops.")
     if levels < 1 or multiple < 1:
         raise UsageError(f"levels={levels}, multiple={multiple}: both must be 1 or more.")
-    return problem
+    return shared.by_experts(problem) if experts else problem
 
 
 def _widths(problem: Problem, size: SiteSize, levels: int, multiple: int) -> set[int]:
-    """Return how many groups of each expert are kept at the widths between all of a site and nothing."""
+    """Return how many groups are kept at the widths between all of a site and nothing."""
     if not size.groups or not problem.counts_groups(size):
         return set()
     levels = min(levels, len(size.groups))  # more are the same
     removed = (len(size.groups) * step // levels for step in range(1, levels))
-    return {shared.kept_count(size, count, multiple) for count in removed} - {len(size.groups) // size.experts}
+    return {shared.kept_count(size, count, multiple) for count in removed} - {len(size.groups)}
 
 
 def _best_change(

@@ -5,19 +5,22 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 from billhook.core.errors import BudgetError, UsageError, option
 from billhook.core.plan import PARTS, KeptGroups, Plan, Site
 from billhook.core.problem import Problem
-from billhook.methods.search import Search, ascending, kept_groups, restricted, search
+from billhook.methods.search import Search, ascending, by_experts, kept_groups, restricted, search
 
 Ranked = Mapping[Site, Sequence[int]]  # the places of each site's groups, the lowest score first
 Removed = Mapping[Site, int]  # how many groups of each site are removed
 
 
-def _losses(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts: str = "mix") -> int:
+def _losses(
+    problem: Problem, *, uniform: bool = False, multiple: int = 1, parts: str = "mix", experts: bool = False
+) -> int:
     """Return 0: only the metric is needed. Raises what the search raises where all free groups are not enough."""
-    problem = _checked(problem, multiple, parts)
+    problem = _checked(problem, multiple, parts, experts)
     if uniform:
         _check_alike(problem)
     places = {size.site: range(len(size.groups)) for size in problem.anatomy.sites if size.groups}
@@ -28,14 +31,17 @@ def _losses(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts
 
 
 @search(losses=_losses, channel_groups=True)
-def rank_channels(problem: Problem, *, uniform: bool = False, multiple: int = 1, parts: str = "mix") -> Search:
+def rank_channels(
+    problem: Problem, *, uniform: bool = False, multiple: int = 1, parts: str = "mix", experts: bool = False
+) -> Search:
     """Rank all channel groups by a metric, then remove them in that order, over all sites at once.
 
     A site that loses all its groups is removed; where no budget counts groups, it is kept whole until then. `uniform`:
     each attention keeps as many groups as the others, each mlp too, and none is removed, so that the model keeps its
     stock shape unless some are protected. Beside attention of few groups, mlps lose a little more or less, so that no
     more is removed than needed. `multiple`: each site keeps a multiple of this many neurons or channels of keys,
-    rounded up; a site with fewer keeps them all. `parts`: mix, mha or mlp, which sites may be narrowed.
+    rounded up; a site with fewer keeps them all. `parts`: mix, mha or mlp, which sites may be narrowed. `experts`:
+    mixtures lose whole experts, by the mean score of their neurons, instead of neurons of each expert.
 
     Formula: the shortest beginning of the order, lowest score first, that meets the budgets
     Cost: none besides the metric's.
@@ -44,7 +50,7 @@ def rank_channels(problem: Problem, *, uniform: bool = False, multiple: int = 1,
     2305.11627), `uniform`.
     """
     yield from ()
-    problem = _checked(problem, multiple, parts)
+    problem = _checked(problem, multiple, parts, experts)
     if uniform:
         _check_alike(problem)
     return [ranked_plan(problem, multiple, uniform=uniform)]
@@ -83,7 +89,7 @@ def ranked_plan(problem: Problem, multiple: int, *, uniform: bool) -> Plan:
     return plan(chosen)
 
 
-def _checked(problem: Problem, multiple: int, parts: str) -> Problem:
+def _checked(problem: Problem, multiple: int, parts: str, experts: bool) -> Problem:
     """Return the problem of the parts that may be narrowed. Raises UsageError for unusable options."""
     problem = restricted(problem, parts)
     if problem.group_scores is None:
@@ -92,14 +98,15 @@ def _checked(problem: Problem, multiple: int, parts: str) -> Problem:
         )
     if multiple < 1:
         raise UsageError(f"multiple={multiple} is not a number of channels. Write for example 8, 32 or 256.")
-    return problem
+    return by_experts(problem) if experts else problem
 
 
 def _check_alike(problem: Problem) -> None:
     """Raise UsageError where the free sites of a part cannot all keep equally many groups."""
-    for part in PARTS:
-        free = [size for size in problem.anatomy.sites if size.site.part == part and size.site not in problem.protected]
-        if len({(len(size.groups), size.experts) for size in free}) > 1:
+    sizes = [size for size in problem.anatomy.sites if size.groups and size.site not in problem.protected]
+    for part, mixture in product(PARTS, (False, True)):  # a config has a width for dense mlps, and one for experts
+        alike = (size for size in sizes if size.site.part == part and (size.experts > 1) == mixture)
+        if len({(len(size.groups), size.experts) for size in alike}) > 1:
             raise UsageError(
                 f"{option('uniform', True)} narrows every {part} alike, and they have different widths now. Leave "
                 f"{option('uniform')} out, or protect every {part}."
