@@ -59,6 +59,8 @@ PRUNES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "recover": "compensate"}),
     "channels_uniform": ("qwen3_moe", {}, {
         "remove": "15%", "search": "rank_channels", "metric": "taylor_mix", "uniform": True, "multiple": 2}),
+    "experts_uniform": ("mixtral", {}, {
+        "remove": "15%", "search": "rank_channels", "metric": "reap", "uniform": True, "set": {"experts": True}}),
     "joint_taylor": ("qwen3", {}, {
         "remove": "30%", "search": "joint", "metric": "taylor_element1",
         "set": {"levels": 4, "rounds": 3, "tokens": 96, "start": "greedy"}}),
@@ -99,12 +101,14 @@ METRICS = {
     "task": "loo_task,shapley_task",
     "groups": "activation,cfsp,flap,group_magnitude,obs,saap,taylor_element1,taylor_element2,taylor_mix,taylor_vector,"
     "wanda_sp",
+    "experts": "reap",
 }
 SCORED: dict[str, tuple[str, dict[str, Any]]] = {
     "sites": ("qwen3", {}),
     "losses": ("llama", {"set": {"pairs": 2, "draws": 8}}),
     "task": ("llama", {"set": {"pairs": 2}, "loss": "task:first_test.jsonl"}),
     "groups": ("llama", {"set": {"batches": 2}}),
+    "experts": ("mixtral", {}),
 }
 
 # -- what is needed ----------------------------------------------------------------------------------------------------

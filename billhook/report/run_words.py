@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from billhook.core.margin import BOUND
-from billhook.core.plan import PARTS, Part, Site, format_ranges
+from billhook.core.plan import PARTS, Part, format_ranges
 from billhook.core.results.exports import FaultReason, TargetFit
 from billhook.core.results.measured import WorkPlan
 from billhook.core.results.run import (

@@ -31,7 +31,7 @@ from billhook.models.load import Teacher, load
 from billhook.models.modeling_billhook import set_parameter
 
 Folder = Callable[[str], Path]
-NAMES = sorted(GROUP_METRICS)
+NAMES = [name for name in GROUP_METRICS if not GROUP_METRICS.facts(name).experts]
 OF_INPUTS = ("activation", "cfsp", "flap", "obs", "wanda_sp")
 
 

@@ -29,6 +29,7 @@ from billhook.runs.store import Store
 SMALL = {"tokens": 240, "length": 24, "eval_tokens": 480, "eval_length": 24}
 FEW: dict[str, dict[str, Any]] = {
     "shortened-llama-cpt": {"remove": "3blocks"},
+    "reap": {"field": "text", "remove": "15%"},
     "evopress": {"set": {"start": "random", "split": "fixed", "generations": 2, "offspring": 4, "tokens": 64}},
 }
 
@@ -42,6 +43,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six blocks, so that rules about the first and last ones leave something."""
     return tiny.with_tokenizer(tmp_path_factory.mktemp("six") / "six", num_hidden_layers=9)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four blocks of four experts each, for the recipe that removes experts."""
+    return tiny.with_tokenizer(tmp_path_factory.mktemp("mixture") / "mixture", "qwen3_moe")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,7 @@ def test_one_recipe_a_paper_and_our_own() -> None:
     papers = {"shortgpt", "deeper-look", "shortened-llama", "sleb", "finercut", "blockpruner", "evopress", "llm-drop",
               "uidl", "sprint"}  # fmt: skip
     papers |= {"shortened-llama-lora", "shortened-llama-cpt", "perp", "replaceme", "partial"}
-    papers |= {"llm-pruner", "wanda-sp", "flap", "saap"}
+    papers |= {"llm-pruner", "wanda-sp", "flap", "saap", "reap"}
     assert papers | {"billhook", "billhook-depth", "billhook-joint"} <= set(recipe_names())
 
 
@@ -85,12 +92,13 @@ def test_a_recipe_survives_yaml_and_says_what_it_is(name: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_runs_from_anywhere(
-    name: str, six: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, six: Path, mixture: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     healed = {"recover_data": str(texts), "recover_tokens": 640, "recover_length": 32}
     healed = healed if parse_recipe(with_overrides(name)).recoveries else {}
-    result = billhook.prune(str(six), recipe=name, data=str(texts), **(SMALL | healed | FEW.get(name, {})))
+    model = mixture if name == "reap" else six
+    result = billhook.prune(str(model), recipe=name, data=str(texts), **(SMALL | healed | FEW.get(name, {})))
     assert result.plan
     assert [told.recovery for told in result.recoveries] == list(parse_recipe(with_overrides(name)).recoveries)
     assert result.recipe["about"]
