@@ -34,13 +34,14 @@ LONGROPE = SCALED | {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.
 BIASES = {"attention_bias": True, "mlp_bias": True}
 NATIVE: list[tuple[str, str, dict[str, Any]]] = [
     *((name, BLOCK, {}) for name in ("gemma", "gemma2", "gemma3_text", "phi", "olmo2", "stablelm", "gpt2", "nemotron")),
-    *((name, BLOCK, {}) for name in ("cohere", "falcon", "gpt_neox", "mixtral", "qwen3", "llama_tied")),
+    *((name, BLOCK, {}) for name in ("cohere", "falcon", "gpt_neox", "qwen3", "llama_tied")),
     *((name, "", {}) for name in ("falcon_new", "stablelm_parallel", "gpt_neox_serial")),
     ("gemma2", BLOCK, {"query_pre_attn_scalar": 20}),
     ("gemma3_text", "attention.0,mlp.0", {"query_pre_attn_scalar": 20}),
     ("mistral", BLOCK, {"sliding_window": None}),
     ("qwen2", BLOCK, {"use_sliding_window": False, "rope_parameters": SCALED | {"rope_type": "yarn"}}),
-    ("qwen3_moe", BLOCK, {"norm_topk_prob": True}),
+    ("mixtral", f"{BLOCK},mlp.0[0-143],mlp.2[48-191],mlp.3[0-47 96-191]", {}),
+    ("qwen3_moe", f"{BLOCK},mlp.0[0-47],mlp.2[24-71],mlp.3[0-23 72-95]", {"norm_topk_prob": True}),
     ("phi3", BLOCK, {"rope_parameters": LONGROPE}),
     ("llama", ",".join(f"mlp.{i}[0-29],attention.{i}[1]" for i in range(4)), {"rope_parameters": LLAMA3}),
 ]
