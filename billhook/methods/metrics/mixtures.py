@@ -11,7 +11,8 @@ from billhook.methods.metrics import group_metric
 
 
 def _weighted_norm(gates: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-    return gates * torch.linalg.vector_norm(outputs, dim=-1)
+    weighted: torch.Tensor = gates * outputs.norm(dim=-1)
+    return weighted
 
 
 @group_metric(experts=True)
