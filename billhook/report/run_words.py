@@ -354,11 +354,8 @@ class NarrowedSites:
     def kept_words(self) -> str:
         """`1,229 of 1,536 neurons`, `3 of 4 experts`, `4 experts of 512 of 768 neurons`."""
         (experts, of), each = self.experts, (self.kept // self.experts[0], self.had // self.experts[1])
-        words = f"{each[0]:,} of {each[1]:,} {self.unit}"
-        if of == 1:
-            return words
-        some = f"{experts} of {of} experts" if experts < of else f"{of} experts"
-        return some if each[0] == each[1] else f"{some} of {words}"
+        words, some = f"{each[0]:,} of {each[1]:,} {self.unit}", f"{experts} of {of} experts".removeprefix(f"{of} of ")
+        return words if of == 1 else some if each[0] == each[1] else f"{some} of {words}"
 
     def __str__(self) -> str:
         return f"{'all ' if self.all_of_part else ''}{self.name}: {self.kept_words}"
@@ -385,11 +382,6 @@ def kept_group_counts(result: RunResult) -> dict[str, tuple[int, int]]:
     """Of every narrowed site, how many of its channel groups were kept, and how many it had."""
     had = {size.site: len(size.groups) for size in result.anatomy.sites}
     return {str(kept.site): (len(kept.groups), had[kept.site]) for kept in sorted(result.plan.narrowed)}
-
-
-def kept_group_texts(result: RunResult) -> dict[str, str]:
-    """The same in words: `{"mlp.2": "22 of 48"}`."""
-    return {site: f"{kept:,} of {had:,}" for site, (kept, had) in kept_group_counts(result).items()}
 
 
 def narrowed_sentence(result: RunResult, most: int = 6) -> str:
