@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from billhook.engine.losses import ITEM_LOSSES, loss_facts
 from billhook.engine.prefix_trie import StreamCache, Walk, WalkJob
 from billhook.engine.racing import Quality, Sums
 from billhook.engine.single_plan import NarrowedWalk, RepairedWalk
+from billhook.engine.workers.division import ALONE, Division
 from billhook.models.accelerator.memory import with_less
 from billhook.models.accelerator.sizes import work_sizes
 from billhook.models.architectures import widest
@@ -48,25 +49,28 @@ class Measurer:
     - `memory`: bytes for weights and activations together; None is half of what the machine has free.
     - `walk`: the order of the walk, instead of choosing it by memory.
     - `repaired`: a plan to measure under a repair of its blocks.
+    - `division`: how many workers share the document groups. All are this one's until `own` says otherwise.
     """
 
     def __init__(
         self, teacher: Teacher, tokens: TokenSet, loss: str, *, memory: int | None = None, walk: str | None = None,
-        repaired: tuple[Plan, Repair] | None = None,
+        repaired: tuple[Plan, Repair] | None = None, division: Division = ALONE,
     ) -> None:  # fmt: skip
         self._item_loss = ITEM_LOSSES.get(loss)
         if (self._item_loss is None) != (tokens.choices is None):
             raise UsageError(_unfit(loss, tokens))
         loss = loss if self._item_loss is None else "nll"  # of the tokens of the choices
         self.teacher, self.loss = teacher, loss
-        self.groups = document_groups(tokens, teacher.device, rope_boundary(teacher.model.config))
+        boundary = rope_boundary(teacher.model.config)
+        self.groups = document_groups(tokens, teacher.device, boundary, division.workers)
+        self._own, self._here = frozenset(range(len(self.groups))), division.here
         self.sizes = work_sizes(teacher.device, int(teacher.model.config.hidden_size))
         self.runner = BlockRunner(teacher, self.sizes.chunk)
         self._fixed, self._parts = walk, 1  # the parts of a batch of jobs
         self._limit = self._room(memory)
         self._head = Head(teacher, loss, self._limit // 8)
         self.walk = Walk(self.runner, [group.ids for group in self.groups], self._limit)
-        self._references: list[Reference] = []
+        self._references: dict[int, Reference] = {}  # by document group
         self._bits = {
             Site(position, part): 1 << 2 * index + k
             for index, position in enumerate(teacher.positions)
@@ -81,6 +85,29 @@ class Measurer:
     def mask(self, plan: Plan) -> int:
         """Return a plan's removals as the bit mask that the walk reads."""
         return sum(self._bits[site] for site in plan.removed)
+
+    def own(self, groups: Iterable[int]) -> None:
+        """Prepare for jobs of these document groups; what is cached of others is dropped."""
+        self._own = frozenset(groups)
+        self._references = {g: reference for g, reference in self._references.items() if g in self._own}
+        self.walk.streams.drop(lambda node: node[0] not in self._own)
+        self._narrower.drop(lambda node: node[0] not in self._own)
+
+    workers = 1
+
+    def interleaved(self, order: Sequence[int]) -> list[int]:
+        """Return the document groups in the order in which they are measured: as given."""
+        return list(order)
+
+    def begin(self, plans: int, base: int | None = None) -> None:
+        """Prepare for a batch of so many plans; streams from which none that removes `base` can start are dropped."""
+        if base is not None:
+            self.walk.evict(base)
+        self.layout = self.arrange(plans)
+
+    def release(self) -> None:
+        """Drop the cached streams; later measurements compute them again."""
+        self.walk.streams.clear()
 
     def use_repair(self, plan: Plan, repair: Repair) -> None:
         """Measure `plan` under `repair` from now on."""
@@ -109,7 +136,7 @@ class Measurer:
     def _room(self, memory: int | None) -> int:
         """Return the bytes for residual streams under a memory budget."""
         if memory is None:
-            return free_memory(self.teacher.device) // 2
+            return free_memory(self.teacher.device) // (2 * self._here)
         config = self.teacher.model.config
         width, wide = int(config.hidden_size), widest(config)
         working = 4 * (self.runner.chunk * 4 * wide + self.sizes.head_tokens * VOCABULARY_AT_A_TIME)
@@ -122,8 +149,8 @@ class Measurer:
 
     def arrange(self, plans: int) -> WorkPlan:
         """Choose walk and checkpoints for a batch of so many plans."""
-        largest = max(group.ids.numel() for group in self.groups)
-        tokens = sum(group.ids.numel() for group in self.groups)
+        own = [self.groups[g].ids.numel() for g in self._own] or [0]
+        largest, tokens = max(own), sum(own)
         streamed = self.teacher.weights is not None
         width = int(self.teacher.model.config.hidden_size)
         wave = self.sizes.wave
@@ -154,6 +181,12 @@ class Measurer:
     def supported_quality(self, quality: Quality) -> Quality:
         """Return the quality that can be measured: items cannot be sampled position by position."""
         return quality if self._item_loss is None else "full"
+
+    def pieces(self, quality: Quality, jobs: Sequence[WalkJob]) -> Iterator[dict[WalkJob, Sums]]:
+        """Yield what `measure` returns of the jobs, in waves."""
+        sizes = [group.tokens for group in self.groups]
+        for batch in job_batches(jobs, sizes, self.layout.wave, split=self.layout.streamed):
+            yield self.measure(quality, batch)
 
     def measure(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
         """Return the nats of each document of each job's group; of a task, the loss of each item."""
@@ -198,8 +231,9 @@ class Measurer:
 
     @undisturbed
     def _nats(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
-        """Return `row_nats`, in one walk."""
-        self._refer()
+        """Return `row_nats`, in one walk. Where nothing is cheaper than the loss, that is the bound."""
+        self._refer(job[0] for job in jobs)
+        quality = "full" if quality == "bound" and not self._head.bounds else quality
         values: list[_TokenValues] = []
         waiting: dict[int, list[tuple[WalkJob, torch.Tensor]]] = defaultdict(list)
         for job, stream in self._runs.run(jobs, self.layout.walk == "layers"):
@@ -253,24 +287,31 @@ class Measurer:
         return by_job
 
     @undisturbed
-    def _refer(self) -> None:
-        """Compute the teacher's references, once."""
-        if self._references:
+    def _refer(self, groups: Iterable[int] = ()) -> None:
+        """Compute the teacher's references of its own document groups and of `groups`, once.
+
+        Those of further groups begin anew: which words a bound counts is chosen over all of them.
+        """
+        wanted = self._own | set(groups) | self._references.keys()
+        if wanted == self._references.keys():
             return
-        targets = [group.targets for group in self.groups]
+        if self._references:
+            self._head = Head(self.teacher, self.loss, self._limit // 8)
+        new = sorted(wanted)
+        targets = [self.groups[g].targets for g in new]
         if self.loss == "nll":  # needs the data, not the teacher
             nothing = torch.empty(0, self._head.width, device=self.teacher.device)
-            self._references = [Reference(nothing, target) for target in targets]
+            self._references = {g: Reference(nothing, target) for g, target in zip(new, targets, strict=True)}
             return
-        jobs = [(g, 0) for g in range(len(self.groups))]
         final = {
-            g: self.runner.final_norm(self.groups[g].tokens_of(stream)) for (g, _), stream in self.walk.run(jobs, True)
+            g: self.runner.final_norm(self.groups[g].tokens_of(stream))
+            for (g, _), stream in self.walk.run([(g, 0) for g in new], True)
         }
-        hidden = [final[g] for g in range(len(self.groups))]
+        hidden = [final[g] for g in new]
         finite = torch.stack([torch.isfinite(h).all() for h in hidden]).tolist()
         if False in finite:
-            raise ModelError(self._where_not_finite((finite.index(False), 0)))
-        self._references = self._head.references(hidden, targets)
+            raise ModelError(self._where_not_finite((new[finite.index(False)], 0)))
+        self._references = dict(zip(new, self._head.references(hidden, targets), strict=True))
 
     @undisturbed
     def check_finite(self, streams: Sequence[torch.Tensor]) -> None:

@@ -45,16 +45,19 @@ class DocumentGroup:
         return values.flatten(0, 1).index_select(0, self.read)
 
 
-def document_groups(tokens: TokenSet, device: torch.device, boundary: int | None = None) -> list[DocumentGroup]:
+def document_groups(
+    tokens: TokenSet, device: torch.device, boundary: int | None = None, workers: int = 1
+) -> list[DocumentGroup]:
     """Return the documents of a token set in groups, those with long rows first, so that little is padding.
 
-    `boundary`: documents with rows longer than that are in groups of their own (`rope_boundary`).
+    - `boundary`: documents with rows longer than that are in groups of their own (`rope_boundary`).
+    - `workers`: that share the groups, so that there must be more of them.
     """
     rows: dict[int, list[int]] = {}
     for row, document in enumerate(tokens.documents):
         rows.setdefault(document, []).append(row)
     longest = {d: max(tokens.lengths[r] for r in own_rows) for d, own_rows in rows.items()}
-    least = max(LEAST_TOKENS, tokens.tokens // GROUPS)
+    least = max(LEAST_TOKENS, tokens.tokens // (GROUPS * workers))
     groups: list[list[int]] = []
     size = 0
     for document in sorted(rows, key=lambda d: (-longest[d], d)):

@@ -1,13 +1,18 @@
-"""Measurements of one batch of plans, piece by piece. No torch."""
+"""Measurements of one batch of plans, piece by piece, and their cache. No torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
+from billhook.core.plan import Plan
 from billhook.core.results.measured import Loss
 from billhook.engine.racing import Piece, Quality, Sums
+
+if TYPE_CHECKING:
+    from billhook.data.token_sets import TokenSet
 
 DocumentIds = tuple[int, ...]  # of one group
 Pieces = Mapping[Quality, Mapping[DocumentIds, Sums]]
@@ -19,6 +24,40 @@ class Known:
 
     loss: Loss | None = None
     pieces: Pieces = field(default_factory=dict)
+
+
+class Cache(Protocol):
+    """Cache of the measurements of one token set under one loss."""
+
+    def lookup(self, plans: Sequence[Plan]) -> list[Known]:
+        """Return the cached measurements of each plan."""
+
+    def add_partial(self, quality: Quality, nats: Mapping[tuple[Plan, DocumentIds], Sums]) -> None:
+        """Add new measurements: nats of each document of a group."""
+
+    def add(self, plan: Plan, loss: Loss) -> None:
+        """Add a loss that is known in full."""
+
+
+class NoCache:
+    """Cache that stores nothing."""
+
+    def lookup(self, plans: Sequence[Plan]) -> list[Known]:
+        return [Known() for _ in plans]
+
+    def add_partial(self, quality: Quality, nats: Mapping[tuple[Plan, DocumentIds], Sums]) -> None:
+        pass
+
+    def add(self, plan: Plan, loss: Loss) -> None:
+        pass
+
+
+CacheFactory = Callable[["TokenSet", str], Cache]  # the cache of a token set and a loss
+
+
+def no_cache(tokens: TokenSet, loss: str) -> Cache:
+    """Return a cache that stores nothing."""
+    return NoCache()
 
 
 class PieceTable:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
-from typing import Protocol
 
 import torch
 
@@ -21,47 +20,18 @@ from billhook.core.results.measured import Loss, Score, WorkPlan
 from billhook.data.token_sets import TokenSet, token_set
 from billhook.engine import activation_passes, channel_statistics, gradient_pass
 from billhook.engine.bench import Measurer, job_batches
+from billhook.engine.blocks import BlockRunner
 from billhook.engine.channel_statistics import GroupValues
 from billhook.engine.losses import loss_facts
-from billhook.engine.measurements import DocumentIds, Known, PieceTable
-from billhook.engine.racing import Decision, Quality, Selection, SelectionTask, Sums, measure_all, measure_best, race
+from billhook.engine.measurements import Cache, CacheFactory, PieceTable, no_cache
+from billhook.engine.racing import Decision, Selection, SelectionTask, measure_all, measure_best, race
+from billhook.engine.workers.division import ALONE
+from billhook.engine.workers.shared import SharedMeasurer
+from billhook.engine.workers.team import Team
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import Repair
 
 FADING = 0.8  # weight of a round's result in each later round, for moves that are not measured again
-
-
-class Cache(Protocol):
-    """Cache of the measurements of one token set under one loss."""
-
-    def lookup(self, plans: Sequence[Plan]) -> list[Known]:
-        """Return the cached measurements of each plan."""
-
-    def add_partial(self, quality: Quality, nats: Mapping[tuple[Plan, DocumentIds], Sums]) -> None:
-        """Add new measurements: nats of each document of a group."""
-
-    def add(self, plan: Plan, loss: Loss) -> None:
-        """Add a loss that is known in full."""
-
-
-class NoCache:
-    """Cache that stores nothing."""
-
-    def lookup(self, plans: Sequence[Plan]) -> list[Known]:
-        return [Known() for _ in plans]
-
-    def add_partial(self, quality: Quality, nats: Mapping[tuple[Plan, DocumentIds], Sums]) -> None:
-        pass
-
-    def add(self, plan: Plan, loss: Loss) -> None:
-        pass
-
-
-CacheFactory = Callable[[TokenSet, str], Cache]  # the cache of a token set and a loss
-
-
-def _no_cache(tokens: TokenSet, loss: str) -> Cache:
-    return NoCache()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +50,25 @@ class Probe:
     - `walk`: `layers` or `depth-first`, instead of choosing it by memory.
     - `cache_factory`: where measurements are cached.
     - `repaired`: a plan to measure under a repair of its blocks; only without a cache.
+    - `team`: workers that share the losses of plans without a repair.
 
     While it measures, it swaps modules of the teacher's model and holds the teacher's lock.
     """
 
     def __init__(
         self, teacher: Teacher, tokens: TokenSet, loss: str, *, memory: int | None = None,
-        fast: RacingOptions | None = None, walk: str | None = None, cache_factory: CacheFactory = _no_cache,
-        repaired: tuple[Plan, Repair] | None = None,
+        fast: RacingOptions | None = None, walk: str | None = None, cache_factory: CacheFactory = no_cache,
+        repaired: tuple[Plan, Repair] | None = None, team: Team | None = None,
     ) -> None:  # fmt: skip
         self.teacher, self.tokens, self.loss, self.fast, self.memory = teacher, tokens, loss, fast, memory
-        self._cache_factory, self._round = cache_factory, 0
-        self._measurer = Measurer(teacher, tokens, loss, memory=memory, walk=walk, repaired=repaired)
-        self._runners = [self._measurer.runner]  # their work counts as this probe's
+        self._cache_factory, self._team, self._round = cache_factory, team, 0
+        division = ALONE if team is None else team.division
+        self._measurer = Measurer(teacher, tokens, loss, memory=memory, walk=walk, repaired=repaired, division=division)
+        self._bench: Measurer | SharedMeasurer = self._measurer  # what measures pieces
+        self._runners: list[BlockRunner | SharedMeasurer] = [self._measurer.runner]  # their work is this probe's
+        if team is not None:
+            self._bench = SharedMeasurer(self._measurer, tokens, loss, memory, team)
+            self._runners.append(self._bench)
         self._narrowed_probe: Probe | None = None  # without a cache, for plans that narrow sites
         self._hardness: list[float] = []  # loss of the last round's best plan by group
         self._rises: dict[int, tuple[float, int]] = {}  # by move: the gap to the best, and its round
@@ -142,26 +118,22 @@ class Probe:
         plans = list(dict.fromkeys(plan for plan in plans if not plan.narrowed))
         if not plans:
             return
-        bench, masks = self._measurer, [self._measurer.mask(plan) for plan in plans]
+        groups, masks = self._measurer.groups, [self._measurer.mask(plan) for plan in plans]
         base = reduce(and_, masks)
-        if len(plans) > 1:
-            bench.walk.evict(base)
-        bench.layout = bench.arrange(len(plans))
-        table = PieceTable([group.documents for group in bench.groups], cache.lookup(plans), instead=self.fast is None)
+        self._bench.begin(len(plans), base if len(plans) > 1 else None)
+        table = PieceTable([group.documents for group in groups], cache.lookup(plans), instead=self.fast is None)
         number = {mask: plan for plan, mask in enumerate(masks)}
-        sizes = [group.tokens for group in bench.groups]
         hints = [expected_of[plan] for plan in plans] if expected_of else None
         selection = self._selection(masks, base, best, hints, ceiling)
         done: set[int] = set()
         try:
             request = next(selection)
             while True:
-                quality = bench.supported_quality(request.quality)
+                quality = self._measurer.supported_quality(request.quality)
                 uncached = [(g, masks[p]) for p, g in table.reuse(quality, request.pieces)]
-                for batch in job_batches(uncached, sizes, bench.layout.wave, split=bench.layout.streamed):
-                    nats = bench.measure(quality, batch)
+                for nats in self._bench.pieces(quality, uncached):
                     table.add(quality, {(number[mask], g): sums for (g, mask), sums in nats.items()})
-                    computed = {(plans[number[m]], bench.groups[g].documents): sums for (g, m), sums in nats.items()}
+                    computed = {(plans[number[m]], groups[g].documents): sums for (g, m), sums in nats.items()}
                     cache.add_partial(quality, computed)
                     on_progress(max(len(done), int(len(plans) * table.share())))
                 for plan in sorted(table.complete() - done):
@@ -188,10 +160,10 @@ class Probe:
     def _narrowed(self, plan: Plan) -> Probe:
         """Return a probe that measures `plan`, which narrows sites, where the plan of its removals is requested."""
         if self._narrowed_probe is None:
-            self._narrowed_probe = Probe(self.teacher, self.tokens, self.loss, memory=self.memory)
-            self._runners.append(self._narrowed_probe._measurer.runner)
-        self._measurer.walk.streams.clear()  # the memory for streams suffices for one of the two
-        self._narrowed_probe._measurer.use_narrowing(plan)
+            self._narrowed_probe = Probe(self.teacher, self.tokens, self.loss, memory=self.memory, team=self._team)
+            self._runners += self._narrowed_probe._runners
+        self.release_streams()  # the memory for streams suffices for one of the two
+        self._narrowed_probe._bench.use_narrowing(plan)
         return self._narrowed_probe
 
     def _selection(
@@ -200,13 +172,16 @@ class Probe:
     ) -> Selection:  # fmt: skip
         """Return the generator that chooses the pieces to measure: all, with exact bounds, or by racing."""
         groups = self._measurer.groups
-        order = sorted(range(len(groups)), key=lambda g: (-self._hardness[g] if self._hardness else 0, g))
+        hardest = sorted(range(len(groups)), key=lambda g: (-self._hardness[g] if self._hardness else 0, g))
+        order, workers = self._bench.interleaved(hardest), self._bench.workers
         tokens = tuple(group.tokens for group in groups)
         together = self.teacher.weights is not None or self._measurer.sizes.launches_count
         positive = loss_facts(self.loss).never_negative
-        least = self.layout.wave if together else self.layout.wave // 4
+        least = workers * (self.layout.wave if together else self.layout.wave // 4)
         ceiling = None if limits is None else {g: tuple(limits[d] for d in x.documents) for g, x in enumerate(groups)}
-        task = SelectionTask(len(masks), best or len(masks), tuple(order), tokens, least, together, positive, ceiling)
+        task = SelectionTask(
+            len(masks), best or len(masks), tuple(order), tokens, least, together, positive, ceiling, workers
+        )
         if (task.best >= len(masks) and limits is None) or (self.fast is None and not positive):
             return measure_all(task)
         if self.fast is None:
@@ -256,8 +231,11 @@ class Probe:
         if loss == self.loss and tokens.hash == self.tokens.hash:
             return self
         self.release_streams()
-        probe = Probe(self.teacher, tokens, loss, memory=self.memory, fast=self.fast, cache_factory=self._cache_factory)
-        self._runners.append(probe._measurer.runner)
+        probe = Probe(
+            self.teacher, tokens, loss, memory=self.memory, fast=self.fast, cache_factory=self._cache_factory,
+            team=self._team,
+        )  # fmt: skip
+        self._runners += probe._runners
         return probe
 
     @undisturbed
@@ -286,11 +264,12 @@ class Probe:
     def loss_with_repair(self, plan: Plan, repair: Repair) -> Loss:
         """Return the loss of a plan under a repair of its blocks; it is not cached."""
         self._measurer.use_repair(plan, repair)
+        self._bench = self._measurer  # others know no repair
         return self.losses([Plan(plan.removed)])[0]
 
     def release_streams(self) -> None:
         """Drop the cached streams; later measurements compute them again."""
-        self._measurer.walk.streams.clear()
+        self._bench.release()
 
     # -- statistics for metrics -------------------------------------------------------------------------------------
 

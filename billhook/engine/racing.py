@@ -43,6 +43,7 @@ class SelectionTask:
     - `together`: each request has a cost of its own, such as a pass over a file: few large ones are better.
     - `positive`: losses are never negative.
     - `ceiling`: nats of each document by group; a plan with a larger total is not needed.
+    - `workers`: that share the groups, so that so many groups in a row of `order` are measured at the same time.
     """
 
     plans: int
@@ -53,6 +54,7 @@ class SelectionTask:
     together: bool = False
     positive: bool = True
     ceiling: dict[int, Sums] | None = None
+    workers: int = 1
 
 
 def measure_all(task: SelectionTask) -> Selection:
@@ -135,20 +137,22 @@ def _ceiling(task: SelectionTask, groups: Sequence[int]) -> float:
 
 
 def _next_wave(left: list[int], alive: int, task: SelectionTask) -> list[int]:
-    """Pop groups from `left`: as many as give `task.wave` tokens at once."""
+    """Pop groups from `left`: as many as give `task.wave` tokens at once, a group for each worker at a time."""
     groups: list[int] = []
     while left and (not groups or alive * sum(task.tokens[g] for g in groups) < task.wave):
-        groups.append(left.pop(0))
+        groups += left[: task.workers]
+        del left[: task.workers]
     return groups
 
 
 def race(task: SelectionTask, shortlist: Sequence[int], risk: float, bounds: bool) -> Selection:
     """Measure the likely best of a shortlist in full, and drop the others as soon as they are significantly worse.
 
-    After 2, 3, 4, 6, 9 … groups each plan is compared with the leader, document by document. It is dropped if the mean
-    difference exceeds the (1 - risk) quantile of Student's t, times its standard error. `risk`: the probability of
-    dropping, at one comparison, a plan that is as good as the leader; the four leaders are not dropped. A plan above
-    the ceiling is dropped at a tenth of the risk. `bounds`: whether cheap pieces are lower bounds, and not samples.
+    After 2, 3, 4, 6, 9 … groups, or the next multiple of the workers, each plan is compared with the leader, document
+    by document. It is dropped if the mean difference exceeds the (1 - risk) quantile of Student's t, times its standard
+    error. `risk`: the probability of dropping, at one comparison, a plan that is as good as the leader; the four
+    leaders are not dropped. A plan above the ceiling is dropped at a tenth of the risk. `bounds`: whether cheap pieces
+    are lower bounds, and not samples.
 
     Source: racing of Maron and Moore 1994 (Hoeffding races), here with paired differences.
     """
@@ -159,7 +163,8 @@ def race(task: SelectionTask, shortlist: Sequence[int], risk: float, bounds: boo
     known: list[Nats] = [{} for _ in range(task.plans)]
     taken = 0
     while taken < len(task.order):
-        groups = task.order[taken : max(2, taken + max(1, taken // 2))]
+        end = max(2, taken + max(1, taken // 2))
+        groups = task.order[taken : -(-end // task.workers) * task.workers]
         taken += len(groups)
         sums = yield PieceRequest(cheap, [(p, g) for g in groups for p in alive])
         for plan in alive:

@@ -10,8 +10,8 @@ from billhook.core.files.cache_keys import LossKey, PlanLossKey
 from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.results.measured import Loss
 from billhook.data.token_sets import TokenSet, truncate
-from billhook.engine.measurements import DocumentIds, Known, Pieces
-from billhook.engine.probe import CacheFactory, Probe
+from billhook.engine.measurements import CacheFactory, DocumentIds, Known, Pieces
+from billhook.engine.probe import Probe
 from billhook.engine.racing import Quality, Sums
 from billhook.models.load import Teacher
 from billhook.runs.store import Store

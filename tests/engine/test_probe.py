@@ -26,9 +26,9 @@ from billhook.data.token_sets import Document, TokenSet, pack_rows
 from billhook.engine.bench import Measurer, job_batches
 from billhook.engine.head import VOCABULARY_AT_A_TIME
 from billhook.engine.losses import LOSSES, loss_facts
-from billhook.engine.measurements import DocumentIds, Known
+from billhook.engine.measurements import DocumentIds, Known, NoCache
 from billhook.engine.prefix_trie import StreamCache
-from billhook.engine.probe import NoCache, Probe, RacingOptions, logits
+from billhook.engine.probe import Probe, RacingOptions, logits
 from billhook.engine.racing import Quality, Sums
 from billhook.methods.export.checkpoint import save
 from billhook.models.load import Teacher, load

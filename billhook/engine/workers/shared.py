@@ -1,0 +1,140 @@
+"""Measuring of pieces by several workers, each with document groups of its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from billhook.core.plan import Plan
+from billhook.data.token_sets import TokenSet
+from billhook.engine.bench import Measurer
+from billhook.engine.prefix_trie import WalkJob
+from billhook.engine.racing import Quality, Sums
+from billhook.engine.workers.division import HERE, divided, interleaved
+from billhook.engine.workers.messages import (
+    Begin,
+    Failed,
+    Lost,
+    Measure,
+    Measured,
+    Message,
+    Narrow,
+    Open,
+    Own,
+    Release,
+    waves,
+)
+from billhook.engine.workers.team import Team
+
+
+class SharedMeasurer:
+    """Measurer of pieces by a team: the `Measurer` that it wraps is the part of this process.
+
+    Every other worker has a measurer of its own for the same tokens. `computed`: tokens times sites that those have
+    computed.
+    """
+
+    def __init__(self, measurer: Measurer, tokens: TokenSet, loss: str, memory: int | None, team: Team) -> None:
+        self._local, self._team, self.computed = measurer, team, 0
+        self._number, self._ticket = team.new_number(self), 0
+        self._open = Open(self._number, tokens, loss, memory, team.division)
+        self._tokens = [group.tokens for group in measurer.groups]
+        self._owners = dict.fromkeys(range(len(self._tokens)), HERE)
+        self._opened = {HERE}  # workers that know the tokens
+        self._narrowing: Plan | None = None
+
+    @property
+    def workers(self) -> int:
+        """The number of workers that have document groups."""
+        return len(set(self._owners.values()))
+
+    def interleaved(self, order: Sequence[int]) -> list[int]:
+        """Return document groups in an order in which as many in a row as there are workers are one of each."""
+        return interleaved(order, self._owners)
+
+    def use_narrowing(self, plan: Plan) -> None:
+        """As `Measurer.use_narrowing`."""
+        self._local.use_narrowing(plan)
+        self._narrowing = plan
+        self._tell(Narrow(self._number, plan))
+
+    def release(self) -> None:
+        """As `Measurer.release`."""
+        self._local.release()
+        self._tell(Release(self._number))
+
+    def begin(self, plans: int, base: int | None = None) -> None:
+        """As `Measurer.begin`. Workers that have come take their part."""
+        self._team.answers(wait=False)
+        self._divide()
+        self._local.begin(plans, base)
+        self._tell(Begin(self._number, plans, base))
+
+    def pieces(self, quality: Quality, jobs: Sequence[WalkJob]) -> Iterator[dict[WalkJob, Sums]]:
+        """Yield nats of jobs by document as workers measure them, in waves.
+
+        What a lost worker has not answered, others measure. Raises as `Measurer.measure`, whichever worker it was.
+        """
+        if not jobs:
+            return
+        self._team.start()
+        self._ticket += 1
+        here: deque[Iterator[Measured]] = deque()
+        pending: dict[int, set[WalkJob]] = {}  # of other workers
+        with self._team.at_work():
+            self._ask(quality, jobs, here, pending)
+            while here or pending:
+                for worker, answer in self._team.answers(wait=not here):
+                    if isinstance(answer, Lost):
+                        self._divide()
+                        self._ask(quality, sorted(pending.pop(worker, ())), here, pending)
+                    elif isinstance(answer, Failed) and answer.ticket == self._ticket:
+                        raise answer.error
+                    elif isinstance(answer, Measured) and answer.ticket == self._ticket:
+                        pending[worker] -= answer.sums.keys()
+                        self.computed += answer.computed
+                        self._team.count(worker, answer)
+                        yield answer.sums
+                pending = {worker: left for worker, left in pending.items() if left}
+                if here and (done := next(here[0], None)) is not None:
+                    self._team.count(HERE, done)
+                    yield done.sums
+                elif here:
+                    here.popleft()
+
+    def _ask(
+        self, quality: Quality, jobs: Sequence[WalkJob], here: deque[Iterator[Measured]],
+        pending: dict[int, set[WalkJob]],
+    ) -> None:  # fmt: skip
+        """Ask the owners of the jobs' groups: other workers at once, this process when `here` is read."""
+        for worker in self._team.workers:
+            own = [job for job in jobs if self._owners[job[0]] == worker]
+            asked = Measure(self._number, self._ticket, quality, own)
+            if own and worker == HERE:
+                here.append(waves(self._local, asked))
+            elif own:
+                pending[worker] = pending.get(worker, set()) | set(own)
+                self._team.send(worker, asked)
+
+    def _divide(self) -> None:
+        """Divide the document groups among the workers that are there now."""
+        before, self._owners = self._owners, divided(self._owners, self._tokens, self._team.workers)
+        for worker in self._team.workers:
+            own = frozenset(group for group, owner in self._owners.items() if owner == worker)
+            if worker not in self._opened:
+                self._opened.add(worker)
+                self._team.send(worker, self._open)
+                if self._narrowing is not None:
+                    self._team.send(worker, Narrow(self._number, self._narrowing))
+            elif own == {group for group, owner in before.items() if owner == worker}:
+                continue
+            if worker == HERE:
+                self._local.own(own)
+            else:
+                self._team.send(worker, Own(self._number, own))
+
+    def _tell(self, message: Message) -> None:
+        """Send a message to all other workers that know the tokens."""
+        for worker in self._team.workers:
+            if worker != HERE and worker in self._opened:
+                self._team.send(worker, message)

@@ -1,0 +1,185 @@
+"""The workers of one teacher: who is there, what they compute with, and how busy they are."""
+
+from __future__ import annotations
+
+import queue
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+
+from billhook.core.events import Event, EventListener, EventValue, ignore_events
+from billhook.engine.workers.division import HERE, Division
+from billhook.engine.workers.messages import Answer, Close, Hello, Lost, Measured, Message, Start, hello_of
+from billhook.engine.workers.processes import Inbox, Line, ProcessLine, environments
+from billhook.models.device import dtype_name
+from billhook.models.load import Teacher
+
+Hire = Callable[[Inbox], Sequence[Line]]  # starts workers 1, 2, …, whose answers arrive in the inbox
+
+
+@dataclass
+class _Load:
+    """Work of one worker: `since` when, in seconds of the team; `seconds` at work, `computed` tokens times sites."""
+
+    since: float
+    seconds: float = 0.0
+    computed: int = 0
+
+
+class Team:
+    """Workers that measure for one teacher; its own process is the first of them.
+
+    The others are started with the first request, and take part from the first batch for which they are ready.
+
+    - `workers`: how many, with this process.
+    - `memory`, `trust_remote_code`: as the teacher was loaded.
+    - `hire`: starts the others; by default processes of this machine.
+    - `watch`: hears who came, who was refused and who was lost.
+
+    Raises UsageError where there are fewer GPUs than workers.
+    """
+
+    def __init__(
+        self, teacher: Teacher, workers: int, *, memory: int | None = None, trust_remote_code: bool = False,
+        hire: Hire | None = None, watch: EventListener = ignore_events,
+    ) -> None:  # fmt: skip
+        self._places = [] if hire else environments(workers, teacher.device)
+        self._hire, self._watch = hire or self._processes, watch
+        on_cpu = teacher.device.type == "cpu"
+        self.division = Division(workers, workers if on_cpu and hire is None else 1)
+        self._threads = max(1, torch.get_num_threads() // workers) if on_cpu else None
+        self._start = Start(
+            str(teacher.folder), teacher.device.type, dtype_name(teacher.model.dtype), memory, trust_remote_code,
+            self._threads,
+        )  # fmt: skip
+        self._hello = hello_of(teacher)
+        self._inbox: Inbox = queue.SimpleQueue()
+        self._lines: dict[int, Line] = {}
+        self._waiting: set[int] | None = None  # started and not yet ready; None before they are started
+        self._ready: set[int] = set()
+        self._numbers = 0
+        self._users: dict[int, weakref.ref[object]] = {}  # what measures through the team, by number
+        self._loads: dict[int, _Load] = {HERE: _Load(0.0)}
+        self._seconds = 0.0  # in which anything was measured
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number in (*self._ready, *(self._waiting or ())):
+            self._lines[number].close()
+
+    @property
+    def workers(self) -> tuple[int, ...]:
+        """The numbers of those that take part."""
+        return (HERE, *sorted(self._ready))
+
+    def send(self, worker: int, message: Message) -> None:
+        """Send a message to a worker other than this process."""
+        self._lines[worker].send(message)
+
+    def new_number(self, user: object) -> int:
+        """Return the number of a token set that `user` measures; workers forget those whose users are gone."""
+        for number in [number for number, earlier in self._users.items() if earlier() is None]:
+            del self._users[number]
+            for worker in self._ready:
+                self.send(worker, Close(number))
+        number = self._numbers = self._numbers + 1
+        self._users[number] = weakref.ref(user)
+        return number
+
+    def start(self) -> None:
+        """Start the workers, if they have not been started."""
+        if self._waiting is None:
+            self._lines = dict(enumerate(self._hire(self._inbox), 1))
+            self._waiting = set(self._lines)
+            for line in self._lines.values():
+                line.send(self._start)
+
+    def wait(self) -> None:
+        """Start the workers, and wait until each of them is ready, refused or lost."""
+        self.start()
+        while self._waiting:
+            self.answers(wait=True)
+
+    def answers(self, *, wait: bool) -> list[tuple[int, Answer]]:
+        """Return what workers have answered to requests, and the loss of those that took part.
+
+        `wait`: for the first answer of any kind. Those that are ready are admitted.
+        """
+        found: list[tuple[int, Answer]] = []
+        while True:
+            try:
+                number, answer = self._inbox.get(block=wait)
+            except queue.Empty:
+                return found
+            wait = False
+            if self._waiting and number in self._waiting:
+                self._waiting.remove(number)
+                self._admit(number, answer)
+            elif isinstance(answer, Lost) and number in self._ready:
+                self._ready.remove(number)
+                self._tell(worker=number, lost=answer.reason)
+                found.append((number, answer))
+            elif number in self._ready:
+                found.append((number, answer))
+
+    def _admit(self, number: int, answer: Answer) -> None:
+        if answer == self._hello:
+            self._ready.add(number)
+            self._loads[number] = _Load(self._seconds)
+            self._tell(worker=number)
+        elif isinstance(answer, Hello):
+            self._lines[number].close()
+            names = ("software", "model", "compute")
+            other = [(name, getattr(answer, name), getattr(self._hello, name)) for name in names]
+            differs = [f"{name} {theirs} instead of {ours}" for name, theirs, ours in other if theirs != ours]
+            self._tell(worker=number, refused=", ".join(differs))
+        else:
+            assert isinstance(answer, Lost)
+            self._tell(worker=number, lost=answer.reason)
+
+    def _tell(self, **values: EventValue) -> None:
+        self._watch(Event("workers", len(self.workers), self.division.workers, values))
+
+    def _processes(self, inbox: Inbox) -> list[Line]:
+        return [ProcessLine(number, inbox, place) for number, place in enumerate(self._places, 1)]
+
+    # -- load -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Give this process, inside the context, as many threads as every other worker of the machine has."""
+        threads, start = torch.get_num_threads(), time.perf_counter()
+        if self._threads is not None and self._ready:
+            torch.set_num_threads(self._threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            self._seconds += time.perf_counter() - start
+
+    def count(self, worker: int, done: Measured) -> None:
+        """Count what a worker has done."""
+        load = self._loads[worker]
+        load.seconds += done.seconds
+        load.computed += done.computed
+
+    def loads(self) -> Mapping[str, EventValue]:
+        """Return by worker its share of the time at work (`load.1`), and its tokens times sites a second (`rate.1`).
+
+        The share is of the time in which anything was measured, since the worker came.
+        """
+        values: dict[str, EventValue] = {}
+        for number, load in sorted(self._loads.items()):
+            passed = max(self._seconds - load.since, 1e-9)
+            values[f"load.{number}"] = round(min(1.0, load.seconds / passed), 3)
+            values[f"rate.{number}"] = round(load.computed / max(load.seconds, 1e-9))
+        return values

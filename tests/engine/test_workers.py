@@ -1,0 +1,214 @@
+"""Several workers find what one process finds: the same plans and losses, whoever is refused or killed."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from billhook.core.budget import parse_budgets
+from billhook.core.errors import ModelError, UsageError
+from billhook.core.events import Event, EventListener, ignore_events
+from billhook.core.plan import Plan, Site
+from billhook.core.problem import Problem
+from billhook.core.results.measured import Loss
+from billhook.data.token_sets import Document, TokenSet, pack_rows
+from billhook.engine.measurements import DocumentIds, Known, NoCache
+from billhook.engine.probe import Probe, RacingOptions
+from billhook.engine.racing import Quality, Sums
+from billhook.engine.workers.division import divided, interleaved
+from billhook.engine.workers.messages import Desk, Hello, Lost, Measure, Measured, Message, Start, hello_of
+from billhook.engine.workers.processes import Inbox, Line, ProcessLine, environments
+from billhook.engine.workers.team import Team
+from billhook.methods.search import SEARCHES, drive
+from billhook.models.load import Teacher, load
+from billhook.runs.executor import Executor
+
+
+def texts(documents: int = 24, tokens: int = 32, seed: int = 0) -> TokenSet:
+    """Random documents, each of one row."""
+    draw = random.Random(seed)
+    rows = [Document(text, tuple(draw.choices(range(3, 64), k=tokens))) for text in range(documents)]
+    return pack_rows(rows, documents * tokens, tokens, [], "made up")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    return load(tiny.saved(tmp_path_factory.mktemp("workers") / "model", "llama", num_hidden_layers=6))
+
+
+class LocalLine:
+    """A worker in this process, which answers a message only when somebody waits for it: `fails` says when it is lost."""
+
+    def __init__(self, number: int, inbox: Inbox, teacher: Teacher, fails: Callable[[Message], bool]) -> None:
+        self.desk, self.number, self.inbox, self.fails, self.open = Desk(teacher), number, inbox, fails, True
+        self.jobs: Counter[Any] = Counter()
+
+    def send(self, message: Message) -> None:
+        if not self.open:
+            return
+        if isinstance(message, Start):
+            return self.inbox.put((self.number, hello_of(self.desk.teacher)))
+        for answer in self.desk.answers(message):
+            if self.fails(message):
+                self.open = False
+                return self.inbox.put((self.number, Lost("pulled")))
+            self.inbox.put((self.number, answer))
+        return None
+
+    def close(self) -> None:
+        self.open = False
+
+
+def never(message: Message) -> bool:
+    return False
+
+
+def team_here(
+    teacher: Teacher, workers: int, fails: Callable[[Message], bool] = never, watch: EventListener = ignore_events
+) -> Team:
+    """A team whose workers are all in this process, ready before anything is measured."""
+
+    def hire(inbox: Inbox) -> Sequence[Line]:
+        return [LocalLine(number, inbox, teacher, fails) for number in range(1, workers)]
+
+    team = Team(teacher, workers, hire=hire, watch=watch)
+    team.wait()
+    return team
+
+
+class Kept(NoCache):
+    """Keeps every piece like the store, and counts them."""
+
+    def __init__(self) -> None:
+        self.measured: Counter[tuple[Quality, Plan, DocumentIds]] = Counter()
+        self._pieces: dict[Plan, dict[Quality, dict[DocumentIds, Sums]]] = {}
+
+    def lookup(self, plans: Sequence[Plan]) -> list[Known]:
+        return [Known(pieces=deepcopy(self._pieces.get(plan, {}))) for plan in plans]
+
+    def add_partial(self, quality: Quality, nats: Mapping[tuple[Plan, DocumentIds], Sums]) -> None:
+        for (plan, documents), sums in nats.items():
+            self.measured[quality, plan, documents] += 1
+            self._pieces.setdefault(plan, {}).setdefault(quality, {})[documents] = sums
+
+
+def searched(
+    teacher: Teacher, search: str, team: Team | None, cache: Kept | None = None, remove: str = "4sites",
+    fast: RacingOptions | None = None,
+) -> tuple[list[Plan], dict[Plan, Loss]]:  # fmt: skip
+    """The path of a search, and all losses that it has in full."""
+    found = cache or Kept()
+    measure = Executor(Probe(teacher, texts(), "kl", team=team, cache_factory=lambda *_: found, fast=fast))
+    problem = Problem(teacher.anatomy, parse_budgets(remove)).check()
+    if search == "joint":
+        draw = random.Random(1)
+        scores = {size.site: tuple(draw.random() for _ in size.groups) for size in teacher.anatomy.sites}
+        problem = replace(problem, group_scores=scores)
+    path = drive(SEARCHES[search](problem), measure)
+    full = {
+        plan: loss for ask, losses in measure.rounds if ask.tokens is None
+        for plan, loss in zip(ask.plans, losses, strict=True) if not loss.bound
+    }  # fmt: skip
+    return path, full
+
+
+def same(got: tuple[list[Plan], dict[Plan, Loss]], expected: tuple[list[Plan], dict[Plan, Loss]]) -> None:
+    """Equal paths, and equal losses of every plan that both know in full, up to rounding."""
+    assert got[0] == expected[0]
+    both = got[1].keys() & expected[1].keys()
+    assert set(expected[0]) - {Plan()} <= both
+    for plan in both:
+        assert got[1][plan].counts == expected[1][plan].counts
+        assert got[1][plan].sums == pytest.approx(expected[1][plan].sums, rel=1e-4, abs=1e-5)
+
+
+# -- division -------------------------------------------------------------------------------------------------------
+
+sizes = st.lists(st.integers(1, 50), min_size=1, max_size=30)
+
+
+@given(sizes, st.integers(1, 9), st.randoms(use_true_random=False))
+def test_groups_are_divided_evenly_and_few_change_hands(tokens: list[int], workers: int, draw: random.Random) -> None:
+    owners = divided({}, tokens, range(workers))
+    assert sorted(owners) == list(range(len(tokens)))
+    load = Counter({worker: 0 for worker in range(workers)})
+    for group, owner in owners.items():
+        load[owner] += tokens[group]
+    assert max(load.values()) - min(load.values()) <= max(tokens)
+    assert divided(owners, tokens, range(workers)) == owners
+    lost = draw.randrange(workers)
+    left = [worker for worker in range(workers) if worker != lost]
+    if left:
+        after = divided(owners, tokens, left)
+        assert set(after.values()) <= set(left)
+        orphans = {group for group, owner in owners.items() if owner == lost}
+        assert set(after) == set(owners)
+        assert orphans or after == owners
+    alone = divided(dict.fromkeys(range(len(tokens)), 0), tokens, range(workers))
+    assert 0 in alone.values(), "this process keeps a part"
+
+
+@given(sizes, st.integers(1, 9), st.randoms(use_true_random=False))
+def test_groups_are_taken_in_turns_each_workers_own_in_the_given_order(
+    tokens: list[int], workers: int, draw: random.Random
+) -> None:
+    owners = divided({}, tokens, range(workers))
+    order = draw.sample(range(len(tokens)), len(tokens))
+    turns = interleaved(order, owners)
+    assert sorted(turns) == sorted(order)
+    for worker in range(workers):
+        assert [g for g in turns if owners[g] == worker] == [g for g in order if owners[g] == worker]
+    everyone = set(owners.values())
+    assert {owners[g] for g in turns[: len(everyone)]} == everyone
+    if workers == 1:
+        assert turns == order
+
+
+# -- the same results -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("search", "workers"), [("greedy", 2), ("greedy", 16), ("swap", 2), ("swap", 3), ("swap", 16), ("joint", 3)]
+)
+def test_workers_find_what_one_process_finds(teacher: Teacher, search: str, workers: int) -> None:
+    remove = "20%" if search == "joint" else "4sites"
+    with team_here(teacher, workers) as team:
+        cache = Kept()
+        same(searched(teacher, search, team, cache, remove), searched(teacher, search, None, remove=remove))
+        assert set(cache.measured.values()) == {1}
+        loads = team.loads()
+        assert all(loads[f"rate.{worker}"] > 0 for worker in range(workers) if worker < 12)
+
+
+def test_racing_through_workers_chooses_as_well(teacher: Teacher) -> None:
+    racing = RacingOptions(shortlist=6, risk=0.05)
+    with team_here(teacher, 3) as team:
+        path, losses = searched(teacher, "greedy", team, fast=racing)
+    assert len(path[-1].removed) == 4
+    exact = Probe(teacher, texts(), "kl").losses([path[-1]])[0]
+    assert losses[path[-1]].sums == pytest.approx(exact.sums, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_a_lost_worker_had_is_measured_by_the_others(teacher: Teacher, seed: int) -> None:
+    draw, told = random.Random(seed), list[Event]()
+    moment, count, cache = draw.randrange(1, 40), Counter[str](), Kept()
+
+    def fails(message: Message) -> bool:
+        count["answers"] += isinstance(message, Measure)
+        return count["answers"] == moment
+
+    with team_here(teacher, draw.choice([2, 3, 5]), fails, told.append) as team:
+        same(searched(teacher, "swap", team, cache), searched(teacher, "swap", None))
+    assert [event.values["lost"] for event in told if "lost" in event.values] == ["pulled"]
+    assert set(cache.measured.values()) == {1}, "what was answered is not asked again"
