@@ -144,13 +144,16 @@ def resume(
 
     `out`: another folder for the checkpoint than the one that the run was begun with. `rules`, `webhook`: as for
     `prune`. The folder in which a run was begun may have been moved with its store.
-    Raises RunError if there is none, FingerprintError if `options`, fields of `Recipe`, are not the run's.
+    Raises RunError if there is none, FingerprintError if `options`, fields of `Recipe`, are not the run's; `workers`
+    may differ.
     """
     alarm = Alarm.read(rules, webhook, "runs")
     elsewhere = None if out is None else named_folder(out)
     with writing(), closing(Store(Path(store))) as opened:
         chosen = unfinished_run(opened, run)
         _same_recipe(chosen, options)
+        if "workers" in options:
+            chosen = replace(chosen, spec={**chosen.spec, "workers": options["workers"]})
         result = run_pruning(opened, chosen, watch, write_report, out=elsewhere)
         target = str(chosen.spec.get("model", ""))
         check_result(opened, chosen.id, watch, result, alarm, target=target, folder=result.out)
@@ -161,7 +164,7 @@ def _same_recipe(run: Run, options: Mapping[str, Any]) -> None:
     """Raises FingerprintError unless `options` are what the run was begun with."""
     dropped = dict.fromkeys(TARGETS) if any(name in TARGETS for name in options) else {}
     asked = parse_recipe({**run.spec, **dropped, **options}, "The call").model_dump()
-    differ = [name for name in options if asked[name] != run.spec.get(name)]
+    differ = [name for name in options if asked[name] != run.spec.get(name) and name != "workers"]
     if differ:
         raise FingerprintError(
             f"Run {run.id} was begun with another recipe ({', '.join(differ)} differ). Resume it without options, "

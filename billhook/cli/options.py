@@ -57,6 +57,7 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "seed": (0, "Seed of every random choice"),
     "device": ("auto", "Device: auto, cpu, cuda, cuda:1, mps"),
     "dtype": ("auto", "Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
+    "workers": (1, "Processes that share a search; a GPU each"),
     "trust_remote_code": (False, "Run Python code of the checkpoint"),
 }
 REPEATABLE_OPTIONS = ("remove", "set", "recover_set")
@@ -172,7 +173,7 @@ Model = Annotated[
 ]
 STUDY_OPTIONS = ("search", "metric", "loss", "set", "uniform", "multiple", "fast", "shortlist", "risk", "finalists",
                "memory", "protect", "batch", "context", "self_share", "field", "tokens", "length", "eval_tokens",
-               "eval_length", "seed", "device", "dtype", "trust_remote_code")  # fmt: skip
+               "eval_length", "seed", "device", "dtype", "workers", "trust_remote_code")  # fmt: skip
 Out = Annotated[Path | None, typer.Option(help="Folder for page and table [default: studies/<run>]")]
 Items = Annotated[int, typer.Option(help="Items per task", min=2)]
 ItemLimit = Annotated[int | None, typer.Option(help="Items per task [default: all]", min=2)]

@@ -41,7 +41,7 @@ WORDS: dict[str, Callable[[Any], str]] = {  # of the values of an event, by name
     "seconds": lambda seconds: f"{seconds:.1f} s",
 }  # fmt: skip
 
-LASTING = (ALERT, "budget", "webhook", "track")  # stages whose every event is a line of its own
+LASTING = (ALERT, "budget", "webhook", "track", "workers")  # stages whose every event is a line of its own
 PLAIN_SECONDS = 5.0  # without a terminal, at most one line in so many seconds
 OUTLOOK_SECONDS = 60.0  # and at most one forecast
 
@@ -72,6 +72,8 @@ def event_words(stage: str, values: Mapping[str, EventValue]) -> str:
         sites = [site for site in str(values["removed"]).split(",") if site]
         sites += [f"{site} keeps {int(kept):,}" for site, _, kept in narrowed]
         return f"{', '.join(sites) or 'nothing'}: {values['loss']:.6f}"
+    if stage == "workers":
+        return _worker_words(values)
     if "because" in values:
         return f"on {values['alone_on']} alone: {values['because']}"
     units = [name.removeprefix("removed_") for name in values if name.startswith("removed_")]
@@ -83,6 +85,18 @@ def event_words(stage: str, values: Mapping[str, EventValue]) -> str:
         if name in values and "objective" in values:
             words.append(f"{label}{values['objective']} {values[name]:.4f}")
     return ", ".join([*words, *(WORDS["best"](values["best"]) for name in values if name == "best")])
+
+
+def _worker_words(values: Mapping[str, EventValue]) -> str:
+    """Return who came or was lost, or how busy each worker was; this process is worker 0."""
+    if "worker" not in values:
+        busy = [f"{load:.0%}" for name, load in values.items() if name.startswith("load.")]
+        return f"busy {', '.join(busy)} of the time"
+    if "lost" in values:
+        return f"{values['worker']} is lost ({values['lost']}); the others take its part"
+    if "refused" in values:
+        return f"{values['worker']} is refused: {values['refused']}"
+    return f"{values['worker']} takes part"
 
 
 def _amount(value: EventValue) -> str:

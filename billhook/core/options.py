@@ -87,6 +87,7 @@ class SearchOptions(TaskOptions, total=False):
     stock: bool
     export: str
     target: str
+    workers: int
 
 
 class StabilityOptions(SearchOptions, total=False):

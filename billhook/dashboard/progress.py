@@ -16,6 +16,7 @@ from billhook.core.results.json_form import JsonObject
 from billhook.dashboard.listing import version
 
 RECENT = 500  # events that are looked at for a rate
+BESIDE = ("round", "workers")  # stages of events that tell of another stage
 VALUES_SINCE = len(MIGRATIONS[:5])  # the version of a store from which events have values
 
 
@@ -83,7 +84,7 @@ def progress_of(db: sqlite3.Connection, store: Path, run: str) -> Progress | Non
         )
     ]  # fmt: skip
     rounds = {each.done: each for each in map(_moment, db.execute(f"{asked} AND stage = 'round' ORDER BY at", (run,)))}
-    now = next((each for each in recent if each.stage != "round"), recent[0])
+    now = next((each for each in recent if each.stage not in BESIDE), recent[0])
     rate = _rate(recent, now)
     left = (now.total - now.done) / rate if rate and now.total else None
     return Progress(
@@ -117,7 +118,7 @@ def _attempt_began(begun: list[tuple[int, float]], recent: list[Moment]) -> floa
 
 def _rate(recent: list[Moment], now: Moment) -> float | None:
     """Units per second since the stage began, or began again; None before a second has passed. Newest events first."""
-    same = takewhile(lambda each: each.stage in (now.stage, "round"), recent)
+    same = takewhile(lambda each: each.stage in (now.stage, *BESIDE), recent)
     steps = [each for each in same if each.stage == now.stage]
     first = now
     for each in steps:

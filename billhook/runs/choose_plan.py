@@ -26,7 +26,7 @@ from billhook.models.device import environment
 from billhook.models.load import Teacher
 from billhook.runs.evaluation import evaluate_plans
 from billhook.runs.executor import Executor, RefitExecutor
-from billhook.runs.job import RunContext
+from billhook.runs.job import RunContext, with_team
 from billhook.runs.prepare import (
     LEAST_RECOVERY_TOKENS,
     counts_time,
@@ -46,7 +46,7 @@ GROWTH = Fraction(3, 2)  # of the removed share, from trial to trial: a search f
 # What of a recipe says how much is removed, is read before the search, or comes after it.
 NOT_OF_THE_SEARCH = {
     *("about", "model", "remove", "within", "plan", "data", "field", "tokens", "length", "self_share", "eval_data"),
-    *("eval_tokens", "eval_length", "recover", "recover_set", "finalists", "device", "dtype", "skills"),
+    *("eval_tokens", "eval_length", "recover", "recover_set", "finalists", "device", "dtype", "skills", "workers"),
 }
 FINEST = Fraction(1, 2)  # percent of the parameters, between what stays within a margin and what does not
 
@@ -82,7 +82,15 @@ def choose_plan(
 
     `along`: with the loss after every step, which a search by scores has not measured itself.
     """
-    recipe = job.recipe
+    with with_team(job, teacher) as shared:
+        return _choice(shared, teacher, (calibration, held_out), given, along)
+
+
+def _choice(
+    job: RunContext, teacher: Teacher, texts: tuple[TokenSet, TokenSet | None], given: Plan | None, along: bool
+) -> PlanChoice:
+    """`choose_plan`, with the workers of the run."""
+    recipe, (calibration, held_out) = job.recipe, texts
     probe = probe_of(recipe, teacher, calibration, job)
     plain = Executor(probe)
     measure = RefitExecutor(plain, _judge(job, teacher, calibration, calibration)) if recipe.fold_in_search else plain

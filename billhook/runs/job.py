@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from billhook.core.events import Event, EventListener, begin_run, fan_out, hear_all
+from billhook.engine.workers.team import Team
 from billhook.models.device import environment, pick_device
 from billhook.models.load import Teacher
 from billhook.runs.recipe import EvalOptions, Recipe
@@ -29,6 +30,28 @@ def store_and_watch(store: Store, run: str, watch: EventListener) -> EventListen
     return fan_out(partial(store.add_event, run), watch)
 
 
+@contextmanager
+def with_team(job: RunContext, teacher: Teacher) -> Iterator[RunContext]:
+    """Yield the run with the workers that its recipe asks for; they end with the block."""
+    recipe = job.recipe
+    if recipe.workers == 1:
+        yield job
+        return
+    options = {"memory": recipe.memory_bytes, "trust_remote_code": recipe.trust_remote_code}
+    with Team(teacher, recipe.workers, **options, watch=job.watch) as team:
+        yield replace(job, team=team)
+        if len(team.workers) > 1:
+            job.watch(team.event(**team.loads()))
+
+
+def report_loads(job: RunContext) -> None:
+    """Store how busy the workers of a run are, and tell those who hear all."""
+    if job.team is not None:
+        event = job.team.event(**job.team.loads())
+        job.store.add_event(job.run, event)
+        hear_all(job.watch, event)
+
+
 O_co = TypeVar("O_co", bound=EvalOptions, covariant=True)
 
 
@@ -43,6 +66,7 @@ class Context(Generic[O_co]):
     watch: EventListener
     seconds: dict[str, float]
     loaded: Mapping[str, Teacher] = field(default_factory=dict)  # models that the caller loaded, by name
+    team: Team | None = None  # workers that share the search
 
     @property
     def recipe(self) -> O_co:

@@ -32,6 +32,7 @@ from billhook.data.texts import SELF, TextSpec, external_sources, split_sources
 from billhook.data.token_sets import TokenSet, truncate
 from billhook.engine.losses import parse_loss
 from billhook.engine.probe import Probe, RacingOptions
+from billhook.engine.workers.processes import environments
 from billhook.methods.evaluate.served import load_served
 from billhook.methods.export import EXPORTS, arranged, form_of
 from billhook.methods.export.serving import limits_of, require_fit
@@ -90,6 +91,7 @@ def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:
     """The plan that a recipe gives, if it gives one. Raises UsageError before anything is computed."""
     parse_loss(recipe.loss)
     method_options(recipe)
+    environments(recipe.workers, teacher)
     for name in (recipe.writes, *exports_beside(recipe)):
         form_of(name, teacher, Plan())
     require_recoveries(recipe, teacher)
@@ -380,7 +382,9 @@ def probe_of(recipe: Recipe, teacher: Teacher, calibration: TokenSet, job: RunCo
     if job is None:
         return Probe(teacher, calibration, loss, memory=recipe.memory_bytes, fast=fast)
     kept = store_cache(job.store, job.run, teacher)
-    return Probe(teacher, calibration, loss, memory=recipe.memory_bytes, fast=fast, cache_factory=kept)
+    return Probe(
+        teacher, calibration, loss, memory=recipe.memory_bytes, fast=fast, cache_factory=kept, team=job.team
+    )  # fmt: skip
 
 
 def validation_and_test(

@@ -154,6 +154,7 @@ class Recipe(CalibrationOptions, EvalOptions):
         "transformers"
     )
     target: Annotated[str, Field(description="What serves the model: llama.cpp,mlx … as `billhook targets` lists")] = ""
+    workers: Annotated[int, Field(description="Processes that share a search; a GPU each", le=999, ge=1)] = 1
 
     @field_validator("remove", mode="before")
     @classmethod
@@ -255,7 +256,7 @@ ORDER = (
     *("risk", "finalists", "audit", "memory", "protect", "batch", "context", "data", "self_share", "eval_data"),
     *("field", "tokens", "length", "eval_tokens", "eval_length", "recover", "fold_in_search", "recover_set"),
     *("recover_data", "recover_tokens", "recover_length", "skills", "stock", "export", "target", "seed", "device"),
-    *("dtype", "trust_remote_code"),
+    *("dtype", "workers", "trust_remote_code"),
 )
 
 

@@ -22,7 +22,7 @@ from billhook.engine.probe import Probe
 from billhook.methods.metrics import GROUP_METRICS, METRICS, group_metric_scores, metric_scores
 from billhook.methods.search import SEARCHES, Search, drive, estimate_losses, lowest_full, narrows
 from billhook.runs.executor import Executor, OnProgress, RefitExecutor
-from billhook.runs.job import RunContext
+from billhook.runs.job import RunContext, report_loads
 from billhook.runs.recipe import Recipe
 
 ScoreFields = OptionValues  # what a metric gives a Problem: `scores`, or `group_scores`
@@ -172,6 +172,7 @@ def _round(
         event = Event("round", before + len(losses), total, values)
         job.store.add_event(job.run, event)
         hear_all(job.watch, event)
+    report_loads(job)
     return losses
 
 

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import random
+import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from billhook.core.budget import parse_budgets
-from billhook.core.errors import ModelError, UsageError
+from billhook.core.errors import ModelError, ResourceError, UsageError
 from billhook.core.events import Event, EventListener, ignore_events
-from billhook.core.plan import Plan, Site
+from billhook.core.plan import Plan
 from billhook.core.problem import Problem
 from billhook.core.results.measured import Loss
 from billhook.data.token_sets import Document, TokenSet, pack_rows
 from billhook.engine.measurements import DocumentIds, Known, NoCache
 from billhook.engine.probe import Probe, RacingOptions
 from billhook.engine.racing import Quality, Sums
+from billhook.engine.workers import processes
 from billhook.engine.workers.division import divided, interleaved
-from billhook.engine.workers.messages import Desk, Hello, Lost, Measure, Measured, Message, Start, hello_of
+from billhook.engine.workers.messages import Desk, Lost, Measure, Message, Start, hello_of
 from billhook.engine.workers.processes import Inbox, Line, ProcessLine, environments
 from billhook.engine.workers.team import Team
 from billhook.methods.search import SEARCHES, drive
@@ -47,11 +49,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
 
 
 class LocalLine:
-    """A worker in this process, which answers a message only when somebody waits for it: `fails` says when it is lost."""
+    """A worker in this process, which is lost at the first answer to a message that `fails`."""
 
     def __init__(self, number: int, inbox: Inbox, teacher: Teacher, fails: Callable[[Message], bool]) -> None:
         self.desk, self.number, self.inbox, self.fails, self.open = Desk(teacher), number, inbox, fails, True
-        self.jobs: Counter[Any] = Counter()
 
     def send(self, message: Message) -> None:
         if not self.open:
@@ -141,7 +142,7 @@ sizes = st.lists(st.integers(1, 50), min_size=1, max_size=30)
 def test_groups_are_divided_evenly_and_few_change_hands(tokens: list[int], workers: int, draw: random.Random) -> None:
     owners = divided({}, tokens, range(workers))
     assert sorted(owners) == list(range(len(tokens)))
-    load = Counter({worker: 0 for worker in range(workers)})
+    load = Counter(dict.fromkeys(range(workers), 0))
     for group, owner in owners.items():
         load[owner] += tokens[group]
     assert max(load.values()) - min(load.values()) <= max(tokens)
@@ -212,3 +213,111 @@ def test_what_a_lost_worker_had_is_measured_by_the_others(teacher: Teacher, seed
         same(searched(teacher, "swap", team, cache), searched(teacher, "swap", None))
     assert [event.values["lost"] for event in told if "lost" in event.values] == ["pulled"]
     assert set(cache.measured.values()) == {1}, "what was answered is not asked again"
+
+
+@pytest.mark.parametrize("foreign", ["model", "compute", "software"])
+def test_a_worker_that_computes_something_else_is_refused(teacher: Teacher, foreign: str) -> None:
+    told: list[Event] = []
+    line: list[LocalLine] = []
+
+    def hire(inbox: Inbox) -> Sequence[Line]:
+        inbox.put((2, replace(hello_of(teacher), **{foreign: "another"})))
+        line.extend(LocalLine(number, inbox, teacher, never) for number in (1, 2))
+        line[1].send = lambda message: None  # type: ignore[method-assign]
+        return line
+
+    with Team(teacher, 3, hire=hire, watch=told.append) as team:
+        team.wait()
+        assert team.workers == (0, 1)
+        assert not line[1].open
+        same(searched(teacher, "greedy", team), searched(teacher, "greedy", None))
+    (refused,) = [str(event.values["refused"]) for event in told if "refused" in event.values]
+    assert refused == f"{foreign} another instead of {getattr(hello_of(teacher), foreign)}"
+
+
+def test_what_no_worker_can_measure_is_told_once(tmp_path: Path) -> None:
+    broken = load(tiny.saved(tmp_path / "broken", "llama"))
+    with team_here(broken, 3) as team:
+        probe = Probe(broken, texts(), "kl", team=team)
+        probe.losses([Plan()])
+        broken.model.model.layers[2].mlp.down_proj.weight.data.fill_(float("nan"))
+        probe.release_streams()
+        with pytest.raises(ModelError, match="from block 2"):
+            probe.losses([Plan.parse(["mlp.0"]), Plan.parse(["mlp.1"])])
+
+
+# -- processes ------------------------------------------------------------------------------------------------------
+
+
+def process_of(team: Team, worker: int) -> subprocess.Popen[bytes]:
+    line = team._lines[worker]
+    assert isinstance(line, ProcessLine)
+    return line.process
+
+
+def test_a_process_that_is_killed_costs_nothing_but_what_it_measured_then(teacher: Teacher) -> None:
+    told: list[Event] = []
+    cache = Kept()
+
+    class Killing(Kept):
+        """Kills the worker after some pieces."""
+
+        def add_partial(self, quality: Quality, nats: Mapping[tuple[Plan, DocumentIds], Sums]) -> None:
+            cache.add_partial(quality, nats)
+            if len(cache.measured) > 60 and process.poll() is None:
+                process.kill()
+
+        def lookup(self, plans: Sequence[Plan]) -> list[Known]:
+            return cache.lookup(plans)
+
+    with Team(teacher, 2, watch=told.append) as team:
+        team.wait()
+        assert team.workers == (0, 1)
+        process = process_of(team, 1)
+        same(searched(teacher, "swap", team, Killing()), searched(teacher, "swap", None))
+        assert team.workers == (0,)
+        assert team.loads()["rate.1"] > 0, "it took part"
+    assert [event.values["lost"] for event in told if "lost" in event.values] == ["signal 9"]
+    assert set(cache.measured.values()) == {1}
+
+
+def test_a_checkpoint_that_has_changed_is_refused_in_a_process(tmp_path: Path) -> None:
+    folder = tiny.saved(tmp_path / "model", "llama")
+    loaded = load(folder)
+    told: list[Event] = []
+    (folder / "model.safetensors").unlink()  # which the loaded model reads
+    tiny.saved(folder, "llama", seed=1)
+    with Team(loaded, 2, watch=told.append) as team:
+        team.wait()
+        assert team.workers == (0,)
+        assert process_of(team, 1).returncode is not None
+    assert [str(event.values["refused"]).partition(" ")[0] for event in told] == ["model"]
+
+
+def test_a_worker_that_cannot_load_the_model_says_why(tmp_path: Path) -> None:
+    folder = tiny.saved(tmp_path / "model", "llama")
+    loaded = load(folder)
+    told: list[Event] = []
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with Team(loaded, 2, watch=told.append) as team:
+        same(searched(loaded, "greedy", team), searched(loaded, "greedy", None))
+        team.wait()
+    (lost,) = [str(event.values["lost"]) for event in told]
+    assert "model.safetensors" in lost
+
+
+def test_there_are_no_more_workers_than_gpus_or_than_memory_has_room_for(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert environments(3, teacher) == [{}, {}]
+    monkeypatch.setattr(processes, "free_memory", lambda device: 3 * teacher.weight_bytes)
+    with pytest.raises(ResourceError, match="workers=3, or less"):
+        Team(teacher, 4)
+    monkeypatch.setattr(Teacher, "device", torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert environments(3, teacher) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "2"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a,7")
+    assert environments(2, teacher) == [{"CUDA_VISIBLE_DEVICES": "5"}]
+    with pytest.raises(UsageError, match="there are 3 GPUs that torch sees"):
+        environments(4, teacher)

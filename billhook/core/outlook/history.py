@@ -20,7 +20,7 @@ from billhook.core.results.studies import SweepResult
 Z = 3.92  # width of a 95% interval in standard errors
 
 # Fields of a recipe that do not shape the curve of its losses against size
-APART = ("about", "model", "remove", "plan", "within", "export", "stock", "audit", "memory", "device",
+APART = ("about", "model", "remove", "plan", "within", "export", "stock", "audit", "memory", "device", "workers",
          "trust_remote_code", "batch", "context", "eval_data", "eval_tokens", "eval_length", "skills")  # fmt: skip
 
 

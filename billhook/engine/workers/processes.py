@@ -17,9 +17,10 @@ from typing import IO, Any, Protocol
 
 import torch
 
-from billhook.core.errors import UsageError, option
+from billhook.core.errors import ResourceError, UsageError, option
 from billhook.engine.workers.messages import Answer, Lost, Message
-from billhook.models.device import child_environment
+from billhook.models.device import SHARE_OF_FREE, child_environment, free_memory
+from billhook.models.load import Teacher
 
 Inbox = queue.SimpleQueue[tuple[int, Answer]]  # answers with the number of their worker
 SECONDS = 5.0  # for a process to end by itself
@@ -86,12 +87,20 @@ class ProcessLine:
         return f", {lines[-1].strip()[:200]}" if lines else ""
 
 
-def environments(workers: int, device: torch.device) -> list[dict[str, str]]:
-    """Return the environment of each worker but the coordinator, which computes on `device`.
+def environments(workers: int, teacher: Teacher) -> list[dict[str, str]]:
+    """Return the environment of each worker but the coordinator, which has loaded `teacher`.
 
-    On CUDA each sees one GPU. Raises UsageError where there are fewer GPUs than workers.
+    On CUDA each sees one GPU. Raises UsageError where there are fewer GPUs than workers, and ResourceError where the
+    machine's memory has no room for a model in each.
     """
+    device = teacher.device
     if device.type == "cpu":
+        room = int(SHARE_OF_FREE * free_memory(device)) // max(1, teacher.weight_bytes)
+        if workers - 1 > room:
+            raise ResourceError(
+                f"Each worker loads the model, which takes {teacher.weight_bytes / 1e9:,.1f} GB, and "
+                f"{free_memory(device) / 1e9:,.1f} GB are free. Type {option('workers', room + 1)}, or less."
+            )
         return [{} for _ in range(workers - 1)]
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     count = torch.cuda.device_count() if device.type == "cuda" else 1

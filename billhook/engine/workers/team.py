@@ -41,14 +41,14 @@ class Team:
     - `hire`: starts the others; by default processes of this machine.
     - `watch`: hears who came, who was refused and who was lost.
 
-    Raises UsageError where there are fewer GPUs than workers.
+    Raises UsageError where there are fewer GPUs than workers, ResourceError where memory has no room for their models.
     """
 
     def __init__(
         self, teacher: Teacher, workers: int, *, memory: int | None = None, trust_remote_code: bool = False,
         hire: Hire | None = None, watch: EventListener = ignore_events,
     ) -> None:  # fmt: skip
-        self._places = [] if hire else environments(workers, teacher.device)
+        self._places = [] if hire else environments(workers, teacher)
         self._hire, self._watch = hire or self._processes, watch
         on_cpu = teacher.device.type == "cpu"
         self.division = Division(workers, workers if on_cpu and hire is None else 1)
@@ -126,7 +126,7 @@ class Team:
                 self._admit(number, answer)
             elif isinstance(answer, Lost) and number in self._ready:
                 self._ready.remove(number)
-                self._tell(worker=number, lost=answer.reason)
+                self._watch(self.event(worker=number, lost=answer.reason))
                 found.append((number, answer))
             elif number in self._ready:
                 found.append((number, answer))
@@ -135,19 +135,20 @@ class Team:
         if answer == self._hello:
             self._ready.add(number)
             self._loads[number] = _Load(self._seconds)
-            self._tell(worker=number)
+            self._watch(self.event(worker=number))
         elif isinstance(answer, Hello):
             self._lines[number].close()
             names = ("software", "model", "compute")
             other = [(name, getattr(answer, name), getattr(self._hello, name)) for name in names]
             differs = [f"{name} {theirs} instead of {ours}" for name, theirs, ours in other if theirs != ours]
-            self._tell(worker=number, refused=", ".join(differs))
+            self._watch(self.event(worker=number, refused=", ".join(differs)))
         else:
             assert isinstance(answer, Lost)
-            self._tell(worker=number, lost=answer.reason)
+            self._watch(self.event(worker=number, lost=answer.reason))
 
-    def _tell(self, **values: EventValue) -> None:
-        self._watch(Event("workers", len(self.workers), self.division.workers, values))
+    def event(self, **values: EventValue) -> Event:
+        """Return an event of the team: how many of its workers take part, and `values`."""
+        return Event("workers", len(self.workers), self.division.workers, values)
 
     def _processes(self, inbox: Inbox) -> list[Line]:
         return [ProcessLine(number, inbox, place) for number, place in enumerate(self._places, 1)]

@@ -24,7 +24,7 @@ from billhook.studies.outlook import ideas
 from billhook.studies.outlook.reading import Subject, reading_store, require_pruned, subject_of
 
 assert ideas.__doc__  # importing them registers them
-FREE = ("about", "device", "memory", "audit", "trust_remote_code")  # fields that change no number, or hardly
+FREE = ("about", "device", "memory", "workers", "audit", "trust_remote_code")  # fields that change no number, or hardly
 
 
 def suggest(of: str = "", *, store: str | Path = STORE) -> SuggestionReport:
