@@ -1,0 +1,143 @@
+"""Runs that share their search with workers end as others do, also those that are killed and resumed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+from collections.abc import Mapping
+from contextlib import closing, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import billhook
+from billhook.cli.progress import event_words
+from billhook.core.errors import FingerprintError
+from billhook.core.events import Event
+from billhook.core.files.cache_keys import LossKey
+from billhook.core.plan import Plan
+from billhook.core.results.run import RunResult
+from billhook.engine.workers.processes import ProcessLine
+from billhook.engine.workers.team import Team
+from billhook.runs import job
+from billhook.runs.store import Store
+
+SHORT: dict[str, Any] = {"remove": "3sites", "tokens": 640, "length": 32, "self_share": 0.0, "eval_tokens": 128,
+                         "eval_length": 32, "search": "swap", "finalists": 0}  # fmt: skip
+PIECES = 20  # such a search stores more waves than this
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """What one process finds."""
+    folder = tmp_path_factory.mktemp("alone")
+    return billhook.prune(model, out=folder / "out", data=text, store=folder / "b.db", **SHORT)
+
+
+def same(got: RunResult, expected: RunResult) -> None:
+    assert got.plan == expected.plan
+    assert [step.sites for step in got.steps] == [step.sites for step in expected.steps]
+    assert [step.loss for step in got.steps] == pytest.approx([step.loss for step in expected.steps], rel=1e-4)
+    assert got.perplexity is not None
+    assert expected.perplexity is not None
+    assert got.perplexity.student == pytest.approx(expected.perplexity.student, rel=1e-6)
+
+
+class Patient(Team):
+    """A team whose workers take part in the shortest search, because it waits for them."""
+
+    def start(self) -> None:
+        fresh = self._waiting is None
+        super().start()
+        if fresh:
+            self.wait()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "Team", Patient)
+
+
+def once_only(
+    self: Store, key: LossKey, quality: str, nats: Mapping[tuple[Plan, tuple[int, ...]], Any], run: str
+) -> None:
+    """`Store.add_pieces`, of pieces that are not stored yet."""
+    for plan, documents in nats:
+        assert documents not in self.pieces(key, plan).get(quality, {})
+    add_pieces(self, key, quality, nats, run)
+
+
+add_pieces = Store.add_pieces
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_run_with_workers_ends_as_without(alone: RunResult, model: Path, text: Path, tmp_path: Path) -> None:
+    told: list[Event] = []
+    store = tmp_path / "b.db"
+    got = billhook.prune(model, out=tmp_path / "out", data=text, store=store, workers=2, watch=told.append, **SHORT)
+    same(got, alone)
+    words = [event_words(event.stage, event.values) for event in told if event.stage == "workers"]
+    assert words[0] == "1 takes part"
+    assert words[-1].startswith("busy ")
+    with closing(Store(store, read_only=True)) as opened:
+        loads = [event.values for event in opened.events(got.run, "workers") if "load.1" in event.values]
+    assert loads[-1]["rate.1"] > 0
+    assert not [each for each in psutil.Process().children() if "workers" in " ".join(each.cmdline())]
+
+
+def killed_at(folder: Path, options: dict[str, Any], moment: int, line: Connection[Any, Any]) -> None:
+    """Prune with a worker, and end by SIGKILL when `moment` waves are stored; tell who the worker is."""
+    os.chdir(folder)
+    count = 0
+
+    def counting(self: Store, *arguments: Any) -> None:
+        nonlocal count
+        add_pieces(self, *arguments)
+        count += 1
+        if count == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class Told(Patient):
+        def start(self) -> None:
+            super().start()
+            lines = [line for line in self._lines.values() if isinstance(line, ProcessLine)]
+            line.send([each.process.pid for each in lines])
+
+    setattr(job, "Team", Told)  # noqa: B010
+    setattr(Store, "add_pieces", counting)  # noqa: B010
+    billhook.prune(**options)
+
+
+def ended(pid: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_killed_run_takes_its_workers_along_and_resumes(
+    seed: int, alone: RunResult, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moment = random.Random(seed).randint(1, PIECES)
+    options = {"model": model, "out": "out", "data": text, "store": "b.db", "workers": 2, **SHORT}
+    context = multiprocessing.get_context("fork")
+    line, theirs = context.Pipe()
+    child = context.Process(target=killed_at, args=(tmp_path, options, moment, theirs))
+    child.start()
+    theirs.close()
+    workers = line.recv()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert workers
+    while not all(map(ended, workers)):
+        os.sched_yield()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Store, "add_pieces", once_only)
+    with pytest.raises(FingerprintError, match="search differ"):
+        billhook.resume(store="b.db", workers=1, search="greedy")
+    same(billhook.resume(store="b.db", **({"workers": 1} if seed else {})), alone)
