@@ -185,12 +185,12 @@ class Probe:
         if (task.best >= len(masks) and limits is None) or (self.fast is None and not positive):
             return measure_all(task)
         if self.fast is None:
-            return measure_best(task, self._measurer.bounds)
+            return measure_best(task, self._bench.bounds)
         rises = list(hints) if hints is not None else [self._expected(mask & ~base) for mask in masks]
         unknown = 0 if hints is not None else sum(rise == -1.0 for rise in rises)
         few = max(task.best, self.fast.shortlist) + unknown
         shortlist = sorted(sorted(range(len(masks)), key=lambda p: (rises[p], p))[:few])
-        return race(task, shortlist, self.fast.risk, self._measurer.bounds)
+        return race(task, shortlist, self.fast.risk, self._bench.bounds)
 
     def _expected(self, move: int) -> float:
         """Return the expected gap of a move to the best; -1, so that it comes first, if it was never measured.

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 import transformers
 
 import billhook
-from billhook.core.errors import BillhookError, ResourceError
+from billhook.core.errors import BillhookError, ModelError, ResourceError
 from billhook.core.plan import Plan
 from billhook.data.token_sets import TokenSet
 from billhook.engine.bench import Measurer
@@ -168,6 +169,8 @@ class Desk:
                 self._measurers[number].use_narrowing(plan)
             case Begin(number, plans, base):
                 self._measurers[number].begin(plans, base)
+                with suppress(ModelError):  # which the first request meets again
+                    self._measurers[number].bounds  # noqa: B018 - computes what every request needs
             case Measure():
                 yield from self._measured(message)
             case Release(number):

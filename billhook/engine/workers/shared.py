@@ -48,6 +48,12 @@ class SharedMeasurer:
         """The number of workers that have document groups."""
         return len(set(self._owners.values()))
 
+    @property
+    def bounds(self) -> bool:
+        """As `Measurer.bounds`."""
+        with self._team.at_work():
+            return self._local.bounds
+
     def interleaved(self, order: Sequence[int]) -> list[int]:
         """Return document groups in an order in which as many in a row as there are workers are one of each."""
         return interleaved(order, self._owners)
