@@ -37,8 +37,9 @@ def with_team(job: RunContext, teacher: Teacher) -> Iterator[RunContext]:
     if recipe.workers == 1:
         yield job
         return
-    options = {"memory": recipe.memory_bytes, "trust_remote_code": recipe.trust_remote_code}
-    with Team(teacher, recipe.workers, **options, watch=job.watch) as team:
+    with Team(
+        teacher, recipe.workers, memory=recipe.memory_bytes, trust_remote_code=recipe.trust_remote_code, watch=job.watch
+    ) as team:
         yield replace(job, team=team)
         if len(team.workers) > 1:
             job.watch(team.event(**team.loads()))
