@@ -29,7 +29,7 @@ from billhook.runs.store import Store
 
 SHORT: dict[str, Any] = {"remove": "3sites", "tokens": 640, "length": 32, "self_share": 0.0, "eval_tokens": 128,
                          "eval_length": 32, "search": "swap", "finalists": 0}  # fmt: skip
-PIECES = 20  # such a search stores more waves than this
+PIECES = 12  # such a search stores more waves than this
 
 
 @pytest.fixture(scope="module")
