@@ -264,6 +264,7 @@ class Probe:
     def loss_with_repair(self, plan: Plan, repair: Repair) -> Loss:
         """Return the loss of a plan under a repair of its blocks; it is not cached."""
         self._measurer.use_repair(plan, repair)
+        self._measurer.own(range(len(self._measurer.groups)))
         self._bench = self._measurer  # others know no repair
         return self.losses([Plan(plan.removed)])[0]
 
