@@ -113,8 +113,7 @@ class Recipe(CalibrationOptions, EvalOptions):
     )
     about: Annotated[str, Field(description="What a recipe takes from its paper, and what it cannot know")] = ""
     remove: Annotated[
-        str | None,
-        Field(description="How much to remove: 25%, 15sites, 3blocks, 30%kv …; repeatable"),
+        str | None, Field(description="How much to remove: 25%, 15sites, 3blocks, 30%kv …; repeatable")
     ] = None
     plan: Annotated[
         str | None,

@@ -78,10 +78,10 @@ def held_out_of(study: StudyContext, source: str, recipe: Recipe) -> TokenSet:
 def run_trial(study: StudyContext, name: str, recipe: Recipe, calibration: TokenSet) -> Trial:
     """Search by a recipe, or recall what an earlier one found."""
     passed = {"about": "", "model": "", "eval_data": None, "eval_tokens": 64, "eval_length": 16, "skills": "all"}
-    passed["workers"] = 1
     later = ("recover", "recover_set", *(() if recipe.fold_in_search else ("recover_data", "recover_tokens",
              "recover_length")))  # fmt: skip
-    passed |= {name: Recipe.model_fields[name].default for name in ("self_share", *later)}  # in the tokens, or after
+    apart = ("self_share", "workers", *later)  # in the tokens, without effect, or after
+    passed |= {name: Recipe.model_fields[name].default for name in apart}
     key = PlanKey(
         *(study.teacher.fingerprint, recipe.model_copy(update=passed).model_dump(exclude_defaults=True)),
         *(calibration.hash, study.teacher.compute_key),
