@@ -100,6 +100,17 @@ def total_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().total if module is None else module.mem_get_info(device)[1])
 
 
+def device_count(device: torch.device) -> int:
+    """Return how many devices of this kind torch sees."""
+    return torch.cuda.device_count() if device.type == "cuda" else 1
+
+
+def device_uuid(device: torch.device) -> str:
+    """Return by which name a driver knows a GPU; empty for other devices, and where an older torch does not say it."""
+    about = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return str(getattr(about, "uuid", ""))
+
+
 def environment(device: str) -> Environment:
     """Where numbers of this process are measured."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores"

@@ -351,8 +351,8 @@ def test_the_page_in_a_browser(tab: Tab, paths: dict[str, Path], name: str, widt
     assert tab.run("innerWidth") == width
     assert tab.run(OVERFLOW) <= 0
     assert tab.run("document.title") != "owned"
-    charts = 0 if name in ("transfer", "refused") else 2 if name in ("two", "hostile", "usual") else 1
-    charts = 3 if name == "threshold" else charts
+    counts = {"transfer": 0, "refused": 0, "hostile": 2, "tasks only": 2, "usual": 3, "two": 3, "threshold": 3}
+    charts = counts.get(name, 1)
     assert tab.run("document.querySelectorAll('.plot canvas').length") == charts
     if charts:
         drawn = f"[...document.querySelectorAll('.plot')].every(box => {CHART}(box).getOption().series.length)"

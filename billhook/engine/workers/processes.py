@@ -15,11 +15,9 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, Any, Protocol
 
-import torch
-
 from billhook.core.errors import ResourceError, UsageError, option
 from billhook.engine.workers.messages import Answer, Lost, Message
-from billhook.models.device import SHARE_OF_FREE, child_environment, free_memory
+from billhook.models.device import SHARE_OF_FREE, child_environment, device_count, free_memory
 from billhook.models.load import Teacher
 
 Inbox = queue.SimpleQueue[tuple[int, Answer]]  # answers with the number of their worker
@@ -103,7 +101,7 @@ def environments(workers: int, teacher: Teacher) -> list[dict[str, str]]:
             )
         return [{} for _ in range(workers - 1)]
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    count = device_count(device)
     names = visible if len(visible) == count else [str(number) for number in range(count)]
     if workers > count:
         kind = "GPU that torch sees" if count == 1 else "GPUs that torch sees"

@@ -28,7 +28,7 @@ from billhook.core.statistics import median_interval, student_quantile
 from billhook.methods.evaluate.graphed_decoding import graphed_seconds
 from billhook.models.accelerator.memory import peak_of
 from billhook.models.accelerator.sizes import warm_up_runs
-from billhook.models.device import DTYPES, child_environment, dtype_name, peak_memory, synchronised_time
+from billhook.models.device import DTYPES, child_environment, device_uuid, dtype_name, peak_memory, synchronised_time
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.pruned_config import register
 from billhook.models.surgery import apply
@@ -86,9 +86,8 @@ def time_interleaved(
 
 
 def meter_of(device: torch.device) -> Meter:
-    """Return the energy counters of this machine and of the device, which older releases of torch do not identify."""
-    about = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return machine_meter(str(getattr(about, "uuid", "")))
+    """Return the energy counters of this machine and of the device."""
+    return machine_meter(device_uuid(device))
 
 
 def counters_of(meter: Meter) -> EnergyCounters:
