@@ -48,7 +48,8 @@ def test_private_parts_of_transformers_are_used_in_one_file_only() -> None:
             if isinstance(node, ast.Import) and any(alias.name.startswith("transformers.") for alias in node.names):
                 found.append(f"{path.name}:{node.lineno} imports inside transformers")
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-                found += [f"{path.name}:{node.lineno} reads {node.attr}"] * (node.attr not in own)
+                documented = ast.unparse(node) == "os._exit"
+                found += [f"{path.name}:{node.lineno} reads {node.attr}"] * (node.attr not in own and not documented)
     assert not found
 
 
