@@ -42,13 +42,13 @@ def with_team(job: RunContext, teacher: Teacher) -> Iterator[RunContext]:
     ) as team:
         yield replace(job, team=team)
         if len(team.workers) > 1:
-            job.watch(team.event(**team.loads()))
+            job.watch(team.loads_event())
 
 
 def report_loads(job: RunContext) -> None:
     """Store how busy the workers of a run are, and tell those who hear all."""
     if job.team is not None:
-        event = job.team.event(**job.team.loads())
+        event = job.team.loads_event()
         job.store.add_event(job.run, event)
         hear_all(job.watch, event)
 

@@ -33,7 +33,7 @@ SITES_HOLD_LITTLE = 1.5  # times the share that was asked for is removed of the 
 
 def tell_shares(recipe: Recipe, anatomy: Anatomy, watch: EventListener) -> None:
     """Tell of shares of the model that are much larger shares of its sites, since other parts hold the rest."""
-    for budget in recipe.budgets if recipe.remove else ():
+    for budget in recipe.budgets:
         share = budget.share_of_sites(anatomy)
         if share is not None and 1 >= share > SITES_HOLD_LITTLE * budget.amount / 100:
             held = budget.amount / 100 / share

@@ -88,13 +88,14 @@ def _here(
     place = str(models[0].device)
 
     def measure(watch: EventListener) -> SpeedReport:
-        timings = speed.time_interleaved(models, [t.folder for t in teachers], protocol, watch=watch)
+        meter = speed.meter_of(models[0].device)
+        timings = speed.time_interleaved(models, [t.folder for t in teachers], protocol, meter=meter, watch=watch)
         rates = tuple(ModelRates(t.name, speed.rates(each)) for t, each in zip(teachers, timings, strict=True))
-        energy = speed.counters_of(speed.meter_of(models[0].device))
-        if len(teachers) == 1:
-            return SpeedReport(rates, protocol, environment(place), energy=energy)
-        predicted = speed.predicted_by_weights(teachers[0].anatomy, teachers[1].anatomy)
-        ratio = speed.speed_ratio(*timings)
-        return SpeedReport(rates, protocol, environment(place), ratio, predicted=predicted, energy=energy)
+        two = len(teachers) == 2
+        return SpeedReport(
+            rates, protocol, environment(place), speed.speed_ratio(*timings) if two else None,
+            predicted=speed.predicted_by_weights(*(t.anatomy for t in teachers)) if two else None,
+            energy=speed.counters_of(meter),
+        )  # fmt: skip
 
     return measure, place

@@ -150,6 +150,10 @@ class Team:
         """Return an event of the team: how many of its workers take part, and `values`."""
         return Event("workers", len(self.workers), self.division.workers, values)
 
+    def loads_event(self) -> Event:
+        """Return the event that tells `loads`."""
+        return self.event(**self.loads())
+
     def _processes(self, inbox: Inbox) -> list[Line]:
         return [ProcessLine(number, inbox, place) for number, place in enumerate(self._places, 1)]
 

@@ -7,7 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from billhook.core.errors import EndpointError
 from billhook.core.events import Event, EventListener
@@ -28,8 +28,14 @@ from billhook.studies.servers.openai_client import (
 
 T = TypeVar("T")
 R = TypeVar("R")
+REQUEST_OPTIONS = ("timeout", "retries", "concurrency")
 ANSWER_TOKENS = 256  # of a task that is answered in writing
 CHOICE_SCORES, WRITTEN_SCORES = ("acc", "acc_norm"), ("strict_match", "flexible_match")
+
+
+def take_request_options(options: Any) -> dict[str, Any]:
+    """Take out of `options`, a mapping by name, those of the requests to a server, and return them."""
+    return {name: options.pop(name) for name in REQUEST_OPTIONS if name in options}
 
 
 @dataclass(frozen=True)

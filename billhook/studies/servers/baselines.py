@@ -30,11 +30,10 @@ from billhook.runs.store import STORE, Store
 from billhook.studies.eval_sets import HARNESS, ComparisonSpec, comparison_spec
 from billhook.studies.gate import keep_baseline, save_model_baseline
 from billhook.studies.run_study import NO_FOLDER, begin_run
-from billhook.studies.servers.asking import Questions, read_asked_task
+from billhook.studies.servers.asking import Questions, read_asked_task, take_request_options
 from billhook.studies.servers.endpoint import Endpoint
 
 COMPUTE = "served"  # in the place of a dtype and a device, which a server does not say
-ASKING = ("timeout", "retries", "concurrency")
 
 
 @shows_options(BaselineOptions, EvalOptions.model_fields | {each.name: each for each in fields(RequestOptions)})
@@ -71,7 +70,7 @@ def save_baseline(
     not answer; then nothing is stored under the name.
     """
     sets: OptionValues = {"items": items, "shots": shots, "shots_from": shots_from}
-    asking = {each: options.pop(each) for each in ASKING if each in options}  # type: ignore[misc]
+    asking = take_request_options(options)
     model_options: Any = options
     if not isinstance(model, str) or "://" not in model:
         if given := [*asking, *(n for n, v in (("served_model", served_model), ("api_key_env", api_key_env)) if v)]:

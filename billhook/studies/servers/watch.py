@@ -30,7 +30,7 @@ from billhook.studies.eval_sets import HARNESS, ComparisonSpec
 from billhook.studies.gate import baseline_result, spec_of_baseline
 from billhook.studies.monitoring.alerting import Alarm, RulesFile, call_webhook, tell_alerts
 from billhook.studies.run_study import NO_FOLDER, begin_run, open_run, several
-from billhook.studies.servers.asking import Questions
+from billhook.studies.servers.asking import Questions, take_request_options
 from billhook.studies.servers.endpoint import Endpoint
 from billhook.studies.servers.watch_rounds import EndpointRounds, FolderRounds, WatchTask, read_watch_task
 
@@ -84,8 +84,7 @@ def watch(
     over all rounds at once: a series without change raises an alert with a chance of 1% at most. Raises UsageError,
     EndpointError before the first round, FingerprintError where the items are not those of the baseline.
     """
-    asking = {name: options.pop(name) for name in ASKING if name in options}  # type: ignore[misc]
-    ask = RequestOptions(kind, max_tokens, **asking)
+    ask = RequestOptions(kind, max_tokens, **take_request_options(options))
     server = Endpoint.create("target", target, model, api_key_env) if "://" in target else None
     place = target if server is None else server.url
     served = None if server is None else ServerSpec(server.url, model, api_key_env)
@@ -108,9 +107,6 @@ def watch(
         told = store_and_watch(opened, run, watch)
         questions = Questions(server, ask, tuple(task.asked for task in known), probes, told)
         return _keep_watch(Series(opened, run, watch, spec, EndpointRounds(questions, known, kept.served)), pace)
-
-
-ASKING = ("timeout", "retries", "concurrency")
 
 
 # -- what is asked ---------------------------------------------------------------------------------------------------
