@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import tiny
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -17,7 +18,6 @@ from billhook.data.prefixes import computed_positions
 from billhook.data.skills import SKILLS, SkillName
 from billhook.data.skills.tokens import ITEMS, skill_tokens
 from billhook.data.skills.words import NAMES, NOUNS, THINGS, filler
-from tests import tiny
 
 CLOSES = {"(": ")", "[": "]", "{": "}", "<": ">"}
 

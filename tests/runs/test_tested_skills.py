@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -27,7 +28,6 @@ from billhook.report.run_report import run_page, run_verdict
 from billhook.runs.evaluation import skill_changes
 from billhook.runs.recipe import Recipe
 from billhook.runs.store import Store
-from tests import tiny
 
 
 def byte_level() -> Any:
