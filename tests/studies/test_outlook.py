@@ -327,6 +327,23 @@ def test_each_fact_of_a_run_leads_to_its_suggestion(store: Path) -> None:
     )
 
 
+def test_joint_is_suggested_with_the_settings_that_were_evidence(store: Path) -> None:
+    run = file_run(store, a_run(1.0, recipe={"search": "greedy"}))
+    assert "levels" not in " ".join(named(suggest(run, store=store))["narrow_as_well"].command)
+    joint = {"search": "joint", "metric": "taylor_mix", "fast": True}
+    cheap = {**joint, "set": {"levels": "3", "rounds": "1"}}
+    best = file_run(store, a_run(0.5, recipe=cheap))
+    file_run(store, a_run(0.7, recipe=joint))
+    file_run(store, a_run(0.1, recipe={**cheap, "seed": 9}))  # which differs in more
+    told = named(suggest(run, store=store))["narrow_as_well"]
+    assert {"--fast", "levels=3", "rounds=1"} <= set(told.command)
+    assert told.found.run == best
+    assert told.gain.source.startswith("docs/"), "what was expected before the run itself was evidence"
+    other = file_run(store, a_run(2.0, recipe={"search": "greedy", "seed": 3}))
+    told = named(suggest(other, store=store))["narrow_as_well"]
+    assert "levels" not in " ".join(told.command)
+
+
 def test_more_tokens_are_judged_by_pairs_of_runs_that_differ_in_them_alone(store: Path) -> None:
     run = file_run(store, a_run(1.0, recipe={"tokens": 1024}))
     for seed, (few, many) in enumerate(((1.0, 0.9), (2.0, 1.6))):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from operator import itemgetter
 
 from billhook.core.anatomy import Anatomy
 from billhook.core.outlook.suggestions import (
@@ -58,12 +59,19 @@ def narrow_as_well(situation: Situation) -> Idea | None:
     recipe = situation.recipe
     if recipe.get("search") == "joint" or recipe.get("plan") or recipe.get("stock") or not _by_size(recipe):
         return None
-    changes = {"search": "joint", "metric": "taylor_mix", "set": {}, "uniform": False}
-    own = list(_pairs(situation, lambda spec: spec.get("search") == "joint", ("search", "metric", "set", "uniform")))
+    fields = ("search", "metric", "set", "uniform", "fast")
+    defaults = (math.inf, recipe | {"metric": "taylor_mix", "set": {}})
+    _, best = min(_joint_like(situation, fields), key=itemgetter(0), default=defaults)
+    changes = {name: best.get(name) for name in fields} | {"search": "joint", "uniform": False}
+
+    def chosen(spec: JsonObject) -> bool:
+        return spec.get("search") == "joint" and spec.get("set") == changes["set"]
+
     took = [
         float(told["seconds"]["search"]) for run, told in situation.results()
-        if run.spec.get("search") == "joint" and _same_model(situation, run) and "search" in told["seconds"]
+        if chosen(run.spec) and _same_model(situation, run) and "search" in told["seconds"]
     ]  # fmt: skip
+    own = list(_pairs(situation, chosen, fields))
     return Idea(
         changes, gain=gain_here_or_shipped(own, "joint", situation.nats),
         seconds=_with_search(situation, max(took)) if took else None,
@@ -228,6 +236,15 @@ def _pairs(situation: Situation, changed: object, but: tuple[str, ...]) -> Itera
         before = [nats for is_changed, nats in pairs if not is_changed]
         if after and before:
             yield 1 - after[0] / before[0]
+
+
+def _joint_like(situation: Situation, but: tuple[str, ...]) -> Iterator[tuple[float, JsonObject]]:
+    """Yield (loss on held-out text, recipe) of the joint searches that are equal to the run but for some fields."""
+    for run, told in situation.results():
+        nats, names = lost_nats(told), {*run.spec, *situation.recipe} - {*but, "about"}
+        equal = all(run.spec.get(name) == situation.recipe.get(name) for name in names)
+        if run.spec.get("search") == "joint" and nats is not None and equal and _same_model(situation, run):
+            yield nats, run.spec
 
 
 def _after_search(situation: Situation, recovering: list[float]) -> float | None:
