@@ -132,7 +132,7 @@ def _trial_row(result: SweepResult, trial: TrialResult) -> str:
         state = rank_label(gap) if peers(result, trial) > 1 else "alone"
         far = _cell(gap.value, format_nats(gap.value), format_interval(gap, format_nats), state)
         cells.append({"best": _BEST, "alone": _cell(0, "–")}.get(state, far))
-    cells += [accuracy_cell(trial.results[task].estimate) for task in tasks_of(result)]
+    cells += [_accuracy_cell(trial.results[task].estimate) for task in tasks_of(result)]
     cells += [_cell(2, "–") if share is None else _cell(share, f"{share:.1%}") for share in shares]
     for removed, narrowed in (removed_words(trial, part) for part in PARTS):
         cells.append(_cell(removed, str(removed), narrowed))
@@ -153,7 +153,7 @@ def _cell(sort: object, words: str, about: str = "", remark: str = "") -> str:
     return f'<td data-sort="{escape(str(sort))}">{escape(words)}{mark}{small}</td>'
 
 
-def accuracy_cell(estimate: Estimate) -> str:
+def _accuracy_cell(estimate: Estimate) -> str:
     """A cell of an accuracy with its interval."""
     ends = format_interval_short(estimate, format_accuracy)
     return _cell(estimate.value, format_accuracy(estimate.value), ends)

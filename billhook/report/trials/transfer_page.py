@@ -9,10 +9,12 @@ from html import escape
 from billhook.core.plan import PARTS
 from billhook.core.results.measured import Estimate
 from billhook.core.results.studies import TransferResult, TrialResult
-from billhook.report.frame import Section, caption, page_html, scrolling
+from billhook.report.frame import Section, caption, page_html, scrolling, stacked_table
 from billhook.report.numbers import (
+    format_accuracy,
     format_duration,
     format_interval,
+    format_interval_short,
     format_number,
     format_points,
     printable,
@@ -20,7 +22,6 @@ from billhook.report.numbers import (
 from billhook.report.pages import page
 from billhook.report.study_words import gap_to_text, reliability_notes, removed_words, transfer_headline
 from billhook.report.trials.sets import sets_table
-from billhook.report.trials.sweep_page import accuracy_cell
 
 
 @page(TransferResult)
@@ -94,17 +95,16 @@ def _accuracies(result: TransferResult) -> str:
     """Plain accuracies, the teacher's first, and what every trial removed."""
     tasks = map(printable, result.teacher)
     heads = ("Pruned for", *tasks, "Attention removed", "MLP removed", "Parameters", "Search time")
-    top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
-    own = "".join(accuracy_cell(outcome.estimate) for outcome in result.teacher.values())
-    body = f'<tr><th scope="row">the teacher</th>{own}{"<td>–</td>" * 4}</tr>'
+    lines = [("the teacher", *(_accuracy(each.estimate) for each in result.teacher.values()), *("–",) * 4)]
     for trial in result.trials:
-        body += f'<tr><th scope="row">{escape(printable(trial.recipe))}</th>'
-        body += "".join(accuracy_cell(trial.results[name].estimate) for name in result.teacher)
-        ends = [
-            *(f"{removed} {narrowed}".strip() for removed, narrowed in (removed_words(trial, part) for part in PARTS)),
-            format_number(trial.sizes.parameters),
-            format_duration(trial.search_seconds),
-        ]
-        body += "".join(f"<td>{end}</td>" for end in ends) + "</tr>"
-    table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-    return scrolling(table, "Accuracies") + caption("Below each value: its 95% interval.")
+        cells = (_accuracy(trial.results[name].estimate) for name in result.teacher)
+        removed = (f"{gone} {narrowed}".strip() for gone, narrowed in (removed_words(trial, part) for part in PARTS))
+        ends = format_number(trial.sizes.parameters), format_duration(trial.search_seconds)
+        lines.append((escape(printable(trial.recipe)), *cells, *removed, *ends))
+    return scrolling(stacked_table(heads, lines), "Accuracies") + caption("With each value: its 95% interval.")
+
+
+def _accuracy(estimate: Estimate) -> str:
+    """An accuracy with its interval."""
+    ends = format_interval_short(estimate, format_accuracy)
+    return f"{format_accuracy(estimate.value)}<small>{ends}</small>"
