@@ -59,13 +59,13 @@ from billhook.runs.recipe import (
     CalibrationOptions,
     EvalOptions,
     Recipe,
-    default_recipe,
     parse_options,
     parse_recipe,
     require_effect,
     with_overrides,
 )
 from billhook.runs.recipes.builtin import BuiltinRecipe, builtin_recipes
+from billhook.runs.recipes.effort import EFFORTS, STANDARD, recipe_of
 from billhook.runs.store import STORE, Store
 from billhook.studies.monitoring.alerting import Alarm, RulesFile, check_result
 
@@ -75,6 +75,7 @@ def prune(
     model: Model = "demo",
     *,
     recipe: str | Path | None = None,
+    effort: str | None = None,
     out: str | Path | None = None,
     rules: RulesFile = None,
     webhook: str | None = None,
@@ -85,15 +86,15 @@ def prune(
     """Prune a model and prove it; returns the result that report.json holds.
 
     `model`: a folder, a .gguf file, a Hugging Face name, `demo`, or a loaded Teacher. `recipe`: a YAML file, or the
-    name of one of ours. Where it is left out, and `search` too, it is `billhook`, which narrows and removes sites and
-    refits the rest; for a size in sites or blocks it is `billhook-depth`.
+    name of one of ours. Where it is left out, and `search` too, `effort` chooses it: quick, standard (the default) or
+    thorough, which narrow and remove sites and recover the rest; for a size in sites or blocks whole ones go.
     `options`: the fields of `Recipe`, which overrule it; one of `remove`, `plan` and `within` is needed. The checkpoint
     and its report appear at `out` (default: pruned/<run>), whole or not at all.
     `rules`: a YAML file of rules, whose alerts are events (default: those of Billhook for runs). `webhook`: an http or
     https address that alerts are sent to; its failure never ends a run.
     Measurements that `store` holds are not repeated. Raises BillhookError; nothing half-written remains.
     """
-    alarm, asked = Alarm.read(rules, webhook, "runs"), _asked(model, recipe, options)
+    alarm, asked = Alarm.read(rules, webhook, "runs"), _asked(model, recipe, effort, options)
     check_inputs(asked, store=store)
     where = named_folder(out if out is not None else Path("pruned") / "{run}")
     check_target(where, find_path(asked.model))
@@ -112,19 +113,21 @@ def dry_run(
     model: Model = "demo",
     *,
     recipe: str | Path | None = None,
+    effort: str | None = None,
     watch: EventListener = ignore_events,
     **options: Unpack[PruneOptions],
 ) -> WorkEstimate:
     """What `prune` with the same options would do: losses to measure, memory, disk and time. Writes nothing."""
-    return preview_run(_asked(model, recipe, options), watch, loaded_by_name(model))
+    return preview_run(_asked(model, recipe, effort, options), watch, loaded_by_name(model))
 
 
-def _asked(model: Model, recipe: str | Path | None, options: Mapping[str, Any]) -> Recipe:
-    """The recipe of a call: the one that it names, or the default for what it asks."""
-    chosen = recipe or default_recipe(options)
+def _asked(model: Model, recipe: str | Path | None, effort: str | None, options: Mapping[str, Any]) -> Recipe:
+    """The recipe of a call: the one that it names, or that of an effort for what it asks."""
+    chosen, overruled = recipe_of(options, recipe, effort)
     if recipe is None and chosen is not None and options.get("target"):
-        chosen = recipe_for_targets(Path(chosen), model, options)
-    asked = parse_recipe(with_overrides(chosen, model=name_of(model), **options), "The call")
+        fit = recipe_for_targets(chosen, model, options)
+        chosen, overruled = (chosen, overruled) if fit == chosen else (fit, EFFORTS[effort or STANDARD].others)
+    asked = parse_recipe(with_overrides(chosen, **overruled | {"model": name_of(model), **options}), "The call")
     require_effect(options, asked)
     return asked
 

@@ -32,7 +32,8 @@ def parameters(name: str) -> dict[str, inspect.Parameter]:
 
 def test_prune_shows_every_field_of_a_recipe_with_its_default() -> None:
     shown = parameters("prune")
-    assert shown.keys() == Recipe.model_fields.keys() | {"recipe", "out", "rules", "webhook", "store", "watch"}
+    own = {"recipe", "effort", "out", "rules", "webhook", "store", "watch"}
+    assert shown.keys() == Recipe.model_fields.keys() | own
     for name, field in Recipe.model_fields.items():
         assert shown[name].default == field.default, name
     assert "tokens: Calibration tokens" in (billhook.prune.__doc__ or "")

@@ -61,6 +61,7 @@ def prune_command(
     model: Model = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write [default: pruned/<run>]")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe: a YAML file, or the name of a built-in one")] = None,
+    effort: Annotated[str | None, typer.Option(help="quick, standard (the default) or thorough, for a size")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the newest unfinished run")] = False,
     run: Annotated[str | None, typer.Option(help="Run to resume, with --resume")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate losses, memory and time, and stop")] = False,
@@ -77,10 +78,14 @@ def prune_command(
     again = command_line("prune", "--resume", store=store)
     with CommandSession(as_json, quiet, verbose, again) as face:
         from billhook.runs import check_inputs, require_resumable
-        from billhook.runs.recipe import default_recipe, parse_recipe, require_effect, with_overrides
+        from billhook.runs.recipe import parse_recipe, require_effect, with_overrides
+        from billhook.runs.recipes.effort import recipe_of
 
-        mine, recipe = recipe, recipe or (None if resume else default_recipe(options))
-        given = with_overrides(recipe, **({"model": model} if model else {}), **options)
+        own: OptionValues = {**({"model": model} if model else {}), **options}
+        chosen, overruled = (recipe, {}) if resume else recipe_of(options, recipe, effort)
+        given = with_overrides(chosen, **{**overruled, **own})
+        if resume and effort:
+            raise UsageError("--resume goes on with what the run was begun with. Leave --effort out.")
         if run and not resume:
             raise UsageError(f"--run {run} goes with --resume. Add --resume, or leave --run out.")
         if track and dry_run:
@@ -95,8 +100,7 @@ def prune_command(
             require_effect(options, asked)
             check_inputs(asked, store=store)
             check_places(asked.model, out=out)
-            if mine is None and options.get("target"):  # which chooses the recipe, once the model is known
-                given = {**({"model": model} if model else {}), **options}
+            own = {**options, "model": asked.model}
         check_rules(rules, webhook)
         face.track(track, "prune", given if resume else asked.model_dump())
         from billhook import api  # torch, which a mistake needs not
@@ -104,9 +108,12 @@ def prune_command(
         if resume:
             result = api.resume(run, out=out, rules=rules, webhook=webhook, store=store, watch=face.watch, **given)
         elif dry_run:
-            return face.show(api.dry_run(watch=face.watch, **given))
+            return face.show(api.dry_run(recipe=recipe, effort=effort, watch=face.watch, **own))
         else:
-            result = api.prune(out=out, rules=rules, webhook=webhook, store=store, watch=face.watch, **given)
+            result = api.prune(
+                recipe=recipe, effort=effort, out=out, rules=rules, webhook=webhook, store=store, watch=face.watch,
+                **own,
+            )  # fmt: skip
         face.show(result)
 
 

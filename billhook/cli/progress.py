@@ -41,7 +41,7 @@ WORDS: dict[str, Callable[[Any], str]] = {  # of the values of an event, by name
     "seconds": lambda seconds: f"{seconds:.1f} s",
 }  # fmt: skip
 
-LASTING = (ALERT, "budget", "webhook", "track", "workers")  # stages whose every event is a line of its own
+LASTING = (ALERT, "budget", "webhook", "track", "workers", "left_out")  # stages whose every event is a line of its own
 PLAIN_SECONDS = 5.0  # without a terminal, at most one line in so many seconds
 OUTLOOK_SECONDS = 60.0  # and at most one forecast
 

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-
-from billhook.core.errors import MissingExtra
 
 Bound = tuple[Sequence[int], int]  # the weight of each choice, and the limit of the selected weights
 
 
 def cheapest_selections(
-    name: str, prices: Sequence[float], costs: Sequence[Sequence[int]], needed: Sequence[Fraction],
-    bounds: Sequence[Bound],
+    prices: Sequence[float], costs: Sequence[Sequence[int]], needed: Sequence[Fraction], bounds: Sequence[Bound]
 ) -> Iterator[list[int]]:  # fmt: skip
     """Yield the selection of the least price that meets `needed` within `bounds`, then the next best ones.
 
     `costs`: for each choice, what it adds to each budget. The solver's feasibility has a tolerance, so the caller
     checks whether a selection meets the budgets; if not, no part of it does, and the next one contains another choice.
-    Raises MissingExtra, naming the search `name`.
 
     Source: Huangfu and Hall 2018, HiGHS.
     """
-    if importlib.util.find_spec("highspy") is None:
-        raise MissingExtra(f"The search {name}", "solve")
     import highspy
 
     model = highspy.Highs()

@@ -117,6 +117,7 @@ class PruneOptions(StudyOptions, total=False):
 
     plan: str | Path | None
     within: str | None
+    proof: Literal["full", "loss"]
     skills: str
 
 

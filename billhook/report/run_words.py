@@ -49,7 +49,8 @@ REASONS: dict[RunReason, str] = {
     "no_speed": "Speed could not be measured; the events of the run say why.",
     "no_skills": "Not every skill was tested: the tokenizer writes choices of its questions alike, or they are longer "
     "than the model reads, or the events of the run say what failed.",
-    "recovery_left_out": "A recovery of the recipe was left out: it finds nothing to change in this architecture.",
+    "loss_alone": "Perplexity alone was measured: no skills, answers and speed (proof: loss).",
+    "recovery_left_out": "A recovery of the recipe was left out: it can do nothing here, or memory ran out.",
     "calibrated_on_text_alone": "Calibrated on the given text alone: this model cannot write its share of it here.",
 }
 
@@ -110,7 +111,7 @@ def run_notes(result: RunResult, *, served: bool = True) -> list[str]:
     elif not result.perplexity.ratio.reliable:
         notes.append(f"Perplexity: {reliability_note(result.perplexity.ratio)}")
     if result.speed is None:
-        notes.append("Speed was not measured.")
+        notes += [] if "loss_alone" in result.reasons else ["Speed was not measured."]
     else:
         notes += _eager_in_words(result.speed.teacher, result.speed.student)
         if result.speed.gap is not None:

@@ -33,7 +33,6 @@ from billhook.engine.probe import Probe
 from billhook.methods.evaluate import speed
 from billhook.methods.evaluate.multiple_choice import log_probabilities, right_logprobs, score_choices
 from billhook.methods.evaluate.perplexity import Student, measure_perplexity
-from billhook.models.accelerator.sizes import work_sizes
 from billhook.models.device import bandwidth, environment
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import NO_REPAIR, Repair
@@ -233,20 +232,17 @@ def sample_answers(teacher: Teacher, student: Any, watch: EventListener) -> tupl
     fill = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     end = end_tokens(teacher.model, tokenizer)
     plain = GenerationConfig(max_new_tokens=SAMPLE_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=fill)
-    answers: dict[str, list[str]] = {"teacher": [], "student": []}
+    answers: dict[str, list[str]] = {}
     done, total = 0, 2 * len(PROMPTS)
-    lines = [_chat_prompt(tokenizer, prompt)["input_ids"][0] for prompt in PROMPTS]
-    together = len(lines) if work_sizes(teacher.device).launches_count else 1
+    ids, mask = _padded([_chat_prompt(tokenizer, prompt)["input_ids"][0] for prompt in PROMPTS], fill)
     for who, model in (("teacher", teacher.model), ("student", student)):
-        for start in range(0, len(lines), together):
-            watch(Event("answer", done, total, {"of": who}))
-            ids, mask = _padded(lines[start : start + together], fill)
-            with generating_by(model, plain):
-                written = model.generate(ids.to(model.device), attention_mask=mask.to(model.device))
-            texts = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
-            answers[who] += [text.strip() for text in texts]
-            done += len(texts)
-            watch(Event("answer", done, total, {"of": who}))
+        watch(Event("answer", done, total, {"of": who}))
+        with generating_by(model, plain):
+            written = model.generate(ids.to(model.device), attention_mask=mask.to(model.device))
+        texts = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+        answers[who] = [text.strip() for text in texts]
+        done += len(texts)
+        watch(Event("answer", done, total, {"of": who}))
     return tuple(Answer(*each) for each in zip(PROMPTS, answers["teacher"], answers["student"], strict=True))
 
 

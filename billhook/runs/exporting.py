@@ -21,6 +21,7 @@ from billhook.methods.export.serving import limits_of, table
 from billhook.methods.export.verification import PROBE_TEXTS, require_runtime
 from billhook.models.architectures import base_type
 from billhook.models.load import Model, Teacher, model_config, name_of
+from billhook.runs.recipes.effort import WHOLE_SITES
 
 CARD = "README.md"
 PROBE_TOKENS = 192  # on which an export and its student are compared
@@ -42,8 +43,8 @@ def recipe_for_targets(chosen: Path, model: Model, options: Mapping[str, Any]) -
     """
     config = model_config(model, trust_remote_code=bool(options.get("trust_remote_code")))
     most = limits_of(split_names(str(options["target"])), config)
-    if chosen.name == "billhook" and (most.sites, most.mlp_widths) != ("removed", "any"):
-        return Path("billhook-width" if most.mlp_widths != "none" else "billhook-depth")
+    if chosen.name != WHOLE_SITES and (most.sites, most.mlp_widths) != ("removed", "any"):
+        return Path("billhook-width" if most.mlp_widths != "none" else WHOLE_SITES)
     return chosen
 
 

@@ -199,7 +199,7 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
         given = validate(recipe, teacher)
         tell_shares(recipe, teacher.anatomy, job.watch)
         recovery_options(recipe)
-        streamed = teacher.weights is not None
+        whole_proof = recipe.proof == "full" and teacher.weights is None
         check_target(job.out, teacher.folder, int(1.05 * teacher.anatomy.total("bytes")))
     with job.stage("calibrate"):
         calibration, held_out = tokens_for(recipe, teacher, job.watch, job)
@@ -225,8 +225,8 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
         testing = partial(evaluation.skills_of, job, teacher, plan, repair)
         unanswered: tuple[Answer, ...] = ()
         untested: tuple[SkillChange, ...] = ()
-        skills = untested if streamed else evaluation.courtesy(job, "skills", testing, untested)
-        answers = unanswered if streamed else evaluation.courtesy(job, "answer", answering, unanswered)
+        skills = evaluation.courtesy(job, "skills", testing, untested) if whole_proof else untested
+        answers = evaluation.courtesy(job, "answer", answering, unanswered) if whole_proof else unanswered
     with job.stage("save"):
         probe_row = calibration.rows[:1, : calibration.lengths[0]]
         whole = Student(student, teacher, plan, probe_row, repair, got.base, got.adapter, watch=job.watch)
@@ -235,7 +235,7 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
         beside = tuple(export_beside(name, probed, aside) for name in exports_beside(recipe))
     with job.stage("speed"):
         timing = partial(evaluation.compare_speed, job, teacher, student, (plan, repair), aside)
-        timed = None if streamed else evaluation.courtesy(job, "speed", timing, None)
+        timed = evaluation.courtesy(job, "speed", timing, None) if whole_proof else None
     with job.stage("report"):
         tokens = Texts(calibration, held_out, proof_text)
         measured = Measured(perplexity, tasks, timed, answers, beside, skills)

@@ -37,7 +37,7 @@ from billhook.methods.evaluate.served import load_served
 from billhook.methods.export import EXPORTS, arranged, form_of
 from billhook.methods.export.serving import limits_of, require_fit
 from billhook.methods.export.targets import Form, limits, narrower, stricter
-from billhook.methods.recover import RECOVERIES, adds
+from billhook.methods.recover import adds, unfit
 from billhook.methods.search import drive, narrows
 from billhook.models.load import Teacher, as_teacher
 from billhook.models.surgery import stock_holds
@@ -200,13 +200,13 @@ def require_recoveries(recipe: Recipe, teacher: Teacher) -> None:
 
 
 def applicable_recoveries(recipe: Recipe, teacher: Teacher) -> tuple[str, ...]:
-    """Return the recoveries of a recipe that change something in this model.
+    """Return the recoveries of a recipe that can change something in this model.
 
-    Those with a question mark are left out where they do not. Raises UsageError for another one.
+    Those with a question mark are left out where they cannot. Raises UsageError for another one.
     """
     found = []
     for name in recipe.recoveries:
-        reason = RECOVERIES.facts(name).refuse(teacher.architecture)
+        reason = unfit(name, teacher)
         if reason is None:
             found.append(name)
         elif name not in recipe.optional_recoveries:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -30,11 +29,11 @@ TARGETS = ("remove", "plan", "within")  # of which a recipe has one
 FORMER_SEARCHES = {"narrow": "rank_channels", "solve": "ilp", "span": "contiguous"}  # in recipes of version 0.1
 
 
-class TextOptions(BaseModel):
-    """A model, how it is loaded, and the text that it reads. Frozen; unknown keys are refused.
+REPEATED = ("set", "recover_set")  # options by name
 
-    This class and those below that extend it hold fields and how these are read, and nothing that acts.
-    """
+
+class TextOptions(BaseModel):
+    """A model, how it is loaded, and the text that it reads. Frozen; unknown keys are refused. Nothing here acts."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -55,17 +54,10 @@ class TextOptions(BaseModel):
     ] = "auto"
     trust_remote_code: Annotated[bool, Field(description="Run Python code of the checkpoint")] = False
 
-    @field_validator("set", "recover_set", mode="before", check_fields=False)
+    @field_validator(*REPEATED, mode="before", check_fields=False)
     @classmethod
     def _named(cls, value: object, info: ValidationInfo) -> object:
-        if not isinstance(value, list | tuple):
-            return value
-        pairs = [str(piece).partition("=") for piece in value]
-        if wrong := next((name for name, equals, _ in pairs if not name or not equals), None):
-            like = {"set": "front=0.4", "recover_set": "minutes=15"}[str(info.field_name)]
-            option = str(info.field_name).replace("_", "-")
-            raise RecipeError(f"--{option} {wrong!r} has no value. Write NAME=VALUE, such as {like}.")
-        return {name.strip(): text.strip() for name, _, text in pairs}
+        return _by_name(str(info.field_name), value)
 
     @field_validator("model", "data", "eval_data", "recover_data", "plan", mode="before", check_fields=False)
     @classmethod
@@ -115,19 +107,10 @@ class Recipe(CalibrationOptions, EvalOptions):
     remove: Annotated[
         str | None, Field(description="How much to remove: 25%, 15sites, 3blocks, 30%kv …; repeatable")
     ] = None
-    plan: Annotated[
-        str | None,
-        Field(description="Plan instead of a search: attention.7,mlp.16, or its file"),
-    ] = None
-    within: Annotated[
-        str | None,
-        Field(description="Margin instead of a size: 3%ppl, or 1pp:FILE"),
-    ] = None
+    plan: Annotated[str | None, Field(description="Plan instead of a search: attention.7,mlp.16, or its file")] = None
+    within: Annotated[str | None, Field(description="Margin instead of a size: 3%ppl, or 1pp:FILE")] = None
     search: Annotated[str, Field(description="Search method, as `billhook methods` lists them")] = "swap"
-    metric: Annotated[
-        str | None,
-        Field(description="Metric for oneshot, ilp, contiguous, rank_channels, joint"),
-    ] = None
+    metric: Annotated[str | None, Field(description="Metric for oneshot, ilp, contiguous, rank_channels, joint")] = None
     uniform: Annotated[bool, Field(description="Equal widths in all blocks, which keep the stock shape")] = False
     multiple: Annotated[int, Field(description="Widths in multiples of this: 8, 32, 256", le=MOST, ge=1)] = 1
     fast: Annotated[bool, Field(description="Race the candidates of a round: faster, not exact")] = False
@@ -138,7 +121,7 @@ class Recipe(CalibrationOptions, EvalOptions):
     protect: Annotated[str, Field(description="Sites or blocks to keep: attention.0,mlp.27-29,0-3,last2")] = ""
     batch: Annotated[int, Field(description="Sequences at a time, for a budget in ms", le=MOST, ge=1)] = 1
     context: Annotated[int, Field(description="Tokens before the timed one, for a budget in ms", le=MOST, ge=1)] = 128
-    recover: Annotated[str, Field(description="Recovery methods to apply after pruning, in order: fold,lora")] = ""
+    recover: Annotated[str, Field(description="Recovery methods after pruning, in order: fold,lora, or none")] = ""
     fold_in_search: Annotated[bool, Field(description="Judge the best candidates of a round after a fold")] = False
     recover_set: Annotated[
         dict[str, bool | int | float | str],
@@ -147,6 +130,7 @@ class Recipe(CalibrationOptions, EvalOptions):
     recover_data: Annotated[str | None, Field(description="Text for the recovery [default: that of --data]")] = None
     recover_tokens: Annotated[int, Field(description="Tokens for the recovery at most", le=MOST, ge=64)] = 32768
     recover_length: Annotated[int, Field(description="Tokens per sequence for the recovery", le=MOST, ge=16)] = 256
+    proof: Annotated[Literal["full", "loss"], Field(description="full, or loss: no skills, answers and speed")] = "full"
     skills: Annotated[str, Field(description="Skills to test: arithmetic,brackets,copying,recall, or none")] = "all"
     stock: Annotated[bool, Field(description="Stock shape: zeros in removed sites, no speed-up")] = False
     export: Annotated[str, Field(description="Forms of the checkpoint, as `billhook methods` lists them")] = (
@@ -175,6 +159,11 @@ class Recipe(CalibrationOptions, EvalOptions):
     @classmethod
     def _renamed_search(cls, value: object) -> object:
         return FORMER_SEARCHES.get(str(value), value)
+
+    @field_validator("recover")
+    @classmethod
+    def _recoveries(cls, value: str) -> str:
+        return "" if value == "none" else value
 
     @field_validator("skills")
     @classmethod
@@ -228,7 +217,7 @@ class Recipe(CalibrationOptions, EvalOptions):
 
     @property
     def optional_recoveries(self) -> frozenset[str]:
-        """Those with a question mark behind their name: left out where the model has no place for them."""
+        """Those with a question mark behind their name: left out where they can do nothing."""
         return frozenset(name.removesuffix("?") for name in split_names(self.recover) if name.endswith("?"))
 
     @property
@@ -254,8 +243,8 @@ ORDER = (
     *("about", "model", *TARGETS, "search", "metric", "loss", "set", "uniform", "multiple", "fast", "shortlist"),
     *("risk", "finalists", "audit", "memory", "protect", "batch", "context", "data", "self_share", "eval_data"),
     *("field", "tokens", "length", "eval_tokens", "eval_length", "recover", "fold_in_search", "recover_set"),
-    *("recover_data", "recover_tokens", "recover_length", "skills", "stock", "export", "target", "seed", "device"),
-    *("dtype", "workers", "trust_remote_code"),
+    *("recover_data", "recover_tokens", "recover_length", "proof", "skills", "stock", "export", "target", "seed"),
+    *("device", "dtype", "workers", "trust_remote_code"),
 )
 
 
@@ -295,32 +284,30 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in BUILTIN.glob("*.yaml"))
 
 
-def default_recipe(given: Mapping[str, Any]) -> Path | None:
-    """The recipe of ours for a size, where nothing `given` names a search or what only another one can do.
-
-    `billhook` narrows sites; a size in sites or blocks, a streamed model and other exports are for `billhook-depth`,
-    which removes whole ones.
-    """
-    if given.get("remove") is None or any(given.get(name) for name in ("search", "metric", "plan", "within")):
-        return None
-    remove = given["remove"]
-    sizes = ",".join(map(spell_budget, remove if isinstance(remove, list | tuple) else [remove]))
-    whole = any(re.search(r"(sites?|attention|mlp|blocks?)\s*$", size) for size in sizes.split(","))
-    other = given.get("export", "transformers") != "transformers" or any(map(given.get, ("memory", "stock", "uniform")))
-    return Path("billhook-depth" if whole or other else "billhook")
-
-
 def with_overrides(recipe: str | Path | None, **given: Any) -> OptionValues:
-    """The values of a recipe, by file or by name, overruled by what is `given`; a new target drops the recipe's."""
+    """The values of a recipe, overruled by what is `given`, options one by one; a new target drops the recipe's."""
     values = {} if recipe is None else read_yaml(Path(recipe))
     own = values if str(recipe) not in recipe_names() else {}
     if any(given.get(name) is not None for name in TARGETS):
         values = {name: value for name, value in values.items() if name not in TARGETS}
+    both = (name for name in REPEATED if given.get(name) and values.get(name))
+    given |= {name: {**values[name], **_by_name(name, given[name])} for name in both}
     if own:  # what a call overrules may leave another key without effect
         target = {} if any(name in values | given for name in TARGETS) else {"remove": "1sites"}
         alone = {} if any(name in own for name in TARGETS) else {"remove": "1sites"}
         require_effect(own, parse_recipe(own | alone, str(recipe)), parse_recipe(values | given | target, "The call"))
     return values | given
+
+
+def _by_name(field: str, value: Any) -> Any:
+    """The options of a field by name, where they are typed as NAME=VALUE."""
+    if not isinstance(value, list | tuple):
+        return value
+    pairs = [str(piece).partition("=") for piece in value]
+    if wrong := next((name for name, equals, _ in pairs if not name or not equals), None):
+        like = {"set": "front=0.4", "recover_set": "minutes=15"}[field]
+        raise RecipeError(f"{option(field)} {wrong!r} has no value. Write NAME=VALUE, such as {like}.")
+    return {name.strip(): text.strip() for name, _, text in pairs}
 
 
 # -- options that need others -------------------------------------------------------------------------------------

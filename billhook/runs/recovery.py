@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from billhook.core.errors import UsageError, option
+from billhook.core.errors import ResourceError, UsageError, option
+from billhook.core.events import Event
 from billhook.core.plan import Plan
 from billhook.core.registry import OptionValues, resolve_options, wrong_return
 from billhook.core.results.run import RecoveryGain, RecoveryReport
@@ -20,6 +21,7 @@ from billhook.data.token_sets import TokenSet
 from billhook.methods.recover import RECOVERIES, RecoveryTask
 from billhook.methods.recover.lora import ADAPTER
 from billhook.methods.recover.training import TrainingOptions
+from billhook.models.accelerator.memory import is_out_of_memory, release_cached
 from billhook.models.load import Teacher
 from billhook.models.repair import NO_REPAIR, Repair, read_repair
 from billhook.runs.evaluation import perplexity_results
@@ -98,7 +100,9 @@ def run_recoveries(
             training = work / f"{number}-{name}-{made_from}"
             training.mkdir(exist_ok=True)
             subject = RecoveryTask(teacher, plan, repair, recipe.memory_bytes, recipe.seed, training, job.watch)
-            fresh = RECOVERIES[name](subject, train, valid, **own)
+            fresh = _carried_out(subject, name, (train, valid), own, optional=name in recipe.optional_recoveries)
+            if fresh is None:
+                continue
             if not isinstance(fresh, Repair):
                 raise wrong_return("recovery", name, "a Repair", fresh)
             repair = fresh.cast_through(teacher.dtype)
@@ -114,6 +118,34 @@ def run_recoveries(
         reports.append(RecoveryReport(name, own, took, repair.parameters(), train.tokens, train.source, gains))
     apart = work / ADAPTER if (work / ADAPTER).is_dir() else None
     return RecoveryResult(repair, tuple(reports), before if apart else None, apart, learn.digests)
+
+
+def _carried_out(
+    task: RecoveryTask, name: str, texts: tuple[TokenSet, TokenSet], own: OptionValues, *, optional: bool
+) -> object:
+    """What a recovery returns; a training that runs out of memory is tried again with gradient checkpointing.
+
+    None where that does not help either, and the recovery is `optional`; else raises ResourceError.
+    """
+    device = task.teacher.device
+    for less in ({}, {"checkpointing": True} if "checkpointing" in own else None):
+        if less is None:
+            break
+        try:
+            return RECOVERIES[name](task, *texts, **own | less)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+        release_cached(device)
+    because = f"{name} ran out of memory on {device}: {reason}"
+    if not optional:
+        raise ResourceError(
+            f"{because} Use a shorter {option('recover_length')}, a smaller batch "
+            f"({option('recover_set', f'{name}.batch=1')}), or {option('dtype', 'bfloat16')}."
+        )
+    task.watch(Event("left_out", values={"note": f"{because} It is left out."}))
+    return None
 
 
 def digest_of(value: object) -> str:

@@ -34,7 +34,7 @@ from billhook.models.surgery import effective_plan
 from billhook.runs import evaluation
 from billhook.runs.choose_plan import PlanChoice
 from billhook.runs.job import RunContext
-from billhook.runs.prepare import applicable_recoveries, recovery_tokens, validation_and_test
+from billhook.runs.prepare import recovery_tokens, validation_and_test
 from billhook.runs.recipe import Recipe
 from billhook.runs.recovery import RecoveryResult
 
@@ -127,7 +127,8 @@ def run_reasons(
         "streamed": teacher.weights is not None,
         "adapter_beside": got.adapter is not None,
         "calibrated_on_text_alone": alone,
-        "recovery_left_out": len(applicable_recoveries(recipe, teacher)) < len(recipe.recoveries),
+        "loss_alone": recipe.proof == "loss" and teacher.weights is None,
+        "recovery_left_out": len(got.reports) < len(recipe.recoveries),
     }
     return tuple(reason for reason, so in holds.items() if so)
 
@@ -138,7 +139,7 @@ def left_out(recipe: Recipe, teacher: Teacher, measured: Measured) -> tuple[RunR
         "no_answers": not measured.answers, "no_speed": measured.speed is None,
         "no_skills": len(measured.skills) < len(recipe.tested_skills),
     }  # fmt: skip
-    return tuple(name for name, so in missing.items() if so and teacher.weights is None)
+    return tuple(name for name, so in missing.items() if so and recipe.proof == "full" and teacher.weights is None)
 
 
 def model_info(teacher: Teacher) -> ModelInfo:

@@ -13,20 +13,20 @@ from pydantic import ValidationError
 
 from billhook.cli import options
 from billhook.core.anatomy import Anatomy, SiteSize, Unassigned
-from billhook.core.errors import FingerprintError, PlanError, RecipeError
+from billhook.core.errors import FingerprintError, PlanError, RecipeError, UnknownName, UsageError
 from billhook.core.plan import PARTS, Plan, Site
 from billhook.core.plan_files import read_plan
 from billhook.runs.recipe import (
     CONDITIONS,
     ORDER,
     Recipe,
-    default_recipe,
     parse_recipe,
     read_yaml,
     recipe_names,
     require_effect,
     with_overrides,
 )
+from billhook.runs.recipes.effort import EFFORTS, recipe_of
 
 BLOCKS = 5
 SITES = tuple(SiteSize(Site(b, part), 10, 20, 4, 20) for b in range(BLOCKS) for part in PARTS)
@@ -84,7 +84,52 @@ def test_fields_that_are_left_out_are_those_of_our_recipe_of_whole_sites() -> No
     ],
 )
 def test_what_is_asked_decides_the_default(given: dict[str, Any], recipe: str | None) -> None:
-    assert default_recipe(given) == (recipe and Path(recipe))
+    assert recipe_of(given)[0] == (recipe and Path(recipe))
+    assert recipe_of(given) == recipe_of(given, effort="standard" if recipe else None)
+    assert recipe_of(given, "finercut") == (Path("finercut"), {})
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("remove", ["25%", "3blocks"])
+def test_every_effort_is_a_recipe_of_ours(effort: str, remove: str) -> None:
+    recipe, overruled = recipe_of({"remove": remove}, effort=effort)
+    asked = parse_recipe(with_overrides(recipe, **overruled, remove=remove))
+    assert asked.recoveries, "each recovers"
+    assert asked.optional_recoveries == frozenset(asked.recoveries), "or does not, where nothing can be recovered"
+    assert parse_recipe(with_overrides(recipe, **{**overruled, "remove": remove, "recover": "none"})).recoveries == ()
+
+
+def test_a_greater_effort_measures_and_learns_more() -> None:
+    for remove in ("25%", "3blocks"):
+        quick, standard, thorough = (
+            parse_recipe(with_overrides(recipe, **overruled, remove=remove))
+            for recipe, overruled in (recipe_of({"remove": remove}, effort=effort) for effort in EFFORTS)
+        )
+        assert quick.tokens <= standard.tokens <= thorough.tokens
+        assert quick.recover_tokens <= standard.recover_tokens < thorough.recover_tokens
+        assert set(quick.recoveries) < set(standard.recoveries) <= set(thorough.recoveries)
+
+
+def test_options_of_methods_are_overruled_one_by_one(tmp_path: Path) -> None:
+    file = written(tmp_path, "search: joint\nmetric: taylor_mix\nremove: 20%\nset:\n  levels: 3\n  rounds: 2\n")
+    for given in (["rounds=1", "tokens=64"], {"rounds": "1", "tokens": "64"}):
+        assert parse_recipe(with_overrides(file, set=given)).set == {"levels": 3, "rounds": "1", "tokens": "64"}
+    assert parse_recipe(with_overrides(file, set={})).set == {}, "nothing is said of them"
+
+
+@pytest.mark.parametrize(
+    ("given", "recipe", "told"),
+    [
+        ({"remove": "25%"}, "finercut", "effort='quick' chooses how a size is reached. Leave recipe= out"),
+        ({"remove": "25%", "search": "greedy"}, None, "Leave search= out"),
+        ({"plan": "mlp.1"}, None, "Leave plan= out"), ({}, None, "Give remove='20%'"),
+    ],
+)  # fmt: skip
+def test_an_effort_without_a_choice_is_refused(given: dict[str, Any], recipe: str | None, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        recipe_of(given, recipe, "quick")
+    with pytest.raises(UnknownName, match=r"no effort called 'thorogh'\. Did you mean 'thorough'"):
+        recipe_of(given, recipe, "thorogh")
 
 
 @pytest.mark.parametrize(

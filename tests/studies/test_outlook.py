@@ -360,7 +360,8 @@ def test_more_tokens_are_judged_by_pairs_of_runs_that_differ_in_them_alone(store
      {"search": "oneshot", "metric": "cosine", "length": 99, "protect": "0-3"}],
 )  # fmt: skip
 def test_a_command_asks_for_exactly_the_recipe(recipe: dict[str, Any]) -> None:
-    from billhook.runs.recipe import default_recipe, with_overrides
+    from billhook.runs.recipe import with_overrides
+    from billhook.runs.recipes.effort import recipe_of
 
     wanted = parse_recipe({"remove": "20%params", "model": "m", **recipe})
     words = list(prune_command(wanted))
@@ -377,10 +378,10 @@ def test_a_command_asks_for_exactly_the_recipe(recipe: dict[str, Any]) -> None:
         else:
             text = next(rest)
             given[name] = type(field)(text) if isinstance(field, int | float) else text
-    name = given.pop("recipe", None) or default_recipe(given)
-    assert parse_recipe(with_overrides(name, model="m", **given)).model_copy(update={"about": ""}) == wanted.model_copy(
+    name, overruled = recipe_of(given, given.pop("recipe", None))
+    assert parse_recipe(with_overrides(name, **overruled, **{"model": "m", **given})).model_copy(
         update={"about": ""}
-    )
+    ) == wanted.model_copy(update={"about": ""})
 
 
 def test_a_suggestion_of_ones_own_is_one_function(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ Phase = Literal["prefill", "decode"]
 
 RunReason = Literal[
     "zeroed", "streamed", "adapter_beside", "calibrated_on_text_alone", "no_answers", "no_speed", "recovery_left_out",
-    "no_skills",
+    "no_skills", "loss_alone",
 ]  # fmt: skip
 
 # -- facts of a model, and of a plan ----------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import warnings
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from billhook.core.errors import BillhookError, DataError, FingerprintError, MissingExtra, UsageError, option
+from billhook.core.errors import BillhookError, DataError, FingerprintError, UsageError, option
 from billhook.core.files.foreign_files import read_json_object, reading
 from billhook.methods.export import EXPORTS, Exported, Student, export
 from billhook.models import checks
@@ -48,8 +47,6 @@ def load_with_adapter(folder: str | Path, adapter: str | Path | None = None) -> 
     Raises FingerprintError unless it was trained on this very checkpoint: the blocks of a pruned model are renumbered,
     so that an adapter of another one would go to the wrong places, and fit. DataError where there is none.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise MissingExtra("An adapter", "heal")
     folder = Path(folder).expanduser()
     chosen = Path(adapter).expanduser() if adapter is not None else folder / ADAPTER_FOLDER
     if not (chosen / ADAPTER_MANIFEST).is_file():

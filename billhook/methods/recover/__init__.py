@@ -157,6 +157,24 @@ def unshare_parameters(student: Any, names: Iterable[str], dtype: torch.dtype | 
     replace_parameters(student, {parameter: nn.Parameter(value) for parameter, value in fresh.items()})
 
 
+def trains(name: str) -> bool:
+    """Return whether a recovery trains. Raises UnknownName."""
+    return "epochs" in options(RECOVERIES[name])
+
+
+def unfit(name: str, teacher: Teacher) -> str | None:
+    """Return why a recovery can do nothing for students of a model, and what to type instead; None where it can."""
+    return RECOVERIES.facts(name).refuse(teacher.architecture) or (_untrainable(teacher) if trains(name) else None)
+
+
+def _untrainable(teacher: Teacher) -> str | None:
+    if teacher.weights is not None:
+        return f"A model larger than the memory cannot be trained. Use {option('recover')} fold or mean."
+    if teacher.model.dtype == torch.float16:
+        return f"float16 loses small gradients. Train with {option('dtype', 'bfloat16')} or float32."
+    return None
+
+
 @torch.inference_mode(False)
 def finetune(
     task: RecoveryTask, tokens: tuple[TokenSet, TokenSet], options: TrainingOptions,
@@ -165,10 +183,8 @@ def finetune(
     """Build the student, train the parameters that `learn` selects, and return the tensors that changed as a Repair."""
     options.check()
     teacher = task.teacher
-    if teacher.weights is not None:
-        raise UsageError(f"A model larger than the memory cannot be trained. Use {option('recover')} fold or mean.")
-    if teacher.model.dtype == torch.float16:
-        raise UsageError(f"float16 loses small gradients. Train with {option('dtype', 'bfloat16')} or float32.")
+    if (reason := _untrainable(teacher)) is not None:
+        raise UsageError(reason)
     student = apply(teacher, task.plan, repair=task.repair)
     student.requires_grad_(False)
     blocks = structure.blocks_of(student, teacher.architecture)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from billhook.core.errors import MissingExtra, UsageError
+from billhook.core.errors import UsageError
 from billhook.data.token_sets import TokenSet
 from billhook.methods.recover import RecoveryTask, finetune, linear_maps, recovery, unshare_parameters
 from billhook.methods.recover.training import TrainingOptions
@@ -39,8 +38,6 @@ def lora(
     Source: Hu et al. 2021, LoRA (arXiv 2106.09685), by peft; after pruning Kim et al. 2024, Shortened LLaMA (arXiv
     2402.02834). Deviation: distilled from the teacher by default.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise MissingExtra("The recovery lora", "heal")
     import peft
 
     training = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)

@@ -29,7 +29,8 @@ from billhook.engine.losses import kl, topk_and_rest
 from billhook.models.accelerator.sizes import work_sizes
 
 CHECKS = 12  # validations per training; fewer where they would take more than CHECKING
-CHECKING = 0.2  # share of the minutes
+CHECKING = 0.2  # share of the minutes, or of the time of all steps
+STEP = 3  # times as long as its validation the training of a token takes: forward, and twice as much backward
 WARM_UP = 0.05  # share of the steps
 PATIENCE = 4  # validations without an improvement
 SAVE_EVERY = 30.0  # seconds between checkpoints
@@ -283,10 +284,11 @@ class Trainer:
         steps = self.options.epochs * (len(train.ids) // min(self.options.batch, len(train.ids)))
         start = time.perf_counter()
         first = self._validate(valid, set_inputs)
-        seconds, checks = 60 * self.options.minutes, CHECKS
+        work = STEP * steps * min(self.options.batch, len(train.ids)) / len(valid.ids)
+        seconds, checks = 60 * self.options.minutes, min(CHECKS, max(1, int(CHECKING * work)))
         if seconds:
             check = time.perf_counter() - start
-            checks = min(CHECKS, max(1, int(CHECKING * seconds / check)))
+            checks = min(checks, max(1, int(CHECKING * seconds / check)))
             parameters, optimizer = self._copy(), copy.deepcopy(self._optimizer.state_dict())
             start = time.perf_counter()
             for step in range(2):

@@ -53,6 +53,6 @@ def _cheapest(problem: Problem, scores: Mapping[Move, float]) -> Plan:
     for part in PARTS:
         counts = [sum(site.part == part for site in move) for move in moves]
         bounds.append((counts, sum(site.part == part for site in present) - 1))
-    selections = cheapest_selections("ilp", prices, [problem.cost(move) for move in moves], problem.targets, bounds)
+    selections = cheapest_selections(prices, [problem.cost(move) for move in moves], problem.targets, bounds)
     plans = (Plan(frozenset(site for i in chosen for site in moves[i])) for chosen in selections)
     return next(plan for plan in plans if problem.is_met(plan))

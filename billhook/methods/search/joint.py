@@ -198,7 +198,7 @@ def _best(
         for rise, cost in zip(rises.values(), costs, strict=True)
     ]
     places = list(rises)
-    for chosen in cheapest_selections("joint", prices, costs, needed, bounds):
+    for chosen in cheapest_selections(prices, costs, needed, bounds):
         there = _moved(here, [places[i] for i in chosen])
         if problem.is_met(_plan(ladders, there)):
             return there

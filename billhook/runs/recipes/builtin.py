@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from billhook.core.budget import UNITS
 from billhook.core.registry import options
-from billhook.methods.recover import RECOVERIES, adds
+from billhook.methods.recover import adds, trains
 from billhook.methods.search import SEARCHES, narrows
 from billhook.runs.recipe import Recipe, parse_recipe, recipe_names, with_overrides
 
@@ -45,10 +45,19 @@ def describe_recipe(name: str) -> BuiltinRecipe:
     recipe = parse_recipe(with_overrides(name))
     summary, paper = _summary(recipe.about)
     makes = made_by(recipe)
-    trains = any("epochs" in options(RECOVERIES[each]) for each in recipe.recoveries)
     size = recipe.remove or recipe.within or recipe.plan or ""
     checkpoint: Literal["stock", "own"] = "stock" if keeps_stock_type(recipe) else "own"
-    return BuiltinRecipe(name, summary, paper, makes, checkpoint, trains, size, recipe.search, recipe.recoveries)
+    return BuiltinRecipe(
+        name,
+        summary,
+        paper,
+        makes,
+        checkpoint,
+        any(map(trains, recipe.recoveries)),
+        size,
+        recipe.search,
+        recipe.recoveries,
+    )
 
 
 def made_by(recipe: Recipe) -> Literal["depth", "width", "both"]:

@@ -1,0 +1,59 @@
+"""What a size is answered with where no recipe is named: one of ours, by the time that it may take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from billhook.core.budget import spell_budget
+from billhook.core.errors import UnknownName, UsageError, option
+from billhook.core.registry import OptionValues
+
+STANDARD = "standard"
+WHOLE_SITES = "billhook-depth"
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """`recipe`: the one that narrows each site as it pays; `others`: what overrules one that may not, with defaults."""
+
+    recipe: str
+    others: OptionValues
+
+
+EFFORTS: Mapping[str, Effort] = MappingProxyType({
+    "quick": Effort("billhook-quick", {"fast": True, "finalists": 0, "recover": "fold?", "tokens": 1024,
+                                       "recover_tokens": 2048, "eval_tokens": 4096, "proof": "loss"}),
+    STANDARD: Effort("billhook", {"fast": True, "finalists": 4, "recover": "fold?,lora?", "tokens": 2048,
+                                  "recover_tokens": 16384, "eval_tokens": 8192}),
+    "thorough": Effort("billhook-thorough", {"fast": True, "recover": "fold?,lora?", "recover_tokens": 262144}),
+})  # fmt: skip
+
+
+def recipe_of(
+    given: Mapping[str, Any], recipe: str | Path | None = None, effort: str | None = None
+) -> tuple[Path | None, OptionValues]:
+    """The recipe that a call begins with, and what overrules it before what is `given` does.
+
+    Without `recipe` it is ours for a size: a recipe of `effort` narrows sites; for a size in sites or blocks, a
+    streamed model and other exports `billhook-depth` removes whole ones. None where `given` names another way to a
+    plan. Raises UnknownName for an effort that is none of EFFORTS, UsageError for one that has nothing to choose.
+    """
+    if effort is not None and effort not in EFFORTS:
+        raise UnknownName("effort", effort, EFFORTS)
+    ways = {"recipe": recipe, **{name: given.get(name) for name in ("search", "metric", "plan", "within")}}
+    other = next((name for name, value in ways.items() if value), None)
+    if effort is not None and (other or given.get("remove") is None):
+        without = f"Leave {option(other)} out" if other else f"Give {option('remove', '20%')}"
+        raise UsageError(f"{option('effort', effort)} chooses how a size is reached. {without}.")
+    if other or given.get("remove") is None:
+        return (None if recipe is None else Path(recipe)), {}
+    chosen, remove = EFFORTS[effort or STANDARD], given["remove"]
+    sizes = ",".join(map(spell_budget, remove if isinstance(remove, list | tuple) else [remove]))
+    whole = any(re.search(r"(sites?|attention|mlp|blocks?)\s*$", size) for size in sizes.split(","))
+    form = given.get("export", "transformers") != "transformers" or any(map(given.get, ("memory", "stock", "uniform")))
+    return (Path(WHOLE_SITES), chosen.others) if whole or form else (Path(chosen.recipe), {})
