@@ -20,7 +20,7 @@ from billhook.engine.probe import Probe
 from billhook.methods.export.checkpoint import save, verify_streamed_round_trip, write_checkpoint
 from billhook.methods.recover import RECOVERIES, RecoveryTask
 from billhook.methods.recover.lora import Update, quantised
-from billhook.methods.recover.ridge import RIDGES, Moments, ridge_fit
+from billhook.methods.recover.ridge import DIRECTIONS, RIDGES, Moments, ridge_fit
 from billhook.methods.recover.side_by_side import (
     Change,
     SiteView,
@@ -337,6 +337,20 @@ def test_the_teacher_is_gone_through_once_where_its_streams_fit(variant: str, ch
 def test_fold_says_where_it_cannot(variant: str, checkpoint: Folder) -> None:
     with pytest.raises(UsageError, match=r"fold finds no output projection .* lowrank, linear or lora"):
         recovered("fold", load(checkpoint(variant)), PLAN, many_texts())
+
+
+@pytest.mark.parametrize("noise", [0.1, 3.0, 30.0])
+def test_many_outputs_get_nearly_the_best_ridge_of_all_and_the_exact_fit(noise: float) -> None:
+    draw = torch.Generator().manual_seed(1)
+    x, true = torch.randn(300, 40, generator=draw), torch.randn(40, 3 * DIRECTIONS, generator=draw)
+    y = x @ true + noise * torch.randn(300, 3 * DIRECTIONS, generator=draw)
+    even, held = torch.ones(300), torch.arange(300) % 4 == 0
+    fit = ridge_fit(x, y, even, held)
+    seen, unseen = (Moments(x[some], y[some], even[some]) for some in (~held, held))
+    errors = {ridge: unseen.error(seen.solve(ridge)) for ridge in RIDGES}
+    assert errors[fit.ridge] < 1.01 * min(errors.values())
+    assert fit.remaining_error == pytest.approx(errors[fit.ridge] / unseen.yy, rel=0.1)
+    assert torch.allclose(fit.matrix.T.double(), Moments(x, y, even).solve(fit.ridge), atol=1e-5)
 
 
 def test_the_regression_is_that_of_numpy_and_chooses_its_ridge_on_held_out_rows() -> None:
