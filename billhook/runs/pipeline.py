@@ -213,7 +213,8 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
     got = RecoveryResult()
     if learn is not None:
         with job.stage("recover"):
-            proved = ({} if calibration.choices else {"calibration": calibration}) | {"held-out": proof_text}
+            seen = {} if calibration.choices or recipe.proof == "loss" else {"calibration": calibration}
+            proved = seen | {"held-out": proof_text}
             got = run_recoveries(job, teacher, plan, learn=learn, texts=proved, work=work_folder(job))
     repair = got.repair
     with job.stage("apply"):

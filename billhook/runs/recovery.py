@@ -18,7 +18,7 @@ from billhook.core.results.run import RecoveryGain, RecoveryReport
 from billhook.core.statistics import exp_capped, paired_difference
 from billhook.data.splits import train_validation_split
 from billhook.data.token_sets import TokenSet
-from billhook.methods.recover import RECOVERIES, RecoveryTask
+from billhook.methods.recover import RECOVERIES, RecoveryTask, trains
 from billhook.methods.recover.lora import ADAPTER
 from billhook.methods.recover.training import TrainingOptions
 from billhook.models.accelerator.memory import is_out_of_memory, release_cached
@@ -127,18 +127,17 @@ def _carried_out(
 
     None where that does not help either, and the recovery is `optional`; else raises ResourceError.
     """
-    device = task.teacher.device
-    for less in ({}, {"checkpointing": True} if "checkpointing" in own else None):
-        if less is None:
-            break
+    device, reason = task.teacher.device, ""
+    frugal = [{**own, "checkpointing": True}] if trains(name) and not own.get("checkpointing") else []
+    for options in (own, *frugal):
         try:
-            return RECOVERIES[name](task, *texts, **own | less)
+            return RECOVERIES[name](task, *texts, **options)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0].rstrip(".")
         release_cached(device)
-    because = f"{name} ran out of memory on {device}: {reason}"
+    because = f"{name} ran out of memory on {device}: {reason}."
     if not optional:
         raise ResourceError(
             f"{because} Use a shorter {option('recover_length')}, a smaller batch "

@@ -13,7 +13,7 @@ import tiny
 import torch
 
 import billhook
-from billhook.core.errors import DataError, FingerprintError, RecipeError, UnknownName, UsageError
+from billhook.core.errors import DataError, FingerprintError, RecipeError, ResourceError, UnknownName, UsageError
 from billhook.core.events import Event
 from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.registry import resolve_options
@@ -135,6 +135,36 @@ def test_recoveries_and_their_options_are_checked_before_anything_is_computed(mo
         billhook.prune(model, recover="fold", recover_data=str(tmp_path / "nowhere.jsonl"), **asked)
     assert all(run.losses == 0 for run in billhook.list_runs(tmp_path / "b.db"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("recover", "room"), [("fold,lora", 1), ("fold,lora", 0), ("fold?,lora?", 0)])
+def test_a_training_without_memory_recomputes_then_is_left_out_or_ends_the_run(
+    recover: str, room: int, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`room` 1: with gradient checkpointing there is enough."""
+    plain, asked, notes = RECOVERIES["lora"], [], []
+
+    def lora(*task: Any, checkpointing: bool = False, epochs: int = 1, **options: Any) -> Any:
+        asked.append(checkpointing)
+        if not (checkpointing and room):
+            raise torch.OutOfMemoryError("of 80 GB none is free.\nmore words")
+        return plain(*task, checkpointing=True, **options)
+
+    def watch(event: Event) -> None:
+        notes.extend([event.values["note"]] if event.stage == "left_out" else [])
+
+    monkeypatch.setitem(RECOVERIES._entries, "lora", lora)
+    wanted = {"data": str(text), "recover": recover, "out": tmp_path / "out", "store": tmp_path / "b.db"}
+    if not room and "?" not in recover:
+        with pytest.raises(ResourceError, match=r"lora ran out of memory on cpu: of 80 GB none is free\. .*lora.batch"):
+            billhook.prune(model, **wanted, **SHORT)
+        assert not (tmp_path / "out").exists()
+    else:
+        result = billhook.prune(model, **wanted, **SHORT, watch=watch)
+        assert [each.recovery for each in result.recoveries] == ["fold", "lora"][: 1 + room]
+        assert ("recovery_left_out" in result.reasons) == (not room)
+        assert notes == ([] if room else ["lora ran out of memory on cpu: of 80 GB none is free. It is left out."])
+    assert asked == [False, True]
 
 
 def test_held_out_text_is_not_learnt_from(model: Path, text: Path, tmp_path: Path) -> None:
