@@ -159,7 +159,11 @@ def plan_of_work_table(console: Console, work: WorkEstimate) -> None:
         ("memory", f"{weights:.2f} GB weights, {kept:.2f} GB kept for the search, {free:.1f} GB free"),
         ("measured", work_in_words(work.work)),
         ("disk", f"at most {work.disk_bytes / 1e9:.2f} GB"),
-        ("time", f"search {search}, evaluation {format_duration(work.seconds.evaluate)}"),
+        (
+            "time",
+            f"search {search}, recovery about {format_duration(work.seconds.recover)}, evaluation about "
+            f"{format_duration(work.seconds.evaluate)}",
+        ),
     ):
         table.add_row(label, text)
     console.print(table)

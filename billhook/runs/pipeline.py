@@ -50,7 +50,14 @@ from billhook.runs.prepare import (
     validate,
 )
 from billhook.runs.recipe import Recipe
-from billhook.runs.recovery import RecoveryResult, digest_of, load_recovery_tokens, recovery_options, run_recoveries
+from billhook.runs.recovery import (
+    RecoveryResult,
+    digest_of,
+    load_recovery_tokens,
+    recovering_tokens,
+    recovery_options,
+    run_recoveries,
+)
 from billhook.runs.result import Measured, Texts, run_result
 from billhook.runs.search import expected_losses, method_options, tell_shares
 from billhook.runs.store import Store
@@ -308,7 +315,7 @@ def preview_run(recipe: Recipe, watch: EventListener, loaded: Mapping[str, Teach
     forward, one = _seconds_per_token(recipe, teacher, calibration)
     wanted = options(SEARCHES[recipe.search]) | method_options(recipe)[0]
     search = None if count is None else count * one * min(all_tokens, wanted.get("tokens", all_tokens))
-    skills = {} if teacher.weights is not None else evaluation.skill_sets(recipe, teacher)
+    skills = evaluation.skill_sets(recipe, teacher) if recipe.proof == "full" and teacher.weights is None else {}
     asked = sum(map(computed_positions, skills.values()))
     source = calibration.source if written == 0 else "+".join(dict.fromkeys([*split_sources(recipe.data), SELF]))
     return WorkEstimate(
@@ -320,7 +327,9 @@ def preview_run(recipe: Recipe, watch: EventListener, loaded: Mapping[str, Teach
         work=work,
         disk_bytes=teacher.anatomy.total("bytes"),
         seconds=ExpectedSeconds(
-            None if search is None else round(search, 1), round(2 * forward * (held_out.tokens + asked), 1)
+            None if search is None else round(search, 1),
+            round(2 * forward * (held_out.tokens + asked), 1),
+            round(forward * recovering_tokens(recipe, teacher, held_out.tokens), 1),
         ),
     )
 

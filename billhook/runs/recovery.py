@@ -13,14 +13,14 @@ from pathlib import Path
 from billhook.core.errors import ResourceError, UsageError, option
 from billhook.core.events import Event
 from billhook.core.plan import Plan
-from billhook.core.registry import OptionValues, resolve_options, wrong_return
+from billhook.core.registry import OptionValues, options, resolve_options, wrong_return
 from billhook.core.results.run import RecoveryGain, RecoveryReport
 from billhook.core.statistics import exp_capped, paired_difference
 from billhook.data.splits import train_validation_split
 from billhook.data.token_sets import TokenSet
 from billhook.methods.recover import RECOVERIES, RecoveryTask, trains
 from billhook.methods.recover.lora import ADAPTER
-from billhook.methods.recover.training import TrainingOptions
+from billhook.methods.recover.training import STEP, TrainingOptions
 from billhook.models.accelerator.memory import is_out_of_memory, release_cached
 from billhook.models.load import Teacher
 from billhook.models.repair import NO_REPAIR, Repair, read_repair
@@ -52,16 +52,29 @@ def recovery_options(recipe: Recipe) -> dict[str, OptionValues]:
     methods = [RECOVERIES[name] for name in recipe.recoveries]
     if not methods:
         return {}
-    options = dict(zip(recipe.recoveries, resolve_options(recipe.recover_set, *methods), strict=True))
-    for own in options.values():
+    named = dict(zip(recipe.recoveries, resolve_options(recipe.recover_set, *methods), strict=True))
+    for own in named.values():
         TrainingOptions(**{name: value for name, value in own.items() if name in TRAINING_OPTIONS}).check()
-    apart = [name for name, own in options.items() if own.get("merge") is False]
+    apart = [name for name, own in named.items() if own.get("merge") is False]
     if apart and (recipe.recoveries[-1] != apart[-1] or recipe.stock):
         raise UsageError(
             f"{apart[0]} with merge=no leaves an adapter beside the checkpoint, so it must be the last recovery, and "
             f"not with {option('stock', True)}. Leave merge=no out to merge it."
         )
-    return options
+    return named
+
+
+def recovering_tokens(recipe: Recipe, teacher: Teacher, proved: int) -> int:
+    """As many tokens as a forward pass reads in the time of all recoveries, each `proved` on so many.
+
+    A fit takes a pass of the teacher and one of the student; a training one of the teacher, and steps.
+    """
+    total = 0
+    for name, own in recovery_options(recipe).items():
+        if name in applicable_recoveries(recipe, teacher):
+            passes = 1 + STEP * int(str((options(RECOVERIES[name]) | own)["epochs"])) if trains(name) else 2
+            total += passes * recipe.recover_tokens + proved
+    return total
 
 
 def load_recovery_tokens(job: RunContext, teacher: Teacher, held_out: TokenSet) -> TokenSet | None:
@@ -83,11 +96,11 @@ def run_recoveries(
     """
     recipe, repair, before = job.recipe, NO_REPAIR, NO_REPAIR
     applicable = applicable_recoveries(recipe, teacher)
-    options = {name: own for name, own in recovery_options(recipe).items() if name in applicable}
+    chosen = {name: own for name, own in recovery_options(recipe).items() if name in applicable}
     train, valid = train_validation_split(learn, TRAINING_VALIDATION_EVERY)
     work.mkdir(parents=True, exist_ok=True)
     reports: list[RecoveryReport] = []
-    for number, (name, own) in enumerate(options.items(), 1):
+    for number, (name, own) in enumerate(chosen.items(), 1):
         file, began = work / f"{number}-{name}.safetensors", time.perf_counter()
         before, about = repair, file.with_suffix(".json")
         made_from = digest_of(
@@ -129,9 +142,9 @@ def _carried_out(
     """
     device, reason = task.teacher.device, ""
     frugal = [{**own, "checkpointing": True}] if trains(name) and not own.get("checkpointing") else []
-    for options in (own, *frugal):
+    for given in (own, *frugal):
         try:
-            return RECOVERIES[name](task, *texts, **options)
+            return RECOVERIES[name](task, *texts, **given)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

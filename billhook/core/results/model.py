@@ -32,10 +32,14 @@ class MemoryUse:
 
 @dataclass(frozen=True, slots=True)
 class ExpectedSeconds:
-    """About how long a pruning takes. `search`: None where a search does not say how many losses it asks for."""
+    """About how long a pruning takes. `search`: None where a search does not say how many losses it asks for.
+
+    `recover`: all recoveries, each with its proof on held-out text.
+    """
 
     search: float | None
     evaluate: float
+    recover: float = 0.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,6 +65,7 @@ class WorkEstimate(Result):
             "weight_bytes": self.memory.weights, "kept_bytes": self.memory.kept_for_search,
             "free_bytes": self.memory.free, "disk_bytes": self.disk_bytes,
             "search_seconds": self.seconds.search, "evaluate_seconds": self.seconds.evaluate,
+            "recover_seconds": self.seconds.recover,
         }]  # fmt: skip
 
 
