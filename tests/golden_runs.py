@@ -92,8 +92,9 @@ PRUNES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "recover_set": {"lowrank.rank": 2, "epochs": 1, "partial.loss": "mse"}}),
     "trained": ("llama", {}, {
         "plan": "mlp.1", "recover": "full,lora,qa_lora",
-        "recover_set": {"rank": 2, "group": 8, "full.loss": "nll"}}),
-    "adapter": ("llama", {}, {"plan": "mlp.1", "recover": "lora", "recover_set": {"rank": 2, "merge": False}}),
+        "recover_set": {"rank": 2, "group": 8, "full.loss": "nll", "lora.batch": 8}}),
+    "adapter": ("llama", {}, {
+        "plan": "mlp.1", "recover": "lora", "recover_set": {"rank": 2, "merge": False, "batch": 8}}),
 }  # fmt: skip
 METRICS = {
     "sites": "cosine,l1,l2,relative_l1,relative_l2,angular_span,magnitude,sprint_local,taylor",

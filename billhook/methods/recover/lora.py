@@ -23,7 +23,7 @@ ADAPTER = "adapter"  # the folder of an unmerged adapter, inside the recovery's 
 @recovery
 def lora(
     task: RecoveryTask, train: TokenSet, valid: TokenSet, *,
-    loss: str = "kl", rate: float = 1e-3, epochs: int = 1, minutes: float = 0.0, batch: int = 8,
+    loss: str = "kl", rate: float = 1e-3, epochs: int = 1, minutes: float = 0.0, batch: int = 2,
     checkpointing: bool = False, rank: int = 16, alpha: int = 32, dropout: float = 0.0, merge: bool = True,
 ) -> Repair:  # fmt: skip
     """Train low-rank updates of every linear map in the blocks, then merge them.
