@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	rm -rf $(DEMO)
-	$(BIN)/billhook prune demo --remove 10% --fast --tokens 1024 --self-share 0 --set levels=3 --set tokens=128 --set rounds=1 --set start=none --recover-tokens 2048 --eval-tokens 8192 --skills arithmetic,brackets,copying --store build/billhook.db --out $(DEMO)
+	$(BIN)/billhook prune demo --remove 10% --tokens 1024 --self-share 0 --set levels=3 --set tokens=128 --set rounds=1 --recover fold --recover-tokens 2048 --eval-tokens 8192 --skills arithmetic,brackets,copying --store build/billhook.db --out $(DEMO)
 
 test: $(READY)
 	$(BIN)/pytest
