@@ -36,7 +36,7 @@ from billhook.engine.workers.processes import environments
 from billhook.methods.evaluate.served import load_served
 from billhook.methods.export import EXPORTS, arranged, form_of
 from billhook.methods.export.serving import limits_of, require_fit
-from billhook.methods.export.targets import Form, limits, narrower, stricter
+from billhook.methods.export.targets import Form, limits, narrower
 from billhook.methods.recover import adds, unfit
 from billhook.methods.search import drive, narrows
 from billhook.models.load import Teacher, as_teacher
@@ -118,17 +118,16 @@ def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:
 
 
 def check_search(recipe: Recipe, teacher: Teacher) -> None:
-    """Raise UsageError where a search cannot meet its budgets, or the export has no place for its widths.
-
-    Only time is measured before such a budget can be checked.
-    """
+    """Raise where a search cannot meet its budgets, but for those of time, or an export has no place for its widths."""
     most = limits_of_recipe(recipe, teacher)
-    widths = stricter(most.mlp_widths, most.attention_widths)
+    narrowed = {most.mlp_widths, most.attention_widths} - {"none"}
+    widths = "none" if not narrowed else "alike" if "alike" in narrowed else "any"
     if narrows(recipe.search) and (widths == "none" or (widths == "alike" and not recipe.uniform)):
         instead = f"Add {option('uniform', True)}, take" if widths == "alike" else "Take"
+        kind, name = ("target", recipe.target) if recipe.targets else ("export", recipe.writes)
         raise PlanError(
-            f"The export {recipe.writes} has no place for sites of different widths, which the search {recipe.search} "
-            f"chooses. {instead} {option('search', 'swap')}, or another export."
+            f"The {kind} {name} has no place for sites of different widths, which the search {recipe.search} "
+            f"chooses. {instead} {option('search', 'swap')}, or another {kind}."
         )
     unknown = recipe.remove is None or counts_time(recipe)
     if recipe.fold_in_search:
