@@ -386,7 +386,7 @@ def test_a_run_does_not_go_on_over_another_model(interrupted: str, copy: Path, t
 
 def test_a_run_does_not_go_on_over_other_text(interrupted: str, tmp_path: Path) -> None:
     tiny.write_texts(tmp_path / "texts.jsonl", 80, seed=1)
-    cannot_resume(tmp_path, FingerprintError, interrupted, "another tokens and other held-out text:", "call prune")
+    cannot_resume(tmp_path, FingerprintError, interrupted, "another tokens and other held-out text", "call prune")
 
 
 def test_a_run_belongs_to_one_process(interrupted: str, tmp_path: Path) -> None:
