@@ -87,10 +87,10 @@ def _settings(value: str, place: Place, text: str | None) -> dict[str, str]:
             near = nearest(name, KEYS[place])
             guess = f" Did you mean {near}?" if near else ""
             raise _wrong(value, f"has {name!r}: {allowed}, each as NAME=VALUE", guess)
-        if not equals or not re.fullmatch(r"[\w.:/+&|@\[\]*()-]+", setting):
-            raise _wrong(
-                value, f"has no value for {name}" if not setting else f"has a value for {name} with {setting!r}"
-            )
+        if not equals or not setting:
+            raise _wrong(value, f"has no value for {name}")
+        if not re.fullmatch(r"[\w.:/+&|@\[\]*()-]+", setting):
+            raise _wrong(value, f"has {name}={setting!r}, with a character that no such value has")
         if name in found:
             raise _wrong(value, f"gives {name} twice")
         least, most = NUMBERS.get(name, (0, 0))
@@ -108,4 +108,4 @@ def _wrong(value: object, why: str, guess: str = "") -> RecipeError:
 def require_installed(crew: Crew) -> None:
     """Raise MissingExtra where the package is missing that starts these workers."""
     if crew.place in NEEDS and find_spec(NEEDS[crew.place]) is None:
-        raise MissingExtra(f"The workers {crew.spelled()}", crew.place)
+        raise MissingExtra(f"Running workers as {crew.spelled()}", crew.place)
