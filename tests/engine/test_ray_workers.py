@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -118,3 +120,16 @@ def test_a_checkpoint_that_has_changed_is_refused_in_an_actor(tmp_path: Path) ->
         team.wait()
         assert team.workers == (0,)
     assert [str(event.values["refused"]).partition(" ")[0] for event in told] == ["model"]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_ray_address_says_which_cluster() -> None:
+    code = (
+        "from billhook.engine.workers.ray_actors import connect; connect(); import ray; print(ray.nodes()[0]['NodeID'])"
+    )
+    address = ray.get_runtime_context().gcs_address
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"RAY_ADDRESS": address}, check=True, stdout=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert ray.nodes()[0]["NodeID"] in told.stdout
