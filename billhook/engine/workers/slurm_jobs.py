@@ -51,8 +51,9 @@ class JobLine:
             if self.settled:
                 return
             self._line, self.settled = line, True
-            for data in self._unsent:
-                line.send_bytes(data)
+            with suppress(OSError):  # of which `listen` learns
+                for data in self._unsent:
+                    line.send_bytes(data)
         listen(self._number, line, self._inbox, self._why)
 
     def lose_if_over(self) -> None:
