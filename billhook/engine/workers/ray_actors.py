@@ -94,4 +94,5 @@ def connect() -> None:
     try:
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UsageError(f"No Ray cluster was reached ({str(error).splitlines()[0][:200]}). {advice}") from error
+        reason = str(error).splitlines()[0][:200].rstrip(".")
+        raise UsageError(f"No Ray cluster was reached ({reason}). {advice}") from error
