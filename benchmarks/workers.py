@@ -30,6 +30,7 @@ from billhook.core.problem import Problem
 from billhook.data.texts import read_texts
 from billhook.data.token_sets import TokenSet, documents, pack_rows, special_prefix, token_set
 from billhook.engine.probe import Probe
+from billhook.engine.workers.processes import hiring
 from billhook.engine.workers.team import Team
 from billhook.methods.search import SEARCHES, drive
 from billhook.models.load import Teacher, load
@@ -123,7 +124,7 @@ def _side(given: argparse.Namespace) -> dict[str, Any]:
     teacher = _teacher(given)
     if given.workers == 1:
         return _search(given, teacher, None)
-    with Team(teacher, given.workers) as team:
+    with Team(teacher, hiring(given.workers, teacher)) as team:
         team.wait()
         return _search(given, teacher, team) | dict(team.loads())
 

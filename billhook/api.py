@@ -36,6 +36,7 @@ from billhook.core.statistics import exp_capped, mean_interval, score_interval
 from billhook.data.windows import fixed_windows, per_byte_and_word
 from billhook.engine.losses import ITEM_LOSSES, LOSSES, parse_loss
 from billhook.engine.probe import Probe
+from billhook.engine.workers.crew import parse_workers
 from billhook.methods.evaluate import EVALUATIONS, evaluate_by_name
 from billhook.methods.evaluate.perplexity import measure_perplexity
 from billhook.methods.evaluate.served import served_model
@@ -156,7 +157,8 @@ def resume(
         chosen = unfinished_run(opened, run)
         _same_recipe(chosen, options)
         if "workers" in options:
-            chosen = replace(chosen, spec={**chosen.spec, "workers": options["workers"]})
+            workers = parse_workers(options["workers"]).spelled()
+            chosen = replace(chosen, spec={**chosen.spec, "workers": workers})
         result = run_pruning(opened, chosen, watch, write_report, out=elsewhere)
         target = str(chosen.spec.get("model", ""))
         check_result(opened, chosen.id, watch, result, alarm, target=target, folder=result.out)

@@ -58,10 +58,11 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "seed": (0, "Seed of every random choice"),
     "device": ("auto", "Device: auto, cpu, cuda, cuda:1, mps"),
     "dtype": ("auto", "Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
-    "workers": (1, "Processes that share a search; a GPU each"),
+    "workers": (1, "Workers of a search: 4, ray:n=8 or slurm:n=8,partition=gpu"),
     "trust_remote_code": (False, "Run Python code of the checkpoint"),
 }
 REPEATABLE_OPTIONS = ("remove", "set", "recover_set")
+TEXT_OR_NUMBER = ("workers",)
 TEXT_OPTIONS = ("data", "eval_data", "field", "eval_tokens", "eval_length", "memory", "seed", "device", "dtype",
                 "trust_remote_code")  # fmt: skip
 
@@ -81,7 +82,8 @@ def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
         extra = []
         for name in names:
             default, text = RECIPE[name]
-            kind: Any = type(default) if isinstance(default, bool | int | float) else str
+            number = isinstance(default, bool | int | float) and name not in TEXT_OR_NUMBER
+            kind: Any = type(default) if number else str
             kind = list[str] if name in REPEATABLE_OPTIONS else kind
             shown = f" [default: {default}]" if default and not isinstance(default, bool) else ""
             flag = typer.Option("--" + name.replace("_", "-"), help=text + shown, show_default=False)

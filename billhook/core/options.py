@@ -87,7 +87,7 @@ class SearchOptions(TaskOptions, total=False):
     stock: bool
     export: str
     target: str
-    workers: int
+    workers: int | str
 
 
 class StabilityOptions(SearchOptions, total=False):

@@ -49,12 +49,13 @@ def check_inputs(
 ) -> None:
     """Raise where it is seen without torch and without the model that options name what is not there.
 
-    Texts and the extras that they need, files of tasks and of a plan, methods, the spelling of the device, and the
-    name of the store.
+    Texts and the extras that they and workers need, files of tasks and of a plan, methods, the spelling of the device,
+    and the name of the store.
     """
     from billhook.data.skills import TASK as SKILL
     from billhook.data.skills import with_skills
     from billhook.data.texts import require_sources
+    from billhook.engine.workers.crew import parse_workers, require_installed
     from billhook.runs.recipe import Recipe
 
     for name in ("data", "eval_data", "recover_data"):
@@ -68,6 +69,7 @@ def check_inputs(
     files = [task, *(each for each in with_skills(tasks) if not each.startswith(("lmeval:", SKILL)))]
     named = {"metric": list(metrics), "loss": [loss]}
     if isinstance(options, Recipe):
+        require_installed(parse_workers(options.workers))
         if options.plan is not None:
             require_plan(options.plan)
         files.append(options.margin.file or "" if options.margin is not None else "")

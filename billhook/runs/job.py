@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from billhook.core.events import Event, EventListener, begin_run, fan_out, hear_all
+from billhook.engine.workers.crew import parse_workers
+from billhook.engine.workers.hiring import hiring
 from billhook.engine.workers.team import Team
 from billhook.models.device import environment, pick_device
 from billhook.models.load import Teacher
@@ -33,13 +35,14 @@ def store_and_watch(store: Store, run: str, watch: EventListener) -> EventListen
 @contextmanager
 def with_team(job: RunContext, teacher: Teacher) -> Iterator[RunContext]:
     """Yield the run with the workers that its recipe asks for; they end with the block."""
-    recipe = job.recipe
-    if recipe.workers == 1:
+    recipe, crew = job.recipe, parse_workers(job.recipe.workers)
+    if crew.alone:
         yield job
         return
     with Team(
-        teacher, recipe.workers, memory=recipe.memory_bytes, trust_remote_code=recipe.trust_remote_code, watch=job.watch
-    ) as team:
+        teacher, hiring(crew, teacher), memory=recipe.memory_bytes, trust_remote_code=recipe.trust_remote_code,
+        watch=job.watch,
+    ) as team:  # fmt: skip
         yield replace(job, team=team)
         if len(team.workers) > 1:
             job.watch(team.loads_event())

@@ -32,7 +32,7 @@ from billhook.data.texts import SELF, TextSpec, external_sources, split_sources
 from billhook.data.token_sets import TokenSet, truncate
 from billhook.engine.losses import parse_loss
 from billhook.engine.probe import Probe, RacingOptions
-from billhook.engine.workers.processes import environments
+from billhook.engine.workers.hiring import require_workers
 from billhook.methods.evaluate.served import load_served
 from billhook.methods.export import EXPORTS, arranged, form_of
 from billhook.methods.export.serving import limits_of, require_fit
@@ -91,7 +91,7 @@ def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:
     """The plan that a recipe gives, if it gives one. Raises UsageError before anything is computed."""
     parse_loss(recipe.loss)
     method_options(recipe)
-    environments(recipe.workers, teacher)
+    require_workers(recipe.workers, teacher)
     for name in (recipe.writes, *exports_beside(recipe)):
         form_of(name, teacher, Plan())
     require_recoveries(recipe, teacher)

@@ -20,6 +20,7 @@ from billhook.core.plan_files import find_path
 from billhook.core.registry import OptionValues, split_names
 from billhook.data.skills import SkillName, parse_skills
 from billhook.data.texts import SELF, split_sources
+from billhook.engine.workers.crew import parse_workers
 
 MOST_RECIPE_BYTES = 2**16
 MOST_RECIPE_VALUES = 10_000  # counted as often as YAML's aliases repeat them
@@ -137,7 +138,7 @@ class Recipe(CalibrationOptions, EvalOptions):
         "transformers"
     )
     target: Annotated[str, Field(description="What serves the model: llama.cpp,mlx … as `billhook targets` lists")] = ""
-    workers: Annotated[int, Field(description="Processes that share a search; a GPU each", le=999, ge=1)] = 1
+    workers: Annotated[int | str, Field(description="Workers of a search: 4, ray:n=8 or slurm:n=8,partition=gpu")] = 1
 
     @field_validator("remove", mode="before")
     @classmethod
@@ -155,10 +156,8 @@ class Recipe(CalibrationOptions, EvalOptions):
         written = ",".join("transformers" if name == "stock" else name for name in names)
         return {**values, "export": written, "stock": True} if "stock" in names else values
 
-    @field_validator("search", mode="before")
-    @classmethod
-    def _renamed_search(cls, value: object) -> object:
-        return FORMER_SEARCHES.get(str(value), value)
+    _renamed_search = field_validator("search", mode="before")(lambda value: FORMER_SEARCHES.get(str(value), value))
+    _spelled_workers = field_validator("workers", mode="before")(lambda value: parse_workers(value).spelled())
 
     @field_validator("recover")
     @classmethod

@@ -28,8 +28,9 @@ from billhook.engine.probe import Probe, RacingOptions
 from billhook.engine.racing import Quality, Sums
 from billhook.engine.workers import processes
 from billhook.engine.workers.division import divided, interleaved
+from billhook.engine.workers.lines import Hiring, Inbox, Line
 from billhook.engine.workers.messages import Desk, Lost, Measure, Message, Start, hello_of
-from billhook.engine.workers.processes import Inbox, Line, ProcessLine, environments
+from billhook.engine.workers.processes import ProcessLine, environments, hiring
 from billhook.engine.workers.team import Team
 from billhook.methods.search import SEARCHES, drive
 from billhook.models.load import Teacher, load
@@ -82,7 +83,7 @@ def team_here(
     def hire(inbox: Inbox) -> Sequence[Line]:
         return [LocalLine(number, inbox, teacher, fails) for number in range(1, workers)]
 
-    team = Team(teacher, workers, hire=hire, watch=watch)
+    team = Team(teacher, Hiring(workers - 1, hire), watch=watch)
     team.wait()
     return team
 
@@ -226,7 +227,7 @@ def test_a_worker_that_computes_something_else_is_refused(teacher: Teacher, fore
         line[1].send = lambda message: None  # type: ignore[method-assign]
         return line
 
-    with Team(teacher, 3, hire=hire, watch=told.append) as team:
+    with Team(teacher, Hiring(2, hire), watch=told.append) as team:
         team.wait()
         assert team.workers == (0, 1)
         assert not line[1].open
@@ -270,7 +271,7 @@ def test_a_process_that_is_killed_costs_nothing_but_what_it_measured_then(teache
         def lookup(self, plans: Sequence[Plan]) -> list[Known]:
             return cache.lookup(plans)
 
-    with Team(teacher, 2, watch=told.append) as team:
+    with Team(teacher, hiring(2, teacher), watch=told.append) as team:
         team.wait()
         assert team.workers == (0, 1)
         process = process_of(team, 1)
@@ -287,7 +288,7 @@ def test_a_checkpoint_that_has_changed_is_refused_in_a_process(tmp_path: Path) -
     told: list[Event] = []
     (folder / "model.safetensors").unlink()  # which the loaded model reads
     tiny.saved(folder, "llama", seed=1)
-    with Team(loaded, 2, watch=told.append) as team:
+    with Team(loaded, hiring(2, loaded), watch=told.append) as team:
         team.wait()
         assert team.workers == (0,)
         assert process_of(team, 1).returncode is not None
@@ -300,7 +301,7 @@ def test_a_worker_that_cannot_load_the_model_says_why(tmp_path: Path) -> None:
     told: list[Event] = []
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").write_bytes(b"broken")
-    with Team(loaded, 2, watch=told.append) as team:
+    with Team(loaded, hiring(2, loaded), watch=told.append) as team:
         same(searched(loaded, "greedy", team), searched(loaded, "greedy", None))
         team.wait()
     (lost,) = [str(event.values["lost"]) for event in told]
@@ -313,7 +314,7 @@ def test_there_are_no_more_workers_than_gpus_or_than_memory_has_room_for(
     assert environments(3, teacher) == [{}, {}]
     monkeypatch.setattr(processes, "free_memory", lambda device: 3 * teacher.weight_bytes)
     with pytest.raises(ResourceError, match="workers=3, or less"):
-        Team(teacher, 4)
+        hiring(4, teacher)
     monkeypatch.setattr(Teacher, "device", torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert environments(3, teacher) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "2"}]

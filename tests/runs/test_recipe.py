@@ -57,6 +57,17 @@ def test_yaml_and_back(said: dict[str, Any], tmp_path: Path) -> None:
     assert set(yaml.safe_load(told)) == set(said), "only what is not at its default"
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [(4, 4), ("4", 4), ("ray", "ray"), ("slurm:partition=gpu, n=16", "slurm:n=16,partition=gpu")],
+)
+def test_workers_are_a_number_or_a_place(written: int | str, meant: int | str) -> None:
+    recipe = parse_recipe({"remove": "2sites", "workers": written})
+    assert recipe.workers == meant
+    assert yaml.safe_load(recipe.to_yaml())["workers"] == meant
+    assert parse_recipe(recipe.model_dump()) == recipe
+
+
 def test_a_recipe_of_all_defaults_but_one_is_one_line() -> None:
     assert Recipe(remove="2sites").to_yaml() == "remove: 2sites\n"
 
@@ -182,6 +193,8 @@ def test_a_recipe_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
         ({"plan": ["attention.1"], "remove": None}, "The recipe has plan: ['attention.1']"),
         ({"seed": -1}, "The recipe has seed: -1"),
         ({"dtype": "fp16"}, "'float16'"),
+        ({"workers": 0}, "workers=0 is not between 1 and 999"),
+        ({"workers": "slrm:n=2"}, "Did you mean slurm?"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named(said: dict[str, Any], told: str) -> None:

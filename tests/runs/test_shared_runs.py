@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from fake_slurm import FakeSlurm
 
 import billhook
 from billhook.cli.progress import event_words
@@ -76,16 +77,24 @@ add_pieces = Store.add_pieces
 
 
 @pytest.mark.usefixtures("patient")
-def test_a_run_with_workers_ends_as_without(alone: RunResult, model: Path, text: Path, tmp_path: Path) -> None:
-    told: list[Event] = []
-    store = tmp_path / "b.db"
-    got = billhook.prune(model, out=tmp_path / "out", data=text, store=store, workers=2, watch=told.append, **SHORT)
+@pytest.mark.parametrize("workers", [2, "slurm:n=1,host=127.0.0.1"])
+def test_a_run_with_workers_ends_as_without(
+    workers: int | str, alone: RunResult, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    slurm, told, store = FakeSlurm(tmp_path / "slurm", monkeypatch), list[Event](), tmp_path / "b.db"
+    got = billhook.prune(
+        model, out=tmp_path / "out", data=text, store=store, workers=workers, watch=told.append, **SHORT
+    )
+    assert slurm.cancelled == (set() if workers == 2 else {"42"})
+    assert workers == 2 or "time" not in slurm.options, "the cluster's own limit"
     same(got, alone)
     words = [event_words(event.stage, event.values) for event in told if event.stage == "workers"]
     assert words[0] == "1 takes part"
     assert words[-1].startswith("busy ")
     with closing(Store(store, read_only=True)) as opened:
         loads = [event.values for event in opened.events(got.run, "workers") if "load.1" in event.values]
+        assert opened.run(got.run).spec["workers"] == workers
     assert loads[-1]["rate.1"] > 0
     assert not [each for each in psutil.Process().children() if "workers" in " ".join(each.cmdline())]
 
@@ -119,9 +128,17 @@ def ended(pid: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("seed", "other"), [(0, {}), (1, {"workers": 1}), (2, {"workers": "slurm:n=1,host=127.0.0.1"})]
+)
 def test_a_killed_run_takes_its_workers_along_and_resumes(
-    seed: int, alone: RunResult, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int,
+    other: dict[str, Any],
+    alone: RunResult,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     moment = random.Random(seed).randint(1, PIECES)
     options = {"model": model, "out": "out", "data": text, "store": "b.db", "workers": 2, **SHORT}
@@ -138,6 +155,7 @@ def test_a_killed_run_takes_its_workers_along_and_resumes(
         os.sched_yield()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Store, "add_pieces", once_only)
+    FakeSlurm(tmp_path / "slurm", monkeypatch)
     with pytest.raises(FingerprintError, match="search differ"):
         billhook.resume(store="b.db", workers=1, search="greedy")
-    same(billhook.resume(store="b.db", **({"workers": 1} if seed else {})), alone)
+    same(billhook.resume(store="b.db", **other), alone)

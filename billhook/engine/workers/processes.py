@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import queue
 import subprocess
 import sys
 import tempfile
@@ -13,25 +12,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import IO, Any, Protocol
+from typing import IO, Any
+
+import torch
 
 from billhook.core.errors import ResourceError, UsageError, option
-from billhook.engine.workers.messages import Answer, Lost, Message
+from billhook.engine.workers.lines import Hiring, Inbox, Line, last_line, listen
+from billhook.engine.workers.messages import Message
 from billhook.models.device import SHARE_OF_FREE, child_environment, device_count, free_memory
 from billhook.models.load import Teacher
 
-Inbox = queue.SimpleQueue[tuple[int, Answer]]  # answers with the number of their worker
 SECONDS = 5.0  # for a process to end by itself
-
-
-class Line(Protocol):
-    """Line to one worker. Its answers arrive in an inbox; the last one is `Lost`."""
-
-    def send(self, message: Message) -> None:
-        """Send a message. To a worker that is lost, nothing is sent."""
-
-    def close(self) -> None:
-        """End the worker. A second time does nothing."""
 
 
 class ProcessLine:
@@ -66,23 +57,29 @@ class ProcessLine:
 
     def _listen(self) -> None:
         """Hand what the process answers to the inbox, and at its end why it ended."""
-        said: Answer | None = None
         with self._line, self._log:
-            try:
-                while True:
-                    said = pickle.loads(self._line.recv_bytes())
-                    self._inbox.put((self._number, said))
-            except (EOFError, OSError):
-                code = self.process.wait()
-            if not isinstance(said, Lost):
-                ended = f"signal {-code}" if code < 0 else f"exit status {code}"
-                self._inbox.put((self._number, Lost(f"{ended}{self._last_line()}")))
+            listen(self._number, self._line, self._inbox, self._why)
 
-    def _last_line(self) -> str:
-        """Return the last line that the process wrote, for a message."""
+    def _why(self) -> str:
+        """Return how the process ended, and the last line that it wrote."""
+        code = self.process.wait()
         self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return f", {lines[-1].strip()[:200]}" if lines else ""
+        ended = f"signal {-code}" if code < 0 else f"exit status {code}"
+        return ended + last_line(self._log.read().decode(errors="replace"))
+
+
+def hiring(workers: int, teacher: Teacher) -> Hiring:
+    """Return how `workers` processes of this machine are started, of which this one is the first.
+
+    On a CPU they share the threads that torch uses here. Raises as `environments`.
+    """
+    places = environments(workers, teacher)
+    threads = max(1, torch.get_num_threads() // workers) if teacher.device.type == "cpu" else None
+
+    def hire(inbox: Inbox) -> list[Line]:
+        return [ProcessLine(number, inbox, place) for number, place in enumerate(places, 1)]
+
+    return Hiring(workers - 1, hire, threads, shared=True)
 
 
 def environments(workers: int, teacher: Teacher) -> list[dict[str, str]]:

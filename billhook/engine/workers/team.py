@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,12 +14,10 @@ import torch
 
 from billhook.core.events import Event, EventListener, EventValue, ignore_events
 from billhook.engine.workers.division import HERE, Division
+from billhook.engine.workers.lines import Hiring, Inbox, Line
 from billhook.engine.workers.messages import Answer, Close, Hello, Lost, Measured, Message, Start, hello_of
-from billhook.engine.workers.processes import Inbox, Line, ProcessLine, environments
 from billhook.models.device import dtype_name
 from billhook.models.load import Teacher
-
-Hire = Callable[[Inbox], Sequence[Line]]  # starts workers 1, 2, …, whose answers arrive in the inbox
 
 
 @dataclass
@@ -36,26 +34,21 @@ class Team:
 
     The others are started with the first request, and take part from the first batch for which they are ready.
 
-    - `workers`: how many, with this process.
+    - `hiring`: how many there are, and how they are started.
     - `memory`, `trust_remote_code`: as the teacher was loaded.
-    - `hire`: starts the others; by default processes of this machine.
     - `watch`: hears who came, who was refused and who was lost.
-
-    Raises UsageError where there are fewer GPUs than workers, ResourceError where memory has no room for their models.
     """
 
     def __init__(
-        self, teacher: Teacher, workers: int, *, memory: int | None = None, trust_remote_code: bool = False,
-        hire: Hire | None = None, watch: EventListener = ignore_events,
+        self, teacher: Teacher, hiring: Hiring, *, memory: int | None = None, trust_remote_code: bool = False,
+        watch: EventListener = ignore_events,
     ) -> None:  # fmt: skip
-        self._places = [] if hire else environments(workers, teacher)
-        self._hire, self._watch = hire or self._processes, watch
-        on_cpu = teacher.device.type == "cpu"
-        self.division = Division(workers, workers if on_cpu and hire is None else 1)
-        self._threads = max(1, torch.get_num_threads() // workers) if on_cpu else None
+        self._hire, self._watch, workers = hiring.hire, watch, hiring.others + 1
+        self.division = Division(workers, workers if teacher.device.type == "cpu" else 1)
+        self._threads = hiring.threads if hiring.shared else None
         self._start = Start(
             str(teacher.folder), teacher.device.type, dtype_name(teacher.model.dtype), memory, trust_remote_code,
-            self._threads,
+            hiring.threads,
         )  # fmt: skip
         self._hello = hello_of(teacher)
         self._inbox: Inbox = queue.SimpleQueue()
@@ -73,8 +66,8 @@ class Team:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number in (*self._ready, *(self._waiting or ())):
-            self._lines[number].close()
+        for line in self._lines.values():
+            line.close()
 
     @property
     def workers(self) -> tuple[int, ...]:
@@ -154,14 +147,11 @@ class Team:
         """Return the event that tells `loads`."""
         return self.event(**self.loads())
 
-    def _processes(self, inbox: Inbox) -> list[Line]:
-        return [ProcessLine(number, inbox, place) for number, place in enumerate(self._places, 1)]
-
     # -- load -------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Give this process, inside the context, as many threads as every other worker of the machine has."""
+        """Give this process, inside the context, as many threads as every other worker that shares them has."""
         threads, start = torch.get_num_threads(), time.perf_counter()
         if self._threads is not None and self._ready:
             torch.set_num_threads(self._threads)

@@ -1,4 +1,4 @@
-"""The process of a worker: answers the messages of its coordinator over a pipe, and ends with it. Started by it."""
+"""A worker, wherever it runs; and the process of one on the coordinator's machine, which ends with it."""
 
 from __future__ import annotations
 
@@ -8,48 +8,56 @@ import queue
 import signal
 import sys
 import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
 from billhook.core.errors import BillhookError
-from billhook.engine.workers.messages import Desk, Lost, Message, Start, hello_of
+from billhook.engine.workers.messages import Answer, Desk, Lost, Message, Start, hello_of
 from billhook.models.load import Teacher, load
 
-Line = Connection  # to the coordinator
+
+class Worker:
+    """A worker: it loads the model of the first message, then does what the others say."""
+
+    def __init__(self) -> None:
+        self._desk: Desk | None = None
+
+    def answers(self, message: Message) -> Iterator[Answer]:
+        """Do what a message says, and yield the answers. `Lost` is the last one of a worker that cannot go on."""
+        try:
+            if isinstance(message, Start):
+                self._desk = Desk(_loaded(message))
+                yield hello_of(self._desk.teacher)
+            else:
+                assert self._desk is not None
+                yield from self._desk.answers(message)
+        except BillhookError as error:
+            yield Lost(str(error))
+        except Exception as error:  # whatever it is, others can go on
+            traceback.print_exc()
+            yield Lost(f"{type(error).__name__}: {error}")
 
 
-def main(handle: int) -> None:
-    """Load the model of the first message, then answer the others until the pipe is closed."""
-    os.dup2(2, 1)  # what libraries print is no answer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which the coordinator answers
-    line: Connection[Any, Any] = Connection(handle)
+def serve(line: Connection[Any, Any]) -> None:
+    """Be a worker that answers over a connection, until it cannot go on. With the connection this process ends."""
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(line, messages), daemon=True).start()
-
-    def say(answer: object) -> None:
-        line.send_bytes(pickle.dumps(answer))
-
-    try:
-        first = messages.get()
-        assert isinstance(first, Start)
-        desk = Desk(_loaded(first))
-        say(hello_of(desk.teacher))
+    worker = Worker()
+    with suppress(OSError):  # nobody reads any more
         while True:
-            for answer in desk.answers(messages.get()):
-                say(answer)
-    except OSError:  # nobody reads any more
-        return
-    except BillhookError as error:
-        say(Lost(str(error)))
-    except Exception as error:  # whatever it is, others can go on
-        say(Lost(f"{type(error).__name__}: {error}"))
-        raise
+            for answer in worker.answers(messages.get()):
+                line.send_bytes(pickle.dumps(answer))
+                if isinstance(answer, Lost):
+                    return
 
 
 def _listen(line: Connection[Any, Any], messages: queue.SimpleQueue[Message]) -> None:
-    """Take messages from the pipe. Once it is closed, end this process at once, whatever it computes."""
+    """Take messages from a connection. Once it is closed, end this process at once, whatever it computes."""
     try:
         while True:
             messages.put(pickle.loads(line.recv_bytes()))
@@ -67,4 +75,6 @@ def _loaded(start: Start) -> Teacher:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    os.dup2(2, 1)  # what libraries print is no answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which the coordinator answers
+    serve(Connection(int(sys.argv[1])))
