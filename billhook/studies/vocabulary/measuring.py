@@ -1,0 +1,95 @@
+"""Held-out text by a model and by the same one with fewer tokens: how many it needs, and its bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from billhook.core.errors import UsageError, option
+from billhook.core.events import EventListener, ignore_events
+from billhook.core.plan import Plan
+from billhook.core.results.measured import EvalResult
+from billhook.core.results.exports import VocabularyText
+from billhook.core.statistics import mean_interval, paired_difference
+from billhook.data.calibration import row_length
+from billhook.data.token_sets import TokenSet, special_prefix, token_set
+from billhook.methods.evaluate.perplexity import measure_perplexity
+from billhook.models.load import Teacher
+from billhook.models.repair import NO_REPAIR
+
+
+@dataclass(frozen=True, slots=True)
+class Passages:
+    """Passages of one held-out text. `texts[i]` names the text that passage i comes from, counted from 0."""
+
+    source: str
+    passages: tuple[str, ...]
+    texts: tuple[int, ...]
+
+
+def passages_of(tokens: TokenSet, tokenizer: Any) -> Passages:
+    """Return the rows of a token set as text, without special tokens and halves of characters at their ends."""
+    rows = [tokens.rows[r, :n].tolist() for r, n in enumerate(tokens.lengths)]
+    texts = [text.strip("\ufffd") for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+    held = [(text, tokens.clusters[d]) for text, d in zip(texts, tokens.documents, strict=True) if text]
+    return Passages(tokens.source, tuple(text for text, _ in held), tuple(of for _, of in held))
+
+
+def compare_on(
+    held_out: Passages, teacher: Teacher, student: Teacher, *, seed: int = 0, watch: EventListener = ignore_events
+) -> VocabularyText:
+    """Compare two models on the same passages, each with its own tokens.
+
+    A passage stands behind what the tokenizer puts first, or behind a BOS or EOS token, so that all of its bytes are
+    predicted. Raises UsageError where its tokens are more than the model's positions.
+    """
+    sets = [_tokens(held_out, each) for each in (teacher, student)]
+    before, after = ([length - first for length in tokens.lengths] for tokens, first in sets)
+    size = tuple(len(text.encode()) for text in held_out.passages)
+    nats = [
+        EvalResult("perplexity", held_out.source, _nats(each, tokens, watch).sums, size, held_out.texts)
+        for each, (tokens, _) in zip((teacher, student), sets, strict=True)
+    ]
+    added = tuple(float(b - a) for a, b in zip(before, after, strict=True))
+    more = EvalResult("perplexity", held_out.source, added, tuple(before), held_out.texts)
+    old, new = (mean_interval(each, seed).mapped(_bits) for each in nats)
+    change = paired_difference(*nats, seed).mapped(_bits)
+    return VocabularyText(
+        held_out.source, sum(size), sum(before), sum(after), mean_interval(more, seed), old, new, change
+    )  # fmt: skip
+
+
+def _bits(nats: float) -> float:
+    return nats / math.log(2)
+
+
+def _nats(teacher: Teacher, tokens: TokenSet, watch: EventListener) -> EvalResult:
+    return next(measure_perplexity(teacher, [(Plan(), NO_REPAIR)], tokens, watch=watch))
+
+
+def _tokens(held_out: Passages, teacher: Teacher) -> tuple[TokenSet, int]:
+    """Return the passages as rows of tokens, and how many stand before each."""
+    first = _before(teacher.tokenizer)
+    encoded = _encode(held_out.passages, teacher.tokenizer)
+    rows = [(*first, *ids) for ids in encoded]
+    longest = max(map(len, rows))
+    if longest > row_length(longest, teacher.model.config):
+        raise UsageError(
+            f"A passage of {held_out.source} has {longest:,} tokens with the smaller vocabulary, more than the model's "
+            f"{row_length(longest, teacher.model.config):,} positions. Use a smaller {option('eval_length')}."
+        )
+    numbers = range(len(rows))
+    return token_set(rows, numbers, held_out.texts, ["" for _ in rows], held_out.source), len(first)
+
+
+def _encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    return list(tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _before(tokenizer: Any) -> list[int]:
+    """Return the tokens that a passage stands behind: a passage without any would have a first token that none
+    predicts."""
+    own = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return special_prefix(tokenizer) or [next((index for index in own if index is not None), 0)]
