@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import tiny
 import transformers
-from pydoc_data.topics import topics
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 OTHER = "Быстрая лиса перепрыгнула через собаку. " * 40 + "敏捷的棕色狐狸跳过了懒狗。" * 40 + "où est le café ? " * 40
@@ -107,7 +107,10 @@ def _trained(kind: str) -> str:
 def folder(path: Path, kind: str = "byte_level", variant: str = "llama", **overrides: Any) -> Path:
     """A checkpoint whose embedding has more rows than its tokenizer entries, with a chat template."""
     backend = Tokenizer.from_str(_trained(kind))
-    ids = {f"{name}_token_id": backend.token_to_id(text) for name, text in zip(("pad", "bos", "eos"), SPECIAL)}
+    ids = {
+        f"{name}_token_id": backend.token_to_id(text)
+        for name, text in zip(("pad", "bos", "eos"), SPECIAL[:3], strict=True)
+    }
     model = tiny.build(variant, **{"vocab_size": backend.get_vocab_size() + PADDING, **ids, **overrides})
     model.generation_config.eos_token_id = [ids["eos_token_id"], backend.token_to_id("<|user|>")]
     model.generation_config.suppress_tokens = [backend.token_to_id("<|tool|>")]

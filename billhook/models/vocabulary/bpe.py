@@ -6,6 +6,8 @@ that the merge that comes first among all comes first among those that are left.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from billhook.core.results.json_form import JsonObject
 
 Pair = tuple[str, str]
@@ -48,7 +50,7 @@ def merge(symbols: list[str], ranks: dict[Pair, int]) -> tuple[list[str], tuple[
     and the pair of the last merge."""
     symbols, last = list(symbols), ()
     while len(symbols) > 1:
-        found = [(ranks[pair], at) for at, pair in enumerate(zip(symbols, symbols[1:], strict=False)) if pair in ranks]
+        found = [(ranks[pair], at) for at, pair in enumerate(pairwise(symbols)) if pair in ranks]
         if not found:
             break
         at = min(found)[1]

@@ -75,8 +75,8 @@ def tokenizer_json(teacher: Teacher) -> JsonObject:
 
 def _foreign(teacher: Teacher, kind: str) -> ModelError:
     return ModelError(
-        f"The vocabulary of {teacher.name} cannot be cut: its tokenizer is {kind}. Vocabularies can be cut of {_KINDS}, "
-        "without marks inside of words."
+        f"The vocabulary of {teacher.name} cannot be cut: its tokenizer is {kind}. Billhook cuts {_KINDS}, without "
+        "marks inside of words."
     )
 
 

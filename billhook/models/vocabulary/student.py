@@ -23,7 +23,7 @@ def new_numbers(vocabulary: Vocabulary, kept: Sequence[int]) -> dict[int, int]:
 
 @undisturbed
 def cut_model(teacher: Teacher, numbers: dict[int, int]) -> Any:
-    """Return the model with the rows of `numbers` alone, {old id: new id}; it shares all other tensors with the teacher.
+    """Return the model with the rows of `numbers` alone, {old id: new id}. All other tensors are the teacher's.
 
     Logits are those of the teacher at the kept ids: [batch, time, len(numbers)].
     """

@@ -68,9 +68,9 @@ def cut_vocabulary(
         tokens: how many of `data` are counted at most.
         eval_tokens, eval_length: of each held-out text, in all and per sequence.
 
-    Special and added tokens and bytes stay, and so do the tokens that a kept one is merged from. Text that needs removed
-    tokens falls back to smaller ones. Text without removed tokens has the same tokens as before, under new ids, and the
-    same logits at them. The checkpoint is a stock one. The folder appears whole or not at all.
+    Special and added tokens and bytes stay, and so do the tokens that a kept one is merged from. Text that needs
+    removed tokens falls back to smaller ones. Text without removed tokens has the same tokens as before, under new ids,
+    and the same logits at them. The checkpoint has the type of the model. The folder appears whole or not at all.
 
     Raises BudgetError for a share that is none or too large, DataError for text that cannot be used, ModelError for a
     tokenizer of another kind, ResourceError for a model larger than the memory.
@@ -107,8 +107,8 @@ def _options(spec: VocabularySpec) -> list[EvalOptions]:
         parse_vocabulary_share(spec.remove)
     if SELF in split_sources(spec.data):
         raise DataError(
-            f"{option('data', spec.data)}: text that the model writes says nothing of what it is for. Give a file, a data "
-            "set's name or pydoc."
+            f"{option('data', spec.data)}: the model's own text does not say what it is for. Give a file, a data set's "
+            "name or pydoc."
         )
     given = {"model": spec.model, "data": spec.data, **spec.options}
     asked = [parse_options(EvalOptions, {**given, "eval_data": each}) for each in spec.eval_data or (None,)]

@@ -10,8 +10,8 @@ from typing import Any
 from billhook.core.errors import UsageError, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.plan import Plan
-from billhook.core.results.measured import EvalResult
 from billhook.core.results.exports import VocabularyText
+from billhook.core.results.measured import EvalResult
 from billhook.core.statistics import mean_interval, paired_difference
 from billhook.data.calibration import row_length
 from billhook.data.token_sets import TokenSet, special_prefix, token_set

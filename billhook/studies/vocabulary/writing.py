@@ -35,8 +35,8 @@ def save_cut(
     """Write what `cut_model` returned to the new `folder`, with the tokenizer cut alike: it is there whole, or not.
 
     `numbers`: {old id: new id}. `texts`: on which the tokenizer is compared with the teacher's, beside some in several
-    scripts. The ids that were kept are in billhook.json. Returns the files. Raises UsageError or ResourceError where the
-    folder cannot be written, BillhookError where model or tokenizer do not load back equal.
+    scripts. The ids that were kept are in billhook.json. Returns the files. Raises UsageError or ResourceError where
+    the folder cannot be written, BillhookError where model or tokenizer do not load back equal.
     """
     check_target(folder, teacher.folder, teacher.anatomy.total("bytes"))
     aside = staging_folder(folder, secrets.token_hex(3))
