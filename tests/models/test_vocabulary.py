@@ -43,9 +43,8 @@ def cut(
     """The cut model and tokenizer, as transformers loads them, and the new ids."""
     vocabulary = read_vocabulary(teacher)
     numbers = new_numbers(vocabulary, tokens_to_keep(vocabulary, uses, count))
-    save_cut(teacher, cut_model(teacher, numbers), numbers, folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    return model, transformers.AutoTokenizer.from_pretrained(folder), numbers
+    tokenizer = save_cut(teacher, cut_model(teacher, numbers), numbers, folder, prove=lambda tokenizer: tokenizer)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), tokenizer, numbers
 
 
 @torch.inference_mode()

@@ -7,15 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import transformers
+from typing import Any
 
 from billhook.core.budget import parse_vocabulary_share, spell_budget
 from billhook.core.errors import DataError, ResourceError, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.files.target_folder import check_target, named_folder
 from billhook.core.options import Amount, Source
-from billhook.core.results.exports import VocabularyReport
+from billhook.core.results.exports import VocabularyReport, VocabularyText
 from billhook.core.results.specs import VocabularySpec, plain_options
 from billhook.data.calibration import calibration_tokens, require_disjoint, row_length
 from billhook.data.texts import SELF, SOURCE_SEPARATOR, TextSpec, split_sources
@@ -147,11 +146,13 @@ def _write(
     """Write the smaller model, and measure it on held-out texts."""
     student = cut_model(teacher, cut.numbers)
     samples = [passage for each in held_out for passage in each.passages]
-    save_cut(teacher, student, cut.numbers, folder, texts=samples, watch=watch)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
-    smaller = replace(student_as_teacher(teacher, student), tokenizer=tokenizer)
-    seed = int(spec.options["seed"])
-    texts = tuple(compare_on(each, teacher, smaller, seed=seed, watch=watch) for each in held_out)
+    smaller, seed = student_as_teacher(teacher, student), int(spec.options["seed"])
+
+    def prove(tokenizer: Any) -> tuple[VocabularyText, ...]:
+        other = replace(smaller, tokenizer=tokenizer)
+        return tuple(compare_on(each, teacher, other, seed=seed, watch=watch) for each in held_out)
+
+    texts = save_cut(teacher, student, cut.numbers, folder, prove=prove, texts=samples, watch=watch)
     return VocabularyReport(
         teacher.name, str(folder), spec.data, cut.uses.total(), len(cut.uses), cut.fixed,
         int(teacher.model.get_input_embeddings().weight.shape[0]), len(cut.numbers),

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from billhook.core.errors import UsageError, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.plan import Plan
 from billhook.core.results.exports import VocabularyText
@@ -43,8 +42,9 @@ def compare_on(
     """Compare two models on the same passages, each with its own tokens.
 
     A passage stands behind what the tokenizer puts first, or behind a BOS or EOS token, so that all of its bytes are
-    predicted. Raises UsageError where its tokens are more than the model's positions.
+    predicted. One with more tokens than a model has positions is read in parts, the same for both.
     """
+    held_out = _fitting(held_out, teacher, student)
     sets = [_tokens(held_out, each) for each in (teacher, student)]
     before, after = ([length - first for length in tokens.lengths] for tokens, first in sets)
     size = tuple(len(text.encode()) for text in held_out.passages)
@@ -72,16 +72,26 @@ def _nats(teacher: Teacher, tokens: TokenSet, watch: EventListener) -> EvalResul
 def _tokens(held_out: Passages, teacher: Teacher) -> tuple[TokenSet, int]:
     """Return the passages as rows of tokens, and how many stand before each."""
     first = _before(teacher.tokenizer)
-    encoded = _encode(held_out.passages, teacher.tokenizer)
-    rows = [(*first, *ids) for ids in encoded]
-    longest = max(map(len, rows))
-    if longest > row_length(longest, teacher.model.config):
-        raise UsageError(
-            f"A passage of {held_out.source} has {longest:,} tokens with the smaller vocabulary, more than the model's "
-            f"{row_length(longest, teacher.model.config):,} positions. Use a smaller {option('eval_length')}."
-        )
+    rows = [(*first, *ids) for ids in _encode(held_out.passages, teacher.tokenizer)]
     numbers = range(len(rows))
     return token_set(rows, numbers, held_out.texts, ["" for _ in rows], held_out.source), len(first)
+
+
+def _fitting(held_out: Passages, *models: Teacher) -> Passages:
+    """Return the passages, in halves where the tokens of one are more than the positions of a model."""
+    long: set[int] = set()
+    for each in models:
+        first = len(_before(each.tokenizer))
+        lengths = [first + len(ids) for ids in _encode(held_out.passages, each.tokenizer)]
+        long |= {i for i, length in enumerate(lengths) if length > row_length(length, each.model.config)}
+    if not long:
+        return held_out
+    parts: list[tuple[str, int]] = []
+    for i, (text, of) in enumerate(zip(held_out.passages, held_out.texts, strict=True)):
+        half = len(text) // 2 if i in long else len(text)
+        parts += [(part, of) for part in (text[:half], text[half:]) if part]
+    found = Passages(held_out.source, tuple(text for text, _ in parts), tuple(of for _, of in parts))
+    return _fitting(found, *models)
 
 
 def _encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,8 @@ from billhook.models.pruned_config import MANIFEST
 from billhook.models.vocabulary.entries import tokenizer_json
 from billhook.models.vocabulary.files import cut_files, verify_tokenizer
 
+T = TypeVar("T")
+
 
 def save_cut(
     teacher: Teacher,
@@ -29,14 +31,16 @@ def save_cut(
     numbers: Mapping[int, int],
     folder: Path,
     *,
+    prove: Callable[[Any], T],
     texts: Sequence[str] = (),
     watch: EventListener = ignore_events,
-) -> list[Path]:
+) -> T:
     """Write what `cut_model` returned to the new `folder`, with the tokenizer cut alike: it is there whole, or not.
 
-    `numbers`: {old id: new id}. `texts`: on which the tokenizer is compared with the teacher's, beside some in several
-    scripts. The ids that were kept are in billhook.json. Returns the files. Raises UsageError or ResourceError where
-    the folder cannot be written, BillhookError where model or tokenizer do not load back equal.
+    `numbers`: {old id: new id}. `prove`: is given the cut tokenizer before the folder appears; returns what it returns.
+    `texts`: on which the tokenizer is compared with the teacher's, beside some in several scripts. The ids that were
+    kept are in billhook.json. Raises UsageError or ResourceError where the folder cannot be written, BillhookError
+    where model or tokenizer do not load back equal.
     """
     check_target(folder, teacher.folder, teacher.anatomy.total("bytes"))
     aside = staging_folder(folder, secrets.token_hex(3))
@@ -47,10 +51,11 @@ def save_cut(
         cut = verify_tokenizer(teacher.tokenizer, aside, numbers, [*PROBE_TEXTS, *texts])
         rows = torch.tensor([cut("\n".join(PROBE_TEXTS))["input_ids"][:16]])
         verify_round_trip(student, aside, rows, watch)
+        found = prove(cut)
         publish(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return sorted(folder.iterdir())
+    return found
 
 
 def _note(manifest: Path, teacher: Teacher, numbers: Mapping[int, int]) -> None:
