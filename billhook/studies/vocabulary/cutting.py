@@ -86,7 +86,7 @@ def cut_vocabulary(
     cut, held_out = _choose(teacher, spec, asked, watch)
     with begin_run(spec, device, Path(store), str(folder)) as (opened, run):
         told = store_and_watch(opened, run, watch)
-        report = _write(teacher, cut, held_out, folder, spec, told)
+        report = _write(teacher, spec, cut, held_out, folder=folder, watch=told)
         opened.update(run, result=report.to_json())
     return report
 
@@ -141,7 +141,13 @@ def _choose(
 
 
 def _write(
-    teacher: Teacher, cut: _Cut, held_out: Sequence[Passages], folder: Path, spec: VocabularySpec, watch: EventListener
+    teacher: Teacher,
+    spec: VocabularySpec,
+    cut: _Cut,
+    held_out: Sequence[Passages],
+    *,
+    folder: Path,
+    watch: EventListener,
 ) -> VocabularyReport:
     """Write the smaller model, and measure it on held-out texts."""
     student = cut_model(teacher, cut.numbers)
