@@ -48,13 +48,14 @@ def parts_and_needs(model: JsonObject) -> tuple[dict[int, tuple[int, ...]], dict
 def merge(symbols: list[str], ranks: dict[Pair, int]) -> tuple[list[str], tuple[str, ...]]:
     """Merge the symbols of a word: the pair of the lowest rank first, the leftmost of equal ones. Returns what is left,
     and the pair of the last merge."""
-    symbols, last = list(symbols), ()
+    symbols = list(symbols)
+    last: tuple[str, ...] = ()
     while len(symbols) > 1:
         found = [(ranks[pair], at) for at, pair in enumerate(pairwise(symbols)) if pair in ranks]
         if not found:
             break
         at = min(found)[1]
-        last = (symbols[at], symbols[at + 1])
+        last = symbols[at], symbols[at + 1]
         symbols[at : at + 2] = ["".join(last)]
     return symbols, last
 

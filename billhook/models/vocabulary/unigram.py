@@ -35,7 +35,7 @@ def parts_and_needs(model: JsonObject) -> tuple[dict[int, tuple[int, ...]], dict
 
 def _best(text: str, scores: dict[str, float], longest: int) -> tuple[str, ...]:
     """Return the likeliest segmentation of a text into other pieces; empty if there is none."""
-    best: list[tuple[float, tuple[str, ...]]] = [(0.0, ())] + [(-inf, ())] * len(text)
+    best: list[tuple[float, tuple[str, ...]]] = [(0.0, ()), *(((-inf, ()),) * len(text))]
     for end in range(1, len(text) + 1):
         for start in range(max(0, end - longest), end):
             piece = text[start:end]

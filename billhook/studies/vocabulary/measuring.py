@@ -55,7 +55,7 @@ def compare_on(
     added = tuple(float(b - a) for a, b in zip(before, after, strict=True))
     more = EvalResult("perplexity", held_out.source, added, tuple(before), held_out.texts)
     old, new = (mean_interval(each, seed).mapped(_bits) for each in nats)
-    change = paired_difference(*nats, seed).mapped(_bits)
+    change = paired_difference(nats[0], nats[1], seed).mapped(_bits)
     return VocabularyText(
         held_out.source, sum(size), sum(before), sum(after), mean_interval(more, seed), old, new, change
     )  # fmt: skip
