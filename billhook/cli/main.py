@@ -235,7 +235,9 @@ def vocabulary_command(
     """Remove tokens that a text does not need, from embedding, head and tokenizer, and measure what that costs."""
     with CommandSession(as_json, quiet, verbose) as face:
         from billhook.core.budget import parse_vocabulary_share
+        from billhook.data.texts import require_given
 
+        require_given(data)
         if remove is not None:
             parse_vocabulary_share(remove)
         check_texts({**options, "data": data}, eval_data, name="eval_data")

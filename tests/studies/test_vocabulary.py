@@ -134,7 +134,11 @@ def test_wrong_inputs_are_told_before_anything_is_read_or_written(
             given = {"data": place / "mine.jsonl", "out": tmp_path / "out", "store": tmp_path / "s.db", **more}
             with pytest.raises(BillhookError, match=told):
                 billhook.cut_vocabulary(place / "model", **given)
+    nameless = tiny_vocabulary.folder(tmp_path / "nameless")
+    tiny.change_json(nameless / "tokenizer_config.json", bos_token=None, eos_token=None)
+    tiny.change_json(nameless / "tokenizer.json", post_processor=None)
     for model, more, told in (
+        (nameless, {}, "neither a BOS nor an EOS token"),
         (place / "model", {"remove": "95%"}, "special and added tokens, bytes and what those need stay"),
         (tiny.with_tokenizer(tmp_path / "words"), {}, "its tokenizer is a WordLevel"),
         (tiny.saved(tmp_path / "bare", "llama"), {}, "has no tokenizer"),

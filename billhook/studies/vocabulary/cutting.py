@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from billhook.core.budget import parse_vocabulary_share, spell_budget
-from billhook.core.errors import DataError, ResourceError, option
+from billhook.core.errors import ResourceError
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.files.target_folder import check_target, named_folder
 from billhook.core.options import Amount, Source
 from billhook.core.results.exports import VocabularyReport, VocabularyText
 from billhook.core.results.specs import VocabularySpec, plain_options
 from billhook.data.calibration import calibration_tokens, require_disjoint, row_length
-from billhook.data.texts import SELF, SOURCE_SEPARATOR, TextSpec, split_sources
+from billhook.data.texts import SOURCE_SEPARATOR, TextSpec, require_given
 from billhook.data.token_sets import DOCUMENT_TOKENS
 from billhook.models import checks
 from billhook.models.load import Model, Teacher, as_teacher, name_of, student_as_teacher
@@ -31,7 +31,7 @@ from billhook.runs.prepare import read_held_out
 from billhook.runs.recipe import EvalOptions, parse_options
 from billhook.runs.store import STORE
 from billhook.studies.run_study import begin_run, several
-from billhook.studies.vocabulary.measuring import Passages, compare_on, passages_of
+from billhook.studies.vocabulary.measuring import Passages, compare_on, passages_of, tokens_before
 from billhook.studies.vocabulary.writing import save_cut
 
 COUNTED = 1 << 22  # tokens of a text
@@ -104,11 +104,7 @@ def _options(spec: VocabularySpec) -> list[EvalOptions]:
     """Return how each held-out text is read. Raises BudgetError, DataError and RecipeError before a model is loaded."""
     if spec.remove is not None:
         parse_vocabulary_share(spec.remove)
-    if SELF in split_sources(spec.data):
-        raise DataError(
-            f"{option('data', spec.data)}: the model's own text does not say what it is for. Give a file, a data set's "
-            "name or pydoc."
-        )
+    require_given(spec.data)
     given = {"model": spec.model, "data": spec.data, **spec.options}
     asked = [parse_options(EvalOptions, {**given, "eval_data": each}) for each in spec.eval_data or (None,)]
     for each in asked:
@@ -123,6 +119,7 @@ def _choose(
     if teacher.weights is not None:
         raise ResourceError(f"{teacher.name} is larger than the memory that is free, so it cannot be cut here.")
     vocabulary = read_vocabulary(teacher)
+    tokens_before(teacher.tokenizer)
     held_out = [read_held_out(each, teacher, watch) for each in asked]
     first = asked[0]
     text = TextSpec(spec.data, first.field, spec.tokens, row_length(DOCUMENT_TOKENS, teacher.model.config), first.seed)

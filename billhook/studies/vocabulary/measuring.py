@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from billhook.core.errors import ModelError
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.plan import Plan
 from billhook.core.results.exports import VocabularyText
@@ -71,7 +72,7 @@ def _nats(teacher: Teacher, tokens: TokenSet, watch: EventListener) -> EvalResul
 
 def _tokens(held_out: Passages, teacher: Teacher) -> tuple[TokenSet, int]:
     """Return the passages as rows of tokens, and how many stand before each."""
-    first = _before(teacher.tokenizer)
+    first = tokens_before(teacher.tokenizer)
     rows = [(*first, *ids) for ids in _encode(held_out.passages, teacher.tokenizer)]
     numbers = range(len(rows))
     return token_set(rows, numbers, held_out.texts, ["" for _ in rows], held_out.source), len(first)
@@ -81,7 +82,7 @@ def _fitting(held_out: Passages, *models: Teacher) -> Passages:
     """Return the passages, in halves where the tokens of one are more than the positions of a model."""
     long: set[int] = set()
     for each in models:
-        first = len(_before(each.tokenizer))
+        first = len(tokens_before(each.tokenizer))
         lengths = [first + len(ids) for ids in _encode(held_out.passages, each.tokenizer)]
         long |= {i for i, length in enumerate(lengths) if length > row_length(length, each.model.config)}
     if not long:
@@ -98,8 +99,16 @@ def _encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     return list(tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _before(tokenizer: Any) -> list[int]:
-    """Return the tokens that a passage stands behind: a passage without any would have a first token that none
-    predicts."""
-    own = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return special_prefix(tokenizer) or [next((index for index in own if index is not None), 0)]
+def tokens_before(tokenizer: Any) -> list[int]:
+    """Return the tokens that a passage stands behind: without any, nothing would predict its first token.
+
+    Raises ModelError for a tokenizer that puts nothing before a text and has neither a BOS nor an EOS token.
+    """
+    own = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    found = special_prefix(tokenizer) or [index for index in own if index is not None][:1]
+    if not found:
+        raise ModelError(
+            "The tokenizer has neither a BOS nor an EOS token to read a passage behind. Name one in "
+            "tokenizer_config.json, as eos_token."
+        )
+    return found
