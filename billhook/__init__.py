@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from billhook.studies.threshold import threshold
     from billhook.studies.timing import measure_speed
     from billhook.studies.transfer import transfer
+    from billhook.studies.vocabulary.cutting import cut_vocabulary
 
 __all__ = [
     "Anatomy",
@@ -74,6 +75,7 @@ __all__ = [
     "baselines",
     "compare",
     "cost",
+    "cut_vocabulary",
     "dry_run",
     "evaluate",
     "evaluate_tasks",
@@ -124,6 +126,7 @@ _HOMES = {
     "baselines": "studies.gate",
     "compare": "studies.compare",
     "cost": "studies.outlook.costing",
+    "cut_vocabulary": "studies.vocabulary.cutting",
     "dry_run": "api",
     "evaluate": "api",
     "evaluate_tasks": "studies.eval_sets",

@@ -153,10 +153,10 @@ def command_line(command: str, *words: str, **options: Any) -> str:
     return shlex.join(line)
 
 
-def check_texts(options: Mapping[str, Any], texts: str | None, tasks: str) -> None:
-    """`check_options` of each of several texts, which commas separate."""
+def check_texts(options: Mapping[str, Any], texts: str | None, tasks: str = "", *, name: str = "data") -> None:
+    """`check_options` of each of several texts, which commas separate; `name`: of the option that they are."""
     for text in split_commas(texts or "") or [""]:
-        check_options(options, data=text, tasks=tasks)
+        check_options(options, tasks=tasks, **{name: text})
 
 
 Names = TypeVar("Names", str, list[str], None)

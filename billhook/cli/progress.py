@@ -62,10 +62,11 @@ def event_words(stage: str, values: Mapping[str, EventValue]) -> str:
         return alert_sentence(Alert.from_event(Event(stage, values=values)))
     if stage == "budget":
         asked, smaller = (f"{values[name]:.3g}%" for name in ("asked", "smaller"))
+        rows = " Fewer tokens: billhook vocabulary" if values["unit"] in ("params", "bytes") else ""
         return (
             f"{asked} of all {values['unit']} is {values['of_sites']:.0f}% of what attentions and MLPs hold, since "
             f"{values['elsewhere']:.0f}% lies elsewhere, mostly in embeddings. {asked} of theirs: --remove {smaller}"
-            f"{'' if values['unit'] == 'params' else values['unit']}"
+            f"{'' if values['unit'] == 'params' else values['unit']}{rows and '.'}{rows}"
         )
     if stage == "round":
         narrowed = [pair.partition("=") for pair in str(values["narrowed"]).split(",") if pair]

@@ -11,7 +11,7 @@ from billhook.cli.session import empty_table, plain_table, prints
 from billhook.core.anatomy import ModelSizes, SiteSize, Unassigned
 from billhook.core.plan import Site
 from billhook.core.registry import MethodInfo
-from billhook.core.results.exports import ExportReport, PushReport, TargetTable
+from billhook.core.results.exports import ExportReport, PushReport, TargetTable, VocabularyReport
 from billhook.core.results.json_form import Result, cell_text
 from billhook.core.results.model import (
     BlockScore,
@@ -26,7 +26,7 @@ from billhook.core.results.model import (
     WorkEstimate,
 )
 from billhook.core.results.run import RunResult
-from billhook.report.numbers import format_duration, reliability_note, verification_sentence
+from billhook.report.numbers import format_duration, reliability_note, verification_sentence, with_interval
 from billhook.report.timing import words
 
 
@@ -65,6 +65,35 @@ def export_table(console: Console, report: ExportReport) -> None:
     console.print(f"{report.out}: {report.form}, {report.bytes / 1e6:,.1f} MB in {len(report.files)} files")
     for sentence in (verification_sentence(report.verified), *report.notes):
         console.print(sentence, style="dim")
+
+
+@prints(VocabularyReport)
+def vocabulary_table(console: Console, report: VocabularyReport) -> None:
+    """Print what is left of a vocabulary, and what held-out texts cost with it."""
+    sizes = (
+        ("tokens", report.rows_before, report.rows_after),
+        ("parameters", report.parameters_before, report.parameters_after),
+        ("bytes on disk", report.bytes_before, report.bytes_after),
+    )
+    lines = [[name, f"{before:,}", f"{after:,}", f"{after / before:.1%}"] for name, before, after in sizes]
+    console.print(plain_table(("", "before", "after", "left"), lines))
+    texts = [
+        [
+            each.source, with_interval(each.more, "{:+.1%}".format), f"{each.before.value:.3f}",
+            f"{each.after.value:.3f}", with_interval(each.change, "{:+.3f}".format),
+        ]
+        for each in report.texts
+    ]  # fmt: skip
+    console.print(plain_table(("held-out text", "tokens", "bits a byte", "after", "change"), texts))
+    console.print(
+        f"Chosen by {report.counted:,} tokens of {report.data}, of which {report.used:,} are different. "
+        f"{report.fixed:,} tokens stay whatever is removed. Intervals are 95%, over texts.",
+        style="dim",
+    )
+    for each in report.texts:
+        if note := reliability_note(each.change):
+            console.print(f"{each.source}: {note}", style="dim")
+    console.print(f"Checkpoint: {report.out}")
 
 
 @prints(TargetTable)

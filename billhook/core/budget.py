@@ -152,6 +152,17 @@ def spell_budget(value: object) -> str:
     return f"{Decimal(str(value)) * 100:f}".rstrip("0").rstrip(".") + "%" if share else str(value)
 
 
+def parse_vocabulary_share(text: str) -> Fraction:
+    """Read how much of a vocabulary is removed: `60%`, or `60%vocabulary`. Raises BudgetError with what is allowed."""
+    match = re.fullmatch(r"\s*([0-9]{1,3}(?:\.[0-9]{1,9})?)\s*%\s*(vocabulary)?\s*", text)
+    if not match or not 0 < Fraction(match[1]) < 100:
+        raise BudgetError(
+            f"{shorten(text)!r} is no share of a vocabulary. Write a number between 0 and 100 and a percent sign, such "
+            f"as 60%, or leave {option('remove')} out: then all tokens go that the text does not use."
+        )
+    return Fraction(match[1]) / 100
+
+
 def parse_budgets(text: str) -> tuple[Budget, ...]:
     """Parse budgets that must all be met, separated by commas: `20%params,30%kv`. Raises BudgetError."""
     budgets = tuple(Budget.parse(piece) for piece in text.split(","))

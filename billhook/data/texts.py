@@ -72,6 +72,15 @@ def external_sources(source: str) -> str:
     return SOURCE_SEPARATOR.join(each for each in split_sources(source) if each != SELF)
 
 
+def require_given(source: str) -> None:
+    """Raise DataError for text that the model writes, where text must say what the model is for."""
+    if SELF in split_sources(source):
+        raise DataError(
+            f"{option('data', source)}: the model's own text does not say what it is for. Give a file, a data set's "
+            "name or pydoc."
+        )
+
+
 # -- texts ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""What an export wrote, and how it does in the runtime that serves it."""
+"""What was written of a model that no pruning made: exports and how they run, smaller vocabularies, uploads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 from billhook.core.results.json_form import JsonObject, Result
+from billhook.core.results.measured import Estimate, estimate_columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,61 @@ class ExportReport(Result):
     def rows(self) -> list[JsonObject]:
         """A row a file."""
         return [{"file": file} for file in self.files]
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyText:
+    """Held-out text by a model and by the same one with fewer tokens, each with its own tokens.
+
+    `more`: tokens that the smaller vocabulary adds, as a share of those before. `before`, `after`, `change`: bits per
+    byte, lower is better; `change` is paired by text. Intervals are over texts.
+    """
+
+    source: str
+    bytes: int
+    tokens_before: int
+    tokens_after: int
+    more: Estimate
+    before: Estimate
+    after: Estimate
+    change: Estimate
+
+
+@dataclass(frozen=True, repr=False)
+class VocabularyReport(Result):
+    """A model without a part of its vocabulary, in a folder.
+
+    `counted`: tokens of the text `data`, of which `used` are different. `fixed`: rows that stay whatever is removed.
+    `rows`, `parameters`, `bytes` (weights and tokenizer on disk): before and after.
+    """
+
+    kind: ClassVar[str] = "vocabulary"
+
+    model: str
+    out: str
+    data: str
+    counted: int
+    used: int
+    fixed: int
+    rows_before: int
+    rows_after: int
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    texts: tuple[VocabularyText, ...]
+
+    def rows(self) -> list[JsonObject]:
+        """A row a held-out text."""
+        return [
+            {
+                "text": text.source, "bytes": text.bytes, "tokens_before": text.tokens_before,
+                "tokens_after": text.tokens_after, **estimate_columns("more", text.more),
+                **estimate_columns("bits_per_byte_before", text.before),
+                **estimate_columns("bits_per_byte_after", text.after), **estimate_columns("change", text.change),
+            }
+            for text in self.texts
+        ]  # fmt: skip
 
 
 FaultReason = Literal["model", "sites", "widths", "kv_groups", "patches", "biases"]

@@ -171,6 +171,23 @@ class ExportSpec(RunSpec):
 
 
 @dataclass(frozen=True)
+class VocabularySpec(RunSpec):
+    """A model without the tokens that `data` does not need, of which `tokens` are counted at most.
+
+    `remove`: a share of the vocabulary; None for all that it does not use. `eval_data`: held-out texts; empty
+    for a part of `data`.
+    """
+
+    kind = "vocabulary"
+    model: str
+    data: str
+    remove: str | None
+    eval_data: tuple[str, ...]
+    tokens: int
+    options: Options
+
+
+@dataclass(frozen=True)
 class SpeedSpec(RunSpec):
     """The speed of `model`, or of it and an `other` in turn. `engine`: the runtime that serves them; None: here."""
 
