@@ -67,6 +67,9 @@ PRUNES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "joint_fold": ("gpt_neox", {}, {
         "remove": "25%", "search": "joint", "metric": "wanda_sp",
         "set": {"levels": 2, "rounds": 1, "tokens": 96, "start": "none"}, "recover": "fold"}),
+    "two_stage": ("llama", {}, {
+        "remove": "35%", "search": "two_stage", "metric": "activation", "loss": "nll",
+        "set": {"p": 2, "alpha": 3.0, "tokens": 96}}),
     "beam_topk": ("phi3", {}, {
         "remove": "2attention,1mlp", "search": "beam", "set": {"width": 2}, "loss": "topk_kl", "recover": "linear"}),
     "evolve_finercut": ("stablelm", {}, {

@@ -127,6 +127,10 @@ def test_activations_are_those_of_hooks_on_the_whole_model(checkpoint: Folder) -
         assert float(values.mean()) == pytest.approx(0, abs=1e-9)
         assert float(values.std()) == pytest.approx(1)
         assert values.argsort().tolist() == plain[where].argsort().tolist()
+    two = GROUP_METRICS["activation"](probe, p=2)[site]
+    assert two.tolist() == pytest.approx(x.square().mean(0).sqrt().view(2, -1).mean(1).tolist(), rel=1e-4)
+    with pytest.raises(UsageError, match="p=1 or p=2, not 3"):
+        GROUP_METRICS["activation"](probe, p=3)
     ifv = GROUP_METRICS["flap"](probe, kind="ifv", standardise=False)[site]
     assert ifv.tolist() == pytest.approx(x.var(0).view(2, -1).mean(1).tolist(), rel=1e-4)
 

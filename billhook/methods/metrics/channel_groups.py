@@ -154,16 +154,21 @@ def flap(probe: Probe, *, kind: str = "wifv", standardise: bool = True) -> Group
 
 
 @group_metric
-def activation(probe: Probe) -> GroupValues:
+def activation(probe: Probe, *, p: int = 1) -> GroupValues:
     """Size of a group's activations, which the output projection reads.
 
-    Formula: mean over a group's channels of (mean over tokens of |x_c|)
+    `p`: 1 or 2, the norm over tokens.
+
+    Formula: mean over a group's channels of (mean over tokens of |x_c|^p)^(1/p)
     Cost: one forward pass.
 
-    Source: Muralidharan et al. 2024, Minitron (arXiv 2407.14679), neurons and heads. Deviation: a head counts by the
-    mean over its channels, not by its norm per token.
+    Source: Muralidharan et al. 2024, Minitron (arXiv 2407.14679), neurons and heads; Sandri et al. 2025, 2SSP (arXiv
+    2501.17771), neurons, with p=2. Deviations: a head counts by the mean over its channels, not by its norm per token;
+    the norm is over all tokens, where 2SSP has the mean of its samples' norms.
     """
-    return probe.groups_of_inputs(lambda x, w: x.absolute)
+    if p not in (1, 2):
+        raise UsageError(f"activation takes p=1 or p=2, not {p}. Type {option('set', {'p': 2})}.")
+    return probe.groups_of_inputs(lambda x, w: x.absolute if p == 1 else x.square.sqrt())
 
 
 @group_metric
