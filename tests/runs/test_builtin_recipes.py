@@ -13,7 +13,7 @@ from billhook.cli.main import app
 from billhook.runs.recipe import recipe_names
 from billhook.runs.recipes.builtin import describe_recipe
 
-WIDTH = {"billhook-width", "flap", "llm-pruner", "reap", "saap", "wanda-sp"}
+WIDTH = {"billhook-width", "cfsp", "flap", "llm-pruner", "reap", "saap", "wanda-sp"}
 
 
 def test_every_builtin_recipe_is_listed_with_its_facts() -> None:

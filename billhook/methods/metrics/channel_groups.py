@@ -105,20 +105,6 @@ def wanda_sp(probe: Probe) -> GroupValues:
     return probe.groups_of_inputs(_wifn)
 
 
-@group_metric
-def cfsp(probe: Probe) -> GroupValues:
-    """Range of a group's weights in every matrix times the size of its activations.
-
-    Formula: (Σ over matrices m of r_m / the largest r_m of the site) · ‖x_c‖, each a mean over the group's channels;
-    r = max(w, 0) - min(w, 0) over the weights of a channel, ‖x_c‖² = Σ over tokens of x_c²
-    Cost: one forward pass.
-
-    Source: Wang et al. 2024, CFSP (arXiv 2409.13199), its fine-grained score. Deviation: of attention groups as well.
-    """
-    sizes = probe.groups_of_inputs(lambda x, w: (x.square * x.tokens).sqrt())
-    return {site: ranges * sizes[site] for site, ranges in probe.groups_of_ranges().items()}
-
-
 def _wifv(x: Inputs, w: torch.Tensor) -> torch.Tensor:
     return x.variance * w.square().sum(0)
 
