@@ -20,7 +20,7 @@ from billhook.engine.probe import Probe
 from billhook.methods.export.checkpoint import save, verify_streamed_round_trip, write_checkpoint
 from billhook.methods.recover import RECOVERIES, RecoveryTask
 from billhook.methods.recover.lora import Update, quantised
-from billhook.methods.recover.ridge import RIDGES, Moments, ridge_fit
+from billhook.methods.recover.ridge import RIDGES, Moments, orthogonal_fit, ridge_fit
 from billhook.methods.recover.side_by_side import (
     Change,
     SiteView,
@@ -290,6 +290,37 @@ def test_fold_is_the_ridge_regression_of_what_the_stream_lacks(checkpoint: Folde
     assert torch.allclose(slope, ridge * pull, rtol=1e-2, atol=1e-3 * float(slope.abs().max()))
 
 
+def test_the_best_orthogonal_matrix_is_found() -> None:
+    draw = torch.Generator().manual_seed(2)
+    x, noise = (torch.randn(200, 7, generator=draw) for _ in range(2))
+    planted_one = torch.linalg.qr(torch.randn(7, 7, generator=draw))[0]
+    weight, validation = torch.rand(200, generator=draw) + 0.1, torch.arange(200) % 8 == 0
+    exact = orthogonal_fit(x, x @ planted_one.T, weight, validation)
+    assert torch.allclose(exact.matrix, planted_one, atol=1e-5)
+    assert exact.remaining_error == pytest.approx(0, abs=1e-9)
+    y = 2 * x @ planted_one.T + noise
+    fit = orthogonal_fit(x, y, weight, validation)
+    assert torch.allclose(fit.matrix @ fit.matrix.T, torch.eye(7), atol=1e-5)
+    assert 0 < fit.remaining_error < 1
+    slope = fit.matrix.T @ ((y * weight[:, None]).T @ x)  # symmetric, and positive, at the optimum
+    assert torch.allclose(slope, slope.T, atol=1e-2)
+    assert float(torch.linalg.eigvalsh(slope).min()) > 0
+    assert orthogonal_fit(x, x, weight, validation).remaining_error == 1, "there is nothing to mend"
+
+
+def test_fold_by_rotation_turns_projections(checkpoint: Folder) -> None:
+    """Every new projection is an orthogonal matrix times the old one, and the student comes nearer to the teacher."""
+    teacher, tokens = load(checkpoint("llama")), many_texts(60)
+    repair = recovered("fold", teacher, PLAN, tokens, rotation=True)
+    assert repair.weights
+    for name, value in repair.weights.items():
+        before = teacher.model.get_parameter(name).detach()
+        assert torch.allclose(value.T @ value, before.T @ before, atol=1e-3)
+        assert not torch.allclose(value, before, atol=1e-2)
+    losses = [Probe(teacher, tokens, "kl").loss_with_repair(PLAN, each).mean for each in (NO_REPAIR, repair)]
+    assert losses[1] < losses[0]
+
+
 def test_of_a_single_text_some_documents_choose_the_ridge(checkpoint: Folder) -> None:
     teacher, ids = load(checkpoint("llama")), many_texts(40).rows.tolist()
     one = pack_rows([Document(0, tuple(row)) for row in ids], 40 * 24, 24, [], "one text")
@@ -526,6 +557,7 @@ def test_a_repair_survives_its_file(checkpoint: Folder, tmp_path: Path) -> None:
     ("lowrank", {"rank": 0}, "rank of at least 1"),
     ("linear", {"where": "here"}, "inserted or fused"),
     ("linear", {"where": "fused", "bias": True}, "A fused matrix has no constant"),
+    ("bias", {"vectors": "some"}, "vectors called 'some'.*all, biases, norms"),
     ("lora", {"loss": "l2"}, "none of nll, kl and mse. Use one of them"),
     ("full", {"rate": 0.0}, "a rate above 0"),
 ])  # fmt: skip
@@ -665,6 +697,23 @@ def test_training_lowers_its_loss_and_patches_learn_too(loss: str, checkpoint: F
             for r in (patched, repair)
         ]
         assert told[1] < told[0]
+
+
+@pytest.mark.parametrize(("vectors", "head"), [("all", False), ("biases", False), ("norms", True)])
+def test_the_ladder_of_perp_trains_what_it_says(vectors: str, head: bool, checkpoint: Folder) -> None:
+    teacher = load(checkpoint("phi"))
+    student = apply(teacher, PLAN)
+    repair = recovered("bias", teacher, PLAN, many_texts(16), vectors=vectors, head=head)
+    one = {name for name, p in student.named_parameters() if p.dim() == 1}
+    biases = {name for name in one if name.endswith("bias")}
+    expected = {"all": one, "biases": biases, "norms": one - biases}[vectors] | ({"lm_head.weight"} if head else set())
+    assert 0 < len(repair.weights) == len(expected)
+    assert {value.dim() for value in repair.weights.values()} == ({1, 2} if head else {1})
+
+
+def test_a_tied_head_is_not_trained_alone(checkpoint: Folder) -> None:
+    with pytest.raises(UsageError, match="head of this model is its embedding"):
+        recovered("bias", load(checkpoint("llama_tied")), PLAN, many_texts(16), head=True)
 
 
 def test_only_patches_learn_from_where_the_closed_form_ended(checkpoint: Folder) -> None:
