@@ -20,7 +20,7 @@ from billhook.engine.probe import Probe
 from billhook.methods.export.checkpoint import save, verify_streamed_round_trip, write_checkpoint
 from billhook.methods.recover import RECOVERIES, RecoveryTask
 from billhook.methods.recover.lora import Update, quantised
-from billhook.methods.recover.ridge import RIDGES, Moments, orthogonal_fit, ridge_fit
+from billhook.methods.recover.ridge import RIDGES, Moments, ridge_fit
 from billhook.methods.recover.side_by_side import (
     Change,
     SiteView,
@@ -288,37 +288,6 @@ def test_fold_is_the_ridge_regression_of_what_the_stream_lacks(checkpoint: Folde
     ridge = float((slope * pull).sum() / pull.square().sum())
     assert any(ridge == pytest.approx(one, rel=1e-2) for one in RIDGES)
     assert torch.allclose(slope, ridge * pull, rtol=1e-2, atol=1e-3 * float(slope.abs().max()))
-
-
-def test_the_best_orthogonal_matrix_is_found() -> None:
-    draw = torch.Generator().manual_seed(2)
-    x, noise = (torch.randn(200, 7, generator=draw) for _ in range(2))
-    planted_one = torch.linalg.qr(torch.randn(7, 7, generator=draw))[0]
-    weight, validation = torch.rand(200, generator=draw) + 0.1, torch.arange(200) % 8 == 0
-    exact = orthogonal_fit(x, x @ planted_one.T, weight, validation)
-    assert torch.allclose(exact.matrix, planted_one, atol=1e-5)
-    assert exact.remaining_error == pytest.approx(0, abs=1e-9)
-    y = 2 * x @ planted_one.T + noise
-    fit = orthogonal_fit(x, y, weight, validation)
-    assert torch.allclose(fit.matrix @ fit.matrix.T, torch.eye(7), atol=1e-5)
-    assert 0 < fit.remaining_error < 1
-    slope = fit.matrix.T @ ((y * weight[:, None]).T @ x)  # symmetric, and positive, at the optimum
-    assert torch.allclose(slope, slope.T, atol=1e-2)
-    assert float(torch.linalg.eigvalsh(slope).min()) > 0
-    assert orthogonal_fit(x, x, weight, validation).remaining_error == 1, "there is nothing to mend"
-
-
-def test_fold_by_rotation_turns_projections(checkpoint: Folder) -> None:
-    """Every new projection is an orthogonal matrix times the old one, and the student comes nearer to the teacher."""
-    teacher, tokens = load(checkpoint("llama")), many_texts(60)
-    repair = recovered("fold", teacher, PLAN, tokens, rotation=True)
-    assert repair.weights
-    for name, value in repair.weights.items():
-        before = teacher.model.get_parameter(name).detach()
-        assert torch.allclose(value.T @ value, before.T @ before, atol=1e-3)
-        assert not torch.allclose(value, before, atol=1e-2)
-    losses = [Probe(teacher, tokens, "kl").loss_with_repair(PLAN, each).mean for each in (NO_REPAIR, repair)]
-    assert losses[1] < losses[0]
 
 
 def test_of_a_single_text_some_documents_choose_the_ridge(checkpoint: Folder) -> None:

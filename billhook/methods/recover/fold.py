@@ -6,7 +6,7 @@ from billhook.core.errors import UsageError, option
 from billhook.core.events import Event
 from billhook.data.token_sets import TokenSet
 from billhook.methods.recover import RecoveryTask, recovery
-from billhook.methods.recover.ridge import orthogonal_fit, ridge_fit
+from billhook.methods.recover.ridge import ridge_fit
 from billhook.methods.recover.side_by_side import (
     Change,
     SiteView,
@@ -32,9 +32,8 @@ def _no_direct_sum(row: Architecture) -> str | None:
 
 @recovery(refuse=_no_direct_sum)
 def fold(
-    task: RecoveryTask, train: TokenSet, valid: TokenSet, *,
-    parts: str = "both", reach: str = "all", ahead: bool = True, rotation: bool = False,
-) -> Repair:  # fmt: skip
+    task: RecoveryTask, train: TokenSet, valid: TokenSet, *, parts: str = "both", reach: str = "all", ahead: bool = True
+) -> Repair:
     """Refit output projections around the removed sites, so that the residual stream is the teacher's again.
 
     Projections are refitted in order, each on the student's own activations, by ridge regression of the stream's error
@@ -44,16 +43,14 @@ def fold(
 
     Narrowed sites are refitted too, on their kept channels. `parts`: mlp, attention or both. `reach`: all projections
     from the first removed or narrowed site, or the next one after each. `ahead=False`: no look past the runs.
-    `rotation`: each projection W becomes Q W with the best orthogonal Q, which few tokens overfit less.
 
     Formula: argmin over ΔW of Σ_t (|h_t - s_t - ΔW x_t|² + λ Σ_i |x_ti ΔW_i|²) / |h_t|², h the teacher's stream,
-    s the student's, ΔW_i the column of channel i; `rotation`: ΔW = (Q - 1) W, argmin over QᵀQ = 1 without λ
+    s the student's, ΔW_i the column of channel i
     Cost: a forward pass of the teacher (two, where its streams do not fit into memory) and one of the student, and a
     few solves per projection; nothing at inference.
     Source: Park et al. 2025, SPRINT (arXiv 2506.03510), which refits the next MLP's down projection. Deviations:
     attention as well, all later projections, those before a removed site with the stream after it as target, ridge
-    chosen on held-out text, tokens weighted. `rotation`: Haruta et al. 2025, RCPU (arXiv 2510.07782), without its
-    score.
+    chosen on held-out text, tokens weighted.
     """
     if parts not in FOLDED_PARTS or reach not in ("all", "next"):
         raise UsageError(f"fold takes parts mlp, attention or both, and reach all or next, not {parts!r}, {reach!r}.")
@@ -73,15 +70,11 @@ def fold(
             return None
         refits |= view.site in narrowed
         supported |= view.weight is not None
-        if view.value is None or view.site.part not in FOLDED_PARTS[parts] or not (refits or view.site in run_end):
+        if view.weight is None or view.site.part not in FOLDED_PARTS[parts] or not (refits or view.site in run_end):
             return None
         refits = refits and reach == "all"
         target = streams[run_end[view.site]] if view.site in run_end else view.teacher_after
         weight = 1 / target.square().mean(-1).clamp(min=1e-12)
-        if rotation:
-            now = view.inputs @ view.value.T
-            fit = orthogonal_fit(now, now + target - view.after, weight / weight.mean(), validation)
-            return fit.matrix @ view.value - view.value if fit.remaining_error < 1 else None
         fit = ridge_fit(view.inputs, target - view.after, weight / weight.mean(), validation)
         return fit.matrix if fit.remaining_error < 1 else None
 

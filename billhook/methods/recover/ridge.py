@@ -97,24 +97,3 @@ def ridge_fit(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, validation
         place = best
     matrix = seen.plus(unseen).solve(RIDGES[place]).T.to(x.device, torch.float32)
     return Fit(matrix, RIDGES[place], error(place) / unseen.yy)
-
-
-def orthogonal_fit(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, validation: torch.Tensor) -> Fit:
-    """Fit x to y, both [tokens, width], by an orthogonal matrix: the Procrustes problem, on all tokens.
-
-    `remaining_error`: of the matrix of the others on the `validation` tokens, as a share of |y - x|² there.
-    """
-    place = _place(x.device, x.shape[1] ** 2)
-    root = weight.sqrt()[:, None]
-    a, b = ((to_float64(each) * to_float64(root)).to(place) for each in (x, y))
-    seen, unseen = ((a[of], b[of]) for of in (~validation.to(place), validation.to(place)))
-
-    def solve(product: torch.Tensor) -> torch.Tensor:
-        u, _, v = torch.linalg.svd(product)
-        return u @ v
-
-    first, others = (two[1].T @ two[0] for two in (seen, unseen))
-    before = float((unseen[1] - unseen[0]).square().sum())
-    after = float((unseen[1] - unseen[0] @ solve(first).T).square().sum())
-    matrix = solve(first + others).to(x.device, torch.float32)
-    return Fit(matrix, 0.0, after / before if before else 1.0)
