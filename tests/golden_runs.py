@@ -67,6 +67,9 @@ PRUNES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "joint_fold": ("gpt_neox", {}, {
         "remove": "25%", "search": "joint", "metric": "wanda_sp",
         "set": {"levels": 2, "rounds": 1, "tokens": 96, "start": "none"}, "recover": "fold"}),
+    "two_stage": ("llama", {}, {
+        "remove": "35%", "search": "two_stage", "metric": "activation", "loss": "nll",
+        "set": {"p": 2, "alpha": 3.0, "tokens": 96}}),
     "beam_topk": ("phi3", {}, {
         "remove": "2attention,1mlp", "search": "beam", "set": {"width": 2}, "loss": "topk_kl", "recover": "linear"}),
     "evolve_finercut": ("stablelm", {}, {
@@ -97,7 +100,7 @@ PRUNES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "plan": "mlp.1", "recover": "lora", "recover_set": {"rank": 2, "merge": False, "batch": 8}}),
 }  # fmt: skip
 METRICS = {
-    "sites": "cosine,l1,l2,relative_l1,relative_l2,angular_span,magnitude,sprint_local,taylor",
+    "sites": "cca,cosine,l1,l2,relative_l1,relative_l2,angular_span,magnitude,sprint_local,taylor",
     "losses": "loo_js,loo_kl,loo_logits,loo_nll,loo_ppl,shapley_kl,shapley_nll,present_absent",
     "task": "loo_task,shapley_task",
     "groups": "activation,cfsp,flap,group_magnitude,obs,saap,taylor_element1,taylor_element2,taylor_mix,taylor_vector,"

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ from billhook.engine.bench import Measurer
 from billhook.engine.blocks import KEPT, NEITHER, NO_ATTENTION, NO_MLP, BlockRunner
 from billhook.engine.document_groups import DocumentGroup
 from billhook.models import structure
-from billhook.models.device import to_float64
+from billhook.models.device import float64_place, to_float64
 
 Statistic = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # two of [tokens, width] -> [tokens]
 WeightFunction = Callable[[torch.Tensor], torch.Tensor]  # [..., outputs, inputs] -> a number
@@ -88,20 +90,72 @@ def mean_over_tokens(bench: Measurer, statistics: Mapping[str, Statistic]) -> di
 
     A statistic that divides by zero gives scores that are not finite; others of the same pass are not affected.
     """
+    means = {name: DocumentMeans(bench.groups) for name in statistics}
+    for _, unit, g, *pair in _before_and_after(bench):
+        for name, statistic in statistics.items():
+            means[name].add(unit, means[name].document_of[g], statistic(*pair))
+    return {name: mean.scores() for name, mean in means.items()}
+
+
+def _before_and_after(bench: Measurer) -> Iterator[tuple[int, ScoredUnit, int, torch.Tensor, torch.Tensor]]:
+    """Yield (index of the block, unit, number of the group, x, y) in order of the blocks; one pass.
+
+    x and y: the streams before and after the unit, of the counted tokens of the group, [tokens, width] in float32.
+    """
     runner, groups = bench.runner, bench.groups
-    means = {name: DocumentMeans(groups) for name in statistics}
     streams = [runner.embed(group.ids) for group in groups]
     wanted = {KEPT, NO_MLP, NO_ATTENTION} if runner.parallel else {KEPT, NO_MLP}
     for index, block in enumerate(runner.blocks(range(runner.depth))):
         done = runner.step(index, block, [(x, wanted) for x in streams])
         for g, (x, after) in enumerate(zip(streams, done, strict=True)):
             for unit, before, then in _units(bench, index, x, after):
-                pair = groups[g].tokens_of(before).float(), groups[g].tokens_of(then).float()
-                for name, statistic in statistics.items():
-                    means[name].add(unit, means[name].document_of[g], statistic(*pair))
+                yield index, unit, g, groups[g].tokens_of(before).float(), groups[g].tokens_of(then).float()
         streams = [after[KEPT] for after in done]
     bench.check_finite(streams)
-    return {name: mean.scores() for name, mean in means.items()}
+
+
+@dataclass(slots=True)
+class Covariances:
+    """Covariances [width, width] in float64 of the streams before (x) and after (y) a unit, over all tokens.
+
+    `xy` has a row for each channel of x and a column for each of y.
+    """
+
+    xx: torch.Tensor
+    xy: torch.Tensor
+    yy: torch.Tensor
+
+
+class _Moments:
+    """Sums over tokens, of which covariances are made."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.tokens = 0
+        self.sums = torch.zeros(2, width, dtype=torch.float64, device=float64_place(device))
+        self.products = torch.zeros(3, width, width, dtype=torch.float64, device=float64_place(device))
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        x, y = to_float64(x), to_float64(y)
+        self.tokens += len(x)
+        self.sums += torch.stack((x.sum(0), y.sum(0)))
+        for product, (a, b) in zip(self.products, ((x, x), (x, y), (y, y)), strict=True):
+            product.addmm_(a.T, b)
+
+    def covariances(self) -> Covariances:
+        x, y = self.sums / self.tokens
+        means = torch.stack([a[:, None] * b for a, b in ((x, x), (x, y), (y, y))])
+        return Covariances(*(self.products / self.tokens - means))
+
+
+def over_covariances(bench: Measurer, function: Callable[[Covariances], float]) -> dict[ScoredUnit, Score]:
+    """Return function(covariances of the streams before and after it) for each site and block; one pass."""
+    scores: dict[ScoredUnit, Score] = {}
+    for _, of_block in groupby(_before_and_after(bench), key=lambda each: each[0]):
+        moments: dict[ScoredUnit, _Moments] = {}
+        for _, unit, _, x, y in of_block:
+            moments.setdefault(unit, _Moments(x.shape[1], x.device)).add(x, y)
+        scores |= {unit: Score(function(each.covariances())) for unit, each in moments.items()}
+    return scores
 
 
 def _units(

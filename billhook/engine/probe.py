@@ -292,6 +292,15 @@ class Probe:
 
     @undisturbed
     @torch.inference_mode()
+    def over_covariances(self, function: Callable[[activation_passes.Covariances], float]) -> dict[ScoredUnit, Score]:
+        """Return function(covariances of the residual streams before and after it) for each site and block; one pass.
+
+        Means are taken off; see `activation_passes.Covariances`.
+        """
+        return activation_passes.over_covariances(self._measurer, function)
+
+    @undisturbed
+    @torch.inference_mode()
     def mean_over_spans(self, distance: activation_passes.Statistic, *, last: bool) -> dict[ScoredUnit, Score]:
         """Return the mean of distance(x, y) over rows' last tokens, or all tokens, for each span of blocks; one pass.
 

@@ -45,7 +45,10 @@ def test_an_empty_model_is_not_the_demo(command: str) -> None:
         (("--out", "-"), "names no folder"),
         (("--out", ""), "the folder that you are in"),
         (("--recipe", ""), "There is no recipe"),
-        (("--search", "oneshot", "--metric", "flap"), "Searches for it: --search joint, --search rank_channels."),
+        (
+            ("--search", "oneshot", "--metric", "flap"),
+            "Searches for it: --search joint, --search rank_channels, --search two_stage.",
+        ),
         (("--search", "joint", "--metric", "cosine"), "scores sites or blocks, and the search joint takes scores of"),
         (("--recipe", "r" * 5000), "There is no recipe"),
         (("--search", "swap", "--recover-set", "rank=3"), "--recover-set has no effect without a recovery"),

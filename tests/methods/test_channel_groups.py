@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -127,6 +129,10 @@ def test_activations_are_those_of_hooks_on_the_whole_model(checkpoint: Folder) -
         assert float(values.mean()) == pytest.approx(0, abs=1e-9)
         assert float(values.std()) == pytest.approx(1)
         assert values.argsort().tolist() == plain[where].argsort().tolist()
+    two = GROUP_METRICS["activation"](probe, p=2)[site]
+    assert two.tolist() == pytest.approx(x.square().mean(0).sqrt().view(2, -1).mean(1).tolist(), rel=1e-4)
+    with pytest.raises(UsageError, match="p=1 or p=2, not 3"):
+        GROUP_METRICS["activation"](probe, p=3)
     ifv = GROUP_METRICS["flap"](probe, kind="ifv", standardise=False)[site]
     assert ifv.tolist() == pytest.approx(x.var(0).view(2, -1).mean(1).tolist(), rel=1e-4)
 
@@ -147,6 +153,40 @@ def test_cfsp_is_ranges_times_norms(checkpoint: Folder, site: Site) -> None:
     told = GROUP_METRICS["cfsp"](probe)[site]
     norms = probe.groups_of_inputs(lambda x, w: (x.square * x.tokens).sqrt())[site]
     assert told.tolist() == pytest.approx((ranges * norms).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 13.1, 80.0])
+def test_coarse_cfsp_keeps_shares_by_a_sigmoid_of_angles(checkpoint: Folder, sharpness: float) -> None:
+    """At every size at which no block would keep more than all; of each site the best by fine score."""
+    teacher, tokens = load(checkpoint("llama")), documents()
+    probe = Probe(teacher, tokens, "nll")
+    with torch.no_grad():
+        streams = teacher.model(tokens.rows, output_hidden_states=True).hidden_states
+    last: list[torch.Tensor] = []  # before the final norm
+    handle = teacher.block(3).register_forward_hook(
+        lambda m, a, out: last.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        teacher.model(tokens.rows)
+    handle.remove()
+    streams = [*streams[:4], last[0]]
+    angles = np.array([
+        float((torch.cosine_similarity(x.double(), y.double(), dim=-1).arccos() / math.pi).mean())
+        for x, y in pairwise(streams)
+    ])  # fmt: skip
+    sigmoids = 1 / (1 + np.exp(-sharpness * (angles - angles.mean())))
+    shares = sigmoids / sigmoids.mean()
+    fine, coarse = GROUP_METRICS["cfsp"](probe), GROUP_METRICS["cfsp"](probe, coarse=sharpness)
+    mlps = [Site(block, "mlp") for block in range(4)]
+    for site in fine:
+        assert coarse[site].argsort().tolist() == fine[site].argsort(stable=True).tolist()
+    limit = -0.6 / float(shares.max())
+    for threshold in (limit, limit / 2, limit / 5):
+        kept = [int((coarse[site] >= threshold).sum()) for site in mlps]
+        expected = [len(coarse[site]) * -threshold * share for site, share in zip(mlps, shares, strict=True)]
+        assert kept == pytest.approx(expected, abs=0.51)
+    with pytest.raises(UsageError, match="coarse=0 or more, not -1"):
+        GROUP_METRICS["cfsp"](probe, coarse=-1)
 
 
 def test_obs_counts_what_the_best_refit_leaves() -> None:

@@ -298,3 +298,69 @@ def test_a_share_of_a_model_whose_sites_hold_little_is_told_with_the_smaller_one
         smaller = Problem(anatomy, parse_budgets(f"{event.values['smaller']:.9f}%{unit}"))
         alone = Problem(replace(anatomy, rest=Unassigned(0, 0, 0)), problem.budgets)
         assert float(smaller.targets[0]) == pytest.approx(float(alone.targets[0]))
+
+
+# -- width, then depth ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", ["10%params", "30%params", "55%params", "60%params", "40%flops", "2sites"])
+@pytest.mark.parametrize("alpha", [0.5, 1.5, 20.0])
+def test_two_stages_are_one_width_and_then_greedy_attentions(budget: str, alpha: float) -> None:
+    problem = both(budget)
+    loss = dear(problem, 5)
+    asked: list[MeasureRequest] = []
+
+    def measure(ask: MeasureRequest) -> list[Loss]:
+        asked.append(ask)
+        return [Loss("nll", (loss(plan),), (1,)) for plan in ask.plans]
+
+    path = drive(SEARCHES["two_stage"](problem, alpha=alpha, tokens=7), measure)
+    plan = path[-1]
+    assert problem.anatomy.check(plan) == plan
+    assert problem.is_met(plan)
+    assert {site.part for site in plan.removed} <= {"attention"}
+    assert {(each.site.part, each.groups) for each in plan.narrowed} <= {("mlp", tuple(range(n, 4))) for n in (1, 2, 3)}
+    assert len({each.groups for each in plan.narrowed}) == (1 if plan.narrowed else 0), "all alike, the lowest go first"
+    assert len(plan.narrowed) in (0, 3)
+    expected = Plan(frozenset(), plan.narrowed)
+    for ask in asked:
+        left = [Site(b, "attention") for b in range(3) if Site(b, "attention") not in expected.removed]
+        assert set(ask.plans) == {expected.without(site) for site in left}
+        assert ask.tokens == 7
+        expected = min(ask.plans, key=loss)
+    assert expected == plan
+    assert estimate_losses("two_stage", problem, alpha=alpha) == sum(len(ask.plans) for ask in asked)
+    if plan.narrowed:  # one neuron more in each would be too much
+        first = min(min(each.groups) for each in plan.narrowed) - 1
+        wider = {KeptGroups(each.site, tuple(range(first, 4))) for each in plan.narrowed} if first else set()
+        assert not problem.is_met(Plan(plan.removed, frozenset(wider)))
+
+
+@pytest.mark.parametrize(
+    ("share", "alpha", "attentions"), [(0.25, 1.5, 2), (0.375, 1.5, 4), (0.5, 1.5, 8), (0.5, 3.0, 15)]
+)
+def test_how_many_attentions_go_is_the_rule_of_2ssp(share: float, alpha: float, attentions: int) -> None:
+    """Mlps of three times the size, as in models of grouped queries: 30 · s^(3 / alpha)."""
+    sizes = []
+    for block, (part, groups) in itertools.product(range(30), (("attention", 1), ("mlp", 300))):
+        site, group = Site(block, cast(Part, part)), GroupSize(100 if part == "attention" else 1, 1, 0, 1)
+        sizes.append(SiteSize(site, group.parameters * groups, 1, 0, 1, 0, tuple(range(groups)), group))
+    problem = Problem(Anatomy("llama", 30, tuple(sizes), Unassigned(0, 0, 0)), parse_budgets(f"{100 * share}%params"))
+    problem = replace(problem, group_scores={s.site: [0.0] * len(s.groups) for s in sizes})
+    plan = drive(
+        SEARCHES["two_stage"](problem, alpha=alpha), lambda ask: [Loss("nll", (1.0,), (1,)) for _ in ask.plans]
+    )[-1]
+    assert len(plan.removed) == attentions
+    assert problem.removed_cost(plan)[0] - float(problem.targets[0]) < 30
+
+
+def test_two_stages_say_what_they_cannot_do() -> None:
+    for budget in ("2blocks", "40%kv", "20%params,20%flops"):
+        with pytest.raises(BudgetError, match="divides one budget between mlps and attentions"):
+            drive(SEARCHES["two_stage"](both(budget)), lambda ask: [])
+    with pytest.raises(BudgetError, match="cannot be met by narrower mlps and fewer attentions"):
+        drive(SEARCHES["two_stage"](both("89%params")), lambda ask: [])
+    with pytest.raises(UsageError, match="alpha=0, tokens=2048"):
+        drive(SEARCHES["two_stage"](both("20%params"), alpha=0.0), lambda ask: [])
+    with pytest.raises(UsageError, match="Name a metric of groups"):
+        drive(SEARCHES["two_stage"](replace(both("20%params"), group_scores=None)), lambda ask: [])

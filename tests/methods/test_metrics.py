@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -24,9 +25,11 @@ from billhook.core.problem import ScoredUnit
 from billhook.core.results.measured import Score
 from billhook.core.results.model import MetricScores
 from billhook.data.token_sets import TokenSet
+from billhook.engine.activation_passes import Covariances
 from billhook.engine.probe import Probe
 from billhook.methods.export.checkpoint import save
 from billhook.methods.metrics import METRICS
+from billhook.methods.metrics.correlations import linearisation_bound
 from billhook.models import architectures, structure
 from billhook.models.load import Teacher, load
 from billhook.models.surgery import apply
@@ -118,6 +121,68 @@ def test_statistics_are_those_of_hooks(variant: str, checkpoint: Folder) -> None
         assert set(found) == {*teacher.anatomy.sites_present(), *teacher.positions}
         assert values_of(METRICS[name](again)) == pytest.approx(values_of(found), rel=1e-5, abs=1e-6)
     assert streamed.weights is not None
+
+
+# -- canonical correlations ------------------------------------------------------------------------------------------
+
+
+def covariances(x: torch.Tensor, y: torch.Tensor) -> Covariances:
+    """Those of numpy, of rows of x and y."""
+    both, width = torch.from_numpy(np.cov(torch.cat((x, y), 1).numpy().T, bias=True)), x.shape[1]
+    return Covariances(both[:width, :width], both[:width, width:], both[width:, width:])
+
+
+def bound(c: Covariances, ridge: float) -> float:
+    """By singular values of the whitened matrix, as the formula is written."""
+    noise = np.diag(ridge * np.diag(c.xx))
+
+    def root(matrix: np.ndarray) -> np.ndarray:
+        values, vectors = np.linalg.eigh(matrix + noise)
+        return np.asarray(vectors / np.sqrt(values) @ vectors.T)
+
+    rho = np.linalg.svd(root(c.yy.numpy()) @ (c.xy.numpy().T + noise) @ root(c.xx.numpy()), compute_uv=False)
+    return float((1 - rho**2).sum())
+
+
+@pytest.mark.parametrize("variant", ["llama", "phi", "gemma3_text"])
+def test_cca_is_the_bound_of_hooked_streams(variant: str, checkpoint: Folder) -> None:
+    tokens = documents(12)
+    teacher, streamed = load(checkpoint(variant)), load(checkpoint(variant), memory=0)
+    seen: dict[ScoredUnit, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for row, _ in rows_of(tokens):
+        for unit, x, y in pairs(teacher, streams_of(teacher, row)):
+            seen.setdefault(unit, []).append((x, y))
+    for ridge in (0.0, 0.05):
+        expected = {
+            u: bound(covariances(*(torch.cat(s) for s in zip(*xy, strict=True))), ridge) for u, xy in seen.items()
+        }
+        for which in (teacher, streamed):
+            found = METRICS["cca"](Probe(which, tokens, "kl"), ridge=ridge)
+            assert values_of(found) == pytest.approx(expected, rel=2e-3, abs=2e-4)
+            assert {score.se for score in found.values()} == {None}
+
+
+def test_the_bound_is_one_and_sees_only_what_is_not_linear() -> None:
+    draw = torch.Generator().manual_seed(3)
+    x, a, b = (torch.randn(*shape, generator=draw).double() for shape in ((500, 6), (6, 6), (500, 6)))
+    assert linearisation_bound(covariances(x, 5 * x @ a + 3), 0) == pytest.approx(0, abs=1e-9)
+    assert linearisation_bound(covariances(x, x), 0.1) == pytest.approx(0, abs=1e-9), "nothing is added"
+    assert linearisation_bound(covariances(x, b), 0) == pytest.approx(6, abs=0.3), "independent"
+    y = (x @ a).tanh() + b / 3
+    found = linearisation_bound(covariances(x, y), 0)
+    centred = y - y.mean(0)
+    left = centred - (x - x.mean(0)) @ torch.linalg.lstsq(x - x.mean(0), centred).solution
+    assert 0 < float(left.square().sum() / centred.square().sum()) <= found
+    assert linearisation_bound(covariances(x @ a + 1, y @ a), 0) == pytest.approx(found), "in any coordinates"
+
+
+def test_cca_says_what_it_needs(checkpoint: Folder) -> None:
+    probe = Probe(load(checkpoint("llama")), documents(1), "kl")
+    with pytest.raises(UsageError, match="fewer directions than channels"):
+        METRICS["cca"](probe, ridge=0)
+    with pytest.raises(UsageError, match="ridge of 0 or more, not -1"):
+        METRICS["cca"](probe, ridge=-1)
+    assert METRICS["cca"](probe)
 
 
 # -- spans of blocks -------------------------------------------------------------------------------------------------
@@ -292,7 +357,7 @@ def test_a_site_that_adds_nothing_scores_nothing(variant: str, part: Any, tmp_pa
     assert METRICS["magnitude"](probe)[Site(2, part)].value > 1
 
 
-@pytest.mark.parametrize("metrics", [SHARED, ("sprint_local",), ("angular_span",), ("magnitude",)])
+@pytest.mark.parametrize("metrics", [SHARED, ("cca",), ("sprint_local",), ("angular_span",), ("magnitude",)])
 def test_a_pass_reads_every_block_once(metrics: tuple[str, ...], checkpoint: Folder) -> None:
     teacher = load(checkpoint("llama"), memory=0)
     assert teacher.weights is not None

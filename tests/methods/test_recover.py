@@ -208,7 +208,8 @@ def straight(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("linear", {}), ("lowrank", {"rank": 32, "bias": False}), ("lowrank", {"rank": 99})]
+    ("name", "options"),
+    [("linear", {}), ("linear", {"bias": True}), ("lowrank", {"rank": 32, "bias": False}), ("lowrank", {"rank": 99})],
 )
 def test_a_span_that_is_linear_is_lossless_after_a_matrix(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     teacher = planted(tmp_path, "gpt2", straight, activation_function="linear")
@@ -219,6 +220,32 @@ def test_a_span_that_is_linear_is_lossless_after_a_matrix(name: str, options: di
     repair = recovered(name, teacher, plan, many_texts(60), **options)
     assert (logits(apply(teacher, plan), rows) - dense).abs().max() > 0.1
     assert torch.allclose(logits(apply(teacher, plan, repair=repair), rows), dense, rtol=1e-2, atol=2e-2)
+
+
+def affine(model: Any) -> None:
+    """The MLP of block 1 is a linear map and a constant."""
+    block = model.transformer.h[1]
+    block.ln_2.eps = 1e8
+    block.ln_2.weight.mul_(1e4)
+    block.mlp.c_proj.bias.fill_(3)
+
+
+def test_a_constant_makes_a_matrix_an_affine_map(tmp_path: Path) -> None:
+    """By least squares of centred streams; without it the constant stays."""
+    teacher = planted(tmp_path, "gpt2", affine, activation_function="linear")
+    teacher.model.transformer.h[1].ln_2.eps = 1e8
+    plan, rows, tokens = Plan.parse(["mlp.1"]), tiny.tokens(3, 20), many_texts(60)
+    dense = logits(teacher.model, rows)
+    without, with_it = (recovered("linear", teacher, plan, tokens, bias=bias) for bias in (False, True))
+    off, on = ((logits(apply(teacher, plan, repair=r), rows) - dense).abs().max() for r in (without, with_it))
+    assert on < 2e-2 < off
+    patch = with_it.patches[Site(1, "mlp")]
+    assert patch.bias is not None
+    seen: list[SiteView] = []
+    side_by_side(TeacherStreams(Measurer(teacher, tokens, "kl")), plan, NO_REPAIR, lambda view: seen.append(view))
+    view = next(view for view in seen if view.site == Site(1, "mlp"))
+    lacking = view.teacher_after - view.after
+    assert torch.allclose(patch.forward(view.inputs).mean(0), lacking.mean(0), atol=1e-4)
 
 
 def test_a_fused_matrix_is_a_matrix_on_the_output_before_the_run(checkpoint: Folder) -> None:
@@ -512,6 +539,8 @@ def test_a_repair_survives_its_file(checkpoint: Folder, tmp_path: Path) -> None:
     ("fold", {"parts": "head"}, "fold takes parts"),
     ("lowrank", {"rank": 0}, "rank of at least 1"),
     ("linear", {"where": "here"}, "inserted or fused"),
+    ("linear", {"where": "fused", "bias": True}, "A fused matrix has no constant"),
+    ("bias", {"vectors": "some"}, "vectors called 'some'.*all, biases, norms"),
     ("lora", {"loss": "l2"}, "none of nll, kl and mse. Use one of them"),
     ("full", {"rate": 0.0}, "a rate above 0"),
 ])  # fmt: skip
@@ -651,6 +680,23 @@ def test_training_lowers_its_loss_and_patches_learn_too(loss: str, checkpoint: F
             for r in (patched, repair)
         ]
         assert told[1] < told[0]
+
+
+@pytest.mark.parametrize(("vectors", "head"), [("all", False), ("biases", False), ("norms", True)])
+def test_the_ladder_of_perp_trains_what_it_says(vectors: str, head: bool, checkpoint: Folder) -> None:
+    teacher = load(checkpoint("phi"))
+    student = apply(teacher, PLAN)
+    repair = recovered("bias", teacher, PLAN, many_texts(16), vectors=vectors, head=head)
+    one = {name for name, p in student.named_parameters() if p.dim() == 1}
+    biases = {name for name in one if name.endswith("bias")}
+    expected = {"all": one, "biases": biases, "norms": one - biases}[vectors] | ({"lm_head.weight"} if head else set())
+    assert 0 < len(repair.weights) == len(expected)
+    assert {value.dim() for value in repair.weights.values()} == ({1, 2} if head else {1})
+
+
+def test_a_tied_head_is_not_trained_alone(checkpoint: Folder) -> None:
+    with pytest.raises(UsageError, match="head of this model is its embedding"):
+        recovered("bias", load(checkpoint("llama_tied")), PLAN, many_texts(16), head=True)
 
 
 def test_only_patches_learn_from_where_the_closed_form_ended(checkpoint: Folder) -> None:

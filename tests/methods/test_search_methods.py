@@ -307,7 +307,7 @@ def test_the_path_of_swap_is_greedys_without_what_came_back_and_then_what_went_i
     assert exchanged_some
 
 
-@pytest.mark.parametrize("name", [*SEARCHES])
+@pytest.mark.parametrize("name", [name for name in SEARCHES if name != "two_stage"])  # which needs both parts
 @pytest.mark.parametrize(("budget", "part"), [("40%kv", "attention"), ("2attention", "attention"), ("50%mlp", "mlp")])
 def test_a_search_removes_only_what_the_budget_counts(name: str, budget: str, part: str) -> None:
     """Also where the loss falls with every other site; searches of channel groups leave them as wide as they are."""

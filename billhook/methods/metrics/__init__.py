@@ -105,6 +105,8 @@ from billhook.methods.metrics import (  # noqa: E402, F401 - they register thems
     ablation,
     activations,
     channel_groups,
+    coarse_to_fine,
+    correlations,
     mixtures,
     refitted_groups,
     shapley,

@@ -134,9 +134,10 @@ def angular_span(probe: Probe, *, tokens: str = "last") -> dict[ScoredUnit, Scor
     """
     if tokens not in TOKENS:
         raise UnknownName("choice of tokens", tokens, TOKENS)
-    return probe.mean_over_spans(_angle, last=tokens == "last")
+    return probe.mean_over_spans(angular_distance, last=tokens == "last")
 
 
-def _angle(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def angular_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return arccos(cos(x, y)) / π for each token: [tokens, width] twice -> [tokens]."""
     u, v = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
     return 2 / math.pi * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))

@@ -105,20 +105,6 @@ def wanda_sp(probe: Probe) -> GroupValues:
     return probe.groups_of_inputs(_wifn)
 
 
-@group_metric
-def cfsp(probe: Probe) -> GroupValues:
-    """Range of a group's weights in every matrix times the size of its activations.
-
-    Formula: (Σ over matrices m of r_m / the largest r_m of the site) · ‖x_c‖, each a mean over the group's channels;
-    r = max(w, 0) - min(w, 0) over the weights of a channel, ‖x_c‖² = Σ over tokens of x_c²
-    Cost: one forward pass.
-
-    Source: Wang et al. 2024, CFSP (arXiv 2409.13199), its fine-grained score. Deviation: of attention groups as well.
-    """
-    sizes = probe.groups_of_inputs(lambda x, w: (x.square * x.tokens).sqrt())
-    return {site: ranges * sizes[site] for site, ranges in probe.groups_of_ranges().items()}
-
-
 def _wifv(x: Inputs, w: torch.Tensor) -> torch.Tensor:
     return x.variance * w.square().sum(0)
 
@@ -154,16 +140,21 @@ def flap(probe: Probe, *, kind: str = "wifv", standardise: bool = True) -> Group
 
 
 @group_metric
-def activation(probe: Probe) -> GroupValues:
+def activation(probe: Probe, *, p: int = 1) -> GroupValues:
     """Size of a group's activations, which the output projection reads.
 
-    Formula: mean over a group's channels of (mean over tokens of |x_c|)
+    `p`: 1 or 2, the norm over tokens.
+
+    Formula: mean over a group's channels of (mean over tokens of |x_c|^p)^(1/p)
     Cost: one forward pass.
 
-    Source: Muralidharan et al. 2024, Minitron (arXiv 2407.14679), neurons and heads. Deviation: a head counts by the
-    mean over its channels, not by its norm per token.
+    Source: Muralidharan et al. 2024, Minitron (arXiv 2407.14679), neurons and heads; Sandri et al. 2025, 2SSP (arXiv
+    2501.17771), neurons, with p=2. Deviations: a head counts by the mean over its channels, not by its norm per token;
+    the norm is over all tokens, where 2SSP has the mean of its samples' norms.
     """
-    return probe.groups_of_inputs(lambda x, w: x.absolute)
+    if p not in (1, 2):
+        raise UsageError(f"activation takes p=1 or p=2, not {p}. Type {option('set', {'p': 2})}.")
+    return probe.groups_of_inputs(lambda x, w: x.absolute if p == 1 else x.square.sqrt())
 
 
 @group_metric

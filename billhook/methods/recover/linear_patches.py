@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from billhook.core.errors import UsageError
+from billhook.core.errors import UsageError, option
 from billhook.data.token_sets import TokenSet
 from billhook.methods.recover import RecoveryTask, recovery
 from billhook.methods.recover.ridge import Moments, ridge_fit
@@ -65,22 +65,28 @@ def _low_rank(view: SiteView, validation: torch.Tensor, rank: int, bias: bool) -
 
 
 @recovery(adds="patches", option=("where", "inserted"))
-def linear(task: RecoveryTask, train: TokenSet, valid: TokenSet, *, where: str = "inserted") -> Repair:
+def linear(
+    task: RecoveryTask, train: TokenSet, valid: TokenSet, *, where: str = "inserted", bias: bool = False
+) -> Repair:
     """Replace each run of removed sublayers by one matrix, inserted or fused into the projection before the run.
 
     `where`: inserted, x -> x + W x at the end of the run; or fused into the output projection of the last sublayer kept
     before the run, with unchanged shapes. A matrix that does not help on held-out texts is left out, and so is a fused
-    one with no sublayer before it.
+    one with no sublayer before it. `bias`: with a constant, x -> x + W x + b, only where inserted; a matrix that does
+    not help leaves the constant.
 
-    Formula: inserted: min over W of Σ_t |h_t - x_t - W x_t|²; fused: the same with m_t, the output of the sublayer
-    before the run, instead of W's x_t, and W W_out added to its output projection W_out
+    Formula: inserted: min over W (and b) of Σ_t |h_t - x_t - W x_t - b|²; fused: the same with m_t, the output of the
+    sublayer before the run, instead of W's x_t, and W W_out added to its output projection W_out
     Cost: one forward pass of the teacher and one of the student (fused: two, where its streams do not fit into memory),
     a solve per run; at inference a product of width by width per run, or nothing.
-    Source: Ghosted Layers (arXiv 2605.15491), inserted; ReplaceMe (NeurIPS 2025), fused, its least squares.
-    Deviations: any runs of single sublayers, ridge chosen on held-out texts.
+    Source: Ghosted Layers (arXiv 2605.15491), inserted; Erdogan et al. 2025, NBL (arXiv 2505.21077), with `bias`;
+    ReplaceMe (NeurIPS 2025), fused, its least squares. Deviations: any runs of single sublayers, ridge chosen on
+    held-out texts; the target is the teacher's stream, where NBL has what the sublayer adds in the teacher.
     """
     if where not in ("inserted", "fused"):
         raise UsageError(f"linear is inserted or fused, not {where!r}.")
+    if bias and where == "fused":
+        raise UsageError(f"A fused matrix has no constant. Leave {option('recover_set', {'bias': True})} out.")
     teacher = task.teacher_streams(train, again=where == "fused")
     validation, sites = task.validation_mask(teacher.bench, train), execution_order(teacher.bench)
     even = torch.ones(len(validation), device=validation.device)
@@ -90,9 +96,13 @@ def linear(task: RecoveryTask, train: TokenSet, valid: TokenSet, *, where: str =
         def insert(view: SiteView) -> Change:
             if view.site not in ends or view.site in task.repair.patches:
                 return None
-            fit = ridge_fit(view.inputs, view.teacher_after - view.after, even, validation)
-            identity = torch.eye(len(fit.matrix), device=even.device)
-            return Patch(down=fit.matrix, up=identity) if fit.remaining_error < 1 else None
+            x, y = view.inputs, view.teacher_after - view.after
+            centre, middle = (x.mean(0), y.mean(0)) if bias else (torch.zeros_like(x[0]), torch.zeros_like(y[0]))
+            fit = ridge_fit(x - centre, y - middle, even, validation)
+            if fit.remaining_error >= 1:
+                return Patch(bias=middle) if bias else None
+            constant = middle - fit.matrix @ centre if bias else None
+            return Patch(bias=constant, down=fit.matrix, up=torch.eye(len(fit.matrix), device=even.device))
 
         return side_by_side(teacher, task.plan, task.repair, insert)
     run_end = lookahead_targets(sites, task.plan)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from billhook.core.errors import UnknownName, UsageError, option
 from billhook.data.token_sets import TokenSet
 from billhook.methods.recover import RecoveryTask, finetune, recovery
 from billhook.methods.recover.training import TrainingOptions
@@ -16,22 +17,36 @@ from billhook.models.repair import Repair
 LAST_BLOCKS = 3  # blocks that `partial` trains
 
 
+VECTORS = ("all", "biases", "norms")  # of which `bias` trains some
+
+
 @recovery
 def bias(
     task: RecoveryTask, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 2e-3, epochs: int = 3, minutes: float = 0.0, batch: int = 8,
-    checkpointing: bool = False,
+    checkpointing: bool = False, vectors: str = "all", head: bool = False,
 ) -> Repair:  # fmt: skip
     """Train all vectors: biases, norms, and the constants of an earlier repair.
+
+    `vectors`: all, biases (with the constants), or norms. `head`: an untied head too.
 
     Formula: AdamW on `loss` (nll, kl against the teacher, mse of the hidden states before the head)
     Cost: a forward and a backward pass of the student per step, a forward pass of the teacher per row; nothing at
     inference.
     Source: Zimmer et al. 2023, PERP (arXiv 2312.15230). Deviation: distilled from the teacher by default.
     """
+    if vectors not in VECTORS:
+        raise UnknownName("choice of vectors", vectors, VECTORS)
 
     def learn(student: Any, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in student.named_parameters() if p.dim() == 1}
+        one_dimensional = {name: p for name, p in student.named_parameters() if p.dim() == 1}
+        biases = vectors == "biases"
+        trained = {n: p for n, p in one_dimensional.items() if vectors == "all" or n.endswith("bias") == biases}
+        weight = student.get_output_embeddings().weight
+        if head and weight is student.get_input_embeddings().weight:
+            left_out = option("recover_set", {"head": True})
+            raise UsageError(f"The head of this model is its embedding. Leave {left_out} out.")
+        return trained | {name: p for name, p in student.named_parameters() if head and p is weight}
 
     training = TrainingOptions(loss, rate, epochs, minutes, batch, checkpointing, task.seed)
     return finetune(task, (train, valid), training, learn)

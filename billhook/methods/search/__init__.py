@@ -33,10 +33,12 @@ class SearchFacts:
     - `losses`: about how many losses it requests, or at most; a closed form over the problem and the search's options.
       It may only read whether the problem has scores. Without it, progress has no end.
     - `channel_groups`: the search narrows sites too, and takes metrics of channel groups.
+    - `whole_sites`: one of channel groups that chooses whole sites to remove too.
     """
 
     losses: Count | None = None
     channel_groups: bool = False
+    whole_sites: bool = False
 
 
 SEARCHES: RegistryWithFacts[Callable[..., Search], SearchFacts] = RegistryWithFacts("search", unstated=SearchFacts())
@@ -48,17 +50,22 @@ def search(function: F, /) -> F:
 
 
 @overload
-def search(*, losses: Count | None = ..., channel_groups: bool = ...) -> Callable[[F], F]:
+def search(*, losses: Count | None = ..., channel_groups: bool = ..., whole_sites: bool = ...) -> Callable[[F], F]:
     """Return the decorator that adds a search with these facts."""
 
 
 def search(
-    function: F | None = None, /, *, losses: Count | None = None, channel_groups: bool = False
+    function: F | None = None,
+    /,
+    *,
+    losses: Count | None = None,
+    channel_groups: bool = False,
+    whole_sites: bool = False,
 ) -> F | Callable[[F], F]:
     """Add a search under its own name, with its facts: see SearchFacts."""
 
     def add(given: F) -> F:
-        SEARCHES.add_with(SearchFacts(losses, channel_groups))(given)
+        SEARCHES.add_with(SearchFacts(losses, channel_groups, whole_sites))(given)
         return given
 
     return add if function is None else add(function)
@@ -303,4 +310,5 @@ from billhook.methods.search import (  # noqa: E402, F401 - they register themse
     oneshot,
     rank_channels,
     swap,
+    two_stage,
 )

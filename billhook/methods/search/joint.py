@@ -38,7 +38,7 @@ def _losses(
     return alone + starts + rounds * (1 + 2 * len(free) + len(CHANGES))
 
 
-@search(losses=_losses, channel_groups=True)
+@search(losses=_losses, channel_groups=True, whole_sites=True)
 def joint(
     problem: Problem, *, start: str = "swap", levels: int = 8, rounds: int = 16, tokens: int = 512, multiple: int = 1,
     parts: str = "mix", experts: bool = False,

@@ -61,10 +61,10 @@ def describe_recipe(name: str) -> BuiltinRecipe:
 
 
 def made_by(recipe: Recipe) -> Literal["depth", "width", "both"]:
-    """What a recipe's search changes: a search of channel groups narrows; one that also starts from sites does both."""
+    """What a search changes: one of channel groups narrows; one that chooses whole sites too does both."""
     if not narrows(recipe.search):
         return "depth"
-    return "both" if "start" in options(SEARCHES[recipe.search]) else "width"
+    return "both" if SEARCHES.facts(recipe.search).whole_sites else "width"
 
 
 def keeps_stock_type(recipe: Recipe) -> bool:
