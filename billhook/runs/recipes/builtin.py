@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from billhook.core.budget import UNITS
-from billhook.core.registry import options
 from billhook.methods.recover import adds, trains
 from billhook.methods.search import SEARCHES, narrows
 from billhook.runs.recipe import Recipe, parse_recipe, recipe_names, with_overrides
