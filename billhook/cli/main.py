@@ -227,9 +227,7 @@ def vocabulary_command(
     *,
     model: Model = None,
     data: Annotated[str, typer.Option(help="Text that the model is for: a file, a data set's name or pydoc")],
-    remove: Annotated[
-        str | None, typer.Option(help="Share of the vocabulary: 60% [default: all that --data does not use]")
-    ] = None,
+    remove: Annotated[str | None, typer.Option(help="Share to remove: 60% [default: what --data lacks]")] = None,
     eval_data: Annotated[str, typer.Option(help="Held-out texts, with commas [default: split off --data]")] = "",
     tokens: Annotated[int, typer.Option(help="Tokens of --data to count at most", min=64)] = 1 << 22,
     out: Annotated[Path | None, typer.Option(help="Folder to write [default: MODEL-vocabulary]")] = None,
@@ -251,11 +249,10 @@ def vocabulary_command(
         check_places(model, out=out)
         from billhook.studies.vocabulary.cutting import cut_vocabulary
 
-        told = cut_vocabulary(
+        face.show(cut_vocabulary(
             model or "demo", data=data, remove=remove, eval_data=split_commas(eval_data), tokens=tokens, out=out,
             store=store, watch=face.watch, **options,
-        )  # fmt: skip
-        face.show(told)
+        ))  # fmt: skip
 
 
 @app.command(name="targets")

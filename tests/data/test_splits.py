@@ -201,6 +201,7 @@ def test_only_our_recipes_let_the_model_write() -> None:
         "billhook",
         "billhook-depth",
         "billhook-joint",
+        "billhook-thorough",
         "billhook-width",
     }
     assert parse_recipe({"remove": "1sites"}).self_share == shares["billhook"]

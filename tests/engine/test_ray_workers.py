@@ -47,8 +47,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for left in reversed(range(ATTEMPTS)):
             try:
                 ray.init(
-                    num_cpus=2, num_gpus=0, object_store_memory=80 * 2**20, include_dashboard=False,
-                    log_to_driver=False, _plasma_directory=str(tmp_path_factory.mktemp("plasma")),
+                    address="local", num_cpus=2, num_gpus=0, object_store_memory=80 * 2**20,
+                    include_dashboard=False, log_to_driver=False,
+                    _plasma_directory=str(tmp_path_factory.mktemp("plasma")),
                 )  # fmt: skip
                 break
             except Exception as error:

@@ -30,6 +30,7 @@ SMALL = {"tokens": 240, "length": 24, "eval_tokens": 480, "eval_length": 24}
 FEW: dict[str, dict[str, Any]] = {
     "shortened-llama-cpt": {"remove": "3blocks"},
     "reap": {"field": "text", "remove": "15%"},
+    "cfsp": {"multiple": 8},  # the model has fewer neurons than a step of the paper
     "evopress": {"set": {"start": "random", "split": "fixed", "generations": 2, "offspring": 4, "tokens": 64}},
 }
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from typing import Any
 
 from billhook.core.errors import UsageError, option
@@ -41,28 +41,29 @@ class Reception:
 
     def __init__(self, host: str, port: int, admit: Callable[[int, Connection[Any, Any]], None]) -> None:
         try:
-            self._listener = Listener((host or "0.0.0.0", port), backlog=128)
+            self._listener = socket.create_server((host or "0.0.0.0", port), backlog=128)
         except (OSError, OverflowError) as error:
             raise UsageError(
                 f"Workers cannot call this machine as {host or 'any address'}, port {port} ({error}). Give an address "
                 f"of this machine and a free port: {option('workers', 'slurm:n=16,host=10.0.0.1,port=5555')}."
             ) from error
         self._admit = admit
-        self.address = Address(host or socket.gethostname(), int(self._listener.address[1]), os.urandom(32))
+        self.address = Address(host or socket.gethostname(), int(self._listener.getsockname()[1]), os.urandom(32))
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
         """Take no more calls. A second time does nothing."""
         with suppress(OSError):  # what waits in `accept` wakes up
-            self._listener._listener._socket.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def _accept(self) -> None:
         while True:
             try:
-                line = self._listener.accept()
+                caller, _ = self._listener.accept()
             except OSError:
                 return
+            line: Connection[Any, Any] = Connection(caller.detach())
             threading.Thread(target=self._receive, args=(line,), daemon=True).start()
 
     def _receive(self, line: Connection[Any, Any]) -> None:
