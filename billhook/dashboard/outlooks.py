@@ -48,7 +48,8 @@ def known_of(store: Path, run: str, states: int) -> Known | None:
     `states`: the number that changes with the states of runs, so that what is known is read anew with a new result.
     """
     with closing(Store(store, read_only=True)) as opened:
-        fingerprint = opened.run(run).fingerprints.get("model", "")
+        own = opened.run(run)
+        fingerprint = own.fingerprints.get("model", "")
         with reading_only(store) as db:
             same = db.execute(
                 "SELECT id FROM runs WHERE result IS NOT NULL "
@@ -57,7 +58,7 @@ def known_of(store: Path, run: str, states: int) -> Known | None:
                 (fingerprint,),
             ).fetchall()
         history = history_of([opened.run(each) for (each,) in same], fingerprint)
-    curve = next((c for c in history.curves if any(size.run == run for size in c.sizes)), None)
+    curve = next(iter(history.curves_of(own)), None)
     return None if curve is None else Known(curve, history.past(curve).combined_with(shipped_errors()))
 
 

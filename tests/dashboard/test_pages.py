@@ -24,6 +24,7 @@ from browser import Elements
 from dashboards import clones, edited
 from starlette.testclient import TestClient
 
+import billhook
 from billhook.cli import main
 from billhook.core.errors import UsageError
 from billhook.core.events import Event
@@ -415,6 +416,19 @@ def test_a_better_way_is_named_if_there_is_one(store: Path) -> None:
 def test_a_query_that_cannot_be_read_is_left_out(pruned_store: Path, query: str) -> None:
     client = TestClient(make_app(Listing(pruned_store)), base_url="http://127.0.0.1")
     assert client.get(f"/explore?{query}").status_code == 200
+
+
+def test_a_run_that_was_done_again_is_still_forecast(store: Path) -> None:
+    client = TestClient(make_app(Listing(store)), base_url="http://127.0.0.1")
+    run = next(each.id for each in Listing(store).runs() if each.out.endswith("four"))
+    before = known_of(store, run, 0)
+    clones(store, run, 1)  # of the same recipe, text and size, and newer
+    again = known_of(store, run, 1)
+    assert before is not None
+    assert again is not None
+    assert again.curve.points == before.curve.points
+    assert client.get(f"/explore?run={run}").status_code == 200
+    assert billhook.forecast(run, store=store).curve is not None
 
 
 # -- studies ----------------------------------------------------------------------------------------------------------

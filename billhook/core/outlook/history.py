@@ -59,6 +59,11 @@ class History:
     runs: tuple[Run, ...]
     curves: tuple[MeasuredCurve, ...]
 
+    def curves_of(self, run: Run) -> list[MeasuredCurve]:
+        """Return the curves of the students of a run, of which newer ones of the same size may stand in their place."""
+        own = {(key, text) for _, key, text, _ in _measured(run)}
+        return [curve for curve in self.curves if (curve.key, curve.text) in own]
+
     def past(self, but: MeasuredCurve | None = None) -> PastErrors:
         """Return the errors that forecasts of the other curves would have had."""
         others = [curve.points for curve in self.curves if curve is not but]

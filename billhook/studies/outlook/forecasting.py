@@ -105,7 +105,7 @@ def curve_of(subject: Subject) -> MeasuredCurve | None:
     run = subject.run
     if run is None:
         return next(iter(curves), None)
-    own = [curve for curve in curves if any(size.run == run.id for size in curve.sizes)]
+    own = subject.history.curves_of(run)
     key = recipe_key(run.spec) if run.kind == PRUNE else ""
     return next(iter([*own, *(curve for curve in curves if curve.key == key)]), None)
 
