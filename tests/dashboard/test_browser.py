@@ -117,7 +117,9 @@ def test_the_handle_moves_along_the_path_by_keys(tab: Tab, here: Served, runs: d
 
 def test_dragging_on_the_chart_moves_the_handle(tab: Tab, here: Served, runs: dict[str, RunResult]) -> None:
     tab.open(f"{here.address}{address_of('run', runs)}", 1440, "light")
-    place = f"""(() => {{ const box = document.querySelector('#path .plot').getBoundingClientRect();
+    place = f"""(() => {{ const plot = document.querySelector('#path .plot');
+      plot.scrollIntoView();  // how far down it is depends on the texts above it
+      const box = plot.getBoundingClientRect();
       const at = {CHART % 0}.convertToPixel({{xAxisIndex: 0}}, +document.querySelectorAll('.point')[2].dataset.x);
       return [box.left + at, box.top + 40] }})()"""
     x, y = tab.run(place)
