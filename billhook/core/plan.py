@@ -199,6 +199,7 @@ class MeasureRequest:
 
     - `full_results=k`: measure the k lowest losses in full; the others may be returned as bounds.
     - `tokens=n`: only the first n calibration tokens.
+    - `estimate`: the losses only say what to measure next. They are returned as lower bounds, all made in the same way.
     - `expected`: the search's estimate per plan, lower = better; only their order matters, for what is measured first.
     - `ceiling`: nats per document; a plan with a larger sum may be returned as a bound, even among the best.
     - `phase`: what the search does, for readers of its progress: `exchanges` of what the first plan removes, each site
@@ -208,6 +209,7 @@ class MeasureRequest:
     plans: tuple[Plan, ...]
     full_results: int | None = None
     tokens: int | None = None
+    estimate: bool = False
     expected: tuple[float, ...] | None = None
     ceiling: tuple[float, ...] | None = None
     phase: Phase = ""

@@ -19,7 +19,7 @@ from billhook.core.plan import PARTS, Part, Site
 from billhook.core.problem import ScoredUnit
 from billhook.core.results.measured import Score
 from billhook.engine.bench import Measurer
-from billhook.engine.blocks import KEPT, NEITHER, NO_ATTENTION, NO_MLP, BlockRunner
+from billhook.engine.blocks import KEPT, NEITHER, NO_ATTENTION, NO_MLP, BlockRunner, BlockState, Streams
 from billhook.engine.document_groups import DocumentGroup
 from billhook.models import structure
 from billhook.models.device import float64_place, to_float64
@@ -159,7 +159,7 @@ def over_covariances(bench: Measurer, function: Callable[[Covariances], float]) 
 
 
 def _units(
-    bench: Measurer, index: int, x: torch.Tensor, after: dict[int, torch.Tensor]
+    bench: Measurer, index: int, x: torch.Tensor, after: Streams
 ) -> Iterator[tuple[ScoredUnit, torch.Tensor, torch.Tensor]]:
     """Yield (site or block, stream before, stream after) for the units of one block."""
     position = bench.teacher.positions[index]
@@ -256,18 +256,18 @@ def mean_at_next_mlp(bench: Measurer, error: Statistic) -> dict[ScoredUnit, Scor
     return {unit: scores[unit] for unit in order}
 
 
-def _added(runner: BlockRunner, before: list[torch.Tensor], after: list[dict[int, torch.Tensor]]) -> list[torch.Tensor]:
+def _added(runner: BlockRunner, before: list[torch.Tensor], after: list[Streams]) -> list[torch.Tensor]:
     """Return what the MLP of a block adds to each stream, as exactly as the dtype of the stream holds it."""
     if runner.parallel:
         return [y[NO_ATTENTION] - x for x, y in zip(before, after, strict=True)]
     return [y[KEPT] - y[NO_MLP] for y in after]
 
 
-def _removals(bench: Measurer, index: int) -> Iterable[tuple[int, list[ScoredUnit]]]:
-    """Return pairs (variant of a block, the sites or block whose removal leaves it)."""
+def _removals(bench: Measurer, index: int) -> Iterable[tuple[BlockState, list[ScoredUnit]]]:
+    """Return pairs (state of a block, the sites or block whose removal leaves it)."""
     position = bench.teacher.positions[index]
     attention, mlp = _alive(bench, index)
-    units: dict[int, list[ScoredUnit]] = defaultdict(list)
+    units: dict[BlockState, list[ScoredUnit]] = defaultdict(list)
     if attention:
         units[NO_ATTENTION if mlp else NEITHER].append(Site(position, "attention"))
     if mlp:

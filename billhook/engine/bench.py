@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from billhook.core.errors import ModelError, UsageError, option
-from billhook.core.plan import PARTS, Plan, Site
+from billhook.core.plan import KeptGroups, Plan
 from billhook.core.registry import wrong_return
 from billhook.core.results.measured import WorkPlan
 from billhook.data.token_sets import TokenSet
@@ -18,9 +18,9 @@ from billhook.engine.blocks import BlockRunner
 from billhook.engine.document_groups import document_groups
 from billhook.engine.head import VOCABULARY_AT_A_TIME, Head, Reference
 from billhook.engine.losses import ITEM_LOSSES, loss_facts
-from billhook.engine.prefix_trie import StreamCache, Walk, WalkJob
+from billhook.engine.prefix_trie import PlanBits, Walk, WalkJob
 from billhook.engine.racing import Quality, Sums
-from billhook.engine.single_plan import NarrowedWalk, RepairedWalk
+from billhook.engine.single_plan import RepairedWalk
 from billhook.engine.workers.division import ALONE, Division
 from billhook.models.accelerator.memory import with_less
 from billhook.models.accelerator.sizes import work_sizes
@@ -69,29 +69,19 @@ class Measurer:
         self._fixed, self._parts = walk, 1  # the parts of a batch of jobs
         self._limit = self._room(memory)
         self._head = Head(teacher, loss, self._limit // 8)
-        self.walk = Walk(self.runner, [group.ids for group in self.groups], self._limit)
+        self.bits = PlanBits(teacher.positions)
+        self.walk = Walk(self.runner, [group.ids for group in self.groups], self._limit, self.bits)
         self._references: dict[int, Reference] = {}  # by document group
-        self._bits = {
-            Site(position, part): 1 << 2 * index + k
-            for index, position in enumerate(teacher.positions)
-            for k, part in enumerate(PARTS)
-        }
-        self._runs: Walk | RepairedWalk | NarrowedWalk = self.walk
-        self._narrower: StreamCache[Plan] = StreamCache(self._limit)
+        self._runs: Walk | RepairedWalk = self.walk
         if repaired is not None:
             self.use_repair(*repaired)
         self.layout = self.arrange(1)
-
-    def mask(self, plan: Plan) -> int:
-        """Return a plan's removals as the bit mask that the walk reads."""
-        return sum(self._bits[site] for site in plan.removed)
 
     def own(self, groups: Iterable[int]) -> None:
         """Prepare for jobs of these document groups; what is cached of others is dropped."""
         self._own = frozenset(groups)
         self._references = {g: reference for g, reference in self._references.items() if g in self._own}
         self.walk.streams.drop(lambda node: node[0] not in self._own)
-        self._narrower.drop(lambda node: node[0] not in self._own)
 
     workers = 1
 
@@ -99,8 +89,21 @@ class Measurer:
         """Return the document groups in the order in which they are measured: as given."""
         return list(order)
 
+    def masks(self, plans: Sequence[Plan]) -> list[int]:
+        """Return the plans as the bit masks that the walk reads. Raises PlanError if one does not fit the teacher."""
+        if narrowed := self.bits.unknown(plans):
+            for plan in plans:
+                if plan.narrowed:
+                    self.teacher.anatomy.check(plan)
+            self.add(narrowed)
+        return [self.bits.mask(plan) for plan in plans]
+
+    def add(self, narrowed: Sequence[KeptGroups]) -> None:
+        """Give bits to what is kept of narrowed sites."""
+        self.bits.add(narrowed)
+
     def begin(self, plans: int, base: int | None = None) -> None:
-        """Prepare for a batch of so many plans; streams from which none that removes `base` can start are dropped."""
+        """Prepare for a batch of so many plans; streams from which none that does `base` can start are dropped."""
         if base is not None:
             self.walk.evict(base)
         self.layout = self.arrange(plans)
@@ -111,15 +114,7 @@ class Measurer:
 
     def use_repair(self, plan: Plan, repair: Repair) -> None:
         """Measure `plan` under `repair` from now on."""
-        self._runs = RepairedWalk(self.walk, plan, self.mask(plan), repair)
-
-    def use_narrowing(self, plan: Plan) -> None:
-        """Measure `plan`, which narrows sites, from now on wherever the plan of its removals is requested.
-
-        Raises PlanError if it does not fit the teacher.
-        """
-        self.teacher.anatomy.check(plan)
-        self._runs = NarrowedWalk(self.walk, plan, self._narrower)
+        self._runs = RepairedWalk(self.walk, plan, self.masks([plan])[0], repair)
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
@@ -225,9 +220,8 @@ class Measurer:
         self._parts *= 2
         self._limit //= 2
         self.runner.chunk = max(1, self.runner.chunk // 2)
-        for streams in (self.walk.streams, self._narrower):
-            streams.clear()
-            streams.limit //= 2
+        self.release()
+        self.walk.streams.limit //= 2
 
     @undisturbed
     def _nats(self, quality: Quality, jobs: Sequence[WalkJob]) -> dict[WalkJob, Sums]:
@@ -328,11 +322,10 @@ class Measurer:
             if not all(bool(torch.isfinite(stream).all()) for stream in streams):
                 bad.append(self.teacher.positions[depth])
 
-        walk = Walk(self.runner, self.walk.ids, 0)
+        walk = Walk(self.runner, self.walk.ids, 0, self.bits)
         walk.look = look
         list(walk.run([job], layers=True))
-        names = {bit: site for site, bit in self._bits.items()}
-        plan = Plan(frozenset(site for bit, site in names.items() if bit & job[1]))
+        plan = self.bits.plan(job[1])
         dtype = dtype_name(self.teacher.model.dtype)
         where = f"block {min(bad)}" if bad else "the head"
         without = f" with {plan} removed" if plan else ""
@@ -345,7 +338,7 @@ class Measurer:
     @undisturbed
     def logits(self, plan: Plan) -> torch.Tensor:
         """Return the logits [rows, time, vocabulary] of all rows under a plan, in float32."""
-        ((_, stream),) = self._runs.run([(0, self.mask(plan))], layers=True)
+        ((_, stream),) = self._runs.run([(0, self.masks([plan])[0])], layers=True)
         hidden = self.runner.final_norm(stream)
         return self._head.logits(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1)
 

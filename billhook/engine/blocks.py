@@ -6,22 +6,46 @@ blocks return their input. So every architecture computes by its own code.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from billhook.core.plan import PARTS, KeptGroups
 from billhook.models import structure
 from billhook.models.load import Teacher
 from billhook.models.modeling_billhook import remove_part
+from billhook.models.surgery import narrower
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # a block's arguments besides the residual stream
-KEPT, NO_ATTENTION, NO_MLP, NEITHER = range(4)  # variants of a block under a plan
+PartState = KeptGroups | bool  # of a site: kept whole, removed, or narrowed to some groups
+Streams = dict["BlockState", torch.Tensor]  # after a block, by its state
 ANY_ROWS = 0  # the number of rows under which arguments are cached that serve any number
 CACHED_SHAPES = 64  # shapes whose recorded calls are cached
+
+
+class BlockState(NamedTuple):
+    """State of a block's two sites under a plan."""
+
+    attention: PartState
+    mlp: PartState
+
+    @property
+    def removed(self) -> set[str]:
+        """The parts that are removed."""
+        return {part for part, state in zip(PARTS, self, strict=True) if state is False}
+
+    @property
+    def narrowed(self) -> frozenset[KeptGroups]:
+        """What is kept of the sites that are narrowed."""
+        return frozenset(state for state in self if isinstance(state, KeptGroups))
+
+
+KEPT, NO_ATTENTION, NO_MLP, NEITHER = (BlockState(a, m) for m in (True, False) for a in (True, False))
 
 
 class _CachedOutput(nn.Module):
@@ -113,78 +137,104 @@ class BlockRunner:
             yield from (self._blocks[index] for index in indices)
 
     def step(
-        self, index: int, block: nn.Module | None, items: list[tuple[torch.Tensor, set[int]]]
-    ) -> list[dict[int, torch.Tensor]]:
-        """Return for each item (stream, variants) its stream after block `index`, by variant (KEPT, NO_ATTENTION …).
+        self, index: int, block: nn.Module | None, items: list[tuple[torch.Tensor, set[BlockState]]]
+    ) -> list[Streams]:
+        """Return for each item (stream, states) its stream after block `index`, by state (KEPT, NO_ATTENTION …).
 
-        A site runs once on a stream, however many variants use it, and not at all where it is removed. `block` may be
-        None if all variants are NEITHER.
+        A site runs once on a stream in each of its states, however many combinations use it, and not at all where it
+        is removed. `block` may be None if all states are NEITHER.
         """
+        done: list[Streams] = [{NEITHER: x} if NEITHER in wanted else {} for x, wanted in items]
         if block is None:
-            return [{NEITHER: x} for x, _ in items]
-        done: list[dict[int, torch.Tensor]] = [{NEITHER: x} if NEITHER in wanted else {} for x, wanted in items]
-        whole = [i for i, (_, wanted) in enumerate(items) if wanted == {KEPT}]
-        first = [i for i, (_, wanted) in enumerate(items) if wanted != {KEPT} and wanted & {KEPT, NO_MLP}]
-        alone = [i for i, (_, wanted) in enumerate(items) if NO_ATTENTION in wanted]
-        both = [i for i in first if KEPT in items[i][1]]
-        for i, y in zip(whole, self._run(index, block, [items[i][0] for i in whole]), strict=True):
-            done[i][KEPT] = y
-        if self.parallel:
-            self._parallel(index, block, items, (first, alone, both), done)
             return done
-        middles = dict(zip(first, self._run(index, block, [items[i][0] for i in first], ("mlp",)), strict=True))
-        for i in first:
-            if NO_MLP in items[i][1]:
-                done[i][NO_MLP] = middles[i]
-        inputs = [middles[i] for i in both] + [items[i][0] for i in alone]
-        outputs = self._run(index, block, inputs, ("attention",))
-        for i, variant, y in zip(both + alone, [KEPT] * len(both) + [NO_ATTENTION] * len(alone), outputs, strict=True):
-            done[i][variant] = y
+        whole: dict[BlockState, list[int]] = defaultdict(list)
+        staged: list[int] = []
+        for i, (_, wanted) in enumerate(items):
+            only = next(iter(wanted)) if len(wanted) == 1 else None
+            if only is not None and not only.removed:
+                whole[only].append(i)
+            else:
+                staged.append(i)
+        for state, chosen in whole.items():
+            for i, y in zip(chosen, self._run(index, block, [items[i][0] for i in chosen], state), strict=True):
+                done[i][state] = y
+        (self._parallel if self.parallel else self._in_turn)(index, block, [(i, *items[i]) for i in staged], done)
         return done
 
-    def _parallel(
-        self, index: int, block: nn.Module, items: list[tuple[torch.Tensor, set[int]]],
-        which: tuple[list[int], list[int], list[int]], done: list[dict[int, torch.Tensor]],
+    def _in_turn(
+        self, index: int, block: nn.Module, items: list[tuple[int, torch.Tensor, set[BlockState]]],
+        done: list[Streams],
     ) -> None:  # fmt: skip
-        """Add to `done` the variants of a block whose parts read the same stream: each part runs once."""
-        first, alone, both = which
-        captured: dict[str, dict[int, Any]] = {}
-        orders = ("attention", "mlp", NO_MLP, first), ("mlp", "attention", NO_ATTENTION, sorted({*alone, *both}))
-        for part, other, variant, chosen in orders:
-            outputs: list[Any] = []
-            module = getattr(block, self._parts[part]["zero"][0])
-            handle = module.register_forward_hook(lambda m, args, output, outputs=outputs: outputs.append(output))
-            try:
-                streams = [items[i][0] for i in chosen]
-                for i, y in zip(chosen, self._run(index, block, streams, (other,), stack=False), strict=True):
-                    done[i] |= {variant: y} if variant in items[i][1] else {}
-            finally:
-                handle.remove()
-            captured[part] = dict(zip(chosen, outputs, strict=True))
-        for i in both:
-            names = {part: self._parts[part]["zero"][0] for part in captured}
-            modules = {name: getattr(block, name) for name in names.values()}
-            for part, name in names.items():
-                setattr(block, name, _CachedOutput(captured[part][i]))
-            try:
-                done[i][KEPT] = self.call(index, block, items[i][0])
-            finally:
-                for name, module in modules.items():
-                    setattr(block, name, module)
+        """Add to `done` the states of a block whose mlp reads what its attention leaves: first that, then the mlp."""
+        first: dict[PartState, list[int]] = defaultdict(list)
+        second: dict[PartState, list[tuple[int, PartState]]] = defaultdict(list)
+        for number, (_, _, wanted) in enumerate(items):
+            for one in dict.fromkeys(state.attention for state in wanted if state.attention is not False):
+                first[one].append(number)
+            for state in wanted:
+                if state.mlp is not False:
+                    second[state.mlp].append((number, state.attention))
+        middles: dict[tuple[int, PartState], torch.Tensor] = {(n, False): x for n, (_, x, _) in enumerate(items)}
+        for attention, numbers in first.items():
+            alone = BlockState(attention, False)
+            for number, y in zip(numbers, self._run(index, block, [items[n][1] for n in numbers], alone), strict=True):
+                middles[number, attention] = y
+                if alone in items[number][2]:
+                    done[items[number][0]][alone] = y
+        for mlp, places in second.items():
+            places.sort(key=lambda place: place[1] is False)  # what attention left stands before what it did not touch
+            outputs = self._run(index, block, [middles[place] for place in places], BlockState(False, mlp))
+            for (number, before), y in zip(places, outputs, strict=True):
+                done[items[number][0]][BlockState(before, mlp)] = y
+
+    def _parallel(
+        self, index: int, block: nn.Module, items: list[tuple[int, torch.Tensor, set[BlockState]]],
+        done: list[Streams],
+    ) -> None:  # fmt: skip
+        """Add to `done` the states of a block whose parts read the same stream: each part runs once in each state."""
+        outputs: dict[tuple[int, str, PartState], Any] = {}  # by item, part and its state
+        names = {part: self._parts[part]["zero"][0] for part in PARTS}
+        for part in PARTS:
+            chosen: dict[BlockState, list[int]] = defaultdict(list)
+            for number, (_, _, wanted) in enumerate(items):
+                for one in dict.fromkeys(getattr(state, part) for state in wanted):
+                    if one is not False:
+                        chosen[NEITHER._replace(**{part: one})].append(number)
+            for alone, numbers in chosen.items():
+                captured: list[Any] = []
+                keep = lambda module, args, output, to=captured: to.append(output)  # noqa: E731
+                handle = getattr(block, names[part]).register_forward_hook(keep)
+                try:
+                    streams = self._run(index, block, [items[n][1] for n in numbers], alone, stack=False)
+                finally:
+                    handle.remove()
+                for number, y, output in zip(numbers, streams, captured, strict=True):
+                    outputs[number, part, getattr(alone, part)] = output
+                    if alone in items[number][2]:
+                        done[items[number][0]][alone] = y
+        modules = {name: getattr(block, name) for name in names.values()}
+        for number, (i, x, wanted) in enumerate(items):
+            for state in (state for state in wanted if not state.removed):
+                try:
+                    for part, name in names.items():
+                        setattr(block, name, _CachedOutput(outputs[number, part, getattr(state, part)]))
+                    done[i][state] = self.call(index, block, x)
+                finally:
+                    for name, module in modules.items():
+                        setattr(block, name, module)
 
     def _run(
-        self, index: int, block: nn.Module, streams: list[torch.Tensor], without: tuple[str, ...] = (), *,
-        stack: bool = True,
-    ) -> list[torch.Tensor]:  # fmt: skip
-        """Run a block `without` parts on many streams [rows, time, width], stacked where their times are equal."""
+        self, index: int, block: nn.Module, streams: list[torch.Tensor], state: BlockState, *, stack: bool = True
+    ) -> list[torch.Tensor]:
+        """Run a block in a state on many streams [rows, time, width], stacked where their times are equal."""
         outputs: list[torch.Tensor] = [torch.empty(0)] * len(streams)
-        with self.without_parts(block, without):
+        with self._in_state(index, block, state):
             for chunk in self._chunks(streams, stack):
                 x = streams[chunk[0]] if len(chunk) == 1 else torch.cat([streams[i] for i in chunk])
                 y = self.call(index, block, x)
                 for i, piece in zip(chunk, y.split([streams[i].shape[0] for i in chunk]), strict=True):
                     outputs[i] = piece
-                self.computed += x.shape[0] * x.shape[1] * len(self._present[index] - set(without))
+                self.computed += x.shape[0] * x.shape[1] * len(self._present[index] - state.removed)
         return outputs
 
     def _chunks(self, streams: list[torch.Tensor], stack: bool) -> Iterator[list[int]]:
@@ -204,7 +254,14 @@ class BlockRunner:
             yield chunk
 
     @contextmanager
-    def without_parts(self, block: nn.Module, parts: tuple[str, ...]) -> Iterator[None]:
+    def _in_state(self, index: int, block: nn.Module, state: BlockState) -> Iterator[None]:
+        """Give block `index`, inside the context, the sites of a state."""
+        position = self.teacher.positions[index]
+        with narrower(self.teacher, state.narrowed, position, block), self.without_parts(block, state.removed):
+            yield
+
+    @contextmanager
+    def without_parts(self, block: nn.Module, parts: Iterable[str]) -> Iterator[None]:
         """Remove parts of `block` inside the context."""
         original: dict[str, nn.Module] = {}
         for part in parts:

@@ -52,10 +52,11 @@ class NoCache:
         pass
 
 
-CacheFactory = Callable[["TokenSet", str], Cache]  # the cache of a token set and a loss
+# The cache of a token set and a loss, measured in a dtype on a kind of device (`Teacher.compute_key`).
+CacheFactory = Callable[["TokenSet", str, str], Cache]
 
 
-def no_cache(tokens: TokenSet, loss: str) -> Cache:
+def no_cache(tokens: TokenSet, loss: str, compute: str) -> Cache:
     """Return a cache that stores nothing."""
     return NoCache()
 

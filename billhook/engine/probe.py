@@ -23,11 +23,12 @@ from billhook.engine.bench import Measurer, job_batches
 from billhook.engine.blocks import BlockRunner
 from billhook.engine.channel_statistics import GroupValues
 from billhook.engine.losses import loss_facts
-from billhook.engine.measurements import Cache, CacheFactory, PieceTable, no_cache
+from billhook.engine.measurements import CacheFactory, PieceTable, no_cache
 from billhook.engine.racing import Decision, Selection, SelectionTask, measure_all, measure_best, race
 from billhook.engine.workers.division import ALONE
 from billhook.engine.workers.shared import SharedMeasurer
 from billhook.engine.workers.team import Team
+from billhook.models.accelerator.narrow_copy import narrow_copy
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import Repair
 
@@ -69,7 +70,7 @@ class Probe:
         if team is not None:
             self._bench = SharedMeasurer(self._measurer, tokens, loss, memory, team)
             self._runners.append(self._bench)
-        self._narrowed_probe: Probe | None = None  # without a cache, for plans that narrow sites
+        self._narrow_copy: Teacher | None = None  # for estimates: the teacher itself where no copy is faster
         self._hardness: list[float] = []  # loss of the last round's best plan by group
         self._rises: dict[int, tuple[float, int]] = {}  # by move: the gap to the best, and its round
         self._means: dict[str, tuple[activation_passes.Statistic, dict[ScoredUnit, Score]]] = {}
@@ -102,34 +103,34 @@ class Probe:
     def iter_losses(
         self, plans: Sequence[Plan], best: int | None = None, *, expected: Sequence[float] | None = None,
         ceiling: Sequence[float] | None = None, on_progress: Callable[[int], None] = lambda done: None,
+        estimate: bool = False,
     ) -> Iterator[tuple[Plan, Loss]]:  # fmt: skip
         """Yield (plan, loss) as soon as it is decided.
 
         - `expected`: the expected loss or rise of each plan, lower = better; racing begins with the lowest.
         - `ceiling`: nats of each document; a plan with a larger total is not needed.
         - `on_progress`: called with the number of plans' worth of work that is done.
+        - `estimate`: only how plans compare is needed: all are measured as lower bounds, where such are cheaper.
         """
         expected_of = dict(zip(plans, expected, strict=True)) if expected is not None else {}
-        cache = self._cache_factory(self.tokens, self.loss)
-        narrowing = dict.fromkeys(plan for plan in plans if plan.narrowed)
-        for narrow in narrowing:
-            yield narrow, self._narrowed_loss(narrow, cache)
-        self.tally += [Counter(full=len(narrowing))] if narrowing else []
-        plans = list(dict.fromkeys(plan for plan in plans if not plan.narrowed))
+        cache = self._cache_factory(self.tokens, self.loss, self.teacher.compute_key)
+        plans = list(dict.fromkeys(plans))
         if not plans:
             return
-        groups, masks = self._measurer.groups, [self._measurer.mask(plan) for plan in plans]
+        groups, masks = self._measurer.groups, self._bench.masks(plans)
         base = reduce(and_, masks)
         self._bench.begin(len(plans), base if len(plans) > 1 else None)
-        table = PieceTable([group.documents for group in groups], cache.lookup(plans), instead=self.fast is None)
+        exact = self.fast is None and not estimate
+        table = PieceTable([group.documents for group in groups], cache.lookup(plans), instead=exact)
         number = {mask: plan for plan, mask in enumerate(masks)}
         hints = [expected_of[plan] for plan in plans] if expected_of else None
-        selection = self._selection(masks, base, best, hints, ceiling)
+        selection = self._selection(masks, base, None if estimate else best, hints, None if estimate else ceiling)
+        bounds = estimate and self._bench.bounds
         done: set[int] = set()
         try:
             request = next(selection)
             while True:
-                quality = self._measurer.supported_quality(request.quality)
+                quality = self._measurer.supported_quality("bound" if bounds else request.quality)
                 uncached = [(g, masks[p]) for p, g in table.reuse(quality, request.pieces)]
                 for nats in self._bench.pieces(quality, uncached):
                     table.add(quality, {(number[mask], g): sums for (g, mask), sums in nats.items()})
@@ -144,27 +145,11 @@ class Probe:
                 request = selection.send({piece: table.sums(quality, piece) for piece in request.pieces})
         except StopIteration as end:
             decisions: list[Decision] = end.value
-        self.tally.append(Counter("full" if p in done else decision for p, decision in enumerate(decisions)))
+        told = ["bound" if bounds else decision for decision in decisions]
+        self.tally.append(Counter("full" if p in done else decision for p, decision in enumerate(told)))
         self._learn(masks, base, table)
         for plan in sorted(set(range(len(plans))) - done):
             yield plans[plan], self._loss(table.by_document(plan), bound=True)
-
-    def _narrowed_loss(self, plan: Plan, cache: Cache) -> Loss:
-        """Return the loss of a plan that narrows sites, in full."""
-        loss = cache.lookup([plan])[0].loss
-        if loss is None:
-            loss = self._narrowed(plan).losses([Plan(plan.removed)])[0]
-            cache.add(plan, loss)
-        return loss
-
-    def _narrowed(self, plan: Plan) -> Probe:
-        """Return a probe that measures `plan`, which narrows sites, where the plan of its removals is requested."""
-        if self._narrowed_probe is None:
-            self._narrowed_probe = Probe(self.teacher, self.tokens, self.loss, memory=self.memory, team=self._team)
-            self._runners += self._narrowed_probe._runners
-        self.release_streams()  # the memory for streams suffices for one of the two
-        self._narrowed_probe._bench.use_narrowing(plan)
-        return self._narrowed_probe
 
     def _selection(
         self, masks: list[int], base: int, best: int | None, hints: Sequence[float] | None,
@@ -238,6 +223,18 @@ class Probe:
         self._runners += probe._runners
         return probe
 
+    def for_estimates(self, tokens: TokenSet) -> Probe:
+        """Return a probe for estimates on `tokens`, in bfloat16 where that is faster; this one releases its streams."""
+        if self._narrow_copy is None:
+            narrow = None if self._team is not None else narrow_copy(self.teacher, self.memory)
+            self._narrow_copy = narrow or self.teacher
+        if self._narrow_copy is self.teacher:
+            return self.with_objective(self.loss, tokens)
+        self.release_streams()
+        probe = Probe(self._narrow_copy, tokens, self.loss, memory=self.memory, cache_factory=self._cache_factory)
+        self._runners += probe._runners
+        return probe
+
     @undisturbed
     @torch.inference_mode()
     def row_sums(self, plans: Sequence[Plan]) -> list[list[float]]:
@@ -246,12 +243,10 @@ class Probe:
         For token sets with choices: one walk for evaluations of many plans, without building a student.
         """
         assert self.tokens.choices is not None, "only rows that are choices have sums of their own"
-        narrowing = dict.fromkeys(plan for plan in plans if plan.narrowed)
-        sums = {plan: self._narrowed(plan).row_sums([Plan(plan.removed)])[0] for plan in narrowing}
-        bench, whole = self._measurer, [plan for plan in plans if not plan.narrowed]
-        masks = {bench.mask(plan): plan for plan in whole}
+        bench = self._measurer
+        masks = dict(zip(bench.masks(plans), plans, strict=True))
         bench.layout = bench.arrange(len(masks))
-        sums |= {plan: [0.0] * len(self.tokens.lengths) for plan in whole}
+        sums = {plan: [0.0] * len(self.tokens.lengths) for plan in plans}
         jobs = [(g, mask) for g in range(len(bench.groups)) for mask in masks]
         sizes = [group.tokens for group in bench.groups]
         for batch in job_batches(jobs, sizes, bench.layout.wave, split=bench.layout.streamed):
@@ -266,7 +261,7 @@ class Probe:
         self._measurer.use_repair(plan, repair)
         self._measurer.own(range(len(self._measurer.groups)))
         self._bench = self._measurer  # others know no repair
-        return self.losses([Plan(plan.removed)])[0]
+        return self.losses([plan])[0]
 
     def release_streams(self) -> None:
         """Drop the cached streams; later measurements compute them again."""
@@ -383,7 +378,4 @@ def logits(teacher: Teacher, plan: Plan, rows: torch.Tensor, repair: Repair | No
     For few rows: a streamed teacher's blocks are read once. `repair`: a repair of the blocks.
     """
     tokens = token_set([tuple(row) for row in rows.tolist()], [0] * len(rows), [0], [""], "rows")
-    bench = Measurer(teacher, tokens, "nll", repaired=None if repair is None else (plan, repair))
-    if plan.narrowed and repair is None:
-        bench.use_narrowing(plan)
-    return bench.logits(plan)
+    return Measurer(teacher, tokens, "nll", repaired=None if repair is None else (plan, repair)).logits(plan)

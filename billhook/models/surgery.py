@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from billhook.core.errors import PlanError, option
-from billhook.core.plan import PARTS, Plan, Site
+from billhook.core.plan import PARTS, KeptGroups, Plan, Site
 from billhook.core.results.json_form import JsonObject
 from billhook.models import architectures, channel_groups, modeling_billhook, structure
 from billhook.models.load import Teacher, undisturbed
@@ -45,6 +45,44 @@ def masked_block(
         weights |= channel_groups.zeroed_weights(block, of, kept)
         numbers |= channel_groups.expert_numbers(block, of, kept)
     return weights, numbers
+
+
+@contextmanager
+def narrower(teacher: Teacher, narrowed: Collection[KeptGroups], position: int, block: nn.Module) -> Iterator[None]:
+    """Give a block, inside the context, narrower sites: an mlp is cut, others have zeros where groups are removed.
+
+    `position`: of the block in the unpruned model; it must be in memory.
+    """
+    if not narrowed:
+        yield
+        return
+    row, config = teacher.architecture, teacher.model.config
+    sizes = {size.site: size for size in teacher.anatomy.sites}
+    with restored(block):
+        for each in narrowed:
+            of = structure.channel_layout(block, each.site.part, row, config)
+            if each.site.part == "mlp" and of.experts == 1:
+                kept = channel_groups.kept_positions(of, sizes[each.site].groups, each.groups)
+                channel_groups.cut_channels(block, row, of, config, kept)
+                continue
+            weights, numbers = masked_block(teacher, Plan(frozenset(), frozenset({each})), position, block)
+            for name, tensor in weights.items():
+                modeling_billhook.set_parameter(block, name, tensor)
+            modeling_billhook.set_attributes(block, numbers)
+        yield
+
+
+@contextmanager
+def restored(block: nn.Module) -> Iterator[None]:
+    """On leaving, give a block the modules, parameters and attributes that it has on entering."""
+    held = [kept for module in block.modules() for kept in (vars(module), module._parameters, module._modules)]
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = [(kept, dict(kept)) for kept in held]
+    try:
+        yield
+    finally:
+        for kept, stood in before:
+            kept.clear()
+            kept.update(stood)
 
 
 @contextmanager
@@ -95,7 +133,7 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     kept = [p for p in teacher.positions if p not in gone]
     lacking = [s for s in removed.sites() if s.block not in gone]
 
-    student = _shared_copy(teacher.model)
+    student = shared_copy(teacher.model)
     config, path = student.config, row.blocks
     parts = row.parts(structure.blocks_of(student, row)[0], config)
     whole = {name: w for name, w in repair.weights.items() if w.shape == student.get_parameter(name).shape}
@@ -287,7 +325,7 @@ def effective_plan(teacher: Teacher, plan: Plan, stock: bool) -> Plan:
     return Plan(frozenset(s for s in plan.removed if s.block in gone)) if stock else plan
 
 
-def _shared_copy(model: nn.Module) -> Any:
+def shared_copy(model: nn.Module) -> Any:
     """A new tree of modules and a new config over the same tensors."""
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
     memo |= {id(b): b for b in model.buffers()}

@@ -25,19 +25,23 @@ def ignore_progress(done: int, total: int, best: float) -> None:
 
 
 class Executor:
-    """Answers Asks by a probe, and keeps what was asked and answered."""
+    """Answers Asks by a probe, and keeps what was asked and answered.
 
-    def __init__(self, probe: Probe) -> None:
-        self._probes: dict[int | None, Probe] = {None: probe}
+    `narrow`: estimates may be made in bfloat16, where that is faster.
+    """
+
+    def __init__(self, probe: Probe, *, narrow: bool = False) -> None:
+        self._probes: dict[tuple[int | None, bool], Probe] = {(None, False): probe}
+        self._narrow = narrow
         self.rounds: list[tuple[MeasureRequest, list[Loss]]] = []
 
     def __call__(self, ask: MeasureRequest, on_progress: OnProgress = ignore_progress) -> list[Loss]:
         """The losses of the plans asked for, in the same order. Safe to run twice.
 
-        With `ask.full_results=k` the k lowest are in full, and others may be bounds. `on_progress(done, total, lowest
-        mean so far)` is called as the work proceeds.
+        With `ask.full_results=k` the k lowest are in full, and others may be bounds; of an estimate all are bounds.
+        `on_progress(done, total, lowest mean so far)` is called as the work proceeds.
         """
-        probe = self._probe(ask.tokens)
+        probe = self._probe(ask.tokens, ask.estimate and self._narrow)
         found: dict[Plan, Loss] = {}
         lowest, total, furthest = float("inf"), len(ask.plans), 0
 
@@ -47,10 +51,15 @@ class Executor:
             on_progress(furthest, total, lowest)
 
         for plan, loss in probe.iter_losses(
-            ask.plans, ask.full_results, expected=ask.expected, ceiling=ask.ceiling, on_progress=working
+            ask.plans,
+            ask.full_results,
+            expected=ask.expected,
+            ceiling=ask.ceiling,
+            on_progress=working,
+            estimate=ask.estimate,
         ):
             found[plan] = loss
-            if not loss.bound:
+            if not loss.bound or ask.estimate:
                 lowest = min(lowest, loss.mean)
                 working(len(found))
         losses = [found[plan] for plan in ask.plans]
@@ -58,15 +67,16 @@ class Executor:
         on_progress(total, total, lowest)
         return losses
 
-    def _probe(self, tokens: int | None) -> Probe:
-        """The probe over all calibration tokens, or over the first `tokens` of them."""
-        whole = self._probes[None]
-        if tokens is not None and tokens >= whole.tokens.tokens:
-            return whole
-        if tokens not in self._probes:
-            assert tokens is not None
-            self._probes[tokens] = whole.with_objective(whole.loss, truncate(whole.tokens, tokens))
-        return self._probes[tokens]
+    def _probe(self, tokens: int | None, narrow: bool) -> Probe:
+        """The probe over all calibration tokens, or over the first `tokens` of them; `narrow`: in bfloat16."""
+        whole = self._probes[None, False]
+        tokens = None if tokens is None or tokens >= whole.tokens.tokens else tokens
+        if (tokens, narrow) not in self._probes:
+            picked = whole.tokens if tokens is None else truncate(whole.tokens, tokens)
+            self._probes[tokens, narrow] = (
+                whole.for_estimates(picked) if narrow else whole.with_objective(whole.loss, picked)
+            )
+        return self._probes[tokens, narrow]
 
 
 class RefitExecutor:
@@ -100,8 +110,8 @@ class RefitExecutor:
 def store_cache(store: Store, run: str, teacher: Teacher) -> CacheFactory:
     """Keeps measurements of a teacher in a store, in the name of a run."""
 
-    def memo(tokens: TokenSet, loss: str) -> _StoreCache:
-        return _StoreCache(store, LossKey(teacher.fingerprint, tokens.hash, loss, teacher.compute_key), run)
+    def memo(tokens: TokenSet, loss: str, compute: str) -> _StoreCache:
+        return _StoreCache(store, LossKey(teacher.fingerprint, tokens.hash, loss, compute), run)
 
     return memo
 

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoints import hooked
 
 from billhook.core.errors import ModelError, PlanError
-from billhook.core.plan import Plan, Site
+from billhook.core.plan import KeptGroups, MeasureRequest, Plan, Site
 from billhook.core.results.measured import Loss
 from billhook.data.token_sets import Document, TokenSet, pack_rows
 from billhook.engine.bench import Measurer, job_batches
@@ -31,9 +32,11 @@ from billhook.engine.prefix_trie import StreamCache
 from billhook.engine.probe import Probe, RacingOptions, logits
 from billhook.engine.racing import Quality, Sums
 from billhook.methods.export.checkpoint import save
+from billhook.models.accelerator.narrow_copy import LEAST_WIDTH, narrow_copy
 from billhook.models.load import Teacher, load
 from billhook.models.surgery import apply
 from billhook.report.run_words import work_in_words
+from billhook.runs.executor import Executor
 
 Folder = Callable[[str], Path]
 
@@ -167,19 +170,54 @@ def test_random_batches_of_plans(variant: str, checkpoint: Folder, data: st.Data
             close(measured, _reference(checkpoint(variant), loss)(plan))
 
 
+def random_plan(teacher: Teacher, draw: random.Random) -> Plan:
+    """A plan that removes some sites, and keeps half of the groups of others in one of two ways."""
+    removed, narrowed = set[Site](), set[KeptGroups]()
+    sizes = [size for size in teacher.anatomy.sites if size.site.block]  # of the first block something stays
+    for size in draw.sample(sizes, 5):
+        half = size.groups[: len(size.groups) // 2], size.groups[len(size.groups) // 2 :]
+        if draw.random() < 0.4 or len(size.groups) < 2:
+            removed.add(size.site)
+        else:
+            narrowed.add(KeptGroups(size.site, draw.choice(half)))
+    return Plan(frozenset(removed), frozenset(narrowed))
+
+
+@pytest.mark.parametrize("walk", ["layers", "depth-first"])
+@pytest.mark.parametrize("variant", ["llama", "phi", "gpt_neox", "gpt2", "gemma2"])
+def test_batches_of_narrower_plans_are_measured_as_their_students(variant: str, walk: str, checkpoint: Folder) -> None:
+    """Half of a batch again, with other plans: what is kept between batches fits."""
+    teacher, tokens, draw = load(checkpoint(variant)), token_set(), random.Random(variant + walk)
+    plans = [random_plan(teacher, draw) for _ in range(6)]
+    probe = Probe(teacher, tokens, "kl", walk=walk)
+    for batch in (plans[:4], plans[2:]):
+        for plan, measured in zip(batch, probe.losses(batch), strict=True):
+            student = apply(teacher, plan)
+            sums = [0.0] * len(tokens.clusters)
+            for row, length, document in zip(tokens.rows, tokens.lengths, tokens.documents, strict=True):
+                ids = row[None, :length]
+                with torch.no_grad():
+                    p, q = (m(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1) for m in
+                            (teacher.model, student))  # fmt: skip
+                sums[document] += float((p.exp() * (p - q)).sum())
+            assert measured.sums == pytest.approx(sums, rel=2e-4, abs=2e-5)
+
+
 # -- how much is computed -------------------------------------------------------------------------------------------
 
 
 def histories(plans: Sequence[Plan], sites: Sequence[Site], parallel: bool) -> Counter[str]:
-    """By brute force: how many distinct histories of kept and removed sites every site is computed after."""
-    seen: set[tuple[Site, frozenset[Site]]] = set()
+    """By brute force: how many distinct histories every site is computed after, in each of its own states."""
+    seen: set[tuple[Site, frozenset[Site | KeptGroups]]] = set()
     for plan in plans:
         for site in sites:
             if site not in plan.removed:
                 before = {s for s in plan.removed if s < site}
+                narrower = {narrow for narrow in plan.narrowed if narrow.site <= site}
                 if parallel:  # both parts of a block read the same stream
                     before = {s for s in before if s.block < site.block}
-                seen.add((site, frozenset(before)))
+                    narrower = {narrow for narrow in narrower if narrow.site.block < site.block or narrow.site == site}
+                seen.add((site, frozenset({*before, *narrower})))
     return Counter(site.part for site, _ in seen)
 
 
@@ -190,7 +228,8 @@ def test_every_distinct_prefix_is_computed_once(variant: str, walk: str, checkpo
     sites = teacher.anatomy.sites_present()
     tokens = pack_rows([Document(0, tuple(range(3, 35)))], 32, 32, [], "one row")
     coalitions = [Plan(frozenset(draw.sample(sites, draw.randrange(7)))) for _ in range(20)]
-    for plans in ([Plan(), *(Plan(frozenset([site])) for site in sites)], coalitions):
+    narrower = [random_plan(teacher, draw) for _ in range(20)]
+    for plans in ([Plan(), *(Plan(frozenset([site])) for site in sites)], coalitions, narrower):
         counted: Counter[str] = Counter()
         names = {"attention": teacher.architecture.attention, "mlp": teacher.architecture.mlp[-1]}
         handles = [
@@ -199,7 +238,7 @@ def test_every_distinct_prefix_is_computed_once(variant: str, walk: str, checkpo
         ]
         bench = Measurer(teacher, tokens, "nll", walk=walk)
         with torch.inference_mode():
-            list(bench.walk.run([(0, bench.mask(plan)) for plan in dict.fromkeys(plans)], walk == "layers"))
+            list(bench.walk.run([(0, mask) for mask in bench.masks(list(dict.fromkeys(plans)))], walk == "layers"))
         for handle in handles:
             handle.remove()
         assert counted == histories(plans, sites, bench.runner.parallel)
@@ -223,8 +262,8 @@ def test_a_greedy_round_costs_half_of_all_sites_squared(variant: str, checkpoint
     n = len(sites)
     tokens = token_set()
     bench = Measurer(teacher, tokens, "kl")
-    jobs = [(g, bench.mask(plan)) for g in range(len(bench.groups)) for plan in
-            [Plan(), *(Plan(frozenset([site])) for site in sites)]]  # fmt: skip
+    masks = bench.masks([Plan(), *(Plan(frozenset([site])) for site in sites)])
+    jobs = [(g, mask) for g in range(len(bench.groups)) for mask in masks]
     with torch.inference_mode():
         list(bench.walk.run(jobs, True))
     rounds = bench.runner.computed / sum(group.ids.numel() for group in bench.groups)
@@ -305,7 +344,8 @@ def test_the_best_are_those_of_a_full_search_and_the_others_bounds(loss: str, st
 def test_the_cheap_bound_of_kl_is_below_it_and_close(peaked: Teacher) -> None:
     bench = Measurer(peaked, documents(6), "kl")
     sites = peaked.anatomy.sites_present()
-    jobs = [(g, bench.mask(Plan(frozenset([site])))) for g in range(len(bench.groups)) for site in sites]
+    masks = bench.masks([Plan(frozenset([site])) for site in sites])
+    jobs = [(g, mask) for g in range(len(bench.groups)) for mask in masks]
     with torch.inference_mode():
         assert bench.bounds
         assert bench._head._rows is not None
@@ -456,8 +496,8 @@ def test_kept_streams_stay_within_their_bytes(checkpoint: Folder) -> None:
     bench = Measurer(teacher, token_set(), "kl")
     limit = bench.walk.streams.limit = 30_000
     with torch.inference_mode():
-        for site in teacher.anatomy.sites_present():
-            list(bench.walk.run([(0, bench.mask(Plan(frozenset([site]))))], True))
+        for mask in bench.masks([Plan(frozenset([site])) for site in teacher.anatomy.sites_present()]):
+            list(bench.walk.run([(0, mask)], True))
             assert bench.walk.streams.size <= limit
             kept = bench.walk.streams
             assert kept.size == sum(x.nbytes for part in (kept._streams, kept._roots) for x in part.values())
@@ -610,7 +650,7 @@ def test_the_lock_of_a_teacher_is_its_copies_too_and_free_after_a_failure(checkp
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(1, 4)), max_size=60), st.integers(0, 12))
 def test_streams_that_were_not_used_for_longest_are_dropped_first(steps: list[tuple[int, int, int]], most: int) -> None:
     """Against a list that is searched from its oldest entry on; streams before the first block are never dropped."""
-    cache, order, sizes = StreamCache[int](most * 4), list[tuple[int, int, int]](), dict[tuple[int, int, int], int]()
+    cache, order, sizes = StreamCache(most * 4), list[tuple[int, int, int]](), dict[tuple[int, int, int], int]()
     for depth, mask, size in steps:
         node = (0, depth, mask)
         assert (node in cache) == (node in sizes)
@@ -626,3 +666,56 @@ def test_streams_that_were_not_used_for_longest_are_dropped_first(steps: list[tu
         cache.put(node, torch.zeros(size))
         assert cache.size == 4 * sum(sizes.values())
     assert all((node in cache) == (node in sizes) for node in {(0, depth, mask) for depth, mask, _ in steps})
+
+
+# -- estimates ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fast", [None, RacingOptions(shortlist=1)])
+def test_estimates_are_lower_bounds_of_all_plans(peaked: Teacher, fast: RacingOptions | None) -> None:
+    """None is dropped, whatever else a probe would skip, and the best is among the lowest."""
+    tokens, draw = documents(6), random.Random(3)
+    plans = [*(Plan(frozenset([site])) for site in peaked.anatomy.sites_present()), random_plan(peaked, draw)]
+    full = Probe(peaked, tokens, "kl").losses(plans)
+    found = dict(Probe(peaked, tokens, "kl", fast=fast).iter_losses(plans, 1, estimate=True))
+    for plan, loss in zip(plans, full, strict=True):
+        assert found[plan].bound
+        assert 0.5 * loss.mean <= found[plan].mean <= loss.mean + 1e-5
+    best = min(zip(full, plans, strict=True), key=lambda pair: pair[0].mean)[1]
+    assert best in sorted(plans, key=lambda plan: found[plan].mean)[:3]
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Teacher:
+    """A teacher as wide as a model must be to be copied in bfloat16."""
+    config = transformers.LlamaConfig(
+        hidden_size=LEAST_WIDTH, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    return load(tmp_path)
+
+
+def test_a_cpu_that_multiplies_bfloat16_estimates_in_it(wide: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy shares nothing that changes; other losses stay in float32."""
+    before = {name: tensor.clone() for name, tensor in wide.model.state_dict().items()}
+    plans = [Plan(frozenset([site])) for site in wide.anatomy.sites_present()]
+    exact = Probe(wide, token_set(), "kl").losses(plans)
+    for has, dtype in (({"avx512_bf16": True}, torch.bfloat16), ({"avx512_f": True}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has, raising=False)
+        measure = Executor(Probe(wide, token_set(), "kl"), narrow=True)
+        rough = measure(MeasureRequest(tuple(plans), estimate=True))
+        assert [loss.mean for loss in rough] == pytest.approx([loss.mean for loss in exact], rel=0.1)
+        assert [loss.mean for loss in measure(MeasureRequest(tuple(plans)))] == [loss.mean for loss in exact]
+        (copy,) = {probe.teacher.model.dtype for probe in measure._probes.values()} - {torch.float32} or {torch.float32}
+        assert copy == dtype
+    assert all(torch.equal(tensor, before[name]) for name, tensor in wide.model.state_dict().items())
+    assert all(parameter.dtype == torch.float32 for parameter in wide.model.parameters())
+
+
+def test_no_copy_is_made_without_room_for_it(wide: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert narrow_copy(wide, 4 * wide.weight_bytes) is not None
+    assert narrow_copy(wide, 2 * wide.weight_bytes) is None
+    assert narrow_copy(replace(wide, model=wide.model.bfloat16()), None) is None

@@ -51,7 +51,7 @@ def layout(teacher: Teacher, site: Site) -> tuple[torch.nn.Module, channel_group
 
 def gradients(teacher: Teacher, tokens: TokenSet) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """By autograd over the whole model: of the mean loss, and mean squares of each row's own."""
-    model = billhook.models.surgery._shared_copy(teacher.model)
+    model = billhook.models.surgery.shared_copy(teacher.model)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, torch.nn.Parameter(parameter.detach().clone()))
@@ -231,7 +231,7 @@ def planted(checkpoint: Folder, tmp_path_factory: pytest.TempPathFactory) -> tup
     """A model in which some groups do nothing at all: all their weights are zero."""
     teacher = load(checkpoint("qwen3"))
     dead = {Site(1, "attention"): [1], Site(0, "mlp"): [3, 17, 40], Site(3, "mlp"): [0]}
-    model = billhook.models.surgery._shared_copy(teacher.model)
+    model = billhook.models.surgery.shared_copy(teacher.model)
     for site, groups in dead.items():
         block = structure.blocks_of(model, teacher.architecture)[site.block]
         _, of = layout(teacher, site)

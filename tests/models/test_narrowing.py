@@ -57,7 +57,7 @@ def uneven(teacher: Teacher, seed: int) -> Plan:
 
 def masked(teacher: Teacher, plan: Plan) -> Any:
     """The teacher's model in its whole shape, with zeros where groups went."""
-    model = billhook.models.surgery._shared_copy(teacher.model)
+    model = billhook.models.surgery.shared_copy(teacher.model)
     sizes = {size.site: size for size in teacher.anatomy.sites}
     for each in plan.narrowed:
         block = structure.blocks_of(model, teacher.architecture)[teacher.positions.index(each.site.block)]
@@ -328,7 +328,7 @@ def test_the_engine_measures_what_the_cut_model_computes(checkpoint: Folder) -> 
 def test_a_fold_gives_a_twin_what_its_copy_did(checkpoint: Folder, tmp_path: Path) -> None:
     """Neuron 5 computes what neuron 9 does; without it, neuron 9 has to count for both."""
     whole = load(checkpoint("llama"))
-    model = billhook.models.surgery._shared_copy(whole.model)
+    model = billhook.models.surgery.shared_copy(whole.model)
     mlp = structure.blocks_of(model, whole.architecture)[2].mlp
     for linear in (mlp.gate_proj, mlp.up_proj):
         weight = linear.weight.detach().clone()
@@ -354,7 +354,7 @@ def test_a_fold_gives_a_twin_what_its_copy_did(checkpoint: Folder, tmp_path: Pat
 def constant(variant: str, checkpoint: Folder, folder: Path) -> tuple[Teacher, Plan]:
     """A model one of whose groups carries a constant, and the plan without it."""
     whole = load(checkpoint(variant))
-    model = billhook.models.surgery._shared_copy(whole.model)
+    model = billhook.models.surgery.shared_copy(whole.model)
     block = structure.blocks_of(model, whole.architecture)[1]
     if variant == "qwen2":  # the values of the first KV group are their biases
         weight = block.self_attn.v_proj.weight.detach().clone()

@@ -15,7 +15,7 @@ import transformers
 
 import billhook
 from billhook.core.errors import BillhookError, ModelError, ResourceError
-from billhook.core.plan import Plan
+from billhook.core.plan import KeptGroups
 from billhook.data.token_sets import TokenSet
 from billhook.engine.bench import Measurer
 from billhook.engine.prefix_trie import WalkJob
@@ -59,10 +59,10 @@ class Own:
 
 @dataclass(frozen=True, slots=True)
 class Narrow:
-    """Measure `plan`, which narrows sites, wherever the plan of its removals is requested."""
+    """Give bits of masks to what is kept of narrowed sites, as `Measurer.add` does."""
 
     number: int
-    plan: Plan
+    narrowed: list[KeptGroups]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +165,8 @@ class Desk:
                 self._measurers[number] = Measurer(self.teacher, tokens, loss, memory=memory, division=division)
             case Own(number, groups):
                 self._measurers[number].own(groups)
-            case Narrow(number, plan):
-                self._measurers[number].use_narrowing(plan)
+            case Narrow(number, narrowed):
+                self._measurers[number].add(narrowed)
             case Begin(number, plans, base):
                 self._measurers[number].begin(plans, base)
                 with suppress(ModelError):  # which the first request meets again

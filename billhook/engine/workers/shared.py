@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from billhook.core.plan import Plan
+from billhook.core.plan import KeptGroups, Plan
 from billhook.data.token_sets import TokenSet
 from billhook.engine.bench import Measurer
 from billhook.engine.prefix_trie import WalkJob
@@ -41,7 +41,7 @@ class SharedMeasurer:
         self._tokens = [group.tokens for group in measurer.groups]
         self._owners = dict.fromkeys(range(len(self._tokens)), HERE)
         self._opened = {HERE}  # workers that know the tokens
-        self._narrowing: Plan | None = None
+        self._narrowed: list[KeptGroups] = []  # in the order of their bits
 
     @property
     def workers(self) -> int:
@@ -58,11 +58,14 @@ class SharedMeasurer:
         """Return document groups in an order in which as many in a row as there are workers are one of each."""
         return interleaved(order, self._owners)
 
-    def use_narrowing(self, plan: Plan) -> None:
-        """As `Measurer.use_narrowing`."""
-        self._local.use_narrowing(plan)
-        self._narrowing = plan
-        self._tell(Narrow(self._number, plan))
+    def masks(self, plans: Sequence[Plan]) -> list[int]:
+        """As `Measurer.masks`."""
+        unknown = self._local.bits.unknown(plans)
+        masks = self._local.masks(plans)
+        if unknown:
+            self._narrowed += unknown
+            self._tell(Narrow(self._number, unknown))
+        return masks
 
     def release(self) -> None:
         """As `Measurer.release`."""
@@ -130,8 +133,8 @@ class SharedMeasurer:
             if worker not in self._opened:
                 self._opened.add(worker)
                 self._team.send(worker, self._open)
-                if self._narrowing is not None:
-                    self._team.send(worker, Narrow(self._number, self._narrowing))
+                if self._narrowed:
+                    self._team.send(worker, Narrow(self._number, self._narrowed))
             elif own == {group for group, owner in before.items() if owner == worker}:
                 continue
             if worker == HERE:

@@ -66,7 +66,9 @@ def joint(
     sites = problem.anatomy.sites
     ladders = [_ladder(problem, size, levels, multiple, ()) for size in sites]
     places = [(i, rung) for i, ladder in enumerate(ladders) for rung in range(1, len(ladder))]
-    alone = yield MeasureRequest((Plan(), *(ladders[i][rung] for i, rung in places)), tokens=tokens, phase="alone")
+    alone = yield MeasureRequest(
+        (Plan(), *(ladders[i][rung] for i, rung in places)), tokens=tokens, estimate=True, phase="alone"
+    )
     rises = {place: loss.mean - alone[0].mean for place, loss in zip(places, alone[1:], strict=True)}
     cheapest = _best(problem, ladders, (0,) * len(ladders), rises, len(ladders))
     starts = [] if cheapest is None else [_plan(ladders, cheapest)]
@@ -119,7 +121,7 @@ def _best_change(
     near = [(i, rung) for i, rung in near if 0 <= rung < len(ladders[i])]
     near = [place for place in near if problem.is_valid(_plan(ladders, _moved(here, [place])))]
     plans = [_plan(ladders, there) for there in (here, *(_moved(here, [place]) for place in near))]
-    losses = yield MeasureRequest(tuple(plans), tokens=tokens, phase="changes")
+    losses = yield MeasureRequest(tuple(plans), tokens=tokens, estimate=True, phase="changes")
     rises = {place: loss.mean - losses[0].mean for place, loss in zip(near, losses[1:], strict=True)}
     candidates = {_plan(ladders, here): here}
     for most in CHANGES:
