@@ -50,7 +50,7 @@ def joint(
     at each width alone; the end of the search `start` (or none), which removes whole sites; and the same share of each
     site, with and without the first four blocks and the last two. In each round it measures one width more and one
     less at each site. The programme makes 1, 2, 4, … 32 of these changes under the budgets, and the best plan on all
-    calibration tokens is kept, until none is better. `tokens`: of the calibration, for losses that only propose;
+    calibration tokens is kept, until none is better. `tokens`: of the calibration, for estimates that only propose;
     `multiple`, `parts`, `experts`: as for `rank_channels`.
 
     Formula: min Σ_s rise(s, width of s), subject to the budgets; then the same over one step at each site
