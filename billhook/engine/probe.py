@@ -28,7 +28,7 @@ from billhook.engine.racing import Decision, Selection, SelectionTask, measure_a
 from billhook.engine.workers.division import ALONE
 from billhook.engine.workers.shared import SharedMeasurer
 from billhook.engine.workers.team import Team
-from billhook.models.accelerator.narrow_copy import narrow_copy
+from billhook.models.accelerator.narrow import narrow_copy
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import Repair
 

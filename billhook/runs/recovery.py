@@ -112,7 +112,10 @@ def run_recoveries(
         else:
             training = work / f"{number}-{name}-{made_from}"
             training.mkdir(exist_ok=True)
-            subject = RecoveryTask(teacher, plan, repair, recipe.memory_bytes, recipe.seed, training, job.watch)
+            subject = RecoveryTask(
+                teacher, plan, repair, recipe.memory_bytes, recipe.seed, training, job.watch,
+                narrow=recipe.dtype == "auto",
+            )  # fmt: skip
             fresh = _carried_out(subject, name, (train, valid), own, optional=name in recipe.optional_recoveries)
             if fresh is None:
                 continue

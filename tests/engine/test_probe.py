@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoints import hooked
@@ -32,7 +31,7 @@ from billhook.engine.prefix_trie import StreamCache
 from billhook.engine.probe import Probe, RacingOptions, logits
 from billhook.engine.racing import Quality, Sums
 from billhook.methods.export.checkpoint import save
-from billhook.models.accelerator.narrow_copy import LEAST_WIDTH, narrow_copy
+from billhook.models.accelerator.narrow import LEAST_WIDTH, narrow_copy
 from billhook.models.load import Teacher, load
 from billhook.models.surgery import apply
 from billhook.report.run_words import work_in_words
@@ -688,13 +687,7 @@ def test_estimates_are_lower_bounds_of_all_plans(peaked: Teacher, fast: RacingOp
 @pytest.fixture
 def wide(tmp_path: Path) -> Teacher:
     """A teacher as wide as a model must be to be copied in bfloat16."""
-    config = transformers.LlamaConfig(
-        hidden_size=LEAST_WIDTH, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=64,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    return load(tmp_path)
+    return load(tiny.saved(tmp_path / "wide", "llama", hidden_size=LEAST_WIDTH))
 
 
 def test_a_cpu_that_multiplies_bfloat16_estimates_in_it(wide: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:

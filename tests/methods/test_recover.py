@@ -32,6 +32,7 @@ from billhook.methods.recover.side_by_side import (
     side_by_side,
     streams_after,
 )
+from billhook.models.accelerator.narrow import LEAST_WIDTH
 from billhook.models.load import Teacher, load
 from billhook.models.repair import NO_REPAIR, Patch, Repair, read_repair
 from billhook.models.structure import output_projection
@@ -660,6 +661,33 @@ def test_a_model_in_bfloat16_learns_in_float32(name: str, checkpoint: Folder) ->
     assert apply(teacher, PLAN, repair=repair).dtype == torch.bfloat16
     with pytest.raises(UsageError, match=r"Train with dtype='bfloat16' or float32"):
         recovered(name, load(checkpoint("llama"), dtype="float16"), PLAN, tokens)
+
+
+@pytest.mark.parametrize("loss", ["nll", "kl", "mse"])
+def test_a_cpu_that_multiplies_bfloat16_trains_in_it(
+    loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is learned is nearly what float32 learns, and in float32; the head computes in it, too."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    teacher, tokens = load(tiny.saved(tmp_path / "wide", "llama", hidden_size=LEAST_WIDTH)), many_texts(12)
+    seen: set[tuple[str, torch.dtype]] = set()
+    for name in ("model.layers.1.self_attn.q_proj", "lm_head"):
+        look = lambda module, args, out, name=name: seen.add((name, out.dtype))  # noqa: E731
+        teacher.model.get_submodule(name).register_forward_hook(look)
+    best: list[list[float]] = []
+    for narrow in (False, True):
+        best.append([])
+        watch = lambda event, to=best[-1]: to.append(event.values["best"]) if "best" in event.values else None  # noqa: E731
+        task = RecoveryTask(teacher, PLAN, narrow=narrow, watch=watch)
+        repair = RECOVERIES["full"](task, tokens, tokens, loss=loss, rate=1e-3, epochs=4, batch=4)
+        assert {value.dtype for value in repair.weights.values()} == {torch.float32}
+    attention = "model.layers.1.self_attn.q_proj"
+    expected = {(attention, torch.float32), (attention, torch.bfloat16)}
+    assert seen == expected | ({("lm_head", torch.float32)} if loss != "mse" else set())
+    (first, *_, wide), (_, *_, narrowed) = best
+    assert wide < first - 0.01
+    assert narrowed == pytest.approx(wide, abs=0.2 * (first - wide))
+    assert best[0] != best[1]
 
 
 @pytest.mark.parametrize("loss", ["nll", "kl", "mse"])

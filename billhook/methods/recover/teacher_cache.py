@@ -52,7 +52,7 @@ def _teacher_outputs(
     for some in rows.slices():
         ids, mask = rows.ids[some], rows.counted[some].long()
         if loss == "mse":
-            yield (teacher.base_model(ids, attention_mask=mask, use_cache=False)[0].cpu(),)
+            yield (teacher.base_model(ids, attention_mask=mask, use_cache=False)[0].to(teacher.dtype).cpu(),)
         else:
             logits = teacher(ids, attention_mask=mask, use_cache=False).logits.float()
             top = logits.topk(min(TOP_WORDS, logits.shape[-1] // 2)).indices

@@ -26,6 +26,7 @@ from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, EventValue
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import kl, topk_and_rest
+from billhook.models.accelerator.narrow import computing_in
 from billhook.models.accelerator.sizes import work_sizes
 
 CHECKS = 12  # validations per training; fewer where they would take more than CHECKING
@@ -236,7 +237,7 @@ class Trainer:
 
     def _loss(self, rows: TrainingRows) -> torch.Tensor:
         """Sum the loss over `rows`, computed in the model's dtype."""
-        with torch.autocast(self.student.device.type, self._compute, enabled=self._compute != torch.float32):
+        with computing_in(self.student, self._compute):
             return loss_of(self.student, rows, self.options.loss)
 
     def run(self, train: TrainingRows, valid: TrainingRows, set_inputs: SetInputs) -> float:
