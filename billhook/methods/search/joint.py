@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -19,8 +20,10 @@ from billhook.methods.search.rank_channels import ranked_plan
 CHANGES = (1, 2, 4, 8, 16, 32)  # how many sites may change at once; each number is tried
 ENDS = (4, 2)  # blocks at the beginning and at the end that often matter more than others
 MOVE_PENALTY = 1e-6  # share of the largest rise that the largest move costs besides its own
+LEAST_RISE = 1e-9  # that has a logarithm
 Ladder = tuple[Plan, ...]  # plans of one site alone, from keeping all of it to removing it
 Place = tuple[int, int]  # a ladder, and a rung of it
+Rises = dict[Plan, float]  # how much the loss rises under a plan of one site
 
 
 def _losses(
@@ -35,7 +38,7 @@ def _losses(
     if start != "none":
         with suppress(BudgetError):  # whole sites alone may not be enough
             starts += shared.estimate_losses(start, replace(problem, group_scores=None, scores=None).check()) or 0
-    return alone + starts + rounds * (1 + 2 * len(free) + len(CHANGES))
+    return alone + starts + rounds * 2 * (1 + len(free) + len(CHANGES))
 
 
 @search(losses=_losses, channel_groups=True, whole_sites=True)
@@ -47,15 +50,16 @@ def joint(
 
     Groups of a site are removed in the order of a metric. An mlp has `levels` - 1 widths in between, an attention as
     many as it has KV groups. The search begins at the best of these plans: the programme's, by the loss of each site
-    at each width alone; the end of the search `start` (or none), which removes whole sites; and the same share of each
-    site, with and without the first four blocks and the last two. In each round it measures one width more and one
-    less at each site. The programme makes 1, 2, 4, … 32 of these changes under the budgets, and the best plan on all
-    calibration tokens is kept, until none is better. `tokens`: of the calibration, for estimates that only propose;
-    `multiple`, `parts`, `experts`: as for `rank_channels`.
+    alone, of which it measures the widths that the programme chooses, until it chooses no other; the end of the search
+    `start` (or none), which removes whole sites; and the same share of each site, with and without the first four
+    blocks and the last two. In each round it measures one width more and one less at each site, first of the half that
+    promises most by the losses alone. The programme makes 1, 2, 4, … 32 of these changes under the budgets, and the
+    best plan on all calibration tokens is kept, until none is better. `tokens`: of the calibration, for estimates that
+    only propose; `multiple`, `parts`, `experts`: as for `rank_channels`.
 
     Formula: min Σ_s rise(s, width of s), subject to the budgets; then the same over one step at each site
-    Cost: those of `start`; a loss for each width of each site on `tokens`; in each round two for each site on `tokens`
-    and six on all tokens.
+    Cost: those of `start`; at most a loss for each width of each site on `tokens`; in each round one or two for each
+    site on `tokens`, and six on all tokens.
 
     Source: Bercovich et al. 2024, Puzzle (arXiv 2411.19146), mixed-integer programming over measured alternatives of
     each layer; Sieberling et al. 2024, EvoPress (arXiv 2410.14649), exchanges of levels. Deviations: alternatives are
@@ -65,12 +69,7 @@ def joint(
     problem = _checked(problem, levels, multiple, parts, experts)
     sites = problem.anatomy.sites
     ladders = [_ladder(problem, size, levels, multiple, ()) for size in sites]
-    places = [(i, rung) for i, ladder in enumerate(ladders) for rung in range(1, len(ladder))]
-    alone = yield MeasureRequest(
-        (Plan(), *(ladders[i][rung] for i, rung in places)), tokens=tokens, estimate=True, phase="alone"
-    )
-    rises = {place: loss.mean - alone[0].mean for place, loss in zip(places, alone[1:], strict=True)}
-    cheapest = _best(problem, ladders, (0,) * len(ladders), rises, len(ladders))
+    alone, cheapest = yield from _cheapest(problem, ladders, tokens)
     starts = [] if cheapest is None else [_plan(ladders, cheapest)]
     starts += _uniform(problem, parts, multiple)
     if start_search is not None:
@@ -83,7 +82,7 @@ def joint(
     ladders = [_ladder(problem, size, levels, multiple, plan.narrowed) for size in sites]
     here = tuple(rungs.index(_at(plan, size.site)) for size, rungs in zip(sites, ladders, strict=True))
     for _ in range(rounds):
-        there = yield from _best_change(problem, ladders, here, tokens)
+        there = yield from _best_change(problem, ladders, here, alone, tokens)
         if there == here:
             break
         here = there
@@ -113,24 +112,99 @@ def _widths(problem: Problem, size: SiteSize, levels: int, multiple: int) -> set
     return {shared.kept_count(size, count, multiple) for count in removed} - {len(size.groups)}
 
 
+def _cheapest(
+    problem: Problem, ladders: Sequence[Ladder], tokens: int
+) -> Generator[MeasureRequest, list[Loss], tuple[Rises, tuple[int, ...] | None]]:
+    """Return the rises of sites alone, and the rungs at which their sum is least under the budgets, or None.
+
+    At first one width in the middle and the removal of each site are measured, then what the programme chooses, until
+    all that it chooses has been measured.
+    """
+    whole = (0,) * len(ladders)
+    places = [(i, rung) for i, ladder in enumerate(ladders) for rung in range(1, len(ladder))]
+    wanted = [(i, rung) for i, rung in places if rung in (len(ladders[i]) // 2, len(ladders[i]) - 1)]
+    alone: Rises = {}
+    while wanted:
+        plans = (Plan(), *(ladders[i][rung] for i, rung in wanted))
+        losses = yield MeasureRequest(plans, tokens=tokens, estimate=True, phase="alone")
+        alone |= {plan: loss.mean - losses[0].mean for plan, loss in zip(plans, losses, strict=True)}
+        curves = _curves(problem, ladders, alone)
+        cheapest = _best(problem, ladders, whole, {(i, rung): curves[i][rung] for i, rung in places}, len(ladders))
+        chosen = [] if cheapest is None else list(enumerate(cheapest))
+        wanted = [(i, rung) for i, rung in chosen if rung and ladders[i][rung] not in alone]
+    return alone, cheapest
+
+
+def _curves(problem: Problem, ladders: Sequence[Ladder], alone: Rises) -> list[list[float]]:
+    """Return the rises of each ladder; see `_curve`."""
+    return [_curve(size, ladder, alone) for size, ladder in zip(problem.anatomy.sites, ladders, strict=True)]
+
+
+def _curve(size: SiteSize, ladder: Ladder, alone: Rises) -> list[float]:
+    """Return the rise at each rung of a ladder: as measured, else between widths that were.
+
+    It is a power of the share that is removed, by the widths next to it. Beyond the ends it rises as little as it can:
+    with the square of the share before the first, and with the share after the last.
+    """
+    kept = [len(groups.groups) for plan in ladder for groups in plan.narrowed]
+    shares = [0.0, *(1 - count / len(size.groups) for count in kept), 1.0][: len(ladder)]
+    known = [(share, max(alone[plan], LEAST_RISE)) for share, plan in zip(shares, ladder, strict=True)
+             if plan.narrowed and plan in alone]  # fmt: skip
+    curve = []
+    for share, plan in zip(shares, ladder, strict=True):
+        if not plan or plan in alone:
+            curve.append(alone.get(plan, 0.0))
+            continue
+        less = max((point for point in known if point[0] < share), default=None)
+        more = min((point for point in known if point[0] > share), default=None)
+        power = 2.0 if less is None else 1.0
+        if less is not None and more is not None:
+            power = math.log(more[1] / less[1]) / math.log(more[0] / less[0])
+        near, rise = less or more or (1.0, LEAST_RISE)
+        curve.append(rise * (share / near) ** power)
+    return curve
+
+
 def _best_change(
-    problem: Problem, ladders: Sequence[Ladder], here: tuple[int, ...], tokens: int
+    problem: Problem, ladders: Sequence[Ladder], here: tuple[int, ...], alone: Rises, tokens: int
 ) -> Generator[MeasureRequest, list[Loss], tuple[int, ...]]:
-    """Return the rungs after the best exchange of single steps from `here`; `here` if none is better."""
+    """Return the rungs after the best exchange of single steps from `here`; `here` if none is better.
+
+    The steps that promise most for what they remove, by the rises alone, are measured first, the others only if no
+    exchange of these is better.
+    """
+    curves = _curves(problem, ladders, alone)
     near = [(i, rung + step) for i, rung in enumerate(here) for step in (-1, 1)]
     near = [(i, rung) for i, rung in near if 0 <= rung < len(ladders[i])]
     near = [place for place in near if problem.is_valid(_plan(ladders, _moved(here, [place])))]
-    plans = [_plan(ladders, there) for there in (here, *(_moved(here, [place]) for place in near))]
-    losses = yield MeasureRequest(tuple(plans), tokens=tokens, estimate=True, phase="changes")
-    rises = {place: loss.mean - losses[0].mean for place, loss in zip(near, losses[1:], strict=True)}
-    candidates = {_plan(ladders, here): here}
-    for most in CHANGES:
-        there = _best(problem, ladders, here, rises, most)
-        if there is not None:
-            candidates.setdefault(_plan(ladders, there), there)
-    reached = tuple(candidates)
-    losses = yield MeasureRequest(reached, full_results=1, phase="changes")
-    return candidates[lowest_full(reached, losses)[1]]
+    before = problem.removed_cost(_plan(ladders, here))
+
+    def promise(place: Place) -> tuple[float, Place]:
+        i, rung = place
+        after = problem.removed_cost(_plan(ladders, _moved(here, [place])))
+        gone = sum(abs(new - old) / target for new, old, target in zip(after, before, problem.targets, strict=True))
+        return (curves[i][rung] - curves[i][here[i]]) / max(gone, 1e-12), place
+
+    rises: dict[Place, float] = {}
+    for later in (False, True):
+        wanted = []
+        for direction in (-1, 1):
+            steps = sorted((place for place in near if (place[1] - here[place[0]]) == direction), key=promise)
+            half = -(-len(steps) // 2)
+            wanted += steps[half:] if later else steps[:half]
+        plans = [_plan(ladders, there) for there in (here, *(_moved(here, [place]) for place in wanted))]
+        losses = yield MeasureRequest(tuple(plans), tokens=tokens, estimate=True, phase="changes")
+        rises |= {place: loss.mean - losses[0].mean for place, loss in zip(wanted, losses[1:], strict=True)}
+        candidates = {_plan(ladders, here): here}
+        for most in CHANGES:
+            there = _best(problem, ladders, here, rises, most)
+            if there is not None:
+                candidates.setdefault(_plan(ladders, there), there)
+        reached = tuple(candidates)
+        losses = yield MeasureRequest(reached, full_results=1, phase="changes")
+        if (best := candidates[lowest_full(reached, losses)[1]]) != here:
+            return best
+    return here
 
 
 def _uniform(problem: Problem, parts: str, multiple: int) -> list[Plan]:
