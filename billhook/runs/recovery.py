@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from billhook.core.plan import Plan
 from billhook.core.registry import OptionValues, options, resolve_options, wrong_return
 from billhook.core.results.run import RecoveryGain, RecoveryReport
 from billhook.core.statistics import exp_capped, paired_difference
-from billhook.data.splits import train_validation_split
+from billhook.data.splits import select_documents, split_every_nth, train_validation_split
 from billhook.data.token_sets import TokenSet
 from billhook.methods.recover import RECOVERIES, RecoveryTask, trains
 from billhook.methods.recover.lora import ADAPTER
@@ -31,6 +31,8 @@ from billhook.runs.recipe import Recipe
 
 TRAINING_OPTIONS = {field.name for field in fields(TrainingOptions)}
 TRAINING_VALIDATION_EVERY = 10  # of so many texts one validates
+FITTING_EVERY = 3  # of so many texts one is for fits and the others for trainings, where both are wanted,
+LEAST_FITTED = 8192  # and fits have so many tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +72,13 @@ def recovering_tokens(recipe: Recipe, teacher: Teacher, proved: int) -> int:
     A fit takes a pass of the teacher and one of the student; a training one of the teacher, and steps.
     """
     total = 0
+    names = [name for name in recovery_options(recipe) if name in applicable_recoveries(recipe, teacher)]
+    apart = len(set(map(trains, names))) == 2 and recipe.recover_tokens >= FITTING_EVERY * LEAST_FITTED
     for name, own in recovery_options(recipe).items():
-        if name in applicable_recoveries(recipe, teacher):
+        if name in names:
             passes = 1 + STEP * int(str((options(RECOVERIES[name]) | own)["epochs"])) if trains(name) else 2
-            total += passes * recipe.recover_tokens + proved
+            share = 1.0 if not apart else 1 - 1 / FITTING_EVERY if trains(name) else 1 / FITTING_EVERY
+            total += int(share * passes * recipe.recover_tokens) + proved
     return total
 
 
@@ -97,14 +102,15 @@ def run_recoveries(
     recipe, repair, before = job.recipe, NO_REPAIR, NO_REPAIR
     applicable = applicable_recoveries(recipe, teacher)
     chosen = {name: own for name, own in recovery_options(recipe).items() if name in applicable}
-    train, valid = train_validation_split(learn, TRAINING_VALIDATION_EVERY)
+    valid, fitted, trained = learning_texts(learn, list(chosen))
     work.mkdir(parents=True, exist_ok=True)
     reports: list[RecoveryReport] = []
     for number, (name, own) in enumerate(chosen.items(), 1):
         file, began = work / f"{number}-{name}.safetensors", time.perf_counter()
         before, about = repair, file.with_suffix(".json")
+        train = trained if trains(name) else fitted
         made_from = digest_of(
-            [teacher.fingerprint, teacher.compute_key, plan.to_list(), name, own, recipe.seed, learn.hash, repair.key()]
+            [teacher.fingerprint, teacher.compute_key, plan.to_list(), name, own, recipe.seed, train.hash, repair.key()]
         )
         took = _seconds_of(about, made_from)
         if took is not None and file.is_file():
@@ -134,6 +140,21 @@ def run_recoveries(
         reports.append(RecoveryReport(name, own, took, repair.parameters(), train.tokens, train.source, gains))
     apart = work / ADAPTER if (work / ADAPTER).is_dir() else None
     return RecoveryResult(repair, tuple(reports), before if apart else None, apart, learn.digests)
+
+
+def learning_texts(learn: TokenSet, names: Sequence[str]) -> tuple[TokenSet, TokenSet, TokenSet]:
+    """Return the text that validates, the text for fits, and the text for trainings.
+
+    A fit leaves little to learn on its own text: training there lowers the loss of other text less. So each has texts
+    of its own, where there are enough.
+    """
+    train, valid = train_validation_split(learn, TRAINING_VALIDATION_EVERY)
+    if len({trains(name) for name in names}) == 2:
+        rest, fitted = split_every_nth(train, FITTING_EVERY)
+        parts = select_documents(train, fitted), select_documents(train, rest)
+        if parts[0].tokens >= LEAST_FITTED:
+            return valid, *parts
+    return valid, train, train
 
 
 def _carried_out(

@@ -20,6 +20,7 @@ from billhook.core.registry import resolve_options
 from billhook.core.results.measured import Loss
 from billhook.core.results.run import RunResult
 from billhook.data.splits import select_documents
+from billhook.data.token_sets import Document, pack_rows
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate.perplexity import perplexity
 from billhook.methods.recover import RECOVERIES, RecoveryTask
@@ -27,6 +28,7 @@ from billhook.report.run_words import run_notes
 from billhook.runs.executor import REFIT_CANDIDATES, RefitExecutor
 from billhook.runs.prepare import recovery_tokens, tokens_for, validate
 from billhook.runs.recipe import Recipe, parse_recipe
+from billhook.runs.recovery import learning_texts
 
 SHORT: dict[str, Any] = {"remove": "2sites", "search": "greedy", "tokens": 64, "length": 32, "eval_tokens": 256,
                          "eval_length": 32, "recover_tokens": 640, "recover_length": 32}  # fmt: skip
@@ -72,6 +74,26 @@ def test_what_does_not_help_says_so_first(result: RunResult) -> None:
     for each, note in zip(result.recoveries, told, strict=False):
         assert note.startswith(each.recovery)
         assert ("DID NOT HELP" in note) == (each.on["held-out"].ratio.high >= 1)
+
+
+@pytest.mark.parametrize(("names", "texts", "share"), [
+    (["fold", "lora"], 60, 1 / 3), (["mean", "fold", "full"], 60, 1 / 3), (["fold", "lora"], 30, 1),
+    (["fold", "mean"], 60, 1), (["lora"], 60, 1),
+])  # fmt: skip
+def test_a_training_after_a_fit_learns_from_other_texts_where_there_are_enough(
+    names: list[str], texts: int, share: float
+) -> None:
+    learn = pack_rows([Document(i, tuple(range(3, 515))) for i in range(texts)], texts * 512, 512, [], "made up")
+    learn = replace(learn, digests=tuple(map(str, range(texts))))
+    valid, fitted, trained = learning_texts(learn, names)
+    assert len(valid.digests) == texts // 10
+    assert not {*valid.digests} & {*fitted.digests, *trained.digests}
+    assert {*valid.digests, *fitted.digests, *trained.digests} == {*learn.digests}
+    if share == 1:
+        assert fitted is trained
+    else:
+        assert not {*fitted.digests} & {*trained.digests}
+        assert fitted.tokens == pytest.approx(share * (fitted.tokens + trained.tokens), abs=512)
 
 
 @pytest.mark.parametrize("at", ["1-fold", "2-lora"])
