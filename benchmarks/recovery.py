@@ -29,17 +29,16 @@ from billhook.core import statistics
 from billhook.core.events import Event
 from billhook.core.plan import Plan
 from billhook.core.results.measured import EvalResult
-from billhook.data.splits import train_validation_split
 from billhook.data.token_sets import TokenSet
 from billhook.methods.evaluate.multiple_choice import score_choices
-from billhook.methods.recover import RECOVERIES, RecoveryTask
+from billhook.methods.recover import RECOVERIES, RecoveryTask, trains
 from billhook.models.device import keep_freed_memory
 from billhook.models.repair import NO_REPAIR, Repair
 from billhook.runs.evaluation import Student, choice_logprobs, perplexity_results
 from billhook.runs.job import RunContext
 from billhook.runs.prepare import recovery_tokens
 from billhook.runs.recipe import parse_recipe, with_overrides
-from billhook.runs.recovery import TRAINING_VALIDATION_EVERY, recovery_options
+from billhook.runs.recovery import learning_texts, recovery_options
 from billhook.runs.store import Store
 from billhook.studies import sweep, trials
 
@@ -162,14 +161,15 @@ def recovered(
         if isinstance(best, float) and (not curve or best < curve[-1][1]):
             curve.append((round(time.perf_counter() - start, 1), best))
 
-    train, valid = train_validation_split(
-        recovery_tokens(job.recipe, bench.teacher, job.watch), TRAINING_VALIDATION_EVERY
-    )
-    for name, options in recovery_options(job.recipe).items():
+    chosen = recovery_options(job.recipe)
+    valid, fitted, trained = learning_texts(recovery_tokens(job.recipe, bench.teacher, job.watch), list(chosen))
+    for name, options in chosen.items():
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        subject = RecoveryTask(bench.teacher, plan, repair, None, job.recipe.seed, work, watch)
-        repair = RECOVERIES[name](subject, train, valid, **options)
+        subject = RecoveryTask(
+            bench.teacher, plan, repair, None, job.recipe.seed, work, watch, narrow=job.recipe.dtype == "auto"
+        )
+        repair = RECOVERIES[name](subject, trained if trains(name) else fitted, valid, **options)
     return repair, curve
 
 
