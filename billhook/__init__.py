@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from billhook.studies.compare import compare
     from billhook.studies.eval_sets import evaluate_tasks
     from billhook.studies.exporting import export
+    from billhook.studies.factors.factoring import factor
     from billhook.studies.gate import baselines, gate
     from billhook.studies.monitoring.alert_list import alerts
     from billhook.studies.outlook.costing import cost
@@ -80,6 +81,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "factor",
     "forecast",
     "gate",
     "inspect",
@@ -131,6 +133,7 @@ _HOMES = {
     "evaluate": "api",
     "evaluate_tasks": "studies.eval_sets",
     "export": "studies.exporting",
+    "factor": "studies.factors.factoring",
     "forecast": "studies.outlook.forecasting",
     "gate": "studies.gate",
     "inspect": "api",

@@ -25,7 +25,12 @@ STEPS = {
     "path": "along the path",
 }  # fmt: skip
 
-PHASES = {"exchanges": "now exchanging", "alone": "each part alone first", "changes": "now changing widths"}
+PHASES = {
+    "exchanges": "now exchanging",
+    "alone": "each part alone first",
+    "pairs": "now two parts together",
+    "changes": "now changing widths",
+}
 
 WORDS: dict[str, Callable[[Any], str]] = {  # of the values of an event, by name
     "note": str, "of": str, "set": str, "model": str, "metric": str, "recipe": str, "data": str, "remove": str,

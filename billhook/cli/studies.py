@@ -1,4 +1,4 @@
-"""The commands that compare several models or recipes."""
+"""The commands that compare several models or recipes, or reduce a model in another way than by a plan."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from billhook.cli.options import (
     with_options,
 )
 from billhook.cli.session import CommandSession
+from billhook.core.budget import parse_parameter_budget
 from billhook.core.errors import GateFailed, UsageError
 from billhook.core.registry import OptionValues
 
@@ -363,8 +364,32 @@ def speed_command(
         face.show(told)
 
 
+@with_options("data", "eval_data", "field", "tokens", "length", "eval_tokens", "eval_length", "seed", "device", "dtype",
+              "trust_remote_code")  # fmt: skip
+def factor_command(
+    *,
+    model: Model = None,
+    remove: Annotated[str, typer.Option(help="Parameters to save: 10% or 20Mparams")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write [default: MODEL-factors]")] = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: OptionValues,
+) -> None:
+    """Replace linear maps by two smaller ones each, by the energy of their outputs, and measure what that costs."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        parse_parameter_budget(remove)
+        check_options(options)
+        check_places(model, out=out)
+        from billhook.studies.factors.factoring import factor
+
+        face.show(factor(model or "demo", remove=remove, out=out, store=store, watch=face.watch, **options))
+
+
 COMMANDS = (
     speed_command,
+    factor_command,
     sweep_command,
     transfer_command,
     stability_command,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from billhook.cli.session import empty_table, plain_table, prints
 from billhook.core.anatomy import ModelSizes, SiteSize, Unassigned
 from billhook.core.plan import Site
 from billhook.core.registry import MethodInfo
-from billhook.core.results.exports import ExportReport, PushReport, TargetTable, VocabularyReport
+from billhook.core.results.exports import ExportReport, FactorReport, PushReport, TargetTable, VocabularyReport
 from billhook.core.results.json_form import Result, cell_text
 from billhook.core.results.model import (
     BlockScore,
@@ -93,6 +94,32 @@ def vocabulary_table(console: Console, report: VocabularyReport) -> None:
     for each in report.texts:
         if note := reliability_note(each.change):
             console.print(f"{each.source}: {note}", style="dim")
+    console.print(f"Checkpoint: {report.out}")
+
+
+@prints(FactorReport)
+def factor_table(console: Console, report: FactorReport) -> None:
+    """Print what is left of a model, its ranks, and what held-out text costs with them."""
+    before, after = report.parameters_before, report.parameters_after
+    console.print(f"parameters: {before:,} before, {after:,} after ({after / before:.1%})")
+    lines = []
+    for name in dict.fromkeys(each.name for each in report.factors):
+        mine = [each for each in report.factors if each.name == name]
+        ranks = f"{min(each.rank for each in mine):,} to {max(each.rank for each in mine):,}"
+        lost = sum(each.lost for each in mine) / len(mine)
+        lines.append([name, f"{mine[0].outputs:,} x {mine[0].inputs:,}", f"{len(mine):,}", ranks, f"{lost:.1%}"])
+    console.print(plain_table(("linear map", "size", "blocks", "ranks", "energy lost"), lines))
+    console.print(
+        f"Perplexity on {report.held_out}: {math.exp(report.before.value):,.2f} before, "
+        f"{math.exp(report.after.value):,.2f} after, x{with_interval(report.change.mapped(math.exp), '{:.3f}'.format)}"
+    )
+    console.print(
+        f"Fitted on {report.tokens:,} tokens of {report.data}. {report.whole:,} linear maps stay whole. Energy lost is "
+        "that of their outputs on this text, a mean without an interval. The interval is 95%, over texts.",
+        style="dim",
+    )
+    if note := reliability_note(report.change):
+        console.print(f"{report.held_out}: {note}", style="dim")
     console.print(f"Checkpoint: {report.out}")
 
 

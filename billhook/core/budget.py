@@ -163,6 +163,16 @@ def parse_vocabulary_share(text: str) -> Fraction:
     return Fraction(match[1]) / 100
 
 
+def parse_parameter_budget(text: str) -> Budget:
+    """Read how many parameters are saved. Raises BudgetError for another unit."""
+    budget = Budget.parse(text)
+    if budget.unit != "params":
+        raise BudgetError(
+            f"{shorten(text)!r} counts {budget.unit}, and factors save parameters. Write 10% or 20Mparams."
+        )
+    return budget
+
+
 def parse_budgets(text: str) -> tuple[Budget, ...]:
     """Parse budgets that must all be met, separated by commas: `20%params,30%kv`. Raises BudgetError."""
     budgets = tuple(Budget.parse(piece) for piece in text.split(","))

@@ -190,7 +190,7 @@ def split_name(name: str) -> tuple[Site, str | None]:
     return (Site.parse(match[1]), match[2]) if match else (Site.parse(name), None)
 
 
-Phase = Literal["", "exchanges", "alone", "changes"]
+Phase = Literal["", "exchanges", "alone", "pairs", "changes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ class MeasureRequest:
     - `expected`: the search's estimate per plan, lower = better; only their order matters, for what is measured first.
     - `ceiling`: nats per document; a plan with a larger sum may be returned as a bound, even among the best.
     - `phase`: what the search does, for readers of its progress: `exchanges` of what the first plan removes, each site
-      `alone`, or `changes` of widths; empty while it removes more and more.
+      `alone`, `pairs` of them, or `changes` of widths; empty while it removes more and more.
     """
 
     plans: tuple[Plan, ...]

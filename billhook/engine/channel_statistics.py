@@ -13,7 +13,7 @@ from billhook.core.errors import ModelError, option
 from billhook.core.plan import Site
 from billhook.engine.activation_passes import WeightFunction
 from billhook.engine.bench import Measurer
-from billhook.engine.gradient_pass import GradientFunction, gradients_by_block
+from billhook.engine.gradient_pass import GradientFunction, InputSlopes, gradients_by_block, slopes_by_block
 from billhook.models import structure
 from billhook.models.channel_groups import ChannelLayout, ParameterSlice
 from billhook.models.device import to_float64
@@ -40,6 +40,10 @@ InputFunction = Callable[[Inputs, torch.Tensor], torch.Tensor]
 # (the projection's inputs [tokens, inputs], its weight [outputs, inputs], channels [groups, channels of each]) -> a
 # value per group [groups]; all in float64 but the channels' numbers
 OutputFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+# (inputs and slopes of the output projection, its weight [outputs, inputs], channels [groups, heads, channels of each;
+# a neuron is a head of one channel]) -> a value per group [groups]; all in float64 but the channels' numbers
+SlopeFunction = Callable[[InputSlopes, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # (gates of experts [pairs], their outputs [pairs, width]), float64, of pairs of a token and an expert that its router
 # chose; a gate is what the model multiplies the output with -> a value per pair [pairs]
@@ -119,6 +123,31 @@ def groups_by_gradients(
                 sums[name][site] = torch.stack(pieces).sum(0)
     order = bench.teacher.anatomy.sites_present()
     return {name: require_finite({s: by_site[s] for s in order if s in by_site}) for name, by_site in sums.items()}
+
+
+def groups_by_slopes(bench: Measurer, functions: Mapping[str, SlopeFunction]) -> dict[str, GroupValues]:
+    """Return by name function(inputs and slopes of the output projection, its weight, channels of heads); one pass.
+
+    Sites whose output projection is not one linear module, mixtures of experts, are left out.
+    """
+
+    def layouts(index: int, block: nn.Module) -> dict[Site, ChannelLayout]:
+        return {site: layout for site, layout in channel_layouts(bench, index, block) if layout.experts == 1}
+
+    def outputs(index: int, block: nn.Module) -> dict[Site, str]:
+        return {site: of.output.name.removesuffix(".weight") for site, of in layouts(index, block).items()}
+
+    values: dict[str, GroupValues] = {name: {} for name in functions}
+    order = range(bench.runner.depth)[::-1]
+    for index, (block, slopes) in zip(order, slopes_by_block(bench, outputs), strict=True):
+        for site, layout in layouts(index, block).items():
+            output, found = layout.output, slopes[site]
+            weight = structure.as_outputs_by_inputs(block, output.name, block.get_parameter(output.name).detach())
+            channels = output.index.to(found.mean.device).view(layout.groups, max(1, layout.heads), -1)
+            for name, function in functions.items():
+                values[name][site] = function(found, to_float64(weight), channels).cpu()
+    sites = bench.teacher.anatomy.sites_present()
+    return {name: require_finite({s: by_site[s] for s in sites if s in by_site}) for name, by_site in values.items()}
 
 
 def groups_by_inputs(bench: Measurer, function: InputFunction) -> GroupValues:

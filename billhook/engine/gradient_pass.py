@@ -1,4 +1,4 @@
-"""Gradients of the negative log-likelihood by the weights, one block at a time.
+"""Gradients of the negative log-likelihood by weights and by inputs of output projections, one block at a time.
 
 A forward pass keeps the residual stream between all blocks. Then each block, from the last to the first, runs once
 more with a graph, and backward. Memory: the model, those streams, and the gradients of one block; a model that is
@@ -8,7 +8,7 @@ parameters nor their `grad` and `requires_grad` change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 from billhook.core.errors import ResourceError, option
+from billhook.core.plan import Site
 from billhook.core.problem import ScoredUnit
 from billhook.core.results.measured import Score
 from billhook.engine.activation_passes import sums_over_parameters
@@ -25,6 +26,7 @@ from billhook.engine.blocks import BlockRunner
 from billhook.engine.document_groups import DocumentGroup
 from billhook.engine.head import Head
 from billhook.models import structure
+from billhook.models.device import to_float64
 
 # (w, g, f), each [..., outputs, inputs] -> a number, or a value per element; f is None without `fisher`
 GradientFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -62,9 +64,44 @@ Gradients = dict[str, torch.Tensor]  # by parameter of a block, in float32
 @torch.no_grad()
 def gradients_by_block(bench: Measurer, fisher: bool) -> Iterator[tuple[int, nn.Module, Gradients, Gradients]]:
     """Yield (index, block, gradients, mean squares of the gradients of rows if `fisher`), the last block first."""
-    _check_room(bench, fisher)
+    _check_room(bench, 2 if fisher else 1)
+    runner, batches = _after_the_head(bench, by_row=fisher)
+    order = range(runner.depth)[::-1]
+    for index, block in zip(order, runner.blocks(order), strict=True):
+        yield index, block, *_through_block(runner, index, block, batches, fisher)
+
+
+@dataclass(frozen=True)
+class InputSlopes:
+    """Inputs x of an output projection, over the positions that predict a token: per channel [inputs], in float64.
+
+    `mean` of x; `absolute`: the sum of |x|; `slopes`: the sum of |dL/dx|, L the negative log-likelihood summed over
+    all predicted tokens, in nats.
+    """
+
+    tokens: int
+    mean: torch.Tensor
+    absolute: torch.Tensor
+    slopes: torch.Tensor
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def slopes_by_block(
+    bench: Measurer, outputs: Callable[[int, nn.Module], Mapping[Site, str]]
+) -> Iterator[tuple[nn.Module, dict[Site, InputSlopes]]]:
+    """Yield each block, the last one first, with the inputs and slopes of the modules that `outputs` names in it."""
+    _check_room(bench, 0)
+    runner, batches = _after_the_head(bench, by_row=False)
+    order = range(runner.depth)[::-1]
+    for index, block in zip(order, runner.blocks(order), strict=True):
+        yield block, _through_inputs(runner, index, block, batches, outputs(index, block))
+
+
+def _after_the_head(bench: Measurer, *, by_row: bool) -> tuple[BlockRunner, list[_Batch]]:
+    """Return a runner and the batches after a forward pass, each with the slope by the stream after the last block."""
     runner = BlockRunner(bench.teacher, bench.runner.chunk)  # the bench's own has recorded calls without graphs
-    batches = [_Batch(t, [runner.embed(ids)]) for ids, t in _rows(bench.groups, 1 if fisher else runner.chunk)]
+    batches = [_Batch(t, [runner.embed(ids)]) for ids, t in _rows(bench.groups, 1 if by_row else runner.chunk)]
     order = range(runner.depth)
     for index, block in zip(order, runner.blocks(order), strict=True):
         for batch in batches:
@@ -73,17 +110,16 @@ def gradients_by_block(bench: Measurer, fisher: bool) -> Iterator[tuple[int, nn.
         final = dict(bench.walk.run([(g, 0) for g in range(len(bench.groups))], layers=True))
         bench.check_finite([final[g, 0] for g in range(len(bench.groups))])
     _through_head(runner, batches)
-    for index, block in zip(order[::-1], runner.blocks(order[::-1]), strict=True):
-        yield index, block, *_through_block(runner, index, block, batches, fisher)
+    return runner, batches
 
 
-def _check_room(bench: Measurer, fisher: bool) -> None:
-    """Raise ResourceError if streams and gradients would not fit into the probe's memory."""
+def _check_room(bench: Measurer, copies: int) -> None:
+    """Raise ResourceError if streams and `copies` of a block's gradients would not fit into the probe's memory."""
     config, blocks = bench.teacher.model.config, structure.blocks_of(bench.teacher.model, bench.teacher.architecture)
     tokens = sum(group.ids.numel() for group in bench.groups)
     streams = (len(blocks) + 1) * tokens * int(config.hidden_size) * int(bench.teacher.model.dtype.itemsize)
     largest = 4 * max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    needed = streams + largest * (2 if fisher else 1)
+    needed = streams + largest * copies
     if needed > bench.room:
         raise ResourceError(
             f"Gradients take {needed / 1e9:.2f} GB besides the model ({streams / 1e9:.2f} GB of streams between the "
@@ -159,3 +195,32 @@ def _through_block(
     for gradient in total.values():
         gradient /= predicted
     return total, squares
+
+
+def _through_inputs(
+    runner: BlockRunner, index: int, block: nn.Module, batches: Sequence[_Batch], outputs: Mapping[Site, str]
+) -> dict[Site, InputSlopes]:
+    """Return sums over the inputs of the named modules. Each batch's `slope` moves to the stream before the block."""
+    read: dict[Site, list[torch.Tensor]] = {site: [] for site in outputs}
+    sums: dict[Site, torch.Tensor] = {}
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(lambda m, inputs, of=read[site]: of.append(inputs[0]))
+        for site, name in outputs.items()
+    ]
+    try:
+        for batch in batches:
+            x = batch.streams.pop().detach().requires_grad_()
+            with torch.enable_grad():
+                y = runner.call(index, block, x)
+            inputs = {site: pieces.pop() for site, pieces in read.items()}
+            batch.slope, *slopes = torch.autograd.grad(y, [x, *inputs.values()], batch.slope)
+            at = batch.targets.flatten() >= 0
+            for (site, h), g in zip(inputs.items(), slopes, strict=True):
+                h, g = (to_float64(each.detach().reshape(len(at), -1)[at]) for each in (h, g))
+                found = torch.stack((h.sum(0), h.abs().sum(0), g.abs().sum(0)))
+                sums[site] = sums[site] + found if site in sums else found
+    finally:
+        for handle in handles:
+            handle.remove()
+    tokens = sum(batch.predicted for batch in batches)
+    return {site: InputSlopes(tokens, total / tokens, size, slope) for site, (total, size, slope) in sums.items()}

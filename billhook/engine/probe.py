@@ -361,6 +361,11 @@ class Probe:
         return channel_statistics.groups_by_outputs(self._measurer, function)
 
     @undisturbed
+    def groups_of_slopes(self, functions: Mapping[str, channel_statistics.SlopeFunction]) -> dict[str, GroupValues]:
+        """Return by name function(output projection's inputs and slopes, its weight, channels of heads); one pass."""
+        return channel_statistics.groups_by_slopes(self._measurer, functions)
+
+    @undisturbed
     def groups_of_experts(self, function: channel_statistics.ExpertFunction) -> GroupValues:
         """Return the mean of function(gates, outputs) over each expert's tokens, for all of its groups; one pass."""
         return channel_statistics.groups_by_experts(self._measurer, function)

@@ -3,7 +3,8 @@
 Needs transformers and torch only. `per_layer_config` in config.json says which blocks lack their `attention` or
 `mlp`; the `billhook` section names the modules that make up a part (`zero` returns zeros in the place of the part,
 `drop` passes its input through: norms that served the part alone), `patches` what a repair put in the place of a part:
-a constant, a factor, a matrix of low rank, and `resize_parts` the shapes of parts that have lost heads or neurons.
+a constant, a factor, a matrix of low rank, `narrow` the shapes of parts that have lost heads or neurons, and `factors`
+the ranks of linear maps that are two smaller ones.
 
 `BillhookLlamaConfig`, `BillhookLlamaForCausalLM` and the like are names of this module for every stock class that
 transformers has: they are made when they are asked for.
@@ -55,6 +56,18 @@ class PatchModule(nn.Module):
         added = added if self.bias is None else added + self.bias
         added = added.to(hidden_states.dtype)  # while it is trained it may be more exact than the model
         return (added, None) if self.outputs == 2 else added
+
+
+class Factors(nn.Module):
+    """A linear map as two smaller ones, up · down · x + bias: [..., inputs] -> [..., outputs]."""
+
+    def __init__(self, inputs, outputs, rank, bias):
+        super().__init__()
+        self.down = nn.Linear(inputs, rank, bias=False)
+        self.up = nn.Linear(rank, outputs, bias=bias)
+
+    def forward(self, x):
+        return self.up(self.down(x))
 
 
 class LayerConfig:
@@ -124,6 +137,24 @@ def resize_parts(model):
             cut = torch.zeros(shape) if old is None else old.detach()[tuple(slice(n) for n in shape)].clone()
             set_parameter(block, name, cut)
         set_attributes(block, told["attributes"])
+
+
+def factor_linear(block, name, rank):
+    """Put two linear maps of a rank, without values, in the place of the one of a block that is called `name`."""
+    owner, _, key = name.rpartition(".")
+    old = block.get_submodule(name)
+    sizes = (old.nx, old.nf) if hasattr(old, "nf") else (old.in_features, old.out_features)  # GPT-2's has others
+    new = Factors(*sizes, rank, getattr(old, "bias", None) is not None)
+    setattr(block.get_submodule(owner), key, new)
+    return new
+
+
+def factor_linears(model):
+    """Factor the linear maps of a whole model that its config names, in place."""
+    blocks = blocks_of(model)
+    for site, ranks in model.config.billhook.get("factors", {}).items():
+        for name, rank in ranks.items():
+            factor_linear(blocks[int(site.partition(".")[2])], name, rank)
 
 
 def skipped_parts(config):
@@ -218,6 +249,7 @@ def pruned_model(model_class, config_class):
         base = getattr(self, self.base_model_prefix, self)
         if base is self or type(base).__module__ != __name__:  # else it has cut itself
             resize_parts(self)
+            factor_linears(self)
             remove_skipped(self)
 
     return type(

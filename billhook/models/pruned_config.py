@@ -63,7 +63,8 @@ class PrunedConfig:
 
     `blocks`: of the unpruned model; `kept_blocks`: those that are kept, in order; `lacking`: sites that are missing
     from them. `zeroed`: sites that hold zeros in a stock shape. `narrowed`: kept groups of narrowed sites.
-    `patches`: the shape of the patch that a repair put at a site.
+    `patches`: the shape of the patch that a repair put at a site. `factors`: {linear map in its block: rank}, of those
+    that are two smaller ones.
     """
 
     blocks: int
@@ -72,6 +73,7 @@ class PrunedConfig:
     zeroed: tuple[Site, ...] = ()
     narrowed: Mapping[Site, NarrowedSite] = field(default_factory=dict)
     patches: Mapping[Site, Mapping[str, Any]] = field(default_factory=dict)
+    factors: Mapping[Site, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def removed(self) -> Plan:
@@ -134,6 +136,7 @@ class _Section(_Closed):
     parts: dict[Part, _PartModules] = {}
     narrow: dict[_SiteName, _NarrowModule] = {}
     patches: dict[_SiteName, _Patch] = {}
+    factors: dict[_SiteName, dict[str, Annotated[int, Field(ge=1, le=10**9)]]] = {}
 
 
 class _Layer(_Closed):
@@ -166,8 +169,10 @@ def check_section(raw: JsonObject, blocks: int, path: Path) -> None:
         wrong = "blocks_path or parts", (section.blocks_path, sorted(section.parts))
     elif bad := [name for name in section.groups if Site.parse(name).block not in kept]:
         wrong = "groups", bad
-    elif bad := [name for name in (*section.narrow, *section.patches) if Site.parse(name).block >= blocks]:
-        wrong = "narrow or patches", bad
+    elif bad := [
+        name for name in (*section.narrow, *section.patches, *section.factors) if Site.parse(name).block >= blocks
+    ]:
+        wrong = "narrow, patches or factors", bad
     elif bad := [name for name, each in section.groups.items() if not _fit(each)]:
         wrong = f"groups.{bad[0]}.kept", section.groups[bad[0]].kept
     if wrong is not None:
@@ -200,14 +205,19 @@ def read_config(config: Any) -> PrunedConfig:
         widths = {name: own[name] for name in names if name in own}
         module = told.get("narrow", {}).get(f"{site.part}.{index}")
         narrowed[site] = NarrowedSite(parse_ranges(groups["kept"]), int(groups["of"]), widths, module)
-    places = {Site.parse(name): entry for name, entry in told.get("patches", {}).items()}
+
+    def by_site(key: str) -> dict[Site, Mapping[str, Any]]:
+        places = ((Site.parse(name), entry) for name, entry in told.get(key, {}).items())
+        return {Site(kept[place.block], place.part): entry for place, entry in places}
+
     return PrunedConfig(
         int(told.get("blocks", config.num_hidden_layers)),
         kept,
         tuple(sorted(lacking)),
         tuple(sorted(map(Site.parse, told.get("zeroed", ())))),
         narrowed,
-        {Site(kept[site.block], site.part): entry for site, entry in places.items()},
+        by_site("patches"),
+        by_site("factors"),
     )
 
 
@@ -235,11 +245,12 @@ def write_config(config: Any, pruned: PrunedConfig, path: str, parts: Mapping[st
         if each.module is not None:
             modules[f"{site.part}.{pruned.index(site)}"] = each.module
     config.per_layer_config = {index: own[index] for index in sorted(own)} or None
-    if not own:
+    if not (own or pruned.factors):
         return
     told |= {"blocks_path": path, "parts": parts} | ({"narrow": modules} if modules else {})
-    if pruned.patches:
-        told["patches"] = {f"{s.part}.{pruned.index(s)}": dict(each) for s, each in sorted(pruned.patches.items())}
+    for key, entries in (("patches", pruned.patches), ("factors", pruned.factors)):
+        if entries:
+            told[key] = {f"{site.part}.{pruned.index(site)}": dict(each) for site, each in sorted(entries.items())}
 
 
 def write_manifest(folder: Path, teacher: str, blocks: int, plan: Plan, earlier: Plan) -> None:

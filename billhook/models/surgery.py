@@ -126,6 +126,9 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     removed = Plan(teacher.removed_earlier.removed | plan.removed)
     earlier = dict(teacher.pruned.patches)
     patched = earlier | {site: patch.spec() for site, patch in repair.patches.items()}
+    factors = {site: ranks for site, ranks in teacher.pruned.factors.items() if site not in plan.removed}
+    if stock and factors:
+        raise _no_stock_place(f"two factors of a weight, as {min(factors)} has")
     if stock and patched:
         what = f"what stands at {min(patched)} now: a constant or a matrix of a repair"
         raise _no_stock_place(what, ", or recover by fold alone")
@@ -150,8 +153,8 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
         _share_config(student)
     elif stock and narrow:
         raise _no_stock_place(f"a width of its own, as {min(narrow)} has")
-    pruned = PrunedConfig(teacher.anatomy.blocks, tuple(kept), narrowed=narrow, patches=patched)
-    if stock or not (lacking or (narrow and not alike)):
+    pruned = PrunedConfig(teacher.anatomy.blocks, tuple(kept), narrowed=narrow, patches=patched, factors=factors)
+    if stock or not (lacking or factors or (narrow and not alike)):
         config.__class__, student.__class__ = stock_classes(base)
         write_config(config, replace(pruned, zeroed=tuple(lacking)), path, parts)
         number_caches(student.get_submodule(path), {})

@@ -141,6 +141,7 @@ FAULTS: dict[FaultReason, str] = {
     "kv_groups": "this number of KV groups",
     "patches": "the patches of a recovery: recover by fold",
     "biases": "the biases of a recovery: recover by fold",
+    "factors": "low-rank factors of weights",
 }
 
 

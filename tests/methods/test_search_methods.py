@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import combinations, pairwise
 from math import ceil, comb, inf
@@ -31,7 +31,7 @@ from billhook.core.budget import parse_budgets
 from billhook.core.errors import BudgetError, PlanError, UsageError
 from billhook.core.plan import PARTS, MeasureRequest, Plan, Site
 from billhook.core.problem import Move, Problem
-from billhook.methods.search import SCREENING_TOKENS, SEARCHES, narrows
+from billhook.methods.search import SCREENING_TOKENS, SEARCHES, estimate_losses, narrows
 
 
 def asked(log: list[MeasureRequest]) -> list[Plan]:
@@ -244,6 +244,11 @@ def test_two_sites_that_stand_in_for_each_other_fool_who_ranks_once(search: str)
 
 def test_additive_scores_alone_fall_for_the_pair() -> None:
     assert run("ilp", problem_of("2sites"), pair, polish=False)[-1].removed == {A, B}
+    log: list[MeasureRequest] = []
+    assert run("ilp", problem_of("2sites"), pair, log, polish=False, interactions=3)[-1].removed == {A, C}
+    assert {plan.removed for plan in asked(log) if len(plan.removed) > 1} == {
+        frozenset(two) for two in combinations((A, B, C), 2)
+    }
 
 
 @pytest.mark.parametrize("search", ALL_BUT_RUNS)
@@ -488,6 +493,65 @@ def test_the_programme_meets_budgets_that_it_misses_by_less_than_its_tolerance(s
     found = run("ilp", problem, score, polish=False)[-1]
     assert problem.is_met(found)
     assert score(found) == pytest.approx(min(map(score, ends(problem))))
+
+
+@pytest.mark.parametrize(
+    ("budget", "protected", "make"),
+    [(*shown, make) for make in (additive, tangled) for shown in [*SHOWN, ("40%sites", "")]]
+    + [(*shown, crooked) for shown in COUNTED],  # of uneven moves, the programme also minds how much it removes
+)
+def test_the_programme_of_pairs_is_the_minimum_of_a_loss_of_pairs(
+    budget: str, protected: str, make: Callable[[int], Score]
+) -> None:
+    problem, score = problem_of(budget, protected), make(2)
+    found = run("ilp", problem, score, polish=False, interactions=40)[-1]
+    spare = [
+        p for p in ends(problem) if any(problem.is_met(Plan(p.removed - set(g))) for g in problem.removed_moves(p))
+    ]
+    assert found in set(ends(problem)) - set(spare)
+    assert score(found) == pytest.approx(min(map(score, set(ends(problem)) - set(spare))), abs=1e-6)
+
+
+@pytest.mark.parametrize("interactions", [2, 4, 40])
+@pytest.mark.parametrize(("budget", "protected"), SHOWN)
+def test_pairs_that_do_not_act_together_change_no_plan(budget: str, protected: str, interactions: int) -> None:
+    problem, score = problem_of(budget, protected), additive(4)
+    alone = run("ilp", problem, score, polish=False)
+    assert run("ilp", problem, score, polish=False, interactions=interactions) == alone
+
+
+def test_a_move_without_pairs_is_charged_the_mean_of_those_that_were_measured() -> None:
+    sites = plain(4).sites_present()
+    alone = {site: 1 + i / 8 for i, site in enumerate(sites)}
+
+    def repelling(plan: Plan) -> float:
+        return sum(alone[s] for s in plan.sites()) + 10 * comb(len(plan.removed), 2)
+
+    found = run("ilp", problem_of("4sites", blocks=4), repelling, polish=False, interactions=4)[-1]
+    assert list(found.sites()) == list(sites[:4])  # and not those whose pairs are not known
+
+
+def test_interactions_are_refused_before_anything_is_measured() -> None:
+    log: list[MeasureRequest] = []
+    for wrong in (-1, 1, 41):
+        with pytest.raises(
+            UsageError, match=rf"interactions=0 or 2 to 40 moves, not {wrong}\..*set={{'interactions': 40"
+        ):
+            run("ilp", problem_of("2sites"), additive(0), log, interactions=wrong)
+        with pytest.raises(UsageError):
+            estimate_losses("ilp", problem_of("2sites"), interactions=wrong)
+    ranked = scored(problem_of("2sites"), dict.fromkeys(plain(5).sites_present(), 0.5))
+    with pytest.raises(UsageError, match="do not add to the scores of a metric"):
+        run("ilp", ranked, additive(0), log, interactions=4)
+    assert log == []
+
+
+@pytest.mark.parametrize("interactions", [2, 5, 40])
+def test_the_losses_of_pairs_are_counted_before(interactions: int) -> None:
+    problem, log = problem_of("3sites"), list[MeasureRequest]()
+    run("ilp", problem, tangled(0), log, polish=False, interactions=interactions)
+    expected = estimate_losses("ilp", problem, polish=False, interactions=interactions)
+    assert len(asked(log)) == len(set(asked(log))) == expected
 
 
 def test_polish_starts_from_the_programme_and_ends_where_no_exchange_helps() -> None:

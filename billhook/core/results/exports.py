@@ -1,10 +1,12 @@
-"""What was written of a model that no pruning made: exports and how they run, smaller vocabularies, uploads."""
+"""What was written of a model that no pruning made: exports and how they run, smaller vocabularies,
+factors, uploads."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
+from billhook.core.plan import Site
 from billhook.core.results.json_form import JsonObject, Result
 from billhook.core.results.measured import Estimate, estimate_columns
 
@@ -104,15 +106,59 @@ class VocabularyReport(Result):
         ]  # fmt: skip
 
 
-FaultReason = Literal["model", "sites", "widths", "kv_groups", "patches", "biases"]
+@dataclass(frozen=True, slots=True)
+class FactoredMap:
+    """A linear map of a site that is two of a rank. `lost`: share of its output's energy on the calibration text.
+
+    `name`: in its block. `lost` is of the factors as they were fitted, behind the factors before them.
+    """
+
+    site: Site
+    name: str
+    outputs: int
+    inputs: int
+    rank: int
+    lost: float
+
+
+@dataclass(frozen=True, repr=False)
+class FactorReport(Result):
+    """A model whose linear maps have low-rank factors, in a folder.
+
+    `tokens` of `data` fitted them. `whole`: linear maps of attentions and MLPs that stay. `before`, `after`, `change`:
+    negative log-likelihood of the text `held_out` in nats per token, lower is better; `change` is paired by text.
+    """
+
+    kind: ClassVar[str] = "factor"
+
+    model: str
+    out: str
+    remove: str
+    data: str
+    tokens: int
+    parameters_before: int
+    parameters_after: int
+    whole: int
+    factors: tuple[FactoredMap, ...]
+    held_out: str
+    before: Estimate
+    after: Estimate
+    change: Estimate
+
+    def rows(self) -> list[JsonObject]:
+        """A row a linear map that is factors."""
+        return [{**asdict(each), "site": str(each.site)} for each in self.factors]
+
+
+FaultReason = Literal["model", "sites", "widths", "kv_groups", "patches", "biases", "factors"]
 
 
 @dataclass(frozen=True, slots=True)
 class TargetFit:
     """Whether software that serves models takes a student: by the export `export`, or not because of `fault`.
 
-    `fault`: the kind of model, blocks of which a site is missing, widths, a number of KV groups, or what a recovery
-    added. `verified`: whether Billhook runs exports in it.
+    `fault`: the kind of model, blocks of which a site is missing, widths, a number of KV groups, what a recovery
+    added, or factors of weights. `verified`: whether Billhook runs exports in it.
     """
 
     target: str

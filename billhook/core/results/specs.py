@@ -188,6 +188,21 @@ class VocabularySpec(RunSpec):
 
 
 @dataclass(frozen=True)
+class FactorSpec(RunSpec):
+    """A model with low-rank factors that save `remove` parameters, fitted on `data`.
+
+    `eval_data`: held-out text; None for a part of `data`.
+    """
+
+    kind = "factor"
+    model: str
+    remove: str
+    data: str
+    eval_data: str | None
+    options: Options
+
+
+@dataclass(frozen=True)
 class SpeedSpec(RunSpec):
     """The speed of `model`, or of it and an `other` in turn. `engine`: the runtime that serves them; None: here."""
 

@@ -43,14 +43,15 @@ class Fault:
 class Form:
     """One form of checkpoint that an export writes, and which students it can express.
 
-    `sites`: a block that lacks one of its sites is written without it (`removed`), with `zeros` in its place, or not at
-    all (`none`: only whole blocks may be missing). `mlp_widths`, `attention_widths`: `any`, all blocks `alike`, or
-    `none`. `inserts`: what a repair put in the place of a removed site; `constants`: of that only constants. `biases`:
-    of output projections that have none in the stock type. `architectures`: stock model types; None is every one.
-    `refuse`: a reason why the model of a config has no place in this form. `runtimes`: those that load it and can
-    verify it, the first one does. `mlp_step`: widths of an mlp that waste nothing are multiples of it; a search for
-    this form keeps to them. `attention_counts`: in how many KV groups an attention may be left, ascending, by the
-    config; empty is any number. `first_attention`: the first block must keep its attention.
+    `sites`: a block that lacks one of its sites is written without it (`removed`), with `zeros` in its place, or
+    not at all (`none`: only whole blocks may be missing). `mlp_widths`, `attention_widths`: `any`, all blocks
+    `alike`, or `none`. `inserts`: what a repair put in the place of a removed site, and factors of weights;
+    `constants`: of that only constants. `biases`: of output projections that have none in the stock type.
+    `architectures`: stock model types; None is every one. `refuse`: a reason why the model of a config has no place
+    in this form. `runtimes`: those that load it and can verify it, the first one does. `mlp_step`: widths of an mlp
+    that waste nothing are multiples of it; a search for this form keeps to them. `attention_counts`: in how many KV
+    groups an attention may be left, ascending, by the config; empty is any number. `first_attention`: the first
+    block must keep its attention.
     """
 
     name: str = ""
@@ -97,6 +98,9 @@ class Form:
             return Fault("kv_groups", f"an attention of {odd[0]} KV groups; keep {', '.join(map(str, counts))}")
         if not self.inserts and (shape.patches or (shape.constants and not self.constants)):
             return Fault("patches", "what a repair puts in the place of a site; recover by fold alone")
+        if not self.inserts and shape.factors:
+            text = f"two factors of a weight, as {shape.factors[0]} has; start from the model without factors"
+            return Fault("factors", text)
         if not self.biases and shape.biases:
             text = f"a bias of the output of {shape.biases[0]}, which a recovery added; leave that recovery out"
             return Fault("biases", text)
@@ -111,6 +115,7 @@ class StudentShape:
     `alike` in a way that the stock config can say, or each with its `own` width. `kv_groups`: in how many KV groups
     narrowed attentions are left. `first`: the number of the first block that is left. `experts`: whether some mlp has
     several. `patches`: what repairs put in the place of sites that is more than a constant; `constants`: the others.
+    `factors`: sites of which weights are two factors.
     """
 
     model_type: str
@@ -124,6 +129,7 @@ class StudentShape:
     kv_groups: tuple[int, ...] = ()
     first: int = 0
     experts: bool = False
+    factors: tuple[Site, ...] = ()
 
     def widths(self, part: Part) -> Literal["whole", "alike", "own"]:
         return self.mlps if part == "mlp" else self.attentions
@@ -160,6 +166,7 @@ def student_shape(teacher: Teacher, plan: Plan, repair: Repair = NO_REPAIR) -> S
         tuple(sorted({count for count in kept("attention").values() if count is not None})),
         min(site.block for part in PARTS for site in kept(part)),
         any(size.experts > 1 for size in teacher.anatomy.sites),
+        tuple(sorted(site for site in earlier.factors if site not in removed.removed)),
     )  # fmt: skip
 
 

@@ -109,6 +109,7 @@ from billhook.methods.metrics import (  # noqa: E402, F401 - they register thems
     correlations,
     mixtures,
     refitted_groups,
+    salience,
     shapley,
     taylor,
     weights,
