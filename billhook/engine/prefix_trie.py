@@ -161,11 +161,10 @@ class Walk:
         Nothing waits for a device between two parts: the first device begins the second part while the next device
         computes the first one.
         """
-        part: dict[WalkJob, int] = {}
-        several = len(self.runner.devices) > 1
-        for _, jobs in groupby(sorted(starts) if several else starts, key=itemgetter(0) if several else bool):
-            part |= {job: starts[job] for job in jobs}
-            if several and sum(self.ids[group].numel() for group, _ in part) >= self.runner.chunk:
+        part = starts if len(self.runner.devices) == 1 else {}
+        for _, jobs in groupby(() if part else sorted(starts), key=itemgetter(0)):
+            part = part | {job: starts[job] for job in jobs}
+            if sum(self.ids[group].numel() for group, _ in part) >= self.runner.chunk:
                 yield part
                 part = {}
         if part:

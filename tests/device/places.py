@@ -50,14 +50,14 @@ Pair = tuple[str, str]
 
 
 @contextmanager
-def spread_over(pair: Pair, **limits: int) -> Iterator[None]:
+def spread_over(pair: Pair) -> Iterator[None]:
     """Inside, `load` spreads models over two devices: pretended ones, or those that are there.
 
     Where only one GPU is there, the CPU is the second.
     """
     place = real_device()
     if place is None:
-        with pretended(devices=pair, **limits):
+        with pretended(devices=pair):
             yield
         return
     second = torch.device(place.type, 1) if device_count(place) > 1 else torch.device(CPU)

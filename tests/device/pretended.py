@@ -338,7 +338,7 @@ def pretended(
     loading.pick_devices = lambda name: found if name == "auto" else (torch.device(name),)  # type: ignore[assignment]
     frees = spreading.free_memory
     if len({place.type for place in found}) > 1:  # half of a model on each, whatever the machine has free
-        spreading.free_memory = lambda place: 2**30
+        spreading.free_memory = lambda device: 2**30
     device.NO_FLOAT64 |= set() if float64 else {NAME}
     COSTS.reset()
     COSTS.limit = limit
