@@ -23,7 +23,7 @@ test: $(READY)
 	$(BIN)/pytest
 
 test-gpu: $(READY)
-	BILLHOOK_TEST_DEVICE=auto $(BIN)/pytest --numprocesses=0 tests/device/test_contract.py
+	BILLHOOK_TEST_DEVICE=auto $(BIN)/pytest --numprocesses=0 tests/device/test_contract.py tests/device/test_several.py
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -11,9 +11,9 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, which run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Of this process and those that tests start, before torch looks for devices: none, or the first for `make test-gpu`.
+# Of this process and those that tests start, before torch looks for devices: none, or two for `make test-gpu`.
 os.environ["CUDA_VISIBLE_DEVICES"] = (
-    os.environ.get("CUDA_VISIBLE_DEVICES", "0") if os.environ.get("BILLHOOK_TEST_DEVICE") else ""
+    os.environ.get("CUDA_VISIBLE_DEVICES", "0,1") if os.environ.get("BILLHOOK_TEST_DEVICE") else ""
 )
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -56,7 +56,7 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "export": ("transformers", "Forms of the checkpoint, as `billhook methods` lists them"),
     "target": ("", "What serves the model: llama.cpp,mlx … as `billhook targets` lists"),
     "seed": (0, "Seed of every random choice"),
-    "device": ("auto", "Device: auto, cpu, cuda, cuda:1, mps"),
+    "device": ("auto", "Device: auto, cpu, mps, cuda:1; several: cuda:0-7"),
     "dtype": ("auto", "Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
     "workers": (1, "Workers of a search: 4, ray:n=8 or slurm:n=8,partition=gpu"),
     "trust_remote_code": (False, "Run Python code of the checkpoint"),

@@ -53,7 +53,8 @@ class DocumentMeans:
         sizes = [len(values) for pairs in self._values.values() for _, values in pairs]
         if not sizes:
             return {}
-        values = torch.cat([values for pairs in self._values.values() for _, values in pairs]).cpu()
+        found = [values for pairs in self._values.values() for _, values in pairs]
+        values = torch.cat([values.to(found[0].device) for values in found]).cpu()
         parts = iter(to_float64(values).split(sizes))
         scores: dict[ScoredUnit, Score] = {}
         for unit, pairs in self._values.items():
@@ -106,6 +107,7 @@ def _before_and_after(bench: Measurer) -> Iterator[tuple[int, ScoredUnit, int, t
     streams = [runner.embed(group.ids) for group in groups]
     wanted = {KEPT, NO_MLP, NO_ATTENTION} if runner.parallel else {KEPT, NO_MLP}
     for index, block in enumerate(runner.blocks(range(runner.depth))):
+        streams = runner.fetch(index, streams)
         done = runner.step(index, block, [(x, wanted) for x in streams])
         for g, (x, after) in enumerate(zip(streams, done, strict=True)):
             for unit, before, then in _units(bench, index, x, after):
@@ -229,12 +231,14 @@ def mean_at_next_mlp(bench: Measurer, error: Statistic) -> dict[ScoredUnit, Scor
                 means.add(unit, means.document_of[g], values)
 
     for index, block in enumerate(runner.blocks(range(runner.depth))):
+        streams = runner.fetch(index, streams)
         done = runner.step(index, block, [(x, {KEPT, NO_ATTENTION, NO_MLP, NEITHER}) for x in streams])
         added = _added(runner, streams, done)
         adds = any(bool(group.tokens_of(f).any()) for f, group in zip(added, groups, strict=True))
         wanted = {KEPT} if not adds else {NO_ATTENTION} if runner.parallel else {KEPT, NO_MLP}
         still_waiting = []
         for units, others in waiting:
+            others = runner.fetch(index, others)
             after = runner.step(index, block, [(x, wanted) for x in others])
             if adds:
                 add_errors(units, added, _added(runner, others, after))

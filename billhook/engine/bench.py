@@ -24,8 +24,9 @@ from billhook.engine.single_plan import RepairedWalk
 from billhook.engine.workers.division import ALONE, Division
 from billhook.models.accelerator.memory import with_less
 from billhook.models.accelerator.sizes import work_sizes
+from billhook.models.accelerator.spreading import summed_free
 from billhook.models.architectures import widest
-from billhook.models.device import dtype_name, free_memory
+from billhook.models.device import dtype_name
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import Repair
 from billhook.models.structure import rope_boundary
@@ -62,13 +63,13 @@ class Measurer:
         loss = loss if self._item_loss is None else "nll"  # of the tokens of the choices
         self.teacher, self.loss = teacher, loss
         boundary = rope_boundary(teacher.model.config)
-        self.groups = document_groups(tokens, teacher.device, boundary, division.workers)
+        self.groups = document_groups(tokens, teacher.device, boundary, division.workers, teacher.head_device)
         self._own, self._here = frozenset(range(len(self.groups))), division.here
         self.sizes = work_sizes(teacher.device, int(teacher.model.config.hidden_size))
         self.runner = BlockRunner(teacher, self.sizes.chunk)
         self._fixed, self._parts = walk, 1  # the parts of a batch of jobs
         self._limit = self._room(memory)
-        self._head = Head(teacher, loss, self._limit // 8)
+        self._head = self._new_head()
         self.bits = PlanBits(teacher.positions)
         self.walk = Walk(self.runner, [group.ids for group in self.groups], self._limit, self.bits)
         self._references: dict[int, Reference] = {}  # by document group
@@ -118,6 +119,9 @@ class Measurer:
 
     # -- memory -----------------------------------------------------------------------------------------------------
 
+    def _new_head(self) -> Head:
+        return Head(self.teacher, self.loss, self._limit // (8 * len(self.teacher.devices)))
+
     @property
     def room(self) -> int:
         """Bytes for residual streams."""
@@ -131,7 +135,7 @@ class Measurer:
     def _room(self, memory: int | None) -> int:
         """Return the bytes for residual streams under a memory budget."""
         if memory is None:
-            return free_memory(self.teacher.device) // (2 * self._here)
+            return summed_free(self.teacher.devices) // (2 * self._here)
         config = self.teacher.model.config
         width, wide = int(config.hidden_size), widest(config)
         working = 4 * (self.runner.chunk * 4 * wide + self.sizes.head_tokens * VOCABULARY_AT_A_TIME)
@@ -146,15 +150,15 @@ class Measurer:
         """Choose walk and checkpoints for a batch of so many plans."""
         own = [self.groups[g].ids.numel() for g in self._own] or [0]
         largest, tokens = max(own), sum(own)
-        streamed = self.teacher.weights is not None
+        streamed, devices = self.teacher.weights is not None, len(self.teacher.devices)
         width = int(self.teacher.model.config.hidden_size)
-        wave = self.sizes.wave
+        wave = self.sizes.wave * devices
         if streamed:
             wave = max(1, self._limit // (2 * (self.token_bytes + 4 * width)))  # with hidden
         live = 2 * (plans + 1) * largest * self.token_bytes  # before and after a block
         if streamed:
             live = 2 * min(wave, (plans + 1) * tokens) * self.token_bytes
-        walk = self._fixed or ("layers" if streamed or live <= self._limit // 2 else "depth-first")
+        walk = self._fixed or ("layers" if streamed or live <= self._limit // (2 * devices) else "depth-first")
         free = max(0, self._limit - (live if walk == "layers" else 0))
         depth = self.runner.depth
         wanted = (plans + 1) * depth * tokens * self.token_bytes // 2  # a branch begins half way, on average
@@ -232,7 +236,7 @@ class Measurer:
         waiting: dict[int, list[tuple[WalkJob, torch.Tensor]]] = defaultdict(list)
         for job, stream in self._runs.run(jobs, self.layout.walk == "layers"):
             group = self.groups[job[0]]
-            waiting[job[0]].append((job, group.read_of(stream)))
+            waiting[job[0]].append((job, group.read_of(stream).to(self.teacher.head_device)))
             if self.teacher.weights is None and len(waiting[job[0]]) * len(group.targets) >= self.sizes.head_tokens:
                 values += self._values(quality, [waiting.pop(job[0])])
         rest = list(waiting.values())
@@ -290,11 +294,11 @@ class Measurer:
         if wanted == self._references.keys():
             return
         if self._references:
-            self._head = Head(self.teacher, self.loss, self._limit // 8)
+            self._head = self._new_head()
         new = sorted(wanted)
         targets = [self.groups[g].targets for g in new]
         if self.loss == "nll":  # needs the data, not the teacher
-            nothing = torch.empty(0, self._head.width, device=self.teacher.device)
+            nothing = torch.empty(0, self._head.width, device=self.teacher.head_device)
             self._references = {g: Reference(nothing, target) for g, target in zip(new, targets, strict=True)}
             return
         final = {

@@ -76,6 +76,8 @@ class BlockRunner:
         self._blocks = structure.blocks_of(self.model, self.row)
         self._parts = self.row.parts(self._blocks[0], self.model.config)
         present = set(teacher.anatomy.sites_present())
+        self.devices = teacher.devices
+        self._devices = [teacher.block_device(index) for index in range(self.depth)]
         self._present = [{s.part for s in present if s.block == p} for p in teacher.positions]
         self._calls: dict[tuple[int, int], list[Call]] = {}  # by rows and time
 
@@ -121,6 +123,7 @@ class BlockRunner:
 
     def final_norm(self, stream: torch.Tensor) -> torch.Tensor:
         """Return the head's input, in float32, from the residual stream after the last block."""
+        stream = stream.to(self.teacher.head_device)
         for path in self.row.final:
             owner, _, name = path.rpartition(".")
             module = getattr(self.model.get_submodule(owner), name, None)
@@ -136,6 +139,10 @@ class BlockRunner:
         else:
             yield from (self._blocks[index] for index in indices)
 
+    def fetch(self, index: int, streams: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the streams on the device of block `index`."""
+        return [stream.to(self._devices[index]) for stream in streams]
+
     def step(
         self, index: int, block: nn.Module | None, items: list[tuple[torch.Tensor, set[BlockState]]]
     ) -> list[Streams]:
@@ -144,6 +151,8 @@ class BlockRunner:
         A site runs once on a stream in each of its states, however many combinations use it, and not at all where it
         is removed. `block` may be None if all states are NEITHER.
         """
+        if block is not None:
+            items = list(zip(self.fetch(index, (x for x, _ in items)), (wanted for _, wanted in items), strict=True))
         done: list[Streams] = [{NEITHER: x} if NEITHER in wanted else {} for x, wanted in items]
         if block is None:
             return done
@@ -276,7 +285,7 @@ class BlockRunner:
         """Return the stream [rows, time, width] after block `index`, computed by `block` or a stand-in for it."""
         rows, time = x.shape[0], x.shape[1]
         while (calls := self._calls.get((ANY_ROWS, time)) or self._calls.get((rows, time))) is None:
-            self.embed(torch.zeros((rows, time), dtype=torch.int64, device=x.device))
+            self.embed(torch.zeros((rows, time), dtype=torch.int64, device=self.teacher.device))
         args, kwargs = calls[index]
         output = block(x, *args, **kwargs)
         y: torch.Tensor = output[0] if isinstance(output, tuple) else output

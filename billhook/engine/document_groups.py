@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from billhook.data.token_sets import TokenSet
+from billhook.models.accelerator.spreading import copied
 
 GROUPS = 16  # about how many a token set has, so that a bad plan is dropped after a fraction of it
 LEAST_TOKENS = 64  # per group
@@ -38,20 +39,25 @@ class DocumentGroup:
 
     def tokens_of(self, values: torch.Tensor) -> torch.Tensor:
         """Return the values of the counted positions: [tokens, ...] of [rows, time, ...]."""
-        return values.flatten(0, 1).index_select(0, self.counted)
+        return values.flatten(0, 1).index_select(0, copied(self.counted, values.device))
 
     def read_of(self, values: torch.Tensor) -> torch.Tensor:
         """Return the values of the positions that the head reads: [read, ...] of [rows, time, ...]."""
-        return values.flatten(0, 1).index_select(0, self.read)
+        return values.flatten(0, 1).index_select(0, copied(self.read, values.device))
 
 
 def document_groups(
-    tokens: TokenSet, device: torch.device, boundary: int | None = None, workers: int = 1
+    tokens: TokenSet,
+    device: torch.device,
+    boundary: int | None = None,
+    workers: int = 1,
+    head: torch.device | None = None,
 ) -> list[DocumentGroup]:
     """Return the documents of a token set in groups, those with long rows first, so that little is padding.
 
     - `boundary`: documents with rows longer than that are in groups of their own (`rope_boundary`).
     - `workers`: that share the groups, so that there must be more of them.
+    - `head`: where targets are, if not on `device`.
     """
     rows: dict[int, list[int]] = {}
     for row, document in enumerate(tokens.documents):
@@ -67,10 +73,12 @@ def document_groups(
             size = 0
         groups[-1].append(document)
         size += sum(tokens.lengths[r] for r in rows[document])
-    return [_group(tokens, documents, rows, device) for documents in groups]
+    return [_group(tokens, documents, rows, (device, head or device)) for documents in groups]
 
 
-def _group(tokens: TokenSet, documents: list[int], rows: dict[int, list[int]], device: torch.device) -> DocumentGroup:
+def _group(
+    tokens: TokenSet, documents: list[int], rows: dict[int, list[int]], devices: tuple[torch.device, torch.device]
+) -> DocumentGroup:
     picked = [row for document in documents for row in rows[document]]
     lengths = torch.tensor([tokens.lengths[r] for r in picked])
     time = int(lengths.max())
@@ -90,8 +98,8 @@ def _group(tokens: TokenSet, documents: list[int], rows: dict[int, list[int]], d
     of = torch.tensor([documents.index(tokens.documents[r]) for r in picked])[:, None].expand_as(ids)
     row_of = torch.arange(len(picked))[:, None].expand_as(ids)
     return DocumentGroup(
-        tuple(documents), ids.to(device), _numbers(counted).to(device), _numbers(read).to(device),
-        targets[read].to(device), of[counted], tuple(picked), row_of[read], tuple(items),
+        tuple(documents), ids.to(devices[0]), _numbers(counted).to(devices[0]), _numbers(read).to(devices[0]),
+        targets[read].to(devices[1]), of[counted], tuple(picked), row_of[read], tuple(items),
     )  # fmt: skip
 
 

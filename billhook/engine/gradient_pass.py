@@ -106,6 +106,8 @@ def _after_the_head(bench: Measurer, *, by_row: bool) -> tuple[BlockRunner, list
     for index, block in zip(order, runner.blocks(order), strict=True):
         for batch in batches:
             batch.streams.append(runner.call(index, block, batch.streams[-1]))
+    for batch in batches:
+        batch.streams[-1] = batch.streams[-1].to(batch.targets.device)
     if not all(bool(torch.isfinite(batch.streams[-1][batch.targets >= 0]).all()) for batch in batches):
         final = dict(bench.walk.run([(g, 0) for g in range(len(bench.groups))], layers=True))
         bench.check_finite([final[g, 0] for g in range(len(bench.groups))])
@@ -132,8 +134,8 @@ def _rows(groups: Sequence[DocumentGroup], tokens: int) -> Iterator[tuple[torch.
     """Yield (ids, targets) [rows, time] of at most so many tokens, but of at least one row."""
     by_time: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for group in groups:
-        targets = torch.full_like(group.ids, -100)
-        targets.view(-1)[group.counted] = group.targets
+        targets = torch.full_like(group.ids, -100, device=group.targets.device)  # the head's
+        targets.view(-1)[group.counted.to(targets.device)] = group.targets
         by_time.setdefault(group.ids.shape[1], []).append((group.ids, targets))
     for time, pairs in by_time.items():
         rows = max(1, tokens // time)
@@ -189,7 +191,7 @@ def _through_block(
         x = batch.streams.pop().detach().requires_grad_()
         with torch.enable_grad():
             y = runner.call(index, called, x)
-        torch.autograd.backward(y, batch.slope)
+        torch.autograd.backward(y, batch.slope.to(y.device))
         assert x.grad is not None
         batch.slope = x.grad
     for gradient in total.values():

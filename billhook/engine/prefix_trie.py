@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
-from operator import and_
+from itertools import groupby
+from operator import and_, itemgetter
 
 import torch
 
@@ -19,6 +20,7 @@ from billhook.engine.blocks import NEITHER, BlockRunner, BlockState, PartState
 
 WalkJob = tuple[int, int]  # a document group, a plan's mask
 Node = tuple[int, int, int]  # a document group, a depth in blocks, the mask of its prefix
+Finals = Iterator[tuple[WalkJob, torch.Tensor]]  # jobs, and their streams after the last block
 Look = Callable[[int, Sequence[torch.Tensor]], None]  # (depth, streams after that block)
 
 
@@ -139,7 +141,7 @@ class Walk:
         self.checkpoints = frozenset(range(runner.depth + 1))
         self.look: Look = lambda depth, streams: None
 
-    def run(self, jobs: Sequence[WalkJob], layers: bool) -> Iterator[tuple[WalkJob, torch.Tensor]]:
+    def run(self, jobs: Sequence[WalkJob], layers: bool) -> Finals:
         """Yield (job, residual stream after the last block [rows, time, width]) for every job, in any order."""
         for group in sorted({group for group, _ in jobs}):  # before the starts are chosen, since adding may evict
             if (group, 0, 0) not in self.streams:
@@ -148,8 +150,25 @@ class Walk:
         for group, mask in (job for job in jobs if starts[job] == self.runner.depth):
             yield (group, mask), self.streams.get((group, self.runner.depth, mask))
         uncached = {job: starts[job] for job in jobs if starts[job] < self.runner.depth}
-        if uncached:
-            yield from (self._layers if layers else self._depth_first)(uncached)
+        nodes = {(g, start, self.bits.prefix(m, start)) for (g, m), start in uncached.items()}
+        roots = {node: self.streams.get(node) for node in sorted(nodes)}  # whatever the walk drops meanwhile
+        for part in self._parts(uncached):
+            yield from (self._layers if layers else self._depth_first)(part, roots)
+
+    def _parts(self, starts: dict[WalkJob, int]) -> Iterator[dict[WalkJob, int]]:
+        """Yield the jobs of all groups together; of a model on several devices in parts that fill one device.
+
+        Nothing waits for a device between two parts: the first device begins the second part while the next device
+        computes the first one.
+        """
+        part = starts if len(self.runner.devices) == 1 else {}
+        for _, jobs in groupby(() if part else sorted(starts), key=itemgetter(0)):
+            part = part | {job: starts[job] for job in jobs}
+            if sum(self.ids[group].numel() for group, _ in part) >= self.runner.chunk:
+                yield part
+                part = {}
+        if part:
+            yield part
 
     def evict(self, base: int) -> None:
         """Drop streams from which no plan that removes at least `base` can start."""
@@ -163,15 +182,13 @@ class Walk:
                 return depth
         return 0
 
-    def _layers(self, starts: dict[WalkJob, int]) -> Iterator[tuple[WalkJob, torch.Tensor]]:
+    def _layers(self, starts: dict[WalkJob, int], roots: dict[Node, torch.Tensor]) -> Finals:
         depth_of = self.runner.depth
         wanted: list[dict[tuple[int, int], set[int]]] = [defaultdict(set) for _ in range(depth_of)]
         for (group, mask), start in starts.items():
             for depth in range(start, depth_of):
                 wanted[depth][group, self.bits.prefix(mask, depth)].add(self.bits.at(mask, depth))
         shared = _common(starts)
-        roots = {(g, start, self.bits.prefix(m, start)) for (g, m), start in starts.items()}
-        known = {node: self.streams.get(node) for node in sorted(roots)}  # whatever the walk drops meanwhile
         live: dict[tuple[int, int], torch.Tensor] = {}
         first = min(starts.values())
         removed = [
@@ -183,7 +200,7 @@ class Walk:
             nodes = list(wanted[depth])
             for group, mask in nodes:
                 if (group, mask) not in live:
-                    live[group, mask] = known.pop((group, depth, mask))
+                    live[group, mask] = roots.pop((group, depth, mask))
             items = [(live.pop(node), set(map(self.bits.state, wanted[depth][node]))) for node in nodes]
             done = self.runner.step(depth, next(blocks) if depth in needed else None, items)
             del items
@@ -199,12 +216,12 @@ class Walk:
         for (group, mask), stream in live.items():
             yield (group, mask), stream
 
-    def _depth_first(self, starts: dict[WalkJob, int]) -> Iterator[tuple[WalkJob, torch.Tensor]]:
+    def _depth_first(self, starts: dict[WalkJob, int], known: dict[Node, torch.Tensor]) -> Finals:
         roots: dict[Node, list[int]] = defaultdict(list)
         for (group, mask), start in starts.items():
             roots[group, start, self.bits.prefix(mask, start)].append(mask)
         shared = _common(starts)
-        stack = [(node, self.streams.get(node), masks) for node, masks in sorted(roots.items(), reverse=True)]
+        stack = [(node, known.pop(node), masks) for node, masks in sorted(roots.items(), reverse=True)]
         while stack:
             (group, depth, mask), stream, masks = stack.pop()
             if depth == self.runner.depth:

@@ -49,7 +49,8 @@ def patched_block(runner: BlockRunner, index: int, block: nn.Module, plan: Plan,
             if site in plan.removed:
                 outputs, patch = parts[site.part]["outputs"], None
                 if site in repair.patches:
-                    patch = patch_module(repair.patches[site], outputs, runner.teacher.device, runner.model.dtype)
+                    place = runner.teacher.block_device(index)
+                    patch = patch_module(repair.patches[site], outputs, place, runner.model.dtype)
                 remove_part(block, parts[site.part], patch)
         yield
 

@@ -10,7 +10,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 import transformers
 
 import billhook
+from billhook.core.devices.names import format_devices, parse_devices
 from billhook.core.errors import UsageError, option
 from billhook.core.results.measured import Environment
 
@@ -56,7 +58,10 @@ def child_environment(*foreign: Path) -> dict[str, str]:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then an Apple GPU, then the CPU. Raises UsageError for a device that is not there."""
+    """`auto` takes CUDA, then an Apple GPU, then the CPU. Raises UsageError for one that is not there, or several."""
+    if len(parse_devices(name)) > 1:
+        one = option("device", parse_devices(name)[0])
+        raise UsageError(f"{option('device', name)} names several devices, and this takes one. Type {one}.")
     mps = torch.backends.mps.is_available()
     have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *(["mps"] if mps else [])]
     if name == "auto":
@@ -64,6 +69,19 @@ def pick_device(name: str) -> torch.device:
     if name not in have and not (name == "cuda" and torch.cuda.is_available()):
         raise UsageError(f"This machine has no device {name!r}. It has: {', '.join(have)}. Or write auto.")
     return torch.device(name)
+
+
+def pick_devices(name: str) -> tuple[torch.device, ...]:
+    """The devices of a model: one as `pick_device`, or those that a text such as `cuda:0-1,3` names.
+
+    Raises UsageError for what names none, or one that is not there.
+    """
+    return tuple(map(pick_device, parse_devices(name)))
+
+
+def devices_name(devices: Sequence[torch.device]) -> str:
+    """What devices are called together: `cuda:0-1,3`."""
+    return format_devices([str(device) for device in devices])
 
 
 def pick_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype:
@@ -112,10 +130,11 @@ def device_uuid(device: torch.device) -> str:
 
 
 def environment(device: str) -> Environment:
-    """Where numbers of this process are measured."""
+    """Where numbers of this process are measured. `device`: one, or several by a name as `cuda:0-1,3`."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     if device.startswith("cuda"):
-        machine = torch.cuda.get_device_name(device)
+        cards = Counter(map(torch.cuda.get_device_name, parse_devices(device)))
+        machine = " + ".join(card if count == 1 else f"{count} x {card}" for card, count in cards.items())
     return Environment(
         billhook.__version__,
         platform.python_version(),

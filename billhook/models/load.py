@@ -13,18 +13,20 @@ import torch
 import transformers
 
 from billhook.core.anatomy import Anatomy
-from billhook.core.errors import ModelError, UsageError, option
+from billhook.core.errors import ModelError, ResourceError, UsageError, option
 from billhook.core.events import Event, EventListener, ignore_events
 from billhook.core.files.foreign_files import reading
 from billhook.core.plan import Plan
 from billhook.models import architectures, checks, structure
+from billhook.models.accelerator.spreading import devices_of, division_of, spread_out
 from billhook.models.device import (
     SAFETENSORS_DTYPES,
     SHARE_OF_FREE,
     SHARE_OF_WEIGHTS,
+    devices_name,
     dtype_name,
     free_memory,
-    pick_device,
+    pick_devices,
     pick_dtype,
     release_freed_memory,
 )
@@ -77,8 +79,32 @@ class Teacher:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Where it computes; of several devices the one that holds the embedding."""
         return self.weights.device if self.weights is not None else torch.device(self.model.device)
+
+    @property
+    def head_device(self) -> torch.device:
+        """Where its head is, and so the losses."""
+        return (
+            self.device if self.weights is not None else torch.device(self.model.get_output_embeddings().weight.device)
+        )
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices that hold it, the embedding's first."""
+        whole = self.weights is None and isinstance(self.model, torch.nn.Module)  # not in a runtime
+        return devices_of(self.model) if whole else (self.device,)
+
+    @property
+    def place(self) -> str:
+        """What its devices are called: `cpu`, `cuda:0`, `cuda:0-1`."""
+        return devices_name(self.devices) if len(self.devices) > 1 else str(self.device)
+
+    def block_device(self, index: int) -> torch.device:
+        """Where the model's block `index` computes, counted in the model."""
+        block = structure.blocks_of(self.model, self.architecture)[index]
+        found = self.device if self.weights is not None else next((p.device for p in block.parameters()), self.device)
+        return torch.device(found)
 
     @property
     def weight_bytes(self) -> int:
@@ -145,13 +171,15 @@ def load(
 ) -> Teacher:
     """Load a model folder (safetensors), a GGUF file, a Hugging Face name, or `demo`.
 
-    `device`: auto, cpu, cuda[:n] or mps. `dtype`: auto (float32 on a CPU, the checkpoint's own elsewhere), float32,
+    `device`: auto, cpu, cuda[:n] or mps; several GPUs as cuda:0-7 or cuda:0,2, which hold the blocks in turn: then the
+    whole model must fit into them. `dtype`: auto (float32 on a CPU, the checkpoint's own elsewhere), float32,
     bfloat16 or float16. A model whose weights do not fit into `memory` bytes (None: most of what the device has free,
     so that activations have room) is not loaded: its `weights` are read from the file when they are needed. Raises
-    ModelError if the checkpoint is damaged, foreign or not supported, and UsageError for a device or dtype that the
-    machine lacks.
+    ModelError if the checkpoint is damaged, foreign or not supported, UsageError for a device or dtype that the
+    machine lacks, and ResourceError if several devices do not hold the model.
     """
-    place = pick_device(device)
+    places = pick_devices(device)
+    place = places[0]
     watch(Event("load", values={"model": str(name)}))
     folder = locate(str(name), watch)
     raw, tensors = checks.inspect_checkpoint(folder, trust_remote_code)
@@ -166,7 +194,14 @@ def load(
     weights: StreamedWeights | None
     model, weights = (None, None) if own_code else _compared(folder, compute, place)
     room = SHARE_OF_FREE * free_memory(place) if memory is None else SHARE_OF_WEIGHTS * memory
-    if weights is not None and needed > room:
+    if len(places) > 1:
+        if memory is not None and needed > room:
+            raise _no_budget(str(name), needed, memory, places)
+        if weights is None:
+            model = _build(folder, compute, torch.device("cpu"), trust_remote_code)
+        _spread(model, weights, places)
+        weights = None
+    elif weights is not None and needed > room:
         release_freed_memory()
         make_buffers(model, place)
         weights.load_outside_blocks()
@@ -184,6 +219,25 @@ def load(
         watch(Event("load", values={"note": f"{UNREADABLE_GENERATION} ({unreadable})"}))
     watch(Event("load", 1, 1, values={"model": str(name)}))
     return Teacher(model, tokenizer, str(name), folder, stored, *_anatomy(model, stored), print_, weights)
+
+
+def _spread(model: Any, weights: StreamedWeights | None, places: tuple[torch.device, ...]) -> None:
+    """Put a model's blocks on several devices, its weights from the file if they are not in memory."""
+    row = architectures.architecture_of(model.config)
+    division = division_of(model, row, places)
+    if weights is not None:
+        make_buffers(model, places[0], division)
+        weights.load_all(division)
+    spread_out(model, row, division)
+
+
+def _no_budget(name: str, needed: int, memory: int, places: tuple[torch.device, ...]) -> ResourceError:
+    """The refusal of a memory limit below a model on several devices, which hold all of it."""
+    return ResourceError(
+        f"{name} takes {needed / 1e9:,.1f} GB, and {option('memory')} of {memory / 1e9:,.1f} GB leaves "
+        f"{SHARE_OF_WEIGHTS * memory / 1e9:,.1f} GB for weights. Several devices hold the whole model. Leave "
+        f"{option('memory')} out, or read the blocks from disk with {option('device', str(places[0]))}."
+    )
 
 
 def _anatomy(model: Any, stored: torch.dtype) -> tuple[Anatomy, tuple[int, ...], Plan]:
@@ -228,10 +282,11 @@ def as_teacher(
     """
     if not isinstance(model, Teacher):
         return load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, memory=memory, watch=watch)
-    place, compute = pick_device(device), dtype_name(model.model.dtype)
+    places, compute = pick_devices(device), dtype_name(model.model.dtype)
     again = "Load it so, or leave the option out."
-    if device != "auto" and (place.type, place.index or 0) != (model.device.type, model.device.index or 0):
-        raise UsageError(f"{model.name} is loaded on {model.device}, not by {option('device', device)}. {again}")
+    asked, has = ({(each.type, each.index or 0) for each in devices} for devices in (places, model.devices))
+    if device != "auto" and asked != has:
+        raise UsageError(f"{model.name} is loaded on {model.place}, not by {option('device', device)}. {again}")
     if dtype not in ("auto", compute):
         raise UsageError(f"{model.name} is loaded in {compute}, not by {option('dtype', dtype)}. {again}")
     if memory is not None and model.weights is None and model.weight_bytes > SHARE_OF_WEIGHTS * memory:

@@ -7,7 +7,7 @@ one an expert), which parameters keep float32, and what is passed over. This fil
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from billhook.models.transformers_internals import (
     tied_parameters,
 )
 
+PlaceOf = Callable[[str], torch.device]  # from the name of a parameter or buffer
 _Arriving = tuple[dict[str, torch.Tensor], Any]  # parameters by name, and the event that their copies precede
 COMPARED_ROWS = 4096  # of two embeddings at a time, where a checkpoint has both and its config says that they are one
 
@@ -60,13 +61,13 @@ def build_on_meta(folder: Path, dtype: torch.dtype, device: torch.device | None 
 
 
 @torch.inference_mode(False)
-def make_buffers(model: Any, device: torch.device) -> None:
-    """Give a model that is all on the meta device its buffers, with their values, on `device`."""
+def make_buffers(model: Any, device: torch.device, place_of: PlaceOf | None = None) -> None:
+    """Give a model that is all on the meta device its buffers, with their values, on `device`, or each at its place."""
     for name, buffer in list(model.named_buffers()):
         set_tensor(model, name, torch.empty_like(buffer, device="cpu"))
     fill_buffers(model)
     for name, buffer in list(model.named_buffers()):
-        set_tensor(model, name, buffer.to(device))
+        set_tensor(model, name, buffer.to(place_of(name) if place_of is not None else device))
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
@@ -195,8 +196,8 @@ class StreamedWeights:
             self.bytes_read += nbytes
 
     @torch.inference_mode(False)
-    def _cooked(self, recipe: Conversion) -> dict[str, torch.Tensor]:
-        """The parameters of a recipe, out of the map, in the model's dtypes and on the device."""
+    def _cooked(self, recipe: Conversion, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+        """The parameters of a recipe, out of the map, in the model's dtypes and on `device`, or on its own."""
         mapped = self._mapped([name for _, name in recipe.parts])
         self._count(sum(tensor.nbytes for tensor in mapped.values()))
         made: dict[str, torch.Tensor] = {}
@@ -204,7 +205,7 @@ class StreamedWeights:
         for turn, piece in enumerate(pieces):
             for name, value in piece.convert(mapped, self._model).items():
                 if name not in made:
-                    made[name] = torch.empty_like(self._wanted[name], device=self.device)
+                    made[name] = torch.empty_like(self._wanted[name], device=device or self.device)
                 self._copies.copy(made[name] if len(pieces) == 1 else made[name][turn : turn + 1], value)
         for name, value in made.items():
             if name not in self._checked:
@@ -252,10 +253,10 @@ class StreamedWeights:
                 for name, value in self._cooked(recipe).items():
                     set_tensor(self._model, name, value)
 
-    def load_all(self) -> None:
-        """Give every parameter its value on the device, for good; host memory holds one at a time."""
+    def load_all(self, place_of: PlaceOf | None = None) -> None:
+        """Give every parameter its value on the device or at its place, for good; host memory holds one at a time."""
         for recipe in self._recipes:
-            for name, value in self._cooked(recipe).items():
+            for name, value in self._cooked(recipe, place_of and place_of(recipe.first)).items():
                 set_tensor(self._model, name, nn.Parameter(value))
         for name in [name for name in self._wanted if name not in self._source]:
             set_tensor(self._model, name, self._model.get_parameter(self._alias(name)))

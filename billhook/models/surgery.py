@@ -166,7 +166,8 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
         remove_skipped(student)
         stood = {site: _place(teacher, site) for site in earlier}
         for site, patch in repair.patches.items():
-            stood[site] = patch_module(patch, parts[site.part]["outputs"], teacher.device, teacher.model.dtype)
+            device = teacher.block_device(teacher.positions.index(site.block))
+            stood[site] = patch_module(patch, parts[site.part]["outputs"], device, teacher.model.dtype)
         for site, module in stood.items():
             setattr(student.get_submodule(path)[kept.index(site.block)], parts[site.part]["zero"][0], module)
     rest = {student_name(teacher, old, kept): repair.weights[old] for old in repair.weights.keys() - whole.keys()}

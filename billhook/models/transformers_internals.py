@@ -132,7 +132,9 @@ def logits_at(model: Any, ids: torch.Tensor, wanted: torch.Tensor, cache: Any | 
     given = {"input_ids": ids, cache_name(model): cache, "use_cache": cache is not None}
     if hasattr(transformers.modeling_utils, "slice_logits_to_keep"):
         return model(**given, logits_to_keep=wanted).logits  # type: ignore[no-any-return]
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0][wanted],))
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda head, inputs: (inputs[0][wanted.to(inputs[0].device)],)
+    )
     try:
         return model(**given).logits  # type: ignore[no-any-return]
     finally:

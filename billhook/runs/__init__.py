@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from billhook.core.devices.names import parse_devices
 from billhook.core.errors import DataError, RunError, UnknownName, UsageError, nearest, option
 from billhook.core.plan import shorten
 from billhook.core.plan_files import find_path, require_plan
@@ -55,7 +56,7 @@ def check_inputs(
     from billhook.data.skills import TASK as SKILL
     from billhook.data.skills import with_skills
     from billhook.data.texts import require_sources
-    from billhook.engine.workers.crew import parse_workers, require_installed
+    from billhook.engine.workers.crew import parse_workers, require_installed, require_one_device
     from billhook.runs.recipe import Recipe
 
     for name in ("data", "eval_data", "recover_data"):
@@ -63,13 +64,14 @@ def check_inputs(
             require_sources(source)
     if store is not None:
         _require_name(store)
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", options.device):
-        raise UsageError(f"This machine has no device {options.device!r}. Write auto, cpu, cuda, cuda:1 or mps.")
+    devices = parse_devices(options.device)
     loss, _, task = getattr(options, "loss", "").partition(":")
     files = [task, *(each for each in with_skills(tasks) if not each.startswith(("lmeval:", SKILL)))]
     named = {"metric": list(metrics), "loss": [loss]}
     if isinstance(options, Recipe):
-        require_installed(parse_workers(options.workers))
+        crew = parse_workers(options.workers)
+        require_installed(crew)
+        require_one_device(crew, devices)
         if options.plan is not None:
             require_plan(options.plan)
         files.append(options.margin.file or "" if options.margin is not None else "")

@@ -251,7 +251,7 @@ def _audit(job: RunContext, probe: Probe, rounds: list[tuple[MeasureRequest, lis
 
 def site_times_key(recipe: Recipe, teacher: Teacher) -> SiteTimesKey:
     """What the measured times of the sites depend on."""
-    where = environment(str(teacher.device))
+    where = environment(teacher.place)
     machine = (where.machine, where.threads, where.torch)
     return SiteTimesKey(teacher.fingerprint, recipe.batch, recipe.context, teacher.compute_key, *machine)
 

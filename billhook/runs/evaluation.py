@@ -282,7 +282,7 @@ def compare_speed(job: RunContext, teacher: Teacher, student: Any, variant: Stud
     patches = tuple(patch.spec() for _, patch in sorted(repair.patches.items()))
     keys = [
         TimingKey(
-            *(teacher.fingerprint, kept, rival, environment(str(teacher.device)), teacher.compute_key),
+            *(teacher.fingerprint, kept, rival, environment(teacher.place), teacher.compute_key),
             protocol=protocol, patches=patches, stock=job.recipe.stock,
         )
         for kept, rival in ((Plan(), plan), (plan, Plan()))
@@ -303,5 +303,5 @@ def compare_speed(job: RunContext, teacher: Teacher, student: Any, variant: Stud
 
 def _stored_bandwidth(job: RunContext, teacher: Teacher) -> float:
     """Bytes per second that the device reads, measured once in an environment."""
-    key = BandwidthKey(teacher.fingerprint, environment(str(teacher.device)))
+    key = BandwidthKey(teacher.fingerprint, environment(teacher.place))
     return job.store.remember(key, partial(bandwidth, teacher.model.device), job.run)

@@ -14,7 +14,7 @@ from billhook.core.events import Event, EventListener, begin_run, fan_out, hear_
 from billhook.engine.workers.crew import parse_workers
 from billhook.engine.workers.hiring import hiring
 from billhook.engine.workers.team import Team
-from billhook.models.device import environment, pick_device
+from billhook.models.device import devices_name, environment, pick_devices
 from billhook.models.load import Teacher
 from billhook.runs.recipe import EvalOptions, Recipe
 from billhook.runs.store import Store
@@ -23,7 +23,7 @@ from billhook.runs.store import Store
 def run_environment(device: str, store: Store) -> dict[str, Any]:
     """Where a run is measured, the folder that its paths start from, and its store. `device`: as a user names it."""
     places = {"folder": str(Path.cwd()), "store": str(store.path.resolve())}
-    return asdict(environment(str(pick_device(device)))) | places
+    return asdict(environment(devices_name(pick_devices(device)))) | places
 
 
 def store_and_watch(store: Store, run: str, watch: EventListener) -> EventListener:

@@ -30,7 +30,7 @@ from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import parse_loss
 from billhook.methods.export import Student, export_student
 from billhook.methods.search import SEARCHES
-from billhook.models.device import free_memory
+from billhook.models.accelerator.spreading import summed_free
 from billhook.models.load import Teacher
 from billhook.models.surgery import apply
 from billhook.runs import evaluation
@@ -323,7 +323,7 @@ def preview_run(recipe: Recipe, watch: EventListener, loaded: Mapping[str, Teach
         remove=recipe.remove or recipe.within or str(given),
         losses=count,
         data=RunData(replace(calibration.info(), tokens=all_tokens, source=source), held_out.info()),
-        memory=MemoryUse(teacher.weight_bytes, work.kept, free_memory(teacher.device)),
+        memory=MemoryUse(teacher.weight_bytes, work.kept, summed_free(teacher.devices)),
         work=work,
         disk_bytes=teacher.anatomy.total("bytes"),
         seconds=ExpectedSeconds(

@@ -48,7 +48,7 @@ class TextOptions(BaseModel):
     eval_data: Annotated[str | None, Field(description="Held-out text [default: split off --data]")] = None
     field: Annotated[str, Field(description="Field of a .jsonl row that holds the text")] = "text"
     seed: Annotated[int, Field(description="Seed of every random choice", le=MOST, ge=0)] = 0
-    device: Annotated[str, Field(description="Device: auto, cpu, cuda, cuda:1, mps")] = "auto"
+    device: Annotated[str, Field(description="Device: auto, cpu, mps, cuda:1; several: cuda:0-7")] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Field(description="Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),

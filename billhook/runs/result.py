@@ -80,7 +80,7 @@ def run_result(
         anatomy=teacher.anatomy,
         already_removed=teacher.removed_earlier,
         recipe=recipe.model_dump(),
-        environment=environment(str(teacher.device)),
+        environment=environment(teacher.place),
         loss=recipe.loss,
         loss_unit=loss_facts(parse_loss(recipe.loss).name).unit,
         plan=choice.plan,
@@ -151,7 +151,7 @@ def model_info(teacher: Teacher) -> ModelInfo:
         blocks=teacher.anatomy.blocks,
         dtype=dtype_name(teacher.dtype),
         compute_dtype=dtype_name(teacher.model.dtype),
-        device=str(teacher.device),
+        device=teacher.place,
     )
 
 

@@ -67,7 +67,7 @@ def compare_models(job: EvalContext, models: Sequence[str], spec: ComparisonSpec
         agreement=tuple(alike),
         speed=tuple(speeds),
         seen=tuple(seen for each in compared for seen in seen_sets(each.teacher, each.seen)),
-        environment=environment(str(first.teacher.device)),
+        environment=environment(first.teacher.place),
     )
 
 

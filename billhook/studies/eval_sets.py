@@ -157,7 +157,7 @@ def evaluate_on_tasks(job: EvalContext, name: str, spec: ComparisonSpec) -> Task
         tuple(scores),
         tuple(eval_set.info() for eval_set in sets.values()),
         seen_sets(teacher, contaminated_sets(teacher, sets)),
-        environment(str(teacher.device)),
+        environment(teacher.place),
     )
 
 

@@ -45,7 +45,7 @@ def export(
     spec = ExportSpec(name_of(model), to, dtype, verify)
     with begin_run(spec, device, Path(store), str(where)) as (opened, run):
         told = store_and_watch(opened, run, watch)
-        card = partial(export_card, version=environment(str(teacher.device)).billhook)
+        card = partial(export_card, version=environment(teacher.place).billhook)
         report = export_model(teacher, to, where, verify=verify, card=card, dtype=dtype, watch=told)
         opened.update(run, result=report.to_json())
     return report

@@ -216,7 +216,7 @@ def run_gate(job: EvalContext, student: str, baseline: str, spec: ComparisonSpec
         baseline=baseline,
         checks=tuple(checks),
         seen=seen_sets(tested.teacher, tested.seen),
-        environment=environment(str(tested.teacher.device)),
+        environment=environment(tested.teacher.place),
     )
 
 

@@ -93,7 +93,7 @@ def run_stability(
         remove=str(recipes[0].remove),
         data=whole.info(),
         sizes=tuple(found),
-        environment=environment(str(study.teacher.device)),
+        environment=environment(study.teacher.place),
     )
 
 

@@ -171,7 +171,7 @@ def run_sweep(study: StudyContext, grid: Grid, common: Mapping[str, Any]) -> Swe
         evaluation={name: each.info() for name, each in sets.items()},
         batch=base.batch,
         context=base.context,
-        environment=environment(str(study.teacher.device)),
+        environment=environment(study.teacher.place),
     )
 
 

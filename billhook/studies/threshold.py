@@ -98,7 +98,7 @@ def find_threshold(
         losses=losses,
         loss=job.recipe.loss,
         knee=knee(shares[1:], losses),
-        environment=environment(str(teacher.device)),
+        environment=environment(teacher.place),
     )
 
 

@@ -90,7 +90,7 @@ def run_transfer(study: StudyContext, tasks: Sequence[str], items: int, common: 
         sizes=anatomy.sizes(),
         trials=tuple(results),
         evaluation={name: each.info() for name, each in sets.items()},
-        environment=environment(str(study.teacher.device)),
+        environment=environment(study.teacher.place),
     )
 
 

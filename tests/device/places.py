@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from pretended import pretended
 
-from billhook.models.device import pick_device
+from billhook.models import load as loading
+from billhook.models.accelerator import spreading
+from billhook.models.device import device_count, pick_device
 from billhook.models.load import Teacher, load
 
 ASKED = os.environ.get("BILLHOOK_TEST_DEVICE", "")  # auto, cuda, cuda:1, mps …; empty: the pretended device
@@ -40,3 +43,35 @@ def both(work: Callable[[Teacher], T], folder: Path, *, float64: bool = True, me
         return work(load(folder, device=str(place), dtype="float32", memory=memory)), here
     with pretended(float64=float64):
         return work(load(folder, dtype="float32", memory=memory)), here
+
+
+FIRST, SECOND, CPU = "pretended:0", "pretended:1", "cpu"  # of two devices that refuse to meet
+Pair = tuple[str, str]
+
+
+@contextmanager
+def spread_over(pair: Pair) -> Iterator[None]:
+    """Inside, `load` spreads models over two devices: pretended ones, or those that are there.
+
+    Where only one GPU is there, the CPU is the second.
+    """
+    place = real_device()
+    if place is None:
+        with pretended(devices=pair):
+            yield
+        return
+    second = torch.device(place.type, 1) if device_count(place) > 1 else torch.device(CPU)
+    found = tuple({FIRST: place, SECOND: second, CPU: torch.device(CPU)}[name] for name in pair)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "pick_devices", lambda name: found)
+        patch.setattr(spreading, "free_memory", lambda device: 2**30)
+        yield
+
+
+def on_two(work: Callable[[Teacher], T], folder: Path, pair: Pair) -> tuple[T, T]:
+    """Return what `work` makes of a teacher whose blocks lie on two devices, and of one on the CPU; in float32."""
+    here = work(load(folder, device="cpu", dtype="float32"))
+    with spread_over(pair):
+        teacher = load(folder, dtype="float32")
+        assert len(teacher.devices) == 2
+        return work(teacher), here

@@ -1,4 +1,7 @@
-"""A device that this machine does not have: its tensors lie on the CPU and refuse to meet the CPU's, as a GPU's would.
+"""Devices that this machine does not have: their tensors lie on the CPU and refuse to meet the CPU's, as a GPU's would.
+
+Those of two such devices, `pretended:0` and `pretended:1`, refuse to meet too. Backward passes are for the first alone:
+torch counts one device of a kind whose backend is Python. Where gradients cross devices, the CPU is the other one.
 
 It counts what costs time on a GPU: kernels, and waits of the CPU for the device, by the line of Billhook that waits. It
 counts the bytes of its tensors, and is out of memory above a limit. On an Apple GPU there is no float64.
@@ -9,7 +12,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,6 +26,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 from billhook.models import device
 from billhook.models import load as loading
+from billhook.models.accelerator import spreading
 
 NAME = "pretended"
 HOUSE = str(Path(loading.__file__).resolve().parents[1])
@@ -45,13 +49,17 @@ class Costs:
 
     kernels: int = 0
     waits: Counter[str] = field(default_factory=Counter)
-    live: int = 0
+    on: Counter[int] = field(default_factory=Counter)  # bytes that live, by device
     peak: int = 0
-    limit: int | None = None
+    limit: int | None = None  # of each device
     copied: int = 0  # bytes from the CPU to the device and back
 
     def reset(self) -> None:
         self.kernels, self.waits, self.peak, self.copied = 0, Counter(), self.live, 0
+
+    @property
+    def live(self) -> int:
+        return self.on.total()
 
     @property
     def waited(self) -> int:
@@ -69,10 +77,10 @@ def _held(inner: torch.Tensor, made: Remote) -> None:
     if not size:
         return
     if not _users[place]:
-        COSTS.live += size
+        COSTS.on[made.device.index] += size
         COSTS.peak = max(COSTS.peak, COSTS.live)
     _users[place] += 1
-    made.share = _Share(place, size)
+    made.share = _Share(place, size, made.device.index)
 
 
 @dataclass(slots=True)
@@ -81,12 +89,13 @@ class _Share:
 
     place: int
     size: int
+    index: int
 
     def __del__(self) -> None:
         _users[self.place] -= 1
         if not _users[self.place]:
             del _users[self.place]
-            COSTS.live -= self.size
+            COSTS.on[self.index] -= self.size
 
 
 class Remote(torch.Tensor):
@@ -97,11 +106,11 @@ class Remote(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> Remote:
+    def __new__(cls, inner: torch.Tensor, index: int) -> Remote:
         with torch.inference_mode(False):  # a view of a parameter needs a version counter
             made = torch.Tensor._make_wrapper_subclass(
                 cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-                device=torch.device(NAME, 0), storage_size=inner.untyped_storage().nbytes(),
+                device=torch.device(NAME, index), storage_size=inner.untyped_storage().nbytes(),
             )  # fmt: skip
         made.inner = inner
         _held(inner, made)
@@ -150,16 +159,17 @@ def _is_mask(index: Any) -> bool:
     return isinstance(index, Remote) and index.dtype in (torch.bool, torch.uint8)
 
 
-def _refuse(func: Any, args: Any, kwargs: dict[str, Any], flat: list[Any], remote: list[Remote]) -> None:
+def _refuse(
+    func: Any, args: Any, kwargs: dict[str, Any], flat: list[Any], remote: list[Remote], lands: int | None
+) -> None:
     """Raise what a GPU raises: AssertionError where tensors of two devices meet."""
-    asked = kwargs.get("device")
-    lands = bool(remote) if asked is None else torch.device(asked).type == NAME
     if func not in COPIES and remote:
+        assert len({x.device for x in remote}) == 1, f"tensors of {len(remote)} devices meet in {func}"
         indices = args[1] if func in INDEXED and isinstance(args[0], Remote) else ()
         here = [x for x in flat if not isinstance(x, Remote) and x.dim() and not any(x is i for i in indices)]
         assert not here, f"tensors of two devices meet in {func}"
     generator = kwargs.get("generator")
-    assert not (lands and generator is not None), f"a generator of the CPU draws on the device in {func}"
+    assert not (lands is not None and generator is not None), f"a generator of the CPU draws on the device in {func}"
     assert not (remote and func in ONE_BY_ONE), f"{func} has another driver on a GPU"
 
 
@@ -201,12 +211,11 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], mode: Pretending) ->
     flat: list[torch.Tensor] = []
     _tensors((*args, *kwargs.values()), flat)
     remote, asked = [x for x in flat if isinstance(x, Remote)], kwargs.get("device")
-    lands = bool(remote) if asked is None else torch.device(asked).type == NAME
-    lands = isinstance(args[0], Remote) if func is aten.copy_.default else lands
-    if not remote and not lands:
+    lands = _index(flat[0] if func is aten.copy_.default else next(iter(remote), None) if asked is None else asked)
+    if not remote and lands is None:
         return func(*args, **kwargs)
-    _refuse(func, args, kwargs, flat, remote)
-    if func in COPIES and isinstance(flat[-1], Remote) != lands:  # from one side to the other
+    _refuse(func, args, kwargs, flat, remote, lands)
+    if func in COPIES and _index(flat[-1]) != lands:  # from one device to the other
         COSTS.copied += flat[-1].nbytes
         at_once = kwargs.get("non_blocking") or (func is aten.copy_.default and len(args) > 2 and args[2])
         if not at_once:
@@ -215,13 +224,20 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any], mode: Pretending) ->
         _count(func, args)
     plain = _mapped(_inner, args)
     options = {key: _mapped(_inner, x) for key, x in kwargs.items()}
-    options |= {} if asked is None else {"device": torch.device("cpu") if lands else asked}
+    options |= {} if asked is None else {"device": asked if lands is None else torch.device("cpu")}
     found = _emulated(func, plain, options)
-    if func._schema.is_mutable and lands:
+    if func._schema.is_mutable and lands is not None:
         named = {a.name: args[i] if i < len(args) else kwargs.get(a.name) for i, a in enumerate(func._schema.arguments)}
         written = [named[a.name] for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         return None if not func._schema.returns else written[0] if len(func._schema.returns) == 1 else tuple(written)
-    return _mapped(lambda x: _arrived(x, mode), found) if lands else found
+    return found if lands is None else _mapped(lambda x: _arrived(x, mode, lands), found)
+
+
+def _index(place: Any) -> int | None:
+    """Return the number of the pretended device of a tensor, or of a device by name; None for the CPU's."""
+    found = getattr(place, "device", place)
+    found = None if found is None else torch.device(found)
+    return None if found is None or found.type != NAME else found.index or 0
 
 
 def _inner(x: Any) -> Any:
@@ -237,17 +253,17 @@ def _emulated(func: Any, plain: Any, options: dict[str, Any]) -> Any:
     return func(*plain, **options)
 
 
-def _arrived(x: Any, mode: Pretending) -> Any:
-    """Return a tensor as one of the device, where it has room and the dtype."""
+def _arrived(x: Any, mode: Pretending, index: int) -> Any:
+    """Return a tensor as one of a device, where that has room and the dtype."""
     if not isinstance(x, torch.Tensor) or isinstance(x, Remote):
         return x
     if x.dtype == torch.float64 and not mode.float64:
         raise TypeError("the device has no float64")
     new = not _users.get(x.untyped_storage().data_ptr(), 0)
     size = x.untyped_storage().nbytes()
-    if COSTS.limit is not None and new and COSTS.live + size > COSTS.limit:
+    if COSTS.limit is not None and new and COSTS.on[index] + size > COSTS.limit:
         raise torch.OutOfMemoryError(f"{NAME} out of memory. Tried to allocate {size} bytes")
-    return Remote(x)
+    return Remote(x, index)
 
 
 class _Module(_DummyBackendModule):
@@ -257,14 +273,14 @@ class _Module(_DummyBackendModule):
     get_rng_state = staticmethod(lambda device=None: torch.empty(0))
     set_rng_state = staticmethod(lambda state, device=None: None)
     synchronize = staticmethod(lambda device=None: None)
-    memory_allocated = staticmethod(lambda device=None: COSTS.live)
-    memory_reserved = staticmethod(lambda device=None: COSTS.live)
+    memory_allocated = staticmethod(lambda device=None: COSTS.on[_index(device) or 0])
+    memory_reserved = staticmethod(lambda device=None: COSTS.on[_index(device) or 0])
     max_memory_allocated = staticmethod(lambda device=None: COSTS.peak)
 
     @staticmethod
     def mem_get_info(device: Any = None) -> tuple[int, int]:
         total = COSTS.limit or 2**40
-        return total - COSTS.live, total
+        return total - COSTS.on[_index(device) or 0], total
 
     @staticmethod
     def reset_peak_memory_stats(device: Any = None) -> None:
@@ -277,7 +293,7 @@ class _Module(_DummyBackendModule):
 
 def _copied(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     one, other = (x.inner if isinstance(x, Remote) else x for x in (source, target))
-    if isinstance(source, Remote) != isinstance(target, Remote) and not non_blocking:
+    if source.device != target.device and not non_blocking:
         _wait()
     other.copy_(one)
     return target
@@ -296,11 +312,11 @@ def register() -> None:
     _LIBRARY[-1].fallback(torch.library.fallthrough_kernel)  # it casts nothing by itself
     _LIBRARY.append(library := torch.library.Library("aten", "IMPL"))
 
-    def empty(size: Any, dtype: Any = None, **_: Any) -> Remote:
-        return _arrived(torch.empty(size, dtype=dtype), _HERE[-1])
+    def empty(size: Any, dtype: Any = None, device: Any = None, **_: Any) -> Remote:
+        return _arrived(torch.empty(size, dtype=dtype), _HERE[-1], _index(device) or 0)
 
-    def strided(size: Any, stride: Any, dtype: Any = None, **_: Any) -> Remote:
-        return _arrived(torch.empty_strided(size, stride, dtype=dtype), _HERE[-1])
+    def strided(size: Any, stride: Any, dtype: Any = None, device: Any = None, **_: Any) -> Remote:
+        return _arrived(torch.empty_strided(size, stride, dtype=dtype), _HERE[-1], _index(device) or 0)
 
     library.impl("empty_strided", strided, "PrivateUse1")
     library.impl("empty.memory_format", empty, "PrivateUse1")
@@ -308,16 +324,21 @@ def register() -> None:
 
 
 @contextmanager
-def pretended(*, float64: bool = True, limit: int | None = None) -> Iterator[Costs]:
-    """Inside, Billhook loads models to the device, which has `limit` bytes. Yields what is asked of it from now on."""
+def pretended(
+    *, float64: bool = True, limit: int | None = None, devices: Sequence[str] = (f"{NAME}:0",)
+) -> Iterator[Costs]:
+    """Inside, Billhook loads models to the devices, of `limit` bytes each. Yields what is asked of them from now on."""
     register()
-    place = torch.device(NAME, 0)
+    found = tuple(map(torch.device, devices))
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
-    picks = loading.pick_device
+    picks = loading.pick_devices
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     mode = Pretending(float64)
     _HERE.append(mode)
-    loading.pick_device = lambda name: place  # type: ignore[assignment]
+    loading.pick_devices = lambda name: found if name == "auto" else (torch.device(name),)  # type: ignore[assignment]
+    frees = spreading.free_memory
+    if len({place.type for place in found}) > 1:  # half of a model on each, whatever the machine has free
+        spreading.free_memory = lambda device: 2**30
     device.NO_FLOAT64 |= set() if float64 else {NAME}
     COSTS.reset()
     COSTS.limit = limit
@@ -327,6 +348,6 @@ def pretended(*, float64: bool = True, limit: int | None = None) -> Iterator[Cos
     finally:
         COSTS.limit = None
         device.NO_FLOAT64.discard(NAME)
-        loading.pick_device = picks
+        spreading.free_memory, loading.pick_devices = frees, picks
         _HERE.pop()
         torch.__future__.set_overwrite_module_params_on_conversion(overwrites)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Literal, TypeGuard
 
-from billhook.core.errors import MissingExtra, RecipeError, nearest, option
+from billhook.core.devices.names import format_devices
+from billhook.core.errors import MissingExtra, RecipeError, UsageError, nearest, option
 
 Place = Literal["processes", "ray", "slurm"]
 MOST = 999  # workers
@@ -109,3 +110,13 @@ def require_installed(crew: Crew) -> None:
     """Raise MissingExtra where the package is missing that starts these workers."""
     if crew.place in NEEDS and find_spec(NEEDS[crew.place]) is None:
         raise MissingExtra(f"Running workers as {crew.spelled()}", crew.place)
+
+
+def require_one_device(crew: Crew, devices: Sequence[str]) -> None:
+    """Raise UsageError where a model on several devices would be shared by workers, each of which has one."""
+    if crew.alone or len(devices) == 1:
+        return
+    raise UsageError(
+        f"{option('workers', crew.spelled())} gives each worker a device of its own, and the model lies on "
+        f"{format_devices(devices)}. Type {option('workers', 1)}, or one device: {option('device', devices[0])}."
+    )

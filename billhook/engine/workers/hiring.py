@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from billhook.core.errors import UsageError, option
 from billhook.engine.workers import processes, ray_actors, slurm_jobs
-from billhook.engine.workers.crew import Crew, parse_workers, require_installed
+from billhook.engine.workers.crew import Crew, parse_workers, require_installed, require_one_device
 from billhook.engine.workers.lines import Hiring
 from billhook.models.load import Teacher
 
@@ -27,6 +27,7 @@ def hiring(crew: Crew, teacher: Teacher) -> Hiring:
 
 
 def _require(crew: Crew, teacher: Teacher) -> None:
+    require_one_device(crew, [str(device) for device in teacher.devices])
     if crew.place == "processes":
         processes.environments((crew.others or 0) + 1, teacher)
     else:

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from billhook.models.accelerator.graphs import capture, captures_graphs
+from billhook.models.accelerator.spreading import devices_of
 from billhook.models.transformers_internals import cache_name
 
 WARM_UPS = 3  # steps before the graph is taken: libraries choose their kernels in the first ones
@@ -41,9 +42,10 @@ class FixedDecoding:
 def graphed_seconds(model: Any, ids: torch.Tensor, new_tokens: int) -> float | None:
     """Return the seconds of `new_tokens` replayed decoding steps after `ids` [batch, time].
 
-    None where the device has no graphs, or this model's step is none: it waits for the device, or its cache grows.
+    None where the device has no graphs, on several devices, or where this model's step is none: it waits for the
+    device, or its cache grows.
     """
-    if not captures_graphs(ids.device):
+    if not captures_graphs(ids.device) or len(devices_of(model)) > 1:
         return None
     try:
         decoding = FixedDecoding(model, ids, WARM_UPS + 1 + new_tokens)

@@ -16,6 +16,7 @@ from billhook.data.token_sets import Choices, TokenSet
 from billhook.methods.evaluate import evaluation, vocabulary_size
 from billhook.methods.evaluate.served import ServedModel
 from billhook.models.accelerator.sizes import work_sizes
+from billhook.models.accelerator.spreading import devices_of
 from billhook.models.structure import rope_boundary
 from billhook.models.transformers_internals import REPEATABLE_LAYERS, logits_at, new_cache
 
@@ -109,7 +110,8 @@ def log_probabilities(
             _read(model, ids, reads, sums, cache)
         rest = [(i, x) for i, x in inputs if len(x.ids) > shared]
         if shared and rest:
-            cache.batch_select_indices(torch.tensor([i for i, _ in rest], device=model.device))
+            where = model.device if len(devices_of(model)) == 1 else "cpu"  # as the cache is on many
+            cache.batch_select_indices(torch.tensor([i for i, _ in rest], device=where))
         if rest:
             ids = [x.ids[shared:] for _, x in rest]
             reads = [[(at - shared, word, row) for at, word, row in x.readouts if at >= shared] for _, x in rest]

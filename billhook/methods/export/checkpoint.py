@@ -173,6 +173,7 @@ def verify_streamed_round_trip(
 
 def _require_equal(student: torch.Tensor, reloaded: torch.Tensor, room: float = 0.0) -> None:
     """Raises BillhookError if any two differ by more than `room`."""
+    student = student.to(reloaded.device)
     gap = (student - reloaded).abs().max().item()
     if not (torch.equal(student, reloaded) or gap <= room):
         raise BillhookError(

@@ -24,6 +24,7 @@ from billhook.methods.export.shards import check_written
 from billhook.methods.export.targets import Form
 from billhook.methods.export.verification import verify
 from billhook.models import checks
+from billhook.models.accelerator.spreading import devices_of
 from billhook.models.architectures import BLOCK_KINDS, CONFIG_FIELDS, head_dim
 from billhook.models.device import dtype_name
 from billhook.models.pruned_config import write_manifest
@@ -142,12 +143,14 @@ def read_back(student: Student, folder: Path) -> float:
 
     Raises BillhookError where it is more than sums that are rounded in another order.
     """
-    model, rows = student.model, student.tokens.to(student.model.device)
+    model = student.model
+    place = model.device if len(devices_of(model)) == 1 else torch.device("cpu")  # where a second model has room
     again: Any = modeling_decilm.DeciLMForCausalLM.from_pretrained(
         str(folder), dtype=model.dtype, local_files_only=True
     )
     mine, theirs = (
-        each(input_ids=rows, use_cache=False).logits.float() for each in (model, again.eval().to(model.device))
+        each(input_ids=student.tokens.to(each.device), use_cache=False).logits.float().to(place)
+        for each in (model, again.eval().to(place))
     )
     gap = float((mine - theirs).abs().max())
     if not gap <= float(mine.abs().max()) * torch.finfo(model.dtype).eps ** 0.5:

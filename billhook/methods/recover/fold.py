@@ -73,7 +73,7 @@ def fold(
         if view.weight is None or view.site.part not in FOLDED_PARTS[parts] or not (refits or view.site in run_end):
             return None
         refits = refits and reach == "all"
-        target = streams[run_end[view.site]] if view.site in run_end else view.teacher_after
+        target = streams[run_end[view.site]].to(view.after.device) if view.site in run_end else view.teacher_after
         weight = 1 / target.square().mean(-1).clamp(min=1e-12)
         fit = ridge_fit(view.inputs, target - view.after, weight / weight.mean(), validation)
         return fit.matrix if fit.remaining_error < 1 else None

@@ -102,7 +102,7 @@ def linear(
             if fit.remaining_error >= 1:
                 return Patch(bias=middle) if bias else None
             constant = middle - fit.matrix @ centre if bias else None
-            return Patch(bias=constant, down=fit.matrix, up=torch.eye(len(fit.matrix), device=even.device))
+            return Patch(bias=constant, down=fit.matrix, up=torch.eye(len(fit.matrix), device=x.device))
 
         return side_by_side(teacher, task.plan, task.repair, insert)
     run_end = lookahead_targets(sites, task.plan)
@@ -111,7 +111,8 @@ def linear(
     def fuse(view: SiteView) -> Change:
         if view.site not in run_end or view.value is None:
             return None
-        fit = ridge_fit(view.after - view.before, streams[run_end[view.site]] - view.after, even, validation)
+        target = streams[run_end[view.site]].to(view.after.device) - view.after
+        fit = ridge_fit(view.after - view.before, target, even, validation)
         return fit.matrix @ view.value if fit.remaining_error < 1 else None
 
     return side_by_side(teacher, task.plan, task.repair, fuse)

@@ -55,10 +55,10 @@ def mean(task: RecoveryTask, train: TokenSet, valid: TokenSet) -> Repair:
         if earlier or len(sites) < sum(site in repair.patches for site in place):  # an earlier patch reads the stream
             patches |= {site: repair.patches[site] for site in sites}
         elif sites:
-            total = torch.stack([constants[site] for site in sites]).sum(0)
+            total = torch.stack([constants[site].to(constants[sites[0]].device) for site in sites]).sum(0)
             name, bias = next((biases[site] for site in place if site in biases), ("", total))
             if name:
-                weights[name] = bias + total
+                weights[name] = bias + total.to(bias.device)
             else:
                 patches[min(sites, key=lambda site: (site.block not in kept_blocks, site))] = Patch(bias=total)
     return replace(repair, patches=dict(sorted(patches.items()))).with_weights(weights)

@@ -83,6 +83,7 @@ def ridge_fit(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, validation
     Errors are those along `DIRECTIONS` random directions of the outputs: about the same share of the whole for every
     ridge.
     """
+    y, weight, validation = y.to(x.device), weight.to(x.device), validation.to(x.device)
     some = y @ _directions(y.shape[1]).to(y)
     seen, unseen = (Moments(x[part], some[part], weight[part]) for part in (~validation, validation))
     if not unseen.yy:

@@ -132,7 +132,7 @@ class TeacherStreams:
             return
         streams = [runner.embed(group.ids) for group in self.bench.groups]
         for index, block in enumerate(runner.blocks(range(runner.depth))):
-            passed = self.step(index, block, streams)
+            passed = self.step(index, block, runner.fetch(index, streams))
             yield passed
             streams = passed["mlp"][1]
 
@@ -161,6 +161,7 @@ def side_by_side(streams: TeacherStreams, plan: Plan, repair: Repair, visit: Vis
     for index, block in enumerate(runner.blocks(range(runner.depth))):
         position = runner.teacher.positions[index]
         sites = [Site(position, part) for part in PARTS if Site(position, part) in present]
+        teacher, student = runner.fetch(index, teacher), runner.fetch(index, student)
         passed = streams.step(index, block, teacher)
         with patched_block(runner, index, block, plan, repair):
             for together in [sites] if runner.parallel else [[site] for site in sites]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from billhook.core.errors import ResourceError, option
+from billhook.models.accelerator.spreading import devices_of
 from billhook.models.device import device_module, free_memory
 
 ATTEMPTS = 4  # of a piece of work: as it is, and three times with less
@@ -51,19 +52,20 @@ def with_less(work: Callable[[], T], shrink: Callable[[], None], device: torch.d
 
 
 def peak_of(work: Callable[[], Any], model: Any) -> int | None:
-    """Return the most bytes that the device holds while a model on it works, without what others hold there.
+    """Return the most bytes that a model's devices hold while it works, without what others hold there.
 
-    None where the device does not count. Source: the peak of its allocator, less what was allocated before, and the
-    model's own tensors.
+    None where a device does not count. Source: the peak of its allocator, less what was allocated before, and the
+    model's own tensors. Peaks of several devices are summed, though they need not come at the same moment.
     """
-    device = torch.device(model.device)
-    module = device_module(device)
+    devices = devices_of(model)
+    module = device_module(devices[0])
     if module is None or not hasattr(module, "reset_peak_memory_stats"):
         return None
     own = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}  # tied ones once
-    release_cached(device)
-    before = int(module.memory_allocated(device))
-    module.reset_peak_memory_stats(device)
+    release_cached(devices[0])
+    before = {device: int(module.memory_allocated(device)) for device in devices}
+    for device in devices:
+        module.reset_peak_memory_stats(device)
     work()
-    peak = int(module.max_memory_allocated(device)) - before
+    peak = sum(int(module.max_memory_allocated(device)) - before[device] for device in devices)
     return sum(map(int, own.values())) + peak

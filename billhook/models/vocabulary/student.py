@@ -31,7 +31,8 @@ def cut_model(teacher: Teacher, numbers: dict[int, int]) -> Any:
     rows = torch.tensor(sorted(numbers, key=numbers.__getitem__), device=teacher.device)
     embedding, head = student.get_input_embeddings(), student.get_output_embeddings()
     whole = {embedding.weight, head.weight} | ({head.bias} if getattr(head, "bias", None) is not None else set())
-    replace_parameters(student, {each: nn.Parameter(each.detach()[rows], requires_grad=False) for each in whole})
+    picked = {each: each.detach()[rows.to(each.device)] for each in whole}
+    replace_parameters(student, {each: nn.Parameter(value, requires_grad=False) for each, value in picked.items()})
     embedding.num_embeddings = head.out_features = len(numbers)
     if embedding.padding_idx is not None:
         embedding.padding_idx = numbers.get(embedding.padding_idx)
