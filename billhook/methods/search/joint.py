@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from billhook.core.anatomy import SiteSize
 from billhook.core.errors import BudgetError, UsageError, option
-from billhook.core.integer_program import Bound, cheapest_selections
-from billhook.core.plan import PARTS, KeptGroups, MeasureRequest, Plan, Site
+from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.problem import Problem
 from billhook.core.results.measured import Loss
 from billhook.methods import search as shared
 from billhook.methods.search import SEARCHES, Search, lowest_full, restricted, search
+from billhook.methods.search.ladders import (
+    Ladder,
+    Place,
+    Rises,
+    best_selection,
+    curves_of,
+    ladder_of,
+    moved,
+    part_at,
+    plan_of,
+    widths,
+)
 from billhook.methods.search.rank_channels import ranked_plan
 
 CHANGES = (1, 2, 4, 8, 16, 32)  # how many sites may change at once; each number is tried
 ENDS = (4, 2)  # blocks at the beginning and at the end that often matter more than others
-MOVE_PENALTY = 1e-6  # share of the largest rise that the largest move costs besides its own
-LEAST_RISE = 1e-9  # that has a logarithm
-Ladder = tuple[Plan, ...]  # plans of one site alone, from keeping all of it to removing it
-Place = tuple[int, int]  # a ladder, and a rung of it
-Rises = dict[Plan, float]  # how much the loss rises under a plan of one site
 
 
 def _losses(
@@ -33,7 +37,7 @@ def _losses(
     """Return at most how many: one for each width of each site, those of `start`, and those of all `rounds`."""
     problem = _checked(problem, levels, multiple, parts, experts)
     free = [size for size in problem.anatomy.sites if size.site not in problem.protected]
-    alone = 1 + sum(1 + len(_widths(problem, size, levels, multiple)) for size in free)
+    alone = 1 + sum(1 + len(widths(problem, size, levels, multiple)) for size in free)
     starts = 3
     if start != "none":
         with suppress(BudgetError):  # whole sites alone may not be enough
@@ -68,9 +72,9 @@ def joint(
     start_search = None if start == "none" else SEARCHES[start]
     problem = _checked(problem, levels, multiple, parts, experts)
     sites = problem.anatomy.sites
-    ladders = [_ladder(problem, size, levels, multiple, ()) for size in sites]
+    ladders = [ladder_of(problem, size, levels, multiple, ()) for size in sites]
     alone, cheapest = yield from _cheapest(problem, ladders, tokens)
-    starts = [] if cheapest is None else [_plan(ladders, cheapest)]
+    starts = [] if cheapest is None else [plan_of(ladders, cheapest)]
     starts += _uniform(problem, parts, multiple)
     if start_search is not None:
         with suppress(BudgetError):  # whole sites alone may not be enough
@@ -79,14 +83,14 @@ def joint(
         raise BudgetError(f"{', '.join(map(str, problem.budgets))} cannot be met. Ask for less, or protect less.")
     starts = list(dict.fromkeys(starts))
     plan = lowest_full(starts, (yield MeasureRequest(tuple(starts), full_results=1)))[1]
-    ladders = [_ladder(problem, size, levels, multiple, plan.narrowed) for size in sites]
-    here = tuple(rungs.index(_at(plan, size.site)) for size, rungs in zip(sites, ladders, strict=True))
+    ladders = [ladder_of(problem, size, levels, multiple, plan.narrowed) for size in sites]
+    here = tuple(rungs.index(part_at(plan, size.site)) for size, rungs in zip(sites, ladders, strict=True))
     for _ in range(rounds):
         there = yield from _best_change(problem, ladders, here, alone, tokens)
         if there == here:
             break
         here = there
-    return [_plan(ladders, here)]
+    return [plan_of(ladders, here)]
 
 
 def _checked(problem: Problem, levels: int, multiple: int, parts: str, experts: bool) -> Problem:
@@ -101,15 +105,6 @@ def _checked(problem: Problem, levels: int, multiple: int, parts: str, experts: 
     if levels < 1 or multiple < 1:
         raise UsageError(f"levels={levels}, multiple={multiple}: both must be 1 or more.")
     return shared.by_experts(problem) if experts else problem
-
-
-def _widths(problem: Problem, size: SiteSize, levels: int, multiple: int) -> set[int]:
-    """Return how many groups are kept at the widths between all of a site and nothing."""
-    if not size.groups or not problem.counts_groups(size):
-        return set()
-    levels = min(levels, len(size.groups))  # more are the same
-    removed = (len(size.groups) * step // levels for step in range(1, levels))
-    return {shared.kept_count(size, count, multiple) for count in removed} - {len(size.groups)}
 
 
 def _cheapest(
@@ -128,41 +123,13 @@ def _cheapest(
         plans = (Plan(), *(ladders[i][rung] for i, rung in wanted))
         losses = yield MeasureRequest(plans, tokens=tokens, estimate=True, phase="alone")
         alone |= {plan: loss.mean - losses[0].mean for plan, loss in zip(plans, losses, strict=True)}
-        curves = _curves(problem, ladders, alone)
-        cheapest = _best(problem, ladders, whole, {(i, rung): curves[i][rung] for i, rung in places}, len(ladders))
+        curves = curves_of(problem, ladders, alone)
+        cheapest = best_selection(
+            problem, ladders, whole, {(i, rung): curves[i][rung] for i, rung in places}, len(ladders)
+        )
         chosen = [] if cheapest is None else list(enumerate(cheapest))
         wanted = [(i, rung) for i, rung in chosen if rung and ladders[i][rung] not in alone]
     return alone, cheapest
-
-
-def _curves(problem: Problem, ladders: Sequence[Ladder], alone: Rises) -> list[list[float]]:
-    """Return the rises of each ladder; see `_curve`."""
-    return [_curve(size, ladder, alone) for size, ladder in zip(problem.anatomy.sites, ladders, strict=True)]
-
-
-def _curve(size: SiteSize, ladder: Ladder, alone: Rises) -> list[float]:
-    """Return the rise at each rung of a ladder: as measured, else between widths that were.
-
-    It is a power of the share that is removed, by the widths next to it. Beyond the ends it rises as little as it can:
-    with the square of the share before the first, and with the share after the last.
-    """
-    kept = [len(groups.groups) for plan in ladder for groups in plan.narrowed]
-    shares = [0.0, *(1 - count / len(size.groups) for count in kept), 1.0][: len(ladder)]
-    known = [(share, max(alone[plan], LEAST_RISE)) for share, plan in zip(shares, ladder, strict=True)
-             if plan.narrowed and plan in alone]  # fmt: skip
-    curve = []
-    for share, plan in zip(shares, ladder, strict=True):
-        if not plan or plan in alone:
-            curve.append(alone.get(plan, 0.0))
-            continue
-        less = max((point for point in known if point[0] < share), default=None)
-        more = min((point for point in known if point[0] > share), default=None)
-        power = 2.0 if less is None else 1.0
-        if less is not None and more is not None:
-            power = math.log(more[1] / less[1]) / math.log(more[0] / less[0])
-        near, rise = less or more or (1.0, LEAST_RISE)
-        curve.append(rise * (share / near) ** power)
-    return curve
 
 
 def _best_change(
@@ -173,15 +140,15 @@ def _best_change(
     The steps that promise most for what they remove, by the rises alone, are measured first, the others only if no
     exchange of these is better.
     """
-    curves = _curves(problem, ladders, alone)
+    curves = curves_of(problem, ladders, alone)
     near = [(i, rung + step) for i, rung in enumerate(here) for step in (-1, 1)]
     near = [(i, rung) for i, rung in near if 0 <= rung < len(ladders[i])]
-    near = [place for place in near if problem.is_valid(_plan(ladders, _moved(here, [place])))]
-    before = problem.removed_cost(_plan(ladders, here))
+    near = [place for place in near if problem.is_valid(plan_of(ladders, moved(here, [place])))]
+    before = problem.removed_cost(plan_of(ladders, here))
 
     def promise(place: Place) -> tuple[float, Place]:
         i, rung = place
-        after = problem.removed_cost(_plan(ladders, _moved(here, [place])))
+        after = problem.removed_cost(plan_of(ladders, moved(here, [place])))
         gone = sum(abs(new - old) / target for new, old, target in zip(after, before, problem.targets, strict=True))
         return (curves[i][rung] - curves[i][here[i]]) / max(gone, 1e-12), place
 
@@ -192,14 +159,14 @@ def _best_change(
             steps = sorted((place for place in near if (place[1] - here[place[0]]) == direction), key=promise)
             half = -(-len(steps) // 2)
             wanted += steps[half:] if later else steps[:half]
-        plans = [_plan(ladders, there) for there in (here, *(_moved(here, [place]) for place in wanted))]
+        plans = [plan_of(ladders, there) for there in (here, *(moved(here, [place]) for place in wanted))]
         losses = yield MeasureRequest(tuple(plans), tokens=tokens, estimate=True, phase="changes")
         rises |= {place: loss.mean - losses[0].mean for place, loss in zip(wanted, losses[1:], strict=True)}
-        candidates = {_plan(ladders, here): here}
+        candidates = {plan_of(ladders, here): here}
         for most in CHANGES:
-            there = _best(problem, ladders, here, rises, most)
+            there = best_selection(problem, ladders, here, rises, most)
             if there is not None:
-                candidates.setdefault(_plan(ladders, there), there)
+                candidates.setdefault(plan_of(ladders, there), there)
         reached = tuple(candidates)
         losses = yield MeasureRequest(reached, full_results=1, phase="changes")
         if (best := candidates[lowest_full(reached, losses)[1]]) != here:
@@ -215,72 +182,3 @@ def _uniform(problem: Problem, parts: str, multiple: int) -> list[Plan]:
             inner = restricted(problem, parts, early, latter)
             plans.append(ranked_plan(inner, multiple, uniform=True))
     return plans
-
-
-def _ladder(problem: Problem, size: SiteSize, levels: int, multiple: int, extra: Collection[KeptGroups]) -> Ladder:
-    """Return the plans of one site, those of `extra` too; a protected site has one rung."""
-    if size.site in problem.protected:
-        return (Plan(),)
-    rungs = [Plan()]
-    if problem.group_scores is not None and size.site in problem.group_scores and problem.counts_groups(size):
-        order = shared.ascending(problem.group_scores[size.site])
-        levels = min(levels, len(order))  # more are the same
-        widths = (shared.kept_groups(size, order, len(order) * step // levels, multiple) for step in range(1, levels))
-        kept = {*widths, *(narrow.groups for narrow in extra if narrow.site == size.site)}
-        narrower = sorted((groups for groups in kept if len(groups) < len(order)), key=len, reverse=True)
-        rungs += [Plan(frozenset(), frozenset({KeptGroups(size.site, groups)})) for groups in narrower]
-    return tuple(dict.fromkeys([*rungs, Plan(frozenset({size.site}))]))
-
-
-def _at(plan: Plan, site: Site) -> Plan:
-    """Return the part of a plan that concerns one site."""
-    return Plan(plan.removed & {site}, frozenset(narrow for narrow in plan.narrowed if narrow.site == site))
-
-
-def _moved(here: Sequence[int], places: Sequence[Place]) -> tuple[int, ...]:
-    """Return the rungs of all ladders after moves."""
-    rungs = dict(places)
-    return tuple(rungs.get(i, rung) for i, rung in enumerate(here))
-
-
-def _plan(ladders: Sequence[Ladder], here: Sequence[int]) -> Plan:
-    """Return the plan of all sites at these rungs."""
-    rungs = [ladder[rung] for ladder, rung in zip(ladders, here, strict=True)]
-    removed = frozenset(site for plan in rungs for site in plan.removed)
-    return Plan(removed, frozenset(narrow for plan in rungs for narrow in plan.narrowed))
-
-
-def _best(
-    problem: Problem, ladders: Sequence[Ladder], here: tuple[int, ...], rises: Mapping[Place, float], most: int
-) -> tuple[int, ...] | None:
-    """Return the rungs after changes at up to `most` sites that meet the budgets at the least sum of rises, or None."""
-    before = problem.removed_cost(_plan(ladders, here))
-    costs = []
-    for place in rises:
-        after = problem.removed_cost(_plan(ladders, _moved(here, [place])))
-        costs.append([new - old for new, old in zip(after, before, strict=True)])
-    needed = [target - old for target, old in zip(problem.targets, before, strict=True)]
-    bounds: list[Bound] = [([1] * len(rises), most)]
-    bounds += [([int(i == ladder) for i, _ in rises], 1) for ladder in range(len(ladders))]
-    for part in PARTS:
-        removed = [_removed(ladders[i][rung], part) - _removed(ladders[i][here[i]], part) for i, rung in rises]
-        sites = sum(size.site.part == part for size in problem.anatomy.sites)
-        bounds.append((removed, sites - 1 - _removed(_plan(ladders, here), part)))
-    # A change that seems to cost nothing must not remove more than the budgets need.
-    largest = [max(1, *(abs(cost[b]) for cost in costs)) for b in range(len(needed))]
-    penalty = MOVE_PENALTY * max(map(abs, rises.values()))
-    prices = [
-        rise + penalty * sum(c / n for c, n in zip(cost, largest, strict=True))
-        for rise, cost in zip(rises.values(), costs, strict=True)
-    ]
-    places = list(rises)
-    for chosen in cheapest_selections(prices, costs, needed, bounds):
-        there = _moved(here, [places[i] for i in chosen])
-        if problem.is_met(_plan(ladders, there)):
-            return there
-    return None
-
-
-def _removed(plan: Plan, part: str) -> int:
-    """Return how many sites of a part are removed."""
-    return sum(site.part == part for site in plan.removed)
