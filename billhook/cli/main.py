@@ -221,6 +221,10 @@ def export_command(
         face.show(told)
 
 
+for command in SMALLER_COMMANDS:
+    app.command(name=command.__name__.removesuffix("_command"))(command)
+
+
 @app.command(name="targets")
 @with_options("trust_remote_code")
 def targets_command(
@@ -259,7 +263,7 @@ def push_command(
         face.show(told)
 
 
-for command in (*SMALLER_COMMANDS, *COMMANDS, *OUTLOOK_COMMANDS, *WATCH_COMMANDS):
+for command in (*COMMANDS, *OUTLOOK_COMMANDS, *WATCH_COMMANDS):
     app.command(name=command.__name__.removesuffix("_command"))(command)
 
 
