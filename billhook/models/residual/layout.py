@@ -46,12 +46,12 @@ def block_layouts(teacher: Teacher) -> list[BlockLayout]:
         raise _unfit(kind, "its norms stand behind attention and MLP, and need every channel of what they norm")
     if not hasattr(config, "hidden_size") or not hasattr(config, "rms_norm_eps") or len(row.final) != 1:
         raise _unfit(kind, "its norms are no RMS norms, whose config has hidden_size and rms_norm_eps")
-    for name, norm in stream_norms(teacher):
-        final = norm
+    norms = dict(stream_norms(teacher))
+    for name, norm in norms.items():
         if rms_offset(norm, float(config.rms_norm_eps)) is None:
             raise _unfit(kind, f"{name} is no RMS norm with a weight for each channel")
     head, embedding = teacher.model.get_output_embeddings(), teacher.model.get_input_embeddings()
-    known = {id(each) for each in (*head.parameters(), embedding.weight, *final.parameters())}
+    known = {id(each) for each in (*head.parameters(), embedding.weight, *norms[row.final[0]].parameters())}
     for name, parameter in teacher.model.named_parameters():
         if id(parameter) not in known and not name.startswith(f"{row.blocks}."):
             raise _unfit(kind, f"nothing says whether {name} reads the residual stream or writes it")
@@ -65,8 +65,7 @@ def stream_norms(teacher: Teacher) -> Iterator[tuple[str, nn.Module]]:
         for part in PARTS:
             name = _norm(block, part, row, config, teacher.anatomy.model_type)
             yield f"{row.blocks}.{index}.{name}", block.get_submodule(name)
-    (final,) = row.final
-    yield final, teacher.model.get_submodule(final)
+    yield row.final[0], teacher.model.get_submodule(row.final[0])
 
 
 @torch.no_grad()
@@ -111,6 +110,8 @@ def _block_layout(block: nn.Module, row: Architecture, config: Any, kind: str) -
     others = {f"{name}bias" for part in PARTS for name in into[part]} | set(heads.values())
     others |= {f"{experts}{row.expert_input}_bias", attention + row.head_sinks}
     others |= {f"{name}.weight" for name in norms.values()}
+    if row.fused_attention and present.keys() & set(heads.values()):
+        raise _unfit(kind, "one matrix gives normed queries and keys with the values, which no norm reads")
     if unknown := sorted(present.keys() - {*reads, *writes, *others}):
         raise _unfit(kind, f"its architecture does not say whether {unknown[0]} reads the residual stream or writes it")
     return BlockLayout(

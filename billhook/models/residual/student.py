@@ -16,6 +16,7 @@ from billhook.core.errors import BudgetError, ModelError, option
 from billhook.core.plan import PARTS, Plan
 from billhook.models import structure
 from billhook.models.architectures import head_dim
+from billhook.models.device import to_float64
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.pruned_config import stock_shape
 from billhook.models.residual.layout import BlockLayout, block_layouts, rms_offset
@@ -127,7 +128,7 @@ def sliced(teacher: Teacher, basis: torch.Tensor) -> Any:
     whole, built = apply(teacher, Plan()), _built(teacher, fewer)
     layouts, weights = block_layouts(teacher), dict[str, torch.Tensor]()
     assert built is not None
-    turn = _Turn(basis.to(teacher.device, torch.float32), math.sqrt(width / fewer), float(whole.config.rms_norm_eps))
+    turn = _Turn(basis.float().to(teacher.device), math.sqrt(width / fewer), float(whole.config.rms_norm_eps))
     path, final = teacher.architecture.blocks, whole.get_submodule(teacher.architecture.final[0])
     embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
     for index, (block, layout) in enumerate(
@@ -201,7 +202,7 @@ def _scale(embedding: nn.Module) -> float:
     """Return by what an embedding multiplies its rows: in Gemma by the root of the width, elsewhere by 1."""
     table = embedding.get_parameter("weight")
     row = table.float().square().sum(-1).argmax()
-    before, after = table[row].double(), embedding(row[None])[0].double()
+    before, after = to_float64(table[row]), to_float64(embedding(row[None])[0])
     return float(after @ before / (before @ before))
 
 
@@ -212,7 +213,7 @@ def _scale(embedding: nn.Module) -> float:
 @torch.no_grad()
 def projected_logits(teacher: Teacher, basis: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Return the teacher's logits [rows, time, vocabulary] where the stream is QQᵀh after embedding and sites."""
-    model, basis = teacher.model, basis.to(teacher.device, teacher.model.dtype)
+    model, basis = teacher.model, basis.to(teacher.model.dtype).to(teacher.device)
 
     def project(module: nn.Module, args: Any, output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
