@@ -172,7 +172,7 @@ def _slice_notes(report: SliceReport) -> Iterator[str]:
     )
     share = 1 - report.parameters_after / report.parameters_before
     yield (
-        "Other methods lose less at equal size, wherever that was measured. "
+        "A search of depth, or of depth and width, loses less at equal size wherever that was measured. "
         f"Try: billhook prune {report.model} --remove {share:.1%}"
     )
 

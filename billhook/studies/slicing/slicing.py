@@ -80,7 +80,7 @@ def slice_model(
 
     All boundaries between sites share one basis, so that the checkpoint has the type of the model, which any software
     loads: `hidden_size` is smaller. A tied head becomes a matrix of its own. The folder appears whole or not at all.
-    Depth and joint pruning lose less at equal size on every model that was measured.
+    A search of depth, or of depth and width, loses less at equal size wherever that was measured.
 
     Raises BudgetError for a width that is none, or saves nothing, DataError for text that cannot be used, ModelError
     for a type without such a form, ResourceError for a model larger than the memory.
