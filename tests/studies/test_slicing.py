@@ -156,6 +156,7 @@ def test_the_command_prints_a_table_and_refuses_before_torch_is_imported(place: 
     said = " ".join(done.stdout.split())
     for told in (
         "residual width", "Width 80% became 24: here widths are multiples of 8.", "they are two now",
-        "of the squared length of the residual stream", "A search of depth, or of depth and width, loses less at equal size", "Checkpoint: cut",
+        "of the squared length of the residual stream",
+        "A search of depth, or of depth and width, loses less at equal size", "Checkpoint: cut",
     ):  # fmt: skip
         assert told in said, done.stdout
