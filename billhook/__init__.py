@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from billhook.studies.servers.ab_test import ab_test
     from billhook.studies.servers.baselines import save_baseline
     from billhook.studies.servers.watch import watch
+    from billhook.studies.slicing.slicing import slice_model
     from billhook.studies.stability import stability
     from billhook.studies.sweep import sweep
     from billhook.studies.threshold import threshold
@@ -102,6 +103,7 @@ __all__ = [
     "save_baseline",
     "score",
     "show",
+    "slice_model",
     "stability",
     "suggest",
     "sweep",
@@ -154,6 +156,7 @@ _HOMES = {
     "save_baseline": "studies.servers.baselines",
     "score": "api",
     "show": "runs",
+    "slice_model": "studies.slicing.slicing",
     "stability": "studies.stability",
     "suggest": "studies.outlook.suggesting",
     "sweep": "studies.sweep",

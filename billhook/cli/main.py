@@ -28,13 +28,13 @@ from billhook.cli.options import (
     check_options,
     check_places,
     check_rules,
-    check_texts,
     command_line,
     split_commas,
     with_options,
 )
 from billhook.cli.outlook import COMMANDS as OUTLOOK_COMMANDS
 from billhook.cli.session import CommandSession
+from billhook.cli.smaller.commands import SMALLER_COMMANDS
 from billhook.cli.studies import COMMANDS
 from billhook.core.errors import UsageError
 from billhook.core.plan_files import find_path
@@ -221,38 +221,8 @@ def export_command(
         face.show(told)
 
 
-@app.command(name="vocabulary")
-@with_options("field", "eval_tokens", "eval_length", "seed", "device", "dtype", "trust_remote_code")
-def vocabulary_command(
-    *,
-    model: Model = None,
-    data: Annotated[str, typer.Option(help="Text that the model is for: a file, a data set's name or pydoc")],
-    remove: Annotated[str | None, typer.Option(help="Share to remove: 60% [default: what --data lacks]")] = None,
-    eval_data: Annotated[str, typer.Option(help="Held-out texts, with commas [default: split off --data]")] = "",
-    tokens: Annotated[int, typer.Option(help="Tokens of --data to count at most", min=64)] = 1 << 22,
-    out: Annotated[Path | None, typer.Option(help="Folder to write [default: MODEL-vocabulary]")] = None,
-    store: StoreFile = DEFAULT_STORE,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    options: OptionValues,
-) -> None:
-    """Remove tokens that a text does not need, from embedding, head and tokenizer, and measure what that costs."""
-    with CommandSession(as_json, quiet, verbose) as face:
-        from billhook.core.budget import parse_vocabulary_share
-        from billhook.data.texts import require_given
-
-        require_given(data)
-        if remove is not None:
-            parse_vocabulary_share(remove)
-        check_texts({**options, "data": data}, eval_data, name="eval_data")
-        check_places(model, out=out)
-        from billhook.studies.vocabulary.cutting import cut_vocabulary
-
-        face.show(cut_vocabulary(
-            model or "demo", data=data, remove=remove, eval_data=split_commas(eval_data), tokens=tokens, out=out,
-            store=store, watch=face.watch, **options,
-        ))  # fmt: skip
+for command in SMALLER_COMMANDS:
+    app.command(name=command.__name__.removesuffix("_command"))(command)
 
 
 @app.command(name="targets")

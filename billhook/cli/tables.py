@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +12,14 @@ from billhook.cli.session import empty_table, plain_table, prints
 from billhook.core.anatomy import ModelSizes, SiteSize, Unassigned
 from billhook.core.plan import Site
 from billhook.core.registry import MethodInfo
-from billhook.core.results.exports import ExportReport, FactorReport, PushReport, TargetTable, VocabularyReport
+from billhook.core.results.exports import (
+    ExportReport,
+    FactorReport,
+    PushReport,
+    SliceReport,
+    TargetTable,
+    VocabularyReport,
+)
 from billhook.core.results.json_form import Result, cell_text
 from billhook.core.results.model import (
     BlockScore,
@@ -27,7 +34,14 @@ from billhook.core.results.model import (
     WorkEstimate,
 )
 from billhook.core.results.run import RunResult
-from billhook.report.numbers import format_duration, reliability_note, verification_sentence, with_interval
+from billhook.report.numbers import (
+    format_duration,
+    format_perplexity,
+    format_ratio,
+    reliability_note,
+    verification_sentence,
+    with_interval,
+)
 from billhook.report.timing import words
 
 
@@ -121,6 +135,46 @@ def factor_table(console: Console, report: FactorReport) -> None:
     if note := reliability_note(report.change):
         console.print(f"{report.held_out}: {note}", style="dim")
     console.print(f"Checkpoint: {report.out}")
+
+
+@prints(SliceReport)
+def slice_table(console: Console, report: SliceReport) -> None:
+    """Print how narrow a residual stream is, and what held-out texts cost with it."""
+    sizes = (
+        ("residual width", report.width_before, report.width_after),
+        ("parameters", report.parameters_before, report.parameters_after),
+        ("bytes of weights", report.bytes_before, report.bytes_after),
+    )
+    lines = [[name, f"{before:,}", f"{after:,}", f"{after / before:.1%}"] for name, before, after in sizes]
+    console.print(plain_table(("", "before", "after", "left"), lines))
+    texts = [
+        [
+            each.source, f"{each.tokens:,}", format_perplexity(each.before.value), format_perplexity(each.after.value),
+            with_interval(each.ratio, format_ratio),
+        ]
+        for each in report.texts
+    ]  # fmt: skip
+    console.print(plain_table(("held-out text", "tokens", "perplexity", "after", "ratio"), texts))
+    for sentence in (*_slice_notes(report), *filter(None, (reliability_note(each.ratio) for each in report.texts))):
+        console.print(sentence, style="dim")
+    console.print(f"Checkpoint: {report.out}")
+
+
+def _slice_notes(report: SliceReport) -> Iterator[str]:
+    """Yield how a width was chosen, what the numbers mean, and what loses less."""
+    if report.asked.strip() != str(report.width_after):
+        yield f"Width {report.asked} became {report.width_after:,}: here widths are multiples of {report.step}."
+    if report.untied:
+        yield "Embedding and head were one matrix; they are two now."
+    yield (
+        f"The kept directions hold {report.energy:.1%} of the squared length of the residual stream, the mean over "
+        f"{report.calibrated:,} tokens of {report.data}. It has no interval. Other intervals are 95%, over texts."
+    )
+    share = 1 - report.parameters_after / report.parameters_before
+    yield (
+        "A search of depth, or of depth and width, loses less at equal size wherever that was measured. "
+        f"Try: billhook prune {report.model} --remove {share:.1%}"
+    )
 
 
 @prints(TargetTable)

@@ -173,6 +173,17 @@ def parse_parameter_budget(text: str) -> Budget:
     return budget
 
 
+def parse_width(text: str) -> int | Fraction:
+    """Read a residual width: channels, `448`, or a share of the model's, `75%`. Raises BudgetError."""
+    match = re.fullmatch(r"\s*([0-9]{1,7})\s*|\s*([0-9]{1,2}(?:\.[0-9]{1,9})?)\s*%\s*", text)
+    if not match or not Fraction(match[1] or match[2]):
+        raise BudgetError(
+            f"{option('width', shorten(text))} is no width. Write channels, such as 448, or the share of the model's "
+            "width that is left, such as 75%."
+        )
+    return int(match[1]) if match[1] else Fraction(match[2]) / 100
+
+
 def parse_budgets(text: str) -> tuple[Budget, ...]:
     """Parse budgets that must all be met, separated by commas: `20%params,30%kv`. Raises BudgetError."""
     budgets = tuple(Budget.parse(piece) for piece in text.split(","))

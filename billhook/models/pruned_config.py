@@ -273,7 +273,7 @@ def _part(name: str) -> Part:
     return "attention" if name == "attention" else "mlp"
 
 
-def stock_shape(config: Any, base: str, widths: Mapping[str, int]) -> nn.Module | None:
+def stock_shape(config: Any, base: str, widths: Mapping[str, float]) -> nn.Module | None:
     """An empty model of the stock type with the config's other numbers and these widths; None if the type refuses them.
 
     Falcon and GPT-2 share the width out among the heads; that of Llama is a multiple of their number.

@@ -31,7 +31,9 @@ from billhook.methods.metrics import GROUP_METRICS, METRICS
 from billhook.methods.recover import RECOVERIES
 from billhook.models.load import Teacher
 from billhook.models.repair import NO_REPAIR
+from billhook.models.residual.student import require_equal, sliced
 from billhook.models.surgery import apply
+from billhook.studies.slicing.basis import basis_of
 
 Folder = Callable[[str], Path]
 PLAN = Plan.parse(["attention.0", "mlp.1", "attention.2"])
@@ -123,6 +125,19 @@ def test_every_recovery(name: str, checkpoint: Folder) -> None:
         return sums(Probe(teacher, tokens, "kl", repaired=(plan, repair)).losses([Plan(plan.removed)]))
 
     near(*both(work, checkpoint("llama"), float64=name not in ("fold", "lowrank")), share=1e-2)
+
+
+@pytest.mark.parametrize("variant", ["gemma", "qwen3", "mixtral"])
+def test_a_narrower_residual_stream(variant: str, checkpoint: Folder) -> None:
+    def work(teacher: Teacher) -> list[float]:
+        found, rows = basis_of(teacher, token_set()), tiny.tokens(1, 9)
+        student = sliced(teacher, found.vectors[:, :16])
+        require_equal(teacher, found.vectors[:, :16], student, rows)
+        with torch.no_grad():
+            logits = student(input_ids=rows.to(teacher.device)).logits
+        return [*found.energies.tolist(), *logits.cpu().flatten().tolist()]
+
+    near(*both(work, checkpoint(variant), float64=variant == "gemma"))
 
 
 def test_every_evaluation(checkpoint: Folder) -> None:

@@ -1,5 +1,4 @@
-"""What was written of a model that no pruning made: exports and how they run, smaller vocabularies,
-factors, uploads."""
+"""What was written of a model that no pruning made: exports and how they run, smaller models, uploads."""
 
 from __future__ import annotations
 
@@ -148,6 +147,59 @@ class FactorReport(Result):
     def rows(self) -> list[JsonObject]:
         """A row a linear map that is factors."""
         return [{**asdict(each), "site": str(each.site)} for each in self.factors]
+
+
+@dataclass(frozen=True, slots=True)
+class SliceText:
+    """Held-out text by a model and by the same one with a narrower residual stream.
+
+    `before`, `after`: perplexities, lower is better; `ratio`: after over before, paired. Intervals are over texts.
+    """
+
+    source: str
+    tokens: int
+    before: Estimate
+    after: Estimate
+    ratio: Estimate
+
+
+@dataclass(frozen=True, repr=False)
+class SliceReport(Result):
+    """A model with a narrower residual stream, in a folder.
+
+    `asked`: the width as it was asked for; `step`: widths of the type are multiples of it. `energy`: share of the
+    squared length of the streams of `calibrated` tokens of `data` that is left, the mean over tokens and boundaries;
+    it has no interval. `untied`: whether embedding and head were one and are two now. `parameters`, `bytes` (of the
+    weights on disk): before and after.
+    """
+
+    kind: ClassVar[str] = "slice"
+
+    model: str
+    out: str
+    data: str
+    calibrated: int
+    asked: str
+    step: int
+    width_before: int
+    width_after: int
+    energy: float
+    untied: bool
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    texts: tuple[SliceText, ...]
+
+    def rows(self) -> list[JsonObject]:
+        """A row a held-out text."""
+        return [
+            {
+                "text": text.source, "tokens": text.tokens, **estimate_columns("perplexity_before", text.before),
+                **estimate_columns("perplexity_after", text.after), **estimate_columns("ratio", text.ratio),
+            }
+            for text in self.texts
+        ]  # fmt: skip
 
 
 FaultReason = Literal["model", "sites", "widths", "kv_groups", "patches", "biases", "factors"]

@@ -203,6 +203,21 @@ class FactorSpec(RunSpec):
 
 
 @dataclass(frozen=True)
+class SliceSpec(RunSpec):
+    """A model with a residual stream of `width` channels, or of that share, by a basis from the text `data`.
+
+    `eval_data`: held-out texts; empty for a part of `data`.
+    """
+
+    kind = "slice"
+    model: str
+    width: str
+    data: str
+    eval_data: tuple[str, ...]
+    options: Options
+
+
+@dataclass(frozen=True)
 class SpeedSpec(RunSpec):
     """The speed of `model`, or of it and an `other` in turn. `engine`: the runtime that serves them; None: here."""
 

@@ -1,0 +1,1 @@
+"""A model with a narrower residual stream, and what that costs."""
