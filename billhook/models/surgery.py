@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -164,11 +164,7 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
         config.__class__, student.__class__ = classes["AutoConfig"], classes["AutoModelForCausalLM"]
         write_config(config, replace(pruned, lacking=tuple(lacking)), path, parts)
         remove_skipped(student)
-        stood = {site: _place(teacher, site) for site in earlier}
-        for site, patch in repair.patches.items():
-            device = teacher.block_device(teacher.positions.index(site.block))
-            stood[site] = patch_module(patch, parts[site.part]["outputs"], device, teacher.model.dtype)
-        for site, module in stood.items():
+        for site, module in _patch_modules(teacher, repair, parts).items():
             setattr(student.get_submodule(path)[kept.index(site.block)], parts[site.part]["zero"][0], module)
     rest = {student_name(teacher, old, kept): repair.weights[old] for old in repair.weights.keys() - whole.keys()}
     assign_weights(student, {name: weight for name, weight in rest.items() if name})
@@ -250,6 +246,15 @@ def _share_config(student: Any) -> None:
     for module in student.modules():
         if isinstance(getattr(module, "config", None), modeling_billhook.LayerConfig):
             module.config = student.config
+
+
+def _patch_modules(teacher: Teacher, repair: Repair, parts: Mapping[str, Any]) -> dict[Site, nn.Module]:
+    """What stands where sites were: after earlier prunings, and after this one."""
+    standing = {site: _place(teacher, site) for site in teacher.pruned.patches}
+    for site, patch in repair.patches.items():
+        device = teacher.block_device(teacher.positions.index(site.block))
+        standing[site] = patch_module(patch, parts[site.part]["outputs"], device, teacher.model.dtype)
+    return standing
 
 
 def _place(teacher: Teacher, site: Site) -> nn.Module:
