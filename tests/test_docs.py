@@ -195,7 +195,7 @@ def test_the_worked_example_is_computed_from_its_model() -> None:
         f"or {math.ceil(need / attention.parameters)} attentions",
         f"{losses['ours'] - 10} × {few:.1f} TFLOP ({ours.set['tokens']} tokens) and 10 × {tflops:.0f} TFLOP "
         f"({ours.tokens:,} tokens)",
-        f"`lora` read {ours.recover_tokens:,} tokens six times",
+        f"of {ours.recover_tokens:,} tokens `fold` reads a third twice, `lora` the others four times",
         f"at most {losses['swap']:,} |",
         f"| {evaluate / 60e12:.0f} seconds |",
         f"`swap` then asks for at most {estimate_losses('swap', problems['20%blocks'])} losses",
