@@ -7,7 +7,7 @@ blocks return their input. So every architecture computes by its own code.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -144,7 +144,7 @@ class BlockRunner:
         return [stream.to(self._devices[index]) for stream in streams]
 
     def step(
-        self, index: int, block: nn.Module | None, items: list[tuple[torch.Tensor, set[BlockState]]]
+        self, index: int, block: nn.Module | None, items: Sequence[tuple[torch.Tensor, Collection[BlockState]]]
     ) -> list[Streams]:
         """Return for each item (stream, states) its stream after block `index`, by state (KEPT, NO_ATTENTION …).
 
@@ -171,7 +171,7 @@ class BlockRunner:
         return done
 
     def _in_turn(
-        self, index: int, block: nn.Module, items: list[tuple[int, torch.Tensor, set[BlockState]]],
+        self, index: int, block: nn.Module, items: list[tuple[int, torch.Tensor, Collection[BlockState]]],
         done: list[Streams],
     ) -> None:  # fmt: skip
         """Add to `done` the states of a block whose mlp reads what its attention leaves: first that, then the mlp."""
@@ -197,7 +197,7 @@ class BlockRunner:
                 done[items[number][0]][BlockState(before, mlp)] = y
 
     def _parallel(
-        self, index: int, block: nn.Module, items: list[tuple[int, torch.Tensor, set[BlockState]]],
+        self, index: int, block: nn.Module, items: list[tuple[int, torch.Tensor, Collection[BlockState]]],
         done: list[Streams],
     ) -> None:  # fmt: skip
         """Add to `done` the states of a block whose parts read the same stream: each part runs once in each state."""

@@ -201,7 +201,7 @@ class Walk:
             for group, mask in nodes:
                 if (group, mask) not in live:
                     live[group, mask] = roots.pop((group, depth, mask))
-            items = [(live.pop(node), set(map(self.bits.state, wanted[depth][node]))) for node in nodes]
+            items = [(live.pop(node), [*map(self.bits.state, sorted(wanted[depth][node]))]) for node in nodes]
             done = self.runner.step(depth, next(blocks) if depth in needed else None, items)
             del items
             for (group, mask), streams in zip(nodes, done, strict=True):
@@ -232,7 +232,7 @@ class Walk:
                 branches[self.bits.at(plan, depth)].append(plan)
             states = {choice: self.bits.state(choice) for choice in branches}
             blocks = self.runner.blocks([depth] if set(states.values()) != {NEITHER} else [])
-            done = self.runner.step(depth, next(blocks, None), [(stream, set(states.values()))])[0]
+            done = self.runner.step(depth, next(blocks, None), [(stream, [*states.values()])])[0]
             next(blocks, None)
             self.look(depth, list(done.values()))
             for choice in sorted(branches, reverse=True):
