@@ -39,7 +39,7 @@ MISTAKES: dict[str, tuple[int, str]] = {
     "prune demo --remove 25% --search swp": (2, "Did you mean 'swap'"),
     "prune demo --remove 25% --recover fodl": (2, "Did you mean 'fold'"),
     "prune demo --remove 25% --export transfomers": (2, "Did you mean 'transformers'"),
-    "prune demo --remove 25% --device gpu": (2, "no device 'gpu'"),
+    "prune demo --remove 25% --device gpu": (2, "no kind of device 'gpu'. Did you mean cuda or mps?"),
     "prune demo --resume --run rabcdef": (2, "There is no store"),
     "score demo --metric cosin": (2, "Did you mean 'cosine'"),
     "score demo --loss klx": (2, "Did you mean 'kl'"),

@@ -9,6 +9,7 @@ from billhook.core.errors import UsageError, nearest, option
 from billhook.core.plan import format_ranges, shorten
 
 KINDS = ("auto", "cpu", "cuda", "mps")
+OTHER_NAMES = {"gpu": "cuda or mps", "nvidia": "cuda", "rocm": "cuda", "apple": "mps", "metal": "mps"}
 ALLOWED = "Write auto, cpu, mps, cuda, cuda:1, or several GPUs for one model: cuda:0-7, cuda:0,2 or cuda:0-1,3."
 
 
@@ -19,7 +20,7 @@ def parse_devices(text: str) -> tuple[str, ...]:
     """
     kind, colon, numbers = text.partition(":")
     if kind not in KINDS:
-        near = nearest(kind, KINDS)
+        near = OTHER_NAMES.get(kind.lower()) or nearest(kind, KINDS)
         guess = f" Did you mean {near}?" if near else ""
         raise UsageError(f"There is no kind of device {shorten(kind)!r}.{guess} {ALLOWED}")
     if not colon:
