@@ -34,7 +34,7 @@ def test_one_device_is_itself(text: str) -> None:
         ("cpu:0-1", "only those of cuda have numbers: Billhook takes one cpu. Type device='cpu'"),
         ("mps:0-1", "Type device='mps'"),
         ("auto:1", "Type device='auto'"),
-        ("gpu:0-1", "There is no kind of device 'gpu'. Did you mean cpu"),
+        ("gpu:0-1", "There is no kind of device 'gpu'. Did you mean cuda or mps"),
         ("", "There is no kind of device ''. Write auto, cpu"),
         ("cuda:0-1,1", "names cuda:1 twice. Type device='cuda:0-1'."),
         ("cuda:3-1", "3-1 in device='cuda:3-1' goes down. Write 1-3."),
