@@ -284,7 +284,7 @@ def test_help_is_fast() -> None:
         (("prune", "MODEL", "--remove", "99sites"), 2, "cannot be met"),
         (("prune", "MODEL", "--tokens", "many"), 2, "Invalid value for '--tokens': Input should be a valid integer"),
         (("prune", "MODEL", "--serch", "greedy"), 2, "No such option: --serch"),
-        (("inspect", "MODEL", "--device", "tpu"), 2, "no device 'tpu'"),
+        (("inspect", "MODEL", "--device", "tpu"), 2, "no kind of device 'tpu'"),
         (("runs", "--store", "none.db"), 2, "There is no store none.db"),
         (("speed", "MODEL", "--repeats", "1"), 2, "--repeats"),
         (("inspect", "no/such/folder"), 3, "There is no folder"),
