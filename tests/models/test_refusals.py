@@ -515,7 +515,7 @@ RECIPES: dict[str, tuple[type[BillhookError], dict[str, Any], tuple[str, ...]]] 
     "loss": (UnknownName, {"loss": "kll"}, ("'kll'", "'kl'?", "js, kl, nll", "`billhook methods`")),
     "dtype": (RecipeError, {"dtype": "float8"}, ("dtype: 'float8'", "'bfloat16'")),
     "device": (UsageError, {"device": "cuda:99"}, ("no device 'cuda:99'", "cpu", "auto")),
-    "odd device": (UsageError, {"device": "tpu"}, ("no device 'tpu'", "cpu", "auto")),
+    "odd device": (UsageError, {"device": "tpu"}, ("no kind of device 'tpu'", "cpu", "auto")),
 }  # fmt: skip
 
 
