@@ -103,8 +103,8 @@ METRICS = {
     "sites": "cca,cosine,l1,l2,relative_l1,relative_l2,angular_span,magnitude,sprint_local,taylor",
     "losses": "loo_js,loo_kl,loo_logits,loo_nll,loo_ppl,shapley_kl,shapley_nll,present_absent",
     "task": "loo_task,shapley_task",
-    "groups": "activation,cfsp,flap,group_magnitude,obs,saap,taylor_element1,taylor_element2,taylor_mix,taylor_vector,"
-    "wanda_sp",
+    "groups": "activation,apt,cfsp,flap,group_magnitude,obs,saap,taylor_element1,taylor_element2,taylor_mix,"
+    "taylor_vector,wanda_sp",
     "experts": "reap",
 }
 SCORED: dict[str, tuple[str, dict[str, Any]]] = {

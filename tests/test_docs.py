@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from inspect import Parameter, signature
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -442,10 +443,16 @@ def test_the_snippets_of_readme_and_guides_run(tmp_path: Path) -> None:
     tiny.with_tokenizer(tmp_path / "tiny", max_position_embeddings=512)
     tiny.write_texts(tmp_path / "texts.jsonl", 120)
     snippets = "\n".join(snippet for page in (ROOT / "README.md", *GUIDES) for snippet in fences(read(page), "python"))
-    little = "tokens=240, length=24, self_share=0, eval_tokens=640, eval_length=32"
-    for name, ours in (('"path/to/model"', '"tiny"'), ('data="my.jsonl"', f'data="texts.jsonl", {little}')):
-        assert name in snippets
-        snippets = snippets.replace(name, ours)
+    little = {"tokens": 240, "length": 24, "self_share": 0, "eval_tokens": 640, "eval_length": 32}
+    assert '"path/to/model"' in snippets
+    before, *pieces = snippets.replace('"path/to/model"', '"tiny"').split('data="my.jsonl"')
+    assert pieces
+    for piece in pieces:
+        called = signature(getattr(billhook, re.findall(r"billhook\.(\w+)\(", before)[-1])).parameters
+        free = any(parameter.kind == Parameter.VAR_KEYWORD for parameter in called.values())
+        own = "".join(f", {name}={value}" for name, value in little.items() if free or name in called)
+        before += f'data="texts.jsonl"{own}{piece}'
+    snippets = before
     (tmp_path / "all.py").write_text(snippets, encoding="utf-8")
     run(tmp_path / "all.py", tmp_path)
     assert {"pruned", "without-the-end"} <= {path.name for path in tmp_path.iterdir()}

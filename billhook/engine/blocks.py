@@ -208,7 +208,7 @@ class BlockRunner:
             for number, (_, _, wanted) in enumerate(items):
                 for one in dict.fromkeys(getattr(state, part) for state in wanted):
                     if one is not False:
-                        chosen[NEITHER._replace(**{part: one})].append(number)
+                        chosen[BlockState(*(one if each == part else False for each in PARTS))].append(number)
             for alone, numbers in chosen.items():
                 captured: list[Any] = []
                 keep = lambda module, args, output, to=captured: to.append(output)  # noqa: E731

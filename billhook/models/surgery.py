@@ -75,7 +75,8 @@ def narrower(teacher: Teacher, narrowed: Collection[KeptGroups], position: int, 
 @contextmanager
 def restored(block: nn.Module) -> Iterator[None]:
     """On leaving, give a block the modules, parameters and attributes that it has on entering."""
-    held = [kept for module in block.modules() for kept in (vars(module), module._parameters, module._modules)]
+    own = [vars(module) for module in block.modules()]
+    held = [kept for values in own for kept in (values, values["_parameters"], values["_modules"])]
     before: list[tuple[dict[str, Any], dict[str, Any]]] = [(kept, dict(kept)) for kept in held]
     try:
         yield

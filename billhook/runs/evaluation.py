@@ -209,9 +209,7 @@ def _batch_logprobs(
         if repair == NO_REPAIR:
             fresh.append(told[bare.index(plan)])
         else:
-            fresh += Probe(teacher, tokens, "task", memory=memory, repaired=(plan, repair)).row_sums(
-                [Plan(plan.removed)]
-            )
+            fresh += Probe(teacher, tokens, "task", memory=memory, repaired=(plan, repair)).row_sums([plan])
     return fresh
 
 

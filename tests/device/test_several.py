@@ -105,7 +105,7 @@ def test_every_recovery(name: str, checkpoint: Folder) -> None:
 
     def work(teacher: Teacher) -> list[float]:
         repair = recovered(name, teacher, plan, tokens, **loss)
-        found = sums(Probe(teacher, tokens, "kl", repaired=(plan, repair)).losses([Plan(plan.removed)]))
+        found = sums(Probe(teacher, tokens, "kl", repaired=(plan, repair)).losses([plan]))
         (result,) = measure_perplexity(teacher, [(plan, repair)], tokens)
         return [*found, *result.sums]
 

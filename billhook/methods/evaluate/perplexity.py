@@ -76,7 +76,7 @@ def measure_perplexity(
             result = done[plan]
         elif teacher.weights is not None:
             probe = Probe(teacher, tokens, "nll", memory=memory, repaired=(plan, repair))
-            (result,) = _nats(probe, [Plan(plan.removed)])  # its widths are the repair's
+            (result,) = _nats(probe, [plan])
         else:
             student = student_as_teacher(teacher, apply(teacher, plan, repair=repair))
             (result,) = _nats(Probe(student, tokens, "nll", memory=memory), [Plan()])
