@@ -167,7 +167,7 @@ def recovered(
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         subject = RecoveryTask(
-            bench.teacher, plan, repair, None, job.recipe.seed, work, watch, narrow=job.recipe.dtype == "auto"
+            bench.teacher, plan, repair, None, job.recipe.seed, work, watch, bfloat16=job.recipe.dtype == "auto"
         )
         repair = RECOVERIES[name](subject, trained if trains(name) else fitted, valid, **options)
     return repair, curve

@@ -28,7 +28,7 @@ from billhook.engine.racing import Decision, Selection, SelectionTask, measure_a
 from billhook.engine.workers.division import ALONE
 from billhook.engine.workers.shared import SharedMeasurer
 from billhook.engine.workers.team import Team
-from billhook.models.accelerator.narrow import narrow_copy
+from billhook.models.accelerator.bfloat16 import bfloat16_copy
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import Repair
 
@@ -70,7 +70,7 @@ class Probe:
         if team is not None:
             self._bench = SharedMeasurer(self._measurer, tokens, loss, memory, team)
             self._runners.append(self._bench)
-        self._narrow_copy: Teacher | None = None  # for estimates: the teacher itself where no copy is faster
+        self._bfloat16_copy: Teacher | None = None  # for estimates: the teacher itself where no copy is faster
         self._hardness: list[float] = []  # loss of the last round's best plan by group
         self._rises: dict[int, tuple[float, int]] = {}  # by move: the gap to the best, and its round
         self._means: dict[str, tuple[activation_passes.Statistic, dict[ScoredUnit, Score]]] = {}
@@ -225,13 +225,13 @@ class Probe:
 
     def for_estimates(self, tokens: TokenSet) -> Probe:
         """Return a probe for estimates on `tokens`, in bfloat16 where that is faster; this one releases its streams."""
-        if self._narrow_copy is None:
-            narrow = None if self._team is not None else narrow_copy(self.teacher, self.memory)
-            self._narrow_copy = narrow or self.teacher
-        if self._narrow_copy is self.teacher:
+        if self._bfloat16_copy is None:
+            copy = None if self._team is not None else bfloat16_copy(self.teacher, self.memory)
+            self._bfloat16_copy = copy or self.teacher
+        if self._bfloat16_copy is self.teacher:
             return self.with_objective(self.loss, tokens)
         self.release_streams()
-        probe = Probe(self._narrow_copy, tokens, self.loss, memory=self.memory, cache_factory=self._cache_factory)
+        probe = Probe(self._bfloat16_copy, tokens, self.loss, memory=self.memory, cache_factory=self._cache_factory)
         self._runners += probe._runners
         return probe
 

@@ -92,7 +92,7 @@ def _choice(
     """`choose_plan`, with the workers of the run."""
     recipe, (calibration, held_out) = job.recipe, texts
     probe = probe_of(recipe, teacher, calibration, job)
-    plain = Executor(probe, narrow=recipe.dtype == "auto")
+    plain = Executor(probe, bfloat16=recipe.dtype == "auto")
     measure = RefitExecutor(plain, _judge(job, teacher, calibration, calibration)) if recipe.fold_in_search else plain
     within: WithinReport | None = None
     final: FinalChoice | None = None

@@ -27,12 +27,12 @@ def ignore_progress(done: int, total: int, best: float) -> None:
 class Executor:
     """Answers Asks by a probe, and keeps what was asked and answered.
 
-    `narrow`: estimates may be made in bfloat16, where that is faster.
+    `bfloat16`: estimates may be made in bfloat16, where that is faster.
     """
 
-    def __init__(self, probe: Probe, *, narrow: bool = False) -> None:
+    def __init__(self, probe: Probe, *, bfloat16: bool = False) -> None:
         self._probes: dict[tuple[int | None, bool], Probe] = {(None, False): probe}
-        self._narrow = narrow
+        self._bfloat16 = bfloat16
         self.rounds: list[tuple[MeasureRequest, list[Loss]]] = []
 
     def __call__(self, ask: MeasureRequest, on_progress: OnProgress = ignore_progress) -> list[Loss]:
@@ -41,7 +41,7 @@ class Executor:
         With `ask.full_results=k` the k lowest are in full, and others may be bounds; of an estimate all are bounds.
         `on_progress(done, total, lowest mean so far)` is called as the work proceeds.
         """
-        probe = self._probe(ask.tokens, ask.estimate and self._narrow)
+        probe = self._probe(ask.tokens, ask.estimate and self._bfloat16)
         found: dict[Plan, Loss] = {}
         lowest, total, furthest = float("inf"), len(ask.plans), 0
 
@@ -67,16 +67,16 @@ class Executor:
         on_progress(total, total, lowest)
         return losses
 
-    def _probe(self, tokens: int | None, narrow: bool) -> Probe:
-        """The probe over all calibration tokens, or over the first `tokens` of them; `narrow`: in bfloat16."""
+    def _probe(self, tokens: int | None, bfloat16: bool) -> Probe:
+        """The probe over all calibration tokens, or over the first `tokens` of them; `bfloat16`: computed in that."""
         whole = self._probes[None, False]
         tokens = None if tokens is None or tokens >= whole.tokens.tokens else tokens
-        if (tokens, narrow) not in self._probes:
+        if (tokens, bfloat16) not in self._probes:
             picked = whole.tokens if tokens is None else truncate(whole.tokens, tokens)
-            self._probes[tokens, narrow] = (
-                whole.for_estimates(picked) if narrow else whole.with_objective(whole.loss, picked)
+            self._probes[tokens, bfloat16] = (
+                whole.for_estimates(picked) if bfloat16 else whole.with_objective(whole.loss, picked)
             )
-        return self._probes[tokens, narrow]
+        return self._probes[tokens, bfloat16]
 
 
 class RefitExecutor:

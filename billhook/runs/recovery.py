@@ -120,7 +120,7 @@ def run_recoveries(
             training.mkdir(exist_ok=True)
             subject = RecoveryTask(
                 teacher, plan, repair, recipe.memory_bytes, recipe.seed, training, job.watch,
-                narrow=recipe.dtype == "auto",
+                bfloat16=recipe.dtype == "auto",
             )  # fmt: skip
             fresh = _carried_out(subject, name, (train, valid), own, optional=name in recipe.optional_recoveries)
             if fresh is None:

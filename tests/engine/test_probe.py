@@ -31,7 +31,7 @@ from billhook.engine.prefix_trie import StreamCache
 from billhook.engine.probe import Probe, RacingOptions, logits
 from billhook.engine.racing import Quality, Sums
 from billhook.methods.export.checkpoint import save
-from billhook.models.accelerator.narrow import LEAST_WIDTH, narrow_copy
+from billhook.models.accelerator.bfloat16 import LEAST_WIDTH, bfloat16_copy
 from billhook.models.load import Teacher, load
 from billhook.models.surgery import apply
 from billhook.report.run_words import work_in_words
@@ -697,7 +697,7 @@ def test_a_cpu_that_multiplies_bfloat16_estimates_in_it(wide: Teacher, monkeypat
     exact = Probe(wide, token_set(), "kl").losses(plans)
     for has, dtype in (({"avx512_bf16": True}, torch.bfloat16), ({"avx512_f": True}, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has, raising=False)
-        measure = Executor(Probe(wide, token_set(), "kl"), narrow=True)
+        measure = Executor(Probe(wide, token_set(), "kl"), bfloat16=True)
         rough = measure(MeasureRequest(tuple(plans), estimate=True))
         assert [loss.mean for loss in rough] == pytest.approx([loss.mean for loss in exact], rel=0.1)
         assert [loss.mean for loss in measure(MeasureRequest(tuple(plans)))] == [loss.mean for loss in exact]
@@ -709,6 +709,6 @@ def test_a_cpu_that_multiplies_bfloat16_estimates_in_it(wide: Teacher, monkeypat
 
 def test_no_copy_is_made_without_room_for_it(wide: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
-    assert narrow_copy(wide, 4 * wide.weight_bytes) is not None
-    assert narrow_copy(wide, 2 * wide.weight_bytes) is None
-    assert narrow_copy(replace(wide, model=wide.model.bfloat16()), None) is None
+    assert bfloat16_copy(wide, 4 * wide.weight_bytes) is not None
+    assert bfloat16_copy(wide, 2 * wide.weight_bytes) is None
+    assert bfloat16_copy(replace(wide, model=wide.model.bfloat16()), None) is None

@@ -32,7 +32,7 @@ from billhook.methods.recover.side_by_side import (
     side_by_side,
     streams_after,
 )
-from billhook.models.accelerator.narrow import LEAST_WIDTH
+from billhook.models.accelerator.bfloat16 import LEAST_WIDTH
 from billhook.models.load import Teacher, load
 from billhook.models.repair import NO_REPAIR, Patch, Repair, read_repair
 from billhook.models.structure import output_projection
@@ -675,10 +675,10 @@ def test_a_cpu_that_multiplies_bfloat16_trains_in_it(
         look = lambda module, args, out, name=name: seen.add((name, out.dtype))  # noqa: E731
         teacher.model.get_submodule(name).register_forward_hook(look)
     best: list[list[float]] = []
-    for narrow in (False, True):
+    for bfloat16 in (False, True):
         best.append([])
         watch = lambda event, to=best[-1]: to.append(event.values["best"]) if "best" in event.values else None  # noqa: E731
-        task = RecoveryTask(teacher, PLAN, narrow=narrow, watch=watch)
+        task = RecoveryTask(teacher, PLAN, bfloat16=bfloat16, watch=watch)
         repair = RECOVERIES["full"](task, tokens, tokens, loss=loss, rate=1e-3, epochs=4, batch=4)
         assert {value.dtype for value in repair.weights.values()} == {torch.float32}
     attention = "model.layers.1.self_attn.q_proj"

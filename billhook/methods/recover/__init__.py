@@ -32,7 +32,7 @@ from billhook.methods.recover.training import (
     skip_frozen_blocks,
 )
 from billhook.models import structure
-from billhook.models.accelerator.narrow import computing_in, gains_by_bfloat16
+from billhook.models.accelerator.bfloat16 import computing_in, gains_by_bfloat16
 from billhook.models.architectures import Architecture
 from billhook.models.load import Teacher
 from billhook.models.modeling_billhook import PatchModule
@@ -50,7 +50,7 @@ class RecoveryTask:
     `memory`: bytes for weights and activations (None: half of what is free). `work`: a folder for training checkpoints;
     a later call with the same arguments resumes from it. `streams_by_tokens`: the teacher's streams by hash of the
     tokens, cached for recoveries of other plans. `save_every`: seconds between training checkpoints (None: 30).
-    `narrow`: training may compute in bfloat16, where that is faster.
+    `bfloat16`: training may compute in bfloat16, where that is faster.
     """
 
     teacher: Teacher
@@ -62,7 +62,7 @@ class RecoveryTask:
     watch: EventListener = ignore_events
     streams_by_tokens: dict[str, TeacherStreams] | None = None
     save_every: float | None = None
-    narrow: bool = False
+    bfloat16: bool = False
 
     def teacher_streams(self, tokens: TokenSet, *, again: bool = False) -> TeacherStreams:
         """Return the teacher's streams on `tokens`; `again`: they may be read more than once."""
@@ -208,12 +208,12 @@ def finetune(
         first = 0
     train, valid = (rows_of(token_set, teacher.device) for token_set in tokens)
     files = task.work and task.work / f"teacher-{teacher.fingerprint}-{teacher.compute_key.replace(' on ', '-')}"
-    narrow = task.narrow and gains_by_bfloat16(teacher)
+    bfloat16 = task.bfloat16 and gains_by_bfloat16(teacher)
     for rows in (train, valid):
-        with teacher.lock, computing_in(teacher.model, torch.bfloat16 if narrow else torch.float32):
+        with teacher.lock, computing_in(teacher.model, torch.bfloat16 if bfloat16 else torch.float32):
             cache_teacher_outputs(teacher.model, rows, options.loss, task.watch, files)
         cache_frozen_streams(student, blocks, first, rows)
-    compute = torch.bfloat16 if narrow else teacher.model.dtype
+    compute = torch.bfloat16 if bfloat16 else teacher.model.dtype
     trainer = Trainer(student, parameters, options, task.work, task.watch, compute=compute, save_every=task.save_every)
     frozen = skip_frozen_blocks(student, blocks, first, teacher.architecture.block_outputs)
     with frozen as set_inputs, gradient_checkpointing(blocks[first:] if options.checkpointing else ()):

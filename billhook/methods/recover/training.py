@@ -26,7 +26,7 @@ from billhook.core.errors import UsageError
 from billhook.core.events import Event, EventListener, EventValue
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import kl, topk_and_rest
-from billhook.models.accelerator.narrow import computing_in
+from billhook.models.accelerator.bfloat16 import computing_in
 from billhook.models.accelerator.sizes import work_sizes
 
 CHECKS = 12  # validations per training; fewer where they would take more than CHECKING

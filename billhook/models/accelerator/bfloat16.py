@@ -33,7 +33,7 @@ def gains_by_bfloat16(teacher: Teacher) -> bool:
 
 
 @undisturbed
-def narrow_copy(teacher: Teacher, memory: int | None) -> Teacher | None:
+def bfloat16_copy(teacher: Teacher, memory: int | None) -> Teacher | None:
     """Return a copy of a teacher in memory whose weights are bfloat16; None where that gains nothing or has no room.
 
     `memory`: bytes for weights and activations together; None is what the machine has free.
