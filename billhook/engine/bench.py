@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from billhook.core.errors import ModelError, UsageError, option
-from billhook.core.plan import KeptGroups, Plan
+from billhook.core.plan import Plan
 from billhook.core.registry import wrong_return
 from billhook.core.results.measured import WorkPlan
 from billhook.data.token_sets import TokenSet
@@ -96,12 +96,8 @@ class Measurer:
             for plan in plans:
                 if plan.narrowed:
                     self.teacher.anatomy.check(plan)
-            self.add(narrowed)
+            self.bits.add(narrowed)
         return [self.bits.mask(plan) for plan in plans]
-
-    def add(self, narrowed: Sequence[KeptGroups]) -> None:
-        """Give bits to what is kept of narrowed sites."""
-        self.bits.add(narrowed)
 
     def begin(self, plans: int, base: int | None = None) -> None:
         """Prepare for a batch of so many plans; streams from which none that does `base` can start are dropped."""

@@ -215,8 +215,8 @@ def _through_inputs(
             with torch.enable_grad():
                 y = runner.call(index, block, x)
             inputs = {site: pieces.pop() for site, pieces in read.items()}
-            batch.slope, *slopes = torch.autograd.grad(y, [x, *inputs.values()], batch.slope)
-            at = batch.targets.flatten() >= 0
+            batch.slope, *slopes = torch.autograd.grad(y, [x, *inputs.values()], batch.slope.to(y.device))
+            at = (batch.targets.flatten() >= 0).to(y.device)
             for (site, h), g in zip(inputs.items(), slopes, strict=True):
                 h, g = (to_float64(each.detach().reshape(len(at), -1)[at]) for each in (h, g))
                 found = torch.stack((h.sum(0), h.abs().sum(0), g.abs().sum(0)))

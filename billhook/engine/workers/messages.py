@@ -59,7 +59,7 @@ class Own:
 
 @dataclass(frozen=True, slots=True)
 class Narrow:
-    """Give bits of masks to what is kept of narrowed sites, as `Measurer.add` does."""
+    """Give bits of masks to what is kept of narrowed sites, as `PlanBits.add` does."""
 
     number: int
     narrowed: list[KeptGroups]
@@ -166,7 +166,7 @@ class Desk:
             case Own(number, groups):
                 self._measurers[number].own(groups)
             case Narrow(number, narrowed):
-                self._measurers[number].add(narrowed)
+                self._measurers[number].bits.add(narrowed)
             case Begin(number, plans, base):
                 self._measurers[number].begin(plans, base)
                 with suppress(ModelError):  # which the first request meets again
