@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def recovering_tokens(recipe: Recipe, teacher: Teacher, proved: int) -> int:
     """
     total = 0
     names = [name for name in recovery_options(recipe) if name in applicable_recoveries(recipe, teacher)]
-    apart = len(set(map(trains, names))) == 2 and recipe.recover_tokens >= FITTING_EVERY * LEAST_FITTED
+    apart = _fits_and_trains(names) and recipe.recover_tokens >= FITTING_EVERY * LEAST_FITTED
     for name, own in recovery_options(recipe).items():
         if name in names:
             passes = 1 + STEP * int(str((options(RECOVERIES[name]) | own)["epochs"])) if trains(name) else 2
@@ -142,6 +142,11 @@ def run_recoveries(
     return RecoveryResult(repair, tuple(reports), before if apart else None, apart, learn.digests)
 
 
+def _fits_and_trains(names: Iterable[str]) -> bool:
+    """Return whether some of the recoveries fit in closed form, and others train."""
+    return len({trains(name) for name in names}) == 2
+
+
 def learning_texts(learn: TokenSet, names: Sequence[str]) -> tuple[TokenSet, TokenSet, TokenSet]:
     """Return the text that validates, the text for fits, and the text for trainings.
 
@@ -149,7 +154,7 @@ def learning_texts(learn: TokenSet, names: Sequence[str]) -> tuple[TokenSet, Tok
     of its own, where there are enough.
     """
     train, valid = train_validation_split(learn, TRAINING_VALIDATION_EVERY)
-    if len({trains(name) for name in names}) == 2:
+    if _fits_and_trains(names):
         rest, fitted = split_every_nth(train, FITTING_EVERY)
         parts = select_documents(train, fitted), select_documents(train, rest)
         if parts[0].tokens >= LEAST_FITTED:
