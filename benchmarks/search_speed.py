@@ -4,8 +4,9 @@
 
 The plain search is what reference implementations do at their best: one full forward pass of all documents in one
 batch for every candidate, the outputs of removed sites computed and zeroed, KL from the log-softmax of all logits,
-the teacher's kept. Each search runs in a process of its own, with the same settings of the allocator. One JSON object
-on stdout; progress on stderr.
+the teacher's kept. Ours computes as `billhook prune` does: it drops candidates in bfloat16 on a CPU that multiplies it.
+Each search runs in a process of its own, with the same settings of the allocator. One JSON object on stdout; progress
+on stderr.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ class _Enough(Exception):
 
 
 def _ours(given: argparse.Namespace, teacher: Teacher, tokens: TokenSet, problem: Problem) -> dict[str, Any]:
-    probe = Probe(teacher, tokens, "kl", fast=RacingOptions() if given.mode == "fast" else None)
+    probe = Probe(teacher, tokens, "kl", fast=RacingOptions() if given.mode == "fast" else None, bfloat16=True)
     losses: list[float] = []
     reached: list[Plan] = []
 

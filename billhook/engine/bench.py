@@ -51,11 +51,12 @@ class Measurer:
     - `walk`: the order of the walk, instead of choosing it by memory.
     - `repaired`: a plan to measure under a repair of its blocks.
     - `division`: how many workers share the document groups. All are this one's until `own` says otherwise.
+    - `bits`: those of another measurer, so that both read the same masks.
     """
 
     def __init__(
         self, teacher: Teacher, tokens: TokenSet, loss: str, *, memory: int | None = None, walk: str | None = None,
-        repaired: tuple[Plan, Repair] | None = None, division: Division = ALONE,
+        repaired: tuple[Plan, Repair] | None = None, division: Division = ALONE, bits: PlanBits | None = None,
     ) -> None:  # fmt: skip
         self._item_loss = ITEM_LOSSES.get(loss)
         if (self._item_loss is None) != (tokens.choices is None):
@@ -70,7 +71,7 @@ class Measurer:
         self._fixed, self._parts = walk, 1  # the parts of a batch of jobs
         self._limit = self._room(memory)
         self._head = self._new_head()
-        self.bits = PlanBits(teacher.positions)
+        self.bits = bits or PlanBits(teacher.positions)
         self.walk = Walk(self.runner, [group.ids for group in self.groups], self._limit, self.bits)
         self._references: dict[int, Reference] = {}  # by document group
         self._runs: Walk | RepairedWalk = self.walk
@@ -84,7 +85,11 @@ class Measurer:
         self._references = {g: reference for g, reference in self._references.items() if g in self._own}
         self.walk.streams.drop(lambda node: node[0] not in self._own)
 
-    workers = 1
+    workers, rounding = 1, 0.0
+
+    def widened(self, excess: float) -> bool:
+        """Return whether `rounding` was too low: bounds are of the same precision as losses here."""
+        return False
 
     def interleaved(self, order: Sequence[int]) -> list[int]:
         """Return the document groups in the order in which they are measured: as given."""
@@ -122,6 +127,11 @@ class Measurer:
     def room(self) -> int:
         """Bytes for residual streams."""
         return self._limit
+
+    def limit_room(self, room: int) -> None:
+        """Take at most so many bytes for residual streams from now on."""
+        self._limit = min(self._limit, room)
+        self.layout = self.arrange(1)
 
     @property
     def token_bytes(self) -> int:

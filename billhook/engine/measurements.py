@@ -14,6 +14,9 @@ from billhook.engine.racing import Piece, Quality, Sums
 if TYPE_CHECKING:
     from billhook.data.token_sets import TokenSet
 
+FADING = 0.8  # weight of a round's result in each later round, for moves that are not measured again
+TINY = 1e-300
+
 DocumentIds = tuple[int, ...]  # of one group
 Pieces = Mapping[Quality, Mapping[DocumentIds, Sums]]
 
@@ -123,14 +126,26 @@ class PieceTable:
             nats |= dict(zip(members, known[0], strict=True)) if known else {}
         return nats
 
+    def nats_by_group(self, plan: int) -> list[float]:
+        """Return the nats of a plan that is complete, by document group."""
+        return [math.fsum(self._sums["full"][plan, g]) for g in range(len(self._documents))]
+
     def total(self, plan: int) -> float:
         """Return the nats of a plan that is complete."""
-        return math.fsum(x for g in range(len(self._documents)) for x in self._sums["full"][plan, g])
+        return math.fsum(self.nats_by_group(plan))
 
     def most_measured(self) -> int:
         """Return the plan that was measured on the most groups; of several the one with the fewest nats."""
         nats = [self.by_document(plan) for plan in range(self._plans)]
         return min(range(self._plans), key=lambda p: (-len(nats[p]), math.fsum(nats[p].values()), p))
+
+    def excess(self) -> float:
+        """Return the largest share of a loss by which its bound exceeds it, of the plans that have both; 0 if none."""
+        groups = range(len(self._documents))
+        full, bound = self._sums["full"], self._sums["bound"]
+        both = [p for p in range(self._plans) if all((p, g) in full and (p, g) in bound for g in groups)]
+        ratios = [math.fsum(x for g in groups for x in bound[p, g]) / max(self.total(p), TINY) for p in both]
+        return max([0.0, *(ratio - 1 for ratio in ratios)])
 
     def gap_to(self, plan: int, leader: int) -> float | None:
         """Return how far a plan is above another, in nats per group, over groups known in the same quality."""
@@ -140,3 +155,39 @@ class PieceTable:
             if both:
                 return math.fsum(math.fsum(sums[plan, g]) - math.fsum(sums[leader, g]) for g in both) / len(both)
         return None
+
+
+class EarlierRounds:
+    """What earlier batches of plans tell of the next one: how hard document groups are, and how good moves."""
+
+    def __init__(self) -> None:
+        self._round = 0
+        self._hardness: list[float] = []  # loss of the last round's best plan by group
+        self._rises: dict[int, tuple[float, int]] = {}  # by move: the gap to the best, and its round
+
+    def hardest(self, groups: int) -> list[int]:
+        """Return the document groups, the one with the highest loss first."""
+        return sorted(range(groups), key=lambda g: (-self._hardness[g] if self._hardness else 0, g))
+
+    def expected(self, move: int) -> float:
+        """Return the expected gap of a move to the best; -1, so that it comes first, if it was never measured.
+
+        The gap shrinks with each round without a measurement, so that every move is measured again at some time.
+        """
+        if move not in self._rises:
+            return -1.0
+        rise, when = self._rises[move]
+        return rise * FADING ** (self._round - when)
+
+    def learn(self, moves: Sequence[int], table: PieceTable) -> None:
+        """Learn from a batch. `moves`: what each of its plans does beyond what all of them do."""
+        if len(moves) < 2:
+            return
+        self._round += 1
+        complete = sorted(table.complete(), key=lambda p: (table.total(p), p))
+        leader = complete[0] if complete else table.most_measured()
+        if complete:
+            self._hardness = table.nats_by_group(leader)
+        for plan, move in enumerate(moves):
+            if (rise := table.gap_to(plan, leader)) is not None:
+                self._rises[move] = max(0.0, rise), self._round

@@ -7,7 +7,7 @@ the whole set (`head`). Where only the best plans are needed, others are dropped
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
@@ -23,16 +23,15 @@ from billhook.engine.bench import Measurer, job_batches
 from billhook.engine.blocks import BlockRunner
 from billhook.engine.channel_statistics import GroupValues
 from billhook.engine.losses import loss_facts
-from billhook.engine.measurements import CacheFactory, PieceTable, no_cache
+from billhook.engine.measurements import Cache, CacheFactory, EarlierRounds, PieceTable, no_cache
 from billhook.engine.racing import Decision, Selection, SelectionTask, measure_all, measure_best, race
+from billhook.engine.screening import ScreenedCache, ScreenedMeasurer
 from billhook.engine.workers.division import ALONE
 from billhook.engine.workers.shared import SharedMeasurer
 from billhook.engine.workers.team import Team
 from billhook.models.accelerator.bfloat16 import bfloat16_copy
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.repair import Repair
-
-FADING = 0.8  # weight of a round's result in each later round, for moves that are not measured again
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +51,7 @@ class Probe:
     - `cache_factory`: where measurements are cached.
     - `repaired`: a plan to measure under a repair of its blocks; only without a cache.
     - `team`: workers that share the losses of plans without a repair.
+    - `bfloat16`: bounds and samples, which only exclude plans, are computed in it where that is faster.
 
     While it measures, it swaps modules of the teacher's model and holds the teacher's lock.
     """
@@ -59,20 +59,21 @@ class Probe:
     def __init__(
         self, teacher: Teacher, tokens: TokenSet, loss: str, *, memory: int | None = None,
         fast: RacingOptions | None = None, walk: str | None = None, cache_factory: CacheFactory = no_cache,
-        repaired: tuple[Plan, Repair] | None = None, team: Team | None = None,
+        repaired: tuple[Plan, Repair] | None = None, team: Team | None = None, bfloat16: bool = False,
     ) -> None:  # fmt: skip
         self.teacher, self.tokens, self.loss, self.fast, self.memory = teacher, tokens, loss, fast, memory
-        self._cache_factory, self._team, self._round = cache_factory, team, 0
+        self._cache_factory, self._team = cache_factory, team
         division = ALONE if team is None else team.division
         self._measurer = Measurer(teacher, tokens, loss, memory=memory, walk=walk, repaired=repaired, division=division)
-        self._bench: Measurer | SharedMeasurer = self._measurer  # what measures pieces
+        self._bench: Measurer | SharedMeasurer | ScreenedMeasurer = self._measurer  # what measures pieces
         self._runners: list[BlockRunner | SharedMeasurer] = [self._measurer.runner]  # their work is this probe's
+        self._others: list[Probe] = []  # theirs too
         if team is not None:
             self._bench = SharedMeasurer(self._measurer, tokens, loss, memory, team)
             self._runners.append(self._bench)
-        self._bfloat16_copy: Teacher | None = None  # for estimates: the teacher itself where no copy is faster
-        self._hardness: list[float] = []  # loss of the last round's best plan by group
-        self._rises: dict[int, tuple[float, int]] = {}  # by move: the gap to the best, and its round
+        self._bfloat16 = bfloat16 and team is None
+        self._bfloat16_copy: Teacher | None = None  # the teacher itself where no copy is faster
+        self._earlier = EarlierRounds()
         self._means: dict[str, tuple[activation_passes.Statistic, dict[ScoredUnit, Score]]] = {}
         self.tally: list[Counter[str]] = []  # of each batch: how many plans by kind of decision
 
@@ -87,9 +88,11 @@ class Probe:
 
     @property
     def site_evaluations(self) -> float:
-        """Sites computed so far, one over the whole token set counting as 1; those of `with_objective` too."""
-        tokens = sum(group.ids.numel() for group in self._measurer.groups)
-        return sum(runner.computed for runner in self._runners) / tokens
+        """Sites computed so far, one over the whole token set counting as 1; those of probes beside it too."""
+        return self._computed() / sum(group.ids.numel() for group in self._measurer.groups)
+
+    def _computed(self) -> int:
+        return sum(runner.computed for runner in self._runners) + sum(probe._computed() for probe in self._others)
 
     def losses(self, plans: Sequence[Plan], best: int | None = None) -> list[Loss]:
         """Return the loss of each plan in the given order; with `best=k` all but the k lowest may be bounds.
@@ -113,10 +116,12 @@ class Probe:
         - `estimate`: only how plans compare is needed: all are measured as lower bounds, where such are cheaper.
         """
         expected_of = dict(zip(plans, expected, strict=True)) if expected is not None else {}
-        cache = self._cache_factory(self.tokens, self.loss, self.teacher.compute_key)
         plans = list(dict.fromkeys(plans))
         if not plans:
             return
+        if estimate or ceiling is not None or (best is not None and best < len(plans)):
+            self._screen()
+        cache = self._cache()
         groups, masks = self._measurer.groups, self._bench.masks(plans)
         base = reduce(and_, masks)
         self._bench.begin(len(plans), base if len(plans) > 1 else None)
@@ -124,10 +129,11 @@ class Probe:
         table = PieceTable([group.documents for group in groups], cache.lookup(plans), instead=exact)
         number = {mask: plan for plan, mask in enumerate(masks)}
         hints = [expected_of[plan] for plan in plans] if expected_of else None
-        selection = self._selection(masks, base, None if estimate else best, hints, None if estimate else ceiling)
         bounds = estimate and self._bench.bounds
         done: set[int] = set()
-        try:
+
+        def follow(selection: Selection) -> Generator[tuple[Plan, Loss], None, list[Decision]]:
+            """Measure what a selection requests, and yield losses."""
             request = next(selection)
             while True:
                 quality = self._measurer.supported_quality("bound" if bounds else request.quality)
@@ -142,63 +148,67 @@ class Probe:
                     loss = self._loss(table.by_document(plan), bound=False)
                     cache.add(plans[plan], loss)
                     yield plans[plan], loss
-                request = selection.send({piece: table.sums(quality, piece) for piece in request.pieces})
-        except StopIteration as end:
-            decisions: list[Decision] = end.value
+                try:
+                    request = selection.send({piece: table.sums(quality, piece) for piece in request.pieces})
+                except StopIteration as end:
+                    decided: list[Decision] = end.value
+                    return decided
+
+        few = (None, None) if estimate else (best, ceiling)
+        decisions = yield from follow(self._selection(masks, base, *few, hints))
+        while self._bench.widened(table.excess()):
+            decisions = yield from follow(self._selection(masks, base, *few, hints))
         told = ["bound" if bounds else decision for decision in decisions]
         self.tally.append(Counter("full" if p in done else decision for p, decision in enumerate(told)))
-        self._learn(masks, base, table)
+        self._earlier.learn([mask & ~base for mask in masks], table)
         for plan in sorted(set(range(len(plans))) - done):
             yield plans[plan], self._loss(table.by_document(plan), bound=True)
 
     def _selection(
-        self, masks: list[int], base: int, best: int | None, hints: Sequence[float] | None,
-        limits: Sequence[float] | None,
+        self, masks: list[int], base: int, best: int | None, limits: Sequence[float] | None,
+        hints: Sequence[float] | None,
     ) -> Selection:  # fmt: skip
         """Return the generator that chooses the pieces to measure: all, with exact bounds, or by racing."""
         groups = self._measurer.groups
-        hardest = sorted(range(len(groups)), key=lambda g: (-self._hardness[g] if self._hardness else 0, g))
-        order, workers = self._bench.interleaved(hardest), self._bench.workers
+        order, workers = self._bench.interleaved(self._earlier.hardest(len(groups))), self._bench.workers
         tokens = tuple(group.tokens for group in groups)
         together = self.teacher.weights is not None or self._measurer.sizes.launches_count
         positive = loss_facts(self.loss).never_negative
         least = workers * (self.layout.wave if together else self.layout.wave // 4)
         ceiling = None if limits is None else {g: tuple(limits[d] for d in x.documents) for g, x in enumerate(groups)}
         task = SelectionTask(
-            len(masks), best or len(masks), tuple(order), tokens, least, together, positive, ceiling, workers
-        )
+            len(masks), best or len(masks), tuple(order), tokens, least, together, positive, ceiling, workers,
+            self._bench.rounding,
+        )  # fmt: skip
         if (task.best >= len(masks) and limits is None) or (self.fast is None and not positive):
             return measure_all(task)
         if self.fast is None:
             return measure_best(task, self._bench.bounds)
-        rises = list(hints) if hints is not None else [self._expected(mask & ~base) for mask in masks]
+        rises = list(hints) if hints is not None else [self._earlier.expected(mask & ~base) for mask in masks]
         unknown = 0 if hints is not None else sum(rise == -1.0 for rise in rises)
         few = max(task.best, self.fast.shortlist) + unknown
         shortlist = sorted(sorted(range(len(masks)), key=lambda p: (rises[p], p))[:few])
         return race(task, shortlist, self.fast.risk, self._bench.bounds)
 
-    def _expected(self, move: int) -> float:
-        """Return the expected gap of a move to the best; -1, so that it comes first, if it was never measured.
+    def _copy(self) -> Teacher | None:
+        """Return the teacher's copy in bfloat16, made once; None where that is not faster, or not allowed."""
+        if self._bfloat16_copy is None:
+            copy = bfloat16_copy(self.teacher, self.memory) if self._bfloat16 else None
+            self._bfloat16_copy = copy or self.teacher
+        return None if self._bfloat16_copy is self.teacher else self._bfloat16_copy
 
-        The gap shrinks with each round without a measurement, so that every move is measured again at some time.
-        """
-        if move not in self._rises:
-            return -1.0
-        rise, when = self._rises[move]
-        return rise * FADING ** (self._round - when)
+    def _screen(self) -> None:
+        """Measure bounds and samples in bfloat16 from now on, where that is faster."""
+        if self._bench is self._measurer and (copy := self._copy()) is not None:
+            self._bench = ScreenedMeasurer(self._measurer, copy, self.tokens, self.memory)
+            self._runners.append(self._bench.rough.runner)
 
-    def _learn(self, masks: list[int], base: int, table: PieceTable) -> None:
-        """Update, for the next batch, the hardness of groups and the gaps of moves."""
-        if len(masks) < 2:
-            return
-        self._round += 1
-        complete = sorted(table.complete(), key=lambda p: (table.total(p), p))
-        leader = complete[0] if complete else table.most_measured()
-        if complete:
-            self._hardness = [sum(table.sums("full", (leader, g))) for g in range(len(self._measurer.groups))]
-        for plan, mask in enumerate(masks):
-            if (rise := table.gap_to(plan, leader)) is not None:
-                self._rises[mask & ~base] = max(0.0, rise), self._round
+    def _cache(self) -> Cache:
+        """Return the cache of this probe's measurements."""
+        exact = self._cache_factory(self.tokens, self.loss, self.teacher.compute_key)
+        if not isinstance(self._bench, ScreenedMeasurer):
+            return exact
+        return ScreenedCache(exact, self._cache_factory(self.tokens, self.loss, self._bench.rough.teacher.compute_key))
 
     def _loss(self, sums: Mapping[int, float], bound: bool) -> Loss:
         """Return the loss with these sums by document, and the number of tokens, or items, that they count."""
@@ -215,24 +225,26 @@ class Probe:
         tokens = self.tokens if tokens is None else tokens
         if loss == self.loss and tokens.hash == self.tokens.hash:
             return self
-        self.release_streams()
-        probe = Probe(
-            self.teacher, tokens, loss, memory=self.memory, fast=self.fast, cache_factory=self._cache_factory,
-            team=self._team,
-        )  # fmt: skip
-        self._runners += probe._runners
-        return probe
+        return self._beside(self.teacher, tokens, loss, self.fast)
+
+    def without_racing(self, tokens: TokenSet) -> Probe:
+        """Return a probe of this loss on `tokens` that excludes by bounds only; this one releases its streams."""
+        return self._beside(self.teacher, tokens, self.loss, None)
 
     def for_estimates(self, tokens: TokenSet) -> Probe:
         """Return a probe for estimates on `tokens`, in bfloat16 where that is faster; this one releases its streams."""
-        if self._bfloat16_copy is None:
-            copy = None if self._team is not None else bfloat16_copy(self.teacher, self.memory)
-            self._bfloat16_copy = copy or self.teacher
-        if self._bfloat16_copy is self.teacher:
-            return self.with_objective(self.loss, tokens)
+        return self._beside(self._copy() or self.teacher, tokens, self.loss, self.fast)
+
+    def _beside(self, teacher: Teacher, tokens: TokenSet, loss: str, fast: RacingOptions | None) -> Probe:
+        """Return a probe whose work counts as this one's; this one releases its streams."""
         self.release_streams()
-        probe = Probe(self._bfloat16_copy, tokens, self.loss, memory=self.memory, cache_factory=self._cache_factory)
-        self._runners += probe._runners
+        probe = Probe(
+            teacher, tokens, loss, memory=self.memory, fast=fast, cache_factory=self._cache_factory, team=self._team,
+            bfloat16=self._bfloat16,
+        )  # fmt: skip
+        if teacher is self.teacher:
+            probe._bfloat16_copy = self._bfloat16_copy
+        self._others.append(probe)
         return probe
 
     @undisturbed

@@ -92,7 +92,7 @@ def _choice(
     """`choose_plan`, with the workers of the run."""
     recipe, (calibration, held_out) = job.recipe, texts
     probe = probe_of(recipe, teacher, calibration, job)
-    plain = Executor(probe, bfloat16=recipe.dtype == "auto")
+    plain = Executor(probe)
     measure = RefitExecutor(plain, _judge(job, teacher, calibration, calibration)) if recipe.fold_in_search else plain
     within: WithinReport | None = None
     final: FinalChoice | None = None
@@ -105,12 +105,12 @@ def _choice(
         scores = compute_scores(job, probe)
         if recipe.within is not None:
             assert held_out is not None
-            search = partial(_search, job, teacher, measure=measure, texts=(calibration, unseen))
+            search = partial(_search, job, probe, measure=measure, texts=(calibration, unseen))
             problem, path, within, final = _largest_within_margin(job, teacher, search, scores, held_out)
         else:
             anatomy = with_site_times(job, teacher) if counts_time(recipe) else teacher.anatomy
             problem = _with_scores(problem_of(recipe, teacher, anatomy, recipe.budgets), scores)
-            path, final = _search(job, teacher, problem, measure, (calibration, unseen))
+            path, final = _search(job, probe, problem, measure, (calibration, unseen))
     rounds, summary = list(measure.rounds), replace(search_summary(probe), final=final)
     if recipe.audit:
         probe.release_streams()
@@ -168,7 +168,7 @@ def _judge(job: RunContext, teacher: Teacher, tokens: TokenSet, calibration: Tok
 
 
 def _search(
-    job: RunContext, teacher: Teacher, problem: Problem, measure: Executor | RefitExecutor,
+    job: RunContext, probe: Probe, problem: Problem, measure: Executor | RefitExecutor,
     texts: tuple[TokenSet, Callable[[], TokenSet | None]],
 ) -> tuple[list[Plan], FinalChoice | None]:  # fmt: skip
     """The path of the recipe's search, to the best of its finalists on text that no round has seen.
@@ -185,7 +185,7 @@ def _search(
         return problem.is_met(plan) and problem.is_valid(plan)
 
     recipe = job.recipe.model_dump(mode="json", exclude=NOT_OF_THE_SEARCH, exclude_defaults=True)
-    key = FinalistsKey(teacher.fingerprint, recipe, texts[0].hash)
+    key = FinalistsKey(probe.teacher.fingerprint, recipe, texts[0].hash)
     known = [Plan.from_json(plan) for plan in job.store.lookup(key) or ()]
     elsewhere = [plan for plan in known if plan != path[-1] and meets(plan)]
     if elsewhere:
@@ -198,7 +198,7 @@ def _search(
     plans = list(dict.fromkeys([path[-1], *sorted(losses, key=lambda plan: losses[plan].mean)]))[: job.recipe.finalists]
     if len(plans) < 2 or path[-1] not in losses or (unseen := texts[1]()) is None:
         return path, None
-    chosen, final = _final_choice(job, teacher, losses, plans, unseen=unseen, calibration=texts[0])
+    chosen, final = _final_choice(job, probe, losses, plans, unseen=unseen, calibration=texts[0])
     job.store.add(key, [plan.to_json() for plan in dict.fromkeys([*known, path[-1], chosen])], job.run)
     if chosen == path[-1]:
         return path, final
@@ -207,34 +207,37 @@ def _search(
 
 
 def _final_choice(
-    job: RunContext, teacher: Teacher, measured: Mapping[Plan, Loss], plans: list[Plan], *, unseen: TokenSet,
+    job: RunContext, probe: Probe, measured: Mapping[Plan, Loss], plans: list[Plan], *, unseen: TokenSet,
     calibration: TokenSet,
 ) -> tuple[Plan, FinalChoice]:  # fmt: skip
     """The plan with the lowest loss on text that no round has seen. The first of `plans` is the search's own.
 
     `measured`: their losses on the `calibration` text.
     """
+    own, *others = plans
     if job.recipe.fold_in_search:
-        judge = _judge(job, teacher, unseen, calibration)
-        losses = [judge(plan) for plan in plans]
+        judge = _judge(job, probe.teacher, unseen, calibration)
+        losses = {plan: judge(plan) for plan in plans}
     else:
-        exact = job.recipe.model_copy(update={"fast": False})
+        judging = probe.without_racing(unseen)
+        losses = {own: judging.losses([own])[0]}
 
-        def show(done: int, of: int, lowest: float) -> None:
-            job.watch(Event("finalists", done, of))
+        def show(done: int) -> None:
+            job.watch(Event("finalists", 1 + done, len(plans)))
 
-        losses = Executor(probe_of(exact, teacher, unseen, job))(MeasureRequest(tuple(plans)), show)
-    best = min(range(len(plans)), key=lambda i: losses[i].mean)
-    gap, error = paired_gap(losses[0], losses[best])
-    chosen = plans[best]
+        # Only a plan that is better than the search's own counts.
+        better = judging.iter_losses(others, 1, ceiling=losses[own].sums, on_progress=show)
+        losses |= {plan: loss for plan, loss in better if not loss.bound}
+    chosen = min((plan for plan in plans if plan in losses), key=lambda plan: losses[plan].mean)
+    gap, error = paired_gap(losses[own], losses[chosen])
     return chosen, FinalChoice(
-        len(plans), measured[chosen].mean, losses[best].mean, losses[0].mean, gap, error, False, unseen.info()
+        len(plans), measured[chosen].mean, losses[chosen].mean, losses[own].mean, gap, error, False, unseen.info()
     )
 
 
 def _audit(job: RunContext, probe: Probe, rounds: list[tuple[MeasureRequest, list[Loss]]]) -> list[AuditedRound]:
     """Every round again, exactly."""
-    exact = Executor(probe_of(job.recipe.model_copy(update={"fast": False}), probe.teacher, probe.tokens, job))
+    exact = Executor(probe.without_racing(probe.tokens))
     numbered = iter(range(len(rounds)))
 
     def measure(ask: MeasureRequest) -> list[Loss]:

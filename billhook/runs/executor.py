@@ -25,14 +25,11 @@ def ignore_progress(done: int, total: int, best: float) -> None:
 
 
 class Executor:
-    """Answers Asks by a probe, and keeps what was asked and answered.
+    """Answers Asks by a probe, and keeps what was asked and answered."""
 
-    `bfloat16`: estimates may be made in bfloat16, where that is faster.
-    """
-
-    def __init__(self, probe: Probe, *, bfloat16: bool = False) -> None:
-        self._probes: dict[tuple[int | None, bool], Probe] = {(None, False): probe}
-        self._bfloat16 = bfloat16
+    def __init__(self, probe: Probe) -> None:
+        self._whole = probe  # over all calibration tokens
+        self._probes: dict[tuple[int, bool], Probe] = {}
         self.rounds: list[tuple[MeasureRequest, list[Loss]]] = []
 
     def __call__(self, ask: MeasureRequest, on_progress: OnProgress = ignore_progress) -> list[Loss]:
@@ -41,7 +38,7 @@ class Executor:
         With `ask.full_results=k` the k lowest are in full, and others may be bounds; of an estimate all are bounds.
         `on_progress(done, total, lowest mean so far)` is called as the work proceeds.
         """
-        probe = self._probe(ask.tokens, ask.estimate and self._bfloat16)
+        probe = self._probe(ask.tokens, ask.estimate)
         found: dict[Plan, Loss] = {}
         lowest, total, furthest = float("inf"), len(ask.plans), 0
 
@@ -67,16 +64,17 @@ class Executor:
         on_progress(total, total, lowest)
         return losses
 
-    def _probe(self, tokens: int | None, bfloat16: bool) -> Probe:
-        """The probe over all calibration tokens, or over the first `tokens` of them; `bfloat16`: computed in that."""
-        whole = self._probes[None, False]
-        tokens = None if tokens is None or tokens >= whole.tokens.tokens else tokens
-        if (tokens, bfloat16) not in self._probes:
-            picked = whole.tokens if tokens is None else truncate(whole.tokens, tokens)
-            self._probes[tokens, bfloat16] = (
-                whole.for_estimates(picked) if bfloat16 else whole.with_objective(whole.loss, picked)
+    def _probe(self, tokens: int | None, estimate: bool) -> Probe:
+        """The probe over all calibration tokens, or over the first `tokens` of them, for losses or for estimates."""
+        whole = self._whole
+        if tokens is None or tokens >= whole.tokens.tokens:
+            return whole
+        if (tokens, estimate) not in self._probes:
+            picked = truncate(whole.tokens, tokens)
+            self._probes[tokens, estimate] = (
+                whole.for_estimates(picked) if estimate else whole.with_objective(whole.loss, picked)
             )
-        return self._probes[tokens, bfloat16]
+        return self._probes[tokens, estimate]
 
 
 class RefitExecutor:

@@ -31,6 +31,7 @@ from billhook.data.splits import halves, without_documents
 from billhook.data.texts import SELF, TextSpec, external_sources, split_sources
 from billhook.data.token_sets import TokenSet, truncate
 from billhook.engine.losses import parse_loss
+from billhook.engine.measurements import no_cache
 from billhook.engine.probe import Probe, RacingOptions
 from billhook.engine.workers.hiring import require_workers
 from billhook.methods.evaluate.served import load_served
@@ -376,13 +377,11 @@ def recovery_tokens(recipe: Recipe, teacher: Teacher, watch: EventListener) -> T
 
 def probe_of(recipe: Recipe, teacher: Teacher, calibration: TokenSet, job: RunContext | None = None) -> Probe:
     """The measuring engine as a recipe wants it; measurements are kept in the store of a job."""
-    fast = RacingOptions(recipe.shortlist, recipe.risk) if recipe.fast else None
-    loss = parse_loss(recipe.loss).name
-    if job is None:
-        return Probe(teacher, calibration, loss, memory=recipe.memory_bytes, fast=fast)
-    kept = store_cache(job.store, job.run, teacher)
     return Probe(
-        teacher, calibration, loss, memory=recipe.memory_bytes, fast=fast, cache_factory=kept, team=job.team
+        teacher, calibration, parse_loss(recipe.loss).name, memory=recipe.memory_bytes,
+        fast=RacingOptions(recipe.shortlist, recipe.risk) if recipe.fast else None,
+        cache_factory=no_cache if job is None else store_cache(job.store, job.run, teacher),
+        team=None if job is None else job.team, bfloat16=recipe.dtype == "auto",
     )  # fmt: skip
 
 
