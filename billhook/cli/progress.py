@@ -94,7 +94,14 @@ def event_words(stage: str, values: Mapping[str, EventValue]) -> str:
 
 
 def _worker_words(values: Mapping[str, EventValue]) -> str:
-    """Return who came or was lost, or how busy each worker was; this process is worker 0."""
+    """Return who came or was lost, who trains, or how busy each worker was; this process is worker 0."""
+    if "place" in values:
+        return f"{values['recovery']} trains in this process alone; workers of {values['place']} share searches only"
+    if "training" in values:
+        return (
+            f"{values['training']} of {values['of']} for {values['recovery']}, which has {values['rows']} rows per "
+            f"step; all with --recover-set {values['recovery']}.batch={values['of']}"
+        )
     if "worker" not in values:
         busy = [f"{load:.0%}" for name, load in values.items() if name.startswith("load.")]
         return f"busy {', '.join(busy)} of the time"

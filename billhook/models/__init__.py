@@ -53,10 +53,9 @@ def require_config(folder: Path) -> Path:
 
 
 def _require_readable(path: Path) -> None:
-    """Raise for a GGUF file that is one of several, or without the packages that read it."""
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtra("Reading a GGUF file", "demo")
+    """Raise for a GGUF file that is one of several, or without the package that reads it."""
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtra("Reading a GGUF file", "demo")
     if part := re.search(r"-\d{5}-of-(\d{5})$", path.stem):
         raise ModelError(
             f"{path} is one of {int(part[1])} parts. Join them first, with the program llama-gguf-split of llama.cpp."

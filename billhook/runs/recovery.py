@@ -10,18 +10,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from billhook.core.errors import ResourceError, UsageError, option
-from billhook.core.events import Event
+from billhook.core.errors import ResourceError, UsageError, either, option
+from billhook.core.events import Event, EventValue
 from billhook.core.plan import Plan
 from billhook.core.registry import OptionValues, options, resolve_options, wrong_return
 from billhook.core.results.run import RecoveryGain, RecoveryReport
 from billhook.core.statistics import exp_capped, paired_difference
 from billhook.data.splits import select_documents, split_every_nth, train_validation_split
 from billhook.data.token_sets import TokenSet
+from billhook.engine.workers import processes
+from billhook.engine.workers.crew import parse_workers
 from billhook.methods.recover import RECOVERIES, RecoveryTask, trains
 from billhook.methods.recover.lora import ADAPTER
+from billhook.methods.recover.together import train_together
 from billhook.methods.recover.training import STEP, TrainingOptions
 from billhook.models.accelerator.memory import is_out_of_memory, release_cached
+from billhook.models.accelerator.share import ProcessLost
 from billhook.models.load import Teacher
 from billhook.models.repair import NO_REPAIR, Repair, read_repair
 from billhook.runs.evaluation import perplexity_results
@@ -122,7 +126,7 @@ def run_recoveries(
                 teacher, plan, repair, recipe.memory_bytes, recipe.seed, training, job.watch,
                 bfloat16=recipe.dtype == "auto",
             )  # fmt: skip
-            fresh = _carried_out(subject, name, (train, valid), own, optional=name in recipe.optional_recoveries)
+            fresh = _carried_out(job, subject, name, (train, valid), own)
             if fresh is None:
                 continue
             if not isinstance(fresh, Repair):
@@ -162,31 +166,69 @@ def learning_texts(learn: TokenSet, names: Sequence[str]) -> tuple[TokenSet, Tok
     return valid, train, train
 
 
+def training_processes(workers: int | str, name: str, own: OptionValues, rows: int) -> tuple[int, Event | None]:
+    """Return how many processes carry out a recovery that learns from so many `rows`, and what is to be told.
+
+    Workers of this machine train together, each at least a row of a step; those of a cluster share searches only.
+    """
+    crew = parse_workers(workers)
+    if crew.alone or not trains(name):
+        return 1, None
+    if crew.place != "processes" or crew.others is None:
+        return 1, Event("workers", 1, None, {"recovery": name, "place": crew.place})
+    batch, wanted = int(str((options(RECOVERIES[name]) | own).get("batch", rows))), crew.others + 1
+    count = min(wanted, batch, rows)
+    values: dict[str, EventValue] = {"recovery": name, "rows": min(batch, rows), "training": count, "of": wanted}
+    return count, Event("workers", count, wanted, values) if count < wanted else None
+
+
 def _carried_out(
-    task: RecoveryTask, name: str, texts: tuple[TokenSet, TokenSet], own: OptionValues, *, optional: bool
+    job: RunContext, task: RecoveryTask, name: str, texts: tuple[TokenSet, TokenSet], own: OptionValues
 ) -> object:
     """What a recovery returns; a training that runs out of memory is tried again with gradient checkpointing.
 
-    None where that does not help either, and the recovery is `optional`; else raises ResourceError.
+    None where that does not help either, and the recovery is optional; else raises ResourceError, and where a process
+    of a training is lost.
     """
+    count, note = training_processes(job.recipe.workers, name, own, len(texts[0].rows))
+    if note is not None:
+        task.watch(note)
+    hiring = processes.hiring(count, task.teacher) if count > 1 else None
     device, reason = task.teacher.device, ""
     frugal = [{**own, "checkpointing": True}] if trains(name) and not own.get("checkpointing") else []
     for given in (own, *frugal):
         try:
-            return RECOVERIES[name](task, *texts, **given)
+            if hiring is None:
+                return RECOVERIES[name](task, *texts, **given)
+            code = job.recipe.trust_remote_code
+            return train_together(name, hiring, task, texts, given, trust_remote_code=code)
+        except ProcessLost as lost:
+            raise _lost(job, name, lost) from lost
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0].rstrip(".")
         release_cached(device)
     because = f"{name} ran out of memory on {device}: {reason}."
-    if not optional:
+    if name not in job.recipe.optional_recoveries:
         raise ResourceError(
             f"{because} Use a shorter {option('recover_length')}, a smaller batch "
             f"({option('recover_set', f'{name}.batch=1')}), or {option('dtype', 'bfloat16')}."
         )
     task.watch(Event("left_out", values={"note": f"{because} It is left out."}))
     return None
+
+
+def _lost(job: RunContext, name: str, lost: ProcessLost) -> ResourceError:
+    """The end of a training that several processes carried out, of which one is gone."""
+    again, alone = (
+        either(f"billhook.resume({job.run!r}{python})", f"billhook prune --resume --run {job.run}{typed}")
+        for python, typed in (("", ""), (", workers=1", " --workers 1"))
+    )
+    return ResourceError(
+        f"A process that trained {name} was lost ({lost}), so the others stopped. What they had until the last "
+        f"checkpoint is stored. Resume from there: {again}. Or in this process alone: {alone}."
+    )
 
 
 def digest_of(value: object) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import queue
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -11,7 +10,12 @@ from typing import Any, Protocol
 
 from billhook.engine.workers.messages import Answer, Lost, Message
 
-Inbox = queue.SimpleQueue[tuple[int, Answer]]  # answers with the number of their worker
+
+class Inbox(Protocol):
+    """Where the answers of workers arrive."""
+
+    def put(self, item: tuple[int, Answer], /) -> None:
+        """Take an answer, with the number of its worker."""
 
 
 class Line(Protocol):

@@ -6,7 +6,7 @@ A coordinator names each token set that it measures by a `number`, and each requ
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -98,7 +98,15 @@ class Close:
     number: int
 
 
-Message = Start | Open | Own | Narrow | Begin | Measure | Release | Close
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Call `function` of a module with the teacher and `arguments`. It is not answered."""
+
+    function: Callable[..., None]
+    arguments: tuple[object, ...]
+
+
+Message = Start | Open | Own | Narrow | Begin | Measure | Release | Close | Call
 
 
 # -- from a worker --------------------------------------------------------------------------------------------------
@@ -177,6 +185,8 @@ class Desk:
                 self._measurers[number].release()
             case Close(number):
                 self._measurers.pop(number, None)
+            case Call(function, arguments):
+                function(self.teacher, *arguments)
 
     def _measured(self, asked: Measure) -> Iterator[Answer]:
         try:

@@ -14,7 +14,7 @@ import torch
 
 from billhook.core.events import Event, EventListener, EventValue, ignore_events
 from billhook.engine.workers.division import HERE, Division
-from billhook.engine.workers.lines import Hiring, Inbox, Line
+from billhook.engine.workers.lines import Hiring, Line
 from billhook.engine.workers.messages import Answer, Close, Hello, Lost, Measured, Message, Start, hello_of
 from billhook.models.device import dtype_name
 from billhook.models.load import Teacher
@@ -51,7 +51,7 @@ class Team:
             hiring.threads,
         )  # fmt: skip
         self._hello = hello_of(teacher)
-        self._inbox: Inbox = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[int, Answer]] = queue.SimpleQueue()
         self._lines: dict[int, Line] = {}
         self._waiting: set[int] | None = None  # started and not yet ready; None before they are started
         self._ready: set[int] = set()

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import transformers
 
 from billhook.core.errors import BillhookError
 from billhook.engine.workers.messages import Answer, Desk, Lost, Message, Start, hello_of
@@ -76,5 +77,6 @@ def _loaded(start: Start) -> Teacher:
 
 if __name__ == "__main__":
     os.dup2(2, 1)  # what libraries print is no answer
+    transformers.utils.logging.disable_progress_bar()  # the last line of the log says why this process ended
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which the coordinator answers
     serve(Connection(int(sys.argv[1])))

@@ -33,6 +33,7 @@ from billhook.methods.recover.training import (
 )
 from billhook.models import structure
 from billhook.models.accelerator.bfloat16 import computing_in, gains_by_bfloat16
+from billhook.models.accelerator.share import ALONE, Share
 from billhook.models.architectures import Architecture
 from billhook.models.load import Teacher
 from billhook.models.modeling_billhook import PatchModule
@@ -50,7 +51,8 @@ class RecoveryTask:
     `memory`: bytes for weights and activations (None: half of what is free). `work`: a folder for training checkpoints;
     a later call with the same arguments resumes from it. `streams_by_tokens`: the teacher's streams by hash of the
     tokens, cached for recoveries of other plans. `save_every`: seconds between training checkpoints (None: 30).
-    `bfloat16`: training may compute in bfloat16, where that is faster.
+    `bfloat16`: training may compute in bfloat16, where that is faster. `share`: of this process in a training that
+    several carry out together; then there is a `work` folder, which all of them see.
     """
 
     teacher: Teacher
@@ -63,6 +65,7 @@ class RecoveryTask:
     streams_by_tokens: dict[str, TeacherStreams] | None = None
     save_every: float | None = None
     bfloat16: bool = False
+    share: Share = ALONE
 
     def teacher_streams(self, tokens: TokenSet, *, again: bool = False) -> TeacherStreams:
         """Return the teacher's streams on `tokens`; `again`: they may be read more than once."""
@@ -211,10 +214,13 @@ def finetune(
     bfloat16 = task.bfloat16 and gains_by_bfloat16(teacher)
     for rows in (train, valid):
         with teacher.lock, computing_in(teacher.model, torch.bfloat16 if bfloat16 else torch.float32):
-            cache_teacher_outputs(teacher.model, rows, options.loss, task.watch, files)
-        cache_frozen_streams(student, blocks, first, rows)
+            cache_teacher_outputs(teacher.model, rows, options.loss, task.watch, files, share=task.share)
+        cache_frozen_streams(student, blocks, first, rows, task.share)
     compute = torch.bfloat16 if bfloat16 else teacher.model.dtype
-    trainer = Trainer(student, parameters, options, task.work, task.watch, compute=compute, save_every=task.save_every)
+    trainer = Trainer(
+        student, parameters, options, task.work, task.watch, compute=compute, save_every=task.save_every,
+        share=task.share,
+    )  # fmt: skip
     frozen = skip_frozen_blocks(student, blocks, first, teacher.architecture.block_outputs)
     with frozen as set_inputs, gradient_checkpointing(blocks[first:] if options.checkpointing else ()):
         trainer.run(train, valid, set_inputs)

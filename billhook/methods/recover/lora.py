@@ -60,7 +60,7 @@ def lora(
         return {name: p for name, p in adapted[0].named_parameters() if "lora_" in name}
 
     def end(student: Any) -> Any:
-        if not merge and task.work is not None:
+        if not merge and task.work is not None and task.share.rank == 0:
             adapted[0].peft_config["default"].base_model_name_or_path = ""  # no path of this machine
             adapted[0].save_pretrained(task.work / ADAPTER)
         return _merged(adapted[0], names)

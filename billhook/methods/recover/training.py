@@ -27,6 +27,7 @@ from billhook.core.events import Event, EventListener, EventValue
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import kl, topk_and_rest
 from billhook.models.accelerator.bfloat16 import computing_in
+from billhook.models.accelerator.share import ALONE, Share
 from billhook.models.accelerator.sizes import work_sizes
 
 CHECKS = 12  # validations per training; fewer where they would take more than CHECKING
@@ -35,6 +36,7 @@ STEP = 3  # times as long as its validation the training of a token takes: forwa
 WARM_UP = 0.05  # share of the steps
 PATIENCE = 4  # validations without an improvement
 SAVE_EVERY = 30.0  # seconds between checkpoints
+OTHER_DROPOUT = 1_000_003  # between the seeds of two processes
 SAVING = 20  # times as long as a checkpoint takes passes before the next one
 
 
@@ -81,18 +83,19 @@ class TrainingRows:
         parts = (self.ids, self.counted, self.top, self.likely, self.hidden, self.streams)
         return TrainingRows(*(None if p is None else p[rows.to(p.device), :time].to(self.ids.device) for p in parts))  # type: ignore[arg-type]
 
-    def slices(self) -> Iterator[slice]:
-        """Yield all rows in order, at most as many tokens per slice as the device takes at a time.
+    def slices(self, share: Share = ALONE) -> Iterator[slice]:
+        """Yield the rows of a share in order, at most as many tokens per slice as the device takes at a time.
 
         A step accumulates several slices.
         """
         step = max(1, work_sizes(self.ids.device).training_tokens // self.ids.shape[1])
-        return (slice(start, min(start + step, len(self.ids))) for start in range(0, len(self.ids), step))
+        own = share.part(len(self.ids))
+        return (slice(start, min(start + step, own.stop)) for start in range(own.start, own.stop, step))
 
-    def chunks(self) -> Iterator[TrainingRows]:
+    def chunks(self, share: Share = ALONE) -> Iterator[TrainingRows]:
         """Yield the rows of each slice."""
         rows = torch.arange(len(self.ids), device=self.ids.device)
-        return (self.select(rows[some]) for some in self.slices())
+        return (self.select(rows[some]) for some in self.slices(share))
 
     def digest(self) -> str:
         """Return a digest of the tokens and of which of them count."""
@@ -125,9 +128,9 @@ def loss_of(student: Any, rows: TrainingRows, loss: str) -> torch.Tensor:
     return kl(rows.likely[rows.counted], student_logits, rows.ids[rows.counted]).sum()
 
 
-def token_count(rows: TrainingRows, loss: str) -> int:
-    """Count the tokens that the loss is summed over."""
-    return int(rows.counted.sum()) - (len(rows.ids) if loss == "nll" else 0)
+def token_count(counted: torch.Tensor, loss: str) -> int:
+    """Count the tokens that the loss is summed over. `counted`: [rows, time], bool."""
+    return int(counted.sum()) - (len(counted) if loss == "nll" else 0)
 
 
 # -- frozen blocks --------------------------------------------------------------------------------------------------
@@ -177,8 +180,8 @@ class _StopForward(Exception):
 
 
 @torch.no_grad()
-def cache_frozen_streams(student: Any, blocks: nn.ModuleList, first: int, rows: TrainingRows) -> None:
-    """Store the streams of all rows before block `first` in `rows.streams`."""
+def cache_frozen_streams(student: Any, blocks: nn.ModuleList, first: int, rows: TrainingRows, share: Share) -> None:
+    """Store the streams of all rows before block `first` in `rows.streams`; each process computes its share."""
     if first == 0:
         return
     streams: list[torch.Tensor] = []
@@ -189,12 +192,12 @@ def cache_frozen_streams(student: Any, blocks: nn.ModuleList, first: int, rows: 
 
     handle = blocks[first].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        for some in rows.slices():
+        for some in rows.slices(share):
             with suppress(_StopForward):
                 student.base_model(rows.ids[some], attention_mask=rows.counted[some].long(), use_cache=False)
     finally:
         handle.remove()
-    rows.streams = torch.cat(streams)
+    rows.streams = share.gather(streams, len(rows.ids))
 
 
 # -- the loop -------------------------------------------------------------------------------------------------------
@@ -215,11 +218,15 @@ class _State:
 
 
 class Trainer:
-    """Trains parameters of one student; another call resumes after a kill."""
+    """Trains parameters of one student; another call resumes after a kill.
+
+    Each process of a `share` takes its rows of a step. All take the same step, by the gradients of all rows.
+    """
 
     def __init__(
         self, student: Any, parameters: dict[str, nn.Parameter], options: TrainingOptions, work: Path | None,
         watch: EventListener, *, compute: torch.dtype, save_every: float | None = None,
+        share: Share = ALONE,
     ) -> None:  # fmt: skip
         """Prepare the optimizer.
 
@@ -227,6 +234,7 @@ class Trainer:
         checkpoints; `compute`: float32 or bfloat16, for the passes; `save_every`: seconds (None: SAVE_EVERY).
         """
         self.student, self.parameters, self.options, self.watch = student, parameters, options, watch
+        self._share = share
         self._digests: list[str] = []  # of the training and the validation rows
         self._file = None if work is None else work / "training.pt"
         fused = True if work_sizes(student.device).launches_count else None  # one kernel for all parameters
@@ -298,6 +306,7 @@ class Trainer:
             self._restore(parameters)
             self._optimizer.load_state_dict(optimizer)
             steps = min(steps, max(1, int((seconds - (checks + 1) * check) / step_time)))
+            steps, checks = self._share.of_first((steps, checks))  # whose clock counts
         return _State(0, steps, checks, first, 0, self._copy())
 
     def _copy(self) -> dict[str, torch.Tensor]:
@@ -312,20 +321,34 @@ class Trainer:
         self, train: TrainingRows, order: Callable[[int], torch.Tensor], step: int, set_inputs: SetInputs
     ) -> float:
         """Take one step; return its loss per token."""
-        batch = train.select(order(step).to(train.ids.device))
-        total, weight = 0.0, max(1, token_count(batch, self.options.loss))
+        rows, share = order(step).to(train.ids.device), self._share
+        total, weight = 0.0, max(1, token_count(train.counted[rows], self.options.loss))
+        own = rows[share.part(len(rows))]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.options.seed + step)
+            torch.manual_seed(self.options.seed + step + OTHER_DROPOUT * share.rank)
             self._set_dropout(True)
-            for chunk in batch.chunks():
+            for chunk in train.select(own).chunks() if len(own) else ():
                 set_inputs(chunk)
                 loss = self._loss(chunk) / weight
                 loss.backward()
                 total += float(loss.detach())
         self._set_dropout(False)
+        total = self._sum_gradients(total)
         nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _sum_gradients(self, loss: float) -> float:
+        """Give every process the gradients of all; return the sum of their losses."""
+        if self._share.processes == 1:
+            return loss
+        learning = list(self.parameters.values())
+        total, *having = self._share.add([loss, *(float(p.grad is not None) for p in learning)])
+        learning = [p for p, some in zip(learning, having, strict=True) if some]  # a parameter of no row has none
+        for parameter in learning:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        self._share.sum([p.grad for p in learning if p.grad is not None])
         return total
 
     def _set_dropout(self, on: bool) -> None:
@@ -343,16 +366,16 @@ class Trainer:
     def _validate(self, valid: TrainingRows, set_inputs: SetInputs) -> float:
         """Return the loss per token of the validation rows."""
         total = 0.0
-        for chunk in valid.chunks():
+        for chunk in valid.chunks(self._share):
             set_inputs(chunk)
             total += float(self._loss(chunk))
-        return total / token_count(valid, self.options.loss)
+        return self._share.add([total])[0] / token_count(valid.counted, self.options.loss)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save(self, state: _State, schedule: Any) -> None:
-        """Write all that a resumed training needs, aside first."""
-        if self._file is None:
+        """Write all that a resumed training needs, aside first; of several processes the first one does."""
+        if self._file is None or self._share.rank:
             return
         aside = self._file.with_suffix(".partial")
         checkpoint = {
