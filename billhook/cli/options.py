@@ -58,7 +58,7 @@ RECIPE: dict[str, tuple[Any, str]] = {
     "seed": (0, "Seed of every random choice"),
     "device": ("auto", "Device: auto, cpu, mps, cuda:1; several: cuda:0-7"),
     "dtype": ("auto", "Compute dtype: auto (float32 on a CPU), float32, bfloat16, float16"),
-    "workers": (1, "Workers of a search: 4, ray:n=8 or slurm:n=8,partition=gpu"),
+    "workers": (1, "Workers that share the work: 4, ray:n=8, slurm:n=8"),
     "trust_remote_code": (False, "Run Python code of the checkpoint"),
 }
 REPEATABLE_OPTIONS = ("remove", "set", "recover_set")

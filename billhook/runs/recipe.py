@@ -138,7 +138,7 @@ class Recipe(CalibrationOptions, EvalOptions):
         "transformers"
     )
     target: Annotated[str, Field(description="What serves the model: llama.cpp,mlx … as `billhook targets` lists")] = ""
-    workers: Annotated[int | str, Field(description="Workers of a search: 4, ray:n=8 or slurm:n=8,partition=gpu")] = 1
+    workers: Annotated[int | str, Field(description="Workers that share the work: 4, ray:n=8, slurm:n=8")] = 1
 
     @field_validator("remove", mode="before")
     @classmethod

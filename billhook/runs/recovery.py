@@ -172,7 +172,7 @@ def training_processes(workers: int | str, name: str, own: OptionValues, rows: i
     Workers of this machine train together, each at least a row of a step; those of a cluster share searches only.
     """
     crew = parse_workers(workers)
-    if crew.alone or not trains(name):
+    if crew.alone or not RECOVERIES.facts(name).together:
         return 1, None
     if crew.place != "processes" or crew.others is None:
         return 1, Event("workers", 1, None, {"recovery": name, "place": crew.place})

@@ -17,7 +17,8 @@ from billhook.runs.recovery import training_processes
 
 SHORT: dict[str, Any] = {
     "plan": "attention.1,mlp.2", "tokens": 64, "length": 32, "self_share": 0.0, "eval_tokens": 256, "eval_length": 32,
-    "recover": "fold,lora", "recover_tokens": 640, "recover_length": 32, "recover_set": ["lora.epochs=3", "lora.rate=0.01", "lora.loss=nll"],
+    "recover": "fold,lora", "recover_tokens": 640, "recover_length": 32,
+    "recover_set": ["lora.epochs=3", "lora.rate=0.01", "lora.loss=nll"],
 }  # fmt: skip
 
 

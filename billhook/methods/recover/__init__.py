@@ -95,12 +95,14 @@ class RecoveryFacts:
 
     `adds`: `patches` in the place of removed sites, `constants` there, `biases` of output projections, or nothing.
     `option`: the value of an option with which it does; empty: with any. `refuse`: a reason why it finds nothing to
-    change in models of an architecture.
+    change in models of an architecture. `together`: several processes may carry it out, because it does what the task's
+    `share` says, as `finetune` does.
     """
 
     adds: Literal["", "patches", "constants", "biases"] = ""
     option: tuple[str, str] = ("", "")
     refuse: Callable[[Architecture], str | None] = _suits_all
+    together: bool = False
 
 
 RECOVERIES: RegistryWithFacts[Recovery, RecoveryFacts] = RegistryWithFacts("recovery", unstated=RecoveryFacts())
@@ -117,6 +119,7 @@ def recovery(
     adds: Literal["", "patches", "constants", "biases"] = ...,
     option: tuple[str, str] = ...,
     refuse: Callable[[Architecture], str | None] = ...,
+    together: bool = ...,
 ) -> Callable[[Recovery], Recovery]:
     """Return the decorator that adds a recovery with these facts."""
 
@@ -128,9 +131,10 @@ def recovery(
     adds: Literal["", "patches", "constants", "biases"] = "",
     option: tuple[str, str] = ("", ""),
     refuse: Callable[[Architecture], str | None] = _suits_all,
+    together: bool = False,
 ) -> Recovery | Callable[[Recovery], Recovery]:
     """Add a recovery under its own name, with its facts: see RecoveryFacts."""
-    add = RECOVERIES.add_with(RecoveryFacts(adds, option, refuse))
+    add = RECOVERIES.add_with(RecoveryFacts(adds, option, refuse, together))
     return add if function is None else add(function)
 
 

@@ -20,7 +20,7 @@ from billhook.models.transformers_internals import Conv1D
 ADAPTER = "adapter"  # the folder of an unmerged adapter, inside the recovery's work folder
 
 
-@recovery
+@recovery(together=True)
 def lora(
     task: RecoveryTask, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 1e-3, epochs: int = 1, minutes: float = 0.0, batch: int = 2,
@@ -83,7 +83,7 @@ def _merged(adapted: Any, names: Sequence[str]) -> Any:
     return adapted.unload()
 
 
-@recovery
+@recovery(together=True)
 def qa_lora(
     task: RecoveryTask, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 1e-3, epochs: int = 1, minutes: float = 0.0, batch: int = 8,

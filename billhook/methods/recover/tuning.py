@@ -20,7 +20,7 @@ LAST_BLOCKS = 3  # blocks that `partial` trains
 VECTORS = ("all", "biases", "norms")  # of which `bias` trains some
 
 
-@recovery
+@recovery(together=True)
 def bias(
     task: RecoveryTask, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 2e-3, epochs: int = 3, minutes: float = 0.0, batch: int = 8,
@@ -52,7 +52,7 @@ def bias(
     return finetune(task, (train, valid), training, learn)
 
 
-@recovery
+@recovery(together=True)
 def patches(
     task: RecoveryTask, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 1e-3, epochs: int = 3, minutes: float = 0.0, batch: int = 8,
@@ -75,7 +75,7 @@ def patches(
     return finetune(task, (train, valid), training, learn)
 
 
-@recovery
+@recovery(together=True)
 def partial(
     task: RecoveryTask, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 2e-4, epochs: int = 3, minutes: float = 0.0, batch: int = 8,
@@ -104,7 +104,7 @@ def partial(
     return finetune(task, (train, valid), training, learn)
 
 
-@recovery
+@recovery(together=True)
 def full(
     task: RecoveryTask, train: TokenSet, valid: TokenSet, *,
     loss: str = "kl", rate: float = 1e-4, epochs: int = 1, minutes: float = 0.0, batch: int = 8,
