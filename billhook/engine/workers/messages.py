@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
@@ -20,6 +20,8 @@ from billhook.data.token_sets import TokenSet
 from billhook.engine.bench import Measurer
 from billhook.engine.prefix_trie import WalkJob
 from billhook.engine.racing import Quality, Sums
+from billhook.engine.statistics.group_pass import GroupPass, Step
+from billhook.engine.statistics.group_pass import Sums as PassSums
 from billhook.engine.workers.division import Division
 from billhook.models.load import Teacher
 
@@ -85,6 +87,37 @@ class Measure:
 
 
 @dataclass(frozen=True, slots=True)
+class Pass:
+    """Begin a pass over document groups, without the first `skip` of its steps. Answered by `Passed`, or `Failed`.
+
+    The answers of `AHEAD` steps are sent, and that of another for each `More`.
+    """
+
+    number: int
+    ticket: int
+    asked: GroupPass
+    groups: tuple[int, ...]
+    skip: int
+
+
+AHEAD = 2  # steps of a pass: while the coordinator adds what is found in one, the next is computed
+
+
+@dataclass(frozen=True, slots=True)
+class More:
+    """Go on with a pass."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Forget a pass."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
     """Drop the cached streams."""
 
@@ -98,7 +131,7 @@ class Close:
     number: int
 
 
-Message = Start | Open | Own | Narrow | Begin | Measure | Release | Close
+Message = Start | Open | Own | Narrow | Begin | Measure | Pass | More | Stop | Release | Close
 
 
 # -- from a worker --------------------------------------------------------------------------------------------------
@@ -124,6 +157,16 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class Passed:
+    """What a step of a pass has found over the groups asked for, on the CPU; seconds and sites as of `Measured`."""
+
+    ticket: int
+    sums: PassSums
+    seconds: float
+    computed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The model or the request cannot be measured, by any worker."""
 
@@ -138,7 +181,7 @@ class Lost:
     reason: str
 
 
-Answer = Hello | Measured | Failed | Lost
+Answer = Hello | Measured | Passed | Failed | Lost
 
 
 def hello_of(teacher: Teacher) -> Hello:
@@ -153,6 +196,7 @@ class Desk:
     def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher
         self._measurers: dict[int, Measurer] = {}
+        self._passes: dict[int, tuple[int, Iterator[tuple[Step, Passed]]]] = {}  # by ticket: steps left, and the pass
 
     @torch.inference_mode()
     def answers(self, message: Message) -> Iterator[Answer]:
@@ -172,19 +216,40 @@ class Desk:
                 with suppress(ModelError):  # which the first request meets again
                     self._measurers[number].bounds  # noqa: B018 - computes what every request needs
             case Measure():
-                yield from self._measured(message)
+                yield from self._told(message.ticket, waves(self._measurers[message.number], message))
+            case Pass(number, ticket, asked, _, skip):
+                self._passes[ticket] = asked.steps - skip, steps(self._measurers[number], message)
+                yield from self._told(ticket, self._passed(ticket, AHEAD))
+            case More(ticket):
+                yield from self._told(ticket, self._passed(ticket, 1))
+            case Stop(ticket):
+                self._passes.pop(ticket, None)
             case Release(number):
                 self._measurers[number].release()
             case Close(number):
                 self._measurers.pop(number, None)
 
-    def _measured(self, asked: Measure) -> Iterator[Answer]:
+    def _told(self, ticket: int, answers: Iterator[Measured] | Iterator[Passed]) -> Iterator[Answer]:
+        """Yield the answers; `Failed` if no worker could give them."""
         try:
-            yield from waves(self._measurers[asked.number], asked)
+            yield from answers
         except ResourceError:
             raise
         except BillhookError as error:
-            yield Failed(asked.ticket, error)
+            yield Failed(ticket, error)
+
+    def _passed(self, ticket: int, count: int) -> Iterator[Passed]:
+        """Yield the answers of so many steps of a pass, or of those that are left."""
+        for _ in range(count):
+            left, found = self._passes.pop(ticket, (0, iter(())))
+            if not left:
+                return
+            _, answer = next(found)
+            if left == 1:
+                next(found, None)  # what is checked at the end
+            else:
+                self._passes[ticket] = left - 1, found
+            yield replace(answer, sums={key: values.cpu() for key, values in answer.sums.items()})
 
 
 def waves(measurer: Measurer, asked: Measure) -> Iterator[Measured]:
@@ -194,3 +259,13 @@ def waves(measurer: Measurer, asked: Measure) -> Iterator[Measured]:
         end, after = time.perf_counter(), measurer.runner.computed
         yield Measured(asked.ticket, sums, end - start, after - before)
         start, before = time.perf_counter(), after
+
+
+def steps(measurer: Measurer, asked: Pass) -> Iterator[tuple[Step, Passed]]:
+    """Pass over the groups asked for, and yield each step that is not skipped, with its answer."""
+    start, before = time.perf_counter(), measurer.runner.computed
+    for number, step in enumerate(asked.asked.run(measurer, asked.groups)):
+        if number >= asked.skip:
+            end, after = time.perf_counter(), measurer.runner.computed
+            yield step, Passed(asked.ticket, step[1], end - start, after - before)
+            start, before = time.perf_counter(), after

@@ -15,7 +15,7 @@ import torch
 from billhook.core.events import Event, EventListener, EventValue, ignore_events
 from billhook.engine.workers.division import HERE, Division
 from billhook.engine.workers.lines import Hiring, Inbox, Line
-from billhook.engine.workers.messages import Answer, Close, Hello, Lost, Measured, Message, Start, hello_of
+from billhook.engine.workers.messages import Answer, Close, Hello, Lost, Measured, Message, Passed, Start, hello_of
 from billhook.models.device import dtype_name
 from billhook.models.load import Teacher
 
@@ -55,7 +55,8 @@ class Team:
         self._lines: dict[int, Line] = {}
         self._waiting: set[int] | None = None  # started and not yet ready; None before they are started
         self._ready: set[int] = set()
-        self._numbers = 0
+        self._numbers = self._tickets = 0
+        self._beside = hiring.shared  # as processes of this machine
         self._users: dict[int, weakref.ref[object]] = {}  # what measures through the team, by number
         self._loads: dict[int, _Load] = {HERE: _Load(0.0)}
         self._seconds = 0.0  # in which anything was measured
@@ -88,6 +89,11 @@ class Team:
         self._users[number] = weakref.ref(user)
         return number
 
+    def new_ticket(self) -> int:
+        """Return the ticket of a request."""
+        self._tickets += 1
+        return self._tickets
+
     def start(self) -> None:
         """Start the workers, if they have not been started."""
         if self._waiting is None:
@@ -101,6 +107,17 @@ class Team:
         self.start()
         while self._waiting:
             self.answers(wait=True)
+
+    def meet(self, *, soon: bool) -> None:
+        """Start the workers, and admit those that are ready.
+
+        `soon`: wait for processes of this machine, which are ready once they have loaded the model. Other workers may
+        have to wait for a place to run.
+        """
+        self.start()
+        if soon and self._beside:
+            self.wait()
+        self.answers(wait=False)
 
     def answers(self, *, wait: bool) -> list[tuple[int, Answer]]:
         """Return what workers have answered to requests, and the loss of those that took part.
@@ -161,7 +178,7 @@ class Team:
             torch.set_num_threads(threads)
             self._seconds += time.perf_counter() - start
 
-    def count(self, worker: int, done: Measured) -> None:
+    def count(self, worker: int, done: Measured | Passed) -> None:
         """Count what a worker has done."""
         load = self._loads[worker]
         load.seconds += done.seconds
