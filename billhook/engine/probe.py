@@ -52,8 +52,9 @@ class Probe:
     - `walk`: `layers` or `depth-first`, instead of choosing it by memory.
     - `cache_factory`: where measurements are cached.
     - `repaired`: a plan to measure under a repair of its blocks; only without a cache.
-    - `team`: workers that share the losses of plans without a repair.
-    - `bfloat16`: bounds and samples, which only exclude plans, are computed in it where that is faster.
+    - `team`: workers that share the losses of plans without a repair, and statistics.
+    - `bfloat16`: bounds and samples, which only exclude plans, are computed in it where that is faster; with a team
+      only estimates on a part of the tokens are.
 
     While it measures, it swaps modules of the teacher's model and holds the teacher's lock.
     """
@@ -75,7 +76,7 @@ class Probe:
             self._bench = SharedMeasurer(self._measurer, tokens, loss, memory, team)
             self._passes = SharedPasses(self._measurer, self._bench, team)
             self._runners.append(self._bench)
-        self._bfloat16 = bfloat16 and team is None
+        self._bfloat16 = bfloat16
         self._bfloat16_copy: Teacher | None = None  # the teacher itself where no copy is faster
         self._earlier = EarlierRounds()
         self._means: dict[str, tuple[activation_passes.Statistic, dict[ScoredUnit, Score]]] = {}
@@ -197,7 +198,8 @@ class Probe:
     def _copy(self) -> Teacher | None:
         """Return the teacher's copy in bfloat16, made once; None where that is not faster, or not allowed."""
         if self._bfloat16_copy is None:
-            copy = bfloat16_copy(self.teacher, self.memory) if self._bfloat16 else None
+            here = 1 if self._team is None else self._team.division.here
+            copy = bfloat16_copy(self.teacher, self.memory, here) if self._bfloat16 else None
             self._bfloat16_copy = copy or self.teacher
         return None if self._bfloat16_copy is self.teacher else self._bfloat16_copy
 
@@ -236,7 +238,10 @@ class Probe:
         return self._beside(self.teacher, tokens, self.loss, None)
 
     def for_estimates(self, tokens: TokenSet) -> Probe:
-        """Return a probe for estimates on `tokens`, in bfloat16 where that is faster; this one releases its streams."""
+        """Return a probe for estimates on `tokens`, in bfloat16 where that is faster; this one releases its streams.
+
+        Where it is faster here, every worker of the team makes a copy of its own.
+        """
         return self._beside(self._copy() or self.teacher, tokens, self.loss, self.fast)
 
     def _beside(self, teacher: Teacher, tokens: TokenSet, loss: str, fast: RacingOptions | None) -> Probe:

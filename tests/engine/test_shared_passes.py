@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,28 +13,35 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_workers import process_of, team_here, texts
+from test_workers import LocalLine, never, process_of, team_here, texts
 
 from billhook.core.errors import ModelError
 from billhook.core.events import Event
+from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.results.measured import Score
 from billhook.data.token_sets import Document, pack_rows
 from billhook.engine.probe import Probe
 from billhook.engine.statistics.group_pass import is_found_by_name
-from billhook.engine.workers.messages import Message, More, Pass
+from billhook.engine.workers import messages
+from billhook.engine.workers.lines import Hiring, Inbox, Line
+from billhook.engine.workers.messages import Message, More, Pass, hello_of
 from billhook.engine.workers.processes import hiring
-from billhook.engine.workers.team import Team
+from billhook.engine.workers.team import WORTH_WAITING, Team
+from billhook.methods.evaluate.perplexity import measure_perplexity
 from billhook.methods.metrics import GROUP_METRICS, METRICS
 from billhook.methods.metrics.activations import STATISTICS, angular_distance
+from billhook.models.accelerator.bfloat16 import LEAST_WIDTH, in_bfloat16
 from billhook.models.load import Teacher, load
+from billhook.models.repair import NO_REPAIR, Repair
+from billhook.runs.executor import Executor
 
 SITE_METRICS: dict[str, dict[str, Any]] = {
     "cosine": {}, "relative_l1": {}, "sprint_local": {}, "angular_span": {"tokens": "all"}, "cca": {},
     "taylor": {"kind": "second"},
 }  # fmt: skip
 CHANNEL_METRICS: dict[str, dict[str, Any]] = {
-    "taylor_mix": {}, "taylor_vector": {}, "flap": {}, "wanda_sp": {}, "activation": {}, "apt": {}, "obs": {}, "saap": {},
-    "cfsp": {"coarse": 13.1},
+    "taylor_mix": {}, "taylor_vector": {}, "flap": {}, "wanda_sp": {}, "activation": {}, "apt": {}, "obs": {},
+    "saap": {}, "cfsp": {"coarse": 13.1},
 }  # fmt: skip
 
 
@@ -90,10 +99,10 @@ def test_the_sums_are_the_same_whoever_is_first(teacher: Teacher) -> None:
 def test_an_mlp_that_adds_nothing_to_some_texts_only_is_no_ones_next(tmp_path: Path) -> None:
     silent = load(tiny.saved(tmp_path / "silent", "llama", num_hidden_layers=3))
     first, inputs = silent.model.model.layers[1], silent.model.get_input_embeddings().weight.data
-    for block in silent.model.model.layers[:2]:
-        block.self_attn.o_proj.weight.data.zero_()
-    silent.model.model.layers[0].mlp.down_proj.weight.data.zero_()
-    first.mlp.up_proj.weight.data[:, 1:] = 0  # reads the first channel of the token alone
+    for block in silent.model.model.layers[:2]:  # nobody writes into the first channel
+        block.self_attn.o_proj.weight.data[0] = 0
+    silent.model.model.layers[0].mlp.down_proj.weight.data[0] = 0
+    first.mlp.up_proj.weight.data[:, 1:] = 0  # which alone is read, and is 0 of some tokens
     inputs[3:30, 0] = 0
     rows = [Document(text, tuple(range(3, 19) if text % 2 else range(40, 56))) for text in range(24)]
     tokens = pack_rows([*rows[1::2], *rows[::2]], 24 * 16, 16, [], "made up")
@@ -186,3 +195,58 @@ def test_what_is_not_finite_is_told_once(tmp_path: Path) -> None:
             with pytest.raises(ModelError, match="from block 1"):
                 scores(probe, name, {})
         assert team.workers == (0, 1, 2), "no worker is lost by it"
+
+
+# -- estimates and evaluations --------------------------------------------------------------------------------------
+
+
+def test_workers_estimate_in_bfloat16_where_one_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    wide, tokens, made = (
+        load(tiny.saved(tmp_path / "wide", "llama", hidden_size=LEAST_WIDTH)),
+        texts(8),
+        list[Teacher](),
+    )
+    plans = tuple(Plan(frozenset([site])) for site in wide.anatomy.sites_present()[:3])
+
+    def make(teacher: Teacher) -> Teacher:
+        made.append(in_bfloat16(teacher))
+        return made[-1]
+
+    monkeypatch.setattr(messages, "in_bfloat16", make)
+    with team_here(wide, 3) as team:
+        shared = Executor(Probe(wide, tokens, "kl", team=team, bfloat16=True))
+        found = shared(MeasureRequest(plans, estimate=True, tokens=128))
+        assert all(team.loads()[f"rate.{worker}"] > 0 for worker in range(3))
+        assert len(made) == 2, "one each, but the first process, which made its own"
+        exact = shared(MeasureRequest(plans))
+    expected = Executor(Probe(wide, tokens, "kl", bfloat16=True))(MeasureRequest(plans, estimate=True, tokens=128))
+    assert [loss.mean for loss in found] == pytest.approx([loss.mean for loss in expected], rel=0.01)
+    alone = Probe(wide, tokens, "kl").losses(plans)
+    assert [loss.mean for loss in exact] == pytest.approx([loss.mean for loss in alone], rel=1e-4)
+
+
+def test_workers_share_the_perplexity_of_bare_plans(teacher: Teacher) -> None:
+    plan, name = Plan.parse(["mlp.1", "attention.2"]), "model.layers.0.mlp.down_proj.weight"
+    repair = Repair(weights={name: 0.5 * teacher.model.get_parameter(name).detach()})
+    students = [(Plan(), NO_REPAIR), (plan, NO_REPAIR), (plan, repair)]
+    with team_here(teacher, 3) as team:
+        found = list(measure_perplexity(teacher, students, texts(), team=team))
+        assert all(team.loads()[f"rate.{worker}"] > 0 for worker in range(3))
+    for got, expected in zip(found, measure_perplexity(teacher, students, texts()), strict=True):
+        assert got.counts == expected.counts
+        assert got.sums == pytest.approx(expected.sums, rel=1e-5)
+
+
+def test_only_what_takes_long_waits_for_workers_that_start(teacher: Teacher) -> None:
+    def late(inbox: Inbox) -> Sequence[Line]:
+        line = LocalLine(1, inbox, teacher, never)
+        threading.Timer(0.3, inbox.put, [(1, hello_of(teacher))]).start()
+        line.send = lambda message: None  # type: ignore[method-assign]
+        return [line]
+
+    enough = int(WORTH_WAITING / (teacher.weight_bytes / 4))
+    for tokens, beside, workers in ((enough // 2, True, 1), (2 * enough, False, 1), (2 * enough, True, 2)):
+        with Team(teacher, Hiring(1, late, shared=beside)) as team:
+            team.meet(tokens)
+            assert len(team.workers) == workers

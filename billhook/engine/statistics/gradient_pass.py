@@ -82,7 +82,7 @@ def _gradient_sums(bench: Measurer, numbers: Sequence[int], fisher: bool) -> Ite
     """
     predicted = sum(_predicted(group.targets) for group in bench.groups)
     for index, block, runner, batches in _backward(bench, numbers, copies=2 if fisher else 1):
-        yield block, _through_block(runner, index, block, batches, predicted, fisher)
+        yield block, _through_block(runner, index, block, batches, predicted, fisher=fisher)
 
 
 def _backward(
@@ -203,18 +203,17 @@ def _through_head(runner: BlockRunner, batches: Sequence[_Batch]) -> None:
 
 
 def _through_block(
-    runner: BlockRunner, index: int, block: nn.Module, batches: Sequence[_Batch], predicted: int, fisher: bool
+    runner: BlockRunner, index: int, block: nn.Module, batches: Sequence[_Batch], predicted: int, *, fisher: bool
 ) -> Sums:
     """Return the shares of the batches in the gradients of the mean loss by each parameter, in float32.
 
     If `fisher`, in the mean squares of the gradients of rows too. The loss is summed until the end, so that half
-    precision has no tiny gradients to lose. Each batch's `slope` moves to the stream before the block.
-
-    `predicted`: tokens of the whole text.
+    precision has no tiny gradients to lose. Each batch's `slope` moves to the stream before the block. `predicted`:
+    predicted tokens of the whole text.
     """
-    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in block.named_parameters()}
-    squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in block.named_parameters()} if fisher else {}
     stand_ins = {name: p.detach().requires_grad_() for name, p in block.named_parameters()}
+    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in stand_ins.items()}
+    squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in stand_ins.items()} if fisher else {}
     share = 0.0  # of the batch at work, if it is one row: 1 / its predicted tokens / all predicted tokens
 
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -243,11 +242,7 @@ def _through_block(
         batch.slope = x.grad
     for gradient in total.values():
         gradient /= predicted
-    return {
-        (kind, name): value
-        for kind, values in (("gradient", total), ("square", squares))
-        for name, value in values.items()
-    }
+    return {(kind, name): each[name] for kind, each in (("gradient", total), ("square", squares)) for name in each}
 
 
 def _through_inputs(

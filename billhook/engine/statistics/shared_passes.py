@@ -15,8 +15,6 @@ from billhook.engine.workers.messages import Failed, Lost, More, Pass, Passed, S
 from billhook.engine.workers.shared import SharedMeasurer
 from billhook.engine.workers.team import Team
 
-WORTH_WAITING = 2e12  # products of a pass, some ten seconds of a CPU: as long as a process takes to load a model
-
 
 @dataclass
 class _Share:
@@ -47,7 +45,7 @@ class SharedPasses(Passes):
         if not self._travels(asked):
             yield from super().run(asked)
             return
-        self._team.meet(soon=self._products() > WORTH_WAITING)
+        self._team.meet(sum(group.ids.numel() for group in self.bench.groups))
         shares: dict[int, _Share] = {}  # by ticket
         try:
             with self._team.at_work():
@@ -70,12 +68,6 @@ class SharedPasses(Passes):
         teacher = self.bench.teacher
         slow = asked.heavy and teacher.device.type != "cpu"
         return teacher.weights is None and not slow and len(self.bench.groups) > 1 and is_found_by_name(asked.run)
-
-    def _products(self) -> float:
-        """Return the products of one forward pass."""
-        teacher = self.bench.teacher
-        tokens = sum(group.ids.numel() for group in self.bench.groups)
-        return float(tokens * teacher.weight_bytes / teacher.model.dtype.itemsize)
 
     def _ask(self, asked: GroupPass, shares: dict[int, _Share], groups: Iterable[int], skip: int) -> None:
         """Begin a pass over these groups, by the workers that have them; `skip` steps are not needed."""

@@ -23,6 +23,8 @@ from billhook.engine.racing import Quality, Sums
 from billhook.engine.statistics.group_pass import GroupPass, Step
 from billhook.engine.statistics.group_pass import Sums as PassSums
 from billhook.engine.workers.division import Division
+from billhook.models.accelerator.bfloat16 import in_bfloat16
+from billhook.models.device import dtype_name
 from billhook.models.load import Teacher
 
 # -- to a worker ----------------------------------------------------------------------------------------------------
@@ -42,13 +44,14 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Prepare for jobs of a token set."""
+    """Prepare for jobs of a token set. `dtype`: of the model; a copy is made where the loaded one has another."""
 
     number: int
     tokens: TokenSet
     loss: str
     memory: int | None
     division: Division
+    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +198,7 @@ class Desk:
 
     def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher
+        self._copy: Teacher | None = None  # in bfloat16, for estimates
         self._measurers: dict[int, Measurer] = {}
         self._passes: dict[int, tuple[int, Iterator[tuple[Step, Passed]]]] = {}  # by ticket: steps left, and the pass
 
@@ -205,8 +209,9 @@ class Desk:
         Raises ResourceError where memory ran out: another worker may have more.
         """
         match message:
-            case Open(number, tokens, loss, memory, division):
-                self._measurers[number] = Measurer(self.teacher, tokens, loss, memory=memory, division=division)
+            case Open(number, tokens, loss, memory, division, dtype):
+                teacher = self._in_dtype(dtype)
+                self._measurers[number] = Measurer(teacher, tokens, loss, memory=memory, division=division)
             case Own(number, groups):
                 self._measurers[number].own(groups)
             case Narrow(number, narrowed):
@@ -228,6 +233,12 @@ class Desk:
                 self._measurers[number].release()
             case Close(number):
                 self._measurers.pop(number, None)
+
+    def _in_dtype(self, dtype: str) -> Teacher:
+        if dtype == dtype_name(self.teacher.model.dtype):
+            return self.teacher
+        self._copy = self._copy or in_bfloat16(self.teacher)
+        return self._copy
 
     def _told(self, ticket: int, answers: Iterator[Measured] | Iterator[Passed]) -> Iterator[Answer]:
         """Yield the answers; `Failed` if no worker could give them."""

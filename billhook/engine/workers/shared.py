@@ -25,6 +25,7 @@ from billhook.engine.workers.messages import (
     waves,
 )
 from billhook.engine.workers.team import Team
+from billhook.models.device import dtype_name
 
 
 class SharedMeasurer:
@@ -37,7 +38,8 @@ class SharedMeasurer:
     def __init__(self, measurer: Measurer, tokens: TokenSet, loss: str, memory: int | None, team: Team) -> None:
         self._local, self._team, self.computed = measurer, team, 0
         self._number, self._ticket = team.new_number(self), 0
-        self._open = Open(self._number, tokens, loss, memory, team.division)
+        dtype = dtype_name(measurer.teacher.model.dtype)
+        self._open = Open(self._number, tokens, loss, memory, team.division, dtype)
         self._tokens = [group.tokens for group in measurer.groups]
         self._owners = dict.fromkeys(range(len(self._tokens)), HERE)
         self._opened = {HERE}  # workers that know the tokens

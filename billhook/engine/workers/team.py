@@ -19,6 +19,8 @@ from billhook.engine.workers.messages import Answer, Close, Hello, Lost, Measure
 from billhook.models.device import dtype_name
 from billhook.models.load import Teacher
 
+WORTH_WAITING = 2e12  # products of weights and tokens: some ten seconds of a CPU
+
 
 @dataclass
 class _Load:
@@ -56,7 +58,8 @@ class Team:
         self._waiting: set[int] | None = None  # started and not yet ready; None before they are started
         self._ready: set[int] = set()
         self._numbers = self._tickets = 0
-        self._beside = hiring.shared  # as processes of this machine
+        self._beside = hiring.shared and teacher.device.type == "cpu"  # as processes of this machine
+        self._weights = teacher.weight_bytes / teacher.model.dtype.itemsize
         self._users: dict[int, weakref.ref[object]] = {}  # what measures through the team, by number
         self._loads: dict[int, _Load] = {HERE: _Load(0.0)}
         self._seconds = 0.0  # in which anything was measured
@@ -108,14 +111,14 @@ class Team:
         while self._waiting:
             self.answers(wait=True)
 
-    def meet(self, *, soon: bool) -> None:
-        """Start the workers, and admit those that are ready.
+    def meet(self, tokens: int) -> None:
+        """Start the workers, and admit those that are ready. `tokens`: that pass through the model together.
 
-        `soon`: wait for processes of this machine, which are ready once they have loaded the model. Other workers may
-        have to wait for a place to run.
+        Where that takes longer than to load the model, processes of this machine are waited for. Others are not: they
+        may have to wait for a place to run. Nor is it where GPUs compute, which are faster than that.
         """
         self.start()
-        if soon and self._beside:
+        if self._beside and tokens * self._weights > WORTH_WAITING:
             self.wait()
         self.answers(wait=False)
 
