@@ -82,7 +82,9 @@ def _gradient_sums(bench: Measurer, numbers: Sequence[int], fisher: bool) -> Ite
     """
     predicted = sum(_predicted(group.targets) for group in bench.groups)
     for index, block, runner, batches in _backward(bench, numbers, copies=2 if fisher else 1):
-        yield block, _through_block(runner, index, block, batches, predicted, fisher=fisher)
+        sums = _through_block(runner, index, block, batches, predicted, fisher=fisher)
+        _count(bench, runner)
+        yield block, sums
 
 
 def _backward(
@@ -98,7 +100,6 @@ def _backward(
     batches = _after_the_head(bench, runner, numbers, by_row=copies == 2)
     order = range(runner.depth)[::-1]
     for index, block in zip(order, runner.blocks(order), strict=True):
-        bench.runner.computed, runner.computed = bench.runner.computed + runner.computed, 0
         yield index, block, runner, batches
 
 
@@ -136,7 +137,15 @@ def slopes_by_block(passes: Passes, outputs: Outputs) -> Iterator[tuple[nn.Modul
 def _slope_sums(bench: Measurer, numbers: Sequence[int], outputs: Outputs) -> Iterator[Step]:
     """Yield each block, the last one first, with the sums of `_through_inputs` over these groups."""
     for index, block, runner, batches in _backward(bench, numbers, copies=0):
-        yield block, _through_inputs(runner, index, block, batches, outputs(bench, index, block))
+        sums = _through_inputs(runner, index, block, batches, outputs(bench, index, block))
+        _count(bench, runner)
+        yield block, sums
+
+
+def _count(bench: Measurer, runner: BlockRunner) -> None:
+    """Count what another runner has computed for the bench."""
+    bench.runner.computed += runner.computed
+    runner.computed = 0
 
 
 def _after_the_head(bench: Measurer, runner: BlockRunner, numbers: Sequence[int], *, by_row: bool) -> list[_Batch]:

@@ -12,6 +12,7 @@ from types import TracebackType
 
 import torch
 
+from billhook.core.devices.names import format_devices
 from billhook.core.events import Event, EventListener, EventValue, ignore_events
 from billhook.engine.workers.division import HERE, Division
 from billhook.engine.workers.lines import Hiring, Inbox, Line
@@ -49,7 +50,7 @@ class Team:
         self.division = Division(workers, workers if teacher.device.type == "cpu" else 1)
         self._threads = hiring.threads if hiring.shared else None
         self._start = Start(
-            str(teacher.folder), teacher.device.type, dtype_name(teacher.model.dtype), memory, trust_remote_code,
+            str(teacher.folder), _first_devices(teacher), dtype_name(teacher.model.dtype), memory, trust_remote_code,
             hiring.threads,
         )  # fmt: skip
         self._hello = hello_of(teacher)
@@ -198,3 +199,9 @@ class Team:
             values[f"load.{number}"] = round(min(1.0, load.seconds / passed), 3)
             values[f"rate.{number}"] = round(load.computed / max(load.seconds, 1e-9))
         return values
+
+
+def _first_devices(teacher: Teacher) -> str:
+    """Return the name of as many devices as hold a teacher, as another process sees them that has no others."""
+    kind, count = teacher.device.type, len(teacher.devices)
+    return kind if count == 1 else format_devices([f"{kind}:{number}" for number in range(count)])
