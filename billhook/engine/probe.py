@@ -53,8 +53,7 @@ class Probe:
     - `cache_factory`: where measurements are cached.
     - `repaired`: a plan to measure under a repair of its blocks; only without a cache.
     - `team`: workers that share the losses of plans without a repair, and statistics.
-    - `bfloat16`: bounds and samples, which only exclude plans, are computed in it where that is faster; with a team
-      only estimates on a part of the tokens are.
+    - `bfloat16`: bounds and samples, which only exclude plans, are computed in it where that is faster.
 
     While it measures, it swaps modules of the teacher's model and holds the teacher's lock.
     """
@@ -65,8 +64,8 @@ class Probe:
         repaired: tuple[Plan, Repair] | None = None, team: Team | None = None, bfloat16: bool = False,
     ) -> None:  # fmt: skip
         self.teacher, self.tokens, self.loss, self.fast, self.memory = teacher, tokens, loss, fast, memory
-        self._cache_factory, self._team = cache_factory, team
-        division = ALONE if team is None else team.division
+        self._cache_factory, self._team, self._bfloat16 = cache_factory, team, bfloat16
+        self._division = division = ALONE if team is None else team.division
         self._measurer = Measurer(teacher, tokens, loss, memory=memory, walk=walk, repaired=repaired, division=division)
         self._bench: Measurer | SharedMeasurer | ScreenedMeasurer = self._measurer  # what measures pieces
         self._passes = Passes(self._measurer)
@@ -76,7 +75,6 @@ class Probe:
             self._bench = SharedMeasurer(self._measurer, tokens, loss, memory, team)
             self._passes = SharedPasses(self._measurer, self._bench, team)
             self._runners.append(self._bench)
-        self._bfloat16 = bfloat16
         self._bfloat16_copy: Teacher | None = None  # the teacher itself where no copy is faster
         self._earlier = EarlierRounds()
         self._means: dict[str, tuple[activation_passes.Statistic, dict[ScoredUnit, Score]]] = {}
@@ -198,8 +196,7 @@ class Probe:
     def _copy(self) -> Teacher | None:
         """Return the teacher's copy in bfloat16, made once; None where that is not faster, or not allowed."""
         if self._bfloat16_copy is None:
-            here = 1 if self._team is None else self._team.division.here
-            copy = bfloat16_copy(self.teacher, self.memory, here) if self._bfloat16 else None
+            copy = bfloat16_copy(self.teacher, self.memory, self._division.here) if self._bfloat16 else None
             self._bfloat16_copy = copy or self.teacher
         return None if self._bfloat16_copy is self.teacher else self._bfloat16_copy
 
@@ -238,10 +235,7 @@ class Probe:
         return self._beside(self.teacher, tokens, self.loss, None)
 
     def for_estimates(self, tokens: TokenSet) -> Probe:
-        """Return a probe for estimates on `tokens`, in bfloat16 where that is faster; this one releases its streams.
-
-        Where it is faster here, every worker of the team makes a copy of its own.
-        """
+        """Return a probe for estimates on `tokens`, in bfloat16 where that is faster; this one releases its streams."""
         return self._beside(self._copy() or self.teacher, tokens, self.loss, self.fast)
 
     def _beside(self, teacher: Teacher, tokens: TokenSet, loss: str, fast: RacingOptions | None) -> Probe:
@@ -330,8 +324,7 @@ class Probe:
     def mean_at_next_mlp(self, error: activation_passes.Statistic) -> dict[ScoredUnit, Score]:
         """Return the mean over tokens of error(f, g) for each site and block; one pass.
 
-        f, g: [tokens, width], float32: what the next MLP adds to the residual stream, with and without the site or
-        block; where no MLP follows, the residual stream after the last block.
+        f, g: [tokens, width], float32, with and without it: what the next MLP adds; after the last MLP, the last stream.
         """
         return activation_passes.mean_at_next_mlp(self._passes, error)
 

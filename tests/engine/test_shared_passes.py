@@ -202,11 +202,8 @@ def test_what_is_not_finite_is_told_once(tmp_path: Path) -> None:
 
 def test_workers_estimate_in_bfloat16_where_one_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    wide, tokens, made = (
-        load(tiny.saved(tmp_path / "wide", "llama", hidden_size=LEAST_WIDTH)),
-        texts(8),
-        list[Teacher](),
-    )
+    wide, tokens = load(tiny.saved(tmp_path / "wide", "llama", hidden_size=LEAST_WIDTH)), texts(8)
+    made: list[Teacher] = []
     plans = tuple(Plan(frozenset([site])) for site in wide.anatomy.sites_present()[:3])
 
     def make(teacher: Teacher) -> Teacher:
@@ -216,11 +213,11 @@ def test_workers_estimate_in_bfloat16_where_one_process_does(tmp_path: Path, mon
     monkeypatch.setattr(messages, "in_bfloat16", make)
     with team_here(wide, 3) as team:
         shared = Executor(Probe(wide, tokens, "kl", team=team, bfloat16=True))
-        found = shared(MeasureRequest(plans, estimate=True, tokens=128))
+        found = shared(MeasureRequest(plans, estimate=True, tokens=192))
         assert all(team.loads()[f"rate.{worker}"] > 0 for worker in range(3))
         assert len(made) == 2, "one each, but the first process, which made its own"
         exact = shared(MeasureRequest(plans))
-    expected = Executor(Probe(wide, tokens, "kl", bfloat16=True))(MeasureRequest(plans, estimate=True, tokens=128))
+    expected = Executor(Probe(wide, tokens, "kl", bfloat16=True))(MeasureRequest(plans, estimate=True, tokens=192))
     assert [loss.mean for loss in found] == pytest.approx([loss.mean for loss in expected], rel=0.01)
     alone = Probe(wide, tokens, "kl").losses(plans)
     assert [loss.mean for loss in exact] == pytest.approx([loss.mean for loss in alone], rel=1e-4)
