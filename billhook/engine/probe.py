@@ -324,7 +324,7 @@ class Probe:
     def mean_at_next_mlp(self, error: activation_passes.Statistic) -> dict[ScoredUnit, Score]:
         """Return the mean over tokens of error(f, g) for each site and block; one pass.
 
-        f, g: [tokens, width], float32, with and without it: what the next MLP adds; after the last MLP, the last stream.
+        f, g: [tokens, width], float32, with and without: what the next MLP adds, after the last MLP the last stream.
         """
         return activation_passes.mean_at_next_mlp(self._passes, error)
 
