@@ -318,10 +318,13 @@ class Measurer:
         self._references = dict(zip(new, self._head.references(hidden, targets), strict=True))
 
     @undisturbed
-    def check_finite(self, streams: Sequence[torch.Tensor]) -> None:
-        """Raise ModelError, naming the block, unless the streams after the last block, one per group, are finite."""
-        for number, (group, stream) in enumerate(zip(self.groups, streams, strict=True)):
-            if not bool(torch.isfinite(group.tokens_of(stream)).all()):
+    def check_finite(self, streams: Sequence[torch.Tensor], numbers: Sequence[int] | None = None) -> None:
+        """Raise ModelError, naming the block, unless the streams after the last block are finite.
+
+        `numbers`: their document groups; None: all, one stream each.
+        """
+        for number, stream in zip(range(len(self.groups)) if numbers is None else numbers, streams, strict=True):
+            if not bool(torch.isfinite(self.groups[number].tokens_of(stream)).all()):
                 raise ModelError(self._where_not_finite((number, 0)))
 
     def _where_not_finite(self, job: WalkJob) -> str:

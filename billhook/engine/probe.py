@@ -18,14 +18,16 @@ from billhook.core.plan import Plan
 from billhook.core.problem import ScoredUnit
 from billhook.core.results.measured import Loss, Score, WorkPlan
 from billhook.data.token_sets import TokenSet, token_set
-from billhook.engine import activation_passes, channel_statistics, gradient_pass
 from billhook.engine.bench import Measurer, job_batches
 from billhook.engine.blocks import BlockRunner
-from billhook.engine.channel_statistics import GroupValues
 from billhook.engine.losses import loss_facts
 from billhook.engine.measurements import Cache, CacheFactory, EarlierRounds, PieceTable, no_cache
 from billhook.engine.racing import Decision, Selection, SelectionTask, measure_all, measure_best, race
 from billhook.engine.screening import ScreenedCache, ScreenedMeasurer
+from billhook.engine.statistics import activation_passes, channel_statistics, gradient_pass
+from billhook.engine.statistics.channel_statistics import GroupValues
+from billhook.engine.statistics.group_pass import Passes
+from billhook.engine.statistics.shared_passes import SharedPasses
 from billhook.engine.workers.division import ALONE
 from billhook.engine.workers.shared import SharedMeasurer
 from billhook.engine.workers.team import Team
@@ -50,7 +52,7 @@ class Probe:
     - `walk`: `layers` or `depth-first`, instead of choosing it by memory.
     - `cache_factory`: where measurements are cached.
     - `repaired`: a plan to measure under a repair of its blocks; only without a cache.
-    - `team`: workers that share the losses of plans without a repair.
+    - `team`: workers that share the losses of plans without a repair, and statistics.
     - `bfloat16`: bounds and samples, which only exclude plans, are computed in it where that is faster.
 
     While it measures, it swaps modules of the teacher's model and holds the teacher's lock.
@@ -62,16 +64,17 @@ class Probe:
         repaired: tuple[Plan, Repair] | None = None, team: Team | None = None, bfloat16: bool = False,
     ) -> None:  # fmt: skip
         self.teacher, self.tokens, self.loss, self.fast, self.memory = teacher, tokens, loss, fast, memory
-        self._cache_factory, self._team = cache_factory, team
-        division = ALONE if team is None else team.division
+        self._cache_factory, self._team, self._bfloat16 = cache_factory, team, bfloat16
+        self._division = division = ALONE if team is None else team.division
         self._measurer = Measurer(teacher, tokens, loss, memory=memory, walk=walk, repaired=repaired, division=division)
         self._bench: Measurer | SharedMeasurer | ScreenedMeasurer = self._measurer  # what measures pieces
+        self._passes = Passes(self._measurer)
         self._runners: list[BlockRunner | SharedMeasurer] = [self._measurer.runner]  # their work is this probe's
         self._others: list[Probe] = []  # theirs too
         if team is not None:
             self._bench = SharedMeasurer(self._measurer, tokens, loss, memory, team)
+            self._passes = SharedPasses(self._measurer, self._bench, team)
             self._runners.append(self._bench)
-        self._bfloat16 = bfloat16 and team is None
         self._bfloat16_copy: Teacher | None = None  # the teacher itself where no copy is faster
         self._earlier = EarlierRounds()
         self._means: dict[str, tuple[activation_passes.Statistic, dict[ScoredUnit, Score]]] = {}
@@ -193,7 +196,7 @@ class Probe:
     def _copy(self) -> Teacher | None:
         """Return the teacher's copy in bfloat16, made once; None where that is not faster, or not allowed."""
         if self._bfloat16_copy is None:
-            copy = bfloat16_copy(self.teacher, self.memory) if self._bfloat16 else None
+            copy = bfloat16_copy(self.teacher, self.memory, self._division.here) if self._bfloat16 else None
             self._bfloat16_copy = copy or self.teacher
         return None if self._bfloat16_copy is self.teacher else self._bfloat16_copy
 
@@ -272,7 +275,7 @@ class Probe:
         """Return the loss of a plan under a repair of its blocks; it is not cached."""
         self._measurer.use_repair(plan, repair)
         self._measurer.own(range(len(self._measurer.groups)))
-        self._bench = self._measurer  # others know no repair
+        self._bench, self._passes = self._measurer, Passes(self._measurer)  # others know no repair
         return self.losses([plan])[0]
 
     def release_streams(self) -> None:
@@ -293,7 +296,7 @@ class Probe:
         cached = self._means
         uncached = {name: f for name, f in statistics.items() if name not in cached or cached[name][0] is not f}
         if uncached:
-            computed = activation_passes.mean_over_tokens(self._measurer, uncached)
+            computed = activation_passes.mean_over_tokens(self._passes, uncached)
             cached |= {name: (uncached[name], scores) for name, scores in computed.items()}
         return {name: dict(cached[name][1]) for name in statistics}
 
@@ -304,7 +307,7 @@ class Probe:
 
         Means are taken off; see `activation_passes.Covariances`.
         """
-        return activation_passes.over_covariances(self._measurer, function)
+        return activation_passes.over_covariances(self._passes, function)
 
     @undisturbed
     @torch.inference_mode()
@@ -314,17 +317,16 @@ class Probe:
         x, y: [tokens, width], float32, the residual stream before and after the span. Raises ResourceError if all the
         streams between the blocks do not fit into the probe's memory.
         """
-        return activation_passes.mean_over_spans(self._measurer, distance, last)
+        return activation_passes.mean_over_spans(self._passes, distance, last)
 
     @undisturbed
     @torch.inference_mode()
     def mean_at_next_mlp(self, error: activation_passes.Statistic) -> dict[ScoredUnit, Score]:
         """Return the mean over tokens of error(f, g) for each site and block; one pass.
 
-        f, g: [tokens, width], float32: what the next MLP adds to the residual stream, with and without the site or
-        block; where no MLP follows, the residual stream after the last block.
+        f, g: [tokens, width], float32, with and without: what the next MLP adds, after the last MLP the last stream.
         """
-        return activation_passes.mean_at_next_mlp(self._measurer, error)
+        return activation_passes.mean_at_next_mlp(self._passes, error)
 
     @undisturbed
     @torch.inference_mode()
@@ -344,7 +346,7 @@ class Probe:
 
         Raises ResourceError if the streams between the blocks do not fit into the probe's memory.
         """
-        return gradient_pass.sum_over_gradients(self._measurer, function, fisher)
+        return gradient_pass.sum_over_gradients(self._passes, function, fisher)
 
     @undisturbed
     def groups_of_weights(self, function: activation_passes.WeightFunction) -> GroupValues:
@@ -360,27 +362,27 @@ class Probe:
         g and f: see `sum_over_gradients`. With True beside a function, the values of each row or column of the group
         are first summed with their signs, and the absolute value counts.
         """
-        return channel_statistics.groups_by_gradients(self._measurer, functions, fisher)
+        return channel_statistics.groups_by_gradients(self._passes, functions, fisher)
 
     @undisturbed
     def groups_of_inputs(self, function: channel_statistics.InputFunction) -> GroupValues:
         """Return the mean over each group's channels of function(output projection's inputs, its weight); one pass."""
-        return channel_statistics.groups_by_inputs(self._measurer, function)
+        return channel_statistics.groups_by_inputs(self._passes, function)
 
     @undisturbed
-    def groups_of_outputs(self, function: channel_statistics.OutputFunction) -> GroupValues:
-        """Return function(output projection's inputs, its weight, channels of each group) [groups]; one pass."""
-        return channel_statistics.groups_by_outputs(self._measurer, function)
+    def groups_of_products(self, function: channel_statistics.ProductFunction) -> GroupValues:
+        """Return function(XᵀX per token of output projection's inputs X, its weight, channels of groups); one pass."""
+        return channel_statistics.groups_by_products(self._passes, function)
 
     @undisturbed
     def groups_of_slopes(self, functions: Mapping[str, channel_statistics.SlopeFunction]) -> dict[str, GroupValues]:
         """Return by name function(output projection's inputs and slopes, its weight, channels of heads); one pass."""
-        return channel_statistics.groups_by_slopes(self._measurer, functions)
+        return channel_statistics.groups_by_slopes(self._passes, functions)
 
     @undisturbed
     def groups_of_experts(self, function: channel_statistics.ExpertFunction) -> GroupValues:
         """Return the mean of function(gates, outputs) over each expert's tokens, for all of its groups; one pass."""
-        return channel_statistics.groups_by_experts(self._measurer, function)
+        return channel_statistics.groups_by_experts(self._passes, function)
 
     @undisturbed
     def groups_of_ranges(self) -> GroupValues:

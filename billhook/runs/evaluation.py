@@ -68,7 +68,7 @@ def perplexity_results(
 
     def compute(missing: list[int]) -> Iterator[EvalResult]:
         some, memory = [students[i] for i in missing], job.recipe.memory_bytes
-        return measure_perplexity(teacher, some, tokens, memory=memory, watch=job.watch)
+        return measure_perplexity(teacher, some, tokens, memory=memory, team=job.team, watch=job.watch)
 
     return job.store.remember_each(keys, compute, job.run)
 

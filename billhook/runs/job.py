@@ -34,9 +34,9 @@ def store_and_watch(store: Store, run: str, watch: EventListener) -> EventListen
 
 @contextmanager
 def with_team(job: RunContext, teacher: Teacher) -> Iterator[RunContext]:
-    """Yield the run with the workers that its recipe asks for; they end with the block."""
+    """Yield the run with the workers that its recipe asks for; they end with the block, unless it had them before."""
     recipe, crew = job.recipe, parse_workers(job.recipe.workers)
-    if crew.alone:
+    if crew.alone or job.team is not None:
         yield job
         return
     with Team(
@@ -70,7 +70,7 @@ class Context(Generic[O_co]):
     watch: EventListener
     seconds: dict[str, float]
     loaded: Mapping[str, Teacher] = field(default_factory=dict)  # models that the caller loaded, by name
-    team: Team | None = None  # workers that share the search
+    team: Team | None = None  # workers that share what is measured
 
     @property
     def recipe(self) -> O_co:

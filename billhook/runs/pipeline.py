@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from billhook.models.surgery import apply
 from billhook.runs import evaluation
 from billhook.runs.choose_plan import choose_plan
 from billhook.runs.exporting import export_beside, probe_tokens
-from billhook.runs.job import RunContext, store_and_watch
+from billhook.runs.job import RunContext, store_and_watch, with_team
 from billhook.runs.prepare import (
     NOTHING,
     calibration_spec,
@@ -214,27 +214,28 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
         folded = recovery_tokens(recipe, teacher, job.watch) if recipe.fold_in_search and learn is None else learn
         texts = {"tokens": calibration, "held-out text": held_out, "recovery text": folded}
         _bind(job, bound, teacher, texts, given)
-    with job.stage("search"):
-        found = choose_plan(job, teacher, calibration, held_out, given)
-        plan, proof_text = found.plan, test_text(recipe, held_out)
-    got = RecoveryResult()
-    if learn is not None:
-        with job.stage("recover"):
-            seen = {} if calibration.choices or recipe.proof == "loss" else {"calibration": calibration}
-            proved = seen | {"held-out": proof_text}
-            got = run_recoveries(job, teacher, plan, learn=learn, texts=proved, work=work_folder(job))
-    repair = got.repair
-    with job.stage("apply"):
-        student = apply(teacher, plan, stock=recipe.stock, repair=repair)
-    with job.stage("evaluate"):
-        perplexity = evaluation.compare_perplexity(job, teacher, plan, proof_text, repair)
-        tasks = tuple(evaluation.task_accuracy(job, teacher, plan, file, repair) for file in task_files(recipe))
-        answering = partial(evaluation.sample_answers, teacher, student, job.watch)
-        testing = partial(evaluation.skills_of, job, teacher, plan, repair)
-        unanswered: tuple[Answer, ...] = ()
-        untested: tuple[SkillChange, ...] = ()
-        skills = evaluation.courtesy(job, "skills", testing, untested) if whole_proof else untested
-        answers = evaluation.courtesy(job, "answer", answering, unanswered) if whole_proof else unanswered
+    with with_team(job, teacher) if learn is None else nullcontext(job) as shared:  # memory of workers is for training
+        with job.stage("search"):
+            found = choose_plan(shared, teacher, calibration, held_out, given)
+            plan, proof_text = found.plan, test_text(recipe, held_out)
+        got = RecoveryResult()
+        if learn is not None:
+            with job.stage("recover"):
+                seen = {} if calibration.choices or recipe.proof == "loss" else {"calibration": calibration}
+                proved = seen | {"held-out": proof_text}
+                got = run_recoveries(job, teacher, plan, learn=learn, texts=proved, work=work_folder(job))
+        repair = got.repair
+        with job.stage("apply"):
+            student = apply(teacher, plan, stock=recipe.stock, repair=repair)
+        with job.stage("evaluate"):
+            perplexity = evaluation.compare_perplexity(shared, teacher, plan, proof_text, repair)
+            tasks = tuple(evaluation.task_accuracy(job, teacher, plan, file, repair) for file in task_files(recipe))
+            answering = partial(evaluation.sample_answers, teacher, student, job.watch)
+            testing = partial(evaluation.skills_of, job, teacher, plan, repair)
+            unanswered: tuple[Answer, ...] = ()
+            untested: tuple[SkillChange, ...] = ()
+            skills = evaluation.courtesy(job, "skills", testing, untested) if whole_proof else untested
+            answers = evaluation.courtesy(job, "answer", answering, unanswered) if whole_proof else unanswered
     with job.stage("save"):
         probe_row = calibration.rows[:1, : calibration.lengths[0]]
         whole = Student(student, teacher, plan, probe_row, repair, got.base, got.adapter, watch=job.watch)

@@ -20,7 +20,7 @@ from billhook.core.results.stored import Run, read_result
 from billhook.models.load import Teacher
 from billhook.report.pages import page_of
 from billhook.runs import require_model
-from billhook.runs.job import EvalContext, run_environment, store_and_watch
+from billhook.runs.job import EvalContext, RunContext, run_environment, store_and_watch, with_team
 from billhook.runs.pipeline import delete_unfinished
 from billhook.runs.prepare import NOTHING, load_teacher
 from billhook.runs.recipe import EvalOptions, Recipe
@@ -58,7 +58,9 @@ def open_study(
     """A run of the store, the loaded teacher, and the folder that will hold page and table."""
     folder = None if out is None else named_folder(out)
     with open_run(spec, recipe, store, folder, watch, loaded=loaded) as job:
-        yield StudyContext(job.store, job.run, load_teacher(recipe, job.watch, loaded), job.watch), job.out
+        teacher = load_teacher(recipe, job.watch, loaded)
+        with with_team(RunContext(recipe, job.store, job.run, job.out, job.watch, {}), teacher) as shared:
+            yield StudyContext(job.store, job.run, teacher, job.watch, recipe.workers, shared.team), job.out
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from billhook.core.plan import Plan
 from billhook.core.results.measured import EvalResult
 from billhook.core.results.studies import Outcome, StudentOutcome, TrialResult
 from billhook.data.token_sets import TokenSet
+from billhook.engine.workers.team import Team
 from billhook.models.load import Teacher
 from billhook.runs.choose_plan import choose_plan, site_times_key
 from billhook.runs.evaluation import evaluate_plans
@@ -35,15 +36,18 @@ TOGETHER = 6  # plans that are evaluated, and filed, at a time
 
 @dataclass(frozen=True)
 class StudyContext:
-    """What every trial of a study shares."""
+    """What every trial of a study shares. `team`: the workers that recipes with these `workers` ask for."""
 
     store: Store
     run: str
     teacher: Teacher
     watch: EventListener
+    workers: int | str = 1
+    team: Team | None = None
 
     def job(self, recipe: Recipe) -> RunContext:
-        return RunContext(recipe, self.store, self.run, Path(), self.watch, {})
+        team = self.team if recipe.workers == self.workers else None
+        return RunContext(recipe, self.store, self.run, Path(), self.watch, {}, team=team)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from billhook.engine.bench import Measurer
 from billhook.engine.blocks import BlockRunner
 from billhook.engine.losses import ITEM_LOSSES, LOSSES
 from billhook.engine.probe import Probe
+from billhook.engine.workers import crew
 from billhook.methods.evaluate.multiple_choice import log_probabilities
 from billhook.methods.evaluate.perplexity import measure_perplexity, perplexity
 from billhook.methods.export import Student, export_student
@@ -222,12 +223,17 @@ def test_exports(name: str, model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("shorter")
-def test_workers_are_refused_before_anything_is_measured(model: Path, text: Path, tmp_path: Path) -> None:
+def test_workers_are_refused_before_anything_is_measured(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refused = "gives each worker a device of its own, and the model lies on"
     with spread_over(BOTH), pytest.raises(UsageError, match=f"{refused} pretended:0-1. Type workers=1"):
         billhook.prune(load(model), remove="1blocks", data=str(text), workers=2, out=tmp_path / "out")
+    monkeypatch.setattr(crew, "find_spec", lambda name: True)
     with pytest.raises(UsageError, match=f"{refused} cuda:0-1. Type workers=1, or one device: device='cuda:0'"):
-        billhook.prune(str(model), remove="1blocks", data=str(text), workers=2, device="cuda:0-1", out=tmp_path / "out")
+        billhook.prune(
+            str(model), remove="1blocks", data=str(text), workers="ray", device="cuda:0-1", out=tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
 
 

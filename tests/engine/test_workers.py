@@ -316,9 +316,30 @@ def test_there_are_no_more_workers_than_gpus_or_than_memory_has_room_for(
     with pytest.raises(ResourceError, match="workers=3, or less"):
         hiring(4, teacher)
     monkeypatch.setattr(Teacher, "device", torch.device("cuda", 1))
+    monkeypatch.setattr(Teacher, "devices", (torch.device("cuda", 1),))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert environments(3, teacher) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "2"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a,7")
     assert environments(2, teacher) == [{"CUDA_VISIBLE_DEVICES": "5"}]
     with pytest.raises(UsageError, match="there are 3 GPUs that torch sees"):
         environments(4, teacher)
+
+
+def test_workers_of_a_model_on_several_gpus_have_as_many_each(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Teacher, "device", torch.device("cuda", 1))
+    monkeypatch.setattr(Teacher, "devices", (torch.device("cuda", 1), torch.device("cuda", 4)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
+    assert environments(3, teacher) == [{"CUDA_VISIBLE_DEVICES": "0,2"}, {"CUDA_VISIBLE_DEVICES": "3,5"}]
+    with pytest.raises(UsageError, match=r"workers=4 needs 2 GPUs for each worker, .* 7 GPUs .*Type workers=3"):
+        environments(4, teacher)
+    started: list[Message] = []
+
+    def hire(inbox: Inbox) -> Sequence[Line]:
+        line = LocalLine(1, inbox, teacher, never)
+        line.send = started.append  # type: ignore[method-assign]
+        return [line]
+
+    Team(teacher, Hiring(1, hire)).start()
+    assert [each.device for each in started if isinstance(each, Start)] == ["cuda:0-1"]

@@ -25,8 +25,8 @@ from billhook.core.problem import ScoredUnit
 from billhook.core.results.measured import Score
 from billhook.core.results.model import MetricScores
 from billhook.data.token_sets import TokenSet
-from billhook.engine.activation_passes import Covariances
 from billhook.engine.probe import Probe
+from billhook.engine.statistics.activation_passes import Covariances
 from billhook.methods.export.checkpoint import save
 from billhook.methods.metrics import METRICS
 from billhook.methods.metrics.correlations import linearisation_bound

@@ -15,8 +15,8 @@ from billhook.core.errors import ResourceError, UsageError
 from billhook.core.plan import Plan, Site
 from billhook.data.splits import select_documents
 from billhook.data.token_sets import TokenSet, token_set
-from billhook.engine.gradient_pass import InputSlopes
 from billhook.engine.probe import Probe
+from billhook.engine.statistics.gradient_pass import InputSlopes
 from billhook.methods.export.checkpoint import save
 from billhook.methods.metrics import GROUP_METRICS
 from billhook.methods.metrics.salience import kurtosis, outlier_size, salience

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from fake_slurm import FakeSlurm
+from test_workers import LocalLine, never
 
 import billhook
 from billhook.cli.progress import event_words
@@ -23,8 +24,12 @@ from billhook.core.events import Event
 from billhook.core.files.cache_keys import LossKey
 from billhook.core.plan import Plan
 from billhook.core.results.run import RunResult
+from billhook.engine.workers.crew import Crew
+from billhook.engine.workers.lines import Hiring
+from billhook.engine.workers.messages import Message, Open, Start
 from billhook.engine.workers.processes import ProcessLine
 from billhook.engine.workers.team import Team
+from billhook.models.load import Teacher
 from billhook.runs import job
 from billhook.runs.store import Store
 
@@ -97,6 +102,48 @@ def test_a_run_with_workers_ends_as_without(
         assert opened.run(got.run).spec["workers"] == workers
     assert loads[-1]["rate.1"] > 0
     assert not [each for each in psutil.Process().children() if "workers" in " ".join(each.cmdline())]
+
+
+@pytest.fixture
+def hired(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
+    """What is asked of workers that are in this process, with `Start` for each that is hired."""
+    asked: list[Message] = []
+
+    class Heard(LocalLine):
+        def send(self, message: Message) -> None:
+            asked.extend([message] if isinstance(message, Start | Open) else [])
+            super().send(message)
+
+    def hiring(crew: Crew, teacher: Teacher) -> Hiring:
+        return Hiring(1, lambda inbox: [Heard(1, inbox, teacher, never)])
+
+    monkeypatch.setattr(job, "hiring", hiring)
+    return asked
+
+
+def test_workers_share_the_proof_of_what_is_not_trained(
+    hired: list[Message], model: Path, text: Path, tmp_path: Path
+) -> None:
+    options = {"data": text, "store": tmp_path / "b.db", "workers": 2, **SHORT}
+    for recover, losses in (("none", ["kl", "nll"]), ("fold", ["kl"])):
+        billhook.prune(model, out=tmp_path / recover, recover=recover, seed=len(recover), **options)
+        assert list(dict.fromkeys(each.loss for each in hired if isinstance(each, Open))) == losses
+        assert sum(isinstance(each, Start) for each in hired) == 1
+        hired.clear()
+
+
+def test_a_sweep_has_the_same_workers_in_all_its_trials(
+    hired: list[Message], model: Path, text: Path, tmp_path: Path
+) -> None:
+    options = {name: value for name, value in SHORT.items() if name != "search"}
+    options |= {"remove": ["2sites", "3sites"], "data": [str(text)]}
+    alone, shared = (
+        billhook.sweep(model, "sleb", out=tmp_path / str(n), store=tmp_path / f"{n}.db", workers=n, **options)
+        for n in (1, 2)
+    )
+    assert [trial.plan for trial in shared.trials] == [trial.plan for trial in alone.trials]
+    assert sum(isinstance(each, Start) for each in hired) == 1
+    assert "nll" in [each.loss for each in hired if isinstance(each, Open)], "they evaluate too"
 
 
 def killed_at(folder: Path, options: dict[str, Any], moment: int, line: Connection[Any, Any]) -> None:

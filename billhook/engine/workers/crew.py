@@ -113,8 +113,12 @@ def require_installed(crew: Crew) -> None:
 
 
 def require_one_device(crew: Crew, devices: Sequence[str]) -> None:
-    """Raise UsageError where a model on several devices would be shared by workers, each of which has one."""
-    if crew.alone or len(devices) == 1:
+    """Raise UsageError where workers of a cluster, each of which has one device, would share a model on several.
+
+    Processes of this machine have as many GPUs each as hold the model here.
+    """
+    gpus = all(device.startswith("cuda") for device in devices)
+    if crew.alone or len(devices) == 1 or (crew.place == "processes" and gpus):
         return
     raise UsageError(
         f"{option('workers', crew.spelled())} gives each worker a device of its own, and the model lies on "

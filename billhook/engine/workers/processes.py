@@ -1,4 +1,4 @@
-"""Workers as processes of this machine: one a visible GPU, or on a share of the CPU's threads."""
+"""Workers as processes of this machine: on visible GPUs of their own, or on a share of the CPU's threads."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def hiring(workers: int, teacher: Teacher) -> Hiring:
 def environments(workers: int, teacher: Teacher) -> list[dict[str, str]]:
     """Return the environment of each worker but the coordinator, which has loaded `teacher`.
 
-    On CUDA each sees one GPU. Raises UsageError where there are fewer GPUs than workers, and ResourceError where the
-    machine's memory has no room for a model in each.
+    On CUDA each sees as many GPUs as hold the teacher, and no other worker sees them. Raises UsageError where there
+    are fewer, and ResourceError where the machine's memory has no room for a model in each.
     """
-    device = teacher.device
+    device, own = teacher.device, {each.index or 0 for each in teacher.devices}
     if device.type == "cpu":
         room = int(SHARE_OF_FREE * free_memory(device)) // max(1, teacher.weight_bytes)
         if workers - 1 > room:
@@ -100,11 +100,13 @@ def environments(workers: int, teacher: Teacher) -> list[dict[str, str]]:
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     count = device_count(device)
     names = visible if len(visible) == count else [str(number) for number in range(count)]
-    if workers > count:
+    if workers * len(own) > count:
         kind = "GPU that torch sees" if count == 1 else "GPUs that torch sees"
+        each = "a GPU" if len(own) == 1 else f"{len(own)} GPUs"
         raise UsageError(
-            f"{option('workers', workers)} needs a GPU for each worker, and there are {count} {kind}. Type "
-            f"{option('workers', count)}, or {option('device', 'cpu')}."
+            f"{option('workers', workers)} needs {each} for each worker, and there are {count} {kind}. Type "
+            f"{option('workers', count // len(own))}, or {option('device', 'cpu')}."
         )
-    del names[device.index or 0]  # the coordinator's
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in names[: workers - 1]]
+    others = [name for number, name in enumerate(names) if number not in own]
+    sets = [",".join(others[worker * len(own) : (worker + 1) * len(own)]) for worker in range(workers - 1)]
+    return [{"CUDA_VISIBLE_DEVICES": each} for each in sets]

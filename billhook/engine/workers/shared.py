@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from billhook.core.plan import KeptGroups, Plan
 from billhook.data.token_sets import TokenSet
@@ -25,6 +25,7 @@ from billhook.engine.workers.messages import (
     waves,
 )
 from billhook.engine.workers.team import Team
+from billhook.models.device import dtype_name
 
 
 class SharedMeasurer:
@@ -37,13 +38,19 @@ class SharedMeasurer:
     def __init__(self, measurer: Measurer, tokens: TokenSet, loss: str, memory: int | None, team: Team) -> None:
         self._local, self._team, self.computed = measurer, team, 0
         self._number, self._ticket = team.new_number(self), 0
-        self._open = Open(self._number, tokens, loss, memory, team.division)
+        dtype = dtype_name(measurer.teacher.model.dtype)
+        self._open = Open(self._number, tokens, loss, memory, team.division, dtype)
         self._tokens = [group.tokens for group in measurer.groups]
         self._owners = dict.fromkeys(range(len(self._tokens)), HERE)
         self._opened = {HERE}  # workers that know the tokens
         self._narrowed: list[KeptGroups] = []  # in the order of their bits
 
     rounding = 0.0
+
+    @property
+    def number(self) -> int:
+        """The number of the token set, by which workers know it."""
+        return self._number
 
     @property
     def workers(self) -> int:
@@ -93,7 +100,7 @@ class SharedMeasurer:
         if not jobs:
             return
         self._team.start()
-        self._ticket += 1
+        self._ticket = self._team.new_ticket()
         here: deque[Iterator[Measured]] = deque()
         pending: dict[int, set[WalkJob]] = {}  # of other workers
         with self._team.at_work():
@@ -147,6 +154,14 @@ class SharedMeasurer:
                 self._local.own(own)
             else:
                 self._team.send(worker, Own(self._number, own))
+
+    def shares(self, groups: Iterable[int]) -> dict[int, tuple[int, ...]]:
+        """Divide the document groups among the workers that are there now, and return which of `groups` each has."""
+        self._divide()
+        by_worker: dict[int, list[int]] = {}
+        for group in groups:
+            by_worker.setdefault(self._owners[group], []).append(group)
+        return {worker: tuple(own) for worker, own in sorted(by_worker.items())}
 
     def _tell(self, message: Message) -> None:
         """Send a message to all other workers that know the tokens."""

@@ -12,12 +12,15 @@ from types import TracebackType
 
 import torch
 
+from billhook.core.devices.names import format_devices
 from billhook.core.events import Event, EventListener, EventValue, ignore_events
 from billhook.engine.workers.division import HERE, Division
 from billhook.engine.workers.lines import Hiring, Line
-from billhook.engine.workers.messages import Answer, Close, Hello, Lost, Measured, Message, Start, hello_of
+from billhook.engine.workers.messages import Answer, Close, Hello, Lost, Measured, Message, Passed, Start, hello_of
 from billhook.models.device import dtype_name
 from billhook.models.load import Teacher
+
+WORTH_WAITING = 2e12  # products of weights and tokens: some ten seconds of a CPU
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Team:
         self.division = Division(workers, workers if teacher.device.type == "cpu" else 1)
         self._threads = hiring.threads if hiring.shared else None
         self._start = Start(
-            str(teacher.folder), teacher.device.type, dtype_name(teacher.model.dtype), memory, trust_remote_code,
+            str(teacher.folder), _first_devices(teacher), dtype_name(teacher.model.dtype), memory, trust_remote_code,
             hiring.threads,
         )  # fmt: skip
         self._hello = hello_of(teacher)
@@ -55,7 +58,9 @@ class Team:
         self._lines: dict[int, Line] = {}
         self._waiting: set[int] | None = None  # started and not yet ready; None before they are started
         self._ready: set[int] = set()
-        self._numbers = 0
+        self._numbers = self._tickets = 0
+        self._beside = hiring.shared and teacher.device.type == "cpu"  # as processes of this machine
+        self._weights = teacher.weight_bytes / teacher.model.dtype.itemsize
         self._users: dict[int, weakref.ref[object]] = {}  # what measures through the team, by number
         self._loads: dict[int, _Load] = {HERE: _Load(0.0)}
         self._seconds = 0.0  # in which anything was measured
@@ -88,6 +93,11 @@ class Team:
         self._users[number] = weakref.ref(user)
         return number
 
+    def new_ticket(self) -> int:
+        """Return the ticket of a request."""
+        self._tickets += 1
+        return self._tickets
+
     def start(self) -> None:
         """Start the workers, if they have not been started."""
         if self._waiting is None:
@@ -101,6 +111,17 @@ class Team:
         self.start()
         while self._waiting:
             self.answers(wait=True)
+
+    def meet(self, tokens: int) -> None:
+        """Start the workers, and admit those that are ready. `tokens`: that pass through the model together.
+
+        Where that takes longer than to load the model, processes of this machine are waited for. Others are not: they
+        may have to wait for a place to run. Nor is it where GPUs compute, which are faster than that.
+        """
+        self.start()
+        if self._beside and tokens * self._weights > WORTH_WAITING:
+            self.wait()
+        self.answers(wait=False)
 
     def answers(self, *, wait: bool) -> list[tuple[int, Answer]]:
         """Return what workers have answered to requests, and the loss of those that took part.
@@ -161,7 +182,7 @@ class Team:
             torch.set_num_threads(threads)
             self._seconds += time.perf_counter() - start
 
-    def count(self, worker: int, done: Measured) -> None:
+    def count(self, worker: int, done: Measured | Passed) -> None:
         """Count what a worker has done."""
         load = self._loads[worker]
         load.seconds += done.seconds
@@ -178,3 +199,9 @@ class Team:
             values[f"load.{number}"] = round(min(1.0, load.seconds / passed), 3)
             values[f"rate.{number}"] = round(load.computed / max(load.seconds, 1e-9))
         return values
+
+
+def _first_devices(teacher: Teacher) -> str:
+    """Return the name of as many devices as hold a teacher, as another process sees them that has no others."""
+    kind, count = teacher.device.type, len(teacher.devices)
+    return kind if count == 1 else format_devices([f"{kind}:{number}" for number in range(count)])

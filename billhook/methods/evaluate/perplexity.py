@@ -13,6 +13,7 @@ from billhook.core.results.measured import EvalResult
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import nll
 from billhook.engine.probe import Probe
+from billhook.engine.workers.team import Team
 from billhook.methods.evaluate import batches, evaluation
 from billhook.methods.evaluate.served import ServedModel
 from billhook.models.device import to_float64
@@ -55,6 +56,7 @@ def measure_perplexity(
     tokens: TokenSet,
     *,
     memory: int | None = None,
+    team: Team | None = None,
     watch: EventListener = ignore_events,
 ) -> Iterator[EvalResult]:
     """Yield the perplexity of what each plan leaves of a teacher, repaired, by the measuring engine.
@@ -62,13 +64,16 @@ def measure_perplexity(
     All numbers of a run, a study or a comparison come from here, so that equal models get equal ones in every dtype:
     streams are in the compute dtype, logits and their sums in float32 and above. Bare plans share their passes. A
     repaired student in memory is measured as the teacher that its checkpoint will be. A model in a runtime is itself
-    the only student.
+    the only student. `team`: workers of the teacher, which share bare plans.
     """
     if isinstance(teacher.model, ServedModel):
         yield perplexity(teacher.model, tokens, watch=watch, who=teacher.name)
         return
     bare = list(dict.fromkeys(plan for plan, repair in students if repair == NO_REPAIR))
-    done = dict(zip(bare, _nats(Probe(teacher, tokens, "nll", memory=memory), bare), strict=True)) if bare else {}
+    if bare and team is not None:
+        team.meet(len(bare) * tokens.tokens)
+    probe = Probe(teacher, tokens, "nll", memory=memory, team=team) if bare else None
+    done = dict(zip(bare, _nats(probe, bare), strict=True)) if probe is not None else {}
     for plan, repair in students:
         who = {"of": "student" if plan else "teacher"}
         watch(Event("evaluate", 0, tokens.tokens, who))

@@ -19,8 +19,8 @@ from billhook.core.plan import Site
 from billhook.core.problem import ScoredUnit
 from billhook.core.registry import Registry, RegistryWithFacts, wrong_return
 from billhook.core.results.measured import Score
-from billhook.engine.channel_statistics import GroupValues
 from billhook.engine.probe import Probe
+from billhook.engine.statistics.channel_statistics import GroupValues
 
 Metric = Callable[..., dict[ScoredUnit, Score]]
 METRICS: Registry[Metric] = Registry("metric")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -10,22 +11,31 @@ import torch.nn.functional as F  # noqa: N812
 from billhook.core.errors import UnknownName
 from billhook.core.problem import ScoredUnit
 from billhook.core.results.measured import Score
-from billhook.engine.activation_passes import require_finite_scores
 from billhook.engine.probe import Probe
+from billhook.engine.statistics.activation_passes import Statistic, require_finite_scores
 from billhook.methods.metrics import metric
 
 
-def _relative(x: torch.Tensor, y: torch.Tensor, p: int = 2) -> torch.Tensor:
+def _turn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return 1 - F.cosine_similarity(x, y, dim=-1)
+
+
+def _change(x: torch.Tensor, y: torch.Tensor, p: int) -> torch.Tensor:
+    change: torch.Tensor = (y - x).norm(p, dim=-1)
+    return change
+
+
+def _relative(x: torch.Tensor, y: torch.Tensor, p: int) -> torch.Tensor:
     change: torch.Tensor = (y - x).norm(p, dim=-1) / x.norm(p, dim=-1)
     return change
 
 
-STATISTICS = {  # of x and y [tokens, width], before and after; one pass computes all of them
-    "cosine": lambda x, y: 1 - F.cosine_similarity(x, y, dim=-1),
-    "l1": lambda x, y: (y - x).norm(1, dim=-1),
-    "l2": lambda x, y: (y - x).norm(2, dim=-1),
-    "relative_l1": lambda x, y: _relative(x, y, 1),
-    "relative_l2": lambda x, y: _relative(x, y, 2),
+STATISTICS: dict[str, Statistic] = {  # of x and y [tokens, width], before and after; one pass computes all of them
+    "cosine": _turn,
+    "l1": partial(_change, p=1),
+    "l2": partial(_change, p=2),
+    "relative_l1": partial(_relative, p=1),
+    "relative_l2": partial(_relative, p=2),
 }
 
 
@@ -114,7 +124,7 @@ def sprint_local(probe: Probe) -> dict[ScoredUnit, Score]:
     is fitted anew before scoring; Euclidean norms of tokens, where its code has L1 norms of sentences; blocks as well;
     an MLP that adds nothing to any token is skipped.
     """
-    return probe.mean_at_next_mlp(lambda f, g: (g - f).norm(dim=-1) / f.norm(dim=-1))
+    return probe.mean_at_next_mlp(partial(_relative, p=2))
 
 
 TOKENS = ("last", "all")

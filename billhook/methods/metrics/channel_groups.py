@@ -6,8 +6,8 @@ import torch
 
 from billhook.core.errors import UnknownName, UsageError, option
 from billhook.data.splits import select_documents
-from billhook.engine.channel_statistics import GroupValues, Inputs, standardised
 from billhook.engine.probe import Probe
+from billhook.engine.statistics.channel_statistics import GroupValues, Inputs, standardised
 from billhook.methods.metrics import group_metric
 
 BATCHES = 8  # parts of the calibration text, between which importance varies

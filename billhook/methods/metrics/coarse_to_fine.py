@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 
 from billhook.core.errors import UsageError, option
-from billhook.engine.channel_statistics import GroupValues
 from billhook.engine.probe import Probe
+from billhook.engine.statistics.channel_statistics import GroupValues
 from billhook.methods.metrics import group_metric
 from billhook.methods.metrics.activations import angular_distance
 

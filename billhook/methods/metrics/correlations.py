@@ -7,8 +7,8 @@ import torch
 from billhook.core.errors import UsageError, option
 from billhook.core.problem import ScoredUnit
 from billhook.core.results.measured import Score
-from billhook.engine.activation_passes import Covariances
 from billhook.engine.probe import Probe
+from billhook.engine.statistics.activation_passes import Covariances
 from billhook.methods.metrics import metric
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from billhook.core.errors import UsageError, option
-from billhook.engine.channel_statistics import GroupValues
 from billhook.engine.probe import Probe
+from billhook.engine.statistics.channel_statistics import GroupValues
 from billhook.methods.metrics import group_metric
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from billhook.core.errors import UsageError, option
-from billhook.engine.channel_statistics import GroupValues
 from billhook.engine.probe import Probe
+from billhook.engine.statistics.channel_statistics import GroupValues
 from billhook.methods.metrics import group_metric
 
 STEPS = 64  # in which all groups of a site go
@@ -30,10 +32,7 @@ def obs(probe: Probe, *, ridge: float = 0.01) -> GroupValues:
     if not ridge > 0:
         raise UsageError(f"obs takes a ridge above 0, not {ridge:g}. Type {option('set', {'ridge': 0.01})}.")
 
-    def errors(x: torch.Tensor, weight: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
-        return removal_errors(x.T @ x, weight, channels, ridge) / len(x)
-
-    return probe.groups_of_outputs(errors)
+    return probe.groups_of_products(partial(removal_errors, ridge=ridge))
 
 
 def removal_errors(gram: torch.Tensor, weight: torch.Tensor, channels: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from billhook.core.errors import UsageError, option
-from billhook.engine.channel_statistics import GroupValues
-from billhook.engine.gradient_pass import InputSlopes
 from billhook.engine.probe import Probe
+from billhook.engine.statistics.channel_statistics import GroupValues
+from billhook.engine.statistics.gradient_pass import InputSlopes
 from billhook.methods.metrics import group_metric
 
 HEADS_AT_A_TIME = 1024  # of a site, all their weights in float64

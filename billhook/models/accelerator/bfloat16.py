@@ -32,16 +32,22 @@ def gains_by_bfloat16(teacher: Teacher) -> bool:
     return wide and teacher.device.type == "cpu" and multiplies_bfloat16()
 
 
-@undisturbed
-def bfloat16_copy(teacher: Teacher, memory: int | None) -> Teacher | None:
+def bfloat16_copy(teacher: Teacher, memory: int | None, processes: int = 1) -> Teacher | None:
     """Return a copy of a teacher in memory whose weights are bfloat16; None where that gains nothing or has no room.
 
-    `memory`: bytes for weights and activations together; None is what the machine has free.
+    `memory`: bytes for weights and activations together; None is what the machine has free for as many `processes`,
+    each with a copy.
     """
     weight_bytes = teacher.weight_bytes
-    room = free_memory(teacher.device) if memory is None else memory - weight_bytes
+    room = free_memory(teacher.device) // processes if memory is None else memory - weight_bytes
     if teacher.weights is not None or not gains_by_bfloat16(teacher) or SHARE_OF_ROOM * weight_bytes // 2 > room:
         return None
+    return in_bfloat16(teacher)
+
+
+@undisturbed
+def in_bfloat16(teacher: Teacher) -> Teacher:
+    """Return a copy of a teacher in memory whose weights are bfloat16."""
     model = shared_copy(teacher.model)
     wide = [each for each in model.parameters() if each.dtype == torch.float32]
     replace_parameters(model, {each: nn.Parameter(each.detach().bfloat16(), requires_grad=False) for each in wide})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from billhook.core.errors import ResourceError, option
 from billhook.core.plan import Site
 from billhook.core.problem import ScoredUnit
 from billhook.core.results.measured import Score
-from billhook.engine.activation_passes import sums_over_parameters
 from billhook.engine.bench import Measurer
 from billhook.engine.blocks import BlockRunner
 from billhook.engine.document_groups import DocumentGroup
 from billhook.engine.head import Head
+from billhook.engine.statistics.activation_passes import sums_over_parameters
+from billhook.engine.statistics.group_pass import GroupPass, Passes, Step, Sums
 from billhook.models import structure
 from billhook.models.device import to_float64
 
@@ -42,13 +44,13 @@ class _Batch:
 
     @property
     def predicted(self) -> int:
-        return int((self.targets >= 0).sum())
+        return _predicted(self.targets)
 
 
-def sum_over_gradients(bench: Measurer, function: GradientFunction, fisher: bool) -> dict[ScoredUnit, Score]:
+def sum_over_gradients(passes: Passes, function: GradientFunction, fisher: bool) -> dict[ScoredUnit, Score]:
     """Return the sum of function(w, g, f) over the weights of each site and block; see `Probe.sum_over_gradients`."""
-    sums: dict[int, dict[ScoredUnit, Score]] = {}
-    for index, block, slopes, squares in gradients_by_block(bench, fisher):
+    bench, sums = passes.bench, dict[int, dict[ScoredUnit, Score]]()
+    for index, block, slopes, squares in gradients_by_block(passes, fisher):
         weights = dict(block.named_parameters())
         if fisher:
             sums[index] = sums_over_parameters(bench, index, block, function, weights, slopes, squares)
@@ -60,15 +62,45 @@ def sum_over_gradients(bench: Measurer, function: GradientFunction, fisher: bool
 Gradients = dict[str, torch.Tensor]  # by parameter of a block, in float32
 
 
+def gradients_by_block(passes: Passes, fisher: bool) -> Iterator[tuple[int, nn.Module, Gradients, Gradients]]:
+    """Yield (index, block, gradients, mean squares of the gradients of rows if `fisher`), the last block first."""
+    order = range(passes.bench.runner.depth)[::-1]
+    run = partial(_gradient_sums, fisher=fisher)
+    for index, (block, sums) in zip(order, passes.run(GroupPass(run, len(order), heavy=True)), strict=True):
+        assert block is not None
+        names = [name for name, _ in block.named_parameters()]
+        squares = {name: sums["square", name] for name in names} if fisher else {}
+        yield index, block, {name: sums["gradient", name] for name in names}, squares
+
+
 @torch.inference_mode(False)  # what is computed inside that mode cannot have a graph
 @torch.no_grad()
-def gradients_by_block(bench: Measurer, fisher: bool) -> Iterator[tuple[int, nn.Module, Gradients, Gradients]]:
-    """Yield (index, block, gradients, mean squares of the gradients of rows if `fisher`), the last block first."""
-    _check_room(bench, 2 if fisher else 1)
-    runner, batches = _after_the_head(bench, by_row=fisher)
+def _gradient_sums(bench: Measurer, numbers: Sequence[int], fisher: bool) -> Iterator[Step]:
+    """Yield each block, the last one first, with the shares that these groups have in what `gradients_by_block` yields.
+
+    Under ("gradient", name) and ("square", name), shaped like the parameter, in float32.
+    """
+    predicted = sum(_predicted(group.targets) for group in bench.groups)
+    for index, block, runner, batches in _backward(bench, numbers, copies=2 if fisher else 1):
+        sums = _through_block(runner, index, block, batches, predicted, fisher=fisher)
+        _count(bench, runner)
+        yield block, sums
+
+
+def _backward(
+    bench: Measurer, numbers: Sequence[int], copies: int
+) -> Iterator[tuple[int, nn.Module, BlockRunner, list[_Batch]]]:
+    """Yield (index, block, its runner, the batches of these groups), the last block first.
+
+    Whoever takes them moves each batch's `slope` to the stream before the block. `copies`: see `_check_room`.
+    """
+    groups = [bench.groups[g] for g in numbers]
+    _check_room(bench, groups, copies)
+    runner = BlockRunner(bench.teacher, bench.runner.chunk)  # the bench's own has recorded calls without graphs
+    batches = _after_the_head(bench, runner, numbers, by_row=copies == 2)
     order = range(runner.depth)[::-1]
     for index, block in zip(order, runner.blocks(order), strict=True):
-        yield index, block, *_through_block(runner, index, block, batches, fisher)
+        yield index, block, runner, batches
 
 
 @dataclass(frozen=True)
@@ -85,40 +117,63 @@ class InputSlopes:
     slopes: torch.Tensor
 
 
+Outputs = Callable[[Measurer, int, nn.Module], Mapping[Site, str]]  # of a block by its index: names of modules
+
+
+def slopes_by_block(passes: Passes, outputs: Outputs) -> Iterator[tuple[nn.Module, dict[Site, InputSlopes]]]:
+    """Yield each block, the last one first, with the inputs and slopes of the modules that `outputs` names in it."""
+    tokens = sum(_predicted(group.targets) for group in passes.bench.groups)
+    run = partial(_slope_sums, outputs=outputs)
+    for block, sums in passes.run(GroupPass(run, passes.bench.runner.depth)):
+        assert block is not None
+        yield block, {
+            site: InputSlopes(tokens, total / tokens, size, slope)
+            for site, (total, size, slope) in sums.items() if isinstance(site, Site)
+        }  # fmt: skip
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
-def slopes_by_block(
-    bench: Measurer, outputs: Callable[[int, nn.Module], Mapping[Site, str]]
-) -> Iterator[tuple[nn.Module, dict[Site, InputSlopes]]]:
-    """Yield each block, the last one first, with the inputs and slopes of the modules that `outputs` names in it."""
-    _check_room(bench, 0)
-    runner, batches = _after_the_head(bench, by_row=False)
-    order = range(runner.depth)[::-1]
-    for index, block in zip(order, runner.blocks(order), strict=True):
-        yield block, _through_inputs(runner, index, block, batches, outputs(index, block))
+def _slope_sums(bench: Measurer, numbers: Sequence[int], outputs: Outputs) -> Iterator[Step]:
+    """Yield each block, the last one first, with the sums of `_through_inputs` over these groups."""
+    for index, block, runner, batches in _backward(bench, numbers, copies=0):
+        sums = _through_inputs(runner, index, block, batches, outputs(bench, index, block))
+        _count(bench, runner)
+        yield block, sums
 
 
-def _after_the_head(bench: Measurer, *, by_row: bool) -> tuple[BlockRunner, list[_Batch]]:
-    """Return a runner and the batches after a forward pass, each with the slope by the stream after the last block."""
-    runner = BlockRunner(bench.teacher, bench.runner.chunk)  # the bench's own has recorded calls without graphs
-    batches = [_Batch(t, [runner.embed(ids)]) for ids, t in _rows(bench.groups, 1 if by_row else runner.chunk)]
+def _count(bench: Measurer, runner: BlockRunner) -> None:
+    """Count what another runner has computed for the bench."""
+    bench.runner.computed += runner.computed
+    runner.computed = 0
+
+
+def _after_the_head(bench: Measurer, runner: BlockRunner, numbers: Sequence[int], *, by_row: bool) -> list[_Batch]:
+    """Return the batches after a forward pass, each with the slope by the stream after the last block."""
+    rows = _rows([bench.groups[g] for g in numbers], 1 if by_row else runner.chunk)
+    batches = [_Batch(t, [runner.embed(ids)]) for ids, t in rows]
     order = range(runner.depth)
     for index, block in zip(order, runner.blocks(order), strict=True):
         for batch in batches:
-            batch.streams.append(runner.call(index, block, batch.streams[-1]))
+            batch.streams.append(runner.whole(index, block, batch.streams[-1]))
     for batch in batches:
         batch.streams[-1] = batch.streams[-1].to(batch.targets.device)
     if not all(bool(torch.isfinite(batch.streams[-1][batch.targets >= 0]).all()) for batch in batches):
-        final = dict(bench.walk.run([(g, 0) for g in range(len(bench.groups))], layers=True))
-        bench.check_finite([final[g, 0] for g in range(len(bench.groups))])
+        final = dict(bench.walk.run([(g, 0) for g in numbers], layers=True))
+        bench.check_finite([final[g, 0] for g in numbers], numbers)
     _through_head(runner, batches)
-    return runner, batches
+    return batches
 
 
-def _check_room(bench: Measurer, copies: int) -> None:
+def _predicted(targets: torch.Tensor) -> int:
+    """Return the number of positions that predict a token."""
+    return int((targets >= 0).sum())
+
+
+def _check_room(bench: Measurer, groups: Sequence[DocumentGroup], copies: int) -> None:
     """Raise ResourceError if streams and `copies` of a block's gradients would not fit into the probe's memory."""
     config, blocks = bench.teacher.model.config, structure.blocks_of(bench.teacher.model, bench.teacher.architecture)
-    tokens = sum(group.ids.numel() for group in bench.groups)
+    tokens = sum(group.ids.numel() for group in groups)
     streams = (len(blocks) + 1) * tokens * int(config.hidden_size) * int(bench.teacher.model.dtype.itemsize)
     largest = 4 * max(sum(p.numel() for p in block.parameters()) for block in blocks)
     needed = streams + largest * copies
@@ -157,17 +212,17 @@ def _through_head(runner: BlockRunner, batches: Sequence[_Batch]) -> None:
 
 
 def _through_block(
-    runner: BlockRunner, index: int, block: nn.Module, batches: Sequence[_Batch], fisher: bool
-) -> tuple[Gradients, Gradients]:
-    """Return gradients of the mean loss by each parameter, and their mean squares over rows if `fisher`, in float32.
+    runner: BlockRunner, index: int, block: nn.Module, batches: Sequence[_Batch], predicted: int, *, fisher: bool
+) -> Sums:
+    """Return the shares of the batches in the gradients of the mean loss by each parameter, in float32.
 
-    The loss is summed until the end, so that half precision has no tiny gradients to lose. Each batch's `slope` moves
-    to the stream before the block.
+    If `fisher`, in the mean squares of the gradients of rows too. The loss is summed until the end, so that half
+    precision has no tiny gradients to lose. Each batch's `slope` moves to the stream before the block. `predicted`:
+    predicted tokens of the whole text.
     """
-    predicted = sum(batch.predicted for batch in batches)
-    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in block.named_parameters()}
-    squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in block.named_parameters()} if fisher else {}
     stand_ins = {name: p.detach().requires_grad_() for name, p in block.named_parameters()}
+    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in stand_ins.items()}
+    squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in stand_ins.items()} if fisher else {}
     share = 0.0  # of the batch at work, if it is one row: 1 / its predicted tokens / all predicted tokens
 
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -190,21 +245,24 @@ def _through_block(
         share = 1 / (max(1, batch.predicted) * predicted)
         x = batch.streams.pop().detach().requires_grad_()
         with torch.enable_grad():
-            y = runner.call(index, called, x)
+            y = runner.whole(index, called, x)
         torch.autograd.backward(y, batch.slope.to(y.device))
         assert x.grad is not None
         batch.slope = x.grad
     for gradient in total.values():
         gradient /= predicted
-    return total, squares
+    return {(kind, name): each[name] for kind, each in (("gradient", total), ("square", squares)) for name in each}
 
 
 def _through_inputs(
     runner: BlockRunner, index: int, block: nn.Module, batches: Sequence[_Batch], outputs: Mapping[Site, str]
-) -> dict[Site, InputSlopes]:
-    """Return sums over the inputs of the named modules. Each batch's `slope` moves to the stream before the block."""
+) -> Sums:
+    """Return by site Σ x, Σ |x| and Σ |slope| [3, inputs] over the inputs x of the named modules, in float64.
+
+    Each batch's `slope` moves to the stream before the block.
+    """
     read: dict[Site, list[torch.Tensor]] = {site: [] for site in outputs}
-    sums: dict[Site, torch.Tensor] = {}
+    sums: Sums = {}
     handles = [
         block.get_submodule(name).register_forward_pre_hook(lambda m, inputs, of=read[site]: of.append(inputs[0]))
         for site, name in outputs.items()
@@ -213,7 +271,7 @@ def _through_inputs(
         for batch in batches:
             x = batch.streams.pop().detach().requires_grad_()
             with torch.enable_grad():
-                y = runner.call(index, block, x)
+                y = runner.whole(index, block, x)
             inputs = {site: pieces.pop() for site, pieces in read.items()}
             batch.slope, *slopes = torch.autograd.grad(y, [x, *inputs.values()], batch.slope.to(y.device))
             at = (batch.targets.flatten() >= 0).to(y.device)
@@ -224,5 +282,4 @@ def _through_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    tokens = sum(batch.predicted for batch in batches)
-    return {site: InputSlopes(tokens, total / tokens, size, slope) for site, (total, size, slope) in sums.items()}
+    return sums

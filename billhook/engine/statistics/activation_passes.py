@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -21,15 +22,16 @@ from billhook.core.results.measured import Score
 from billhook.engine.bench import Measurer
 from billhook.engine.blocks import KEPT, NEITHER, NO_ATTENTION, NO_MLP, BlockRunner, BlockState, Streams
 from billhook.engine.document_groups import DocumentGroup
+from billhook.engine.statistics.group_pass import GroupPass, Passes, Step, Sums
 from billhook.models import structure
-from billhook.models.device import float64_place, to_float64
+from billhook.models.device import to_float64
 
 Statistic = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # two of [tokens, width] -> [tokens]
 WeightFunction = Callable[[torch.Tensor], torch.Tensor]  # [..., outputs, inputs] -> a number
 ELEMENTS_AT_A_TIME = 2**22  # of a weight, in float32
 
 
-class DocumentMeans:
+class DocumentSums:
     """Sums over tokens by document, so that their mean has a standard error.
 
     `document_of`: for each group, the document of each token (if `last`, of the last token of each row).
@@ -48,21 +50,23 @@ class DocumentMeans:
         """Add the `values` [tokens] of a unit, given the documents of the tokens. They stay on their device."""
         self._values[unit].append((documents, values))
 
-    def scores(self) -> dict[ScoredUnit, Score]:
-        """Return the means. All values leave the device at once."""
+    def sums(self) -> Sums:
+        """Return the sums [documents] of each unit. All values leave the device at once."""
         sizes = [len(values) for pairs in self._values.values() for _, values in pairs]
         if not sizes:
             return {}
         found = [values for pairs in self._values.values() for _, values in pairs]
         values = torch.cat([values.to(found[0].device) for values in found]).cpu()
         parts = iter(to_float64(values).split(sizes))
-        scores: dict[ScoredUnit, Score] = {}
+        sums: Sums = {unit: torch.zeros_like(self._counts) for unit in self._values}
         for unit, pairs in self._values.items():
-            sums = torch.zeros_like(self._counts)
             for documents, _ in pairs:
-                sums.index_add_(0, documents, next(parts))
-            scores[unit] = Score.of(sums.tolist(), self._counts.tolist())
-        return scores
+                sums[unit].index_add_(0, documents, next(parts))
+        return sums
+
+    def score(self, sums: torch.Tensor) -> Score:
+        """Return the mean over all tokens from the sums [documents] of all document groups."""
+        return Score.of(sums.tolist(), self._counts.tolist())
 
 
 def require_finite_scores(scores: dict[ScoredUnit, Score]) -> dict[ScoredUnit, Score]:
@@ -86,34 +90,45 @@ def last_tokens(group: DocumentGroup) -> torch.Tensor:
 # -- before and after -----------------------------------------------------------------------------------------------
 
 
-def mean_over_tokens(bench: Measurer, statistics: Mapping[str, Statistic]) -> dict[str, dict[ScoredUnit, Score]]:
+def mean_over_tokens(passes: Passes, statistics: Mapping[str, Statistic]) -> dict[str, dict[ScoredUnit, Score]]:
     """Return the mean over tokens of each statistic(x, y), x and y [tokens, width] in float32, before and after a unit.
 
     A statistic that divides by zero gives scores that are not finite; others of the same pass are not affected.
     """
-    means = {name: DocumentMeans(bench.groups) for name in statistics}
-    for _, unit, g, *pair in _before_and_after(bench):
+    means, scores = DocumentSums(passes.bench.groups), {name: dict[ScoredUnit, Score]() for name in statistics}
+    for key, sums in passes.sums(partial(_sums_over_tokens, statistics=statistics)).items():
+        assert isinstance(key, tuple)
+        scores[key[0]][key[1]] = means.score(sums)
+    return scores
+
+
+def _sums_over_tokens(bench: Measurer, numbers: Sequence[int], statistics: Mapping[str, Statistic]) -> Iterator[Step]:
+    """Yield the sums [documents] of each statistic and unit."""
+    means = {name: DocumentSums(bench.groups) for name in statistics}
+    for _, unit, g, *pair in _before_and_after(bench, numbers):
         for name, statistic in statistics.items():
             means[name].add(unit, means[name].document_of[g], statistic(*pair))
-    return {name: mean.scores() for name, mean in means.items()}
+    yield None, {(name, unit): sums for name, mean in means.items() for unit, sums in mean.sums().items()}
 
 
-def _before_and_after(bench: Measurer) -> Iterator[tuple[int, ScoredUnit, int, torch.Tensor, torch.Tensor]]:
+def _before_and_after(
+    bench: Measurer, numbers: Sequence[int]
+) -> Iterator[tuple[int, ScoredUnit, int, torch.Tensor, torch.Tensor]]:
     """Yield (index of the block, unit, number of the group, x, y) in order of the blocks; one pass.
 
     x and y: the streams before and after the unit, of the counted tokens of the group, [tokens, width] in float32.
     """
     runner, groups = bench.runner, bench.groups
-    streams = [runner.embed(group.ids) for group in groups]
+    streams = [runner.embed(groups[g].ids) for g in numbers]
     wanted = {KEPT, NO_MLP, NO_ATTENTION} if runner.parallel else {KEPT, NO_MLP}
     for index, block in enumerate(runner.blocks(range(runner.depth))):
         streams = runner.fetch(index, streams)
         done = runner.step(index, block, [(x, wanted) for x in streams])
-        for g, (x, after) in enumerate(zip(streams, done, strict=True)):
+        for g, x, after in zip(numbers, streams, done, strict=True):
             for unit, before, then in _units(bench, index, x, after):
                 yield index, unit, g, groups[g].tokens_of(before).float(), groups[g].tokens_of(then).float()
         streams = [after[KEPT] for after in done]
-    bench.check_finite(streams)
+    bench.check_finite(streams, numbers)
 
 
 @dataclass(slots=True)
@@ -128,36 +143,32 @@ class Covariances:
     yy: torch.Tensor
 
 
-class _Moments:
-    """Sums over tokens, of which covariances are made."""
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.tokens = 0
-        self.sums = torch.zeros(2, width, dtype=torch.float64, device=float64_place(device))
-        self.products = torch.zeros(3, width, width, dtype=torch.float64, device=float64_place(device))
-
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        x, y = to_float64(x), to_float64(y)
-        self.tokens += len(x)
-        self.sums += torch.stack((x.sum(0), y.sum(0)))
-        for product, (a, b) in zip(self.products, ((x, x), (x, y), (y, y)), strict=True):
-            product.addmm_(a.T, b)
-
-    def covariances(self) -> Covariances:
-        x, y = self.sums / self.tokens
-        means = torch.stack([a[:, None] * b for a, b in ((x, x), (x, y), (y, y))])
-        return Covariances(*(self.products / self.tokens - means))
-
-
-def over_covariances(bench: Measurer, function: Callable[[Covariances], float]) -> dict[ScoredUnit, Score]:
+def over_covariances(passes: Passes, function: Callable[[Covariances], float]) -> dict[ScoredUnit, Score]:
     """Return function(covariances of the streams before and after it) for each site and block; one pass."""
+    tokens = sum(group.tokens for group in passes.bench.groups)
     scores: dict[ScoredUnit, Score] = {}
-    for _, of_block in groupby(_before_and_after(bench), key=lambda each: each[0]):
-        moments: dict[ScoredUnit, _Moments] = {}
-        for _, unit, _, x, y in of_block:
-            moments.setdefault(unit, _Moments(x.shape[1], x.device)).add(x, y)
-        scores |= {unit: Score(function(each.covariances())) for unit, each in moments.items()}
+    for _, moments in passes.run(GroupPass(_moments, passes.bench.runner.depth, heavy=True)):
+        units: list[ScoredUnit] = list(dict.fromkeys(key[1] for key in moments if isinstance(key, tuple)))
+        for unit in units:
+            x, y = moments["sums", unit] / tokens
+            means = torch.stack([a[:, None] * b for a, b in ((x, x), (x, y), (y, y))])
+            scores[unit] = Score(function(Covariances(*(moments["products", unit] / tokens - means))))
     return scores
+
+
+def _moments(bench: Measurer, numbers: Sequence[int]) -> Iterator[Step]:
+    """Yield after each block, by unit, the sums [2, width] of x and y and their products [3, width, width], float64."""
+    for _, of_block in groupby(_before_and_after(bench, numbers), key=lambda each: each[0]):
+        moments: Sums = {}
+        for _, unit, _, x, y in of_block:
+            x, y = to_float64(x), to_float64(y)
+            if ("sums", unit) not in moments:
+                moments["sums", unit] = x.new_zeros(2, x.shape[1])
+                moments["products", unit] = x.new_zeros(3, x.shape[1], x.shape[1])
+            moments["sums", unit] += torch.stack((x.sum(0), y.sum(0)))
+            for product, (a, b) in zip(moments["products", unit], ((x, x), (x, y), (y, y)), strict=True):
+                product.addmm_(a.T, b)
+        yield None, moments
 
 
 def _units(
@@ -180,11 +191,22 @@ def _alive(bench: Measurer, index: int) -> tuple[bool, bool]:
     return Site(position, "attention") in present, Site(position, "mlp") in present
 
 
-def mean_over_spans(bench: Measurer, distance: Statistic, last: bool) -> dict[ScoredUnit, Score]:
+def mean_over_spans(passes: Passes, distance: Statistic, last: bool) -> dict[ScoredUnit, Score]:
     """Return the mean of distance(x, y), before and after each span of blocks, over all tokens or each row's last."""
-    runner, groups, positions = bench.runner, bench.groups, bench.teacher.positions
-    means = DocumentMeans(groups, last)
-    documents = torch.cat(means.document_of)
+    means = DocumentSums(passes.bench.groups, last)
+    sums = passes.sums(partial(_sums_over_spans, distance=distance, last=last))
+    return require_finite_scores(_scores(means, sums))
+
+
+def _scores(means: DocumentSums, sums: Sums) -> dict[ScoredUnit, Score]:
+    return {unit: means.score(values) for unit, values in sums.items() if isinstance(unit, Site | int | tuple)}
+
+
+def _sums_over_spans(bench: Measurer, numbers: Sequence[int], distance: Statistic, last: bool) -> Iterator[Step]:
+    """Yield the sums [documents] of each span."""
+    runner, groups, positions = bench.runner, [bench.groups[g] for g in numbers], bench.teacher.positions
+    means = DocumentSums(bench.groups, last)
+    documents = torch.cat([means.document_of[g] for g in numbers])
     needed = 4 * (runner.depth + 1) * len(documents) * int(runner.model.config.hidden_size)
     if not last and needed > bench.room:
         raise ResourceError(
@@ -204,23 +226,40 @@ def mean_over_spans(bench: Measurer, distance: Statistic, last: bool) -> dict[Sc
     for index, block in enumerate(runner.blocks(range(runner.depth))):
         streams = [after[KEPT] for after in runner.step(index, block, [(x, {KEPT}) for x in streams])]
         kept.append(picked(streams))
-    bench.check_finite(streams)
+    bench.check_finite(streams, numbers)
     for start in range(runner.depth):
         for end in range(start + 1, min(runner.depth, start + runner.depth - 1) + 1):  # not all blocks at once
             means.add((positions[start], positions[end - 1]), documents, distance(kept[start], kept[end]))
-    return require_finite_scores(means.scores())
+    yield None, means.sums()
 
 
 # -- at the next MLP ------------------------------------------------------------------------------------------------
 
 
-def mean_at_next_mlp(bench: Measurer, error: Statistic) -> dict[ScoredUnit, Score]:
+def mean_at_next_mlp(passes: Passes, error: Statistic) -> dict[ScoredUnit, Score]:
     """Return the mean over tokens of error(f, g): what the next MLP adds, with and without a unit.
 
     After the last MLP, f and g are the streams after the last block. An MLP that adds nothing to any token is skipped.
     """
-    runner, groups = bench.runner, bench.groups
-    means = DocumentMeans(groups)
+    bench = passes.bench
+    run = partial(_sums_at_next_mlp, error=error)
+    sums = passes.sums(run)
+    adding, parts = sums[ADDS]
+    if bool(((adding > 0) & (adding < parts)).any()):  # an MLP is skipped in some parts of the text only
+        sums = Passes(bench).sums(run)
+    order: list[ScoredUnit] = [*bench.teacher.anatomy.sites_present(), *bench.teacher.positions]
+    scores = require_finite_scores(_scores(DocumentSums(bench.groups), sums))
+    return {unit: scores[unit] for unit in order}
+
+
+ADDS = "adds"  # [2, blocks]: in how many parts of the text the MLP of a block adds something, and how many there are
+
+
+def _sums_at_next_mlp(bench: Measurer, numbers: Sequence[int], error: Statistic) -> Iterator[Step]:
+    """Yield the sums [documents] of each unit, and `ADDS`, where these groups are one part of the text."""
+    runner, groups = bench.runner, [bench.groups[g] for g in numbers]
+    means, adding = DocumentSums(bench.groups), torch.zeros(bench.runner.depth)
+    documents = [means.document_of[g] for g in numbers]
     streams = [runner.embed(group.ids) for group in groups]
     waiting: list[tuple[list[ScoredUnit], list[torch.Tensor]]] = []  # units, and the streams without any one of them
 
@@ -228,13 +267,14 @@ def mean_at_next_mlp(bench: Measurer, error: Statistic) -> dict[ScoredUnit, Scor
         for g, (f, other) in enumerate(zip(with_unit, without, strict=True)):
             values = error(groups[g].tokens_of(f).float(), groups[g].tokens_of(other).float())
             for unit in units:
-                means.add(unit, means.document_of[g], values)
+                means.add(unit, documents[g], values)
 
     for index, block in enumerate(runner.blocks(range(runner.depth))):
         streams = runner.fetch(index, streams)
         done = runner.step(index, block, [(x, {KEPT, NO_ATTENTION, NO_MLP, NEITHER}) for x in streams])
         added = _added(runner, streams, done)
         adds = any(bool(group.tokens_of(f).any()) for f, group in zip(added, groups, strict=True))
+        adding[index] = adds
         wanted = {KEPT} if not adds else {NO_ATTENTION} if runner.parallel else {KEPT, NO_MLP}
         still_waiting = []
         for units, others in waiting:
@@ -252,12 +292,10 @@ def mean_at_next_mlp(bench: Measurer, error: Statistic) -> dict[ScoredUnit, Scor
             else:
                 waiting.append((units, without))
         streams = [variants[KEPT] for variants in done]
-    bench.check_finite(streams)
+    bench.check_finite(streams, numbers)
     for units, others in waiting:
         add_errors(units, streams, others)
-    order: list[ScoredUnit] = [*bench.teacher.anatomy.sites_present(), *bench.teacher.positions]
-    scores = require_finite_scores(means.scores())
-    return {unit: scores[unit] for unit in order}
+    yield None, {ADDS: torch.stack((adding, torch.ones_like(adding)))} | means.sums()
 
 
 def _added(runner: BlockRunner, before: list[torch.Tensor], after: list[Streams]) -> list[torch.Tensor]:
