@@ -72,6 +72,19 @@ def saved(folder: Path, variant: str, dtype: torch.dtype = torch.float32, **over
     return folder
 
 
+def saved_peaked(folder: Path, **config: int) -> Path:
+    """Save a llama that uses a quarter of its words, in which some sites matter much less than others."""
+    model = build("llama", num_hidden_layers=6, **config)
+    with torch.no_grad():
+        model.lm_head.weight[:16].mul_(5)
+        model.lm_head.weight[16:].mul_(0.02)
+        for i, block in enumerate(model.model.layers):
+            block.self_attn.o_proj.weight.mul_(0.006 * 2**i)
+            block.mlp.down_proj.weight.mul_(0.009 * 2**i)
+    model.save_pretrained(folder)
+    return folder
+
+
 def change_json(file: Path, **fields: Any) -> None:
     """Set fields of a JSON file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))

@@ -51,12 +51,11 @@ class Measurer:
     - `walk`: the order of the walk, instead of choosing it by memory.
     - `repaired`: a plan to measure under a repair of its blocks.
     - `division`: how many workers share the document groups. All are this one's until `own` says otherwise.
-    - `bits`: those of another measurer, so that both read the same masks.
     """
 
     def __init__(
         self, teacher: Teacher, tokens: TokenSet, loss: str, *, memory: int | None = None, walk: str | None = None,
-        repaired: tuple[Plan, Repair] | None = None, division: Division = ALONE, bits: PlanBits | None = None,
+        repaired: tuple[Plan, Repair] | None = None, division: Division = ALONE,
     ) -> None:  # fmt: skip
         self._item_loss = ITEM_LOSSES.get(loss)
         if (self._item_loss is None) != (tokens.choices is None):
@@ -71,7 +70,7 @@ class Measurer:
         self._fixed, self._parts = walk, 1  # the parts of a batch of jobs
         self._limit = self._room(memory)
         self._head = self._new_head()
-        self.bits = bits or PlanBits(teacher.positions)
+        self.bits = PlanBits(teacher.positions)
         self.walk = Walk(self.runner, [group.ids for group in self.groups], self._limit, self.bits)
         self._references: dict[int, Reference] = {}  # by document group
         self._runs: Walk | RepairedWalk = self.walk

@@ -18,12 +18,13 @@ from billhook.core.plan import Plan
 from billhook.core.problem import ScoredUnit
 from billhook.core.results.measured import Loss, Score, WorkPlan
 from billhook.data.token_sets import TokenSet, token_set
-from billhook.engine.bench import Measurer, job_batches
+from billhook.engine.bench import Measurer
 from billhook.engine.blocks import BlockRunner
+from billhook.engine.choice_rows import row_sums
 from billhook.engine.losses import loss_facts
 from billhook.engine.measurements import Cache, CacheFactory, EarlierRounds, PieceTable, no_cache
 from billhook.engine.racing import Decision, Selection, SelectionTask, measure_all, measure_best, race
-from billhook.engine.screening import ScreenedCache, ScreenedMeasurer
+from billhook.engine.screening import ScreenedCache, ScreenedMeasurer, share_room
 from billhook.engine.statistics import activation_passes, channel_statistics, gradient_pass
 from billhook.engine.statistics.channel_statistics import GroupValues
 from billhook.engine.statistics.group_pass import Passes
@@ -76,6 +77,7 @@ class Probe:
             self._passes = SharedPasses(self._measurer, self._bench, team)
             self._runners.append(self._bench)
         self._bfloat16_copy: Teacher | None = None  # the teacher itself where no copy is faster
+        self._rough_key = ""  # what the copy's measurements are cached under
         self._earlier = EarlierRounds()
         self._means: dict[str, tuple[activation_passes.Statistic, dict[ScoredUnit, Score]]] = {}
         self.tally: list[Counter[str]] = []  # of each batch: how many plans by kind of decision
@@ -196,22 +198,31 @@ class Probe:
     def _copy(self) -> Teacher | None:
         """Return the teacher's copy in bfloat16, made once; None where that is not faster, or not allowed."""
         if self._bfloat16_copy is None:
-            copy = bfloat16_copy(self.teacher, self.memory, self._division.here) if self._bfloat16 else None
+            allowed = self._bfloat16 and (self._team is None or self.memory is None)  # each worker has so much memory
+            copy = bfloat16_copy(self.teacher, self.memory, self._division.here) if allowed else None
             self._bfloat16_copy = copy or self.teacher
         return None if self._bfloat16_copy is self.teacher else self._bfloat16_copy
 
     def _screen(self) -> None:
         """Measure bounds and samples in bfloat16 from now on, where that is faster."""
-        if self._bench is self._measurer and (copy := self._copy()) is not None:
-            self._bench = ScreenedMeasurer(self._measurer, copy, self.tokens, self.memory)
-            self._runners.append(self._bench.rough.runner)
+        useful = self.tokens.choices is None and (self.loss == "kl" or self.fast is not None)
+        if not useful or isinstance(self._bench, ScreenedMeasurer) or (copy := self._copy()) is None:
+            return
+        rough = Measurer(copy, self.tokens, self.loss, memory=self.memory, division=self._division)
+        share_room(self._measurer, rough)
+        self._runners.append(rough.runner)
+        beside: Measurer | SharedMeasurer = rough
+        if self._team is not None:
+            beside = SharedMeasurer(rough, self.tokens, self.loss, self.memory, self._team)
+            self._runners.append(beside)
+        self._bench, self._rough_key = ScreenedMeasurer(self._bench, beside), copy.compute_key
 
     def _cache(self) -> Cache:
         """Return the cache of this probe's measurements."""
         exact = self._cache_factory(self.tokens, self.loss, self.teacher.compute_key)
         if not isinstance(self._bench, ScreenedMeasurer):
             return exact
-        return ScreenedCache(exact, self._cache_factory(self.tokens, self.loss, self._bench.rough.teacher.compute_key))
+        return ScreenedCache(exact, self._cache_factory(self.tokens, self.loss, self._rough_key))
 
     def _loss(self, sums: Mapping[int, float], bound: bool) -> Loss:
         """Return the loss with these sums by document, and the number of tokens, or items, that they count."""
@@ -257,18 +268,7 @@ class Probe:
 
         For token sets with choices: one walk for evaluations of many plans, without building a student.
         """
-        assert self.tokens.choices is not None, "only rows that are choices have sums of their own"
-        bench = self._measurer
-        masks = dict(zip(bench.masks(plans), plans, strict=True))
-        bench.layout = bench.arrange(len(masks))
-        sums = {plan: [0.0] * len(self.tokens.lengths) for plan in plans}
-        jobs = [(g, mask) for g in range(len(bench.groups)) for mask in masks]
-        sizes = [group.tokens for group in bench.groups]
-        for batch in job_batches(jobs, sizes, bench.layout.wave, split=bench.layout.streamed):
-            for (g, mask), nats in bench.row_nats("full", batch).items():
-                for row, value in zip(bench.groups[g].rows, nats, strict=True):
-                    sums[masks[mask]][row] = -value
-        return [list(sums[plan]) for plan in plans]
+        return row_sums(self._measurer, plans)
 
     @undisturbed
     def loss_with_repair(self, plan: Plan, repair: Repair) -> Loss:

@@ -6,33 +6,38 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from billhook.core.plan import Plan
 from billhook.core.results.measured import Loss
-from billhook.data.token_sets import TokenSet
 from billhook.engine.bench import Measurer
 from billhook.engine.measurements import Cache, DocumentIds, Known, Pieces
 from billhook.engine.prefix_trie import WalkJob
 from billhook.engine.racing import ROUGH, Quality, Sums
-from billhook.models.load import Teacher
+from billhook.engine.workers.shared import SharedMeasurer
+
+
+def share_room(one: Measurer, other: Measurer) -> None:
+    """Give each of two measurers half of the memory for streams that the one with less of it had alone."""
+    room = min(one.room, other.room) // 2
+    for each in (one, other):
+        each.limit_room(room)
 
 
 class ScreenedMeasurer:
-    """Measurer of pieces of which another one, for a copy of the teacher in bfloat16, measures bounds and samples.
+    """Measurer of pieces of which `rough`, for a copy of the teacher in bfloat16, measures bounds and samples.
 
-    Both share the memory that the first one had.
+    Both are of one kind: alone, or with a team.
     """
 
-    workers = 1
+    def __init__(self, exact: Measurer | SharedMeasurer, rough: Measurer | SharedMeasurer) -> None:
+        self._exact, self._rough, self.rounding = exact, rough, ROUGH
 
-    def __init__(self, exact: Measurer, copy: Teacher, tokens: TokenSet, memory: int | None) -> None:
-        self._exact, self.rounding = exact, ROUGH
-        self.rough = Measurer(copy, tokens, exact.loss, memory=memory, bits=exact.bits)
-        room = min(exact.room, self.rough.room) // 2
-        for each in (exact, self.rough):
-            each.limit_room(room)
+    @property
+    def workers(self) -> int:
+        """As `SharedMeasurer.workers`."""
+        return self._exact.workers
 
     @property
     def bounds(self) -> bool:
         """As `Measurer.bounds`."""
-        return self.rough.bounds
+        return self._rough.bounds
 
     def widened(self, excess: float) -> bool:
         """Widen `rounding` where bounds exceed losses by more, and return whether plans must be chosen again."""
@@ -46,22 +51,23 @@ class ScreenedMeasurer:
         return self._exact.interleaved(order)
 
     def masks(self, plans: Sequence[Plan]) -> list[int]:
-        """As `Measurer.masks`."""
+        """As `Measurer.masks`: both give what is narrowed the same bits, since both get the same plans in turn."""
+        self._rough.masks(plans)
         return self._exact.masks(plans)
 
     def begin(self, plans: int, base: int | None = None) -> None:
         """As `Measurer.begin`."""
-        for each in (self._exact, self.rough):
+        for each in (self._exact, self._rough):
             each.begin(plans, base)
 
     def release(self) -> None:
         """As `Measurer.release`."""
-        for each in (self._exact, self.rough):
+        for each in (self._exact, self._rough):
             each.release()
 
     def pieces(self, quality: Quality, jobs: Sequence[WalkJob]) -> Iterator[dict[WalkJob, Sums]]:
         """As `Measurer.pieces`."""
-        yield from (self._exact if quality == "full" else self.rough).pieces(quality, jobs)
+        yield from (self._exact if quality == "full" else self._rough).pieces(quality, jobs)
 
 
 class ScreenedCache:

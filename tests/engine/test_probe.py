@@ -302,20 +302,7 @@ def test_removed_sublayers_are_not_computed(checkpoint: Folder) -> None:
 
 @pytest.fixture(scope="module")
 def peaked(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    return load(save_peaked(tmp_path_factory.mktemp("peaked") / "m"))
-
-
-def save_peaked(folder: Path, **config: int) -> Path:
-    """Save a llama that uses a quarter of its words, in which some sites matter much less than others."""
-    model = tiny.build("llama", num_hidden_layers=6, **config)
-    with torch.no_grad():
-        model.lm_head.weight[:16].mul_(5)
-        model.lm_head.weight[16:].mul_(0.02)
-        for i, block in enumerate(model.model.layers):
-            block.self_attn.o_proj.weight.mul_(0.006 * 2**i)
-            block.mlp.down_proj.weight.mul_(0.009 * 2**i)
-    model.save_pretrained(folder)
-    return folder
+    return load(tiny.saved_peaked(tmp_path_factory.mktemp("peaked") / "m"))
 
 
 def documents(count: int, length: int = 24, seed: int = 0) -> TokenSet:
@@ -691,7 +678,7 @@ def test_estimates_are_lower_bounds_of_all_plans(peaked: Teacher, fast: RacingOp
 @pytest.fixture
 def wide(tmp_path: Path) -> Teacher:
     """A teacher as wide as a model must be to be copied in bfloat16."""
-    return load(save_peaked(tmp_path / "wide", hidden_size=LEAST_WIDTH))
+    return load(tiny.saved_peaked(tmp_path / "wide", hidden_size=LEAST_WIDTH))
 
 
 def test_a_cpu_that_multiplies_bfloat16_estimates_in_it(wide: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,10 @@ from test_workers import LocalLine, never, process_of, team_here, texts
 
 from billhook.core.errors import ModelError
 from billhook.core.events import Event
-from billhook.core.plan import MeasureRequest, Plan
+from billhook.core.plan import KeptGroups, MeasureRequest, Plan
 from billhook.core.results.measured import Score
 from billhook.data.token_sets import Document, pack_rows
-from billhook.engine.probe import Probe
+from billhook.engine.probe import Probe, RacingOptions
 from billhook.engine.statistics.group_pass import is_found_by_name
 from billhook.engine.workers import messages
 from billhook.engine.workers.lines import Hiring, Inbox, Line
@@ -221,6 +221,28 @@ def test_workers_estimate_in_bfloat16_where_one_process_does(tmp_path: Path, mon
     assert [loss.mean for loss in found] == pytest.approx([loss.mean for loss in expected], rel=0.01)
     alone = Probe(wide, tokens, "kl").losses(plans)
     assert [loss.mean for loss in exact] == pytest.approx([loss.mean for loss in alone], rel=1e-4)
+
+
+@pytest.mark.parametrize("fast", [None, RacingOptions(shortlist=3)])
+def test_workers_drop_candidates_in_bfloat16_where_one_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: RacingOptions | None
+) -> None:
+    """Also of plans that narrow sites, whose bits are those of both precisions."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    wide, tokens = load(tiny.saved_peaked(tmp_path / "wide", hidden_size=LEAST_WIDTH)), texts(8)
+    mlp = next(size for size in wide.anatomy.sites if size.site.part == "mlp")
+    plans = [Plan(frozenset([site])) for site in wide.anatomy.sites_present()]
+    plans += [Plan(frozenset(), frozenset({KeptGroups(mlp.site, mlp.groups[:kept])})) for kept in (3, 9)]
+    exact = dict(zip(plans, Probe(wide, tokens, "kl").losses(plans), strict=True))
+    with team_here(wide, 3) as team:
+        probe = Probe(wide, tokens, "kl", team=team, bfloat16=True, fast=fast)
+        for part in (plans[:5], plans):  # the second batch narrows sites
+            found = dict(probe.iter_losses(part, 1))
+            best = min(part, key=lambda plan: exact[plan].mean)
+            assert found[best].mean == pytest.approx(exact[best].mean, rel=1e-4)
+            assert not found[best].bound
+        assert all(team.loads()[f"rate.{worker}"] > 0 for worker in range(3))
+    assert any(loss.bound for loss in found.values())
 
 
 def test_workers_share_the_perplexity_of_bare_plans(teacher: Teacher) -> None:
