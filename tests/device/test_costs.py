@@ -16,19 +16,20 @@ from test_recover import PLAN, many_texts, recovered
 import billhook
 from billhook.core.budget import parse_budgets
 from billhook.core.errors import ResourceError
-from billhook.core.plan import Plan
+from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.problem import Problem
 from billhook.core.results.measured import TimingProtocol
 from billhook.engine.bench import Measurer
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate.graphed_decoding import FixedDecoding
 from billhook.methods.evaluate.speed import time_interleaved
-from billhook.methods.search import SEARCHES, drive
+from billhook.methods.search import SEARCHES, Search, drive
 from billhook.models import load as loading
 from billhook.models.accelerator import memory, products
-from billhook.models.load import load
+from billhook.models.load import Teacher, load
 from billhook.models.streaming import StreamedWeights
 from billhook.models.surgery import apply
+from billhook.runs.executor import Executor
 
 Folder = Callable[[str], Path]
 WAITS_A_WAVE = 3  # at most: the values of a wave, and two for what is new in it
@@ -39,7 +40,10 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.saved(tmp_path_factory.mktemp("deep") / "model", "llama", num_hidden_layers=8)
 
 
-def test_the_inner_loop_of_a_search_waits_three_times_a_wave(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "least"), [("swap", 5), ("joint", 8)])
+def test_the_inner_loop_of_a_search_waits_three_times_a_wave(
+    name: str, least: int, deep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every measured batch of pieces counts as a wave. What is computed once, the teacher's reference, is apart."""
     waves, measure = [0], Measurer.measure
 
@@ -50,15 +54,24 @@ def test_the_inner_loop_of_a_search_waits_three_times_a_wave(deep: Path, monkeyp
     monkeypatch.setattr(Measurer, "measure", counted)
     with pretended() as costs:
         teacher = load(deep, dtype="float32")
-        probe = Probe(teacher, many_texts(24), "kl")
-        probe.losses([Plan()])
+        executor = Executor(Probe(teacher, many_texts(24), "kl"))
+        for tokens in (512, None):  # the second probe drops the streams of the first
+            executor(MeasureRequest((Plan(),), tokens=tokens, estimate=tokens is not None))
         waves[0] = 0
         costs.reset()
-        problem = Problem(teacher.anatomy, parse_budgets("4sites"))
-        drive(SEARCHES["swap"](problem), lambda request: probe.losses(request.plans, request.full_results))
-        assert waves[0] >= 5
+        drive(_search(name, teacher), executor)
+        assert waves[0] >= least
         assert costs.waited <= WAITS_A_WAVE * waves[0], costs.waits
         print(f"{waves[0]} waves, {costs.waited} waits, {costs.kernels} kernels: {costs.waits}")
+
+
+def _search(name: str, teacher: Teacher) -> Search:
+    """A search for sites, or the joint one with four widths of each site, of two rounds."""
+    if name != "joint":
+        return SEARCHES[name](Problem(teacher.anatomy, parse_budgets("4sites")))
+    scores = {size.site: tuple(map(float, size.groups)) for size in teacher.anatomy.sites}
+    problem = Problem(teacher.anatomy, parse_budgets("20%"), group_scores=scores)
+    return SEARCHES[name](problem.check(), levels=4, rounds=2)
 
 
 @pytest.mark.parametrize("loss", ["kl", "js", "nll", "angular"])
