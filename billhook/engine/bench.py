@@ -320,9 +320,10 @@ class Measurer:
     @undisturbed
     def check_finite(self, streams: Sequence[torch.Tensor]) -> None:
         """Raise ModelError, naming the block, unless the streams after the last block, one per group, are finite."""
-        for number, (group, stream) in enumerate(zip(self.groups, streams, strict=True)):
-            if not bool(torch.isfinite(group.tokens_of(stream)).all()):
-                raise ModelError(self._where_not_finite((number, 0)))
+        pairs = zip(self.groups, streams, strict=True)
+        finite = torch.stack([torch.isfinite(group.tokens_of(stream)).all() for group, stream in pairs]).tolist()
+        if False in finite:
+            raise ModelError(self._where_not_finite((finite.index(False), 0)))
 
     def _where_not_finite(self, job: WalkJob) -> str:
         """Return the message that names the first block with NaN or infinity."""

@@ -24,7 +24,7 @@ from billhook.engine.blocks import BlockRunner
 from billhook.engine.channel_statistics import GroupValues
 from billhook.engine.losses import loss_facts
 from billhook.engine.measurements import Cache, CacheFactory, EarlierRounds, PieceTable, no_cache
-from billhook.engine.racing import Decision, Selection, SelectionTask, measure_all, measure_best, race
+from billhook.engine.racing import Decision, Selection, SelectionTask, measure_all, measure_best, race, tolerance_of
 from billhook.engine.screening import ScreenedCache, ScreenedMeasurer
 from billhook.engine.workers.division import ALONE
 from billhook.engine.workers.shared import SharedMeasurer
@@ -179,6 +179,7 @@ class Probe:
         task = SelectionTask(
             len(masks), best or len(masks), tuple(order), tokens, least, together, positive, ceiling, workers,
             self._bench.rounding,
+            tolerance_of(torch.finfo(self.teacher.model.dtype).eps, len(self.teacher.anatomy.sites)),
         )  # fmt: skip
         if (task.best >= len(masks) and limits is None) or (self.fast is None and not positive):
             return measure_all(task)

@@ -23,6 +23,61 @@ AUTO_MODELS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassif
 PREFIX = "Billhook"  # of the names of classes
 
 
+class Nothing:
+    """Zeros shaped like a tensor, made only where something else than a sum reads them: a sum is its other term.
+
+    So a removed part launches no kernel on a GPU. Sums with zeros are equal, but for the sign of a zero.
+    """
+
+    def __init__(self, like):
+        self.like = like
+
+    def zeros(self):
+        return torch.zeros_like(self.like)
+
+    def __getattr__(self, name):
+        if name == "like" or (name.startswith("__") and name.endswith("__")):  # asked before it is there, by copy
+            raise AttributeError(name)
+        return getattr(self.zeros(), name)
+
+    def __add__(self, other):
+        return other if isinstance(other, Nothing) or _alike(self, other) else self.zeros() + other
+
+    __radd__ = __add__
+
+    def __mul__(self, other):
+        return self.zeros() * other
+
+    __rmul__ = __mul__
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in SUMS and len(args) == 2 and not kwargs:
+            one, other = args if isinstance(args[0], Nothing) else args[::-1]
+            if _alike(one, other):
+                return other
+        if func is nn.functional.dropout and isinstance(args[0], Nothing):
+            return args[0]
+        return func(*map(_with_zeros, args), **{key: _with_zeros(x) for key, x in kwargs.items()})
+
+
+SUMS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
+
+
+def _with_zeros(value):
+    """An argument of a function, or a list of them, with tensors in the place of Nothing."""
+    if isinstance(value, (list, tuple)):
+        return [_with_zeros(x) for x in value]
+    return value.zeros() if isinstance(value, Nothing) else value
+
+
+def _alike(nothing, other):
+    """Whether a sum has the shape and the dtype of its term that is a tensor."""
+    like = nothing.like
+    return isinstance(other, torch.Tensor) and (other.shape, other.dtype) == (like.shape, like.dtype)
+
+
 class Zero(nn.Module):
     """Stands where a sublayer was and adds nothing to the residual stream: zeros of [batch, time, width]."""
 
@@ -33,7 +88,8 @@ class Zero(nn.Module):
         self.outputs = outputs  # 1: a tensor; 2: a pair (tensor, None), as attention returns
 
     def forward(self, hidden_states=None, *args, **kwargs):
-        zeros = torch.zeros_like(hidden_states)
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # whose graphs hold tensors alone
+        zeros = torch.zeros_like(hidden_states) if traced else Nothing(hidden_states)
         return (zeros, None) if self.outputs == 2 else zeros
 
 

@@ -27,11 +27,13 @@ from billhook.methods.search import SEARCHES, Search, drive
 from billhook.models import load as loading
 from billhook.models.accelerator import memory, products
 from billhook.models.load import Teacher, load
+from billhook.models.modeling_billhook import Zero
 from billhook.models.streaming import StreamedWeights
 from billhook.models.surgery import apply
 from billhook.runs.executor import Executor
 
 Folder = Callable[[str], Path]
+RECORDED = "blocks.py:_record"  # where it waits for what rows of a new shape need, once for each shape
 WAITS_A_WAVE = 3  # at most: the values of a wave, and two for what is new in it
 
 
@@ -74,7 +76,7 @@ def _search(name: str, teacher: Teacher) -> Search:
     return SEARCHES[name](problem.check(), levels=4, rounds=2)
 
 
-@pytest.mark.parametrize("loss", ["kl", "js", "nll", "angular"])
+@pytest.mark.parametrize("loss", ["kl", "topk_kl", "js", "nll", "angular"])
 def test_losses_wait_for_their_values_alone(loss: str, checkpoint: Folder) -> None:
     with pretended() as costs:
         probe = Probe(load(checkpoint("llama"), dtype="float32"), token_set(), loss)
@@ -82,6 +84,49 @@ def test_losses_wait_for_their_values_alone(loss: str, checkpoint: Folder) -> No
         costs.reset()
         probe.losses(PLANS[1:3])
         assert costs.waited <= WAITS_A_WAVE, costs.waits
+
+
+def test_scores_by_gradients_and_spans_wait_a_few_times(checkpoint: Folder) -> None:
+    """Once a block for gradients and a few times besides, however many rows there are."""
+    found = []
+    for texts in (3, 9):
+        with pretended() as costs:
+            probe = Probe(load(checkpoint("llama"), dtype="float32"), many_texts(texts), "nll")
+            for score in (
+                lambda probe=probe: probe.sum_over_gradients(
+                    lambda w, g, f: (w * g).abs().sum() + f.sum(), fisher=True
+                ),
+                lambda probe=probe: probe.mean_over_spans(lambda x, y: (x - y).norm(dim=-1), last=False),
+            ):
+                costs.reset()
+                score()
+                found.append({line: count for line, count in costs.waits.items() if line != RECORDED})
+    print(found)
+    by_gradients, by_spans = found[:2]
+    assert found[2:] == [by_gradients, by_spans]
+    assert sum(by_gradients.values()) <= 4 + 4
+    assert sum(by_spans.values()) <= 2
+
+
+def test_a_removed_site_launches_nothing(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kernels fewer than zeros that are made and added."""
+
+    def zeros(self: Zero, hidden_states: torch.Tensor | None = None, *_: object, **__: object) -> object:
+        added = torch.zeros_like(hidden_states)
+        return (added, None) if self.outputs == 2 else added
+
+    with pretended() as costs, torch.inference_mode():
+        student, rows = apply(load(deep, dtype="float32"), PLAN), tiny.tokens(2, 9).to(NAME)
+        student(rows)
+        costs.reset()
+        student(rows)
+        kernels = costs.kernels
+        monkeypatch.setattr(Zero, "forward", zeros)
+        costs.reset()
+        student(rows)
+        removed = sum(isinstance(module, Zero) for module in student.modules())
+        assert removed
+        assert costs.kernels - kernels == 2 * removed
 
 
 def test_a_head_in_bfloat16_needs_no_copy_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
