@@ -104,6 +104,7 @@ def _summary(rows: Sequence[Row]) -> Row:
         "trials": len(rows),
         "when": Counter(row["when"] for row in rows),
         "same_plan": sum(row["same_plan"] for row in rows),
+        "losses_compared": sum(row["compared"] for row in rows),
         "largest_gap_of_losses": max(row["gap"] for row in rows),
         "measured_twice": sum(row["twice"] for row in rows),
         "pieces_to_undisturbed": sum(row["pieces"] for row in rows) / sum(row["undisturbed"] for row in rows),
@@ -111,10 +112,10 @@ def _summary(rows: Sequence[Row]) -> Row:
     }
 
 
-def _gap(found: Mapping[Any, Sequence[float]], expected: Mapping[Any, Sequence[float]]) -> float:
-    """The largest gap between losses of equal keys, as a share of the loss."""
+def _gap(found: Mapping[Any, Sequence[float]], expected: Mapping[Any, Sequence[float]]) -> Row:
+    """How many losses both searches have, and their largest gap as a share of the loss."""
     both = [(sum(found[key]), sum(expected[key])) for key in found.keys() & expected.keys()]
-    return max((abs(a - b) / abs(b) for a, b in both), default=0.0)
+    return {"compared": len(both), "gap": max(abs(a - b) / abs(b) for a, b in both)}
 
 
 class Forked:
@@ -228,7 +229,7 @@ def _workers(given: argparse.Namespace, home: Path, draw: random.Random) -> Iter
             "when": "searching" if at_work else "after the end",
             "after_s": after,
             "same_plan": found == plan,
-            "gap": _gap({plan: loss.sums for plan, loss in record.losses.items()}, expected),
+            **_gap({plan: loss.sums for plan, loss in record.losses.items()}, expected),
             "twice": sum(count - 1 for count in record.measured.values()),
             "pieces": record.measured.total(),
             "undisturbed": whole.measured.total(),
@@ -312,7 +313,7 @@ def _commands(given: argparse.Namespace, home: Path, draw: random.Random) -> Ite
             "when": "before a run was stored" if state is None else f"{state}, {len(workers)} worker",
             "after_s": after,
             "same_plan": found == plan,
-            "gap": _gap(found_losses, losses),
+            **_gap(found_losses, losses),
             "twice": sum(count - 1 for count in pieces.values()),
             "pieces": pieces.total(),
             "undisturbed": whole.total(),
