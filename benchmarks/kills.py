@@ -127,6 +127,7 @@ class Forked:
         if not self.pid:  # what else is open, such as the other end of the line, is not its own
             os.dup2(stderr.fileno(), 1)
             os.dup2(stderr.fileno(), 2)
+            sys.stdout = sys.stderr = os.fdopen(1, "w")  # where what it had written to is closed
             os.closerange(3, line)
             os.closerange(line + 1, 1024)
             serve(Connection(line))
