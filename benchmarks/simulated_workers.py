@@ -9,6 +9,10 @@ counted in tokens times sites, from the first site that a candidate changes; a t
 sites, and as a tenth of that for a bound. What travels, and what the first process does alone, costs nothing here.
 `--wave` is the least tokens of a request for one worker: 1,024 on a CPU. With `--together`, as on a GPU, candidates
 are finished all at once. One JSON object on stdout. Imports no torch.
+
+`--columns N` simulates what the engine does not do: from `--columns-from` workers on, they stand in N columns. Each
+column holds all groups, divided among its members, and measures the candidates whose site leaves its number when it is
+divided by N. A removal that another column has measured is walked again.
 """
 
 from __future__ import annotations
@@ -58,12 +62,20 @@ def grouped(documents: int, length: int, workers: int) -> list[list[int]]:
     return [list(range(start, min(start + size, documents))) for start in range(0, documents, size)]
 
 
+def columns_of(given: argparse.Namespace, workers: int) -> int:
+    """In how many columns so many workers stand."""
+    return int(given.columns) if workers >= max(given.columns, given.columns_from) else 1
+
+
 def search(given: argparse.Namespace, workers: int, seed: int) -> dict[str, float]:
     """Work of the busiest workers, of all together, and the requests of one search."""
     land = Landscape(given.sites, given.documents, given.length, seed)
-    groups = grouped(given.documents, given.length, workers)
+    columns = columns_of(given, workers)
+    members = workers // columns
+    groups = grouped(given.documents, given.length, members)
     tokens = tuple(given.length * len(group) for group in groups)
-    owners = divided({}, tokens, range(workers))
+    owners = divided({}, tokens, range(members))
+    again: Counter[tuple[int, int]] = Counter()  # what columns walk again in the next round, by column and member
     kept, hardness = list(range(given.sites)), [0.0] * len(groups)
     busiest = together = requests = 0.0
     for _ in range(round(SHARE * given.sites)):
@@ -80,14 +92,14 @@ def search(given: argparse.Namespace, workers: int, seed: int) -> dict[str, floa
                 request = choice.send(answer)  # type: ignore[arg-type]
             except StopIteration:
                 break
-            work: Counter[int] = Counter()
-            answer = {}
+            work, again, answer = again, Counter(), {}
             for plan, group in request.pieces:
                 site = kept[plan]
+                worker = site % columns, owners[group]
                 if (plan, group) not in walked:
-                    work[owners[group]] += tokens[group] * sum(other > site for other in kept)
+                    work[worker] += tokens[group] * sum(other > site for other in kept)
                     walked.add((plan, group))
-                work[owners[group]] += round(tokens[group] * given.head * (BOUND if request.quality == "bound" else 1))
+                work[worker] += round(tokens[group] * given.head * (BOUND if request.quality == "bound" else 1))
                 sums = tuple(land.loss(site, document) for document in groups[group])
                 answer[plan, group] = sums if request.quality == "full" else tuple(TIGHT * x for x in sums)
                 full |= {(plan, group): sums} if request.quality == "full" else {}
@@ -97,7 +109,11 @@ def search(given: argparse.Namespace, workers: int, seed: int) -> dict[str, floa
         totals = {p: math.fsum(x for g in range(len(groups)) for x in full[p, g]) for p in complete(full, len(groups))}
         best = min(totals, key=lambda p: (totals[p], p))
         hardness = [math.fsum(full[best, group]) for group in range(len(groups))]
-        land.remove(kept.pop(best))
+        gone = kept.pop(best)
+        land.remove(gone)
+        for column in (column for column in range(columns) if column != gone % columns):
+            for group, owner in owners.items():
+                again[column, owner] += tokens[group] * sum(other > gone for other in kept)
     return {"busiest": busiest, "together": together, "requests": requests}
 
 
@@ -116,6 +132,8 @@ def main() -> None:
     parser.add_argument("--workers", default="1,2,4,8,16,32,64", help="the first one is what others are compared with")
     parser.add_argument("--head", type=float, default=4.8, help="sites that cost as much as the head")
     parser.add_argument("--wave", type=int, default=1024)
+    parser.add_argument("--columns", type=int, default=1)
+    parser.add_argument("--columns-from", type=int, default=1, help="workers")
     parser.add_argument("--together", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()

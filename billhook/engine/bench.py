@@ -322,9 +322,11 @@ class Measurer:
 
         `numbers`: their document groups; None: all, one stream each.
         """
-        for number, stream in zip(range(len(self.groups)) if numbers is None else numbers, streams, strict=True):
-            if not bool(torch.isfinite(self.groups[number].tokens_of(stream)).all()):
-                raise ModelError(self._where_not_finite((number, 0)))
+        of = range(len(self.groups)) if numbers is None else numbers
+        pairs = zip(of, streams, strict=True)
+        finite = torch.stack([torch.isfinite(self.groups[g].tokens_of(stream)).all() for g, stream in pairs]).tolist()
+        if False in finite:
+            raise ModelError(self._where_not_finite((of[finite.index(False)], 0)))
 
     def _where_not_finite(self, job: WalkJob) -> str:
         """Return the message that names the first block with NaN or infinity."""

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 from billhook.core.plan import PARTS, KeptGroups
 from billhook.models import structure
+from billhook.models.accelerator.narrowed_parts import NarrowedParts
 from billhook.models.load import Teacher
 from billhook.models.modeling_billhook import remove_part
 from billhook.models.surgery import narrower
@@ -80,6 +81,7 @@ class BlockRunner:
         self._devices = [teacher.block_device(index) for index in range(self.depth)]
         self._present = [{s.part for s in present if s.block == p} for p in teacher.positions]
         self._calls: dict[tuple[int, int], list[Call]] = {}  # by rows and time
+        self._narrowed = NarrowedParts(teacher)
 
     # -- before and after the blocks --------------------------------------------------------------------------------
 
@@ -138,6 +140,10 @@ class BlockRunner:
             yield from self.teacher.weights.blocks(indices)
         else:
             yield from (self._blocks[index] for index in indices)
+
+    def prepare(self, narrowed: Iterable[KeptGroups]) -> None:
+        """Prepare for states in which these sites are narrowed: what that needs comes to the devices at once."""
+        self._narrowed.bring(narrowed)
 
     def fetch(self, index: int, streams: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """Return the streams on the device of block `index`."""
@@ -237,7 +243,7 @@ class BlockRunner:
     ) -> list[torch.Tensor]:
         """Run a block in a state on many streams [rows, time, width], stacked where their times are equal."""
         outputs: list[torch.Tensor] = [torch.empty(0)] * len(streams)
-        with self._in_state(index, block, state):
+        with self._in_state(block, state):
             for chunk in self._chunks(streams, stack):
                 x = streams[chunk[0]] if len(chunk) == 1 else torch.cat([streams[i] for i in chunk])
                 y = self.call(index, block, x)
@@ -263,10 +269,10 @@ class BlockRunner:
             yield chunk
 
     @contextmanager
-    def _in_state(self, index: int, block: nn.Module, state: BlockState) -> Iterator[None]:
-        """Give block `index`, inside the context, the sites of a state."""
-        position = self.teacher.positions[index]
-        with narrower(self.teacher, state.narrowed, position, block), self.without_parts(block, state.removed):
+    def _in_state(self, block: nn.Module, state: BlockState) -> Iterator[None]:
+        """Give a block, inside the context, the sites of a state."""
+        parts = [self._narrowed[each] for each in state.narrowed]
+        with narrower(self.teacher, parts, block), self.without_parts(block, state.removed):
             yield
 
     @contextmanager

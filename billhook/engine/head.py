@@ -340,17 +340,18 @@ class Head:
             assert reference.top is not None
             assert reference.top_logits is not None
             assert reference.lse is not None
-            token, place = ((reference.top >= first) & (reference.top < first + len(rows))).nonzero(as_tuple=True)
-            word, before = reference.top[token, place] - first, reference.top_logits[token, place]
-            p = (before - reference.lse[token]).exp()
+            here = (reference.top >= first) & (reference.top < first + len(rows))  # [tokens, k]
+            words = (reference.top - first).clamp(0, len(rows) - 1)
+            p = (reference.top_logits - reference.lse[:, None]).exp().where(here, 0.0)
+            away = torch.full_like(reference.top_logits, torch.inf).masked_fill_(here, -torch.inf)
             for plan, student in enumerate(hidden[:, at]):
                 z = self._logits(student, rows, self._bias_of(first, len(rows)))
-                inside = torch.full_like(reference.top_logits, -torch.inf)
-                inside[token, place] = after = z[token, word]
-                z[token, word] = -torch.inf
-                top[i][plan, at] = torch.logaddexp(top[i][plan, at], inside.logsumexp(-1))
+                after = z.gather(-1, words)
+                z.scatter_reduce_(-1, words, away, "amin")  # in any order: what is not here leaves the word as it is
+                inside = after.masked_fill(~here, -torch.inf).logsumexp(-1)
+                top[i][plan, at] = torch.logaddexp(top[i][plan, at], inside)
                 rest[i][plan, at] = torch.logaddexp(rest[i][plan, at], z.logsumexp(-1))
-                along[i][plan, at] = along[i][plan, at].index_add(0, token, p * (after - before))
+                along[i][plan, at] += (p * (after - reference.top_logits)).sum(-1)
         losses = []
         for inside, outside, moved, (_, reference) in zip(top, rest, along, batches, strict=True):
             assert reference.lse is not None

@@ -11,7 +11,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from itertools import groupby
-from operator import and_, itemgetter
+from operator import and_, itemgetter, or_
 
 import torch
 
@@ -64,6 +64,11 @@ class PlanBits:
         done = [self._names[bit] for bit in _set_bits(mask)]
         narrowed = frozenset(each for each in done if isinstance(each, KeptGroups))
         return Plan(frozenset(each for each in done if isinstance(each, Site)), narrowed)
+
+    def narrowed(self, masks: Iterable[int]) -> list[KeptGroups]:
+        """Return what plans with these masks keep of the sites that they narrow."""
+        names = (self._names[bit] for bit in _set_bits(reduce(or_, masks, 0)))
+        return [name for name in names if isinstance(name, KeptGroups)]
 
     def prefix(self, mask: int, depth: int) -> int:
         """Return the part of a mask that concerns the blocks before `depth`."""
@@ -150,6 +155,7 @@ class Walk:
         for group, mask in (job for job in jobs if starts[job] == self.runner.depth):
             yield (group, mask), self.streams.get((group, self.runner.depth, mask))
         uncached = {job: starts[job] for job in jobs if starts[job] < self.runner.depth}
+        self.runner.prepare(self.bits.narrowed(mask for _, mask in uncached))
         nodes = {(g, start, self.bits.prefix(m, start)) for (g, m), start in uncached.items()}
         roots = {node: self.streams.get(node) for node in sorted(nodes)}  # whatever the walk drops meanwhile
         for part in self._parts(uncached):

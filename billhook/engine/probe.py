@@ -23,7 +23,7 @@ from billhook.engine.blocks import BlockRunner
 from billhook.engine.choice_rows import row_sums
 from billhook.engine.losses import loss_facts
 from billhook.engine.measurements import Cache, CacheFactory, EarlierRounds, PieceTable, no_cache
-from billhook.engine.racing import Decision, Selection, SelectionTask, measure_all, measure_best, race
+from billhook.engine.racing import Decision, Selection, SelectionTask, measure_all, measure_best, race, tolerance_of
 from billhook.engine.screening import ScreenedCache, ScreenedMeasurer, share_room
 from billhook.engine.statistics import activation_passes, channel_statistics, gradient_pass
 from billhook.engine.statistics.channel_statistics import GroupValues
@@ -184,6 +184,7 @@ class Probe:
         task = SelectionTask(
             len(masks), best or len(masks), tuple(order), tokens, least, together, positive, ceiling, workers,
             self._bench.rounding,
+            tolerance_of(torch.finfo(self.teacher.model.dtype).eps, len(self.teacher.anatomy.sites)),
         )  # fmt: skip
         if (task.best >= len(masks) and limits is None) or (self.fast is None and not positive):
             return measure_all(task)

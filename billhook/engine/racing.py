@@ -22,7 +22,7 @@ Sums = tuple[float, ...]  # nats of each document of the group
 Nats = dict[int, float]  # nats of one plan by group
 Selection = Generator["PieceRequest", dict[Piece, Sums], list[Decision]]
 LEADERS = 4  # leaders of a race that are never dropped: few documents do not separate plans that are nearly as good
-RELATIVE, ABSOLUTE = 1e-5, 1e-6  # rounding by which a bound may exceed a loss; the second in nats per token
+RELATIVE, ABSOLUTE = 1e-5, 1e-6  # rounding in float32 by which a bound may exceed a loss; the second in nats per token
 ROUGH = 0.05  # the same where bounds are computed in bfloat16 (measured: 0.01 of a loss, 0.05 of a document's)
 
 
@@ -32,6 +32,25 @@ class PieceRequest:
 
     quality: Quality
     pieces: list[Piece]
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """By how much a bound may exceed a loss: a share of the loss, and nats per token besides."""
+
+    relative: float = RELATIVE
+    absolute: float = ABSOLUTE
+
+
+def tolerance_of(epsilon: float, sites: int) -> Tolerance:
+    """Return the rounding of losses whose streams are in a dtype; the head's sums are in float32 whatever that is.
+
+    A stream is rounded after each site, by at most half of `epsilon`, the dtype's gap between 1 and the next number.
+    So many independent errors are the root of their number times as large as one. A loss moves by that share of it;
+    near zero, where divergences are quadratic in their logits, by its square.
+    """
+    drift = epsilon / 2 * math.sqrt(sites)
+    return Tolerance(max(RELATIVE, drift), max(ABSOLUTE, drift**2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +65,7 @@ class SelectionTask:
     - `ceiling`: nats of each document by group; a plan with a larger total is not needed.
     - `workers`: that share the groups, so that so many groups in a row of `order` are measured at the same time.
     - `rounding`: share of a loss by which a bound may exceed it, where bounds are computed in fewer bits.
+    - `tolerance`: by which losses of the same piece differ.
     """
 
     plans: int
@@ -58,6 +78,7 @@ class SelectionTask:
     ceiling: dict[int, Sums] | None = None
     workers: int = 1
     rounding: float = 0.0
+    tolerance: Tolerance = Tolerance()
 
 
 def measure_all(task: SelectionTask) -> Selection:
@@ -132,7 +153,8 @@ def _limit(full: dict[int, Nats], task: SelectionTask) -> float:
     """Return the total above which a plan is excluded: the best-th lowest one, and a margin for rounding."""
     lowest = sorted(map(_total, full.values()))
     limit = lowest[task.best - 1] if len(lowest) >= task.best else math.inf
-    return min(limit, _ceiling(task, task.order)) * (1 + RELATIVE) + ABSOLUTE * sum(task.tokens)
+    most = min(limit, _ceiling(task, task.order))
+    return most * (1 + task.tolerance.relative) + task.tolerance.absolute * sum(task.tokens)
 
 
 def _ceiling(task: SelectionTask, groups: Sequence[int]) -> float:

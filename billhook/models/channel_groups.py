@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from billhook.core.anatomy import GroupSize
 from billhook.core.plan import Part
 from billhook.core.results.json_form import JsonObject
 from billhook.models.architectures import (
@@ -32,6 +31,10 @@ from billhook.models.modeling_billhook import set_attributes, set_parameter
 from billhook.models.transformers_internals import inputs_first, is_linear
 
 GroupIndices = torch.Tensor  # [groups, entries]: entries of each group along an axis
+Places = Sequence[Sequence[int]]  # of each expert, or of the part, its groups that stay
+# By parameter, for each expert or once: entries along the axis of its slot. Under EXPERTS those that stay.
+Entries = Mapping[str, Sequence[torch.Tensor]]
+EXPERTS = ""
 
 
 @dataclass(frozen=True)
@@ -222,32 +225,6 @@ def _experts(mixture: nn.Module, path: str, row: Architecture) -> ChannelLayout:
 # -- what follows from a layout ---------------------------------------------------------------------------------------
 
 
-def group_size(block: nn.Module, layout: ChannelLayout, item_bytes: int, kv_bytes: int, picked: int) -> GroupSize:
-    """One group in numbers. `kv_bytes`: of all heads of the part; `picked`: experts that a token meets."""
-    parameters = flops = 0
-    for slot in layout.slots:
-        tensor = block.get_parameter(slot.name)
-        own = tensor.numel() // tensor.shape[slot.axis] // layout.experts * int(slot.index.shape[1])
-        parameters += own
-        if tensor.dim() - (layout.experts > 1) == 2:
-            flops += 2 * own
-    share = picked / layout.experts if layout.experts > 1 else 1
-    kv = kv_bytes // layout.groups if layout.own_kv else 0
-    return GroupSize(parameters, parameters * item_bytes, kv, round(flops * share))
-
-
-def expert_size(block: nn.Module, layout: ChannelLayout, item_bytes: int) -> GroupSize:
-    """What each expert has besides its groups, in numbers: its row of the router, and a bias of its output."""
-    parameters = flops = 0
-    for name in layout.expert_rows:
-        tensor = block.get_parameter(name)
-        own = tensor.numel() // layout.experts
-        parameters += own
-        if tensor.dim() == 2 and not name.endswith("bias"):
-            flops += 2 * own
-    return GroupSize(parameters, parameters * item_bytes, 0, flops)
-
-
 def config_field_names(part: Part, config: Config) -> list[str]:
     """What the class of a config calls the widths of a part."""
     return [name for name in CONFIG_FIELDS[part] if hasattr(type(config), config.attribute_map.get(name, name))]
@@ -258,7 +235,7 @@ def _expert_field(config: Config) -> str:
     return next(name for name in EXPERT_FIELDS if name not in config.attribute_map and hasattr(config, name))
 
 
-def config_fields(layout: ChannelLayout, kept: list[list[int]], config: Config) -> dict[str, int]:
+def config_fields(layout: ChannelLayout, kept: Places, config: Config) -> dict[str, int]:
     """The widths of a part that keeps these places, as the config spells them, and transformers' `per_layer_config`."""
     if layout.heads:
         (heads, *kv), count = config_field_names("attention", config), len(kept[0])
@@ -289,38 +266,55 @@ def _gone(slot: ParameterSlice, places: Sequence[int]) -> torch.Tensor:
     return slot.index[away].flatten()
 
 
+def _stay(slot: ParameterSlice, places: Sequence[int], size: int) -> torch.Tensor:
+    """Entries, of `size`, of the groups of a part, or of one expert, at `places`, and those of no group."""
+    stay = torch.ones(size, dtype=torch.bool)
+    stay[_gone(slot, places)] = False
+    return stay.nonzero().flatten()
+
+
+def entries_of(
+    block: nn.Module, layout: ChannelLayout, kept: Places, *, removed: bool
+) -> dict[str, list[torch.Tensor]]:
+    """Return on the CPU which entries of each parameter stay, or which are `removed`, and which experts stay.
+
+    Parameters whose groups have the same entries share their tensors.
+    """
+    found: dict[str, list[torch.Tensor]] = {EXPERTS: [torch.tensor([e for e, places in enumerate(kept) if places])]}
+    shared: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for slot in layout.slots:
+        size = int(block.get_parameter(slot.name).shape[slot.axis])
+        if (key := (id(slot.index), size)) not in shared:
+            shared[key] = [_gone(slot, places) if removed else _stay(slot, places, size) for places in kept]
+        found[slot.name] = shared[key]
+    return found
+
+
 def kept_tensor(
-    tensor: torch.Tensor, layout: ChannelLayout, slot: ParameterSlice, kept: list[list[int]]
-) -> torch.Tensor:
+    tensor: torch.Tensor, layout: ChannelLayout, slot: ParameterSlice, kept: Places,
+    entries: Sequence[torch.Tensor] = (),
+) -> torch.Tensor:  # fmt: skip
     """What stays of a parameter; entries that belong to no group do. The weight of a norm over all heads is larger by
-    the root of what is missing under it."""
-
-    def of_one(piece: torch.Tensor, places: list[int], axis: int) -> torch.Tensor:
-        stay = torch.ones(piece.shape[axis], dtype=torch.bool)
-        stay[_gone(slot, places)] = False
-        return piece.index_select(axis, stay.nonzero().flatten().to(piece.device))
-
+    the root of what is missing under it. `entries`: those that stay, as `entries_of` says."""
+    numbers = entries or [_stay(slot, places, tensor.shape[slot.axis]).to(tensor.device) for places in kept]
     if len(kept) == 1:
-        stays = of_one(tensor, kept[0], slot.axis)
-        return (
-            stays * math.sqrt(layout.groups / len(kept[0]))
-            if slot.name.removesuffix(".weight") in layout.norms
-            else stays
-        )
-    pieces = zip(tensor, kept, strict=True)
-    return torch.stack([of_one(piece, places, slot.axis - 1) for piece, places in pieces if places])
+        stays = tensor.index_select(slot.axis, numbers[0])
+        of_norm = slot.name.removesuffix(".weight") in layout.norms
+        return stays * math.sqrt(layout.groups / len(kept[0])) if of_norm else stays
+    pieces = zip(tensor, numbers, kept, strict=True)
+    return torch.stack([piece.index_select(slot.axis - 1, at) for piece, at, places in pieces if len(places)])
 
 
-def _kept_rows(block: nn.Module, layout: ChannelLayout, kept: list[list[int]]) -> dict[str, torch.Tensor]:
+def _kept_rows(block: nn.Module, layout: ChannelLayout, entries: Entries) -> dict[str, torch.Tensor]:
     """Parameters with a row for each expert, of those that stay: {name in the block: tensor}; none if all do."""
-    rows = torch.tensor([expert for expert, places in enumerate(kept) if places])
+    rows = entries[EXPERTS][0]
     if len(rows) == layout.experts:
         return {}
     tensors = {name: block.get_parameter(name).detach() for name in layout.expert_rows}
     return {name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in tensors.items()}
 
 
-def expert_numbers(block: nn.Module, layout: ChannelLayout, kept: list[list[int]]) -> dict[str, JsonObject]:
+def expert_numbers(block: nn.Module, layout: ChannelLayout, kept: Places) -> dict[str, JsonObject]:
     """What modules must know of how many experts stay: {module: {attribute: number}}; nothing if all do."""
     experts = sum(map(bool, kept))
     if experts == layout.experts:
@@ -332,21 +326,25 @@ def expert_numbers(block: nn.Module, layout: ChannelLayout, kept: list[list[int]
 
 
 def cut_channels(
-    block: nn.Module, row: Architecture, layout: ChannelLayout, config: Config, kept: list[list[int]]
-) -> JsonObject:
+    block: nn.Module, row: Architecture, layout: ChannelLayout, config: Config, kept: Places, *,
+    entries: Entries | None = None,
+) -> JsonObject:  # fmt: skip
     """Cut the part of a block that has `layout` in place to its kept groups; returns what a checkpoint says of it.
 
     The parameters are new, the old ones untouched. A norm over all heads keeps its divisor: less of its input is left,
-    and what is removed counts as zero, so that its weight and its epsilon carry the ratio.
+    and what is removed counts as zero, so that its weight and its epsilon carry the ratio. `entries`: those that stay,
+    as `entries_of` says, on the device.
     """
+    entries = entries_of(block, layout, kept, removed=False) if entries is None else entries
     count = sum(map(len, kept))
     shapes: dict[str, list[int]] = {}
     attributes = expert_numbers(block, layout, kept)
-    for name, tensor in _kept_rows(block, layout, kept).items():
+    for name, tensor in _kept_rows(block, layout, entries).items():
         set_parameter(block, name, tensor)
         shapes[name] = list(tensor.shape)
     for slot in layout.slots:
-        tensor = kept_tensor(block.get_parameter(slot.name).detach(), layout, slot, kept)
+        whole = block.get_parameter(slot.name).detach()
+        tensor = kept_tensor(whole, layout, slot, kept, [at.to(whole.device) for at in entries[slot.name]])
         if (name := slot.name.removesuffix(".weight")) in layout.norms:
             norm: Any = block.get_submodule(name)
             attributes[name] = {"variance_epsilon": norm.variance_epsilon * layout.groups / count}
@@ -366,20 +364,22 @@ def cut_channels(
     return {"shapes": shapes, "attributes": attributes}
 
 
-def zeroed_weights(block: nn.Module, layout: ChannelLayout, kept: list[list[int]]) -> Mapping[str, torch.Tensor]:
+def zeroed_weights(
+    block: nn.Module, layout: ChannelLayout, kept: Places, entries: Entries | None = None
+) -> Mapping[str, torch.Tensor]:
     """Parameters of a part, zero where groups do not stay: {name in the block: tensor}. Norms stay.
 
     They are whole but for experts that are removed: no weights of a router keep it from choosing one, so that these
-    have no rows, and modules must know it (`expert_numbers`).
+    have no rows, and modules must know it (`expert_numbers`). `entries`: those that are removed, as `entries_of` says.
     """
-    told = _kept_rows(block, layout, kept)
+    entries = entries_of(block, layout, kept, removed=True) if entries is None else entries
+    told, stay = _kept_rows(block, layout, entries), entries[EXPERTS][0]
     for slot in layout.slots:
         if slot.name in layout.never_zero:
             continue
         tensor = block.get_parameter(slot.name).detach().clone()
-        for expert, places in enumerate(kept):
+        for expert, removed in enumerate(entries[slot.name]):
             piece = tensor if len(kept) == 1 else tensor[expert]
-            piece.index_fill_(slot.axis - (len(kept) > 1), _gone(slot, places).to(tensor.device), 0)
-        gone = [expert for expert, places in enumerate(kept) if not places]
-        told[slot.name] = tensor if not gone else tensor[[bool(places) for places in kept]]
+            piece.index_fill_(slot.axis - (len(kept) > 1), removed.to(tensor.device), 0)
+        told[slot.name] = tensor if len(stay) == len(kept) else tensor.index_select(0, stay.to(tensor.device))
     return told

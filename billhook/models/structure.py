@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from billhook.core.anatomy import Anatomy, SharedNorms, SiteSize, Unassigned
+from billhook.core.anatomy import Anatomy, GroupSize, SharedNorms, SiteSize, Unassigned
 from billhook.core.errors import ModelError, PlanError
 from billhook.core.plan import PARTS, Part, Site
 from billhook.models import channel_groups
@@ -128,9 +128,9 @@ def anatomy(model: nn.Module, config: Config, pruned: PrunedConfig, *, item_byte
                 mine, whole = pruned.group_ids(site, of.groups)
                 kv = kv * of.groups // whole if of.own_kv else kv
                 picked = experts_per_token(config)
-                group = channel_groups.group_size(block, of, item_bytes, kv, picked)
+                group = _group_size(block, of, item_bytes, kv, picked)
                 if of.expert_rows:
-                    expert, fewest = channel_groups.expert_size(block, of, item_bytes), max(FEWEST_EXPERTS, picked)
+                    expert, fewest = _expert_size(block, of, item_bytes), max(FEWEST_EXPERTS, picked)
             flops = _flops(modules, config)
             step = 1 if experts == 1 else EXPERT_MULTIPLE
             size = SiteSize(site, count, count * item_bytes, kv, flops, 0, mine, group, experts, channels, step)
@@ -147,6 +147,34 @@ def anatomy(model: nn.Module, config: Config, pruned: PrunedConfig, *, item_byte
     head_flops = 2 * int(head.weight.numel()) if head is not None else 0
     others = Unassigned(count, count * item_bytes, head_flops)
     return Anatomy(base_type(config.model_type), pruned.blocks, tuple(sizes), others, tuple(shared))
+
+
+def _group_size(
+    block: nn.Module, layout: channel_groups.ChannelLayout, item_bytes: int, kv_bytes: int, picked: int
+) -> GroupSize:
+    """One group in numbers. `kv_bytes`: of all heads of the part; `picked`: experts that a token meets."""
+    parameters = flops = 0
+    for slot in layout.slots:
+        tensor = block.get_parameter(slot.name)
+        own = tensor.numel() // tensor.shape[slot.axis] // layout.experts * int(slot.index.shape[1])
+        parameters += own
+        if tensor.dim() - (layout.experts > 1) == 2:
+            flops += 2 * own
+    share = picked / layout.experts if layout.experts > 1 else 1
+    kv = kv_bytes // layout.groups if layout.own_kv else 0
+    return GroupSize(parameters, parameters * item_bytes, kv, round(flops * share))
+
+
+def _expert_size(block: nn.Module, layout: channel_groups.ChannelLayout, item_bytes: int) -> GroupSize:
+    """What each expert has besides its groups, in numbers: its row of the router, and a bias of its output."""
+    parameters = flops = 0
+    for name in layout.expert_rows:
+        tensor = block.get_parameter(name)
+        own = tensor.numel() // layout.experts
+        parameters += own
+        if tensor.dim() == 2 and not name.endswith("bias"):
+            flops += 2 * own
+    return GroupSize(parameters, parameters * item_bytes, 0, flops)
 
 
 def _parameters(modules: Iterable[nn.Module]) -> list[torch.Tensor]:

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from billhook.core.errors import PlanError, option
-from billhook.core.plan import PARTS, KeptGroups, Plan, Site
+from billhook.core.plan import PARTS, Plan, Site
 from billhook.core.results.json_form import JsonObject
 from billhook.models import architectures, channel_groups, modeling_billhook, structure
+from billhook.models.accelerator.narrowed_parts import NarrowedPart
 from billhook.models.load import Teacher, undisturbed
 from billhook.models.modeling_billhook import number_caches, pruned_classes, remove_part, remove_skipped
 from billhook.models.pruned_config import (
@@ -48,25 +49,19 @@ def masked_block(
 
 
 @contextmanager
-def narrower(teacher: Teacher, narrowed: Collection[KeptGroups], position: int, block: nn.Module) -> Iterator[None]:
-    """Give a block, inside the context, narrower sites: an mlp is cut, others have zeros where groups are removed.
-
-    `position`: of the block in the unpruned model; it must be in memory.
-    """
-    if not narrowed:
+def narrower(teacher: Teacher, parts: Collection[NarrowedPart], block: nn.Module) -> Iterator[None]:
+    """Give a block, which must be in memory, narrower sites inside the context: cut, or with zeros."""
+    if not parts:
         yield
         return
     row, config = teacher.architecture, teacher.model.config
-    sizes = {size.site: size for size in teacher.anatomy.sites}
     with restored(block):
-        for each in narrowed:
-            of = structure.channel_layout(block, each.site.part, row, config)
-            if each.site.part == "mlp" and of.experts == 1:
-                kept = channel_groups.kept_positions(of, sizes[each.site].groups, each.groups)
-                channel_groups.cut_channels(block, row, of, config, kept)
+        for part in parts:
+            if part.cut:
+                channel_groups.cut_channels(block, row, part.layout, config, part.kept, entries=part.entries)
                 continue
-            weights, numbers = masked_block(teacher, Plan(frozenset(), frozenset({each})), position, block)
-            for name, tensor in weights.items():
+            numbers = channel_groups.expert_numbers(block, part.layout, part.kept)
+            for name, tensor in channel_groups.zeroed_weights(block, part.layout, part.kept, part.entries).items():
                 modeling_billhook.set_parameter(block, name, tensor)
             modeling_billhook.set_attributes(block, numbers)
         yield

@@ -16,21 +16,23 @@ from test_recover import PLAN, many_texts, recovered
 import billhook
 from billhook.core.budget import parse_budgets
 from billhook.core.errors import ResourceError
-from billhook.core.plan import Plan
+from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.problem import Problem
 from billhook.core.results.measured import TimingProtocol
 from billhook.engine.bench import Measurer
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate.graphed_decoding import FixedDecoding
 from billhook.methods.evaluate.speed import time_interleaved
-from billhook.methods.search import SEARCHES, drive
+from billhook.methods.search import SEARCHES, Search, drive
 from billhook.models import load as loading
 from billhook.models.accelerator import memory, products
-from billhook.models.load import load
+from billhook.models.load import Teacher, load
 from billhook.models.streaming import StreamedWeights
 from billhook.models.surgery import apply
+from billhook.runs.executor import Executor
 
 Folder = Callable[[str], Path]
+RECORDED = "blocks.py:_record"  # where it waits for what rows of a new shape need, once for each shape
 WAITS_A_WAVE = 3  # at most: the values of a wave, and two for what is new in it
 
 
@@ -39,7 +41,10 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.saved(tmp_path_factory.mktemp("deep") / "model", "llama", num_hidden_layers=8)
 
 
-def test_the_inner_loop_of_a_search_waits_three_times_a_wave(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "least"), [("swap", 5), ("joint", 8)])
+def test_the_inner_loop_of_a_search_waits_three_times_a_wave(
+    name: str, least: int, deep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every measured batch of pieces counts as a wave. What is computed once, the teacher's reference, is apart."""
     waves, measure = [0], Measurer.measure
 
@@ -50,18 +55,27 @@ def test_the_inner_loop_of_a_search_waits_three_times_a_wave(deep: Path, monkeyp
     monkeypatch.setattr(Measurer, "measure", counted)
     with pretended() as costs:
         teacher = load(deep, dtype="float32")
-        probe = Probe(teacher, many_texts(24), "kl")
-        probe.losses([Plan()])
+        executor = Executor(Probe(teacher, many_texts(24), "kl"))
+        for tokens in (512, None):  # the second probe drops the streams of the first
+            executor(MeasureRequest((Plan(),), tokens=tokens, estimate=tokens is not None))
         waves[0] = 0
         costs.reset()
-        problem = Problem(teacher.anatomy, parse_budgets("4sites"))
-        drive(SEARCHES["swap"](problem), lambda request: probe.losses(request.plans, request.full_results))
-        assert waves[0] >= 5
+        drive(_search(name, teacher), executor)
+        assert waves[0] >= least
         assert costs.waited <= WAITS_A_WAVE * waves[0], costs.waits
         print(f"{waves[0]} waves, {costs.waited} waits, {costs.kernels} kernels: {costs.waits}")
 
 
-@pytest.mark.parametrize("loss", ["kl", "js", "nll", "angular"])
+def _search(name: str, teacher: Teacher) -> Search:
+    """A search for sites, or the joint one with four widths of each site, of two rounds."""
+    if name != "joint":
+        return SEARCHES[name](Problem(teacher.anatomy, parse_budgets("4sites")))
+    scores = {size.site: tuple(map(float, size.groups)) for size in teacher.anatomy.sites}
+    problem = Problem(teacher.anatomy, parse_budgets("20%"), group_scores=scores)
+    return SEARCHES[name](problem.check(), levels=4, rounds=2)
+
+
+@pytest.mark.parametrize("loss", ["kl", "topk_kl", "js", "nll", "angular"])
 def test_losses_wait_for_their_values_alone(loss: str, checkpoint: Folder) -> None:
     with pretended() as costs:
         probe = Probe(load(checkpoint("llama"), dtype="float32"), token_set(), loss)
@@ -69,6 +83,28 @@ def test_losses_wait_for_their_values_alone(loss: str, checkpoint: Folder) -> No
         costs.reset()
         probe.losses(PLANS[1:3])
         assert costs.waited <= WAITS_A_WAVE, costs.waits
+
+
+def test_scores_by_gradients_and_spans_wait_a_few_times(checkpoint: Folder) -> None:
+    """Once a block for gradients and a few times besides, however many rows there are."""
+    found = []
+    for texts in (3, 9):
+        with pretended() as costs:
+            probe = Probe(load(checkpoint("llama"), dtype="float32"), many_texts(texts), "nll")
+            for score in (
+                lambda probe=probe: probe.sum_over_gradients(
+                    lambda w, g, f: (w * g).abs().sum() + f.sum(), fisher=True
+                ),
+                lambda probe=probe: probe.mean_over_spans(lambda x, y: (x - y).norm(dim=-1), last=False),
+            ):
+                costs.reset()
+                score()
+                found.append({line: count for line, count in costs.waits.items() if line != RECORDED})
+    print(found)
+    by_gradients, by_spans = found[:2]
+    assert found[2:] == [by_gradients, by_spans]
+    assert sum(by_gradients.values()) <= 4 + 4
+    assert sum(by_spans.values()) <= 2
 
 
 def test_a_head_in_bfloat16_needs_no_copy_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

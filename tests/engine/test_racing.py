@@ -10,7 +10,19 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from billhook.engine.racing import Decision, Piece, Selection, SelectionTask, Sums, measure_all, measure_best, race
+from billhook.engine.racing import (
+    Decision,
+    Piece,
+    PieceRequest,
+    Selection,
+    SelectionTask,
+    Sums,
+    Tolerance,
+    measure_all,
+    measure_best,
+    race,
+    tolerance_of,
+)
 
 Table = list[list[list[float]]]  # [plan][group][document]
 
@@ -165,3 +177,29 @@ def test_a_higher_risk_costs_less() -> None:
     full = noisy(random.Random(6), 12, 16, 0.02)
     careful, bold = (counted(lambda r=r: race(ballot(full), range(12), r, bounds=False), full) for r in (0.001, 0.3))
     assert bold < careful
+
+
+def test_tolerance_of_float32_is_that_of_the_head_and_coarser_ones_grow_with_the_sites() -> None:
+    assert tolerance_of(2.0**-23, 200) == Tolerance()
+    for epsilon in (2.0**-7, 2.0**-10):  # bfloat16, float16
+        few, many = tolerance_of(epsilon, 16), tolerance_of(epsilon, 64)
+        assert many.relative == 2 * few.relative == 4 * epsilon
+        assert many.absolute == 4 * few.absolute == many.relative**2
+
+
+def test_a_bound_within_the_rounding_above_its_loss_does_not_exclude_the_best() -> None:
+    """The best plan's bound is 2% above its loss, and above the loss of the second."""
+    full, factors = {0: 1.0, 1: 1.01}, {0: 1.02, 1: 0.99}
+
+    def decided(tolerance: Tolerance) -> list[Decision]:
+        choice = measure_best(replace(ballot([[[1.0]] * 4] * 2, 1, 1000), tolerance=tolerance), bounds=True)
+        request: PieceRequest = next(choice)
+        try:
+            while True:
+                of = {p: full[p] * (1.0 if request.quality == "full" else factors[p]) for p in full}
+                request = choice.send({(p, g): (of[p],) for p, g in request.pieces})
+        except StopIteration as end:
+            return list(end.value)
+
+    assert decided(Tolerance()) == ["bound", "full"]
+    assert decided(tolerance_of(2.0**-7, 64)) == ["full", "full"]

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 
 import torch
 from torch import nn
@@ -215,11 +215,14 @@ def _sums_over_spans(bench: Measurer, numbers: Sequence[int], distance: Statisti
             "tokens of rows only."
         )
 
+    place = bench.teacher.device  # where all streams are compared
+    lasts = [last_tokens(group).to(place) for group in groups] if last else []
+
     def picked(streams: list[torch.Tensor]) -> torch.Tensor:
-        counted = [group.tokens_of(x) for x, group in zip(streams, groups, strict=True)]
+        counted = [group.tokens_of(x).to(place) for x, group in zip(streams, groups, strict=True)]
         if last:
-            counted = [x[last_tokens(group)] for x, group in zip(counted, groups, strict=True)]
-        return torch.cat(counted).float().cpu()
+            counted = [x.index_select(0, at) for x, at in zip(counted, lasts, strict=True)]
+        return torch.cat(counted).float()
 
     streams = [runner.embed(group.ids) for group in groups]
     kept = [picked(streams)]  # of each depth: [tokens, width]
@@ -273,7 +276,7 @@ def _sums_at_next_mlp(bench: Measurer, numbers: Sequence[int], error: Statistic)
         streams = runner.fetch(index, streams)
         done = runner.step(index, block, [(x, {KEPT, NO_ATTENTION, NO_MLP, NEITHER}) for x in streams])
         added = _added(runner, streams, done)
-        adds = any(bool(group.tokens_of(f).any()) for f, group in zip(added, groups, strict=True))
+        adds = bool(torch.stack([group.tokens_of(f).any() for f, group in zip(added, groups, strict=True)]).any())
         adding[index] = adds
         wanted = {KEPT} if not adds else {NO_ATTENTION} if runner.parallel else {KEPT, NO_MLP}
         still_waiting = []
@@ -339,16 +342,20 @@ def sums_over_parameters(
     Raises ModelError where a sum is not finite.
     """
     owners = structure.parameter_owners(block, bench.teacher.architecture, bench.teacher.model.config)
-    total: dict[Part | None, list[float]] = defaultdict(list)
+    total: dict[Part | None, list[torch.Tensor]] = defaultdict(list)
     for name, owner in owners.items():
         shaped = [structure.as_outputs_by_inputs(block, name, value[name].detach()) for value in values]
         rows = max(1, ELEMENTS_AT_A_TIME * len(shaped[0]) // max(1, shaped[0].numel()))
         for pieces in zip(*(value.split(rows) for value in shaped), strict=True):
-            total[owner].append(float(function(*(piece.float() for piece in pieces))))
+            total[owner].append(torch.as_tensor(function(*(piece.float() for piece in pieces))))
+    found = [each.reshape(1) for owned in total.values() for each in owned]
+    numbers = torch.cat([each.to(found[0].device) for each in found]).tolist() if found else []  # one wait
+    left = iter(numbers)
+    sums = {owner: math.fsum(islice(left, len(owned))) for owner, owned in total.items()}
     position = bench.teacher.positions[index]
     scores: dict[ScoredUnit, Score] = {}
     for part, present in zip(PARTS, _alive(bench, index), strict=True):
         if present:
-            scores[Site(position, part)] = Score(math.fsum(total[part]))
-    scores[position] = Score(math.fsum(x for sums in total.values() for x in sums))
+            scores[Site(position, part)] = Score(sums.get(part, 0.0))
+    scores[position] = Score(math.fsum(numbers))
     return require_finite_scores(scores)

@@ -28,6 +28,7 @@ from billhook.engine.head import Head
 from billhook.engine.statistics.activation_passes import sums_over_parameters
 from billhook.engine.statistics.group_pass import GroupPass, Passes, Step, Sums
 from billhook.models import structure
+from billhook.models.accelerator.spreading import copied
 from billhook.models.device import to_float64
 
 # (w, g, f), each [..., outputs, inputs] -> a number, or a value per element; f is None without `fisher`
@@ -38,13 +39,18 @@ GradientFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], t
 class _Batch:
     """Rows of equal length that pass a block together."""
 
-    targets: torch.Tensor  # [rows, time]: the next token, -100 where there is none
+    targets: torch.Tensor  # [predicted]: the next token of each position that has one
+    places: torch.Tensor  # [predicted]: numbers of these positions, row after row
     streams: list[torch.Tensor]  # [rows, time, width] each: before the first block, the second …
     slope: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # of the loss by the last of `streams`
 
     @property
     def predicted(self) -> int:
-        return _predicted(self.targets)
+        return len(self.places)
+
+    def predicting(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the values of the positions that predict a token: [predicted, ...] of [rows, time, ...]."""
+        return values.flatten(0, 1).index_select(0, copied(self.places, values.device))
 
 
 def sum_over_gradients(passes: Passes, function: GradientFunction, fisher: bool) -> dict[ScoredUnit, Score]:
@@ -80,7 +86,7 @@ def _gradient_sums(bench: Measurer, numbers: Sequence[int], fisher: bool) -> Ite
 
     Under ("gradient", name) and ("square", name), shaped like the parameter, in float32.
     """
-    predicted = sum(_predicted(group.targets) for group in bench.groups)
+    predicted = _predicted(bench.groups)
     for index, block, runner, batches in _backward(bench, numbers, copies=2 if fisher else 1):
         sums = _through_block(runner, index, block, batches, predicted, fisher=fisher)
         _count(bench, runner)
@@ -122,7 +128,7 @@ Outputs = Callable[[Measurer, int, nn.Module], Mapping[Site, str]]  # of a block
 
 def slopes_by_block(passes: Passes, outputs: Outputs) -> Iterator[tuple[nn.Module, dict[Site, InputSlopes]]]:
     """Yield each block, the last one first, with the inputs and slopes of the modules that `outputs` names in it."""
-    tokens = sum(_predicted(group.targets) for group in passes.bench.groups)
+    tokens = _predicted(passes.bench.groups)
     run = partial(_slope_sums, outputs=outputs)
     for block, sums in passes.run(GroupPass(run, passes.bench.runner.depth)):
         assert block is not None
@@ -150,24 +156,23 @@ def _count(bench: Measurer, runner: BlockRunner) -> None:
 
 def _after_the_head(bench: Measurer, runner: BlockRunner, numbers: Sequence[int], *, by_row: bool) -> list[_Batch]:
     """Return the batches after a forward pass, each with the slope by the stream after the last block."""
-    rows = _rows([bench.groups[g] for g in numbers], 1 if by_row else runner.chunk)
-    batches = [_Batch(t, [runner.embed(ids)]) for ids, t in rows]
+    batches = _batches(runner, [bench.groups[g] for g in numbers], 1 if by_row else runner.chunk)
     order = range(runner.depth)
     for index, block in zip(order, runner.blocks(order), strict=True):
         for batch in batches:
             batch.streams.append(runner.whole(index, block, batch.streams[-1]))
     for batch in batches:
         batch.streams[-1] = batch.streams[-1].to(batch.targets.device)
-    if not all(bool(torch.isfinite(batch.streams[-1][batch.targets >= 0]).all()) for batch in batches):
+    if not bool(torch.stack([batch.predicting(batch.streams[-1]).isfinite().all() for batch in batches]).all()):
         final = dict(bench.walk.run([(g, 0) for g in numbers], layers=True))
         bench.check_finite([final[g, 0] for g in numbers], numbers)
     _through_head(runner, batches)
     return batches
 
 
-def _predicted(targets: torch.Tensor) -> int:
+def _predicted(groups: Sequence[DocumentGroup]) -> int:
     """Return the number of positions that predict a token."""
-    return int((targets >= 0).sum())
+    return int((torch.cat([group.targets for group in groups]) >= 0).sum())
 
 
 def _check_room(bench: Measurer, groups: Sequence[DocumentGroup], copies: int) -> None:
@@ -185,6 +190,22 @@ def _check_room(bench: Measurer, groups: Sequence[DocumentGroup], copies: int) -
         )
 
 
+def _batches(runner: BlockRunner, groups: Sequence[DocumentGroup], tokens: int) -> list[_Batch]:
+    """Return batches of at most so many tokens, but of at least one row, with the streams before the first block.
+
+    The CPU waits for the device twice, however many there are: for how many positions predict a token, and which.
+    """
+    pairs = [*_rows(groups, tokens)]
+    masks = [targets.flatten() >= 0 for _, targets in pairs]
+    counts = torch.stack([mask.sum() for mask in masks]).tolist()
+    first, batches = 0, []
+    for (ids, targets), places in zip(pairs, torch.cat(masks).nonzero()[:, 0].split(counts), strict=True):
+        own = places - first
+        batches.append(_Batch(targets.flatten().index_select(0, own), own, [runner.embed(ids)]))
+        first += targets.numel()
+    return batches
+
+
 def _rows(groups: Sequence[DocumentGroup], tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (ids, targets) [rows, time] of at most so many tokens, but of at least one row."""
     by_time: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -200,14 +221,13 @@ def _rows(groups: Sequence[DocumentGroup], tokens: int) -> Iterator[tuple[torch.
 
 def _through_head(runner: BlockRunner, batches: Sequence[_Batch]) -> None:
     """Set each batch's slope of the summed loss by the stream after the last block, through head and final norm."""
-    predicted = [batch.targets >= 0 for batch in batches]
-    hidden = [runner.final_norm(batch.streams[-1])[at] for batch, at in zip(batches, predicted, strict=True)]
-    targets = torch.cat([batch.targets[at] for batch, at in zip(batches, predicted, strict=True)])
+    hidden = [batch.predicting(runner.final_norm(batch.streams[-1])) for batch in batches]
+    targets = torch.cat([batch.targets for batch in batches])
     slopes = Head(runner.teacher, "nll", 0).nll_gradients(torch.cat(hidden), targets)
-    for batch, at, slope in zip(batches, predicted, slopes.split([len(h) for h in hidden]), strict=True):
+    for batch, slope in zip(batches, slopes.split([len(h) for h in hidden]), strict=True):
         x = batch.streams.pop().detach().requires_grad_()
         with torch.enable_grad():
-            read = runner.final_norm(x)[at]
+            read = batch.predicting(runner.final_norm(x))
         (batch.slope,) = torch.autograd.grad(read, x, slope)
 
 
@@ -274,9 +294,8 @@ def _through_inputs(
                 y = runner.whole(index, block, x)
             inputs = {site: pieces.pop() for site, pieces in read.items()}
             batch.slope, *slopes = torch.autograd.grad(y, [x, *inputs.values()], batch.slope.to(y.device))
-            at = (batch.targets.flatten() >= 0).to(y.device)
             for (site, h), g in zip(inputs.items(), slopes, strict=True):
-                h, g = (to_float64(each.detach().reshape(len(at), -1)[at]) for each in (h, g))
+                h, g = (to_float64(batch.predicting(each.detach().reshape(*y.shape[:2], -1))) for each in (h, g))
                 found = torch.stack((h.sum(0), h.abs().sum(0), g.abs().sum(0)))
                 sums[site] = sums[site] + found if site in sums else found
     finally:
