@@ -100,7 +100,7 @@ def environments(workers: int, teacher: Teacher) -> list[dict[str, str]]:
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     count = device_count(device)
     names = visible if len(visible) == count else [str(number) for number in range(count)]
-    if workers * len(own) > count:
+    if workers > 1 and workers * len(own) > count:
         kind = "GPU that torch sees" if count == 1 else "GPUs that torch sees"
         each = "a GPU" if len(own) == 1 else f"{len(own)} GPUs"
         raise UsageError(
