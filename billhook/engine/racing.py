@@ -64,7 +64,8 @@ class SelectionTask:
     - `positive`: losses are never negative.
     - `ceiling`: nats of each document by group; a plan with a larger total is not needed.
     - `workers`: that share the groups, so that so many groups in a row of `order` are measured at the same time.
-    - `rounding`: share of a loss by which a bound may exceed it, where bounds are computed in fewer bits.
+    - `rounding`: share of a loss by which a bound may exceed it, where bounds are computed in fewer bits. A race, whose
+      risk is larger, does without.
     - `tolerance`: by which losses of the same piece differ.
     """
 
@@ -195,7 +196,7 @@ def race(task: SelectionTask, shortlist: Sequence[int], risk: float, bounds: boo
         sums = yield PieceRequest(cheap, [(p, g) for g in groups for p in alive])
         for plan in alive:
             seen[plan] += [x for g in groups for x in sums[plan, g]]
-            known[plan] |= {g: math.fsum(sums[plan, g]) / (1 + task.rounding) for g in groups}
+            known[plan] |= {g: math.fsum(sums[plan, g]) for g in groups}
         ranked = sorted(alive, key=lambda p: (math.fsum(seen[p]), p))
         leader = seen[ranked[0]]
         for plan in ranked[max(task.best, LEADERS) :]:
