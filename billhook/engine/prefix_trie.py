@@ -55,6 +55,10 @@ class PlanBits:
                 for depth in range(self._index[narrow.site.block] + 1, len(self._before)):
                     self._before[depth] |= bit
 
+    def added(self) -> list[KeptGroups]:
+        """Return what has been given bits, in order."""
+        return [name for name in self._names if isinstance(name, KeptGroups)]
+
     def mask(self, plan: Plan) -> int:
         """Return a plan's mask. What it narrows must have been added."""
         return sum(self._bits[site] for site in plan.removed) + sum(self._bits[narrow] for narrow in plan.narrowed)

@@ -24,7 +24,7 @@ from billhook.engine.choice_rows import row_sums
 from billhook.engine.losses import loss_facts
 from billhook.engine.measurements import Cache, CacheFactory, EarlierRounds, PieceTable, no_cache
 from billhook.engine.racing import Decision, Selection, SelectionTask, measure_all, measure_best, race, tolerance_of
-from billhook.engine.screening import ScreenedCache, ScreenedMeasurer, share_room
+from billhook.engine.screening import ScreenedCache, ScreenedMeasurer, join
 from billhook.engine.statistics import activation_passes, channel_statistics, gradient_pass
 from billhook.engine.statistics.channel_statistics import GroupValues
 from billhook.engine.statistics.group_pass import Passes
@@ -209,7 +209,7 @@ class Probe:
         if not useful or isinstance(self._bench, ScreenedMeasurer) or (copy := self._copy()) is None:
             return
         rough = Measurer(copy, self.tokens, self.loss, memory=self.memory, division=self._division)
-        share_room(self._measurer, rough)
+        join(self._measurer, rough)
         self._runners.append(rough.runner)
         beside: Measurer | SharedMeasurer = rough
         if self._team is not None:

@@ -13,10 +13,11 @@ from billhook.engine.racing import ROUGH, Quality, Sums
 from billhook.engine.workers.shared import SharedMeasurer
 
 
-def share_room(one: Measurer, other: Measurer) -> None:
-    """Give each of two measurers half of the memory for streams that the one with less of it had alone."""
-    room = min(one.room, other.room) // 2
-    for each in (one, other):
+def join(one: Measurer, new: Measurer) -> None:
+    """Give a new measurer the bits of another one, and each half of the memory for streams of the one with less."""
+    new.bits.add(one.bits.added())
+    room = min(one.room, new.room) // 2
+    for each in (one, new):
         each.limit_room(room)
 
 

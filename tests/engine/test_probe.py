@@ -708,9 +708,12 @@ def test_plans_are_excluded_in_bfloat16_and_the_best_is_measured_in_float32(
     """
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     tokens, plans = documents(8), [Plan(frozenset([site])) for site in wide.anatomy.sites_present()]
+    mlp = next(size for size in wide.anatomy.sites if size.site.part == "mlp")
+    plans += [Plan(frozenset(), frozenset({KeptGroups(mlp.site, mlp.groups[:kept])})) for kept in (3, 9)]
     exact = dict(zip(plans, Probe(wide, tokens, "kl").losses(plans), strict=True))
     diaries: dict[str, Diary] = defaultdict(Diary)
     probe = Probe(wide, tokens, "kl", fast=fast, bfloat16=True, cache_factory=lambda _, __, compute: diaries[compute])
+    assert probe.losses(plans[-1:]) == [exact[plans[-1]]], "before any is dropped"
     found = dict(probe.iter_losses(plans, 1))
     best = min(exact, key=lambda plan: exact[plan].mean)
     assert found[best] == exact[best]

@@ -236,6 +236,9 @@ def test_workers_drop_candidates_in_bfloat16_where_one_process_does(
     exact = dict(zip(plans, Probe(wide, tokens, "kl").losses(plans), strict=True))
     with team_here(wide, 3) as team:
         probe = Probe(wide, tokens, "kl", team=team, bfloat16=True, fast=fast)
+        assert probe.losses(plans[-1:])[0].mean == pytest.approx(exact[plans[-1]].mean, rel=1e-4), (
+            "before any is dropped"
+        )
         for part in (plans[:5], plans):  # the second batch narrows sites
             found = dict(probe.iter_losses(part, 1))
             best = min(part, key=lambda plan: exact[plan].mean)

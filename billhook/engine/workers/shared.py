@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
-from billhook.core.plan import KeptGroups, Plan
+from billhook.core.plan import Plan
 from billhook.data.token_sets import TokenSet
 from billhook.engine.bench import Measurer
 from billhook.engine.prefix_trie import WalkJob
@@ -43,7 +43,7 @@ class SharedMeasurer:
         self._tokens = [group.tokens for group in measurer.groups]
         self._owners = dict.fromkeys(range(len(self._tokens)), HERE)
         self._opened = {HERE}  # workers that know the tokens
-        self._narrowed: list[KeptGroups] = []  # in the order of their bits
+        self._narrowed = measurer.bits.added()  # in the order of their bits
 
     rounding = 0.0
 
