@@ -84,11 +84,7 @@ class Measurer:
         self._references = {g: reference for g, reference in self._references.items() if g in self._own}
         self.walk.streams.drop(lambda node: node[0] not in self._own)
 
-    workers, rounding = 1, 0.0
-
-    def widened(self, excess: float) -> bool:
-        """Return whether `rounding` was too low: bounds are of the same precision as losses here."""
-        return False
+    workers = 1
 
     def interleaved(self, order: Sequence[int]) -> list[int]:
         """Return the document groups in the order in which they are measured: as given."""

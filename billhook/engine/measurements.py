@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from billhook.data.token_sets import TokenSet
 
 FADING = 0.8  # weight of a round's result in each later round, for moves that are not measured again
-TINY = 1e-300
+TINY = 1e-300  # nats that a loss of 0 is taken for, where it divides
 
 DocumentIds = tuple[int, ...]  # of one group
 Pieces = Mapping[Quality, Mapping[DocumentIds, Sums]]

@@ -77,7 +77,6 @@ class Probe:
             self._passes = SharedPasses(self._measurer, self._bench, team)
             self._runners.append(self._bench)
         self._bfloat16_copy: Teacher | None = None  # the teacher itself where no copy is faster
-        self._rough_key = ""  # what the copy's measurements are cached under
         self._earlier = EarlierRounds()
         self._means: dict[str, tuple[activation_passes.Statistic, dict[ScoredUnit, Score]]] = {}
         self.tally: list[Counter[str]] = []  # of each batch: how many plans by kind of decision
@@ -161,7 +160,7 @@ class Probe:
 
         few = (None, None) if estimate else (best, ceiling)
         decisions = yield from follow(self._selection(masks, base, *few, hints))
-        while self._bench.widened(table.excess()):
+        while isinstance(self._bench, ScreenedMeasurer) and self._bench.widened(table.excess()):
             decisions = yield from follow(self._selection(masks, base, *few, hints))
         told = ["bound" if bounds else decision for decision in decisions]
         self.tally.append(Counter("full" if p in done else decision for p, decision in enumerate(told)))
@@ -182,7 +181,7 @@ class Probe:
         ceiling = None if limits is None else {g: tuple(limits[d] for d in x.documents) for g, x in enumerate(groups)}
         task = SelectionTask(
             len(masks), best or len(masks), tuple(order), tuple(group.tokens for group in groups), least, together,
-            positive, ceiling, workers, self._bench.rounding,
+            positive, ceiling, workers, self._bench.rounding if isinstance(self._bench, ScreenedMeasurer) else 0.0,
             tolerance_of(torch.finfo(self.teacher.model.dtype).eps, len(self.teacher.anatomy.sites)),
         )  # fmt: skip
         if (task.best >= len(masks) and limits is None) or (self.fast is None and not positive):
@@ -215,14 +214,14 @@ class Probe:
         if self._team is not None:
             beside = SharedMeasurer(rough, self.tokens, self.loss, self.memory, self._team)
             self._runners.append(beside)
-        self._bench, self._rough_key = ScreenedMeasurer(self._bench, beside), copy.compute_key
+        self._bench = ScreenedMeasurer(self._bench, beside)
 
     def _cache(self) -> Cache:
         """Return the cache of this probe's measurements."""
-        exact = self._cache_factory(self.tokens, self.loss, self.teacher.compute_key)
-        if not isinstance(self._bench, ScreenedMeasurer):
+        exact, copy = self._cache_factory(self.tokens, self.loss, self.teacher.compute_key), self._bfloat16_copy
+        if copy is None or not isinstance(self._bench, ScreenedMeasurer):
             return exact
-        return ScreenedCache(exact, self._cache_factory(self.tokens, self.loss, self._rough_key))
+        return ScreenedCache(exact, self._cache_factory(self.tokens, self.loss, copy.compute_key))
 
     def _loss(self, sums: Mapping[int, float], bound: bool) -> Loss:
         """Return the loss with these sums by document, and the number of tokens, or items, that they count."""

@@ -45,8 +45,6 @@ class SharedMeasurer:
         self._opened = {HERE}  # workers that know the tokens
         self._narrowed = measurer.bits.added()  # in the order of their bits
 
-    rounding = 0.0
-
     @property
     def number(self) -> int:
         """The number of the token set, by which workers know it."""
@@ -62,10 +60,6 @@ class SharedMeasurer:
         """As `Measurer.bounds`."""
         with self._team.at_work():
             return self._local.bounds
-
-    def widened(self, excess: float) -> bool:
-        """Return whether `rounding` was too low: bounds are of the same precision as losses here."""
-        return False
 
     def interleaved(self, order: Sequence[int]) -> list[int]:
         """Return document groups in an order in which as many in a row as there are workers are one of each."""
