@@ -56,6 +56,7 @@ def rows_table(console: Console, result: Result) -> None:
 def result_table(console: Console, result: RunResult) -> None:
     """Print what a pruning removed and what that changed."""
     from billhook.report import run_words
+    from billhook.report.run.search_words import search_in_words
     from billhook.report.run.skills import lost_skills
 
     removed = result.plan.names()
@@ -69,7 +70,7 @@ def result_table(console: Console, result: RunResult) -> None:
     console.print(table)
     if warning := lost_skills(result):
         console.print(warning, style="bold")
-    for note in filter(None, (run_words.search_in_words(result.search), *run_words.run_notes(result))):
+    for note in filter(None, (search_in_words(result.search), *run_words.run_notes(result))):
         console.print(note, style="dim")
     console.print(f"Checkpoint and report: {result.out} (open {result.out}/report.html)")
 
@@ -254,7 +255,7 @@ def anatomy_table(console: Console, found: Inspection) -> None:
 @prints(WorkEstimate)
 def plan_of_work_table(console: Console, work: WorkEstimate) -> None:
     """Print what a pruning would measure, and what it would take."""
-    from billhook.report.run_words import work_in_words
+    from billhook.report.run.search_words import work_in_words
 
     table = empty_table("", "")
     calibration, held_out, memory = work.data.calibration, work.data.evaluation, work.memory

@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Literal
 
 from billhook.core.errors import UsageError
-from billhook.core.results.measured import Estimate, EvalResult
+from billhook.core.results.measured import Estimate, EvalResult, TokenSetInfo
 
 CONFIDENCE = 0.95  # one-sided
 BOUND = f"one-sided {CONFIDENCE:.0%}"  # the label of such an end
@@ -123,3 +123,26 @@ class Margins:
         if score in LOSS_EVALUATIONS:
             return self.perplexity
         return next((margin for margin in self.files if margin.file == source), self.accuracy)
+
+
+@dataclass(frozen=True, slots=True)
+class MarginTrial:
+    """One size that was tried for a margin. `lost`: percent of perplexity, or percentage points of accuracy."""
+
+    percent: float  # of the parameters that it removes
+    within: bool
+    lost: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class WithinReport:
+    """What a margin said of each trial, judged on `data`."""
+
+    margin: Margin
+    trials: tuple[MarginTrial, ...]
+    data: TokenSetInfo
+
+    @property
+    def taken(self) -> MarginTrial:
+        """The largest trial within the margin."""
+        return max((trial for trial in self.trials if trial.within), key=lambda trial: trial.percent)

@@ -6,20 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from billhook.core.margin import BOUND
+from billhook.core.margin import BOUND, WithinReport
 from billhook.core.plan import PARTS, Part, format_ranges
 from billhook.core.results.exports import FaultReason, TargetFit
-from billhook.core.results.measured import WorkPlan
 from billhook.core.results.run import (
-    FinalChoice,
     Rates,
     RecoveryReport,
     RunReason,
     RunResult,
-    SearchSummary,
     SpeedChange,
     SpeedGap,
-    WithinReport,
 )
 from billhook.report.numbers import (
     format_accuracy,
@@ -223,53 +219,6 @@ def _within_in_words(within: WithinReport) -> str:
         f"{taken.percent:.1f}% of the parameters can be removed, for {taken.lost.value:.2f} {unit}, at most "
         f"{taken.lost.high:.2f} ({BOUND}).{more} {reliability_note(taken.lost)}".rstrip()
     )
-
-
-# -- the search --------------------------------------------------------------------------------------------------------
-
-
-def search_in_words(search: SearchSummary) -> str:
-    """How a search went, in a sentence; empty where it had nothing to decide."""
-    decided = search.decided
-    if not decided.total:
-        return ""
-    counts = (
-        (decided.full, "measured in full"),
-        (decided.bound, "dropped as soon as they were certain to lose"),
-        (decided.raced, "dropped as significantly worse"),
-        (decided.skipped, "not measured, by the ranking of the rounds before"),
-    )
-    parts = ", ".join(f"{count:,} {what}" for count, what in counts if count)
-    sentence = f"{search.mode.capitalize()} search, {decided.total:,} candidates: {parts}. "
-    sentence += f"Measured {work_in_words(search.work)}."
-    if search.audit is not None:
-        missed = [round_ for round_ in search.audit if round_.regret > 0]
-        worst = max((round_.regret for round_ in search.audit), default=0.0)
-        sentence += f" Audit: {len(missed)} of {len(search.audit)} rounds missed the best candidate"
-        sentence += f", by at most {worst:.3g} per token." if missed else "."
-    return sentence + (_final_choice_in_words(search.final) if search.final is not None else "")
-
-
-def _final_choice_in_words(final: FinalChoice) -> str:
-    """Which of the best plans was taken, and how much the calibration text flatters it."""
-    taken = (
-        f" The best {final.plans} plans were judged on {final.data.tokens:,} tokens that the search had not seen. "
-        f"The lowest was taken: {final.unseen:.4g} per token there, {final.calibration:.4g} on the calibration text."
-    )
-    if not final.gap:
-        return taken
-    error = "" if final.gap_se is None else f" ± {1.96 * final.gap_se:.2g}"
-    where = ", found for another size," if final.elsewhere else ""
-    return taken + f" It{where} is lower by {final.gap:.2g}{error} than the one that the calibration text chooses."
-
-
-def work_in_words(work: WorkPlan) -> str:
-    """`layer by layer, 4 document groups, streams kept after every block, at most 1.0 GB`."""
-    weights = "blocks from disk, " if work.streamed else ""
-    often = "every block" if work.checkpoint_every == 1 else f"every {work.checkpoint_every} blocks"
-    kept = f"streams kept after {often}, at most {work.limit / 1e9:.1f} GB" if work.checkpoint_every else ""
-    order = "layer by layer" if work.walk == "layers" else "depth-first"
-    return f"{weights}{order}, {pluralize(work.groups, 'document group')}, {kept or 'no streams kept'}"
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ from billhook.core.budget import Budget
 from billhook.core.errors import BudgetError, UsageError, option
 from billhook.core.events import Event
 from billhook.core.files.cache_keys import FinalistsKey, FoldedOn, LossKey, PlanLossKey, SiteTimesKey
+from billhook.core.margin import MarginTrial, WithinReport
 from billhook.core.plan import MeasureRequest, Plan
 from billhook.core.problem import Problem
 from billhook.core.results.measured import Loss, Step, paired_gap
-from billhook.core.results.run import AuditedRound, FinalChoice, MarginTrial, SearchSummary, SiteLoss, WithinReport
+from billhook.core.results.run import AuditedRound, Exchange, FinalChoice, Influence, SearchSummary, SiteLoss
 from billhook.data.splits import without_documents
 from billhook.data.token_sets import TokenSet, truncate
 from billhook.engine.losses import loss_facts, parse_loss
@@ -38,7 +39,7 @@ from billhook.runs.prepare import (
 )
 from billhook.runs.recipe import Recipe
 from billhook.runs.search import ScoreFields, compute_scores, progress_of_request, run_search
-from billhook.runs.trace import losses_alone, measure_regret, removal_trace, search_summary
+from billhook.runs.trace import Rounds, exchanges, losses_alone, measure_regret, removal_trace, search_summary
 
 FOLD_TOKENS = 8192  # for a fold inside the search
 FOLD = {"reach": "next"}  # its options; what stands farther behind is refitted after the search
@@ -119,6 +120,8 @@ def _choice(
         return PlanChoice(Plan(), [], summary, within)
     if not along:
         return PlanChoice(path[-1], [], summary, within)
+    if problem is not None and recipe.finalists > 1 and teacher.weights is None:
+        summary = replace(summary, influence=_influence(job, probe, (problem, path[-1], rounds), unseen))
     progress = progress_of_request(job, {"step": "path"}, before=0, total=len(path))
     measured = {plan for ask, losses in rounds for plan, loss in zip(ask.plans, losses, strict=True) if not loss.bound}
     on_path = measure(MeasureRequest(tuple(path)), *([] if measured.issuperset(path) else [progress]))
@@ -233,6 +236,23 @@ def _final_choice(
     return chosen, FinalChoice(
         len(plans), measured[chosen].mean, losses[chosen].mean, losses[own].mean, gap, error, False, unseen.info()
     )
+
+
+def _influence(
+    job: RunContext, probe: Probe, found: tuple[Problem, Plan, Rounds], more: Callable[[], TokenSet | None]
+) -> Influence | None:
+    """Each choice of a plan against the best other one, by estimates on text that no round has seen."""
+    others, plan = exchanges(*found), found[1]
+    if not others or (unseen := more()) is None:
+        return None
+
+    def show(done: int) -> None:
+        job.watch(Event("influence", done, 1 + len(others)))
+
+    measured = dict(probe.for_estimates(unseen).iter_losses([plan, *others], on_progress=show, estimate=True))
+    gaps = [(sites, paired_gap(measured[other], measured[plan])) for other, sites in others.items()]
+    told = [Exchange(site, other, gap, error) for (site, other), (gap, error) in gaps]
+    return Influence(tuple(sorted(told, key=lambda each: each.gap)), unseen.info())
 
 
 def _audit(job: RunContext, probe: Probe, rounds: list[tuple[MeasureRequest, list[Loss]]]) -> list[AuditedRound]:

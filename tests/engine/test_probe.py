@@ -34,7 +34,7 @@ from billhook.methods.export.checkpoint import save
 from billhook.models.accelerator.bfloat16 import LEAST_WIDTH, bfloat16_copy
 from billhook.models.load import Teacher, load
 from billhook.models.surgery import apply
-from billhook.report.run_words import work_in_words
+from billhook.report.run.search_words import work_in_words
 from billhook.runs.executor import Executor
 
 Folder = Callable[[str], Path]

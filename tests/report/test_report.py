@@ -24,14 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 from billhook.core.anatomy import Anatomy, GroupSize, SiteSize, Unassigned
-from billhook.core.margin import Margin
+from billhook.core.margin import Margin, MarginTrial, WithinReport
 from billhook.core.plan import PARTS, Plan, Site
 from billhook.core.results.exports import ExportReport, TargetFit, Verification
 from billhook.core.results.measured import Environment, Estimate, Step, TimingProtocol, TokenSetInfo, WorkPlan
 from billhook.core.results.run import (
     Answer,
     Decided,
-    MarginTrial,
     ModelInfo,
     PerplexityChange,
     PredictedSpeed,
@@ -48,7 +47,6 @@ from billhook.core.results.run import (
     SpeedGap,
     SpeedRatio,
     TaskChange,
-    WithinReport,
 )
 from billhook.report import numbers, run_report, run_words
 from billhook.report.run import use as run_use

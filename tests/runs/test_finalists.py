@@ -14,7 +14,7 @@ from billhook.core.results.run import FinalChoice, RunResult
 from billhook.data.token_sets import TokenSet
 from billhook.engine.probe import Probe
 from billhook.models.load import load
-from billhook.report.run_words import search_in_words
+from billhook.report.run.search_words import search_in_words
 from billhook.runs import choose_plan
 
 ASKED: dict[str, Any] = {

@@ -29,8 +29,9 @@ from billhook.data.texts import TextSpec
 from billhook.methods.evaluate import speed
 from billhook.methods.evaluate.speed import peak_bytes
 from billhook.models.surgery import masked
+from billhook.report.run.search_words import search_in_words, work_in_words
 from billhook.report.run_report import run_page
-from billhook.report.run_words import run_notes, search_in_words, work_in_words
+from billhook.report.run_words import run_notes
 from billhook.runs.store import Store
 
 OPTIONS: dict[str, Any] = {"remove": "3sites", "search": "greedy", "tokens": 240, "length": 24, "eval_tokens": 600,

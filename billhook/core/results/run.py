@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 from billhook.core.anatomy import Anatomy, ModelSizes
-from billhook.core.margin import Margin
+from billhook.core.margin import WithinReport
 from billhook.core.plan import Plan, Site
 from billhook.core.results.exports import ExportReport, TargetFit
 from billhook.core.results.json_form import JsonObject, Result
@@ -268,8 +268,35 @@ class FinalChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class Exchange:
+    """What a plan takes of `site`, against taking more of `other` instead, on text that no round has seen.
+
+    `gap`: how much higher the loss per token is then, with its standard error over documents; below 0, that text would
+    have made the choice otherwise.
+    """
+
+    site: Site
+    other: Site
+    gap: float
+    gap_se: float | None
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the gap is more than noise, by its 95% interval."""
+        return self.gap_se is not None and abs(self.gap) > 1.96 * self.gap_se
+
+
+@dataclass(frozen=True, slots=True)
+class Influence:
+    """How much a plan owes to its calibration text: each of its choices against the best other one, on `data`."""
+
+    exchanges: tuple[Exchange, ...]
+    data: TokenSetInfo
+
+
+@dataclass(frozen=True, slots=True)
 class SearchSummary:
-    """How a search went. `audit`: None where not asked for; `final`: where its best plans were not judged again.
+    """How a search went. `audit`: None where not asked for; `final`, `influence`: where no other text judged it.
 
     `site_evaluations`: sites computed, over all tokens; of a run that was resumed, by the attempt that ended it.
     """
@@ -280,29 +307,7 @@ class SearchSummary:
     site_evaluations: float
     audit: tuple[AuditedRound, ...] | None = None
     final: FinalChoice | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class MarginTrial:
-    """One size that was tried for a margin. `lost`: percent of perplexity, or percentage points of accuracy."""
-
-    percent: float  # of the parameters that it removes
-    within: bool
-    lost: Estimate
-
-
-@dataclass(frozen=True, slots=True)
-class WithinReport:
-    """What a margin said of each trial, judged on `data`."""
-
-    margin: Margin
-    trials: tuple[MarginTrial, ...]
-    data: TokenSetInfo
-
-    @property
-    def taken(self) -> MarginTrial:
-        """The largest trial within the margin."""
-        return max((trial for trial in self.trials if trial.within), key=lambda trial: trial.percent)
+    influence: Influence | None = None
 
 
 # -- results ---------------------------------------------------------------------------------------------------------

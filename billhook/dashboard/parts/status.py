@@ -13,6 +13,7 @@ from billhook.report.numbers import format_duration, format_number, pluralize, v
 WORDS = {
     "load": "loading the model", "calibrate": "reading calibration text", "score": "scoring", "search": "searching",
     "finalists": "judging the best plans on unseen text",
+    "influence": "asking unseen text about each choice",
     "spectra": "measuring outputs of linear maps", "factor": "fitting factors",
     "round": "searching", "recover": "recovering", "apply": "cutting", "evaluate": "evaluating",
     "answer": "answering prompts", "save": "saving", "speed": "timing", "report": "reporting", "export": "exporting",
