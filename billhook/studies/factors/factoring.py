@@ -66,16 +66,13 @@ def factor(
 
     A map W becomes V (Vᵀ W), V the first r eigenvectors of Σ y yᵀ of its outputs y = W x: no matrix of rank r is nearer
     to W on the text. Maps are fitted in forward order, on what the factors before them give. Ranks are spread under one
-    budget by what the model as it was tells; maps for which factors save nothing stay whole. `energy`: the sum of the
-    shares of output energy that are lost is small. `loss`: the sum of the squares of what each direction changes the
-    loss by in first order is (see `ranks_by_loss`); that takes gradients, of one block at a time. The factors are the
-    optimum of LLM-ROM (arXiv 2312.07046), of the whitened truncation of SVD-LLM (arXiv 2403.07378), and of Swift-SVD
-    (arXiv 2604.01609); ranks by loss follow ZS-SVD (arXiv 2602.02848). One budget over all maps for `energy`, squares
-    for `loss`, and a ridge of a millionth of the mean square of the inputs, are ours.
+    budget by what the model as it was tells, the loss (`ranks_by_loss`) or the energy of outputs (`ranks_by_energy`);
+    maps for which factors save nothing stay whole. The factors are the optimum of LLM-ROM (arXiv 2312.07046), of the
+    whitened truncation of SVD-LLM (arXiv 2403.07378), and of Swift-SVD (arXiv 2604.01609); ranks by loss are after
+    ZS-SVD (arXiv 2602.02848). A ridge of a millionth of the mean square of the inputs is ours.
 
     The folder is a checkpoint of a type of its own, and appears whole or not at all. Raises BudgetError for a size that
-    factors cannot save, DataError for text that cannot be used, ResourceError for a model that is larger than the
-    memory, or whose gradients are.
+    factors cannot save, DataError for unusable text, ResourceError for a model or gradients larger than the memory.
     """
     asked = {"field": field, "tokens": tokens, "length": length, "eval_tokens": eval_tokens, "eval_length": eval_length,
              "seed": seed, "device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}  # fmt: skip
