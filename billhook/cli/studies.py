@@ -38,7 +38,6 @@ from billhook.cli.options import (
     with_options,
 )
 from billhook.cli.session import CommandSession
-from billhook.core.budget import parse_parameter_budget
 from billhook.core.errors import GateFailed, UsageError
 from billhook.core.registry import OptionValues
 
@@ -364,32 +363,8 @@ def speed_command(
         face.show(told)
 
 
-@with_options("data", "eval_data", "field", "tokens", "length", "eval_tokens", "eval_length", "seed", "device", "dtype",
-              "trust_remote_code")  # fmt: skip
-def factor_command(
-    *,
-    model: Model = None,
-    remove: Annotated[str, typer.Option(help="Parameters to save: 10% or 20Mparams")],
-    out: Annotated[Path | None, typer.Option(help="Folder to write [default: MODEL-factors]")] = None,
-    store: StoreFile = DEFAULT_STORE,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    options: OptionValues,
-) -> None:
-    """Replace linear maps by two smaller ones each, by the energy of their outputs, and measure what that costs."""
-    with CommandSession(as_json, quiet, verbose) as face:
-        parse_parameter_budget(remove)
-        check_options(options)
-        check_places(model, out=out)
-        from billhook.studies.factors.factoring import factor
-
-        face.show(factor(model or "demo", remove=remove, out=out, store=store, watch=face.watch, **options))
-
-
 COMMANDS = (
     speed_command,
-    factor_command,
     sweep_command,
     transfer_command,
     stability_command,

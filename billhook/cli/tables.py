@@ -129,8 +129,9 @@ def factor_table(console: Console, report: FactorReport) -> None:
         f"{math.exp(report.after.value):,.2f} after, x{with_interval(report.change.mapped(math.exp), '{:.3f}'.format)}"
     )
     console.print(
-        f"Fitted on {report.tokens:,} tokens of {report.data}. {report.whole:,} linear maps stay whole. Energy lost is "
-        "that of their outputs on this text, a mean without an interval. The interval is 95%, over texts.",
+        f"Fitted on {report.tokens:,} tokens of {report.data}, with ranks by {report.ranks}. {report.whole:,} linear "
+        "maps stay whole. Energy lost is that of their outputs on this text, a mean without an interval. The interval "
+        "is 95%, over texts.",
         style="dim",
     )
     if note := reliability_note(report.change):

@@ -11,6 +11,7 @@ from fractions import Fraction
 
 from billhook.core.anatomy import Anatomy, SiteSize
 from billhook.core.errors import BudgetError, RecipeError, nearest, option
+from billhook.core.options import RankRule
 from billhook.core.plan import Plan, Site, shorten
 
 
@@ -171,6 +172,16 @@ def parse_parameter_budget(text: str) -> Budget:
             f"{shorten(text)!r} counts {budget.unit}, and factors save parameters. Write 10% or 20Mparams."
         )
     return budget
+
+
+def parse_rank_rule(text: str) -> RankRule:
+    """Read what ranks of factors are chosen by: `loss` or `energy`. Raises BudgetError with what is allowed."""
+    if text not in ("loss", "energy"):
+        raise BudgetError(
+            f"{option('ranks', shorten(text))} is no way to choose ranks. Write loss, what each direction changes the "
+            "model's loss by, or energy, what it holds of the outputs' energy."
+        )
+    return "loss" if text == "loss" else "energy"
 
 
 def parse_width(text: str) -> int | Fraction:

@@ -15,6 +15,8 @@ Source = str | Path  # of text
 
 Amount = str | float  # 25%, 3blocks …; 0.25: of the parameters
 
+RankRule = Literal["energy", "loss"]  # what ranks of low-rank factors are chosen by
+
 
 class LoadOptions(TypedDict, total=False):
     """How a model is loaded."""

@@ -54,6 +54,7 @@ MISTAKES: dict[str, tuple[int, str]] = {
     "threshold demo --memory lots": (2, "not an amount of memory"),
     "factor demo": (2, "Missing option '--remove'"),
     "factor demo --remove 3sites": (2, "factors save parameters"),
+    "factor demo --remove 10% --ranks size": (2, "--ranks size is no way to choose ranks"),
     "factor demo --remove 10% --data none.txt": (3, "none.txt is missing"),
     "vocabulary demo": (2, "Missing option '--data'"),
     "vocabulary demo --data none.txt": (3, "none.txt is missing"),

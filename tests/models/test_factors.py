@@ -21,7 +21,8 @@ from billhook.engine.probe import Probe
 from billhook.methods.export import EXPORTS
 from billhook.methods.export.checkpoint import save
 from billhook.methods.export.targets import student_shape
-from billhook.models.factors.spectrum import lost_share, most_saved, output_energies, ranks_by_energy, spectrum
+from billhook.models.factors.ranks import most_saved, ranks_by_energy
+from billhook.models.factors.spectrum import lost_share, output_energies, spectrum
 from billhook.models.factors.student import largest_rank, put_factors
 from billhook.models.load import Teacher, load, student_as_teacher
 from billhook.models.repair import Repair

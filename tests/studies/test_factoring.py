@@ -32,8 +32,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(place: Path) -> FactorReport:
     return billhook.factor(
-        place / "model", remove="10%", data=place / "texts.jsonl", out=place / "out", store=place / "s.db", **LITTLE
-    )
+        place / "model", remove="10%", ranks="energy", data=place / "texts.jsonl", out=place / "out",
+        store=place / "s.db", **LITTLE,
+    )  # fmt: skip
 
 
 def test_the_report_is_of_the_folder_and_stored_whole(place: Path, report: FactorReport) -> None:
@@ -65,6 +66,21 @@ def test_what_held_out_text_costs_is_what_evaluate_measures(place: Path, report:
     assert report.change.low <= report.change.value <= report.change.high
 
 
+def test_ranks_by_loss_are_others_and_meet_the_budget(place: Path, report: FactorReport, tmp_path: Path) -> None:
+    loss = billhook.factor(
+        place / "model", remove="10%", data=place / "texts.jsonl", out=tmp_path / "out",
+        store=tmp_path / "s.db", **LITTLE,
+    )  # fmt: skip
+    assert loss.parameters_before - loss.parameters_after >= 0.1 * loss.parameters_before
+    assert load(tmp_path / "out").anatomy.total("parameters") == loss.parameters_after
+    assert loss.before == report.before
+    assert [(each.site, each.name, each.rank) for each in loss.factors] != [
+        (each.site, each.name, each.rank) for each in report.factors
+    ]
+    (run,) = billhook.list_runs(tmp_path / "s.db")
+    assert loss.ranks == billhook.show(run.run, tmp_path / "s.db").spec["ranks"] == "loss"
+
+
 def never(*given: object, **more: object) -> None:
     raise AssertionError("the model was loaded")
 
@@ -83,6 +99,7 @@ def test_wrong_inputs_are_told_before_anything_is_read_or_written(
     monkeypatch.setattr("billhook.models.load.Teacher.__init__", never)
     refuses("counts sites, and factors save parameters", remove="3sites")
     refuses("has no unit", remove="10")
+    refuses(r"ranks='size' is no way to choose ranks\. Write loss", ranks="size")
     refuses("is missing", data=tmp_path / "none.jsonl")
     refuses("is missing", eval_data=tmp_path / "none.jsonl")
     refuses("eval_length", eval_length=2)
@@ -91,11 +108,12 @@ def test_wrong_inputs_are_told_before_anything_is_read_or_written(
 
 def test_the_command_prints_ranks_and_what_they_cost(place: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "billhook", "factor", str(place / "model"), "--remove", "5%", "--data",
-         str(place / "texts.jsonl"), "--tokens", "256", "--length", "32", "--eval-tokens", "512", "--eval-length", "32",
-         "--out", "cut", "--store", str(tmp_path / "s.db"), "--quiet"],
+        [sys.executable, "-m", "billhook", "factor", str(place / "model"), "--remove", "5%", "--ranks", "energy",
+         "--data", str(place / "texts.jsonl"), "--tokens", "256", "--length", "32", "--eval-tokens", "512",
+         "--eval-length", "32", "--out", "cut", "--store", str(tmp_path / "s.db"), "--quiet"],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for told in ("parameters:", "energy lost", "mlp.", "Perplexity on", "linear maps stay whole", "Checkpoint: cut"):
+    for told in ("parameters:", "energy lost", "mlp.", "Perplexity on", "with ranks by energy",
+                 "linear maps stay whole", "Checkpoint: cut"):  # fmt: skip
         assert told in " ".join(done.stdout.split())

@@ -1,4 +1,4 @@
-"""The commands `vocabulary` and `slice`."""
+"""The commands `vocabulary`, `slice` and `factor`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from billhook.cli.options import (
     Quiet,
     StoreFile,
     Verbose,
+    check_options,
     check_places,
     check_texts,
     split_commas,
@@ -87,4 +88,33 @@ def slice_command(
         ))  # fmt: skip
 
 
-SMALLER_COMMANDS = (vocabulary_command, slice_command)
+@with_options("data", "eval_data", "field", "tokens", "length", "eval_tokens", "eval_length", "seed", "device", "dtype",
+              "trust_remote_code")  # fmt: skip
+def factor_command(
+    *,
+    model: Model = None,
+    remove: Annotated[str, typer.Option(help="Parameters to save: 10% or 20Mparams")],
+    ranks: Annotated[str, typer.Option(help="What ranks are chosen by: loss, or energy (of outputs)")] = "loss",
+    out: Annotated[Path | None, typer.Option(help="Folder to write [default: MODEL-factors]")] = None,
+    store: StoreFile = DEFAULT_STORE,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    options: OptionValues,
+) -> None:
+    """Replace linear maps by two smaller ones each, the best for a text, and measure what that costs."""
+    with CommandSession(as_json, quiet, verbose) as face:
+        from billhook.core.budget import parse_parameter_budget, parse_rank_rule
+
+        parse_parameter_budget(remove)
+        rule = parse_rank_rule(ranks)
+        check_options(options)
+        check_places(model, out=out)
+        from billhook.studies.factors.factoring import factor
+
+        face.show(factor(
+            model or "demo", remove=remove, ranks=rule, out=out, store=store, watch=face.watch, **options,
+        ))  # fmt: skip
+
+
+SMALLER_COMMANDS = (vocabulary_command, slice_command, factor_command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
+from billhook.core.options import RankRule
 from billhook.core.plan import Site
 from billhook.core.results.json_form import JsonObject, Result
 from billhook.core.results.measured import Estimate, estimate_columns
@@ -124,8 +125,9 @@ class FactoredMap:
 class FactorReport(Result):
     """A model whose linear maps have low-rank factors, in a folder.
 
-    `tokens` of `data` fitted them. `whole`: linear maps of attentions and MLPs that stay. `before`, `after`, `change`:
-    negative log-likelihood of the text `held_out` in nats per token, lower is better; `change` is paired by text.
+    `tokens` of `data` fitted them; `ranks`: what these were chosen by. `whole`: linear maps of attentions and MLPs that
+    stay. `before`, `after`, `change`: negative log-likelihood of the text `held_out` in nats per token, lower is
+    better; `change` is paired by text.
     """
 
     kind: ClassVar[str] = "factor"
@@ -143,6 +145,7 @@ class FactorReport(Result):
     before: Estimate
     after: Estimate
     change: Estimate
+    ranks: RankRule = "energy"
 
     def rows(self) -> list[JsonObject]:
         """A row a linear map that is factors."""

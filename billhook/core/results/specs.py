@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from billhook.core.options import RankRule
 from billhook.core.results.json_form import JsonObject, decode, encode
 from billhook.core.results.measured import TimingProtocol
 
@@ -191,7 +192,7 @@ class VocabularySpec(RunSpec):
 class FactorSpec(RunSpec):
     """A model with low-rank factors that save `remove` parameters, fitted on `data`.
 
-    `eval_data`: held-out text; None for a part of `data`.
+    `eval_data`: held-out text; None for a part of `data`. `ranks`: what they are chosen by.
     """
 
     kind = "factor"
@@ -200,6 +201,7 @@ class FactorSpec(RunSpec):
     data: str
     eval_data: str | None
     options: Options
+    ranks: RankRule = "energy"
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,13 @@
-"""The best factors of a weight for what a text gives it, by the covariance of its outputs; ranks under one budget."""
+"""The best factors of a weight for what a text gives it, by the covariance of its outputs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
-import numpy as np
 import torch
 
-from billhook.models.factors.student import largest_rank
-
-K = TypeVar("K", bound=Hashable)
 RIDGE = 1e-6  # of the mean square of an input: what the text does not say is ordered by the weight
-STEPS = 200  # of a search for the price of a parameter, by halves
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +25,14 @@ class Spectrum:
         """Return (up [outputs, rank], down [rank, inputs]); up · down is the best matrix of that rank on the text."""
         up = self.directions[:, :rank]
         return up, up.T @ weight
+
+    def loss_changes(self, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Return by how much the loss changes in first order without each direction, with its sign: [directions].
+
+        weight, gradient of the loss by it: [outputs, inputs], float64. Without the direction u the weight lacks u uᵀ W,
+        so that the loss changes by -⟨G, u uᵀ W⟩. In whitened coordinates W L = Σ σ u vᵀ that is -σ uᵀ (G L⁻ᵀ) v.
+        """
+        return -((self.directions.T @ gradient) * (self.directions.T @ weight)).sum(dim=1)
 
 
 def spectrum(weight: torch.Tensor, gram: torch.Tensor) -> Spectrum:
@@ -63,73 +64,6 @@ def _whitened(weight: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()) or 1.0)
     root: torch.Tensor = torch.linalg.cholesky(gram)
     return weight @ root
-
-
-@dataclass(frozen=True, eq=False)
-class _Curve:
-    """What a linear map may be: costs in parameters, and shares of its output's energy lost; whole last."""
-
-    costs: np.ndarray
-    losses: np.ndarray
-
-
-def _curve(outputs: int, inputs: int, energies: torch.Tensor) -> _Curve:
-    most, values = largest_rank(outputs, inputs), energies.cpu().numpy()
-    total = float(values.sum()) or 1.0
-    tails = values[::-1].cumsum()[::-1] / total  # from each direction on
-    costs = np.append(np.arange(1, most + 1) * (outputs + inputs), outputs * inputs)
-    return _Curve(costs, np.append(tails[1 : most + 1], 0.0))
-
-
-def most_saved(sizes: Mapping[K, tuple[int, int]]) -> int:
-    """Return how many parameters factors of rank 1 save, of maps of (outputs, inputs)."""
-    return sum(max(0, outputs * inputs - outputs - inputs) for outputs, inputs in sizes.values())
-
-
-def ranks_by_energy(
-    sizes: Mapping[K, tuple[int, int]], energies: Mapping[K, torch.Tensor], needed: int
-) -> dict[K, int]:
-    """Return the ranks that save at least `needed` parameters; what is left out stays whole.
-
-    The sum over all maps of the share of the output's energy that is lost is small: each map takes what is best at one
-    price of a parameter, the lowest that meets the budget. What that saves too much is given back, each time where the
-    share falls most per parameter. `needed`: at most `most_saved`.
-    """
-    curves = {key: _curve(*size, energies[key]) for key, size in sizes.items() if largest_rank(*size)}
-    whole = sum(int(curve.costs[-1]) for curve in curves.values())
-
-    def at_price(price: float) -> dict[K, int]:
-        return {key: int((c.losses + price * c.costs).argmin()) for key, c in curves.items()}
-
-    def saved(chosen: Mapping[K, int]) -> int:
-        return whole - sum(int(curves[key].costs[place]) for key, place in chosen.items())
-
-    low, high = 0.0, 1.0
-    while saved(at_price(high)) < needed:
-        low, high = high, high * 4
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if saved(at_price(middle)) >= needed else (middle, high)
-    chosen = at_price(high)
-    spare = saved(chosen) - needed
-    while better := _best_step(curves, chosen, spare):
-        key, place = better
-        spare -= int(curves[key].costs[place] - curves[key].costs[chosen[key]])
-        chosen[key] = place
-    return {key: place + 1 for key, place in chosen.items() if place + 1 < len(curves[key].costs)}
-
-
-def _best_step(curves: Mapping[K, _Curve], chosen: Mapping[K, int], spare: int) -> tuple[K, int] | None:
-    """Return the map and its next place that lower the loss most per parameter within `spare`; None if none does."""
-    best, found = 0.0, None
-    for key, curve in curves.items():
-        costs, losses = curve.costs[chosen[key] + 1 :], curve.losses[chosen[key] + 1 :]
-        fitting = int(np.searchsorted(costs, curve.costs[chosen[key]] + spare, side="right"))
-        if fitting:
-            rates = (curve.losses[chosen[key]] - losses[:fitting]) / (costs[:fitting] - curve.costs[chosen[key]])
-            if rates.max() > best:
-                best, found = float(rates.max()), (key, chosen[key] + 1 + int(rates.argmax()))
-    return found
 
 
 def lost_share(energies: torch.Tensor, rank: int) -> float:

@@ -13,6 +13,8 @@ from billhook.core.plan import PARTS, Plan, Site
 from billhook.data.token_sets import TokenSet
 from billhook.engine.bench import Measurer
 from billhook.engine.blocks import BlockRunner
+from billhook.engine.statistics.gradient_pass import gradients_by_block
+from billhook.engine.statistics.group_pass import Passes
 from billhook.models import structure
 from billhook.models.device import to_float64
 from billhook.models.factors.spectrum import lost_share, output_energies, spectrum
@@ -45,6 +47,33 @@ def all_energies(teacher: Teacher, tokens: TokenSet, watch: EventListener = igno
         places = [place for stage in _stages(teacher, index) for place in stage]
         found |= {place: output_energies(weight, gram).cpu() for place, weight, gram in walk.read(index, places)}
         walk.advance(index)
+    watch(Event("spectra", len(walk.blocks), len(walk.blocks)))
+    return found
+
+
+@undisturbed
+@torch.no_grad()
+def all_loss_changes(
+    teacher: Teacher, tokens: TokenSet, watch: EventListener = ignore_events
+) -> dict[Place, torch.Tensor]:
+    """Return by how much the loss changes without each direction, in first order: see `Spectrum.loss_changes`.
+
+    The loss is the mean negative log-likelihood of a token. Two passes forward and one backward; memory: the streams
+    between all blocks, twice, and the gradients of one block. Raises ResourceError where they do not fit.
+    """
+    walk = _Walk(teacher, tokens)
+    streams = []
+    for index in range(len(walk.blocks)):
+        streams.append(walk.streams)
+        walk.advance(index)
+    found: dict[Place, torch.Tensor] = {}
+    for index, block, gradients, _ in gradients_by_block(Passes(walk.bench), fisher=False):
+        watch(Event("spectra", len(walk.blocks) - 1 - index, len(walk.blocks)))
+        walk.streams = streams.pop()
+        places = [place for stage in _stages(teacher, index) for place in stage]
+        for place, weight, gram in walk.read(index, places):
+            slope = _by_outputs(block, place[1], gradients[f"{place[1]}.weight"])
+            found[place] = spectrum(weight, gram).loss_changes(weight, slope).cpu()
     watch(Event("spectra", len(walk.blocks), len(walk.blocks)))
     return found
 
@@ -126,8 +155,12 @@ class _Walk:
 
 def _weight(block: nn.Module, name: str) -> torch.Tensor:
     """Return a linear map's weight [outputs, inputs] in float64."""
-    value = block.get_parameter(f"{name}.weight").detach()
-    return to_float64(structure.as_outputs_by_inputs(block, f"{name}.weight", value))
+    return _by_outputs(block, name, block.get_parameter(f"{name}.weight").detach())
+
+
+def _by_outputs(block: nn.Module, name: str, values: torch.Tensor) -> torch.Tensor:
+    """Return values of the shape of a linear map's weight as [outputs, inputs] in float64."""
+    return to_float64(structure.as_outputs_by_inputs(block, f"{name}.weight", values))
 
 
 def _stages(teacher: Teacher, index: int) -> list[list[Place]]:
