@@ -118,6 +118,11 @@ class Budget:
         everything = Plan(frozenset(anatomy.sites_present()))
         return Fraction(math.ceil(self.amount / 100 * self.removed_cost(anatomy, everything)))
 
+    def missing(self, anatomy: Anatomy, plan: Plan, share: Fraction) -> Budget | None:
+        """Return what must be removed besides `plan` to meet a `share` of the budget; None where nothing must."""
+        amount = share * self.target(anatomy) - self.removed_cost(anatomy, plan)
+        return Budget(amount / UNITS[self.unit].fine, self.unit, False) if amount > 0 else None
+
     def is_met(self, anatomy: Anatomy, plan: Plan) -> bool:
         return self.removed_cost(anatomy, plan) >= self.target(anatomy)
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache, partial
 
 from billhook.core.anatomy import Anatomy
 from billhook.core.budget import Budget
 from billhook.core.errors import BudgetError, UsageError, option
-from billhook.core.events import Event
+from billhook.core.events import Event, EventValue
 from billhook.core.files.cache_keys import FinalistsKey, FoldedOn, LossKey, PlanLossKey, SiteTimesKey
 from billhook.core.margin import MarginTrial, WithinReport
-from billhook.core.plan import MeasureRequest, Plan
+from billhook.core.plan import MeasureRequest, Plan, Site
 from billhook.core.problem import Problem
 from billhook.core.results.measured import Loss, Step, paired_gap
 from billhook.core.results.run import AuditedRound, Exchange, FinalChoice, Influence, SearchSummary, SiteLoss
@@ -22,9 +22,10 @@ from billhook.data.token_sets import TokenSet, truncate
 from billhook.engine.losses import loss_facts, parse_loss
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate import speed
-from billhook.methods.recover import RECOVERIES, RecoveryTask
+from billhook.methods.recover import RECOVERIES, RecoveryTask, Round
 from billhook.models.device import environment
-from billhook.models.load import Teacher
+from billhook.models.load import Teacher, student_as_teacher
+from billhook.models.surgery import apply
 from billhook.runs.evaluation import evaluate_plans
 from billhook.runs.executor import Executor, RefitExecutor
 from billhook.runs.job import RunContext, with_team
@@ -38,7 +39,7 @@ from billhook.runs.prepare import (
     validation_and_test,
 )
 from billhook.runs.recipe import Recipe
-from billhook.runs.search import ScoreFields, compute_scores, progress_of_request, run_search
+from billhook.runs.search import ScoreFields, compute_scores, in_units, progress_of_request, run_search
 from billhook.runs.trace import Rounds, exchanges, losses_alone, measure_regret, removal_trace, search_summary
 
 FOLD_TOKENS = 8192  # for a fold inside the search
@@ -75,20 +76,21 @@ def choose_plan(
     teacher: Teacher,
     calibration: TokenSet,
     held_out: TokenSet | None = None,
-    given: Plan | None = None,
+    given: Sequence[Plan] = (),
     *,
     along: bool = True,
 ) -> PlanChoice:
-    """The plan of a run: given, searched for, or the largest within a margin, which is judged on `held_out` text.
+    """The plan of a run: searched for, or the largest within a margin, which is judged on `held_out` text.
 
-    `along`: with the loss after every step, which a search by scores has not measured itself.
+    `given`: plans, of which the last is the run's, and nothing is searched. `along`: with the loss after every step,
+    which a search by scores has not measured itself.
     """
     with with_team(job, teacher) as shared:
         return _choice(shared, teacher, (calibration, held_out), given, along)
 
 
 def _choice(
-    job: RunContext, teacher: Teacher, texts: tuple[TokenSet, TokenSet | None], given: Plan | None, along: bool
+    job: RunContext, teacher: Teacher, texts: tuple[TokenSet, TokenSet | None], given: Sequence[Plan], along: bool
 ) -> PlanChoice:
     """`choose_plan`, with the workers of the run."""
     recipe, (calibration, held_out) = job.recipe, texts
@@ -100,8 +102,8 @@ def _choice(
     seen = (calibration, *([held_out] if held_out is not None else []))
     unseen = cache(lambda: unseen_tokens(recipe, teacher, job.watch, *seen))
     problem: Problem | None = None
-    if given is not None:
-        path = [given]
+    if given:
+        path = list(dict.fromkeys(given))
     else:
         scores = compute_scores(job, probe)
         if recipe.within is not None:
@@ -165,6 +167,62 @@ def _judge(job: RunContext, teacher: Teacher, tokens: TokenSet, calibration: Tok
         return job.store.remember(PlanLossKey(of, plan), partial(measure, plan), job.run)
 
     return judge
+
+
+# -- pruning in rounds ------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class RoundPlanner:
+    """The `replan` of a recovery that prunes and trains in turn.
+
+    `plans`: of the rounds so far. `averages`: the scores of channel groups over these rounds, by site and number.
+    """
+
+    job: RunContext
+    teacher: Teacher
+    calibration: TokenSet
+    plans: list[Plan] = field(default_factory=list)
+    averages: dict[tuple[Site, int], float] = field(default_factory=dict)
+
+    def __call__(self, this: Round) -> Plan:
+        """Return the plan of a round: the one before, and the groups of that student that the search removes next."""
+        if this.number == 1:
+            self.plans, self.averages = [], {}
+        recipe, anatomy = self.job.recipe, self.teacher.anatomy
+        student = self._student(this)
+        probe = probe_of(recipe, student, self.calibration, self.job)
+        self._average(student.anatomy, compute_scores(self.job, probe)["group_scores"], this.beta)
+        plan, needed = this.plan, [budget.missing(anatomy, this.plan, this.share) for budget in recipe.budgets]
+        if budgets := tuple(budget for budget in needed if budget is not None):
+            values = {
+                size.site: tuple(self.averages[size.site, number] for number in size.groups)
+                for size in student.anatomy.sites if size.groups and (size.site, size.groups[0]) in self.averages
+            }  # fmt: skip
+            problem = _with_scores(problem_of(recipe, student, student.anatomy, budgets), {"group_scores": values})
+            plan = plan.combined_with(run_search(self.job, problem, Executor(probe))[-1])
+        self.plans.append(plan)
+        told: dict[str, EventValue] = {"round": this.number}
+        for budget in recipe.budgets:
+            told[f"removed_{budget.unit}"] = in_units(budget, budget.removed_cost(anatomy, plan))
+            told[f"target_{budget.unit}"] = in_units(budget, budget.target(anatomy))
+        self.job.watch(Event("search", this.number, this.rounds, told))
+        return plan
+
+    def _student(self, this: Round) -> Teacher:
+        """Return the student of the round before as a teacher, of which all that is stored has a name of its own."""
+        if not this.plan:
+            return self.teacher
+        made = student_as_teacher(self.teacher, apply(self.teacher, this.plan, repair=this.repair))
+        return replace(made, fingerprint=f"{self.teacher.fingerprint}-{this.plan.key()}-{this.repair.key()}")
+
+    def _average(self, anatomy: Anatomy, scores: Mapping[Site, Sequence[float]], beta: float) -> None:
+        """Set the moving average, from 0, of the scores of groups that a student still has."""
+        numbers = {size.site: size.groups for size in anatomy.sites}
+        self.averages = {
+            (site, number): beta * self.averages.get((site, number), 0.0) + (1 - beta) * score
+            for site, values in scores.items() for number, score in zip(numbers[site], values, strict=True)
+        }  # fmt: skip
 
 
 # -- the last choice ------------------------------------------------------------------------------------------------

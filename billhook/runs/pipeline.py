@@ -55,8 +55,10 @@ from billhook.runs.recovery import (
     digest_of,
     load_recovery_tokens,
     recovering_tokens,
+    recovery_in_rounds,
     recovery_options,
     run_recoveries,
+    train_in_rounds,
 )
 from billhook.runs.result import Measured, Texts, run_result
 from billhook.runs.search import expected_losses, method_options, tell_shares
@@ -206,6 +208,7 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
         given = validate(recipe, teacher)
         tell_shares(recipe, teacher.anatomy, job.watch)
         recovery_options(recipe)
+        recovery_in_rounds(recipe, teacher)
         whole_proof = recipe.proof == "full" and teacher.weights is None
         check_target(job.out, teacher.folder, int(1.05 * teacher.anatomy.total("bytes")))
     with job.stage("calibrate"):
@@ -216,14 +219,17 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
         _bind(job, bound, teacher, texts, given)
     with with_team(job, teacher) if learn is None else nullcontext(job) as shared:  # memory of workers is for training
         with job.stage("search"):
-            found = choose_plan(shared, teacher, calibration, held_out, given)
+            rounds = train_in_rounds(job, teacher, calibration, learn=learn, work=work_folder(job))
+            plans = rounds.plans if rounds is not None else () if given is None else (given,)
+            found = choose_plan(shared, teacher, calibration, held_out, plans)
             plan, proof_text = found.plan, test_text(recipe, held_out)
         got = RecoveryResult()
         if learn is not None:
             with job.stage("recover"):
                 seen = {} if calibration.choices or recipe.proof == "loss" else {"calibration": calibration}
                 proved = seen | {"held-out": proof_text}
-                got = run_recoveries(job, teacher, plan, learn=learn, texts=proved, work=work_folder(job))
+                work = work_folder(job)
+                got = run_recoveries(job, teacher, plan, learn=learn, texts=proved, work=work, rounds=rounds)
         repair = got.repair
         with job.stage("apply"):
             student = apply(teacher, plan, stock=recipe.stock, repair=repair)
@@ -303,6 +309,7 @@ def preview_run(recipe: Recipe, watch: EventListener, loaded: Mapping[str, Teach
     """
     teacher = load_teacher(recipe, watch, loaded)
     given = validate(recipe, teacher)
+    recovery_in_rounds(recipe, teacher)
     tell_shares(recipe, teacher.anatomy, watch)
     text = external_sources(recipe.data) or "pydoc"  # which stands for what the model would write
     of_text = given is None and parse_loss(recipe.loss).file is None

@@ -24,14 +24,17 @@ from billhook.methods.recover import RECOVERIES, RecoveryTask, trains
 from billhook.methods.recover.lora import ADAPTER
 from billhook.methods.recover.together import train_together
 from billhook.methods.recover.training import STEP, TrainingOptions
+from billhook.methods.search import narrows
 from billhook.models.accelerator.memory import is_out_of_memory, release_cached
 from billhook.models.accelerator.share import ProcessLost
 from billhook.models.load import Teacher
 from billhook.models.repair import NO_REPAIR, Repair, read_repair
+from billhook.runs.choose_plan import RoundPlanner
 from billhook.runs.evaluation import perplexity_results
 from billhook.runs.job import RunContext
-from billhook.runs.prepare import applicable_recoveries, recovery_tokens
+from billhook.runs.prepare import applicable_recoveries, counts_time, problem_of, recovery_tokens
 from billhook.runs.recipe import Recipe
+from billhook.runs.search import expected_losses
 
 TRAINING_OPTIONS = {field.name for field in fields(TrainingOptions)}
 TRAINING_VALIDATION_EVERY = 10  # of so many texts one validates
@@ -51,6 +54,16 @@ class RecoveryResult:
     base: Repair | None = None
     adapter: Path | None = None
     seen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedRounds:
+    """What the recovery `name` made in rounds: their plans, of which the last is the run's, and the repair of that."""
+
+    name: str
+    plans: tuple[Plan, ...]
+    repair: Repair
+    seconds: float
 
 
 def recovery_options(recipe: Recipe) -> dict[str, OptionValues]:
@@ -80,7 +93,8 @@ def recovering_tokens(recipe: Recipe, teacher: Teacher, proved: int) -> int:
     apart = _fits_and_trains(names) and recipe.recover_tokens >= FITTING_EVERY * LEAST_FITTED
     for name, own in recovery_options(recipe).items():
         if name in names:
-            passes = 1 + STEP * int(str((options(RECOVERIES[name]) | own)["epochs"])) if trains(name) else 2
+            every = options(RECOVERIES[name]) | own
+            passes = 1 + STEP * int(every["epochs"]) * int(every.get("rounds", 1)) if trains(name) else 2
             share = 1.0 if not apart else 1 - 1 / FITTING_EVERY if trains(name) else 1 / FITTING_EVERY
             total += int(share * passes * recipe.recover_tokens) + proved
     return total
@@ -96,12 +110,75 @@ def load_recovery_tokens(job: RunContext, teacher: Teacher, held_out: TokenSet) 
     return tokens
 
 
+def recovery_in_rounds(recipe: Recipe, teacher: Teacher) -> str | None:
+    """Return the recovery of a recipe that prunes and trains in turn; None where the plan is known before.
+
+    It does where the search ranks channel groups by a metric and measures nothing. Raises UsageError where it is not
+    the first recovery, or a budget is in time.
+    """
+    names = applicable_recoveries(recipe, teacher)
+    found = next((name for name in names if RECOVERIES.facts(name).in_rounds), None)
+    if found is None or recipe.remove is None or recipe.metric is None or not narrows(recipe.search):
+        return None
+    if counts_time(recipe):
+        raise UsageError(
+            f"{found} prunes in rounds, and {option('remove', recipe.remove)} asks for time, which is measured once. "
+            f"Write a share or a number of params, bytes, kv or flops: {option('remove', '20%params')}."
+        )
+    if expected_losses(recipe, problem_of(recipe, teacher, teacher.anatomy, recipe.budgets)) != 0:
+        return None
+    if found != names[0]:
+        raise UsageError(
+            f"{found} prunes in rounds, so that {names[0]} cannot come before it. Write "
+            f"{option('recover', ','.join([found, *(name for name in names if name != found)]))}."
+        )
+    return found
+
+
+def train_in_rounds(
+    job: RunContext, teacher: Teacher, calibration: TokenSet, *, learn: TokenSet | None, work: Path
+) -> TrainedRounds | None:
+    """Prune and train in turn, if the recipe has a recovery that does; None without one, or where it is left out.
+
+    `work`: for what a killed run resumes from: every finished round, and the checkpoint of a training.
+    """
+    if learn is None or (name := recovery_in_rounds(job.recipe, teacher)) is None:
+        return None
+    recipe, own = job.recipe, recovery_options(job.recipe)[name]
+    valid, _, train = learning_texts(learn, applicable_recoveries(recipe, teacher))
+    made_from = digest_of([teacher.fingerprint, teacher.compute_key, name, own, recipe.seed, train.hash])
+    folder = work / f"rounds-{name}-{made_from}"
+    folder.mkdir(parents=True, exist_ok=True)
+    planner, began = RoundPlanner(job, teacher, calibration), time.perf_counter()
+    task = RecoveryTask(
+        teacher, Plan(), NO_REPAIR, recipe.memory_bytes, recipe.seed, folder, job.watch,
+        bfloat16=recipe.dtype == "auto", replan=planner,
+    )  # fmt: skip
+    fresh = _carried_out(job, task, name, (train, valid), own)
+    if fresh is None:
+        return None
+    if not isinstance(fresh, Repair):
+        raise wrong_return("recovery", name, "a Repair", fresh)
+    about = folder / "seconds.json"
+    if (took := _seconds_of(about, made_from)) is None:
+        took = round(time.perf_counter() - began, 1)
+        about.write_text(json.dumps({"seconds": took, "made_from": made_from}))
+    for file in (
+        *folder.glob("teacher-*"),
+        *folder.glob("training.pt"),
+    ):  # large, and of use to unfinished rounds alone
+        file.unlink()
+    return TrainedRounds(name, tuple(planner.plans), fresh.cast_through(teacher.dtype), took)
+
+
 def run_recoveries(
-    job: RunContext, teacher: Teacher, plan: Plan, *, learn: TokenSet, texts: Mapping[str, TokenSet], work: Path
-) -> RecoveryResult:
+    job: RunContext, teacher: Teacher, plan: Plan, *, learn: TokenSet, texts: Mapping[str, TokenSet], work: Path,
+    rounds: TrainedRounds | None = None,
+) -> RecoveryResult:  # fmt: skip
     """Carry out the recoveries of a run, which `learn` from a text, and prove each on each of `texts`.
 
-    `work`: for what a killed run resumes from: every finished repair, and the checkpoints of a training.
+    `work`: for what a killed run resumes from: every finished repair, and the checkpoints of a training. `rounds`: what
+    was recovered while the plan was made.
     """
     recipe, repair, before = job.recipe, NO_REPAIR, NO_REPAIR
     applicable = applicable_recoveries(recipe, teacher)
@@ -117,7 +194,9 @@ def run_recoveries(
             [teacher.fingerprint, teacher.compute_key, plan.to_list(), name, own, recipe.seed, train.hash, repair.key()]
         )
         took = _seconds_of(about, made_from)
-        if took is not None and file.is_file():
+        if rounds is not None and name == rounds.name:
+            repair, took = rounds.repair, rounds.seconds
+        elif took is not None and file.is_file():
             repair = read_repair(file)
         else:
             training = work / f"{number}-{name}-{made_from}"

@@ -159,8 +159,8 @@ def _round(
     least = map(min, zip(*spent, strict=True))
     for budget, done, target in zip(problem.budgets, least, problem.targets, strict=True):
         sofar |= {
-            f"removed_{budget.unit}": _in_units(budget, done),
-            f"target_{budget.unit}": _in_units(budget, target),
+            f"removed_{budget.unit}": in_units(budget, done),
+            f"target_{budget.unit}": in_units(budget, target),
         }
     before = sum(len(earlier.plans) for earlier, _ in measure.rounds)
     total = None if total is None else max(total, before + len(ask.plans))
@@ -176,7 +176,7 @@ def _round(
     return losses
 
 
-def _in_units(budget: Budget, amount: Fraction | int) -> float:
+def in_units(budget: Budget, amount: Fraction | int) -> float:
     """An amount as `removed_cost` counts, in the unit of the budget."""
     fine = UNITS[budget.unit].fine
     return math.ceil(amount) if fine == 1 else float(amount / fine)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -26,6 +27,7 @@ from billhook.methods.recover.teacher_cache import cache_teacher_outputs
 from billhook.methods.recover.training import (
     Trainer,
     TrainingOptions,
+    TrainingRows,
     cache_frozen_streams,
     gradient_checkpointing,
     rows_of,
@@ -45,6 +47,26 @@ RIDGE_VALIDATION_EVERY = 8  # one text of this many chooses the ridge
 
 
 @dataclass(frozen=True)
+class Round:
+    """A round of pruning and training in turn that is about to begin: the `number`-th of `rounds`, counted from 1.
+
+    `plan` and `repair`: those of the round before; what is kept is removed no more. `beta`: how much of its scores of
+    channel groups is the average of earlier rounds.
+    """
+
+    number: int
+    rounds: int
+    beta: float
+    plan: Plan
+    repair: Repair
+
+    @property
+    def share(self) -> Fraction:
+        """How much of a run's budget is met when the round begins: 1 - (1 - number / rounds)³."""
+        return 1 - (1 - Fraction(self.number, self.rounds)) ** 3
+
+
+@dataclass(frozen=True)
 class RecoveryTask:
     """The student to recover: what `plan` keeps of `teacher`, with the `repair` of earlier recoveries.
 
@@ -52,7 +74,8 @@ class RecoveryTask:
     a later call with the same arguments resumes from it. `streams_by_tokens`: the teacher's streams by hash of the
     tokens, cached for recoveries of other plans. `save_every`: seconds between training checkpoints (None: 30).
     `bfloat16`: training may compute in bfloat16, where that is faster. `share`: of this process in a training that
-    several carry out together; then there is a `work` folder, which all of them see.
+    several carry out together; then there is a `work` folder, which all of them see. `replan`: what a recovery in
+    rounds asks for the plan of each, which removes what the one before did, and more; None: `plan` in all rounds.
     """
 
     teacher: Teacher
@@ -66,6 +89,7 @@ class RecoveryTask:
     save_every: float | None = None
     bfloat16: bool = False
     share: Share = ALONE
+    replan: Callable[[Round], Plan] | None = None
 
     def teacher_streams(self, tokens: TokenSet, *, again: bool = False) -> TeacherStreams:
         """Return the teacher's streams on `tokens`; `again`: they may be read more than once."""
@@ -96,13 +120,14 @@ class RecoveryFacts:
     `adds`: `patches` in the place of removed sites, `constants` there, `biases` of output projections, or nothing.
     `option`: the value of an option with which it does; empty: with any. `refuse`: a reason why it finds nothing to
     change in models of an architecture. `together`: several processes may carry it out, because it does what the task's
-    `share` says, as `finetune` does.
+    `share` says, as `finetune` does. `in_rounds`: it calls the task's `replan`.
     """
 
     adds: Literal["", "patches", "constants", "biases"] = ""
     option: tuple[str, str] = ("", "")
     refuse: Callable[[Architecture], str | None] = _suits_all
     together: bool = False
+    in_rounds: bool = False
 
 
 RECOVERIES: RegistryWithFacts[Recovery, RecoveryFacts] = RegistryWithFacts("recovery", unstated=RecoveryFacts())
@@ -120,6 +145,7 @@ def recovery(
     option: tuple[str, str] = ...,
     refuse: Callable[[Architecture], str | None] = ...,
     together: bool = ...,
+    in_rounds: bool = ...,
 ) -> Callable[[Recovery], Recovery]:
     """Return the decorator that adds a recovery with these facts."""
 
@@ -132,9 +158,10 @@ def recovery(
     option: tuple[str, str] = ("", ""),
     refuse: Callable[[Architecture], str | None] = _suits_all,
     together: bool = False,
+    in_rounds: bool = False,
 ) -> Recovery | Callable[[Recovery], Recovery]:
     """Add a recovery under its own name, with its facts: see RecoveryFacts."""
-    add = RECOVERIES.add_with(RecoveryFacts(adds, option, refuse, together))
+    add = RECOVERIES.add_with(RecoveryFacts(adds, option, refuse, together, in_rounds))
     return add if function is None else add(function)
 
 
@@ -188,9 +215,13 @@ def _untrainable(teacher: Teacher) -> str | None:
 @torch.inference_mode(False)
 def finetune(
     task: RecoveryTask, tokens: tuple[TokenSet, TokenSet], options: TrainingOptions,
-    learn: Callable[[Any, nn.ModuleList], dict[str, nn.Parameter]], on_end: Callable[[Any], Any] = lambda x: x,
+    learn: Callable[[Any, nn.ModuleList], dict[str, nn.Parameter]],
+    on_end: Callable[[Any, TrainingRows], Any] = lambda student, valid: student,
 ) -> Repair:  # fmt: skip
-    """Build the student, train the parameters that `learn` selects, and return the tensors that changed as a Repair."""
+    """Build the student, train the parameters that `learn` selects, and return the tensors that changed as a Repair.
+
+    `on_end`: what makes the student of the trained one; it is given the validation rows with the teacher's outputs too.
+    """
     options.check()
     teacher = task.teacher
     if (reason := _untrainable(teacher)) is not None:
@@ -228,7 +259,14 @@ def finetune(
     frozen = skip_frozen_blocks(student, blocks, first, teacher.architecture.block_outputs)
     with frozen as set_inputs, gradient_checkpointing(blocks[first:] if options.checkpointing else ()):
         trainer.run(train, valid, set_inputs)
-    return extract_repair(teacher, task.plan, on_end(student))
+    return extract_repair(teacher, task.plan, on_end(student, valid))
 
 
-from billhook.methods.recover import fold, linear_patches, lora, mean_patches, tuning  # noqa: E402, F401 - they register
+from billhook.methods.recover import (  # noqa: E402, F401 - they register
+    fold,
+    growing,
+    linear_patches,
+    lora,
+    mean_patches,
+    tuning,
+)

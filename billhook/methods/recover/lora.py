@@ -12,7 +12,7 @@ from torch import nn
 from billhook.core.errors import UsageError
 from billhook.data.token_sets import TokenSet
 from billhook.methods.recover import RecoveryTask, finetune, linear_maps, recovery, unshare_parameters
-from billhook.methods.recover.training import TrainingOptions
+from billhook.methods.recover.training import TrainingOptions, TrainingRows
 from billhook.models import structure
 from billhook.models.repair import Repair
 from billhook.models.transformers_internals import Conv1D
@@ -59,7 +59,7 @@ def lora(
             adapted.append(peft.get_peft_model(student, config))
         return {name: p for name, p in adapted[0].named_parameters() if "lora_" in name}
 
-    def end(student: Any) -> Any:
+    def end(student: Any, valid: TrainingRows) -> Any:
         if not merge and task.work is not None and task.share.rank == 0:
             adapted[0].peft_config["default"].base_model_name_or_path = ""  # no path of this machine
             adapted[0].save_pretrained(task.work / ADAPTER)
@@ -123,7 +123,7 @@ def qa_lora(
             factors |= {f"{path}.{i}.{name}.down": updates[-1].down, f"{path}.{i}.{name}.up": updates[-1].up}
         return factors
 
-    def end(student: Any) -> Any:
+    def end(student: Any, valid: TrainingRows) -> Any:
         for update in updates:
             update.merge()
         return student
