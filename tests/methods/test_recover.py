@@ -40,7 +40,7 @@ from billhook.models.surgery import apply, extract_repair
 
 Folder = Callable[[str], Path]
 PLAN = Plan.parse(["attention.0", "mlp.1", "attention.2", "mlp.2"])
-TRAINED = {"bias", "partial", "full", "lora", "qa_lora"}
+TRAINED = {"apt", "bias", "partial", "full", "lora", "qa_lora"}
 FREE = sorted(set(RECOVERIES) - TRAINED - {"patches", "compensate"})  # what is for plans that narrow: test_width
 SHORT = {"epochs": 2, "batch": 2}
 OWN = {"qa_lora": {"bits": 0}}  # what is quantised loses something first
@@ -656,7 +656,7 @@ def test_a_model_in_bfloat16_learns_in_float32(name: str, checkpoint: Folder) ->
     teacher, tokens = load(checkpoint("llama"), dtype="bfloat16"), many_texts(24)
     repair = recovered(name, teacher, PLAN, tokens)
     assert repair.weights
-    held = torch.bfloat16 if name in ("lora", "qa_lora") else torch.float32  # of which only the factors learn
+    held = torch.bfloat16 if name in ("apt", "lora", "qa_lora") else torch.float32  # of which only the factors learn
     assert {value.dtype for value in repair.weights.values()} == {held}
     assert apply(teacher, PLAN, repair=repair).dtype == torch.bfloat16
     with pytest.raises(UsageError, match=r"Train with dtype='bfloat16' or float32"):

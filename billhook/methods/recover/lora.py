@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from billhook.core.errors import UsageError
 from billhook.data.token_sets import TokenSet
 from billhook.methods.recover import RecoveryTask, finetune, linear_maps, recovery, unshare_parameters
 from billhook.methods.recover.training import TrainingOptions, TrainingRows
+from billhook.methods.recover.updates import peft_model
 from billhook.models import structure
 from billhook.models.repair import Repair
 from billhook.models.transformers_internals import Conv1D
@@ -53,10 +53,7 @@ def lora(
         config = peft.LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, fan_in_fan_out=transposed
         )
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
-            torch.manual_seed(task.seed)
-            adapted.append(peft.get_peft_model(student, config))
+        adapted.append(peft_model(student, config, task.seed))
         return {name: p for name, p in adapted[0].named_parameters() if "lora_" in name}
 
     def end(student: Any, valid: TrainingRows) -> Any:

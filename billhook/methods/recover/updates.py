@@ -6,6 +6,7 @@ They have the names and shapes of the teacher's maps, whatever a plan removes, s
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,16 @@ def merged(task: RecoveryTask, updates: Updates, scale: float) -> Repair:
     return extract_repair(task.teacher, task.plan, student)
 
 
+def peft_model(student: Any, config: Any, seed: int) -> Any:
+    """Return peft's model over a student, in place, whose first updates are drawn from the seed alone."""
+    import peft
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of transformers
+        torch.manual_seed(seed)
+        return peft.get_peft_model(student, config)
+
+
 def with_updates(student: Any, updates: Updates, scale: float) -> Any:
     """Return peft's model over a student, in place, with these updates of its linear maps, by their names in it."""
     import peft
@@ -165,8 +176,7 @@ def with_updates(student: Any, updates: Updates, scale: float) -> Any:
     config = peft.LoraConfig(
         target_modules=list(updates), rank_pattern=ranks, alpha_pattern=scaled, fan_in_fan_out=transposed
     )
-    with torch.random.fork_rng(devices=[]):  # what peft draws is overwritten
-        adapted = peft.get_peft_model(student, config)
+    adapted = peft_model(student, config, seed=0)  # what is drawn is overwritten
     for name, of in updates.items():
         layer = student.get_submodule(name)
         with torch.no_grad():
