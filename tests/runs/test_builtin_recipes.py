@@ -13,7 +13,7 @@ from billhook.cli.main import app
 from billhook.runs.recipe import recipe_names
 from billhook.runs.recipes.builtin import describe_recipe
 
-WIDTH = {"billhook-width", "cfsp", "flap", "llm-pruner", "reap", "saap", "wanda-sp"}
+WIDTH = {"apt", "billhook-width", "cfsp", "flap", "llm-pruner", "reap", "saap", "wanda-sp"}
 
 
 def test_every_builtin_recipe_is_listed_with_its_facts() -> None:
@@ -23,7 +23,7 @@ def test_every_builtin_recipe_is_listed_with_its_facts() -> None:
     both = {name for name, recipe in found.items() if recipe.makes == "both"}
     assert both == {"2ssp", "billhook", "billhook-joint", "billhook-quick", "billhook-thorough"}
     trained = {name for name, recipe in found.items() if recipe.trains}
-    papers = {"partial", "perp", "shortened-llama-cpt", "shortened-llama-lora"}
+    papers = {"apt", "partial", "perp", "shortened-llama-cpt", "shortened-llama-lora"}
     assert trained == papers | {"billhook", "billhook-thorough"}
     for name, recipe in found.items():
         assert 40 < len(recipe.summary) < 125, name

@@ -37,6 +37,7 @@ SHORT: dict[str, Any] = {"tokens": 256, "length": 32, "eval_tokens": 256, "eval_
                          "recover_length": 32, "self_share": 0, "proof": "loss"}  # fmt: skip
 APT: dict[str, Any] = {"search": "rank_channels", "metric": "apt", "recover": "apt", "remove": "20%params"}
 TRAINED = {"rounds": 3, "batch": 6, "rate": 0.003, "rank": 2}
+TRAINED_STEPS = 3  # of a round on so few texts
 
 
 def nested(outer: Plan, inner: Plan) -> bool:
@@ -236,6 +237,26 @@ def test_a_killed_run_in_rounds_goes_on(at: str, whole: RunResult, model: Path, 
     with torch.no_grad():
         sides = [billhook.load(folder).model(rows).logits for folder in (whole.out, tmp_path / "out")]
     torch.testing.assert_close(sides[0], sides[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_round_without_memory_begins_again_with_less(
+    whole: RunResult, model: Path, text: Path, tmp_path: Path
+) -> None:
+    """Out of memory in the second round: the first one is not trained again, and the plans are the same."""
+    steps: list[int] = []
+
+    def watch(event: Event) -> None:
+        steps.extend([event.done] if event.values.get("objective") == "kl" and event.stage == "recover" else [])
+        if len(steps) == TRAINED_STEPS + 1:
+            steps.append(0)
+            raise torch.OutOfMemoryError("none is free")
+
+    asked = {**SHORT, **APT, "recover_set": TRAINED, "data": str(text)}
+    result = billhook.prune(model, **asked, out=tmp_path / "out", store=tmp_path / "b.db", watch=watch)
+    assert result.plan == whole.plan
+    assert len(steps) == 3 * TRAINED_STEPS + 2
+    assert [step.narrowed for step in result.steps] == [step.narrowed for step in whole.steps]
+    assert result.perplexity.student == pytest.approx(whole.perplexity.student, rel=1e-4)
 
 
 def test_with_a_plan_or_another_search_it_trains_what_was_found(model: Path, text: Path, tmp_path: Path) -> None:

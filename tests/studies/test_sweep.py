@@ -77,7 +77,7 @@ def test_one_recipe_a_paper_and_our_own() -> None:
     papers = {"shortgpt", "deeper-look", "shortened-llama", "sleb", "finercut", "blockpruner", "evopress", "llm-drop",
               "uidl", "sprint"}  # fmt: skip
     papers |= {"shortened-llama-lora", "shortened-llama-cpt", "perp", "replaceme", "partial"}
-    papers |= {"llm-pruner", "wanda-sp", "flap", "saap", "reap"}
+    papers |= {"apt", "llm-pruner", "wanda-sp", "flap", "saap", "reap"}
     assert papers | {"billhook", "billhook-depth", "billhook-joint"} <= set(recipe_names())
 
 

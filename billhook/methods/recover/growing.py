@@ -62,11 +62,11 @@ def apt(
     by |Σ A · dL/dA|, the mean over validation batches
     Cost: per round the metric, and a forward and a backward pass of the student per step and per validation row; a
     forward pass of the teacher per row; nothing at inference.
-    Source: Zhao et al. 2024, APT (arXiv 2401.12200). Deviations: distilled by default from the unpruned model, which
-    the paper does for small models, by hidden states and from the model that trains; groups are cut at the beginning of
-    a round, where masks of the paper fade by 0.01 a step; scores are averaged over rounds, each on the whole
-    calibration text, instead of over steps; hidden dimensions are kept; ranks double, where the paper divides a growing
-    budget; early stopping on validation texts, and a schedule of the rate, in every round.
+    Source: Zhao et al. 2024, APT (arXiv 2401.12200). Deviations: distilled by default from the unpruned model,
+    where the paper distils small models alone, from weights that train too; groups are cut at the beginning of a round,
+    where its masks fade by 0.01 a step; scores are averaged over rounds, each on the whole calibration text, instead of
+    over steps; hidden dimensions are kept; ranks double, where it grows them as the budget of trained parameters does;
+    each round has its own schedule of the rate, and stops early on validation texts.
     """
     if rounds < 1 or rank < 1 or not 0 <= beta < 1:
         raise UsageError(
