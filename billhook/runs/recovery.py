@@ -163,10 +163,7 @@ def train_in_rounds(
     if (took := _seconds_of(about, made_from)) is None:
         took = round(time.perf_counter() - began, 1)
         about.write_text(json.dumps({"seconds": took, "made_from": made_from}))
-    for file in (
-        *folder.glob("teacher-*"),
-        *folder.glob("training.pt"),
-    ):  # large, and of use to unfinished rounds alone
+    for file in [*folder.glob("teacher-*"), *folder.glob("training.pt")]:  # of use to unfinished rounds alone
         file.unlink()
     return TrainedRounds(name, tuple(planner.plans), fresh.cast_through(teacher.dtype), took)
 
