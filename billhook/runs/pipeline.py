@@ -235,7 +235,7 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
         with job.stage("apply"):
             student = apply(teacher, plan, stock=recipe.stock, repair=got.repair)
         with job.stage("evaluate"):
-            proof = measure_student(job, shared, models, (plan, got.repair), proof_text, student)
+            proof = measure_student(job, models, (plan, got.repair), proof_text, student=student, team=shared.team)
     with job.stage("save"):
         probe_row = calibration.rows[:1, : calibration.lengths[0]]
         whole = Student(student, teacher, plan, probe_row, got.repair, got.base, got.adapter, watch=job.watch)

@@ -27,6 +27,7 @@ from billhook.core.results.run import (
 from billhook.data.texts import SOURCE_SEPARATOR
 from billhook.data.token_sets import TokenSet
 from billhook.engine.losses import loss_facts, parse_loss
+from billhook.engine.workers.team import Team
 from billhook.methods.export.serving import fits
 from billhook.models.device import dtype_name, environment
 from billhook.models.load import Teacher
@@ -65,9 +66,13 @@ class Measured:
 
 
 def measure_student(
-    job: RunContext, shared: RunContext, models: Pruned, variant: tuple[Plan, Repair], text: TokenSet, student: Any
+    job: RunContext, models: Pruned, variant: tuple[Plan, Repair], text: TokenSet, *, student: Any, team: Team | None
 ) -> Measured:
-    """What is measured of a student before it is saved; where the vocabulary was cut, against the model as given."""
+    """What is measured of a student before it is saved; where the vocabulary was cut, against the model as given.
+
+    `team`: workers that have the teacher, for perplexities.
+    """
+    shared = replace(job, team=team)
     (plan, repair), teacher, recipe = variant, models.teacher, job.recipe
     cut = vocabulary_change(shared, models, plan, repair, text)
     perplexity = evaluation.compare_perplexity(shared, teacher, plan, text, repair) if cut is None else None

@@ -30,7 +30,6 @@ from billhook.models.load import load
 from billhook.models.surgery import apply
 from billhook.models.vocabulary.entries import read_vocabulary
 from billhook.report.run_report import run_page, run_verdict
-from billhook.runs import pipeline
 from billhook.runs.recipe import Recipe
 from billhook.runs.search import tell_shares
 from billhook.runs.vocabulary.choosing import share_of_rows
@@ -201,9 +200,7 @@ def test_held_out_text_is_never_counted_whatever_its_tokens(place: Path, result:
     assert seen & texts_of(halved, smaller.tokenizer) <= seen & texts_of(plain, given.tokenizer)
 
 
-def test_an_interrupted_run_resumes_with_the_same_result(
-    place: Path, result: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_resumes_with_the_same_result(place: Path, result: RunResult, tmp_path: Path) -> None:
     given: dict[str, Any] = {
         "remove": "30%vocabulary,2blocks", "data": place / "mine.jsonl", "out": tmp_path / "out",
         "store": tmp_path / "s.db", **SMALL,
@@ -219,8 +216,15 @@ def test_an_interrupted_run_resumes_with_the_same_result(
     before = {path.name: path.stat().st_mtime_ns for path in smaller.iterdir()}
     measured = billhook.list_runs(tmp_path / "s.db")[0].losses
     assert measured > 4
-    monkeypatch.setattr(pipeline, "measure_student", _keeping(before, smaller))
-    again = billhook.resume(store=tmp_path / "s.db")
+    looks = []
+
+    def look(event: Event) -> None:
+        if event.stage == "search":
+            looks.append({path.name: path.stat().st_mtime_ns for path in smaller.iterdir()})
+
+    again = billhook.resume(store=tmp_path / "s.db", watch=look)
+    assert looks
+    assert all(each == before for each in looks), "the smaller model is not written again"
     assert again.plan == result.plan
     assert again.vocabulary == result.vocabulary
     assert again.steps == result.steps
@@ -228,17 +232,6 @@ def test_an_interrupted_run_resumes_with_the_same_result(
     for name in ("model.safetensors", "tokenizer.json", "billhook.json"):
         assert (tmp_path / "out" / name).read_bytes() == (place / "both" / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "s.db"]
-
-
-def _keeping(before: dict[str, int], smaller: Path) -> Any:
-    """`measure_student`, which sees first that the smaller model was not written again."""
-    measure = pipeline.measure_student
-
-    def measured(*given: Any) -> Any:
-        assert {path.name: path.stat().st_mtime_ns for path in smaller.iterdir()} == before
-        return measure(*given)
-
-    return measured
 
 
 def never(*given: object, **more: object) -> None:
