@@ -29,7 +29,7 @@ import typer
 
 import billhook
 from billhook.core import errors
-from billhook.core.budget import UNITS, Budget, parse_budgets, parse_bytes
+from billhook.core.budget import UNITS, VOCABULARY, Budget, parse_budgets, parse_bytes
 from billhook.core.problem import Problem
 from billhook.engine.losses import LOSSES, loss_facts
 from billhook.methods.search import estimate_losses
@@ -124,7 +124,7 @@ def test_every_method_architecture_unit_and_public_name_is_documented() -> None:
     wanted = {
         "methods.md": {method.name for method in billhook.list_methods()},
         "architectures.md": set(ARCHITECTURES),
-        "how-it-works.md": set(UNITS),
+        "how-it-works.md": {*UNITS, VOCABULARY},
         "python.md": {*billhook.__all__, *(kind.__name__ for kind in _errors())},
     }
     for page, names in wanted.items():
@@ -159,7 +159,7 @@ def test_every_loss_is_explained_with_its_unit() -> None:
 def test_every_budget_that_the_docs_name_can_be_read() -> None:
     section = read(DOCS / "how-it-works.md").partition("## Budgets")[2].partition("\n## ")[0]
     table = re.findall(r"^\| `(\w+)` \| (.*?) \|", section, re.MULTILINE)
-    assert {unit for unit, _ in table} == set(UNITS)
+    assert {unit for unit, _ in table} == {*UNITS, VOCABULARY}
     for unit, cell in table:
         assert [Budget.parse(text).unit for text in inline(cell)] == [unit] * len(inline(cell))
 

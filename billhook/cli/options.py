@@ -18,7 +18,7 @@ DEFAULT_STORE = Path("billhook.db")
 
 # The fields of `Recipe` with their defaults and help texts, so that `--help` needs no pydantic; a test compares them.
 RECIPE: dict[str, tuple[Any, str]] = {
-    "remove": (None, "How much to remove: 25%, 15sites, 3blocks, 30%kv …; repeatable"),
+    "remove": (None, "How much to remove: 25%, 15sites, 30%kv, 60%vocabulary …; repeatable"),
     "plan": (None, "Plan instead of a search: attention.7,mlp.16, or its file"),
     "within": (None, "Margin instead of a size: 3%ppl, or 1pp:FILE"),
     "search": ("swap", "Search method, as `billhook methods` lists them"),
@@ -107,12 +107,14 @@ def check_options(
     """
     from billhook.runs import check_inputs
     from billhook.runs.recipe import SITE_TIMES, TARGETS, parse_recipe, require_effect, with_overrides
+    from billhook.runs.vocabulary import refuse_vocabulary
 
     given = {name: value for name, value in {**options, **more}.items() if value}
     target = {} if any(name in given for name in TARGETS) else {"remove": "1sites"}
     asked = [parse_recipe(with_overrides(name, **target, **given), "The call") for name in recipes or (None,)]
     require_effect({n: value for n, value in options.items() if not recipes or n not in SITE_TIMES}, *asked)
     for recipe in asked:
+        refuse_vocabulary(recipe)
         check_inputs(recipe, metrics=split_commas(metrics), tasks=split_commas(tasks))
 
 

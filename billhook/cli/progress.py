@@ -67,7 +67,8 @@ def event_words(stage: str, values: Mapping[str, EventValue]) -> str:
         return alert_sentence(Alert.from_event(Event(stage, values=values)))
     if stage == "budget":
         asked, smaller = (f"{values[name]:.3g}%" for name in ("asked", "smaller"))
-        rows = " Fewer tokens: billhook vocabulary" if values["unit"] in ("params", "bytes") else ""
+        share = f"{values.get('vocabulary', 0):.3g}%vocabulary"
+        rows = f" Fewer tokens instead: --remove {share} --data FILE" if "vocabulary" in values else ""
         return (
             f"{asked} of all {values['unit']} is {values['of_sites']:.0f}% of what attentions and MLPs hold, since "
             f"{values['elsewhere']:.0f}% lies elsewhere, mostly in embeddings. {asked} of theirs: --remove {smaller}"

@@ -56,13 +56,18 @@ def rows_table(console: Console, result: Result) -> None:
 def result_table(console: Console, result: RunResult) -> None:
     """Print what a pruning removed and what that changed."""
     from billhook.report import run_words
+    from billhook.report.run.narrowed import narrowed_sentence
     from billhook.report.run.search_words import search_in_words
     from billhook.report.run.skills import lost_skills
+    from billhook.report.run.smaller_vocabulary import rows_in_words
 
     removed = result.plan.names()
     names = f": {', '.join(removed)}" if removed else ""
-    console.print(f"Removed {len(removed)} of {len(result.anatomy.sites)} sites{names}")
-    if narrowed := run_words.narrowed_sentence(result):
+    if result.vocabulary is not None:
+        console.print(rows_in_words(result.vocabulary))
+    if result.plan or result.vocabulary is None:
+        console.print(f"Removed {len(removed)} of {len(result.anatomy.sites)} sites{names}")
+    if narrowed := narrowed_sentence(result):
         console.print(narrowed)
     table = empty_table("", "teacher", "student", "change")
     for row in run_words.summary_rows(result):

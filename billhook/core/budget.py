@@ -45,18 +45,23 @@ UNITS: dict[str, BudgetUnit] = {
         BudgetUnit("ms", False, lambda size: size.ns_per_token, "ns_per_token", 10**6),
     )
 }
+VOCABULARY = "vocabulary"  # a unit of tokens: rows of embedding and head, which no plan removes
 _ALIASES = {"site": "sites", "block": "blocks", "param": "params", "parameters": "params", "": "params", "B": "bytes",
             "byte": "bytes", "Bkv": "kv", "flop": "flops"}  # fmt: skip
 _SCALES = {"k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
-_COUNTED = ("sites", "attention", "mlp", "blocks")  # in whole numbers
+_COUNTED = ("sites", "attention", "mlp", "blocks", VOCABULARY)  # in whole numbers
 _EXAMPLES = (
-    "25% (of all parameters), 25%sites, 15sites, 8attention, 4mlp, 3blocks, 30Mparams, 100MB, 30%kv, 20%flops or 20%ms"
+    "25% (of all parameters), 25%sites, 15sites, 8attention, 4mlp, 3blocks, 30Mparams, 100MB, 30%kv, 20%flops, 20%ms "
+    "or 60%vocabulary"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The amount to remove: at least `amount` of `unit`, or that many percent of it."""
+    """The amount to remove: at least `amount` of `unit`, or that many percent of it.
+
+    A plan of sites meets budgets of `UNITS`. One of the vocabulary is met before: see `rows_of`.
+    """
 
     amount: Fraction
     unit: str
@@ -75,10 +80,10 @@ class Budget:
                 f"{text!r} has no unit: a share or a count? Write {number}% for a share of the parameters, "
                 f"{number}%sites for a share of the sites, or a count such as 15sites."
             )
-        if unit not in UNITS:
-            near = "blocks" if word.removesuffix("s") == "layer" else nearest(word, UNITS)
+        if unit not in (known := (*UNITS, VOCABULARY)):
+            near = "blocks" if word.removesuffix("s") == "layer" else nearest(word, known)
             guess = f" Did you mean {near}?" if near else ""
-            raise BudgetError(f"{text!r} counts in {word!r}, which is not a unit.{guess} Units: {', '.join(UNITS)}.")
+            raise BudgetError(f"{text!r} counts in {word!r}, which is not a unit.{guess} Units: {', '.join(known)}.")
         amount = Fraction(number) * scale
         if percent and (scale != 1 or amount > 100):
             raise BudgetError(f"{text!r} is not a share. A share is a number up to 100 and a percent sign.")
@@ -147,9 +152,15 @@ def _parse_unit(word: str) -> tuple[int, str]:
     """Return (scale, unit) of `Mparams`, `kv`, `MB`; an unknown unit is returned unchanged."""
     for scale, rest in ((1, word), (_SCALES.get(word[:1], 0), word[1:])):
         unit = _ALIASES.get(rest, rest)
-        if scale and unit in UNITS and not (scale > 1 and not rest):
+        if scale and unit in (*UNITS, VOCABULARY) and not (scale > 1 and not rest):
             return scale, unit
     return 1, word
+
+
+def rows_of(budget: Budget, rows: int) -> int:
+    """Return how many of the `rows` of a vocabulary a budget of it removes: tokens, and rows that are none."""
+    assert budget.unit == VOCABULARY
+    return math.ceil(budget.amount / 100 * rows) if budget.share else int(budget.amount)
 
 
 def spell_budget(value: object) -> str:

@@ -38,6 +38,7 @@ def calibration_tokens(
     write: Callable[[], list[str]] | None = None,
     before_writing: Callable[[TokenSet | None], None] = lambda foreign: None,
     least: int | None = None,
+    halved_by: Any | None = None,
 ) -> TokenSet:
     """Calibration tokens of a text, or of several in turn.
 
@@ -48,6 +49,7 @@ def calibration_tokens(
             None: `generate_share`.
         before_writing: called before that with the tokens that the model does not write, None if it writes all.
         least: so many tokens will do where the text holds no more. None: all of `spec.tokens`.
+        halved_by: another tokenizer, by whose tokens texts are split into documents and halves.
 
     Raises:
         DataError: a text is too short, or the model has no tokenizer.
@@ -56,7 +58,7 @@ def calibration_tokens(
     _require_tokenizer(tokenizer)
     check_length(spec.length, model.config)
     spec = replace(spec, length=row_length(spec.length, model.config))
-    found = _read_foreign(spec, tokenizer, watch, held_out)
+    found = _read_foreign(spec, (tokenizer, halved_by), watch, held_out)
     foreign = _foreign_parts(found, spec, self_share, tokenizer, least)  # too short a text is refused first of all
     name = f"{spec.source}+{SELF}" if self_share > 0 and SELF not in split_sources(spec.source) else spec.source
     before_writing(replace(_in_turn(foreign), source=name) if foreign else None)
@@ -74,13 +76,15 @@ def calibration_tokens(
 Found = dict[str, tuple[list[Document], bool]]  # the documents of each source, and whether they are half of it
 
 
-def _read_foreign(spec: TextSpec, tokenizer: Any, watch: EventListener, held_out: str | None) -> Found:
+def _read_foreign(
+    spec: TextSpec, tokenizers: tuple[Any, Any | None], watch: EventListener, held_out: str | None
+) -> Found:
     """What is read of the sources that the model does not write."""
     found: Found = {}
     for source in split_sources(spec.source):
         if source != SELF:
             halved = held_out is None or source in split_sources(held_out)
-            found[source] = _read(source, spec, tokenizer, 0 if halved else None, watch), halved
+            found[source] = _read(source, spec, tokenizers, 0 if halved else None, watch), halved
     return found
 
 
@@ -177,12 +181,14 @@ def held_out_tokens(
     watch: EventListener = ignore_events,
     *,
     calibration: str | None = None,
+    halved_by: Any | None = None,
 ) -> TokenSet:
     """Held-out tokens of a text, or of several in turn; sequences are no longer than the model's positions.
 
     Arguments:
         calibration: the source of the calibration text; of a source that is in it, half is kept from it.
             None: of every source.
+        halved_by: as for `calibration_tokens`.
 
     Raises DataError if the text is too short, or is the model's own.
     """
@@ -193,7 +199,7 @@ def held_out_tokens(
     parts = []
     for source in sources:
         halved = calibration is None or source in split_sources(calibration)
-        found = _read(source, spec, tokenizer, 1 if halved else None, watch)
+        found = _read(source, spec, (tokenizer, halved_by), 1 if halved else None, watch)
         part = pack_rows(found, -(-spec.tokens // len(sources)), length, special_prefix(tokenizer), source)
         if part.tokens < 2 * MIN_ROW or len(part.clusters) < 2:
             raise DataError(
@@ -234,16 +240,31 @@ def _require_tokenizer(tokenizer: Any) -> None:
         raise DataError("The model has no tokenizer, so no text can be read. Put its tokenizer files into its folder.")
 
 
-def _read(source: str, spec: TextSpec, tokenizer: Any, half: int | None, watch: EventListener) -> list[Document]:
-    """The documents of one source, or of one half of it, in the order of the seed."""
-    read = read_source(source, spec.field, tokenizer, tokens=spec.tokens, watch=watch)
-    encoded = encode_texts(read.texts, tokenizer)
+def _read(
+    source: str, spec: TextSpec, tokenizers: tuple[Any, Any | None], half: int | None, watch: EventListener
+) -> list[Document]:
+    """The documents of one source, or of one half of it, in the order of the seed.
+
+    `tokenizers`: whose tokens they have, and another one by which texts become documents and halves; None: the same.
+    """
+    own, other = tokenizers
+    read = read_source(source, spec.field, own, tokens=spec.tokens, watch=watch)
+    encoded = encode_texts(read.texts, own if other is None else other)
     found = order_documents(encoded, spec.seed)
     if half is not None:
         found = _halves(found, _places(encoded, read.whole))[half]
     first: dict[str, int] = {}
     same = [first.setdefault(text, number) for number, text in enumerate(read.texts)]
-    return [replace(document, text=same[document.text]) for document in found]
+    found = [replace(document, text=same[document.text]) for document in found]
+    return found if other is None else _spelled_anew(found, other, own)
+
+
+def _spelled_anew(documents: list[Document], tokenizer: Any, other: Any) -> list[Document]:
+    """Documents in the tokens of another tokenizer; those that are too short there are left out."""
+    written = tokenizer.batch_decode([each.ids for each in documents], clean_up_tokenization_spaces=False)
+    texts = [text.strip("\ufffd") for text in written]
+    anew = [replace(d, ids=tuple(ids)) for d, ids in zip(documents, encode_texts(texts, other), strict=True)]
+    return [document for document in anew if len(document.ids) >= MIN_ROW]
 
 
 def _places(encoded: list[list[int]], whole: bool) -> dict[Document, int]:

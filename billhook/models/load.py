@@ -67,6 +67,7 @@ class Teacher:
     fingerprint: str
     weights: StreamedWeights | None = None  # where the model's are read from if they are never loaded whole
     lock: Any = field(default_factory=threading.RLock, compare=False, repr=False)  # one thread may take it many times
+    halved_by: Any | None = None  # the tokenizer by whose tokens texts are halved, where it is not its own
 
     def __iter__(self) -> Iterator[Any]:
         """`model, tokenizer = billhook.load(folder)`."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from billhook.core.margin import BOUND, WithinReport
-from billhook.core.plan import PARTS, Part, format_ranges
 from billhook.core.results.exports import FaultReason, TargetFit
 from billhook.core.results.run import (
     Rates,
@@ -30,6 +29,14 @@ from billhook.report.numbers import (
     stem,
     verification_sentence,
     with_interval,
+)
+from billhook.report.run.narrowed import narrowed_sites
+from billhook.report.run.smaller_vocabulary import (
+    bits_in_words,
+    rows_in_words,
+    vocabulary_notes,
+    vocabulary_rows,
+    vocabulary_verdict,
 )
 
 SIZES = (("Parameters", "parameters", ""), ("On disk", "bytes", "B"), ("KV cache / token", "kv_bytes_per_token", "B"),
@@ -63,7 +70,7 @@ class SummaryRow:
 
 def summary_rows(result: RunResult) -> list[SummaryRow]:
     """The table of the run. What was not measured has no row; `run_notes` says so."""
-    rows: list[SummaryRow] = []
+    rows = [SummaryRow(*row) for row in vocabulary_rows(result.vocabulary)] if result.vocabulary else []
     if quality := result.perplexity:
         sides = format_number(quality.teacher), format_number(quality.student)
         rows.append(SummaryRow("Held-out perplexity", *sides, with_interval(quality.ratio, format_ratio)))
@@ -102,7 +109,9 @@ def run_notes(result: RunResult, *, served: bool = True) -> list[str]:
     notes = [_recovery_in_words(report, added) for report, added in _added_parameters(result)]
     if result.reasons:
         notes.append(" ".join(REASONS[reason] for reason in result.reasons))
-    if result.perplexity is None:
+    if result.vocabulary is not None:
+        notes += vocabulary_notes(result.vocabulary)
+    elif result.perplexity is None:
         notes.append("Perplexity was not measured.")
     elif not result.perplexity.ratio.reliable:
         notes.append(f"Perplexity: {reliability_note(result.perplexity.ratio)}")
@@ -238,15 +247,20 @@ def headline(result: RunResult) -> str:
         values = f"{format_number(quality.teacher)} → {format_number(quality.student)}"
         times = format_ratio(quality.ratio.value)
         facts.append(f"perplexity {values} ({times}, 95% interval {low} to {high})")
+    if result.vocabulary is not None:
+        facts.append(bits_in_words(result.vocabulary))
     if result.speed:
         before, after = (side.decode_tokens_per_s for side in (result.speed.teacher, result.speed.student))
         facts.append(f"decoding speed {speed_change(before, after, result.speed.ratio.decode)}")
-    return f"{_changed_in_words(result)}: {', '.join(facts)}."
+    rows = f"{rows_in_words(result.vocabulary)}; " if result.vocabulary is not None and result.plan else ""
+    return f"{rows}{_changed_in_words(result)}: {', '.join(facts)}."
 
 
 def _changed_in_words(result: RunResult) -> str:
     """`3 of 60 sites removed (1 whole block), 2 narrowed`; `all 30 MLPs narrowed to 1,229 of 1,536 neurons`."""
     plan, present = result.plan, len(result.anatomy.sites)
+    if result.vocabulary is not None and not plan:
+        return rows_in_words(result.vocabulary)
     whole = f" ({pluralize(len(plan.blocks()), 'whole block')})" if plan.blocks() else ""
     if not plan.narrowed or plan.removed:
         narrowed = f", {len(plan.narrowed)} narrowed" if plan.narrowed else ""
@@ -260,6 +274,8 @@ def _changed_in_words(result: RunResult) -> str:
 
 def quality_verdict(result: RunResult) -> str:
     """Whether the student is good, in a sentence: by its interval of perplexity, and by the margin if one was given."""
+    if result.vocabulary is not None:
+        return vocabulary_verdict(result.vocabulary)
     if result.perplexity is None:
         return "Its quality was not measured."
     ratio = result.perplexity.ratio
@@ -279,67 +295,6 @@ def quality_verdict(result: RunResult) -> str:
 
 def _percent_more(ratio: float) -> str:
     return f"{100 * (ratio - 1):.3g}%".replace("-", "−")
-
-
-@dataclass(frozen=True, slots=True)
-class NarrowedSites:
-    """Narrowed sites of one part that keep equally many channel groups of equally many; `experts`: likewise."""
-
-    part: Part
-    blocks: tuple[int, ...]
-    kept: int
-    had: int
-    all_of_part: bool  # that the model has
-    unit: str  # what a channel group of them is
-    experts: tuple[int, int] = (1, 1)
-
-    @property
-    def name(self) -> str:
-        """`30 MLPs` where it is all of them, `mlp of blocks 4–9, 12` else."""
-        if self.all_of_part:
-            return f"{len(self.blocks)} {'MLPs' if self.part == 'mlp' else 'attentions'}"
-        blocks = format_ranges(self.blocks).replace("-", "–").replace(" ", ", ")
-        return f"{self.part} of block{'s' if len(self.blocks) > 1 else ''} {blocks}"
-
-    @property
-    def kept_words(self) -> str:
-        """`1,229 of 1,536 neurons`, `3 of 4 experts`, `4 experts of 512 of 768 neurons`."""
-        (experts, of), each = self.experts, (self.kept // self.experts[0], self.had // self.experts[1])
-        words, some = f"{each[0]:,} of {each[1]:,} {self.unit}", f"{experts} of {of} experts".removeprefix(f"{of} of ")
-        return words if of == 1 else some if each[0] == each[1] else f"{some} of {words}"
-
-    def __str__(self) -> str:
-        return f"{'all ' if self.all_of_part else ''}{self.name}: {self.kept_words}"
-
-
-def narrowed_sites(result: RunResult) -> list[NarrowedSites]:
-    """The narrowed sites, those of one part and equal widths as one, in order of the model."""
-    sizes = {size.site: size for size in result.anatomy.sites}
-    groups: dict[tuple[Part, int, int, tuple[int, int]], list[int]] = {}
-    for kept in sorted(result.plan.narrowed):
-        size = sizes[kept.site]
-        experts = (sum(map(bool, size.kept_experts(kept.groups))), size.experts)
-        key = (kept.site.part, len(kept.groups), len(size.groups), experts)
-        groups.setdefault(key, []).append(kept.site.block)
-    found = []
-    for (part, kept_, had, experts), blocks in groups.items():
-        every = {site.block for site in sizes if site.part == part}
-        unit, whole = "KV groups" if part == "attention" else "neurons", len(blocks) > 1 and every == set(blocks)
-        found.append(NarrowedSites(part, tuple(blocks), kept_, had, whole, unit, experts))
-    return sorted(found, key=lambda each: (PARTS.index(each.part), each.blocks))
-
-
-def kept_group_counts(result: RunResult) -> dict[str, tuple[int, int]]:
-    """Of every narrowed site, how many of its channel groups were kept, and how many it had."""
-    had = {size.site: len(size.groups) for size in result.anatomy.sites}
-    return {str(kept.site): (len(kept.groups), had[kept.site]) for kept in sorted(result.plan.narrowed)}
-
-
-def narrowed_sentence(result: RunResult, most: int = 6) -> str:
-    """`Narrowed: all 30 MLPs: 1,229 of 1,536 neurons`, of the first kinds; empty where nothing is."""
-    kinds = [str(kind) for kind in narrowed_sites(result)]
-    more = f"; and {len(kinds) - most} more" if len(kinds) > most else ""
-    return f"Narrowed: {'; '.join(kinds[:most])}{more}" if kinds else ""
 
 
 def _sizes(label: str, teacher: float | None, student: float | None, unit: str) -> SummaryRow:

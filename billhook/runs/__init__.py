@@ -58,6 +58,7 @@ def check_inputs(
     from billhook.data.texts import require_sources
     from billhook.engine.workers.crew import parse_workers, require_installed, require_one_device
     from billhook.runs.recipe import Recipe
+    from billhook.runs.vocabulary import require_text
 
     for name in ("data", "eval_data", "recover_data"):
         if (source := getattr(options, name, None)) is not None:
@@ -69,6 +70,7 @@ def check_inputs(
     files = [task, *(each for each in with_skills(tasks) if not each.startswith(("lmeval:", SKILL)))]
     named = {"metric": list(metrics), "loss": [loss]}
     if isinstance(options, Recipe):
+        require_text(options)
         crew = parse_workers(options.workers)
         require_installed(crew)
         require_one_device(crew, devices)

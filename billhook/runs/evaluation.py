@@ -29,6 +29,7 @@ from billhook.data.skills import SkillName
 from billhook.data.skills.tokens import skill_tokens
 from billhook.data.splits import chunks, halves
 from billhook.data.token_sets import TokenSet
+from billhook.engine.losses import parse_loss
 from billhook.engine.probe import Probe
 from billhook.methods.evaluate import speed
 from billhook.methods.evaluate.multiple_choice import log_probabilities, right_logprobs, score_choices
@@ -110,27 +111,62 @@ def seen_digests(folder: Path) -> list[str]:
     return validated(list[str], seen, f"The key seen of {report}", DataError)
 
 
-def task_accuracy(job: RunContext, teacher: Teacher, plan: Plan, file: str, repair: Repair = NO_REPAIR) -> TaskChange:
-    """Accuracy of teacher and student on those items of a task that no search or choice looks at, and what it lost."""
-    tokens = load_items(file, teacher, "evaluation", seed=job.recipe.seed)
+def task_files(recipe: Recipe) -> list[str]:
+    """The tasks that a recipe is about."""
+    files = [parse_loss(recipe.loss).file, recipe.margin.file if recipe.margin else None]
+    return sorted({file for file in files if file is not None})
+
+
+def task_accuracy(
+    job: RunContext, pair: tuple[Teacher, Teacher], plan: Plan, file: str, repair: Repair = NO_REPAIR
+) -> TaskChange:
+    """Accuracy before and after on those items of a task that no search or choice looks at, and what was lost.
+
+    `pair`: the model as it was given, and the teacher of the student; the same, or one of other tokens. Raises
+    DataError where the two have no positions for the same items.
+    """
+    given, teacher = pair
+    tokens, others = (load_items(file, each, "evaluation", seed=job.recipe.seed) for each in (teacher, given))
     if job.recipe.margin is not None and job.recipe.margin.file == file:
         tokens = halves(tokens)[1]  # the choice was made on the others
-    if repair == NO_REPAIR:
+    if given is teacher and repair == NO_REPAIR:
         before, after = evaluate_plans(job, teacher, [Plan(), plan], tokens, "pp")
     else:
-        (before,) = evaluate_plans(job, teacher, [Plan()], tokens, "pp")
-        after = score_choices(tokens, choice_logprobs(job, teacher, [(plan, repair)], tokens)[0])["acc"]
+        sums = _paired_logprobs(job, pair, (plan, repair), (tokens if given is teacher else others, tokens))
+        if sums is None:
+            raise DataError(f"Some items of {file} have more tokens now than the model has positions.")
+        before, after = (score_choices(tokens, of_one)["acc"] for of_one in sums)
     return TaskChange(file, before.mean, after.mean, paired_difference(before, after, job.recipe.seed))
 
 
 def skills_of(
-    job: RunContext, teacher: Teacher, plan: Plan, repair: Repair = NO_REPAIR
-) -> tuple[SkillChange, ...]:  # fmt: skip
-    """What both models get of `skill_sets`."""
-    students: list[Student] = [(Plan(), NO_REPAIR), (plan, repair)]
-    sets = skill_sets(job.recipe, teacher)
-    found = [(skill, tokens, choice_logprobs(job, teacher, students, tokens)) for skill, tokens in sets.items()]
+    job: RunContext, pair: tuple[Teacher, Teacher], plan: Plan, repair: Repair = NO_REPAIR
+) -> tuple[SkillChange, ...]:
+    """What both models get of `skill_sets`; `pair`: as for `task_accuracy`. Left out are skills of other items."""
+    given, teacher = pair
+    sets, others = skill_sets(job.recipe, teacher), skill_sets(job.recipe, given)
+    found = []
+    for skill in [name for name in sets if name in others]:
+        sums = _paired_logprobs(job, pair, (plan, repair), (others[skill], sets[skill]))
+        found += [(skill, sets[skill], sums)] if sums is not None else []
     return skill_changes(found, job.recipe.seed)
+
+
+def _paired_logprobs(
+    job: RunContext, pair: tuple[Teacher, Teacher], student: Student, items: tuple[TokenSet, TokenSet]
+) -> list[list[float]] | None:
+    """Log-probabilities of choices by the model as given and by a student of the teacher, each in its own tokens.
+
+    None where their items are not the same.
+    """
+    (given, teacher), (others, tokens) = pair, items
+    if given is teacher:
+        return choice_logprobs(job, teacher, [(Plan(), NO_REPAIR), student], tokens)
+    numbers = [(each.choices.numbers, each.documents) for each in items if each.choices is not None]
+    if numbers[0] != numbers[1]:
+        return None
+    before = choice_logprobs(replace(job, team=None), given, [(Plan(), NO_REPAIR)], others)  # no worker has it
+    return before + choice_logprobs(job, teacher, [student], tokens)
 
 
 def skill_sets(recipe: Recipe, teacher: Teacher) -> dict[SkillName, TokenSet]:
@@ -223,17 +259,17 @@ def _padded(lines: Sequence[torch.Tensor], fill: int) -> tuple[torch.Tensor, tor
 
 @undisturbed
 @torch.inference_mode()
-def sample_answers(teacher: Teacher, student: Any, watch: EventListener) -> tuple[Answer, ...]:
-    """What both models make of `PROMPTS`, greedily."""
-    tokenizer = teacher.tokenizer
-    assert tokenizer is not None, "token_sets refuses a model without one"
-    fill = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-    end = end_tokens(teacher.model, tokenizer)
-    plain = GenerationConfig(max_new_tokens=SAMPLE_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=fill)
+def sample_answers(teacher: Teacher, student: Teacher, watch: EventListener) -> tuple[Answer, ...]:
+    """What both models make of `PROMPTS`, greedily, each with its own tokenizer."""
     answers: dict[str, list[str]] = {}
     done, total = 0, 2 * len(PROMPTS)
-    ids, mask = _padded([_chat_prompt(tokenizer, prompt)["input_ids"][0] for prompt in PROMPTS], fill)
-    for who, model in (("teacher", teacher.model), ("student", student)):
+    for who, side in (("teacher", teacher), ("student", student)):
+        model, tokenizer = side.model, side.tokenizer
+        assert tokenizer is not None, "token_sets refuses a model without one"
+        fill = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+        end = end_tokens(model, tokenizer)
+        plain = GenerationConfig(max_new_tokens=SAMPLE_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=fill)
+        ids, mask = _padded([_chat_prompt(tokenizer, prompt)["input_ids"][0] for prompt in PROMPTS], fill)
         watch(Event("answer", done, total, {"of": who}))
         with generating_by(model, plain):
             written = model.generate(ids.to(model.device), attention_mask=mask.to(model.device))
@@ -269,34 +305,41 @@ def courtesy(job: RunContext, stage: str, make: Callable[[], T], otherwise: T) -
         return otherwise
 
 
-def compare_speed(job: RunContext, teacher: Teacher, student: Any, variant: Student, aside: Path) -> SpeedChange:
-    """Speed of both models, timed in turn; a pair that the store holds for this environment is not timed again."""
-    plan, repair = variant
+def compare_speed(
+    job: RunContext, pair: tuple[Teacher, Teacher], student: Any, variant: Student, aside: Path
+) -> SpeedChange:
+    """Speed before and after, timed in turn; a pair that the store holds for this environment is not timed again.
+
+    `pair`: as for `task_accuracy`; `variant`: what the student is of its teacher.
+    """
+    (given, teacher), (plan, repair) = pair, variant
     protocol = TimingProtocol()
     most = speed.max_positions((teacher.model,))
     if most is not None:  # a model of few positions gets a shorter prompt, and the report says how short
         new = min(protocol.new_tokens, most // 2)
         protocol = replace(protocol, new_tokens=new, prompt_tokens=min(protocol.prompt_tokens, most - new))
     patches = tuple(patch.spec() for _, patch in sorted(repair.patches.items()))
+    prints = given.fingerprint, teacher.fingerprint
+    models = prints if given is teacher else ("/".join(prints), "/".join(reversed(prints)))
     keys = [
         TimingKey(
-            *(teacher.fingerprint, kept, rival, environment(teacher.place), teacher.compute_key),
+            *(name, kept, rival, environment(teacher.place), teacher.compute_key),
             protocol=protocol, patches=patches, stock=job.recipe.stock,
         )
-        for kept, rival in ((Plan(), plan), (plan, Plan()))
+        for name, kept, rival in zip(models, (Plan(), plan), (plan, Plan()), strict=True)
     ]  # fmt: skip
 
     def measure() -> Sequence[Timing]:
-        with teacher.lock:
-            return speed.time_interleaved((teacher.model, student), (teacher.folder, aside), protocol, watch=job.watch)
+        with given.lock, teacher.lock:
+            return speed.time_interleaved((given.model, student), (given.folder, aside), protocol, watch=job.watch)
 
     timings = job.store.remember_together(keys, measure, job.run)
-    promised = speed.predicted_speed(teacher.anatomy, effective_plan(teacher, plan, job.recipe.stock))
-    pair, model = (timings[0], timings[1]), teacher.model
-    reads = partial(_stored_bandwidth, job, teacher)
-    gap = speed.explain_gap(pair, teacher.anatomy, promised, model.dtype.itemsize, reads)
-    rates = speed.rates(pair[0]), speed.rates(pair[1])
-    return SpeedChange(*rates, speed.speed_ratio(*pair), promised, protocol, gap)
+    promised = speed.predicted_speed(teacher.anatomy, effective_plan(teacher, plan, job.recipe.stock), given.anatomy)
+    timed, model = (timings[0], timings[1]), given.model
+    reads = partial(_stored_bandwidth, job, given)
+    gap = speed.explain_gap(timed, given.anatomy, promised, model.dtype.itemsize, reads)
+    rates = speed.rates(timed[0]), speed.rates(timed[1])
+    return SpeedChange(*rates, speed.speed_ratio(*timed), promised, protocol, gap)
 
 
 def _stored_bandwidth(job: RunContext, teacher: Teacher) -> float:

@@ -19,7 +19,7 @@ from billhook.core.plan import Plan
 from billhook.core.plan_files import find_path
 from billhook.core.registry import options
 from billhook.core.results.model import ExpectedSeconds, MemoryUse, WorkEstimate
-from billhook.core.results.run import Answer, RunData, RunResult, SkillChange
+from billhook.core.results.run import RunData, RunResult
 from billhook.core.results.stored import Run
 from billhook.data.calibration import generated_token_count
 from billhook.data.choice_tasks import load_items
@@ -33,6 +33,7 @@ from billhook.methods.search import SEARCHES
 from billhook.models.accelerator.spreading import summed_free
 from billhook.models.load import Teacher
 from billhook.models.surgery import apply
+from billhook.models.vocabulary.entries import Vocabulary
 from billhook.runs import evaluation
 from billhook.runs.choose_plan import choose_plan
 from billhook.runs.exporting import export_beside, probe_tokens
@@ -60,9 +61,11 @@ from billhook.runs.recovery import (
     run_recoveries,
     train_in_rounds,
 )
-from billhook.runs.result import Measured, Texts, run_result
+from billhook.runs.result import Texts, measure_student, run_result
 from billhook.runs.search import expected_losses, method_options, tell_shares
 from billhook.runs.store import Store
+from billhook.runs.vocabulary.choosing import of_that_size, share_of_rows
+from billhook.runs.vocabulary.stage import Pruned, cut_first, note_models, preview_cut
 
 WriteReport = Callable[[RunResult, Path], None]  # writes the report of a result into a folder
 
@@ -99,7 +102,8 @@ def run_pruning(
             _sweep(job, interrupted=isinstance(error, KeyboardInterrupt))
             store.end(run.id, error)
             raise
-        shutil.rmtree(work_folder(job), ignore_errors=True)
+        for folder in (work_folder(job), _smaller_folder(job)):
+            shutil.rmtree(folder, ignore_errors=True)
         store.update(run.id, state="done", result=result.to_json())
     return result
 
@@ -117,8 +121,13 @@ def _beside(job: RunContext) -> Path:
     return job.out.resolve().with_name(f"{job.out.resolve().name}-{job.run}")
 
 
-def _folders(job: RunContext) -> tuple[Path, Path, Path]:
-    return staging_folder(job.out, job.run), _beside(job), work_folder(job)
+def _smaller_folder(job: RunContext) -> Path:
+    """Where the model with the smaller vocabulary stands while a run prunes it."""
+    return staging_folder(job.out, job.run).with_suffix(".vocabulary")
+
+
+def _folders(job: RunContext) -> tuple[Path, Path, Path, Path]:
+    return staging_folder(job.out, job.run), _beside(job), work_folder(job), _smaller_folder(job)
 
 
 def _moved(job: RunContext, out: Path) -> RunContext:
@@ -139,6 +148,8 @@ def _sweep(job: RunContext, *, interrupted: bool) -> None:
     aside, work = staging_folder(job.out, job.run), work_folder(job)
     if _result_in(aside, job.run) is None:
         shutil.rmtree(aside, ignore_errors=True)
+    if not interrupted:
+        shutil.rmtree(_smaller_folder(job), ignore_errors=True)
     if not interrupted and not any(path.is_file() and path.suffix != ".partial" for path in work.rglob("*")):
         shutil.rmtree(work, ignore_errors=True)
 
@@ -204,19 +215,15 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
     recipe, aside = job.recipe, staging_folder(job.out, job.run)
     check_target(job.out, find_path(recipe.model))
     with job.stage("load"):
-        teacher = load_teacher(recipe, job.watch, job.loaded)
-        given = validate(recipe, teacher)
-        tell_shares(recipe, teacher.anatomy, job.watch)
-        recovery_options(recipe)
-        recovery_in_rounds(recipe, teacher)
-        whole_proof = recipe.proof == "full" and teacher.weights is None
-        check_target(job.out, teacher.folder, int(1.05 * teacher.anatomy.total("bytes")))
+        model, vocabulary, given = _checked(job)
+    models = cut_first(job, model, vocabulary, _smaller_folder(job))
+    teacher = models.teacher
     with job.stage("calibrate"):
         calibration, held_out = tokens_for(recipe, teacher, job.watch, job)
         learn = load_recovery_tokens(job, teacher, held_out)
         folded = recovery_tokens(recipe, teacher, job.watch) if recipe.fold_in_search and learn is None else learn
         texts = {"tokens": calibration, "held-out text": held_out, "recovery text": folded}
-        _bind(job, bound, teacher, texts, given)
+        _bind(job, bound, models, texts, given)
     with with_team(job, teacher) if learn is None else nullcontext(job) as shared:  # memory of workers is for training
         with job.stage("search"):
             rounds = train_in_rounds(job, teacher, calibration, learn=learn, work=work_folder(job))
@@ -230,34 +237,44 @@ def _stages(job: RunContext, bound: dict[str, str], write_report: WriteReport) -
                 proved = seen | {"held-out": proof_text}
                 work = work_folder(job)
                 got = run_recoveries(job, teacher, plan, learn=learn, texts=proved, work=work, rounds=rounds)
-        repair = got.repair
         with job.stage("apply"):
-            student = apply(teacher, plan, stock=recipe.stock, repair=repair)
+            student = apply(teacher, plan, stock=recipe.stock, repair=got.repair)
         with job.stage("evaluate"):
-            perplexity = evaluation.compare_perplexity(shared, teacher, plan, proof_text, repair)
-            tasks = tuple(evaluation.task_accuracy(job, teacher, plan, file, repair) for file in task_files(recipe))
-            answering = partial(evaluation.sample_answers, teacher, student, job.watch)
-            testing = partial(evaluation.skills_of, job, teacher, plan, repair)
-            unanswered: tuple[Answer, ...] = ()
-            untested: tuple[SkillChange, ...] = ()
-            skills = evaluation.courtesy(job, "skills", testing, untested) if whole_proof else untested
-            answers = evaluation.courtesy(job, "answer", answering, unanswered) if whole_proof else unanswered
+            proof = measure_student(job, models, (plan, got.repair), proof_text, student=student, team=shared.team)
     with job.stage("save"):
         probe_row = calibration.rows[:1, : calibration.lengths[0]]
-        whole = Student(student, teacher, plan, probe_row, repair, got.base, got.adapter, watch=job.watch)
+        whole = Student(student, teacher, plan, probe_row, got.repair, got.base, got.adapter, watch=job.watch)
         export_student(recipe.writes if got.adapter is None else "adapter", whole, aside)
         probed = replace(whole, tokens=probe_tokens(teacher))
         beside = tuple(export_beside(name, probed, aside) for name in exports_beside(recipe))
+        note_models(aside, models)
     with job.stage("speed"):
-        timing = partial(evaluation.compare_speed, job, teacher, student, (plan, repair), aside)
-        timed = evaluation.courtesy(job, "speed", timing, None) if whole_proof else None
+        timing = partial(evaluation.compare_speed, job, models.pair, student, (plan, got.repair), aside)
+        full = recipe.proof == "full" and teacher.weights is None
+        timed = evaluation.courtesy(job, "speed", timing, None) if full else None
     with job.stage("report"):
-        tokens = Texts(calibration, held_out, proof_text)
-        measured = Measured(perplexity, tasks, timed, answers, beside, skills)
-        result = run_result(job, teacher, student, texts=tokens, choice=found, recovered=got, measured=measured)
+        tokens, measured = Texts(calibration, held_out, proof_text), replace(proof, speed=timed, exports=beside)
+        result = run_result(job, models, student, texts=tokens, choice=found, recovered=got, measured=measured)
         write_report(result, aside)
         _publish(job, aside)
     return result
+
+
+def _checked(job: RunContext) -> tuple[Teacher, Vocabulary | None, Plan | None]:
+    """The loaded model, its vocabulary where that is cut, and the plan if no search chooses one.
+
+    Raises where a recipe asks for what cannot be done, before any text is read.
+    """
+    recipe = job.recipe
+    model = load_teacher(recipe, job.watch, job.loaded)
+    sized, vocabulary = of_that_size(recipe, model)
+    given = validate(recipe, sized)
+    tell_shares(recipe, sized.anatomy, job.watch, partial(share_of_rows, recipe, model))
+    recovery_options(recipe)
+    recovery_in_rounds(recipe, sized)
+    twice = 1 if vocabulary is None else 2  # the smaller model stands beside its student until that is done
+    check_target(job.out, model.folder, int(1.05 * twice * sized.anatomy.total("bytes")))
+    return model, vocabulary, given
 
 
 def test_text(recipe: Recipe, held_out: TokenSet) -> TokenSet:
@@ -265,22 +282,19 @@ def test_text(recipe: Recipe, held_out: TokenSet) -> TokenSet:
     return halves(held_out)[1] if recipe.margin is not None and recipe.margin.kind == "ppl" else held_out
 
 
-def task_files(recipe: Recipe) -> list[str]:
-    """The tasks that a recipe is about."""
-    files = [parse_loss(recipe.loss).file, recipe.margin.file if recipe.margin else None]
-    return sorted({file for file in files if file is not None})
-
-
 def _bind(
-    job: RunContext, bound: dict[str, str], teacher: Teacher, texts: Mapping[str, TokenSet | None], given: Plan | None
+    job: RunContext, bound: dict[str, str], models: Pruned, texts: Mapping[str, TokenSet | None], given: Plan | None
 ) -> None:
     """Tie the run to all that decides its result, or see that it is still the same.
 
     What an older Billhook did not file is not compared.
     """
+    teacher = models.given
     now = {"model": teacher.fingerprint, "plan": given.key() if given is not None else "searched"}
     now |= {name: tokens.hash for name, tokens in texts.items() if tokens is not None}
-    for file in task_files(job.recipe):
+    if models.cut is not None:
+        now["vocabulary"] = digest_of(sorted(models.cut.numbers.items()))
+    for file in evaluation.task_files(job.recipe):
         now[f"task {file}"] = load_items(file, teacher, "evaluation", seed=job.recipe.seed).hash
     settings = teacher.model.generation_config.to_dict() if teacher.model.generation_config is not None else {}
     settings.pop("transformers_version", None)
@@ -307,10 +321,12 @@ def preview_run(recipe: Recipe, watch: EventListener, loaded: Mapping[str, Teach
 
     Loads the model and reads the texts; the model writes none, and nothing is stored.
     """
-    teacher = load_teacher(recipe, watch, loaded)
-    given = validate(recipe, teacher)
-    recovery_in_rounds(recipe, teacher)
-    tell_shares(recipe, teacher.anatomy, watch)
+    model = load_teacher(recipe, watch, loaded)
+    sized, vocabulary = of_that_size(recipe, model)
+    given = validate(recipe, sized)
+    recovery_in_rounds(recipe, sized)
+    tell_shares(recipe, sized.anatomy, watch, partial(share_of_rows, recipe, model))
+    teacher = preview_cut(recipe, model, vocabulary, watch)
     text = external_sources(recipe.data) or "pydoc"  # which stands for what the model would write
     of_text = given is None and parse_loss(recipe.loss).file is None
     written = generated_token_count(calibration_spec(recipe), recipe.self_share) if of_text else 0
@@ -318,7 +334,7 @@ def preview_run(recipe: Recipe, watch: EventListener, loaded: Mapping[str, Teach
     read = recipe.model_copy(update={"data": text, "self_share": 0.0, "tokens": tokens})
     calibration, held_out = tokens_for(read, teacher, watch)
     all_tokens = calibration.tokens + recipe.tokens - tokens
-    count = 1 if given is not None else _count(recipe, teacher)
+    count = int(bool(given)) if given is not None else _count(recipe, teacher)
     work = probe_of(recipe, teacher, calibration).arrange(len(teacher.anatomy.sites))
     forward, one = _seconds_per_token(recipe, teacher, calibration)
     wanted = options(SEARCHES[recipe.search]) | method_options(recipe)[0]
@@ -333,7 +349,7 @@ def preview_run(recipe: Recipe, watch: EventListener, loaded: Mapping[str, Teach
         data=RunData(replace(calibration.info(), tokens=all_tokens, source=source), held_out.info()),
         memory=MemoryUse(teacher.weight_bytes, work.kept, summed_free(teacher.devices)),
         work=work,
-        disk_bytes=teacher.anatomy.total("bytes"),
+        disk_bytes=teacher.anatomy.total("bytes") * (1 if vocabulary is None else 2),  # until the student is done
         seconds=ExpectedSeconds(
             None if search is None else round(search, 1),
             round(2 * forward * (held_out.tokens + asked), 1),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from billhook.core.anatomy import Anatomy, SiteSize
+from billhook.core.anatomy import Anatomy
 from billhook.core.budget import Budget, parse_budgets
 from billhook.core.errors import PlanError, ResourceError, UsageError, option
 from billhook.core.events import EventListener, ignore_events
@@ -37,7 +36,7 @@ from billhook.engine.workers.hiring import require_workers
 from billhook.methods.evaluate.served import load_served
 from billhook.methods.export import EXPORTS, arranged, form_of
 from billhook.methods.export.serving import limits_of, require_fit
-from billhook.methods.export.targets import Form, limits, narrower
+from billhook.methods.export.targets import Form, limited, limits, narrower
 from billhook.methods.recover import adds, unfit
 from billhook.methods.search import drive, narrows
 from billhook.models.load import Teacher, as_teacher
@@ -89,7 +88,7 @@ def load_teacher(recipe: TextOptions, watch: EventListener, loaded: Mapping[str,
 
 
 def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:
-    """The plan that a recipe gives, if it gives one. Raises UsageError before anything is computed."""
+    """The plan that a recipe gives, if no search chooses one. Raises UsageError before anything is computed."""
     parse_loss(recipe.loss)
     method_options(recipe)
     require_workers(recipe.workers, teacher)
@@ -114,6 +113,8 @@ def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:
         for name in exports_beside(recipe):
             form_of(name, teacher, plan)
         return teacher.anatomy.check(plan, protected)
+    if recipe.vocabulary_alone:
+        return Plan()
     check_search(recipe, teacher)
     return None
 
@@ -214,19 +215,6 @@ def applicable_recoveries(recipe: Recipe, teacher: Teacher) -> tuple[str, ...]:
     return tuple(found)
 
 
-def limited(anatomy: Anatomy, most: Form, config: Any) -> Anatomy:
-    """Return an anatomy whose sites cannot be narrowed to what a form has no place for."""
-
-    def size_of(size: SiteSize) -> SiteSize:
-        if most.widths(size.site.part) == "none":
-            return replace(size, groups=(), group=None)
-        if size.site.part == "mlp":
-            return replace(size, multiple=math.lcm(size.multiple, most.mlp_step))
-        return replace(size, counts=most.attention_counts(config))
-
-    return replace(anatomy, sites=tuple(map(size_of, anatomy.sites)))
-
-
 def calibration_spec(options: CalibrationOptions) -> TextSpec:
     """The calibration text that options name."""
     return TextSpec(options.data, options.field, options.tokens, options.length, options.seed)
@@ -243,7 +231,7 @@ def held_out_spec(options: EvalOptions) -> TextSpec:
 
 def read_held_out(options: EvalOptions, teacher: Teacher, watch: EventListener = ignore_events) -> TokenSet:
     """The held-out tokens on which `prune` with the same options proves its student."""
-    return held_out_tokens(held_out_spec(options), teacher.model, teacher.tokenizer, watch, calibration=options.data)
+    return _held_out(held_out_spec(options), teacher, watch, options.data)
 
 
 def read_held_out_half(
@@ -251,7 +239,16 @@ def read_held_out_half(
 ) -> TokenSet:
     """Held-out tokens of a text, from the half of it that is never calibration, whatever is calibrated on."""
     spec = TextSpec(external_sources(source) or source, options.field, options.eval_tokens, options.eval_length, seed)
-    return held_out_tokens(spec, teacher.model, teacher.tokenizer, watch)
+    return _held_out(spec, teacher, watch)
+
+
+def _held_out(spec: TextSpec, teacher: Teacher, watch: EventListener, calibration: str | None = None) -> TokenSet:
+    own = teacher.model, teacher.tokenizer
+    return held_out_tokens(spec, *own, watch, calibration=calibration, halved_by=teacher.halved_by)
+
+
+def _calibration(spec: TextSpec, teacher: Teacher, watch: EventListener, **given: Any) -> TokenSet:
+    return calibration_tokens(spec, teacher.model, teacher.tokenizer, watch, halved_by=teacher.halved_by, **given)
 
 
 def load_calibration(
@@ -278,10 +275,8 @@ def load_calibration(
             job.store.add(key, own, job.run)
         return own
 
-    return calibration_tokens(
-        spec, teacher.model, teacher.tokenizer, job.watch, held_out=held_out, self_share=self_share, write=write,
-        before_writing=before_writing, least=least,
-    )  # fmt: skip
+    given: OptionValues = {"held_out": held_out, "self_share": self_share, "least": least}
+    return _calibration(spec, teacher, job.watch, write=write, before_writing=before_writing, **given)
 
 
 def task_calibration(
@@ -313,7 +308,7 @@ def read_calibration(
         given: OptionValues = {"held_out": options.eval_data, "self_share": share, "before_writing": before_writing}
         if job is not None:
             return load_calibration(job, teacher, spec, **given)
-        return calibration_tokens(spec, teacher.model, teacher.tokenizer, watch, **given)
+        return _calibration(spec, teacher, watch, **given)
 
 
 def unseen_tokens(recipe: Recipe, teacher: Teacher, watch: EventListener, *seen: TokenSet) -> TokenSet | None:
@@ -326,7 +321,7 @@ def unseen_tokens(recipe: Recipe, teacher: Teacher, watch: EventListener, *seen:
         return None
     spec = replace(calibration_spec(recipe), source=source, tokens=2 * recipe.tokens)
     given: OptionValues = {"held_out": recipe.eval_data, "least": 1}
-    more = without_documents(calibration_tokens(spec, teacher.model, teacher.tokenizer, watch, **given), *seen)
+    more = without_documents(_calibration(spec, teacher, watch, **given), *seen)
     return None if more is None or len(more.digests) < 2 else truncate(more, recipe.tokens)
 
 
@@ -339,7 +334,7 @@ def tokens_for(
     """
     if recipe.eval_data is not None:
         require_foreign(recipe.eval_data)
-    share = 0.0 if recipe.plan is not None else recipe.self_share  # of a plan nothing is searched
+    share = 0.0 if recipe.plan is not None or recipe.vocabulary_alone else recipe.self_share  # nothing is searched
     read: list[TokenSet] = []
 
     def read_the_rest(foreign: TokenSet | None) -> None:
@@ -372,7 +367,7 @@ def recovery_tokens(recipe: Recipe, teacher: Teacher, watch: EventListener) -> T
     most = getattr(teacher.model.config, "max_position_embeddings", recipe.recover_length)
     source, length = recipe.recover_data or recipe.data, min(recipe.recover_length, most)
     spec = TextSpec(source, recipe.field, recipe.recover_tokens, length, recipe.seed)
-    return calibration_tokens(spec, teacher.model, teacher.tokenizer, watch, least=LEAST_RECOVERY_TOKENS)
+    return _calibration(spec, teacher, watch, least=LEAST_RECOVERY_TOKENS)
 
 
 def probe_of(recipe: Recipe, teacher: Teacher, calibration: TokenSet, job: RunContext | None = None) -> Probe:

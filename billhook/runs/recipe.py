@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from billhook.core.budget import Budget, parse_budgets, parse_bytes, spell_budget
+from billhook.core.budget import VOCABULARY, Budget, parse_budgets, parse_bytes, spell_budget
 from billhook.core.errors import RecipeError, nearest, option
 from billhook.core.files.foreign_files import every_value, load_unique_yaml
 from billhook.core.margin import Margin
@@ -28,7 +28,6 @@ MOST = 2**31 - 1  # tokens, sequences, channels: more than any machine takes
 BUILTIN = Path(__file__).parent / "recipes"
 TARGETS = ("remove", "plan", "within")  # of which a recipe has one
 FORMER_SEARCHES = {"narrow": "rank_channels", "solve": "ilp", "span": "contiguous"}  # in recipes of version 0.1
-
 
 REPEATED = ("set", "recover_set")  # options by name
 
@@ -106,7 +105,7 @@ class Recipe(CalibrationOptions, EvalOptions):
     )
     about: Annotated[str, Field(description="What a recipe takes from its paper, and what it cannot know")] = ""
     remove: Annotated[
-        str | None, Field(description="How much to remove: 25%, 15sites, 3blocks, 30%kv …; repeatable")
+        str | None, Field(description="How much to remove: 25%, 15sites, 30%kv, 60%vocabulary …; repeatable")
     ] = None
     plan: Annotated[str | None, Field(description="Plan instead of a search: attention.7,mlp.16, or its file")] = None
     within: Annotated[str | None, Field(description="Margin instead of a size: 3%ppl, or 1pp:FILE")] = None
@@ -179,9 +178,10 @@ class Recipe(CalibrationOptions, EvalOptions):
         given = [name for name in TARGETS if getattr(self, name) is not None]
         if len(given) != 1:
             what = " and ".join(given) if given else "neither remove nor plan nor within"
+            first = " To cut the vocabulary first: billhook vocabulary." if self.vocabulary else ""
             raise RecipeError(
                 f"The recipe has {what}. Give one: {option('remove', '25%sites')}, "
-                f"{option('plan', 'attention.7,mlp.16')}, or {option('within', '3%ppl')}."
+                f"{option('plan', 'attention.7,mlp.16')}, or {option('within', '3%ppl')}.{first}"
             )
         if twice := [name for name in self.recoveries if self.recoveries.count(name) > 1]:
             raise RecipeError(f"{option('recover', self.recover)} does {twice[0]} twice. Name every recovery once.")
@@ -211,8 +211,8 @@ class Recipe(CalibrationOptions, EvalOptions):
 
     @property
     def recoveries(self) -> tuple[str, ...]:
-        """The names of the recoveries, in order."""
-        return tuple(name.removesuffix("?") for name in split_names(self.recover))
+        """The names of the recoveries, in order; none where no plan removes anything."""
+        return () if self.vocabulary_alone else tuple(name.removesuffix("?") for name in split_names(self.recover))
 
     @property
     def optional_recoveries(self) -> frozenset[str]:
@@ -221,8 +221,18 @@ class Recipe(CalibrationOptions, EvalOptions):
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """What must be removed, if the recipe says how much."""
-        return () if self.remove is None else parse_budgets(self.remove)
+        """What a plan must remove, if the recipe says how much; of what is left once the vocabulary is cut."""
+        return tuple(each for each in parse_budgets(self.remove) if each.unit != VOCABULARY) if self.remove else ()
+
+    @property
+    def vocabulary(self) -> Budget | None:
+        """How much of the vocabulary must go before, if the recipe says that."""
+        return next((each for each in parse_budgets(self.remove or "1sites") if each.unit == VOCABULARY), None)
+
+    @property
+    def vocabulary_alone(self) -> bool:
+        """Whether no plan is chosen, since all that is cut is the vocabulary."""
+        return self.vocabulary is not None and not self.budgets
 
     @property
     def margin(self) -> Margin | None:
@@ -322,6 +332,7 @@ class Condition:
 
 
 SITE_TIMES = ("batch", "context")  # how the time of a site is measured
+OF_SEARCH = ("search", "metric", "uniform", "multiple", "fast", "finalists", "fold_in_search")
 _FOLD = f"without a recovery. Add {option('recover', 'fold')}"
 CONDITIONS = (
     Condition(("shortlist", "risk", "audit"), lambda of: of.fast, f"without {option('fast', True)}. Add that"),
@@ -330,7 +341,9 @@ CONDITIONS = (
               lambda of: bool(of.recoveries) or of.fold_in_search, _FOLD),
     Condition(SITE_TIMES, lambda of: any(budget.unit == "ms" for budget in of.budgets),
               f"without a budget in time. Add {option('remove', '20%ms')}"),
-    Condition(("search", "metric", "uniform", "multiple", "fast", "finalists", "fold_in_search"), lambda r: not r.plan,
+    Condition((*OF_SEARCH, "recover", "protect"), lambda of: not of.vocabulary_alone,
+              f"with the vocabulary alone. Add a size: {option('remove', '60%vocabulary,20%')}"),
+    Condition(OF_SEARCH, lambda of: not of.plan,
               f"with {option('plan')}, of which nothing is searched. Give {option('remove')} instead"),
     Condition(("self_share",), lambda of: of.plan is None and ":" not in of.loss and SELF not in split_sources(of.data),
               f"with a plan, the loss of a task, or {option('data', SELF)}. Give {option('data', 'FILE')} and a size "

@@ -31,8 +31,14 @@ ScoreFields = OptionValues  # what a metric gives a Problem: `scores`, or `group
 SITES_HOLD_LITTLE = 1.5  # times the share that was asked for is removed of the sites: worth telling
 
 
-def tell_shares(recipe: Recipe, anatomy: Anatomy, watch: EventListener) -> None:
-    """Tell of shares of the model that are much larger shares of its sites, since other parts hold the rest."""
+def tell_shares(
+    recipe: Recipe, anatomy: Anatomy, watch: EventListener, of_rows: Callable[[Budget], float | None] = lambda of: None
+) -> None:
+    """Tell of shares of the model that are much larger shares of its sites, since other parts hold the rest.
+
+    `of_rows`: says which percentage of the vocabulary holds as much as a budget asks for; None where that cannot be
+    cut, or was asked for already.
+    """
     for budget in recipe.budgets:
         share = budget.share_of_sites(anatomy)
         if share is not None and 1 >= share > SITES_HOLD_LITTLE * budget.amount / 100:
@@ -41,7 +47,8 @@ def tell_shares(recipe: Recipe, anatomy: Anatomy, watch: EventListener) -> None:
                 "unit": budget.unit, "asked": float(budget.amount), "of_sites": float(100 * share),
                 "elsewhere": float(100 - 100 * held), "smaller": float(budget.amount * held),
             }  # fmt: skip
-            watch(Event("budget", 1, 1, told))
+            rows = of_rows(budget)
+            watch(Event("budget", 1, 1, told if rows is None else {**told, "vocabulary": rows}))
 
 
 def method_options(recipe: Recipe) -> tuple[OptionValues, OptionValues]:

@@ -25,6 +25,7 @@ from billhook.runs.pipeline import delete_unfinished
 from billhook.runs.prepare import NOTHING, load_teacher
 from billhook.runs.recipe import EvalOptions, Recipe
 from billhook.runs.store import STORE, Store
+from billhook.runs.vocabulary import refuse_vocabulary
 from billhook.studies.trials import StudyContext
 
 R = TypeVar("R", bound=Result)
@@ -76,8 +77,9 @@ def open_run(
     """A new run of the store that this process holds; `options` say how models and texts are read.
 
     `out`: the folder that will hold page and table, `NO_FOLDER`, or None for one of the run's own. The caller stores
-    the result.
+    the result. Raises BudgetError for a recipe that cuts the vocabulary: a study compares models with the same tokens.
     """
+    refuse_vocabulary(options)
     if out is not None and out != NO_FOLDER:
         check_target(named_folder(out))
     if options.model not in loaded:

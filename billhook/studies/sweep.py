@@ -31,6 +31,7 @@ from billhook.runs.choose_plan import with_site_times
 from billhook.runs.prepare import check_search
 from billhook.runs.recipe import SITE_TIMES, Recipe, parse_recipe, require_effect, with_overrides
 from billhook.runs.store import STORE
+from billhook.runs.vocabulary import refuse_vocabulary
 from billhook.studies.monitoring.alerting import Alarm, RulesFile, check_result
 from billhook.studies.run_study import open_study, several, write_study
 from billhook.studies.trials import (
@@ -120,12 +121,13 @@ class Grid:
 def recipes_of(grid: Grid, model: str, common: Mapping[str, Any]) -> list[tuple[str, Recipe]]:
     """(name, recipe) of every combination, size by size; `common` options overrule those of the recipes.
 
-    Raises RecipeError before anything is computed.
+    Raises RecipeError, or BudgetError for a size in tokens, before anything is computed.
     """
     recipes = []
     for data, name, remove in itertools.product(grid.datas, grid.recipes, grid.removes):
         given = {"model": model, "remove": remove, "data": data, **common}
         recipes.append((Path(name).stem, parse_recipe(with_overrides(name, **given), f"The recipe {name}")))
+        refuse_vocabulary(recipes[-1][1])
     return recipes
 
 

@@ -16,13 +16,12 @@ from billhook.core.errors import PlanError
 from billhook.core.events import Event
 from billhook.core.plan import KeptGroups, Plan, Site
 from billhook.methods.export.serving import STOCK_TYPE, fit
-from billhook.methods.export.targets import Form, limits, narrower, student_shape
+from billhook.methods.export.targets import Form, limited, limits, narrower, student_shape
 from billhook.methods.search import kept_count
 from billhook.models.load import Teacher, load
 from billhook.models.repair import Patch, Repair
 from billhook.models.surgery import apply
 from billhook.runs import prepare
-from billhook.runs.prepare import limited
 from billhook.runs.recipe import parse_recipe
 
 Folder = Callable[[str], Path]

@@ -20,7 +20,7 @@ from billhook.models.load import Teacher, load
 from billhook.models.vocabulary.choice import tokens_to_keep
 from billhook.models.vocabulary.entries import Vocabulary, read_vocabulary
 from billhook.models.vocabulary.student import cut_model, new_numbers
-from billhook.studies.vocabulary.writing import save_cut
+from billhook.runs.vocabulary.writing import save_cut
 
 KINDS = tiny_vocabulary.KINDS
 ANY = ["naïve café, 1,234 — Быстрая лиса", "敏捷的棕色狐狸 🦊🐕‍🦺 \u200b\n\n\ttab", "  two spaces <|user|>x</s>"]

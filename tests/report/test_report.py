@@ -49,6 +49,7 @@ from billhook.core.results.run import (
     TaskChange,
 )
 from billhook.report import numbers, run_report, run_words
+from billhook.report.run import narrowed as narrowed_words
 from billhook.report.run import use as run_use
 from billhook.report.run.drawing import architecture_svg
 from billhook.report.run.sites import sites_table
@@ -474,7 +475,7 @@ def narrowed(kept: Mapping[int, int], blocks: int = 30, removed: tuple[str, ...]
 
 def test_equal_widths_are_one_line() -> None:
     result = narrowed(dict.fromkeys(range(30), 8))
-    assert [str(kind) for kind in run_words.narrowed_sites(result)] == ["all 30 MLPs: 8 of 10 neurons"]
+    assert [str(kind) for kind in narrowed_words.narrowed_sites(result)] == ["all 30 MLPs: 8 of 10 neurons"]
     assert run_words.headline(result).startswith("All 30 MLPs narrowed to 8 of 10 neurons: ")
     page, card = run_report.run_page(result), run_report.model_card(result)
     assert "- narrowed: all 30 MLPs: 8 of 10 neurons" in card
@@ -482,12 +483,12 @@ def test_equal_widths_are_one_line() -> None:
     assert page.count("all 30 MLPs: 8 of 10 neurons") == 2  # at a glance, and where all parts are told
     assert "Loss against what is left" not in page  # one step has no curve
     assert "How clear each choice was" not in page
-    assert run_words.narrowed_sentence(result) == "Narrowed: all 30 MLPs: 8 of 10 neurons"
+    assert narrowed_words.narrowed_sentence(result) == "Narrowed: all 30 MLPs: 8 of 10 neurons"
 
 
 def test_other_widths_are_grouped_into_ranges() -> None:
     result = narrowed({0: 5, 1: 5, 2: 5, 7: 5, 4: 8}, removed=("attention.3",))
-    kinds = [str(kind) for kind in run_words.narrowed_sites(result)]
+    kinds = [str(kind) for kind in narrowed_words.narrowed_sites(result)]
     assert kinds == ["mlp of blocks 0–2, 7: 5 of 10 neurons", "mlp of block 4: 8 of 10 neurons"]
     assert run_words.headline(result).startswith("1 of 60 sites removed, 5 narrowed: ")
     assert run_words.headline(narrowed({0: 5})).startswith("1 of 60 sites narrowed, none removed: ")

@@ -19,7 +19,7 @@ import billhook
 from billhook.core.errors import BillhookError
 from billhook.core.results.exports import VocabularyReport
 from billhook.models.load import load
-from billhook.studies.vocabulary.measuring import Passages, compare_on
+from billhook.runs.vocabulary.measuring import Passages, compare_on
 
 
 def write(path: Path, texts: list[str]) -> Path:

@@ -78,7 +78,7 @@ def history_of(runs: Iterable[Run], fingerprint: str) -> History:
     for run in own:
         name = name or str(run.spec.get("model", ""))
         if run.kind == PRUNE and run.result is not None and run.result.get("schema") is not None:
-            told = run.result.get("anatomy")  # which brief runs lack
+            told = None if run.result.get("vocabulary") else run.result.get("anatomy")  # which brief runs lack
             anatomy = anatomy or (decode(Anatomy, told) if told else None)
         for recipe, key, text, size in _measured(run):
             curves.setdefault((key, text), (recipe, []))[1].append(size)

@@ -69,6 +69,29 @@ class VocabularyText:
     change: Estimate
 
 
+@dataclass(frozen=True, slots=True)
+class VocabularyChange:
+    """A vocabulary that a run cut before it pruned the rest.
+
+    `counted` tokens of the text `data`, of which `used` are different, chose the rows; `fixed` ones stay whatever is
+    removed. `parameters`, `bytes`: of the model with the smaller vocabulary alone. `alone`: the held-out text by the
+    model as it was given, and by that one; `text`: by the model as given, and by the student. `by_plan`: bits per byte
+    that the plan and its recoveries add, paired by text; None where there is no plan.
+    """
+
+    data: str
+    counted: int
+    used: int
+    fixed: int
+    rows_before: int
+    rows_after: int
+    parameters: int
+    bytes: int
+    alone: VocabularyText
+    text: VocabularyText
+    by_plan: Estimate | None
+
+
 @dataclass(frozen=True, repr=False)
 class VocabularyReport(Result):
     """A model without a part of its vocabulary, in a folder.

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from billhook.core.anatomy import Anatomy, ModelSizes
 from billhook.core.margin import WithinReport
 from billhook.core.plan import Plan, Site
-from billhook.core.results.exports import ExportReport, TargetFit
+from billhook.core.results.exports import ExportReport, TargetFit, VocabularyChange
 from billhook.core.results.json_form import JsonObject, Result
 from billhook.core.results.measured import (
     Environment,
@@ -322,7 +322,9 @@ class RunResult(Result):
     `targets`: which software that serves models takes the student, through which export; `exports`: those that stand
     beside the checkpoint. `changed`: the fields of the recipe that are not at their defaults; empty in reports that
     do not say. `alone`: what removing each site alone costs, as far as the search measured it. `skills`: those that
-    were tested.
+    were tested. `vocabulary`: what was cut of it before. Then `sizes`, `tasks`, `skills`, `speed` and `answers` compare
+    with the `model` as it was given, and `anatomy` and `steps` are of the smaller one. `perplexity` is None then:
+    perplexities of other tokens do not compare, and bits per byte do.
     """
 
     kind: ClassVar[str] = "prune"
@@ -358,6 +360,7 @@ class RunResult(Result):
     changed: tuple[str, ...] = ()
     alone: tuple[SiteLoss, ...] = ()
     skills: tuple[SkillChange, ...] = ()
+    vocabulary: VocabularyChange | None = None
 
     def rows(self) -> list[JsonObject]:
         """One row, so that the rows of several runs make a table."""
@@ -371,6 +374,11 @@ class RunResult(Result):
         before, after = (quality.teacher, quality.student) if quality else (None, None)
         row |= {"perplexity_teacher": before, "perplexity_student": after}
         row |= estimate_columns("perplexity_ratio", quality.ratio if quality else None)
+        if (cut := self.vocabulary) is not None:
+            row |= {"rows_teacher": cut.rows_before, "rows_student": cut.rows_after}
+            row |= estimate_columns("more_tokens", cut.text.more) | {"bits_per_byte_teacher": cut.text.before.value}
+            row |= {"bits_per_byte_student": cut.text.after.value}
+            row |= estimate_columns("bits_per_byte_change", cut.text.change)
         for task in self.tasks:
             row |= {f"{task.file}_teacher": task.teacher, f"{task.file}_student": task.student}
             row |= estimate_columns(f"{task.file}_change", task.change)
@@ -386,4 +394,7 @@ class RunResult(Result):
         removed = f"{len(self.plan.removed)} of {len(self.anatomy.sites)} sites removed"
         narrow = f", {len(self.plan.narrowed)} narrowed" if self.plan.narrowed else ""
         quality = f", perplexity ×{self.perplexity.ratio.value:.3g}" if self.perplexity else ""
+        if (cut := self.vocabulary) is not None:
+            narrow += f", {cut.rows_before - cut.rows_after:,} of {cut.rows_before:,} rows of the vocabulary"
+            quality = f", bits per byte {cut.text.change.value:+.3g}"
         return f"RunResult({self.run} of {self.model.name}: {removed}{narrow}{quality})"

@@ -24,7 +24,7 @@ from billhook.report.numbers import (
     join_words,
     pluralize,
 )
-from billhook.report.run_words import narrowed_sites
+from billhook.report.run.narrowed import narrowed_sites
 
 MOST_NAMES = 12  # of removed sites, in words
 

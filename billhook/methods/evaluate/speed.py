@@ -268,14 +268,16 @@ def _median(values: Sequence[float]) -> Estimate:
     return Estimate(median, low, high, len(values), len(values), reliable, "" if reliable else "few_runs")
 
 
-def predicted_speed(anatomy: Anatomy, plan: Plan) -> PredictedSpeed:
+def predicted_speed(anatomy: Anatomy, plan: Plan, given: Anatomy | None = None) -> PredictedSpeed:
     """Predict the speed-up from the anatomy: in proportion to the weights that each token uses.
 
-    Prefill computes the head for one token of the prompt only, decoding for each token.
+    Prefill computes the head for one token of the prompt only, decoding for each token. `given`: the anatomy of the
+    model that the student is compared with, where that is another one than it was pruned from.
     """
-    head = anatomy.rest.flops_per_token
-    whole, left = anatomy.total("flops_per_token"), anatomy.total("flops_per_token", plan)
-    return PredictedSpeed((whole - head) / max(left - head, 1), whole / left)
+    given = given or anatomy
+    heads = given.rest.flops_per_token, anatomy.rest.flops_per_token
+    whole, left = given.total("flops_per_token"), anatomy.total("flops_per_token", plan)
+    return PredictedSpeed((whole - heads[0]) / max(left - heads[1], 1), whole / left)
 
 
 def predicted_by_weights(first: Anatomy, second: Anatomy) -> PredictedSpeed:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from billhook.core.anatomy import Anatomy, SiteSize
 from billhook.core.errors import PlanError
 from billhook.core.plan import PARTS, Part, Plan, Site
 from billhook.core.results.exports import FaultReason
@@ -257,3 +258,16 @@ def _both_counts(
 def _generosity(form: Form) -> tuple[int, ...]:
     answers = (form.sites, form.mlp_widths, form.attention_widths)
     return (*(STRICTEST.index(answer) for answer in answers), int(form.inserts), int(form.constants), int(form.biases))
+
+
+def limited(anatomy: Anatomy, most: Form, config: Any) -> Anatomy:
+    """Return an anatomy whose sites cannot be narrowed to what a form has no place for."""
+
+    def size_of(size: SiteSize) -> SiteSize:
+        if most.widths(size.site.part) == "none":
+            return replace(size, groups=(), group=None)
+        if size.site.part == "mlp":
+            return replace(size, multiple=math.lcm(size.multiple, most.mlp_step))
+        return replace(size, counts=most.attention_counts(config))
+
+    return replace(anatomy, sites=tuple(map(size_of, anatomy.sites)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def new_numbers(vocabulary: Vocabulary, kept: Sequence[int]) -> dict[int, int]:
 
 
 @undisturbed
-def cut_model(teacher: Teacher, numbers: dict[int, int]) -> Any:
+def cut_model(teacher: Teacher, numbers: Mapping[int, int]) -> Any:
     """Return the model with the rows of `numbers` alone, {old id: new id}. All other tensors are the teacher's.
 
     Logits are those of the teacher at the kept ids: [batch, time, len(numbers)].

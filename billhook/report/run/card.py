@@ -12,12 +12,13 @@ from billhook.core.results.measured import TokenSetInfo
 from billhook.core.results.run import RunResult
 from billhook.report.frame import markdown, yaml_lines
 from billhook.report.numbers import count_items
+from billhook.report.run.narrowed import narrowed_sites
 from billhook.report.run.sites import removed_earlier, sites_in_words
 from billhook.report.run.skills import lost_skills
+from billhook.report.run.smaller_vocabulary import rows_in_words
 from billhook.report.run_words import (
     RECOVERY_COLUMNS,
     headline,
-    narrowed_sites,
     recovery_rows,
     run_notes,
     summary_rows,
@@ -29,7 +30,8 @@ DRAWING = "architecture.svg"  # beside the card
 def model_card(result: RunResult) -> str:
     """README.md of the checkpoint: Markdown with the YAML front matter of the Hugging Face hub."""
     front = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- billhook\n- pruned\n---"
-    removed = sites_in_words(result.plan.sites())
+    removed = [rows_in_words(result.vocabulary)] if result.vocabulary is not None else []
+    removed += sites_in_words(result.plan.sites())
     if earlier := removed_earlier(result):
         removed.append(f"removed before this run: {'; '.join(sites_in_words(earlier))}")
     removed += [f"narrowed: {kind}" for kind in narrowed_sites(result)]

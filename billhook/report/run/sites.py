@@ -13,8 +13,8 @@ from billhook.core.results.run import Exchange, RunResult, SiteLoss
 from billhook.report.charts import Axis, Line, Point, figure, key_of, round_ticks, xy_chart
 from billhook.report.frame import caption, details, escaped, html_table, scrolling, sortable_table
 from billhook.report.numbers import format_number, pluralize
+from billhook.report.run.narrowed import kept_group_counts, narrowed_sites
 from billhook.report.run.search_words import search_in_words
-from billhook.report.run_words import kept_group_counts, narrowed_sites
 
 Z = 1.96  # standard errors of a 95% interval
 
@@ -148,7 +148,7 @@ def site_times(result: RunResult) -> SiteTimes | None:
     if result.speed is None:
         return None
     rate, batch = result.speed.teacher.decode_tokens_per_s.value, result.speed.protocol.batch
-    step, whole = 1000 * batch / rate, result.anatomy.total("flops_per_token")
+    step, whole = 1000 * batch / rate, result.sizes.teacher.flops_per_token
     words = (
         f"Time: predicted, with no interval; the share that a site has in the weights that a token uses, of the "
         f"teacher's measured decoding step of {step:.3g} ms at batch {batch}. --remove 20%ms measures it."

@@ -10,8 +10,10 @@ from billhook.core.results.exports import ExportReport, TargetFit
 from billhook.core.results.run import RunResult
 from billhook.report.frame import caption, details, escaped
 from billhook.report.numbers import printable, verification_sentence
+from billhook.report.run.narrowed import narrowed_sites
 from billhook.report.run.sites import sites_in_words
-from billhook.report.run_words import FAULTS, narrowed_sites
+from billhook.report.run.smaller_vocabulary import rows_in_words
+from billhook.report.run_words import FAULTS
 
 MOST_KINDS = 4  # of narrowed sites, at a glance
 PROMPT = "The capital of France is"
@@ -120,16 +122,22 @@ def next_steps(result: RunResult) -> list[tuple[str, str]]:
     model, out = (shlex.quote(printable(text)) for text in (asked, result.out))
     steps = []
     few = result.perplexity is not None and not result.perplexity.ratio.reliable
-    tasks = not result.tasks
+    tasks, cut = not result.tasks, result.vocabulary is not None
     if few or tasks:
         why = "on more text" if few else "on the tasks that you care about"
         more = "--eval-tokens 65536" if few else "--tasks TASK.jsonl"
         steps.append((f"Be sure of the quality: measure both {why}.", f"billhook compare {model} {out} {more}"))
-    if not result.recoveries:
+    if not result.recoveries and not cut:
         steps.append(("Get quality back without training: refit what is left.",
                       f"billhook prune --recipe recipe.yaml --recover fold --out {out}-fold"))  # fmt: skip
     path = f" --run {shlex.quote(printable(result.run))}" if len(result.steps) > 1 else ""
-    steps.append(("Find how much can be removed within a margin.", f"billhook threshold {model}{path} --margin 3%ppl"))
+    if cut:
+        steps.append(("See what other text costs with fewer tokens: bits per byte compare models of other tokens.",
+                      f"billhook eval {out} --data OTHER.jsonl"))  # fmt: skip
+    else:
+        steps.append(
+            ("Find how much can be removed within a margin.", f"billhook threshold {model}{path} --margin 3%ppl")
+        )
     taken = next((t for t in result.targets if t.fault is None and t.export not in ("transformers", "stock")), None)
     if taken is not None and not result.exports:
         steps.append((f"Serve it, such as in {ENGINES.get(taken.target, taken.target)}.",
@@ -140,6 +148,7 @@ def next_steps(result: RunResult) -> list[tuple[str, str]]:
 def at_a_glance(result: RunResult) -> str:
     """Which parts were removed, and what to do next, in a few lines."""
     parts = [
+        *([rows_in_words(result.vocabulary)] if result.vocabulary is not None else []),
         *sites_in_words(result.plan.sites()),
         *(f"narrowed: {kind}" for kind in narrowed_sites(result)[:MOST_KINDS]),
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from billhook.core.budget import spell_budget
+from billhook.core.budget import VOCABULARY, spell_budget
 from billhook.core.errors import UnknownName, UsageError, option
 from billhook.core.registry import OptionValues
 
@@ -41,19 +41,22 @@ def recipe_of(
 
     Without `recipe` it is ours for a size: a recipe of `effort` narrows sites; for a size in sites or blocks, a
     streamed model and other exports `billhook-depth` removes whole ones. None where `given` names another way to a
-    plan. Raises UnknownName for an effort that is none of EFFORTS, UsageError for one that has nothing to choose.
+    plan, or cuts the vocabulary alone. Raises UnknownName for an effort that is none of EFFORTS, UsageError for one
+    that has nothing to choose.
     """
     if effort is not None and effort not in EFFORTS:
         raise UnknownName("effort", effort, EFFORTS)
     ways = {"recipe": recipe, **{name: given.get(name) for name in ("search", "metric", "plan", "within")}}
     other = next((name for name, value in ways.items() if value), None)
-    if effort is not None and (other or given.get("remove") is None):
+    remove = given.get("remove")
+    sizes = ",".join(map(spell_budget, remove if isinstance(remove, list | tuple) else [remove or ""])).split(",")
+    of_plans = [size for size in sizes if size.strip() and not size.strip().endswith(VOCABULARY)]
+    if effort is not None and (other or not of_plans):
         without = f"Leave {option(other)} out" if other else f"Give {option('remove', '20%')}"
         raise UsageError(f"{option('effort', effort)} chooses how a size is reached. {without}.")
-    if other or given.get("remove") is None:
+    if other or not of_plans:
         return (None if recipe is None else Path(recipe)), {}
-    chosen, remove = EFFORTS[effort or STANDARD], given["remove"]
-    sizes = ",".join(map(spell_budget, remove if isinstance(remove, list | tuple) else [remove]))
-    whole = any(re.search(r"(sites?|attention|mlp|blocks?)\s*$", size) for size in sizes.split(","))
+    chosen = EFFORTS[effort or STANDARD]
+    whole = any(re.search(r"(sites?|attention|mlp|blocks?)\s*$", size) for size in of_plans)
     form = given.get("export", "transformers") != "transformers" or any(map(given.get, ("memory", "stock", "uniform")))
     return (Path(WHOLE_SITES), chosen.others) if whole or form else (Path(chosen.recipe), {})

@@ -38,9 +38,12 @@ def lineage(folder: str | Path) -> tuple[RunResult, ...]:
 def caused_by(folder: str | Path) -> str:
     """Return the step with the greatest loss of perplexity; two that cannot be told apart; or nothing.
 
-    Nothing where there are fewer than two steps, or where more than two may be the greatest.
+    Nothing where there are fewer than two steps, where more than two may be the greatest, or where one has cut the
+    vocabulary: no perplexity says what that lost.
     """
     steps = lineage(folder)
+    if any(step.vocabulary is not None for step in steps):
+        return ""
     losses = {i: step.perplexity.ratio for i, step in enumerate(steps) if step.perplexity is not None}
     if len(losses) < 2:
         return ""

@@ -75,7 +75,8 @@ def subject_of(of: str, store: Store | None) -> Subject:
 def _history(store: Store, runs: Sequence[Run], fingerprint: str) -> History:
     """What brief runs say of a model, with the anatomy that its newest pruning tells."""
     history = history_of(runs, fingerprint)
-    done = (run for run in history.runs if run.kind == PRUNE and (run.result or {}).get("schema") is not None)
+    pruned = (run for run in history.runs if run.kind == PRUNE and not (run.result or {}).get("vocabulary"))
+    done = (run for run in pruned if (run.result or {}).get("schema") is not None)
     if history.anatomy is not None or (newest := next(done, None)) is None:
         return history
     return replace(history, anatomy=decode(Anatomy, (store.run(newest.id).result or {})["anatomy"]))

@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from billhook.core.budget import parse_vocabulary_share, spell_budget
-from billhook.core.errors import ResourceError
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.files.target_folder import check_target, named_folder
 from billhook.core.options import Amount, Source
 from billhook.core.results.exports import VocabularyReport, VocabularyText
 from billhook.core.results.specs import VocabularySpec, plain_options
-from billhook.data.calibration import calibration_tokens, require_disjoint, row_length
-from billhook.data.texts import SOURCE_SEPARATOR, TextSpec, require_given
-from billhook.data.token_sets import DOCUMENT_TOKENS
+from billhook.data.texts import SOURCE_SEPARATOR, require_given
 from billhook.models import checks
 from billhook.models.load import Model, Teacher, as_teacher, name_of, student_as_teacher
-from billhook.models.vocabulary.choice import tokens_to_keep
-from billhook.models.vocabulary.entries import read_vocabulary
 from billhook.models.vocabulary.files import TOKENIZER
-from billhook.models.vocabulary.student import cut_model, new_numbers
+from billhook.models.vocabulary.student import cut_model
 from billhook.runs import check_inputs
 from billhook.runs.job import store_and_watch
 from billhook.runs.prepare import read_held_out
 from billhook.runs.recipe import EvalOptions, parse_options
 from billhook.runs.store import STORE
+from billhook.runs.vocabulary.choosing import COUNTED, Cut, choose_rows, counted_text, readable_vocabulary
+from billhook.runs.vocabulary.measuring import Passages, compare_on, passages_of
+from billhook.runs.vocabulary.writing import save_cut
 from billhook.studies.run_study import begin_run, several
-from billhook.studies.vocabulary.measuring import Passages, compare_on, passages_of, tokens_before
-from billhook.studies.vocabulary.writing import save_cut
-
-COUNTED = 1 << 22  # tokens of a text
 
 
 def cut_vocabulary(
@@ -91,15 +84,6 @@ def cut_vocabulary(
     return report
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """The rows that are kept, {old id: new id}, with those that always are, and the uses that they were chosen by."""
-
-    numbers: dict[int, int]
-    fixed: int
-    uses: Counter[int]
-
-
 def _options(spec: VocabularySpec) -> list[EvalOptions]:
     """Return how each held-out text is read. Raises BudgetError, DataError and RecipeError before a model is loaded."""
     if spec.remove is not None:
@@ -114,33 +98,21 @@ def _options(spec: VocabularySpec) -> list[EvalOptions]:
 
 def _choose(
     teacher: Teacher, spec: VocabularySpec, asked: Sequence[EvalOptions], watch: EventListener
-) -> tuple[_Cut, list[Passages]]:
+) -> tuple[Cut, list[Passages]]:
     """Return which rows are kept, and the held-out texts. Raises as `cut_vocabulary`; nothing is written yet."""
-    if teacher.weights is not None:
-        raise ResourceError(f"{teacher.name} is larger than the memory that is free, so it cannot be cut here.")
-    vocabulary = read_vocabulary(teacher)
-    tokens_before(teacher.tokenizer)
+    vocabulary = readable_vocabulary(teacher)
     held_out = [read_held_out(each, teacher, watch) for each in asked]
-    first = asked[0]
-    text = TextSpec(spec.data, first.field, spec.tokens, row_length(DOCUMENT_TOKENS, teacher.model.config), first.seed)
-    counted = calibration_tokens(
-        text, teacher.model, teacher.tokenizer, watch, held_out=SOURCE_SEPARATOR.join(spec.eval_data) or None, least=1
-    )
-    for each in held_out:
-        require_disjoint(counted, each)
-    uses: Counter[int] = Counter()
-    for row, length in zip(counted.rows, counted.lengths, strict=True):
-        uses.update(row[:length].tolist())
+    apart = SOURCE_SEPARATOR.join(spec.eval_data) or None
+    counted = counted_text(spec.data, asked[0], spec.tokens, teacher, watch, held_out=apart)
     share = None if spec.remove is None else parse_vocabulary_share(spec.remove)
-    kept = tokens_to_keep(vocabulary, uses, None if share is None else math.ceil(share * vocabulary.rows))
-    cut = _Cut(new_numbers(vocabulary, kept), len(vocabulary.kept), uses)
+    cut = choose_rows(vocabulary, counted, None if share is None else math.ceil(share * vocabulary.rows), *held_out)
     return cut, [passages_of(each, teacher.tokenizer) for each in held_out]
 
 
 def _write(
     teacher: Teacher,
     spec: VocabularySpec,
-    cut: _Cut,
+    cut: Cut,
     held_out: Sequence[Passages],
     *,
     folder: Path,
@@ -157,8 +129,7 @@ def _write(
 
     texts = save_cut(teacher, student, cut.numbers, folder, prove=prove, texts=samples, watch=watch)
     return VocabularyReport(
-        teacher.name, str(folder), spec.data, cut.uses.total(), len(cut.uses), cut.fixed,
-        int(teacher.model.get_input_embeddings().weight.shape[0]), len(cut.numbers),
+        teacher.name, str(folder), spec.data, cut.counted, cut.used, cut.fixed, cut.rows, len(cut.numbers),
         teacher.anatomy.total("parameters"), smaller.anatomy.total("parameters"),
         _size(teacher.folder), _size(folder), texts,
     )  # fmt: skip

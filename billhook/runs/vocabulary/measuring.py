@@ -45,18 +45,36 @@ def compare_on(
     A passage stands behind what the tokenizer puts first, or behind a BOS or EOS token, so that all of its bytes are
     predicted. One with more tokens than a model has positions is read in parts, the same for both.
     """
-    held_out = _fitting(held_out, teacher, student)
-    sets = [_tokens(held_out, each) for each in (teacher, student)]
-    before, after = ([length - first for length in tokens.lengths] for tokens, first in sets)
+    held_out, sets = tokens_of(held_out, teacher, student)
+    nats = [_nats(each, tokens, watch) for each, tokens in zip((teacher, student), sets, strict=True)]
+    return text_change(held_out, (teacher, student), (sets[0], sets[1]), (nats[0], nats[1]), seed)
+
+
+def tokens_of(held_out: Passages, *models: Teacher) -> tuple[Passages, list[TokenSet]]:
+    """Return passages that all models have positions for, and the tokens of each model: a row and a document each."""
+    held_out = _fitting(held_out, *models)
+    return held_out, [_tokens(held_out, each) for each in models]
+
+
+def text_change(
+    held_out: Passages,
+    models: tuple[Teacher, Teacher],
+    tokens: tuple[TokenSet, TokenSet],
+    nats: tuple[EvalResult, EvalResult],
+    seed: int = 0,
+) -> VocabularyText:
+    """Return how a text changes from one model to the other, from the `nats` of the `tokens` of each.
+
+    `held_out`, `tokens`: as `tokens_of` returns them for the models.
+    """
+    first = [len(tokens_before(each.tokenizer)) for each in models]
+    before, after = ([length - n for length in each.lengths] for each, n in zip(tokens, first, strict=True))
     size = tuple(len(text.encode()) for text in held_out.passages)
-    nats = [
-        EvalResult("perplexity", held_out.source, _nats(each, tokens, watch).sums, size, held_out.texts)
-        for each, (tokens, _) in zip((teacher, student), sets, strict=True)
-    ]
+    by_byte = [EvalResult("perplexity", held_out.source, each.sums, size, held_out.texts) for each in nats]
     added = tuple(float(b - a) for a, b in zip(before, after, strict=True))
     more = EvalResult("perplexity", held_out.source, added, tuple(before), held_out.texts)
-    old, new = (mean_interval(each, seed).mapped(_bits) for each in nats)
-    change = paired_difference(nats[0], nats[1], seed).mapped(_bits)
+    old, new = (mean_interval(each, seed).mapped(_bits) for each in by_byte)
+    change = paired_difference(by_byte[0], by_byte[1], seed).mapped(_bits)
     return VocabularyText(
         held_out.source, sum(size), sum(before), sum(after), mean_interval(more, seed), old, new, change
     )  # fmt: skip
@@ -70,12 +88,12 @@ def _nats(teacher: Teacher, tokens: TokenSet, watch: EventListener) -> EvalResul
     return next(measure_perplexity(teacher, [(Plan(), NO_REPAIR)], tokens, watch=watch))
 
 
-def _tokens(held_out: Passages, teacher: Teacher) -> tuple[TokenSet, int]:
-    """Return the passages as rows of tokens, and how many stand before each."""
+def _tokens(held_out: Passages, teacher: Teacher) -> TokenSet:
+    """Return the passages as rows of tokens."""
     first = tokens_before(teacher.tokenizer)
     rows = [(*first, *ids) for ids in _encode(held_out.passages, teacher.tokenizer)]
     numbers = range(len(rows))
-    return token_set(rows, numbers, held_out.texts, ["" for _ in rows], held_out.source), len(first)
+    return token_set(rows, numbers, held_out.texts, ["" for _ in rows], held_out.source)
 
 
 def _fitting(held_out: Passages, *models: Teacher) -> Passages:

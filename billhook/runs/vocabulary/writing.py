@@ -15,6 +15,7 @@ from billhook.core.events import EventListener, ignore_events
 from billhook.core.files.foreign_files import read_json_object
 from billhook.core.files.target_folder import check_target, publish, staging_folder
 from billhook.core.plan import Plan, format_ranges
+from billhook.core.results.json_form import JsonObject
 from billhook.methods.export.checkpoint import verify_round_trip, write_checkpoint
 from billhook.methods.export.verification import PROBE_TEXTS
 from billhook.models.load import Teacher
@@ -47,7 +48,7 @@ def save_cut(
     try:
         write_checkpoint(student, None, Plan(), aside, teacher=teacher, watch=watch)
         cut_files(aside, tokenizer_json(teacher), numbers)
-        _note(aside / MANIFEST, teacher, numbers)
+        note_cut(aside / MANIFEST, teacher, numbers)
         cut = verify_tokenizer(teacher.tokenizer, aside, numbers, [*PROBE_TEXTS, *texts])
         rows = torch.tensor([cut("\n".join(PROBE_TEXTS))["input_ids"][:16]])
         verify_round_trip(student, aside, rows, watch)
@@ -58,8 +59,19 @@ def save_cut(
     return found
 
 
-def _note(manifest: Path, teacher: Teacher, numbers: Mapping[int, int]) -> None:
-    """Add to billhook.json which of the teacher's rows are left, in the order of their new ids."""
-    rows = int(teacher.model.get_input_embeddings().weight.shape[0])
-    told = {"rows": rows, "kept": format_ranges(sorted(numbers, key=numbers.__getitem__))}
-    manifest.write_text(json.dumps(read_json_object(manifest) | {"vocabulary": told}, indent=2) + "\n")
+def note_cut(manifest: Path, given: Teacher, numbers: Mapping[int, int]) -> None:
+    """Say in billhook.json that the plan is one of the model `given`, and which of its rows are left, in new order."""
+    told = {"model": given.fingerprint, "vocabulary": _told(given, numbers)}
+    manifest.write_text(json.dumps(read_json_object(manifest) | told, indent=2) + "\n")
+
+
+def is_cut_folder(folder: Path, given: Teacher, numbers: Mapping[int, int]) -> bool:
+    """Whether a folder is what `save_cut` wrote of the model `given` and these rows."""
+    manifest = folder / MANIFEST
+    told = read_json_object(manifest) if manifest.is_file() else {}
+    return (told.get("model"), told.get("vocabulary")) == (given.fingerprint, _told(given, numbers))
+
+
+def _told(given: Teacher, numbers: Mapping[int, int]) -> JsonObject:
+    rows = int(given.model.get_input_embeddings().weight.shape[0])
+    return {"rows": rows, "kept": format_ranges(sorted(numbers, key=numbers.__getitem__))}
