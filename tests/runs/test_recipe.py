@@ -100,6 +100,13 @@ def test_what_is_asked_decides_the_default(given: dict[str, Any], recipe: str | 
     assert recipe_of(given, "finercut") == (Path("finercut"), {})
 
 
+@pytest.mark.parametrize(("given", "share"), [({}, 0.5), ({"data": "my.jsonl"}, 0), ({"self_share": 0.25}, 0.25)])
+def test_the_model_writes_half_of_the_text_where_none_is_given(given: dict[str, Any], share: float) -> None:
+    asked = {"remove": "20%", **given}
+    recipe, overruled = recipe_of(asked)
+    assert parse_recipe(with_overrides(recipe, **{**overruled, **asked})).self_share == share
+
+
 @pytest.mark.parametrize("effort", EFFORTS)
 @pytest.mark.parametrize("remove", ["25%", "3blocks"])
 def test_every_effort_is_a_recipe_of_ours(effort: str, remove: str) -> None:
@@ -177,7 +184,7 @@ def test_a_recipe_file_is_refused(text: str, told: str, tmp_path: Path) -> None:
 
 
 def test_a_recipe_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no recipe .*none\.yaml\. Give .* one of ours: 2ssp, billhook, .*finercut"):
+    with pytest.raises(RecipeError, match=r"no recipe .*none\.yaml\. Give .* one of ours: 2ssp, apt, billhook, .*finercut"):
         read_yaml(tmp_path / "none.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"model: caf\xe9")
     with pytest.raises(RecipeError, match="cannot be read as YAML"):

@@ -19,18 +19,23 @@ WHOLE_SITES = "billhook-depth"
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """`recipe`: the one that narrows each site as it pays; `others`: what overrules one that may not, with defaults."""
+    """`recipe`: the one that narrows each site as it pays; `others`: what overrules one that may not, with defaults.
+
+    `own_share`: of the calibration text, which the model writes for `recipe` where a call names no text.
+    """
 
     recipe: str
     others: OptionValues
+    own_share: float = 0.0
 
 
 EFFORTS: Mapping[str, Effort] = MappingProxyType({
     "quick": Effort("billhook-quick", {"fast": True, "finalists": 0, "recover": "fold?", "tokens": 512,
                                        "recover_tokens": 2048, "eval_tokens": 2048, "proof": "loss"}),
     STANDARD: Effort("billhook", {"fast": True, "finalists": 4, "recover": "fold?,lora?", "tokens": 4096,
-                                  "recover_tokens": 32768, "eval_tokens": 8192}),
-    "thorough": Effort("billhook-thorough", {"fast": True, "recover": "fold?,lora?", "recover_tokens": 262144}),
+                                  "recover_tokens": 32768, "eval_tokens": 8192}, own_share=0.5),
+    "thorough": Effort("billhook-thorough", {"fast": True, "recover": "fold?,lora?", "recover_tokens": 262144},
+                        own_share=0.5),
 })  # fmt: skip
 
 
@@ -39,8 +44,9 @@ def recipe_of(
 ) -> tuple[Path | None, OptionValues]:
     """The recipe that a call begins with, and what overrules it before what is `given` does.
 
-    Without `recipe` it is ours for a size: a recipe of `effort` narrows sites; for a size in sites or blocks, a
-    streamed model and other exports `billhook-depth` removes whole ones. None where `given` names another way to a
+    Without `recipe` it is ours for a size: a recipe of `effort` narrows sites, and the model writes half of the text
+    where none is given; for a size in sites or blocks, a streamed model and other exports `billhook-depth` removes
+    whole ones. None where `given` names another way to a
     plan, or cuts the vocabulary alone. Raises UnknownName for an effort that is none of EFFORTS, UsageError for one
     that has nothing to choose.
     """
@@ -59,4 +65,6 @@ def recipe_of(
     chosen = EFFORTS[effort or STANDARD]
     whole = any(re.search(r"(sites?|attention|mlp|blocks?)\s*$", size) for size in of_plans)
     form = given.get("export", "transformers") != "transformers" or any(map(given.get, ("memory", "stock", "uniform")))
-    return (Path(WHOLE_SITES), chosen.others) if whole or form else (Path(chosen.recipe), {})
+    if whole or form:
+        return Path(WHOLE_SITES), chosen.others
+    return Path(chosen.recipe), {} if given.get("data") else {"self_share": chosen.own_share}
