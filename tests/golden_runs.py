@@ -96,6 +96,9 @@ PRUNES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "trained": ("llama", {}, {
         "plan": "mlp.1", "recover": "full,lora,qa_lora",
         "recover_set": {"rank": 2, "group": 8, "full.loss": "nll", "lora.batch": 8}}),
+    "apt": ("llama", {}, {
+        "remove": "20%", "search": "rank_channels", "metric": "apt", "recover": "apt",
+        "recover_set": {"rounds": 2, "rank": 2, "batch": 8}}),
     "adapter": ("llama", {}, {
         "plan": "mlp.1", "recover": "lora", "recover_set": {"rank": 2, "merge": False, "batch": 8}}),
 }  # fmt: skip

@@ -124,7 +124,7 @@ def test_what_is_written_is_what_is_returned(result: RunResult) -> None:
 
 def test_progress_is_told_for_every_stage(result: RunResult, events: list[Event]) -> None:
     stages = list(dict.fromkeys(event.stage for event in events if event.stage != ALERT))  # by how fast the machine is
-    assert stages == ["load", "search", "finalists", "evaluate", "answer", "save", "speed"]
+    assert stages == ["load", "search", "finalists", "influence", "evaluate", "answer", "save", "speed"]
     searched = [event for event in events if event.stage == "search"]
     assert searched[-1].done == searched[-1].total == 8 + 7 + 6
     assert [event.done for event in searched] == sorted(event.done for event in searched)

@@ -184,7 +184,9 @@ def test_a_recipe_file_is_refused(text: str, told: str, tmp_path: Path) -> None:
 
 
 def test_a_recipe_file_that_is_not_there_or_no_text(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no recipe .*none\.yaml\. Give .* one of ours: 2ssp, apt, billhook, .*finercut"):
+    with pytest.raises(
+        RecipeError, match=r"no recipe .*none\.yaml\. Give .* one of ours: 2ssp, apt, billhook, .*finercut"
+    ):
         read_yaml(tmp_path / "none.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"model: caf\xe9")
     with pytest.raises(RecipeError, match="cannot be read as YAML"):

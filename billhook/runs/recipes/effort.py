@@ -32,7 +32,7 @@ class Effort:
 EFFORTS: Mapping[str, Effort] = MappingProxyType({
     "quick": Effort("billhook-quick", {"fast": True, "finalists": 0, "recover": "fold?", "tokens": 512,
                                        "recover_tokens": 2048, "eval_tokens": 2048, "proof": "loss"}),
-    STANDARD: Effort("billhook", {"fast": True, "finalists": 4, "recover": "fold?,lora?", "tokens": 4096,
+    STANDARD: Effort("billhook", {"fast": True, "finalists": 4, "recover": "fold?,lora?", "tokens": 2048,
                                   "recover_tokens": 32768, "eval_tokens": 8192}, own_share=0.5),
     "thorough": Effort("billhook-thorough", {"fast": True, "recover": "fold?,lora?", "recover_tokens": 262144},
                         own_share=0.5),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from billhook.core.errors import BudgetError, DataError, option
+from billhook.core.errors import BudgetError, DataError, either, option
 from billhook.data.texts import external_sources, require_given
 
 if TYPE_CHECKING:
@@ -32,8 +32,11 @@ def refuse_vocabulary(options: TextOptions) -> None:
     """Raise BudgetError for a budget of the vocabulary where models with the same tokens are compared."""
     budget = getattr(options, "vocabulary", None)
     if budget is not None:
-        share = f" --remove {budget}" if budget.share else ""
+        model = options.model
+        first = either(
+            f"billhook.cut_vocabulary({model!r}, data=FILE)", f"billhook vocabulary {shlex.quote(model)} --data FILE"
+        )
         raise BudgetError(
             f"{option('remove', str(budget))} cuts the vocabulary, which prune alone does. Cut it first, and give the "
-            f"smaller model: billhook vocabulary {shlex.quote(options.model)} --data FILE{share}"
+            f"smaller model: {first}"
         )
