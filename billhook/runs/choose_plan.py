@@ -43,7 +43,7 @@ from billhook.runs.search import ScoreFields, compute_scores, in_units, progress
 from billhook.runs.trace import Rounds, exchanges, losses_alone, measure_regret, removal_trace, search_summary
 
 FOLD_TOKENS = 8192  # for a fold inside the search
-INFLUENCE_TOKENS = 1024  # on which each choice of a plan is held against another one
+INFLUENCE_TOKENS = 1024  # on which each choice of a plan is held against another one, at most half of the unseen text
 FOLD = {"reach": "next"}  # its options; what stands farther behind is refitted after the search
 GROWTH = Fraction(3, 2)  # of the removed share, from trial to trial: a search far beyond the margin costs the most
 # What of a recipe says how much is removed, is read before the search, or comes after it.
@@ -308,7 +308,7 @@ def _influence(
     def show(done: int) -> None:
         job.watch(Event("influence", done, 1 + len(others)))
 
-    few = truncate(unseen, INFLUENCE_TOKENS)
+    few = truncate(unseen, min(INFLUENCE_TOKENS, unseen.tokens // 2))
     measured = dict(probe.for_estimates(few).iter_losses([plan, *others], on_progress=show, estimate=True))
     gaps = [(sites, paired_gap(measured[other], measured[plan])) for other, sites in others.items()]
     told = [Exchange(site, other, gap, error) for (site, other), (gap, error) in gaps]
