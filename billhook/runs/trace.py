@@ -131,9 +131,9 @@ def exchanges(problem: Problem, plan: Plan, rounds: Rounds) -> dict[Plan, tuple[
     )
     found: dict[Plan, tuple[Site, Site]] = {}
     for site in (site for site in sites if taken[site]):
-        for _, other, part in more:
-            there = _with_part(_with_part(plan, site, Plan()), other, part)
-            if other != site and problem.is_met(there) and problem.is_valid(there):
+        without = _with_part(plan, site, Plan())
+        for there, other in ((_with_part(without, other, part), other) for _, other, part in more if other != site):
+            if problem.is_met(there) and problem.is_valid(there):
                 found[there] = site, other
                 break
     return found

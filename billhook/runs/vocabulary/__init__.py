@@ -33,9 +33,9 @@ def refuse_vocabulary(options: TextOptions) -> None:
     budget = getattr(options, "vocabulary", None)
     if budget is not None:
         model = options.model
-        first = either(
-            f"billhook.cut_vocabulary({model!r}, data=FILE)", f"billhook vocabulary {shlex.quote(model)} --data FILE"
-        )
+        typed = option("remove", str(budget)) if budget.share else ""
+        first = either(f"billhook.cut_vocabulary({model!r}, ", f"billhook vocabulary {shlex.quote(model)} ")
+        first += option("data", "FILE") + (either(", ", " ") + typed if typed else "") + either(")", "")
         raise BudgetError(
             f"{option('remove', str(budget))} cuts the vocabulary, which prune alone does. Cut it first, and give the "
             f"smaller model: {first}"
