@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from billhook import __version__
 from billhook.cli.monitoring import WATCH_COMMANDS
 from billhook.cli.options import (
     DEFAULT_STORE,
@@ -47,12 +48,26 @@ ALLOCATING = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 app = typer.Typer(
     name="billhook",
-    help="Prune large language models in depth and in width: score, search, remove, prove, save.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"billhook {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def billhook_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Prune large language models in depth and in width: score, search, remove, prove, save."""
 
 
 @app.command(name="prune")

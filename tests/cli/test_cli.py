@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import resource
@@ -253,6 +254,11 @@ def test_every_command_has_help(command: str) -> None:
         for name, (_, text) in options.RECIPE.items():
             assert "--" + name.replace("_", "-") in words, name
             assert " ".join(text.split())[:30] in words, name
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    done = billhook("--version")
+    assert (done.exit_code, done.stdout.split()) == (0, ["billhook", importlib.metadata.version("billhook")])
 
 
 def test_help_is_fast() -> None:
