@@ -11,13 +11,11 @@ from billhook.core.anatomy import Anatomy
 from billhook.core.errors import ResultError
 from billhook.core.outlook.loss_curve import LossPoint, PastErrors, past_errors
 from billhook.core.results.json_form import JsonObject, decode
-from billhook.core.results.measured import Estimate
+from billhook.core.results.measured import Z_95, Estimate
 from billhook.core.results.run import PerplexityChange, SizeChange
 from billhook.core.results.specs import PRUNE
 from billhook.core.results.stored import Run, read_result
 from billhook.core.results.studies import SweepResult
-
-Z = 3.92  # width of a 95% interval in standard errors
 
 # Fields of a recipe that do not shape the curve of its losses against size
 APART = ("about", "model", "remove", "plan", "within", "export", "stock", "audit", "memory", "device", "workers",
@@ -138,7 +136,7 @@ def _measured(run: Run) -> list[tuple[str, str, str, MeasuredSize]]:
 def _point(share: float, ratio: Estimate) -> LossPoint:
     """Return a ratio of perplexities as a loss with its standard error."""
     ends = [math.log(end) for end in (ratio.low, ratio.high) if 0 < end < math.inf]
-    return LossPoint(share, math.log(ratio.value), (ends[1] - ends[0]) / Z if len(ends) == 2 else 0.0)
+    return LossPoint(share, math.log(ratio.value), (ends[1] - ends[0]) / (2 * Z_95) if len(ends) == 2 else 0.0)
 
 
 def _distinct(sizes: Iterable[MeasuredSize]) -> list[MeasuredSize]:

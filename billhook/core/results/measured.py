@@ -9,6 +9,8 @@ from typing import Literal
 
 from billhook.core.plan import KeptGroups, Site
 
+Z_95 = 1.96  # standard errors on each side of a mean that a 95% interval takes
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:

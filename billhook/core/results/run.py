@@ -11,6 +11,7 @@ from billhook.core.plan import Plan, Site
 from billhook.core.results.exports import ExportReport, TargetFit, VocabularyChange
 from billhook.core.results.json_form import JsonObject, Result
 from billhook.core.results.measured import (
+    Z_95,
     Environment,
     Estimate,
     Step,
@@ -283,7 +284,7 @@ class Exchange:
     @property
     def is_clear(self) -> bool:
         """Whether the gap is more than noise, by its 95% interval."""
-        return self.gap_se is not None and abs(self.gap) > 1.96 * self.gap_se
+        return self.gap_se is not None and abs(self.gap) > Z_95 * self.gap_se
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from billhook.core.plan import Plan
-from billhook.core.results.measured import Estimate
+from billhook.core.results.measured import Z_95, Estimate
 from billhook.core.results.run import RunResult
 from billhook.dashboard.commands import point_command, prune_command
 from billhook.dashboard.layout import command_html, origin
@@ -113,7 +113,7 @@ def _panel(result: RunResult, stop: Stop, stops: Sequence[Stop], store: Path) ->
     head = f"{_gone(stop)} of the parameters removed" + (", as in this run" if last else "")
     gone = [f"{_names(result, stop.plan)}."] if stop.plan else ["Nothing is removed: this is the teacher."]
     if stop.step and stop.step.gap is not None:
-        error = "" if stop.step.gap_se is None else f" ± {format_number(1.96 * stop.step.gap_se)}"
+        error = "" if stop.step.gap_se is None else f" ± {format_number(Z_95 * stop.step.gap_se)}"
         gone.append(
             f"Last removed: {_step_names(stop)}. The second best would have cost {format_number(stop.step.gap)}{error} "
             f"{result.loss_unit} more (95%)."

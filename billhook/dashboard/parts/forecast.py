@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from billhook.core.outlook.loss_curve import LossForecast
 from billhook.core.outlook.machines import Machine
 from billhook.core.outlook.roofline import Resources
+from billhook.core.results.measured import Z_95
 from billhook.core.results.run import RunResult
 from billhook.core.statistics import exp_capped
 from billhook.dashboard.layout import compare_address, run_address
@@ -62,7 +63,7 @@ def curve_figure(known: Known, share: float, stops: Sequence[Stop]) -> str:
         Point(
             100 * size.point.share, size.point.nats,
             f"{size.run}: {100 * size.point.share:.1f}% removed, {format_ratio(exp_capped(size.point.nats))}, measured",
-            size.point.nats - 1.96 * size.point.se, size.point.nats + 1.96 * size.point.se,
+            size.point.nats - Z_95 * size.point.se, size.point.nats + Z_95 * size.point.se,
         )
         for size in known.curve.sizes
     )  # fmt: skip

@@ -10,6 +10,7 @@ from billhook.core.outlook.costs import Figure
 from billhook.core.outlook.loss_curve import LossForecast
 from billhook.core.outlook.roofline import USABLE, Resources, Workload
 from billhook.core.outlook.search_end import SearchForecast
+from billhook.core.results.measured import Z_95
 from billhook.core.results.outlook import CostReport, CurveForecast, ForecastReport, ModelOnMachine, RooflineCheck
 from billhook.core.results.suggestions import Suggestion, SuggestionReport
 from billhook.report.numbers import (
@@ -43,7 +44,7 @@ def curve_rows(curve: CurveForecast) -> list[list[str]]:
     """A line a size, measured or forecast, the smallest first."""
     rows: list[tuple[float, list[str]]] = []
     for point in curve.measured:
-        ends = (math.exp(point.nats + side * 1.96 * point.se) * curve.teacher for side in (-1, 1))
+        ends = (math.exp(point.nats + side * Z_95 * point.se) * curve.teacher for side in (-1, 1))
         interval = " to ".join(map(format_perplexity, ends)) if point.se else "–"
         rows.append((point.share, [_size(point.share), format_perplexity(point.perplexity), interval, point.run]))
     for each in curve.forecasts:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from billhook.core.plan import Plan
+from billhook.core.results.measured import Z_95
 from billhook.core.results.run import RunResult
 from billhook.report.charts import Axis, Line, Point, figure, key_of, names_chart, xy_chart
 from billhook.report.frame import readable_value
 from billhook.report.numbers import format_number, format_ratio, pluralize, shown_ratio
-from billhook.report.run.sites import Z, removed_in_step
+from billhook.report.run.sites import removed_in_step
 from billhook.report.run_words import summary_rows
 
 
@@ -31,9 +32,10 @@ def loss_chart(result: RunResult) -> str:
         return ""
     points = []
     for number, (step, left) in enumerate(zip(steps, shares, strict=True), 1):
-        more = "" if step.loss_se is None else f" ± {format_number(Z * step.loss_se)}"
+        more = "" if step.loss_se is None else f" ± {format_number(Z_95 * step.loss_se)}"
         tip = f"{number}. {removed_in_step(step)}\n{left:.1f}% left\nloss {step.loss:.4g}{more}"
-        ends = (None, None) if step.loss_se is None else (step.loss - Z * step.loss_se, step.loss + Z * step.loss_se)
+        half = None if step.loss_se is None else Z_95 * step.loss_se
+        ends = (None, None) if half is None else (step.loss - half, step.loss + half)
         points.append(Point(left, step.loss, tip, *ends))
     line = Line("loss", tuple(points), joined=True, banded=True, size=10)
     known = any(step.loss_se is not None for step in steps)
@@ -56,7 +58,7 @@ def gap_chart(result: RunResult) -> str:
         return ""
     points, clear = [], 0
     for number, step in known:
-        gap, error = step.gap or 0.0, Z * (step.gap_se or 0.0)
+        gap, error = step.gap or 0.0, Z_95 * (step.gap_se or 0.0)
         clear += gap > error
         tip = f"{number}. {removed_in_step(step)}\ngap {format_number(gap)} ± {format_number(error)}"
         points.append(Point(number, gap, tip, gap - error, gap + error, hollow=gap <= error))

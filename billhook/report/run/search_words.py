@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from billhook.core.results.measured import WorkPlan
+from billhook.core.results.measured import Z_95, WorkPlan
 from billhook.core.results.run import FinalChoice, Influence, SearchSummary
 from billhook.report.numbers import pluralize
 
@@ -38,7 +38,7 @@ def _final_choice_in_words(final: FinalChoice) -> str:
     )
     if not final.gap:
         return taken
-    error = "" if final.gap_se is None else f" ± {1.96 * final.gap_se:.2g}"
+    error = "" if final.gap_se is None else f" ± {Z_95 * final.gap_se:.2g}"
     where = ", found for another size," if final.elsewhere else ""
     return taken + f" It{where} is lower by {final.gap:.2g}{error} than the one that the calibration text chooses."
 

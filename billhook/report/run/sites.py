@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 
 from billhook.core.anatomy import SiteSize
 from billhook.core.plan import PARTS, Site
-from billhook.core.results.measured import Step
+from billhook.core.results.measured import Z_95, Step
 from billhook.core.results.run import Exchange, RunResult, SiteLoss
 from billhook.report.charts import Axis, Line, Point, figure, key_of, round_ticks, xy_chart
 from billhook.report.frame import caption, details, escaped, html_table, scrolling, sortable_table
 from billhook.report.numbers import format_number, pluralize
 from billhook.report.run.narrowed import kept_group_counts, narrowed_sites
 from billhook.report.run.search_words import search_in_words
-
-Z = 1.96  # standard errors of a 95% interval
 
 
 def removed_earlier(result: RunResult) -> list[Site]:
@@ -68,7 +66,7 @@ def facts_of_sites(result: RunResult) -> list[SiteFacts]:
 
 def _doubt(other: Exchange) -> str:
     """`; unseen text takes attention.6 instead, 0.0031 ± 0.0012 lower`."""
-    error = "" if other.gap_se is None else f" ± {format_number(Z * other.gap_se)}"
+    error = "" if other.gap_se is None else f" ± {format_number(Z_95 * other.gap_se)}"
     noise = "" if other.is_clear else ", which may be noise"
     return f"; unseen text takes {other.other} instead, {format_number(-other.gap)}{error} lower{noise}"
 
@@ -81,8 +79,8 @@ def _why(number: int, of: int, step: Step) -> str:
     gap = format_number(step.gap)
     if step.gap_se is None:
         return f"{words}, the second best {gap} worse"
-    clear = "" if step.gap > Z * step.gap_se else ", which may be noise"
-    return f"{words}, the second best {gap} ± {format_number(Z * step.gap_se)} worse{clear}"
+    clear = "" if step.gap > Z_95 * step.gap_se else ", which may be noise"
+    return f"{words}, the second best {gap} ± {format_number(Z_95 * step.gap_se)} worse{clear}"
 
 
 # -- the strip ---------------------------------------------------------------------------------------------------------
@@ -124,7 +122,7 @@ def _cell(fact: SiteFacts) -> str:
 def _loss(alone: SiteLoss) -> str:
     if alone.at_least:
         return f"≥ {alone.loss:.3g}"
-    return f"{alone.loss:.3g}" + ("" if alone.se is None else f" ± {Z * alone.se:.2g}")
+    return f"{alone.loss:.3g}" + ("" if alone.se is None else f" ± {Z_95 * alone.se:.2g}")
 
 
 # -- what each is worth ------------------------------------------------------------------------------------------------
@@ -216,7 +214,7 @@ def worth_chart(result: RunResult) -> str:
 def _worth(fact: SiteFacts, least: float) -> Point:
     assert fact.alone is not None
     alone, se = fact.alone, fact.alone.se
-    ends = (None, None) if se is None else (max(alone.loss - Z * se, least), alone.loss + Z * se)
+    ends = (None, None) if se is None else (max(alone.loss - Z_95 * se, least), alone.loss + Z_95 * se)
     low, high = (None if end is None else math.log(end) for end in ends)
     tip = f"{fact.site}: {fact.why}\nalone: loss {_loss(alone)}"
     return Point(fact.site.block, math.log(alone.loss), tip, low, high, symbol="arrow" if alone.at_least else "",
@@ -258,7 +256,7 @@ def removals(result: RunResult) -> str:
 
 
 def _more(se: float | None) -> str:
-    return "" if se is None else f" ± {format_number(Z * se)}"
+    return "" if se is None else f" ± {format_number(Z_95 * se)}"
 
 
 def sites_in_words(sites: Sequence[Site]) -> list[str]:
