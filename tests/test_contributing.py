@@ -86,7 +86,8 @@ def test_an_export_is_added_as_the_page_says(copy: Path, model: Path, text: Path
     out = tmp_path / "out"
     told = json.loads(run(
         copy, "-m", "billhook", "prune", model, "--plan", "attention.1,mlp.1", "--export", "whole_blocks", "--out", out,
-        "--data", text, "--tokens", 96, "--length", 16, "--eval-tokens", 256, "--store", tmp_path / "runs.db", "--json",
+        "--data", text, "--tokens", 96, "--length", 16, "--eval-tokens", 256, "--proof", "loss",
+        "--store", tmp_path / "runs.db", "--json",
     ))  # fmt: skip
     assert told["recipe"]["export"] == "whole_blocks"
     assert json.loads((out / "blocks.json").read_text()) == [0, 2, 3]

@@ -130,7 +130,7 @@ def test_interrupted_it_says_how_to_go_on_and_that_is_so(pruned: Pruned, model: 
     out = pruned.out.with_name("again")
     plan = ",".join(pruned.result["plan"]["removed"])
     command = ("prune", model, "--plan", plan, "--out", out, "--store", pruned.store, "--seed", "1", *pruned.options)
-    child = process(*command)
+    child = process(*command, "--proof", "loss")
     assert child.stderr is not None
     for line in child.stderr:
         if line.startswith("search"):

@@ -22,8 +22,8 @@ def started(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
 
 def pruning(model: Path, text: Path, folder: Path) -> tuple[object, ...]:
     return ("prune", model, "--remove", "1sites", "--search", "oneshot", "--data", text, "--tokens", 160,
-            "--length", 20, "--eval-tokens", 256, "--eval-length", 32, "--self-share", 0, "--store", folder / "b.db",
-            "--out", folder / "out")  # fmt: skip
+            "--length", 20, "--eval-tokens", 256, "--eval-length", 32, "--self-share", 0, "--proof", "loss",
+            "--store", folder / "b.db", "--out", folder / "out")  # fmt: skip
 
 
 @pytest.mark.parametrize("stderr", ["closed", "full", "unread"])
