@@ -142,7 +142,8 @@ def all_seen_digests(
 ) -> list[str]:
     """Digests of all documents and items that a choice, a fit or an earlier pruning of this model has looked at."""
     given, teacher = models.pair
-    found = {*texts.calibration.digests, *got.seen, *choice.judged_on}
+    counted = models.cut.digests if models.cut is not None else ()
+    found = {*texts.calibration.digests, *got.seen, *choice.judged_on, *counted}
     if recipe.margin is not None:
         found |= set(validation_and_test(recipe, recipe.margin, teacher, texts.held_out)[0].digests)
     if recipe.fold_in_search:

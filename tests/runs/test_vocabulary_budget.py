@@ -200,6 +200,13 @@ def test_held_out_text_is_never_counted_whatever_its_tokens(place: Path, result:
     assert seen & texts_of(halved, smaller.tokenizer) <= seen & texts_of(plain, given.tokenizer)
 
 
+def test_what_was_counted_has_been_seen(place: Path, result: RunResult) -> None:
+    given = load(place / "model")
+    spec = TextSpec(str(place / "mine.jsonl"), "text", 100_000, 64, 0)
+    counted = calibration_tokens(spec, given.model, given.tokenizer, least=1)
+    assert set(counted.digests) <= set(result.seen)
+
+
 def test_an_interrupted_run_resumes_with_the_same_result(place: Path, result: RunResult, tmp_path: Path) -> None:
     given: dict[str, Any] = {
         "remove": "30%vocabulary,2blocks", "data": place / "mine.jsonl", "out": tmp_path / "out",

@@ -33,6 +33,7 @@ class Cut:
         fixed: rows that stay whatever is removed.
         counted, used: tokens of the text, and how many of them are different.
         source: of the text.
+        digests: of its documents.
     """
 
     rows: int
@@ -41,6 +42,7 @@ class Cut:
     counted: int
     used: int
     source: str
+    digests: tuple[str, ...] = ()
 
 
 def readable_vocabulary(teacher: Teacher) -> Vocabulary:
@@ -72,7 +74,7 @@ def choose_rows(vocabulary: Vocabulary, counted: TokenSet, count: int | None, *h
     for row, length in zip(counted.rows, counted.lengths, strict=True):
         uses.update(row[:length].tolist())
     numbers = new_numbers(vocabulary, tokens_to_keep(vocabulary, uses, count))
-    return Cut(vocabulary.rows, numbers, len(vocabulary.kept), uses.total(), len(uses), counted.source)
+    return Cut(vocabulary.rows, numbers, len(vocabulary.kept), uses.total(), len(uses), counted.source, counted.digests)
 
 
 def of_that_size(recipe: Recipe, given: Teacher) -> tuple[Teacher, Vocabulary | None]:
