@@ -50,6 +50,11 @@ def pytest_configure() -> None:
         torch.backends.mps.is_available = lambda: False
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests of the whole, which are the longest: no process waits for one at the end."""
+    items.sort(key=lambda item: item.path.parent.name != "tests")
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Pretend a device before any test runs, where one needs it: torch counts devices at its first backward pass."""
     if not places.ASKED and any(item.path.parent.name == "device" for item in session.items):
