@@ -46,6 +46,7 @@ from billhook.methods.recover import RECOVERIES
 from billhook.methods.search import SEARCHES
 from billhook.models.device import dtype_name
 from billhook.models.load import Model, Teacher, as_teacher, loaded_by_name, name_of
+from billhook.models.pruned_config import require_prunable
 from billhook.models.repair import NO_REPAIR
 from billhook.report.run_report import write_report
 from billhook.runs import check_inputs, require_model, unfinished_run
@@ -270,6 +271,7 @@ def score(
     metrics = [GROUP_METRICS[name] if name in tuple(GROUP_METRICS) else METRICS[name] for name in names]
     given = resolve_options(asked.set, *metrics)
     teacher = load_teacher(asked, watch, loaded_by_name(model))
+    require_prunable(teacher.pruned, teacher.name)
     calibration = read_calibration(asked, teacher, watch)
     start = time.perf_counter()
     probe = Probe(teacher, calibration, parse_loss(asked.loss).name, memory=asked.memory_bytes)

@@ -205,7 +205,8 @@ def print_result(value: Any) -> None:
 
 def table_of(kind: type | str) -> Print:
     """What prints a result of a kind: its table, or its rows."""
-    for module in ("run_tables", "tables", "study_tables", "outlook_tables"):  # by the time that they take to import
+    # by the time that they take to import
+    for module in ("run_tables", "tables", "smaller.tables", "study_tables", "outlook_tables"):
         if kind not in TABLES:
             import_module(f"billhook.cli.{module}")
     return TABLES[kind if kind in TABLES else Result]

@@ -99,7 +99,7 @@ class SiteSize:
 
 @dataclass(frozen=True, slots=True)
 class SharedNorms:
-    """A norm that both sites of a block use; it is removed with the whole block."""
+    """What both sites of a block use: norms, or matrices in its shortcuts; it is removed with the whole block."""
 
     block: int
     parameters: int

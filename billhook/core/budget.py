@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from billhook.core.anatomy import Anatomy, SiteSize
 from billhook.core.errors import BudgetError, RecipeError, nearest, option
-from billhook.core.options import RankRule
+from billhook.core.options import BasisRule, RankRule
 from billhook.core.plan import Plan, Site, shorten
 
 
@@ -198,6 +198,16 @@ def parse_rank_rule(text: str) -> RankRule:
             "model's loss by, or energy, what it holds of the outputs' energy."
         )
     return "loss" if text == "loss" else "energy"
+
+
+def parse_basis_rule(text: str) -> BasisRule:
+    """Read how many bases a residual stream has: `one` or `boundary`. Raises BudgetError with what is allowed."""
+    if text not in ("one", "boundary"):
+        raise BudgetError(
+            f"{option('bases', shorten(text))} is no choice of bases. Write one, for all boundaries, or boundary, one "
+            "for each."
+        )
+    return "one" if text == "one" else "boundary"
 
 
 def parse_width(text: str) -> int | Fraction:

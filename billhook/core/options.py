@@ -17,6 +17,8 @@ Amount = str | float  # 25%, 3blocks …; 0.25: of the parameters
 
 RankRule = Literal["energy", "loss"]  # what ranks of low-rank factors are chosen by
 
+BasisRule = Literal["one", "boundary"]  # bases of a residual stream: one of all boundaries, or one of each
+
 
 class LoadOptions(TypedDict, total=False):
     """How a model is loaded."""

@@ -19,6 +19,7 @@ from billhook.core.files.foreign_files import read_json_object, reading, shown, 
 from billhook.core.results.json_form import JsonObject
 from billhook.models import architectures, require_config
 from billhook.models.device import SAFETENSORS_DTYPES
+from billhook.models.modeling_billhook import stock_fields
 from billhook.models.pruned_config import check_section
 
 INDEX = "model.safetensors.index.json"
@@ -119,7 +120,7 @@ def _check_config(raw: JsonObject) -> Any:
     if method := next((name for name in raw if callable(getattr(kind, name, None))), None):
         raise ModelError(f"config.json has the key {method!r}, which is none of a {base}. Download the file again.")
     try:
-        config = transformers.AutoConfig.for_model(base, **_stock_fields(raw))
+        config = transformers.AutoConfig.for_model(base, **stock_fields(raw))
         config.to_dict()
     except Exception as error:  # a foreign config may fail in any way
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -136,10 +137,6 @@ def _check_config(raw: JsonObject) -> Any:
             raise
         raise ModelError(f"{error} The row that is probably missing: {_suggestion(config)}") from error
     return config
-
-
-def _stock_fields(raw: JsonObject) -> JsonObject:
-    return {k: v for k, v in raw.items() if k not in ("model_type", "per_layer_config", "auto_map", "billhook")}
 
 
 def _suggestion(config: Any) -> str:

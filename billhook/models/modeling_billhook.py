@@ -3,8 +3,9 @@
 Needs transformers and torch only. `per_layer_config` in config.json says which blocks lack their `attention` or
 `mlp`; the `billhook` section names the modules that make up a part (`zero` returns zeros in the place of the part,
 `drop` passes its input through: norms that served the part alone), `patches` what a repair put in the place of a part:
-a constant, a factor, a matrix of low rank, `narrow` the shapes of parts that have lost heads or neurons, and `factors`
-the ranks of linear maps that are two smaller ones.
+a constant, a factor, a matrix of low rank, `narrow` the shapes of parts that have lost heads or neurons, `factors`
+the ranks of linear maps that are two smaller ones, and `shortcuts` that a matrix stands in the shortcut around each
+part.
 
 `BillhookLlamaConfig`, `BillhookLlamaForCausalLM` and the like are names of this module for every stock class that
 transformers has: they are made when they are asked for.
@@ -157,6 +158,51 @@ def factor_linears(model):
             factor_linear(blocks[int(site.partition(".")[2])], name, rank)
 
 
+@functools.cache
+def shortcut_class(block_class, parts):
+    """A class of blocks whose residual stream has another basis after each part: S · x + part(norm(x)).
+
+    `parts`: the names of norm and part in the block, attention first.
+    """
+
+    def forward(self, hidden_states, **kwargs):
+        for number, (norm, part) in enumerate(parts):
+            added = getattr(self, part)(getattr(self, norm)(hidden_states), **({} if number else kwargs))
+            added = added[0] if isinstance(added, tuple) else added
+            hidden_states = self.shortcuts[number](hidden_states) + added
+        return hidden_states
+
+    # Under the same name, by which devices are told which modules not to divide.
+    return type(block_class.__name__, (block_class,), {"forward": forward, "__module__": __name__})
+
+
+def add_shortcuts(model):
+    """Put matrices, without values, into the shortcuts of a model whose config says that it has them, in place."""
+    told = model.config.billhook
+    if not told.get("shortcuts"):
+        return
+    width = model.config.hidden_size
+    parts = tuple((told["parts"][part]["drop"][0], told["parts"][part]["zero"][0]) for part in ("attention", "mlp"))
+    for block in blocks_of(model):
+        block.shortcuts = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in parts)
+        block.__class__ = shortcut_class(type(block), parts)
+
+
+def stock_fields(fields):
+    """Those fields of a config of ours, given as a dict, that a stock config of the type takes.
+
+    The stock config of Llama refuses a residual stream that is no multiple of its heads, as with shortcuts it may be:
+    it is told heads times head_dim then, which a KV cache and checks of a config do not read.
+    """
+    own = ("per_layer_config", "billhook", "auto_map", "model_type")
+    found = {name: value for name, value in fields.items() if name not in own}
+    told = fields.get("billhook")
+    if isinstance(told, dict) and told.get("shortcuts"):
+        heads = found["num_attention_heads"]
+        found["hidden_size"] = heads * (found.get("head_dim") or found["hidden_size"] // heads)
+    return found
+
+
 def skipped_parts(config):
     """{block index: parts that it lacks} from `per_layer_config` in whichever form this transformers keeps it."""
     raw = config.to_dict().get("per_layer_config") or {}
@@ -213,13 +259,18 @@ def pruned_config(config_class):
             return self
         missing = skipped_parts(self)
         keep = [i for i in range(self.num_hidden_layers) if "attention" not in missing.get(i, ())]
-        fields = self.to_dict()
-        for name in ("per_layer_config", "billhook", "auto_map", "model_type"):
-            fields.pop(name, None)
+        fields = stock_fields(self.to_dict())
         if fields.get("layer_types"):
             fields["layer_types"] = [fields["layer_types"][i] for i in keep]
         fields[self.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(keep)
         return config_class.from_dict(fields)
+
+    def validate(self):
+        # When it is saved. With shortcuts a residual stream need not be a multiple of the heads: see `stock_fields`.
+        if "billhook" in self.__dict__ and self.billhook.get("shortcuts"):
+            config_class(**stock_fields(self.to_dict())).validate()
+        else:
+            config_class.validate(self)
 
     def to_dict(self):
         tell_peft(config_class.model_type, self.model_type)  # which asks for this before it looks a type up
@@ -234,6 +285,7 @@ def pruned_config(config_class):
             "model_type": "billhook-" + config_class.model_type,
             "allow_global_per_layer_attribute_access": True,  # what a layer has of its own is in `resize_parts`
             "get_text_config": get_text_config,
+            "validate": validate,
             "to_dict": to_dict,
             "_auto_class": "AutoConfig",  # so that this file travels with what is saved
             "__module__": __name__,
@@ -250,6 +302,7 @@ def pruned_model(model_class, config_class):
         if base is self or type(base).__module__ != __name__:  # else it has cut itself
             resize_parts(self)
             factor_linears(self)
+            add_shortcuts(self)
             remove_skipped(self)
 
     return type(

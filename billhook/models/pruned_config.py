@@ -23,7 +23,7 @@ from billhook.core.files.foreign_files import AGAIN, shown, validated
 from billhook.core.plan import PARTS, Part, Plan, Site, format_ranges, parse_ends, parse_ranges
 from billhook.core.results.json_form import JsonObject
 from billhook.models import architectures
-from billhook.models.modeling_billhook import pruned_classes, skipped_parts
+from billhook.models.modeling_billhook import pruned_classes, skipped_parts, stock_fields
 from billhook.models.transformers_internals import stock_classes
 
 MANIFEST = "billhook.json"  # beside the weights of every checkpoint that Billhook writes
@@ -74,6 +74,7 @@ class PrunedConfig:
     narrowed: Mapping[Site, NarrowedSite] = field(default_factory=dict)
     patches: Mapping[Site, Mapping[str, Any]] = field(default_factory=dict)
     factors: Mapping[Site, Mapping[str, int]] = field(default_factory=dict)
+    shortcuts: bool = False
 
     @property
     def removed(self) -> Plan:
@@ -137,6 +138,7 @@ class _Section(_Closed):
     narrow: dict[_SiteName, _NarrowModule] = {}
     patches: dict[_SiteName, _Patch] = {}
     factors: dict[_SiteName, dict[str, Annotated[int, Field(ge=1, le=10**9)]]] = {}
+    shortcuts: bool = False
 
 
 class _Layer(_Closed):
@@ -218,7 +220,23 @@ def read_config(config: Any) -> PrunedConfig:
         narrowed,
         by_site("patches"),
         by_site("factors"),
+        has_shortcuts(config),
     )
+
+
+def has_shortcuts(config: Any) -> bool:
+    """Return whether the residual stream of a model has a basis of its own at each boundary."""
+    return bool((getattr(config, "billhook", None) or {}).get("shortcuts"))
+
+
+def require_prunable(pruned: PrunedConfig, name: str) -> None:
+    """Raise ModelError for a model with matrices in its shortcuts, of which nothing can be removed."""
+    if pruned.shortcuts:
+        raise ModelError(
+            f"{name} has a basis for each boundary of its residual stream, and a matrix in each shortcut: nothing in "
+            "it can be removed, narrowed or factored. Prune the model that it was made of, by whole blocks, and slice "
+            "what that leaves."
+        )
 
 
 def write_config(config: Any, pruned: PrunedConfig, path: str, parts: Mapping[str, Any]) -> None:
@@ -245,9 +263,10 @@ def write_config(config: Any, pruned: PrunedConfig, path: str, parts: Mapping[st
         if each.module is not None:
             modules[f"{site.part}.{pruned.index(site)}"] = each.module
     config.per_layer_config = {index: own[index] for index in sorted(own)} or None
-    if not (own or pruned.factors):
+    if not (own or pruned.factors or pruned.shortcuts):
         return
     told |= {"blocks_path": path, "parts": parts} | ({"narrow": modules} if modules else {})
+    told |= {"shortcuts": True} if pruned.shortcuts else {}
     for key, entries in (("patches", pruned.patches), ("factors", pruned.factors)):
         if entries:
             told[key] = {f"{site.part}.{pruned.index(site)}": dict(each) for site, each in sorted(entries.items())}
@@ -279,11 +298,9 @@ def stock_shape(config: Any, base: str, widths: Mapping[str, float]) -> nn.Modul
     Falcon and GPT-2 share the width out among the heads; that of Llama is a multiple of their number.
     """
     config_class, model_class = stock_classes(base)
-    own = {"per_layer_config", "billhook", "model_type", "auto_map"}
-    fields = {name: value for name, value in config.to_dict().items() if name not in own}
     try:
         with torch.device("meta"):
-            built: nn.Module = model_class(config_class.from_dict({**fields, **widths}))
+            built: nn.Module = model_class(config_class.from_dict({**stock_fields(config.to_dict()), **widths}))
     except (AttributeError, ValueError, StrictDataclassError):
         return None
     return built

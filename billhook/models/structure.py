@@ -139,8 +139,8 @@ def anatomy(model: nn.Module, config: Config, pruned: PrunedConfig, *, item_byte
         patched = any(isinstance(module, PatchModule) for module in block.modules())  # then the block is never removed
         owned |= set() if patched else {id(p) for p in common}
         if common and not patched:
-            count = sum(p.numel() for p in common)
-            shared.append(SharedNorms(position, count, count * item_bytes))
+            count, flops = sum(p.numel() for p in common), sum(2 * p.numel() for p in common if p.dim() == 2)
+            shared.append(SharedNorms(position, count, count * item_bytes, flops_per_token=flops))
     rest = [p for p in _parameters([model]) if id(p) not in owned]
     count = sum(p.numel() for p in rest)
     head = model.get_output_embeddings()  # type: ignore[operator]

@@ -24,6 +24,7 @@ from billhook.models.pruned_config import (
     PrunedConfig,
     fits_stock_shape,
     read_config,
+    require_prunable,
     stock_shape,
     write_config,
 )
@@ -115,19 +116,20 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
     positions. Where only whole blocks are missing, or all blocks are as narrow, the class is the stock one; else it is
     `billhook-<type>`, or with `stock=True` the stock one whose removed sites hold zeros. `repair`: new
     weights, and patches in the place of sites; a block that has a patch stays. The student shares all other tensors
-    with the teacher. Raises PlanError if the plan does not fit the teacher, or a patch the stock shape.
+    with the teacher. Raises PlanError if the plan does not fit the teacher, or a patch the stock shape, and ModelError
+    if nothing can be removed from the teacher.
     """
     teacher.anatomy.check(plan)
+    if plan:
+        require_prunable(teacher.pruned, teacher.name)
     row = teacher.architecture
     removed = Plan(teacher.removed_earlier.removed | plan.removed)
     earlier = dict(teacher.pruned.patches)
     patched = earlier | {site: patch.spec() for site, patch in repair.patches.items()}
     factors = {site: ranks for site, ranks in teacher.pruned.factors.items() if site not in plan.removed}
-    if stock and factors:
-        raise _no_stock_place(f"two factors of a weight, as {min(factors)} has")
-    if stock and patched:
-        what = f"what stands at {min(patched)} now: a constant or a matrix of a repair"
-        raise _no_stock_place(what, ", or recover by fold alone")
+    shortcuts = teacher.pruned.shortcuts
+    if stock:
+        _require_stock_place(factors, patched, shortcuts)
     gone = set(removed.blocks()) - {site.block for site in patched}
     kept = [p for p in teacher.positions if p not in gone]
     lacking = [s for s in removed.sites() if s.block not in gone]
@@ -149,8 +151,10 @@ def apply(teacher: Teacher, plan: Plan, *, stock: bool = False, repair: Repair =
         _share_config(student)
     elif stock and narrow:
         raise _no_stock_place(f"a width of its own, as {min(narrow)} has")
-    pruned = PrunedConfig(teacher.anatomy.blocks, tuple(kept), narrowed=narrow, patches=patched, factors=factors)
-    if stock or not (lacking or factors or (narrow and not alike)):
+    pruned = PrunedConfig(
+        teacher.anatomy.blocks, tuple(kept), narrowed=narrow, patches=patched, factors=factors, shortcuts=shortcuts
+    )
+    if stock or not (lacking or factors or shortcuts or (narrow and not alike)):
         config.__class__, student.__class__ = stock_classes(base)
         write_config(config, replace(pruned, zeroed=tuple(lacking)), path, parts)
         number_caches(student.get_submodule(path), {})
@@ -198,6 +202,17 @@ def stock_holds(teacher: Teacher, plan: Plan) -> bool:
         for size in teacher.anatomy.sites
         if size.site not in plan.removed
     )
+
+
+def _require_stock_place(factors: Collection[Site], patched: Collection[Site], shortcuts: bool) -> None:
+    """Raise PlanError where an earlier pruning, or a repair, left what the stock shape cannot hold."""
+    if factors:
+        raise _no_stock_place(f"two factors of a weight, as {min(factors)} has")
+    if shortcuts:
+        raise _no_stock_place("matrices in the shortcuts around its sites")
+    if patched:
+        what = f"what stands at {min(patched)} now: a constant or a matrix of a repair"
+        raise _no_stock_place(what, ", or recover by fold alone")
 
 
 def _no_stock_place(what: str, instead: str = "") -> PlanError:

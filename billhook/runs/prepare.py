@@ -40,6 +40,7 @@ from billhook.methods.export.targets import Form, limited, limits, narrower
 from billhook.methods.recover import adds, unfit
 from billhook.methods.search import drive, narrows
 from billhook.models.load import Teacher, as_teacher
+from billhook.models.pruned_config import require_prunable
 from billhook.models.surgery import stock_holds
 from billhook.runs import check_inputs
 from billhook.runs.executor import store_cache
@@ -89,6 +90,7 @@ def load_teacher(recipe: TextOptions, watch: EventListener, loaded: Mapping[str,
 
 def validate(recipe: Recipe, teacher: Teacher) -> Plan | None:
     """The plan that a recipe gives, if no search chooses one. Raises UsageError before anything is computed."""
+    require_prunable(teacher.pruned, teacher.name)
     parse_loss(recipe.loss)
     method_options(recipe)
     require_workers(recipe.workers, teacher)

@@ -18,6 +18,7 @@ from billhook.core.results.json_form import PagedResult, Result
 from billhook.core.results.specs import PRUNE, RunSpec
 from billhook.core.results.stored import Run, read_result
 from billhook.models.load import Teacher
+from billhook.models.pruned_config import require_prunable
 from billhook.report.pages import page_of
 from billhook.runs import require_model
 from billhook.runs.job import EvalContext, RunContext, run_environment, store_and_watch, with_team
@@ -60,6 +61,7 @@ def open_study(
     folder = None if out is None else named_folder(out)
     with open_run(spec, recipe, store, folder, watch, loaded=loaded) as job:
         teacher = load_teacher(recipe, job.watch, loaded)
+        require_prunable(teacher.pruned, teacher.name)
         with with_team(RunContext(recipe, job.store, job.run, job.out, job.watch, {}), teacher) as shared:
             yield StudyContext(job.store, job.run, teacher, job.watch, recipe.workers, shared.team), job.out
 

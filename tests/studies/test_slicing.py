@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -13,8 +14,10 @@ import pytest
 import tiny
 import torch
 import transformers
+from rich.console import Console
 
 import billhook
+from billhook.cli.session import table_of
 from billhook.core.errors import BillhookError
 from billhook.core.plan import Plan
 from billhook.core.results.exports import SliceReport
@@ -33,6 +36,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_texts(place / "mine.jsonl", 90)
     tiny.write_texts(place / "other.jsonl", 60, seed=1)
     return place
+
+
+@pytest.fixture(scope="module")
+def by_boundary(place: Path) -> SliceReport:
+    """The model with a basis for each boundary."""
+    return billhook.slice_model(
+        place / "model", width=24, bases="boundary", data=place / "mine.jsonl", out=place / "final",
+        store=place / "final.db", eval_data=str(place / "other.jsonl"), **SMALL,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +109,56 @@ def test_the_student_is_pruned_like_any_other_model(place: Path, report: SliceRe
     assert load(tmp_path / "student").model.config.hidden_size == 24
 
 
+@torch.inference_mode()
+def test_with_a_basis_for_each_boundary_the_folder_says_what_was_measured(
+    place: Path, report: SliceReport, by_boundary: SliceReport
+) -> None:
+    assert (by_boundary.bases, by_boundary.width_after, by_boundary.untied) == ("boundary", 24, True)
+    assert by_boundary.parameters_after == TIED + 8 * 24**2 < by_boundary.parameters_before
+    assert by_boundary.energy > report.energy, "each boundary has the best of its own"
+    (stored,) = billhook.list_runs(place / "final.db")
+    assert billhook.show(stored.run, place / "final.db").result == by_boundary
+    assert SliceReport.from_json(json.loads(json.dumps(by_boundary.to_json()))) == by_boundary
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "final", trust_remote_code=True).eval()
+    assert sum(p.numel() for p in model.parameters()) == by_boundary.parameters_after
+    told = json.loads((place / "final" / "billhook.json").read_text())
+    assert told["residual"] == {"width": 32, "kept": 24, "shortcuts": 8}
+    measured = billhook.evaluate(
+        place / "final", data=place / "mine.jsonl", eval_data=place / "other.jsonl", eval_tokens=640, eval_length=32
+    )
+    assert measured.perplexity is not None
+    assert measured.perplexity.value == pytest.approx(by_boundary.texts[0].after.value)
+    assert measured.perplexity.value != pytest.approx(report.texts[1].after.value, rel=1e-3)
+    assert billhook.inspect(place / "final").total.parameters == by_boundary.parameters_after
+
+
+def test_what_cannot_be_done_with_it_is_told_before_a_text_is_read(
+    place: Path, by_boundary: SliceReport, tmp_path: Path
+) -> None:
+    final, store = place / "final", tmp_path / "s.db"
+    tiny.write_texts(tmp_path / "unreadable.jsonl", 9, field="other")  # whoever reads it says that it has no `text`
+    text: dict[str, Any] = {"data": tmp_path / "unreadable.jsonl"}
+    for refused in (
+        lambda: billhook.prune(final, remove="2sites", out=tmp_path / "out", store=store, **text),
+        lambda: billhook.prune(final, plan="mlp.1", out=tmp_path / "out", store=store, **text),
+        lambda: billhook.dry_run(final, remove="2sites", **text),
+        lambda: billhook.score(final, "cosine", **text),
+        lambda: billhook.factor(final, remove="10%", out=tmp_path / "out", store=store, **text),
+        lambda: billhook.slice_model(final, width=16, out=tmp_path / "out", store=store, **text),
+        lambda: billhook.slice_model(final, width=16, bases="boundary", out=tmp_path / "out", store=store, **text),
+        lambda: billhook.sweep(
+            final, "billhook-depth", remove="2sites", data=str(text["data"]), out=tmp_path / "out", store=store
+        ),
+    ):
+        with pytest.raises(BillhookError, match="final has a basis for each boundary of its residual stream"):
+            refused()
+        assert not (tmp_path / "out").exists()
+    for to in ("gguf", "deci", "stock"):
+        with pytest.raises(BillhookError, match=f"The export {to} has no place for the matrices in the shortcuts"):
+            billhook.export(final, to, out=tmp_path / "out", store=store)
+        assert not (tmp_path / "out").exists()
+
+
 def test_more_of_the_stream_costs_less(place: Path, report: SliceReport, tmp_path: Path) -> None:
     fewer = billhook.slice_model(
         load(place / "model"), width=0.3, data=place / "mine.jsonl", out=tmp_path / "cut", store=tmp_path / "s.db",
@@ -122,6 +184,7 @@ def test_wrong_inputs_are_told_before_anything_is_read_or_written(
             ({"width": "0"}, "is no width"),
             ({"width": -8}, "is no width"),
             ({"width": 1.5}, "is no width"),
+            ({"bases": "two"}, "is no choice of bases. Write one, for all boundaries, or boundary, one for each"),
             ({"data": tmp_path / "none.jsonl"}, "is missing. Give a .txt, .jsonl or .parquet file, pydoc"),
             ({"eval_data": str(tmp_path / "none.jsonl")}, "is missing"),
             ({"eval_length": 2}, "eval_length"),
@@ -133,6 +196,8 @@ def test_wrong_inputs_are_told_before_anything_is_read_or_written(
     for model, more, told in (
         (place / "model", {"width": 32}, "since the head is tied, a head of its own, it would have"),
         (place / "model", {"width": 7}, "Give a multiple of 8, at most width=24"),
+        (place / "model", {"width": 7, "bases": "boundary"}, "Give a multiple of 8, at most width=24"),
+        (half, {"width": 32, "bases": "boundary"}, "with the width 32, with matrices in its shortcuts, it would have"),
         (half, {"width": 32}, "with the width 32 it would have 35,104. Give a multiple of 8, at most width=24"),
         (half, {"dtype": "bfloat16"}, "bfloat16 rounds those of .* Use dtype='float32'"),
         (tiny.with_tokenizer(tmp_path / "layers", "gpt_neox"), {}, "this gpt_neox cannot be cut"),
@@ -145,18 +210,28 @@ def test_wrong_inputs_are_told_before_anything_is_read_or_written(
         assert not (tmp_path / "s.db").exists()
 
 
-def test_the_command_prints_a_table_and_refuses_before_torch_is_imported(place: Path, tmp_path: Path) -> None:
+def test_the_command_prints_a_table(place: Path, report: SliceReport, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "billhook", "slice", str(place / "model"), "--store", str(tmp_path / "s.db")]
     small = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    done = subprocess.run(
-        [*line, "--width", "80%", "--data", str(place / "mine.jsonl"), *small, "--out", "cut", "--quiet"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    given = ["--width", "80%", "--bases", "boundary", "--data", str(place / "mine.jsonl"), *small, "--out", "cut"]
+    done = subprocess.run([*line, *given, "--quiet"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    said = " ".join(done.stdout.split())
+    said, one = " ".join(done.stdout.split()), printed(report)
     for told in (
-        "residual width", "Width 80% became 24: here widths are multiples of 8.", "they are two now",
-        "of the squared length of the residual stream",
-        "A search of depth, or of depth and width, loses less at equal size", "Checkpoint: cut",
+        "residual width", "became 24: here widths are multiples of 8.", "they are two now",
+        "of the squared length of the residual stream", "Checkpoint: ",
+        "A search of depth, or of depth and width, loses less at equal size",
     ):  # fmt: skip
         assert told in said, done.stdout
+        assert told in one, one
+    told = "a matrix stands in each shortcut, as in the paper. Load the checkpoint with trust_remote_code=True"
+    assert told in said, done.stdout
+    assert "shortcut" not in one
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["model_type"] == "billhook-llama"
+
+
+def printed(report: SliceReport) -> str:
+    """What the command prints of a report, in one line."""
+    console = Console(file=io.StringIO(), width=200)
+    table_of(SliceReport)(console, report)
+    return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]

@@ -1,1 +1,1 @@
-"""Commands that write a smaller model of the stock type without a search: fewer tokens, a narrower stream."""
+"""Commands that write a smaller model without a search, and what they print: tokens, a narrower stream, factors."""

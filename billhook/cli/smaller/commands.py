@@ -65,6 +65,7 @@ def slice_command(
     *,
     model: Model = None,
     width: Annotated[str, typer.Option(help="Channels of the residual stream that are left: 448, or 75%")],
+    bases: Annotated[str, typer.Option(help="Bases of the stream: one of all boundaries, or boundary (each)")] = "one",
     eval_data: EvalTexts = "",
     out: Annotated[Path | None, typer.Option(help="Folder to write [default: MODEL-slice]")] = None,
     store: StoreFile = DEFAULT_STORE,
@@ -75,16 +76,17 @@ def slice_command(
 ) -> None:
     """Rotate the residual stream and cut it to fewer channels (SliceGPT), and measure what that costs."""
     with CommandSession(as_json, quiet, verbose) as face:
-        from billhook.core.budget import parse_width
+        from billhook.core.budget import parse_basis_rule, parse_width
 
         parse_width(width)
+        rule = parse_basis_rule(bases)
         check_texts(options, eval_data, name="eval_data")
         check_places(model, out=out)
         from billhook.studies.slicing.slicing import slice_model
 
         face.show(slice_model(
-            model or "demo", width=width, eval_data=split_commas(eval_data), out=out, store=store, watch=face.watch,
-            **options,
+            model or "demo", width=width, bases=rule, eval_data=split_commas(eval_data), out=out, store=store,
+            watch=face.watch, **options,
         ))  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
-from billhook.core.options import RankRule
+from billhook.core.options import BasisRule, RankRule
 from billhook.core.plan import Site
 from billhook.core.results.json_form import JsonObject, Result
 from billhook.core.results.measured import Estimate, estimate_columns
@@ -194,9 +194,10 @@ class SliceReport(Result):
     """A model with a narrower residual stream, in a folder.
 
     `asked`: the width as it was asked for; `step`: widths of the type are multiples of it. `energy`: share of the
-    squared length of the streams of `calibrated` tokens of `data` that is left, the mean over tokens and boundaries;
-    it has no interval. `untied`: whether embedding and head were one and are two now. `parameters`, `bytes` (of the
-    weights on disk): before and after.
+    squared length of the streams of `calibrated` tokens of `data` that is left, the mean over boundaries, and with one
+    basis over tokens; it has no interval. `untied`: whether embedding and head were one and are two now. `parameters`,
+    `bytes` (of the weights on disk): before and after. `bases`: one of all boundaries, or one of each, whose streams
+    are those that the sliced model has before it.
     """
 
     kind: ClassVar[str] = "slice"
@@ -216,6 +217,7 @@ class SliceReport(Result):
     bytes_before: int
     bytes_after: int
     texts: tuple[SliceText, ...]
+    bases: BasisRule = "one"
 
     def rows(self) -> list[JsonObject]:
         """A row a held-out text."""

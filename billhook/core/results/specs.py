@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from billhook.core.options import RankRule
+from billhook.core.options import BasisRule, RankRule
 from billhook.core.results.json_form import JsonObject, decode, encode
 from billhook.core.results.measured import TimingProtocol
 
@@ -206,9 +206,9 @@ class FactorSpec(RunSpec):
 
 @dataclass(frozen=True)
 class SliceSpec(RunSpec):
-    """A model with a residual stream of `width` channels, or of that share, by a basis from the text `data`.
+    """A model with a residual stream of `width` channels, or of that share, by bases from the text `data`.
 
-    `eval_data`: held-out texts; empty for a part of `data`.
+    `eval_data`: held-out texts; empty for a part of `data`. `bases`: one of all boundaries, or one of each.
     """
 
     kind = "slice"
@@ -217,6 +217,7 @@ class SliceSpec(RunSpec):
     data: str
     eval_data: tuple[str, ...]
     options: Options
+    bases: BasisRule = "one"
 
 
 @dataclass(frozen=True)

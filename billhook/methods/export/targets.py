@@ -12,7 +12,7 @@ from billhook.core.errors import PlanError
 from billhook.core.plan import PARTS, Part, Plan, Site
 from billhook.core.results.exports import FaultReason
 from billhook.models.load import Teacher
-from billhook.models.pruned_config import stock_shape
+from billhook.models.pruned_config import has_shortcuts, stock_shape
 from billhook.models.repair import NO_REPAIR, Repair
 from billhook.models.surgery import stock_holds
 
@@ -46,12 +46,12 @@ class Form:
 
     `sites`: a block that lacks one of its sites is written without it (`removed`), with `zeros` in its place, or
     not at all (`none`: only whole blocks may be missing). `mlp_widths`, `attention_widths`: `any`, all blocks
-    `alike`, or `none`. `inserts`: what a repair put in the place of a removed site, and factors of weights;
-    `constants`: of that only constants. `biases`: of output projections that have none in the stock type.
-    `architectures`: stock model types; None is every one. `refuse`: a reason why the model of a config has no place
-    in this form. `runtimes`: those that load it and can verify it, the first one does. `mlp_step`: widths of an mlp
-    that waste nothing are multiples of it; a search for this form keeps to them. `attention_counts`: in how many KV
-    groups an attention may be left, ascending, by the config; empty is any number. `first_attention`: the first
+    `alike`, or `none`. `inserts`: what a repair put in the place of a removed site, factors of weights, and matrices
+    in shortcuts; `constants`: of that only constants. `biases`: of output projections that have none in the stock
+    type. `architectures`: stock model types; None is every one. `refuse`: a reason why the model of a config has no
+    place in this form. `runtimes`: those that load it and can verify it, the first one does. `mlp_step`: widths of an
+    mlp that waste nothing are multiples of it; a search for this form keeps to them. `attention_counts`: in how many
+    KV groups an attention may be left, ascending, by the config; empty is any number. `first_attention`: the first
     block must keep its attention.
     """
 
@@ -71,6 +71,8 @@ class Form:
 
     def takes(self, model_type: str, config: Any) -> str | None:
         """Return why no student of this model has a place in this form; None where some have."""
+        if not self.inserts and has_shortcuts(config):
+            return "the matrices in the shortcuts of a model with a basis for each boundary; slice with one basis"
         if self.architectures is not None and model_type not in self.architectures:
             return f"models of type {model_type}; it takes {', '.join(self.architectures)}"
         return self.refuse(config)

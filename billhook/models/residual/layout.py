@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from billhook.core.errors import ModelError
+from billhook.core.errors import ModelError, option
 from billhook.core.plan import PARTS, Part
 from billhook.models import structure
 from billhook.models.architectures import Architecture
 from billhook.models.load import Teacher
+from billhook.models.pruned_config import require_prunable
 
 WB = ("weight", "bias")
 
@@ -22,15 +23,15 @@ WB = ("weight", "bias")
 class BlockLayout:
     """Parameters of a block by what they have to do with the residual stream, by their names inside the block.
 
-    `reads`: weights whose inputs are the normed stream, each with the norm that it is normed by. `writes`: weights and
-    biases whose outputs are added to the stream. `normed`: weights and biases of what a norm of heads reads. `norms`:
-    the norms of the stream. Nothing else in the block has the width of the stream.
+    `reads`: weights whose inputs are the normed stream, each with the part that it belongs to. `writes`: weights and
+    biases whose outputs are added to the stream, likewise. `normed`: weights and biases of what a norm of heads reads.
+    `norms`: the norms of the stream by part. Nothing else in the block has the width of the stream.
     """
 
-    reads: dict[str, str]
-    writes: tuple[str, ...]
+    reads: dict[str, Part]
+    writes: dict[str, Part]
     normed: frozenset[str]
-    norms: tuple[str, ...]
+    norms: dict[Part, str]
 
 
 def block_layouts(teacher: Teacher) -> list[BlockLayout]:
@@ -40,6 +41,7 @@ def block_layouts(teacher: Teacher) -> list[BlockLayout]:
     no others. Those inside of heads are let be.
     """
     kind, config, row = teacher.anatomy.model_type, teacher.model.config, teacher.architecture
+    require_prunable(teacher.pruned, teacher.name)
     if str(config.model_type).startswith("billhook-"):
         raise _unfit(kind, "a pruning gave its blocks shapes of their own. Slice the unpruned model, then prune it")
     if row.norm_before_sum:
@@ -56,6 +58,16 @@ def block_layouts(teacher: Teacher) -> list[BlockLayout]:
         if id(parameter) not in known and not name.startswith(f"{row.blocks}."):
             raise _unfit(kind, f"nothing says whether {name} reads the residual stream or writes it")
     return [_block_layout(block, row, config, kind) for block in structure.blocks_of(teacher.model, row)]
+
+
+def require_in_turn(teacher: Teacher) -> None:
+    """Raise ModelError for a model whose blocks have no boundary between their attention and their MLP."""
+    row = teacher.architecture
+    if row.parallel(teacher.model.config) or len(row.mlp) > 1 or row.block_outputs > 1:
+        raise ModelError(
+            f"This {teacher.anatomy.model_type} cannot have a basis for each boundary: its blocks are not an attention "
+            f"and then an MLP, one module each. Leave {option('bases')} out for one basis of all boundaries."
+        )
 
 
 def stream_norms(teacher: Teacher) -> Iterator[tuple[str, nn.Module]]:
@@ -95,17 +107,21 @@ def _norm(block: nn.Module, part: Part, row: Architecture, config: Any, kind: st
 def _block_layout(block: nn.Module, row: Architecture, config: Any, kind: str) -> BlockLayout:
     """Return the layout of a block. Raises ModelError where a parameter has no place in it."""
     present = dict(block.named_parameters())
-    norms = {part: _norm(block, part, row, config, kind) for part in PARTS}
+    norms: dict[Part, str] = {part: _norm(block, part, row, config, kind) for part in PARTS}
     attention, mlp = (f"{row.path(part)}.".removeprefix(".") for part in PARTS)
     experts, router = f"{mlp}{row.experts}.", f"{mlp}{row.router}."
     into: dict[Part, list[str]] = {
         "attention": [f"{attention}{name}." for name in row.attention_inputs],
         "mlp": [f"{mlp}{name}." for name in row.mlp_inputs] + [router],
     }
-    reads = {f"{name}weight": norms[part] for part in PARTS for name in into[part]}
-    reads[experts + row.expert_input] = norms["mlp"]
-    writes = [f"{name}.{each}" for name in (attention + row.attention_output, mlp + row.mlp_output) for each in WB]
-    writes += [experts + row.expert_output, f"{experts}{row.expert_output}_bias"]
+    out_of: dict[Part, list[str]] = {
+        "attention": [f"{attention}{row.attention_output}.{each}" for each in WB],
+        "mlp": [f"{mlp}{row.mlp_output}.{each}" for each in WB],
+    }
+    out_of["mlp"] += [experts + row.expert_output, f"{experts}{row.expert_output}_bias"]
+    reads: dict[str, Part] = {f"{name}weight": part for part in PARTS for name in into[part]}
+    reads[experts + row.expert_input] = "mlp"
+    writes = {name: part for part in PARTS for name in out_of[part]}
     heads = {name: f"{attention}{norm}.weight" for name, norm in zip(into["attention"], row.head_norms, strict=False)}
     others = {f"{name}bias" for part in PARTS for name in into[part]} | set(heads.values())
     others |= {f"{experts}{row.expert_input}_bias", attention + row.head_sinks}
@@ -115,10 +131,10 @@ def _block_layout(block: nn.Module, row: Architecture, config: Any, kind: str) -
     if unknown := sorted(present.keys() - {*reads, *writes, *others}):
         raise _unfit(kind, f"its architecture does not say whether {unknown[0]} reads the residual stream or writes it")
     return BlockLayout(
-        {name: norm for name, norm in reads.items() if name in present},
-        tuple(name for name in writes if name in present),
+        {name: part for name, part in reads.items() if name in present},
+        {name: part for name, part in writes.items() if name in present},
         frozenset(f"{name}{each}" for name, norm in heads.items() if norm in present for each in WB) & present.keys(),
-        tuple(norms.values()),
+        norms,
     )
 
 

@@ -21,6 +21,7 @@ from billhook.methods.evaluate.perplexity import measure_perplexity
 from billhook.methods.export.checkpoint import save
 from billhook.models.factors.ranks import most_saved, ranks_by_energy, ranks_by_loss
 from billhook.models.load import Model, Teacher, as_teacher, name_of, student_as_teacher
+from billhook.models.pruned_config import require_prunable
 from billhook.models.repair import NO_REPAIR
 from billhook.runs import check_inputs
 from billhook.runs.job import store_and_watch
@@ -112,9 +113,13 @@ def _options(spec: FactorSpec) -> tuple[CalibrationOptions, EvalOptions]:
 
 
 def _needed(teacher: Teacher, budget: Budget) -> int:
-    """Return how many parameters must be saved. Raises ResourceError and BudgetError before a text is read."""
+    """Return how many parameters must be saved.
+
+    Raises ResourceError, ModelError and BudgetError before a text is read.
+    """
     if teacher.weights is not None:
         raise ResourceError(f"{teacher.name} is larger than the memory that is free, so it cannot be factored here.")
+    require_prunable(teacher.pruned, teacher.name)
     needed, most = math.ceil(budget.target(teacher.anatomy)), most_saved(linear_sizes(teacher))
     if needed > most:
         raise BudgetError(

@@ -8,16 +8,17 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
-from billhook.core.budget import parse_width, spell_budget
+from billhook.core.budget import parse_basis_rule, parse_width, spell_budget
 from billhook.core.errors import ResourceError, UsageError, option
 from billhook.core.events import EventListener, ignore_events
 from billhook.core.files.foreign_files import read_json_object
 from billhook.core.files.target_folder import check_target, named_folder, publish, staging_folder
-from billhook.core.options import Amount, Source
+from billhook.core.options import Amount, BasisRule, Source
 from billhook.core.plan import Plan
 from billhook.core.results.exports import SliceReport, SliceText
 from billhook.core.results.specs import SliceSpec, plain_options
@@ -32,14 +33,14 @@ from billhook.models.device import dtype_name
 from billhook.models.load import Model, Teacher, as_teacher, name_of, student_as_teacher
 from billhook.models.pruned_config import MANIFEST
 from billhook.models.repair import NO_REPAIR
-from billhook.models.residual.student import Widths, require_equal, sliced, widths_of
+from billhook.models.residual.student import Widths, require_equal, sliced, sliced_by_boundary, widths_of
 from billhook.runs import check_inputs
 from billhook.runs.job import store_and_watch
 from billhook.runs.prepare import calibration_spec, read_held_out
 from billhook.runs.recipe import CalibrationOptions, EvalOptions, parse_options
 from billhook.runs.store import STORE
 from billhook.studies.run_study import begin_run, several
-from billhook.studies.slicing.basis import basis_of
+from billhook.studies.slicing.basis import Basis, basis_of, boundary_bases
 
 
 class SliceOptions(CalibrationOptions, EvalOptions):
@@ -50,6 +51,7 @@ def slice_model(
     model: Model = "demo",
     *,
     width: Amount,
+    bases: BasisRule = "one",
     data: Source = "pydoc",
     eval_data: Source | Sequence[str] = (),
     out: str | Path | None = None,
@@ -70,17 +72,20 @@ def slice_model(
     Arguments:
         model: as for `load`, or a loaded Teacher.
         width: channels that are left, such as 448, or their share, such as 75% or 0.75. It is rounded down to what
-            the type allows: a multiple of 8, in Llama also of the heads.
-        data: calibration text, of which the basis is found.
+            the type allows: a multiple of 8, in Llama with one basis also of the heads.
+        bases: of the stream: `one` of all boundaries, or one of each `boundary`, as in the paper.
+        data: calibration text, of which the bases are found.
         eval_data: held-out texts, one or several; left out, a half of `data` that is not calibrated on.
         out: the folder to write (default: MODEL-slice).
         field: of a row that holds the text.
         tokens, length: of the calibration text, in all and per sequence.
         eval_tokens, eval_length: of each held-out text, in all and per sequence.
 
-    All boundaries between sites share one basis, so that the checkpoint has the type of the model, which any software
-    loads: `hidden_size` is smaller. A tied head becomes a matrix of its own. The folder appears whole or not at all.
-    A search of depth, or of depth and width, loses less at equal size wherever that was measured.
+    With one basis the checkpoint has the type of the model, which any software loads: `hidden_size` is smaller. With a
+    basis for each boundary a matrix stands in the shortcut around every attention and MLP: the checkpoint is of a type
+    of its own, and nothing can be removed from it afterwards. A tied head becomes a matrix of its own. The folder
+    appears whole or not at all. A search of depth, or of depth and width, loses less at equal size wherever that was
+    measured, and one basis less than one for each boundary.
 
     Raises BudgetError for a width that is none, or saves nothing, DataError for text that cannot be used, ModelError
     for a type without such a form, ResourceError for a model larger than the memory.
@@ -89,7 +94,7 @@ def slice_model(
     given = {"field": field, "tokens": tokens, "length": length, "eval_tokens": eval_tokens,
              "eval_length": eval_length, "seed": seed, "device": device, "dtype": dtype,
              "trust_remote_code": trust_remote_code}  # fmt: skip
-    spec = SliceSpec(name_of(model), asked, str(data), evals, plain_options(given))
+    spec = SliceSpec(name_of(model), asked, str(data), evals, plain_options(given), parse_basis_rule(bases))
     options = _options(spec)
     folder = named_folder(out if out is not None else f"{Path(spec.model).name}-slice")
     check_target(folder)
@@ -130,7 +135,7 @@ def _choose(teacher: Teacher, spec: SliceSpec, options: Sequence[SliceOptions], 
             f"Every weight is computed anew, and {dtype_name(teacher.model.dtype)} rounds those of {teacher.name}. Use "
             f"{option('dtype', dtype_name(teacher.dtype))}."
         )
-    widths = widths_of(teacher)
+    widths = widths_of(teacher, spec.bases)
     width = widths.nearest(parse_width(spec.width))
     held_out = tuple(read_held_out(each, teacher, watch) for each in options)
     with teacher.lock:  # it may write some of its text
@@ -145,18 +150,25 @@ def _choose(teacher: Teacher, spec: SliceSpec, options: Sequence[SliceOptions], 
 
 def _write(teacher: Teacher, spec: SliceSpec, cut: _Cut, folder: Path, watch: EventListener) -> SliceReport:
     """Measure the narrower model on held-out texts, and write it."""
-    basis = basis_of(teacher, cut.calibration, watch)
-    kept = basis.vectors[:, : cut.width]
-    student = sliced(teacher, kept)
+    found = _bases(teacher, spec.bases, cut, watch)
+    kept = [basis.vectors for basis in found]
+    student = sliced(teacher, *kept) if spec.bases == "one" else sliced_by_boundary(teacher, kept)
     require_equal(teacher, kept, student, cut.calibration.rows[:1, : cut.calibration.lengths[0]])
     smaller, seed = student_as_teacher(teacher, student), int(spec.options["seed"])
     texts = tuple(_compare(each, teacher, smaller, seed, watch) for each in cut.held_out)
     _save(teacher, student, cut, folder, watch)
     return SliceReport(
         teacher.name, str(folder), spec.data, cut.calibration.tokens, spec.width, cut.widths.step, cut.widths.whole,
-        cut.width, basis.kept(cut.width), cut.widths.tied, cut.widths.parameters, smaller.anatomy.total("parameters"),
-        _size(teacher.folder), _size(folder), texts,
+        cut.width, fmean(basis.kept(cut.width) for basis in found), cut.widths.tied, cut.widths.parameters,
+        smaller.anatomy.total("parameters"), _size(teacher.folder), _size(folder), texts, spec.bases,
     )  # fmt: skip
+
+
+def _bases(teacher: Teacher, rule: BasisRule, cut: _Cut, watch: EventListener) -> list[Basis]:
+    """Return the directions that are left: of all boundaries, or of each."""
+    if rule == "one":
+        return [basis_of(teacher, cut.calibration, watch).first(cut.width)]
+    return boundary_bases(teacher, cut.calibration, cut.width, watch)
 
 
 def _compare(tokens: TokenSet, teacher: Teacher, student: Teacher, seed: int, watch: EventListener) -> SliceText:
@@ -176,6 +188,7 @@ def _save(teacher: Teacher, student: Any, cut: _Cut, folder: Path, watch: EventL
     try:
         write_checkpoint(student, teacher.tokenizer, Plan(), aside, teacher=teacher, watch=watch)
         manifest, told = aside / MANIFEST, {"width": cut.widths.whole, "kept": cut.width}
+        told |= {"shortcuts": cut.widths.shortcuts} if cut.widths.shortcuts else {}
         manifest.write_text(json.dumps(read_json_object(manifest) | {"residual": told}, indent=2) + "\n")
         verify_round_trip(student, aside, torch.arange(16)[None] % student.config.vocab_size, watch)
         publish(aside, folder)
