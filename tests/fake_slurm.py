@@ -1,4 +1,7 @@
-"""A Slurm of this machine: `sbatch`, `srun`, `scancel` and `sacct`, which start jobs as processes at once."""
+"""A Slurm of this machine: `sbatch`, `squeue` and `scancel`, which start jobs as processes at once.
+
+They print what those of Slurm 22.05 print. `sacct` is that of a cluster without a database, and `srun` is only there.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ home = Path(__file__).parent
 script = Path(sys.argv[-1]).read_text()
 options = dict(line[2:].split("=", 1) for line in re.findall(r"^#SBATCH (--.*=.*)$", script, re.MULTILINE))
 if options.get("partition") == "closed":
-    sys.exit("sbatch: error: invalid partition specified: closed")
+    print("sbatch: error: invalid partition specified: closed", file=sys.stderr)
+    sys.exit("sbatch: error: Batch job submission failed: Invalid partition name specified")
 (home / "options").write_text("\\n".join(f"{{name}}={{value}}" for name, value in sorted(options.items())))
 kept = home / "script.sh"
 kept.write_text(script)
@@ -27,25 +31,31 @@ for task in range(int(array[1]) + 1) if array else [None]:
     names = "JOB_NUM_NODES=1 NTASKS=1 NODEID=0 PROCID=0 LOCALID=0 JOB_NODELIST=here JOB_ID={JOB}".split()
     names += [] if task is None else ["ARRAY_JOB_ID={JOB}", f"ARRAY_TASK_ID={{task}}"]
     environment = os.environ | dict(("SLURM_" + name).split("=") for name in names)
-    job = subprocess.Popen(
-        ["bash", str(kept)], env=environment, start_new_session=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )
     name = "{JOB}" if task is None else f"{JOB}_{{task}}"
+    logs = [
+        open(options[kind].replace("%A", "{JOB}").replace("%a", str(task)).replace("%j", "{JOB}"), "ab")
+        for kind in ("output", "error")
+    ]
+    job = subprocess.Popen(
+        ["bash", str(kept)], env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=logs[0],
+        stderr=logs[1],
+    )
     (home / f"pid-{{name}}").write_text(str(job.pid))
 print("Submitted batch job {JOB}")
 """
-SRUN = f"""#!{sys.executable}
-import os, sys
-words = sys.argv[1:]
-first = next(place for place, word in enumerate(words) if word.startswith("/") and words[place - 1][:2] != "--")
-array = os.environ.get("SLURM_ARRAY_TASK_ID")
-for handle, name in ((1, "--output"), (2, "--error")):
-    path = words[words.index(name) + 1].replace("%t", "0").replace("%j", "{JOB}")
-    path = path.replace("%A", "{JOB}").replace("%a", array or "")
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), handle)
-os.execv(words[first], words[first:])
+SQUEUE = f"""#!{sys.executable}
+import sys
+from pathlib import Path
+import psutil
+files = sorted(Path(__file__).parent.glob("pid-*"))
+if "--jobs={JOB}" not in sys.argv or not files:
+    sys.exit("slurm_load_jobs error: Invalid job id specified")
+for file in files:
+    pid = int(file.read_text())
+    if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        print(file.name.removeprefix("pid-"))
 """
+SRUN = f"#!{sys.executable}\n"
 SCANCEL = f"""#!{sys.executable}
 import os, signal, sys
 from pathlib import Path
@@ -56,7 +66,7 @@ try:
 except ProcessLookupError:
     pass
 """
-SACCT = f"#!{sys.executable}\nprint('JobID|State|NodeList')\n"
+SACCT = f"#!{sys.executable}\nimport sys\nsys.exit('Slurm accounting storage is disabled')\n"
 
 
 class FakeSlurm:
@@ -65,7 +75,8 @@ class FakeSlurm:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
         folder.mkdir()
-        for name, text in {"sbatch": SBATCH, "srun": SRUN, "scancel": SCANCEL, "sacct": SACCT}.items():
+        commands = {"sbatch": SBATCH, "srun": SRUN, "squeue": SQUEUE, "scancel": SCANCEL, "sacct": SACCT}
+        for name, text in commands.items():
             (folder / name).write_text(text)
             (folder / name).chmod(0o700)
         monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")

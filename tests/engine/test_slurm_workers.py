@@ -12,6 +12,7 @@ from dataclasses import replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from billhook.engine.workers.hiring import hiring
 from billhook.engine.workers.lines import Hiring, Inbox
 from billhook.engine.workers.messages import Lost, Start, hello_of
 from billhook.engine.workers.network import Address, Reception, call, hang_up
-from billhook.engine.workers.slurm_jobs import JobLine
+from billhook.engine.workers.slurm_jobs import JobLine, in_queue
 from billhook.engine.workers.team import Team
 from billhook.models.load import Teacher, load
 
@@ -51,14 +52,8 @@ class FakeJob:
 
     job_id = "42_0"
 
-    def __init__(self, over: bool = False) -> None:
-        self.over, self.cancelled = over, 0
-
-    def done(self) -> bool:
-        return self.over
-
-    def stderr(self) -> str:
-        return "first\nthe model is not there\n"
+    def __init__(self, log: Path) -> None:
+        self.paths, self.cancelled = SimpleNamespace(stderr=log), 0
 
     def cancel(self, check: bool) -> None:
         self.cancelled += 1
@@ -98,6 +93,39 @@ def test_jobs_find_what_one_process_finds_also_when_one_is_killed(teacher: Teach
     asked = slurm.options
     assert (asked["partition"], asked["time"], asked["cpus-per-task"]) == ("debug", "10", "1")
     assert "gpus-per-node" not in asked
+    assert "srun" not in (slurm.folder / "script.sh").read_text(), "a step may have fewer CPUs than its job"
+
+
+def test_jobs_that_end_before_they_call_are_told_without_accounting(teacher: Teacher, slurm: FakeSlurm) -> None:
+    told: list[Event] = []
+    assert in_queue("42") == set(), "Slurm knows no such job"
+    crew = parse_workers("slurm:n=2,cpus=1,host=127.0.0.1")
+    with Team(teacher, hiring(crew, teacher), watch=told.append) as team:
+        team.start()
+        assert in_queue("42") == {"42_0", "42_1"}
+        assert in_queue("7") == set()
+        for job in ("42_0", "42_1"):
+            slurm.kill(job)
+        team.wait()
+        assert team.workers == (0,)
+    lost = sorted(str(event.values["lost"]) for event in told)
+    assert lost == [f"Slurm job {job}, no longer in the queue" for job in ("42_0", "42_1")]
+
+
+def test_one_job_of_a_command_that_is_itself_one_of_an_array(
+    teacher: Teacher, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")  # which the job would take for its own
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    with Team(teacher, hiring(parse_workers("slurm:n=1,cpus=1,host=127.0.0.1"), teacher)) as team:
+        team.wait()
+        assert team.workers == (0, 1)
+    assert slurm.cancelled == {"42"}
+
+
+def test_a_slurm_that_does_not_answer_says_nothing_of_its_jobs(slurm: FakeSlurm) -> None:
+    (slurm.folder / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact' >&2; exit 1\n")
+    assert in_queue("42") is None
 
 
 def test_what_slurm_refuses_is_told_in_its_words(teacher: Teacher, slurm: FakeSlurm) -> None:
@@ -130,9 +158,11 @@ def received(address: Address, number: int, inbox: Inbox, *answers: object) -> J
 
 
 @pytest.mark.parametrize("foreign", ["model", "compute", "software"])
-def test_a_worker_that_computes_something_else_is_refused_over_the_network(foreign: str, teacher: Teacher) -> None:
+def test_a_worker_that_computes_something_else_is_refused_over_the_network(
+    foreign: str, teacher: Teacher, tmp_path: Path
+) -> None:
     told: list[Event] = []
-    job = FakeJob()
+    job = FakeJob(tmp_path / "log")
 
     def hire(inbox: Inbox) -> list[JobLine]:
         line = JobLine(1, inbox, job, lambda: None)
@@ -155,10 +185,12 @@ def test_a_worker_that_computes_something_else_is_refused_over_the_network(forei
     assert [event.values["refused"] for event in told] == [f"{foreign} another instead of {ours}"]
 
 
-def test_answers_that_cannot_be_read_and_jobs_that_end_too_early_are_losses() -> None:
+def test_answers_that_cannot_be_read_and_jobs_that_end_too_early_are_losses(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"first\nthe model is \xff not there\n")  # not UTF-8
     inbox: Inbox = queue.SimpleQueue()
     start = Start("folder", "cpu", "float32", None, False, None)
-    lines = [JobLine(number, inbox, FakeJob(over=number == 2), lambda: None) for number in range(3)]
+    lines = [JobLine(number, inbox, FakeJob(log), lambda: None) for number in range(3)]
     for line in lines:
         line.send(start)
     reception = Reception("127.0.0.1", 0, lambda number, connection: lines[number].answer(connection))
@@ -174,11 +206,13 @@ def test_answers_that_cannot_be_read_and_jobs_that_end_too_early_are_losses() ->
         worker.join()
         assert number_lost == number
         assert isinstance(lost, Lost)
-        expected = "NoSuchMessage" if answers else "Slurm job 42_0, the model is not there"
+        expected = "NoSuchMessage" if answers else "Slurm job 42_0, the model is \ufffd not there"
         assert expected in lost.reason
-    lines[2].lose_if_over()
-    lines[2].lose_if_over()
-    assert inbox.get() == (2, Lost("Slurm job 42_0, the model is not there"))
+    lines[2].lose_if_over({"42_0"})
+    assert inbox.empty(), "it waits"
+    lines[2].lose_if_over({"42_1"})
+    lines[2].lose_if_over(set())
+    assert inbox.get() == (2, Lost("Slurm job 42_0, the model is \ufffd not there"))
     assert inbox.empty()
     reception.close()
 

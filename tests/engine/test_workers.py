@@ -88,6 +88,23 @@ def team_here(
     return team
 
 
+def test_workers_are_told_where_a_checkpoint_lies_wherever_they_work(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(teacher.folder.parent)
+    nearby = replace(teacher, folder=Path(teacher.folder.name))
+    told: list[Message] = []
+
+    class Hearing(LocalLine):
+        def send(self, message: Message) -> None:
+            told.append(message)
+            super().send(message)
+
+    with Team(nearby, Hiring(1, lambda inbox: [Hearing(1, inbox, teacher, never)])) as team:
+        team.wait()
+    assert [each.folder for each in told if isinstance(each, Start)] == [str(teacher.folder)]
+
+
 class Kept(NoCache):
     """Keeps every piece like the store, and counts them."""
 

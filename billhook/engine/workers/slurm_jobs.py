@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,7 +25,8 @@ from billhook.engine.workers.network import Address, Reception, call, hang_up
 from billhook.engine.workers.worker import serve
 from billhook.models.device import child_environment
 
-SECONDS = 1.0  # between looks at jobs that have not called yet
+COMMANDS = ("sbatch", "srun", "scancel", "squeue")  # srun: submitit looks for it
+SECONDS = (2.0, 120.0)  # between looks into the queue while a job has not called: first, doubled each time, at most
 
 
 class JobLine:
@@ -56,14 +59,14 @@ class JobLine:
                     line.send_bytes(data)
         listen(self._number, line, self._inbox, self._why)
 
-    def lose_if_over(self) -> None:
-        """Tell that the job is lost, if it is over and has not called."""
-        if not self.settled and self.job.done():
-            with self._lock:
-                if self.settled:
-                    return
-                self.settled = True
-            self._inbox.put((self._number, Lost(self._why())))
+    def lose_if_over(self, queue: Collection[str]) -> None:
+        """Tell that the job is lost, if it has not called and is none of the jobs in the queue."""
+        with self._lock:
+            job = self.job
+            if self.settled or job.job_id in queue:
+                return
+            self.settled = True
+        self._inbox.put((self._number, Lost(f"Slurm job {job.job_id}{_last_words(job) or ', no longer in the queue'}")))
 
     def close(self) -> None:
         """End the job, also one that waits in the queue. A second time does nothing."""
@@ -78,12 +81,34 @@ class JobLine:
 
     def _why(self) -> str:
         job = self.job
-        return "closed" if job is None else f"Slurm job {job.job_id}{last_line(job.stderr() or '')}"
+        return "closed" if job is None else f"Slurm job {job.job_id}{_last_words(job)}"
+
+
+def _last_words(job: Any) -> str:
+    """Return the last line of a job's log behind a comma; empty where it has none that can be read."""
+    try:
+        return last_line(job.paths.stderr.read_text(errors="replace"))
+    except OSError:  # of a job that never ran, or of a file system that is shared
+        return ""
+
+
+def in_queue(array: str) -> set[str] | None:
+    """Return the jobs of an array that wait or run, by their ids; None where Slurm does not answer.
+
+    It is asked by squeue, since sacct tells nothing on a cluster without a database of its own.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    asked = ["squeue", f"--jobs={array}", "--array", "--noheader", "--format=%i"]
+    told = subprocess.run(asked, env=environment, capture_output=True, text=True, errors="replace")
+    if told.returncode and "Invalid job id" not in told.stderr:  # which Slurm says of an array that it has forgotten
+        return None
+    return set(told.stdout.split())
 
 
 def work(address: Address, number: int) -> None:
     """Be a worker of the coordinator at an address, until that hangs up. Runs in a Slurm job."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which submitit would ignore
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)  # of which it would write a line behind the reason of the end
     for warning in (signal.SIGUSR1, signal.SIGUSR2):  # of the end of the job's time
         signal.signal(warning, signal.SIG_IGN)
     serve(call(address, number))
@@ -104,7 +129,8 @@ class _Office:
             raise
         self._lines |= {number: JobLine(number, inbox, job, self._leave) for number, job in enumerate(jobs, 1)}
         self._open = len(self._lines)
-        threading.Thread(target=self._watch, daemon=True).start()
+        array = jobs[0].job_id.partition("_")[0]
+        threading.Thread(target=self._watch, args=(array,), daemon=True).start()
 
     @property
     def lines(self) -> list[JobLine]:
@@ -115,10 +141,14 @@ class _Office:
         if number in self._lines:
             self._lines[number].answer(line)
 
-    def _watch(self) -> None:
-        while not self._over.wait(SECONDS):
-            for line in self.lines:
-                line.lose_if_over()
+    def _watch(self, array: str) -> None:
+        """Look for jobs that end before they call, until all have called."""
+        pause, longest = SECONDS
+        while not self._over.wait(pause) and not all(line.settled for line in self.lines):
+            if (queue := in_queue(array)) is not None:
+                for line in self.lines:
+                    line.lose_if_over(queue)
+            pause = min(2 * pause, longest)
 
     def _leave(self) -> None:
         self._open -= 1
@@ -140,11 +170,13 @@ def _submitted(folder: str, crew: Crew, gpus: int, address: Address) -> list[Any
     import submitit
 
     environment = child_environment()
-    paths = [f"export {name}={shlex.quote(environment[name])}" for name in ("PYTHONPATH", "PYTHONSAFEPATH")]
+    setup = [f"export {name}={shlex.quote(environment[name])}" for name in ("PYTHONPATH", "PYTHONSAFEPATH")]
+    if crew.others == 1:  # which is no array, and might take itself for the job of one that runs this command
+        setup.append('unset "${!SLURM_ARRAY_@}"')
     executor = submitit.SlurmExecutor(folder, python=f"{shlex.quote(sys.executable)} -P")
     executor.update_parameters(
-        job_name="billhook", time=None, gpus_per_node=gpus or None, cpus_per_task=crew.cpus, setup=paths,
-        array_parallelism=MOST,
+        job_name="billhook", time=None, gpus_per_node=gpus or None, cpus_per_task=crew.cpus, setup=setup,
+        array_parallelism=MOST, use_srun=False,  # whose step may have fewer CPUs than the job, and hides its last words
         additional_parameters={name: crew.settings[name] for name in SBATCH if name in crew.settings},
     )  # fmt: skip
     try:
@@ -162,7 +194,7 @@ def hiring(crew: Crew, gpus: int) -> Hiring:
 
     Raises UsageError where this machine cannot submit jobs, or is not to be called as the crew says.
     """
-    if missing := next((name for name in ("sbatch", "srun", "scancel") if shutil.which(name) is None), None):
+    if missing := next((name for name in COMMANDS if shutil.which(name) is None), None):
         raise UsageError(
             f"{option('workers', crew.spelled())} needs Slurm's {missing}, which this machine lacks. Type the command "
             f"on a machine that submits jobs, or {option('workers', 4)} for processes of this one."

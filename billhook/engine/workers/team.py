@@ -50,8 +50,8 @@ class Team:
         self.division = Division(workers, workers if teacher.device.type == "cpu" else 1)
         self._threads = hiring.threads if hiring.shared else None
         self._start = Start(
-            str(teacher.folder), _first_devices(teacher), dtype_name(teacher.model.dtype), memory, trust_remote_code,
-            hiring.threads,
+            str(teacher.folder.absolute()),  # since an actor works in the folder of its cluster's start
+            _first_devices(teacher), dtype_name(teacher.model.dtype), memory, trust_remote_code, hiring.threads,
         )  # fmt: skip
         self._hello = hello_of(teacher)
         self._inbox: queue.SimpleQueue[tuple[int, Answer]] = queue.SimpleQueue()
