@@ -84,7 +84,8 @@ class Measurer:
         self._references = {g: reference for g, reference in self._references.items() if g in self._own}
         self.walk.streams.drop(lambda node: node[0] not in self._own)
 
-    workers = 1
+    workers = abreast = 1
+    rounding = 0.0
 
     def interleaved(self, order: Sequence[int]) -> list[int]:
         """Return the document groups in the order in which they are measured: as given."""

@@ -17,6 +17,7 @@ import torch
 
 from billhook.core.plan import PARTS, KeptGroups, Plan, Site
 from billhook.engine.blocks import NEITHER, BlockRunner, BlockState, PartState
+from billhook.engine.workers.columns import END, Path
 
 WalkJob = tuple[int, int]  # a document group, a plan's mask
 Node = tuple[int, int, int]  # a document group, a depth in blocks, the mask of its prefix
@@ -62,6 +63,15 @@ class PlanBits:
     def mask(self, plan: Plan) -> int:
         """Return a plan's mask. What it narrows must have been added."""
         return sum(self._bits[site] for site in plan.removed) + sum(self._bits[narrow] for narrow in plan.narrowed)
+
+    def path(self, mask: int) -> Path:
+        """Return what a mask does, in the order of the walk. A site has the number of the bit that removes it."""
+        steps = []
+        for choice in _set_bits(mask):
+            name = self._names[choice]
+            site = name.site if isinstance(name, KeptGroups) else name
+            steps.append((self._bits[site].bit_length() - 1, choice))
+        return (*sorted(steps), (2 * (len(self._before) - 1), END))
 
     def plan(self, mask: int) -> Plan:
         """Return the plan of a mask."""

@@ -174,14 +174,15 @@ class Probe:
     ) -> Selection:  # fmt: skip
         """Return the generator that chooses the pieces to measure: all, with exact bounds, or by racing."""
         groups = self._measurer.groups
-        order, workers = self._bench.interleaved(self._earlier.hardest(len(groups))), self._bench.workers
-        together = self.teacher.weights is not None or self._measurer.sizes.launches_count
+        order = tuple(self._bench.interleaved(self._earlier.hardest(len(groups))))
+        workers, abreast = self._bench.workers, self._bench.abreast
         positive = loss_facts(self.loss).never_negative
+        together = self.teacher.weights is not None or self._measurer.sizes.launches_count
         least = workers * (self.layout.wave if together else self.layout.wave // 4)
         ceiling = None if limits is None else {g: tuple(limits[d] for d in x.documents) for g, x in enumerate(groups)}
         task = SelectionTask(
-            len(masks), best or len(masks), tuple(order), tuple(group.tokens for group in groups), least, together,
-            positive, ceiling, workers, self._bench.rounding if isinstance(self._bench, ScreenedMeasurer) else 0.0,
+            len(masks), best or len(masks), order, tuple(group.tokens for group in groups), least,
+            together or abreast < workers, positive, ceiling, abreast, self._bench.rounding,
             tolerance_of(torch.finfo(self.teacher.model.dtype).eps, len(self.teacher.anatomy.sites)),
         )  # fmt: skip
         if (task.best >= len(masks) and limits is None) or (self.fast is None and not positive):

@@ -60,10 +60,11 @@ class SelectionTask:
     - `plans`, `best`: the number of plans, and how many of them must be known in full.
     - `order`: document groups, the most informative first; `tokens`: of each group by number.
     - `wave`: the least tokens to request at a time.
-    - `together`: each request has a cost of its own, such as a pass over a file: few large ones are better.
+    - `together`: few large requests are better: each has a cost of its own, such as a pass over a file, or workers
+      share the plans.
     - `positive`: losses are never negative.
     - `ceiling`: nats of each document by group; a plan with a larger total is not needed.
-    - `workers`: that share the groups, so that so many groups in a row of `order` are measured at the same time.
+    - `abreast`: how many groups in a row of `order` are measured at the same time, each by other workers.
     - `rounding`: share of a loss by which a bound may exceed it, where bounds are computed in fewer bits. A race, whose
       risk is larger, does without.
     - `tolerance`: by which losses of the same piece differ.
@@ -77,7 +78,7 @@ class SelectionTask:
     together: bool = False
     positive: bool = True
     ceiling: dict[int, Sums] | None = None
-    workers: int = 1
+    abreast: int = 1
     rounding: float = 0.0
     tolerance: Tolerance = Tolerance()
 
@@ -164,18 +165,18 @@ def _ceiling(task: SelectionTask, groups: Sequence[int]) -> float:
 
 
 def _next_wave(left: list[int], alive: int, task: SelectionTask) -> list[int]:
-    """Pop groups from `left`: as many as give `task.wave` tokens at once, a group for each worker at a time."""
+    """Pop groups from `left`: as many as give `task.wave` tokens at once, of `abreast` each time."""
     groups: list[int] = []
     while left and (not groups or alive * sum(task.tokens[g] for g in groups) < task.wave):
-        groups += left[: task.workers]
-        del left[: task.workers]
+        groups += left[: task.abreast]
+        del left[: task.abreast]
     return groups
 
 
 def race(task: SelectionTask, shortlist: Sequence[int], risk: float, bounds: bool) -> Selection:
     """Measure the likely best of a shortlist in full, and drop the others as soon as they are significantly worse.
 
-    After 2, 3, 4, 6, 9 … groups, or the next multiple of the workers, each plan is compared with the leader, document
+    After 2, 3, 4, 6, 9 … groups, or the next multiple of `abreast`, each plan is compared with the leader, document
     by document. It is dropped if the mean difference exceeds the (1 - risk) quantile of Student's t, times its standard
     error. `risk`: the probability of dropping, at one comparison, a plan that is as good as the leader; the four
     leaders are not dropped. A plan above the ceiling is dropped at a tenth of the risk. `bounds`: whether cheap pieces
@@ -191,7 +192,7 @@ def race(task: SelectionTask, shortlist: Sequence[int], risk: float, bounds: boo
     taken = 0
     while taken < len(task.order):
         end = max(2, taken + max(1, taken // 2))
-        groups = task.order[taken : -(-end // task.workers) * task.workers]
+        groups = task.order[taken : -(-end // task.abreast) * task.abreast]
         taken += len(groups)
         sums = yield PieceRequest(cheap, [(p, g) for g in groups for p in alive])
         for plan in alive:

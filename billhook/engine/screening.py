@@ -36,6 +36,11 @@ class ScreenedMeasurer:
         return self._exact.workers
 
     @property
+    def abreast(self) -> int:
+        """As `SharedMeasurer.abreast`."""
+        return self._exact.abreast
+
+    @property
     def bounds(self) -> bool:
         """As `Measurer.bounds`."""
         return self._rough.bounds

@@ -105,7 +105,8 @@ def test_an_mlp_that_adds_nothing_to_some_texts_only_is_no_ones_next(tmp_path: P
     first.mlp.up_proj.weight.data[:, 1:] = 0  # which alone is read, and is 0 of some tokens
     inputs[3:30, 0] = 0
     rows = [Document(text, tuple(range(3, 19) if text % 2 else range(40, 56))) for text in range(24)]
-    tokens = pack_rows([*rows[1::2], *rows[::2]], 24 * 16, 16, [], "made up")
+    kinds = [(rows[1::2], rows[::2])[group % 2][group // 2 * 4 :][:4] for group in range(6)]  # one to each worker
+    tokens = pack_rows([row for group in kinds for row in group], 24 * 16, 16, [], "made up")
     alone = Probe(silent, tokens, "kl")
     with team_here(silent, 2) as team:
         probe = Probe(silent, tokens, "kl", team=team)

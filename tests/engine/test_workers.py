@@ -27,7 +27,7 @@ from billhook.engine.measurements import DocumentIds, Known, NoCache
 from billhook.engine.probe import Probe, RacingOptions
 from billhook.engine.racing import Quality, Sums
 from billhook.engine.workers import processes
-from billhook.engine.workers.division import divided, interleaved
+from billhook.engine.workers.division import LEAST_TURNS, abreast, divided, interleaved, left, owned, teams
 from billhook.engine.workers.lines import Hiring, Inbox, Line
 from billhook.engine.workers.messages import Desk, Lost, Measure, Message, Start, hello_of
 from billhook.engine.workers.processes import ProcessLine, environments, hiring
@@ -160,21 +160,38 @@ sizes = st.lists(st.integers(1, 50), min_size=1, max_size=30)
 def test_groups_are_divided_evenly_and_few_change_hands(tokens: list[int], workers: int, draw: random.Random) -> None:
     owners = divided({}, tokens, range(workers))
     assert sorted(owners) == list(range(len(tokens)))
-    load = Counter(dict.fromkeys(range(workers), 0))
-    for group, owner in owners.items():
-        load[owner] += tokens[group]
+    load = Counter(dict.fromkeys(teams(len(tokens), range(workers)), 0))
+    for group, own in owners.items():
+        load[own] += tokens[group]
     assert max(load.values()) - min(load.values()) <= max(tokens)
     assert divided(owners, tokens, range(workers)) == owners
     lost = draw.randrange(workers)
-    left = [worker for worker in range(workers) if worker != lost]
-    if left:
-        after = divided(owners, tokens, left)
-        assert set(after.values()) <= set(left)
-        orphans = {group for group, owner in owners.items() if owner == lost}
-        assert set(after) == set(owners)
-        assert orphans or after == owners
-    alone = divided(dict.fromkeys(range(len(tokens)), 0), tokens, range(workers))
-    assert 0 in alone.values(), "this process keeps a part"
+    rest = [worker for worker in range(workers) if worker != lost]
+    if rest:
+        after, until_then = divided(owners, tokens, rest), left(owners, tokens, rest)
+        for new in (after, until_then):
+            assert set(new) == set(owners)
+            assert {worker for own in new.values() for worker in own} <= set(rest)
+        if owners[0] == (0,) and len(load) == workers:  # everyone is alone
+            assert owned(owners, lost) or after == owners
+            assert until_then == after
+        elif min(map(len, load)) > 1:
+            assert until_then == {g: tuple(w for w in own if w != lost) for g, own in owners.items()}
+    alone = divided(dict.fromkeys(range(len(tokens)), (0,)), tokens, range(workers))
+    assert owned(alone, 0), "this process keeps a part"
+
+
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_all_workers_have_groups_and_measure_them_in_at_least_four_turns(groups: int, workers: int) -> None:
+    owners = divided({}, [128] * groups, range(workers))
+    assert {worker for own in owners.values() for worker in own} == set(range(workers))
+    found = teams(groups, range(workers))
+    assert abreast(owners) == len(found) == len(set(owners.values())) <= groups
+    assert len(found) == 1 or LEAST_TURNS * len(found) <= groups
+    least, most = (pick(map(len, found)) for pick in (min, max))
+    assert most - least <= 1
+    assert least * len(found) > workers / 2, "so much of the crew works if teams have equal work"
+    assert most == 1 or LEAST_TURNS * workers > groups, "no one needs company"
 
 
 @given(sizes, st.integers(1, 9), st.randoms(use_true_random=False))
@@ -186,7 +203,7 @@ def test_groups_are_taken_in_turns_each_workers_own_in_the_given_order(
     turns = interleaved(order, owners)
     assert sorted(turns) == sorted(order)
     for worker in range(workers):
-        assert [g for g in turns if owners[g] == worker] == [g for g in order if owners[g] == worker]
+        assert [g for g in turns if worker in owners[g]] == [g for g in order if worker in owners[g]]
     everyone = set(owners.values())
     assert {owners[g] for g in turns[: len(everyone)]} == everyone
     if workers == 1:
@@ -197,7 +214,7 @@ def test_groups_are_taken_in_turns_each_workers_own_in_the_given_order(
 
 
 @pytest.mark.parametrize(
-    ("search", "workers"), [("greedy", 2), ("greedy", 16), ("swap", 2), ("swap", 3), ("swap", 16), ("joint", 3)]
+    ("search", "workers"), [("greedy", 2), ("greedy", 16), ("swap", 2), ("swap", 3), ("swap", 16), ("joint", 16)]
 )
 def test_workers_find_what_one_process_finds(teacher: Teacher, search: str, workers: int) -> None:
     remove = "20%" if search == "joint" else "4sites"
@@ -206,7 +223,7 @@ def test_workers_find_what_one_process_finds(teacher: Teacher, search: str, work
         same(searched(teacher, search, team, cache, remove), searched(teacher, search, None, remove=remove))
         assert set(cache.measured.values()) == {1}
         loads = team.loads()
-        assert all(loads[f"rate.{worker}"] > 0 for worker in range(workers) if worker < 12)
+        assert all(loads[f"rate.{worker}"] > 0 for worker in range(workers)), "also where groups are fewer"
 
 
 def test_racing_through_workers_chooses_as_well(teacher: Teacher) -> None:
@@ -218,7 +235,7 @@ def test_racing_through_workers_chooses_as_well(teacher: Teacher) -> None:
     assert losses[path[-1]].sums == pytest.approx(exact.sums, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(7))
 def test_what_a_lost_worker_had_is_measured_by_the_others(teacher: Teacher, seed: int) -> None:
     draw, told = random.Random(seed), list[Event]()
     moment, count, cache = draw.randrange(1, 40), Counter[str](), Kept()
@@ -227,7 +244,8 @@ def test_what_a_lost_worker_had_is_measured_by_the_others(teacher: Teacher, seed
         count["answers"] += isinstance(message, Measure)
         return count["answers"] == moment
 
-    with team_here(teacher, draw.choice([2, 3, 5]), fails, told.append) as team:
+    workers = 16 if seed > 4 else draw.choice([2, 3, 5])  # of 12 document groups
+    with team_here(teacher, workers, fails, told.append) as team:
         same(searched(teacher, "swap", team, cache), searched(teacher, "swap", None))
     assert [event.values["lost"] for event in told if "lost" in event.values] == ["pulled"]
     assert set(cache.measured.values()) == {1}, "what was answered is not asked again"

@@ -23,7 +23,6 @@ from billhook.core.results.measured import (
 
 MOST_P = 0.05  # of a change that is not chance
 Phase = Literal["prefill", "decode"]
-
 RunReason = Literal[
     "zeroed", "streamed", "adapter_beside", "calibrated_on_text_alone", "no_answers", "no_speed", "recovery_left_out",
     "no_skills", "loss_alone",

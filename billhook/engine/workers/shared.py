@@ -1,8 +1,8 @@
-"""Measuring of pieces by several workers, each with document groups of its own."""
+"""Measuring of pieces by several workers, each with document groups of its own, or a share of those of others."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
 from billhook.core.plan import Plan
@@ -10,7 +10,8 @@ from billhook.data.token_sets import TokenSet
 from billhook.engine.bench import Measurer
 from billhook.engine.prefix_trie import WalkJob
 from billhook.engine.racing import Quality, Sums
-from billhook.engine.workers.division import HERE, divided, interleaved
+from billhook.engine.workers.columns import Columns
+from billhook.engine.workers.division import HERE, Owners, abreast, divided, interleaved, left, owned
 from billhook.engine.workers.messages import (
     Begin,
     Failed,
@@ -35,13 +36,16 @@ class SharedMeasurer:
     computed.
     """
 
+    rounding = 0.0
+
     def __init__(self, measurer: Measurer, tokens: TokenSet, loss: str, memory: int | None, team: Team) -> None:
         self._local, self._team, self.computed = measurer, team, 0
         self._number, self._ticket = team.new_number(self), 0
         dtype = dtype_name(measurer.teacher.model.dtype)
         self._open = Open(self._number, tokens, loss, memory, team.division, dtype)
         self._tokens = [group.tokens for group in measurer.groups]
-        self._owners = dict.fromkeys(range(len(self._tokens)), HERE)
+        self._owners: Owners = dict.fromkeys(range(len(self._tokens)), (HERE,))
+        self._columns = Columns(self._tokens, measurer.bits.path(0))
         self._opened = {HERE}  # workers that know the tokens
         self._narrowed = measurer.bits.added()  # in the order of their bits
 
@@ -53,7 +57,12 @@ class SharedMeasurer:
     @property
     def workers(self) -> int:
         """The number of workers that have document groups."""
-        return len(set(self._owners.values()))
+        return len({worker for own in self._owners.values() for worker in own})
+
+    @property
+    def abreast(self) -> int:
+        """How many document groups are measured at the same time."""
+        return abreast(self._owners)
 
     @property
     def bounds(self) -> bool:
@@ -62,7 +71,7 @@ class SharedMeasurer:
             return self._local.bounds
 
     def interleaved(self, order: Sequence[int]) -> list[int]:
-        """Return document groups in an order in which as many in a row as there are workers are one of each."""
+        """Return document groups in an order in which as many in a row as are measured at once occupy everyone."""
         return interleaved(order, self._owners)
 
     def masks(self, plans: Sequence[Plan]) -> list[int]:
@@ -76,6 +85,7 @@ class SharedMeasurer:
 
     def release(self) -> None:
         """As `Measurer.release`."""
+        self._columns.forget()
         self._local.release()
         self._tell(Release(self._number))
 
@@ -83,6 +93,7 @@ class SharedMeasurer:
         """As `Measurer.begin`. Workers that have come take their part."""
         self._team.answers(wait=False)
         self._divide()
+        self._columns.begin(self._local.bits.path(base or 0))
         self._local.begin(plans, base)
         self._tell(Begin(self._number, plans, base))
 
@@ -102,7 +113,7 @@ class SharedMeasurer:
             while here or pending:
                 for worker, answer in self._team.answers(wait=not here):
                     if isinstance(answer, Lost):
-                        self._divide()
+                        self._give(left(self._owners, self._tokens, self._team.workers))
                         self._ask(quality, sorted(pending.pop(worker, ())), here, pending)
                     elif isinstance(answer, Failed) and answer.ticket == self._ticket:
                         raise answer.error
@@ -111,7 +122,7 @@ class SharedMeasurer:
                         self.computed += answer.computed
                         self._team.count(worker, answer)
                         yield answer.sums
-                pending = {worker: left for worker, left in pending.items() if left}
+                pending = {worker: asked for worker, asked in pending.items() if asked}
                 if here and (done := next(here[0], None)) is not None:
                     self._team.count(HERE, done)
                     yield done.sums
@@ -123,8 +134,9 @@ class SharedMeasurer:
         pending: dict[int, set[WalkJob]],
     ) -> None:  # fmt: skip
         """Ask the owners of the jobs' groups: other workers at once, this process when `here` is read."""
+        workers = self._share(jobs)
         for worker in self._team.workers:
-            own = [job for job in jobs if self._owners[job[0]] == worker]
+            own = [job for job in jobs if workers[job] == worker]
             asked = Measure(self._number, self._ticket, quality, own)
             if own and worker == HERE:
                 here.append(waves(self._local, asked))
@@ -132,17 +144,30 @@ class SharedMeasurer:
                 pending[worker] = pending.get(worker, set()) | set(own)
                 self._team.send(worker, asked)
 
+    def _share(self, jobs: Sequence[WalkJob]) -> dict[WalkJob, int]:
+        """Return the worker of each job."""
+        if all(len(own) == 1 for own in self._owners.values()):
+            return {job: self._owners[job[0]][0] for job in jobs}
+        paths = {mask: self._local.bits.path(mask) for mask in {mask for _, mask in jobs}}
+        workers = self._columns.share([(group, paths[mask]) for group, mask in jobs], self._owners)
+        return {(group, mask): workers[group, paths[mask]] for group, mask in jobs}
+
     def _divide(self) -> None:
         """Divide the document groups among the workers that are there now."""
-        before, self._owners = self._owners, divided(self._owners, self._tokens, self._team.workers)
+        self._give(divided(self._owners, self._tokens, self._team.workers))
+
+    def _give(self, owners: Owners) -> None:
+        """Give the document groups to these owners."""
+        before, self._owners = self._owners, owners
         for worker in self._team.workers:
-            own = frozenset(group for group, owner in self._owners.items() if owner == worker)
+            own = owned(self._owners, worker)
+            self._columns.keep(worker, own)
             if worker not in self._opened:
                 self._opened.add(worker)
                 self._team.send(worker, self._open)
                 if self._narrowed:
                     self._team.send(worker, Narrow(self._number, self._narrowed))
-            elif own == {group for group, owner in before.items() if owner == worker}:
+            elif own == owned(before, worker):
                 continue
             if worker == HERE:
                 self._local.own(own)
@@ -150,11 +175,17 @@ class SharedMeasurer:
                 self._team.send(worker, Own(self._number, own))
 
     def shares(self, groups: Iterable[int]) -> dict[int, tuple[int, ...]]:
-        """Divide the document groups among the workers that are there now, and return which of `groups` each has."""
+        """Divide the document groups among the workers that are there now, and return which of `groups` each passes.
+
+        Of the owners of a group, that is the one with the fewest tokens so far.
+        """
         self._divide()
         by_worker: dict[int, list[int]] = {}
+        load: Counter[int] = Counter()
         for group in groups:
-            by_worker.setdefault(self._owners[group], []).append(group)
+            worker = min(self._owners[group], key=lambda owner: (load[owner], owner))
+            load[worker] += self._tokens[group]
+            by_worker.setdefault(worker, []).append(group)
         return {worker: tuple(own) for worker, own in sorted(by_worker.items())}
 
     def _tell(self, message: Message) -> None:
