@@ -60,7 +60,7 @@ def method_options(recipe: Recipe) -> tuple[OptionValues, OptionValues]:
     if scores_experts(recipe) and not found[0].get("experts"):
         raise UsageError(
             f"The metric {recipe.metric} scores whole experts, and {recipe.search} would remove neurons of each. Add "
-            f"{option('set', {'experts': True})}, or take a metric of channel groups: {option('metric', 'taylor_mix')}."
+            f"{option('set', {'experts': True})}, or take a metric of channel groups: {option('metric', 'cfsp')}."
         )
     return found[0], found[1] if recipe.metric else {}
 

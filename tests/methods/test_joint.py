@@ -7,6 +7,7 @@ import math
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -103,6 +104,42 @@ def test_every_expert_loses_its_own_lowest_groups() -> None:
     order = [3, 2, 1, 0, 7, 5, 6, 4]  # all of the first expert is worth less than any of the second
     assert kept_groups(size, order, 4, 1) == (0, 1, 4, 6)
     assert kept_groups(size, order, 2, 1) == (0, 1, 2, 4, 5, 6)
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_groups_of_an_attention_go_in_the_order_of_their_losses_alone(heads: bool) -> None:
+    """The metric of `both` removes group 0 first, which here is the one that matters."""
+    problem, asked = both("40%kv"), Counter[Plan]()
+    worth = (1.0, 0.1)
+
+    def loss(plan: Plan) -> float:
+        asked[plan] += 1
+        lost = [worth[g] for narrow in plan.narrowed for g in range(2) if g not in narrow.groups]
+        return sum(lost) + 2 * len(plan.removed) + 0.1 * len(plan.narrowed)
+
+    plan = found_by(problem, loss, levels=4, heads=heads, rounds=0)
+    kept = {narrow.groups for narrow in plan.narrowed if narrow.site.part == "attention"}
+    assert kept == {(0,) if heads else (1,)}
+    alone = [each for each in asked if len(each.narrowed) == 1 and not each.removed]
+    attentions = [narrow for each in alone for narrow in each.narrowed if narrow.site.part == "attention"]
+    assert len(attentions) == (6 if heads else 3), "each group of the three attentions, or the rung of each"
+
+
+def test_attentions_of_many_groups_are_ordered_by_the_metric() -> None:
+    problem = both("20%params")
+    sizes = [replace(size, groups=tuple(range(9))) if size.site.part == "attention" else size
+             for size in problem.anatomy.sites]  # fmt: skip
+    scores = {size.site: [float(g) for g in range(len(size.groups))] for size in sizes}
+    many = replace(problem, anatomy=replace(problem.anatomy, sites=tuple(sizes)), group_scores=scores)
+    seen: set[Plan] = set()
+
+    def loss(plan: Plan) -> float:
+        seen.add(plan)
+        return len(plan.removed) + sum(1 / len(narrow.groups) for narrow in plan.narrowed)
+
+    found_by(many, loss, levels=4, rounds=0)
+    kept = [narrow.groups for plan in seen for narrow in plan.narrowed if narrow.site.part == "attention"]
+    assert all(groups == tuple(range(9 - len(groups), 9)) for groups in kept)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -275,7 +312,7 @@ def test_losses_of_a_large_model_are_counted_at_once() -> None:
 
 
 def test_what_joint_cannot_do_is_said() -> None:
-    with pytest.raises(UsageError, match="metric='taylor_mix'"):
+    with pytest.raises(UsageError, match="metric='cfsp'"):
         found_by(replace(both("20%params"), group_scores=None), lambda plan: 0.0)
     with pytest.raises(BudgetError, match="no use for a budget in blocks"):
         found_by(both("1block"), lambda plan: 0.0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from billhook.core.anatomy import SiteSize
 from billhook.core.errors import BudgetError, UsageError, option
-from billhook.core.plan import MeasureRequest, Plan
+from billhook.core.plan import KeptGroups, MeasureRequest, Plan, Site
 from billhook.core.problem import Problem
 from billhook.core.results.measured import Loss
 from billhook.methods import search as shared
@@ -28,16 +29,18 @@ from billhook.methods.search.rank_channels import ranked_plan
 
 CHANGES = (1, 2, 4, 8, 16, 32)  # how many sites may change at once; each number is tried
 ENDS = (4, 2)  # blocks at the beginning and at the end that often matter more than others
+FEW = 8  # groups of an attention, of which each is measured
 
 
 def _losses(
     problem: Problem, *, start: str = "swap", levels: int = 8, rounds: int = 16, tokens: int = 512, multiple: int = 1,
-    parts: str = "mix", experts: bool = False,
+    parts: str = "mix", experts: bool = False, heads: bool = True,
 ) -> int:  # fmt: skip
     """Return at most how many: one for each width of each site, those of `start`, and those of all `rounds`."""
     problem = _checked(problem, levels, multiple, parts, experts)
     free = [size for size in problem.anatomy.sites if size.site not in problem.protected]
     alone = 1 + sum(1 + len(widths(problem, size, levels, multiple)) for size in free)
+    alone += sum(len(size.groups) for size in _with_few_groups(problem)) if heads else 0
     starts = 3
     if start != "none":
         with suppress(BudgetError):  # whole sites alone may not be enough
@@ -48,22 +51,24 @@ def _losses(
 @search(losses=_losses, channel_groups=True, whole_sites=True)
 def joint(
     problem: Problem, *, start: str = "swap", levels: int = 8, rounds: int = 16, tokens: int = 512, multiple: int = 1,
-    parts: str = "mix", experts: bool = False,
+    parts: str = "mix", experts: bool = False, heads: bool = True,
 ) -> Search:  # fmt: skip
     """Choose how much of each site to keep, from all to nothing, by an integer programme over measured losses.
 
-    Groups of a site are removed in the order of a metric. An mlp has `levels` - 1 widths in between, an attention as
-    many as it has KV groups. The search begins at the best of these plans: the programme's, by the loss of each site
-    alone, of which it measures the widths that the programme chooses, until it chooses no other; the end of the search
-    `start` (or none), which removes whole sites; and the same share of each site, with and without the first four
-    blocks and the last two. In each round it measures one width more and one less at each site, first of the half that
-    promises most by the losses alone. The programme makes 1, 2, 4, … 32 of these changes under the budgets, and the
-    best plan on all calibration tokens is kept, until none is better. `tokens`: of the calibration, for estimates that
-    only propose; `multiple`, `parts`, `experts`: as for `rank_channels`.
+    Groups of a site are removed in the order of a metric; those of an attention, where it has at most eight, in the
+    order of the loss without each one alone, of which metrics say little (`heads=False`: by the metric too). An mlp has
+    `levels` - 1 widths in between, an attention as many as it has KV groups. The search begins at the best of these
+    plans: the programme's, by the loss of each site alone, of which it measures the widths that the programme chooses,
+    until it chooses no other; the end of the search `start` (or none), which removes whole sites; and the same share of
+    each site, with and without the first four blocks and the last two. In each round it measures one width more and one
+    less at each site, first of the half that promises most by the losses alone. The programme makes 1, 2, 4, … 32 of
+    these changes under the budgets, and the best plan on all calibration tokens is kept, until none is better.
+    `tokens`: of the calibration, for estimates that only propose; `multiple`, `parts`, `experts`: as for
+    `rank_channels`.
 
     Formula: min Σ_s rise(s, width of s), subject to the budgets; then the same over one step at each site
-    Cost: those of `start`; at most a loss for each width of each site on `tokens`; in each round one or two for each
-    site on `tokens`, and six on all tokens.
+    Cost: those of `start`; at most a loss for each width of each site, and for each of few groups, on `tokens`; in each
+    round one or two for each site on `tokens`, and six on all tokens.
 
     Source: Bercovich et al. 2024, Puzzle (arXiv 2411.19146), mixed-integer programming over measured alternatives of
     each layer; Sieberling et al. 2024, EvoPress (arXiv 2410.14649), exchanges of levels. Deviations: alternatives are
@@ -72,8 +77,10 @@ def joint(
     start_search = None if start == "none" else SEARCHES[start]
     problem = _checked(problem, levels, multiple, parts, experts)
     sites = problem.anatomy.sites
+    alone = (yield from _without_each_group(problem, tokens)) if heads else {}
+    problem = _ordered(problem, alone)
     ladders = [ladder_of(problem, size, levels, multiple, ()) for size in sites]
-    alone, cheapest = yield from _cheapest(problem, ladders, tokens)
+    cheapest = yield from _cheapest(problem, ladders, tokens, alone)
     starts = [] if cheapest is None else [plan_of(ladders, cheapest)]
     starts += _uniform(problem, parts, multiple)
     if start_search is not None:
@@ -98,7 +105,7 @@ def _checked(problem: Problem, levels: int, multiple: int, parts: str, experts: 
     problem = restricted(problem, parts)
     if problem.group_scores is None:
         raise UsageError(
-            f"The search joint orders channel groups. Name a metric of groups: {option('metric', 'taylor_mix')}."
+            f"The search joint orders channel groups. Name a metric of groups: {option('metric', 'cfsp')}."
         )
     if problem.whole_blocks:
         raise BudgetError("The search joint has no use for a budget in blocks. Count in params, bytes, kv or flops.")
@@ -107,18 +114,56 @@ def _checked(problem: Problem, levels: int, multiple: int, parts: str, experts: 
     return shared.by_experts(problem) if experts else problem
 
 
+def _with_few_groups(problem: Problem) -> list[SiteSize]:
+    """Return the attentions that may be narrowed and have so few groups that each is measured.
+
+    Before groups have scores, all of these count.
+    """
+    scored = problem.group_scores or {}
+    return [
+        size for size in problem.anatomy.sites
+        if size.site.part == "attention" and 1 < len(size.groups) <= FEW
+        and (not scored or size.site in scored) and size.site not in problem.protected and problem.counts_groups(size)
+    ]  # fmt: skip
+
+
+def _without(size: SiteSize, group: int) -> Plan:
+    """Return the plan that takes one group of a site away."""
+    return Plan(frozenset(), frozenset({KeptGroups(size.site, tuple(g for g in size.groups if g != group))}))
+
+
+def _without_each_group(problem: Problem, tokens: int) -> Generator[MeasureRequest, list[Loss], Rises]:
+    """Return the rises without each group alone, of attentions that have few."""
+    plans = [_without(size, group) for size in _with_few_groups(problem) for group in size.groups]
+    if not plans:
+        return {}
+    whole, *losses = yield MeasureRequest((Plan(), *plans), tokens=tokens, estimate=True, phase="alone")
+    return {plan: loss.mean - whole.mean for plan, loss in zip(plans, losses, strict=True)}
+
+
+def _ordered(problem: Problem, rises: Rises) -> Problem:
+    """Return the problem with the scores of these groups replaced by what the loss rises without them."""
+    if not rises:
+        return problem
+    measured: Mapping[Site, Sequence[float]] = {
+        size.site: tuple(rises[_without(size, group)] for group in size.groups) for size in _with_few_groups(problem)
+    }
+    return replace(problem, group_scores={**(problem.group_scores or {}), **measured})
+
+
 def _cheapest(
-    problem: Problem, ladders: Sequence[Ladder], tokens: int
-) -> Generator[MeasureRequest, list[Loss], tuple[Rises, tuple[int, ...] | None]]:
-    """Return the rises of sites alone, and the rungs at which their sum is least under the budgets, or None.
+    problem: Problem, ladders: Sequence[Ladder], tokens: int, alone: Rises
+) -> Generator[MeasureRequest, list[Loss], tuple[int, ...] | None]:
+    """Return the rungs at which the sum of the rises of sites alone is least under the budgets, or None.
 
     At first one width in the middle and the removal of each site are measured, then what the programme chooses, until
-    all that it chooses has been measured.
+    all that it chooses has been measured. `alone`: rises that are known, to which these are added.
     """
     whole = (0,) * len(ladders)
     places = [(i, rung) for i, ladder in enumerate(ladders) for rung in range(1, len(ladder))]
-    wanted = [(i, rung) for i, rung in places if rung in (len(ladders[i]) // 2, len(ladders[i]) - 1)]
-    alone: Rises = {}
+    first = [(i, rung) for i, rung in places if rung in (len(ladders[i]) // 2, len(ladders[i]) - 1)]
+    wanted = [(i, rung) for i, rung in first if ladders[i][rung] not in alone]
+    cheapest: tuple[int, ...] | None = None
     while wanted:
         plans = (Plan(), *(ladders[i][rung] for i, rung in wanted))
         losses = yield MeasureRequest(plans, tokens=tokens, estimate=True, phase="alone")
@@ -129,7 +174,7 @@ def _cheapest(
         )
         chosen = [] if cheapest is None else list(enumerate(cheapest))
         wanted = [(i, rung) for i, rung in chosen if rung and ladders[i][rung] not in alone]
-    return alone, cheapest
+    return cheapest
 
 
 def _best_change(

@@ -60,7 +60,7 @@ def narrow_as_well(situation: Situation) -> Idea | None:
     if recipe.get("search") == "joint" or recipe.get("plan") or recipe.get("stock") or not _by_size(recipe):
         return None
     fields = ("search", "metric", "set", "uniform", "fast")
-    defaults = (math.inf, recipe | {"metric": "taylor_mix", "set": {}})
+    defaults = (math.inf, recipe | {"metric": "cfsp", "set": {}})
     _, best = min(_joint_like(situation, fields), key=itemgetter(0), default=defaults)
     changes = {name: best.get(name) for name in fields} | {"search": "joint", "uniform": False}
 
