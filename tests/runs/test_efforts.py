@@ -16,7 +16,14 @@ SHORT: dict[str, Any] = {"tokens": 128, "length": 32, "eval_tokens": 256, "eval_
 
 def test_a_quick_run_proves_its_perplexity_alone(model: Path, text: Path, tmp_path: Path) -> None:
     told = billhook.prune(
-        model, remove="20%", effort="quick", data=text, out=tmp_path / "a", store=tmp_path / "b.db", **SHORT
+        model,
+        remove="20%",
+        effort="quick",
+        recover="fold",
+        data=text,
+        out=tmp_path / "a",
+        store=tmp_path / "b.db",
+        **SHORT,
     )
     assert told.perplexity is not None
     assert (told.speed, told.answers, told.skills) == (None, (), ())
@@ -26,6 +33,11 @@ def test_a_quick_run_proves_its_perplexity_alone(model: Path, text: Path, tmp_pa
     notes = " ".join(run_notes(told))
     assert "Perplexity alone was measured" in notes
     assert "Speed was not measured" not in notes
+    alone = {name: value for name, value in SHORT.items() if not name.startswith("recover")}
+    plain = billhook.prune(
+        model, remove="20%", effort="quick", data=text, out=tmp_path / "c", store=tmp_path / "b.db", **alone
+    )
+    assert (plain.recoveries, plain.plan) == ((), told.plan)
 
 
 @pytest.mark.parametrize(
