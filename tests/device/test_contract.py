@@ -31,9 +31,9 @@ from billhook.methods.metrics import GROUP_METRICS, METRICS
 from billhook.methods.recover import RECOVERIES
 from billhook.models.load import Teacher
 from billhook.models.repair import NO_REPAIR
-from billhook.models.residual.student import require_equal, sliced
+from billhook.models.residual.student import require_equal, sliced, sliced_by_boundary
 from billhook.models.surgery import apply
-from billhook.studies.slicing.basis import basis_of
+from billhook.studies.slicing.basis import basis_of, boundary_bases
 
 Folder = Callable[[str], Path]
 PLAN = Plan.parse(["attention.0", "mlp.1", "attention.2"])
@@ -132,10 +132,25 @@ def test_a_narrower_residual_stream(variant: str, checkpoint: Folder) -> None:
     def work(teacher: Teacher) -> list[float]:
         found, rows = basis_of(teacher, token_set()), tiny.tokens(1, 9)
         student = sliced(teacher, found.vectors[:, :16])
-        require_equal(teacher, found.vectors[:, :16], student, rows)
+        require_equal(teacher, [found.vectors[:, :16]], student, rows)
         with torch.no_grad():
             logits = student(input_ids=rows.to(teacher.device)).logits
         return [*found.energies.tolist(), *logits.cpu().flatten().tolist()]
+
+    near(*both(work, checkpoint(variant), float64=variant == "gemma"))
+
+
+@pytest.mark.parametrize("variant", ["gemma", "qwen3"])
+def test_a_basis_for_each_boundary(variant: str, checkpoint: Folder) -> None:
+    def work(teacher: Teacher) -> list[float]:
+        found, rows = boundary_bases(teacher, token_set(), 16), tiny.tokens(1, 9)
+        bases = [basis.vectors for basis in found]
+        student = sliced_by_boundary(teacher, bases)
+        require_equal(teacher, bases, student, rows)
+        with torch.no_grad():
+            logits = student(input_ids=rows.to(teacher.device)).logits
+        energies = [x for basis in found for x in basis.energies[:16].tolist()]
+        return [*energies, *logits.cpu().flatten().tolist()]
 
     near(*both(work, checkpoint(variant), float64=variant == "gemma"))
 
