@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
@@ -20,8 +20,7 @@ def vocabulary_table(console: Console, report: VocabularyReport) -> None:
         ("parameters", report.parameters_before, report.parameters_after),
         ("bytes on disk", report.bytes_before, report.bytes_after),
     )
-    lines = [[name, f"{before:,}", f"{after:,}", f"{after / before:.1%}"] for name, before, after in sizes]
-    console.print(plain_table(("", "before", "after", "left"), lines))
+    _print_sizes(console, sizes)
     texts = [
         [
             each.source, with_interval(each.more, "{:+.1%}".format), f"{each.before.value:.3f}",
@@ -39,6 +38,12 @@ def vocabulary_table(console: Console, report: VocabularyReport) -> None:
         if note := reliability_note(each.change):
             console.print(f"{each.source}: {note}", style="dim")
     console.print(f"Checkpoint: {report.out}")
+
+
+def _print_sizes(console: Console, sizes: Sequence[tuple[str, int, int]]) -> None:
+    """Print what was there before, what is left, and its share."""
+    lines = [[name, f"{before:,}", f"{after:,}", f"{after / before:.1%}"] for name, before, after in sizes]
+    console.print(plain_table(("", "before", "after", "left"), lines))
 
 
 @prints(FactorReport)
@@ -76,8 +81,7 @@ def slice_table(console: Console, report: SliceReport) -> None:
         ("parameters", report.parameters_before, report.parameters_after),
         ("bytes of weights", report.bytes_before, report.bytes_after),
     )
-    lines = [[name, f"{before:,}", f"{after:,}", f"{after / before:.1%}"] for name, before, after in sizes]
-    console.print(plain_table(("", "before", "after", "left"), lines))
+    _print_sizes(console, sizes)
     texts = [
         [
             each.source, f"{each.tokens:,}", format_perplexity(each.before.value), format_perplexity(each.after.value),
